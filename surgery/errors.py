@@ -1,0 +1,76 @@
+"""What a user's mistake looks like: one sentence on what is wrong, where, what exists, how to mend it.
+
+Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or input; 3 a quality gate failed;
+4 `check` found a fault; 5 the environment (disk, network, permission); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """A mistake of the user's that has one clear remedy. Never a traceback.
+
+    Args:
+        what: the fault in one sentence.
+        where: file and line, tensor, folder or option that it was found in.
+        exists: what is there instead (the known names, the legal values).
+        fix: what to type or change.
+        others: further faults found in the same pass, shown together (a recipe shows all at once).
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        exists: str = "",
+        fix: str = "",
+        others: tuple[SurgeryError, ...] = (),
+    ):
+        self.what, self.where, self.exists, self.fix, self.others = what, where, exists, fix, tuple(others)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [head]
+        if self.exists:
+            lines.append(f"  there is: {self.exists}")
+        if self.fix:
+            lines.append(f"  to fix: {self.fix}")
+        return "\n".join([*lines, *(str(other) for other in self.others)])
+
+    def to_dict(self) -> dict:
+        """The same facts as an object, for `--json`."""
+        facts = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
+        facts = {key: value for key, value in facts.items() if value} | {"exit_code": self.exit_code}
+        if self.others:
+            facts["others"] = [other.to_dict() for other in self.others]
+        return facts
+
+
+class GateError(SurgeryError):
+    """The surgery was done and saved, and costs more quality than the recipe's gate allows."""
+
+    exit_code = 3
+
+
+class CheckError(SurgeryError):
+    """`check` found a fault in a saved checkpoint."""
+
+    exit_code = 4
+
+
+class MachineError(SurgeryError):
+    """Disk, network or permission: nothing in the recipe or the model is at fault."""
+
+    exit_code = 5
+
+
+def nearest(word: str, known) -> str:
+    """The known word closest to `word`, or "" if none is close."""
+    from difflib import get_close_matches
+
+    match = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return match[0] if match else ""
