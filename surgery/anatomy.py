@@ -1,0 +1,161 @@
+"""Where attention is in a model: the facts every operation plans with.
+
+`Anatomy.of(x)` reads a checkpoint folder (its config and the safetensors headers, no weight), a loaded model
+or a bare config. What it does not understand it names: zero matches and partial matches are errors, a family
+that is only *like* a known one is said to be a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .families import Family
+from .layers import norm_names
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class LayerAnatomy:
+    """One attention layer.
+
+    Attributes:
+        index, path: the layer's number and its attention module's path in this file or model.
+        heads, kv_heads, head_dim: query heads, KV heads, channels of one head.
+        rotary: channels that RoPE turns (0: none; less than head_dim: partial).
+        positions: "half", "interleaved", "learned", "alibi", "none" or "unknown" (a guessed family).
+        qk_norm: None, "shared", "per head", "modules" or "whole" (see families.py).
+        window: sliding window in tokens, or None for full attention.
+        soft_cap: cap on the scores, or None.
+        biases: which of "q", "k", "v", "o" have a bias (letters in that order).
+        dtype: of the projections, in safetensors' spelling; "" when only the config is known.
+        layout: the family's row, with Falcon's variants settled.
+    """
+
+    index: int
+    path: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    positions: str
+    qk_norm: str | None
+    window: int | None
+    soft_cap: float | None
+    biases: str
+    dtype: str
+    layout: Family
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def norm_per_head(self) -> bool:
+        return self.qk_norm in ("per head", "modules", "whole")
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Stored tensors of this layer that follow its heads, relative to the attention module."""
+        layout = self.layout
+        projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
+        names = [f"{name}.weight" for name in [*projections, layout.o]]
+        names += [f"{name}.bias" for name, part in projections.items() if part[0] in self.biases]
+        if self.norm_per_head:
+            names += norm_names(self, "q_norm", self.heads) + norm_names(self, "k_norm", self.kv_heads)
+        return [*names, layout.sinks] if layout.sinks else names
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The attention of one model.
+
+    Attributes:
+        model_type: of the (text) model, `composite` the model_type of the whole where it has other parts.
+        layers: one entry a layer.
+        guess: the family is unknown and was understood by its shape.
+        edits: what differs from the config as read, text config field -> value.
+        tensors: every stored tensor, name -> (dtype, shape); empty if only a config was given.
+    """
+
+    model_type: str
+    layers: tuple[LayerAnatomy, ...]
+    guess: bool = False
+    composite: str | None = None
+    dtype: str = ""
+    config: Any = None
+    edits: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source, tensors: dict | None = None) -> Anatomy:
+        """Anatomy of a checkpoint folder, a loaded model or a config.
+
+        Args:
+            source: folder path, `PreTrainedModel` or `PreTrainedConfig`.
+            tensors: name -> (dtype, shape) where the caller already knows them.
+
+        Raises:
+            SurgeryError: no attention found, only part of it, or of a form that is not understood.
+        """
+        from . import folder
+        from .reading import read_anatomy
+
+        if isinstance(source, str | Path):
+            config, where = folder.load_config(Path(source)), str(source)
+            tensors = tensors if tensors is not None else folder.tensor_table(Path(source))
+        elif hasattr(source, "named_parameters"):
+            config, where, tensors = source.config, type(source).__name__, folder.model_table(source)
+        else:
+            config, where, tensors = source, type(source).__name__, tensors or {}
+        return read_anatomy(config, tensors, where)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that a full cache holds for one token, in the checkpoint's dtype."""
+        size = BYTES.get(self.dtype, 2)
+        return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values (tied tensors once); 0 if only the config is known."""
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+    def kv_heads_problem(self, kv_heads: int) -> str:
+        """Why a stock checkpoint of this family cannot have `kv_heads` KV heads; "" if it can."""
+        layer = self.layers[0]
+        if layer.layout.kv_field is None:
+            return (
+                f"{self.model_type} has no KV-head number: its config accepts num_key_value_heads and the forward "
+                f"ignores it, so every stock {self.model_type} has {layer.heads} KV heads"
+            )
+        if layer.layout.kv_field == "falcon" and not self.config.new_decoder_architecture:
+            if kv_heads not in (1, layer.heads):
+                return (
+                    f"this falcon (old decoder) has a switch, multi_query, and no number: 1 KV head or "
+                    f"{layer.heads} are possible, {kv_heads} are not"
+                )
+        return ""
+
+    def with_kv_heads(self, kv_heads: int) -> Anatomy:
+        """This anatomy with `kv_heads` KV heads in every layer, and the config edits that say so."""
+        layout = self.layers[0].layout
+        edits = {layout.kv_field: kv_heads}
+        if layout.kv_field == "falcon":
+            edits = {"num_kv_heads": kv_heads}
+            if not self.config.new_decoder_architecture:
+                multi = kv_heads == 1 and self.layers[0].heads > 1
+                layout = replace(layout, layout="rows" if multi else "grouped")
+                edits = {"multi_query": multi, "num_kv_heads": self.layers[0].heads}
+        layers = tuple(replace(layer, kv_heads=kv_heads, layout=layout) for layer in self.layers)
+        return replace(self, layers=layers, edits=self.edits | edits)
+
+    def edit_config(self, raw: dict) -> dict:
+        """A config.json with this anatomy's edits, everything else as it stands."""
+        if self.composite and "text_config" in raw:
+            return raw | {"text_config": raw["text_config"] | self.edits}
+        return raw | self.edits

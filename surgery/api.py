@@ -1,0 +1,267 @@
+"""The public API: what the command line calls, and what a fine-tuning script would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import recipe as recipes
+from .anatomy import Anatomy
+from .errors import SurgeryError
+from .operation import Context
+from .output import OutputFolder, sha256
+from .planning import Plan, make_plan
+from .report import Report, new_report
+
+Progress = Callable[[int, int, str], None]
+
+
+def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequence[str] = (), **fields) -> Plan:
+    """Work out what a recipe would do; no weight is read.
+
+    Args:
+        recipe: name, path or data of a recipe.
+        model: a folder, `smollm2-135m`, a Hub id (`org/name@revision`), or a loaded model.
+        overrides: "key=value" texts; `fields` are the same as keywords (`kv_heads=1`).
+
+    Raises:
+        SurgeryError: with all faults of the recipe, or all reasons why it does not fit this model.
+    """
+    resolved = recipes.load(recipe, overrides, **fields)
+    if not isinstance(model, str | Path):
+        return make_plan(resolved, Anatomy.of(model), type(model).__name__)
+    from .hub import resolve
+
+    source = resolve(str(model), weights=False)
+    return make_plan(resolved, Anatomy.of(source.path, header_table(source)), source.name)
+
+
+def apply(
+    recipe: str | Path | dict | recipes.Recipe,
+    model,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    engine: str = "auto",
+    check: bool = True,
+    evaluate: bool = True,
+    gate: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    **fields,
+) -> Report:
+    """Carry out a recipe.
+
+    A loaded model is edited in place (parameters are replaced: make the optimiser afterwards) and nothing is
+    written; `surgery.save(model, folder, report)` does that. A name or folder is converted into `output`, checked
+    in a fresh process, scored against the base, and documented.
+
+    Args:
+        recipe, model, overrides, fields: as for `plan`.
+        output: the folder to make; needed for a name or folder, not allowed for a loaded model.
+        engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can).
+        check, evaluate, gate: what is done with the result; a skipped gate is recorded as skipped.
+        resume, overwrite: what to do with an unfinished or finished earlier output.
+        allow_pickle: read .bin weights (with `weights_only=True`).
+        progress: called with done, total and a label.
+        on_plan: called with the plan before anything is done.
+
+    Returns:
+        The report. `report.gate` says whether the recipe's gate was passed; `report.data["check"]` what was checked.
+
+    Raises:
+        SurgeryError: the recipe or the model is at fault; nothing was changed or written.
+        MachineError: disk, permission, network; `resume=True` goes on.
+    """
+    if not isinstance(model, str | Path):
+        if output is not None:
+            raise SurgeryError(
+                "output goes with a name or folder", fix="surgery.save(model, folder, report) afterwards"
+            )
+        return _apply_in_memory(recipes.load(recipe, overrides, **fields), model, progress, on_plan, overrides)
+    if output is None:
+        raise SurgeryError("no output folder was named", fix="output='out'")
+    if engine not in ("auto", "streaming", "loaded"):
+        raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
+    from .conversion import convert
+
+    resolved = recipes.load(recipe, overrides, **fields)
+    report, base = convert(
+        resolved,
+        str(model),
+        output,
+        overrides=overrides,
+        engine=engine,
+        resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        progress=progress,
+        on_plan=on_plan,
+    )
+    if check:
+        _check(report, None, progress=progress)
+    if evaluate and resolved.evaluate is not None and (not check or report.data["check"]["passed"]):
+        _evaluate(report, base, resolved.evaluate, progress)
+    if not gate and report.data["gate"]["limits"]:
+        report.data["gate"]["status"] = "skipped"
+    report.save()
+    return report
+
+
+def check(folder: str | Path, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> Report:
+    """Check a saved checkpoint and record the result in its surgery.json and card.
+
+    Args:
+        folder: a folder that surgery wrote.
+        base: model it was made from; adds the difference of the logits.
+        memory: bytes that may be used (default: what is free); what does not fit is recorded as not run.
+
+    Returns:
+        The report; `report.data["check"]` has `passed` and the `items`.
+    """
+    report = Report.of(folder)
+    _check(report, _folder_of(base), memory=memory, progress=progress)
+    report.save()
+    return report
+
+
+def evaluate(
+    model, base=None, *, text: str = "builtin", windows: int = 8, length: int = 512, tokenizer=None, progress=None
+):
+    """Perplexity, KL to the base, top-1 agreement, KV bytes and load size of a model.
+
+    Args:
+        model, base: folder, name or loaded model (then with `tokenizer`).
+        text: "builtin" (held-out half of Python's language reference) or a text file.
+        windows, length: how much text is scored.
+
+    Returns:
+        An `evaluation.Evaluation`.
+    """
+    from .evaluation import evaluate as measure
+
+    sides = (_folder_of(model), _folder_of(base))
+    return measure(*sides, text=text, windows=windows, length=length, tokenizer=tokenizer, progress=progress)
+
+
+def load(folder: str | Path, **kwargs):
+    """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
+    from .scoring import auto_class
+
+    folder = _folder_of(folder)
+    return auto_class(folder).from_pretrained(folder, **({"dtype": "auto"} | kwargs))
+
+
+def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
+    """Save a model that `apply` edited in memory, with its report and card; as atomic as `apply` with an output.
+
+    Returns:
+        The report, now of the folder.
+    """
+    out = OutputFolder(folder, None, "in memory", overwrite=overwrite)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    with out.opened(needed) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        report = Report(report.data | {"files": weight_files(partial)}, partial)
+        report.save()
+    report.folder = out.out
+    return report
+
+
+def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs) -> dict:
+    """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it."""
+    from .hub import push as send
+
+    return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
+
+
+def header_table(source) -> dict | None:
+    """Name -> (dtype, shape) from headers that were fetched without their weights; None if the files are here."""
+    if source.headers is None:
+        return None
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]))
+        for header in source.headers.values()
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> sha256 and size of the safetensors files of a folder."""
+    return {
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def _folder_of(model):
+    """A folder for a name; a loaded model as it is."""
+    if not isinstance(model, str | Path):
+        return model
+    from .hub import resolve
+
+    return resolve(str(model)).path
+
+
+def _apply_in_memory(recipe, model, progress, on_plan, overrides) -> Report:
+    from .hub import Source
+
+    refuse_wrapped(model)
+    plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
+    if on_plan:
+        on_plan(plan)
+    records = [step.operation.apply(model, Context(step.change, step.before, progress)) for step in plan.steps]
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    source = Source(Path(), Path(name).name if Path(name).exists() else name)
+    return Report(new_report(plan, source, overrides=overrides, engine="loaded", fingerprint="", records=records))
+
+
+def refuse_wrapped(model) -> None:
+    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
+    adapters = hasattr(model, "peft_config") or any(
+        type(module).__module__.startswith("peft.") for module in model.modules()
+    )
+    if adapters:
+        raise SurgeryError(
+            "the model carries adapters, which would no longer fit the new weights",
+            where=type(model).__name__,
+            fix="merge them first: model = model.merge_and_unload()",
+        )
+    if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
+        raise SurgeryError(
+            "this is not a plain Transformers model",
+            where=type(model).__name__,
+            fix="pass the model inside the wrapper",
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SurgeryError(
+            "some weights are not in memory (offloaded, or never loaded)",
+            where=type(model).__name__,
+            fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",
+        )
+
+
+def _check(report: Report, base: Path | None, memory: int | None = None, progress=None) -> None:
+    from .check import check_folder, to_dict
+
+    report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
+
+
+def _evaluate(report: Report, base: Path, settings, progress) -> None:
+    from .evaluation import evaluate as measure
+    from .evaluation import gate as judge
+
+    result = measure(
+        report.folder, base, text=settings.text, windows=settings.windows, length=settings.length, progress=progress
+    ).to_dict()
+    report.data["evaluation"] = result
+    if settings.limits:
+        status, reasons = judge(result, settings.limits)
+        report.data["gate"] |= {"status": status, "reasons": reasons}

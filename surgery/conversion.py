@@ -1,0 +1,103 @@
+"""From a model folder to a converted folder: the one place where both engines write to disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .anatomy import Anatomy
+from .checkpoint import Checkpoint
+from .engines import LayerStream
+from .errors import SurgeryError
+from .folder import read_json
+from .operation import Context
+from .output import OutputFolder, carry_files, write_text
+from .pickled import readable
+from .planning import Plan, make_plan
+from .report import Report, history_of, new_report
+from .shards import convert_shards
+
+
+def convert(
+    recipe,
+    model: str,
+    output: str | Path,
+    *,
+    overrides=(),
+    engine="auto",
+    resume=False,
+    overwrite=False,
+    allow_pickle=False,
+    progress=None,
+    on_plan=None,
+) -> tuple[Report, Path]:
+    """Write the converted checkpoint; arguments as for `surgery.apply`.
+
+    Returns:
+        The report, saved with the folder, and the base's folder.
+    """
+    from .hub import resolve
+
+    source = resolve(model)
+    base = source.path
+    read_json(base / "config.json")  # before any weight: the plainest mistakes get the plainest errors
+    with readable(base, output, allow_pickle) as weights:
+        checkpoint = Checkpoint(weights)
+        anatomy = Anatomy.of(base, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
+        plan = make_plan(recipe, anatomy, source.name)
+        streaming = plan.streams if engine == "auto" else engine == "streaming"
+        if streaming and not plan.streams:
+            raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
+        if on_plan:
+            on_plan(plan)
+        fingerprint = checkpoint.fingerprint()
+        out = OutputFolder(
+            output, base, plan.hash(fingerprint + ("" if streaming else "loaded")), resume=resume, overwrite=overwrite
+        )
+        with out.opened(plan.output_bytes) as partial:
+            write = _stream if streaming else _load_and_write
+            files, records = write(plan, checkpoint, base, partial, out, progress)
+            left = carry_files(base, partial)
+            data = new_report(
+                plan,
+                source,
+                overrides=overrides,
+                engine="streaming" if streaming else "loaded",
+                fingerprint=fingerprint,
+                records=records,
+            )
+            Report(data | {"files": files, "left_behind": left, "history": history_of(base)}, partial).save()
+    return Report.of(out.out), base
+
+
+def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
+    stream = LayerStream(plan, checkpoint)
+    files = convert_shards(checkpoint, plan, stream, partial, out.done, out.finished, progress)
+    _write_config(base, partial, plan)
+    return files, stream.records
+
+
+def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
+    from .api import load, weight_files
+
+    model = load(base)
+    records = [
+        step.operation.apply(model, Context(change=change, before=before, progress=progress))
+        for step, before, change in _steps_in_memory(plan, model)
+    ]
+    model.save_pretrained(partial)
+    return weight_files(partial), records
+
+
+def _steps_in_memory(plan: Plan, model):
+    """The plan's steps with the names that tensors have in memory, which differ from those on disk."""
+    current = Anatomy.of(model)
+    for step in plan.steps:
+        change = step.operation.plan(current)
+        yield step, current, change
+        current = change.after
+
+
+def _write_config(base: Path, partial: Path, plan: Plan) -> None:
+    raw = plan.after.edit_config(read_json(base / "config.json"))
+    write_text(partial / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,56 @@
+"""A stranger's machine: load checkpoints with stock Transformers in a process of its own, and say what came out.
+
+Run as a file (`python -P door.py`), never imported by the package: it reads a list of jobs as JSON from stdin,
+each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
+It imports only torch and transformers, and refuses to run if `surgery` got in.
+"""
+
+import json
+import sys
+
+
+def open_door(job: dict) -> dict:
+    import torch
+    import transformers
+
+    folder = job["folder"]
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = transformers.AutoModelForCausalLM
+    if config.get_text_config() is not config and not any("CausalLM" in c for c in config.architectures or []):
+        auto = transformers.AutoModelForImageTextToText
+    elif config.model_type not in names:
+        raise ValueError(f"Transformers has no causal language model for {config.model_type!r}")
+    model, info = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    model.eval()
+    tokens = torch.tensor(job["tokens"])
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+        made = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=job["generate"], do_sample=False
+        )
+    if job.get("logits"):
+        torch.save(logits.float(), job["logits"])
+    return {
+        "class": type(model).__name__,
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
+        "finite": bool(logits.isfinite().all()),
+        "generated": made[0, tokens.shape[1] :].tolist(),
+    }
+
+
+def main() -> None:
+    for job in json.load(sys.stdin):
+        try:
+            result = open_door(job)
+            if "surgery" in sys.modules:
+                result["error"] = "the package surgery was imported"
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The two engines: both call the same pure `rewrite` on the same canonical layer, and agree to the bit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from .anatomy import Anatomy
+from .errors import SurgeryError
+from .layers import AttentionLayer, pack, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .checkpoint import Checkpoint
+    from .operation import Context, WeightRewrite
+    from .planning import Plan
+
+LAYERS_KEPT = 2  # a layer whose tensors lie far apart in the file is computed again, not kept
+
+
+class LayerStream:
+    """New attention tensors by name, computed a layer at a time from a checkpoint on disk."""
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint):
+        self.plan, self.checkpoint = plan, checkpoint
+        self.records: list[dict] = [{} for _ in plan.steps]
+        self._layer_of = {
+            f"{layer.path}.{name}": layer.index
+            for anatomy in (plan.before, plan.after)
+            for layer in anatomy.layers
+            for name in layer.tensor_names
+        }
+        self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def tensor(self, name: str) -> Tensor:
+        """The new tensor of this stored name."""
+        index = self._layer_of[name]
+        if index not in self._ready:
+            self._ready[index] = self._compute(index)
+            while len(self._ready) > LAYERS_KEPT:
+                self._ready.popitem(last=False)
+        return self._ready[index][name]
+
+    def _compute(self, index: int) -> dict[str, Tensor]:
+        facts = self.plan.before.layers[index]
+        tensors = {name: self.checkpoint.read(f"{facts.path}.{name}") for name in facts.tensor_names}
+        refuse_non_finite(tensors, facts.path)
+        layer = unpack(facts, tensors)
+        for number, step in enumerate(self.plan.steps):
+            layer, record = run_rewrite(step.operation, layer, step.change.after, index)
+            if record:
+                self.records[number][facts.path] = record
+        return {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
+
+
+def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
+    """`operation.rewrite` on a copy in memory of its own; its parts must have the shapes that were planned."""
+    target = after.layers[index]
+    if target == layer.facts:
+        return layer, {}
+    new, record = operation.rewrite(layer.copy(), target)
+    for part, heads in (("q", target.heads), ("k", target.kv_heads), ("v", target.kv_heads)):
+        if getattr(new, part).shape[:2] != (heads, target.head_dim):
+            raise TypeError(f"{operation.op}: {part} of layer {index} has shape {tuple(getattr(new, part).shape)}")
+    return new, record
+
+
+def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
+    """Apply a weight rewrite to a loaded model, in place: parameters, module attributes and config.
+
+    Every layer is computed before the first is changed, so that an error leaves the model as it was.
+    """
+    before, after = context.before, context.change.after
+    records, results = {}, []
+    for facts in before.layers:
+        module = model.get_submodule(facts.path)
+        tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
+        refuse_non_finite(tensors, facts.path)
+        layer, record = run_rewrite(operation, unpack(facts, tensors), after, facts.index)
+        if record:
+            records[facts.path] = record
+        results.append(pack(layer))
+        if context.progress:
+            context.progress(facts.index + 1, len(before.layers), "layers")
+    if before is after:
+        return records
+    for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
+        module = model.get_submodule(facts.path)
+        for name in set(facts.tensor_names) - set(target.tensor_names):
+            _drop_norm(module, name)
+        for name, tensor in tensors.items():
+            _assign(module, name, tensor)
+        _set_head_numbers(module, target, after.edits)
+    for name, value in after.edits.items():
+        setattr(before.config, name, value)
+    return records
+
+
+def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SurgeryError(
+                f"{path}.{name} holds NaN or infinite values",
+                fix="the base checkpoint is damaged (`surgery check` scans a whole folder); download or train it again",
+            )
+
+
+def _assign(module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in a parameter's place, on its device and with its `requires_grad`."""
+    from torch import nn
+
+    owner_path, _, leaf = name.rpartition(".")
+    owner = _norm_module(module, owner_path)
+    old = getattr(owner, leaf)
+    if tensor.shape == old.shape:
+        old.data.copy_(tensor)
+        return
+    setattr(owner, leaf, nn.Parameter(tensor.to(old.device), requires_grad=old.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif hasattr(owner, "nf"):  # Conv1D
+        owner.nx, owner.nf = owner.weight.shape
+
+
+def _norm_module(module, path: str):
+    """A submodule; a list of per-head norms grows by copies of its last."""
+    from copy import deepcopy
+
+    owner_path, _, leaf = path.rpartition(".")
+    if leaf.isdigit():
+        norms = module.get_submodule(owner_path)
+        while len(norms) <= int(leaf):
+            norms.append(deepcopy(norms[-1]))
+    return module.get_submodule(path) if path else module
+
+
+def _drop_norm(module, name: str) -> None:
+    """Shorten a list of per-head norms by one: the names that go are always those at its end."""
+    owner = module.get_submodule(name.rsplit(".", 2)[0])
+    del owner[-1]
+
+
+def _set_head_numbers(module, target, edits: dict) -> None:
+    """The numbers that attention modules keep beside the config, under the names that families use."""
+    numbers = edits | {
+        "num_key_value_heads": target.kv_heads,
+        "num_kv_heads": target.kv_heads,
+        "num_key_value_groups": target.group,
+    }
+    for name, value in numbers.items():
+        if hasattr(module, name):
+            setattr(module, name, value)

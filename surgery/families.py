@@ -1,0 +1,134 @@
+"""Facts about model families, as one table: with `anatomy.py`, the only place that knows a name like q_proj.
+
+Each row says how a family of Transformers 5 lays out its attention. What a row leaves out is as in Llama.
+Read from the modelling code of each family and tested on a tiny random model of each
+(tests/test_families.py). Whatever a config can switch (biases, Cohere's and Phi's QK-norm, ALiBi in old
+Falcons) is settled in anatomy.py from the config and the tensors that are really there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` lays out attention.
+
+    Attributes:
+        layers: path of the layer list in the causal model, as `named_parameters` spells it.
+        attn: the attention module's name within a layer.
+        q, k, v, o: names of the projections.
+        qkv: name of the fused module that stands in for q, k and v, or None.
+        layout: how the rows of `qkv` are ordered: "rows" (all q, all k, all v), "grouped" (per KV head: its
+            query heads, one k, one v; with one query head per KV head this is the per-head interleave) or
+            "falcon" (either, as its config says); "separate" where nothing is fused.
+        conv1d: weights are stored transposed, [in, out].
+        positions: "half" (RoPE pairs (i, i + r/2)), "interleaved" (pairs (2i, 2i+1)), "learned" or "alibi".
+        kv_field: the config field for the number of KV heads *that the forward honours*; None where the
+            number is accepted and ignored; "falcon" for Falcon's two switches.
+        qk_norm: None, "shared" (weight [head_dim]), "per head" ([heads, head_dim]), "modules" (one module
+            for each head) or "whole" (over the whole projection, [heads * head_dim]).
+        q_norm, k_norm: names of those norms.
+        sinks: name of the learned sink logits [heads], or None.
+        interface: attention goes through Transformers' attention interface.
+    """
+
+    layers: str = "model.layers"
+    attn: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    qkv: str | None = None
+    layout: str = "separate"
+    conv1d: bool = False
+    positions: str = "half"
+    kv_field: str | None = "num_key_value_heads"
+    qk_norm: str | None = None
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    sinks: str | None = None
+    interface: bool = True
+
+
+GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None}
+BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "interface": False}
+
+FAMILIES: dict[str, Family] = {
+    # separate projections, RoPE, num_key_value_heads honoured
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "qwen2": Family(),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "granite": Family(),
+    "smollm3": Family(),
+    "starcoder2": Family(),
+    "glm4": Family(positions="interleaved"),
+    "gpt_oss": Family(sinks="sinks"),
+    # the same, with a norm between projection and RoPE
+    "qwen3": Family(qk_norm="shared"),
+    "qwen3_moe": Family(qk_norm="shared"),
+    "gemma3_text": Family(qk_norm="shared"),
+    "olmo2": Family(qk_norm="whole"),
+    "cohere": Family(qk_norm="per head", positions="interleaved"),
+    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm"),
+    "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense"),
+    # fused projections that honour a number of KV heads
+    "phi3": Family(qkv="qkv_proj", layout="rows"),
+    "falcon": Family(layers="transformer.h", layout="falcon", kv_field="falcon", **BLOOM),
+    # no number of KV heads: these can be expanded no further and grouped only surgically
+    "gpt_neox": Family(
+        "gpt_neox.layers", "attention", o="dense", qkv="query_key_value", layout="grouped", kv_field=None
+    ),
+    "gpt2": Family(**GPT2, qkv="c_attn", o="c_proj", layout="rows", conv1d=True, positions="learned"),
+    "gptj": Family(**GPT2, o="out_proj", positions="interleaved"),
+    "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None),
+    "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
+    "mpt": Family(
+        "transformer.blocks",
+        "attn",
+        qkv="Wqkv",
+        o="out_proj",
+        layout="rows",
+        positions="alibi",
+        kv_field=None,
+        interface=False,
+    ),
+}
+
+# Where the layer list of a causal model may be found in a file or in a loaded model: checkpoints are saved
+# with and without the base model's prefix (gpt2 and bloom on the Hub lack "transformer."), and a composite
+# keeps its language model under a prefix that changed between releases of Transformers.
+LAYER_PATHS: dict[str, tuple[str, ...]] = {
+    "model.layers": (
+        "model.layers",
+        "layers",
+        "model.language_model.layers",
+        "language_model.model.layers",
+        "language_model.layers",
+    ),
+    "model.decoder.layers": ("model.decoder.layers", "decoder.layers"),
+    "transformer.h": ("transformer.h", "h"),
+    "transformer.blocks": ("transformer.blocks", "blocks"),
+    "gpt_neox.layers": ("gpt_neox.layers", "layers"),
+}
+
+# The common form by which an unknown family is understood (and said to be a guess).
+COMMON_FORM = r"^(?P<layers>(?:[\w]+\.)*(?:layers|h|blocks))\.(?P<i>\d+)\.(?P<attn>self_attn|attention|attn)\.(?P<p>q_proj|k_proj|v_proj|o_proj|out_proj)\.weight$"
+
+# Module names that betray attention of another form, for the error that names what was found.
+ATTENTION_WORDS = (
+    "attn",
+    "attention",
+    "query",
+    "key",
+    "value",
+    "qkv",
+    "q_a_proj",
+    "kv_a_proj",
+    "in_proj",
+    "mixer",
+)

@@ -1,0 +1,113 @@
+"""Which KV heads share a group: partition by similarity, into groups of equal size."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENUMERATE_UP_TO = 8
+
+
+def head_distances(heads: Tensor, inner) -> Tensor:
+    """Squared distances [G, G] between heads [G, d, n], as shares of their total energy.
+
+    Args:
+        inner: function of two heads that gives their inner product; with alignment it is the largest one that
+            the allowed turns can reach.
+    """
+    import torch
+
+    energy = heads.square().sum((1, 2))
+    distances = torch.zeros(len(heads), len(heads), dtype=torch.float64)
+    for a, b in combinations(range(len(heads)), 2):
+        distances[a, b] = distances[b, a] = energy[a] + energy[b] - 2 * inner(heads[a], heads[b])
+    total = float(energy.sum())
+    return distances / total if total else distances
+
+
+def plain_inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def turned_inner(a: Tensor, b: Tensor) -> Tensor:
+    """Largest inner product over orthogonal turns of one head: the nuclear norm of a b^T."""
+    import torch
+
+    return torch.linalg.svdvals(a @ b.mT).sum()
+
+
+def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
+    """Largest inner product over turns of keys that commute with RoPE."""
+    import torch
+
+    from .alignment import pair_channels
+
+    real, imag = pair_channels(rotary, positions)
+    za, zb = torch.complex(a[real], a[imag]), torch.complex(b[real], b[imag])
+    turned = (za * zb.conj()).sum(-1).abs().sum()
+    return turned + turned_inner(a[rotary:], b[rotary:]) if rotary < len(a) else turned
+
+
+def partition(distances: Tensor, groups: int) -> list[list[int]]:
+    """Split G heads into `groups` equal groups with the least summed distance within groups.
+
+    The sum of pairwise squared distances is m times the squared distance to the group's mean, which is what
+    merging loses. All partitions are tried for up to 8 heads; beyond that the best neighbour grouping found by
+    greedy agglomeration is improved by pairwise swaps until none helps. Groups are ordered by their first head.
+    """
+    table = distances.tolist()
+    size = len(table) // groups
+
+    def cost(group):
+        return sum(table[a][b] for a, b in combinations(group, 2))
+
+    if len(table) <= ENUMERATE_UP_TO:
+        candidates = list(_partitions(tuple(range(len(table))), size))
+        best = min(candidates, key=lambda parts: sum(map(cost, parts)))
+        return [list(group) for group in best]
+    neighbours = [list(range(i * size, (i + 1) * size)) for i in range(groups)]
+    starts = [_swap(start, cost) for start in (neighbours, _greedy(table, size))]
+    best = min(starts, key=lambda parts: sum(map(cost, parts)))
+    return sorted(sorted(group) for group in best)
+
+
+def _partitions(heads: tuple[int, ...], size: int):
+    """All partitions into groups of `size`, neighbours first."""
+    if not heads:
+        yield ()
+        return
+    first, rest = heads[0], heads[1:]
+    for mates in combinations(rest, size - 1):
+        left = tuple(h for h in rest if h not in mates)
+        for others in _partitions(left, size):
+            yield ((first, *mates), *others)
+
+
+def _greedy(table: list[list[float]], size: int) -> list[list[int]]:
+    left, groups = list(range(len(table))), []
+    while left:
+        group = [left.pop(0)]
+        while len(group) < size:
+            group.append(min(left, key=lambda h: sum(table[h][g] for g in group)))
+            left.remove(group[-1])
+        groups.append(group)
+    return groups
+
+
+def _swap(parts: list[list[int]], cost) -> list[list[int]]:
+    parts, improved = [list(p) for p in parts], True
+    while improved:
+        improved = False
+        for a, b in combinations(range(len(parts)), 2):
+            for i in range(len(parts[a])):
+                for j in range(len(parts[b])):
+                    before = cost(parts[a]) + cost(parts[b])
+                    parts[a][i], parts[b][j] = parts[b][j], parts[a][i]
+                    if cost(parts[a]) + cost(parts[b]) < before - 1e-12:
+                        improved = True
+                    else:
+                        parts[a][i], parts[b][j] = parts[b][j], parts[a][i]
+    return parts

@@ -1,0 +1,87 @@
+"""What an operation is: pydantic fields (the YAML keys), plus problems, plan and a rewrite or an apply.
+
+A new weight rewrite is one file: a subclass of `WeightRewrite` in surgery/operations/<op>.py, or in a package of
+yours under the entry-point group `surgery.operations`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy, LayerAnatomy
+    from .layers import AttentionLayer
+
+NATIVE, SURGICAL = "native", "surgical"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one operation will do.
+
+    Attributes:
+        after: the anatomy that results.
+        lines: what changes, for people ("KV heads 3 → 1 in 30 layers, mean").
+        tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
+        notes: what is lost, guessed or worth knowing.
+    """
+
+    after: Anatomy
+    lines: tuple[str, ...]
+    tier: str = NATIVE
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Context:
+    """What `apply` is given besides the model: the change planned for it and a progress callback."""
+
+    change: Change
+    before: Anatomy
+    progress: Any = None
+    records: dict[str, Any] = field(default_factory=dict)
+
+
+class Operation(BaseModel):
+    """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: str
+    summary: ClassVar[str] = ""
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        """Why this cannot be applied to such a model, in words that say what would work."""
+        return []
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        """What changes, before -> after. Called only when there are no problems."""
+        raise TypeError(f"operation {self.op} defines no plan")
+
+    def apply(self, model, context: Context) -> dict:
+        """Edit a loaded model in place; return a record of what was done."""
+        raise TypeError(f"operation {self.op} defines no apply")
+
+
+class WeightRewrite(Operation):
+    """An operation whose new weights follow from the old ones alone: it streams, and its result is native."""
+
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        """New weights of one layer.
+
+        Args:
+            layer: the old weights, on the CPU in memory of their own.
+            target: the anatomy that the result must have.
+
+        Returns:
+            The new layer (its `facts` are `target`) and a record of choices worth keeping, or {}.
+        """
+        raise TypeError(f"operation {self.op} defines no rewrite")
+
+    def apply(self, model, context: Context) -> dict:
+        from .engines import rewrite_model
+
+        return rewrite_model(model, self, context)

@@ -1,0 +1,69 @@
+"""The operations: one file each, named as the recipe's `op` names it. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from pkgutil import iter_modules
+
+from ..errors import SurgeryError, nearest
+from ..operation import Operation
+
+GROUP = "surgery.operations"
+
+
+def builtin_names() -> list[str]:
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def third_party() -> dict[str, metadata.EntryPoint]:
+    """Entry points of other packages, not loaded; a built-in name cannot be taken over."""
+    return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in builtin_names()}
+
+
+def find(op: str) -> type[Operation]:
+    """The class of an operation.
+
+    Raises:
+        SurgeryError: no such operation, or a third-party one that does not load.
+    """
+    if op in builtin_names():
+        module = import_module(f"{__name__}.{op}")
+        return next(
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Operation) and value.__module__ == module.__name__
+        )
+    points = third_party()
+    if op in points:
+        return _load(points[op])
+    known = [*builtin_names(), *points]
+    close = nearest(op, known)
+    raise SurgeryError(
+        f"unknown operation {op!r}",
+        exists=", ".join(known),
+        fix=f"did you mean {close!r}?" if close else "a newer version of attention-surgery may know it",
+    )
+
+
+def catalogue() -> tuple[dict[str, type[Operation]], dict[str, str]]:
+    """All operations that load, and the error of each third-party one that does not."""
+    found, broken = {}, {}
+    for op in [*builtin_names(), *third_party()]:
+        try:
+            found[op] = find(op)
+        except SurgeryError as error:
+            broken[op] = error.what
+    return found, broken
+
+
+def _load(point: metadata.EntryPoint) -> type[Operation]:
+    package = point.dist.name if point.dist else point.value
+    try:
+        cls = point.load()
+    except Exception as error:  # somebody else's code: anything can come
+        raise SurgeryError(
+            f"the operation {point.name!r} of {package} does not load: {type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Operation)):
+        raise SurgeryError(f"the operation {point.name!r} of {package} is not a subclass of surgery.Operation")
+    return cls

@@ -1,0 +1,51 @@
+"""Repeat KV heads: GQA or MQA back to MHA, or to more groups. Exact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ..operation import Change, WeightRewrite
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy, LayerAnatomy
+    from ..layers import AttentionLayer
+
+
+class Expand(WeightRewrite):
+    """Each KV head is copied to the query heads (or groups) that read it: the logits do not change."""
+
+    summary: ClassVar[str] = "Repeat KV heads (GQA → MHA), exact."
+
+    op: Literal["expand"] = "expand"
+    kv_heads: int | None = Field(None, ge=1, description="KV heads after; default: one for each query head (MHA).")
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        layer = anatomy.layers[0]
+        target = self.kv_heads or layer.heads
+        legal = [g for g in range(layer.kv_heads, layer.heads + 1) if g % layer.kv_heads == 0 and layer.heads % g == 0]
+        if target not in legal:
+            return [
+                f"expand: {layer.kv_heads} KV heads on {layer.heads} query heads cannot become {target}; "
+                f"possible: {', '.join(map(str, legal))}"
+            ]
+        if target != layer.kv_heads and (reason := anatomy.kv_heads_problem(target)):
+            return [f"expand: {reason}"]
+        return []
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        layer = anatomy.layers[0]
+        target = self.kv_heads or layer.heads
+        if target == layer.kv_heads:
+            return Change(anatomy, (f"nothing: there are {target} KV heads already",))
+        return Change(
+            anatomy.with_kv_heads(target),
+            (f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers, copies",),
+        )
+
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        copies = target.kv_heads // layer.facts.kv_heads
+        parts = {name: tensor for name, tensor in layer.tensors().items() if name.startswith(("k", "v"))}
+        grown = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in parts.items()}
+        return layer.replace(facts=target, **grown), {}

@@ -1,0 +1,237 @@
+"""Share key/value heads between query heads: MHA → GQA → MQA, from the weights alone.
+
+Source: Ainslie et al. 2023, "GQA", arXiv 2305.13245 (mean pooling; "first" and "random" are its controls);
+Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similarity).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import gcd
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..alignment import key_turns, orthogonal_turns
+from ..grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
+from ..operation import Change, WeightRewrite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..anatomy import Anatomy, LayerAnatomy
+    from ..layers import AttentionLayer
+
+
+Heads = Annotated[int, Field(ge=1, strict=True)]
+
+
+class GQA(WeightRewrite):
+    """Merge the KV heads of each group into one; means in float64, rounded once."""
+
+    summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
+
+    op: Literal["gqa"] = "gqa"
+    kv_heads: Heads | list[Heads] = Field(
+        description="KV heads after; divides the query heads. A list is one a layer."
+    )
+    method: Literal["mean", "first", "random"] = Field(
+        "mean",
+        description="mean of the group; its first head; or new random heads of the same scale (a control).",
+    )
+    align: Literal["none", "procrustes"] = Field(
+        "none",
+        description="procrustes: turn the heads of a group towards each other first (exact for the base).",
+    )
+    grouping: Literal["neighbours", "similarity"] = Field(
+        "neighbours", description="similarity: reorder the heads so that like ones share a group."
+    )
+    seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        layer, target = anatomy.layers[0], self.kv_heads
+        if isinstance(target, list):
+            return [
+                "gqa: a list of KV heads, one a layer, needs the surgical tier, which this version does not have; "
+                "give one number for all layers"
+            ]
+        legal = [g for g in range(1, layer.kv_heads + 1) if layer.heads % g == 0]
+        if target not in legal:
+            more = "; `expand` repeats heads" if target > layer.kv_heads and layer.heads % target == 0 else ""
+            return [
+                f"gqa: {layer.kv_heads} KV heads on {layer.heads} query heads cannot become {target}; "
+                f"possible: {', '.join(map(str, legal))}{more}"
+            ]
+        if target == layer.kv_heads:
+            return []
+        found = []
+        if reason := anatomy.kv_heads_problem(target):
+            found.append(
+                f"gqa: {reason}; what would work: a family that honours the number (llama, mistral, qwen2, gemma, "
+                "phi, ...), or later the surgical tier, which this version does not have"
+            )
+        if self.method == "random" and self.align != "none":
+            found.append("gqa: align turns heads towards each other, and method: random keeps none; drop one of them")
+        if self.align != "none" and layer.positions == "unknown":
+            found.append(
+                f"gqa: align: {self.align} must know how RoPE pairs the channels, and {anatomy.model_type} is a guess: "
+                "use align: none"
+            )
+        if self.grouping == "similarity" and layer.kv_heads % target:
+            found.append(
+                f"gqa: grouping: similarity makes groups of equal size, and {target} does not divide {layer.kv_heads}"
+            )
+        if self.grouping == "similarity" and layer.positions == "alibi" and target > 1:
+            found.append(
+                "gqa: ALiBi ties slopes to head numbers, so heads cannot be reordered; use grouping: neighbours"
+            )
+        return found
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        layer, target = anatomy.layers[0], self.kv_heads
+        if target == layer.kv_heads:
+            return Change(anatomy, (f"nothing: there are {target} KV heads already",))
+        how = [self.method] + [x for x in (self.align, self.grouping) if x not in ("none", "neighbours")]
+        line = f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers ({', '.join(how)})"
+        return Change(anatomy.with_kv_heads(target), (line,), notes=tuple(self._notes(layer)))
+
+    def _notes(self, layer: LayerAnatomy):
+        if layer.kv_heads % self.kv_heads:
+            yield f"{self.kv_heads} does not divide {layer.kv_heads}: some KV heads enter two groups; a divisor loses less"
+        if self.align != "none" and layer.qk_norm:
+            yield "keys are not aligned: the QK-norm's weights between projection and RoPE do not commute with a turn"
+        if layer.qk_norm == "whole":
+            yield "the key norm spans all heads: its weight is rescaled to the new mean square, exact only on white inputs"
+
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        record = {}
+        if self.grouping == "similarity":
+            order = self._order(layer, target.kv_heads)
+            if order != sorted(order):
+                layer, record = permute_kv_heads(layer, order), {"kv_head_order": order}
+        if self.method == "random":
+            return layer.replace(facts=target, **self._random_heads(layer, target)), record
+        return self._merged(layer, target), record
+
+    def _merged(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
+        facts, merge = layer.facts, first_head if self.method == "first" else mean_head
+        q, k, v = (with_bias(layer, part) for part in "qkv")
+        o, new = layer.o.double(), {"k": [], "v": [], "k_norm": []}
+        for group in group_members(facts, target.kv_heads):
+            sources, counts = list(group), [len(queries) for queries in group.values()]
+            keys, values = k[sources], v[sources]
+            if self.align == "procrustes":
+                turns = orthogonal_turns(values)
+                values = turns @ values
+                for turn, queries in zip(turns, group.values(), strict=True):
+                    o[:, queries] = o[:, queries] @ turn.T
+            if self.align == "procrustes" and not facts.qk_norm:
+                turns = key_turns(keys, facts.rotary, facts.positions)
+                keys = turns @ keys
+                for turn, queries in zip(turns, group.values(), strict=True):
+                    q[queries] = turn @ q[queries]
+            new["k"].append(merge(keys, counts))
+            new["v"].append(merge(values, counts))
+            if layer.k_norm is not None:
+                new["k_norm"].append(merge(layer.k_norm[sources].double(), counts))
+        parts = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
+        if layer.k_norm is not None:
+            scale = mean_square_ratio(new["k"], k) if facts.qk_norm == "whole" else 1.0
+            parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
+        if self.align == "procrustes":
+            parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
+        return layer.replace(facts=target, **parts)
+
+    def _order(self, layer: AttentionLayer, groups: int) -> list[int]:
+        """Order of KV heads that puts like ones next to each other, keys and values counting alike."""
+        facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
+        align_keys = self.align == "procrustes" and not facts.qk_norm
+        phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
+        distances = head_distances(keys, phased if align_keys else plain_inner)
+        distances += head_distances(values, turned_inner if self.align == "procrustes" else plain_inner)
+        return [head for group in partition(distances, groups) for head in group]
+
+    def _random_heads(self, layer: AttentionLayer, target: LayerAnatomy) -> dict[str, Tensor]:
+        """Normal weights with the root mean square of the old ones, zero biases: heads that know nothing."""
+        import torch
+
+        parts = {}
+        for number, (name, old) in enumerate(layer.tensors().items()):
+            if not name.startswith(("k", "v")):
+                continue
+            shape = (target.kv_heads, *old.shape[1:])
+            if name == "k_norm":  # a scale, not a direction: its mean is the neutral choice
+                new = old.double().mean(0).expand(shape)
+            elif name.endswith("_bias"):
+                new = torch.zeros(shape)
+            else:
+                generator = torch.Generator().manual_seed((self.seed * 100_003 + layer.facts.index) * 101 + number)
+                new = (
+                    torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
+                )
+            parts[name] = new.to(old.dtype)
+        return parts
+
+
+def group_members(facts: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
+    """For each new KV head, the old KV heads it replaces, each with the query heads that read it there.
+
+    Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
+    """
+    size = facts.heads // groups
+    members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
+    for query in range(facts.heads):
+        members[query // size].setdefault(query // facts.group, []).append(query)
+    return members
+
+
+def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
+    """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
+    shared = gcd(*counts)
+    weights = [count // shared for count in counts]
+    return sum(weight * head for weight, head in zip(weights, heads, strict=True)) / sum(weights)
+
+
+def first_head(heads: Tensor, counts: list[int]) -> Tensor:
+    return heads[0]
+
+
+def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
+    """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
+    facts = layer.facts
+    queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
+    moved = {}
+    for name, tensor in layer.tensors().items():
+        if name == "o":
+            moved[name] = tensor[:, queries]
+        else:
+            moved[name] = tensor[order if name.startswith(("k", "v")) else queries]
+    return layer.replace(**moved)
+
+
+def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
+    """Root mean square of merged keys over that of the old ones, as white inputs would give it.
+
+    A norm over the whole projection divides by this number, so its weight is multiplied by it.
+    """
+    import torch
+
+    return float((torch.stack(new).square().mean() / old.square().mean()).sqrt())
+
+
+def with_bias(layer: AttentionLayer, part: str) -> Tensor:
+    """q, k or v in float64, the bias as one more input column: [heads, d, D] or [heads, d, D + 1]."""
+    import torch
+
+    weight, bias = getattr(layer, part).double(), getattr(layer, f"{part}_bias")
+    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
+
+
+def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, Tensor]:
+    """The inverse of `with_bias`, rounded once to the stored dtype."""
+    import torch
+
+    heads, weight, bias = torch.stack(heads), getattr(layer, part), getattr(layer, f"{part}_bias", None)
+    if bias is None:
+        return {part: heads.to(weight.dtype)}
+    return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}

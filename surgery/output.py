@@ -1,0 +1,212 @@
+"""The output folder: complete or absent.
+
+Everything is written to OUT.partial, which becomes OUT by one rename. A run that was killed leaves OUT.partial
+with a list of its finished files; `--resume` goes on from there if it is the same conversion (by hash).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+
+from .errors import MachineError, SurgeryError
+
+PROGRESS = "surgery-progress.json"
+SPARE_BYTES = 64 << 20
+
+# What is taken from the base's folder besides weights, config and card. The rest stays behind and is listed:
+# other weight formats, adapters, caches, training states.
+CARRIED = (
+    "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "sentencepiece*.bpe",
+    "*preprocessor_config.json", "processor_config.json", "chat_template.*", "chat_templates/*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "*.py",
+    "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
+)  # fmt: skip
+BASE_CARD = "base-card.md"
+REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json", "model.safetensors.index.json"}
+
+
+class OutputFolder:
+    """OUT while it is being made.
+
+    Args:
+        out: the final folder.
+        base: the model folder that is read, if any; OUT may be neither it nor inside it, nor hold it.
+        plan_hash: identity of the conversion, for `resume`.
+
+    Raises:
+        SurgeryError: OUT or OUT.partial exists and neither `overwrite` nor `resume` says what to do with it.
+        MachineError: not writable, disk too small, or another run is writing the same OUT.
+    """
+
+    def __init__(
+        self, out: str | Path, base: Path | None, plan_hash: str, *, resume: bool = False, overwrite: bool = False
+    ):
+        self.out = Path(os.path.abspath(out))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.replaced = self.out.with_name(self.out.name + ".replaced")
+        self.plan_hash, self.resume, self.overwrite = plan_hash, resume, overwrite
+        self.done: dict[str, dict] = {}
+        self._begun = False
+        if base is not None:
+            self._refuse_nesting(base)
+
+    @contextmanager
+    def opened(self, needed_bytes: int):
+        """The partial folder, locked; on success it has become OUT, on a machine's fault it waits for --resume."""
+        import filelock
+
+        with machine_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(str(self.out.with_name(f".{self.out.name}.lock")))
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise MachineError("another run is writing this folder", where=str(self.out)) from None
+        try:
+            with machine_errors(self.out, self.partial):
+                self._prepare(needed_bytes)
+                yield self.partial
+                self._finish()
+        except SurgeryError as error:
+            if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+
+    def finished(self, file: str, facts: dict) -> None:
+        """Note that one file is complete."""
+        self.done[file] = facts
+        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done})
+
+    def _refuse_nesting(self, base: Path) -> None:
+        base, out = base.resolve(), self.out.resolve()
+        if out == base or base in out.parents or out in base.parents:
+            raise SurgeryError("OUT may not be the model folder, lie in it or hold it", where=str(self.out))
+
+    def _progress(self) -> dict:
+        with suppress(OSError, ValueError):
+            progress = json.loads((self.partial / PROGRESS).read_text(encoding="utf-8"))
+            if isinstance(progress, dict):
+                return progress
+        return {}
+
+    def _prepare(self, needed_bytes: int) -> None:
+        if self.replaced.exists() and not os.path.lexists(self.out):  # killed between the two renames of _finish
+            os.rename(self.replaced, self.out)
+        if os.path.lexists(self.out) and not self.overwrite:
+            raise SurgeryError("OUT exists", where=str(self.out), fix="choose another name, or add --overwrite")
+        if os.path.lexists(self.partial):
+            self._take_over()
+        present = sum(facts.get("bytes", 0) for facts in self.done.values())
+        free = shutil.disk_usage(self.out.parent).free
+        if needed_bytes - present + SPARE_BYTES > free:
+            raise MachineError(
+                f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+                where=str(self.out.parent),
+                fix="free some space or write elsewhere (-o)",
+            )
+        self.partial.mkdir(exist_ok=True)
+        self._begun = True
+        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done})
+
+    def _take_over(self) -> None:
+        """Continue or remove what an earlier run left."""
+        progress = self._progress()
+        if self.resume:
+            if progress.get("plan") != self.plan_hash:
+                raise SurgeryError(
+                    "OUT.partial is of another conversion (recipe, base or version differ)",
+                    where=str(self.partial),
+                    fix="finish that one with its own command, or start anew with --overwrite",
+                )
+            self.done = {
+                file: facts
+                for file, facts in progress.get("done", {}).items()
+                if (self.partial / file).is_file() and sha256(self.partial / file) == facts["sha256"]
+            }
+        elif self.overwrite:
+            shutil.rmtree(self.partial)
+        else:
+            raise SurgeryError(
+                "an unfinished run left OUT.partial",
+                where=str(self.partial),
+                fix="add --resume to go on from it, or --overwrite to start anew",
+            )
+
+    def _finish(self) -> None:
+        (self.partial / PROGRESS).unlink()
+        if os.path.lexists(self.out):
+            if self.replaced.exists():
+                shutil.rmtree(self.replaced)
+            os.rename(self.out, self.replaced)
+        os.rename(self.partial, self.out)
+        if self.replaced.is_dir() and not self.replaced.is_symlink():
+            shutil.rmtree(self.replaced)
+        elif os.path.lexists(self.replaced):
+            self.replaced.unlink()
+
+
+def carry_files(base: Path, folder: Path) -> list[str]:
+    """Copy the base's other files by the allow list, links as the files they point to; the names left behind."""
+    left = []
+    for path in sorted(p for p in base.rglob("*") if p.is_file()):
+        name = path.relative_to(base).as_posix()
+        if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
+            continue
+        if any(fnmatch(name, pattern) for pattern in CARRIED if "/" in pattern or "/" not in name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        elif not path.name.endswith(".safetensors") or "/" in name:
+            left.append(name)
+    card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
+    if card:
+        shutil.copyfile(card, folder / BASE_CARD)
+    return left
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: dict) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def machine_errors(where: Path, partial: Path | None = None):
+    """Turn what the operating system refuses into a `MachineError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, fix = "the disk is full", "free some space"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, fix = "no permission to write here", "choose another folder (-o)"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            what, fix = "a part of this path is a file, not a folder", "choose another folder (-o)"
+        else:
+            what, fix = f"the system refused: {error.strerror or error}", ""
+        if partial is not None and partial.exists():
+            fix += f"{', then ' if fix else ''}run the same command with --resume"
+        raise MachineError(what, where=str(error.filename or where), fix=fix) from error

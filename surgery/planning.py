@@ -1,0 +1,172 @@
+"""What a recipe would do to a model: worked out from the config and the headers, no weight is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+
+from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .errors import SurgeryError
+from .layers import packed_shapes, unpack
+from .operation import NATIVE, SURGICAL, Change, Operation, WeightRewrite
+from .recipe import Recipe
+
+BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation with the anatomy that it meets and the change that it plans."""
+
+    operation: Operation
+    before: Anatomy
+    change: Change
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe worked out for one model.
+
+    Attributes:
+        recipe, source: what is applied to what (the name that the user gave).
+        steps: the operations in order.
+        shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
+    """
+
+    recipe: Recipe
+    source: str
+    before: Anatomy
+    steps: tuple[Step, ...]
+    shapes: dict[str, tuple[int, ...] | None]
+
+    @property
+    def after(self) -> Anatomy:
+        return self.steps[-1].change.after
+
+    @property
+    def tier(self) -> str:
+        return SURGICAL if any(step.change.tier == SURGICAL for step in self.steps) else NATIVE
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be rewritten layer by layer, without building the model."""
+        return all(isinstance(step.operation, WeightRewrite) for step in self.steps)
+
+    @property
+    def changes(self) -> list[str]:
+        return [line for step in self.steps for line in step.change.lines]
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [note for step in self.steps for note in step.change.notes]
+        if self.before.guess:
+            notes.append(
+                f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
+            )
+        return notes
+
+    @property
+    def parameters_after(self) -> int:
+        old = {name: prod(self.before.tensors[name][1]) for name in self.shapes if name in self.before.tensors}
+        new = sum(prod(shape) for shape in self.shapes.values() if shape is not None)
+        return self.before.parameters - sum(old.values()) + new
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of weights that will be written."""
+        kept = sum(
+            prod(shape) * BYTES.get(dtype, 1)
+            for name, (dtype, shape) in self.before.tensors.items()
+            if name not in self.shapes
+        )
+        size = BYTES.get(self.before.dtype, 2)
+        return kept + sum(prod(shape) * size for shape in self.shapes.values() if shape is not None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the weights while streaming: a layer as stored, twice, and in float64, twice."""
+        layer = self.before.layers[0]
+        values = (
+            sum(prod(self.before.tensors[f"{layer.path}.{n}"][1]) for n in layer.tensor_names) if self.shapes else 0
+        )
+        return values * (2 * BYTES.get(self.before.dtype, 2) + 16) + (64 << 20)
+
+    @property
+    def seconds(self) -> float:
+        return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers)
+
+    def summary(self) -> dict:
+        """What surgery.json keeps of the plan."""
+        return {
+            "changes": self.changes,
+            "notes": self.notes,
+            "parameters": {"before": self.before.parameters, "after": self.parameters_after},
+            "kv_bytes_per_token": {
+                "before": self.before.kv_bytes_per_token,
+                "after": self.after.kv_bytes_per_token,
+            },
+        }
+
+    def to_dict(self) -> dict:
+        layers = zip(self.before.layers, self.after.layers, strict=True)
+        return {
+            "recipe": self.recipe.to_dict(),
+            "model": self.source,
+            "model_type": self.before.model_type,
+            "guess": self.before.guess,
+            "tier": self.tier,
+            "engine": "streaming" if self.streams else "loaded",
+            **self.summary(),
+            "layers": [{"path": a.path, "before": heads(a), "after": heads(b)} for a, b in layers],
+            "estimate": {
+                "output_bytes": self.output_bytes,
+                "memory_bytes": self.memory_bytes,
+                "seconds": round(self.seconds, 1),
+            },
+        }
+
+    def hash(self, fingerprint: str) -> str:
+        """Identity of a conversion: the resolved recipe and the base's fingerprint."""
+        from . import __version__
+
+        facts = {"recipe": self.recipe.to_dict(), "base": fingerprint, "version": __version__}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def heads(layer: LayerAnatomy) -> dict[str, int]:
+    return {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
+
+
+def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
+    """Work a recipe out for a model.
+
+    Raises:
+        SurgeryError: with every problem of the first operation that cannot be applied.
+    """
+    steps, current = [], anatomy
+    for operation in recipe.operations:
+        if problems := operation.problems(current):
+            first, *rest = (SurgeryError(problem, where=source) for problem in problems)
+            raise SurgeryError(first.what, where=source, others=tuple(rest))
+        change = operation.plan(current)
+        steps.append(Step(operation, current, change))
+        current = change.after
+    return Plan(recipe, source, anatomy, tuple(steps), new_shapes(anatomy, current))
+
+
+def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:
+    """Stored name -> shape after, for the tensors of every attention layer that is rewritten; None: it goes."""
+    import torch
+
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    if not before.tensors:
+        return shapes
+    for old, new in zip(before.layers, after.layers, strict=True):
+        names = {name: f"{old.path}.{name}" for name in old.tensor_names}
+        empty = {name: torch.empty(before.tensors[full][1], device="meta") for name, full in names.items()}
+        packed = packed_shapes(new, unpack(old, empty))
+        shapes |= {full: packed.get(name) for name, full in names.items()}
+        shapes |= {f"{old.path}.{name}": shape for name, shape in packed.items()}
+    return shapes

@@ -1,0 +1,234 @@
+"""From a config and a table of tensors to an `Anatomy`: every fact is read once, here, and checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .errors import SurgeryError
+from .families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+
+DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
+    """The anatomy that a config and a table of tensors describe.
+
+    Args:
+        config: a Transformers config.
+        tensors: name -> (dtype, shape); empty if unknown, then the config is believed.
+        where: what to call the model in errors.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model_type = getattr(text, "model_type", "") or ""
+    family, guess, prefix = FAMILIES.get(model_type), False, ""
+    if family is None:
+        family, prefix = _guess(config, tensors, where)
+        guess = True
+    count = _number(text, "num_hidden_layers", where)
+    heads = _number(text, "num_attention_heads", where)
+    kv_heads = _kv_heads(text, family, heads)
+    head_dim = getattr(text, "head_dim", None) or _number(text, "hidden_size", where) // heads
+    if heads % kv_heads:
+        raise SurgeryError(f"config.json has {heads} query heads on {kv_heads} KV heads", where=where, fix="repair it")
+    family = _settle_falcon(text, family)
+    prefix = prefix or _find_layers(family, tensors, count, where)
+    layers = []
+    for i in range(count):
+        path = f"{prefix}.{i}.{family.attn}"
+        layer = LayerAnatomy(
+            index=i,
+            path=path,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rotary=_rotary(text, family, head_dim, i, guess),
+            positions=_positions(text, family, i, guess),
+            qk_norm=_qk_norm(text, family, tensors, path, guess),
+            window=_window(text, i),
+            soft_cap=getattr(text, "attn_logit_softcapping", None),
+            biases=_biases(family, tensors, path),
+            dtype=_dtype(family, tensors, path),
+            layout=family,
+        )
+        if tensors:
+            _verify(layer, tensors, config, where)
+        layers.append(layer)
+    composite = config.model_type if text is not config else None
+    dtype = layers[0].dtype or _config_dtype(text)
+    return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
+
+
+def _number(config, name: str, where: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or value < 1:
+        raise SurgeryError(f"the config has no usable {name} (found {value!r})", where=where)
+    return value
+
+
+def _kv_heads(text, family: Family, heads: int) -> int:
+    if family.kv_field is None:
+        return heads
+    if family.kv_field == "falcon":
+        if text.new_decoder_architecture:
+            return text.num_kv_heads
+        return 1 if text.multi_query else heads
+    return getattr(text, family.kv_field, None) or heads
+
+
+def _settle_falcon(text, family: Family) -> Family:
+    if family.layout != "falcon":
+        return family
+    rows = text.multi_query and not text.new_decoder_architecture
+    return replace(family, layout="rows" if rows else "grouped")
+
+
+def _find_layers(family: Family, tensors: dict, count: int, where: str) -> str:
+    """Path of the layer list in this file or model."""
+    if not tensors:
+        return family.layers
+    tail = f"{family.attn}.{family.o}.weight"
+    found = {path: sum(f"{path}.{i}.{tail}" in tensors for i in range(count)) for path in LAYER_PATHS[family.layers]}
+    path = max(found, key=found.get)
+    if found[path] == 0:
+        raise SurgeryError(
+            f"no attention weights found under {' or '.join(found)}",
+            where=where,
+            exists=_attention_names(tensors),
+        )
+    if found[path] < count:
+        lost = next(i for i in range(count) if f"{path}.{i}.{tail}" not in tensors)
+        raise SurgeryError(
+            f"{path}.{lost}.{tail} is missing",
+            where=where,
+            exists=f"{found[path]} of the {count} layers that config.json promises",
+        )
+    return path
+
+
+def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
+    """Family and layer path of an unknown model that has the common q_proj/k_proj/v_proj/o_proj form."""
+    model_type = getattr(config, "model_type", "") or "(no model_type)"
+    classes = getattr(config, "architectures", None) or []
+    if getattr(config, "is_encoder_decoder", False) or (
+        classes and not any(c.endswith(DECODER_HEADS) for c in classes)
+    ):
+        raise SurgeryError(
+            f"{model_type} is not a decoder language model (architectures: {', '.join(classes) or 'none'})",
+            where=where,
+            exists=f"known families: {', '.join(FAMILIES)}",
+            fix="surgery converts causal language models; encoder-only, vision and encoder-decoder models are not supported",
+        )
+    forms: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, (re.match(COMMON_FORM, name) for name in tensors)):
+        forms.setdefault((match["layers"], match["attn"]), set()).add(match["p"])
+    for (layers, attn), found in forms.items():
+        outputs = found & {"o_proj", "out_proj"}
+        if {"q_proj", "k_proj", "v_proj"} <= found and len(outputs) == 1:
+            text = config.get_text_config() if hasattr(config, "get_text_config") else config
+            honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) else None
+            return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
+    raise SurgeryError(
+        f"attention of model type {model_type} is of a form that is not understood",
+        where=where,
+        exists=_attention_names(tensors) or f"known families: {', '.join(FAMILIES)}",
+        fix="a family is one row in surgery/families.py; unknown ones need q_proj, k_proj, v_proj and o_proj",
+    )
+
+
+def _attention_names(tensors: dict) -> str:
+    """Module names of one layer that look like attention, for an error."""
+    names = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if any(w in name for w in ATTENTION_WORDS)}
+    shown = sorted(names)[:8]
+    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _positions(text, family: Family, i: int, guess: bool) -> str:
+    if guess or family.positions in ("learned", "unknown"):
+        return family.positions
+    if getattr(text, "alibi", False) is True:
+        return "alibi"
+    no_rope = getattr(text, "no_rope_layers", None)  # SmolLM3: 1 = this layer does use RoPE
+    return "none" if no_rope and not no_rope[i] else family.positions
+
+
+def _rotary(text, family: Family, head_dim: int, i: int, guess: bool) -> int:
+    if _positions(text, family, i, guess) not in ("half", "interleaved"):
+        return 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
+        rope = rope.get((getattr(text, "layer_types", None) or [""])[i], {})
+    share = rope.get("partial_rotary_factor", 1.0)
+    return getattr(text, "rotary_dim", None) or int(head_dim * share)
+
+
+def _qk_norm(text, family: Family, tensors: dict, path: str, guess: bool) -> str | None:
+    kind = family.qk_norm or ("shared" if guess else None)
+    if kind is None:
+        return None
+    if tensors:
+        return kind if any(name.startswith(f"{path}.{family.k_norm}.") for name in tensors) else None
+    switches = [getattr(text, name, None) for name in ("use_qk_norm", "qk_layernorm")]
+    return None if False in switches else kind
+
+
+def _window(text, i: int) -> int | None:
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return window if kinds[i] == "sliding_attention" else None
+    return window if getattr(text, "use_sliding_window", True) else None
+
+
+def _biases(family: Family, tensors: dict, path: str) -> str:
+    if family.qkv:
+        fused = "qkv" if f"{path}.{family.qkv}.bias" in tensors else ""
+    else:
+        fused = "".join(p for p in "qkv" if f"{path}.{getattr(family, p)}.bias" in tensors)
+    return fused + ("o" if f"{path}.{family.o}.bias" in tensors else "")
+
+
+def _dtype(family: Family, tensors: dict, path: str) -> str:
+    return tensors.get(f"{path}.{family.o}.weight", ("",))[0]
+
+
+def _config_dtype(text) -> str:
+    name = str(getattr(text, "dtype", None) or "").removeprefix("torch.")
+    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}.get(name, "")
+
+
+def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
+    """Every tensor of the layer is there, unquantised, and of the shape that the config promises."""
+    layout, rows = layer.layout, {"q": layer.heads, "k": layer.kv_heads, "v": layer.kv_heads}
+    wanted = {layout.qkv: sum(rows.values())} if layout.qkv else {getattr(layout, p): n for p, n in rows.items()}
+    quantised = getattr(config, "quantization_config", None)
+    for name in layer.tensor_names:
+        full = f"{layer.path}.{name}"
+        if full not in tensors or tensors[full][0] not in BYTES:
+            if quantised or full in tensors:
+                _refuse_quantised(config, full, tensors.get(full), where)
+            raise SurgeryError(f"{full} is missing", where=where, exists=_attention_names(tensors))
+    for name, heads in wanted.items():
+        shape = tensors[f"{layer.path}.{name}.weight"][1]
+        if (shape[1] if layout.conv1d else shape[0]) != heads * layer.head_dim:
+            raise SurgeryError(
+                f"{layer.path}.{name}.weight has shape {list(shape)}, which does not fit the config",
+                where=where,
+                exists=f"{layer.heads} query heads, {layer.kv_heads} KV heads, head size {layer.head_dim}",
+                fix="the config and the weights are of different models; fused layouts of other frameworks "
+                "(Megatron's interleave, for one) must be converted to Hugging Face's first",
+            )
+
+
+def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> None:
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method") or (found[0] if found else "an unknown method")
+    base = getattr(config, "_name_or_path", "") or ""
+    known = f"convert {base}, the unquantised model that the config names" if "/" in base else ""
+    raise SurgeryError(
+        f"the attention projections are quantised ({method}): {name} is {found[0] if found else 'not stored as a matrix'}",
+        where=where,
+        fix=known or "convert the unquantised model and quantise the result; weight rewrites need real matrices",
+    )

@@ -1,0 +1,271 @@
+"""Recipes: the schema, loading by name or path, overrides, and errors that name file, line and nearest key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from . import operations
+from .errors import SurgeryError, nearest
+from .operation import Operation
+from .yaml_lines import MAX_BYTES, parse
+
+SUFFIXES = (".yaml", ".yml")
+
+
+class Evaluate(BaseModel):
+    """What the finished model is judged on, and the gate it must pass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field("builtin", description="'builtin' (the held-out half of Python's reference) or a text file.")
+    windows: int = Field(8, ge=1, description="Windows of text that are scored.")
+    length: int = Field(512, ge=2, description="Tokens in a window.")
+    max_kl: float | None = Field(None, ge=0, description="Gate: mean KL to the base in nats per token, at most.")
+    max_perplexity_ratio: float | None = Field(None, ge=0, description="Gate: perplexity over the base's, at most.")
+    min_top1: float | None = Field(None, ge=0, le=1, description="Gate: share of equal best tokens, at least.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gate alone."""
+        return self.model_dump(include={"max_kl", "max_perplexity_ratio", "min_top1"}, exclude_none=True)
+
+
+class Recipe(BaseModel):
+    """An ordered list of operations, and how the result is healed and judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = Field(description="Version of this format.")
+    name: str = Field(min_length=1, description="Name of the recipe.")
+    description: str = Field("", description="One line on what it does.")
+    operations: Annotated[list[Any], Field(min_length=1, description="What is done, in this order.")]
+    heal: None = Field(None, description="Training after the surgery; this version has none: null.")
+    evaluate: Evaluate | None = Field(Evaluate(), description="Text and gate; null evaluates nothing.")
+
+    def to_dict(self) -> dict:
+        """Plain data, every default written out."""
+        return self.model_dump(mode="json") | {"operations": [op.model_dump(mode="json") for op in self.operations]}
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    from . import recipes
+
+    files = [file for folder in recipes.__path__ for file in sorted(Path(folder).glob("*.yaml"))]
+    return {file.stem: file for file in files}
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe given by name or path."""
+    path = Path(name)
+    if path.suffix in SUFFIXES or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        what = "is a folder, not a recipe" if path.is_dir() else "does not exist"
+        raise SurgeryError(f"the recipe file {what}", where=str(path), fix="`surgery cp NAME` writes one here to edit")
+    known = shipped()
+    if str(name) in known:
+        return known[str(name)]
+    close = nearest(str(name), known)
+    raise SurgeryError(
+        f"unknown recipe {str(name)!r}",
+        exists=", ".join(known),
+        fix=f"did you mean {close!r}?" if close else "a path to a file of yours ends in .yaml",
+    )
+
+
+def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, ...] = (), **fields) -> Recipe:
+    """A checked recipe.
+
+    Args:
+        recipe: name, path, plain data or a `Recipe`.
+        overrides: "key=value" or "op.key=value" texts, as on the command line.
+        fields: the same as keywords, for Python.
+
+    Raises:
+        SurgeryError: with every fault of the recipe at once.
+    """
+    lines: dict = {}
+    if isinstance(recipe, Recipe):
+        data, where = recipe.to_dict(), recipe.name
+    elif isinstance(recipe, dict):
+        data, where = recipe, "recipe"
+    else:
+        path = find(recipe)
+        data, lines = parse(_read(path), str(path))
+        where = str(path)
+    if not isinstance(data, dict):
+        raise SurgeryError(
+            "the recipe is empty" if data is None else "a recipe is a mapping of keys",
+            where=where,
+            exists=f"keys: {', '.join(Recipe.model_fields)}",
+            fix="`surgery cp gqa` writes one to start from",
+        )
+    data = yaml.safe_load(yaml.safe_dump(data))  # a copy that overrides may change
+    for override in [
+        *overrides,
+        *(f"{key}={yaml.safe_dump(v, default_flow_style=True)}" for key, v in fields.items()),
+    ]:
+        lines[_override(data, override)] = f"override {override.strip()!r}"
+    return _validate(data, lines, where)
+
+
+def schema() -> dict:
+    """JSON Schema of a recipe, with the fields of every operation that loads."""
+    full = Recipe.model_json_schema()
+    classes, _ = operations.catalogue()
+    full["properties"]["operations"]["items"] = {
+        "oneOf": [_required_op(cls.model_json_schema(), op) for op, cls in classes.items()]
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **full}
+
+
+def _required_op(part: dict, op: str) -> dict:
+    part["properties"]["op"] = {"const": op, "type": "string"}
+    part["required"] = ["op", *(name for name in part.get("required", []) if name != "op")]
+    return part
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise SurgeryError(f"the file has {path.stat().st_size:,} bytes; a recipe has fewer", where=str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SurgeryError("the file is not UTF-8 text", where=str(path)) from None
+
+
+def _override(data: dict, text: str) -> tuple:
+    """Set one field in place; the path that was set."""
+    key, equals, value = text.partition("=")
+    key, where = key.strip(), f"override {text!r}"
+    if not equals or not key:
+        raise SurgeryError("an override is written key=value", where=where)
+    value, _ = parse(value, where)
+    steps = data.get("operations")
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    places = _places(data, steps, key)
+    if len(places) > 1:
+        names = [".".join(map(str, place)) for place in places]
+        raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
+    if not places:
+        known = _known_keys(steps)
+        close = nearest(key, known)
+        raise SurgeryError(
+            f"no field {key!r} in this recipe",
+            where=where,
+            exists=", ".join(known),
+            fix=f"did you mean {close!r}?" if close else "",
+        )
+    *path, last = places[0]
+    target: Any = data
+    for step in path:
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[step]
+    target[last] = value
+    return places[0]
+
+
+def _places(data: dict, steps: list[dict], key: str) -> list[tuple]:
+    """Paths in the recipe that an override's key can mean."""
+    head, _, tail = key.rpartition(".")
+    if head.startswith("operations.") and head.split(".")[1].isdigit():
+        index = int(head.split(".")[1])
+        return [("operations", index, tail)] if index < len(steps) else []
+    if head == "evaluate" and tail in Evaluate.model_fields:
+        return [("evaluate", tail)]
+    if not head and key in ("name", "description", "evaluate", "heal"):
+        return [(key,)]
+    places = [
+        ("operations", i, tail)
+        for i, step in enumerate(steps)
+        if (not head or step.get("op") == head) and tail in _fields(step)
+    ]
+    if not head and tail in Evaluate.model_fields:
+        places.append(("evaluate", tail))
+    return places
+
+
+def _fields(step: dict) -> list[str]:
+    try:
+        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
+    except SurgeryError:
+        return [name for name in step if name != "op"]
+
+
+def _known_keys(steps: list[dict]) -> list[str]:
+    keys = [name for step in steps for name in _fields(step)]
+    return list(dict.fromkeys([*keys, *(f"evaluate.{name}" for name in Evaluate.model_fields)]))
+
+
+def _validate(data: dict, lines: dict, where: str) -> Recipe:
+    faults: list[SurgeryError] = []
+    steps: list[Operation] = []
+    raw = data.get("operations")
+    for i, step in enumerate(raw if isinstance(raw, list) else []):
+        path = ("operations", i)
+        if not isinstance(step, dict) or not isinstance(step.get("op"), str):
+            faults.append(SurgeryError("an operation is a mapping with the key op", where=_at(lines, path, where)))
+            continue
+        try:
+            cls = operations.find(step["op"])
+            steps.append(cls.model_validate(step))
+        except SurgeryError as error:
+            faults.append(
+                SurgeryError(error.what, where=_at(lines, (*path, "op"), where), exists=error.exists, fix=error.fix)
+            )
+        except ValidationError as error:
+            faults += _faults(error, lines, where, path, list(cls.model_fields))
+    try:
+        recipe = Recipe.model_validate(data | ({"operations": steps or raw} if isinstance(raw, list) else {}))
+    except ValidationError as error:
+        faults = _faults(error, lines, where, (), list(Recipe.model_fields)) + faults
+    if faults:
+        first, *rest = sorted(faults, key=_line_number)
+        raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
+    return recipe
+
+
+def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:
+    """One sentence for each of pydantic's complaints; alternatives of one field are joined."""
+    by_path: dict[tuple, list[dict]] = {}
+    for item in error.errors(include_url=False):
+        depth = next((n for n, step in enumerate(item["loc"]) if step in known), 0) + 1
+        loc = item["loc"] if item["loc"][:1] == ("evaluate",) else item["loc"][:depth]
+        by_path.setdefault((*prefix, *loc), []).append(item)
+    faults = []
+    for path, items in by_path.items():
+        key, names = path[-1], list(Evaluate.model_fields) if path[:1] == ("evaluate",) else known
+        at, kind = _at(lines, path, where), items[0]["type"]
+        if kind == "extra_forbidden":
+            close = nearest(key, names)
+            fix = f"did you mean {close!r}?" if close else ""
+            faults.append(SurgeryError(f"unknown key {key!r}", where=at, exists=", ".join(names), fix=fix))
+        elif kind == "missing":
+            faults.append(SurgeryError(f"the key {key!r} is missing", where=at))
+        elif key == "heal":
+            fix = "write heal: null"
+            faults.append(SurgeryError("healing is not in this version", where=at, fix=fix))
+        else:
+            wrong = " or ".join(dict.fromkeys(i["msg"].removeprefix("Input should be ") for i in items))
+            faults.append(SurgeryError(f"{key} should be {wrong}; it is {items[0]['input']!r}", where=at))
+    return faults
+
+
+def _at(lines: dict, path: tuple, where: str) -> str:
+    """File and line of a path, or of its nearest ancestor; an override names itself."""
+    for end in range(len(path), -1, -1):
+        line = lines.get(path[:end])
+        if line is not None:
+            return line if isinstance(line, str) else f"{where}:{line}"
+    return where
+
+
+def _line_number(fault: SurgeryError) -> int:
+    line = fault.where.rpartition(":")[2]
+    return int(line) if line.isdigit() else 0

@@ -1,0 +1,59 @@
+"""YAML that is data and nothing else, with the line of every key.
+
+No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, a size limit.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from .errors import SurgeryError
+
+MAX_BYTES = 256 << 10
+Path = tuple[str | int, ...]
+
+
+def parse(text: str, where: str) -> tuple[object, dict[Path, int]]:
+    """Plain data, and the line (from 1) of every key and item by its path.
+
+    Raises:
+        SurgeryError: not YAML, too large, or using what recipes may not use.
+    """
+    if len(text) > MAX_BYTES:
+        raise SurgeryError(
+            f"the file has {len(text):,} characters; a recipe has fewer than {MAX_BYTES:,}", where=where
+        )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise SurgeryError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
+            if getattr(event, "tag", None):
+                raise SurgeryError(f"the tag {event.tag} is not allowed in a recipe", where=f"{where}:{line}")
+        node = yaml.compose(text, Loader=loader)
+        data = yaml.load(text, Loader=loader)  # a safe loader: plain data only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{where}:{mark.line + 1}" if mark else where
+        raise SurgeryError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise SurgeryError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
+    lines: dict[Path, int] = {}
+    if node is not None:
+        _walk(node, (), lines, where)
+    return data, lines
+
+
+def _walk(node, path: Path, lines: dict[Path, int], where: str) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in lines:
+                raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _walk(value, (*path, i), lines, where)
