@@ -133,12 +133,12 @@ class Anatomy:
                 f"{self.model_type} has no KV-head number: its config accepts num_key_value_heads and the forward "
                 f"ignores it, so every stock {self.model_type} has {layer.heads} KV heads"
             )
-        if layer.layout.kv_field == "falcon" and not self.config.new_decoder_architecture:
-            if kv_heads not in (1, layer.heads):
-                return (
-                    f"this falcon (old decoder) has a switch, multi_query, and no number: 1 KV head or "
-                    f"{layer.heads} are possible, {kv_heads} are not"
-                )
+        old_falcon = layer.layout.kv_field == "falcon" and not self.config.new_decoder_architecture
+        if old_falcon and kv_heads not in (1, layer.heads):
+            return (
+                f"this falcon (old decoder) has a switch, multi_query, and no number: 1 KV head or {layer.heads} "
+                f"are possible, {kv_heads} are not"
+            )
         return ""
 
     def with_kv_heads(self, kv_heads: int) -> Anatomy:
@@ -153,6 +153,35 @@ class Anatomy:
                 edits = {"multi_query": multi, "num_kv_heads": self.layers[0].heads}
         layers = tuple(replace(layer, kv_heads=kv_heads, layout=layout) for layer in self.layers)
         return replace(self, layers=layers, edits=self.edits | edits)
+
+    def to_dict(self) -> dict:
+        """Plain data, for `--json`."""
+        keys = (
+            "index",
+            "path",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "rotary",
+            "positions",
+            "qk_norm",
+            "window",
+            "soft_cap",
+        )
+        layers = [
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")} | {"sinks": bool(layer.layout.sinks)}
+            for layer in self.layers
+        ]
+        return {
+            "model_type": self.model_type,
+            "composite": self.composite,
+            "guess": self.guess,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "interface": self.layers[0].layout.interface,
+            "layers": layers,
+        }
 
     def edit_config(self, raw: dict) -> dict:
         """A config.json with this anatomy's edits, everything else as it stands."""

@@ -37,6 +37,28 @@ def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequen
     return make_plan(resolved, Anatomy.of(source.path, header_table(source)), source.name)
 
 
+def anatomy_of(model) -> Anatomy:
+    """The anatomy of a folder, a name, a Hub id or a loaded model; no weight is read."""
+    if not isinstance(model, str | Path):
+        return Anatomy.of(model)
+    from .hub import resolve
+
+    source = resolve(str(model), weights=False)
+    return Anatomy.of(source.path, header_table(source))
+
+
+def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
+    """Shipped recipe -> why it cannot be applied to such a model (empty: it can)."""
+    fits = {}
+    for name in recipes.shipped():
+        try:
+            make_plan(recipes.load(name), anatomy, "")
+            fits[name] = []
+        except SurgeryError as error:
+            fits[name] = [fault.what for fault in (error, *error.others)]
+    return fits
+
+
 def apply(
     recipe: str | Path | dict | recipes.Recipe,
     model,

@@ -59,6 +59,25 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
+def descriptions() -> dict[str, str]:
+    """Name -> one line, of every shipped recipe."""
+    return {name: parse(_read(file), str(file))[0].get("description", "") for name, file in shipped().items()}
+
+
+def copy(name: str | Path, target: Path | None = None) -> Path:
+    """Write a recipe's file to `target` (default: here, under its own name); never over an existing file."""
+    source = find(name)
+    target = target or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise SurgeryError("the file exists", where=str(target), fix="name another file")
+    from .output import machine_errors
+
+    with machine_errors(target):
+        target.write_text(_read(source), encoding="utf-8")
+    return target
+
+
 def find(name: str | Path) -> Path:
     """The file of a recipe given by name or path."""
     path = Path(name)

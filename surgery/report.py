@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import SurgeryError
+from .errors import CheckError, GateError, SurgeryError
 from .output import BASE_CARD, write_json, write_text
 
 FORMAT, FILE = 1, "surgery.json"
@@ -44,6 +44,25 @@ class Report:
 
         write_json(self.folder / FILE, self.data)
         write_text(self.folder / "README.md", render_card(self.data, base_card(self.folder)))
+
+    def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
+        """Raise what the report holds against the checkpoint: a failed check, else a failed gate.
+
+        Args:
+            kind: only faults of this class.
+        """
+        folder, checked = str(self.folder), self.data["check"]
+        if checked and not checked["passed"] and issubclass(CheckError, kind):
+            faults = [item for item in checked["items"] if item["status"] == "failed"]
+            what = "; ".join(f"{item['name']}: {item['detail']}" for item in faults)
+            raise CheckError(f"the check found a fault: {what}", where=folder)
+        if self.gate == "failed" and issubclass(GateError, kind):
+            raise GateError(
+                f"the quality gate failed: {'; '.join(self.data['gate'].get('reasons', []))}",
+                where=folder,
+                fix="the folder is kept and marked `gate: failed`; train it, choose a milder setting, raise the limit "
+                "(evaluate.max_kl=...), or accept the damage with --no-gate",
+            )
 
     @classmethod
     def of(cls, folder: str | Path) -> Report:
