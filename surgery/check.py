@@ -56,7 +56,7 @@ def check_folder(
     except SurgeryError as error:
         return [*items, Item("structure", FAILED, str(error))]
     items.append(check_finite(checkpoint, progress))
-    items.append(check_shapes(anatomy, checkpoint))
+    items.append(check_shapes(folder, anatomy, checkpoint))
     needed = int(checkpoint.size * LOAD_OVERHEAD)
     if base is not None:
         needed = max(needed, int(Checkpoint(base).size * LOAD_OVERHEAD))
@@ -115,14 +115,37 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     return Item("finite values", PASSED, f"{seen} tensors")
 
 
-def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> Item:
-    """The attention of every layer has the shapes that the config promises (`Anatomy.of` has verified it)."""
-    layer = anatomy.layers[0]
-    return Item(
-        "shapes against config",
-        PASSED,
-        f"{len(anatomy.layers)} layers, {layer.heads} query heads, {layer.kv_heads} KV heads of {layer.head_dim}",
+def check_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> Item:
+    """Every stored tensor has the shape that the config gives its module, on a model without memory.
+
+    Attention was verified when the anatomy was read. Names that Transformers renames on load (experts that it
+    fuses) are counted, not compared: loading compares those.
+    """
+    name, layer = "shapes against config", anatomy.layers[0]
+    try:
+        wanted = {key: tuple(tensor.shape) for key, tensor in empty_model(folder).state_dict().items()}
+    except Exception as error:  # a config that Transformers accepts and its model class does not
+        return Item(name, FAILED, f"no model can be made from this config: {error}"[:500])
+    known = [key for key in checkpoint.tensors if key in wanted]
+    for key in known:
+        if checkpoint.tensors[key].shape != wanted[key]:
+            shapes = f"{list(checkpoint.tensors[key].shape)}, the config says {list(wanted[key])}"
+            return Item(name, FAILED, f"{key} has shape {shapes}")
+    heads = (
+        f"{len(anatomy.layers)} layers, {layer.heads} query heads, KV heads {layer.kv_heads}, size {layer.head_dim}"
     )
+    return Item(name, PASSED, f"{len(known)} of {len(checkpoint.tensors)} tensors compared; {heads}")
+
+
+def empty_model(folder: Path):
+    """The folder's model on the meta device: shapes and code, no memory."""
+    import torch
+
+    from .folder import load_config
+    from .scoring import auto_class
+
+    with torch.device("meta"):
+        return auto_class(folder).from_config(load_config(folder))
 
 
 def too_big(needed: int, memory: int | None) -> str | None:
@@ -204,15 +227,10 @@ def check_layers(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> Item
     import inspect
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from .folder import load_config
-
-    name, config = "layers one by one", load_config(folder)
-    auto = AutoModelForImageTextToText if anatomy.composite else AutoModelForCausalLM
+    name = "layers one by one"
     try:
-        with torch.device("meta"):
-            model = auto.from_config(config)
+        model = empty_model(folder)
         memory_path = anatomy.layers[0].layout.layers
         if anatomy.composite:
             memory_path = "model.language_model.layers"

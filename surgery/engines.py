@@ -102,7 +102,7 @@ def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
         if not tensor.isfinite().all():
             raise SurgeryError(
                 f"{path}.{name} holds NaN or infinite values",
-                fix="the base checkpoint is damaged (`surgery check` scans a whole folder); download or train it again",
+                fix="the base checkpoint is damaged: download it again",
             )
 
 

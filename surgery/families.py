@@ -117,7 +117,10 @@ LAYER_PATHS: dict[str, tuple[str, ...]] = {
 }
 
 # The common form by which an unknown family is understood (and said to be a guess).
-COMMON_FORM = r"^(?P<layers>(?:[\w]+\.)*(?:layers|h|blocks))\.(?P<i>\d+)\.(?P<attn>self_attn|attention|attn)\.(?P<p>q_proj|k_proj|v_proj|o_proj|out_proj)\.weight$"
+COMMON_FORM = (
+    r"^(?P<layers>(?:\w+\.)*(?:layers|h|blocks))\.(?P<i>\d+)\.(?P<attn>self_attn|attention|attn)"
+    r"\.(?P<p>q_proj|k_proj|v_proj|o_proj|out_proj)\.weight$"
+)
 
 # Module names that betray attention of another form, for the error that names what was found.
 ATTENTION_WORDS = (

@@ -7,19 +7,17 @@ huggingface_hub is imported inside functions, so that importing this module cost
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os.path
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from .checkpoint import inside_folder
 from .errors import MachineError, SurgeryError, nearest
+from .hub_errors import LOGIN, brief, folders, hub_errors, hub_token
+from .output import sha256
 
 DEMO, DEMO_BASE = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +33,6 @@ LEFT = [
 ]  # fmt: skip
 NOT_PUSHED = ["*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*"]
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,11 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> S
     pathlike = re.match(r"[.~/\\]|[A-Za-z]:[\\/]|.*\\", model) or repo.count("/") > 1 or repo.endswith("/")
     # `runs/exp1` where runs/ exists is a typo in a path, unless `@revision` says that the Hub is meant.
     if pathlike or ("/" in repo and not revision and os.path.isdir(os.path.dirname(repo))):
-        close = nearest(path.name, _folders(path.parent))
+        close = nearest(path.name, folders(path.parent))
         exists = model.rstrip("/\\").removesuffix(path.name) + close if close else ""
         fix = "give an existing folder or a Hub id" if pathlike else f"to mean the Hub, write `{repo}@main`"
         raise SurgeryError("no such folder", where=model, exists=exists, fix=fix)
     return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
-
-
-def _folders(parent: Path) -> list[str]:
-    try:
-        return sorted(p.name for p in parent.iterdir() if p.is_dir())
-    except OSError:
-        return []
 
 
 def _valid_id(repo: str) -> str:
@@ -110,7 +100,7 @@ def _valid_id(repo: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise SurgeryError(f"not a Hub id: {_brief(error)}", where=repo, fix="write `owner/name`") from None
+        raise SurgeryError(f"not a Hub id: {brief(error)}", where=repo, fix="write `owner/name`") from None
     return repo
 
 
@@ -177,84 +167,6 @@ def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
             return dict(zip(names, pool.map(header, names), strict=True))
 
 
-@contextmanager
-def hub_errors(repo: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub, its HTTP client and the disk raise into one sentence and a remedy."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except Exception as error:
-        reason: BaseException = error
-        while isinstance(reason, (LocalEntryNotFoundError, RuntimeError)) and reason.__cause__:
-            reason = reason.__cause__  # wrapped by the library
-        if translated := _translate(reason, repo, revision or "main", writing):
-            raise translated from error
-        raise
-
-
-def _translate(error: BaseException, repo: str, revision: str, writing: bool) -> SurgeryError | None:
-    from huggingface_hub import constants, errors
-
-    url, cache, again = f"{constants.ENDPOINT}/{repo}", constants.HF_HUB_CACHE, "run the same command again"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if isinstance(error, errors.GatedRepoError):
-        fix = f"accept its terms at {url} and log in with `hf auth login`"
-        return MachineError(f"`{repo}` is gated, and this machine has no access to it", fix=fix)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return SurgeryError(f"`{repo}` has no revision `{revision}`", fix=f"see its branches at {url}")
-    # Without a token the Hub answers 401 for a missing repository; with a bad one, for everything.
-    if status == 401 and (writing or _token()):
-        return MachineError("the Hub does not accept this token", fix=LOGIN)
-    if isinstance(error, errors.RepositoryNotFoundError):
-        cached = [n[8:].replace("--", "/", 1) for n in _folders(Path(cache)) if n.startswith("models--")]
-        close = nearest(repo, [*cached, *_folders(Path()), DEMO])
-        fix = f"check the spelling; if it is private, {LOGIN}"
-        return SurgeryError(f"the Hub has no model `{repo}`, or it is private", exists=close, fix=fix)
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        what = "nothing can be pushed" if writing else f"`{repo}` at `{revision}` is not all in the Hub cache"
-        if constants.HF_HUB_OFFLINE:
-            return MachineError(f"HF_HUB_OFFLINE is set, and {what}", fix="unset HF_HUB_OFFLINE")
-        return MachineError(what, where=cache, fix="allow the network once")
-    if status in (401, 403):
-        what = f"you may not {'write to' if writing else 'read'} `{repo}`"
-        return MachineError(what, fix=f"use a token that has this right; {LOGIN}")
-    if isinstance(error, json.JSONDecodeError):  # a proxy's login page
-        return MachineError(
-            "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {again}"
-        )
-    if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
-        return SurgeryError(f"the Hub refused the request: {_brief(error)}", where=repo)
-    if status is not None:
-        return MachineError(f"the Hub answered {status}", where=url, fix=f"{again} later")
-    if getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return MachineError("the disk is full", where=cache, fix="free space, or set HF_HOME")
-    if isinstance(error, PermissionError):
-        return MachineError("no permission", where=str(error.filename or cache))
-    clients = {"httpx", "httpx2", "requests", "urllib3"}
-    if isinstance(error, (ConnectionError, TimeoutError)) or libraries & clients:
-        what, fix = f"the Hub cannot be reached ({type(error).__name__})", f"check network and proxy, then {again}"
-        return MachineError(what, where=constants.ENDPOINT, fix=fix)
-    if "huggingface_hub" in libraries or isinstance(error, (OSError, RuntimeError)):
-        return MachineError(f"the transfer failed: {_brief(error)}", where=url, fix=again)
-    return None
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()  # HF_TOKEN, then the file that `hf auth login` wrote; we keep none of our own
-
-
-def _brief(error: BaseException) -> str:
-    """The start of a foreign message on one line, with nothing in it that is or looks like a token."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text.replace(_token() or "\0", "***"))[:240]
-
-
 def push(
     out: str | Path,
     repo: str,
@@ -311,7 +223,7 @@ def push(
         facts["warnings"].append("the card has no metadata: the Hub will show neither base model nor licence")
     if dry_run:
         return facts
-    if not (token := _token()):
+    if not (token := hub_token()):
         raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
@@ -369,13 +281,8 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
         raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")
     changed = [name for name in files if name.endswith(WEIGHTS) and name not in sums]
     changed += [n for n, (size, _) in sums.items() if n not in files or files[n].stat().st_size != size]
-    changed = changed or [name for name, (_, digest) in sums.items() if _sha256(files[name]) != digest]
+    changed = changed or [name for name, (_, digest) in sums.items() if sha256(files[name]) != digest]
     if changed or not any(name.endswith(".safetensors") for name in sums):
         names = ", ".join(changed[:4]) or "no weights are recorded"
         raise SurgeryError(f"changed since it was checked: {names}", where=str(out), fix=fix)
     return report, [{"name": name, "bytes": path.stat().st_size} for name, path in files.items()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -118,7 +118,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
             f"{model_type} is not a decoder language model (architectures: {', '.join(classes) or 'none'})",
             where=where,
             exists=f"known families: {', '.join(FAMILIES)}",
-            fix="surgery converts causal language models; encoder-only, vision and encoder-decoder models are not supported",
+            fix="surgery converts causal language models, not encoders, vision models or encoder-decoders",
         )
     forms: dict[tuple[str, str], set[str]] = {}
     for match in filter(None, (re.match(COMMON_FORM, name) for name in tensors)):
@@ -226,9 +226,10 @@ def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> Non
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = settings.get("quant_method") or (found[0] if found else "an unknown method")
     base = getattr(config, "_name_or_path", "") or ""
+    stored = found[0] if found else "not stored as a matrix"
     known = f"convert {base}, the unquantised model that the config names" if "/" in base else ""
     raise SurgeryError(
-        f"the attention projections are quantised ({method}): {name} is {found[0] if found else 'not stored as a matrix'}",
+        f"the attention projections are quantised ({method}): {name} is {stored}",
         where=where,
         fix=known or "convert the unquantised model and quantise the result; weight rewrites need real matrices",
     )

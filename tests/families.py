@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -32,6 +33,15 @@ GROUPED = COMMON | {"num_key_value_heads": KV}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 TOKENS = torch.randint(3, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products wait for each other's threads far longer than they compute: import this into a test file."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -51,7 +61,7 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def build(family: str, seed: int | None = None, **fields) -> PreTrainedModel:
     """A causal model of Transformers' class prefix `family` ("Llama") with these config fields."""
-    config = getattr(transformers, f"{family}Config")(**fields)
+    config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")(**fields)
     head = {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
     model = getattr(transformers, family + head)(config)
     return randomise(model, zlib.crc32(family.encode()) if seed is None else seed)
@@ -212,8 +222,10 @@ def key_norm(model: PreTrainedModel, module):
 
 
 def double(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in float64, with eager attention."""
-    return copy.deepcopy(model).double()
+    """A copy in float64 (the grouped matrix product of experts has no float64: eager there)."""
+    model = copy.deepcopy(model).double()
+    text_config(model)._experts_implementation = "eager"
+    return model
 
 
 def logits_of(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
@@ -257,6 +269,7 @@ def open_doors(folders: list[Path], scratch: Path, generate: int = 2) -> dict[Pa
         for i, f in enumerate(folders)
     ]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env["OMP_NUM_THREADS"] = "1"
     env |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [stranger(scratch / "env"), "-P", ROOT / "surgery" / "door.py"],

@@ -74,7 +74,7 @@ class GQA(WeightRewrite):
             found.append("gqa: align turns heads towards each other, and method: random keeps none; drop one of them")
         if self.align != "none" and layer.positions == "unknown":
             found.append(
-                f"gqa: align: {self.align} must know how RoPE pairs the channels, and {anatomy.model_type} is a guess: "
+                f"gqa: align: {self.align} must know how RoPE pairs channels, and {anatomy.model_type} is a guess: "
                 "use align: none"
             )
         if self.grouping == "similarity" and layer.kv_heads % target:
@@ -97,11 +97,11 @@ class GQA(WeightRewrite):
 
     def _notes(self, layer: LayerAnatomy):
         if layer.kv_heads % self.kv_heads:
-            yield f"{self.kv_heads} does not divide {layer.kv_heads}: some KV heads enter two groups; a divisor loses less"
+            yield f"{self.kv_heads} does not divide {layer.kv_heads}: some KV heads enter two groups"
         if self.align != "none" and layer.qk_norm:
             yield "keys are not aligned: the QK-norm's weights between projection and RoPE do not commute with a turn"
         if layer.qk_norm == "whole":
-            yield "the key norm spans all heads: its weight is rescaled to the new mean square, exact only on white inputs"
+            yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         record = {}
