@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import recipe as recipes
 from .anatomy import Anatomy
 from .errors import SurgeryError
-from .operation import Context
-from .output import OutputFolder, sha256
+from .output import OutputFolder, weight_files
 from .planning import Plan, make_plan
-from .report import Report, new_report
+from .report import FILE as REPORT
+from .report import Report, published
 
 Progress = Callable[[int, int, str], None]
 
@@ -104,7 +103,9 @@ def apply(
             raise SurgeryError(
                 "output goes with a name or folder", fix="surgery.save(model, folder, report) afterwards"
             )
-        return _apply_in_memory(recipes.load(recipe, overrides, **fields), model, progress, on_plan, overrides)
+        from .conversion import edit_model
+
+        return edit_model(recipes.load(recipe, overrides, **fields), model, overrides, progress, on_plan)
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if engine not in ("auto", "streaming", "loaded"):
@@ -112,6 +113,7 @@ def apply(
     from .conversion import convert
 
     resolved = recipes.load(recipe, overrides, **fields)
+    scored = resolved.evaluate if evaluate else None
     report, base = convert(
         resolved,
         str(model),
@@ -123,11 +125,13 @@ def apply(
         allow_pickle=allow_pickle,
         progress=progress,
         on_plan=on_plan,
+        refuse=None if scored is None else lambda folder: _refuse_unscorable(folder, scored),
     )
     if check:
         _check(report, None, progress=progress)
-    if evaluate and resolved.evaluate is not None and (not check or report.data["check"]["passed"]):
-        _evaluate(report, base, resolved.evaluate, progress)
+        report.save()
+    if scored is not None and (not check or report.data["check"]["passed"]):
+        _evaluate(report, base, scored, progress)
     if not gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
     report.save()
@@ -161,13 +165,25 @@ def evaluate(
         text: "builtin" (held-out half of Python's language reference) or a text file.
         windows, length: how much text is scored.
 
+    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result in its surgery.json and card, if the
+    text is the one that its recipe asks for.
+
     Returns:
         An `evaluation.Evaluation`.
     """
     from .evaluation import evaluate as measure
 
     sides = (_folder_of(model), _folder_of(base))
-    return measure(*sides, text=text, windows=windows, length=length, tokenizer=tokenizer, progress=progress)
+    result = measure(*sides, text=text, windows=windows, length=length, tokenizer=tokenizer, progress=progress)
+    if isinstance(sides[0], Path) and base is not None and (sides[0] / REPORT).is_file():
+        report = Report.of(sides[0])
+        asked = report.data["recipe"].get("evaluate") or {}
+        if report.data["evaluation"] is None and (published(text), windows, length) == tuple(
+            asked.get(key) for key in ("text", "windows", "length")
+        ):
+            report.record_evaluation(result.to_dict())
+            report.save()
+    return result
 
 
 def load(folder: str | Path, **kwargs):
@@ -215,14 +231,6 @@ def header_table(source) -> dict | None:
     }
 
 
-def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> sha256 and size of the safetensors files of a folder."""
-    return {
-        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-
-
 def _folder_of(model):
     """A folder for a name; a loaded model as it is."""
     if not isinstance(model, str | Path):
@@ -232,58 +240,23 @@ def _folder_of(model):
     return resolve(str(model)).path
 
 
-def _apply_in_memory(recipe, model, progress, on_plan, overrides) -> Report:
-    from .hub import Source
-
-    refuse_wrapped(model)
-    plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
-    if on_plan:
-        on_plan(plan)
-    records = [step.operation.apply(model, Context(step.change, step.before, progress)) for step in plan.steps]
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    source = Source(Path(), Path(name).name if Path(name).exists() else name)
-    return Report(new_report(plan, source, overrides=overrides, engine="loaded", fingerprint="", records=records))
-
-
-def refuse_wrapped(model) -> None:
-    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
-    adapters = hasattr(model, "peft_config") or any(
-        type(module).__module__.startswith("peft.") for module in model.modules()
-    )
-    if adapters:
-        raise SurgeryError(
-            "the model carries adapters, which would no longer fit the new weights",
-            where=type(model).__name__,
-            fix="merge them first: model = model.merge_and_unload()",
-        )
-    if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
-        raise SurgeryError(
-            "this is not a plain Transformers model",
-            where=type(model).__name__,
-            fix="pass the model inside the wrapper",
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SurgeryError(
-            "some weights are not in memory (offloaded, or never loaded)",
-            where=type(model).__name__,
-            fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",
-        )
-
-
 def _check(report: Report, base: Path | None, memory: int | None = None, progress=None) -> None:
     from .check import check_folder, to_dict
 
     report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
 
 
+def _refuse_unscorable(base: Path, settings) -> None:
+    """Raise before anything is written what the evaluation would raise when all is done."""
+    from .evaluation import tokens_to_score
+
+    tokens_to_score({"base": base}, settings.text, settings.windows, settings.length)
+
+
 def _evaluate(report: Report, base: Path, settings, progress) -> None:
     from .evaluation import evaluate as measure
-    from .evaluation import gate as judge
 
     result = measure(
         report.folder, base, text=settings.text, windows=settings.windows, length=settings.length, progress=progress
     ).to_dict()
-    report.data["evaluation"] = result
-    if settings.limits:
-        status, reasons = judge(result, settings.limits)
-        report.data["gate"] |= {"status": status, "reasons": reasons}
+    report.record_evaluation(result)

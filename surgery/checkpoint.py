@@ -19,7 +19,7 @@ from .errors import SurgeryError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 16 << 20  # bytes copied at a time
+PIECE = 4 << 20  # bytes copied at a time: few enough to lie in the CPU's cache while they are hashed
 MAX_HEADER = 100 << 20  # the format's own limit
 WEIGHT_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BITS = {
@@ -64,7 +64,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SurgeryError("no such model folder", where=str(folder), exists=_siblings(self.folder))
-        self.index = self._read_index()
+        index = self.folder / WEIGHT_INDEX
+        self.index = read_index(index) if index.is_file() else None
         self.shards = [read_header(self.folder / file, file) for file in self._files()]
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
@@ -76,20 +77,6 @@ class Checkpoint:
                     )
                 self.tensors[info.name] = info
         self._verify_index()
-
-    def _read_index(self) -> dict | None:
-        from .folder import read_json
-
-        path = self.folder / WEIGHT_INDEX
-        if not path.is_file():
-            return None
-        index = read_json(path)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise SurgeryError("the index has no weight_map of names to files", where=str(path))
-        for file in weight_map.values():
-            inside_folder(file, str(path))
-        return index
 
     def _files(self) -> list[str]:
         if self.index is not None:
@@ -174,6 +161,19 @@ class Checkpoint:
                 yield buffer[:read]
 
 
+def read_index(path: Path) -> dict:
+    """A weight index: its weight_map maps names to files, all of them inside the folder."""
+    from .folder import read_json
+
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SurgeryError("the index has no weight_map of names to files", where=str(path))
+    for file in weight_map.values():
+        inside_folder(file, str(path))
+    return index
+
+
 def inside_folder(name: str, where: str) -> str:
     """`name` itself, if it stays in its folder: not absolute, no "..", in any system's spelling.
 
@@ -194,7 +194,11 @@ def read_header(path: Path, file: str) -> Shard:
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if total < 8 or length > min(MAX_HEADER, total - 8):
-            raise SurgeryError(f"{file} is not a safetensors file, or is cut short", where=str(path.parent))
+            raise SurgeryError(
+                f"{file} is not a safetensors file, or is cut short",
+                where=str(path.parent),
+                fix="download it again (a Git LFS pointer of 130 bytes becomes the file by `git lfs pull`)",
+            )
         header = stream.read(length)
     try:
         entries = json.loads(header)
@@ -209,7 +213,10 @@ def read_header(path: Path, file: str) -> Shard:
                 e["data_offsets"][1] - e["data_offsets"][0],
             )
             for name, e in entries.items()
+            if all(type(n) is int and n >= 0 for n in (*e["shape"], *e["data_offsets"]))
         ]
+        if len(tensors) < len(entries):
+            raise ValueError("a shape or an offset is not a number")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise SurgeryError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
     tensors.sort(key=lambda info: info.start)

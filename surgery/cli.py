@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import CheckError, GateError, SurgeryError
+from .errors import CheckError, GateError, MachineError, SurgeryError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +34,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="The model it was made from.")]
 
 
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM)
+
+
 def emit(data: dict) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """One JSON object on stdout, escaped where a pipe does not take Unicode."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))
 
 
 @app.callback(invoke_without_command=True)
@@ -234,18 +239,31 @@ def main(args: list[str] | None = None) -> None:
     """The command `surgery`: a user's mistake is one message and an exit code, never a traceback."""
     args = sys.argv[1:] if args is None else args
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe on Windows takes no arrows: print "?" rather than fail
+            stream.reconfigure(errors="replace")
     try:
-        app(args, prog_name="surgery")
+        sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
     except SurgeryError as error:
-        if "--json" in args and not isinstance(error, (GateError, CheckError)):  # those follow a printed report
-            emit(error.to_dict())
-        else:
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except Exception:
+        _fail(error, args)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
+            _fail(SurgeryError(error.format_message(), fix="see `surgery --help`"), args)
+        if getattr(error, "errno", None) in MACHINE:
+            _fail(MachineError(f"the system refused: {error.strerror}", where=str(error.filename or "")), args)
         traceback.print_exc()
-        typer.echo("error: this is a bug in surgery; please report the lines above", err=True)
-        sys.exit(1)
+        bug = SurgeryError("this is a bug in surgery; please report the lines above")
+        bug.exit_code = 1
+        _fail(bug, args)
+
+
+def _fail(error: SurgeryError, args: list[str]) -> None:
+    """Print an error, on stdout as an object where JSON was asked for, and end with its exit code."""
+    if "--json" in args and not isinstance(error, (GateError, CheckError)):  # those follow a printed report
+        emit(error.to_dict())
+    else:
+        typer.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

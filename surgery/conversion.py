@@ -1,4 +1,4 @@
-"""From a model folder to a converted folder: the one place where both engines write to disk."""
+"""Carrying a plan out: from a model folder to a converted folder with either engine, or on a model in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .engines import LayerStream
 from .errors import SurgeryError
 from .folder import read_json
 from .operation import Context
-from .output import OutputFolder, carry_files, write_text
+from .output import OutputFolder, carry_files, weight_files, write_text
 from .pickled import readable
 from .planning import Plan, make_plan
 from .report import Report, history_of, new_report
@@ -30,8 +30,12 @@ def convert(
     allow_pickle=False,
     progress=None,
     on_plan=None,
+    refuse=None,
 ) -> tuple[Report, Path]:
     """Write the converted checkpoint; arguments as for `surgery.apply`.
+
+    Args:
+        refuse: called with the base's folder before anything is written; may raise.
 
     Returns:
         The report, saved with the folder, and the base's folder.
@@ -50,6 +54,8 @@ def convert(
             raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
         if on_plan:
             on_plan(plan)
+        if refuse:
+            refuse(base)
         fingerprint = checkpoint.fingerprint()
         out = OutputFolder(
             output, base, plan.hash(fingerprint + ("" if streaming else "loaded")), resume=resume, overwrite=overwrite
@@ -57,7 +63,7 @@ def convert(
         with out.opened(plan.output_bytes) as partial:
             write = _stream if streaming else _load_and_write
             files, records = write(plan, checkpoint, base, partial, out, progress)
-            left = carry_files(base, partial)
+            left = carry_files(base, partial, {shard.file for shard in checkpoint.shards})
             data = new_report(
                 plan,
                 source,
@@ -70,15 +76,60 @@ def convert(
     return Report.of(out.out), base
 
 
+def edit_model(recipe, model, overrides=(), progress=None, on_plan=None) -> Report:
+    """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`."""
+    from .hub import Source
+
+    refuse_wrapped(model)
+    plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
+    if on_plan:
+        on_plan(plan)
+    records = [step.operation.apply(model, Context(step.change, step.before, progress)) for step in plan.steps]
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    local = Path(name).exists()
+    hub_id = name if name.count("/") == 1 and not local else None
+    source = Source(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
+    return Report(new_report(plan, source, overrides=overrides, engine="loaded", fingerprint="", records=records))
+
+
+def refuse_wrapped(model) -> None:
+    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
+    adapters = hasattr(model, "peft_config") or any(
+        type(module).__module__.startswith("peft.") for module in model.modules()
+    )
+    if adapters:
+        raise SurgeryError(
+            "the model carries adapters, which would no longer fit the new weights",
+            where=type(model).__name__,
+            fix="merge them first: model = model.merge_and_unload()",
+        )
+    if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
+        raise SurgeryError(
+            "this is not a plain Transformers model",
+            where=type(model).__name__,
+            fix="pass the model inside the wrapper",
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SurgeryError(
+            "some weights are not in memory (offloaded, or never loaded)",
+            where=type(model).__name__,
+            fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",
+        )
+
+
 def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
-    stream = LayerStream(plan, checkpoint)
-    files = convert_shards(checkpoint, plan, stream, partial, out.done, out.finished, progress)
+    stream = LayerStream(plan, checkpoint, out.records)
+
+    def finished(file: str, facts: dict) -> None:
+        out.finished(file, facts, stream.records)
+
+    files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
     _write_config(base, partial, plan)
     return files, stream.records
 
 
 def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
-    from .api import load, weight_files
+    from .api import load
 
     model = load(base)
     records = [

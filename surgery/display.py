@@ -17,7 +17,8 @@ STATUS_STYLE = {"passed": "green", "failed": "bold red", "not run": "yellow", "s
 def console(stderr: bool = False) -> Console:
     """A console that wraps nothing in a pipe and colours only a terminal."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, soft_wrap=not stream.isatty(), highlight=False)
+    piped = not stream.isatty()
+    return Console(file=stream, soft_wrap=piped, width=1000 if piped else None, highlight=False)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from .anatomy import Anatomy
@@ -20,11 +21,16 @@ LAYERS_KEPT = 2  # a layer whose tensors lie far apart in the file is computed a
 
 
 class LayerStream:
-    """New attention tensors by name, computed a layer at a time from a checkpoint on disk."""
+    """New attention tensors by name, computed a layer at a time from a checkpoint on disk; for several threads.
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint):
+    Args:
+        records: what an earlier run noted of the layers that it finished.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, records: list[dict] | None = None):
         self.plan, self.checkpoint = plan, checkpoint
-        self.records: list[dict] = [{} for _ in plan.steps]
+        self._records: list[dict] = records or [{} for _ in plan.steps]
+        self._lock = Lock()
         self._layer_of = {
             f"{layer.path}.{name}": layer.index
             for anatomy in (plan.before, plan.after)
@@ -36,11 +42,20 @@ class LayerStream:
     def tensor(self, name: str) -> Tensor:
         """The new tensor of this stored name."""
         index = self._layer_of[name]
-        if index not in self._ready:
-            self._ready[index] = self._compute(index)
-            while len(self._ready) > LAYERS_KEPT:
-                self._ready.popitem(last=False)
-        return self._ready[index][name]
+        with self._lock:
+            if index not in self._ready:
+                while len(self._ready) >= LAYERS_KEPT:
+                    self._ready.popitem(last=False)
+                self._ready[index] = self._compute(index)
+            self._ready.move_to_end(index)
+            return self._ready[index][name]
+
+    @property
+    def records(self) -> list[dict]:
+        """What each operation noted so far, layers in order."""
+        with self._lock:
+            paths = [layer.path for layer in self.plan.before.layers]
+            return [{path: record[path] for path in paths if path in record} for record in self._records]
 
     def _compute(self, index: int) -> dict[str, Tensor]:
         facts = self.plan.before.layers[index]
@@ -50,7 +65,7 @@ class LayerStream:
         for number, step in enumerate(self.plan.steps):
             layer, record = run_rewrite(step.operation, layer, step.change.after, index)
             if record:
-                self.records[number][facts.path] = record
+                self._records[number][facts.path] = record
         return {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
 
 
@@ -99,7 +114,7 @@ def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
             raise SurgeryError(
                 f"{path}.{name} holds NaN or infinite values",
                 fix="the base checkpoint is damaged: download it again",

@@ -6,6 +6,24 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
+# Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
+WORDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text of some length",
+    "list_type": "a list",
+    "too_short": "a list with something in it",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+}
+
 
 class SurgeryError(Exception):
     """A mistake of the user's that has one clear remedy. Never a traceback.
@@ -74,3 +92,18 @@ def nearest(word: str, known) -> str:
 
     match = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return match[0] if match else ""
+
+
+def wanted(complaints: list[dict]) -> str:
+    """What pydantic wanted in place of one value, its alternatives joined."""
+    words = []
+    for each in complaints:
+        own = WORDS.get(each["type"])
+        words.append(own.format(**each.get("ctx", {})) if own else each["msg"].removeprefix("Input should be "))
+    return " or ".join(dict.fromkeys(words))
+
+
+def shown(value: object) -> str:
+    """A user's value as it may stand in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -115,15 +115,7 @@ def evaluate(
     sources = dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
     if top_k < 1:
         raise SurgeryError(f"top_k is {top_k}", fix="keep at least 1 token")
-    configs = {label: read_config(source) for label, source in sources.items()}
-    vocabulary = _vocabulary(configs, length)
-    words = load_text(text, part="held-out")
-    pieces = cut(words, tokenizer or read_tokenizer(next(iter(sources.values()))), length=length, count=windows)
-    if (largest := int(pieces.max())) >= vocabulary:
-        raise SurgeryError(
-            f"the tokenizer gives token {largest}, the model knows {vocabulary}",
-            fix="use the tokenizer of this model",
-        )
+    words, pieces, vocabulary = tokens_to_score(sources, text, windows, length, tokenizer)
     size = {"tokens": windows * (length - 1), "windows": windows, "length": length}
     result = Evaluation("done", {"title": words.title, "sha256": words.sha256[:12], **size}, Side())
     for label, source in sources.items():
@@ -154,6 +146,26 @@ def evaluate(
         result.kl = {"mean": kl.mean().item(), "p99": percentile.item(), "top_k": top_k}
         result.top1_agreement = scores["same"].double().mean().item()
     return result
+
+
+def tokens_to_score(
+    sources: dict[str, Source], text, windows: int, length: int, tokenizer=None
+) -> tuple[Text, torch.Tensor, int]:
+    """The text, its windows [windows, length] and the size of the vocabulary; no weight is read.
+
+    Raises:
+        SurgeryError: whatever makes it impossible to score these models on this text.
+    """
+    configs = {label: read_config(source) for label, source in sources.items()}
+    vocabulary = _vocabulary(configs, length)
+    words = load_text(text, part="held-out")
+    pieces = cut(words, tokenizer or read_tokenizer(next(iter(sources.values()))), length=length, count=windows)
+    if (largest := int(pieces.max())) >= vocabulary:
+        raise SurgeryError(
+            f"the tokenizer gives token {largest}, the model knows {vocabulary}",
+            fix="use the tokenizer of this model",
+        )
+    return words, pieces, vocabulary
 
 
 def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:

@@ -109,6 +109,7 @@ LAYER_PATHS: dict[str, tuple[str, ...]] = {
         "model.language_model.layers",
         "language_model.model.layers",
         "language_model.layers",
+        "model.text_model.layers",
     ),
     "model.decoder.layers": ("model.decoder.layers", "decoder.layers"),
     "transformer.h": ("transformer.h", "h"),

@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import MachineError, SurgeryError
 
-PROGRESS = "surgery-progress.json"
+PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
 
 # What is taken from the base's folder besides weights, config and card. The rest stays behind and is listed:
@@ -56,6 +56,7 @@ class OutputFolder:
         self.replaced = self.out.with_name(self.out.name + ".replaced")
         self.plan_hash, self.resume, self.overwrite = plan_hash, resume, overwrite
         self.done: dict[str, dict] = {}
+        self.records: list[dict] | None = None
         self._begun = False
         if base is not None:
             self._refuse_nesting(base)
@@ -65,36 +66,45 @@ class OutputFolder:
         """The partial folder, locked; on success it has become OUT, on a machine's fault it waits for --resume."""
         import filelock
 
-        with machine_errors(self.out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+        with parent_folder(self.out):
             lock = filelock.FileLock(str(self.out.with_name(f".{self.out.name}.lock")))
+            with machine_errors(self.out):
+                try:
+                    lock.acquire(timeout=0)
+                except filelock.Timeout:
+                    raise MachineError("another run is writing this folder", where=str(self.out)) from None
             try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise MachineError("another run is writing this folder", where=str(self.out)) from None
-        try:
-            with machine_errors(self.out, self.partial):
-                self._prepare(needed_bytes)
-                yield self.partial
-                self._finish()
-        except SurgeryError as error:
-            if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
-                shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-        finally:
-            lock.release()
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
+                with machine_errors(self.out, self.partial):
+                    self._prepare(needed_bytes)
+                    yield self.partial
+                    self._finish()
+            except SurgeryError as error:
+                if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                raise
+            finally:
+                lock.release()
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink()
 
-    def finished(self, file: str, facts: dict) -> None:
-        """Note that one file is complete."""
-        self.done[file] = facts
-        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done})
+    def finished(self, file: str, facts: dict, records: list[dict]) -> None:
+        """Note that one file is complete, and what the operations recorded until then."""
+        self.done[file], self.records = facts, records
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done, "records": self.records})
 
     def _refuse_nesting(self, base: Path) -> None:
-        base, out = base.resolve(), self.out.resolve()
-        if out == base or base in out.parents or out in base.parents:
-            raise SurgeryError("OUT may not be the model folder, lie in it or hold it", where=str(self.out))
+        base = base.resolve()
+        for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
+            out = path.resolve()
+            if out == base or base in out.parents or out in base.parents:
+                raise SurgeryError(
+                    "OUT (with its .partial and .replaced) may not be the model folder, lie in it or hold it",
+                    where=str(self.out),
+                    fix="choose another folder (-o)",
+                )
 
     def _progress(self) -> dict:
         with suppress(OSError, ValueError):
@@ -108,6 +118,12 @@ class OutputFolder:
             os.rename(self.replaced, self.out)
         if os.path.lexists(self.out) and not self.overwrite:
             raise SurgeryError("OUT exists", where=str(self.out), fix="choose another name, or add --overwrite")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
+            raise SurgeryError(
+                "--overwrite replaces what surgery wrote, and this folder has no surgery.json",
+                where=str(self.out),
+                fix="choose another name, or remove the folder yourself",
+            )
         if os.path.lexists(self.partial):
             self._take_over()
         present = sum(facts.get("bytes", 0) for facts in self.done.values())
@@ -120,18 +136,24 @@ class OutputFolder:
             )
         self.partial.mkdir(exist_ok=True)
         self._begun = True
-        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done})
+        self._note_progress()
+
+    def _unnoted(self) -> bool:
+        """Whether OUT.partial is of a run that was killed before its first note or after it removed the last."""
+        names = {path.name for path in self.partial.iterdir()}
+        return names <= {f"{PROGRESS}.unfinished"} or (REPORT in names and PROGRESS not in names)
 
     def _take_over(self) -> None:
         """Continue or remove what an earlier run left."""
         progress = self._progress()
         if self.resume:
-            if progress.get("plan") != self.plan_hash:
+            if progress.get("plan") != self.plan_hash and not self._unnoted():
                 raise SurgeryError(
                     "OUT.partial is of another conversion (recipe, base or version differ)",
                     where=str(self.partial),
                     fix="finish that one with its own command, or start anew with --overwrite",
                 )
+            self.records = progress.get("records")
             self.done = {
                 file: facts
                 for file, facts in progress.get("done", {}).items()
@@ -152,24 +174,37 @@ class OutputFolder:
             if self.replaced.exists():
                 shutil.rmtree(self.replaced)
             os.rename(self.out, self.replaced)
-        os.rename(self.partial, self.out)
+        try:
+            os.rename(self.partial, self.out)
+        except OSError:
+            if os.path.lexists(self.replaced):
+                os.rename(self.replaced, self.out)
+            self._note_progress()
+            raise
         if self.replaced.is_dir() and not self.replaced.is_symlink():
             shutil.rmtree(self.replaced)
         elif os.path.lexists(self.replaced):
             self.replaced.unlink()
 
 
-def carry_files(base: Path, folder: Path) -> list[str]:
-    """Copy the base's other files by the allow list, links as the files they point to; the names left behind."""
-    left = []
+def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
+    """Copy the base's other files by the allow list, links as the files they point to.
+
+    Args:
+        weights: files of the base that were converted.
+
+    Returns:
+        The names left behind.
+    """
+    left, carried = [], [pattern.lower() for pattern in CARRIED]
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()
         if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
             continue
-        if any(fnmatch(name, pattern) for pattern in CARRIED if "/" in pattern or "/" not in name):
+        if any(fnmatchcase(name.lower(), pattern) for pattern in carried if "/" in pattern or "/" not in name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        elif not path.name.endswith(".safetensors") or "/" in name:
+        elif name not in weights:
             left.append(name)
     card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
     if card:
@@ -182,6 +217,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_files(folder: Path) -> dict[str, dict]:
+    """File name -> sha256 and size of the safetensors files of a folder."""
+    return {
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
 def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
@@ -191,6 +234,20 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+@contextmanager
+def parent_folder(path: Path):
+    """The folder that `path` lies in, made if need be; folders that were made and stayed empty go again."""
+    made = [parent for parent in path.parents if not os.path.exists(parent)]
+    with machine_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path.parent
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager

@@ -5,15 +5,16 @@ Even then they are read with `weights_only=True`, which builds tensors and nothi
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import SINGLE_FILE, WEIGHT_INDEX, inside_folder
+from .checkpoint import SINGLE_FILE, WEIGHT_INDEX, read_index
 from .errors import SurgeryError
-from .folder import read_json
-from .output import machine_errors, write_json
+from .output import machine_errors, parent_folder, write_json
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -26,40 +27,50 @@ def readable(base: Path, output: str | Path, allow_pickle: bool):
     if has_safetensors or not (allow_pickle and has_pickle):
         yield base  # Checkpoint() names what is wrong, if anything is
         return
-    parent = Path(output).resolve().parent
-    with machine_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".unpickled-") as folder:
-            _unpickle(base, Path(folder))
-            yield Path(folder)
+    with (
+        parent_folder(Path(os.path.abspath(output))) as parent,
+        machine_errors(parent),
+        tempfile.TemporaryDirectory(dir=parent, prefix=".unpickled-") as folder,
+    ):
+        _unpickle(base, Path(folder))
+        yield Path(folder)
 
 
 def _unpickle(base: Path, folder: Path) -> None:
-    import torch
     from safetensors.torch import save_file
 
-    index = read_json(base / PICKLE_INDEX) if (base / PICKLE_INDEX).is_file() else None
-    files = sorted(set(index["weight_map"].values())) if index else [PICKLE]
-    weight_map, seen = {}, {}
+    index = read_index(base / PICKLE_INDEX) if (base / PICKLE_INDEX).is_file() else None
+    files = [PICKLE] if index is None else sorted(set(index["weight_map"].values()))
+    weight_map = {}
     for number, file in enumerate(files, 1):
-        inside_folder(file, str(base / PICKLE_INDEX))
-        try:
-            state = torch.load(base / file, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            raise SurgeryError(f"the index names {file}, which is not there", where=str(base)) from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise SurgeryError(f"{file} cannot be read as plain tensors: {reason}", where=str(base)) from None
-        state = state.get("state_dict", state)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise SurgeryError(f"{file} holds more than tensors", where=str(base))
-        target = f"model-{number:05d}-of-{len(files):05d}.safetensors" if index else SINGLE_FILE
-        own = {}
-        for name, tensor in state.items():
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
+        state = _plain_tensors(base, file)
+        target = SINGLE_FILE if index is None else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        own, seen = {}, {}
+        for name in sorted(state, key=lambda name: -name.count(".")):  # of tied tensors the embedding, not lm_head
+            tensor = state[name]
+            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
             if seen.setdefault(place, name) == name:  # tied tensors are stored once, as save_pretrained does
                 own[name] = tensor.contiguous()
         weight_map |= dict.fromkeys(own, target)
         save_file(own, folder / target, metadata={"format": "pt"})
-    if index:
+        times = (base / file).stat()  # kept, so that --resume knows the base again
+        os.utime(folder / target, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if index is not None:
         write_json(folder / WEIGHT_INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def _plain_tensors(base: Path, file: str) -> dict:
+    """Name -> tensor of one pickle; an old one, which is no zip, cannot be mapped and is read whole."""
+    import torch
+
+    try:
+        state = torch.load(base / file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(base / file))
+    except FileNotFoundError:
+        raise SurgeryError(f"the index names {file}, which is not there", where=str(base)) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SurgeryError(f"{file} cannot be read as plain tensors: {reason}", where=str(base)) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise SurgeryError(f"{file} holds more than tensors", where=str(base))
+    return state

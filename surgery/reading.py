@@ -9,6 +9,9 @@ from .anatomy import BYTES, Anatomy, LayerAnatomy
 from .errors import SurgeryError
 from .families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
 
+# Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
+FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # of a composite: never the language model
 DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -23,17 +26,23 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     model_type = getattr(text, "model_type", "") or ""
     family, guess, prefix = FAMILIES.get(model_type), False, ""
+    if differ := sorted(FIELDS & set(getattr(text, "per_layer_attributes", None) or ())):
+        raise SurgeryError(
+            f"the layers of this {model_type} differ in {', '.join(differ)}",
+            where=where,
+            fix="this version converts models whose attention layers have one shape",
+        )
     if family is None:
         family, prefix = _guess(config, tensors, where)
         guess = True
     count = _number(text, "num_hidden_layers", where)
     heads = _number(text, "num_attention_heads", where)
-    kv_heads = _kv_heads(text, family, heads)
+    kv_heads = _kv_heads(text, family, heads, where)
     head_dim = getattr(text, "head_dim", None) or _number(text, "hidden_size", where) // heads
     if heads % kv_heads:
         raise SurgeryError(f"config.json has {heads} query heads on {kv_heads} KV heads", where=where, fix="repair it")
     family = _settle_falcon(text, family)
-    prefix = prefix or _find_layers(family, tensors, count, where)
+    prefix = prefix or _find_layers(family, tensors, count, config, where)
     layers = []
     for i in range(count):
         path = f"{prefix}.{i}.{family.attn}"
@@ -45,7 +54,7 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
             head_dim=head_dim,
             rotary=_rotary(text, family, head_dim, i, guess),
             positions=_positions(text, family, i, guess),
-            qk_norm=_qk_norm(text, family, tensors, path, guess),
+            qk_norm=_qk_norm(text, family, tensors, path, (heads, head_dim), guess),
             window=_window(text, i),
             soft_cap=getattr(text, "attn_logit_softcapping", None),
             biases=_biases(family, tensors, path),
@@ -54,9 +63,11 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
         )
         if tensors:
             _verify(layer, tensors, config, where)
+            if guess:
+                _refuse_extras(layer, tensors, where)
         layers.append(layer)
     composite = config.model_type if text is not config else None
-    dtype = layers[0].dtype or _config_dtype(text)
+    dtype = layers[0].dtype or _config_dtype(text) or _config_dtype(config)
     return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
 
 
@@ -67,14 +78,15 @@ def _number(config, name: str, where: str) -> int:
     return value
 
 
-def _kv_heads(text, family: Family, heads: int) -> int:
+def _kv_heads(text, family: Family, heads: int, where: str) -> int:
     if family.kv_field is None:
         return heads
     if family.kv_field == "falcon":
         if text.new_decoder_architecture:
             return text.num_kv_heads
         return 1 if text.multi_query else heads
-    return getattr(text, family.kv_field, None) or heads
+    number = getattr(text, family.kv_field, None)
+    return heads if number is None else _number(text, family.kv_field, where)
 
 
 def _settle_falcon(text, family: Family) -> Family:
@@ -84,7 +96,7 @@ def _settle_falcon(text, family: Family) -> Family:
     return replace(family, layout="rows" if rows else "grouped")
 
 
-def _find_layers(family: Family, tensors: dict, count: int, where: str) -> str:
+def _find_layers(family: Family, tensors: dict, count: int, config, where: str) -> str:
     """Path of the layer list in this file or model."""
     if not tensors:
         return family.layers
@@ -92,6 +104,7 @@ def _find_layers(family: Family, tensors: dict, count: int, where: str) -> str:
     found = {path: sum(f"{path}.{i}.{tail}" in tensors for i in range(count)) for path in LAYER_PATHS[family.layers]}
     path = max(found, key=found.get)
     if found[path] == 0:
+        _refuse_packed(config, tensors, where)
         raise SurgeryError(
             f"no attention weights found under {' or '.join(found)}",
             where=where,
@@ -122,6 +135,8 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
         )
     forms: dict[tuple[str, str], set[str]] = {}
     for match in filter(None, (re.match(COMMON_FORM, name) for name in tensors)):
+        if any(tower in match["layers"] for tower in TOWERS):
+            continue
         forms.setdefault((match["layers"], match["attn"]), set()).add(match["p"])
     for (layers, attn), found in forms.items():
         outputs = found & {"o_proj", "out_proj"}
@@ -129,6 +144,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
             honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) else None
             return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
+    _refuse_packed(config, tensors, where)
     raise SurgeryError(
         f"attention of model type {model_type} is of a form that is not understood",
         where=where,
@@ -163,8 +179,11 @@ def _rotary(text, family: Family, head_dim: int, i: int, guess: bool) -> int:
     return getattr(text, "rotary_dim", None) or int(head_dim * share)
 
 
-def _qk_norm(text, family: Family, tensors: dict, path: str, guess: bool) -> str | None:
-    kind = family.qk_norm or ("shared" if guess else None)
+def _qk_norm(text, family: Family, tensors: dict, path: str, size: tuple[int, int], guess: bool) -> str | None:
+    kind, (heads, head_dim) = family.qk_norm, size
+    if guess:
+        shape = tensors.get(f"{path}.{family.q_norm}.weight", ("", ()))[1]
+        kind = {(heads * head_dim,): "whole", (heads, head_dim): "per head", (head_dim,): "shared"}.get(shape)
     if kind is None:
         return None
     if tensors:
@@ -219,6 +238,28 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
                 fix="the config and the weights are of different models; fused layouts of other frameworks "
                 "(Megatron's interleave, for one) must be converted to Hugging Face's first",
             )
+
+
+def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
+    """A guessed family may have nothing else in its attention whose shape could depend on the heads."""
+    known = {*layer.tensor_names, f"{layer.layout.o}.bias"}
+    for name, (_, shape) in tensors.items():
+        rest = name.removeprefix(f"{layer.path}.")
+        harmless = "rotary" in rest or ("norm" in rest and shape == (layer.head_dim,))
+        if rest != name and rest not in known and not harmless:
+            raise SurgeryError(
+                f"{name} {list(shape)} is not understood: it may follow the heads",
+                where=where,
+                fix="an unknown family is converted only where its attention holds q, k, v and o projections and "
+                "norms of the queries and keys; a family is one row in surgery/families.py",
+            )
+
+
+def _refuse_packed(config, tensors: dict, where: str) -> None:
+    """No projection is stored as a matrix: say so, if that is since integers stand in for them (GPTQ, AWQ)."""
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in BYTES and any(word in name for word in ATTENTION_WORDS):
+            _refuse_quantised(config, name, (dtype, shape), where)
 
 
 def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import operations
-from .errors import SurgeryError, nearest
+from .errors import SurgeryError, nearest, shown, wanted
 from .operation import Operation
 from .yaml_lines import MAX_BYTES, parse
 
@@ -19,7 +19,7 @@ SUFFIXES = (".yaml", ".yml")
 class Evaluate(BaseModel):
     """What the finished model is judged on, and the gate it must pass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     text: str = Field("builtin", description="'builtin' (the held-out half of Python's reference) or a text file.")
     windows: int = Field(8, ge=1, description="Windows of text that are scored.")
@@ -124,11 +124,13 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
             exists=f"keys: {', '.join(Recipe.model_fields)}",
             fix="`surgery cp gqa` writes one to start from",
         )
-    data = yaml.safe_load(yaml.safe_dump(data))  # a copy that overrides may change
-    for override in [
-        *overrides,
-        *(f"{key}={yaml.safe_dump(v, default_flow_style=True)}" for key, v in fields.items()),
-    ]:
+    try:
+        data = yaml.safe_load(yaml.safe_dump(data))  # a copy that overrides may change
+        typed = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in fields.items()]
+    except (yaml.YAMLError, ValueError) as error:
+        what = f"a recipe holds plain data only: {error.args[0]!s}"
+        raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
+    for override in [*overrides, *typed]:
         lines[_override(data, override)] = f"override {override.strip()!r}"
     return _validate(data, lines, where)
 
@@ -151,7 +153,8 @@ def _required_op(part: dict, op: str) -> dict:
 
 def _read(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
-        raise SurgeryError(f"the file has {path.stat().st_size:,} bytes; a recipe has fewer", where=str(path))
+        what = f"the file has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}"
+        raise SurgeryError(what, where=str(path))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -271,8 +274,7 @@ def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, know
             fix = "write heal: null"
             faults.append(SurgeryError("healing is not in this version", where=at, fix=fix))
         else:
-            wrong = " or ".join(dict.fromkeys(i["msg"].removeprefix("Input should be ") for i in items))
-            faults.append(SurgeryError(f"{key} should be {wrong}; it is {items[0]['input']!r}", where=at))
+            faults.append(SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at))
     return faults
 
 

@@ -45,6 +45,15 @@ class Report:
         write_json(self.folder / FILE, self.data)
         write_text(self.folder / "README.md", render_card(self.data, base_card(self.folder)))
 
+    def record_evaluation(self, result: dict) -> None:
+        """Keep a score, and hold it against the recipe's gate."""
+        from .evaluation import gate
+
+        self.data["evaluation"] = result
+        if limits := self.data["gate"]["limits"]:
+            status, reasons = gate(result, limits)
+            self.data["gate"] |= {"status": status, "reasons": reasons}
+
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
         """Raise what the report holds against the checkpoint: a failed check, else a failed gate.
 
@@ -101,6 +110,9 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
     """
     import torch
 
+    recipe = plan.recipe.to_dict()
+    if recipe["evaluate"]:
+        recipe["evaluate"]["text"] = published(recipe["evaluate"]["text"])
     return {
         "format": FORMAT,
         "surgery_version": versions()["surgery"],
@@ -116,8 +128,8 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
             "fingerprint": fingerprint,
             "note": source.note,
         },
-        "recipe": plan.recipe.to_dict(),
-        "overrides": list(overrides),
+        "recipe": recipe,
+        "overrides": [f"{key}={published(value)}" for key, _, value in (text.partition("=") for text in overrides)],
         "plan": plan.summary(),
         "operations": [
             {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
@@ -134,6 +146,12 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
     }
 
 
+def published(value: str) -> str:
+    """A setting as it may be published: of a path from the root its last part, since the rest says who made it."""
+    path = value.strip(" \"'")
+    return Path(path).name if Path(path).is_absolute() or path.startswith("~") else value
+
+
 def history_of(base: Path) -> list[dict]:
     """Earlier surgeries of this base, oldest first."""
     if not (base / FILE).is_file():
@@ -141,6 +159,8 @@ def history_of(base: Path) -> list[dict]:
     try:
         earlier = json.loads((base / FILE).read_text(encoding="utf-8"))
     except ValueError:
+        return []
+    if not isinstance(earlier, dict):
         return []
     return [*earlier.pop("history", []), earlier]
 

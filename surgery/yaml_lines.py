@@ -1,6 +1,7 @@
 """YAML that is data and nothing else, with the line of every key.
 
-No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, a size limit.
+No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, only text as keys, a
+size limit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import yaml
 from .errors import SurgeryError
 
 MAX_BYTES = 256 << 10
+MAX_DIGITS = 40
 Path = tuple[str | int, ...]
 
 
@@ -49,6 +51,9 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                line = key.start_mark.line + 1
+                raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
             here = (*path, str(key.value))
             if here in lines:
                 raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
@@ -57,3 +62,5 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             _walk(value, (*path, i), lines, where)
+    elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+        raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -238,6 +239,24 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).abs().max() / expected.std()).item()
 
 
+def orthogonal(size: int, generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+def legal_turn(facts, generator) -> torch.Tensor:
+    """A random turn of keys that RoPE does not see: a rotation of each channel pair, anything on the channels beyond."""
+    turn = torch.eye(facts.head_dim, dtype=torch.float64)
+    for f in range(facts.rotary // 2):
+        a, b = (2 * f, 2 * f + 1) if facts.positions == "interleaved" else (f, f + facts.rotary // 2)
+        angle = torch.rand(1, generator=generator, dtype=torch.float64).item() * 2 * math.pi
+        turn[a, a] = turn[b, b] = math.cos(angle)
+        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
+    rest = facts.head_dim - facts.rotary
+    if rest:
+        turn[facts.rotary :, facts.rotary :] = orthogonal(rest, generator)
+    return turn
+
+
 def stranger(folder: Path) -> Path:
     """The Python of an environment that has the installed libraries and not `surgery`."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
@@ -253,8 +272,9 @@ def stranger(folder: Path) -> Path:
     query = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     own = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
     Path(own, "libraries.pth").write_text(f"{libraries}\n", encoding="utf-8")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     probe = "import importlib.util as u; assert u.find_spec('torch'); assert u.find_spec('surgery') is None"
-    subprocess.run([python, "-P", "-c", probe], check=True, cwd=folder)
+    subprocess.run([python, "-P", "-c", probe], check=True, cwd=folder, env=env)
     return python
 
 

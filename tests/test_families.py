@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,9 +26,11 @@ from families import (
     head_dim_of,
     key_norm,
     kv_heads_of,
+    legal_turn,
     logits_of,
     one_thread,  # noqa: F401
     open_doors,
+    orthogonal,
     set_head,
     text_config,
 )
@@ -91,24 +92,6 @@ def same_tensors(a: dict, b: dict) -> None:
         assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
 
 
-def orthogonal(size: int, generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
-
-
-def legal_turn(facts, generator) -> torch.Tensor:
-    """A random turn of keys that RoPE does not see: a rotation of each channel pair, anything on the channels beyond."""
-    turn = torch.eye(facts.head_dim, dtype=torch.float64)
-    for f in range(facts.rotary // 2):
-        a, b = (2 * f, 2 * f + 1) if facts.positions == "interleaved" else (f, f + facts.rotary // 2)
-        angle = torch.rand(1, generator=generator, dtype=torch.float64).item() * 2 * math.pi
-        turn[a, a] = turn[b, b] = math.cos(angle)
-        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
-    rest = facts.head_dim - facts.rotary
-    if rest:
-        turn[facts.rotary :, facts.rotary :] = orthogonal(rest, generator)
-    return turn
-
-
 @cache
 def planted(name: str):
     """The family's model with KV heads that are turned copies of others: of two in a criss-cross, or of the first."""
@@ -150,7 +133,9 @@ def intended(name: str, groups: list[list[list[int]]], method: str):
                 for g in members:
                     set_head(model, module, part, g, merged)
             if norms:
-                merged = sum(norms[g] for g in members) / len(members) if method == "mean" else norms[members[0]].clone()
+                merged = (
+                    sum(norms[g] for g in members) / len(members) if method == "mean" else norms[members[0]].clone()
+                )
                 for g in members:
                     norms[g].copy_(merged)
         if whole:  # the norm divides by the root mean square of the whole projection, which merging makes smaller
@@ -273,9 +258,8 @@ def test_expanded_heads_are_copies_side_by_side(name):
         if norms:
             for head, norm in enumerate(key_norm(model, after)):
                 assert torch.equal(norm, norms[head // copies])
-        for part in "q":
-            for head in range(QUERIES):
-                assert torch.equal(get_head(model, after, part, head), get_head(old, before, part, head))
+        for head in range(QUERIES):
+            assert torch.equal(get_head(model, after, "q", head), get_head(old, before, "q", head))
     assert difference(logits_of(model), logits_of(old)) < TOLERANCE
     if groups > 1:
         assert difference(logits_of(tiled), logits_of(old)) > LOSSY

@@ -81,6 +81,11 @@ class GQA(WeightRewrite):
             found.append(
                 f"gqa: grouping: similarity makes groups of equal size, and {target} does not divide {layer.kv_heads}"
             )
+        if self.grouping == "similarity" and layer.positions == "unknown":
+            found.append(
+                f"gqa: grouping: similarity reorders heads, and what else follows them in {anatomy.model_type}, a guess, "
+                "is not known: use grouping: neighbours"
+            )
         if self.grouping == "similarity" and layer.positions == "alibi" and target > 1:
             found.append(
                 "gqa: ALiBi ties slopes to head numbers, so heads cannot be reordered; use grouping: neighbours"
@@ -93,9 +98,12 @@ class GQA(WeightRewrite):
             return Change(anatomy, (f"nothing: there are {target} KV heads already",))
         how = [self.method] + [x for x in (self.align, self.grouping) if x not in ("none", "neighbours")]
         line = f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers ({', '.join(how)})"
-        return Change(anatomy.with_kv_heads(target), (line,), notes=tuple(self._notes(layer)))
+        return Change(anatomy.with_kv_heads(target), (line,), notes=tuple(self._notes(anatomy)))
 
-    def _notes(self, layer: LayerAnatomy):
+    def _notes(self, anatomy: Anatomy):
+        layer = anatomy.layers[0]
+        if getattr(anatomy.config, "new_decoder_architecture", False):
+            yield "Transformers' Falcon repeats KV heads before its cache: only engines that do not cache fewer bytes"
         if layer.kv_heads % self.kv_heads:
             yield f"{self.kv_heads} does not divide {layer.kv_heads}: some KV heads enter two groups"
         if self.align != "none" and layer.qk_norm:

@@ -1,0 +1,140 @@
+"""Shared: the command in-process, a folder watched for what an error may leave, a tiny checkpoint with a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from surgery.errors import SurgeryError
+
+SENTENCE = "the cat sat on a mat and looked at rain while seven dogs ran past old green doors of houses"
+WORDS = list(dict.fromkeys(SENTENCE.split()))
+TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(400))
+LLAMA = {
+    "vocab_size": 64, "hidden_size": 72, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.05,
+}  # fmt: skip
+
+
+@dataclass
+class Ran:
+    """What one call of the command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def surgery(capsys, monkeypatch, tmp_path):
+    """`surgery ARGS` in-process, from inside `tmp_path`."""
+    from surgery.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+    def run(*args) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(arg) for arg in args])
+        return Ran(stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(surgery, tmp_path):
+    """Run a command that must fail: one message that says `words`, this exit code, nothing changed on disk."""
+
+    def run(*args, says: tuple | list, code: int = 2, has_json: bool = True) -> Ran:
+        before = listing(tmp_path)
+        plain = surgery(*args)
+        said = plain.out + plain.err
+        assert plain.code == code, said
+        assert plain.err.startswith("error: "), said
+        assert said.count("error:") == 1, said
+        assert "Traceback" not in said
+        assert not (lost := [word for word in says if word not in plain.err]), f"{lost} not in {plain.err}"
+        if has_json:
+            spoken = surgery(*args, "--json")
+            assert spoken.code == code
+            assert spoken.err == ""
+            assert spoken.json["exit_code"] == code
+            assert f"error: {_as_text(spoken.json)}\n" == plain.err, "the object says what the text says"
+        assert listing(tmp_path) == before
+        return plain
+
+    return run
+
+
+def _as_text(error: dict) -> SurgeryError:
+    parts = {key: error[key] for key in ("where", "exists", "fix") if key in error}
+    return SurgeryError(error["error"], **parts, others=tuple(map(_as_text, error.get("others", []))))
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every path below a folder, with the hash of its content or the target of a link."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            fact = f"-> {os.readlink(path)}"
+        else:
+            fact = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.relative_to(folder).as_posix()] = fact
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A Llama of two layers, 9 query heads on 3 KV heads, with a word tokenizer. Copy it before changing it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)  # two threads wait for each other longer than such products take
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path) -> Path:
+    """A copy of the tiny Llama that a test may spoil."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """400 words that the tiny tokenizer knows."""
+    (tmp_path / "words.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "words.txt"
+
+
+def edit_json(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    """Rewrite model.safetensors: `change` gets the dict of tensors and edits it in place."""
+    from safetensors.torch import load, save
+
+    tensors = load((folder / "model.safetensors").read_bytes())
+    change(tensors)
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))

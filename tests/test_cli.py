@@ -1,0 +1,434 @@
+"""The command from end to end on a tiny model, what it does not import, and operations that others add."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, listing
+
+FAST = ("--no-check", "--no-eval")
+SCORED = ("evaluate.windows=1", "evaluate.length=16")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama, tmp_path_factory) -> Path:
+    """A folder with a model, a text, and what `apply` made of them, checked and scored: copy it before changing it."""
+    import surgery
+
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "words.txt").write_text(TEXT, encoding="utf-8")
+    settings = {"evaluate.text": str(folder / "words.txt"), "evaluate.windows": 1, "evaluate.length": 16}
+    surgery.apply("mqa", folder / "model", output=folder / "out", **settings)
+    return folder
+
+
+@pytest.fixture
+def out(made, tmp_path) -> Path:
+    """A copy of that output, beside a model and a text."""
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True)) / "out"
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
+
+
+# --- listing ------------------------------------------------------------------------------------------------
+
+
+def test_ls(surgery):
+    shown = surgery("ls")
+    assert shown.code == 0
+    for word in ("expand-kv", "gqa", "mqa", "kv_heads", "required", "default mean", "KV heads after"):
+        assert word in shown.out
+    data = surgery("ls", "--json").json
+    assert set(data["recipes"]) == {"expand-kv", "gqa", "mqa"}
+    assert data["operations"]["gqa"]["kv_heads"]["description"]
+    assert data["broken"] == {}
+
+
+def test_version_and_help(surgery):
+    import surgery as package
+
+    assert surgery("--version").out == f"{package.__version__}\n"
+    for command in ("ls", "cp", "schema", "inspect", "plan", "apply", "check", "eval", "push", "doctor"):
+        assert command in surgery("--help").out
+        shown = surgery(command, "--help")
+        assert shown.code == 0
+        assert f"Usage: surgery {command}" in shown.out
+
+
+def test_inspect(surgery, model):
+    shown = surgery("inspect", model)
+    assert "llama: 2 attention layers, BF16" in shown.out
+    assert "can be applied" in shown.out
+    assert "KV cache: 192 bytes per token" in shown.out
+    facts = surgery("inspect", model, "--json")
+    assert facts.err == ""
+    assert facts.json["layers"][1]["heads"] == 9
+    assert facts.json["recipes"] == {"expand-kv": [], "gqa": [], "mqa": []}
+
+
+def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):
+    before = listing(tmp_path)
+    shown = surgery("plan", "gqa", model, "kv_heads=1")
+    assert "model.layers.0-1.self_attn" in shown.out
+    assert "KV heads 3 → 1" in shown.out
+    assert "k_proj.weight [24, 72] → [8, 72]" in shown.out
+    assert "KV cache per token: 192 → 64 bytes" in shown.out
+    data = surgery("plan", "gqa", model, "kv_heads=1", "--json")
+    assert data.err == ""
+    assert data.json["tier"] == "native"
+    assert data.json["kv_bytes_per_token"] == {"before": 192, "after": 64}
+    assert listing(tmp_path) == before
+
+
+def test_doctor(surgery):
+    assert "packages: torch" in surgery("doctor").out
+    assert surgery("doctor", "--json").json["packages"]["torch"]
+
+
+def test_no_colour_codes_in_a_pipe(surgery, model, out, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for args in (("ls",), ("inspect", model), ("plan", "mqa", model), ("push", out, "me/x", "--dry-run"), ("doctor",)):
+        done = surgery(*args)
+        assert done.code == 0, done.err
+        assert "\x1b" not in done.out + done.err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_pipe_that_takes_no_arrows(encoding):
+    """As on Windows, where a pipe is not UTF-8."""
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "surgery", "ls"]
+    for more in ([], ["--json"]):
+        done = subprocess.run([*command, *more], capture_output=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        assert b"MHA" in done.stdout
+    assert json.loads(done.stdout.decode(encoding))["recipes"]
+
+
+# --- apply --------------------------------------------------------------------------------------------------
+
+
+def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, tmp_path):
+    home = tmp_path / "Größe 模型 the best"
+    home.mkdir()
+    model.rename(home / "mein Modell")
+    text.rename(home / "Wörter.txt")
+    base, out = home / "mein Modell", home / "Ergebnis ü"
+    settings = (f"evaluate.text={home / 'Wörter.txt'}", *SCORED)
+    done = surgery("apply", "gqa", base, "kv_heads=1", *settings, "-o", out)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    for line in (
+        "KV heads 3 → 1 in 2 layers",
+        "passed  hashes",
+        "passed  generates",
+        "changed: ",
+        "cost:    perplexity",
+    ):
+        assert line in done.out
+    assert done.out.splitlines()[-1].startswith("next:    ")
+    report, card = report_of(out), (out / "README.md").read_text(encoding="utf-8")
+    assert report["check"]["passed"] is True
+    assert {item["status"] for item in report["check"]["items"]} == {"passed"}
+    assert report["evaluation"]["text"]["title"] == "Wörter.txt"
+    assert report["evaluation"]["text"]["tokens"] == 15
+    assert report["gate"] == {"status": "passed", "limits": {"max_kl": 1.0}, "reasons": []}
+    assert report["base"]["name"] == "mein Modell"
+    assert report["engine"] == "streaming"
+    assert "Wörter.txt" in card
+    assert "quality gate, max_kl 1.0: **passed**" in card
+    again = surgery("check", out, "--base", base)
+    assert again.code == 0, again.err
+    assert "logits against base" in again.out
+
+
+def test_apply_json_is_one_object_on_stdout(surgery, model, text):
+    done = surgery("apply", "mqa", model, f"evaluate.text={text}", *SCORED, "-o", "out", "--no-check", "--json")
+    assert done.code == 0
+    assert done.err == ""
+    assert done.json["gate"]["status"] == "passed"
+    assert done.json["check"] is None
+    assert done.json == report_of(Path("out"))
+
+
+def test_a_failed_gate_is_3_and_keeps_the_folder(surgery, model, text, tmp_path):
+    args = ("apply", "mqa", model, f"evaluate.text={text}", *SCORED, "max_kl=0", "--no-check")
+    done = surgery(*args, "-o", "out")
+    assert done.code == 3
+    assert done.err.count("error:") == 1
+    assert "the quality gate failed: max_kl: " in done.err
+    assert "the limit is 0" in done.err
+    assert "accept the damage with --no-gate" in done.err
+    report = report_of(tmp_path / "out")
+    assert report["gate"]["status"] == "failed"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "**The quality gate failed.**" in card
+    assert "**failed**" in card
+
+    spoken = surgery(*args, "-o", "spoken", "--json")
+    assert spoken.code == 3
+    assert spoken.json["gate"]["status"] == "failed"
+    assert spoken.err.startswith("error: ")
+
+    let = surgery(*args, "-o", "let", "--no-gate")
+    assert let.code == 0
+    report = report_of(tmp_path / "let")
+    assert report["gate"]["status"] == "skipped"
+    assert report["evaluation"]["kl"]["mean"] > 0
+    assert "quality gate: skipped" in (tmp_path / "let/README.md").read_text()
+
+
+def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
+    done = surgery("apply", "mqa", model, "-o", "out", *FAST)
+    assert done.code == 0
+    assert "cost:    not measured, gate not run" in done.out
+    assert "next:    surgery check out" in done.out
+    report, card = report_of(tmp_path / "out"), (tmp_path / "out/README.md").read_text()
+    assert (report["check"], report["evaluation"], report["gate"]["status"]) == (None, None, "not run")
+    assert "**not measured**" in card
+    assert "**The quality gate: not run.**" in card
+
+
+def test_quiet(surgery, model):
+    done = surgery("apply", "mqa", model, "-o", "out", *FAST, "--quiet")
+    assert done.code == 0
+    assert done.err == ""
+    assert len(done.out.splitlines()) == 3
+
+
+def test_both_engines_write_the_same_tensors(surgery, model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    for engine in ("streaming", "loaded"):
+        done = surgery("apply", "mqa", model, "-o", engine, "--engine", engine, *FAST)
+        assert done.code == 0, done.err
+        assert report_of(tmp_path / engine)["engine"] == engine
+    one, two = (load_file(tmp_path / engine / "model.safetensors") for engine in ("streaming", "loaded"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_same_command_twice_gives_the_same_hashes(surgery, model, tmp_path):
+    for out in ("one", "two"):
+        assert surgery("apply", "gqa", model, "kv_heads=1", "method=random", "-o", out, *FAST).code == 0
+    assert report_of(tmp_path / "one")["files"] == report_of(tmp_path / "two")["files"]
+
+
+# --- check, eval --------------------------------------------------------------------------------------------
+
+
+def test_check_without_memory_runs_layer_by_layer_and_says_so(surgery, out):
+    done = surgery("check", out, "--memory", "0.0001", "--json")
+    assert done.code == 0, done.err
+    items = {item["name"]: item for item in done.json["items"]}
+    for name in ("loads with stock Transformers", "generates"):
+        assert items[name]["status"] == "not run"
+        assert "GiB of memory" in items[name]["detail"]
+    assert items["layers one by one"]["status"] == "passed"
+    assert report_of(out)["check"] == done.json
+    assert "**not run**" in (out / "README.md").read_text()
+
+
+def test_eval(surgery, out, text):
+    args = ("--text", text, "--windows", "2", "--length", "16")
+    alone = surgery("eval", "out", *args, "--json")
+    assert alone.err == ""
+    assert alone.json["base"] is None
+    pair = surgery("eval", "out", "--base", "model", *args, "--json").json
+    assert pair["kl"]["mean"] > 0
+    assert pair["out"]["kv_bytes_per_token"] == 64
+    assert pair["base"]["kv_bytes_per_token"] == 192
+    same = surgery("eval", "model", "--base", "model", *args, "--json").json
+    assert same["kl"]["mean"] == pytest.approx(0, abs=1e-7)
+    assert same["top1_agreement"] == 1
+    shown = surgery("eval", "out", "--base", "model", *args)
+    assert "perplexity" in shown.out
+    assert "30 tokens of words.txt" in shown.out
+
+
+# --- what is not imported -----------------------------------------------------------------------------------
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "huggingface_hub")
+SPY = f"""
+import sys
+from surgery import cli
+try:
+    cli.main()
+finally:
+    print("heavy:", *sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def spied(*args: str, **env: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, *args], capture_output=True, text=True, env=os.environ | env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["apply", "--help"], ["--version"], ["ls"], ["ls", "--json"], ["schema"]]
+)
+def test_help_and_lists_import_nothing_heavy(args):
+    assert spied(*args).stderr == "heavy:\n"
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("surgery ", "inspect"), ("surgery apply --ov", "--overwrite")])
+def test_completion_imports_nothing_heavy(typed, offered):
+    words = {"_SURGERY_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
+    done = spied(**words)
+    assert offered in done.stdout
+    assert done.stderr == "heavy:\n"
+
+
+def test_the_package_imports_nothing_heavy():
+    code = f"import sys, surgery; assert not set({HEAVY}) & set(sys.modules); surgery.SurgeryError; dir(surgery)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- operations of other packages ---------------------------------------------------------------------------
+
+HALVES = '''
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from surgery import Change, WeightRewrite
+
+
+class KeepOne(WeightRewrite):
+    """Keep one KV head and drop the others."""
+
+    summary: ClassVar[str] = "Keep one KV head."
+
+    op: Literal["keep_one"] = "keep_one"
+    head: int = Field(0, ge=0, description="The head that stays.")
+
+    def problems(self, anatomy):
+        count = anatomy.layers[0].kv_heads
+        return [] if self.head < count else [f"keep_one: no KV head {self.head}; there are 0 to {count - 1}"]
+
+    def plan(self, anatomy):
+        return Change(anatomy.with_kv_heads(1), (f"KV head {self.head} alone",))
+
+    def rewrite(self, layer, target):
+        kept = slice(self.head, self.head + 1)
+        return layer.replace(facts=target, k=layer.k[kept], v=layer.v[kept]), {"kept": self.head}
+'''
+RECIPE = "version: 1\nname: keep-one\noperations:\n  - op: keep_one\n    head: 2\nheal: null\nevaluate: {max_kl: 5}\n"
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Install a module with one entry point of the group `surgery.operations`."""
+    site = tmp_path / "site"
+
+    def install(name: str, target: str, source: str) -> None:
+        module = target.partition(":")[0]
+        info = site / f"{module}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[surgery.operations]\n{name} = {target}\n")
+        (site / f"{module}.py").write_text(source)
+
+    monkeypatch.syspath_prepend(str(site))
+    yield install
+    for module in [name for name, value in sys.modules.items() if str(site) in str(getattr(value, "__file__", ""))]:
+        del sys.modules[module]
+
+
+def test_an_operation_is_one_file_and_one_recipe(surgery, refused, plugin, model, text, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    plugin("keep_one", "headless:KeepOne", HALVES)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    assert "Keep one KV head." in surgery("ls").out
+    assert surgery("ls", "--json").json["operations"]["keep_one"]["head"]["default"] == 0
+    assert "keep_one" in str(surgery("schema").json["properties"]["operations"])
+    assert "KV head 2 alone" in surgery("plan", "mine.yaml", model).out
+    refused("plan", "mine.yaml", model, "head=3", says=["keep_one: no KV head 3; there are 0 to 2"])
+    refused("plan", "mine.yaml", model, "haed=3", says=["no field 'haed'", "did you mean 'head'?"])
+    args = (f"evaluate.text={text}", *SCORED, "-o", "out")
+    done = surgery("apply", "mine.yaml", model, *args, "--no-check")
+    assert done.code == 0, done.err
+    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    for part in ("k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        assert torch.equal(new[name], old[name][16:24])
+    report = report_of(tmp_path / "out")
+    assert report["operations"][0]["record"] == {f"model.layers.{i}.self_attn": {"kept": 2} for i in range(2)}
+    assert "keep_one" in (tmp_path / "out/README.md").read_text()
+
+
+SCALE = HALVES.replace("KeepOne", "Scale").replace("keep_one", "scale")
+SCALE = SCALE.replace("anatomy.with_kv_heads(1)", "anatomy")
+SCALE = SCALE[: SCALE.index("    def rewrite")] + (
+    "    def rewrite(self, layer, target):\n        return layer.replace(v=layer.v * 2, o=layer.o / 2), {'by': 2}\n"
+)
+
+
+@pytest.mark.xfail(reason="engines.run_rewrite skips a rewrite that leaves the head numbers as they are", strict=False)
+@pytest.mark.parametrize("engine", ["streaming", "loaded"])
+def test_an_operation_that_keeps_the_shapes_is_carried_out(surgery, plugin, model, tmp_path, engine):
+    from safetensors.torch import load_file
+
+    plugin("scale", "scaling:Scale", SCALE)
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("keep_one", "scale"))
+    done = surgery("apply", "mine.yaml", model, "-o", "out", "--engine", engine, *FAST)
+    assert done.code == 0, done.err
+    name = "model.layers.0.self_attn.v_proj.weight"
+    old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert (old[name] * 2).equal(new[name])
+
+
+BROKEN = {
+    "import": ("broken:Op", "import module_that_is_not_there", "No module named 'module_that_is_not_there'"),
+    "syntax": ("broken:Op", "def (", "SyntaxError"),
+    "raises": ("broken:Op", "raise RuntimeError('no GPU here')", "RuntimeError: no GPU here"),
+    "attribute": ("broken:Op", "", "no attribute 'Op'"),
+    "no module": ("missing_module:Op", None, "No module named 'missing_module'"),
+    "function": ("broken:Op", "def Op(): pass", "is not a subclass of surgery.Operation"),
+    "other class": ("broken:Op", "class Op: pass", "is not a subclass of surgery.Operation"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_operation_is_listed_and_harms_nothing(surgery, refused, plugin, model, tmp_path, kind):
+    target, source, says = BROKEN[kind]
+    plugin("shaky", target, source or "")
+    if source is None:
+        (tmp_path / "site/missing_module.py").unlink()
+    shown = surgery("ls")
+    assert shown.code == 0
+    assert shown.err == ""
+    assert "shaky" in shown.out
+    assert says in shown.out
+    assert says in surgery("ls", "--json").json["broken"]["shaky"]
+    assert surgery("schema").code == 0
+    assert surgery("plan", "gqa", model).code == 0
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("keep_one", "shaky"))
+    refused("apply", "mine.yaml", model, "-o", "out", says=["mine.yaml:4: the operation 'shaky' of ", says])
+
+
+def test_a_broken_operation_is_not_even_loaded_by_other_work(surgery, plugin, model):
+    plugin("shaky", "broken:Op", "raise SystemExit('loaded')")
+    assert surgery("plan", "gqa", model).code == 0
+    assert surgery("inspect", model).code == 0
+    assert "broken" not in sys.modules
+
+
+def test_a_builtin_name_cannot_be_taken_over(surgery, plugin, model):
+    plugin("gqa", "broken:Op", "raise SystemExit('taken over')")
+    assert surgery("plan", "gqa", model).code == 0
+    assert surgery("ls", "--json").json["broken"] == {}

