@@ -142,7 +142,8 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
         outputs = found & {"o_proj", "out_proj"}
         if {"q_proj", "k_proj", "v_proj"} <= found and len(outputs) == 1:
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) else None
+            alias = "num_key_value_heads" in (getattr(text, "attribute_map", None) or {})  # Whisper's is the encoder's
+            honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) and not alias else None
             return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
     _refuse_packed(config, tensors, where)
     raise SurgeryError(

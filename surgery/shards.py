@@ -57,6 +57,7 @@ def convert_shards(
 
     def convert(shard: Shard) -> None:
         with shared.work():
+            shared.count(0)
             facts = _write_shard(folder, shard, layouts[shard.file], checkpoint, stream, shared.count)
             with shared.lock:
                 files[shard.file] = facts
@@ -115,7 +116,6 @@ class _Shared:
     def work(self):
         """Keep the first exception of the block, Ctrl-C too, for the main thread."""
         try:
-            self.count(0)
             yield
         except _Stopped:
             pass
@@ -124,7 +124,7 @@ class _Shared:
                 self.fault = self.fault or error
 
 
-class _Stopped(Exception):  # noqa: N818
+class _Stopped(Exception):
     """Another thread has failed."""
 
 

@@ -244,7 +244,7 @@ def orthogonal(size: int, generator) -> torch.Tensor:
 
 
 def legal_turn(facts, generator) -> torch.Tensor:
-    """A random turn of keys that RoPE does not see: a rotation of each channel pair, anything on the channels beyond."""
+    """A random turn of keys that RoPE does not see: a rotation of each channel pair, anything on the rest."""
     turn = torch.eye(facts.head_dim, dtype=torch.float64)
     for f in range(facts.rotary // 2):
         a, b = (2 * f, 2 * f + 1) if facts.positions == "interleaved" else (f, f + facts.rotary // 2)

@@ -192,7 +192,40 @@ def test_aligned_reference_head_keeps_its_bits():
         assert torch.equal(after.o_proj.bias, before.o_proj.bias)
 
 
+def test_falcon_says_that_its_cache_does_not_shrink():
+    """Transformers' new-decoder Falcon repeats its KV heads before it caches them."""
+    note = "repeats KV heads before its cache"
+    assert [
+        note in " ".join(surgery.plan(recipe(kv_heads=1), base(n)).notes) for n in ("falcon_new", "falcon_old")
+    ] == [
+        True,
+        False,
+    ]
+
+
 # Files
+
+
+@pytest.mark.parametrize("field", [None, "absent"])
+def test_multi_head_model_whose_config_has_no_number(field, tmp_path):
+    """Configs older than GQA have no num_key_value_heads, or null: every query head has its own."""
+    old = build("Llama", seed=3, **COMMON, num_key_value_heads=QUERIES)
+    folder = saved(old, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["num_key_value_heads"] = None
+    if field:
+        del config["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    convert(recipe(kv_heads=2), folder, tmp_path / "out")
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.num_key_value_heads == 2
+    wide = copy_of(old).double()
+    for before, module in zip(attention_modules(old), attention_modules(wide), strict=True):
+        for part in "kv":
+            for head in range(QUERIES):
+                first = head // 4 * 4
+                set_head(wide, module, part, head, sum(get_head(old, before, part, first + i) for i in range(4)) / 4)
+    assert difference(logits_of(made), logits_of(wide)) < 1e-4
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -269,9 +302,9 @@ def test_impossible_numbers_name_the_possible_ones():
         surgery.plan(recipe(kv_heads=[1, 2]), base("llama"))
     with pytest.raises(SurgeryError, match="drop one of them"):
         surgery.plan(recipe(kv_heads=1, method="random", align="procrustes"), base("llama"))
+    twelve = build("Llama", **COMMON | {"hidden_size": 96, "num_attention_heads": 12}, num_key_value_heads=4)
     with pytest.raises(SurgeryError, match="equal size"):
-        fields = COMMON | {"hidden_size": 96, "num_attention_heads": 12}
-        surgery.plan(recipe(kv_heads=3, grouping="similarity"), build("Llama", **fields, num_key_value_heads=4))
+        surgery.plan(recipe(kv_heads=3, grouping="similarity"), twelve)
 
 
 def test_damaged_weights_are_refused_and_nothing_is_changed(tmp_path):

@@ -83,8 +83,8 @@ class GQA(WeightRewrite):
             )
         if self.grouping == "similarity" and layer.positions == "unknown":
             found.append(
-                f"gqa: grouping: similarity reorders heads, and what else follows them in {anatomy.model_type}, a guess, "
-                "is not known: use grouping: neighbours"
+                f"gqa: grouping: similarity reorders heads, and what else follows them in {anatomy.model_type}, "
+                "a guess, is not known: use grouping: neighbours"
             )
         if self.grouping == "similarity" and layer.positions == "alibi" and target > 1:
             found.append(
