@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .anatomy import Anatomy
@@ -50,11 +50,25 @@ def check_folder(
     folder = Path(folder)
     report = Report.of(folder)
     items = [check_hashes(report, folder, progress)]
+    return [without_path(item, folder, base) for item in items + _look_into(folder, base, memory, progress)]
+
+
+def without_path(item: Item, *folders: str | Path | None) -> Item:
+    """The item with folders by their own names: it is published with the card."""
+    detail = item.detail
+    for folder in filter(None, folders):
+        for path in (Path(folder).resolve(), Path(folder)):
+            detail = detail.replace(str(path), path.name or str(path))
+    return replace(item, detail=detail)
+
+
+def _look_into(folder: Path, base: str | Path | None, memory: int | None, progress) -> list[Item]:
+    items: list[Item] = []
     try:
         checkpoint = Checkpoint(folder)
         anatomy = Anatomy.of(folder)
     except SurgeryError as error:
-        return [*items, Item("structure", FAILED, str(error))]
+        return [Item("structure", FAILED, str(error))]
     items.append(check_finite(checkpoint, progress))
     items.append(check_shapes(folder, anatomy, checkpoint))
     needed = int(checkpoint.size * LOAD_OVERHEAD)

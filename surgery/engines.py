@@ -72,8 +72,6 @@ class LayerStream:
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
     """`operation.rewrite` on a copy in memory of its own; its parts must have the shapes that were planned."""
     target = after.layers[index]
-    if target == layer.facts:
-        return layer, {}
     new, record = operation.rewrite(layer.copy(), target)
     for part, heads in (("q", target.heads), ("k", target.kv_heads), ("v", target.kv_heads)):
         if getattr(new, part).shape[:2] != (heads, target.head_dim):
@@ -98,8 +96,6 @@ def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
         results.append(pack(layer))
         if context.progress:
             context.progress(facts.index + 1, len(before.layers), "layers")
-    if before is after:
-        return records
     for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
         module = model.get_submodule(facts.path)
         for name in set(facts.tensor_names) - set(target.tensor_names):

@@ -256,7 +256,10 @@ def _vocabulary(configs: dict, length: int) -> int:
     for label, config in configs.items():
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest and length > longest:
-            raise SurgeryError(f"{label} takes {longest} tokens, the windows have {length}", fix=f"length={longest}")
+            raise SurgeryError(
+                f"{label} takes {longest} tokens, the windows have {length}",
+                fix=f"--length {longest} (in a recipe: evaluate.length={longest})",
+            )
     return next(iter(sizes.values()))
 
 

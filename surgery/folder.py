@@ -42,7 +42,9 @@ def load_config(folder: Path):
         return cls.from_dict(raw)
     except Exception as error:  # Transformers' validators raise many kinds
         raise SurgeryError(
-            f"Transformers does not accept this config: {error}", where=str(folder / "config.json")
+            f"Transformers does not accept this config: {error}",
+            where=str(folder / "config.json"),
+            fix="check its numbers (heads, sizes, layers) against the model's original",
         ) from None
 
 

@@ -259,7 +259,7 @@ def machine_errors(where: Path, partial: Path | None = None):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, fix = "the disk is full", "free some space"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what, fix = "no permission to write here", "choose another folder (-o)"
+            what, fix = "no permission here", "choose another folder (-o), or make this readable and writable"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             what, fix = "a part of this path is a file, not a folder", "choose another folder (-o)"
         else:

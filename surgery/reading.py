@@ -40,7 +40,11 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     kv_heads = _kv_heads(text, family, heads, where)
     head_dim = getattr(text, "head_dim", None) or _number(text, "hidden_size", where) // heads
     if heads % kv_heads:
-        raise SurgeryError(f"config.json has {heads} query heads on {kv_heads} KV heads", where=where, fix="repair it")
+        raise SurgeryError(
+            f"config.json has {heads} query heads on {kv_heads} KV heads",
+            where=where,
+            fix="num_key_value_heads must divide num_attention_heads",
+        )
     family = _settle_falcon(text, family)
     prefix = prefix or _find_layers(family, tensors, count, config, where)
     layers = []

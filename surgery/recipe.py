@@ -70,7 +70,7 @@ def copy(name: str | Path, target: Path | None = None) -> Path:
     target = target or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
-        raise SurgeryError("the file exists", where=str(target), fix="name another file")
+        raise SurgeryError("the file exists", where=str(target), fix="name another file: surgery cp NAME FILE")
     from .output import machine_errors
 
     with machine_errors(target):

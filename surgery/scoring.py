@@ -158,7 +158,11 @@ def read_tokenizer(source: Source):
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
     # Asked first, since some tokenizer classes come up empty where there is no file, without a word.
     if not any(any(folder.glob(name)) for name in names):
-        raise SurgeryError("no tokenizer files", where=str(folder), fix="copy the base model's tokenizer files there")
+        raise SurgeryError(
+            "no tokenizer files",
+            where=str(folder),
+            fix="copy the base's tokenizer files there, or skip scoring with --no-eval",
+        )
     from transformers import AutoTokenizer
 
     with _reading(folder):

@@ -161,7 +161,7 @@ def test_a_text_that_cannot_be_scored(refused, model, tmp_path, text, says):
 
 def test_apply_to_a_model_without_a_tokenizer(refused, surgery, model):
     (model / "tokenizer.json").unlink()
-    refused("apply", "mqa", model, "-o", "out", says=["no tokenizer files", "copy the base model's tokenizer"])
+    refused("apply", "mqa", model, "-o", "out", says=["no tokenizer files", "copy the base's tokenizer"])
     assert surgery("apply", "mqa", model, "-o", "out", *FAST).code == 0
 
 

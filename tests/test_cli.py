@@ -378,7 +378,6 @@ SCALE = SCALE[: SCALE.index("    def rewrite")] + (
 )
 
 
-@pytest.mark.xfail(reason="engines.run_rewrite skips a rewrite that leaves the head numbers as they are", strict=False)
 @pytest.mark.parametrize("engine", ["streaming", "loaded"])
 def test_an_operation_that_keeps_the_shapes_is_carried_out(surgery, plugin, model, tmp_path, engine):
     from safetensors.torch import load_file

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from pkgutil import iter_modules
 
+from pydantic import PydanticUserError
+
 from ..errors import SurgeryError, nearest
 from ..operation import Operation
 
@@ -50,9 +52,13 @@ def catalogue() -> tuple[dict[str, type[Operation]], dict[str, str]]:
     found, broken = {}, {}
     for op in [*builtin_names(), *third_party()]:
         try:
-            found[op] = find(op)
+            cls = find(op)
+            cls.model_json_schema()  # `ls --json` and `schema` print it: one that has none is broken
+            found[op] = cls
         except SurgeryError as error:
             broken[op] = error.what
+        except PydanticUserError as error:
+            broken[op] = f"its fields have no JSON Schema: {error.message}"
     return found, broken
 
 
@@ -60,7 +66,7 @@ def _load(point: metadata.EntryPoint) -> type[Operation]:
     package = point.dist.name if point.dist else point.value
     try:
         cls = point.load()
-    except Exception as error:  # somebody else's code: anything can come
+    except (Exception, SystemExit) as error:  # somebody else's code: anything can come
         raise SurgeryError(
             f"the operation {point.name!r} of {package} does not load: {type(error).__name__}: {error}"
         ) from error

@@ -52,8 +52,8 @@ class GQA(WeightRewrite):
         layer, target = anatomy.layers[0], self.kv_heads
         if isinstance(target, list):
             return [
-                "gqa: a list of KV heads, one a layer, needs the surgical tier, which this version does not have; "
-                "give one number for all layers"
+                "gqa: a list of KV heads, one a layer, needs code beyond stock Transformers (the surgical tier), "
+                "which this version does not have; give one number for all layers"
             ]
         legal = [g for g in range(1, layer.kv_heads + 1) if layer.heads % g == 0]
         if target not in legal:
@@ -68,7 +68,7 @@ class GQA(WeightRewrite):
         if reason := anatomy.kv_heads_problem(target):
             found.append(
                 f"gqa: {reason}; what would work: a family that honours the number (llama, mistral, qwen2, gemma, "
-                "phi, ...), or later the surgical tier, which this version does not have"
+                "phi, ...); others need code beyond stock Transformers, which this version does not have"
             )
         if self.method == "random" and self.align != "none":
             found.append("gqa: align turns heads towards each other, and method: random keeps none; drop one of them")
@@ -112,6 +112,8 @@ class GQA(WeightRewrite):
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        if target.kv_heads == layer.facts.kv_heads:
+            return layer, {}
         record = {}
         if self.grouping == "similarity":
             order = self._order(layer, target.kv_heads)
