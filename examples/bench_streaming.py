@@ -9,8 +9,9 @@ Two sides on the same synthetic Llama checkpoint, in turn, twice; the second rou
 
 A conversion reads, rewrites, hashes and fsyncs every file, so a copy followed by its hashes is the least that could
 be asked for. `cp` leaves its data in the page cache; "to disk" adds the `sync` that ends this. Each side begins after
-a `sync`. Memory is ru_maxrss of the process and its children. Timings taken on a busy machine mean nothing: the load
-before each run is printed.
+a `sync` and a rest: a virtual machine hands freed memory back to its host after some seconds, and writing into memory
+that was freed just now is four times as fast as into memory that the host must find first. Memory is ru_maxrss of the
+process. Timings taken on a busy machine mean nothing: the load before each run is printed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from make_checkpoint import make_checkpoint
 
 SHARD = 1 << 30
+REST = 10  # seconds
 COPY_IN_PYTHON = """
 import hashlib, pathlib, shutil, sys
 base, copy = map(pathlib.Path, sys.argv[1:])
@@ -66,18 +68,20 @@ def sync() -> None:
 
 
 def measure(command: list[str], out: Path) -> dict:
-    """Seconds, seconds until the data is on disk, and peak memory of one command; `out` is removed afterwards."""
+    """Seconds, seconds until the data is on disk, CPU seconds and peak memory of a command; `out` is removed."""
     sync()
+    time.sleep(REST)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        rss = None
+        rss = cpu = None
         if hasattr(os, "wait4"):
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            cpu = usage.ru_utime + usage.ru_stime
         process.wait()
         seconds = time.perf_counter() - began
         sync()
@@ -86,7 +90,7 @@ def measure(command: list[str], out: Path) -> dict:
             log.seek(0)
             sys.exit(f"{' '.join(command)}\nexit code {process.returncode}\n{log.read().decode(errors='replace')}")
     shutil.rmtree(out)
-    return {"seconds": seconds, "to_disk": on_disk, "rss": rss, "load": load}
+    return {"seconds": seconds, "to_disk": on_disk, "cpu": cpu, "rss": rss, "load": load}
 
 
 def disk_speed(folder: Path, size: int = 1 << 30) -> float:
@@ -144,12 +148,12 @@ def show(result: dict) -> None:
     print(f"{result['bytes'] / 2**30:.2f} GiB, {computer['cpu']}, {computer['cores']} cores, {computer['system']}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"disk: {result['disk'] / 1e6:.0f} MB/s written, fsync included\n")
-    print(f"{'':<28}{'seconds':>9}{'to disk':>9}{'peak RSS':>11}{'load':>7}")
+    print(f"{'':<28}{'seconds':>9}{'to disk':>9}{'CPU':>8}{'peak RSS':>11}{'load':>7}")
 
     def row(label: str, run: dict) -> None:
         rss = "?" if run["rss"] is None else f"{run['rss'] / 2**20:.0f} MiB"
-        load = "?" if run["load"] is None else f"{run['load']:.2f}"
-        print(f"{label:<28}{run['seconds']:>9.2f}{run['to_disk']:>9.2f}{rss:>11}{load:>7}")
+        load, cpu = ("?" if run[key] is None else f"{run[key]:.2f}" for key in ("load", "cpu"))
+        print(f"{label:<28}{run['seconds']:>9.2f}{run['to_disk']:>9.2f}{cpu:>8}{rss:>11}{load:>7}")
 
     for number, sides in enumerate(result["rounds"], 1):
         row(f"round {number}: convert", sides["convert"])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROUNDS, TOLERANCE = 100, 1e-10
+ROUNDS, TOLERANCE = 100, 1e-8
 
 
 def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:

@@ -27,12 +27,14 @@ class Change:
         lines: what changes, for people ("KV heads 3 → 1 in 30 layers, mean").
         tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
         notes: what is lost, guessed or worth knowing.
+        seconds: rough time of the computation on a laptop, beyond reading and writing.
     """
 
     after: Anatomy
     lines: tuple[str, ...]
     tier: str = NATIVE
     notes: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass

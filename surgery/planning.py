@@ -95,7 +95,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers)
+        computed = sum(step.change.seconds for step in self.steps)
+        return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers) + computed
 
     def summary(self) -> dict:
         """What surgery.json keeps of the plan."""

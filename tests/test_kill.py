@@ -218,7 +218,7 @@ def killed_and_resumed(bench: Bench, count: int, chain: int) -> int:
     while kills < count:
         chained = kills >= count // 2
         for _ in range(min(chain, count - kills) if chained else 1):
-            moment = rng.random() * 0.9 / (chain / 2 if chained else 1)
+            moment = rng.random() * 0.8 / (chain / 2 if chained else 1)
             last = rng.choice(["config.json", "surgery.json"])
             hits += bench.kill(last if kills % 4 == 3 else moment, *(["--resume"] if bench.partial.exists() else []))
             kills += 1
