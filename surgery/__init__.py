@@ -22,6 +22,7 @@ _PUBLIC = {
     "load": "api",
     "save": "api",
     "push": "api",
+    "register": "runtime",
     "Anatomy": "anatomy",
     "Report": "report",
     "Recipe": "recipe",

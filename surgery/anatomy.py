@@ -33,6 +33,7 @@ class LayerAnatomy:
         biases: which of "q", "k", "v", "o" have a bias (letters in that order).
         dtype: of the projections, in safetensors' spelling; "" when only the config is known.
         layout: the family's row, with Falcon's variants settled.
+        streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
     """
 
     index: int
@@ -48,6 +49,9 @@ class LayerAnatomy:
     biases: str
     dtype: str
     layout: Family
+    streaming: tuple[int, ...] = ()
+    sinks: int = 0
+    streaming_window: int = 0
 
     @property
     def group(self) -> int:
@@ -116,9 +120,23 @@ class Anatomy:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that a full cache holds for one token, in the checkpoint's dtype."""
+        """Bytes of keys and values by which the cache grows with each token, in the checkpoint's dtype."""
         size = BYTES.get(self.dtype, 2)
-        return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)
+        return sum(2 * (layer.kv_heads - len(layer.streaming)) * layer.head_dim * size for layer in self.layers)
+
+    @property
+    def kv_bytes_fixed(self) -> int:
+        """Bytes of sinks and windows of streaming heads: what the cache holds however long the text is."""
+        size = BYTES.get(self.dtype, 2)
+        return sum(
+            2 * len(layer.streaming) * (layer.sinks + layer.streaming_window) * layer.head_dim * size
+            for layer in self.layers
+        )
+
+    @property
+    def surgical(self) -> bool:
+        """Whether this is a checkpoint with a `surgery` block."""
+        return getattr(self.config, "surgery", None) is not None
 
     @property
     def parameters(self) -> int:
@@ -154,6 +172,14 @@ class Anatomy:
         layers = tuple(replace(layer, kv_heads=kv_heads, layout=layout) for layer in self.layers)
         return replace(self, layers=layers, edits=self.edits | edits)
 
+    def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
+        """This anatomy with these KV heads of each layer seeing sinks + window."""
+        layers = tuple(
+            replace(layer, streaming=tuple(heads), sinks=sinks, streaming_window=window)
+            for layer, heads in zip(self.layers, streaming, strict=True)
+        )
+        return replace(self, layers=layers)
+
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
         keys = (
@@ -179,6 +205,7 @@ class Anatomy:
             "dtype": self.dtype,
             "parameters": self.parameters,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_fixed": self.kv_bytes_fixed,
             "interface": self.layers[0].layout.interface,
             "layers": layers,
         }

@@ -63,6 +63,7 @@ def apply(
     model,
     *,
     output: str | Path | None = None,
+    tokenizer=None,
     overrides: Sequence[str] = (),
     engine: str = "auto",
     check: bool = True,
@@ -84,6 +85,7 @@ def apply(
     Args:
         recipe, model, overrides, fields: as for `plan`.
         output: the folder to make; needed for a name or folder, not allowed for a loaded model.
+        tokenizer: of a loaded model, for operations that measure it.
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can).
         check, evaluate, gate: what is done with the result; a skipped gate is recorded as skipped.
         resume, overwrite: what to do with an unfinished or finished earlier output.
@@ -105,7 +107,7 @@ def apply(
             )
         from .conversion import edit_model
 
-        return edit_model(recipes.load(recipe, overrides, **fields), model, overrides, progress, on_plan)
+        return edit_model(recipes.load(recipe, overrides, **fields), model, overrides, progress, on_plan, tokenizer)
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if engine not in ("auto", "streaming", "loaded"):

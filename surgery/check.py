@@ -176,15 +176,27 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None) -> list[
     """Load and generate in a fresh process with stock Transformers, and compare logits with the base there."""
     import torch
 
-    vocabulary = anatomy.config.vocab_size
-    tokens = torch.randint(vocabulary, (1, PROBE_LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    layer, longest = anatomy.layers[0], getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
+    length = min(PROBE_LENGTH + layer.sinks + layer.streaming_window, longest - GENERATED)  # beyond the window
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(anatomy.config.vocab_size, (1, length), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = [
-            {"folder": str(path), "tokens": tokens, "generate": GENERATED, "logits": os.path.join(scratch, f"{i}.pt")}
-            for i, path in enumerate([folder] if base is None else [folder, base])
-        ]
+
+        def job(path, name: str, **door) -> dict:
+            return (
+                {"folder": str(path), "tokens": tokens, "generate": GENERATED}
+                | door
+                | {"logits": os.path.join(scratch, name)}
+            )
+
+        jobs = [job(folder, "new", trust=anatomy.surgical)]
+        if base is not None:
+            jobs.append(job(base, "base"))
         results = run_doors(jobs)
-        items = _door_items(results[0])
+        items = _door_items(results[0], anatomy.surgical)
+        if anatomy.surgical:
+            package = job(folder, "package", package=str(Path(__file__).parents[1]))
+            items.append(_same([*run_doors([package]), results[0]], [package["logits"], jobs[0]["logits"]]))
         if base is not None:
             items.append(_compare(results, [job["logits"] for job in jobs]))
     return items
@@ -206,8 +218,8 @@ def run_doors(jobs: list[dict]) -> list[dict]:
     return results + [lost] * (len(jobs) - len(results))
 
 
-def _door_items(result: dict) -> list[Item]:
-    name = "loads with stock Transformers"
+def _door_items(result: dict, surgical: bool) -> list[Item]:
+    name = "loads with trust_remote_code" if surgical else "loads with stock Transformers"
     if "error" in result:
         return [Item(name, FAILED, result["error"]), Item("generates", NOT_RUN, "it did not load")]
     faults = {kind: result[kind] for kind in ("missing", "unexpected", "mismatched") if result[kind]}
@@ -219,6 +231,19 @@ def _door_items(result: dict) -> list[Item]:
     if not result["finite"]:
         return [loads, Item("generates", FAILED, "the logits hold NaN or infinite values")]
     return [loads, Item("generates", PASSED, f"{len(result['generated'])} tokens, logits finite")]
+
+
+def _same(results: list[dict], files: list[str]) -> Item:
+    """Door 1 (this package) and door 2 (the code in the folder), in processes of their own: equal to the bit."""
+    import torch
+
+    name = "both doors agree"
+    if errors := [result["error"] for result in results if "error" in result]:
+        return Item(name, FAILED, errors[0])
+    one, two = (torch.load(file, weights_only=True) for file in files)
+    if torch.equal(one, two) and results[0]["generated"] == results[1]["generated"]:
+        return Item(name, PASSED, "logits equal to the bit, same tokens generated")
+    return Item(name, FAILED, f"logits differ by {(one - two).abs().max().item():.3g}")
 
 
 def _compare(results: list[dict], files: list[str]) -> Item:

@@ -76,7 +76,7 @@ def convert(
     return Report.of(out.out), base
 
 
-def edit_model(recipe, model, overrides=(), progress=None, on_plan=None) -> Report:
+def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokenizer=None) -> Report:
     """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`."""
     from .hub import Source
 
@@ -84,7 +84,9 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None) -> Repo
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
     if on_plan:
         on_plan(plan)
-    records = [step.operation.apply(model, Context(step.change, step.before, progress)) for step in plan.steps]
+    records = [
+        step.operation.apply(model, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps
+    ]
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
@@ -130,10 +132,12 @@ def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: 
 
 def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
     from .api import load
+    from .scoring import read_tokenizer
 
     model = load(base)
+    tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
-        step.operation.apply(model, Context(change=change, before=before, progress=progress))
+        step.operation.apply(model, Context(change, before, progress, tokenizer))
         for step, before, change in _steps_in_memory(plan, model)
     ]
     model.save_pretrained(partial)

@@ -2,7 +2,8 @@
 
 Run as a file (`python -P door.py`), never imported by the package: it reads a list of jobs as JSON from stdin,
 each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
-It imports only torch and transformers, and refuses to run if `surgery` got in.
+"trust" runs the code in the folder (door 2 of a surgical checkpoint). "package": folder opens door 1 instead: the
+package `surgery` found there is imported and registered; without it, the job fails if `surgery` got in.
 """
 
 import json
@@ -13,15 +14,20 @@ def open_door(job: dict) -> dict:
     import torch
     import transformers
 
-    folder = job["folder"]
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if job.get("package"):
+        sys.path.append(job["package"])
+        import surgery
+
+        surgery.register()
+    folder, given = job["folder"], {"local_files_only": True, "trust_remote_code": bool(job.get("trust"))}
+    config = transformers.AutoConfig.from_pretrained(folder, **given)
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = transformers.AutoModelForCausalLM
     if config.get_text_config() is not config and not any("CausalLM" in c for c in config.architectures or []):
         auto = transformers.AutoModelForImageTextToText
-    elif config.model_type not in names:
+    elif config.model_type not in names and not job.get("trust"):
         raise ValueError(f"Transformers has no causal language model for {config.model_type!r}")
-    model, info = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **given)
     model.eval()
     tokens = torch.tensor(job["tokens"])
     with torch.no_grad():
@@ -45,7 +51,7 @@ def main() -> None:
     for job in json.load(sys.stdin):
         try:
             result = open_door(job)
-            if "surgery" in sys.modules:
+            if "surgery" in sys.modules and not job.get("package"):
                 result["error"] = "the package surgery was imported"
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}

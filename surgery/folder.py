@@ -36,6 +36,10 @@ def load_config(folder: Path):
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     kind = raw.get("model_type")
+    if kind == "surgery":
+        from .runtime import register
+
+        register()
     known = kind in CONFIG_MAPPING
     cls = CONFIG_MAPPING[kind] if known else PreTrainedConfig  # the mapping is lazy and has no .get
     try:

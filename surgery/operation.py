@@ -6,7 +6,7 @@ yours under the entry-point group `surgery.operations`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -39,12 +39,12 @@ class Change:
 
 @dataclass
 class Context:
-    """What `apply` is given besides the model: the change planned for it and a progress callback."""
+    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer."""
 
     change: Change
     before: Anatomy
     progress: Any = None
-    records: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
 
 class Operation(BaseModel):
@@ -54,6 +54,7 @@ class Operation(BaseModel):
 
     op: str
     summary: ClassVar[str] = ""
+    term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""

@@ -108,6 +108,7 @@ class Plan:
                 "before": self.before.kv_bytes_per_token,
                 "after": self.after.kv_bytes_per_token,
             },
+            "kv_bytes_fixed": {"before": self.before.kv_bytes_fixed, "after": self.after.kv_bytes_fixed},
         }
 
     def to_dict(self) -> dict:
@@ -148,13 +149,28 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
     """
     steps, current = [], anatomy
     for operation in recipe.operations:
-        if problems := operation.problems(current):
+        if problems := conflicts(operation, steps, anatomy) or operation.problems(current):
             first, *rest = (SurgeryError(problem, where=source) for problem in problems)
             raise SurgeryError(first.what, where=source, others=tuple(rest))
         change = operation.plan(current)
         steps.append(Step(operation, current, change))
         current = change.after
     return Plan(recipe, source, anatomy, tuple(steps), new_shapes(anatomy, current))
+
+
+def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
+    """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
+    if anatomy.surgical:
+        return [
+            f"{operation.op}: this checkpoint is surgical already, and a second surgery on it is not in this version; "
+            "write one recipe with all operations and start from the base"
+        ]
+    for step in steps:
+        if operation.term is not None and step.operation.term == operation.term:
+            return [f"{operation.op}: {step.operation.op} before it sets the {operation.term} of the same heads"]
+        if step.operation.term is not None and operation.term is None:
+            return [f"{operation.op}: weight rewrites come before {step.operation.op} in a recipe"]
+    return []
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

@@ -64,6 +64,7 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
             biases=_biases(family, tensors, path),
             dtype=_dtype(family, tensors, path),
             layout=family,
+            **_streaming(config, i),
         )
         if tensors:
             _verify(layer, tensors, config, where)
@@ -73,6 +74,16 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     composite = config.model_type if text is not config else None
     dtype = layers[0].dtype or _config_dtype(text) or _config_dtype(config)
     return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
+
+
+def _streaming(config, i: int) -> dict:
+    """The head split of a surgical checkpoint's layer."""
+    block = getattr(config, "surgery", None)
+    if not block:
+        return {}
+    layer = block["layers"][i]
+    facts = {"sinks": layer.get("sinks", 0), "streaming_window": layer.get("window", 0)}
+    return facts | {"streaming": tuple(layer.get("streaming", []))}
 
 
 def _number(config, name: str, where: str) -> int:

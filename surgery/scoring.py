@@ -147,6 +147,9 @@ def read_config(source: Source):
         raise SurgeryError("not a model folder: it has no config.json", where=str(folder), fix="name a saved model")
     from transformers import AutoConfig
 
+    from .runtime import register
+
+    register()
     with _reading(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 

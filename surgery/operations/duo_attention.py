@@ -1,0 +1,115 @@
+"""Split the heads: retrieval heads keep the whole past, streaming heads keep a few sinks and a window.
+
+Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819 (the split); Xiao et al. 2023, "StreamingLLM", arXiv
+2309.17453 (sinks + window). Unlike the released code, visibility is a set of positions here: prefill in one piece, in
+chunks and decoding give the same result, and a streaming head sees sinks + window in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..calibration.head_scores import HeadScores, choose_streaming, far_mass, load_scores
+from ..errors import SurgeryError
+from ..operation import SURGICAL, Change, Context, Operation
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+Whole = Annotated[int, Field(ge=0, strict=True)]
+
+
+class DuoAttention(Operation):
+    """Give the KV heads with the lowest scores the visibility sinks + window."""
+
+    summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
+    term: ClassVar[str] = "visibility"
+
+    op: Literal["duo_attention"] = "duo_attention"
+    streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of all KV heads that stream.")
+    threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
+    sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
+    window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
+    scores: str = Field("far-mass", description="far-mass (measured here), or a score file.")
+    samples: int = Field(8, ge=1, strict=True, description="Calibration sequences of a measured score.")
+    length: int = Field(1024, ge=2, strict=True, description="Tokens in a calibration sequence.")
+    per_layer_min_retrieval: Whole = Field(0, description="KV heads that every layer keeps full.")
+    protect_layers: list[Whole] = Field([], description="Layers whose heads all stay full.")
+    seed: Whole = Field(0, description="Seed of the calibration order.")
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        layer, found = anatomy.layers[0], []
+        if not layer.layout.interface or anatomy.guess:
+            reason = "is not a known family" if anatomy.guess else "does not use Transformers' attention interface"
+            found.append(f"duo_attention: {anatomy.model_type} {reason}, so its heads cannot be split")
+        if anatomy.composite:
+            found.append("duo_attention: composites (vision + text) are not supported by the surgical tier")
+        if (self.streaming_ratio is None) == (self.threshold is None):
+            found.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
+        if wrong := [i for i in self.protect_layers if i >= len(anatomy.layers)]:
+            found.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
+        if self.per_layer_min_retrieval > layer.kv_heads:
+            found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {layer.kv_heads} KV heads")
+        if not found and self.scores != "far-mass":
+            try:
+                load_scores(self.scores, len(anatomy.layers), layer.kv_heads)
+            except SurgeryError as error:
+                found.append(f"duo_attention: {error.where}: {error.what}")
+        return found
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        layers, kv_heads = len(anatomy.layers), anatomy.layers[0].kv_heads
+        notes = []
+        if self.scores == "far-mass":
+            # The heads are not known before the model is measured; their number is, unless a threshold decides.
+            streaming = self._choose([[0.0] * kv_heads] * layers)
+            known = "up to " if self.threshold is not None else ""
+            notes.append("which heads stream is measured on the model; the layers above show their number only")
+        else:
+            streaming, known = self._choose(load_scores(self.scores, layers, kv_heads).scores), ""
+        count = sum(map(len, streaming))
+        line = f"{known}{count} of {layers * kv_heads} KV heads see {self.sinks} sinks + {self.window} tokens"
+        return Change(anatomy.with_streaming(streaming, self.sinks, self.window), (line,), SURGICAL, tuple(notes))
+
+    def apply(self, model, context: Context) -> dict:
+        from ..runtime.modeling_surgery import patch
+
+        layers, kv_heads = len(context.before.layers), context.before.layers[0].kv_heads
+        if self.scores == "far-mass":
+            scores = self._measure(model, context)
+        else:
+            scores = load_scores(self.scores, layers, kv_heads)
+        streaming = self._choose(scores.scores)
+        patch(model, {"layers": [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]})
+        return {"streaming": streaming, "scores": scores.to_dict()}
+
+    def _measure(self, model, context: Context) -> HeadScores:
+        if self.streaming_ratio in (0.0, 1.0) and not self.per_layer_min_retrieval:
+            return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
+        if context.tokenizer is None:
+            raise SurgeryError(
+                "measuring heads needs the tokenizer",
+                where="duo_attention",
+                fix="surgery.apply(recipe, model, tokenizer=tokenizer), or a score file (scores: FILE)",
+            )
+        return far_mass(
+            model,
+            context.tokenizer,
+            sinks=self.sinks,
+            window=self.window,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            progress=context.progress,
+        )
+
+    def _choose(self, scores: list[list[float]]) -> list[list[int]]:
+        return choose_streaming(
+            scores,
+            ratio=self.streaming_ratio,
+            threshold=self.threshold,
+            min_retrieval=self.per_layer_min_retrieval,
+            protect=tuple(self.protect_layers),
+        )

@@ -1,0 +1,265 @@
+"""The model class of a surgical checkpoint, made at load time from the class of its base.
+
+`SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
+`generate`, peft and the rest of Transformers work on it as on the base. This file and those it imports travel with the
+checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a checkpoint needs nothing else.
+
+What the surgery did is in the config's `surgery` block:
+
+    {"format": 1, "base_model_type": "llama", "layers": [{"streaming": [0, 2], "sinks": 64, "window": 192}, ...]}
+
+`layers` has an entry for every layer; `streaming` are the KV heads that see sinks + window, an empty list for none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+)
+from transformers.cache_utils import DynamicCache
+
+from .surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
+from .surgery_cache import SurgeryCache
+
+NAME, PREFIX, FORMAT = "surgery", "Surgery", 1
+TRANSFORMERS = ((5, 20), (6, 0))  # from, before
+FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py")
+
+# Transformers renamed the forward's argument during 5.x.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    for file in FILES:
+        digest.update(Path(__file__).with_name(file).read_bytes())
+    return digest.hexdigest()
+
+
+# The registry of attention functions is one for the process, and another checkpoint may bring another version of this
+# code: the name tells them apart.
+ATTENTION = f"{NAME}_{_code_hash()[:12]}"
+AttentionInterface.register(ATTENTION, surgery_attention)
+AttentionMaskInterface.register(ATTENTION, surgery_mask)
+
+
+def validate(config) -> list[dict]:
+    """The layers of a config's `surgery` block, checked.
+
+    Raises:
+        ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
+            not fit the model.
+    """
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
+        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.20 and < 6, this is {version}")
+    block = getattr(config, NAME, None)
+    if not isinstance(block, dict) or block.get("format") != FORMAT:
+        found = block.get("format") if isinstance(block, dict) else block
+        raise ValueError(f"the surgery block has format {found!r}; this code reads format {FORMAT}")
+    layers, text = block.get("layers"), config.get_text_config()
+    if not isinstance(layers, list) or len(layers) != text.num_hidden_layers:
+        raise ValueError(f"the surgery block must have a list of {text.num_hidden_layers} layers")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    for number, layer in enumerate(layers):
+        where = f"layer {number} of the surgery block"
+        if not isinstance(layer, dict) or set(layer) - {"streaming", "sinks", "window"}:
+            raise ValueError(f"{where} has other keys than streaming, sinks and window")
+        streaming, sinks, window = layer.get("streaming", []), layer.get("sinks", 0), layer.get("window", 1)
+        if not isinstance(streaming, list) or not set(streaming) <= set(range(heads)):
+            raise ValueError(f"{where}: streaming must list KV heads from 0 to {heads - 1}, not {streaming}")
+        if not isinstance(sinks, int) or sinks < 0 or not isinstance(window, int) or window < 1:
+            raise ValueError(f"{where}: sinks {sinks!r} and window {window!r} must be whole, from 0 and from 1")
+    return layers
+
+
+def head_kinds(config) -> list[list]:
+    """For each layer the (visibility, KV heads) of its kinds of heads."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return [
+        kinds_of_heads(heads, layer.get("streaming", []), layer.get("sinks", 0), layer.get("window", 1), limit)
+        for layer, limit in zip(validate(config), base_windows(config), strict=True)
+    ]
+
+
+def base_windows(config) -> list[int | None]:
+    """The base model's own sliding window in each layer, None for full attention."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    layers = range(text.num_hidden_layers)
+    return [window if kinds is None or kinds[i] == "sliding_attention" else None for i in layers]
+
+
+def attention_modules(model) -> list:
+    """The attention modules of a model, in the order of their layers."""
+    found = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def attach(model) -> None:
+    """Give every attention module its heads' visibility, and the model a cache of its own."""
+    kinds = head_kinds(model.config)
+    modules = attention_modules(model)
+    numbers = [module.layer_idx for module in modules]
+    if numbers != list(range(len(kinds))):
+        raise ValueError(
+            f"the model has attention modules for layers {numbers}, the surgery block {len(kinds)} layers"
+        )
+    for module in modules:
+        module.surgery_heads = kinds[module.layer_idx]
+    inner = model.base_model
+    if not any(hook is _give_cache for hook in inner._forward_pre_hooks.values()):
+        inner.register_forward_pre_hook(_give_cache, with_kwargs=True)
+
+
+def _give_cache(module, args, kwargs):
+    """Forward pre-hook of the inner model: where it would make a `DynamicCache`, it gets ours; others are checked."""
+    cache = kwargs.get(CACHE)
+    if cache is not None:
+        refuse_cache(cache)
+        return None
+    use_cache = kwargs.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    if not use_cache or (module.training and getattr(module, "gradient_checkpointing", False)):
+        return None
+    return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
+
+
+def refuse_cache(cache) -> None:
+    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
+    if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
+        raise ValueError(
+            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or pass "
+            "a DynamicCache (right results, no memory saved)"
+        )
+
+
+class SurgeryConfig(transformers.PreTrainedConfig):
+    """What AutoConfig finds for `model_type: "surgery"`: it answers with the base's config class, extended."""
+
+    model_type = NAME
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        block = config_dict.get(NAME)
+        base = block.get("base_model_type") if isinstance(block, dict) else None
+        if base not in CONFIG_MAPPING:
+            raise ValueError(f"the surgery block names the base model type {base!r}, which Transformers does not know")
+        return _make(PREFIX + CONFIG_MAPPING[base].__name__).from_dict(config_dict, **kwargs)
+
+
+class _ConfigMixin:
+    """The base's config: its own model_type in memory, "surgery" on disk."""
+
+    _auto_class = "AutoConfig"
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+
+    def to_diff_dict(self):
+        return {**super().to_diff_dict(), "model_type": NAME}
+
+
+class _ModelMixin:
+    """What a surgical model class adds to its base class."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config, *args, **kwargs):
+        config._attn_implementation = ATTENTION  # config.json does not keep it
+        super().__init__(config, *args, **kwargs)
+        attach(self)
+
+    def set_attn_implementation(self, name, *args, **kwargs):
+        if name != ATTENTION:
+            raise ValueError(f"attn_implementation={name!r} would undo the surgery; this model has its own")
+        return super().set_attn_implementation(name, *args, **kwargs)
+
+    def make_cache(self, **kwargs) -> SurgeryCache:
+        """An empty cache for this model."""
+        return SurgeryCache(head_kinds(self.config), **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "offloaded"):
+            raise ValueError(f"cache_implementation={kind!r} would undo the surgery: leave it out")
+        given = model_kwargs.get(CACHE)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get(CACHE)
+        if made is not None and made is not given:
+            ours = self.make_cache(offloading=kind == "offloaded")
+            if getattr(generation_config, "is_assistant", False):
+                ours.activate_past_recording()
+            model_kwargs[CACHE] = ours
+        return result
+
+    def generate_batch(self, *args, **kwargs):
+        raise ValueError("continuous batching uses a paged cache, which would undo the surgery; use generate")
+
+
+def patch(model, block: dict) -> None:
+    """Make a loaded stock model the surgical one that `from_pretrained` of its saved folder will give, in place.
+
+    Args:
+        block: the `surgery` block without `format` and `base_model_type`.
+    """
+    config = model.config
+    base = type(model)
+    if not hasattr(config, NAME):
+        config.__class__ = _make(PREFIX + type(config).__name__)
+        model.__class__ = _make(PREFIX + base.__name__)
+    setattr(config, NAME, {"format": FORMAT, "base_model_type": type(config).model_type, **block})
+    config.architectures = [type(model).__name__]
+    validate(config)
+    model.set_attn_implementation(ATTENTION)
+    if config._attn_implementation != ATTENTION:
+        raise ValueError(f"{base.__name__} does not take another attention function")
+    attach(model)
+
+
+def _make(name: str):
+    """The class `Surgery...`, made from the Transformers class behind the prefix the first time it is asked for."""
+    if name in globals():
+        return globals()[name]
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(base, transformers.PreTrainedConfig):
+        made = globals()[name] = type(name, (_ConfigMixin, base), {"__module__": __name__})
+        for auto, mapping in ((AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING), (AutoModel, MODEL_MAPPING)):
+            if base in mapping:
+                auto.register(made, _make(PREFIX + mapping[base].__name__), exist_ok=True)
+        return made
+    attributes = {
+        "__module__": __name__,
+        "config_class": _make(PREFIX + base.config_class.__name__),
+        "_auto_class": "AutoModelForCausalLM" if base.__name__.endswith("ForCausalLM") else "AutoModel",
+    }
+    made = globals()[name] = type(name, (_ModelMixin, base), attributes)
+    return made
+
+
+def __getattr__(name: str):
+    return _make(name)

@@ -1,0 +1,243 @@
+"""The attention function of a surgical checkpoint, and the mask function that belongs to it.
+
+    out_h(i) = sum over j in V_h(i) of softmax_j(scale * q_i.k_j) * v_j
+
+after projections, norms, RoPE and cache update. V_h is read from `module.surgery_heads`: for each kind of head in the
+layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
+sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .surgery_cache import KeyValues, Visibility, select, uncached
+
+BLOCK = 128  # queries of a band that share one slice of keys
+# Tensors that reach an attention function and do not change what it computes. Others are refused.
+IGNORED = {"position_ids", "labels", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}
+
+
+def surgery_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention of one layer, every head with its own visibility.
+
+    Args:
+        module: attention module that carries `surgery_heads`, a list of (Visibility, KV head numbers).
+        query: [batch, heads, n, head_dim].
+        key, value: [batch, KV heads, N, head_dim], or what `SurgeryLayer.update` returned.
+        attention_mask: [batch, N] (True: a real token) as `surgery_mask` gives it, or None.
+        scaling: factor on q.k. `softcap`, `s_aux` and `sliding_window` are honoured.
+
+    Returns:
+        [batch, n, heads, head_dim], and None: the weights are never held.
+
+    Raises:
+        ValueError: a 4-D mask, dropout, attention weights or an argument that is not known here.
+    """
+    options = _options(kwargs)
+    if dropout and module.training:
+        raise ValueError("attention dropout is not supported by a surgical model: set config.attention_dropout = 0")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kinds = module.surgery_heads
+    if isinstance(key, list):
+        views = key
+    else:
+        segments = _packed(kwargs.get("position_ids"), attention_mask, query, key)
+        if segments is not None:
+            return _by_segment(module, query, key, value, segments, scale, options)
+        views = [uncached(visibility, select(key, heads), select(value, heads)) for visibility, heads in kinds]
+    group = query.shape[1] // sum(len(heads) for _, heads in kinds)
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
+    for view, (_, heads) in zip(views, kinds, strict=True):
+        numbers = [head * group + i for head in heads for i in range(group)]
+        sinks = None if options["s_aux"] is None else options["s_aux"][numbers]
+        part = _attend(select(query, numbers), view, attention_mask, pad, scale, options["softcap"], sinks)
+        if len(kinds) == 1:
+            return part.transpose(1, 2).contiguous(), None
+        out[:, :, numbers] = part.transpose(1, 2)
+    return out, None
+
+
+def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
+    """The mask function: which slots hold real tokens, [batch, kv_length], or None if all do.
+
+    Raises:
+        ValueError: a mask that is not plain causal (image blocks that see each other, chunks), or one with holes:
+            padding must be before a row's tokens or after them.
+    """
+    _refuse_overlay(mask_function)
+    if attention_mask is None:
+        return None
+    mask = attention_mask.to(torch.bool)
+    if mask.shape[1] < kv_length:
+        raise ValueError(f"the attention mask has {mask.shape[1]} columns, cache and input have {kv_length} tokens")
+    mask = mask[:, :kv_length]
+    if bool(mask.all()):
+        return None
+    edges = (mask[:, 1:] != mask[:, :-1]).sum(dim=1)
+    if bool((edges > 2).any()) or bool((mask[:, 0] & mask[:, -1] & (edges > 0)).any()):
+        raise ValueError("the attention mask has holes: padding must be before a row's tokens or after them")
+    return mask
+
+
+def _refuse_overlay(mask_function) -> None:
+    """Only causal masks and sliding windows are ours; Transformers builds every other one from more pieces."""
+    names = {"causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"}
+    for part in _mask_parts(mask_function):
+        if getattr(part, "__qualname__", "") not in names:
+            raise ValueError(
+                f"this model asks for a mask that is not causal ({getattr(part, '__qualname__', part)}); a surgical "
+                "model supports causal attention and sliding windows only"
+            )
+
+
+def _mask_parts(function):
+    if function is None:
+        return
+    if getattr(function, "__qualname__", "").startswith("and_masks"):
+        for cell in function.__closure__ or ():
+            if isinstance(cell.cell_contents, tuple):
+                for part in cell.cell_contents:
+                    yield from _mask_parts(part)
+    else:
+        yield function
+
+
+def _options(kwargs: dict) -> dict:
+    known = {"softcap", "s_aux", "sliding_window"}
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("a surgical model attends causally: is_causal=False is not supported")
+    for name, argument in kwargs.items():
+        if name not in known | IGNORED and isinstance(argument, torch.Tensor):
+            raise ValueError(f"the attention of this model takes {name}, which a surgical model does not know")
+    return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+
+
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, s_aux) -> torch.Tensor:
+    """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
+    batch, heads, length, size = query.shape
+    kv_heads, visibility = view.keys.shape[1], view.visibility
+    if visibility.sinks:
+        view.settle_sinks(pad)
+    plain = softcap is None and s_aux is None and mask is None
+    if plain and visibility.window is None and view.start == 0 and (length == view.end or length == 1):
+        return sdpa(query, view.keys, view.values, scale=scale, is_causal=length > 1, enable_gqa=heads != kv_heads)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
+    sinks = None if s_aux is None else s_aux.reshape(kv_heads, heads // kv_heads)
+    first = view.end - view.new
+    blocks = [
+        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, sinks)
+        for i in range(0, length, BLOCK)
+    ]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)).reshape(query.shape)
+
+
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, s_aux) -> torch.Tensor:
+    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
+    batch, kv_heads, group, length, size = query.shape
+    visibility, device = view.visibility, query.device
+    slots = torch.arange(first, first + length, device=device)
+    if view.slots is not None:
+        keys, values, key_slots = view.keys, view.values, view.slots
+    else:
+        low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
+        cut = slice(low - view.start, first + length - view.start)
+        keys, values = view.keys[:, :, cut], view.values[:, :, cut]
+        key_slots = torch.arange(low, first + length, device=device)
+    distance = slots[:, None] - key_slots[None, :]
+    seen = (distance >= 0) & (key_slots >= 0)
+    for bound in (visibility.window, visibility.limit):
+        seen = seen if bound is None else seen & (distance < bound)
+    seen = seen[None]  # [1 or batch, b, keys]
+    if mask is not None:
+        seen = seen & mask[:, None, key_slots.clamp(min=0)]
+    if visibility.sinks:
+        start = 0 if pad is None else pad[:, None, None]
+        seen = seen & (key_slots >= visibility.sinks + start)  # nearer sinks are read from their own buffer
+        position = slots[None, :, None] - start
+        order = torch.arange(visibility.sinks, device=device)
+        visible = order <= position
+        if visibility.limit is not None:
+            visible = visible & (position - order < visibility.limit)
+        if mask is not None:  # a row shorter than the sinks, padded on the right
+            visible = visible & (order < mask.sum(dim=1)[:, None, None])
+        seen = torch.cat([visible.expand(seen.shape[0], -1, -1), seen.expand(visible.shape[0], -1, -1)], dim=-1)
+        keys = torch.cat([view.sink_keys, keys], dim=2)
+        values = torch.cat([view.sink_values, values], dim=2)
+    rows = query.reshape(batch, kv_heads, group * length, size)
+    seen = seen[:, None].repeat(1, 1, group, 1)  # the group's queries share the keys: one product for all of them
+    if softcap is None and s_aux is None:
+        out = sdpa(rows, keys, values, attn_mask=None if bool(seen.all()) else seen, scale=scale)
+    else:
+        out = _explicit(rows, keys, values, seen, scale, softcap, s_aux, group)
+    if mask is not None:  # rows of padding see nothing: zero, never NaN
+        out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
+    return out.reshape(query.shape)
+
+
+def _explicit(rows, keys, values, seen, scale, softcap, s_aux, group) -> torch.Tensor:
+    """Softmax written out, for soft-capped scores and learned sinks (a logit without a value)."""
+    scores = (rows @ keys.mT).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        length = rows.shape[2] // group
+        sink = s_aux.float().repeat_interleave(length, dim=1)[None, :, :, None].expand(len(rows), -1, -1, -1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return weights.to(values.dtype) @ values
+
+
+def _packed(position_ids, mask, query, key) -> list[list[tuple[int, int]]] | None:
+    """Where rows hold several sequences (positions start anew), the (begin, end) of each; None if none does."""
+    if position_ids is None or mask is not None or query.shape[2] != key.shape[2]:
+        return None
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(breaks.any()):
+        return None
+    rows = []
+    for row in breaks.expand(query.shape[0], -1):
+        edges = [0, *(row.nonzero().flatten() + 1).tolist(), query.shape[2]]
+        rows.append(list(zip(edges[:-1], edges[1:], strict=True)))
+    return rows
+
+
+def _by_segment(module, query, key, value, segments, scale, options):
+    rows = []
+    for row, parts in enumerate(segments):
+        one = slice(row, row + 1)
+        pieces = [
+            surgery_attention(
+                module, query[one, :, a:b], key[one, :, a:b], value[one, :, a:b], None, scaling=scale, **options
+            )[0]
+            for a, b in parts
+        ]
+        rows.append(torch.cat(pieces, dim=1))
+    return torch.cat(rows), None
+
+
+def kinds_of_heads(heads: int, streaming: list[int], sinks: int, window: int, limit: int | None):
+    """The (visibility, KV head numbers) of a layer: full heads first, then those with sinks + window.
+
+    Args:
+        heads: KV heads of the layer.
+        streaming: numbers of those that see sinks + window.
+        limit: the base's own sliding window in this layer, or None.
+    """
+    full = [head for head in range(heads) if head not in set(streaming)]
+    kinds: dict[Visibility, list[int]] = {}
+    for visibility, numbers in (
+        (Visibility(limit=limit), full),
+        (Visibility(sinks, window, limit), sorted(streaming)),
+    ):
+        if numbers:
+            kinds.setdefault(visibility.simplified(), []).extend(numbers)
+    return [(visibility, sorted(numbers)) for visibility, numbers in kinds.items()]
