@@ -120,13 +120,13 @@ def attach(model) -> None:
         )
     for module in modules:
         module.surgery_heads = kinds[module.layer_idx]
-    inner = model.base_model
-    if not any(hook is _give_cache for hook in inner._forward_pre_hooks.values()):
-        inner.register_forward_pre_hook(_give_cache, with_kwargs=True)
+    for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
+        if _give_cache not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_give_cache, with_kwargs=True)
 
 
 def _give_cache(module, args, kwargs):
-    """Forward pre-hook of the inner model: where it would make a `DynamicCache`, it gets ours; others are checked."""
+    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked."""
     cache = kwargs.get(CACHE)
     if cache is not None:
         refuse_cache(cache)
@@ -142,8 +142,8 @@ def refuse_cache(cache) -> None:
     """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
     if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
         raise ValueError(
-            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or pass "
-            "a DynamicCache (right results, no memory saved)"
+            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
+            "pass a DynamicCache (right results, no memory saved)"
         )
 
 

@@ -36,6 +36,8 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         ValueError: a 4-D mask, dropout, attention weights or an argument that is not known here.
     """
     options = _options(kwargs)
+    if attention_mask is not None and attention_mask.dtype == torch.long:
+        return _by_segment(module, query, key, value, attention_mask, scaling, options)
     if dropout and module.training:
         raise ValueError("attention dropout is not supported by a surgical model: set config.attention_dropout = 0")
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -45,9 +47,6 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     if isinstance(key, list):
         views = key
     else:
-        segments = _packed(kwargs.get("position_ids"), attention_mask, query, key)
-        if segments is not None:
-            return _by_segment(module, query, key, value, segments, scale, options)
         views = [uncached(visibility, select(key, heads), select(value, heads)) for visibility, heads in kinds]
     group = query.shape[1] // sum(len(heads) for _, heads in kinds)
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
@@ -63,15 +62,19 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
-    """The mask function: which slots hold real tokens, [batch, kv_length], or None if all do.
+    """The mask function.
+
+    Returns:
+        Which slots hold real tokens, bool [batch, kv_length]; None if all do; for rows that hold several sequences
+        (Transformers sees it at positions that start anew) the number of each token's sequence, long [batch, length].
 
     Raises:
         ValueError: a mask that is not plain causal (image blocks that see each other, chunks), or one with holes:
             padding must be before a row's tokens or after them.
     """
-    _refuse_overlay(mask_function)
+    segments = _segments(mask_function)
     if attention_mask is None:
-        return None
+        return segments
     mask = attention_mask.to(torch.bool)
     if mask.shape[1] < kv_length:
         raise ValueError(f"the attention mask has {mask.shape[1]} columns, cache and input have {kv_length} tokens")
@@ -84,27 +87,34 @@ def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_
     return mask
 
 
-def _refuse_overlay(mask_function) -> None:
-    """Only causal masks and sliding windows are ours; Transformers builds every other one from more pieces."""
-    names = {"causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"}
+def _segments(mask_function) -> torch.Tensor | None:
+    """Sequence numbers of a packed batch; masks that are neither causal nor windows nor packed rows are refused."""
+    segments = None
     for part in _mask_parts(mask_function):
-        if getattr(part, "__qualname__", "") not in names:
+        name = getattr(part, "__qualname__", str(part)).removesuffix(".<locals>.inner_mask")
+        if name == "packed_sequence_mask_function":
+            segments = part.__closure__[0].cell_contents.long()
+        elif name not in ("causal_mask_function", "sliding_window_overlay"):
             raise ValueError(
-                f"this model asks for a mask that is not causal ({getattr(part, '__qualname__', part)}); a surgical "
-                "model supports causal attention and sliding windows only"
+                f"this model asks for a mask that is not causal ({name}); a surgical model supports causal attention, "
+                "sliding windows and packed rows only"
             )
+    return segments
 
 
 def _mask_parts(function):
+    """The pieces a mask function is made of: Transformers joins them with `and_masks` and wraps packed rows."""
     if function is None:
         return
-    if getattr(function, "__qualname__", "").startswith("and_masks"):
-        for cell in function.__closure__ or ():
-            if isinstance(cell.cell_contents, tuple):
-                for part in cell.cell_contents:
-                    yield from _mask_parts(part)
-    else:
+    name = getattr(function, "__qualname__", "")
+    if not name.startswith(("and_masks", "remap_positions_for_packed_sequence")):
         yield function
+        return
+    for cell in function.__closure__ or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        for part in parts:
+            if callable(part) and not isinstance(part, torch.Tensor):
+                yield from _mask_parts(part)
 
 
 def _options(kwargs: dict) -> dict:
@@ -130,7 +140,7 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, s_aux) -> torch.T
         return sdpa(query, view.keys, view.values, scale=scale, is_causal=length > 1, enable_gqa=heads != kv_heads)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
     sinks = None if s_aux is None else s_aux.reshape(kv_heads, heads // kv_heads)
-    first = view.end - view.new
+    first = view.end - length
     blocks = [
         _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, sinks)
         for i in range(0, length, BLOCK)
@@ -196,31 +206,16 @@ def _explicit(rows, keys, values, seen, scale, softcap, s_aux, group) -> torch.T
     return weights.to(values.dtype) @ values
 
 
-def _packed(position_ids, mask, query, key) -> list[list[tuple[int, int]]] | None:
-    """Where rows hold several sequences (positions start anew), the (begin, end) of each; None if none does."""
-    if position_ids is None or mask is not None or query.shape[2] != key.shape[2]:
-        return None
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not bool(breaks.any()):
-        return None
+def _by_segment(module, query, key, value, segments, scaling, options):
+    """Packed rows: every sequence attends alone, and its first tokens are its sinks."""
+    if isinstance(key, list):  # the cache of this call: all its keys are new
+        raise ValueError("packed rows are for training: pass use_cache=False")
     rows = []
-    for row in breaks.expand(query.shape[0], -1):
-        edges = [0, *(row.nonzero().flatten() + 1).tolist(), query.shape[2]]
-        rows.append(list(zip(edges[:-1], edges[1:], strict=True)))
-    return rows
-
-
-def _by_segment(module, query, key, value, segments, scale, options):
-    rows = []
-    for row, parts in enumerate(segments):
-        one = slice(row, row + 1)
-        pieces = [
-            surgery_attention(
-                module, query[one, :, a:b], key[one, :, a:b], value[one, :, a:b], None, scaling=scale, **options
-            )[0]
-            for a, b in parts
-        ]
-        rows.append(torch.cat(pieces, dim=1))
+    for row, numbers in enumerate(segments.expand(query.shape[0], -1)):
+        lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+        pieces = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
+        outputs = [surgery_attention(module, *piece, None, scaling=scaling, **options)[0] for piece in pieces]
+        rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows), None
 
 

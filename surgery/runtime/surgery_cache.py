@@ -140,6 +140,9 @@ class FullStore:
     def crop(self, count: int) -> None:
         self.seen = max(self.seen - count, 0)
 
+    def can_crop(self, count: int) -> bool:
+        return True
+
 
 class RingStore:
     """Sinks by position, and the last `window` slots of some heads, slot s at index s % window."""
@@ -218,14 +221,12 @@ class RingStore:
             self.pending = tuple(part[:, :, :left] for part in self.pending) if left else None
             count -= taken
             self._flush()
-        if count == 0:
-            return
-        if self.seen > self.visibility.window:
-            raise RuntimeError(
-                f"crop({-count}) reaches tokens that left the window of {self.visibility.window}; call "
-                "activate_past_recording() before the tokens that may be taken back"
-            )
         self.seen = max(self.seen - count, 0)
+
+    def can_crop(self, count: int) -> bool:
+        """Whether so many tokens can be taken back: recorded ones, or any while nothing has left the window."""
+        pending = self.pending[0].shape[2] if self.pending else 0
+        return count <= pending or self.seen <= self.visibility.window
 
 
 class SurgeryLayer(CacheLayerMixin):
@@ -336,6 +337,16 @@ class SurgeryCache(Cache):
 
     def __init__(self, layers: list[list[tuple[Visibility, list[int]]]], offloading: bool = False):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, in every layer or, if one cannot, in none."""
+        count = -tokens_to_remove
+        if not all(store.can_crop(count) for layer in self.layers for store in layer.stores):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) reaches tokens that left a window; call activate_past_recording() before "
+                "the tokens that may be taken back"
+            )
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

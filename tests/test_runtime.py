@@ -1,0 +1,351 @@
+"""The surgical runtime on tiny models of every family: values against an explicit dense mask, caches, generation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import TINY, double
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+
+from surgery.runtime import modeling_surgery as runtime
+
+LENGTH, SINKS, WINDOW = 45, 3, 5
+PADS = (0, 11, 0, 4)
+NOT_ON_THE_INTERFACE = {"falcon", "bloom", "mpt"}
+FAMILIES = [name for name in TINY if not any(name.startswith(word) for word in NOT_ON_THE_INTERFACE)]
+COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
+FAMILIES = [name for name in FAMILIES if name not in COMPOSITES]
+
+
+def kv_heads(model) -> int:
+    text = model.config.get_text_config()
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def random_split(model, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    layers = model.config.get_text_config().num_hidden_layers
+    return [
+        torch.rand(kv_heads(model), generator=generator).lt(0.5).nonzero().flatten().tolist() for _ in range(layers)
+    ]
+
+
+def operated(model, split, sinks=SINKS, window=WINDOW):
+    model = copy.deepcopy(model).eval()
+    runtime.patch(model, {"layers": [{"streaming": heads, "sinks": sinks, "window": window} for heads in split]})
+    return model
+
+
+def inputs(model, batch=len(PADS), pads=PADS, length=LENGTH):
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row, pad in enumerate(pads[:batch]):
+        mask[row, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids, mask, positions
+
+
+def dense_logits(model, split, ids, mask, positions, sinks=SINKS, window=WINDOW) -> torch.Tensor:
+    """float64, one explicit mask for every row and head: nothing of the runtime is used."""
+    model = double(copy.deepcopy(model).eval())
+    text = model.config.get_text_config()
+    kinds, base_window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    real, length = mask.bool(), ids.shape[1]
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+
+    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        layer = module.layer_idx
+        limit = kwargs.get("sliding_window")
+        if kinds is not None:
+            limit = base_window if kinds[layer] == "sliding_attention" else None
+        seen = torch.zeros(*query.shape[:2], length, length, dtype=torch.bool)
+        for row in range(len(ids)):
+            first = int(real[row].int().argmax())
+            for head in range(query.shape[1]):
+                visible = (j <= i) & real[row]
+                if limit is not None:
+                    visible = visible & (i - j < limit)
+                if head // group in split[layer]:
+                    visible = visible & ((j - first < sinks) | (i - j < window))
+                seen[row, head] = visible
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -1e300)
+        if s_aux is not None:
+            column = s_aux.double().view(1, -1, 1, 1).expand(len(ids), -1, length, 1)
+            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("dense_reference", attend)
+    AttentionMaskInterface.register("dense_reference", lambda **_: None)
+    model.set_attn_implementation("dense_reference")
+    with torch.no_grad():
+        return model(**forward(model, ids, mask, positions), use_cache=False).logits
+
+
+def forward(model, ids, mask, positions) -> dict:
+    """Keyword arguments of a forward; OPT makes its own positions from the mask."""
+    given = {"input_ids": ids, "attention_mask": mask}
+    return given if model.config.model_type == "opt" else given | {"position_ids": positions}
+
+
+def chunked(model, ids, mask, positions, chunks) -> torch.Tensor:
+    cache, begin, logits = None, 0, []
+    for size in chunks:
+        part = forward(
+            model, ids[:, begin : begin + size], mask[:, : begin + size], positions[:, begin : begin + size]
+        )
+        out = model(**part, use_cache=True, **({runtime.CACHE: cache} if cache is not None else {}))
+        cache = out[runtime.CACHE]
+        assert isinstance(cache, runtime.SurgeryCache)
+        logits.append(out.logits)
+        begin += size
+    return torch.cat(logits, 1)
+
+
+def difference(got, want, mask) -> float:
+    """Largest difference on real tokens, relative to the spread of the logits."""
+    real = mask.bool()
+    return ((got.double() - want.double())[real].abs().max() / want.double()[real].std()).item()
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return {}
+
+
+@pytest.fixture
+def base(request, bases):
+    name = request.param
+    if name not in bases:
+        bases[name] = TINY[name]().eval().requires_grad_(False)
+    return bases[name]
+
+
+every_family = pytest.mark.parametrize("base", FAMILIES, indirect=True)
+some = pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "gpt_oss", "mistral"], indirect=True)
+
+
+@every_family
+@torch.no_grad()
+def test_identity(base):
+    """Window >= length, and no streaming heads: the base's logits, cached and not, alone and left-padded."""
+    ids, mask, positions = inputs(base)
+    everything = [list(range(kv_heads(base)))] * base.config.get_text_config().num_hidden_layers
+    for model in (operated(base, everything, window=LENGTH), operated(base, [[] for _ in everything])):
+        for rows in (slice(0, 1), slice(None)):
+            part = (ids[rows], mask[rows], positions[rows])
+            want = base(**forward(base, *part), use_cache=False).logits
+            assert difference(model(**forward(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
+            assert difference(chunked(model, *part, [20, 1, 24]), want, part[1]) <= 1e-5
+
+
+@every_family
+@torch.no_grad()
+def test_values_against_a_dense_mask(base):
+    ids, mask, positions = inputs(base)
+    split = random_split(base, 1)
+    assert any(split)
+    want = dense_logits(base, split, ids, mask, positions)
+    model = operated(base, split)
+    assert difference(model(**forward(model, ids, mask, positions), use_cache=False).logits, want, mask) <= 1e-4
+    for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
+        assert difference(chunked(model, ids, mask, positions, chunks), want, mask) <= 1e-4
+    full = dense_logits(base, [[] for _ in split], ids, mask, positions)
+    assert difference(full, want, mask) > 1e-3, "the split changes nothing here: the test has no power"
+
+
+@some
+@torch.no_grad()
+def test_right_padding_and_blocks_longer_than_one(base, monkeypatch):
+    monkeypatch.setattr("surgery.runtime.surgery_attention.BLOCK", 16)
+    ids, mask, positions = inputs(base, pads=(0, 0, 0, 0))
+    mask[1, -9:] = 0
+    mask[2, 2:] = 0  # shorter than the sinks
+    split = random_split(base, 2)
+    want = dense_logits(base, split, ids, mask, positions)
+    model = operated(base, split)
+    assert difference(model(**forward(model, ids, mask, positions), use_cache=False).logits, want, mask) <= 1e-4
+
+
+@some
+def test_generation(base):
+    """Left-padded batch = rows alone; beams, chunked prefill, prompt lookup and an assistant = plain decoding."""
+    model = operated(base, random_split(base, 3))
+    ids, mask, _ = inputs(base)
+    given = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = model.generate(input_ids=ids, attention_mask=mask, **given)
+    for row, pad in enumerate(PADS):
+        alone = model.generate(input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **given)
+        assert torch.equal(alone[0, LENGTH - pad :], batch[row, LENGTH:])
+    uncached = model.generate(input_ids=ids, attention_mask=mask, **given, use_cache=False)
+    assert torch.equal(batch, uncached)
+    pieces = model.generate(input_ids=ids, attention_mask=mask, **given, prefill_chunk_size=7)
+    assert torch.equal(batch, pieces)
+    beams = [
+        model.generate(input_ids=ids, attention_mask=mask, **given, num_beams=3, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*beams)
+    one = {"input_ids": ids[:1], "attention_mask": mask[:1]}
+    plain = model.generate(**one, **given)
+    assert torch.equal(plain, model.generate(**one, **given, prompt_lookup_num_tokens=3))
+    assert torch.equal(plain, model.generate(**one, **given, assistant_model=copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "mistral"], indirect=True)  # stock gpt_oss knows none
+@torch.no_grad()
+def test_packed_rows_are_separate_rows(base):
+    model = operated(base, random_split(base, 4))
+    ids, _, _ = inputs(base, batch=1)
+    lengths = (13, 1, 31)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    parts = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    assert difference(packed, torch.cat(parts, 1), torch.ones_like(ids)) <= 1e-5
+
+
+@torch.no_grad()
+def test_cache_holds_sinks_and_window_and_no_more():
+    base = TINY["llama"]().eval()
+    layers, heads = base.config.num_hidden_layers, base.config.num_key_value_heads
+    model = operated(base, [list(range(heads))] * layers)
+    ids, mask, positions = inputs(base, length=40)
+    out = model(**forward(model, ids, mask, positions), use_cache=True)
+    cache, size = out[runtime.CACHE], base.config.head_dim
+    held = sum(t.numel() for layer in cache.layers for store in layer.stores for t in store.tensors.values())
+    assert held == layers * 2 * len(ids) * heads * (SINKS + WINDOW) * size
+    assert cache.nbytes == held * 4
+    before = cache.nbytes
+    for _ in range(5):
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        positions = positions[:, -1:] + 1
+        out = model(**forward(model, ids[:, -1:], mask, positions), **{runtime.CACHE: cache})
+    assert cache.nbytes == before
+    assert cache.get_seq_length() == 45
+
+
+@torch.no_grad()
+def test_full_heads_grow_by_blocks():
+    base = TINY["llama"]().eval()
+    model = operated(base, [[] for _ in range(base.config.num_hidden_layers)])
+    ids, _, _ = inputs(base, batch=1)
+    cache = model.make_cache()
+    model(input_ids=ids, **{runtime.CACHE: cache})
+    model(input_ids=ids[:, :1], **{runtime.CACHE: cache})
+    store = cache.layers[0].stores[0]
+    place = store.tensors["keys"].data_ptr()
+    for _ in range(20):
+        model(input_ids=ids[:, :1], **{runtime.CACHE: cache})
+    assert store.tensors["keys"].data_ptr() == place, "a new token copied the past"
+
+
+@torch.no_grad()
+def test_cache_operations():
+    """crop with and without recording, batch selection and repetition, reset: as if it had never been otherwise."""
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 5))
+    ids, _, _ = inputs(base)
+    cache = model.make_cache()
+    model(input_ids=ids, **{runtime.CACHE: cache})
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-2)
+    cache.activate_past_recording()
+    model(input_ids=ids[:, :6], **{runtime.CACHE: cache})
+    cache.crop(-4)
+    got = model(input_ids=ids[:, 9:12], **{runtime.CACHE: cache}).logits
+    want = model(input_ids=torch.cat([ids, ids[:, :2], ids[:, 9:12]], 1), use_cache=False).logits[:, -3:]
+    assert (got - want).abs().max() < 1e-4
+    short = model.make_cache()
+    model(input_ids=ids[:, :5], **{runtime.CACHE: short})
+    short.crop(-1)
+    got = model(input_ids=ids[:, 9:12], **{runtime.CACHE: short}).logits
+    want = model(input_ids=torch.cat([ids[:, :4], ids[:, 9:12]], 1), use_cache=False).logits[:, -3:]
+    assert (got - want).abs().max() < 1e-4
+    short.batch_select_indices(torch.tensor([2, 0]))
+    short.batch_repeat_interleave(2)
+    rows = [2, 2, 0, 0]
+    got = model(input_ids=ids[rows, 20:23], **{runtime.CACHE: short}).logits
+    want = model(input_ids=torch.cat([ids[rows, :4], ids[rows, 9:12], ids[rows, 20:23]], 1), use_cache=False).logits
+    assert (got - want[:, -3:]).abs().max() < 1e-4
+    short.reset()
+    assert short.get_seq_length() == 0
+    got = model(input_ids=ids, **{runtime.CACHE: short}).logits
+    assert (got - model(input_ids=ids, use_cache=False).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_plain_dynamic_cache_gives_right_results():
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 6))
+    ids, _, _ = inputs(base, batch=1)
+    cache = DynamicCache()
+    parts = [model(input_ids=part, **{runtime.CACHE: cache}).logits for part in ids.split([20, 1, 24], dim=1)]
+    want = model(input_ids=ids, use_cache=False).logits
+    assert (torch.cat(parts, 1) - want).abs().max() < 1e-4
+
+
+def test_what_would_undo_the_surgery_is_refused():
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 7))
+    ids, mask, _ = inputs(base, batch=1)
+    with pytest.raises(ValueError, match="undo the surgery"):
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="undo the surgery"):
+        model.generate(input_ids=ids, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="undo the surgery"):
+        model.generate_batch([ids[0].tolist()])
+    with pytest.raises(ValueError, match="keeps its own cache"):
+        model(input_ids=ids, **{runtime.CACHE: StaticCache(config=base.config, max_cache_len=64)})
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=ids, output_attentions=True)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, LENGTH, LENGTH))
+    holes = mask.clone()
+    holes[0, 5:9] = 0
+    with pytest.raises(ValueError, match="holes"):
+        model(input_ids=ids, attention_mask=holes)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 2}, "format"),
+        ({"layers": []}, "layers"),
+        ({"layers": [{"streaming": [9], "sinks": 1, "window": 1}] * 2}, "streaming"),
+        ({"layers": [{"streaming": [0], "sinks": -1, "window": 1}] * 2}, "sinks"),
+        ({"layers": [{"streaming": [0], "sinks": 1, "window": 0}] * 2}, "window"),
+        ({"layers": [{"streming": [0]}] * 2}, "other keys"),
+    ],
+)
+def test_a_block_edited_by_hand_is_refused(change, says):
+    model = operated(TINY["llama"](), [[0], []])
+    model.config.surgery |= change
+    with pytest.raises(ValueError, match=says):
+        type(model)(model.config)
+
+
+@some
+def test_training(base):
+    """Gradients equal those of the same attention written out; checkpointing changes nothing."""
+    torch.manual_seed(0)
+    split = random_split(base, 8)
+    ids, _, _ = inputs(base, batch=2)
+    grads = []
+    for checkpointing, cached in ((False, False), (False, True), (True, None)):
+        model = operated(base, split).train().requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=ids, labels=ids, use_cache=cached).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert grads[0].abs().max() > 0
+    for other in grads[1:]:
+        assert (other - grads[0]).norm() <= 1e-5 * grads[0].norm()
