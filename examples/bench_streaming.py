@@ -11,7 +11,7 @@ A conversion reads, rewrites, hashes and fsyncs every file, so a copy followed b
 be asked for. `cp` leaves its data in the page cache; "to disk" adds the `sync` that ends this. Each side begins after
 a `sync` and a rest: a virtual machine hands freed memory back to its host after some seconds, and writing into memory
 that was freed just now is four times as fast as into memory that the host must find first. Memory is ru_maxrss of the
-process. Timings taken on a busy machine mean nothing: the load before each run is printed.
+process. Timings taken on a busy machine mean nothing: "others" is the CPU time that everybody else took meanwhile.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def measure(command: list[str], out: Path) -> dict:
     """Seconds, seconds until the data is on disk, CPU seconds and peak memory of a command; `out` is removed."""
     sync()
     time.sleep(REST)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
-        began = time.perf_counter()
+        busy, began = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         rss = cpu = None
         if hasattr(os, "wait4"):
@@ -84,18 +83,27 @@ def measure(command: list[str], out: Path) -> dict:
             cpu = usage.ru_utime + usage.ru_stime
         process.wait()
         seconds = time.perf_counter() - began
+        others = None if busy is None or cpu is None else busy_seconds() - busy - cpu
         sync()
         on_disk = time.perf_counter() - began
         if process.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command)}\nexit code {process.returncode}\n{log.read().decode(errors='replace')}")
     shutil.rmtree(out)
-    return {"seconds": seconds, "to_disk": on_disk, "cpu": cpu, "rss": rss, "load": load}
+    return {"seconds": seconds, "to_disk": on_disk, "cpu": cpu, "rss": rss, "others": others}
+
+
+def busy_seconds() -> float | None:
+    """CPU seconds of all processes since the start of the machine, where the system tells."""
+    if not Path("/proc/stat").is_file():
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def disk_speed(folder: Path, size: int = 1 << 30) -> float:
     """Bytes per second of writing one file, fsync included."""
-    noise, path = os.urandom(16 << 20), folder / "speed"
+    noise, path = os.urandom(1 << 17), folder / "speed"
     sync()
     began = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
@@ -148,12 +156,12 @@ def show(result: dict) -> None:
     print(f"{result['bytes'] / 2**30:.2f} GiB, {computer['cpu']}, {computer['cores']} cores, {computer['system']}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"disk: {result['disk'] / 1e6:.0f} MB/s written, fsync included\n")
-    print(f"{'':<28}{'seconds':>9}{'to disk':>9}{'CPU':>8}{'peak RSS':>11}{'load':>7}")
+    print(f"{'':<28}{'seconds':>9}{'to disk':>9}{'CPU':>8}{'peak RSS':>11}{'others':>8}")
 
     def row(label: str, run: dict) -> None:
         rss = "?" if run["rss"] is None else f"{run['rss'] / 2**20:.0f} MiB"
-        load, cpu = ("?" if run[key] is None else f"{run[key]:.2f}" for key in ("load", "cpu"))
-        print(f"{label:<28}{run['seconds']:>9.2f}{run['to_disk']:>9.2f}{cpu:>8}{rss:>11}{load:>7}")
+        others, cpu = ("?" if run[key] is None else f"{run[key]:.2f}" for key in ("others", "cpu"))
+        print(f"{label:<28}{run['seconds']:>9.2f}{run['to_disk']:>9.2f}{cpu:>8}{rss:>11}{others:>8}")
 
     for number, sides in enumerate(result["rounds"], 1):
         row(f"round {number}: convert", sides["convert"])

@@ -108,7 +108,7 @@ def check_hashes(report: Report, folder: Path, progress=None) -> Item:
 
 
 def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
-    """No NaN or infinite value in any floating-point tensor, in pieces of a few megabytes."""
+    """No NaN or infinite value in any floating-point tensor, a piece in memory at a time."""
     import torch
 
     from .checkpoint import TORCH_NAMES

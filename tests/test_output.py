@@ -115,15 +115,15 @@ def test_no_permission(refused, model, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    says = ["out.partial: no permission to write here", "choose another folder (-o)"]
-    refused("apply", "mqa", model, "-o", "out", *FAST, "--resume", says=["no permission to write here"], code=5)
+    says = ["out.partial: no permission here", "choose another folder (-o)"]
+    refused("apply", "mqa", model, "-o", "out", *FAST, "--resume", says=["no permission here"], code=5)
     refused("apply", "mqa", model, "-o", "deep/out", *FAST, says=says[1:], code=5)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(refused, model, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    refused("apply", "mqa", model, "-o", "closed/out", *FAST, says=["no permission to write here"], code=5)
+    refused("apply", "mqa", model, "-o", "closed/out", *FAST, says=["no permission here"], code=5)
 
 
 def test_a_model_that_may_not_be_read(refused, model, monkeypatch):

@@ -128,8 +128,9 @@ class GQA(WeightRewrite):
 
     def _merged(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
         facts, merge = layer.facts, first_head if self.method == "first" else mean_head
-        q, k, v = (with_bias(layer, part) for part in "qkv")
-        o, new = layer.o.double(), {"k": [], "v": [], "k_norm": []}
+        k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
+        if self.align == "procrustes":  # queries and outputs change only then; in float64 they are the largest part
+            q, o = with_bias(layer, "q"), layer.o.double()
         for group in group_members(facts, target.kv_heads):
             sources, counts = list(group), [len(queries) for queries in group.values()]
             keys, values = k[sources], v[sources]
