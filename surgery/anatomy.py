@@ -59,6 +59,13 @@ class LayerAnatomy:
         return self.heads // self.kv_heads
 
     @property
+    def split_facts(self) -> dict | None:
+        """The head split as plain data, None where all heads are full."""
+        if not self.streaming:
+            return None
+        return {"kv_heads": list(self.streaming), "sinks": self.sinks, "window": self.streaming_window}
+
+    @property
     def norm_per_head(self) -> bool:
         return self.qk_norm in ("per head", "modules", "whole")
 
@@ -195,7 +202,7 @@ class Anatomy:
             "soft_cap",
         )
         layers = [
-            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")} | {"sinks": bool(layer.layout.sinks)}
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")} | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts}
             for layer in self.layers
         ]
         return {

@@ -16,8 +16,8 @@ SPLIT = (
     "streaming_ratio=0.5",
     "sinks=2",
     "window=6",
-    "length=160",
-    "samples=2",
+    "calibration_length=160",
+    "calibration_samples=2",
     "evaluate.windows=1",
     "evaluate.length=64",
 )
@@ -94,16 +94,15 @@ def test_through_the_command(surgery, split, model):
     assert config["model_type"] == "surgery"
     assert config["architectures"] == ["SurgeryLlamaForCausalLM"]
     files = {path.name for path in split.glob("*.py")}
-    assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py"}
+    assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_stores.py"}
     card = (split / "README.md").read_text()
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)
     assert again.code == 2
     assert "second surgery" in again.err
     seen = surgery("inspect", split, "--json")
-    assert [len(layer["streaming"]) for layer in seen.json["layers"]] == [
-        len(heads) for heads in report["operations"][0]["record"]["streaming"]
-    ]
+    found = [(layer["streaming"] or {"kv_heads": []})["kv_heads"] for layer in seen.json["layers"]]
+    assert found == report["operations"][0]["record"]["streaming"]
 
 
 def test_later_generations_and_the_model_in_memory(split, tmp_path):

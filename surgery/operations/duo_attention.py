@@ -33,8 +33,8 @@ class DuoAttention(Operation):
     sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
     window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
     scores: str = Field("far-mass", description="far-mass (measured here), or a score file.")
-    samples: int = Field(8, ge=1, strict=True, description="Calibration sequences of a measured score.")
-    length: int = Field(1024, ge=2, strict=True, description="Tokens in a calibration sequence.")
+    calibration_samples: int = Field(8, ge=1, strict=True, description="Calibration sequences of a measured score.")
+    calibration_length: int = Field(1024, ge=2, strict=True, description="Tokens in a calibration sequence.")
     per_layer_min_retrieval: Whole = Field(0, description="KV heads that every layer keeps full.")
     protect_layers: list[Whole] = Field([], description="Layers whose heads all stay full.")
     seed: Whole = Field(0, description="Seed of the calibration order.")
@@ -99,8 +99,8 @@ class DuoAttention(Operation):
             context.tokenizer,
             sinks=self.sinks,
             window=self.window,
-            samples=self.samples,
-            length=self.length,
+            samples=self.calibration_samples,
+            length=self.calibration_length,
             seed=self.seed,
             progress=context.progress,
         )

@@ -34,7 +34,7 @@ from .surgery_cache import SurgeryCache
 
 NAME, PREFIX, FORMAT = "surgery", "Surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
-FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py")
+FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_stores.py")
 
 # Transformers renamed the forward's argument during 5.x.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_cache import KeyValues, Visibility, select, uncached
+from .surgery_stores import KeyValues, Visibility, select, uncached
 
 BLOCK = 128  # queries of a band that share one slice of keys
 # Tensors that reach an attention function and do not change what it computes. Others are refused.

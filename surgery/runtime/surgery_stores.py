@@ -1,0 +1,235 @@
+"""What a surgical checkpoint's cache keeps: keys and values that no later query may see are not kept.
+
+A full head keeps every key, in a buffer that grows by blocks. A head that sees sinks + window keeps the first real
+tokens of each row and a ring of the last `window` slots. Keys are stored as attention made them, after RoPE, at the
+position they were made at, and are never turned again.
+
+Row r of a left-padded batch has `pad[r]` slots before its first real token: the token in slot j has position
+j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding; the attention
+function does, and asks for the sinks with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query at position i sees: those j <= i with i - j < limit, and j < sinks or i - j < window.
+
+    Attributes:
+        window: None for a full head.
+        limit: the base model's own sliding window in this layer, or None.
+    """
+
+    sinks: int = 0
+    window: int | None = None
+    limit: int | None = None
+
+    def simplified(self) -> Visibility:
+        """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
+        if self.limit is not None and (self.window is None or self.window >= self.limit):
+            return Visibility(0, self.limit, None)
+        return self
+
+
+@dataclass
+class KeyValues:
+    """What the heads of one visibility attend to in one call.
+
+    Attributes:
+        keys, values: [batch, heads, n, head_dim]; the last `new` of them are of this call.
+        slots: [n], the slot of each; -1 where a ring is still empty. None: consecutive, the last is the newest.
+        end: one more than the newest slot.
+        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position, or None; right after `settle_sinks`.
+        incoming: keys and values of this call's tokens, where sinks may be among them.
+        store: where the sinks are kept, if anywhere.
+    """
+
+    visibility: Visibility
+    keys: torch.Tensor
+    values: torch.Tensor
+    new: int
+    end: int
+    slots: torch.Tensor | None = None
+    sink_keys: torch.Tensor | None = None
+    sink_values: torch.Tensor | None = None
+    incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+    store: RingStore | None = None
+
+    @property
+    def start(self) -> int:
+        """Slot of the first key, where slots are consecutive."""
+        return self.end - self.keys.shape[2]
+
+    def settle_sinks(self, pad: torch.Tensor | None) -> None:
+        """Take those of the new tokens that are among their row's first real ones into the sinks.
+
+        Args:
+            pad: [batch], slots before each row's first real token, or None for none.
+        """
+        count, (keys, values) = self.visibility.sinks, self.incoming
+        first, device = self.end - self.new, keys.device
+        if count == 0 or (pad is None and first >= count):
+            return
+        position = torch.arange(count, device=device).expand(keys.shape[0], -1)
+        source = position - first if pad is None else position + pad[:, None] - first  # index among the new tokens
+        arrived = ((source >= 0) & (source < self.new))[:, None, :, None]
+        index = source.clamp(0, self.new - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.sink_keys = torch.where(arrived, keys.gather(2, index), self.sink_keys)
+        self.sink_values = torch.where(arrived, values.gather(2, index), self.sink_values)
+        if self.store is not None:
+            kept = {"sink_keys": self.sink_keys.detach(), "sink_values": self.sink_values.detach()}
+            self.store.tensors |= kept
+
+
+def uncached(visibility: Visibility, keys: torch.Tensor, values: torch.Tensor) -> KeyValues:
+    """The view of a call without a cache: every key is new, and the sinks are among them."""
+    length = keys.shape[2]
+    view = KeyValues(visibility, keys, values, length, length, incoming=(keys, values))
+    if visibility.sinks:
+        shape = (*keys.shape[:2], visibility.sinks, keys.shape[3])
+        view.sink_keys, view.sink_values = keys.new_zeros(shape), values.new_zeros(shape)
+    return view
+
+
+class FullStore:
+    """All keys of some heads, in a buffer that grows by blocks."""
+
+    def __init__(self, visibility: Visibility):
+        self.visibility = visibility
+        self.reset()
+
+    def reset(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.seen = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        end = self.seen + keys.shape[2]
+        if keys.requires_grad and self.tensors:  # training through a cache: nothing in place
+            self.tensors = {
+                "keys": torch.cat([self._used("keys"), keys], dim=2),
+                "values": torch.cat([self._used("values"), values], dim=2),
+            }
+        else:
+            for name, new in (("keys", keys), ("values", values)):
+                self._reserve(name, new, end)
+                self.tensors[name][:, :, self.seen : end] = new
+        self.seen = end
+        return KeyValues(self.visibility, self._used("keys"), self._used("values"), keys.shape[2], end)
+
+    def _used(self, name: str) -> torch.Tensor:
+        return self.tensors[name][:, :, : self.seen]
+
+    def _reserve(self, name: str, like: torch.Tensor, end: int) -> None:
+        old = self.tensors.get(name)
+        if old is not None and old.shape[2] >= end:
+            return
+        room = end if old is None and end > GROWTH else end + max(GROWTH, end // 32)
+        new = like.new_empty((*like.shape[:2], room, like.shape[3]))
+        if old is not None:
+            new[:, :, : self.seen] = old[:, :, : self.seen]
+        self.tensors[name] = new
+
+    def crop(self, count: int) -> None:
+        self.seen = max(self.seen - count, 0)
+
+    def can_crop(self, count: int) -> bool:
+        return True
+
+
+class RingStore:
+    """Sinks by position, and the last `window` slots of some heads, slot s at index s % window."""
+
+    def __init__(self, visibility: Visibility):
+        self.visibility = visibility
+        self.reset()
+
+    def reset(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None  # recorded, not yet in the ring
+        self.seen = 0  # slots in the ring's history
+
+    def _create(self, like: torch.Tensor) -> None:
+        for name, length in (("keys", self.visibility.window), ("sink_keys", self.visibility.sinks)):
+            for kind in (name, name.replace("keys", "values")):
+                self.tensors[kind] = like.new_zeros((*like.shape[:2], length, like.shape[3]))
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        if not self.tensors:
+            self._create(keys)
+        new, window = keys.shape[2], self.visibility.window
+        if new == 1 and not recording and self.pending is None:
+            self._write(keys, values)
+            slots = self._slots()
+            view = KeyValues(self.visibility, self.tensors["keys"], self.tensors["values"], 1, self.seen, slots)
+        else:
+            near_keys, near_values = self._ordered(keys, values)
+            end = self.seen + (self.pending[0].shape[2] if self.pending else 0) + new
+            if recording:
+                self.pending = tuple(
+                    torch.cat([old, fresh], dim=2) if old is not None else fresh
+                    for old, fresh in zip(self.pending or (None, None), (keys, values), strict=True)
+                )
+            else:
+                self._flush()
+                self._write(keys, values)
+            reach = window - 1 + new
+            view = KeyValues(self.visibility, near_keys[:, :, -reach:], near_values[:, :, -reach:], new, end)
+        view.sink_keys, view.sink_values = self.tensors["sink_keys"], self.tensors["sink_values"]
+        view.incoming, view.store = (keys, values), self
+        return view
+
+    def _slots(self) -> torch.Tensor:
+        """Slot of each index of the ring, -1 where nothing was written yet."""
+        index = torch.arange(self.visibility.window, device=self.tensors["keys"].device)
+        newest = self.seen - 1
+        slots = newest - (newest - index) % self.visibility.window
+        return slots.clamp(min=-1)
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        window, new = self.visibility.window, keys.shape[2]
+        kept = min(window, new)
+        index = torch.arange(self.seen + new - kept, self.seen + new, device=keys.device) % window
+        self.tensors["keys"].index_copy_(2, index, keys[:, :, new - kept :].detach())
+        self.tensors["values"].index_copy_(2, index, values[:, :, new - kept :].detach())
+        self.seen += new
+
+    def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ring in order of slots, then what is pending, then the new ones."""
+        kept = min(self.seen, self.visibility.window)
+        index = torch.arange(self.seen - kept, self.seen, device=keys.device) % self.visibility.window
+        old = (self.tensors["keys"].index_select(2, index), self.tensors["values"].index_select(2, index))
+        parts = [old, *([self.pending] if self.pending else []), (keys, values)]
+        return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+
+    def _flush(self) -> None:
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self._write(*pending)
+
+    def crop(self, count: int) -> None:
+        if self.pending:
+            taken = min(count, self.pending[0].shape[2])
+            left = self.pending[0].shape[2] - taken
+            self.pending = tuple(part[:, :, :left] for part in self.pending) if left else None
+            count -= taken
+            self._flush()
+        self.seen = max(self.seen - count, 0)
+
+    def can_crop(self, count: int) -> bool:
+        """Whether so many tokens can be taken back: recorded ones, or any while nothing has left the window."""
+        pending = self.pending[0].shape[2] if self.pending else 0
+        return count <= pending or self.seen <= self.visibility.window
+
+
+def select(tensor: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    """Heads [batch, heads, ...] by number; no copy where they are neighbours."""
+    if heads == list(range(heads[0], heads[0] + len(heads))):
+        return tensor[:, heads[0] : heads[0] + len(heads)]
+    return tensor[:, heads]
