@@ -11,6 +11,16 @@ Importing this package imports neither torch nor transformers.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+    from .api import apply, check, evaluate, load, plan, push, save
+    from .errors import CheckError, GateError, MachineError, SurgeryError
+    from .operation import Change, Operation, WeightRewrite
+    from .recipe import Recipe
+    from .report import Report
+    from .runtime import register
 
 __version__ = "0.1.0"
 
@@ -34,7 +44,27 @@ _PUBLIC = {
     "CheckError": "errors",
     "MachineError": "errors",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Anatomy",
+    "Change",
+    "CheckError",
+    "GateError",
+    "MachineError",
+    "Operation",
+    "Recipe",
+    "Report",
+    "SurgeryError",
+    "WeightRewrite",
+    "__version__",
+    "apply",
+    "check",
+    "evaluate",
+    "load",
+    "plan",
+    "push",
+    "register",
+    "save",
+]
 
 
 def __getattr__(name: str):

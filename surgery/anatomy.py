@@ -202,7 +202,8 @@ class Anatomy:
             "soft_cap",
         )
         layers = [
-            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")} | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts}
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")}
+            | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts}
             for layer in self.layers
         ]
         return {

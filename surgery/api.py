@@ -243,7 +243,7 @@ def _folder_of(model):
 
 
 def _check(report: Report, base: Path | None, memory: int | None = None, progress=None) -> None:
-    from .check import check_folder, to_dict
+    from .checking import check_folder, to_dict
 
     report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
 

@@ -9,7 +9,7 @@ import torch
 
 import surgery
 from surgery.calibration.head_scores import HeadScores, choose_streaming, far_mass, load_scores
-from surgery.check import run_doors
+from surgery.checking import run_doors
 from surgery.errors import SurgeryError
 
 SPLIT = (

@@ -92,3 +92,18 @@ def test_importing_surgery_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_public_names_survive_their_modules():
+    """A submodule that is imported becomes an attribute of the package: no public function may have its name."""
+    import importlib
+    import pkgutil
+
+    import surgery
+
+    names = [module.name for module in pkgutil.iter_modules(surgery.__path__)]
+    assert not set(names) & set(surgery.__all__)
+    for name in set(names) - {"__main__", "door"}:
+        importlib.import_module(f"surgery.{name}")
+    for name in surgery.__all__:
+        assert name == "__version__" or callable(getattr(surgery, name)), name
