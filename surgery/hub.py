@@ -91,7 +91,15 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> S
         exists = model.rstrip("/\\").removesuffix(path.name) + close if close else ""
         fix = "give an existing folder or a Hub id" if pathlike else f"to mean the Hub, write `{repo}@main`"
         raise SurgeryError("no such folder", where=model, exists=exists, fix=fix)
-    return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
+    try:
+        return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
+    except MachineError as error:
+        if "/" in repo or revision:
+            raise
+        # A bare name may be a slip for a folder or for the demo model: say that there is none.
+        close = nearest(repo, [DEMO, *folders(Path())])
+        what = f"there is no folder `{repo}` here, and {error.what}"
+        raise MachineError(what, where=error.where, exists=close, fix=error.fix) from error
 
 
 def _valid_id(repo: str) -> str:
