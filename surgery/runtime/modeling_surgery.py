@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache
 
 from .surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
 from .surgery_cache import SurgeryCache
+from .surgery_stores import HeadKinds
 
 NAME, PREFIX, FORMAT = "surgery", "Surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
@@ -84,8 +85,8 @@ def validate(config) -> list[dict]:
     return layers
 
 
-def head_kinds(config) -> list[list]:
-    """For each layer the (visibility, KV heads) of its kinds of heads."""
+def head_kinds(config) -> list[HeadKinds]:
+    """The kinds of heads of each layer."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return [

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_stores import KeyValues, Visibility, select, uncached
+from .surgery_stores import HeadKinds, KeyValues, Visibility, uncached
 
 BLOCK = 128  # queries of a band that share one slice of keys
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
@@ -23,7 +23,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     """Attention of one layer, every head with its own visibility.
 
     Args:
-        module: attention module that carries `surgery_heads`, a list of (Visibility, KV head numbers).
+        module: attention module that carries `surgery_heads`, a `HeadKinds`.
         query: [batch, heads, n, head_dim].
         key, value: [batch, KV heads, N, head_dim], or what `SurgeryLayer.update` returned.
         attention_mask: [batch, N] (True: a real token) as `surgery_mask` gives it, or None.
@@ -43,22 +43,21 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kinds = module.surgery_heads
+    kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):
         views = key
     else:
-        views = [uncached(visibility, select(key, heads), select(value, heads)) for visibility, heads in kinds]
-    group = query.shape[1] // sum(len(heads) for _, heads in kinds)
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+        new = zip(kinds.visibilities, kinds.split(key), kinds.split(value), strict=True)
+        views = [uncached(visibility, keys, values) for visibility, keys, values in new]
+    group = query.shape[1] // len(kinds.order)
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-    for view, (_, heads) in zip(views, kinds, strict=True):
-        numbers = [head * group + i for head in heads for i in range(group)]
-        sinks = None if options["s_aux"] is None else options["s_aux"][numbers]
-        part = _attend(select(query, numbers), view, attention_mask, pad, scale, options["softcap"], sinks)
-        if len(kinds) == 1:
-            return part.transpose(1, 2).contiguous(), None
-        out[:, :, numbers] = part.transpose(1, 2)
-    return out, None
+    logits = options["s_aux"]  # [heads]
+    sinks = [None] * len(views) if logits is None else [part[0] for part in kinds.split(logits[None], group)]
+    parts = [
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], sink)
+        for part, view, sink in zip(kinds.split(query, group), views, sinks, strict=True)
+    ]
+    return kinds.join(parts, group).transpose(1, 2).contiguous(), None
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
@@ -138,6 +137,8 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, s_aux) -> torch.T
     plain = softcap is None and s_aux is None and mask is None
     if plain and visibility.window is None and view.start == 0 and (length == view.end or length == 1):
         return sdpa(query, view.keys, view.values, scale=scale, is_causal=length > 1, enable_gqa=heads != kv_heads)
+    if plain and view.whole is not None and visibility.limit is None:
+        return sdpa(query, *view.whole, scale=scale, enable_gqa=heads != kv_heads)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
     sinks = None if s_aux is None else s_aux.reshape(kv_heads, heads // kv_heads)
     first = view.end - length
@@ -219,8 +220,8 @@ def _by_segment(module, query, key, value, segments, scaling, options):
     return torch.cat(rows), None
 
 
-def kinds_of_heads(heads: int, streaming: list[int], sinks: int, window: int, limit: int | None):
-    """The (visibility, KV head numbers) of a layer: full heads first, then those with sinks + window.
+def kinds_of_heads(heads: int, streaming: list[int], sinks: int, window: int, limit: int | None) -> HeadKinds:
+    """The kinds of heads of a layer: full ones first, then those with sinks + window.
 
     Args:
         heads: KV heads of the layer.
@@ -235,4 +236,4 @@ def kinds_of_heads(heads: int, streaming: list[int], sinks: int, window: int, li
     ):
         if numbers:
             kinds.setdefault(visibility.simplified(), []).extend(numbers)
-    return [(visibility, sorted(numbers)) for visibility, numbers in kinds.items()]
+    return HeadKinds([(visibility, sorted(numbers)) for visibility, numbers in kinds.items()])

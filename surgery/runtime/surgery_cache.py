@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .surgery_stores import FullStore, RingStore, Visibility, select
+from .surgery_stores import FullStore, HeadKinds, RingStore
 
 
 class SurgeryLayer(CacheLayerMixin):
     """The cache of one layer: a store for each visibility that its KV heads have.
 
     Args:
-        heads: (visibility, KV head numbers) of every kind of head in the layer.
+        heads: the kinds of heads in the layer.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, heads: list[tuple[Visibility, list[int]]]):
+    def __init__(self, heads: HeadKinds):
         super().__init__()
         self.heads = heads
-        self.stores = [
-            FullStore(visibility) if visibility.window is None else RingStore(visibility) for visibility, _ in heads
-        ]
+        self.stores = [FullStore(v) if v.window is None else RingStore(v) for v in heads.visibilities]
         self.record_past = False
 
     def lazy_initialization(self, key_states, value_states) -> None:
@@ -38,10 +36,8 @@ class SurgeryLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        views = [
-            store.append(select(key_states, numbers), select(value_states, numbers), self.record_past)
-            for store, (_, numbers) in zip(self.stores, self.heads, strict=True)
-        ]
+        new = zip(self.stores, self.heads.split(key_states), self.heads.split(value_states), strict=True)
+        views = [store.append(keys, values, self.record_past) for store, keys, values in new]
         return views, views
 
     def get_seq_length(self) -> int:
@@ -110,10 +106,10 @@ class SurgeryCache(Cache):
     """The cache that a surgical model makes for itself.
 
     Args:
-        layers: for each layer the (visibility, KV head numbers) of its kinds of heads.
+        layers: the kinds of heads of each layer.
     """
 
-    def __init__(self, layers: list[list[tuple[Visibility, list[int]]]], offloading: bool = False):
+    def __init__(self, layers: list[HeadKinds], offloading: bool = False):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -49,6 +49,7 @@ class KeyValues:
         sink_keys, sink_values: [batch, heads, sinks, head_dim] by position, or None; right after `settle_sinks`.
         incoming: keys and values of this call's tokens, where sinks may be among them.
         store: where the sinks are kept, if anywhere.
+        whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
     """
 
     visibility: Visibility
@@ -61,6 +62,7 @@ class KeyValues:
     sink_values: torch.Tensor | None = None
     incoming: tuple[torch.Tensor, torch.Tensor] | None = None
     store: RingStore | None = None
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def start(self) -> int:
@@ -84,8 +86,7 @@ class KeyValues:
         self.sink_keys = torch.where(arrived, keys.gather(2, index), self.sink_keys)
         self.sink_values = torch.where(arrived, values.gather(2, index), self.sink_values)
         if self.store is not None:
-            kept = {"sink_keys": self.sink_keys.detach(), "sink_values": self.sink_values.detach()}
-            self.store.tensors |= kept
+            self.store.keep_sinks(self.sink_keys, self.sink_values)
 
 
 def uncached(visibility: Visibility, keys: torch.Tensor, values: torch.Tensor) -> KeyValues:
@@ -144,7 +145,7 @@ class FullStore:
 
 
 class RingStore:
-    """Sinks by position, and the last `window` slots of some heads, slot s at index s % window."""
+    """Sinks by position, then the last `window` slots of some heads, slot s at index sinks + s % window."""
 
     def __init__(self, visibility: Visibility):
         self.visibility = visibility
@@ -155,56 +156,57 @@ class RingStore:
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None  # recorded, not yet in the ring
         self.seen = 0  # slots in the ring's history
 
-    def _create(self, like: torch.Tensor) -> None:
-        for name, length in (("keys", self.visibility.window), ("sink_keys", self.visibility.sinks)):
-            for kind in (name, name.replace("keys", "values")):
-                self.tensors[kind] = like.new_zeros((*like.shape[:2], length, like.shape[3]))
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        sinks, window, new = self.visibility.sinks, self.visibility.window, keys.shape[2]
         if not self.tensors:
-            self._create(keys)
-        new, window = keys.shape[2], self.visibility.window
+            shape = (*keys.shape[:2], sinks + window, keys.shape[3])
+            self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
         if new == 1 and not recording and self.pending is None:
             self._write(keys, values)
-            slots = self._slots()
-            view = KeyValues(self.visibility, self.tensors["keys"], self.tensors["values"], 1, self.seen, slots)
+            near = [self.tensors[name][:, :, sinks:] for name in ("keys", "values")]
+            view = KeyValues(self.visibility, *near, 1, self.seen, self._slots())
+            if self.seen >= sinks + window:
+                view.whole = (self.tensors["keys"], self.tensors["values"])
         else:
-            near_keys, near_values = self._ordered(keys, values)
+            near = self._ordered(keys, values)
             end = self.seen + (self.pending[0].shape[2] if self.pending else 0) + new
             if recording:
-                self.pending = tuple(
-                    torch.cat([old, fresh], dim=2) if old is not None else fresh
-                    for old, fresh in zip(self.pending or (None, None), (keys, values), strict=True)
-                )
+                parts = zip(self.pending or (None, None), (keys, values), strict=True)
+                self.pending = tuple(new if old is None else torch.cat([old, new], dim=2) for old, new in parts)
             else:
                 self._flush()
                 self._write(keys, values)
             reach = window - 1 + new
-            view = KeyValues(self.visibility, near_keys[:, :, -reach:], near_values[:, :, -reach:], new, end)
-        view.sink_keys, view.sink_values = self.tensors["sink_keys"], self.tensors["sink_values"]
+            view = KeyValues(self.visibility, *(part[:, :, -reach:] for part in near), new, end)
+        view.sink_keys, view.sink_values = (self.tensors[name][:, :, :sinks] for name in ("keys", "values"))
         view.incoming, view.store = (keys, values), self
         return view
+
+    def keep_sinks(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.tensors["keys"][:, :, : self.visibility.sinks] = keys.detach()
+        self.tensors["values"][:, :, : self.visibility.sinks] = values.detach()
 
     def _slots(self) -> torch.Tensor:
         """Slot of each index of the ring, -1 where nothing was written yet."""
         index = torch.arange(self.visibility.window, device=self.tensors["keys"].device)
         newest = self.seen - 1
-        slots = newest - (newest - index) % self.visibility.window
-        return slots.clamp(min=-1)
+        return (newest - (newest - index) % self.visibility.window).clamp(min=-1)
+
+    def _index(self, first: int, end: int, device) -> torch.Tensor:
+        return torch.arange(first, end, device=device) % self.visibility.window + self.visibility.sinks
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        window, new = self.visibility.window, keys.shape[2]
-        kept = min(window, new)
-        index = torch.arange(self.seen + new - kept, self.seen + new, device=keys.device) % window
+        new = keys.shape[2]
+        kept = min(self.visibility.window, new)
+        index = self._index(self.seen + new - kept, self.seen + new, keys.device)
         self.tensors["keys"].index_copy_(2, index, keys[:, :, new - kept :].detach())
         self.tensors["values"].index_copy_(2, index, values[:, :, new - kept :].detach())
         self.seen += new
 
-    def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The ring in order of slots, then what is pending, then the new ones."""
-        kept = min(self.seen, self.visibility.window)
-        index = torch.arange(self.seen - kept, self.seen, device=keys.device) % self.visibility.window
-        old = (self.tensors["keys"].index_select(2, index), self.tensors["values"].index_select(2, index))
+        index = self._index(self.seen - min(self.seen, self.visibility.window), self.seen, keys.device)
+        old = tuple(self.tensors[name].index_select(2, index) for name in ("keys", "values"))
         parts = [old, *([self.pending] if self.pending else []), (keys, values)]
         return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
 
@@ -228,8 +230,36 @@ class RingStore:
         return count <= pending or self.seen <= self.visibility.window
 
 
-def select(tensor: torch.Tensor, heads: list[int]) -> torch.Tensor:
-    """Heads [batch, heads, ...] by number; no copy where they are neighbours."""
-    if heads == list(range(heads[0], heads[0] + len(heads))):
-        return tensor[:, heads[0] : heads[0] + len(heads)]
-    return tensor[:, heads]
+class HeadKinds:
+    """Which KV heads of a layer share a visibility, and the order of heads that brings them together.
+
+    Args:
+        kinds: (visibility, KV head numbers) of every kind.
+    """
+
+    def __init__(self, kinds: list[tuple[Visibility, list[int]]]):
+        self.kinds = kinds
+        self.visibilities = [visibility for visibility, _ in kinds]
+        self.sizes = [len(heads) for _, heads in kinds]
+        self.order = [head for _, heads in kinds for head in heads]
+        self._indices: dict = {}
+
+    def split(self, tensor: torch.Tensor, group: int = 1) -> list[torch.Tensor]:
+        """Heads [batch, KV heads * group, ...] apart by kind; `group` query heads go with each KV head."""
+        if len(self.sizes) == 1:
+            return [tensor]
+        ordered = tensor.index_select(1, self._index(group, tensor.device, inverse=False))
+        return ordered.split([size * group for size in self.sizes], dim=1)
+
+    def join(self, parts: list[torch.Tensor], group: int) -> torch.Tensor:
+        """The inverse of `split`."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim=1).index_select(1, self._index(group, parts[0].device, inverse=True))
+
+    def _index(self, group: int, device, inverse: bool) -> torch.Tensor:
+        key = (group, device, inverse)
+        if key not in self._indices:
+            order = torch.tensor([head * group + i for head in self.order for i in range(group)])
+            self._indices[key] = (order.argsort() if inverse else order).to(device)
+        return self._indices[key]
