@@ -12,10 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import DTYPE_BITS, TORCH_NAMES
+from .errors import SurgeryError
 from .families import Family
 from .layers import norm_names
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in TORCH_NAMES}
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,16 @@ class Anatomy:
         return ""
 
     def with_kv_heads(self, kv_heads: int) -> Anatomy:
-        """This anatomy with `kv_heads` KV heads in every layer, and the config edits that say so."""
+        """This anatomy with `kv_heads` KV heads in every layer, and the config edits that say so.
+
+        Raises:
+            SurgeryError: the family's config has no number for it (an operation asks `kv_heads_problem` first).
+        """
         layout = self.layers[0].layout
+        if layout.kv_field is None and kv_heads != self.layers[0].kv_heads:
+            raise SurgeryError(self.kv_heads_problem(kv_heads))
+        if layout.kv_field is None:
+            return self
         edits = {layout.kv_field: kv_heads}
         if layout.kv_field == "falcon":
             edits = {"num_kv_heads": kv_heads}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from . import recipe as recipes
 from .anatomy import Anatomy
+from .checkpoint import header_table
 from .errors import SurgeryError
-from .output import OutputFolder, weight_files
 from .planning import Plan, make_plan
 from .report import FILE as REPORT
 from .report import Report, published
@@ -29,21 +29,23 @@ def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequen
     """
     resolved = recipes.load(recipe, overrides, **fields)
     if not isinstance(model, str | Path):
-        return make_plan(resolved, Anatomy.of(model), type(model).__name__)
+        return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from .hub import resolve
 
     source = resolve(str(model), weights=False)
-    return make_plan(resolved, Anatomy.of(source.path, header_table(source)), source.name)
+    return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name)
 
 
 def anatomy_of(model) -> Anatomy:
-    """The anatomy of a folder, a name, a Hub id or a loaded model; no weight is read."""
+    """The anatomy of a folder, a name, a Hub id, a loaded model or a config; no weight is read."""
     if not isinstance(model, str | Path):
+        if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
+            raise _no_model(model)
         return Anatomy.of(model)
     from .hub import resolve
 
     source = resolve(str(model), weights=False)
-    return Anatomy.of(source.path, header_table(source))
+    return Anatomy.of(source.path, header_table(source.headers))
 
 
 def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
@@ -86,7 +88,8 @@ def apply(
         recipe, model, overrides, fields: as for `plan`.
         output: the folder to make; needed for a name or folder, not allowed for a loaded model.
         tokenizer: of a loaded model, for operations that measure it.
-        engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can).
+        engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can). This,
+            resume, overwrite and allow_pickle are of the way from folder to folder, and refused for a loaded model.
         check, evaluate, gate: what is done with the result; a skipped gate is recorded as skipped.
         resume, overwrite: what to do with an unfinished or finished earlier output.
         allow_pickle: read .bin weights (with `weights_only=True`).
@@ -100,27 +103,23 @@ def apply(
         SurgeryError: the recipe or the model is at fault; nothing was changed or written.
         MachineError: disk, permission, network; `resume=True` goes on.
     """
+    resolved = recipes.load(recipe, overrides, **fields)
     if not isinstance(model, str | Path):
-        if output is not None:
-            raise SurgeryError(
-                "output goes with a name or folder", fix="surgery.save(model, folder, report) afterwards"
-            )
-        from .conversion import edit_model
-
-        return edit_model(recipes.load(recipe, overrides, **fields), model, overrides, progress, on_plan, tokenizer)
+        given = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+        _refuse_folder_settings([name for name in given if given[name]] + ["engine"] * (engine == "streaming"))
+        return _apply_in_memory(resolved, model, tokenizer, progress, on_plan)
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if engine not in ("auto", "streaming", "loaded"):
         raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
     from .conversion import convert
 
-    resolved = recipes.load(recipe, overrides, **fields)
     scored = resolved.evaluate if evaluate else None
     report, base = convert(
         resolved,
         str(model),
         output,
-        overrides=overrides,
+        overrides=resolved.overrides,
         engine=engine,
         resume=resume,
         overwrite=overwrite,
@@ -164,25 +163,29 @@ def evaluate(
 
     Args:
         model, base: folder, name or loaded model (then with `tokenizer`).
-        text: "builtin" (held-out half of Python's language reference) or a text file.
+        text: "builtin" (held-out part of Python's language reference) or a text file.
         windows, length: how much text is scored.
 
-    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result in its surgery.json and card, if the
-    text is the one that its recipe asks for.
+    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result in its surgery.json and card, and the
+    gate is held against it, if text and base are those that its recipe and record name. Where it is not recorded, a
+    note of the result says why.
 
     Returns:
         An `evaluation.Evaluation`.
     """
     from .evaluation import evaluate as measure
+    from .same_base import unrecordable
 
+    if model is None:
+        raise _no_model(model)
     sides = (_folder_of(model), _folder_of(base))
     result = measure(*sides, text=text, windows=windows, length=length, tokenizer=tokenizer, progress=progress)
     if isinstance(sides[0], Path) and base is not None and (sides[0] / REPORT).is_file():
         report = Report.of(sides[0])
-        asked = report.data["recipe"].get("evaluate") or {}
-        if report.data["evaluation"] is None and (published(text), windows, length) == tuple(
-            asked.get(key) for key in ("text", "windows", "length")
-        ):
+        settings = {"text": published(str(text)), "windows": windows, "length": length}
+        if reason := unrecordable(report.data, base, settings):
+            result.notes.append(f"not recorded in surgery.json and card: {reason}")
+        else:
             report.record_evaluation(result.to_dict())
             report.save()
     return result
@@ -199,19 +202,17 @@ def load(folder: str | Path, **kwargs):
 def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
     """Save a model that `apply` edited in memory, with its report and card; as atomic as `apply` with an output.
 
+    Licence, notices and card of the base travel along if the model was loaded from a folder that has them.
+
     Returns:
         The report, now of the folder.
+
+    Raises:
+        SurgeryError: the report is plainly of another model (class, family, layers or heads differ).
     """
-    out = OutputFolder(folder, None, "in memory", overwrite=overwrite)
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    with out.opened(needed) as partial:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        report = Report(report.data | {"files": weight_files(partial)}, partial)
-        report.save()
-    report.folder = out.out
-    return report
+    from .saving import save_model
+
+    return save_model(model, folder, report, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs) -> dict:
@@ -221,21 +222,36 @@ def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool =
     return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
 
 
-def header_table(source) -> dict | None:
-    """Name -> (dtype, shape) from headers that were fetched without their weights; None if the files are here."""
-    if source.headers is None:
-        return None
-    return {
-        name: (entry["dtype"], tuple(entry["shape"]))
-        for header in source.headers.values()
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan) -> Report:
+    from .conversion import edit_model
+    from .saving import is_model, note_origin
+
+    if not is_model(model):
+        raise _no_model(model)
+    report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
+    note_origin(report, model)
+    return report
+
+
+def _refuse_folder_settings(names: list[str]) -> None:
+    if names:
+        raise SurgeryError(
+            f"{', '.join(names)}: for a name or folder, and this is a loaded model, which is edited in place",
+            fix="leave it out, and surgery.save(model, folder, report) afterwards; or give the model's folder",
+        )
+
+
+def _no_model(model) -> SurgeryError:
+    kind = "None" if model is None else f"a {type(model).__name__}"
+    fix = "give a folder, a Hub id, smollm2-135m, or a model loaded with from_pretrained"
+    return SurgeryError(f"{kind} is not a model", fix=fix)
 
 
 def _folder_of(model):
     """A folder for a name; a loaded model as it is."""
     if not isinstance(model, str | Path):
+        if model is not None and not hasattr(model, "config"):
+            raise _no_model(model)
         return model
     from .hub import resolve
 

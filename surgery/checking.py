@@ -17,12 +17,16 @@ from pathlib import Path
 from .anatomy import Anatomy
 from .checkpoint import Checkpoint
 from .errors import SurgeryError
+from .folder import read_json
 from .output import sha256
 from .report import Report
+from .scoring import no_class, too_big
+from .structure import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 PROBE_LENGTH, GENERATED = 24, 8
-LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
+PACKAGE = str(Path(__file__).parents[1])  # where door 1 finds this package
+FOREIGN = "the code in the folder is not this version's"
+MEASURED = "measured"  # a figure to read: what is too much is the gate's business
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,44 @@ def _look_into(folder: Path, base: str | Path | None, memory: int | None, progre
     except SurgeryError as error:
         return [Item("structure", FAILED, str(error))]
     items.append(check_finite(checkpoint, progress))
-    items.append(check_shapes(folder, anatomy, checkpoint))
-    needed = int(checkpoint.size * LOAD_OVERHEAD)
-    if base is not None:
-        needed = max(needed, int(Checkpoint(base).size * LOAD_OVERHEAD))
-    if (reason := too_big(needed, memory)) is None:
-        return items + check_door(folder, anatomy, base)
+    items.append(Item("shapes against config", *compare_shapes(folder, anatomy, checkpoint)))
+    fault = ""
+    if anatomy.surgical:
+        fault = foreign_code(folder)
+        items.append(Item("runtime files", FAILED if fault else PASSED, fault or "byte for byte this version's"))
+    needed = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
+    reason = no_class(folder) or too_big(needed, memory)
+    if not reason:
+        return items + check_door(folder, anatomy, base, fault)
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
     if base is not None:
         items.append(Item("logits against base", NOT_RUN, reason))
-    return [*items, check_layers(folder, anatomy, checkpoint)]
+    return [*items, Item("layers one by one", *run_layers(folder, anatomy, checkpoint))]
+
+
+def foreign_code(folder: Path) -> str:
+    """Why the code in a surgical folder may not be run, or "": it must be this package's own, byte for byte.
+
+    With trust, Transformers runs what `auto_map` names, what that imports, and `custom_generate/generate.py`. Other
+    .py files beside them, carried from the base, are never run.
+    """
+    from .runtime import modeling_surgery
+
+    package = Path(modeling_surgery.__file__).parent
+    own = modeling_surgery.FILES
+    for name in own:
+        if not (folder / name).is_file() or sha256(folder / name) != sha256(package / name):
+            fault = "differs" if (folder / name).is_file() else "is missing"
+            return f"{FOREIGN}: {name} {fault}"
+    config = read_json(folder / "config.json")
+    named = config.get("auto_map") or {}
+    named = [entry for value in named.values() for entry in (value if isinstance(value, list) else [value])]
+    if other := [entry for entry in named if str(entry).partition(".")[0] != Path(own[0]).stem]:
+        return f"{FOREIGN}: auto_map names {other[0]}"
+    if (folder / "custom_generate").exists():
+        return f"{FOREIGN}: it has custom_generate"
+    return ""
 
 
 def passed(items: list[Item]) -> bool:
@@ -129,51 +160,12 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     return Item("finite values", PASSED, f"{seen} tensors")
 
 
-def check_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> Item:
-    """Every stored tensor has the shape that the config gives its module, on a model without memory.
+def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, fault: str = "") -> list[Item]:
+    """Load and generate in a fresh process with stock Transformers, and compare logits with the base there.
 
-    Attention was verified when the anatomy was read. Names that Transformers renames on load (experts that it
-    fuses) are counted, not compared: loading compares those.
+    Args:
+        fault: why the code in a surgical folder is not run; then it is loaded with this package's.
     """
-    name, layer = "shapes against config", anatomy.layers[0]
-    try:
-        wanted = {key: tuple(tensor.shape) for key, tensor in empty_model(folder).state_dict().items()}
-    except Exception as error:  # a config that Transformers accepts and its model class does not
-        return Item(name, FAILED, f"no model can be made from this config: {error}"[:500])
-    known = [key for key in checkpoint.tensors if key in wanted]
-    for key in known:
-        if checkpoint.tensors[key].shape != wanted[key]:
-            shapes = f"{list(checkpoint.tensors[key].shape)}, the config says {list(wanted[key])}"
-            return Item(name, FAILED, f"{key} has shape {shapes}")
-    heads = (
-        f"{len(anatomy.layers)} layers, {layer.heads} query heads, KV heads {layer.kv_heads}, size {layer.head_dim}"
-    )
-    return Item(name, PASSED, f"{len(known)} of {len(checkpoint.tensors)} tensors compared; {heads}")
-
-
-def empty_model(folder: Path):
-    """The folder's model on the meta device: shapes and code, no memory."""
-    import torch
-
-    from .folder import load_config
-    from .scoring import auto_class
-
-    with torch.device("meta"):
-        return auto_class(folder).from_config(load_config(folder))
-
-
-def too_big(needed: int, memory: int | None) -> str | None:
-    """Why a model that needs so many bytes is not loaded, or None."""
-    from .scoring import free_memory
-
-    free = memory if memory is not None else free_memory()
-    if free is None or needed <= free:
-        return None
-    return f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-
-
-def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None) -> list[Item]:
-    """Load and generate in a fresh process with stock Transformers, and compare logits with the base there."""
     import torch
 
     layer, longest = anatomy.layers[0], getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
@@ -183,43 +175,55 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None) -> list[
     with tempfile.TemporaryDirectory() as scratch:
 
         def job(path, name: str, **door) -> dict:
-            return (
-                {"folder": str(path), "tokens": tokens, "generate": GENERATED}
-                | door
-                | {"logits": os.path.join(scratch, name)}
-            )
+            facts = {"folder": str(path), "tokens": tokens, "generate": GENERATED}
+            return facts | door | {"logits": os.path.join(scratch, name)}
 
-        jobs = [job(folder, "new", trust=anatomy.surgical)]
+        door_1 = job(folder, "package", package=PACKAGE)
+        jobs = [door_1 if fault else job(folder, "new", trust=anatomy.surgical)]
         if base is not None:
             jobs.append(job(base, "base"))
         results = run_doors(jobs)
-        items = _door_items(results[0], anatomy.surgical)
-        if anatomy.surgical:
-            package = job(folder, "package", package=str(Path(__file__).parents[1]))
-            items.append(_same([*run_doors([package]), results[0]], [package["logits"], jobs[0]["logits"]]))
+        name = "loads with trust_remote_code" if anatomy.surgical else "loads with stock Transformers"
+        items = [Item(name, NOT_RUN, FOREIGN)] if fault else []
+        items += _door_items(results[0], "loads with surgery.load" if fault else name)
+        if anatomy.surgical and not fault:
+            items.append(_same([*run_doors([door_1]), results[0]], [door_1["logits"], jobs[0]["logits"]]))
         if base is not None:
             items.append(_compare(results, [job["logits"] for job in jobs]))
     return items
 
 
-def run_doors(jobs: list[dict]) -> list[dict]:
-    """Run `door.py` on a list of jobs in one fresh process, models one after the other."""
+def run_doors(jobs: list[dict], timeout: float | None = None) -> list[dict]:
+    """Run `door.py` on a list of jobs in one fresh process, models one after the other.
+
+    Args:
+        timeout: seconds for all of them.
+
+    Returns:
+        What door.py answered, a job's error as {"error": text}.
+    """
     env = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name("door.py"))],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=env,
-    )
+    with tempfile.TemporaryDirectory() as modules:  # code that is run comes from the folder, not from an old copy
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", str(Path(__file__).with_name("door.py"))],
+                input=json.dumps(jobs),  # and no terminal: no question can wait for an answer
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                env=env | {"HF_MODULES_CACHE": modules},
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return [{"error": f"no answer within {timeout:g} seconds"}] * len(jobs)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     lost = {"error": f"the process ended with {done.returncode}: {done.stderr.strip()[-500:]}"}
     return results + [lost] * (len(jobs) - len(results))
 
 
-def _door_items(result: dict, surgical: bool) -> list[Item]:
-    name = "loads with trust_remote_code" if surgical else "loads with stock Transformers"
+def _door_items(result: dict, name: str) -> list[Item]:
+    if "no_class" in result:
+        return [Item(name, NOT_RUN, result["no_class"]), Item("generates", NOT_RUN, result["no_class"])]
     if "error" in result:
         return [Item(name, FAILED, result["error"]), Item("generates", NOT_RUN, "it did not load")]
     faults = {kind: result[kind] for kind in ("missing", "unexpected", "mismatched") if result[kind]}
@@ -250,51 +254,11 @@ def _compare(results: list[dict], files: list[str]) -> Item:
     import torch
 
     name = "logits against base"
-    if errors := [result["error"] for result in results if "error" in result]:
+    if errors := [r.get("error") or r["no_class"] for r in results if "error" in r or "no_class" in r]:
         return Item(name, NOT_RUN, errors[0])
     new, old = (torch.load(file, weights_only=True).double() for file in files)
     if new.shape != old.shape:
         return Item(name, FAILED, f"shapes differ: {list(new.shape)}, base {list(old.shape)}")
     difference, scale = (new - old).abs().max().item(), old.std().item()
-    # A number to read, not a fault: what difference is too much is the gate's business. NaN is a fault.
-    status = PASSED if math.isfinite(difference) else FAILED
+    status = MEASURED if math.isfinite(difference) else FAILED
     return Item(name, status, f"largest difference {difference:.3g} (base's spread {scale:.3g}), random tokens")
-
-
-def check_layers(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> Item:
-    """Run every attention layer alone, one in memory at a time, on random input: the forward accepts its weights."""
-    import inspect
-
-    import torch
-
-    name = "layers one by one"
-    try:
-        model = empty_model(folder)
-        memory_path = anatomy.layers[0].layout.layers
-        if anatomy.composite:
-            memory_path = "model.language_model.layers"
-        owner = model.get_submodule(memory_path.rpartition(".")[0])
-        rotary = type(owner.rotary_emb)(anatomy.config) if hasattr(owner, "rotary_emb") else None
-        for layer in anatomy.layers:
-            module = model.get_submodule(f"{memory_path}.{layer.index}.{layer.layout.attn}")
-            accepted = inspect.signature(module.forward).parameters
-            if rotary is None or "position_embeddings" not in accepted:
-                return Item(name, NOT_RUN, f"{anatomy.model_type}'s attention does not run on its own")
-            module.to_empty(device="cpu")
-            prefix = f"{layer.path}."
-            state = {n[len(prefix) :]: checkpoint.read(n) for n in checkpoint.tensors if n.startswith(prefix)}
-            module.load_state_dict(state)
-            dtype = next(module.parameters()).dtype
-            module.to(torch.float32)
-            x = torch.randn(1, 16, anatomy.config.hidden_size, generator=torch.Generator().manual_seed(layer.index))
-            kinds = getattr(anatomy.config, "layer_types", None)
-            extra = [kinds[layer.index]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
-            embeddings = rotary(x, torch.arange(16)[None], *extra)
-            with torch.no_grad():
-                out = module(hidden_states=x, position_embeddings=embeddings, attention_mask=None)[0]
-            if not out.isfinite().all():
-                return Item(name, FAILED, f"layer {layer.index} gives NaN or infinite values")
-            module.to("meta")
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        return Item(name, FAILED, f"{type(error).__name__}: {error}"[:500])
-    return Item(name, PASSED, f"{len(anatomy.layers)} attention layers run in fp32 (stored as {dtype})")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ DTYPE_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64,
 }  # fmt: skip
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what is computed with
+STORED_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SurgeryError("no such model folder", where=str(folder), exists=_siblings(self.folder))
-        index = self.folder / WEIGHT_INDEX
-        self.index = read_index(index) if index.is_file() else None
+        index, single = self.folder / WEIGHT_INDEX, self.folder / SINGLE_FILE
+        self.index = read_index(index) if index.is_file() and not single.is_file() else None  # as Transformers reads
         self.shards = [read_header(self.folder / file, file) for file in self._files()]
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
@@ -143,7 +145,8 @@ class Checkpoint:
         data = bytearray(info.size)
         with open(self.folder / info.file, "rb") as file:
             file.seek(info.start)
-            file.readinto(data)
+            if file.readinto(data) != info.size:
+                raise self._ended(info)
         flat = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype])) if data else torch.empty(0)
         return flat.reshape(info.shape)
 
@@ -156,9 +159,31 @@ class Checkpoint:
             while left:
                 read = file.readinto(buffer[: min(left, len(buffer))])
                 if not read:
-                    raise SurgeryError(f"{info.file} ended while it was read", where=str(self.folder))
+                    raise self._ended(info)
                 left -= read
                 yield buffer[:read]
+
+    def _ended(self, info: TensorInfo) -> SurgeryError:
+        return SurgeryError(f"{info.file} ended while {info.name} was read", where=str(self.folder))
+
+
+def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one tensor; of a dtype that this version does not know, one a value."""
+    return prod(shape) * DTYPE_BITS.get(dtype, 8) // 8
+
+
+def stored_dtype(tensor: Tensor) -> str:
+    """A tensor's dtype in safetensors' spelling; one that is not computed with keeps torch's."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return STORED_NAMES.get(name, name)
+
+
+def header_table(headers: dict[str, dict] | None) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+    """Name -> (dtype, shape) from headers that were fetched without their weights (`hub.Source.headers`)."""
+    if headers is None:
+        return None
+    entries = (pair for header in headers.values() for pair in header.items() if pair[0] != "__metadata__")
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries}
 
 
 def read_index(path: Path) -> dict:

@@ -40,7 +40,12 @@ MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 def emit(data: dict) -> None:
     """One JSON object on stdout, escaped where a pipe does not take Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))
+    try:
+        typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))
+    except BrokenPipeError:
+        from .display import reader_left
+
+        reader_left()
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +66,9 @@ def ls(as_json: Json = False) -> None:
     recipes = recipe.descriptions()
     if as_json:
         fields = {op: cls.model_json_schema()["properties"] for op, cls in classes.items()}
-        return emit({"recipes": recipes, "operations": fields, "broken": broken})
+        uses = {name: facts["ops"] for name, facts in recipes.items()}
+        recipes = {name: facts["description"] for name, facts in recipes.items()}
+        return emit({"recipes": recipes, "uses": uses, "operations": fields, "broken": broken})
     from . import display
 
     display.catalogue(recipes, classes, broken)
@@ -133,7 +140,7 @@ def apply(
     quiet: Quiet = False,
 ) -> None:
     """Convert a model: plan, rewrite, check, score against the base, write the card."""
-    from . import display
+    from . import closing, display
     from .api import apply as run
 
     if output is None:
@@ -159,7 +166,7 @@ def apply(
     else:
         if report.data["check"] and not quiet:
             display.checks(report.data["check"]["items"])
-        display.summary(report)
+        closing.summary(report, model)
     report.raise_faults()
 
 
@@ -246,6 +253,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
     except SurgeryError as error:
         _fail(error, args)
+    except BrokenPipeError:
+        from .display import reader_left
+
+        reader_left()
     except Exception as error:
         if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
             _fail(SurgeryError(error.format_message(), fix="see `surgery --help`"), args)

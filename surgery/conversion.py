@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from .anatomy import Anatomy
-from .checkpoint import Checkpoint
-from .engines import LayerStream
+from .carried import carry_files
+from .checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
+from .engines import LayerStream, rewrite_steps
 from .errors import SurgeryError
 from .folder import read_json
-from .operation import Context
-from .output import OutputFolder, carry_files, weight_files, write_text
+from .operation import Context, WeightRewrite
+from .output import OutputFolder, weight_files, write_text
 from .pickled import readable
 from .planning import Plan, make_plan
 from .report import Report, history_of, new_report
@@ -40,30 +43,25 @@ def convert(
     Returns:
         The report, saved with the folder, and the base's folder.
     """
-    from .hub import resolve
-
-    source = resolve(model)
+    source = _source(recipe, model, engine, on_plan, refuse)
     base = source.path
-    read_json(base / "config.json")  # before any weight: the plainest mistakes get the plainest errors
     with readable(base, output, allow_pickle) as weights:
         checkpoint = Checkpoint(weights)
         anatomy = Anatomy.of(base, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
         plan = make_plan(recipe, anatomy, source.name)
-        streaming = plan.streams if engine == "auto" else engine == "streaming"
-        if streaming and not plan.streams:
-            raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
-        if on_plan:
-            on_plan(plan)
-        if refuse:
-            refuse(base)
+        streaming = streams(plan, engine)
+        if source.headers is None:  # of a model that had to be fetched, this was done before that
+            _announce(plan, base, on_plan, refuse)
         fingerprint = checkpoint.fingerprint()
-        out = OutputFolder(
-            output, base, plan.hash(fingerprint + ("" if streaming else "loaded")), resume=resume, overwrite=overwrite
-        )
+        plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
+        out = OutputFolder(output, base, plan_hash, resume=resume, overwrite=overwrite)
+        if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+            return Report.of(out.out), base
         with out.opened(plan.output_bytes) as partial:
             write = _stream if streaming else _load_and_write
             files, records = write(plan, checkpoint, base, partial, out, progress)
-            left = carry_files(base, partial, {shard.file for shard in checkpoint.shards})
+            read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
+            left = carry_files(base, partial, read)
             data = new_report(
                 plan,
                 source,
@@ -72,21 +70,77 @@ def convert(
                 fingerprint=fingerprint,
                 records=records,
             )
-            Report(data | {"files": files, "left_behind": left, "history": history_of(base)}, partial).save()
+            data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
+            Report(data, partial).save()
     return Report.of(out.out), base
 
 
+def _source(recipe, model: str, engine: str, on_plan, refuse):
+    """The base on this machine; one that must be fetched is planned first, so that what is refused costs no download.
+
+    Returns:
+        The `hub.Source`; its `headers` say that the plan was made and announced from them.
+    """
+    from .hub import resolve
+
+    source = resolve(model, weights=False)
+    read_json(source.path / "config.json")  # before any weight: the plainest mistakes get the plainest errors
+    if source.headers is None:
+        return source
+    plan = make_plan(recipe, Anatomy.of(source.path, header_table(source.headers)), source.name)
+    streams(plan, engine)
+    _announce(plan, source.path, on_plan, refuse)
+    fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned, if the branch has moved
+    return replace(fetched, name=source.name, headers=source.headers)
+
+
+def _announce(plan: Plan, base: Path, on_plan, refuse) -> None:
+    if on_plan:
+        on_plan(plan)
+    if refuse:
+        refuse(base)
+
+
+def streams(plan: Plan, engine: str) -> bool:
+    """Whether the streaming engine converts; refuses an engine that cannot, or that would change a dtype."""
+    streaming = plan.streams if engine == "auto" else engine == "streaming"
+    if streaming and not plan.streams:
+        raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
+    dtypes = stored_dtypes(plan.before)
+    if not streaming and len(dtypes) > 1:
+        raise SurgeryError(
+            f"the loaded engine would store all weights in one dtype, and this checkpoint has {', '.join(dtypes)}",
+            where=plan.source,
+            fix="use the streaming engine (leave --engine out)"
+            if plan.streams
+            else "this recipe needs the loaded engine: store the model in one dtype first "
+            "(from_pretrained(..., dtype=...), save_pretrained)",
+        )
+    return streaming
+
+
+def stored_dtypes(anatomy: Anatomy) -> list[str]:
+    """The floating-point dtypes of the stored weights, sorted; RoPE tables of old checkpoints are not loaded."""
+    names = {dtype for name, (dtype, _) in anatomy.tensors.items() if not name.endswith(".inv_freq")}
+    return sorted(names & set(TORCH_NAMES))
+
+
 def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokenizer=None) -> Report:
-    """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`."""
+    """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`.
+
+    An error leaves the model as it was, with one exception: where a surgical operation (which measures the model as
+    the weight rewrites before it left it) raises, those rewrites stay.
+    """
     from .hub import Source
 
     refuse_wrapped(model)
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
     if on_plan:
         on_plan(plan)
-    records = [
-        step.operation.apply(model, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps
-    ]
+    steps = [(step.operation, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps]
+    together = list(takewhile(lambda step: type(step[0]).apply is WeightRewrite.apply, steps))
+    records = rewrite_steps(model, together) if together else []
+    records += [operation.apply(model, context) for operation, context in steps[len(together) :]]
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
@@ -131,16 +185,20 @@ def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: 
 
 
 def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
-    from .api import load
-    from .scoring import read_tokenizer
+    import torch
 
-    model = load(base)
+    from .quiet import quiet_in_pipes
+    from .scoring import load_model, read_tokenizer
+
+    dtype = getattr(torch, TORCH_NAMES[stored_dtypes(plan.before)[0]])  # config.json may name another
+    model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
         step.operation.apply(model, Context(change, before, progress, tokenizer))
         for step, before, change in _steps_in_memory(plan, model)
     ]
-    model.save_pretrained(partial)
+    with quiet_in_pipes():
+        model.save_pretrained(partial)
     return weight_files(partial), records
 
 

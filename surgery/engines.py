@@ -6,9 +6,10 @@ from collections import OrderedDict
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, LayerAnatomy
+from .checkpoint import stored_dtype
 from .errors import SurgeryError
-from .layers import AttentionLayer, pack, unpack
+from .layers import AttentionLayer, pack, part_shapes, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,36 +67,77 @@ class LayerStream:
             layer, record = run_rewrite(step.operation, layer, step.change.after, index)
             if record:
                 self._records[number][facts.path] = record
-        return {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
+        new = {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
+        for name, tensor in new.items():
+            planned = self.plan.dtypes.get(name), self.plan.shapes.get(name)
+            if (stored_dtype(tensor), tuple(tensor.shape)) != planned:
+                raise SurgeryError(
+                    f"{name} became {stored_dtype(tensor)} {list(tensor.shape)}, and {planned[0]} was planned",
+                    fix="tensors of one part of a layer differ in dtype: store the model in one dtype first",
+                )
+        return new
 
 
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
-    """`operation.rewrite` on a copy in memory of its own; its parts must have the shapes that were planned."""
+    """`operation.rewrite` on a copy in memory of its own; what it gives must be of the form that was planned.
+
+    Raises:
+        SurgeryError: a third party's operation gives another form; TypeError: one of ours does.
+    """
     target = after.layers[index]
     new, record = operation.rewrite(layer.copy(), target)
-    for part, heads in (("q", target.heads), ("k", target.kv_heads), ("v", target.kv_heads)):
-        if getattr(new, part).shape[:2] != (heads, target.head_dim):
-            raise TypeError(f"{operation.op}: {part} of layer {index} has shape {tuple(getattr(new, part).shape)}")
+    if fault := _fault(new, layer, target):
+        what = f"{operation.op}: layer {index}: {fault}"
+        module = type(operation).__module__
+        if module.startswith("surgery.operations."):
+            raise TypeError(what)
+        raise SurgeryError(what, where=module, fix="this operation is not of surgery: tell its authors")
     return new, record
 
 
-def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
-    """Apply a weight rewrite to a loaded model, in place: parameters, module attributes and config.
+def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> str:
+    """How a rewritten layer differs from what was planned; "" if it does not."""
+    if new.facts != target:
+        return "its facts are not those of the target (layer.replace(facts=target, ...))"
+    shapes, parts = part_shapes(target, old), new.tensors()
+    if odd := parts.keys() ^ shapes.keys():
+        return f"the parts {', '.join(sorted(odd))} came or went"
+    for part, tensor in parts.items():
+        wanted = getattr(old, part)
+        if tuple(tensor.shape) != shapes[part]:
+            return f"{part} has shape {list(tensor.shape)}, and {list(shapes[part])} is planned"
+        if tensor.dtype != wanted.dtype:
+            return f"{part} is {tensor.dtype}, and {wanted.dtype} is stored"
+    return ""
 
-    Every layer is computed before the first is changed, so that an error leaves the model as it was.
+
+def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
+    """Apply one weight rewrite to a loaded model, in place."""
+    return rewrite_steps(model, [(operation, context)])[0]
+
+
+def rewrite_steps(model, steps: list[tuple[WeightRewrite, Context]]) -> list[dict]:
+    """Apply weight rewrites, one on the other, to a loaded model, in place: parameters, attributes and config.
+
+    Every layer is computed through all steps before the first is changed: an error leaves the model as it was.
+
+    Returns:
+        The record of each step.
     """
-    before, after = context.before, context.change.after
-    records, results = {}, []
+    before, after = steps[0][1].before, steps[-1][1].change.after
+    records, results = [{} for _ in steps], []
     for facts in before.layers:
         module = model.get_submodule(facts.path)
         tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
         refuse_non_finite(tensors, facts.path)
-        layer, record = run_rewrite(operation, unpack(facts, tensors), after, facts.index)
-        if record:
-            records[facts.path] = record
+        layer = unpack(facts, tensors)
+        for number, (operation, context) in enumerate(steps):
+            layer, record = run_rewrite(operation, layer, context.change.after, facts.index)
+            if record:
+                records[number][facts.path] = record
         results.append(pack(layer))
-        if context.progress:
-            context.progress(facts.index + 1, len(before.layers), "layers")
+        if progress := steps[0][1].progress:
+            progress(facts.index + 1, len(before.layers), "layers")
     for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
         module = model.get_submodule(facts.path)
         for name in set(facts.tensor_names) - set(target.tensor_names):

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from .calibration.text import Text, load_text
 from .calibration.text import windows as cut
+from .checkpoint import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
 from .errors import MachineError, SurgeryError, nearest
-from .scoring import free_memory, read_config, read_tokenizer, score_model
+from .scoring import read_config, read_tokenizer, refuse_pickle, score_model, too_big
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class Side:
     Attributes:
         cross_entropy: nats per token, mean over the tokens scored; perplexity is its exponential.
         kv_bytes_per_token: KV cache of one token, all layers; None where the attention is not understood.
-        load_bytes: bytes of *.safetensors in the folder, or of the parameters of a loaded model.
+        load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
         nonfinite_tokens: scored tokens whose log-probability is NaN or infinite. Any makes the figures NaN.
     """
 
@@ -91,6 +92,7 @@ def evaluate(
     top_k: int = 512,
     tokenizer: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
+    allow_pickle: bool = False,
 ) -> Evaluation:
     """Measure a model, and how far it is from its base.
 
@@ -106,10 +108,11 @@ def evaluate(
         top_k: base tokens kept for the KL.
         tokenizer: needed where no folder is given; otherwise taken from base, or from out without a base.
         progress: called as progress(done, total, label) after each window; label is "base" or "out".
+        allow_pickle: the base may have .bin weights alone.
 
     Raises:
-        SurgeryError: a folder that is not a model, a text too short, models with different vocabularies, a
-            base that yields NaN.
+        SurgeryError: a folder that is not a model or has no safetensors, a text too short, models with different
+            vocabularies, a base that yields NaN.
         MachineError: the temporary folder cannot be written.
     """
     sources = dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
@@ -119,8 +122,12 @@ def evaluate(
     size = {"tokens": windows * (length - 1), "windows": windows, "length": length}
     result = Evaluation("done", {"title": words.title, "sha256": words.sha256[:12], **size}, Side())
     for label, source in sources.items():
+        if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
+            refuse_pickle(Path(source))
         setattr(result, label, _measure_at_rest(source, label, result.notes))
-    if reason := _too_big(sources, result, length * vocabulary):
+    sizes = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
+    # 8 bytes: logits as the model returns them, at most float32, and one copy.
+    if reason := too_big(max(sizes, default=0), extra=8 * length * vocabulary):
         result.status, result.reason = "not run", reason
         return result
 
@@ -133,7 +140,8 @@ def evaluate(
         with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
             folder = Path(temporary) if base is not None else None
             for run, (label, source) in enumerate(sources.items()):
-                scores = score_model(source, pieces, folder, top_k, partial(tick, label, run * windows))
+                may = allow_pickle and label == "base"
+                scores = score_model(source, pieces, folder, top_k, partial(tick, label, run * windows), may)
                 gc.collect()  # or a model held in a cycle would still be there beside the next one
                 _sum_up(getattr(result, label), scores["loss"], label)
     except OSError as error:
@@ -230,9 +238,13 @@ def _measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
 
 
 def _bytes(source: Source) -> int:
+    """Bytes of what is loaded: other weight files in the folder (adapters, `consolidated*`) do not count."""
     if not isinstance(source, str | Path):
         return sum(weight.numel() * weight.element_size() for weight in source.parameters())
-    return sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    folder = Path(source)
+    if (folder / SINGLE_FILE).is_file() or (folder / WEIGHT_INDEX).is_file():
+        return Checkpoint(folder).size
+    return sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
 
 
 def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:
@@ -261,19 +273,6 @@ def _vocabulary(configs: dict, length: int) -> int:
                 fix=f"--length {longest} (in a recipe: evaluate.length={longest})",
             )
     return next(iter(sizes.values()))
-
-
-def _too_big(sources: dict, result: Evaluation, logits: int) -> str:
-    """Why the run does not fit in memory, or "". A loaded model is in memory already; `logits` counts numbers."""
-    free = free_memory()
-    folders = [
-        getattr(result, label).load_bytes for label, source in sources.items() if isinstance(source, str | Path)
-    ]
-    # 8 bytes: logits as the model returns them, at most float32, and one copy.
-    need = int(1.2 * max(folders, default=0)) + 8 * logits
-    if free is None or need <= free:
-        return ""
-    return f"needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
 def _is_number(value) -> bool:

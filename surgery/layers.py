@@ -126,10 +126,8 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that `pack` will give for `facts`, without any data; `like` tells which parts there are."""
-    import torch
-
+def part_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that a layer of `facts` must have; `like` tells which parts there are, and the hidden size."""
     hidden = like.q.shape[-1]
     shapes = {
         "q": (facts.heads, facts.head_dim, hidden),
@@ -143,7 +141,14 @@ def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[
         "k_norm": (facts.kv_heads, facts.head_dim),
         "sinks": (facts.heads,),
     }
-    empty = {part: torch.empty(shapes[part], device="meta") for part in like.tensors()}
+    return {part: shapes[part] for part in like.tensors()}
+
+
+def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that `pack` will give for `facts`, without any data; `like` tells which parts there are."""
+    import torch
+
+    empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(facts, like).items()}
     packed = pack(AttentionLayer(facts, **empty))
     return {name: tuple(tensor.shape) for name, tensor in packed.items()}
 

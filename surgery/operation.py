@@ -28,6 +28,7 @@ class Change:
         tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
         notes: what is lost, guessed or worth knowing.
         seconds: rough time of the computation on a laptop, beyond reading and writing.
+        measured: what each layer becomes is known only when the model was measured; `after` has the right totals.
     """
 
     after: Anatomy
@@ -35,6 +36,7 @@ class Change:
     tier: str = NATIVE
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    measured: bool = False
 
 
 @dataclass
@@ -48,12 +50,16 @@ class Context:
 
 
 class Operation(BaseModel):
-    """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints."""
+    """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Values are taken as YAML gives them (strict): true and '16' are no numbers, 9.0 is no whole number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     op: str
     summary: ClassVar[str] = ""
+    limits: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
 
     def problems(self, anatomy: Anatomy) -> list[str]:

@@ -12,27 +12,13 @@ import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import MachineError, SurgeryError
 
 PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
-
-# What is taken from the base's folder besides weights, config and card. The rest stays behind and is listed:
-# other weight formats, adapters, caches, training states.
-CARRIED = (
-    "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "sentencepiece*.bpe",
-    "*preprocessor_config.json", "processor_config.json", "chat_template.*", "chat_templates/*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "*.py",
-    "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
-)  # fmt: skip
 BASE_CARD = "base-card.md"
-REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json", "model.safetensors.index.json"}
 
 
 class OutputFolder:
@@ -80,7 +66,8 @@ class OutputFolder:
                     self._finish()
             except SurgeryError as error:
                 if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
-                    shutil.rmtree(self.partial, ignore_errors=True)
+                    with suppress(OSError):
+                        remove_own(self.partial)
                 raise
             finally:
                 lock.release()
@@ -91,6 +78,13 @@ class OutputFolder:
         """Note that one file is complete, and what the operations recorded until then."""
         self.done[file], self.records = facts, records
         self._note_progress()
+
+    def holds_the_same(self) -> bool:
+        """Whether OUT is complete and the result of this very conversion."""
+        with suppress(OSError, ValueError):
+            report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
+            return isinstance(report, dict) and report.get("plan_hash") == self.plan_hash
+        return False
 
     def _note_progress(self) -> None:
         write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done, "records": self.records})
@@ -114,10 +108,15 @@ class OutputFolder:
         return {}
 
     def _prepare(self, needed_bytes: int) -> None:
-        if self.replaced.exists() and not os.path.lexists(self.out):  # killed between the two renames of _finish
-            os.rename(self.replaced, self.out)
+        if os.path.lexists(self.replaced):
+            refuse_foreign(self.replaced)
+            if not os.path.lexists(self.out) and is_whole(self.replaced):  # killed between the renames of _finish
+                os.rename(self.replaced, self.out)
         if os.path.lexists(self.out) and not self.overwrite:
-            raise SurgeryError("OUT exists", where=str(self.out), fix="choose another name, or add --overwrite")
+            resume = "--resume to go on with its check and scores, or " if self.holds_the_same() else ""
+            raise SurgeryError(
+                "OUT exists", where=str(self.out), fix=f"choose another name, or add {resume}--overwrite"
+            )
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
             raise SurgeryError(
                 "--overwrite replaces what surgery wrote, and this folder has no surgery.json",
@@ -145,6 +144,7 @@ class OutputFolder:
 
     def _take_over(self) -> None:
         """Continue or remove what an earlier run left."""
+        refuse_foreign(self.partial)
         progress = self._progress()
         if self.resume:
             if progress.get("plan") != self.plan_hash and not self._unnoted():
@@ -160,7 +160,7 @@ class OutputFolder:
                 if (self.partial / file).is_file() and sha256(self.partial / file) == facts["sha256"]
             }
         elif self.overwrite:
-            shutil.rmtree(self.partial)
+            remove_own(self.partial)
         else:
             raise SurgeryError(
                 "an unfinished run left OUT.partial",
@@ -171,8 +171,7 @@ class OutputFolder:
     def _finish(self) -> None:
         (self.partial / PROGRESS).unlink()
         if os.path.lexists(self.out):
-            if self.replaced.exists():
-                shutil.rmtree(self.replaced)
+            remove_own(self.replaced)
             os.rename(self.out, self.replaced)
         try:
             os.rename(self.partial, self.out)
@@ -181,35 +180,36 @@ class OutputFolder:
                 os.rename(self.replaced, self.out)
             self._note_progress()
             raise
-        if self.replaced.is_dir() and not self.replaced.is_symlink():
-            shutil.rmtree(self.replaced)
-        elif os.path.lexists(self.replaced):
-            self.replaced.unlink()
+        remove_own(self.replaced)
 
 
-def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
-    """Copy the base's other files by the allow list, links as the files they point to.
+def is_whole(folder: Path) -> bool:
+    """Whether surgery finished writing this folder, and did not begin to remove it."""
+    return (folder / REPORT).is_file() and not (folder / PROGRESS).exists()
 
-    Args:
-        weights: files of the base that were converted.
 
-    Returns:
-        The names left behind.
-    """
-    left, carried = [], [pattern.lower() for pattern in CARRIED]
-    for path in sorted(p for p in base.rglob("*") if p.is_file()):
-        name = path.relative_to(base).as_posix()
-        if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
-            continue
-        if any(fnmatchcase(name.lower(), pattern) for pattern in carried if "/" in pattern or "/" not in name):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-        elif name not in weights:
-            left.append(name)
-    card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
-    if card:
-        shutil.copyfile(card, folder / BASE_CARD)
-    return left
+def refuse_foreign(folder: Path) -> None:
+    """OUT.partial and OUT.replaced are ours by what they hold, not by their name: it may be a user's own folder."""
+    if folder.is_dir() and not folder.is_symlink():
+        names = {path.name for path in folder.iterdir()}
+        if names & {PROGRESS, REPORT} or names <= {f"{PROGRESS}.unfinished"}:
+            return
+    raise SurgeryError(
+        "surgery needs this name while it writes OUT, and did not write what is there",
+        where=str(folder),
+        fix="move it away, or choose another OUT (-o)",
+    )
+
+
+def remove_own(path: Path) -> None:
+    """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours."""
+    if path.is_dir() and not path.is_symlink():
+        (path / PROGRESS).touch()
+        for inner in [inner for inner in path.iterdir() if inner.name != PROGRESS]:
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .checkpoint import stored_bytes
 from .errors import SurgeryError
 from .layers import packed_shapes, unpack
 from .operation import NATIVE, SURGICAL, Change, Operation, WeightRewrite
@@ -33,6 +34,7 @@ class Plan:
         recipe, source: what is applied to what (the name that the user gave).
         steps: the operations in order.
         shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
+        dtypes: stored name -> dtype, for the tensors that are rewritten and stay or are new.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class Plan:
     before: Anatomy
     steps: tuple[Step, ...]
     shapes: dict[str, tuple[int, ...] | None]
+    dtypes: dict[str, str]
 
     @property
     def after(self) -> Anatomy:
@@ -76,13 +79,9 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of weights that will be written."""
-        kept = sum(
-            prod(shape) * BYTES.get(dtype, 1)
-            for name, (dtype, shape) in self.before.tensors.items()
-            if name not in self.shapes
-        )
-        size = BYTES.get(self.before.dtype, 2)
-        return kept + sum(prod(shape) * size for shape in self.shapes.values() if shape is not None)
+        kept = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
+        new = ((dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items())
+        return sum(stored_bytes(dtype, shape) for dtype, shape in (*kept, *new))
 
     @property
     def memory_bytes(self) -> int:
@@ -155,7 +154,9 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
         change = operation.plan(current)
         steps.append(Step(operation, current, change))
         current = change.after
-    return Plan(recipe, source, anatomy, tuple(steps), new_shapes(anatomy, current))
+    shapes = new_shapes(anatomy, current)
+    dtypes = {name: _dtype(name, anatomy) for name, shape in shapes.items() if shape is not None}
+    return Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes)
 
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
@@ -187,3 +188,11 @@ def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | N
         shapes |= {full: packed.get(name) for name, full in names.items()}
         shapes |= {f"{old.path}.{name}": shape for name, shape in packed.items()}
     return shapes
+
+
+def _dtype(name: str, before: Anatomy) -> str:
+    """A tensor keeps its dtype; a new one (the norm of an added head) has that of its siblings."""
+    if name in before.tensors:
+        return before.tensors[name][0]
+    siblings = name.rsplit(".", 2)[0] + "."
+    return next((dtype for old, (dtype, _) in before.tensors.items() if old.startswith(siblings)), before.dtype)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from . import operations
+from .checkpoint import inside_folder
 from .errors import SurgeryError, nearest, shown, wanted
 from .operation import Operation
+from .overrides import as_text, set_field
 from .yaml_lines import MAX_BYTES, parse
 
 SUFFIXES = (".yaml", ".yml")
@@ -19,9 +22,9 @@ SUFFIXES = (".yaml", ".yml")
 class Evaluate(BaseModel):
     """What the finished model is judged on, and the gate it must pass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
-    text: str = Field("builtin", description="'builtin' (the held-out half of Python's reference) or a text file.")
+    text: str = Field("builtin", description="'builtin' (the held-out part of Python's reference) or a text file.")
     windows: int = Field(8, ge=1, description="Windows of text that are scored.")
     length: int = Field(512, ge=2, description="Tokens in a window.")
     max_kl: float | None = Field(None, ge=0, description="Gate: mean KL to the base in nats per token, at most.")
@@ -34,17 +37,49 @@ class Evaluate(BaseModel):
         return self.model_dump(include={"max_kl", "max_perplexity_ratio", "min_top1"}, exclude_none=True)
 
 
+def _whole(value: object) -> object:
+    """To Python, and so to a Literal, true and 1.0 equal 1."""
+    if type(value) is not int:
+        raise PydanticCustomError("literal_error", "Input should be 1")
+    return value
+
+
 class Recipe(BaseModel):
     """An ordered list of operations, and how the result is healed and judged."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: Literal[1] = Field(description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="Version of this format.")
     name: str = Field(min_length=1, description="Name of the recipe.")
     description: str = Field("", description="One line on what it does.")
     operations: Annotated[list[Any], Field(min_length=1, description="What is done, in this order.")]
     heal: None = Field(None, description="Training after the surgery; this version has none: null.")
     evaluate: Evaluate | None = Field(Evaluate(), description="Text and gate; null evaluates nothing.")
+
+    _source: str = PrivateAttr("data")
+    _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def source(self) -> str:
+        """The name of the shipped recipe that this began as; "file" (a user's own) or "data"."""
+        return self._source
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What was changed in it, as texts "key=value"."""
+        return self._overrides
+
+    @field_validator("operations")
+    @classmethod
+    def _checked(cls, steps: list, info) -> list:
+        # `load` checks operations itself, to show all faults of a recipe with their lines.
+        if info.context is None and (wrong := [step for step in steps if not isinstance(step, Operation)]):
+            raise SurgeryError(
+                f"a Recipe holds operations, this is {shown(wrong[0])}",
+                where="operations",
+                fix="give plain data to surgery.plan or surgery.apply in place of a Recipe: {'version': 1, ...}",
+            )
+        return steps
 
     def to_dict(self) -> dict:
         """Plain data, every default written out."""
@@ -59,9 +94,13 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def descriptions() -> dict[str, str]:
-    """Name -> one line, of every shipped recipe."""
-    return {name: parse(_read(file), str(file))[0].get("description", "") for name, file in shipped().items()}
+def descriptions() -> dict[str, dict]:
+    """Name -> description and operations (`ops`) of every shipped recipe."""
+    found = {name: parse(_read(file), str(file))[0] for name, file in shipped().items()}
+    return {
+        name: {"description": data.get("description", ""), "ops": [step["op"] for step in data["operations"]]}
+        for name, data in found.items()
+    }
 
 
 def copy(name: str | Path, target: Path | None = None) -> Path:
@@ -109,14 +148,15 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
         SurgeryError: with every fault of the recipe at once.
     """
     lines: dict = {}
+    source, earlier = "data", ()
     if isinstance(recipe, Recipe):
-        data, where = recipe.to_dict(), recipe.name
+        data, where, source, earlier = recipe.to_dict(), recipe.name, recipe.source, recipe.overrides
     elif isinstance(recipe, dict):
         data, where = recipe, "recipe"
     else:
         path = find(recipe)
         data, lines = parse(_read(path), str(path))
-        where = str(path)
+        where, source = str(path), path.stem if path in shipped().values() else "file"
     if not isinstance(data, dict):
         raise SurgeryError(
             "the recipe is empty" if data is None else "a recipe is a mapping of keys",
@@ -126,13 +166,17 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
         )
     try:
         data = yaml.safe_load(yaml.safe_dump(data))  # a copy that overrides may change
-        typed = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in fields.items()]
+        changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     except (yaml.YAMLError, ValueError) as error:
         what = f"a recipe holds plain data only: {error.args[0]!s}"
         raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
-    for override in [*overrides, *typed]:
-        lines[_override(data, override)] = f"override {override.strip()!r}"
-    return _validate(data, lines, where)
+    for override in changes:
+        place = set_field(data, override, list(Evaluate.model_fields))
+        lines = {path: line for path, line in lines.items() if path[: len(place)] != place}
+        lines[place] = f"override {override.strip()!r}"
+    checked = _validate(data, lines, where)
+    checked._source, checked._overrides = source, (*earlier, *map(str.strip, changes))
+    return checked
 
 
 def schema() -> dict:
@@ -161,70 +205,6 @@ def _read(path: Path) -> str:
         raise SurgeryError("the file is not UTF-8 text", where=str(path)) from None
 
 
-def _override(data: dict, text: str) -> tuple:
-    """Set one field in place; the path that was set."""
-    key, equals, value = text.partition("=")
-    key, where = key.strip(), f"override {text!r}"
-    if not equals or not key:
-        raise SurgeryError("an override is written key=value", where=where)
-    value, _ = parse(value, where)
-    steps = data.get("operations")
-    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    places = _places(data, steps, key)
-    if len(places) > 1:
-        names = [".".join(map(str, place)) for place in places]
-        raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
-    if not places:
-        known = _known_keys(steps)
-        close = nearest(key, known)
-        raise SurgeryError(
-            f"no field {key!r} in this recipe",
-            where=where,
-            exists=", ".join(known),
-            fix=f"did you mean {close!r}?" if close else "",
-        )
-    *path, last = places[0]
-    target: Any = data
-    for step in path:
-        if isinstance(target, dict) and target.get(step) is None:
-            target[step] = {}
-        target = target[step]
-    target[last] = value
-    return places[0]
-
-
-def _places(data: dict, steps: list[dict], key: str) -> list[tuple]:
-    """Paths in the recipe that an override's key can mean."""
-    head, _, tail = key.rpartition(".")
-    if head.startswith("operations.") and head.split(".")[1].isdigit():
-        index = int(head.split(".")[1])
-        return [("operations", index, tail)] if index < len(steps) else []
-    if head == "evaluate" and tail in Evaluate.model_fields:
-        return [("evaluate", tail)]
-    if not head and key in ("name", "description", "evaluate", "heal"):
-        return [(key,)]
-    places = [
-        ("operations", i, tail)
-        for i, step in enumerate(steps)
-        if (not head or step.get("op") == head) and tail in _fields(step)
-    ]
-    if not head and tail in Evaluate.model_fields:
-        places.append(("evaluate", tail))
-    return places
-
-
-def _fields(step: dict) -> list[str]:
-    try:
-        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
-    except SurgeryError:
-        return [name for name in step if name != "op"]
-
-
-def _known_keys(steps: list[dict]) -> list[str]:
-    keys = [name for step in steps for name in _fields(step)]
-    return list(dict.fromkeys([*keys, *(f"evaluate.{name}" for name in Evaluate.model_fields)]))
-
-
 def _validate(data: dict, lines: dict, where: str) -> Recipe:
     faults: list[SurgeryError] = []
     steps: list[Operation] = []
@@ -243,14 +223,32 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
             )
         except ValidationError as error:
             faults += _faults(error, lines, where, path, list(cls.model_fields))
+    faults += _text_elsewhere(data, lines, where)
     try:
-        recipe = Recipe.model_validate(data | ({"operations": steps or raw} if isinstance(raw, list) else {}))
+        given = {"operations": steps or raw} if isinstance(raw, list) else {}
+        recipe = Recipe.model_validate(data | given, context="load")
     except ValidationError as error:
         faults = _faults(error, lines, where, (), list(Recipe.model_fields)) + faults
     if faults:
         first, *rest = sorted(faults, key=_line_number)
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
     return recipe
+
+
+def _text_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
+    """A recipe file that somebody else wrote may not name files outside the working folder."""
+    path, settings = ("evaluate", "text"), data.get("evaluate")
+    text = settings.get("text") if isinstance(settings, dict) else None
+    if not isinstance(text, str) or not isinstance(lines.get(path), int):  # data and overrides are the user's own
+        return []
+    try:
+        inside_folder(text, where)
+        outside = text.startswith("~")
+    except SurgeryError:
+        outside = True
+    what = f"evaluate.text of a recipe file may not be absolute or hold ..; it is {shown(text)}"
+    fix = "name it in the command: evaluate.text=FILE"
+    return [SurgeryError(what, where=_at(lines, path, where), fix=fix)] if outside else []
 
 
 def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:

@@ -12,18 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import SINGLE_FILE, WEIGHT_INDEX
 from .errors import SurgeryError
+from .folder import read_json
+from .quiet import quiet_in_pipes, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
 
     Source = str | Path | torch.nn.Module  # a model folder, or a loaded Transformers model
 
+# False, not left out: with None, Transformers asks "run the code of this repository? [y/N]" on the terminal.
+STRICT = {"local_files_only": True, "trust_remote_code": False}
+LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
 
 
 def score_model(
-    source: Source, pieces: torch.Tensor, folder: Path | None, top_k: int, tick: Callable[[int], None]
+    source: Source,
+    pieces: torch.Tensor,
+    folder: Path | None,
+    top_k: int,
+    tick: Callable[[int], None],
+    allow_pickle: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Score every window with one model, which is gone from memory after the call if it was loaded here.
 
@@ -33,6 +44,7 @@ def score_model(
         folder: where the windows' files are or will be; None keeps nothing and compares with nothing.
         top_k: tokens to keep, at most the vocabulary.
         tick: called with the number of windows done.
+        allow_pickle: see `load_model`.
 
     Returns:
         The vectors of `score_window`, joined over the windows.
@@ -40,7 +52,7 @@ def score_model(
     import torch
 
     scores: dict[str, list] = {}
-    with loaded(source) as model:
+    with loaded(source, allow_pickle) as model:
         for number, piece in enumerate(pieces):
             kept = folder / f"{number}.safetensors" if folder else None
             for name, values in score_window(model, piece, kept, top_k).items():
@@ -101,13 +113,11 @@ def score_window(model, piece: torch.Tensor, kept: Path | None, top_k: int) -> d
 
 
 @contextmanager
-def loaded(source: Source) -> Iterator[Any]:
+def loaded(source: Source, allow_pickle: bool = False) -> Iterator[Any]:
     """The model in eval mode; a loaded one goes back to the mode that it was in."""
     if isinstance(source, str | Path):
-        from .demo import quiet_transformers
-
-        with quiet_transformers():
-            model = _load(Path(source))
+        with quiet_transformers():  # on a terminal too: the bar of the scoring is there
+            model = load_model(source, allow_pickle=allow_pickle)
     else:
         model = source
     training = model.training
@@ -117,14 +127,44 @@ def loaded(source: Source) -> Iterator[Any]:
         model.train(training)
 
 
-def _load(folder: Path):
+def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs):
+    """A model folder as a Transformers model; quiet in pipes, and no code and no pickle of the folder is run.
+
+    Args:
+        allow_pickle: also read .bin weights (Transformers does it with `weights_only=True`).
+        kwargs: for `from_pretrained`; the dtype is that of the file unless `dtype` says otherwise.
+
+    Raises:
+        SurgeryError: not a model folder, no safetensors, weights that are missing or of another shape.
+    """
+    folder = Path(folder)
     auto = auto_class(folder)
-    with _reading(folder):
-        model, info = auto.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    if not allow_pickle:
+        refuse_pickle(folder)
+    given = {"dtype": "auto", **STRICT, "use_safetensors": None if allow_pickle else True} | kwargs
+    with quiet_in_pipes(), _reading(folder):
+        model, info = auto.from_pretrained(folder, **(given | {"output_loading_info": True}))
     # Transformers fills what is missing with random numbers; every figure would be one too.
     if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise SurgeryError(f"{len(lost)} weights are missing, the first is {lost[0]}", where=str(folder))
-    return model
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raise where a folder has no safetensors: a pickle can run code, and is read with --allow-pickle alone."""
+    if (folder / SINGLE_FILE).is_file() or (folder / WEIGHT_INDEX).is_file():
+        return
+    kinds = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
+    pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
+    raise SurgeryError(
+        f"no {SINGLE_FILE} and no {WEIGHT_INDEX}",
+        where=str(folder),
+        exists=", ".join(found) or "no weight file",
+        fix="pickles can run code and are not loaded; surgery apply RECIPE FOLDER -o OUT --allow-pickle converts them"
+        if pickled
+        else "name a folder that holds safetensors weights",
+    )
 
 
 def auto_class(folder: Path):
@@ -147,11 +187,21 @@ def read_config(source: Source):
         raise SurgeryError("not a model folder: it has no config.json", where=str(folder), fix="name a saved model")
     from transformers import AutoConfig
 
+    if reason := no_class(folder):
+        raise SurgeryError(reason, where=str(folder), fix="a model with code of its own cannot be loaded here")
+    with _reading(folder):
+        return AutoConfig.from_pretrained(folder, **STRICT)
+
+
+def no_class(folder: Path) -> str:
+    """Why stock Transformers cannot load such a model, or ""."""
+    from transformers import CONFIG_MAPPING
+
     from .runtime import register
 
     register()
-    with _reading(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = read_json(Path(folder) / "config.json").get("model_type")
+    return "" if kind in CONFIG_MAPPING else f"Transformers has no class for model_type {kind!r}"
 
 
 def read_tokenizer(source: Source):
@@ -169,7 +219,7 @@ def read_tokenizer(source: Source):
     from transformers import AutoTokenizer
 
     with _reading(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **STRICT)
 
 
 @contextmanager
@@ -182,6 +232,21 @@ def _reading(folder: Path) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SurgeryError(f"Transformers cannot load this: {first}", where=str(folder)) from error
+
+
+def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
+    """Why a model does not fit in memory, or "".
+
+    Args:
+        weights: its bytes on disk (0 for a model that is in memory already).
+        memory: bytes that may be used; default what is free now.
+        extra: bytes needed besides the model.
+    """
+    free = free_memory() if memory is None else memory
+    need = int(LOAD_OVERHEAD * weights) + extra
+    if free is None or need <= free:
+        return ""
+    return f"needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
 
 
 def free_memory() -> int | None:

@@ -13,12 +13,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from .checkpoint import PIECE, WEIGHT_INDEX, Checkpoint, Shard
+from .checkpoint import PIECE, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,12 +86,12 @@ def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ..
         if info.name not in plan.shapes:
             layout[info.name] = (info.dtype, info.shape, False)
         elif (shape := plan.shapes[info.name]) is not None:
-            layout[info.name] = (info.dtype, shape, True)
+            layout[info.name] = (plan.dtypes[info.name], shape, True)
         if info.name in homes:
             layer = homes[info.name]
             for name in (f"{layer.path}.{name}" for name in layer.tensor_names):
                 if name not in plan.before.tensors:
-                    layout[name] = (layer.dtype, plan.shapes[name], True)
+                    layout[name] = (plan.dtypes[name], plan.shapes[name], True)
     return layout
 
 
@@ -129,13 +128,11 @@ class _Stopped(Exception):
 
 
 def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoint, stream: LayerStream, count) -> dict:
-    from .checkpoint import DTYPE_BITS
-
     header, position, infos = {}, 0, {info.name: info for info in shard.tensors}
     if shard.metadata:
         header["__metadata__"] = shard.metadata
     for name, (dtype, shape, computed) in layout.items():
-        size = prod(shape) * DTYPE_BITS[dtype] // 8 if computed else infos[name].size
+        size = stored_bytes(dtype, shape) if computed else infos[name].size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -154,6 +151,9 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
         for name, (_, _, computed) in layout.items():
             for piece in tensor_pieces(stream.tensor(name)) if computed else checkpoint.pieces(infos[name]):
                 put(piece)
+            begin, end = header[name]["data_offsets"]
+            if file.tell() != 8 + len(text) + end:  # a file that lies about itself must never get its name
+                raise RuntimeError(f"{shard.file}: {name} has not the {end - begin} bytes that its header promises")
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

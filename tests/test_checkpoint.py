@@ -216,6 +216,29 @@ def test_sharded_and_whole_give_the_same_tensors(surgery, model, tmp_path):
     assert new["metadata"]["total_size"] == sum(t.nbytes for t in whole.values()) < index["metadata"]["total_size"]
 
 
+def test_of_a_single_file_and_an_index_the_file_counts(surgery, model, tmp_path):
+    """As Transformers reads it; shards of an older save are left behind, and listed."""
+    shutil.copytree(model, tmp_path / "alone")
+    whole = (model / WEIGHTS).read_bytes()
+    edit_tensors(model, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    shard(model)
+    (model / WEIGHTS).write_bytes(whole)
+    for base in ("model", "alone"):
+        assert surgery("apply", "mqa", base, "-o", f"{base}-out", *FAST).code == 0
+    got, wanted = (load_file(tmp_path / f"{base}-out" / WEIGHTS) for base in ("model", "alone"))
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert not (tmp_path / "model-out" / INDEX).exists()
+    left = json.loads((tmp_path / "model-out/surgery.json").read_text())["left_behind"]
+    assert left == ["a-1.safetensors", "a-2.safetensors", "a-3.safetensors", INDEX]
+
+
+def test_an_index_that_was_used_is_not_left_behind(surgery, model, tmp_path):
+    shard(model)
+    assert surgery("apply", "mqa", model, "-o", "out", *FAST).code == 0
+    assert json.loads((tmp_path / "out/surgery.json").read_text())["left_behind"] == []
+
+
 # --- pickles ------------------------------------------------------------------------------------------------
 
 

@@ -133,16 +133,16 @@ def test_loaded_models(folders, tokenizer):
 
 
 def test_never_two_models_in_memory(folders, monkeypatch):
-    alive, load = [], scoring._load
+    alive, load = [], scoring.load_model
 
-    def watched(folder):
+    def watched(folder, **kwargs):
         gc.collect()
         assert not [ref for ref in alive if ref() is not None]
-        model = load(folder)
+        model = load(folder, **kwargs)
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(scoring, "_load", watched)
+    monkeypatch.setattr(scoring, "load_model", watched)
     evaluate(folders[1], folders[0], **SIZE)
     assert len(alive) == 2
 
@@ -168,14 +168,40 @@ def test_nan_is_said_not_hidden(folders, tokenizer, tmp_path):
 
 
 def test_what_does_not_fit_is_not_run(folders, monkeypatch):
-    monkeypatch.setattr(evaluation, "free_memory", lambda: 1000)
-    monkeypatch.setattr(scoring, "_load", lambda folder: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(scoring, "free_memory", lambda: 1000)
+    monkeypatch.setattr(scoring, "load_model", lambda folder, **kwargs: pytest.fail("loaded all the same"))
     facts = evaluate(folders[1], folders[0], **SIZE).to_dict()
     assert facts["status"] == "not run"
     assert "of memory" in facts["reason"]
     assert facts["out"]["perplexity"] is None
     assert facts["out"]["kv_bytes_per_token"]
     assert gate(facts, {"max_kl": 1.0}) == ("not run", [facts["reason"]])
+
+
+def test_load_bytes_are_those_that_are_loaded(folders, tmp_path, tokenizer):
+    from safetensors.torch import save_file
+
+    model = make_model(0)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    shards = sum(file.stat().st_size for file in tmp_path.glob("model-*.safetensors"))
+    save_file({"other": torch.zeros(1000)}, tmp_path / "consolidated.safetensors")
+    assert evaluate(tmp_path, **SIZE).out.load_bytes == shards > 0
+
+
+def test_pickles_are_read_only_of_a_base_and_when_allowed(folders, tmp_path, tokenizer):
+    make_model(0).config.save_pretrained(tmp_path)
+    torch.save(make_model(0).state_dict(), tmp_path / "pytorch_model.bin")
+    tokenizer.save_pretrained(tmp_path)
+    for args in ((tmp_path,), (tmp_path, folders[0]), (folders[1], tmp_path)):
+        with pytest.raises(SurgeryError, match="no model.safetensors") as caught:
+            evaluate(*args, **SIZE)
+        assert "--allow-pickle" in caught.value.fix
+    allowed = evaluate(folders[1], tmp_path, allow_pickle=True, **SIZE)
+    assert allowed.kl == evaluate(folders[1], folders[0], **SIZE).kl
+    assert allowed.base.load_bytes == (tmp_path / "pytorch_model.bin").stat().st_size
+    with pytest.raises(SurgeryError, match="no model.safetensors"):
+        evaluate(tmp_path, folders[1], allow_pickle=True, **SIZE)
 
 
 def test_free_memory():

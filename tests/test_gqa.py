@@ -35,7 +35,7 @@ import surgery
 from surgery.anatomy import Anatomy
 from surgery.errors import SurgeryError
 from surgery.layers import unpack
-from surgery.operations.gqa import permute_kv_heads
+from surgery.operations.gqa import mean_head, permute_kv_heads
 
 K_NAME, V_NAME = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
 
@@ -116,6 +116,29 @@ def test_mean_of_equal_heads_is_that_head_to_the_bit():
         assert all(
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), old.state_dict().values(), strict=True)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_means_of_equal_heads_of_any_group_size(dtype):
+    """Float64 as well, where a sum of three equal numbers divided by three can be another number."""
+    head = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).double()
+    for size in range(1, 18):
+        for counts in ([1] * size, list(range(1, size + 1))):
+            assert torch.equal(mean_head(head.expand(size, 8, 32), counts), head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_means_are_the_exact_mean_rounded_once(dtype):
+    from fractions import Fraction
+
+    heads = torch.randn(5, 8, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    counts = [1, 2, 3, 1, 2]
+    got = mean_head(heads.double(), counts).to(dtype)
+    for row in range(8):
+        for column in range(32):
+            values = [Fraction(value) for value in heads[:, row, column].tolist()]
+            exact = sum(w * v for w, v in zip(counts, values, strict=True)) / sum(counts)
+            assert got[row, column] == torch.tensor(float(exact), dtype=torch.float64).to(dtype)
 
 
 def test_random_heads_know_nothing_and_keep_the_scale():
@@ -493,7 +516,7 @@ def test_adapters_are_refused_and_merged_ones_work():
     surgery.apply(recipe(kv_heads=2), merged)
     heads = expected.model.layers[0].self_attn.k_proj.weight.view(2, 2, 8, -1).double().mean(1).flatten(0, 1)
     assert torch.equal(merged.model.layers[0].self_attn.k_proj.weight.double(), heads.float().double())
-    with pytest.raises(SurgeryError, match="output goes with"):
+    with pytest.raises(SurgeryError, match="loaded model"):
         surgery.apply(recipe(kv_heads=1), merged, output="out")
 
 

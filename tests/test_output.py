@@ -387,6 +387,71 @@ def test_overwrite_of_a_link_leaves_its_target(apply, model, tmp_path):
     assert not (tmp_path / "out").is_symlink()
 
 
+@pytest.mark.parametrize("suffix", ["partial", "replaced"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--resume",)], ids=["plain", "overwrite", "resume"])
+def test_a_users_folder_of_our_name_is_neither_moved_nor_removed(refused, apply, model, tmp_path, suffix, flags):
+    folder_with_a_file(tmp_path / f"out.{suffix}")
+    says = [f"out.{suffix}: surgery needs this name while it writes OUT, and did not write what is there", "move it"]
+    refused("apply", "mqa", model, "-o", "out", *FAST, *flags, says=says)
+    if flags == ("--overwrite",):  # the same where there is an OUT to replace
+        (tmp_path / f"out.{suffix}").rename(tmp_path / "mine")
+        assert apply(model).code == 0
+        (tmp_path / "mine").rename(tmp_path / f"out.{suffix}")
+        refused("apply", "mqa", model, "-o", "out", *FAST, *flags, says=says)
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dangling link", "a link to a folder"])
+def test_a_file_or_link_of_our_name_stays(refused, model, tmp_path, kind):
+    for suffix in ("partial", "replaced"):
+        OCCUPIED[kind](tmp_path / f"out.{suffix}")
+        refused("apply", "mqa", model, "-o", "out", *FAST, "--overwrite", says=[f"out.{suffix}: surgery needs"])
+        (tmp_path / f"out.{suffix}").unlink()
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+
+
+@pytest.mark.parametrize("suffix", ["partial", "replaced"])
+def test_a_removal_that_was_killed_is_known_as_ours(apply, model, tmp_path, monkeypatch, suffix):
+    assert apply(model).code == 0
+    target = tmp_path / f"out.{suffix}"
+    (tmp_path / "out").rename(target)
+    (target / "sub").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            output.remove_own(target)
+    assert target.exists()
+    assert apply(model, "--overwrite").code == 0, "and what was half removed did not become OUT"
+    assert (tmp_path / "out/surgery.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+# --- killed after OUT was complete --------------------------------------------------------------------------
+
+
+def test_resume_of_a_complete_out_goes_on_with_the_check(surgery, apply, model, tmp_path):
+    assert apply(model).code == 0
+    weights = tmp_path / "out/model.safetensors"
+    written = weights.stat().st_mtime_ns, weights.stat().st_ino
+    assert json.loads((tmp_path / "out/surgery.json").read_text())["check"] is None
+    done = surgery("apply", "mqa", model, "-o", "out", "--no-eval", "--resume")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out/surgery.json").read_text())["check"]["passed"] is True
+    assert (weights.stat().st_mtime_ns, weights.stat().st_ino) == written
+
+
+def test_out_exists_names_resume_where_it_would_help(refused, apply, model):
+    assert apply(model).code == 0
+    says = ["OUT exists", "add --resume to go on with its check and scores, or --overwrite"]
+    refused("apply", "mqa", model, "-o", "out", *FAST, says=says)
+    other = refused("apply", "mqa", model, "method=first", "-o", "out", *FAST, says=["OUT exists"])
+    assert "--resume" not in other.err
+    refused("apply", "mqa", model, "method=first", "-o", "out", *FAST, "--resume", says=["OUT exists"])
+
+
 # --- what is in it ------------------------------------------------------------------------------------------
 
 CARRIED = {

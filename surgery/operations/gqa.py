@@ -203,7 +203,9 @@ def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
     """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
     shared = gcd(*counts)
     weights = [count // shared for count in counts]
-    return sum(weight * head for weight, head in zip(weights, heads, strict=True)) / sum(weights)
+    first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
+    apart = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
+    return first + apart / sum(weights)
 
 
 def first_head(heads: Tensor, counts: list[int]) -> Tensor:

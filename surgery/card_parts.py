@@ -1,0 +1,143 @@
+"""Parts of the model card: how to load, limits, how it was made, licence."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from .errors import SurgeryError
+
+HERE = '"this repository or folder"'
+# For operations whose class has no `limits` yet.
+FALLBACK = {
+    "gqa": ("Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",),
+    "expand": ("More KV heads cost KV-cache memory and decode bandwidth. The function computed is the base's.",),
+    "duo_attention": (
+        "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
+        "the other heads, and was not measured here.",
+        "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
+        "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
+    ),
+}
+
+
+def get(report: dict, key: str) -> dict:
+    return report.get(key) or {}
+
+
+def operations_of(report: dict) -> list[str]:
+    return [str(op["op"]) for op in get(report, "recipe").get("operations") or [] if op.get("op")]
+
+
+def base_name(report: dict) -> str:
+    """The Hub id, or the last part of a name: a card is published, and a path says where its author lives."""
+    base = get(report, "base")
+    name = str(base.get("name") or base.get("base_model") or "an unnamed base").replace("\\", "/")
+    return str(base.get("hub_id") or name.rstrip("/").rsplit("/", 1)[-1])
+
+
+def loading(report: dict) -> str:
+    """Code that loads the folder: the class that fits, and both doors of a surgical one."""
+    composite, surgical = get(report, "base").get("composite"), report.get("tier") == "surgical"
+    model = "AutoModelForImageTextToText" if composite else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if composite else "AutoTokenizer"
+    lines, flags = [f"from transformers import {model}, {reader}", ""], ""
+    if surgical:
+        flags = ", trust_remote_code=True, revision=revision"
+        lines.append('revision = "the commit whose code you have read"')
+    lines.append(f"model = {model}.from_pretrained({HERE}{flags})")
+    lines.append(f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({HERE}{flags})")
+    stock = fenced("\n".join(lines), "python")
+    if not surgical:
+        return stock
+    ours = fenced(f"import surgery\n\nmodel = surgery.load({HERE})", "python")
+    code = "; ".join(f"`{name}` sha256 `{digest}`" for name, digest in get(report, "code").items())
+    pinned = "Pin `revision` to a full commit hash: a branch can be given other code later, which would then run."
+    return (
+        f"With the package:\n\n{ours}\n\nWithout it; this runs code from the repository, so read it first:\n\n{stock}"
+        f"\n\n{pinned}" + (f" The code as it was written: {code}." if code else "")
+    )
+
+
+def limits(report: dict) -> str:
+    lines = [line for op in dict.fromkeys(operations_of(report)) for line in _limits_of(op)]
+    if report.get("tier") == "surgical":
+        lines.append(
+            "A stock class by its name (`LlamaForCausalLM.from_pretrained`) loads this folder without an error and "
+            "runs the base's *unchanged* attention: use the lines above."
+        )
+    lines += [f"{str(note)[:1].upper()}{str(note)[1:]}." for note in get(report, "plan").get("notes") or []]
+    lines.append("The table is one text on one machine. Other tasks, languages and lengths were not measured.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _limits_of(op: str) -> tuple[str, ...]:
+    """What an operation says of itself; one that is not installed here says nothing."""
+    from . import operations
+
+    try:
+        return operations.find(op).limits or FALLBACK.get(op, ())
+    except SurgeryError:
+        return FALLBACK.get(op, ())
+
+
+def provenance(report: dict) -> str:
+    base, files = get(report, "base"), get(report, "files")
+    pinned = base.get("hub_id") and base.get("revision")
+    origin = f"{base_name(report)}@{base['revision']}" if pinned else base_name(report)
+    earlier = [f"{' + '.join(operations_of(old))} on {base_name(old)}" for old in report.get("history") or []]
+    facts = {
+        "base": f"`{origin}`",
+        "note on the base": base.get("note"),
+        "model type": base.get("model_type"),
+        "fingerprint of the base": base.get("fingerprint"),
+        "earlier surgeries": "; ".join(earlier),
+        "engine": report.get("engine"),
+        "made": report.get("created"),
+        "versions": ", ".join(f"{name} {version}" for name, version in get(report, "versions").items()),
+        "threads": report.get("threads"),
+        "seeds": ", ".join(f"{name} {seed}" for name, seed in get(report, "seeds").items()),
+        "files of the base left behind": ", ".join(f"`{name}`" for name in report.get("left_behind") or []),
+    }
+    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact not in (None, "")]
+    lines += [f"- `{name}`: sha256 `{get(files, name).get('sha256')}`" for name in files]
+    return f"{_how_again(report, origin)}\n\n" + "\n".join(lines)
+
+
+def _how_again(report: dict, origin: str) -> str:
+    """The command that gives the same weights, where there is one."""
+    source, changes = str(report.get("recipe_source") or "data"), [str(each) for each in report.get("overrides") or []]
+    if report.get("in_memory"):
+        return (
+            "It was made from a model in memory (`surgery.apply(recipe, model)`): no command repeats it. The "
+            " recipe is the one above; whatever was done to the model before or after is not known here."
+        )
+    if source in ("file", "data"):
+        typed = f" It was given with {', '.join(f'`{each}`' for each in changes)}." * bool(changes)
+        return (
+            "The recipe was its author's own, and no command can name it: the one above has every setting written out."
+            f"{typed} `surgery apply FILE.yaml` with it in a file gives the same weights, on the same versions and "
+            "machine."
+        )
+    command = shlex.join(["surgery", "apply", source, origin, "-o", "OUT", *changes])
+    return f"The same command, versions and machine give the same weights:\n\n{fenced(command, '')}"
+
+
+def licence(report: dict, base: dict) -> str:
+    name = base.get("license_name") or base.get("license") or get(report, "base").get("license")
+    unnamed = "its card does not name it" if base else "its card is not here to name it"
+    name = f"**{', '.join(name) if isinstance(name, list) else name}**" if name else unnamed
+    holds = f"This model is under the base's licence: {name}"
+    holds += f" ({base['license_link']})" if base.get("license_link") else ""
+    if files := report.get("notices"):
+        carried = f"The base's licence and notice files are in this folder: {', '.join(f'`{file}`' for file in files)}"
+    else:
+        carried = "This folder holds no licence or notice file of the base"
+        carried += "; add them from the base before you share it" if report.get("in_memory") else ""
+    return f"{holds}. {carried}. The weights were modified as said above."
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

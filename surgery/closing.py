@@ -1,0 +1,74 @@
+"""The three lines that `apply` ends with: what changed, what it cost, what to type next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from rich.text import Text
+
+from .display import STATUS_STYLE, console
+from .operation import SURGICAL
+from .report import damage
+
+
+def summary(report, base: str) -> None:
+    """Print them.
+
+    Args:
+        report: of a folder that was just written.
+        base: the model as the user typed it, for a command to copy.
+    """
+    data, out = report.data, console()
+    kv, fixed = data["plan"]["kv_bytes_per_token"], (data["plan"].get("kv_bytes_fixed") or {}).get("after")
+    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
+    out.print(
+        f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
+        + also
+    )
+    gate = data["gate"]
+    verdict = ("gate ", (gate["status"], STATUS_STYLE[gate["status"]])) if gate["limits"] else ("no gate",)
+    out.print(Text.assemble("cost:    ", _cost(data["evaluation"]), ", ", *verdict))
+    folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
+    out.print(f"next:    {_next(data, folder, base)}")
+
+
+def _cost(result: dict | None) -> str:
+    if not result:
+        return "not measured"
+    if result["status"] != "done":
+        return f"not measured ({result.get('reason', '')})"
+    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
+    if new is None or kl is None:
+        return "the model gives NaN: not usable"
+    usable = ": not usable before healing" if damage(result) else ""
+    return (
+        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}{usable}"
+    )
+
+
+def _next(data: dict, folder: str, base: str) -> str:
+    quoted, model = shlex.quote(folder), shlex.quote(base)
+    if data["check"] is None:
+        return f"surgery check {quoted} --base {model}"
+    if not data["check"]["passed"]:
+        return f"surgery check {quoted} names the fault; the base is untouched"
+    if data["evaluation"] is None:
+        return f"surgery eval {quoted} --base {model}{_as_asked(data)}"
+    if data["evaluation"]["status"] != "done":
+        return f"surgery eval {quoted} --base {model}{_as_asked(data)}, on a machine with more memory"
+    if damage(data["evaluation"]):
+        return f"train {quoted} before use, or choose a milder setting (surgery plan shows what one would change)"
+    if data["gate"]["status"] == "failed":
+        return f"choose a milder setting, train {quoted}, or accept what it costs (--no-gate)"
+    auto = "AutoModelForImageTextToText" if data["base"].get("composite") else "AutoModelForCausalLM"
+    loader = "surgery.load" if data["tier"] == SURGICAL else f"{auto}.from_pretrained"
+    return f"{loader}({json.dumps(folder, ensure_ascii=False)}), or surgery push {quoted} OWNER/NAME"
+
+
+def _as_asked(data: dict) -> str:
+    """The options of `eval` that make its result the one that the recipe asks for."""
+    asked, usual = data["recipe"].get("evaluate") or {}, {"text": "builtin", "windows": 8, "length": 512}
+    return "".join(
+        f" --{key} {shlex.quote(str(asked[key]))}" for key in usual if asked.get(key, usual[key]) != usual[key]
+    )

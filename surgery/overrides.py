@@ -1,0 +1,89 @@
+"""Overrides of a recipe: "key=value" texts, as typed or as made from keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import yaml
+
+from . import operations
+from .errors import SurgeryError, nearest
+from .yaml_lines import parse
+
+
+def as_text(key: str, value: object) -> str:
+    """A keyword as the override that a person would type."""
+    shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return f"{key}={shown.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
+def set_field(data: dict, text: str, settings: Collection[str]) -> tuple:
+    """Set one field in place; the path that was set.
+
+    Args:
+        data: a recipe as plain data, not checked yet.
+        text: "key=value" or "op.key=value".
+        settings: the keys of `evaluate`.
+    """
+    key, equals, value = text.partition("=")
+    key, where = key.strip(), f"override {text!r}"
+    if not equals or not key:
+        raise SurgeryError("an override is written key=value", where=where)
+    value, _ = parse(value, where)
+    steps = data.get("operations")
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    places = _places(steps, key, settings)
+    if len(places) > 1:
+        names = [".".join(map(str, place)) for place in places]
+        raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
+    if not places:
+        known = _known_keys(steps, settings)
+        close = nearest(key, known)
+        raise SurgeryError(
+            f"no field {key!r} in this recipe",
+            where=where,
+            exists=", ".join(known),
+            fix=f"did you mean {close!r}?" if close else "",
+        )
+    *path, last = places[0]
+    target: Any = data
+    for step in path:
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[step]
+    if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+        target[last] = value
+    return places[0]
+
+
+def _places(steps: list[dict], key: str, settings: Collection[str]) -> list[tuple]:
+    """Paths in the recipe that an override's key can mean."""
+    head, _, tail = key.rpartition(".")
+    if head.startswith("operations.") and head.split(".")[1].isdigit():
+        index = int(head.split(".")[1])
+        return [("operations", index, tail)] if index < len(steps) else []
+    if head == "evaluate" and tail in settings:
+        return [("evaluate", tail)]
+    if not head and key in ("name", "description", "evaluate", "heal"):
+        return [(key,)]
+    places = [
+        ("operations", i, tail)
+        for i, step in enumerate(steps)
+        if (not head or step.get("op") == head) and tail in _fields(step)
+    ]
+    if not head and tail in settings:
+        places.append(("evaluate", tail))
+    return places
+
+
+def _fields(step: dict) -> list[str]:
+    try:
+        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
+    except SurgeryError:
+        return [name for name in step if name != "op"]
+
+
+def _known_keys(steps: list[dict], settings: Collection[str]) -> list[str]:
+    keys = [name for step in steps for name in _fields(step)]
+    return list(dict.fromkeys([*keys, *(f"evaluate.{name}" for name in settings)]))

@@ -1,0 +1,29 @@
+"""Transformers without its progress bars and warnings: they would land in pipes and beside `--json`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars and warnings inside the `with`; errors still show."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def quiet_in_pipes() -> contextlib.AbstractContextManager[None]:
+    """`quiet_transformers`, unless a person watches: on a terminal a bar says that something goes on."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return contextlib.nullcontext() if terminal else quiet_transformers()

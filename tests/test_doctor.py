@@ -1,0 +1,44 @@
+"""`surgery doctor`: it opens the doors, and says what is wrong with an installation."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+
+from surgery import checking, doctor
+
+
+def test_doors_are_opened(capfd):
+    doors = doctor._doors()
+    assert list(doors) == ["native", "surgical, with surgery", "surgical, without it"]
+    assert all(state.startswith("works: ") for state in doors.values()), doors
+    assert capfd.readouterr().err == ""
+
+
+def test_a_door_that_does_not_open(monkeypatch):
+    good = {"missing": [], "unexpected": [], "mismatched": [], "finite": True}
+    answers = [{"error": "ImportError: no torch"}, good | {"missing": ["a.weight"]}, good | {"finite": False}]
+    monkeypatch.setattr(checking, "run_doors", lambda jobs, timeout: answers)
+    assert doctor._doors() == {
+        "native": "fails: ImportError: no torch",
+        "surgical, with surgery": "fails: the logits hold NaN or infinite values",
+        "surgical, without it": "fails: 1 weights do not fit, the first is a.weight",
+    }
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    def hangs(*args, timeout, **kwargs):
+        raise subprocess.TimeoutExpired(args[0], timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert doctor._doors()["native"] == "fails: no answer within 180 seconds"
+
+
+def test_another_package_of_that_name(monkeypatch):
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"surgery": ["attention-surgery"]})
+    assert not [problem for problem in doctor._problems() if "import name" in problem]
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"surgery": ["attention-surgery", "surgery"]})
+    said = [problem for problem in doctor._problems() if "import name surgery" in problem]
+    assert len(said) == 1
+    assert "(surgery)" in said[0]
+    assert "uninstall both" in said[0]
