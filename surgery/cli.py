@@ -69,9 +69,9 @@ def ls(as_json: Json = False) -> None:
         uses = {name: facts["ops"] for name, facts in recipes.items()}
         recipes = {name: facts["description"] for name, facts in recipes.items()}
         return emit({"recipes": recipes, "uses": uses, "operations": fields, "broken": broken})
-    from . import display
+    from .listing import print_catalogue
 
-    display.catalogue(recipes, classes, broken)
+    print_catalogue(recipes, classes, broken)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .checkpoint import inside_folder
+from .checkpoint import SINGLE_FILE, inside_folder
 from .errors import MachineError, SurgeryError, nearest
 from .hub_errors import LOGIN, brief, folders, hub_errors, hub_token
 from .output import sha256
@@ -122,7 +122,8 @@ def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached
             repo, revision=revision, allow_patterns=wanted, ignore_patterns=LEFT, local_files_only=cached_only
         )
     path, headers = Path(folder), None
-    names = _indexed(path) or [p.name for p in path.glob("*.safetensors") if not _left(p.name)]
+    here = [p.name for p in path.glob("*.safetensors") if not _left(p.name)]
+    names = [SINGLE_FILE] if SINGLE_FILE in here else _indexed(path) or here
     if not names or not all((path / name).is_file() for name in names):
         if not cached_only:
             headers = _headers(repo, path.name, path)  # says so where the repository has no safetensors
@@ -165,8 +166,9 @@ def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
         return ({"__metadata__": found.metadata} if found.metadata else {}) | tensors
 
     with hub_errors(repo, commit):
-        files = [] if (names := _indexed(path)) else sorted(api.list_repo_files(repo, revision=commit))
-        names = names or [name for name in files if name.endswith(".safetensors") and not _left(name)]
+        files = sorted(api.list_repo_files(repo, revision=commit))
+        there = [name for name in files if name.endswith(".safetensors") and not _left(name)]
+        names = [SINGLE_FILE] if SINGLE_FILE in there else _indexed(path) or there  # as Transformers chooses
         if not names:
             others = ", ".join([name for name in files if name.endswith(WEIGHTS)][:8]) or "no weight file"
             fix = "choose a repository that has model.safetensors"

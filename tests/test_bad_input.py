@@ -193,6 +193,33 @@ def test_check_of_a_folder_that_surgery_did_not_write(refused, model, tmp_path):
     refused("check", model, says=["surgery.json holds no JSON object"])
 
 
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"files": {"model.safetensors": {}}}, "the entry of model.safetensors has no bytes and sha256"),
+        ({"files": []}, "files is []"),
+        ({"gate": 5}, "gate is 5"),
+        ({"gate": {}}, "gate has no status and limits"),
+        ({"check": {"passed": True}}, "check has no passed and items"),
+        ({"check": {"passed": True, "items": [5]}}, "check has no passed and items"),
+        ({"evaluation": "good"}, "evaluation is 'good'"),
+        ({"evaluation": {"out": 5}}, "evaluation.out is 5"),
+        ({"plan": {"parameters": 5}}, "plan.parameters is 5"),
+        ({"recipe": {"operations": [5]}}, "recipe has no operations"),
+        ({"base": None}, "base is None"),
+        ({"history": [5]}, "history holds something else"),
+    ],
+)
+def test_a_damaged_record_is_one_error(refused, out, part, says):
+    edit_json(out / "surgery.json", **part)
+    refused("check", out, says=[f"surgery.json is damaged: {says}", "as it was written"])
+
+
+def test_a_record_without_a_part_is_one_error(refused, out):
+    (out / "surgery.json").write_text('{"format": 1}')
+    refused("check", out, says=["surgery.json is damaged: it has no base"])
+
+
 def flip_a_byte(out):
     with (out / "model.safetensors").open("r+b") as file:
         file.seek(-1000, 2)

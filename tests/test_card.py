@@ -36,6 +36,7 @@ REPORT = {
         "heal": None,
         "evaluate": {"text": "builtin", "max_kl": 1.0},
     },
+    "recipe_source": "gqa",
     "overrides": ["kv_heads=1", "note=two words"],
     "plan": {
         "changes": ["KV heads 3 → 1 in 30 layers"],
@@ -45,7 +46,8 @@ REPORT = {
     "versions": {"python": "3.11.9", "torch": "2.13.0", "surgery": "0.1.0"},
     "threads": 2,
     "seeds": {"recipe": 0},
-    "files": {"model.safetensors": {"sha256": "ab" * 32, "bytes": 10}, "LICENSE": {"sha256": "cd" * 32, "bytes": 1}},
+    "files": {"model.safetensors": {"sha256": "ab" * 32, "bytes": 10}},
+    "notices": ["LICENSE"],
     "left_behind": ["pytorch_model.bin"],
     "check": {
         "passed": True,
@@ -113,7 +115,7 @@ def test_body():
     card = render_card(REPORT, BASE_CARD)
     for said in (
         "# Base-1B, gqa\n\nMade from [org/Base-1B](https://huggingface.co/org/Base-1B)",
-        "KV heads 3 → 1 in 30 layers by mean pooling.",
+        "KV heads 3 → 1 in 30 layers. The result",
         "**native**",
         "| perplexity | 13.3 | 15.2 | 1.14 |",
         "| cross-entropy, nats per token | 2.5880 | 2.7210 |  |",
@@ -134,7 +136,7 @@ def test_body():
         "`pytorch_model.bin`",
         "ab" * 32,
         "**base-licence** (LICENSE)",
-        "(`LICENSE`)",
+        "are in this folder: `LICENSE`.",
         "Every score in it is the base's, not this model's.",
     ):
         assert said in card, said
@@ -175,7 +177,10 @@ def test_an_unusable_model_says_so_first(out, kl, said):
 @pytest.mark.parametrize("status", ["skipped", "not run", None])
 def test_an_unmeasured_model_says_so_first(status):
     reason = {"status": "not run", "reason": "needs 90.0 GB of memory, 3.0 GB are free"}
-    report = changed(evaluation=reason | {"out": {"load_bytes": 1000}, "base": None}, gate={"status": status})
+    report = changed(
+        evaluation=reason | {"out": {"load_bytes": 1000}, "base": None},
+        gate={"status": status, "limits": {"max_kl": 1}},
+    )
     card = render_card(report, None)
     assert f"> **The quality gate: {status or 'not run'}.**" in card
     assert "**not measured**: needs 90.0 GB of memory" in card
@@ -219,10 +224,13 @@ def test_only_a_hub_id_is_a_base_model():
 
 
 def test_surgical_folders_show_both_doors():
-    card = render_card(changed(tier="surgical"), None)
+    card = render_card(changed(tier="surgical", code={"modeling_surgery.py": "ef" * 32}), None)
     assert "surgery.load(" in card
     assert "trust_remote_code=True, revision=revision" in card
     assert "*unchanged* attention" in card
+    assert "`LlamaForCausalLM.from_pretrained`) loads this folder without an error" in card
+    assert "Pin `revision` to a full commit hash" in card
+    assert f"`modeling_surgery.py` sha256 `{'ef' * 32}`" in card
     assert "custom_code" in ModelCard(card).data.tags
 
 
@@ -260,3 +268,57 @@ def test_imports_nothing_heavy():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], input=json.dumps(REPORT), text=True, check=True)
+
+
+def test_a_composite_is_loaded_with_the_class_that_fits():
+    card = render_card(changed(base=REPORT["base"] | {"composite": True}), None)
+    assert "AutoModelForImageTextToText.from_pretrained(" in card
+    assert "AutoModelForCausalLM" not in card
+    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
+
+
+def test_notes_of_the_plan_are_limits():
+    plan = REPORT["plan"] | {"notes": ["x is not a known family: its attention was understood by shape, a guess"]}
+    limits = render_card(changed(plan=plan), None).partition("## Limits")[2].partition("## Recipe")[0]
+    assert "- X is not a known family: its attention was understood by shape, a guess." in limits
+
+
+def test_the_command_is_there_only_where_one_repeats_it():
+    command = "surgery apply gqa"
+    assert command in render_card(REPORT, None)
+    own = render_card(changed(recipe_source="file"), None)
+    assert command not in own
+    assert "The recipe was its author's own" in own
+    memory = render_card(changed(in_memory={"class": "LlamaForCausalLM"}, notices=[]), None)
+    assert command not in memory
+    assert "no command repeats it" in memory
+    assert "This folder holds no licence or notice file of the base; add them" in memory
+
+
+def test_no_limits_are_no_gate():
+    card = render_card(changed(gate={"status": "not run", "limits": {}}), None)
+    assert "> " not in card.partition("## What it costs")[0]
+    assert "- quality gate: **none** (no limits)" in card
+
+
+def test_streaming_heads_show_what_does_not_grow():
+    plan = REPORT["plan"] | {"kv_bytes_fixed": {"before": 0, "after": 5120}}
+    assert "| KV cache, bytes of sinks and windows (fixed) | 0 | 5,120 |  |" in render_card(changed(plan=plan), None)
+    assert "sinks and windows" not in render_card(REPORT, None)
+    ops = {"operations": [{"op": "duo_attention", "streaming_ratio": 0.5}]}
+    assert "Streaming heads do not see" in render_card(changed(recipe=REPORT["recipe"] | ops), None)
+
+
+def test_a_status_measured_is_shown():
+    items = [{"name": "logits against base", "status": "measured", "detail": "0.1"}]
+    assert "- logits against base: **measured** (0.1)" in render_card(
+        changed(check={"passed": True, "items": items}), None
+    )
+
+
+def test_limits_are_the_operations_own(monkeypatch):
+    from surgery.operations.gqa import GQA
+
+    monkeypatch.setattr(GQA, "limits", ("It limits this.", "And that."))
+    card = render_card(REPORT, None)
+    assert "- It limits this.\n- And that.\n" in card

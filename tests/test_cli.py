@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
+SHIPPED = {"duo-attention", "expand-kv", "gqa", "mqa", "streaming"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 
@@ -47,8 +49,13 @@ def test_ls(surgery):
     assert shown.code == 0
     for word in ("expand-kv", "gqa", "mqa", "kv_heads", "required", "default mean", "KV heads after"):
         assert word in shown.out
+    for word in ("mean | first | random", "whole number ≥ 1", "number ≥ 0 ≤ 1", "uses", "default 240"):
+        assert word in shown.out
+    assert "default None" not in shown.out
+    assert re.search(r"^mqa +gqa +One key", shown.out, re.MULTILINE)
     data = surgery("ls", "--json").json
-    assert set(data["recipes"]) == {"expand-kv", "gqa", "mqa"}
+    assert set(data["recipes"]) == SHIPPED
+    assert data["uses"]["mqa"] == ["gqa"]
     assert data["operations"]["gqa"]["kv_heads"]["description"]
     assert data["broken"] == {}
 
@@ -72,7 +79,7 @@ def test_inspect(surgery, model):
     facts = surgery("inspect", model, "--json")
     assert facts.err == ""
     assert facts.json["layers"][1]["heads"] == 9
-    assert facts.json["recipes"] == {"expand-kv": [], "gqa": [], "mqa": []}
+    assert facts.json["recipes"] == dict.fromkeys(SHIPPED, [])
 
 
 def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):
@@ -198,6 +205,76 @@ def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
     assert "**The quality gate: not run.**" in card
 
 
+def test_without_limits_there_is_no_gate(surgery, model, tmp_path):
+    done = surgery("apply", "mqa", model, "-o", "out", *FAST, "evaluate=null")
+    assert "cost:    not measured, no gate\n" in done.out
+    assert "> **The quality gate" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_comes_next_is_a_command_that_can_be_copied(surgery, model, text, tmp_path):
+    """The base as it was typed, never a push of what failed."""
+    (tmp_path / "deep er").mkdir()
+    base = model.rename(tmp_path / "deep er/model")
+    scored = (f"evaluate.text={text}", *SCORED)
+    last = surgery("apply", "mqa", base, *scored, "-o", "a", *FAST).out.splitlines()[-1]
+    assert last == f"next:    surgery check a --base '{base}'"
+    last = surgery("apply", "mqa", base, *scored, "-o", "b", "--no-eval").out.splitlines()[-1]
+    assert last == f"next:    surgery eval b --base '{base}' --text words.txt --windows 1 --length 16"
+    last = surgery("apply", "mqa", base, *scored, "-o", "c", "max_kl=0").out.splitlines()[-1]
+    assert last.startswith("next:    choose a milder setting, train c")
+    last = surgery("apply", "mqa", base, *scored, "-o", "d").out.splitlines()[-1]
+    assert last == 'next:    AutoModelForCausalLM.from_pretrained("d"), or surgery push d OWNER/NAME'
+    heads = ("streaming_ratio=1", "window=6", "sinks=2")
+    done = surgery("apply", "duo-attention", base, *heads, *scored, "-o", "e", "--no-gate")
+    assert done.out.splitlines()[-1].startswith('next:    surgery.load("e"), or '), done.out + done.err
+    assert "bytes of sinks and windows" in done.out.splitlines()[-3]
+
+
+def test_a_name_is_printed_as_it_is(surgery, model):
+    done = surgery("apply", "mqa", model, "-o", "out[a]:fire:", *FAST)
+    assert "surgery check 'out[a]:fire:'" in done.out
+
+
+def test_plan_of_a_head_split(surgery, model):
+    shown = surgery("plan", "duo-attention", model, "window=6", "sinks=2").out
+    assert "3 of 6 KV heads see 2 sinks + 6 tokens" in shown
+    assert "streaming KV heads" not in shown, "which layer has how many is not known before the model is measured"
+    assert shown.count("self_attn") == 1
+    assert "KV cache of sinks and windows: 0 → 768 bytes, fixed" in shown
+    assert "the model is loaded" in shown
+    (model.parent / "scores.tsv").write_text("0\t0\t1\n0\t1\t1\n")
+    shown = surgery("plan", "duo-attention", model, f"scores={model.parent / 'scores.tsv'}").out
+    assert "streaming KV heads 0 → 2" in shown
+    assert "streaming KV heads 0 → 1" in shown
+
+
+def test_inspect_of_a_head_split(surgery, model):
+    args = ("streaming_ratio=1", "window=6", "sinks=2", "--no-check", "--no-eval")
+    assert surgery("apply", "duo-attention", model, "-o", "out", *args).code == 0
+    shown = surgery("inspect", "out").out
+    assert "streaming: 2 sinks + 6 tokens" in shown
+    assert re.search(r"0-1 +9 +3 +3 +8 ", shown), shown
+
+
+def test_the_estimate_says_of_what_it_is(surgery, model):
+    shown = surgery("plan", "mqa", model).out
+    assert re.search(r"^rewriting: \d.* of output, about \d.* of memory, \d+ s$", shown, re.MULTILINE)
+    assert re.search(r"^check and eval load the model: about \d", shown, re.MULTILINE)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize("args", [["ls"], ["ls", "--json"], ["schema"]])
+def test_a_reader_that_leaves_is_no_fault(args):
+    """As in `surgery ls | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery", *args], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_quiet(surgery, model):
     done = surgery("apply", "mqa", model, "-o", "out", *FAST, "--quiet")
     assert done.code == 0
@@ -254,6 +331,23 @@ def test_eval(surgery, out, text):
     shown = surgery("eval", "out", "--base", "model", *args)
     assert "perplexity" in shown.out
     assert "30 tokens of words.txt" in shown.out
+
+
+def test_a_gate_is_not_passed_with_another_base(surgery, model, text, tmp_path):
+    scored = (f"evaluate.text={text}", *SCORED, "max_kl=0.0000001")
+    assert surgery("apply", "mqa", model, "-o", "o1", *scored, "--no-eval").code == 0
+    args = ("--text", text, "--windows", "1", "--length", "16", "--json")
+    before = listing(tmp_path)
+    wrong = surgery("eval", "o1", "--base", "o1", *args)
+    assert wrong.code == 0
+    assert any("not recorded" in note and "not the base it was made from" in note for note in wrong.json["notes"])
+    assert listing(tmp_path) == before
+    other = surgery("eval", "o1", "--base", "model", "--text", text, "--windows", "2", "--length", "16", "--json")
+    assert any("not those of its recipe" in note for note in other.json["notes"])
+    assert listing(tmp_path) == before
+    right = surgery("eval", "o1", "--base", "model", *args)
+    assert "notes" not in right.json
+    assert report_of(tmp_path / "o1")["gate"]["status"] == "failed"
 
 
 # --- what is not imported -----------------------------------------------------------------------------------

@@ -55,13 +55,32 @@ FAULTS = {
     "operation that is a word": ("version: 1\nname: x\noperations: [gqa]\n", ["mine.yaml:3", "key op"]),
     "unknown operation": (
         GOOD.replace("op: gqa", "op: qga"),
-        ["mine.yaml:4: unknown operation 'qga'", "there is: expand, gqa", "did you mean 'gqa'?"],
+        ["mine.yaml:4: unknown operation 'qga'", "there is: duo_attention, expand, gqa", "did you mean 'gqa'?"],
     ),
     "operation of a later version": (
-        GOOD.replace("op: gqa", "op: duo_attention"),
-        ["mine.yaml:4: unknown operation 'duo_attention'", "newer version of attention-surgery"],
+        GOOD.replace("op: gqa", "op: sparse_prefill"),
+        ["mine.yaml:4: unknown operation 'sparse_prefill'", "newer version of attention-surgery"],
     ),
     "version 2": (GOOD.replace("version: 1", "version: 2"), ["mine.yaml:1: version should be 1; it is 2"]),
+    "true is no version": (GOOD.replace("version: 1", "version: true"), ["mine.yaml:1: version should be 1"]),
+    "1.0 is no version": (GOOD.replace("version: 1", "version: 1.0"), ["mine.yaml:1: version should be 1; it is 1.0"]),
+    "true is no limit": (
+        GOOD.replace("evaluate: null", "evaluate: {max_kl: true, windows: true, length: '16'}"),
+        ["max_kl should be a number; it is True", "windows should be a whole number", "it is '16'"],
+    ),
+    "strict in every operation": (
+        GOOD.replace("op: gqa", "op: expand")
+        .replace("kv_heads: 1", "kv_heads: 9.0")
+        .replace("    method: mean\n", ""),
+        ["mine.yaml:5: kv_heads should be a whole number; it is 9.0"],
+    ),
+    "text from the root": (
+        GOOD.replace("evaluate: null", "evaluate: {text: /etc/passwd}"),
+        ["mine.yaml:8: evaluate.text of a recipe file", "evaluate.text=FILE"],
+    ),
+    "text above": (GOOD.replace("evaluate: null", "evaluate: {text: ../x}"), ["mine.yaml:8: evaluate.text", "'../x'"]),
+    "text of Windows": (GOOD.replace("evaluate: null", "evaluate: {text: 'C:\\x'}"), ["mine.yaml:8: evaluate.text"]),
+    "text at home": (GOOD.replace("evaluate: null", "evaluate: {text: ~/x}"), ["mine.yaml:8: evaluate.text"]),
     "healing": (
         GOOD.replace("heal: null", "heal: {method: lora}"),
         ["mine.yaml:7: healing is not in this version", "to fix: write heal: null"],
@@ -241,3 +260,38 @@ def test_cp_then_edit_then_apply_by_path(surgery, refused, model, tmp_path):
     done = surgery("apply", "gqa.yaml", model, "-o", "out", "--no-check", "--no-eval", "--json")
     assert done.code == 0, done.err
     assert done.json["plan"]["changes"] == ["nothing: there are 3 KV heads already"]
+
+
+def test_an_override_inside_a_word_names_the_word(refused, model, tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD.replace("evaluate: null", "evaluate: 5"), encoding="utf-8")
+    says = ["mine.yaml:8: evaluate should be a mapping of keys; it is 5"]
+    refused("plan", "mine.yaml", model, "max_kl=1", says=says)
+
+
+def test_an_override_may_name_any_text(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD.replace("evaluate: null", "evaluate: {text: /x}"), encoding="utf-8")
+    assert recipes.load(tmp_path / "mine.yaml", ["evaluate.text=../y"]).evaluate.text == "../y"
+    assert recipes.load(tmp_path / "mine.yaml", ["evaluate={text: /z}"]).evaluate.text == "/z"
+    assert recipes.load("gqa", ["evaluate.text=/y"]).evaluate.text == "/y"
+
+
+def test_a_recipe_of_plain_operations_is_one_error():
+    with pytest.raises(SurgeryError, match="a Recipe holds operations") as caught:
+        recipes.Recipe(operations=[{"op": "gqa", "kv_heads": 1}])
+    assert "plain data" in caught.value.fix
+
+
+def test_a_recipe_knows_where_it_is_from_and_what_was_changed(tmp_path):
+    loaded = recipes.load("gqa", ["method=first"], kv_heads=3)
+    assert (loaded.source, loaded.overrides) == ("gqa", ("method=first", "kv_heads=3"))
+    again = recipes.load(loaded, **{"evaluate.max_kl": 2, "description": "two words"})
+    assert again.source == "gqa"
+    assert again.overrides == ("method=first", "kv_heads=3", "evaluate.max_kl=2", "description=two words")
+    (tmp_path / "gqa.yaml").write_text(GOOD, encoding="utf-8")
+    assert recipes.load(tmp_path / "gqa.yaml").source == "file"
+    assert recipes.load(yaml.safe_load(GOOD)).source == "data"
+
+
+def test_whole_numbers_are_numbers():
+    assert recipes.load("gqa", ["max_kl=1"]).evaluate.max_kl == 1.0
+    assert recipes.load("duo-attention", streaming_ratio=1).operations[0].streaming_ratio == 1.0
