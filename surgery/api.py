@@ -228,8 +228,9 @@ def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan
 
     if not is_model(model):
         raise _no_model(model)
+    was = type(model).__name__
     report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
-    note_origin(report, model)
+    note_origin(report, model, was)
     return report
 
 

@@ -110,7 +110,7 @@ def _how_again(report: dict, origin: str) -> str:
     if report.get("in_memory"):
         return (
             "It was made from a model in memory (`surgery.apply(recipe, model)`): no command repeats it. The "
-            " recipe is the one above; whatever was done to the model before or after is not known here."
+            "recipe is the one above; whatever was done to the model before or after is not known here."
         )
     if source in ("file", "data"):
         typed = f" It was given with {', '.join(f'`{each}`' for each in changes)}." * bool(changes)

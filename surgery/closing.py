@@ -27,7 +27,7 @@ def summary(report, base: str) -> None:
         + also
     )
     gate = data["gate"]
-    verdict = ("gate ", (gate["status"], STATUS_STYLE[gate["status"]])) if gate["limits"] else ("no gate",)
+    verdict = ("gate ", (gate["status"], STATUS_STYLE.get(gate["status"], ""))) if gate["limits"] else ("no gate",)
     out.print(Text.assemble("cost:    ", _cost(data["evaluation"]), ", ", *verdict))
     folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
     out.print(f"next:    {_next(data, folder, base)}")

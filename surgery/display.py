@@ -196,8 +196,8 @@ def _changes(before, after, known: bool) -> list[tuple]:
 def checks(items: list[dict]) -> None:
     out = console()
     for item in items:
-        style = STATUS_STYLE[item["status"]]
-        out.print(Text.assemble((f"{item['status']:<8}", style), f"{item['name']:<32}", (item["detail"], "dim")))
+        style = STATUS_STYLE.get(item["status"], "")
+        out.print(Text.assemble((f"{item['status']:<9}", style), f"{item['name']:<32}", (item["detail"], "dim")))
 
 
 def evaluation(result: dict) -> None:

@@ -17,14 +17,20 @@ def is_model(model) -> bool:
     return hasattr(model, "named_parameters") and hasattr(model, "config")
 
 
-def note_origin(report: Report, model) -> None:
-    """Record where a model in memory comes from and what was done to it before."""
+def note_origin(report: Report, model, was: str) -> None:
+    """Record where a model in memory comes from and what was done to it before.
+
+    Args:
+        was: the name of the model's class before the surgery, which stands for a name where it has none.
+    """
     data, config = report.data, model.config
     earlier = getattr(model, DONE, [])
     folder = _folder(model)
     known = {"class": type(model).__name__, "heads": _heads(model)}
     history = history_of(folder) if folder else []
     data |= {"in_memory": known, "history": [*history, *(_plain(each) for each in earlier)]}
+    if data["base"]["name"] == type(model).__name__:
+        data["base"]["name"] = was
     if data["base"]["hub_id"]:
         data["base"]["revision"] = getattr(config, "_commit_hash", None)
     setattr(model, DONE, [*earlier, data])

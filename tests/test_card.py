@@ -129,7 +129,7 @@ def test_body():
         "- reload: **passed** (stock Transformers, fresh process)",
         "- identity: **not run** (needs 40 GB)",
         "- quality gate, max_kl 1.0: **passed**",
-        "FLOPs of prefill attention do not change",
+        "the FLOPs of prefill do not change",
         f"surgery apply gqa org/Base-1B@{'c' * 40} -o OUT kv_heads=1 'note=two words'",
         "torch 2.13.0",
         "- threads: 2",

@@ -106,7 +106,7 @@ def test_pickles_are_not_read(model):
     (model / "model.safetensors").unlink()
     torch.save(state, model / "pytorch_model.bin")
     for reader in (scoring.load_model, evaluate):
-        with pytest.raises(SurgeryError, match=r"no model.safetensors") as caught:
+        with pytest.raises(SurgeryError, match=r"no model\.safetensors") as caught:
             reader(model)
         assert caught.value.exists == "pytorch_model.bin"
         assert "--allow-pickle" in caught.value.fix
@@ -154,7 +154,8 @@ def test_every_family_is_compared_and_none_fails(saved, name):
     if name in ("mixtral", "qwen3_moe"):  # Transformers fuses their experts on load: most tensors
         assert (status, detail.partition(":")[0]) == ("not run", "Transformers renames on load")
     else:
-        assert (status, int(detail.split()[0])) == ("passed", len(checkpoint.tensors)), detail
+        renamed = name == "gpt_neox"  # its output layer has another name in memory
+        assert (status, int(detail.split()[0])) == ("passed", len(checkpoint.tensors) - renamed), detail
     status, detail = run_layers(folder, anatomy, checkpoint)
     alone = {"falcon_alibi", "gpt2", "gptj", "bloom", "mpt"}  # their attention needs what only the model has
     assert status in (("passed", "not run") if name in alone else ("passed",)), detail

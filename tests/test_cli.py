@@ -79,7 +79,7 @@ def test_inspect(surgery, model):
     facts = surgery("inspect", model, "--json")
     assert facts.err == ""
     assert facts.json["layers"][1]["heads"] == 9
-    assert facts.json["recipes"] == dict.fromkeys(SHIPPED, [])
+    assert facts.json["recipes"] == {name: [] for name in SHIPPED}
 
 
 def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):
@@ -136,8 +136,8 @@ def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, t
     assert done.err == ""
     for line in (
         "KV heads 3 → 1 in 2 layers",
-        "passed  hashes",
-        "passed  generates",
+        "passed   hashes",
+        "passed   generates",
         "changed: ",
         "cost:    perplexity",
     ):
@@ -233,6 +233,14 @@ def test_what_comes_next_is_a_command_that_can_be_copied(surgery, model, text, t
 def test_a_name_is_printed_as_it_is(surgery, model):
     done = surgery("apply", "mqa", model, "-o", "out[a]:fire:", *FAST)
     assert "surgery check 'out[a]:fire:'" in done.out
+
+
+def test_a_difference_is_measured_and_not_passed(capsys):
+    from surgery.display import STATUS_STYLE, checks
+
+    checks([{"name": "logits against base", "status": "measured", "detail": "0.1 [b]at most[/b]"}])
+    assert capsys.readouterr().out.split(maxsplit=1)[0] == "measured"
+    assert STATUS_STYLE["measured"] == "cyan"
 
 
 def test_plan_of_a_head_split(surgery, model):

@@ -194,13 +194,13 @@ def test_pickles_are_read_only_of_a_base_and_when_allowed(folders, tmp_path, tok
     torch.save(make_model(0).state_dict(), tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
     for args in ((tmp_path,), (tmp_path, folders[0]), (folders[1], tmp_path)):
-        with pytest.raises(SurgeryError, match="no model.safetensors") as caught:
+        with pytest.raises(SurgeryError, match=r"no model\.safetensors") as caught:
             evaluate(*args, **SIZE)
         assert "--allow-pickle" in caught.value.fix
     allowed = evaluate(folders[1], tmp_path, allow_pickle=True, **SIZE)
     assert allowed.kl == evaluate(folders[1], folders[0], **SIZE).kl
     assert allowed.base.load_bytes == (tmp_path / "pytorch_model.bin").stat().st_size
-    with pytest.raises(SurgeryError, match="no model.safetensors"):
+    with pytest.raises(SurgeryError, match=r"no model\.safetensors"):
         evaluate(tmp_path, folders[1], allow_pickle=True, **SIZE)
 
 
