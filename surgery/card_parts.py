@@ -9,16 +9,6 @@ from .errors import SurgeryError
 
 HERE = '"this repository or folder"'
 # For operations whose class has no `limits` yet.
-FALLBACK = {
-    "gqa": ("Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",),
-    "expand": ("More KV heads cost KV-cache memory and decode bandwidth. The function computed is the base's.",),
-    "duo_attention": (
-        "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
-        "the other heads, and was not measured here.",
-        "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
-        "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
-    ),
-}
 
 
 def get(report: dict, key: str) -> dict:
@@ -76,9 +66,9 @@ def _limits_of(op: str) -> tuple[str, ...]:
     from . import operations
 
     try:
-        return operations.find(op).limits or FALLBACK.get(op, ())
+        return operations.find(op).limits
     except SurgeryError:
-        return FALLBACK.get(op, ())
+        return ()
 
 
 def provenance(report: dict) -> str:

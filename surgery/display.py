@@ -142,7 +142,7 @@ def plan(work) -> None:
     """The old → new tree."""
     before, after = work.before, work.after
     # Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
-    known = not any(s.change.measured or getattr(s.operation, "scores", None) == "far-mass" for s in work.steps)
+    known = not any(step.change.measured for step in work.steps)
     tree = Tree(Text.assemble((work.recipe.name, "bold"), f" on {work.source} ({before.model_type}): {work.tier}"))
     for old, new, last in _changes(before.layers, after.layers, known):
         where = old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)

@@ -25,7 +25,13 @@ class DuoAttention(Operation):
     """Give the KV heads with the lowest scores the visibility sinks + window."""
 
     summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
-    term: ClassVar[str] = "visibility"
+    limits: ClassVar[tuple[str, ...]] = (
+        "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
+        "the other heads, and was not measured here.",
+        "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
+        "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
+    )
+    term: ClassVar[str | None] = "visibility"
 
     op: Literal["duo_attention"] = "duo_attention"
     streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of all KV heads that stream.")
@@ -66,12 +72,18 @@ class DuoAttention(Operation):
             # The heads are not known before the model is measured; their number is, unless a threshold decides.
             streaming = self._choose([[0.0] * kv_heads] * layers)
             known = "up to " if self.threshold is not None else ""
-            notes.append("which heads stream is measured on the model; the layers above show their number only")
+            notes.append("which heads stream is measured on the model")
         else:
             streaming, known = self._choose(load_scores(self.scores, layers, kv_heads).scores), ""
         count = sum(map(len, streaming))
         line = f"{known}{count} of {layers * kv_heads} KV heads see {self.sinks} sinks + {self.window} tokens"
-        return Change(anatomy.with_streaming(streaming, self.sinks, self.window), (line,), SURGICAL, tuple(notes))
+        return Change(
+            anatomy.with_streaming(streaming, self.sinks, self.window),
+            (line,),
+            SURGICAL,
+            tuple(notes),
+            measured=self.scores == "far-mass",
+        )
 
     def apply(self, model, context: Context) -> dict:
         from ..runtime.modeling_surgery import patch

@@ -17,6 +17,9 @@ class Expand(WeightRewrite):
     """Each KV head is copied to the query heads (or groups) that read it: the logits do not change."""
 
     summary: ClassVar[str] = "Repeat KV heads (GQA → MHA), exact."
+    limits: ClassVar[tuple[str, ...]] = (
+        "More KV heads cost KV-cache memory and decode bandwidth. The function computed is the base's.",
+    )
 
     op: Literal["expand"] = "expand"
     kv_heads: int | None = Field(None, ge=1, description="KV heads after; default: one for each query head (MHA).")

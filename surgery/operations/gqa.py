@@ -30,6 +30,9 @@ class GQA(WeightRewrite):
     """Merge the KV heads of each group into one; means in float64, rounded once."""
 
     summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
+    limits: ClassVar[tuple[str, ...]] = (
+        "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
+    )
 
     op: Literal["gqa"] = "gqa"
     kv_heads: Heads | list[Heads] = Field(
