@@ -132,7 +132,7 @@ def apply(
         _check(report, None, progress=progress)
         report.save()
     if scored is not None and (not check or report.data["check"]["passed"]):
-        _evaluate(report, base, scored, progress)
+        _evaluate(report, base, scored, progress, allow_pickle)
     if not gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
     report.save()
@@ -193,10 +193,9 @@ def evaluate(
 
 def load(folder: str | Path, **kwargs):
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
-    from .scoring import auto_class
+    from .scoring import load_model
 
-    folder = _folder_of(folder)
-    return auto_class(folder).from_pretrained(folder, **({"dtype": "auto"} | kwargs))
+    return load_model(_folder_of(folder), **kwargs)
 
 
 def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
@@ -272,10 +271,16 @@ def _refuse_unscorable(base: Path, settings) -> None:
     tokens_to_score({"base": base}, settings.text, settings.windows, settings.length)
 
 
-def _evaluate(report: Report, base: Path, settings, progress) -> None:
+def _evaluate(report: Report, base: Path, settings, progress, allow_pickle: bool = False) -> None:
     from .evaluation import evaluate as measure
 
     result = measure(
-        report.folder, base, text=settings.text, windows=settings.windows, length=settings.length, progress=progress
+        report.folder,
+        base,
+        text=settings.text,
+        windows=settings.windows,
+        length=settings.length,
+        allow_pickle=allow_pickle,
+        progress=progress,
     ).to_dict()
     report.record_evaluation(result)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .checkpoint import Checkpoint
+from .checkpoint import STORED_NAMES, Checkpoint
 from .errors import SurgeryError
 
-TORCH_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -62,6 +61,6 @@ def model_table(model) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     def spelled(dtype):
         name = str(dtype).removeprefix("torch.")
-        return TORCH_DTYPES.get(name, name)
+        return STORED_NAMES.get(name, name)
 
     return {name: (spelled(p.dtype), tuple(p.shape)) for name, p in model.named_parameters()}

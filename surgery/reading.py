@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .checkpoint import STORED_NAMES
 from .errors import SurgeryError
 from .families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
 
@@ -230,7 +231,7 @@ def _dtype(family: Family, tensors: dict, path: str) -> str:
 
 def _config_dtype(text) -> str:
     name = str(getattr(text, "dtype", None) or "").removeprefix("torch.")
-    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}.get(name, "")
+    return STORED_NAMES.get(name, "")
 
 
 def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:

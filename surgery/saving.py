@@ -8,6 +8,7 @@ from pathlib import Path
 from .anatomy import Anatomy
 from .errors import SurgeryError
 from .output import BASE_CARD, OutputFolder, weight_files
+from .quiet import quiet_in_pipes
 from .report import NOTICES, Report, history_of
 
 DONE = "_surgery_reports"  # attribute of a model: the reports of what was done to it in this process
@@ -43,7 +44,8 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
     out = OutputFolder(folder, base, "in memory", overwrite=overwrite)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     with out.opened(needed) as partial:
-        model.save_pretrained(partial)
+        with quiet_in_pipes():
+            model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if base:
