@@ -88,16 +88,19 @@ def bench(
     """
     import torch
 
-    from .api import load
+    from .hub import resolve
     from .runtime.modeling_surgery import patch
+    from .scoring import load_model
 
-    stock, model = load(base), load(out)
+    stock, model = load_model(resolve(str(base)).path), load_model(out)
     block = getattr(model.config, "surgery", None)
     if not block:
         raise SurgeryError("no head split to time", where=str(out), fix="surgery apply duo-attention MODEL -o OUT")
     longest = getattr(stock.config, "max_position_embeddings", None)
     if longest and max(lengths) + decode > longest:
-        raise SurgeryError(f"length {max(lengths)} is beyond the base's {longest} positions", fix="--lengths")
+        raise SurgeryError(
+            f"length {max(lengths)} is beyond the base's {longest} positions", fix="choose shorter --lengths"
+        )
     split = {"layers": block["layers"]}
     full = {"layers": [{**layer, "streaming": []} for layer in block["layers"]]}
     samples: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
@@ -116,6 +119,21 @@ def bench(
                     progress(done, total, "bench")
     timings = [_median(name, length, values) for (name, length), values in samples.items()]
     return Benchmark(_machine(), rounds, timings)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """ "512,2k,8k" as numbers of tokens (k: thousands).
+
+    Raises:
+        SurgeryError: not positive whole numbers.
+    """
+    try:
+        lengths = tuple(int(part.strip().lower().replace("k", "000")) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="--lengths 512,2k")
+    return lengths
 
 
 def _run(model, ids, decode: int) -> tuple[float, float, int]:

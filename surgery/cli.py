@@ -213,6 +213,25 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    out: OutName,
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model it was made from.")],
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512,2048",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the models take turns.")] = 3,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time prefill and decoding of a head split beside its base, interleaved, and count cache bytes."""
+    from . import benchmark, display
+
+    with display.progress_bar(quiet or as_json) as progress:
+        result = benchmark.bench(out, base, lengths=benchmark.parse_lengths(lengths), rounds=rounds, progress=progress)
+    if as_json:
+        return emit(result.to_dict())
+    display.benchmark(result)
+
+
+@app.command()
 def push(
     out: OutName,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],

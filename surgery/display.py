@@ -282,3 +282,18 @@ def doctor(facts: dict) -> None:
     out.print(f"kernels:  {facts['kernels']}")
     for problem in facts["problems"]:
         out.print(Text(f"problem:  {problem}", style="yellow"))
+
+
+def benchmark(result) -> None:
+    out, table = console(), Table(box=None, pad_edge=False)
+    for column in ("tokens", "model", "prefill, s", "decode, ms per token", "cache"):
+        table.add_column(column)
+    for t in result.timings:
+        cells = (f"{t.prefill:.2f} (x{t.prefill_spread:.2f})", f"{t.decode * 1000:.1f} (x{t.decode_spread:.2f})")
+        table.add_row(f"{t.length:,}", t.model, *cells, size(t.cache_bytes))
+    out.print(table)
+    for r in result.ratios():
+        speed = f"prefill {r['prefill_vs_stock']:.2f}x of stock, decode {r['decode_vs_stock']:.2f}x of stock"
+        split = f"{r['decode_vs_block_cache']:.2f}x of all heads full on the same cache"
+        out.print(f"{r['length']:,} tokens: {speed} and {split}; cache bytes {r['cache_bytes_vs_stock']:.3f}x")
+    out.print(f"medians of {result.rounds} rounds, largest over smallest in brackets; {result.machine}")
