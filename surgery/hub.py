@@ -227,7 +227,8 @@ def push(
         "metadata": split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.is_file() else {},
         "warnings": [],
     }
-    if gate.get("limits") and gate.get("status") != "passed":
+    judged = gate.get("limits") or gate.get("status") not in (None, "not run")  # a recipe may have no gate
+    if judged and gate.get("status") != "passed":
         facts["warnings"].append(f"the quality gate of this model: {gate.get('status') or 'not run'}")
     if not facts["metadata"]:
         facts["warnings"].append("the card has no metadata: the Hub will show neither base model nor licence")
