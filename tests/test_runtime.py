@@ -293,6 +293,72 @@ def test_a_plain_dynamic_cache_gives_right_results():
     assert (torch.cat(parts, 1) - want).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_a_cache_under_its_old_name_and_by_position():
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 6))
+    ids, _, _ = inputs(base, batch=1)
+    want = model(input_ids=ids, use_cache=False).logits[:, -1]
+    for give in (lambda cache: {"past_key_values": cache}, lambda cache: {runtime.CACHE: cache}):
+        cache = model(input_ids=ids[:, :-1], use_cache=True)[runtime.CACHE]
+        assert (model(input_ids=ids[:, -1:], **give(cache)).logits[:, -1] - want).abs().max() < 1e-4
+    cache = model(input_ids=ids[:, :-1], use_cache=True)[runtime.CACHE]
+    assert (model(ids[:, -1:], None, None, cache).logits[:, -1] - want).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_cache_that_drops_keys_itself_is_refused():
+    base = TINY["mistral"]().eval()
+    model = operated(base, random_split(base, 6))
+    ids, _, _ = inputs(base, batch=1)
+    with pytest.raises(ValueError, match="without a config"):
+        model(input_ids=ids, **{runtime.CACHE: DynamicCache(config=base.config)})
+
+
+def test_packed_rows_in_training_are_separate_rows():
+    base = TINY["llama"]()
+    model = operated(base, random_split(base, 4)).train().requires_grad_(True)
+    ids, _, _ = inputs(base, batch=1)
+    positions = torch.cat([torch.arange(n) for n in (13, 32)])[None]
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        packed = model(input_ids=ids, position_ids=positions).logits
+        parts = [model(input_ids=part, use_cache=False).logits for part in ids.split((13, 32), dim=1)]
+        assert (packed - torch.cat(parts, 1)).abs().max() < 1e-4
+
+
+def test_inference_mode_leaves_nothing_behind():
+    base = TINY["llama"]()
+    model = operated(base, random_split(base, 5)).requires_grad_(True)
+    ids, _, _ = inputs(base, batch=1)
+    with torch.inference_mode():
+        cache = model(input_ids=ids[:, :20], use_cache=True)[runtime.CACHE]
+    with torch.no_grad():
+        got = model(input_ids=ids[:, 20:21], **{runtime.CACHE: cache}).logits
+        assert (got - model(input_ids=ids[:, :21], use_cache=False).logits[:, -1:]).abs().max() < 1e-4
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with pytest.raises(ValueError, match="gradients do not flow"):
+        model(input_ids=ids[:, 21:22], **{runtime.CACHE: cache})
+
+
+def test_models_that_could_not_be_saved_are_refused():
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    base = TINY["llama"]()
+    block = {"layers": [{"streaming": [0], "sinks": 1, "window": 4}] * base.config.num_hidden_layers}
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    for kind in (LlamaForSequenceClassification, Mine):
+        model = kind(copy.deepcopy(base.config))
+        with pytest.raises(ValueError, match="not a causal language model"):
+            runtime.patch(model, block)
+        assert type(model) is kind
+        assert not hasattr(model.config, "surgery")
+
+
 def test_what_would_undo_the_surgery_is_refused():
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 7))
@@ -324,6 +390,11 @@ def test_what_would_undo_the_surgery_is_refused():
         ({"layers": [{"streaming": [0], "sinks": -1, "window": 1}] * 2}, "sinks"),
         ({"layers": [{"streaming": [0], "sinks": 1, "window": 0}] * 2}, "window"),
         ({"layers": [{"streming": [0]}] * 2}, "other keys"),
+        ({"layers": [{"streaming": [0]}] * 2}, "need sinks and window"),
+        ({"layers": [{"streaming": [0, 0], "sinks": 1, "window": 1}] * 2}, "each once"),
+        ({"layers": [{"streaming": [True], "sinks": 1, "window": 1}] * 2}, "streaming"),
+        ({"layers": [{"streaming": [[0]], "sinks": 1, "window": 1}] * 2}, "streaming"),
+        ({"layers": [{"streaming": [0], "sinks": True, "window": 1}] * 2}, "sinks"),
     ],
 )
 def test_a_block_edited_by_hand_is_refused(change, says):

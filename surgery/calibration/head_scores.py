@@ -142,6 +142,10 @@ def watched(model, measure):
     from ..runtime.modeling_surgery import attention_modules, base_windows
     from ..runtime.surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
 
+    if getattr(model.config, "surgery", None):
+        raise SurgeryError(
+            "this model is surgical already: heads are measured on the base", where=type(model).__name__
+        )
     windows, kv_heads = base_windows(model.config), kv_head_count(model)
     modules = attention_modules(model)
     before, training = model.config._attn_implementation, model.training

@@ -94,7 +94,11 @@ class DuoAttention(Operation):
         else:
             scores = load_scores(self.scores, layers, kv_heads)
         streaming = self._choose(scores.scores)
-        patch(model, {"layers": [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]})
+        layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
+        try:
+            patch(model, {"layers": layers})
+        except ValueError as error:
+            raise SurgeryError(f"duo_attention: {error}", where=type(model).__name__) from None
         return {"streaming": streaming, "scores": scores.to_dict()}
 
     def _measure(self, model, context: Context) -> HeadScores:

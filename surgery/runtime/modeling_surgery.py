@@ -17,6 +17,7 @@ import hashlib
 import inspect
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
@@ -28,6 +29,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
 from .surgery_cache import SurgeryCache
@@ -78,9 +80,14 @@ def validate(config) -> list[dict]:
         if not isinstance(layer, dict) or set(layer) - {"streaming", "sinks", "window"}:
             raise ValueError(f"{where} has other keys than streaming, sinks and window")
         streaming, sinks, window = layer.get("streaming", []), layer.get("sinks", 0), layer.get("window", 1)
-        if not isinstance(streaming, list) or not set(streaming) <= set(range(heads)):
-            raise ValueError(f"{where}: streaming must list KV heads from 0 to {heads - 1}, not {streaming}")
-        if not isinstance(sinks, int) or sinks < 0 or not isinstance(window, int) or window < 1:
+        numbers = isinstance(streaming, list) and all(type(head) is int and 0 <= head < heads for head in streaming)
+        if not numbers or len(set(streaming)) < len(streaming):
+            raise ValueError(
+                f"{where}: streaming must list KV heads from 0 to {heads - 1}, each once, not {streaming}"
+            )
+        if streaming and not {"sinks", "window"} <= set(layer):
+            raise ValueError(f"{where}: streaming heads need sinks and window")
+        if type(sinks) is not int or sinks < 0 or type(window) is not int or window < 1:
             raise ValueError(f"{where}: sinks {sinks!r} and window {window!r} must be whole, from 0 and from 1")
     return layers
 
@@ -128,14 +135,22 @@ def attach(model) -> None:
 
 def _give_cache(module, args, kwargs):
     """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked."""
-    cache = kwargs.get(CACHE)
+    if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
+        given = kwargs["past_key_values"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
+    position = list(inspect.signature(type(module).forward).parameters).index(CACHE) - 1  # without self
+    cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
         refuse_cache(cache)
-        return None
-    use_cache = kwargs.get("use_cache")
-    use_cache = module.config.use_cache if use_cache is None else use_cache
-    if not use_cache or (module.training and getattr(module, "gradient_checkpointing", False)):
-        return None
+        return args, kwargs
+    asked = kwargs.get("use_cache")
+    if asked is None and module.training and torch.is_grad_enabled():
+        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
+    use_cache = module.config.use_cache if asked is None else asked
+    checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
+    if not use_cache or checkpointing or len(args) > position:
+        return args, kwargs
     return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
 
 
@@ -144,7 +159,12 @@ def refuse_cache(cache) -> None:
     if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
         raise ValueError(
             f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
-            "pass a DynamicCache (right results, no memory saved)"
+            "pass a DynamicCache() (right results, no memory saved)"
+        )
+    if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
+        raise ValueError(
+            "a surgical model cannot use a cache that drops keys by the base's own window: leave the cache out, or "
+            "pass DynamicCache() without a config"
         )
 
 
@@ -226,14 +246,23 @@ def patch(model, block: dict) -> None:
     Args:
         block: the `surgery` block without `format` and `base_model_type`.
     """
-    config = model.config
-    base = type(model)
-    if not hasattr(config, NAME):
-        config.__class__ = _make(PREFIX + type(config).__name__)
-        model.__class__ = _make(PREFIX + base.__name__)
+    config, base = model.config, type(model)
+    fresh = not hasattr(base, "make_cache")  # else it is surgical already, through either door
+    if fresh:
+        known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}
+        if base.__name__ not in known or getattr(transformers, base.__name__, None) is not base:
+            raise ValueError(f"{base.__name__} is not a causal language model of Transformers: it cannot be saved so")
+        classes = _make(PREFIX + type(config).__name__), _make(PREFIX + base.__name__)
+    before = getattr(config, NAME, None)
     setattr(config, NAME, {"format": FORMAT, "base_model_type": type(config).model_type, **block})
+    try:
+        validate(config)
+    except ValueError:
+        setattr(config, NAME, before) if before is not None else delattr(config, NAME)
+        raise
+    if fresh:
+        config.__class__, model.__class__ = classes
     config.architectures = [type(model).__name__]
-    validate(config)
     model.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"{base.__name__} does not take another attention function")

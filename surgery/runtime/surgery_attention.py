@@ -36,12 +36,12 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         ValueError: a 4-D mask, dropout, attention weights or an argument that is not known here.
     """
     options = _options(kwargs)
-    if attention_mask is not None and attention_mask.dtype == torch.long:
-        return _by_segment(module, query, key, value, attention_mask, scaling, options)
     if dropout and module.training:
-        raise ValueError("attention dropout is not supported by a surgical model: set config.attention_dropout = 0")
+        raise ValueError("a surgical model has no attention dropout: set it to 0 in the config before training")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
+    if attention_mask is not None and attention_mask.dtype == torch.long:
+        return _by_segment(module, query, key, value, attention_mask, scaling, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .surgery_stores import FullStore, HeadKinds, RingStore
@@ -36,6 +37,11 @@ class SurgeryLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        grad = torch.is_grad_enabled() and key_states.requires_grad
+        if grad and self.get_seq_length() and any(isinstance(store, RingStore) for store in self.stores):
+            raise ValueError("gradients do not flow through a surgical cache: use torch.no_grad(), or one call")
+        if not torch.is_inference_mode_enabled():  # tensors made in inference mode cannot be written outside it
+            self.change(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         new = zip(self.stores, self.heads.split(key_states), self.heads.split(value_states), strict=True)
         views = [store.append(keys, values, self.record_past) for store, keys, values in new]
         return views, views

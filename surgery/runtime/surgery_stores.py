@@ -112,7 +112,7 @@ class FullStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         end = self.seen + keys.shape[2]
-        if keys.requires_grad and self.tensors:  # training through a cache: nothing in place
+        if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing in place
             self.tensors = {
                 "keys": torch.cat([self._used("keys"), keys], dim=2),
                 "values": torch.cat([self._used("values"), values], dim=2),
@@ -260,6 +260,7 @@ class HeadKinds:
     def _index(self, group: int, device, inverse: bool) -> torch.Tensor:
         key = (group, device, inverse)
         if key not in self._indices:
-            order = torch.tensor([head * group + i for head in self.order for i in range(group)])
-            self._indices[key] = (order.argsort() if inverse else order).to(device)
+            with torch.inference_mode(False):  # kept, and used in training later
+                order = torch.tensor([head * group + i for head in self.order for i in range(group)])
+                self._indices[key] = (order.argsort() if inverse else order).to(device)
         return self._indices[key]
