@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 
 import torch
@@ -127,6 +128,8 @@ def attach(model) -> None:
             f"the model has attention modules for layers {numbers}, the surgery block {len(kinds)} layers"
         )
     for module in modules:
+        if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):  # it would never call ours
+            raise ValueError(f"{type(module).__name__} does not use Transformers' attention interface in this version")
         module.surgery_heads = kinds[module.layer_idx]
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if _give_cache not in module._forward_pre_hooks.values():
