@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -44,16 +45,10 @@ FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "sur
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 
 
-def _code_hash() -> str:
-    digest = hashlib.sha256()
-    for file in FILES:
-        digest.update(Path(__file__).with_name(file).read_bytes())
-    return digest.hexdigest()
-
-
 # The registry of attention functions is one for the process, and another checkpoint may bring another version of this
 # code: the name tells them apart.
-ATTENTION = f"{NAME}_{_code_hash()[:12]}"
+_CODE = b"".join(Path(__file__).with_name(file).read_bytes() for file in FILES)
+ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)
 AttentionMaskInterface.register(ATTENTION, surgery_mask)
 
@@ -142,7 +137,7 @@ def _give_cache(module, args, kwargs):
         given = kwargs["past_key_values"]
         kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
         kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
-    position = list(inspect.signature(type(module).forward).parameters).index(CACHE) - 1  # without self
+    position = _cache_position(type(module))
     cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
         refuse_cache(cache)
@@ -155,6 +150,11 @@ def _give_cache(module, args, kwargs):
     if not use_cache or checkpointing or len(args) > position:
         return args, kwargs
     return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
+
+
+@lru_cache
+def _cache_position(cls) -> int:
+    return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
 
 
 def refuse_cache(cache) -> None:
