@@ -7,9 +7,9 @@ import shlex
 
 from rich.text import Text
 
-from .display import STATUS_STYLE, console
-from .operation import SURGICAL
-from .report import damage
+from ..operation import SURGICAL
+from ..report import damage
+from . import STATUS_STYLE, console
 
 
 def summary(report, base: str) -> None:

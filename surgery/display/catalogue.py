@@ -7,7 +7,7 @@ import json
 from rich.table import Table
 from rich.text import Text
 
-from .display import console
+from . import console
 
 
 def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> None:
