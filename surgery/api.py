@@ -173,7 +173,7 @@ def evaluate(
     Returns:
         An `evaluation.Evaluation`.
     """
-    from .evaluation import evaluate as measure
+    from .evaluation.perplexity import evaluate as measure
     from .same_base import unrecordable
 
     if model is None:
@@ -266,13 +266,13 @@ def _check(report: Report, base: Path | None, memory: int | None = None, progres
 
 def _refuse_unscorable(base: Path, settings) -> None:
     """Raise before anything is written what the evaluation would raise when all is done."""
-    from .evaluation import tokens_to_score
+    from .evaluation.perplexity import tokens_to_score
 
     tokens_to_score({"base": base}, settings.text, settings.windows, settings.length)
 
 
 def _evaluate(report: Report, base: Path, settings, progress, allow_pickle: bool = False) -> None:
-    from .evaluation import evaluate as measure
+    from .evaluation.perplexity import evaluate as measure
 
     result = measure(
         report.folder,

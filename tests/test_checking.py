@@ -19,7 +19,7 @@ from surgery.anatomy import Anatomy
 from surgery.checking import Item, passed
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.evaluation import evaluate
+from surgery.evaluation.perplexity import evaluate
 from surgery.runtime.modeling_surgery import FILES, patch
 from surgery.structure import compare_shapes, names_in_memory, run_layers
 

@@ -10,10 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery import evaluation, scoring
+from surgery import scoring
 from surgery.calibration.text import Text, load_text, windows
 from surgery.errors import SurgeryError
-from surgery.evaluation import Evaluation, evaluate, gate
+from surgery.evaluation import perplexity as evaluation
+from surgery.evaluation.perplexity import Evaluation, evaluate, gate
 
 VOCABULARY = 300
 SIZE = {"windows": 3, "length": 40}

@@ -59,11 +59,11 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time prefill and decoding of a head split beside its base, interleaved, and count cache bytes."""
-    from .. import benchmark
     from ..display import progress_bar, results
+    from ..evaluation import speed
 
     with progress_bar(quiet or as_json) as progress:
-        result = benchmark.bench(out, base, lengths=benchmark.parse_lengths(lengths), rounds=rounds, progress=progress)
+        result = speed.bench(out, base, lengths=speed.parse_lengths(lengths), rounds=rounds, progress=progress)
     if as_json:
         return emit(result.to_dict())
     results.benchmark(result)

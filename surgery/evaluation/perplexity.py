@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.text import Text, load_text
-from .calibration.text import windows as cut
-from .checkpoint import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
-from .errors import MachineError, SurgeryError, nearest
-from .scoring import read_config, read_tokenizer, refuse_pickle, score_model, too_big
+from ..calibration.text import Text, load_text
+from ..calibration.text import windows as cut
+from ..checkpoint import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
+from ..errors import MachineError, SurgeryError, nearest
+from ..scoring import read_config, read_tokenizer, refuse_pickle, score_model, too_big
 
 if TYPE_CHECKING:
     import torch
 
-    from .scoring import Source
+    from ..scoring import Source
 
 LIMITS = ("max_kl", "max_perplexity_ratio", "min_top1")
 LABELS = ("base", "out")
@@ -227,7 +227,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
 
 def _measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
     """What can be said of a model without running it."""
-    from .anatomy import Anatomy
+    from ..anatomy import Anatomy
 
     side = Side(load_bytes=_bytes(source))
     try:

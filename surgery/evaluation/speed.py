@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import SurgeryError
+from ..errors import SurgeryError
 
 STOCK, FULL, SPLIT = "base, DynamicCache", "base, block cache", "patched"
 
@@ -88,9 +88,9 @@ def bench(
     """
     import torch
 
-    from .hub import resolve
-    from .runtime.modeling_surgery import patch
-    from .scoring import load_model
+    from ..hub import resolve
+    from ..runtime.modeling_surgery import patch
+    from ..scoring import load_model
 
     stock, model = load_model(resolve(str(base)).path), load_model(out)
     block = getattr(model.config, "surgery", None)
@@ -140,7 +140,7 @@ def _run(model, ids, decode: int) -> tuple[float, float, int]:
     """Seconds of a prefill, seconds of one decoded token, bytes held by the cache after the prompt."""
     import torch
 
-    from .runtime.modeling_surgery import CACHE
+    from ..runtime.modeling_surgery import CACHE
 
     model.eval()
     gc.collect()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from surgery.benchmark import FULL, SPLIT, STOCK, bench, parse_lengths
 from surgery.errors import SurgeryError
+from surgery.evaluation.speed import FULL, SPLIT, STOCK, bench, parse_lengths
 
 
 @pytest.fixture
