@@ -191,6 +191,15 @@ def evaluate(
     return result
 
 
+def evaluate_needles(model, base=None, **settings):
+    """Which hidden secrets a model finds, alone or beside its base; settings and result: see `evaluation.needles`."""
+    from .evaluation.needles import evaluate_needles as measure
+
+    if model is None:
+        raise _no_model(model)
+    return measure(_folder_of(model), _folder_of(base), **settings)
+
+
 def load(folder: str | Path, **kwargs):
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
     from .scoring import load_model

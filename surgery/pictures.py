@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def curves(
     if len(lines) > 1:
         axis.legend(fontsize=8)
     return _write(plt, figure, path, title)
+
+
+def ready(path: str | Path) -> None:
+    """Find out before a long measurement whether its picture can be drawn; raises as `heat_maps`."""
+    _pyplot(path)
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise MachineError("cannot write the picture: no such folder", where=str(folder))
+    if not os.access(folder, os.W_OK):
+        raise MachineError("cannot write the picture: Permission denied", where=str(path))
 
 
 def _pyplot(path: str | Path):

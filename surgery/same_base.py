@@ -15,10 +15,10 @@ def unrecordable(data: dict, base, settings: dict) -> str:
         return "there is a score already, of when it was made"
     if any(asked.get(key) != value for key, value in settings.items()):
         return "text, windows or length are not those of its recipe"
-    return _another_base(data["base"], base)
+    return another_base(data["base"], base)
 
 
-def _another_base(known: dict, base) -> str:
+def another_base(known: dict, base) -> str:
     """Why a base is not, or cannot be shown to be, the one that a checkpoint was made from; or ""."""
     if not isinstance(base, str | Path):
         return "a base in memory cannot be told from another one"

@@ -95,7 +95,7 @@ def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> t
         )
     words = text.text if isinstance(text, Text) else text
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-    start = _bos(tokenizer)
+    start = begin_of_text(tokenizer)
     body = length - len(start)
     if len(ids) < count * body:
         raise SurgeryError(
@@ -112,7 +112,7 @@ def _shorter(tokens: int, body: int) -> str:
     return f"use a longer text, or at most {fits} windows" if fits else "use a longer text, or shorter windows"
 
 
-def _bos(tokenizer) -> list[int]:
+def begin_of_text(tokenizer) -> list[int]:
     """[BOS] if the tokenizer begins a text with it unasked, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)
     added, plain = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))

@@ -44,18 +44,77 @@ def evaluation(result: dict) -> None:
 
 
 def benchmark(result) -> None:
-    out, table = console(), Table(box=None, pad_edge=False)
-    for column in ("tokens", "model", "prefill, s", "decode, ms per token", "cache"):
-        table.add_column(column)
+    out = console()
+    rate = ("\ntok/s", "\nspread")
+    table = _narrow("\ntokens", "", "prefill\ns", *rate, "decode\nms", *rate, "\ncache", "\npeak")
+    last = None
     for t in result.timings:
-        cells = (f"{t.prefill:.2f} (x{t.prefill_spread:.2f})", f"{t.decode * 1000:.1f} (x{t.decode_spread:.2f})")
-        table.add_row(f"{t.length:,}", t.model, *cells, size(t.cache_bytes))
+        facts = t.to_dict()
+        table.add_row(
+            f"{t.length:,}" if t.length != last else "",
+            t.model,
+            f"{t.prefill:.2f}",
+            f"{facts['prefill_tokens_per_second']:,.0f}",
+            f"{facts['prefill_spread']:.2f}",
+            f"{t.decode * 1000:.1f}",
+            f"{facts['decode_tokens_per_second']:,.1f}",
+            f"{facts['decode_spread']:.2f}",
+            size(t.cache_bytes),
+            "?" if t.peak_memory is None else size(t.peak_memory),
+        )
+        last = t.length
     out.print(table)
+    out.print("spread: slowest to fastest round; peak: what the prompt takes beyond the weights, its cache included")
+    out.print()
+    table = _narrow("patched\ntokens", "", "\nprefill", "\ndecode", "\ncache", "cache,\ndecoding", "\npeak")
     for r in result.ratios():
-        speed = f"prefill {r['prefill_vs_stock']:.2f}x of stock, decode {r['decode_vs_stock']:.2f}x of stock"
-        split = f"{r['decode_vs_block_cache']:.2f}x of all heads full on the same cache"
-        out.print(f"{r['length']:,} tokens: {speed} and {split}; cache bytes {r['cache_bytes_vs_stock']:.3f}x")
-    out.print(f"medians of {result.rounds} rounds, largest over smallest in brackets; {result.machine}")
+        shares = ("cache_bytes_vs_stock", "decode_cache_bytes_vs_stock", "peak_memory_vs_stock")
+        shares = ["?" if r[name] is None else f"{r[name]:.3f}" for name in shares]
+        table.add_row(f"{r['length']:,}", "to base", *_speedups(r, "stock"), *shares)
+        if result.split:
+            table.add_row("", "to all full", *_speedups(r, "block_cache"), "", "", "")
+    out.print(table)
+    out.print("prefill, decode: times as fast (lowest-highest of the rounds); cache, peak: share of the base's bytes")
+    out.print()
+    _benchmarked(out, result)
+
+
+def _benchmarked(out, result) -> None:
+    """What the figures are of."""
+    model, split = result.model, result.split
+    out.print(
+        f"base: {model['base_attention']}, {model['base_cache']}; {model['layers']} layers, {model['dtype']}, batch 1"
+    )
+    if split:
+        reach = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in split["sinks_and_windows"])
+        share = f"{split['streaming']} of {split['kv_heads']} KV heads ({split['ratio']:.3f})"
+        layers = " ".join(map(str, split["streaming_per_layer"]))
+        out.print("all full: the patched model and its cache, with no head streaming")
+        out.print(f"patched: {share} see {reach or 'no less'}; by layer {layers}")
+    if model["synthetic"]:
+        kept, depth = model["layers_kept"], model["layers_of_the_base"]
+        layers = "all layers" if len(kept) == depth else f"layers {', '.join(map(str, kept))} of the base's {depth}"
+        source = "the checkpoint's" if model["ratio_asked"] is None else "a random"
+        out.print(f"synthetic: random weights, {layers}" + (f", {source} head split" if split else ""))
+    out.print(
+        f"medians of {result.rounds} rounds, models in turn, {result.decode} decoded tokens each; {result.machine}"
+    )
+    for note in result.notes:
+        out.print(f"note: {note}")
+
+
+def _narrow(*headers: str) -> Table:
+    """A table for 80 columns: one space between columns; names, in the second one, are set to the left."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number == 1 else "right", no_wrap=True)
+    return table
+
+
+def _speedups(row: dict, to: str) -> list[str]:
+    """ "1.31 (1.28-1.35)" for prefill and for decode."""
+    names, ranges = [f"{what}_vs_{to}" for what in ("prefill", "decode")], row["ranges"]
+    return [f"{row[name]:.2f} ({ranges[name][0]:.2f}-{ranges[name][1]:.2f})" for name in names]
 
 
 def pushed(facts: dict) -> None:

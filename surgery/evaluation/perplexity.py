@@ -79,7 +79,7 @@ class Evaluation:
             "out": dict(vars(self.out)),
         }
         facts |= {"kl": self.kl and dict(self.kl), "top1_agreement": self.top1_agreement}
-        return _finite(facts | {"notes": list(self.notes)} if self.notes else facts)
+        return finite(facts | {"notes": list(self.notes)} if self.notes else facts)
 
 
 def evaluate(
@@ -124,7 +124,7 @@ def evaluate(
     for label, source in sources.items():
         if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
             refuse_pickle(Path(source))
-        setattr(result, label, _measure_at_rest(source, label, result.notes))
+        setattr(result, label, measure_at_rest(source, label, result.notes))
     sizes = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
     # 8 bytes: logits as the model returns them, at most float32, and one copy.
     if reason := too_big(max(sizes, default=0), extra=8 * length * vocabulary):
@@ -225,7 +225,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     return ("failed" if failed else "not run" if missing else "passed"), failed + missing
 
 
-def _measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
+def measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
     """What can be said of a model without running it."""
     from ..anatomy import Anatomy
 
@@ -279,8 +279,8 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _finite(value):
+def finite(value):
     """The same structure with None for NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""How long prefill and decoding take, and how many bytes the cache holds: base and patched, interleaved in one run.
+"""How long prefill and decoding take and what memory they need: base and patched model, interleaved in one run.
 
 A head split is credited only with what it does beyond our own plainest version: the patched model is compared with
 the stock model on `DynamicCache`, and with itself with all heads full on the block-growing cache.
@@ -10,115 +10,167 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SurgeryError
-
-STOCK, FULL, SPLIT = "base, DynamicCache", "base, block cache", "patched"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model at one length.
-
-    Attributes:
-        prefill, decode: seconds for the prompt, and for one token after it: medians over the rounds.
-        prefill_spread, decode_spread: largest over smallest of the rounds.
-        cache_bytes: bytes of the tensors that the cache holds after the prompt.
-    """
-
-    model: str
-    length: int
-    prefill: float
-    prefill_spread: float
-    decode: float
-    decode_spread: float
-    cache_bytes: int
+from ..errors import MachineError, SurgeryError
+from .pair import compare, loaded_pair, random_pair, split_facts
+from .peak_memory import PeakMemory
+from .timings import FULL, SPLIT, STOCK, Benchmark, Timing
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """All timings of one run, and the machine they were taken on."""
+class Contender:
+    """A model under a name, and the `surgery` block to give it before it runs, if any."""
 
-    machine: str
-    rounds: int
-    timings: list[Timing]
+    name: str
+    model: Any
+    block: dict | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratios": self.ratios()}
+    def ready(self):
+        from ..runtime.modeling_surgery import patch
 
-    def ratios(self) -> list[dict[str, float]]:
-        """For each length: how many times faster the patched model is, and what share of the bytes it holds."""
-        found = []
-        for length in dict.fromkeys(t.length for t in self.timings):
-            at = {t.model: t for t in self.timings if t.length == length}
-            stock, full, split = at[STOCK], at[FULL], at[SPLIT]
-            found.append(
-                {
-                    "length": length,
-                    "prefill_vs_stock": stock.prefill / split.prefill,
-                    "decode_vs_stock": stock.decode / split.decode,
-                    "decode_vs_block_cache": full.decode / split.decode,
-                    "cache_bytes_vs_stock": split.cache_bytes / stock.cache_bytes,
-                }
-            )
-        return found
+        if self.block:
+            patch(self.model, self.block)
+        return self.model
 
 
 def bench(
     out: str | Path,
     base: str | Path,
     *,
-    lengths: tuple[int, ...] = (512, 2048, 8192),
+    lengths: tuple[int, ...] = (512, 2048, 8000),
     rounds: int = 3,
     decode: int = 16,
+    synthetic: bool = False,
+    layers: int | None = None,
+    ratio: float | None = None,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Benchmark:
-    """Time a surgical checkpoint against its base on random tokens, batch 1.
+    """Time a checkpoint against its base on random tokens, batch 1.
+
+    Before the rounds of a length every model runs once untimed: its peak memory is taken then.
 
     Args:
+        out: checkpoint with a head split; one without gives two rows, base and patched.
+        base: folder, name or Hub id of the model it was made from.
         lengths: prompt lengths in tokens.
-        rounds: repetitions; the models take turns within each.
-        decode: tokens decoded after each prompt.
+        rounds: repetitions; the models take turns, and another one begins each round.
+        decode: tokens timed after each prompt. One more goes before them, in which a cache makes room.
+        synthetic: random weights, and as many positions as the lengths need.
+        layers: of a synthetic model; fewer than the base's are evenly spaced among them, with their head split.
+        ratio: of a synthetic model: this share of the KV heads streams, chosen at random, instead of `out`'s split.
+        device: "cpu" or "cuda".
+        progress: called as progress(tokens done, tokens in all, "bench").
 
     Raises:
-        SurgeryError: `out` has no head split, or a length is beyond the base's positions.
+        SurgeryError: settings out of range, a length beyond the base's positions, models of different shape.
+        MachineError: no such device, too little memory.
     """
+    from ..hub import resolve
+    from ..scoring import read_config
+
+    _refuse(lengths, rounds, decode, synthetic, layers, ratio)
+    lengths, place = tuple(dict.fromkeys(lengths)), _device(device)
+    folder, positions = resolve(str(base), weights=not synthetic).path, max(lengths) + 1 + decode
+    configs = read_config(folder), read_config(out)
+    notes = compare(*configs, base, out)
+    if synthetic:
+        stock, model, facts = random_pair(*configs, positions, layers, ratio)
+    else:
+        stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
+    block = getattr(model.config, "surgery", None)
+    split, contenders = split_facts(model.config), [Contender(STOCK, stock), Contender(SPLIT, model, block)]
+    if block:
+        full = [{**layer, "streaming": []} for layer in block["layers"]]
+        contenders.insert(1, Contender(FULL, model, {**block, "layers": full}))
+    text = stock.config.get_text_config()
+    facts = {
+        "layers": text.num_hidden_layers,
+        "dtype": str(stock.dtype).removeprefix("torch."),
+        "base_attention": text._attn_implementation,
+        "base_cache": "its own cache" if getattr(stock.config, "surgery", None) else "DynamicCache",
+        "synthetic": synthetic,
+        **facts,
+    }
+    with _out_of_memory(place):
+        for each in (stock, model):
+            _touch(each.to(place).eval())
+        with _short_collections():
+            timings = _all_rounds(contenders, lengths, rounds, decode, place, progress)
+    return Benchmark(_machine(place), facts, split, rounds, decode, timings, notes)
+
+
+def _all_rounds(contenders, lengths, rounds, decode, place, progress) -> list[Timing]:
     import torch
 
-    from ..hub import resolve
-    from ..runtime.modeling_surgery import patch
-    from ..scoring import load_model
-
-    stock, model = load_model(resolve(str(base)).path), load_model(out)
-    block = getattr(model.config, "surgery", None)
-    if not block:
-        raise SurgeryError("no head split to time", where=str(out), fix="surgery apply duo-attention MODEL -o OUT")
-    longest = getattr(stock.config, "max_position_embeddings", None)
-    if longest and max(lengths) + decode > longest:
-        raise SurgeryError(
-            f"length {max(lengths)} is beyond the base's {longest} positions", fix="choose shorter --lengths"
-        )
-    split = {"layers": block["layers"]}
-    full = {"layers": [{**layer, "streaming": []} for layer in block["layers"]]}
-    samples: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
-    done, total = 0, rounds * len(lengths) * 3
-    generator = torch.Generator().manual_seed(0)
+    done, total = 0, sum(lengths) * (rounds + 1) * len(contenders)
+    generator, timings = torch.Generator().manual_seed(0), []
     for length in lengths:
-        ids = torch.randint(stock.config.vocab_size, (1, length), generator=generator)
-        for _ in range(rounds):
-            for name in (STOCK, FULL, SPLIT):
-                if name != STOCK:
-                    patch(model, split if name == SPLIT else full)
-                one = _run(stock if name == STOCK else model, ids, decode)
-                samples.setdefault((name, length), []).append(one)
-                done += 1
+        vocabulary = contenders[0].model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, length), generator=generator).to(place)
+        samples: dict[str, list] = {each.name: [] for each in contenders}
+        peaks: dict[str, int | None] = {}
+        for turn in range(rounds + 1):
+            first = turn % len(contenders)
+            for each in contenders[first:] + contenders[:first]:
+                if turn == 0:
+                    peaks[each.name] = _peak(each.ready(), ids, place)
+                else:
+                    samples[each.name].append(_run(each.ready(), ids, decode))
+                done += length
                 if progress:
                     progress(done, total, "bench")
-    timings = [_median(name, length, values) for (name, length), values in samples.items()]
-    return Benchmark(_machine(), rounds, timings)
+        for name, values in samples.items():
+            prefill, token, *held = zip(*values, strict=True)
+            timings.append(Timing(name, length, prefill, token, *map(max, held), peaks[name]))
+    return timings
+
+
+def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
+    """Seconds of a prefill and of one decoded token, bytes held by the cache after the prompt and at the end."""
+    import torch
+
+    from ..runtime.modeling_surgery import CACHE
+
+    seconds, given = [], {"input_ids": ids, "logits_to_keep": 1}
+    gc.collect()
+    with torch.no_grad():
+        for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, those that count
+            _wait(ids.device)
+            begin = time.perf_counter()
+            out = model(**given, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            _wait(ids.device)
+            seconds.append(time.perf_counter() - begin)
+            if len(seconds) == 1:
+                held = cache_bytes(out[CACHE])
+            given = {"input_ids": token, CACHE: out[CACHE]}
+    return seconds[0], statistics.median(seconds[2:]), held, cache_bytes(out[CACHE])
+
+
+def _peak(model, ids, place) -> int | None:
+    """Most bytes that a prefill takes beyond the weights; decodes a token afterwards, so that all has run once."""
+    import torch
+
+    from ..runtime.modeling_surgery import CACHE
+
+    with torch.no_grad():
+        with PeakMemory(place) as peak:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
+    return peak.bytes
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of the tensors that a cache really holds."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    tensors = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -136,43 +188,77 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _run(model, ids, decode: int) -> tuple[float, float, int]:
-    """Seconds of a prefill, seconds of one decoded token, bytes held by the cache after the prompt."""
+def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
+    for name, value in (("rounds", rounds), ("decode", decode), *(("lengths", length) for length in lengths)):
+        if type(value) is not int or value < 1:
+            raise SurgeryError(f"{name} must be whole numbers from 1, not {value!r}", where="bench")
+    if not lengths:
+        raise SurgeryError("no length to measure", where="bench", fix="lengths=(512, 2048)")
+    if not synthetic and (layers is not None or ratio is not None):
+        raise SurgeryError("layers and ratio are of random models", where="bench", fix="add --synthetic")
+
+
+def _device(name: str):
     import torch
 
-    from ..runtime.modeling_surgery import CACHE
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise SurgeryError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"PyTorch sees no such device: {name}", where="--device", fix="--device cpu")
+    return place
 
-    model.eval()
+
+@contextmanager
+def _out_of_memory(place):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for GPUs alone
+        known = ("out of memory", "allocate memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+            raise
+        what = (str(error) or "no more to be had").splitlines()[0]
+        raise MachineError(f"out of memory: {what}", where=str(place), fix="shorter --lengths") from error
+
+
+@contextmanager
+def _short_collections():
+    """Leave what is in memory now out of Python's garbage collections: one of all of Transformers' objects takes half
+    a second, at a moment of its own choice."""
     gc.collect()
-    with torch.no_grad():
-        begin = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - begin
-        cache, token = out[CACHE], out.logits[:, -1:].argmax(-1)
-        held = cache_bytes(cache)
-        begin = time.perf_counter()
-        for _ in range(decode):
-            token = model(input_ids=token, **{CACHE: cache}, use_cache=True).logits[:, -1:].argmax(-1)
-    return prefill, (time.perf_counter() - begin) / decode, held
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def cache_bytes(cache) -> int:
-    """Bytes of the tensors that a cache really holds."""
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes
-    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+def _touch(model) -> None:
+    """Read every page of the weights, which may be mapped from a file: that is part of no prompt's time or memory."""
+    for parameter in model.parameters():
+        parameter.detach().flatten()[::512].sum()
 
 
-def _median(name: str, length: int, values: list[tuple[float, float, int]]) -> Timing:
-    prefill, decode, held = zip(*values, strict=True)
-    spread = [max(part) / min(part) for part in (prefill, decode)]
-    return Timing(name, length, statistics.median(prefill), spread[0], statistics.median(decode), spread[1], max(held))
+def _wait(place) -> None:
+    if place.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(place)
 
 
-def _machine() -> str:
+def _machine(place) -> str:
     import platform
 
     import torch
 
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if place.type == "cuda":
+        return f"{torch.cuda.get_device_name(place)}, torch {torch.__version__}"
+    name = f"{platform.machine()} CPU"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"

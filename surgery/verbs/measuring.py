@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import CheckError
+from ..errors import CheckError, SurgeryError
 from .options import Base, Json, ModelName, OutName, Quiet, emit
 
 
@@ -31,18 +32,31 @@ def check(
 
 
 def evaluate(
+    context: typer.Context,
     out: ModelName,
     base: Base = None,
     text: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text that are scored.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    needles: Annotated[bool, typer.Option("--needles", help="Hidden secrets instead: which does it find?")] = False,
+    lengths: Annotated[str, typer.Option(help="Needles: prompt lengths in tokens.")] = "512,1024,2048",
+    depths: Annotated[int, typer.Option(min=1, help="Needles: places, evenly spaced.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Needles: prompts for each length and place.")] = 4,
+    seed: Annotated[int, typer.Option(help="Needles: what is drawn.")] = 0,
+    secret: Annotated[str, typer.Option(help="Needles: digits or words.")] = "digits",
+    form: Annotated[str, typer.Option(help="Needles: chat, plain, or auto (by the tokenizer).")] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Needles: draw the grid.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes."""
+    """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles."""
     from ..api import evaluate as run
     from ..display import progress_bar, results
 
+    _refuse_options(context, needles)
+    if needles:
+        drawn = {"depths": depths, "samples": samples, "seed": seed, "secret": secret, "form": form, "text": text}
+        return _needles(out, base, lengths, plot, as_json, quiet, drawn)
     with progress_bar(quiet or as_json) as progress:
         result = run(out, base, text=text, windows=windows, length=length, progress=progress).to_dict()
     if as_json:
@@ -50,20 +64,62 @@ def evaluate(
     results.evaluation(result)
 
 
+def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_json: bool, quiet: bool, drawn: dict):
+    from .. import pictures
+    from ..api import evaluate_needles
+    from ..display import needles, progress_bar
+    from ..evaluation.speed import parse_lengths
+
+    if plot:
+        pictures.ready(plot)
+    with progress_bar(quiet or as_json) as progress:
+        result = evaluate_needles(out, base, lengths=parse_lengths(lengths), progress=progress, **drawn)
+    if plot and result.status == "done":
+        needles.picture(result, plot)
+    if as_json:
+        return emit(result.to_dict())
+    needles.table(result)
+
+
+def _refuse_options(context: typer.Context, needles: bool) -> None:
+    """An option that would not be looked at is a misunderstanding."""
+    others = ("lengths", "depths", "samples", "seed", "secret", "form", "plot")
+    for name in ("windows", "length") if needles else others:
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            fix = "leave it out, or leave out --needles" if needles else "add --needles, or leave it out"
+            which = "not for needles" if needles else "for needles alone"
+            raise SurgeryError(f"--{name} is {which}", fix=fix)
+
+
 def bench(
     out: OutName,
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model it was made from.")],
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512,2048",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; 2k is 2000.")] = "512,2k",
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the models take turns.")] = 3,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens timed after each prompt.")] = 16,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Random weights: any length.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Synthetic: so many of the layers.")] = None,
+    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Synthetic: share of streaming KV heads.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios against length.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time prefill and decoding of a head split beside its base, interleaved, and count cache bytes."""
+    """Time prefill and decoding beside the base, interleaved; count the cache's bytes and the peak of memory."""
+    from .. import pictures
     from ..display import progress_bar, results
-    from ..evaluation import speed
+    from ..evaluation import speed, timings
 
+    chosen = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
+    if plot:
+        pictures.ready(plot)
     with progress_bar(quiet or as_json) as progress:
-        result = speed.bench(out, base, lengths=speed.parse_lengths(lengths), rounds=rounds, progress=progress)
+        result = speed.bench(
+            out, base, lengths=speed.parse_lengths(lengths), **chosen, device=device, progress=progress
+        )
     if as_json:
-        return emit(result.to_dict())
-    results.benchmark(result)
+        emit(result.to_dict())
+    else:
+        results.benchmark(result)
+    if plot:
+        timings.plot(result, plot)

@@ -1,0 +1,271 @@
+"""Which needles a model finds, alone or beside its base: exact match by decoding with the model's own cache, and the
+answer's NLL, over a grid of lengths and depths.
+
+Base and patched model run one after the other, never both in memory. Of the needles that the base answers, the share
+that the patched model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
+heads see anyway, through sinks or window, prove nothing and are left out of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.text import BUILTIN, Text, load_text
+from ..errors import SurgeryError
+from ..scoring import loaded, read_config, read_tokenizer, refuse_pickle, too_big
+from .haystack import Needle, chance, form_for, make_needles
+from .perplexity import LABELS, finite, measure_at_rest
+
+if TYPE_CHECKING:
+    from ..scoring import Source
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one model did on one needle.
+
+    Attributes:
+        hit: greedy decoding gives exactly the answer's tokens.
+        nll: nats per token of the answer, mean, each token given the true ones before it.
+    """
+
+    hit: bool
+    nll: float
+
+
+@dataclass
+class NeedleResult:
+    """What `evaluate_needles` measured.
+
+    Attributes:
+        status: "done", or "not run" for the stated `reason`; then there are no outcomes.
+        settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance of a guess.
+        needles: the prompts, in the order of the outcomes.
+        outcomes: "base" (if one was given) and "out" -> one `Outcome` a needle.
+        reach: most sinks and widest window of the streaming heads of `out`; None where it has no such heads.
+    """
+
+    status: str
+    settings: dict
+    needles: list[Needle]
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    reach: tuple[int, int] | None = None
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def counts(self, needle: Needle) -> bool:
+        """Whether a needle proves anything: no streaming head sees it from question or answer."""
+        return self.reach is None or needle.outside(*self.reach)
+
+    def kept(self) -> dict | None:
+        """Of the needles that count and the base finds, how many `out` finds too; share with its 95% interval."""
+        if "base" not in self.outcomes:
+            return None
+        rows = zip(self.needles, self.outcomes["base"], self.outcomes["out"], strict=True)
+        found = [out.hit for needle, base, out in rows if base.hit and self.counts(needle)]
+        low, high = wilson(sum(found), len(found))
+        share = sum(found) / len(found) if found else math.nan
+        return {"of": len(found), "kept": sum(found), "share": share, "low": low, "high": high}
+
+    def cell(self, label: str, length: int, depth: float) -> tuple[int, int]:
+        """Hits and needles of one cell of the grid."""
+        rows = zip(self.needles, self.outcomes[label], strict=True)
+        hits = [outcome.hit for needle, outcome in rows if (needle.length, needle.depth) == (length, depth)]
+        return sum(hits), len(hits)
+
+    def grid(self, label: str) -> list[list[float]]:
+        """Share of hits [depths][lengths]; NaN where there was no needle."""
+        return [
+            [hits / of if of else math.nan for hits, of in (self.cell(label, n, depth) for n in self.lengths)]
+            for depth in self.depths
+        ]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.settings["lengths"]
+
+    @property
+    def depths(self) -> list[float]:
+        return self.settings["depths"]
+
+    def side(self, label: str) -> dict:
+        """One model over all needles: hits, accuracy with its 95% interval, mean NLL of the answers."""
+        outcomes = self.outcomes[label]
+        hits, of = sum(o.hit for o in outcomes), len(outcomes)
+        low, high = wilson(hits, of)
+        nll = math.fsum(o.nll for o in outcomes) / of
+        return {"hits": hits, "of": of, "accuracy": hits / of, "low": low, "high": high, "nll": nll}
+
+    def to_dict(self) -> dict:
+        """The same facts for JSON; NaN becomes None."""
+        facts: dict[str, Any] = {"status": self.status} | ({"reason": self.reason} if self.reason else {})
+        facts |= {"settings": self.settings, "needles": len(self.needles)}
+        if self.reach:
+            sinks, window = self.reach
+            inside = sum(not self.counts(needle) for needle in self.needles)
+            facts["streaming"] = {"sinks": sinks, "window": window, "needles_inside": inside}
+        for label in self.outcomes:
+            facts[label] = self.side(label) | {"grid": self.grid(label)}
+        if self.outcomes:
+            facts |= {"kept": self.kept(), "cases": [self._case(i) for i in range(len(self.needles))]}
+        return finite(facts | ({"notes": self.notes} if self.notes else {}))
+
+    def _case(self, number: int) -> dict:
+        needle = self.needles[number]
+        facts = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
+        facts |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
+        return facts | {label: vars(outcomes[number]) for label, outcomes in self.outcomes.items()}
+
+
+def run_needles(model, needles: Sequence[Needle], progress: Callable[[int], None] | None = None) -> list[Outcome]:
+    """Put every needle to a loaded model, which is left in the mode it was in.
+
+    The prompt is one prefill; then the answer's tokens are fed one by one through the model's own cache, as in
+    decoding. They are the true ones: as long as each is also the most probable one, that is greedy decoding, and
+    from the first that is not, greedy decoding has missed. So one pass gives both figures.
+
+    Args:
+        progress: called with the number of needles done.
+    """
+    import torch
+
+    outcomes = []
+    with loaded(model), torch.no_grad():
+        for needle in needles:
+            outcomes.append(_ask(model, needle))
+            if progress:
+                progress(len(outcomes))
+    return outcomes
+
+
+def _ask(model, needle: Needle) -> Outcome:
+    import torch
+
+    from ..runtime.modeling_surgery import CACHE
+
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    given, cache, hit, losses = list(needle.prompt), {}, True, []
+    for token in needle.answer:
+        step = model(input_ids=torch.tensor([given], device=model.device), use_cache=True, **cache, **few)
+        logp = step.logits[0, -1].float().log_softmax(-1)
+        hit = hit and int(logp.argmax()) == token
+        losses.append(-logp[token].item())
+        given, cache = [token], {CACHE: step[CACHE]}
+    return Outcome(hit and all(map(math.isfinite, losses)), math.fsum(losses) / len(losses))
+
+
+def evaluate_needles(
+    out: Source,
+    base: Source | None = None,
+    *,
+    tokenizer: Any = None,
+    text: str | Path | Text = BUILTIN,
+    lengths: Sequence[int] = (512, 1024, 2048),
+    depths: int | Sequence[float] = 5,
+    samples: int = 4,
+    seed: int = 0,
+    secret: str = "digits",
+    form: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> NeedleResult:
+    """Put the same needles to a model and to its base, one after the other.
+
+    Args:
+        out, base: model folder, or loaded model. A loaded model stays where and as it is.
+        tokenizer: needed where no folder is given; otherwise taken from base, or from out without a base.
+        text, lengths, depths, samples, seed, secret, form: see `make_needles`.
+        progress: called as progress(done, total, label) after each needle; label is "base" or "out".
+
+    Raises:
+        SurgeryError: as `make_needles`; prompts longer than a model's positions, a tokenizer of another model, a
+            folder that is not a model or has no safetensors, a base that yields NaN.
+    """
+    sources = dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
+    configs = {label: read_config(source) for label, source in sources.items()}
+    _refuse_too_long(configs, max(lengths, default=0))
+    words = load_text(text, part="held-out")
+    tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
+    form = form_for(tokenizer, form)
+    drawn = {"samples": samples, "seed": seed, "secret": secret, "form": form}
+    needles = make_needles(tokenizer, lengths=lengths, depths=depths, text=words, **drawn)
+    longest = max(len(needle.prompt) + len(needle.answer) for needle in needles)
+    _refuse_too_long(configs, longest)
+    _refuse_other_tokenizer(configs, needles)
+    grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
+    settings = grid | drawn | {"text": {"title": words.title, "sha256": words.sha256[:12]}, "chance": chance(secret)}
+    result = NeedleResult("done", settings, needles, reach=_reach(configs["out"]))
+    need = []
+    for label, source in sources.items():
+        side = measure_at_rest(source, label, result.notes)
+        on_disk = isinstance(source, str | Path)
+        if on_disk:
+            refuse_pickle(Path(source))
+        # Twice the cache: growing it copies it.
+        need.append((side.load_bytes if on_disk else 0, 2 * longest * (side.kv_bytes_per_token or 0)))
+    if reason := next(filter(None, (too_big(weights, extra=extra) for weights, extra in need)), ""):
+        result.status, result.reason = "not run", reason
+        return result
+    for run, (label, source) in enumerate(sources.items()):
+
+        def tick(done: int, before: int = run * len(needles), label: str = label) -> None:
+            if progress:
+                progress(before + done, len(sources) * len(needles), label)
+
+        with loaded(source) as model:
+            result.outcomes[label] = run_needles(model, needles, tick)
+        del model
+        gc.collect()  # or a model held in a cycle would still be there beside the next one
+        wrong = sum(not math.isfinite(outcome.nll) for outcome in result.outcomes[label])
+        if wrong and label == "base":
+            raise SurgeryError(
+                f"the base model itself gives NaN or infinite values (needles: {wrong} of {len(needles)})",
+                fix="check that the base generates; a float16 overflow needs bfloat16 or float32 weights",
+            )
+        if wrong:
+            result.notes.append(f"out gives NaN or infinite values for {wrong} of {len(needles)} needles: misses")
+    return result
+
+
+def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
+    """Interval of a share (Wilson 1927), 95% by default; (0, 1) where nothing was seen.
+
+    These are the two shares p that lie z standard errors sqrt(p (1 - p) / of) away from hits / of.
+    """
+    if not of:
+        return 0.0, 1.0
+    share, spread = hits / of, z * z / of
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _reach(config) -> tuple[int, int] | None:
+    """The most sinks and the widest window of a model's streaming heads."""
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
+    return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None
+
+
+def _refuse_too_long(configs: dict, tokens: int) -> None:
+    for label, config in configs.items():
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest and tokens > longest:
+            raise SurgeryError(
+                f"{label} has {longest} positions, prompt and answer have {tokens} tokens", fix="shorter --lengths"
+            )
+
+
+def _refuse_other_tokenizer(configs: dict, needles: list[Needle]) -> None:
+    largest = max(token for needle in needles for token in (*needle.prompt, *needle.answer))
+    for label, config in configs.items():
+        known = config.get_text_config().vocab_size
+        if largest >= known:
+            raise SurgeryError(
+                f"the tokenizer gives token {largest}, {label} knows {known}", fix="use the tokenizer of this model"
+            )
