@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import CheckError, GateError, MachineError, SurgeryError
-from .verbs import converting, looking, measuring
+from .verbs import converting, looking, measuring, scoring_verb
 from .verbs.options import emit
 
 VERBS = {  # in the order in which `--help` lists them
@@ -19,6 +19,7 @@ VERBS = {  # in the order in which `--help` lists them
     "cp": looking.cp,
     "schema": looking.schema,
     "inspect": looking.inspect,
+    "score": scoring_verb.score,
     "plan": converting.plan,
     "apply": converting.apply,
     "check": measuring.check,

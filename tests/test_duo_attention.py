@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import surgery
-from surgery.calibration.head_scores import HeadScores, choose_streaming, far_mass, load_scores
 from surgery.checking import run_doors
 from surgery.errors import SurgeryError
 
@@ -21,58 +20,6 @@ SPLIT = (
     "evaluate.windows=1",
     "evaluate.length=64",
 )
-
-
-def test_the_lowest_scores_stream():
-    scores = [[0.9, 0.1, 0.5], [0.2, 0.2, 0.8]]
-    assert choose_streaming(scores, ratio=0.5) == [[1], [0, 1]]
-    assert choose_streaming(scores, ratio=0.0) == [[], []]
-    assert choose_streaming(scores, ratio=1.0) == [[0, 1, 2], [0, 1, 2]]
-    assert choose_streaming(scores, threshold=0.5) == [[1], [0, 1]]
-    assert choose_streaming(scores, ratio=0.5, min_retrieval=2) == [[1], [0]]
-    assert choose_streaming(scores, ratio=0.5, protect=(1,)) == [[0, 1, 2], []]
-    assert choose_streaming(scores, ratio=1 / 3) == [[1], [0]], "ties go by layer and head"
-
-
-def test_score_files(tmp_path):
-    scores = HeadScores("far-mass", [[0.5, 0.25], [1.0, 0.0]], {"text": "t"})
-    scores.save(tmp_path / "scores.json")
-    assert load_scores(tmp_path / "scores.json", 2, 2) == scores
-    (tmp_path / "pattern.tsv").write_text("0.5\t0.25\n1.0\t0.0\n")  # as DuoAttention publishes its patterns
-    assert load_scores(tmp_path / "pattern.tsv", 2, 2).scores == scores.scores
-    with pytest.raises(SurgeryError, match="another model: 2 x 2"):
-        load_scores(tmp_path / "scores.json", 2, 3)
-    (tmp_path / "pattern.tsv").write_text("0.5\tnan\n1.0\t0.0\n")
-    with pytest.raises(SurgeryError, match="NaN"):
-        load_scores(tmp_path / "pattern.tsv", 2, 2)
-    with pytest.raises(SurgeryError, match="no such score file"):
-        load_scores(tmp_path / "none.json", 2, 2)
-
-
-def test_far_mass_is_the_attention_outside_sinks_and_window(model):
-    """Against the eager path's own attention weights, on the same tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from surgery.calibration.text import load_text
-
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    before = loaded.config._attn_implementation
-    got = far_mass(loaded, tokenizer, sinks=2, window=10, samples=1, length=200, seed=3)
-    assert loaded.config._attn_implementation == before
-    assert not any(hasattr(module, "surgery_heads") for module in loaded.modules())
-
-    ids = tokenizer(load_text(part="calibration").text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    start = int(torch.randperm(len(ids) // 136, generator=torch.Generator().manual_seed(3))[0]) * 136
-    piece = ids[start : start + 136]
-    eager = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").double()
-    with torch.no_grad():
-        weights = eager(input_ids=torch.cat([piece, piece[:64]])[None], output_attentions=True).attentions
-    i, j = torch.arange(136, 200)[:, None], torch.arange(200)[None, :]
-    far = ((j >= 2) & (i - j >= 10)).double()
-    for layer, table in enumerate(weights):
-        mass = (table[0, :, 136:] * far).sum(-1).mean(-1).view(3, -1).amax(-1)
-        assert torch.allclose(torch.tensor(got.scores[layer], dtype=torch.float64), mass, atol=1e-5)
 
 
 @pytest.fixture
@@ -161,6 +108,7 @@ def test_peft_trains_merges_and_saves(split, tmp_path):
         ("per_layer_min_retrieval=9", "per_layer_min_retrieval"),
         ("threshold=0.5", "either streaming_ratio or threshold"),
         ("scores=none.json", "no such score file"),
+        ("scores=far-mas", "did you mean 'far-mass'"),
     ],
 )
 def test_bad_fields(refused, model, override, says):

@@ -1,1 +1,1 @@
-"""Measuring a model: calibration text now; head scores, sinks and key statistics as operations need them."""
+"""Measuring a model: calibration text, and a score for every KV head by one of several methods."""

@@ -1,19 +1,24 @@
-"""Which KV heads need the far past: a score for each, higher = keep the whole cache.
+"""Which KV heads need the far past: a table of scores, higher = keep the whole cache. Its file, and the choice by it.
 
-A score table is [layers][KV heads] with its origin, saved as JSON and reusable; heads have the base's numbers.
+A table is [layers][KV heads] with its origin, saved as JSON and reusable; heads have the base's numbers.
+`surgery.calibration.scorers` measures one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SurgeryError
 
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
 FORMAT = 1
+ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # what a head's far sight depends on
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class HeadScores:
     Attributes:
         method: how it was measured.
         scores: [layers][KV heads].
-        origin: text (title, sha256), sinks, window, samples, length, seed, model shape.
+        origin: the settings, the text (title, first 12 digits of its sha256), `model` as `model_facts` gives it, and
+            what the method found besides (`gates`: the loss of every step, and how many gates are undecided).
     """
 
     method: str
@@ -40,134 +46,130 @@ class HeadScores:
             write_json(Path(path), self.to_dict())
 
 
-def load_scores(path: str | Path, layers: int, kv_heads: int) -> HeadScores:
+def model_facts(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
+    """What scores hold of the model they were measured on: its name, and what their meaning depends on with a hash.
+
+    The hash is of the shape and the positions of attention, not of weights: a fine-tuned sibling may use them too.
+    """
+    text = anatomy.config
+    ropes = getattr(text, "rope_parameters", None) or {}
+    nested = any(isinstance(value, dict) for value in ropes.values())  # by layer type, where there are several
+    kinds = ropes if nested else {"all": ropes}
+    facts = {
+        "model_type": anatomy.model_type,
+        "hidden_size": getattr(text, "hidden_size", None),
+        "layers": len(anatomy.layers),
+        "heads": _one([layer.heads for layer in anatomy.layers]),
+        "kv_heads": _one([layer.kv_heads for layer in anatomy.layers]),
+        "head_dim": _one([layer.head_dim for layer in anatomy.layers]),
+        "window": _one([layer.window for layer in anatomy.layers]),
+        "rope": {kind: {key: rope[key] for key in ROPE if key in rope} for kind, rope in kinds.items() if rope},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return {"name": name, **facts, "hash": digest[:12]}
+
+
+def _one(values: list):
+    """A value that all layers share, or the list."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def load_scores(path: str | Path, anatomy: Anatomy) -> HeadScores:
     """Scores from a file: our JSON, or a table of numbers (rows are layers) as DuoAttention publishes its patterns.
 
+    A table names no model, so its shape alone is checked.
+
     Raises:
-        SurgeryError: not such a file, or of a model of another shape.
+        SurgeryError: not such a file, or of another model (its shape or the hash of its config differs).
     """
-    path = Path(path)
+    path, counts = Path(path), [layer.kv_heads for layer in anatomy.layers]
     if not path.is_file():
         raise SurgeryError("no such score file", where=str(path), fix="`surgery score MODEL -o FILE` writes one")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("{"):
-            raw = json.loads(text)
-            found = HeadScores(str(raw["method"]), [[float(x) for x in row] for row in raw["scores"]], raw["origin"])
-        else:
-            rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
-            found = HeadScores("file", rows, {"file": path.name})
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise SurgeryError(f"not a table of scores: {error}", where=str(path)) from None
-    shape = [len(found.scores), *sorted({len(row) for row in found.scores})]
-    if shape != [layers, kv_heads]:
+    found = _read(path)
+    if [len(row) for row in found.scores] != counts:
         raise SurgeryError(
-            f"the scores are of another model: {' x '.join(map(str, shape))} (layers x KV heads)",
+            f"the scores are of another model: {_shape([len(row) for row in found.scores])} (layers x KV heads)",
             where=str(path),
-            exists=f"this model has {layers} x {kv_heads}",
+            exists=f"this model has {_shape(counts)}",
+        )
+    theirs, ours = found.origin.get("model"), model_facts(anatomy)
+    if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
+        differ = [key for key in ours if key not in ("name", "hash") and theirs.get(key) != ours[key]]
+        raise SurgeryError(
+            f"the scores are of another model: {theirs.get('name') or theirs.get('model_type')} "
+            f"(config hash {theirs['hash']})",
+            where=str(path),
+            exists=f"this model is {_name_of(anatomy)} ({ours['hash']}); they differ in {', '.join(differ) or 'hash'}",
+            fix="measure this one: `surgery score MODEL -o FILE`",
         )
     if any(x != x for row in found.scores for x in row):
         raise SurgeryError("the scores hold NaN", where=str(path))
     return found
 
 
-def far_mass(
-    model, tokenizer, *, sinks: int, window: int, samples: int = 8, length: int = 1024, seed: int = 0, progress=None
-) -> HeadScores:
-    """Attention mass that falls outside sinks + window where a passage comes back after a long gap.
+def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
+    """What a checkpoint's surgery.json holds of its heads' scores, if anything of this shape [layers][counts]."""
+    from ..folder import read_json
+    from ..report import FILE
 
-    Each sample is calibration text whose first passage is repeated at its end; on the rows of the repetition a head
-    that copies from the past must look at the first occurrence. A KV head's score is the largest mean mass of its
-    query heads: if one of them needs the far past, the KV head must keep it.
-
-    Args:
-        model, tokenizer: in memory; the model is left as it was.
-        sinks, window: of the streaming heads that are planned.
-        samples, length: sequences, and tokens in each (cut to what the model and the text allow).
-        seed: order of the passages.
-    """
-    import torch
-
-    from .text import load_text
-
-    text = load_text(part="calibration")
-    passage, longest = 64, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, longest)
-    gap = length - 2 * passage
-    if gap < sinks + window:
-        raise SurgeryError(
-            f"sinks + window = {sinks + window} leave no far past in {length} tokens", fix="choose a smaller window"
-        )
-    ids = tokenizer(text.text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    samples = min(samples, len(ids) // (length - passage))
-    if samples < 1:
-        raise SurgeryError(f"the calibration text has only {len(ids)} tokens, {length - passage} are needed")
-    order = torch.randperm(len(ids) // (length - passage), generator=torch.Generator().manual_seed(seed))[:samples]
-    totals: dict[int, torch.Tensor] = {}
-
-    def measure(module, query, key, scale, limit):
-        rows = slice(query.shape[2] - passage, None)
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = query[:, :, rows].float() @ keys.float().mT * scale
-        position = torch.arange(query.shape[2], device=query.device)
-        distance = position[rows, None] - position[None, :]
-        scores = scores.masked_fill((distance < 0) | (distance >= (limit or length)), float("-inf"))
-        far = (position[None, :] >= sinks) & (distance >= window)
-        mass = (scores.softmax(-1) * far).sum(-1).mean(-1)[0]  # [heads]
-        totals[module.layer_idx] = totals.get(module.layer_idx, 0) + mass.double().cpu()
-
-    with watched(model, measure), torch.no_grad():
-        for number, start in enumerate(order.tolist()):
-            begin = start * (length - passage)
-            piece = ids[begin : begin + length - passage]
-            model(input_ids=torch.cat([piece, piece[:passage]])[None].to(model.device), use_cache=False)
-            if progress:
-                progress(number + 1, samples, "head scores")
-    kv_heads = kv_head_count(model)
-    table = [(totals[i] / samples).view(kv_heads, -1).amax(-1).tolist() for i in sorted(totals)]
-    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window}
-    return HeadScores("far-mass", table, origin | {"samples": samples, "length": length, "seed": seed})
+    if not (folder / FILE).is_file():
+        return None
+    steps = read_json(folder / FILE).get("operations")
+    for step in reversed(steps if isinstance(steps, list) else []):
+        try:
+            found = _of_dict(step["record"]["scores"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if found.method != "none" and [len(row) for row in found.scores] == counts:
+            return found
+    return None
 
 
-def kv_head_count(model) -> int:
-    text = model.config.get_text_config()
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
-@contextmanager
-def watched(model, measure):
-    """The model in eval mode with every attention call shown to `measure(module, query, key, scale, window)`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    from ..runtime.modeling_surgery import attention_modules, base_windows
-    from ..runtime.surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
-
-    if getattr(model.config, "surgery", None):
-        raise SurgeryError(
-            "this model is surgical already: heads are measured on the base", where=type(model).__name__
-        )
-    windows, kv_heads = base_windows(model.config), kv_head_count(model)
-    modules = attention_modules(model)
-    before, training = model.config._attn_implementation, model.training
-
-    def attention(module, query, key, value, mask, scaling=None, **kwargs):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        measure(module, query, key, scale, windows[module.layer_idx])
-        return surgery_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
-
-    name = "surgery_watch"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, surgery_mask)
+def _read(path: Path) -> HeadScores:
     try:
-        for module in modules:
-            module.surgery_heads = kinds_of_heads(kv_heads, [], 0, 1, windows[module.layer_idx])
-        model.eval().set_attn_implementation(name)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        model.train(training)
-        for module in modules:
-            del module.surgery_heads
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("{"):
+            rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
+            return HeadScores("file", rows, {"file": path.name})
+        return _of_dict(json.loads(text))
+    except KeyError as error:
+        raise SurgeryError(f"not a table of scores: it has no {error}", where=str(path)) from None
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise SurgeryError(f"not a table of scores: {error}", where=str(path)) from None
+
+
+def _of_dict(raw: dict) -> HeadScores:
+    if raw["format"] != FORMAT:
+        raise ValueError(f"format {raw['format']!r}, known is {FORMAT}")
+    if not isinstance(raw["origin"], dict):
+        raise ValueError("origin is no mapping")
+    return HeadScores(str(raw["method"]), [[float(x) for x in row] for row in raw["scores"]], raw["origin"])
+
+
+def _shape(counts: list[int]) -> str:
+    return f"{len(counts)} x {_one(counts)}" if counts else "nothing"
+
+
+def _name_of(anatomy: Anatomy) -> str:
+    name = model_name(anatomy.config)
+    return f"{name}, a {anatomy.model_type}" if name else f"a {anatomy.model_type}"
+
+
+def model_name(config) -> str:
+    """What a model was loaded as; of a local path only the folder's own name, since score files are shared."""
+    name = getattr(config, "_name_or_path", "") or ""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def unsupported(anatomy: Anatomy) -> str:
+    """Why the heads of such a model cannot be told apart by what they attend to, or ""."""
+    if anatomy.guess:
+        return f"{anatomy.model_type} is not a known family, so its heads cannot be split"
+    if not all(layer.layout.interface for layer in anatomy.layers):
+        return f"{anatomy.model_type} does not use Transformers' attention interface, so its heads cannot be split"
+    if anatomy.composite:
+        return "composites (vision + text) are not supported by the surgical tier"
+    return ""
 
 
 def choose_streaming(

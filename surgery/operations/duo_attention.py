@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..calibration.head_scores import HeadScores, choose_streaming, far_mass, load_scores
+from ..calibration.head_scores import HeadScores, choose_streaming, load_scores, unsupported
+from ..calibration.scorers import METHODS, is_method, score
 from ..errors import SurgeryError
 from ..operation import SURGICAL, Change, Context, Operation
 
@@ -38,61 +39,58 @@ class DuoAttention(Operation):
     threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
     sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
     window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
-    scores: str = Field("far-mass", description="far-mass (measured here), or a score file.")
-    calibration_samples: int = Field(8, ge=1, strict=True, description="Calibration sequences of a measured score.")
-    calibration_length: int = Field(1024, ge=2, strict=True, description="Tokens in a calibration sequence.")
+    scores: str = Field(
+        "far-mass",
+        description=f"{', '.join(METHODS)} (measured here); or a score file, sought from the working folder.",
+    )
+    calibration_samples: int | None = Field(None, ge=1, description="Calibration sequences; null: the method's own.")
+    calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")
     per_layer_min_retrieval: Whole = Field(0, description="KV heads that every layer keeps full.")
     protect_layers: list[Whole] = Field([], description="Layers whose heads all stay full.")
-    seed: Whole = Field(0, description="Seed of the calibration order.")
+    seed: Whole = Field(0, description="Seed of the calibration sequences.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        layer, found = anatomy.layers[0], []
-        if not layer.layout.interface or anatomy.guess:
-            reason = "is not a known family" if anatomy.guess else "does not use Transformers' attention interface"
-            found.append(f"duo_attention: {anatomy.model_type} {reason}, so its heads cannot be split")
-        if anatomy.composite:
-            found.append("duo_attention: composites (vision + text) are not supported by the surgical tier")
+        found = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
         if (self.streaming_ratio is None) == (self.threshold is None):
             found.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
         if wrong := [i for i in self.protect_layers if i >= len(anatomy.layers)]:
             found.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
-        if self.per_layer_min_retrieval > layer.kv_heads:
-            found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {layer.kv_heads} KV heads")
-        if not found and self.scores != "far-mass":
+        fewest = min(layer.kv_heads for layer in anatomy.layers)
+        if self.per_layer_min_retrieval > fewest:
+            found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
+        if not found:
             try:
-                load_scores(self.scores, len(anatomy.layers), layer.kv_heads)
+                if not is_method(self.scores):
+                    load_scores(self.scores, anatomy)
             except SurgeryError as error:
-                found.append(f"duo_attention: {error.where}: {error.what}")
+                facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+                found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
         return found
 
     def plan(self, anatomy: Anatomy) -> Change:
-        layers, kv_heads = len(anatomy.layers), anatomy.layers[0].kv_heads
-        notes = []
-        if self.scores == "far-mass":
+        total, measured = sum(layer.kv_heads for layer in anatomy.layers), is_method(self.scores)
+        notes, known = [], ""
+        if measured:
             # The heads are not known before the model is measured; their number is, unless a threshold decides.
-            streaming = self._choose([[0.0] * kv_heads] * layers)
+            streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers])
             known = "up to " if self.threshold is not None else ""
-            notes.append("which heads stream is measured on the model")
+            notes.append(f"which heads stream is measured on the model ({self.scores})")
         else:
-            streaming, known = self._choose(load_scores(self.scores, layers, kv_heads).scores), ""
-        count = sum(map(len, streaming))
-        line = f"{known}{count} of {layers * kv_heads} KV heads see {self.sinks} sinks + {self.window} tokens"
+            streaming = self._choose(load_scores(self.scores, anatomy).scores)
+        line = f"{known}{sum(map(len, streaming))} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
         return Change(
             anatomy.with_streaming(streaming, self.sinks, self.window),
             (line,),
             SURGICAL,
             tuple(notes),
-            measured=self.scores == "far-mass",
+            measured=measured,
         )
 
     def apply(self, model, context: Context) -> dict:
         from ..runtime.modeling_surgery import patch
 
-        layers, kv_heads = len(context.before.layers), context.before.layers[0].kv_heads
-        if self.scores == "far-mass":
-            scores = self._measure(model, context)
-        else:
-            scores = load_scores(self.scores, layers, kv_heads)
+        measured = is_method(self.scores)
+        scores = self._measure(model, context) if measured else load_scores(self.scores, context.before)
         streaming = self._choose(scores.scores)
         layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
         try:
@@ -110,9 +108,10 @@ class DuoAttention(Operation):
                 where="duo_attention",
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer), or a score file (scores: FILE)",
             )
-        return far_mass(
+        return score(
             model,
             context.tokenizer,
+            self.scores,
             sinks=self.sinks,
             window=self.window,
             samples=self.calibration_samples,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import SurgeryError
 from .options import Json, ModelName, RecipeName, emit
 
 
@@ -43,10 +44,22 @@ def schema() -> None:
     emit(recipe_schema())
 
 
-def inspect(model: ModelName, as_json: Json = False) -> None:
+def inspect(
+    model: ModelName,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="The map of KV heads: which stream, what they scored.")
+    ] = False,
+    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="With --heads: a score file's map.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --heads: draw it.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show a model's attention, and which recipes fit it."""
     from ..api import anatomy_of, fitting_recipes
 
+    if heads:
+        return _inspect_heads(model, scores, plot, as_json)
+    if scores or plot:
+        raise SurgeryError("--scores and --plot are of the map of KV heads", fix="add --heads")
     facts = anatomy_of(model)
     fits = fitting_recipes(facts)
     if as_json:
@@ -55,6 +68,20 @@ def inspect(model: ModelName, as_json: Json = False) -> None:
 
     show.anatomy(facts)
     show.applicable(fits)
+
+
+def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: bool) -> None:
+    from .. import pictures
+    from ..display import heads
+
+    if plot:
+        pictures.ready(plot)
+    shown = heads.HeadMap.of_model(model, scores)
+    drawn = heads.draw(shown, plot) if plot else []
+    if as_json:
+        return emit(shown.to_dict())
+    heads.show(shown)
+    heads.written(drawn)
 
 
 def doctor(as_json: Json = False) -> None:

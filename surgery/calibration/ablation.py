@@ -1,0 +1,103 @@
+"""ablation: what the model's answers lose when one KV head alone sees sinks + window.
+
+The score is the KL divergence to the model as it is, mean over the rows where passkeys are repeated. Every KV head
+costs a forward, so sequences are short and few. What comes before the changed layer is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .head_scores import HeadScores
+from .sequences import fitting_length, passkeys
+from .text import BUILTIN, load_text
+from .watching import watched
+
+
+def ablation(
+    model,
+    tokenizer,
+    *,
+    sinks: int,
+    window: int,
+    samples: int = 2,
+    length: int = 768,
+    keys: int = 4,
+    seed: int = 0,
+    text=BUILTIN,
+    progress=None,
+) -> HeadScores:
+    """KL to the whole model in nats per answer token when a KV head streams, all others full.
+
+    Args: as for `far_mass`; `keys` are the passkeys in a sequence.
+    """
+    text = load_text(text, part="calibration")
+    length = fitting_length(model, length)
+    sequences = passkeys(
+        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
+    )
+    with watched(model) as seen, torch.no_grad():
+        table = [[0.0] * heads for heads in seen.kv_heads]
+        done, total = 0, samples * (sum(seen.kv_heads) + 1)
+        paths = {module: path for path, module in model.named_modules()}
+        blocks = [model.get_submodule(paths[module].rpartition(".")[0]) for module in seen.modules]
+        for sequence in sequences:
+            with recorded(blocks) as outputs:
+                whole = log_probabilities(model, sequence)
+            for layer, heads in enumerate(seen.kv_heads):
+                with replayed(blocks[:layer], outputs):
+                    for head in range(heads):
+                        seen.look(layer, [head], sinks, window)
+                        table[layer][head] += kl(whole, log_probabilities(model, sequence)) / samples
+                        done += 1
+                        if progress:
+                            progress(done, total, "head scores")
+                seen.look(layer)
+            done += 1
+    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
+    return HeadScores("ablation", table, origin | {"length": length, "keys": keys, "seed": seed})
+
+
+def log_probabilities(model, sequence) -> torch.Tensor:
+    """Of the next token on the answers' rows: [r, vocabulary], float32 or wider."""
+    rows = sequence.rows.to(model.device)
+    last = len(sequence.ids) - int(rows.min())  # the head of the model is costly, and earlier rows are not looked at
+    logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
+    logits = logits[rows.to(logits.device) - len(sequence.ids)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def kl(whole: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(whole || other) in nats, mean over the rows of two tables of log-probabilities."""
+    return float((whole.exp() * (whole - other)).sum(-1).mean())
+
+
+@contextmanager
+def recorded(blocks: list) -> Iterator[dict]:
+    """What each block gives in the forward that runs inside: block -> output."""
+    outputs: dict = {}
+    hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replayed(blocks: list, outputs: dict) -> Iterator[None]:
+    """These blocks give what was recorded, and compute nothing."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets one of its own
+    try:
+        for block in blocks:
+            block.forward = lambda *_, output=outputs[block], **__: output
+        yield
+    finally:
+        for block, forward in before:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -1,0 +1,81 @@
+"""retrieval: how often a head looks at the very token that comes next, where a passkey is repeated.
+
+Source: Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality", arXiv 2404.15574. At a step
+that gives token y, a head scores if the key that it attends to most lies in the needle and is a y.
+
+The steps are teacher-forced here: one prefill with the answer in it, of which the answer's rows are looked at. A step
+that decodes the right token has the same attention; the share of steps where the model would is in the origin, and
+where it is small, these scores say little (the original leaves such samples out).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..runtime.surgery_attention import surgery_attention
+from .head_scores import HeadScores
+from .sequences import fitting_length, passkeys
+from .text import BUILTIN, load_text
+from .watching import watched
+
+
+def retrieval(
+    model,
+    tokenizer,
+    *,
+    sinks: int,
+    window: int,
+    samples: int = 8,
+    length: int = 1024,
+    keys: int = 4,
+    seed: int = 0,
+    text=BUILTIN,
+    progress=None,
+) -> HeadScores:
+    """The share of copied passkey tokens that a head's strongest attention points to, the largest of a group.
+
+    Args: as for `far_mass`; `keys` are the passkeys in a sequence.
+    """
+    text = load_text(text, part="calibration")
+    length = fitting_length(model, length)
+    sequences = passkeys(
+        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
+    )
+
+    def attention(module, query, key, value, mask, **kwargs):
+        weights = seen.weights(module, query, key, sequence.rows, **kwargs)
+        totals[module.layer_idx] += copies(weights, sequence).sum(-1).double().cpu()
+        return surgery_attention(module, query, key, value, mask, **kwargs)
+
+    answered = steps = 0
+    with watched(model, attention) as seen, torch.no_grad():
+        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
+        for number, sequence in enumerate(sequences):
+            logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False).logits[0]
+            right = logits[sequence.rows.to(logits.device)].argmax(-1).cpu() == sequence.ids[sequence.rows + 1]
+            answered, steps = answered + int(right.sum()), steps + len(right)
+            if progress:
+                progress(number + 1, len(sequences), "head scores")
+        table = [
+            (total / steps).view(heads, -1).amax(-1).tolist()
+            for total, heads in zip(totals, seen.kv_heads, strict=True)
+        ]
+    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
+    origin |= {"length": length, "keys": keys, "seed": seed, "steps": steps, "answered": round(answered / steps, 4)}
+    return HeadScores("retrieval", table, origin)
+
+
+def copies(weights: torch.Tensor, sequence) -> torch.Tensor:
+    """Whether a row's strongest attention lies in the piece that it repeats, on the token that comes next.
+
+    Args:
+        weights: [1, heads, r, n], of the queries at `sequence.rows`.
+        sequence: a `Recall` with r rows and n tokens.
+
+    Returns:
+        bool [heads, r].
+    """
+    ids, rows, spans = (part.to(weights.device) for part in (sequence.ids, sequence.rows, sequence.row_spans))
+    best = weights[0].argmax(-1)
+    inside = (best >= spans[:, 0]) & (best < spans[:, 1])
+    return inside & (ids[best] == ids[rows + 1])

@@ -1,0 +1,144 @@
+"""Sequences that make heads show whether they use the far past: a repeated passage, and passkeys that are asked for.
+
+Both are made from any text and with any tokenizer. Pieces are tokenised one by one and joined as tokens, so that it
+is known exactly where a repeated piece stands, and both its occurrences are the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import SurgeryError
+from .text import Text, windows
+
+NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
+QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
+WORD = re.compile(r"[^\W\d_]{3,12}")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A sequence whose end repeats what stands far before it.
+
+    Attributes:
+        ids: tokens, long [n].
+        spans: (first, end) of each piece where it stands first.
+        answers: (first, end) of the same pieces, in that order, where they come back.
+    """
+
+    ids: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+    answers: tuple[tuple[int, int], ...]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Positions whose next token is one of an answer, long [r]."""
+        return torch.cat([torch.arange(first - 1, end - 1) for first, end in self.answers])
+
+    @property
+    def row_spans(self) -> torch.Tensor:
+        """(first, end) of the piece that each of `rows` repeats, long [r, 2]."""
+        each = zip(self.spans, self.answers, strict=True)
+        return torch.tensor([span for span, (first, end) in each for _ in range(end - first)])
+
+
+def fitting_length(model, length: int) -> int:
+    """`length`, cut to the positions that the model has."""
+    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def repeats(
+    text: Text, tokenizer, *, samples: int, length: int, reach: int, seed: int, passage: int = 64
+) -> list[Recall]:
+    """Pieces of text that end with their own first passage once more.
+
+    Args:
+        samples: sequences; fewer where the text is too short for so many.
+        length: tokens of each.
+        reach: sinks + window: the repetition must lie farther away than that.
+        seed: of which pieces.
+        passage: tokens that come back.
+    """
+    if length - 2 * passage < reach:
+        raise _no_far_past(reach, length)
+    body = length - passage
+    pieces = _pieces(text, tokenizer, body, samples, random.Random(seed))
+    return [Recall(torch.cat([piece, piece[:passage]]), ((0, passage),), ((body, length),)) for piece in pieces]
+
+
+def passkeys(
+    text: Text, tokenizer, *, samples: int, length: int, sinks: int, window: int, seed: int, keys: int, words: int = 8
+) -> list[Recall]:
+    """Text with passkeys hidden in it, each a sequence of random words under a random word, all asked for at its end.
+
+    The words are the text's own, so that any language works. No passkey is among the sinks, nor in the window of a
+    query at the end.
+
+    Args:
+        samples: sequences; pieces of a short text are used again.
+        length: tokens of each.
+        sinks, window: of the streaming heads that are planned.
+        seed: of pieces, words, labels and depths.
+        keys, words: passkeys in a sequence, and words in a passkey.
+
+    Source:
+        Xiao et al. 2024 (arXiv 2410.10819), section 2.3, with words of the text in place of the NATO alphabet.
+    """
+    vocabulary = sorted(set(WORD.findall(text.text)))
+    if len(vocabulary) < max(keys, words):
+        raise SurgeryError(f"the text has only {len(vocabulary)} different words", where=text.title)
+    draw, made = random.Random(seed), []
+    pieces = _pieces(text, tokenizer, length, samples, draw)
+    close = _ids(tokenizer, ".\n\n")
+    for number in range(samples):
+        labels, texts = draw.sample(vocabulary, keys), [" ".join(draw.sample(vocabulary, words)) for _ in range(keys)]
+        intros = [_ids(tokenizer, NEEDLE.format(label=label)) for label in labels]
+        questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
+        answers = [_ids(tokenizer, f" {words}") for words in texts]
+        made_of = sum(map(len, [*intros, *questions, *answers, *answers])) + keys * len(close)
+        room = length - made_of - sinks - window  # tokens of plain text that a passkey may stand before
+        if room < keys:
+            raise _no_far_past(sinks + window, length, made_of)
+        depths = sorted(draw.sample(range(sinks, sinks + room), keys))
+        plain = pieces[number % len(pieces)][: length - made_of].tolist()
+        made.append(_assemble(plain, depths, intros, answers, close, questions))
+    return made
+
+
+def _assemble(plain, depths, intros, answers, close, questions) -> Recall:
+    ids: list[int] = []
+    spans, ends, begin = [], [], 0
+    for depth, intro, answer in zip(depths, intros, answers, strict=True):
+        ids += plain[begin:depth] + intro
+        spans.append((len(ids), len(ids) + len(answer)))
+        ids += answer + close
+        begin = depth
+    ids += plain[begin:]
+    for question, answer in zip(questions, answers, strict=True):
+        ids += question
+        ends.append((len(ids), len(ids) + len(answer)))
+        ids += answer
+    return Recall(torch.tensor(ids), tuple(spans), tuple(ends))
+
+
+def _pieces(text: Text, tokenizer, length: int, samples: int, draw: random.Random) -> torch.Tensor:
+    """At most `samples` windows of a text, drawn from all that it has of this length."""
+    fitting = max(1, len(_ids(tokenizer, text.text)) // length)  # 0: `windows` says that the text is too short
+    pieces = windows(text, tokenizer, length, fitting)
+    return pieces[draw.sample(range(fitting), min(samples, fitting))]
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _no_far_past(reach: int, length: int, questions: int = 0) -> SurgeryError:
+    beside = f", {questions} of which are passkeys and questions," if questions else ""
+    return SurgeryError(
+        f"sinks + window = {reach} leave no far past in {length} tokens{beside}",
+        fix="choose a smaller window, or longer sequences",
+    )

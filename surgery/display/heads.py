@@ -1,0 +1,181 @@
+"""The KV heads of a model as a map, layer by layer: what each scored, and which of them stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from ..errors import SurgeryError
+from . import console
+
+if TYPE_CHECKING:
+    from ..calibration.head_scores import HeadScores
+
+FULL, STREAMING, NONE = "#", "·", " "
+LAYERS = 60  # in one line, so that the map of a large model fits a terminal
+SHADES = ("grey35", "grey42", "grey50", "grey58", "grey66", "dark_goldenrod", "gold3", "orange3", "dark_orange", "red")
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """What is known of a model's KV heads.
+
+    Attributes:
+        name: of the model.
+        counts: KV heads of each layer.
+        streaming: those of each layer that see sinks + window, or None where no split was made.
+        sees: "16 sinks + 240 tokens", or "".
+        scores: what they scored, or None.
+    """
+
+    name: str
+    counts: list[int]
+    streaming: list[list[int]] | None = None
+    sees: str = ""
+    scores: HeadScores | None = None
+
+    @classmethod
+    def of_scores(cls, scores: HeadScores) -> HeadMap:
+        """A score file's map."""
+        name = (scores.origin.get("model") or {}).get("name") or ""
+        return cls(name, [len(row) for row in scores.scores], scores=scores)
+
+    @classmethod
+    def of_model(cls, model: str, file: Path | None = None) -> HeadMap:
+        """The map of a model by name: its split, and what its heads scored by a file or by its surgery.json.
+
+        Raises:
+            SurgeryError: there is neither a split nor a score.
+        """
+        from ..anatomy import Anatomy
+        from ..calibration.head_scores import load_scores, recorded_scores
+        from ..checkpoint import header_table
+        from ..hub import resolve
+
+        source = resolve(model, weights=False)
+        anatomy = Anatomy.of(source.path, header_table(source.headers))
+        counts = [layer.kv_heads for layer in anatomy.layers]
+        scores = load_scores(file, anatomy) if file else recorded_scores(source.path, counts)
+        if not anatomy.surgical and scores is None:
+            raise SurgeryError(
+                "this model's heads are not split, and no scores of them are known",
+                where=source.name,
+                fix=f"surgery score {model} -o scores.json, then --scores scores.json",
+            )
+        streaming = [list(layer.streaming) for layer in anatomy.layers] if anatomy.surgical else None
+        sees = {(layer.sinks, layer.streaming_window) for layer in anatomy.layers if layer.streaming}
+        words = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
+        return cls(source.name, counts, streaming, words, scores)
+
+    def to_dict(self) -> dict:
+        """Plain data, for `--json`."""
+        layers = []
+        for layer, count in enumerate(self.counts):
+            facts = {"layer": layer, "kv_heads": count}
+            if self.streaming is not None:
+                facts["streaming"] = self.streaming[layer]
+            if self.scores is not None:
+                facts["scores"] = self.scores.scores[layer]
+            layers.append(facts)
+        origin = {"method": self.scores.method, "origin": self.scores.origin} if self.scores else {}
+        return {"model": self.name, **({"sees": self.sees} if self.sees else {}), **origin, "layers": layers}
+
+
+def show(shown: HeadMap) -> None:
+    """Print the map: a column for each layer, a row for each KV head."""
+    out, total = console(), sum(shown.counts)
+    if shown.streaming is not None:
+        count = sum(map(len, shown.streaming))
+        out.print(f"{count} of {total} KV heads stream ({STREAMING}: {shown.sees or 'none do'}), {FULL} see all")
+        cells = {
+            (layer, head): (STREAMING, "cyan") if head in shown.streaming[layer] else (FULL, "bold")
+            for layer, heads in enumerate(shown.counts)
+            for head in range(heads)
+        }
+        _grid(out, shown.counts, cells)
+    if shown.scores is not None:
+        out.print(
+            f"{shown.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
+            "9 highest"
+        )
+        tenths = tenth_of(shown.scores.scores)
+        _grid(out, shown.counts, {place: (str(n), SHADES[n]) for place, n in tenths.items()})
+        _facts(out, shown.scores)
+
+
+def tenth_of(scores: list[list[float]]) -> dict[tuple[int, int], int]:
+    """(layer, head) -> 0 to 9: which tenth of all heads it is in, ordered as `choose_streaming` orders them."""
+    order = sorted((x, layer, head) for layer, row in enumerate(scores) for head, x in enumerate(row))
+    return {(layer, head): 10 * rank // len(order) for rank, (_, layer, head) in enumerate(order)}
+
+
+def _facts(out, scores: HeadScores) -> None:
+    flat = sorted(x for row in scores.scores for x in row)
+    out.print(f"scores from {flat[0]:.4g} to {flat[-1]:.4g}, median {flat[len(flat) // 2]:.4g}")
+    origin = scores.origin
+    if "undecided" in origin:
+        out.print(f"gates between 0.1 and 0.9 at the end: {origin['undecided']:.0%} (their rounding is arbitrary)")
+    if "answered" in origin:
+        out.print(f"the model's own answers: {origin['answered']:.0%} of the tokens right")
+
+
+def _grid(out, counts: list[int], cells: dict[tuple[int, int], tuple[str, str]]) -> None:
+    for first in range(0, len(counts), LAYERS):
+        layers = range(first, min(first + LAYERS, len(counts)))
+        ticks = "".join(f"{layer:<10}" for layer in layers if layer % 10 == 0)
+        out.print(f"{'layer':<9}{ticks[: len(layers)]}".rstrip())
+        for head in range(max(counts[layer] for layer in layers)):
+            line = Text(f"head {head:<4}")
+            for layer in layers:
+                line.append(*cells.get((layer, head), (NONE, "")))
+            out.print(line)
+
+
+def draw(shown: HeadMap, path: Path) -> list[Path]:
+    """Draw the map as a heat map, and the loss of `gates` beside it as FILE-loss.png.
+
+    Returns:
+        The files written.
+    """
+    from ..pictures import curves, heat_maps
+
+    table = shown.scores.scores if shown.scores else [[1.0] * count for count in shown.counts]
+    widest = max(shown.counts)
+    panels = {"scores": [[*row, *[math.nan] * (widest - len(row))] for row in table]} if shown.scores else {}
+    if shown.streaming is not None:  # grey: it streams
+        panels["full heads (grey: streaming)"] = [
+            [math.nan if head in heads or head >= len(row) else row[head] for head in range(widest)]
+            for row, heads in zip(table, shown.streaming, strict=True)
+        ]
+    method = shown.scores.method if shown.scores else "full"
+    written = [
+        heat_maps(
+            path,
+            panels,
+            rows=range(len(shown.counts)),
+            columns=range(widest),
+            row_label="layer",
+            column_label="KV head",
+            value_label=method,
+            title=shown.name,
+        )
+    ]
+    losses = shown.scores.origin.get("losses") if shown.scores else None
+    if losses:
+        steps = range(1, len(losses) + 1)
+        lines = {
+            "distance of the answers' hidden states": (steps, [loss[0] for loss in losses]),
+            "mean gate": (steps, [loss[1] for loss in losses]),
+        }
+        beside = path.with_name(f"{path.stem}-loss.png")
+        written.append(curves(beside, lines, x_label="step", y_label="", title=f"{shown.name}: gates"))
+    return written
+
+
+def written(files: list[Path]) -> None:
+    for file in files:
+        console().print(f"wrote {file}")

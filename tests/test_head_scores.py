@@ -1,0 +1,513 @@
+"""Head scores: each method against a computation of its own, on tiny models of several families; then the files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import TEXT
+from families import TINY, double
+
+from surgery.anatomy import Anatomy
+from surgery.calibration import gates as gates_module
+from surgery.calibration.ablation import log_probabilities
+from surgery.calibration.far_mass import mass_outside
+from surgery.calibration.gates import MixedAttention, answer_states, gates, schedule
+from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
+from surgery.calibration.retrieval import copies
+from surgery.calibration.scorers import METHODS, is_method, score, settings_of
+from surgery.calibration.sequences import Recall, passkeys, repeats
+from surgery.calibration.text import Text
+from surgery.calibration.watching import attention_weights, watched
+from surgery.errors import SurgeryError
+from surgery.runtime import modeling_surgery as runtime
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss")
+SINKS, WINDOW, LENGTH = 2, 9, 180
+REACH = {"sinks": SINKS, "window": WINDOW}
+SHORT = {**REACH, "samples": 2, "length": LENGTH}
+PASSKEYS = {**SHORT, "keys": 2, "seed": 0}
+WORDS = Text("words", "0" * 64, TEXT)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def tiny(family: str, **fields):
+    """A tiny model with room for the sequences; windows of the base are wider than one token block."""
+    fields = {"max_position_embeddings": 256} | fields
+    if family in ("gemma2", "gpt_oss"):
+        fields |= {"sliding_window": 40}
+    return TINY[family](**fields)
+
+
+def settings(method: str) -> dict:
+    return SHORT | {"text": WORDS} | ({"steps": 3} if method == "gates" else {})
+
+
+# --- sequences ----------------------------------------------------------------------------------------------
+
+
+def test_passkeys_come_back_token_by_token_from_outside_sinks_and_window(tokenizer):
+    made = passkeys(WORDS, tokenizer, **PASSKEYS)
+    assert [len(each.ids) for each in made] == [LENGTH] * 2
+    for each in made:
+        assert len(each.spans) == len(each.answers) == 2
+        for (first, end), (again, upto) in zip(each.spans, each.answers, strict=True):
+            assert torch.equal(each.ids[first:end], each.ids[again:upto])
+            assert end - first == upto - again == 8, "eight words, each a token here"
+            assert first >= SINKS
+            assert int(each.rows.min()) - (end - 1) >= WINDOW, "in nobody's window"
+        assert each.rows.tolist() == [row for a, b in each.answers for row in range(a - 1, b - 1)]
+        assert each.row_spans.tolist() == [list(span) for span in each.spans for _ in range(8)]
+    same, other = passkeys(WORDS, tokenizer, **PASSKEYS), passkeys(WORDS, tokenizer, **PASSKEYS | {"seed": 1})
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(made, same, strict=True))
+    assert not torch.equal(made[0].ids, other[0].ids)
+
+
+def test_sequences_without_a_far_past_are_refused(tokenizer):
+    with pytest.raises(SurgeryError, match="no far past"):
+        passkeys(WORDS, tokenizer, **PASSKEYS | {"window": LENGTH - 60})
+    with pytest.raises(SurgeryError, match="no far past"):
+        repeats(WORDS, tokenizer, samples=1, length=LENGTH, reach=60, seed=0)
+    with pytest.raises(SurgeryError, match="different words"):
+        passkeys(Text("one", "0" * 64, "word " * 300), tokenizer, **PASSKEYS)
+    with pytest.raises(SurgeryError, match="too short"):
+        passkeys(WORDS, tokenizer, **PASSKEYS | {"length": 500})
+
+
+def test_a_repeated_passage_is_the_first(tokenizer):
+    (one, _) = repeats(WORDS, tokenizer, samples=2, length=LENGTH, reach=11, seed=0)
+    assert torch.equal(one.ids[:64], one.ids[-64:])
+    assert (len(one.ids), one.spans, one.answers) == (LENGTH, ((0, 64),), ((LENGTH - 64, LENGTH),))
+
+
+def test_bos_stands_first_where_the_tokenizer_begins_with_it(tiny_llama):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    with_bos = AutoTokenizer.from_pretrained(tiny_llama)
+    with_bos._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    for each in (
+        *passkeys(WORDS, with_bos, **PASSKEYS),
+        *repeats(WORDS, with_bos, samples=1, length=180, reach=9, seed=0),
+    ):
+        assert int(each.ids[0]) == 1
+        assert len(each.ids) == LENGTH
+
+
+# --- attention weights, and what is read from them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("limit", [None, 7])
+@pytest.mark.parametrize("learned", [False, True])
+def test_attention_weights_and_far_mass_by_brute_force(softcap, limit, learned):
+    """Each weight alone in Python's own float64."""
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 20, 8, generator=draw) * 2 for heads in (6, 3))
+    s_aux = torch.randn(6, generator=draw) if learned else None
+    rows = torch.tensor([3, 11, 19])
+    got = attention_weights(query, key, rows, scale=0.4, limit=limit, softcap=softcap, s_aux=s_aux)
+    assert got.shape == (1, 6, 3, 20)
+    far = [0.0] * 6
+    for head in range(6):
+        for r, i in enumerate(rows.tolist()):
+            logits = {}
+            for j in range(20):
+                if j <= i and (limit is None or i - j < limit):
+                    x = 0.4 * math.fsum(
+                        float(a) * float(b) for a, b in zip(query[0, head, i], key[0, head // 2, j], strict=True)
+                    )
+                    logits[j] = math.exp(softcap * math.tanh(x / softcap) if softcap else x)
+            total = math.fsum(logits.values()) + (math.exp(float(s_aux[head])) if learned else 0.0)
+            for j in range(20):
+                assert float(got[0, head, r, j]) == pytest.approx(logits.get(j, 0.0) / total, abs=2e-6)
+                far[head] += logits.get(j, 0.0) / total / 3 if j >= 2 and i - j >= 4 else 0.0
+    assert mass_outside(got, rows, sinks=2, window=4).tolist() == pytest.approx(far, abs=2e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_far_mass_is_the_eager_attention_outside_sinks_and_window(family, tokenizer):
+    """Against the weights that Transformers' own eager path gives in float64: soft-cap and learned sinks included."""
+    model = tiny(family)
+    got = score(model, tokenizer, "far-mass", **SHORT, text=WORDS, seed=3)
+    sequences = repeats(WORDS, tokenizer, samples=2, length=LENGTH, reach=SINKS + WINDOW, seed=3)
+    eager = double(copy.deepcopy(model).eval())
+    eager.set_attn_implementation("eager")
+    i, j = torch.arange(LENGTH - 65, LENGTH - 1)[:, None], torch.arange(LENGTH)[None, :]
+    far = ((j >= SINKS) & (i - j >= WINDOW)).double()
+    want = 0
+    with torch.no_grad():
+        for each in sequences:
+            weights = torch.stack(eager(input_ids=each.ids[None], output_attentions=True).attentions)
+            want = want + (weights[:, 0, :, i[:, 0]] * far).sum(-1).mean(-1) / len(sequences)  # [layers, heads]
+    kv_heads = eager.config.num_key_value_heads
+    want = want.view(len(want), kv_heads, -1).amax(-1)
+    assert torch.allclose(torch.tensor(got.scores, dtype=torch.float64), want, atol=1e-5)
+    assert want.max() > 0.1
+
+
+def test_a_head_that_looks_at_the_token_to_come_scores():
+    """Planted: head 0 copies, 1 looks at the same words elsewhere, 2 at wrong ones, 3 is right two times of three."""
+    ids = torch.tensor([5, 6, 7, 8, 9, 6, 7, 8, 6, 7, 8])
+    sequence = Recall(ids, spans=((1, 4),), answers=((8, 11),))
+    assert sequence.rows.tolist() == [7, 8, 9]
+    target = {0: [1, 2, 3], 1: [5, 6, 7], 2: [2, 3, 1], 3: [1, 5, 3]}
+    key = 30 * torch.eye(11)[None, None].expand(1, 2, 11, 11)  # two KV heads, key j points along axis j
+    query = torch.zeros(1, 4, 11, 11)
+    for head, places in target.items():
+        for row, place in zip([7, 8, 9], places, strict=True):
+            query[0, head, row, place] = 1
+    hits = copies(attention_weights(query, key, sequence.rows, scale=1.0), sequence)
+    assert hits.tolist() == [[True] * 3, [False] * 3, [False] * 3, [True, False, True]]
+
+
+def test_with_two_passkeys_each_row_has_its_own():
+    """The same word stands in both: looking at the other one's is no copy of this one."""
+    ids = torch.tensor([3, 9, 4, 9, 5, 5, 9, 6, 9])
+    sequence = Recall(ids, spans=((1, 2), (3, 4)), answers=((6, 7), (8, 9)))
+    weights = torch.zeros(1, 1, 2, 9)
+    weights[0, 0, :, 1] = 1
+    assert copies(weights, sequence).tolist() == [[True, False]]
+
+
+def test_retrieval_against_eager_attention(tokenizer):
+    model = tiny("llama")
+    got = score(model, tokenizer, "retrieval", **PASSKEYS, text=WORDS)
+    eager = double(copy.deepcopy(model).eval())
+    eager.set_attn_implementation("eager")
+    hits, steps, right = torch.zeros(2, 8, dtype=torch.float64), 0, 0
+    for each in passkeys(WORDS, tokenizer, **PASSKEYS):
+        with torch.no_grad():
+            out = eager(input_ids=each.ids[None], output_attentions=True)
+        for (first, end), (again, upto) in zip(each.spans, each.answers, strict=True):
+            for row in range(again - 1, upto - 1):
+                steps += 1
+                right += int(out.logits[0, row].argmax() == each.ids[row + 1])
+                for layer, table in enumerate(out.attentions):
+                    for head in range(8):
+                        best = int(table[0, head, row].argmax())
+                        hits[layer, head] += first <= best < end and each.ids[best] == each.ids[row + 1]
+    assert got.origin["steps"] == steps
+    assert got.origin["answered"] == pytest.approx(right / steps, abs=1e-4)
+    assert got.scores == (hits / steps).view(2, 4, 2).amax(-1).tolist()
+
+
+# --- ablation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
+    """Against models patched one KV head at a time, run whole."""
+    model = tiny(family)
+    got = score(model, tokenizer, "ablation", **PASSKEYS, text=WORDS)
+    sequences, heads = passkeys(WORDS, tokenizer, **PASSKEYS), model.config.num_key_value_heads
+
+    def answers(streaming):
+        patched = copy.deepcopy(model)
+        runtime.patch(patched, {"layers": [{"streaming": s, **REACH} for s in streaming]})
+        with torch.no_grad():
+            return [
+                patched(input_ids=s.ids[None], use_cache=False).logits[0, s.rows].double().log_softmax(-1)
+                for s in sequences
+            ]
+
+    whole = answers([[], []])
+    for layer in range(2):
+        for head in range(heads):
+            other = answers([[head] if here == layer else [] for here in range(2)])
+            kl = sum((a.exp() * (a - b)).sum(-1).mean() for a, b in zip(whole, other, strict=True)) / len(sequences)
+            assert got.scores[layer][head] == pytest.approx(float(kl), rel=1e-3, abs=1e-7)
+    assert max(map(max, got.scores)) > 1e-5
+
+
+def test_only_the_rows_that_are_looked_at_go_through_the_head(tokenizer):
+    model, (sequence, _) = tiny("llama"), passkeys(WORDS, tokenizer, **PASSKEYS)
+    with torch.no_grad():
+        want = model(input_ids=sequence.ids[None]).logits[0, sequence.rows].log_softmax(-1)
+        assert torch.allclose(log_probabilities(model, sequence), want, atol=1e-6)
+
+
+# --- gates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_gradient_of_a_gate_by_finite_differences(family, tokenizer, monkeypatch):
+    model, (sequence, _) = tiny(family).double(), passkeys(WORDS, tokenizer, **PASSKEYS)
+
+    def norm(self, x):  # Transformers' own computes in float32
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(type(model.model.norm), "forward", norm)
+    count = 2 * model.config.num_key_value_heads
+    mixed = MixedAttention(SINKS, WINDOW)
+    with watched(model, mixed) as mixed.watched:
+        whole = answer_states(model, sequence).detach()
+
+        def distance(values):
+            mixed.gates = values
+            return (answer_states(model, sequence) - whole).square().mean()
+
+        values = torch.linspace(0.2, 0.9, count, dtype=torch.float64, requires_grad=True)
+        (got,) = torch.autograd.grad(distance(values), [values])
+        step = 1e-5
+        with torch.no_grad():
+            for gate in range(count):
+                shift = torch.zeros_like(values)
+                shift[gate] = step
+                want = (distance(values + shift) - distance(values - shift)) / (2 * step)
+                assert float(got[gate]) == pytest.approx(float(want), rel=1e-6, abs=1e-10)
+    assert got.abs().min() > 0, "every gate matters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_gates_are_the_split_and_open_ones_the_base(family, tokenizer):
+    model, (sequence, _) = tiny(family), passkeys(WORDS, tokenizer, **PASSKEYS)
+    heads = model.config.num_key_value_heads
+    patched = copy.deepcopy(model)
+    runtime.patch(patched, {"layers": [{"streaming": list(range(heads)), **REACH}] * 2})
+    mixed = MixedAttention(SINKS, WINDOW)
+    with torch.no_grad():
+        base, split = (answer_states(each, sequence) for each in (model, patched))
+        with watched(model, mixed) as mixed.watched:
+            for value, want in ((1.0, base), (0.0, split)):
+                mixed.gates = torch.full((2 * heads,), value)
+                assert torch.allclose(answer_states(model, sequence), want, atol=1e-5)
+    assert not torch.allclose(base, split, atol=1e-3)
+
+
+def test_the_schedule_rises_and_falls():
+    factors = [schedule(step, 20) for step in range(20)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[-4:] == [1.0, 0.75, 0.5, 0.25]
+    assert [schedule(step, 1) for step in range(1)] == [1.0]
+    assert min(schedule(step, 200) for step in range(200)) == 0.1
+
+
+def test_the_loss_falls_and_the_weight_rules(tokenizer):
+    model = tiny("llama")
+    found = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=25, weight=1.0)
+    losses = [distance + mean for distance, mean in found.origin["losses"]]
+    assert losses[0] == pytest.approx(1.0, abs=1e-6), "all gates open: nothing is lost"
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(0 <= gate <= 1 for row in found.scores for gate in row)
+    free = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=25, weight=100.0)
+    assert {gate for row in free.scores for gate in row} == {0.0}
+    assert free.origin["undecided"] == 0.0
+    dear = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=3, weight=0.0)
+    assert all(gate > 0.99 for row in dear.scores for gate in row), "nothing pulls, nothing falls"
+
+
+def test_a_stopped_run_goes_on_to_the_same_gates(tokenizer, tmp_path):
+    model, state = tiny("qwen3"), tmp_path / "scores.json.state"
+    run = {**PASSKEYS, "text": WORDS, "steps": 7, "rate": 0.1}
+    whole = gates(model, tokenizer, **run)
+
+    def stop(done, total, label):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gates(model, tokenizer, **run, state=state, progress=stop)
+    assert len(json.loads(state.read_text())["losses"]) == 3
+    assert untouched(model), "also after an interruption"
+    steps = []
+    resumed = gates(model, tokenizer, **run, state=state, progress=lambda *facts: steps.append(facts[0]))
+    assert steps == [4, 5, 6, 7]
+    assert resumed == whole
+    with pytest.raises(SurgeryError, match="another seed"):
+        gates(model, tokenizer, **run | {"seed": 1}, state=state)
+    state.write_text("{")
+    with pytest.raises(SurgeryError):
+        gates(model, tokenizer, **run, state=state)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
+
+
+def untouched(model) -> bool:
+    left = [name for module in model.modules() for name in vars(module) if "surgery" in name or name == "forward"]
+    hooks = [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+    grads = [p for p in model.parameters() if p.grad is not None]
+    return not left and not hooks and not grads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scored_model_is_as_it_was(method, family, tokenizer):
+    model = tiny(family).train()
+    model.lm_head.eval()
+    next(model.parameters()).requires_grad_(False)
+    implementation = model.config._attn_implementation
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    wanted = [p.requires_grad for p in model.parameters()]
+    generator = torch.get_rng_state()
+    got = score(model, tokenizer, method, **settings(method), seed=1)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert model.config._attn_implementation == implementation
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert untouched(model)
+    assert [len(row) for row in got.scores] == [model.config.num_key_value_heads] * 2
+    assert (got.method, got.origin["sinks"], got.origin["window"]) == (method, SINKS, WINDOW)
+    assert got.origin["model"] == model_facts(Anatomy.of(model))
+    assert all(math.isfinite(x) for row in got.scores for x in row)
+    assert json.loads(json.dumps(got.to_dict())) == got.to_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_alone_decides(method, tokenizer):
+    model, given = tiny("llama"), settings(method) | {"samples": 1}
+    one, same, other = (score(model, tokenizer, method, **given, seed=seed) for seed in (1, 1, 5))
+    assert one == same
+    if method != "retrieval":  # a random model copies next to nothing
+        assert other.scores != one.scores
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(tokenizer, monkeypatch):
+    model = tiny("llama")
+    before = model.config._attn_implementation
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(gates_module, "answer_states", fails)
+    with pytest.raises(MemoryError):
+        gates(model, tokenizer, **PASSKEYS, text=WORDS)
+    assert untouched(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method, tokenizer):
+    got = score(tiny("llama").bfloat16(), tokenizer, method, **settings(method))
+    assert all(math.isfinite(x) for row in got.scores for x in row)
+
+
+def test_what_cannot_be_scored(tokenizer):
+    with pytest.raises(SurgeryError, match="attention interface"):
+        score(TINY["bloom"](), tokenizer, "far-mass", **SHORT, text=WORDS)
+    with pytest.raises(SurgeryError, match="composites"):
+        score(tiny("gemma3_image_text"), tokenizer, "far-mass", **SHORT, text=WORDS)
+    split = tiny("llama")
+    runtime.patch(split, {"layers": [{"streaming": [0], **REACH}] * 2})
+    with pytest.raises(SurgeryError, match="surgical already"):
+        score(split, tokenizer, "ablation", **SHORT, text=WORDS)
+    with pytest.raises(SurgeryError, match="far-mass, retrieval, gates, ablation"):
+        score(tiny("llama"), tokenizer, "farmass", **SHORT)
+    with pytest.raises(SurgeryError, match="far-mass takes no steps"):
+        score(tiny("llama"), tokenizer, "far-mass", **SHORT, steps=3)
+    with pytest.raises(SurgeryError, match="no far past"):
+        score(tiny("llama", max_position_embeddings=64), tokenizer, "gates", **SHORT, text=WORDS)
+    assert "steps" in settings_of("gates")
+
+
+# --- files and choice -------------------------------------------------------------------------------------------
+
+
+def test_the_lowest_scores_stream():
+    scores = [[0.9, 0.1, 0.5], [0.2, 0.2, 0.8]]
+    assert choose_streaming(scores, ratio=0.5) == [[1], [0, 1]]
+    assert choose_streaming(scores, ratio=0.0) == [[], []]
+    assert choose_streaming(scores, ratio=1.0) == [[0, 1, 2], [0, 1, 2]]
+    assert choose_streaming(scores, threshold=0.5) == [[1], [0, 1]]
+    assert choose_streaming(scores, ratio=0.5, min_retrieval=2) == [[1], [0]]
+    assert choose_streaming(scores, ratio=0.5, protect=(1,)) == [[0, 1, 2], []]
+    assert choose_streaming(scores, ratio=1 / 3) == [[1], [0]], "ties go by layer and head"
+
+
+@pytest.fixture
+def anatomy():
+    return Anatomy.of(tiny("llama", num_key_value_heads=2, num_attention_heads=4))
+
+
+def test_score_files(tmp_path, anatomy):
+    scores = HeadScores("far-mass", [[0.5, 0.25], [1.0, 0.0]], {"text": "t", "model": model_facts(anatomy, "mine")})
+    file = tmp_path / "scores.json"
+    scores.save(file)
+    assert load_scores(file, anatomy) == scores
+    (tmp_path / "pattern.tsv").write_text("0.5\t0.25\n1.0\t0.0\n")  # as DuoAttention publishes its patterns
+    assert load_scores(tmp_path / "pattern.tsv", anatomy).scores == scores.scores
+    with pytest.raises(SurgeryError, match="another model: 2 x 2"):
+        load_scores(file, Anatomy.of(tiny("llama")))
+    (tmp_path / "pattern.tsv").write_text("0.5\t0.25\n1.0\n")
+    with pytest.raises(SurgeryError, match=r"another model: 2 x \[2, 1\]"):
+        load_scores(tmp_path / "pattern.tsv", anatomy)
+    (tmp_path / "pattern.tsv").write_text("0.5\tnan\n1.0\t0.0\n")
+    with pytest.raises(SurgeryError, match="NaN"):
+        load_scores(tmp_path / "pattern.tsv", anatomy)
+    with pytest.raises(SurgeryError, match="no such score file"):
+        load_scores(tmp_path / "none.json", anatomy)
+    for text in (
+        "",
+        "a b\nc d\n",
+        "{}",
+        "[1, 2]",
+        '{"format": 2, "method": "", "scores": [], "origin": {}}',
+        '{"format": 1',
+    ):
+        file.write_text(text)
+        with pytest.raises(SurgeryError, match=r"not a table of scores|another model: nothing"):
+            load_scores(file, anatomy)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"num_attention_heads": 8},
+        {"hidden_size": 128, "head_dim": 16},
+        {"head_dim": 32},
+    ],
+)
+def test_scores_of_another_model_of_the_same_shape_are_refused(tmp_path, anatomy, other):
+    facts = model_facts(anatomy, "org/mine")
+    HeadScores("gates", [[0.5, 0.25], [1.0, 0.0]], {"model": facts}).save(tmp_path / "scores.json")
+    model = tiny("llama", **{"num_key_value_heads": 2, "num_attention_heads": 4} | other)
+    model.config._name_or_path = "org/other"
+    with pytest.raises(SurgeryError) as raised:
+        load_scores(tmp_path / "scores.json", Anatomy.of(model))
+    said = str(raised.value)
+    assert "org/mine" in said
+    assert facts["hash"] in said
+    assert "org/other" in said
+    assert model_facts(Anatomy.of(model))["hash"] in said
+
+
+def test_the_hash_is_of_the_config_and_the_same_from_disk_and_memory(tmp_path):
+    for family in FAMILIES:
+        model = tiny(family)
+        model.save_pretrained(tmp_path / family)
+        loaded = type(model).from_pretrained(tmp_path / family)
+        hashes = {model_facts(Anatomy.of(each))["hash"] for each in (model, loaded, model.config, tmp_path / family)}
+        assert len(hashes) == 1, family
+        assert hashes == {model_facts(Anatomy.of(tiny(family, seed=5)))["hash"]}, "weights do not matter"
+
+
+def test_a_word_is_a_method_a_file_or_a_slip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("1 2")
+    assert is_method("gates")
+    assert not is_method("mine")
+    assert not is_method("none.json")
+    assert not is_method("folder/none")
+    with pytest.raises(SurgeryError, match="did you mean 'ablation'"):
+        is_method("ablations")

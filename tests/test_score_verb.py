@@ -1,0 +1,172 @@
+"""`surgery score` and `surgery inspect --heads` through the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from surgery.calibration.head_scores import HeadScores
+from surgery.calibration.scorers import METHODS
+from surgery.display.heads import HeadMap, tenth_of
+
+SPLIT = ("--no-check", "--no-eval", "sinks=2", "window=6")
+
+
+@pytest.fixture
+def score(surgery, model, text):
+    """`surgery score` of the tiny model on a text that it knows."""
+    small = ("--sinks", 2, "--window", 6, "--samples", 2, "--length", 190, "--text", text)
+
+    def run(*args):
+        return surgery("score", model, *small, *args)
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_file_that_apply_takes(score, surgery, model, method, tmp_path):
+    done = score("--method", method, "-o", "scores.json", *(["--steps", 2] if method == "gates" else []))
+    assert done.code == 0, done.err
+    assert "wrote scores.json" in done.out
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["method"] == method
+    assert [len(row) for row in found["scores"]] == [3, 3]
+    assert found["origin"]["model"]["name"] == "model"
+    rows = [line for line in done.out.splitlines() if line.startswith("head ")]
+    tenths = tenth_of(found["scores"])
+    assert rows == [f"head {head:<4}{tenths[0, head]}{tenths[1, head]}" for head in range(3)]
+    applied = surgery("apply", "duo-attention", model, "-o", "out", "scores=scores.json", *SPLIT)
+    assert applied.code == 0, applied.err
+    record = json.loads((tmp_path / "out" / "surgery.json").read_text())["operations"][0]["record"]
+    assert record["scores"] == found
+    low = sorted((x, layer, head) for layer, row in enumerate(found["scores"]) for head, x in enumerate(row))[:3]
+    assert sorted((layer, head) for layer, row in enumerate(record["streaming"]) for head in row) == sorted(
+        (layer, head) for _, layer, head in low
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "scores.json", "words.txt"]
+
+
+def test_json_is_the_file(score, tmp_path):
+    done = score("-o", "new/scores.json", "--json")
+    assert done.code == 0, done.err
+    assert done.json == json.loads((tmp_path / "new" / "scores.json").read_text())
+    assert done.json["origin"]["sinks"] == 2
+
+
+def test_a_file_is_not_replaced_unasked(score, tmp_path):
+    (tmp_path / "scores.json").write_text("mine")
+    refused = score("-o", "scores.json")
+    assert (refused.code, (tmp_path / "scores.json").read_text()) == (2, "mine")
+    assert "--overwrite" in refused.err
+    assert score("-o", "scores.json", "--overwrite").code == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["method"] == "far-mass"
+
+
+def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
+    from surgery.calibration import gates
+
+    gates_of = ("--method", "gates", "--steps", 5)
+    assert score(*gates_of, "-o", "whole.json").code == 0
+    step = gates._Run.step
+
+    def stops(self, *args):
+        if len(self.losses) == 3:
+            raise MemoryError
+        step(self, *args)
+
+    monkeypatch.setattr(gates._Run, "step", stops)
+    assert score(*gates_of, "-o", "scores.json").code == 1
+    assert not (tmp_path / "scores.json").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    again = score(*gates_of, "-o", "scores.json")
+    assert again.code == 2
+    assert "--resume" in again.err
+    other = score("--method", "gates", "--steps", 6, "-o", "scores.json", "--resume")
+    assert other.code == 2
+    assert "another steps" in other.err
+    assert score(*gates_of, "-o", "scores.json", "--resume").code == 0
+    assert (tmp_path / "scores.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not (tmp_path / "scores.json.state").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), ["-o scores.json"]),
+        (("-o", "s.json", "--method", "gate"), ["gate", "far-mass, retrieval, gates, ablation"]),
+        (("-o", "s.json", "--steps", "5"), ["far-mass takes no steps"]),
+        (("-o", "s.json", "--resume"), ["no steps to go on from"]),
+        (("-o", "s.json", "--window", "900"), ["no far past", "smaller window"]),
+        (("-o", "s.json", "--text", "none.txt"), ["no such text file"]),
+        (("-o", "model"), ["exists"]),
+        (("-o", "s.json", "--plot", "s.svg"), ["PNG"]),
+    ],
+)
+def test_bad_use(refused, model, args, says):
+    refused("score", model, *args, says=says)
+
+
+def test_pictures(score, surgery, model, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = score("--method", "gates", "--steps", 3, "-o", "s.json", "--plot", "s.png")
+    assert done.code == 0, done.err
+    for name in ("s.png", "s-loss.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"wrote {name}" in done.out
+    seen = surgery("inspect", model, "--heads", "--scores", "s.json", "--plot", "map.png")
+    assert seen.code == 0, seen.err
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_map_of_a_split_and_of_scores(score, surgery, model, tmp_path):
+    HeadScores("far-mass", [[0.1, 0.9, 0.2], [0.8, 0.3, 0.7]], {}).save(tmp_path / "s.json")
+    assert surgery("apply", "duo-attention", model, "-o", "out", "scores=s.json", *SPLIT).code == 0
+    seen = surgery("inspect", "out", "--heads")
+    assert seen.code == 0, seen.err
+    rows = [line for line in seen.out.splitlines() if line.startswith("head ")]
+    assert rows[:3] == ["head 0   ·#", "head 1   #·", "head 2   ·#"], "the three lowest stream"
+    assert rows[3:] == ["head 0   06", "head 1   83", "head 2   15"]
+    assert "3 of 6 KV heads stream" in seen.out
+    assert "2 sinks + 6 tokens" in seen.out
+    data = surgery("inspect", "out", "--heads", "--json").json
+    assert [layer["streaming"] for layer in data["layers"]] == [[0, 2], [1]]
+    assert [layer["scores"] for layer in data["layers"]] == [[0.1, 0.9, 0.2], [0.8, 0.3, 0.7]]
+    base = surgery("inspect", model, "--heads", "--scores", "s.json")
+    assert [line for line in base.out.splitlines() if line.startswith("head ")] == rows[3:]
+    (tmp_path / "out" / "surgery.json").unlink()
+    bare = surgery("inspect", "out", "--heads")
+    assert [line for line in bare.out.splitlines() if line.startswith("head ")] == rows[:3], "the split alone"
+
+
+def test_a_base_without_scores_has_no_map(refused, model, tmp_path):
+    refused("inspect", model, "--heads", says=["surgery score"])
+    refused("inspect", model, "--plot", "x.png", says=["--heads"])
+    refused("inspect", model, "--heads", "--scores", "none.json", says=["no such score file"])
+
+
+def test_scores_of_another_model_are_a_problem_of_the_plan(refused, model, tmp_path):
+    facts = {"name": "org/other", "hash": "0" * 12, "model_type": "qwen3"}
+    HeadScores("gates", [[0.1] * 3] * 2, {"model": facts}).save(tmp_path / "s.json")
+    says = ["org/other", "0" * 12, "model_type"]
+    refused("plan", "duo-attention", model, "scores=s.json", says=says)
+    refused("apply", "duo-attention", model, "-o", "out", "scores=s.json", says=says)
+    refused("inspect", model, "--heads", "--scores", "s.json", says=says)
+    HeadScores("gates", [[0.1] * 4] * 2, {}).save(tmp_path / "s.json")
+    refused("plan", "duo-attention", model, "scores=s.json", says=["2 x 4", "2 x 3"])
+
+
+def test_a_surgical_model_is_not_scored(refused, surgery, model, tmp_path):
+    HeadScores("file", [[0.1, 0.2, 0.3]] * 2, {}).save(tmp_path / "s.json")
+    assert surgery("apply", "duo-attention", model, "-o", "out", "scores=s.json", *SPLIT).code == 0
+    refused("score", "out", "-o", "t.json", says=["surgical already"])
+
+
+def test_many_layers_are_cut_into_lines(capsys):
+    from surgery.display.heads import show
+
+    show(HeadMap("big", [2] * 70, [[0]] * 70, "4 sinks + 8 tokens"))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.removeprefix("head 0   ") for line in lines if line.startswith("head 0")] == ["·" * 60, "·" * 10]
+    assert lines[0].split() == ["layer", "0", "10", "20", "30", "40", "50"]
