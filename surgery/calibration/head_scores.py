@@ -139,14 +139,15 @@ def watched(model, measure):
     """The model in eval mode with every attention call shown to `measure(module, query, key, scale, window)`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from ..runtime.modeling_surgery import attention_modules, base_windows
-    from ..runtime.surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
+    from ..runtime.modeling_surgery import attention_modules
+    from ..runtime.surgery_attention import surgery_attention, surgery_mask
+    from ..runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
 
     if getattr(model.config, "surgery", None):
         raise SurgeryError(
             "this model is surgical already: heads are measured on the base", where=type(model).__name__
         )
-    windows, kv_heads = base_windows(model.config), kv_head_count(model)
+    windows, groups = base_windows(model.config), query_groups(model.config)
     modules = attention_modules(model)
     before, training = model.config._attn_implementation, model.training
 
@@ -160,7 +161,7 @@ def watched(model, measure):
     AttentionMaskInterface.register(name, surgery_mask)
     try:
         for module in modules:
-            module.surgery_heads = kinds_of_heads(kv_heads, [], 0, 1, windows[module.layer_idx])
+            module.surgery_heads = kinds_of_heads(groups, limit=windows[module.layer_idx])
         model.eval().set_attn_implementation(name)
         yield
     finally:
