@@ -35,6 +35,7 @@ class LayerAnatomy:
         biases: which of "q", "k", "v", "o" have a bias (letters in that order).
         dtype: of the projections, in safetensors' spelling; "" when only the config is known.
         layout: the family's row, with Falcon's variants settled.
+        query_groups: query heads that read each KV head, where they are not equally many; else ().
         streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
     """
 
@@ -51,13 +52,14 @@ class LayerAnatomy:
     biases: str
     dtype: str
     layout: Family
+    query_groups: tuple[int, ...] = ()
     streaming: tuple[int, ...] = ()
     sinks: int = 0
     streaming_window: int = 0
 
     @property
     def group(self) -> int:
-        """Query heads that share one KV head."""
+        """Query heads that share one KV head, where they are equally many for each."""
         return self.heads // self.kv_heads
 
     @property
@@ -148,6 +150,13 @@ class Anatomy:
         return getattr(self.config, "surgery", None) is not None
 
     @property
+    def alike(self) -> bool:
+        """Whether all layers have the same heads, each KV head read by equally many."""
+        return len({(layer.heads, layer.kv_heads, layer.query_groups) for layer in self.layers}) == 1 and not (
+            self.layers[0].query_groups
+        )
+
+    @property
     def parameters(self) -> int:
         """Number of stored values (tied tensors once); 0 if only the config is known."""
         return sum(prod(shape) for _, shape in self.tensors.values())
@@ -166,6 +175,18 @@ class Anatomy:
                 f"this falcon (old decoder) has a switch, multi_query, and no number: 1 KV head or {layer.heads} "
                 f"are possible, {kv_heads} are not"
             )
+        return ""
+
+    def shapes_problem(self) -> str:
+        """Why the layers of this model cannot differ in their heads, even on the surgical tier; "" if they can."""
+        layout = self.layers[0].layout
+        if self.composite:
+            return "composites (vision + text) are not supported by the surgical tier"
+        if self.guess or not layout.interface:
+            reason = "is not a known family" if self.guess else "does not use Transformers' attention interface"
+            return f"{self.model_type} {reason}"
+        if layout.qkv or layout.kv_field != "num_key_value_heads" or self.layers[0].norm_per_head:
+            return f"the forward of {self.model_type} counts heads by its config, one number for all layers"
         return ""
 
     def with_kv_heads(self, kv_heads: int) -> Anatomy:
@@ -188,6 +209,13 @@ class Anatomy:
                 edits = {"multi_query": multi, "num_kv_heads": self.layers[0].heads}
         layers = tuple(replace(layer, kv_heads=kv_heads, layout=layout) for layer in self.layers)
         return replace(self, layers=layers, edits=self.edits | edits)
+
+    def with_kv_heads_by_layer(self, kv_heads: list[int]) -> Anatomy:
+        """This anatomy with so many KV heads in each layer; where they differ, the surgical tier alone has them."""
+        if len(set(kv_heads)) == 1:
+            return self.with_kv_heads(kv_heads[0])
+        layers = zip(self.layers, kv_heads, strict=True)
+        return replace(self, layers=tuple(replace(layer, kv_heads=heads) for layer, heads in layers))
 
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
         """This anatomy with these KV heads of each layer seeing sinks + window."""
@@ -213,7 +241,7 @@ class Anatomy:
         )
         layers = [
             {key: getattr(layer, key) for key in (*keys, "biases", "dtype")}
-            | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts}
+            | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts, "query_groups": layer.query_groups}
             for layer in self.layers
         ]
         return {

@@ -19,6 +19,7 @@ from .pickled import readable
 from .planning import Plan, make_plan
 from .report import Report, history_of, new_report
 from .shards import convert_shards
+from .surgical import export, layer_entries
 
 
 def convert(
@@ -213,4 +214,7 @@ def _steps_in_memory(plan: Plan, model):
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     raw = plan.after.edit_config(read_json(base / "config.json"))
+    names = [{name: plan.shapes[f"{layer.path}.{name}"] for name in layer.tensor_names} for layer in plan.after.layers]
+    if entries := layer_entries(plan.after, names):
+        raw = export(raw, plan.after, entries, partial)
     write_text(partial / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")

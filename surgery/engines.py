@@ -10,6 +10,7 @@ from .anatomy import Anatomy, LayerAnatomy
 from .checkpoint import stored_dtype
 from .errors import SurgeryError
 from .layers import AttentionLayer, pack, part_shapes, unpack
+from .surgical import layer_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +148,11 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, Context]]) -> list[dic
         _set_head_numbers(module, target, after.edits)
     for name, value in after.edits.items():
         setattr(before.config, name, value)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
+    if entries := layer_entries(after, shapes):
+        from .runtime.modeling_surgery import patch
+
+        patch(model, {"layers": entries})
     return records
 
 

@@ -50,7 +50,8 @@ class Plan:
 
     @property
     def tier(self) -> str:
-        return SURGICAL if any(step.change.tier == SURGICAL for step in self.steps) else NATIVE
+        surgical = self.before.surgical or any(step.change.tier == SURGICAL for step in self.steps)
+        return SURGICAL if surgical else NATIVE
 
     @property
     def streams(self) -> bool:
@@ -161,11 +162,10 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    if anatomy.surgical:
-        return [
-            f"{operation.op}: this checkpoint is surgical already, and a second surgery on it is not in this version; "
-            "write one recipe with all operations and start from the base"
-        ]
+    held = "visibility" if any(layer.streaming for layer in anatomy.layers) else None
+    if held and operation.term in (held, None):
+        reason = f"sets the {held} already" if operation.term else f"sets the {held}, and weight rewrites come before"
+        return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         if operation.term is not None and step.operation.term == operation.term:
             return [f"{operation.op}: {step.operation.op} before it sets the {operation.term} of the same heads"]

@@ -50,12 +50,13 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     prefix = prefix or _find_layers(family, tensors, count, config, where)
     layers = []
     for i in range(count):
+        own = _surgery(config, i)
         path = f"{prefix}.{i}.{family.attn}"
         layer = LayerAnatomy(
             index=i,
             path=path,
-            heads=heads,
-            kv_heads=kv_heads,
+            heads=own.get("num_attention_heads", heads),
+            kv_heads=own.get("num_key_value_heads", kv_heads),
             head_dim=head_dim,
             rotary=_rotary(text, family, head_dim, i, guess),
             positions=_positions(text, family, i, guess),
@@ -65,7 +66,10 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
             biases=_biases(family, tensors, path),
             dtype=_dtype(family, tensors, path),
             layout=family,
-            **_streaming(config, i),
+            query_groups=tuple(own.get("query_groups", ())),
+            streaming=tuple(own.get("streaming", ())),
+            sinks=own.get("sinks", 0),
+            streaming_window=own.get("window", 0),
         )
         if tensors:
             _verify(layer, tensors, config, where)
@@ -77,14 +81,10 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
 
 
-def _streaming(config, i: int) -> dict:
-    """The head split of a surgical checkpoint's layer."""
+def _surgery(config, i: int) -> dict:
+    """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
     block = getattr(config, "surgery", None)
-    if not block:
-        return {}
-    layer = block["layers"][i]
-    facts = {"sinks": layer.get("sinks", 0), "streaming_window": layer.get("window", 0)}
-    return facts | {"streaming": tuple(layer.get("streaming", []))}
+    return block["layers"][i] if block else {}
 
 
 def _number(config, name: str, where: str) -> int:

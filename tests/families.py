@@ -278,14 +278,18 @@ def stranger(folder: Path) -> Path:
     return python
 
 
-def open_doors(folders: list[Path], scratch: Path, generate: int = 2) -> dict[Path, dict]:
+def open_doors(folders: list[Path], scratch: Path, generate: int = 2, trust: bool = False) -> dict[Path, dict]:
     """Load every folder with stock Transformers in one fresh process without `surgery`.
+
+    Args:
+        trust: run the code in the folder (door 2).
 
     Returns:
         folder -> what door.py says of it, and its "logits" on `TOKENS`.
     """
     jobs = [
-        {"folder": str(f), "tokens": TOKENS.tolist(), "generate": generate, "logits": str(scratch / f"{i}.pt")}
+        {"folder": str(f), "tokens": TOKENS.tolist(), "generate": generate, "trust": trust}
+        | {"logits": str(scratch / f"{i}.pt")}
         for i, f in enumerate(folders)
     ]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -87,7 +87,7 @@ def test_the_real_process_gives_the_code_and_one_message(model, tmp_path):
         (["kv_heads=9"], ["cannot become 9; possible: 1, 3; `expand` repeats heads"]),
         (["kv_heads=99"], ["cannot become 99; possible: 1, 3"]),
         (["kv_heads=99999999999999999999"], ["cannot become 99999999999999999999; possible: 1, 3"]),
-        (["kv_heads=[1, 3]"], ["list of KV heads", "surgical tier", "give one number for all layers"]),
+        (["kv_heads=[1, 3, 1]"], ["gqa: kv_heads lists 3 layers, the model has 2"]),
         (["kv_heads=1", "method=random", "align=procrustes"], ["align", "method: random", "drop one of them"]),
     ],
 )

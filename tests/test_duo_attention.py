@@ -41,12 +41,15 @@ def test_through_the_command(surgery, split, model):
     assert config["model_type"] == "surgery"
     assert config["architectures"] == ["SurgeryLlamaForCausalLM"]
     files = {path.name for path in split.glob("*.py")}
-    assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_stores.py"}
+    assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py"} | {
+        "surgery_heads.py",
+        "surgery_stores.py",
+    }
     card = (split / "README.md").read_text()
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)
     assert again.code == 2
-    assert "second surgery" in again.err
+    assert "sets the visibility already" in again.err
     seen = surgery("inspect", split, "--json")
     found = [(layer["streaming"] or {"kv_heads": []})["kv_heads"] for layer in seen.json["layers"]]
     assert found == report["operations"][0]["record"]["streaming"]

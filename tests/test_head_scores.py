@@ -409,7 +409,7 @@ def test_what_cannot_be_scored(tokenizer):
         score(tiny("gemma3_image_text"), tokenizer, "far-mass", **SHORT, text=WORDS)
     split = tiny("llama")
     runtime.patch(split, {"layers": [{"streaming": [0], **REACH}] * 2})
-    with pytest.raises(SurgeryError, match="surgical already"):
+    with pytest.raises(SurgeryError, match="split already"):
         score(split, tokenizer, "ablation", **SHORT, text=WORDS)
     with pytest.raises(SurgeryError, match="far-mass, retrieval, gates, ablation"):
         score(tiny("llama"), tokenizer, "farmass", **SHORT)

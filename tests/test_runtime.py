@@ -390,7 +390,7 @@ def test_what_would_undo_the_surgery_is_refused():
         ({"layers": [{"streaming": [0], "sinks": -1, "window": 1}] * 2}, "sinks"),
         ({"layers": [{"streaming": [0], "sinks": 1, "window": 0}] * 2}, "window"),
         ({"layers": [{"streming": [0]}] * 2}, "other keys"),
-        ({"layers": [{"streaming": [0]}] * 2}, "need sinks and window"),
+        ({"layers": [{"streaming": [0]}] * 2}, "without sinks and window"),
         ({"layers": [{"streaming": [0, 0], "sinks": 1, "window": 1}] * 2}, "each once"),
         ({"layers": [{"streaming": [True], "sinks": 1, "window": 1}] * 2}, "streaming"),
         ({"layers": [{"streaming": [[0]], "sinks": 1, "window": 1}] * 2}, "streaming"),

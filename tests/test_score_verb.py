@@ -160,7 +160,7 @@ def test_scores_of_another_model_are_a_problem_of_the_plan(refused, model, tmp_p
 def test_a_surgical_model_is_not_scored(refused, surgery, model, tmp_path):
     HeadScores("file", [[0.1, 0.2, 0.3]] * 2, {}).save(tmp_path / "s.json")
     assert surgery("apply", "duo-attention", model, "-o", "out", "scores=s.json", *SPLIT).code == 0
-    refused("score", "out", "-o", "t.json", says=["surgical already"])
+    refused("score", "out", "-o", "t.json", says=["split already"])
 
 
 def test_many_layers_are_cut_into_lines(capsys):

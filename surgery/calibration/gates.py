@@ -75,7 +75,7 @@ def gates(
                 with torch.no_grad():
                     wholes[number] = answer_states(model, sequences[number])
             mixed.gates = run.gates
-            distance = (answer_states(model, sequences[number]) - wholes[number]).square().mean()
+            distance = apart(answer_states(model, sequences[number]), wholes[number])
             run.step(distance, weight, schedule(step, steps))
             if state is not None:
                 run.save(Path(state))
@@ -118,6 +118,11 @@ def answer_states(model, sequence: Recall) -> torch.Tensor:
     hidden = model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False).last_hidden_state[0]
     hidden = hidden[sequence.rows.to(hidden.device)]
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def apart(states: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference, relative to the mean square of `whole`: a weight means the same in every model."""
+    return (states - whole).square().mean() / whole.square().mean()
 
 
 def schedule(step: int, steps: int) -> float:

@@ -139,8 +139,9 @@ def score_to_file(
         fix = "add --resume to go on from it, or --overwrite to start anew"
         raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix)
     source = resolve(model)
-    if getattr(read_config(source.path), "surgery", None):
-        raise SurgeryError("this model is surgical already: heads are measured on the base", where=source.name)
+    block = getattr(read_config(source.path), "surgery", None)
+    if block and any(layer.get("streaming") for layer in block["layers"]):
+        raise SurgeryError("the heads of this model are split already: measure its base", where=source.name)
     with parent_folder(output):
         if not resume:
             state.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..anatomy import Anatomy
 from ..errors import SurgeryError
-from ..runtime.modeling_surgery import attention_modules, base_windows
-from ..runtime.surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
+from ..runtime.modeling_surgery import attention_modules
+from ..runtime.surgery_attention import surgery_attention, surgery_mask
+from ..runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
 from .head_scores import unsupported
 
 NAME = "surgery_watch"
@@ -26,11 +27,13 @@ class Watched:
     Attributes:
         anatomy: the model's.
         modules: its attention modules, one a layer.
+        groups: of each layer, how many query heads read each KV head.
         windows: the base's own sliding window of each layer, or None.
     """
 
     anatomy: Anatomy
     modules: list
+    groups: list[list[int]]
     windows: list[int | None]
 
     @property
@@ -40,7 +43,7 @@ class Watched:
 
     def look(self, layer: int, streaming: Sequence[int] = (), sinks: int = 0, window: int = 1) -> None:
         """Let these KV heads of a layer see sinks + window, and its other heads all."""
-        kinds = kinds_of_heads(self.kv_heads[layer], list(streaming), sinks, window, self.windows[layer])
+        kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
         self.modules[layer].surgery_heads = kinds
 
     def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
@@ -63,19 +66,21 @@ def watched(model, attention: Callable = surgery_attention) -> Iterator[Watched]
     Raises:
         SurgeryError: this model's heads cannot be measured so.
     """
-    if getattr(model.config, "surgery", None):
-        raise SurgeryError(
-            "this model is surgical already: heads are measured on the base", where=type(model).__name__
-        )
     anatomy = Anatomy.of(model)
     modules = attention_modules(model)
     reason = unsupported(anatomy)
+    if any(layer.streaming for layer in anatomy.layers):
+        reason = "the heads of this model are split already: measure its base"
+    if any(layer.query_groups for layer in anatomy.layers):
+        reason = "KV heads that are read by unequally many query heads cannot be measured in this version"
     if not reason and not all(hasattr(sys.modules[type(m).__module__], "ALL_ATTENTION_FUNCTIONS") for m in modules):
         reason = f"{anatomy.model_type} does not use the attention interface in this version of Transformers"
     if reason:
         raise SurgeryError(reason, where=type(model).__name__)
-    found = Watched(anatomy, modules, base_windows(model.config))
-    before = model.config._attn_implementation
+    block = getattr(model.config, "surgery", None)  # of layers of different shape
+    groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
+    found = Watched(anatomy, modules, groups, base_windows(model.config))
+    before, kinds = model.config._attn_implementation, [getattr(m, "surgery_heads", None) for m in modules]
     modes = [(module, module.training) for module in model.modules()]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # One function serves every model and measurement: the registry is global, and would keep what a closure holds.
@@ -87,17 +92,19 @@ def watched(model, attention: Callable = surgery_attention) -> Iterator[Watched]
             found.look(layer)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        model.eval().set_attn_implementation(NAME)
+        model.eval().config._attn_implementation = NAME  # a surgical model's setter would refuse
         yield found
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before
         for module, training in modes:
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for module in modules:
+        for module, own in zip(modules, kinds, strict=True):
             for attribute in ("surgery_watch", "surgery_heads"):
                 module.__dict__.pop(attribute, None)
+            if own is not None:
+                module.surgery_heads = own
 
 
 def _dispatch(module, query, key, value, mask, **kwargs):

@@ -25,6 +25,8 @@ class Expand(WeightRewrite):
     kv_heads: int | None = Field(None, ge=1, description="KV heads after; default: one for each query head (MHA).")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
+        if not anatomy.alike:
+            return ["expand: the layers of this model have different heads; start from its base"]
         layer = anatomy.layers[0]
         target = self.kv_heads or layer.heads
         legal = [g for g in range(layer.kv_heads, layer.heads + 1) if g % layer.kv_heads == 0 and layer.heads % g == 0]

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..alignment import key_turns, orthogonal_turns
 from ..grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
-from ..operation import Change, WeightRewrite
+from ..operation import NATIVE, SURGICAL, Change, WeightRewrite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class GQA(WeightRewrite):
 
     op: Literal["gqa"] = "gqa"
     kv_heads: Heads | list[Heads] = Field(
-        description="KV heads after; divides the query heads. A list is one a layer."
+        description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier)."
     )
     method: Literal["mean", "first", "random"] = Field(
         "mean",
@@ -52,12 +52,23 @@ class GQA(WeightRewrite):
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        layer, target = anatomy.layers[0], self.kv_heads
-        if isinstance(target, list):
-            return [
-                "gqa: a list of KV heads, one a layer, needs code beyond stock Transformers (the surgical tier), "
-                "which this version does not have; give one number for all layers"
-            ]
+        if not anatomy.alike:
+            return ["gqa: the layers of this model have different heads already; start from its base"]
+        targets = self._targets(anatomy)
+        if len(targets) != len(anatomy.layers):
+            return [f"gqa: kv_heads lists {len(targets)} layers, the model has {len(anatomy.layers)}"]
+        found = [problem for target in dict.fromkeys(targets) for problem in self._problems(anatomy, target)]
+        if len(set(targets)) > 1 and (reason := anatomy.shapes_problem()):
+            found.append(f"gqa: {reason}: give one number of KV heads for all layers")
+        return list(dict.fromkeys(found))
+
+    def _targets(self, anatomy: Anatomy) -> list[int]:
+        """KV heads after, for each layer."""
+        return self.kv_heads if isinstance(self.kv_heads, list) else [self.kv_heads] * len(anatomy.layers)
+
+    def _problems(self, anatomy: Anatomy, target: int) -> list[str]:
+        """Why no layer can have so many KV heads."""
+        layer = anatomy.layers[0]
         legal = [g for g in range(1, layer.kv_heads + 1) if layer.heads % g == 0]
         if target not in legal:
             more = "; `expand` repeats heads" if target > layer.kv_heads and layer.heads % target == 0 else ""
@@ -96,22 +107,28 @@ class GQA(WeightRewrite):
         return found
 
     def plan(self, anatomy: Anatomy) -> Change:
-        layer, target = anatomy.layers[0], self.kv_heads
-        if target == layer.kv_heads:
-            return Change(anatomy, (f"nothing: there are {target} KV heads already",))
+        layer, targets = anatomy.layers[0], self._targets(anatomy)
+        if set(targets) == {layer.kv_heads}:
+            return Change(anatomy, (f"nothing: there are {layer.kv_heads} KV heads already",))
         how = [self.method] + [x for x in (self.align, self.grouping) if x not in ("none", "neighbours")]
-        line = f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers ({', '.join(how)})"
+        merged = [target for target in targets if target != layer.kv_heads]
+        lines = tuple(
+            f"KV heads {layer.kv_heads} → {target} in {merged.count(target)} layers ({', '.join(how)})"
+            for target in sorted(set(merged))
+        )
         # Alignment: some 30 rounds of products [d, n] x [n, d] for every head, at 25 GFLOP/s.
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
-        seconds = len(anatomy.layers) * flops / 25e9 if self.align != "none" else 0.0
-        return Change(anatomy.with_kv_heads(target), (line,), notes=tuple(self._notes(anatomy)), seconds=seconds)
+        seconds = len(merged) * flops / 25e9 if self.align != "none" else 0.0
+        after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
+        return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds)
 
-    def _notes(self, anatomy: Anatomy):
+    def _notes(self, anatomy: Anatomy, targets: list[int]):
         layer = anatomy.layers[0]
         if getattr(anatomy.config, "new_decoder_architecture", False):
             yield "Transformers' Falcon repeats KV heads before its cache: only engines that do not cache fewer bytes"
-        if layer.kv_heads % self.kv_heads:
-            yield f"{self.kv_heads} does not divide {layer.kv_heads}: some KV heads enter two groups"
+        for target in sorted(set(targets)):
+            if layer.kv_heads % target:
+                yield f"{target} does not divide {layer.kv_heads}: some KV heads enter two groups"
         if self.align != "none" and layer.qk_norm:
             yield "keys are not aligned: the QK-norm's weights between projection and RoPE do not commute with a turn"
         if layer.qk_norm == "whole":

@@ -4,11 +4,7 @@
 `generate`, peft and the rest of Transformers work on it as on the base. This file and those it imports travel with the
 checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a checkpoint needs nothing else.
 
-What the surgery did is in the config's `surgery` block:
-
-    {"format": 1, "base_model_type": "llama", "layers": [{"streaming": [0, 2], "sinks": 64, "window": 192}, ...]}
-
-`layers` has an entry for every layer; `streaming` are the KV heads that see sinks + window, an empty list for none.
+What the surgery did is in the config's `surgery` block (see surgery_heads.py).
 """
 
 from __future__ import annotations
@@ -33,13 +29,12 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from .surgery_attention import kinds_of_heads, surgery_attention, surgery_mask
+from .surgery_attention import surgery_attention, surgery_mask
 from .surgery_cache import SurgeryCache
-from .surgery_stores import HeadKinds
+from .surgery_heads import FORMAT, NAME, head_kinds, validate
 
-NAME, PREFIX, FORMAT = "surgery", "Surgery", 1
-TRANSFORMERS = ((5, 20), (6, 0))  # from, before
-FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_stores.py")
+PREFIX = "Surgery"
+FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_heads.py", "surgery_stores.py")
 
 # Transformers renamed the forward's argument during 5.x.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
@@ -53,60 +48,6 @@ AttentionInterface.register(ATTENTION, surgery_attention)
 AttentionMaskInterface.register(ATTENTION, surgery_mask)
 
 
-def validate(config) -> list[dict]:
-    """The layers of a config's `surgery` block, checked.
-
-    Raises:
-        ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
-            not fit the model.
-    """
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.20 and < 6, this is {version}")
-    block = getattr(config, NAME, None)
-    if not isinstance(block, dict) or block.get("format") != FORMAT:
-        found = block.get("format") if isinstance(block, dict) else block
-        raise ValueError(f"the surgery block has format {found!r}; this code reads format {FORMAT}")
-    layers, text = block.get("layers"), config.get_text_config()
-    if not isinstance(layers, list) or len(layers) != text.num_hidden_layers:
-        raise ValueError(f"the surgery block must have a list of {text.num_hidden_layers} layers")
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    for number, layer in enumerate(layers):
-        where = f"layer {number} of the surgery block"
-        if not isinstance(layer, dict) or set(layer) - {"streaming", "sinks", "window"}:
-            raise ValueError(f"{where} has other keys than streaming, sinks and window")
-        streaming, sinks, window = layer.get("streaming", []), layer.get("sinks", 0), layer.get("window", 1)
-        numbers = isinstance(streaming, list) and all(type(head) is int and 0 <= head < heads for head in streaming)
-        if not numbers or len(set(streaming)) < len(streaming):
-            raise ValueError(
-                f"{where}: streaming must list KV heads from 0 to {heads - 1}, each once, not {streaming}"
-            )
-        if streaming and not {"sinks", "window"} <= set(layer):
-            raise ValueError(f"{where}: streaming heads need sinks and window")
-        if type(sinks) is not int or sinks < 0 or type(window) is not int or window < 1:
-            raise ValueError(f"{where}: sinks {sinks!r} and window {window!r} must be whole, from 0 and from 1")
-    return layers
-
-
-def head_kinds(config) -> list[HeadKinds]:
-    """The kinds of heads of each layer."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return [
-        kinds_of_heads(heads, layer.get("streaming", []), layer.get("sinks", 0), layer.get("window", 1), limit)
-        for layer, limit in zip(validate(config), base_windows(config), strict=True)
-    ]
-
-
-def base_windows(config) -> list[int | None]:
-    """The base model's own sliding window in each layer, None for full attention."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    layers = range(text.num_hidden_layers)
-    return [window if kinds is None or kinds[i] == "sliding_attention" else None for i in layers]
-
-
 def attention_modules(model) -> list:
     """The attention modules of a model, in the order of their layers."""
     found = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")]
@@ -114,8 +55,8 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility, and the model a cache of its own."""
-    kinds = head_kinds(model.config)
+    """Give every attention module its heads' visibility and shape, and the model a cache of its own."""
+    kinds, layers = head_kinds(model.config), validate(model.config)
     modules = attention_modules(model)
     numbers = [module.layer_idx for module in modules]
     if numbers != list(range(len(kinds))):
@@ -126,9 +67,28 @@ def attach(model) -> None:
         if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):  # it would never call ours
             raise ValueError(f"{type(module).__name__} does not use Transformers' attention interface in this version")
         module.surgery_heads = kinds[module.layer_idx]
+        for name, shape in layers[module.layer_idx].get("shapes", {}).items():
+            _resize(model, module, name, torch.Size(shape))
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if _give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_give_cache, with_kwargs=True)
+
+
+def _resize(model, module, name: str, shape: torch.Size) -> None:
+    """Give a parameter of an attention module the shape that its layer has, before weights are loaded into it."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner, old = module.get_submodule(path), module.get_parameter(name)
+    except AttributeError:
+        where = f"layer {module.layer_idx} of the surgery block"
+        raise ValueError(f"{where} names {name}, which {type(module).__name__} does not have") from None
+    if old.shape == shape:
+        return
+    setattr(owner, leaf, torch.nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+    if leaf == "weight" and isinstance(owner, torch.nn.Linear):
+        owner.out_features, owner.in_features = shape
+    if not old.is_meta:
+        model._init_weights(owner)
 
 
 def _give_cache(module, args, kwargs):
@@ -230,6 +190,8 @@ class _ModelMixin:
         if kind not in (None, "dynamic", "offloaded"):
             raise ValueError(f"cache_implementation={kind!r} would undo the surgery: leave it out")
         given = model_kwargs.get(CACHE)
+        if isinstance(given, SurgeryCache):  # of an assisted generation: what it recorded may go now
+            given.stop_past_recording()
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
         if made is not None and made is not given:
@@ -247,7 +209,8 @@ def patch(model, block: dict) -> None:
     """Make a loaded stock model the surgical one that `from_pretrained` of its saved folder will give, in place.
 
     Args:
-        block: the `surgery` block without `format` and `base_model_type`.
+        block: the `surgery` block without `format` and `base_model_type`. A model that is surgical already keeps
+            what this does not set: of each layer's entry, and of the block.
     """
     config, base = model.config, type(model)
     fresh = not hasattr(base, "make_cache")  # else it is surgical already, through either door
@@ -257,7 +220,10 @@ def patch(model, block: dict) -> None:
             raise ValueError(f"{base.__name__} is not a causal language model of Transformers: it cannot be saved so")
         classes = _make(PREFIX + type(config).__name__), _make(PREFIX + base.__name__)
     before = getattr(config, NAME, None)
-    setattr(config, NAME, {"format": FORMAT, "base_model_type": type(config).model_type, **block})
+    merged = {**(before or {}), "format": FORMAT, "base_model_type": type(config).model_type, **block}
+    if before and len(before["layers"]) == len(merged["layers"]):
+        merged["layers"] = [old | new for old, new in zip(before["layers"], merged["layers"], strict=True)]
+    setattr(config, NAME, merged)
     try:
         validate(config)
     except ValueError:

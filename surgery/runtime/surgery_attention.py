@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_stores import HeadKinds, KeyValues, Visibility, uncached
+from .surgery_heads import HeadKinds
+from .surgery_stores import KeyValues, uncached
 
 BLOCK = 128  # queries of a band that share one slice of keys
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
@@ -47,17 +48,16 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     if isinstance(key, list):
         views = key
     else:
-        new = zip(kinds.visibilities, kinds.split(key), kinds.split(value), strict=True)
+        new = zip(kinds.visibilities, kinds.split_keys(key), kinds.split_keys(value), strict=True)
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
-    group = query.shape[1] // len(kinds.order)
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     logits = options["s_aux"]  # [heads]
-    sinks = [None] * len(views) if logits is None else [part[0] for part in kinds.split(logits[None], group)]
+    sinks = [None] * len(views) if logits is None else [part[0] for part in kinds.split_queries(logits[None])]
     parts = [
         _attend(part, view, attention_mask, pad, scale, options["softcap"], sink)
-        for part, view, sink in zip(kinds.split(query, group), views, sinks, strict=True)
+        for part, view, sink in zip(kinds.split_queries(query), views, sinks, strict=True)
     ]
-    return kinds.join(parts, group).transpose(1, 2).contiguous(), None
+    return kinds.join(parts).transpose(1, 2).contiguous(), None
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
@@ -154,8 +154,8 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, s_aux)
     batch, kv_heads, group, length, size = query.shape
     visibility, device = view.visibility, query.device
     slots = torch.arange(first, first + length, device=device)
-    if view.slots is not None:
-        keys, values, key_slots = view.keys, view.values, view.slots
+    if view.ring:
+        keys, values, key_slots = view.keys, view.values, view.store.slots()
     else:
         low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
         cut = slice(low - view.start, first + length - view.start)
@@ -218,22 +218,3 @@ def _by_segment(module, query, key, value, segments, scaling, options):
         outputs = [surgery_attention(module, *piece, None, scaling=scaling, **options)[0] for piece in pieces]
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows), None
-
-
-def kinds_of_heads(heads: int, streaming: list[int], sinks: int, window: int, limit: int | None) -> HeadKinds:
-    """The kinds of heads of a layer: full ones first, then those with sinks + window.
-
-    Args:
-        heads: KV heads of the layer.
-        streaming: numbers of those that see sinks + window.
-        limit: the base's own sliding window in this layer, or None.
-    """
-    full = [head for head in range(heads) if head not in set(streaming)]
-    kinds: dict[Visibility, list[int]] = {}
-    for visibility, numbers in (
-        (Visibility(limit=limit), full),
-        (Visibility(sinks, window, limit), sorted(streaming)),
-    ):
-        if numbers:
-            kinds.setdefault(visibility.simplified(), []).extend(numbers)
-    return HeadKinds([(visibility, sorted(numbers)) for visibility, numbers in kinds.items()])

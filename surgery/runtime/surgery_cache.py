@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .surgery_stores import FullStore, HeadKinds, RingStore
+from .surgery_heads import HeadKinds
+from .surgery_stores import FullStore, RingStore
 
 
 class SurgeryLayer(CacheLayerMixin):
@@ -42,7 +43,7 @@ class SurgeryLayer(CacheLayerMixin):
             raise ValueError("gradients do not flow through a surgical cache: use torch.no_grad(), or one call")
         if not torch.is_inference_mode_enabled():  # tensors made in inference mode cannot be written outside it
             self.change(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-        new = zip(self.stores, self.heads.split(key_states), self.heads.split(value_states), strict=True)
+        new = zip(self.stores, self.heads.split_keys(key_states), self.heads.split_keys(value_states), strict=True)
         views = [store.append(keys, values, self.record_past) for store, keys, values in new]
         return views, views
 
@@ -127,6 +128,10 @@ class SurgeryCache(Cache):
                 "the tokens that may be taken back"
             )
         super().crop(tokens_to_remove)
+
+    def stop_past_recording(self) -> None:
+        for layer in self.layers:
+            layer.record_past = False
 
     @property
     def nbytes(self) -> int:

@@ -15,27 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .surgery_heads import Visibility
+
 GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a query at position i sees: those j <= i with i - j < limit, and j < sinks or i - j < window.
-
-    Attributes:
-        window: None for a full head.
-        limit: the base model's own sliding window in this layer, or None.
-    """
-
-    sinks: int = 0
-    window: int | None = None
-    limit: int | None = None
-
-    def simplified(self) -> Visibility:
-        """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
-        if self.limit is not None and (self.window is None or self.window >= self.limit):
-            return Visibility(0, self.limit, None)
-        return self
 
 
 @dataclass
@@ -44,9 +26,9 @@ class KeyValues:
 
     Attributes:
         keys, values: [batch, heads, n, head_dim]; the last `new` of them are of this call.
-        slots: [n], the slot of each; -1 where a ring is still empty. None: consecutive, the last is the newest.
+        ring: keys and values lie as in the store's ring (`store.slots()`), not in the order of their slots.
         end: one more than the newest slot.
-        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position, or None; right after `settle_sinks`.
+        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position; right after `settle_sinks`.
         incoming: keys and values of this call's tokens, where sinks may be among them.
         store: where the sinks are kept, if anywhere.
         whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
@@ -57,7 +39,7 @@ class KeyValues:
     values: torch.Tensor
     new: int
     end: int
-    slots: torch.Tensor | None = None
+    ring: bool = False
     sink_keys: torch.Tensor | None = None
     sink_values: torch.Tensor | None = None
     incoming: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -162,11 +144,13 @@ class RingStore:
             shape = (*keys.shape[:2], sinks + window, keys.shape[3])
             self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
         if new == 1 and not recording and self.pending is None:
-            self._write(keys, values)
-            near = [self.tensors[name][:, :, sinks:] for name in ("keys", "values")]
-            view = KeyValues(self.visibility, *near, 1, self.seen, self._slots())
-            if self.seen >= sinks + window:
-                view.whole = (self.tensors["keys"], self.tensors["values"])
+            held = (self.tensors["keys"], self.tensors["values"])
+            for tensor, one in zip(held, (keys, values), strict=True):
+                tensor[:, :, sinks + self.seen % window] = one[:, :, 0].detach()
+            self.seen += 1
+            near = [tensor.narrow(2, sinks, window) for tensor in held]
+            view = KeyValues(self.visibility, *near, 1, self.seen, ring=True)
+            view.whole = held if self.seen >= sinks + window else None
         else:
             near = self._ordered(keys, values)
             end = self.seen + (self.pending[0].shape[2] if self.pending else 0) + new
@@ -178,7 +162,7 @@ class RingStore:
                 self._write(keys, values)
             reach = window - 1 + new
             view = KeyValues(self.visibility, *(part[:, :, -reach:] for part in near), new, end)
-        view.sink_keys, view.sink_values = (self.tensors[name][:, :, :sinks] for name in ("keys", "values"))
+        view.sink_keys, view.sink_values = (self.tensors[name].narrow(2, 0, sinks) for name in ("keys", "values"))
         view.incoming, view.store = (keys, values), self
         return view
 
@@ -186,7 +170,7 @@ class RingStore:
         self.tensors["keys"][:, :, : self.visibility.sinks] = keys.detach()
         self.tensors["values"][:, :, : self.visibility.sinks] = values.detach()
 
-    def _slots(self) -> torch.Tensor:
+    def slots(self) -> torch.Tensor:
         """Slot of each index of the ring, -1 where nothing was written yet."""
         index = torch.arange(self.visibility.window, device=self.tensors["keys"].device)
         newest = self.seen - 1
@@ -228,39 +212,3 @@ class RingStore:
         """Whether so many tokens can be taken back: recorded ones, or any while nothing has left the window."""
         pending = self.pending[0].shape[2] if self.pending else 0
         return count <= pending or self.seen <= self.visibility.window
-
-
-class HeadKinds:
-    """Which KV heads of a layer share a visibility, and the order of heads that brings them together.
-
-    Args:
-        kinds: (visibility, KV head numbers) of every kind.
-    """
-
-    def __init__(self, kinds: list[tuple[Visibility, list[int]]]):
-        self.kinds = kinds
-        self.visibilities = [visibility for visibility, _ in kinds]
-        self.sizes = [len(heads) for _, heads in kinds]
-        self.order = [head for _, heads in kinds for head in heads]
-        self._indices: dict = {}
-
-    def split(self, tensor: torch.Tensor, group: int = 1) -> list[torch.Tensor]:
-        """Heads [batch, KV heads * group, ...] apart by kind; `group` query heads go with each KV head."""
-        if len(self.sizes) == 1:
-            return [tensor]
-        ordered = tensor.index_select(1, self._index(group, tensor.device, inverse=False))
-        return ordered.split([size * group for size in self.sizes], dim=1)
-
-    def join(self, parts: list[torch.Tensor], group: int) -> torch.Tensor:
-        """The inverse of `split`."""
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts, dim=1).index_select(1, self._index(group, parts[0].device, inverse=True))
-
-    def _index(self, group: int, device, inverse: bool) -> torch.Tensor:
-        key = (group, device, inverse)
-        if key not in self._indices:
-            with torch.inference_mode(False):  # kept, and used in training later
-                order = torch.tensor([head * group + i for head in self.order for i in range(group)])
-                self._indices[key] = (order.argsort() if inverse else order).to(device)
-        return self._indices[key]

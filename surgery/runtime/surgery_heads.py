@@ -1,0 +1,207 @@
+"""What the heads of each layer see, as the config's `surgery` block says it.
+
+The block is all that the code needs to know of a surgery, besides the weights:
+
+    {"format": 1, "base_model_type": "llama", "layers": [{...}, ...]}
+
+`layers` has an entry for every layer. What an entry leaves out is as in the base:
+
+    streaming, sinks, window   KV heads that see only the first `sinks` and the last `window` tokens
+    num_attention_heads, num_key_value_heads, query_groups, shapes
+                               a layer of another shape: its heads, how many query heads read each KV head (left out
+                               where all are read by equally many), and the shape of each parameter that differs,
+                               by its name in the attention module
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+NAME, FORMAT = "surgery", 1
+TRANSFORMERS = ((5, 20), (6, 0))  # from, before
+KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query at position i sees: those j <= i with i - j < limit, and j < sinks or i - j < window.
+
+    Attributes:
+        window: None for a full head.
+        limit: the base model's own sliding window in this layer, or None.
+    """
+
+    sinks: int = 0
+    window: int | None = None
+    limit: int | None = None
+
+    def simplified(self) -> Visibility:
+        """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
+        if self.limit is not None and (self.window is None or self.window >= self.limit):
+            return Visibility(0, self.limit, None)
+        return self
+
+
+class HeadKinds:
+    """Which heads of a layer run together, and the order of heads that brings them together.
+
+    A kind is a visibility and a number of query heads for each KV head. Query heads are stored KV head by KV head.
+
+    Args:
+        groups: query heads that read each KV head.
+        kinds: (visibility, KV head numbers) of every kind; the KV heads of one kind are read by equally many.
+    """
+
+    def __init__(self, groups: list[int], kinds: list[tuple[Visibility, list[int]]]):
+        self.visibilities = [visibility for visibility, _ in kinds]
+        first = [sum(groups[:head]) for head in range(len(groups))]
+        self._keys = _Order([heads for _, heads in kinds])
+        self._queries = _Order([[first[h] + i for h in heads for i in range(groups[h])] for _, heads in kinds])
+
+    def split_keys(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Keys or values [batch, KV heads, ...] apart by kind."""
+        return self._keys.split(tensor)
+
+    def split_queries(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Anything [batch, query heads, ...] apart by kind."""
+        return self._queries.split(tensor)
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split_queries`."""
+        return self._queries.join(parts)
+
+
+class _Order:
+    """Heads by kind. Nothing is moved where the kinds lie one after the other as they are."""
+
+    def __init__(self, kinds: list[list[int]]):
+        self.sizes = [len(heads) for heads in kinds]
+        self.order = [head for heads in kinds for head in heads]
+        self.sorted = self.order == sorted(self.order)
+        self._indices: dict = {}
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if tensor.shape[1] != len(self.order):
+            raise ValueError(f"the surgery block is of {len(self.order)} heads, this layer made {tensor.shape[1]}")
+        if len(self.sizes) == 1:
+            return [tensor]
+        ordered = tensor if self.sorted else tensor.index_select(1, self._index(tensor.device, inverse=False))
+        return ordered.split(self.sizes, dim=1)
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        joined = torch.cat(parts, dim=1)
+        return joined if self.sorted else joined.index_select(1, self._index(joined.device, inverse=True))
+
+    def _index(self, device, inverse: bool) -> torch.Tensor:
+        if (device, inverse) not in self._indices:
+            with torch.inference_mode(False):  # kept, and used in training later
+                order = torch.tensor(self.order)
+                self._indices[device, inverse] = (order.argsort() if inverse else order).to(device)
+        return self._indices[device, inverse]
+
+
+def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int = 1, limit=None) -> HeadKinds:
+    """The kinds of heads of a layer: full ones first, then those with sinks + window.
+
+    Args:
+        groups: query heads that read each KV head.
+        streaming: numbers of the KV heads that see sinks + window.
+        limit: the base's own sliding window in this layer, or None.
+    """
+    kinds: dict[tuple[Visibility, int], list[int]] = {}
+    for head in sorted(range(len(groups)), key=lambda head: (head in set(streaming), head)):
+        visibility = Visibility(sinks, window, limit) if head in set(streaming) else Visibility(limit=limit)
+        kinds.setdefault((visibility.simplified(), groups[head]), []).append(head)
+    return HeadKinds(groups, [(visibility, sorted(heads)) for (visibility, _), heads in kinds.items()])
+
+
+def head_kinds(config) -> list[HeadKinds]:
+    """The kinds of heads of each layer of a surgical config."""
+    return [
+        kinds_of_heads(
+            query_groups(config, layer),
+            layer.get("streaming", ()),
+            layer.get("sinks", 0),
+            layer.get("window", 1),
+            limit,
+        )
+        for layer, limit in zip(validate(config), base_windows(config), strict=True)
+    ]
+
+
+def query_groups(config, layer: dict | None = None) -> list[int]:
+    """How many query heads read each KV head of a layer, None: of a layer as the base's config has it."""
+    text, layer = config.get_text_config(), layer or {}
+    heads = layer.get("num_attention_heads", text.num_attention_heads)
+    kv_heads = layer.get("num_key_value_heads", getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    return layer.get("query_groups") or [heads // kv_heads] * kv_heads
+
+
+def base_windows(config) -> list[int | None]:
+    """The base model's own sliding window in each layer, None for full attention."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    layers = range(text.num_hidden_layers)
+    return [window if kinds is None or kinds[i] == "sliding_attention" else None for i in layers]
+
+
+def validate(config) -> list[dict]:
+    """The layers of a config's `surgery` block, checked.
+
+    Raises:
+        ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
+            not fit the model.
+    """
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
+        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.20 and < 6, this is {version}")
+    block = getattr(config, NAME, None)
+    if not isinstance(block, dict) or block.get("format") != FORMAT:
+        found = block.get("format") if isinstance(block, dict) else block
+        raise ValueError(f"the surgery block has format {found!r}; this code reads format {FORMAT}")
+    layers, count = block.get("layers"), config.get_text_config().num_hidden_layers
+    if not isinstance(layers, list) or len(layers) != count:
+        raise ValueError(f"the surgery block must have a list of {count} layers")
+    for number, layer in enumerate(layers):
+        if reason := _fault(config, layer):
+            raise ValueError(f"layer {number} of the surgery block {reason}")
+    return layers
+
+
+def _fault(config, layer) -> str:
+    """What is wrong with a layer's entry, "" if nothing."""
+    if not isinstance(layer, dict) or set(layer) - KEYS:
+        return f"has other keys than {', '.join(sorted(KEYS))}"
+    numbers = {"num_attention_heads": 1, "num_key_value_heads": 1, "sinks": 0, "window": 1}
+    for name, least in numbers.items():
+        if name in layer and not _whole(layer[name], least):
+            return f"has {name} {layer[name]!r}, which must be whole and from {least}"
+    groups = query_groups(config, layer)
+    kv_heads = layer.get("num_key_value_heads", len(query_groups(config)))
+    heads = layer.get("num_attention_heads", sum(query_groups(config)))
+    whole = isinstance(groups, list) and all(_whole(size, 1) for size in groups)
+    if not whole or len(groups) != kv_heads or sum(groups) != heads:
+        return f"spreads {heads} query heads over {kv_heads} KV heads as {groups}"
+    shapes = layer.get("shapes", {})
+    if not isinstance(shapes, dict) or not all(_numbers(shape, 1) and shape for shape in shapes.values()):
+        return "has shapes that are no lists of whole numbers"
+    streaming = layer.get("streaming", [])
+    if not _numbers(streaming, 0) or len({*streaming}) < len(streaming) or max(streaming, default=0) >= kv_heads:
+        return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"
+    if streaming and not {"sinks", "window"} <= set(layer):
+        return "has streaming heads without sinks and window"
+    return ""
+
+
+def _whole(value, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _numbers(values, least: int) -> bool:
+    return isinstance(values, list) and all(_whole(value, least) for value in values)

@@ -1,0 +1,61 @@
+"""Checkpoints whose layers no stock class can have: their entry in the `surgery` block, their config.json and code.
+
+`save_pretrained` of a surgical model writes the same files; `export` is for the streaming engine, which builds no
+model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+
+def layer_entries(anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]]) -> list[dict] | None:
+    """Each layer's entry in the `surgery` block, as far as its shape goes; None where the config says it all.
+
+    Args:
+        anatomy: of the model as it will be.
+        shapes: for each layer, parameter name within the attention module -> shape.
+    """
+    if anatomy.alike:
+        return None
+    config, entries = anatomy.config, []
+    stock = (config.num_attention_heads, anatomy.edits.get("num_key_value_heads", config.num_key_value_heads))
+    for layer, named in zip(anatomy.layers, shapes, strict=True):
+        entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
+        entry |= {"query_groups": list(layer.query_groups)} if layer.query_groups else {}
+        if (layer.heads, layer.kv_heads) != stock:
+            entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
+        entries.append(entry)
+    return entries
+
+
+def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:
+    """The config.json of a surgical checkpoint; its code is copied into the folder.
+
+    Args:
+        raw: the base's config.json, with what changes for all layers alike.
+        entries: of `layer_entries`.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from .runtime import modeling_surgery as runtime
+
+    kind = anatomy.model_type
+    config, model = (
+        runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    )
+    code = Path(runtime.__file__)
+    for name in runtime.FILES:
+        shutil.copyfile(code.with_name(name), folder / name)
+    return raw | {
+        "model_type": runtime.NAME,
+        "architectures": [model],
+        "auto_map": {"AutoConfig": f"{code.stem}.{config}", "AutoModelForCausalLM": f"{code.stem}.{model}"},
+        runtime.NAME: {"format": runtime.FORMAT, "base_model_type": kind, "layers": entries},
+    }
