@@ -113,6 +113,7 @@ def apply(
     if engine not in ("auto", "streaming", "loaded"):
         raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
     from .conversion import convert
+    from .evaluation.judging import judge, refuse_unscorable
 
     scored = resolved.evaluate if evaluate else None
     report, base = convert(
@@ -126,13 +127,13 @@ def apply(
         allow_pickle=allow_pickle,
         progress=progress,
         on_plan=on_plan,
-        refuse=None if scored is None else lambda folder: _refuse_unscorable(folder, scored),
+        refuse=None if scored is None else lambda folder: refuse_unscorable(folder, scored),
     )
     if check:
         _check(report, None, progress=progress)
         report.save()
     if scored is not None and (not check or report.data["check"]["passed"]):
-        _evaluate(report, base, scored, progress, allow_pickle)
+        judge(report, base, scored, progress, allow_pickle)
     if not gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
     report.save()
@@ -271,25 +272,3 @@ def _check(report: Report, base: Path | None, memory: int | None = None, progres
     from .checking import check_folder, to_dict
 
     report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
-
-
-def _refuse_unscorable(base: Path, settings) -> None:
-    """Raise before anything is written what the evaluation would raise when all is done."""
-    from .evaluation.perplexity import tokens_to_score
-
-    tokens_to_score({"base": base}, settings.text, settings.windows, settings.length)
-
-
-def _evaluate(report: Report, base: Path, settings, progress, allow_pickle: bool = False) -> None:
-    from .evaluation.perplexity import evaluate as measure
-
-    result = measure(
-        report.folder,
-        base,
-        text=settings.text,
-        windows=settings.windows,
-        length=settings.length,
-        allow_pickle=allow_pickle,
-        progress=progress,
-    ).to_dict()
-    report.record_evaluation(result)

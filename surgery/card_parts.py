@@ -131,3 +131,23 @@ def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def needles(evaluation: dict) -> str:
+    """How many hidden secrets are found, before and after; "" where none were asked for."""
+    facts = get(evaluation, "needles")
+    if not facts:
+        return ""
+    if facts.get("status") != "done":
+        return (
+            f"Needles (secrets hidden in a text) were **not run**: {facts.get('reason') or 'no reason was recorded'}."
+        )
+    settings, base, out, kept = (get(facts, key) for key in ("settings", "base", "out", "kept"))
+    lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
+    line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
+    line += f"the base finds {base.get('hits')} of {base.get('of')}, this model {out.get('hits')} of {out.get('of')}."
+    if not kept.get("of"):
+        return line
+    where = " and that lie outside sinks and window" if facts.get("streaming") else ""
+    interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
+    return f"{line} Of those that the base finds{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."

@@ -29,12 +29,18 @@ class Evaluate(BaseModel):
     length: int = Field(512, ge=2, description="Tokens in a window.")
     max_kl: float | None = Field(None, ge=0, description="Gate: mean KL to the base in nats per token, at most.")
     max_perplexity_ratio: float | None = Field(None, ge=0, description="Gate: perplexity over the base's, at most.")
+    needles: int = Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none.")
+    needle_length: int = Field(1024, ge=64, description="Tokens of such a prompt.")
+    min_needles: float | None = Field(
+        None, ge=0, le=1, description="Gate: share of the needles found by the base that are found, at least."
+    )
     min_top1: float | None = Field(None, ge=0, le=1, description="Gate: share of equal best tokens, at least.")
 
     @property
     def limits(self) -> dict[str, float]:
         """The gate alone."""
-        return self.model_dump(include={"max_kl", "max_perplexity_ratio", "min_top1"}, exclude_none=True)
+        names = {"max_kl", "max_perplexity_ratio", "min_needles", "min_top1"}
+        return self.model_dump(include=names, exclude_none=True)
 
 
 def _whole(value: object) -> object:

@@ -236,7 +236,9 @@ def test_it_is_greedy_generation_and_the_nll_of_one_forward(tokenizer, split):
         for answer in (greedy, (greedy + torch.tensor([0, 0, 0, 1])) % 258):
             facts = vars(needle) | {"answer": tuple(answer.tolist())}
             outcome = run_needles(model, [Needle(**facts)])[0]
-            assert outcome.hit is torch.equal(answer, greedy)
+            at_once = run_needles(model, [Needle(**facts)], cached=False)[0]
+            assert outcome.hit is at_once.hit is torch.equal(answer, greedy)
+            assert at_once.nll == pytest.approx(outcome.nll, abs=1e-4)
             with torch.no_grad():
                 logits = model(torch.cat([prompt, answer[None]], 1), use_cache=False).logits[0]
             logp = logits[prompt.shape[1] - 1 : -1].double().log_softmax(-1)

@@ -42,8 +42,11 @@ def _cost(result: dict | None) -> str:
     if new is None or kl is None:
         return "the model gives NaN: not usable"
     usable = ": not usable before healing" if damage(result) else ""
+    kept = (result.get("needles") or {}).get("kept") or {}
+    needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
     return (
-        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}{usable}"
+        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}"
+        f"{needles}{usable}"
     )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..scoring import Source
 
-LIMITS = ("max_kl", "max_perplexity_ratio", "min_top1")
+LIMITS = ("max_kl", "max_perplexity_ratio", "min_needles", "min_top1")
 LABELS = ("base", "out")
 
 
@@ -180,8 +180,8 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     """Hold an `Evaluation.to_dict()` against a recipe's limits.
 
     Args:
-        limits: any of max_kl (mean, nats per token), max_perplexity_ratio (out / base), min_top1 (share, 0 to
-            1); None is no limit.
+        limits: any of max_kl (mean, nats per token), max_perplexity_ratio (out / base), min_needles and min_top1
+            (shares, 0 to 1); None is no limit.
 
     Returns:
         ("passed" | "failed" | "not run", reasons). A figure that is NaN fails; one that was not measured
@@ -211,7 +211,13 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
         if base is None:
             missing.append(f"{name} needs the base model to compare with")
             continue
-        if name == "max_kl":
+        if name == "min_needles":
+            needles = evaluation.get("needles") or {}
+            if not (needles.get("kept") or {}).get("of"):
+                missing.append(f"min_needles: {needles.get('reason') or 'the base answers no needle that counts'}")
+                continue
+            value = needles["kept"]["share"]
+        elif name == "max_kl":
             value = kl and kl.get("mean")
         elif name == "min_top1":
             value = evaluation.get("top1_agreement")
@@ -220,7 +226,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
             value = both[0] / both[1] if all(map(_is_number, both)) else None
         if not _is_number(value):
             failed.append(f"{name}: the figure is not a number")
-        elif value < limit if name == "min_top1" else value > limit:
+        elif value < limit if name.startswith("min_") else value > limit:
             failed.append(f"{name}: {value:.4g}, the limit is {limit:g}")
     return ("failed" if failed else "not run" if missing else "passed"), failed + missing
 

@@ -1,0 +1,100 @@
+"""Which score finds the heads that must keep the whole past? Needles kept, for every score and ratio, beside chance.
+
+    python examples/head_scores_table.py smollm2-135m --scores far-mass.json retrieval.json --out table.json
+
+Each score file is one that `surgery score MODEL --method ... -o FILE` wrote. Of the needles that the base answers and
+that lie outside of sinks and window, the share that the split model answers too is printed with its 95 % interval;
+`inverse` keeps the heads with the lowest scores of the first file, `random` rows draw the heads (once where the ratio
+is 0.25: there anything passes). Prompt and answer are one forward without a cache. A row is printed as
+soon as it is measured, and `--out` holds what was measured so far: the same command goes on from there.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery.anatomy import Anatomy
+from surgery.calibration.head_scores import choose_streaming, load_scores
+from surgery.evaluation.haystack import make_needles
+from surgery.evaluation.needles import run_needles, wilson
+from surgery.hub import resolve
+from surgery.runtime.modeling_surgery import patch
+from surgery.scoring import read_tokenizer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model")
+parser.add_argument("--scores", nargs="+", type=Path, required=True)
+parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75])
+parser.add_argument("--random", type=int, default=5, help="random splits at each ratio")
+parser.add_argument("--sinks", type=int, default=16)
+parser.add_argument("--window", type=int, default=240)
+parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])
+parser.add_argument("--samples", nargs="+", type=int, default=[34, 2, 1], help="in each cell, for each length")
+parser.add_argument("--depths", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--out", type=Path, required=True)
+
+
+def splits(model, options) -> dict[str, list[list[list[float]]]]:
+    """Row name -> score tables: the files, the inverse of the first, random ones."""
+    anatomy = Anatomy.of(model)
+    rows = {path.stem: load_scores(path, anatomy).scores for path in options.scores}
+    first = next(iter(rows))
+    rows[f"inverse {first}"] = [[-x for x in layer] for layer in rows[first]]
+    for number in range(options.random):
+        draw = random.Random(f"{options.seed} {number}")
+        rows[f"random {number}"] = [[draw.random() for _ in range(layer.kv_heads)] for layer in anatomy.layers]
+    return rows
+
+
+def needles_of(tokenizer, options) -> list:
+    found = []
+    for length, samples in zip(options.lengths, options.samples, strict=True):
+        made = make_needles(tokenizer, lengths=[length], depths=options.depths, samples=samples, seed=options.seed)
+        found += [needle for needle in made if needle.outside(options.sinks, options.window)]
+    return found
+
+
+def main() -> None:
+    options = parser.parse_args()
+    folder = resolve(options.model).path
+    model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
+    rows, needles = splits(model, options), needles_of(tokenizer, options)
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "scores", "ratios", "random")}
+    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "results": {}}
+    if done["settings"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"{options.out} is of other settings: another --out")
+    if "base" not in done:
+        outcomes = run_needles(model, needles, cached=False)
+        done["base"] = [[outcome.hit, outcome.nll] for outcome in outcomes]
+        options.out.write_text(json.dumps(done))
+    asked = [needle for needle, (hit, _) in zip(needles, done["base"], strict=True) if hit]
+    print(f"base: {len(asked)} of {len(needles)} needles outside of sinks + window answered", flush=True)
+    for ratio in options.ratios:
+        for name, scores in rows.items():
+            if ratio < 0.5 and name.startswith("random") and name != "random 0":
+                continue
+            if f"{name} {ratio}" not in done["results"]:
+                streaming = choose_streaming(scores, ratio=ratio)
+                layers = [{"streaming": s, "sinks": options.sinks, "window": options.window} for s in streaming]
+                patch(model, {"layers": layers})
+                outcomes = run_needles(model, asked, cached=False)
+                nll = sum(outcome.nll for outcome in outcomes) / len(outcomes)
+                done["results"][f"{name} {ratio}"] = [sum(outcome.hit for outcome in outcomes), nll]
+                options.out.write_text(json.dumps(done))
+            kept, nll = done["results"][f"{name} {ratio}"]
+            low, high = wilson(kept, len(asked))
+            print(
+                f"| {ratio:.2f} | {name} | {kept}/{len(asked)} | {kept / len(asked):.1%} ({low:.1%} to {high:.1%}) | "
+                f"{nll:.3f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

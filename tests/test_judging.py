@@ -1,0 +1,85 @@
+"""Needles as part of what a recipe judges: run, recorded, on the card, in the gate; and said where they cannot be."""
+
+import json
+
+import pytest
+
+from surgery.card import render_card
+from surgery.evaluation import judging
+from surgery.evaluation.haystack import Needle
+from surgery.evaluation.needles import NeedleResult, Outcome
+from surgery.evaluation.perplexity import gate
+
+DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
+
+
+def result(base_hits: list[bool], out_hits: list[bool]) -> NeedleResult:
+    needle = Needle(64, 0.5, 0, 0, "1", (1,) * 60, (2,), (10, 20), 50)
+    settings = {"lengths": [64], "depths": [0.5], "samples": 1, "seed": 0, "secret": "digits", "form": "plain"}
+    outcomes = {name: [Outcome(hit, 0.5) for hit in hits] for name, hits in (("base", base_hits), ("out", out_hits))}
+    text = {"title": "a text", "sha256": "0"}
+    return NeedleResult("done", settings | {"text": text, "chance": 1e-5}, [needle] * len(base_hits), outcomes)
+
+
+@pytest.mark.parametrize(
+    ("base", "out", "status"),
+    [
+        ([True, True, False], [True, True, False], "passed"),
+        ([True, True, True, True], [True, True, True, False], "failed"),
+        ([False, False], [True, False], "not run"),
+    ],
+)
+def test_the_gate_holds_the_share_that_is_kept(base, out, status):
+    facts = DONE | {"needles": result(base, out).to_dict()}
+    assert gate(facts, {"min_needles": 0.8})[0] == status
+    assert gate(DONE, {"min_needles": 0.8}) == ("not run", ["min_needles: the base answers no needle that counts"])
+
+
+def test_the_card_says_it():
+    facts = DONE | {"needles": result([True] * 4 + [False], [True] * 3 + [False] * 2).to_dict()}
+    card = render_card({"evaluation": facts}, None)
+    assert "the base finds 4 of 5, this model 3 of 5. Of those that the base finds, it keeps 3 of 4" in card
+    facts["needles"] = {"status": "not run", "reason": "the tokenizer cannot write it"}
+    assert "**not run**: the tokenizer cannot write it." in render_card({"evaluation": facts}, None)
+
+
+def test_a_tokenizer_that_cannot_write_the_secret_leaves_the_gate_not_run(surgery, model):
+    settings = ["streaming_ratio=0.5", "sinks=1", "window=4", "calibration_length=200", "calibration_samples=1"]
+    scored = ["evaluate.windows=1", "evaluate.length=64", "evaluate.max_perplexity_ratio=9"]
+    ran = surgery("apply", "duo-attention", model, "-o", "out", *settings, *scored)
+    assert ran.code == 0, ran.err
+    data = json.loads((model.parent / "out" / "surgery.json").read_text())
+    assert data["evaluation"]["needles"]["status"] == "not run"
+    assert "tokenizer cannot write" in data["evaluation"]["needles"]["reason"]
+    assert data["gate"]["status"] == "not run"
+
+
+def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeypatch, tmp_path):
+    from surgery.recipe import Evaluate
+
+    asked = {}
+
+    def needles(out, base, **given):
+        asked.update(given)
+        return result([True], [True])
+
+    class Kept:
+        folder = tmp_path
+
+        def record_evaluation(self, facts):
+            self.facts = facts
+
+    class Scored:
+        def to_dict(self):
+            return dict(DONE)
+
+    monkeypatch.setattr("surgery.evaluation.needles.evaluate_needles", needles)
+    monkeypatch.setattr("surgery.evaluation.perplexity.evaluate", lambda *_, **__: Scored())
+    report = Kept()
+    judging.judge(report, tmp_path, Evaluate(needles=10, needle_length=512))
+    assert asked["lengths"] == (512,)
+    assert asked["samples"] * len(asked["depths"]) >= 10
+    assert report.facts["needles"]["kept"]["of"] == 1
+    assert "cases" not in report.facts["needles"]
+    judging.judge(report, tmp_path, Evaluate())
+    assert "needles" not in report.facts
