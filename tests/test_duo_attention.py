@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import surgery
+from surgery.calibration.head_scores import HeadScores
 from surgery.checking import run_doors
 from surgery.errors import SurgeryError
 
@@ -123,6 +124,21 @@ def test_families_outside_the_interface_are_refused():
 
     with pytest.raises(SurgeryError, match="attention interface"):
         surgery.plan("duo-attention", TINY["bloom"]())
+
+
+def test_layers_that_are_local_anyway_are_not_counted(tmp_path):
+    """Half of gpt_oss's layers see no farther than a window: heads streaming there would save nothing."""
+    from families import TINY
+
+    HeadScores("file", [[0.0] * 4, [0.4, 0.3, 0.2, 0.1]], {}).save(tmp_path / "s.json")
+    fields = {"scores": str(tmp_path / "s.json"), "sinks": 2}
+    model = TINY["gpt_oss"]()  # layers of window 6 and none
+    plan = surgery.plan("duo-attention", model, window=6, **fields)
+    assert [layer.streaming for layer in plan.after.layers] == [(), (2, 3)]
+    assert any("1 of 2 layers" in note for note in plan.notes)
+    plan = surgery.plan("duo-attention", model, window=5, **fields)
+    assert [layer.streaming for layer in plan.after.layers] == [(0, 1, 2, 3), ()], "a narrower window does save"
+    assert not any("own window" in note for note in plan.notes)
 
 
 def test_weight_rewrites_come_first(model):

@@ -13,15 +13,14 @@ from families import TINY, double
 
 from surgery.anatomy import Anatomy
 from surgery.calibration import gates as gates_module
-from surgery.calibration.ablation import log_probabilities
 from surgery.calibration.far_mass import mass_outside
 from surgery.calibration.gates import MixedAttention, answer_states, gates, schedule
 from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
 from surgery.calibration.retrieval import copies
 from surgery.calibration.scorers import METHODS, is_method, score, settings_of
-from surgery.calibration.sequences import Recall, passkeys, repeats
+from surgery.calibration.sequences import Recall, passkeys
 from surgery.calibration.text import Text
-from surgery.calibration.watching import attention_weights, watched
+from surgery.calibration.watching import answer_logits, attention_weights, watched
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
 
@@ -80,21 +79,22 @@ def test_passkeys_come_back_token_by_token_from_outside_sinks_and_window(tokeniz
     assert not torch.equal(made[0].ids, other[0].ids)
 
 
+def test_fewer_passkeys_where_there_is_no_room_for_all(tokenizer):
+    made = passkeys(WORDS, tokenizer, **PASSKEYS | {"keys": 8})
+    assert {len(each.spans) for each in made} == {4}, "of the eight asked for"
+    assert {len(each.ids) for each in made} == {LENGTH}
+    for each in made:
+        ends = [end for _, end in each.spans]
+        assert int(each.rows.min()) - (max(ends) - 1) >= WINDOW
+
+
 def test_sequences_without_a_far_past_are_refused(tokenizer):
     with pytest.raises(SurgeryError, match="no far past"):
-        passkeys(WORDS, tokenizer, **PASSKEYS | {"window": LENGTH - 60})
-    with pytest.raises(SurgeryError, match="no far past"):
-        repeats(WORDS, tokenizer, samples=1, length=LENGTH, reach=60, seed=0)
+        passkeys(WORDS, tokenizer, **PASSKEYS | {"window": LENGTH - 42})
     with pytest.raises(SurgeryError, match="different words"):
         passkeys(Text("one", "0" * 64, "word " * 300), tokenizer, **PASSKEYS)
     with pytest.raises(SurgeryError, match="too short"):
         passkeys(WORDS, tokenizer, **PASSKEYS | {"length": 500})
-
-
-def test_a_repeated_passage_is_the_first(tokenizer):
-    (one, _) = repeats(WORDS, tokenizer, samples=2, length=LENGTH, reach=11, seed=0)
-    assert torch.equal(one.ids[:64], one.ids[-64:])
-    assert (len(one.ids), one.spans, one.answers) == (LENGTH, ((0, 64),), ((LENGTH - 64, LENGTH),))
 
 
 def test_bos_stands_first_where_the_tokenizer_begins_with_it(tiny_llama):
@@ -103,10 +103,7 @@ def test_bos_stands_first_where_the_tokenizer_begins_with_it(tiny_llama):
 
     with_bos = AutoTokenizer.from_pretrained(tiny_llama)
     with_bos._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    for each in (
-        *passkeys(WORDS, with_bos, **PASSKEYS),
-        *repeats(WORDS, with_bos, samples=1, length=180, reach=9, seed=0),
-    ):
+    for each in passkeys(WORDS, with_bos, **PASSKEYS):
         assert int(each.ids[0]) == 1
         assert len(each.ids) == LENGTH
 
@@ -146,17 +143,18 @@ def test_attention_weights_and_far_mass_by_brute_force(softcap, limit, learned):
 def test_far_mass_is_the_eager_attention_outside_sinks_and_window(family, tokenizer):
     """Against the weights that Transformers' own eager path gives in float64: soft-cap and learned sinks included."""
     model = tiny(family)
-    got = score(model, tokenizer, "far-mass", **SHORT, text=WORDS, seed=3)
-    sequences = repeats(WORDS, tokenizer, samples=2, length=LENGTH, reach=SINKS + WINDOW, seed=3)
+    got = score(model, tokenizer, "far-mass", **PASSKEYS, text=WORDS)
+    sequences = passkeys(WORDS, tokenizer, **PASSKEYS)
     eager = double(copy.deepcopy(model).eval())
     eager.set_attn_implementation("eager")
-    i, j = torch.arange(LENGTH - 65, LENGTH - 1)[:, None], torch.arange(LENGTH)[None, :]
+    i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
     far = ((j >= SINKS) & (i - j >= WINDOW)).double()
     want = 0
     with torch.no_grad():
         for each in sequences:
             weights = torch.stack(eager(input_ids=each.ids[None], output_attentions=True).attentions)
-            want = want + (weights[:, 0, :, i[:, 0]] * far).sum(-1).mean(-1) / len(sequences)  # [layers, heads]
+            rows = [row for first, end in each.answers for row in range(first - 1, end - 1)]
+            want = want + (weights[:, 0] * far).sum(-1)[:, :, rows].mean(-1) / len(sequences)  # [layers, heads]
     kv_heads = eager.config.num_key_value_heads
     want = want.view(len(want), kv_heads, -1).amax(-1)
     assert torch.allclose(torch.tensor(got.scores, dtype=torch.float64), want, atol=1e-5)
@@ -240,8 +238,8 @@ def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
 def test_only_the_rows_that_are_looked_at_go_through_the_head(tokenizer):
     model, (sequence, _) = tiny("llama"), passkeys(WORDS, tokenizer, **PASSKEYS)
     with torch.no_grad():
-        want = model(input_ids=sequence.ids[None]).logits[0, sequence.rows].log_softmax(-1)
-        assert torch.allclose(log_probabilities(model, sequence), want, atol=1e-6)
+        want = model(input_ids=sequence.ids[None]).logits[0, sequence.rows]
+        assert torch.allclose(answer_logits(model, sequence), want, atol=1e-5)
 
 
 # --- gates ---------------------------------------------------------------------------------------------------
@@ -416,7 +414,7 @@ def test_what_cannot_be_scored(tokenizer):
     with pytest.raises(SurgeryError, match="far-mass takes no steps"):
         score(tiny("llama"), tokenizer, "far-mass", **SHORT, steps=3)
     with pytest.raises(SurgeryError, match="no far past"):
-        score(tiny("llama", max_position_embeddings=64), tokenizer, "gates", **SHORT, text=WORDS)
+        score(tiny("llama", max_position_embeddings=64), tokenizer, "gates", **SHORT | {"window": 40}, text=WORDS)
     assert "steps" in settings_of("gates")
 
 
@@ -431,6 +429,8 @@ def test_the_lowest_scores_stream():
     assert choose_streaming(scores, threshold=0.5) == [[1], [0, 1]]
     assert choose_streaming(scores, ratio=0.5, min_retrieval=2) == [[1], [0]]
     assert choose_streaming(scores, ratio=0.5, protect=(1,)) == [[0, 1, 2], []]
+    assert choose_streaming(scores, ratio=1 / 3, local=[0]) == [[], [0]], "a third of three"
+    assert choose_streaming(scores, threshold=9.0, local=[0]) == [[], [0, 1, 2]]
     assert choose_streaming(scores, ratio=1 / 3) == [[1], [0]], "ties go by layer and head"
 
 

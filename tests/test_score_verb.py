@@ -98,7 +98,7 @@ def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
         (("-o", "s.json", "--method", "gate"), ["gate", "far-mass, retrieval, gates, ablation"]),
         (("-o", "s.json", "--steps", "5"), ["far-mass takes no steps"]),
         (("-o", "s.json", "--resume"), ["no steps to go on from"]),
-        (("-o", "s.json", "--window", "900"), ["no far past", "smaller window"]),
+        (("-o", "s.json", "--window", "1000"), ["no far past", "smaller window"]),
         (("-o", "s.json", "--text", "none.txt"), ["no such text file"]),
         (("-o", "model"), ["exists"]),
         (("-o", "s.json", "--plot", "s.svg"), ["PNG"]),

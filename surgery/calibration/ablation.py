@@ -14,7 +14,7 @@ import torch
 from .head_scores import HeadScores
 from .sequences import fitting_length, passkeys
 from .text import BUILTIN, load_text
-from .watching import watched
+from .watching import answer_logits, watched
 
 
 def ablation(
@@ -32,7 +32,7 @@ def ablation(
 ) -> HeadScores:
     """KL to the whole model in nats per answer token when a KV head streams, all others full.
 
-    Args: as for `far_mass`; `keys` are the passkeys in a sequence.
+    Args: as for `far_mass`.
     """
     text = load_text(text, part="calibration")
     length = fitting_length(model, length)
@@ -46,12 +46,13 @@ def ablation(
         blocks = [model.get_submodule(paths[module].rpartition(".")[0]) for module in seen.modules]
         for sequence in sequences:
             with recorded(blocks) as outputs:
-                whole = log_probabilities(model, sequence)
+                whole = answer_logits(model, sequence).log_softmax(-1)
             for layer, heads in enumerate(seen.kv_heads):
                 with replayed(blocks[:layer], outputs):
                     for head in range(heads):
                         seen.look(layer, [head], sinks, window)
-                        table[layer][head] += kl(whole, log_probabilities(model, sequence)) / samples
+                        other = answer_logits(model, sequence).log_softmax(-1)
+                        table[layer][head] += kl(whole, other) / samples
                         done += 1
                         if progress:
                             progress(done, total, "head scores")
@@ -59,15 +60,6 @@ def ablation(
             done += 1
     origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
     return HeadScores("ablation", table, origin | {"length": length, "keys": keys, "seed": seed})
-
-
-def log_probabilities(model, sequence) -> torch.Tensor:
-    """Of the next token on the answers' rows: [r, vocabulary], float32 or wider."""
-    rows = sequence.rows.to(model.device)
-    last = len(sequence.ids) - int(rows.min())  # the head of the model is costly, and earlier rows are not looked at
-    logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
-    logits = logits[rows.to(logits.device) - len(sequence.ids)]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def kl(whole: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,7 +1,8 @@
-"""far-mass: how much attention falls outside sinks + window where a passage comes back. No gradient, no optimisation.
+"""far-mass: how much attention falls outside sinks + window where passkeys are repeated. No gradient, no optimisation.
 
-On the rows of a repetition a head that copies from the past must look at the first occurrence. A KV head's score is
-the largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
+On those rows a head that copies from the past must look at the passkey's first occurrence. Rows that repeat ordinary
+text tell less: the model foresees it anyway, and heads that look everywhere alike come out on top. A KV head's score
+is the largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from ..runtime.surgery_attention import surgery_attention
 from .head_scores import HeadScores
-from .sequences import fitting_length, repeats
+from .sequences import fitting_length, passkeys
 from .text import BUILTIN, load_text
 from .watching import watched
 
@@ -23,28 +24,31 @@ def far_mass(
     window: int,
     samples: int = 8,
     length: int = 1024,
+    keys: int = 4,
     seed: int = 0,
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """Mean attention mass outside sinks + window on the rows of a repeated passage, the largest of a group.
+    """Mean attention mass outside sinks + window on the rows where passkeys are repeated, the largest of a group.
 
     Args:
         model, tokenizer: in memory; the model is left as it was.
         sinks, window: of the streaming heads that are planned.
-        samples, length: sequences, and tokens in each (cut to what the model and the text allow).
-        seed: which pieces of the text.
+        samples, length: sequences, and tokens in each (cut to the model's positions).
+        keys: passkeys in a sequence.
+        seed: of the text's pieces, the passkeys and their places.
         text: see `load_text`; of the built-in text the calibration part.
         progress: called with done, total and a label.
     """
     text = load_text(text, part="calibration")
     length = fitting_length(model, length)
-    sequences = repeats(text, tokenizer, samples=samples, length=length, reach=sinks + window, seed=seed)
-    rows = sequences[0].rows
+    sequences = passkeys(
+        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
+    )
 
     def attention(module, query, key, value, mask, **kwargs):
-        weights = seen.weights(module, query, key, rows, **kwargs)
-        totals[module.layer_idx] += mass_outside(weights, rows, sinks, window).double().cpu()
+        weights = seen.weights(module, query, key, sequence.rows, **kwargs)
+        totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).double().cpu()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with watched(model, attention) as seen, torch.no_grad():
@@ -52,13 +56,13 @@ def far_mass(
         for number, sequence in enumerate(sequences):
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
             if progress:
-                progress(number + 1, len(sequences), "head scores")
+                progress(number + 1, samples, "head scores")
         table = [
-            (total / len(sequences)).view(heads, -1).amax(-1).tolist()
+            (total / samples).view(heads, -1).amax(-1).tolist()
             for total, heads in zip(totals, seen.kv_heads, strict=True)
         ]
-    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window}
-    return HeadScores("far-mass", table, origin | {"samples": len(sequences), "length": length, "seed": seed})
+    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
+    return HeadScores("far-mass", table, origin | {"length": length, "keys": keys, "seed": seed})
 
 
 def mass_outside(weights: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

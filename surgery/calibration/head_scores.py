@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,8 @@ def choose_streaming(
     ratio: float | None = None,
     threshold: float | None = None,
     min_retrieval: int = 0,
-    protect: tuple[int, ...] = (),
+    protect: Collection[int] = (),
+    local: Collection[int] = (),
 ) -> list[list[int]]:
     """The KV heads of each layer that may forget the far past: those with the lowest scores over all layers.
 
@@ -188,10 +190,12 @@ def choose_streaming(
         threshold: heads with a score below it stream.
         min_retrieval: full KV heads that every layer keeps.
         protect: layers that keep all.
+        local: layers that see no farther than the window anyway: they are left alone, and no share counts them.
 
     Ties go by layer and head, so that a plan is reproducible.
     """
-    order = sorted((x, layer, head) for layer, row in enumerate(scores) for head, x in enumerate(row))
+    far = [(layer, row) for layer, row in enumerate(scores) if layer not in local]
+    order = sorted((x, layer, head) for layer, row in far for head, x in enumerate(row))
     wanted = len(order) if ratio is None else round(ratio * len(order))
     streaming: list[list[int]] = [[] for _ in scores]
     for x, layer, head in order:

@@ -6,6 +6,8 @@ that gives token y, a head scores if the key that it attends to most lies in the
 The steps are teacher-forced here: one prefill with the answer in it, of which the answer's rows are looked at. A step
 that decodes the right token has the same attention; the share of steps where the model would is in the origin, and
 where it is small, these scores say little (the original leaves such samples out).
+
+It sees the heads that copy and no others: heads in lower layers that those depend on score 0, and so do most heads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ..runtime.surgery_attention import surgery_attention
 from .head_scores import HeadScores
 from .sequences import fitting_length, passkeys
 from .text import BUILTIN, load_text
-from .watching import watched
+from .watching import answer_logits, watched
 
 
 def retrieval(
@@ -34,7 +36,7 @@ def retrieval(
 ) -> HeadScores:
     """The share of copied passkey tokens that a head's strongest attention points to, the largest of a group.
 
-    Args: as for `far_mass`; `keys` are the passkeys in a sequence.
+    Args: as for `far_mass`.
     """
     text = load_text(text, part="calibration")
     length = fitting_length(model, length)
@@ -51,11 +53,10 @@ def retrieval(
     with watched(model, attention) as seen, torch.no_grad():
         totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
         for number, sequence in enumerate(sequences):
-            logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False).logits[0]
-            right = logits[sequence.rows.to(logits.device)].argmax(-1).cpu() == sequence.ids[sequence.rows + 1]
+            right = answer_logits(model, sequence).argmax(-1).cpu() == sequence.ids[sequence.rows + 1]
             answered, steps = answered + int(right.sum()), steps + len(right)
             if progress:
-                progress(number + 1, len(sequences), "head scores")
+                progress(number + 1, samples, "head scores")
         table = [
             (total / steps).view(heads, -1).amax(-1).tolist()
             for total, heads in zip(totals, seen.kv_heads, strict=True)

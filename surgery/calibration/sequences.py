@@ -1,7 +1,7 @@
-"""Sequences that make heads show whether they use the far past: a repeated passage, and passkeys that are asked for.
+"""Sequences that make heads show whether they use the far past: text with passkeys in it that its end asks for.
 
-Both are made from any text and with any tokenizer. Pieces are tokenised one by one and joined as tokens, so that it
-is known exactly where a repeated piece stands, and both its occurrences are the same tokens.
+They are made from any text and with any tokenizer. Pieces are tokenised one by one and joined as tokens, so that it is
+known exactly where a passkey stands, and both its occurrences are the same tokens.
 """
 
 from __future__ import annotations
@@ -51,25 +51,6 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
-def repeats(
-    text: Text, tokenizer, *, samples: int, length: int, reach: int, seed: int, passage: int = 64
-) -> list[Recall]:
-    """Pieces of text that end with their own first passage once more.
-
-    Args:
-        samples: sequences; fewer where the text is too short for so many.
-        length: tokens of each.
-        reach: sinks + window: the repetition must lie farther away than that.
-        seed: of which pieces.
-        passage: tokens that come back.
-    """
-    if length - 2 * passage < reach:
-        raise _no_far_past(reach, length)
-    body = length - passage
-    pieces = _pieces(text, tokenizer, body, samples, random.Random(seed))
-    return [Recall(torch.cat([piece, piece[:passage]]), ((0, passage),), ((body, length),)) for piece in pieces]
-
-
 def passkeys(
     text: Text, tokenizer, *, samples: int, length: int, sinks: int, window: int, seed: int, keys: int, words: int = 8
 ) -> list[Recall]:
@@ -83,7 +64,7 @@ def passkeys(
         length: tokens of each.
         sinks, window: of the streaming heads that are planned.
         seed: of pieces, words, labels and depths.
-        keys, words: passkeys in a sequence, and words in a passkey.
+        keys, words: passkeys in a sequence (fewer where there is no room for so many), and words in a passkey.
 
     Source:
         Xiao et al. 2024 (arXiv 2410.10819), section 2.3, with words of the text in place of the NATO alphabet.
@@ -98,14 +79,22 @@ def passkeys(
         labels, texts = draw.sample(vocabulary, keys), [" ".join(draw.sample(vocabulary, words)) for _ in range(keys)]
         intros = [_ids(tokenizer, NEEDLE.format(label=label)) for label in labels]
         questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
-        answers = [_ids(tokenizer, f" {words}") for words in texts]
-        made_of = sum(map(len, [*intros, *questions, *answers, *answers])) + keys * len(close)
-        room = length - made_of - sinks - window  # tokens of plain text that a passkey may stand before
-        if room < keys:
-            raise _no_far_past(sinks + window, length, made_of)
-        depths = sorted(draw.sample(range(sinks, sinks + room), keys))
+        answers = [_ids(tokenizer, f" {key}") for key in texts]
+        count, room = keys, 0
+        while count and room < count:  # room: tokens of plain text that a passkey may stand before
+            parts = (part for kind in (intros, questions, answers, answers) for part in kind[:count])
+            made_of = sum(map(len, parts)) + count * len(close)
+            room = length - made_of - sinks - window
+            count -= room < count
+        if not count:
+            raise SurgeryError(
+                f"sinks + window = {sinks + window} leave no far past in {length} tokens, {made_of} of which are a "
+                "passkey and its question",
+                fix="choose a smaller window, or longer sequences if the model has positions for them",
+            )
+        depths = sorted(draw.sample(range(sinks, sinks + room), count))
         plain = pieces[number % len(pieces)][: length - made_of].tolist()
-        made.append(_assemble(plain, depths, intros, answers, close, questions))
+        made.append(_assemble(plain, depths, intros[:count], answers[:count], close, questions[:count]))
     return made
 
 
@@ -134,11 +123,3 @@ def _pieces(text: Text, tokenizer, length: int, samples: int, draw: random.Rando
 
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _no_far_past(reach: int, length: int, questions: int = 0) -> SurgeryError:
-    beside = f", {questions} of which are passkeys and questions," if questions else ""
-    return SurgeryError(
-        f"sinks + window = {reach} leave no far past in {length} tokens{beside}",
-        fix="choose a smaller window, or longer sequences",
-    )

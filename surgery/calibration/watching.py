@@ -16,6 +16,7 @@ from ..runtime.modeling_surgery import attention_modules
 from ..runtime.surgery_attention import surgery_attention, surgery_mask
 from ..runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
 from .head_scores import unsupported
+from .sequences import Recall
 
 NAME = "surgery_watch"
 
@@ -147,3 +148,12 @@ def attention_weights(
         return scores.softmax(-1)
     sink = s_aux.to(wide)[None, :, None, None].expand(*scores.shape[:3], 1)
     return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+def answer_logits(model, sequence: Recall) -> torch.Tensor:
+    """Logits of the next token on the rows of a sequence's answers: [r, vocabulary], float32 or wider."""
+    rows, length = sequence.rows, len(sequence.ids)
+    last = length - int(rows.min())  # a model's head is costly, and earlier rows are not looked at
+    logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
+    logits = logits[(rows - length).to(logits.device)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

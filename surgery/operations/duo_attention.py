@@ -35,7 +35,7 @@ class DuoAttention(Operation):
     term: ClassVar[str | None] = "visibility"
 
     op: Literal["duo_attention"] = "duo_attention"
-    streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of all KV heads that stream.")
+    streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of the KV heads that stream.")
     threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
     sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
     window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
@@ -68,15 +68,21 @@ class DuoAttention(Operation):
         return found
 
     def plan(self, anatomy: Anatomy) -> Change:
-        total, measured = sum(layer.kv_heads for layer in anatomy.layers), is_method(self.scores)
+        local, measured = self._local(anatomy), is_method(self.scores)
+        total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
         notes, known = [], ""
+        if local:
+            notes.append(
+                f"{len(local)} of {len(anatomy.layers)} layers see no farther than {self.window} tokens by the base's "
+                "own window: they stay as they are, and the ratio is of the others"
+            )
         if measured:
             # The heads are not known before the model is measured; their number is, unless a threshold decides.
-            streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers])
+            streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
             known = "up to " if self.threshold is not None else ""
             notes.append(f"which heads stream is measured on the model ({self.scores})")
         else:
-            streaming = self._choose(load_scores(self.scores, anatomy).scores)
+            streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
         line = f"{known}{sum(map(len, streaming))} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
         return Change(
             anatomy.with_streaming(streaming, self.sinks, self.window),
@@ -91,7 +97,7 @@ class DuoAttention(Operation):
 
         measured = is_method(self.scores)
         scores = self._measure(model, context) if measured else load_scores(self.scores, context.before)
-        streaming = self._choose(scores.scores)
+        streaming = self._choose(scores.scores, context.before)
         layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
         try:
             patch(model, {"layers": layers})
@@ -120,11 +126,16 @@ class DuoAttention(Operation):
             progress=context.progress,
         )
 
-    def _choose(self, scores: list[list[float]]) -> list[list[int]]:
+    def _local(self, anatomy: Anatomy) -> list[int]:
+        """Layers that the split would not change: the base's own window is no wider than ours."""
+        return [layer.index for layer in anatomy.layers if layer.window is not None and layer.window <= self.window]
+
+    def _choose(self, scores: list[list[float]], anatomy: Anatomy) -> list[list[int]]:
         return choose_streaming(
             scores,
             ratio=self.streaming_ratio,
             threshold=self.threshold,
             min_retrieval=self.per_layer_min_retrieval,
-            protect=tuple(self.protect_layers),
+            protect=self.protect_layers,
+            local=self._local(anatomy),
         )
