@@ -67,9 +67,9 @@ def operated(base, sinks, tensors, stand_in=False):
     return model
 
 
-def dense_logits(base, sinks, tensors, stand_in, ids, mask) -> torch.Tensor:
+def dense_logits(base, sinks, tensors, stand_in, ids, mask, split=None) -> torch.Tensor:
     """float64, every weight of every row and head held: nothing of the runtime is used."""
-    model, layers = double(copy.deepcopy(base).eval()), entries(base, sinks, tensors, stand_in)
+    model, layers = double(copy.deepcopy(base).eval()), split or entries(base, sinks, tensors, stand_in)
     text, length = model.config, ids.shape[1]
     real = mask.bool()
     kinds = getattr(text, "layer_types", None)
