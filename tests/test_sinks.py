@@ -307,6 +307,21 @@ def test_generation_of_a_padded_batch(bases):
         assert torch.equal(alone[0, LENGTH - pad :], made[row, LENGTH:])
 
 
+@torch.no_grad()
+def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
+    """A checkpoint without terms runs what it ran before there were any: plain SDPA."""
+    from surgery.runtime import surgery_attention as attention
+
+    asked, fused = [], attention._fused
+    monkeypatch.setattr(attention, "_fused", lambda *a, **k: asked.append(a[4]) or fused(*a, **k))
+    for tensors, expected in (([{}, {}], {False}), (random_terms(bases["llama"], "gamma", 0), {True})):
+        asked.clear()
+        model = operated(bases["llama"], 2, tensors)
+        ids, mask = batch(model)
+        chunked(model, ids, mask, [30, 1, 14])
+        assert set(asked) == expected
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
