@@ -162,9 +162,11 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    held = "visibility" if any(layer.streaming for layer in anatomy.layers) else None
-    if held and operation.term in (held, None):
-        reason = f"sets the {held} already" if operation.term else f"sets the {held}, and weight rewrites come before"
+    held = terms_held(anatomy)
+    if held and (operation.term is None or operation.term in held):
+        reason = f"sets the {operation.term} already"
+        if operation.term is None:
+            reason = f"sets the {' and the '.join(held)}, and weight rewrites come before"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         if operation.term is not None and step.operation.term == operation.term:
@@ -172,6 +174,16 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if step.operation.term is not None and operation.term is None:
             return [f"{operation.op}: weight rewrites come before {step.operation.op} in a recipe"]
     return []
+
+
+def terms_held(anatomy: Anatomy) -> list[str]:
+    """The terms of the equation that a checkpoint sets already."""
+    block = getattr(anatomy.config, "surgery", None) or {}
+    layers = block.get("layers", [])
+    named = {name for layer in layers for name in layer.get("parameters", {})}
+    held = ["visibility"] if any(layer.streaming for layer in anatomy.layers) else []
+    held += ["bias"] if "surgery_log_gamma" in named else []
+    return held + (["virtual keys"] if "surgery_sink_logit" in named else [])
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

@@ -55,12 +55,13 @@ class Watched:
 
 
 @contextmanager
-def watched(model, attention: Callable = surgery_attention) -> Iterator[Watched]:
+def watched(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[Watched]:
     """The model in eval mode, weights frozen, every attention call made by `attention`.
 
     Args:
         attention: takes and gives what `surgery_attention` does, which reads `module.surgery_heads`; all heads are
             full until `Watched.look` says otherwise. Default: that function itself.
+        split: a model whose heads are split already is taken, too: it is measured with all heads full.
 
     The model is left as it was: weights, modes, requires_grad, gradients, attention implementation, attributes.
 
@@ -70,7 +71,7 @@ def watched(model, attention: Callable = surgery_attention) -> Iterator[Watched]
     anatomy = Anatomy.of(model)
     modules = attention_modules(model)
     reason = unsupported(anatomy)
-    if any(layer.streaming for layer in anatomy.layers):
+    if not split and any(layer.streaming for layer in anatomy.layers):
         reason = "the heads of this model are split already: measure its base"
     if any(layer.query_groups for layer in anatomy.layers):
         reason = "KV heads that are read by unequally many query heads cannot be measured in this version"

@@ -31,10 +31,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .surgery_attention import surgery_attention, surgery_mask
 from .surgery_cache import SurgeryCache
-from .surgery_heads import FORMAT, NAME, head_kinds, validate
+from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
+from .surgery_terms import register_terms
 
 PREFIX = "Surgery"
 FILES = ("modeling_surgery.py", "surgery_attention.py", "surgery_cache.py", "surgery_heads.py", "surgery_stores.py")
+FILES += ("surgery_terms.py",)
 
 # Transformers renamed the forward's argument during 5.x.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
@@ -55,7 +57,7 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility and shape, and the model a cache of its own."""
+    """Give every attention module its heads' visibility, shape and terms, and the model a cache of its own."""
     kinds, layers = head_kinds(model.config), validate(model.config)
     modules = attention_modules(model)
     numbers = [module.layer_idx for module in modules]
@@ -69,6 +71,7 @@ def attach(model) -> None:
         module.surgery_heads = kinds[module.layer_idx]
         for name, shape in layers[module.layer_idx].get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
+        register_terms(module, layers[module.layer_idx])
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if _give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_give_cache, with_kwargs=True)
@@ -176,6 +179,14 @@ class _ModelMixin:
         super().__init__(config, *args, **kwargs)
         attach(self)
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As Transformers' own; where it would fill in a parameter of the surgery that the file lacks, an error."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in IDENTITY):
+            raise ValueError(f"{len(lost)} parameters of the surgery are not in the file, the first is {lost[0]}")
+        return (model, info) if output_loading_info else model
+
     def set_attn_implementation(self, name, *args, **kwargs):
         if name != ATTENTION:
             raise ValueError(f"attn_implementation={name!r} would undo the surgery; this model has its own")
@@ -222,7 +233,7 @@ def patch(model, block: dict) -> None:
     before = getattr(config, NAME, None)
     merged = {**(before or {}), "format": FORMAT, "base_model_type": type(config).model_type, **block}
     if before and len(before["layers"]) == len(merged["layers"]):
-        merged["layers"] = [old | new for old, new in zip(before["layers"], merged["layers"], strict=True)]
+        merged["layers"] = [_merged(old, new) for old, new in zip(before["layers"], merged["layers"], strict=True)]
     setattr(config, NAME, merged)
     try:
         validate(config)
@@ -236,6 +247,12 @@ def patch(model, block: dict) -> None:
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"{base.__name__} does not take another attention function")
     attach(model)
+
+
+def _merged(old: dict, new: dict) -> dict:
+    """A layer's entry with what another surgery sets in it; parameters of both stay."""
+    parameters = old.get("parameters", {}) | new.get("parameters", {})
+    return old | new | ({"parameters": parameters} if parameters else {})
 
 
 def _make(name: str):

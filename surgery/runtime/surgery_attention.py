@@ -5,6 +5,7 @@
 after projections, norms, RoPE and cache update. V_h is read from `module.surgery_heads`: for each kind of head in the
 layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
 sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists.
+What is added to the scores (surgery_terms.py) follows from each part's output and log-sum-exp.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_heads import HeadKinds
 from .surgery_stores import KeyValues, uncached
+from .surgery_terms import Terms, split_terms
 
 BLOCK = 128  # queries of a band that share one slice of keys
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
@@ -51,11 +53,10 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         new = zip(kinds.visibilities, kinds.split_keys(key), kinds.split_keys(value), strict=True)
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-    logits = options["s_aux"]  # [heads]
-    sinks = [None] * len(views) if logits is None else [part[0] for part in kinds.split_queries(logits[None])]
+    terms = split_terms(module, kinds, options["s_aux"])
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], sink)
-        for part, view, sink in zip(kinds.split_queries(query), views, sinks, strict=True)
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], term)
+        for part, view, term in zip(kinds.split_queries(query), views, terms, strict=True)
     ]
     return kinds.join(parts).transpose(1, 2).contiguous(), None
 
@@ -128,28 +129,35 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, s_aux) -> torch.Tensor:
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None) -> torch.Tensor:
     """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
+    if view.visibility.sinks:
+        view.settle_sinks(pad)
+    out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
+    return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)
+
+
+def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+    """Attention to the real keys: output, and its log-sum-exp [batch, heads, n] if it is asked for, else None."""
     batch, heads, length, size = query.shape
     kv_heads, visibility = view.keys.shape[1], view.visibility
-    if visibility.sinks:
-        view.settle_sinks(pad)
-    plain = softcap is None and s_aux is None and mask is None
+    plain = softcap is None and mask is None and not (with_lse and _written_out(query, view.keys, view.values))
     if plain and visibility.window is None and view.start == 0 and (length == view.end or length == 1):
-        return sdpa(query, view.keys, view.values, scale=scale, is_causal=length > 1, enable_gqa=heads != kv_heads)
+        return _fused(query, view.keys, view.values, scale, with_lse, causal=length > 1)
     if plain and view.whole is not None and visibility.limit is None:
-        return sdpa(query, *view.whole, scale=scale, enable_gqa=heads != kv_heads)
+        return _fused(query, *view.whole, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
-    sinks = None if s_aux is None else s_aux.reshape(kv_heads, heads // kv_heads)
     first = view.end - length
     blocks = [
-        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, sinks)
+        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, with_lse)
         for i in range(0, length, BLOCK)
     ]
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)).reshape(query.shape)
+    outs, lses = zip(*blocks, strict=True)
+    out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)).reshape(query.shape)
+    return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, s_aux) -> torch.Tensor:
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool) -> tuple:
     """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
     batch, kv_heads, group, length, size = query.shape
     visibility, device = view.visibility, query.device
@@ -183,28 +191,45 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, s_aux)
         values = torch.cat([view.sink_values, values], dim=2)
     rows = query.reshape(batch, kv_heads, group * length, size)
     seen = seen[:, None].repeat(1, 1, group, 1)  # the group's queries share the keys: one product for all of them
-    if softcap is None and s_aux is None:
-        out = sdpa(rows, keys, values, attn_mask=None if bool(seen.all()) else seen, scale=scale)
+    if softcap is None and not (with_lse and _written_out(rows, keys, values)):
+        out, lse = _fused(rows, keys, values, scale, with_lse, seen=None if bool(seen.all()) else seen)
     else:
-        out = _explicit(rows, keys, values, seen, scale, softcap, s_aux, group)
+        out, lse = _explicit(rows, keys, values, seen, scale, softcap, with_lse)
     if mask is not None:  # rows of padding see nothing: zero, never NaN
-        out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
-    return out.reshape(query.shape)
+        empty = ~seen.any(dim=-1)
+        out = out.masked_fill(empty[..., None], 0.0)
+        lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
+    return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
 
 
-def _explicit(rows, keys, values, seen, scale, softcap, s_aux, group) -> torch.Tensor:
-    """Softmax written out, for soft-capped scores and learned sinks (a logit without a value)."""
-    scores = (rows @ keys.mT).float() * scale
+def _written_out(query, keys, values) -> bool:
+    """Whether no kernel gives the log-sum-exp here: the CPU's does, and has no gradient for it."""
+    if query.device.type != "cpu" or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return True
+    return torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+
+
+def _fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen=None) -> tuple:
+    """Output and log-sum-exp (None if it is not asked for) by one kernel; `seen` bool [batch or 1, 1, n, keys]."""
+    if not with_lse:
+        gqa = query.shape[1] != keys.shape[1]
+        return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, keys, values, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def _explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple:
+    """Softmax written out: soft-capped scores, and a log-sum-exp with a gradient."""
+    product = rows @ keys.mT
+    scores = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    if s_aux is not None:
-        length = rows.shape[2] // group
-        sink = s_aux.float().repeat_interleave(length, dim=1)[None, :, :, None].expand(len(rows), -1, -1, -1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        weights = scores.softmax(dim=-1)
-    return weights.to(values.dtype) @ values
+    lse = scores.logsumexp(-1) if with_lse else None
+    return scores.softmax(-1).to(values.dtype) @ values, lse
 
 
 def _by_segment(module, query, key, value, segments, scaling, options):

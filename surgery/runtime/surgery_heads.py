@@ -11,6 +11,8 @@ The block is all that the code needs to know of a surgery, besides the weights:
                                a layer of another shape: its heads, how many query heads read each KV head (left out
                                where all are read by equally many), and the shape of each parameter that differs,
                                by its name in the attention module
+    parameters, stand_in       parameters that the surgery gave to the attention module, name -> shape, and whether
+                               virtual keys are for queries alone that do not see the first token (surgery_terms.py)
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import transformers
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
+KEYS |= {"parameters", "stand_in"}
+# Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
+IDENTITY = {"surgery_log_gamma": 0.0, "surgery_sink_logit": -1e4, "surgery_key": 0.0, "surgery_value": 0.0}
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,28 @@ def _fault(config, layer) -> str:
         return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"
     if streaming and not {"sinks", "window"} <= set(layer):
         return "has streaming heads without sinks and window"
+    return _fault_of_terms(config, layer, heads, kv_heads)
+
+
+def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
+    """What is wrong with the parameters in a layer's entry, "" if nothing."""
+    named, text = layer.get("parameters", {}), config.get_text_config()
+    if not isinstance(named, dict) or set(named) - set(IDENTITY):
+        return f"has other parameters than {', '.join(sorted(IDENTITY))}"
+    logit = named.get("surgery_sink_logit", [heads, 1])
+    if not _numbers(logit, 1) or len(logit) != 2:
+        return f"gives surgery_sink_logit the shape {logit}; it is [{heads}, virtual keys]"
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    right = {"surgery_log_gamma": [heads], "surgery_sink_logit": [heads, logit[1]]}
+    right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
+    for name, shape in named.items():
+        if not _numbers(shape, 1) or shape != right[name]:
+            return f"gives {name} the shape {shape}; it is {right[name]}"
+        if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
+            return f"has {name} without surgery_sink_logit"
+    stand_in = layer.get("stand_in", False)
+    if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
+        return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
     return ""
 
 

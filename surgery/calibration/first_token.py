@@ -1,0 +1,196 @@
+"""What the first token of a text is to attention, and what changing its weight does to a model's predictions.
+
+`first_tokens` measures its keys, values and scores, so that virtual keys can take its place. `search_gammas` looks for
+the weight that the first token should have in each head; `Trial` compares a setting with none on text held back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..runtime.modeling_surgery import attention_modules
+from ..runtime.surgery_attention import surgery_attention
+from ..runtime.surgery_terms import scores
+from .watching import watched
+
+OBJECTIVES = ("ce", "entropy")
+
+
+@dataclass
+class FirstToken:
+    """Of one layer, mean over texts.
+
+    Attributes:
+        key, value: [KV heads, head_dim] of the first token; the key as attention gets it, at position 0.
+        score: [heads], scaled and capped, of the queries at positions from `reach` on with it.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    score: torch.Tensor
+
+
+def first_tokens(model, pieces: torch.Tensor, reach: list[int], progress=None) -> list[FirstToken]:
+    """Measure the first token in every layer of a model, all of its heads full.
+
+    Args:
+        model: in memory; it is left as it was.
+        pieces: long [texts, length].
+        reach: of each layer, the first position whose queries count; less than the length.
+    """
+
+    def attention(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
+        layer = module.layer_idx
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        first = scores(query[:, :, reach[layer] :], key[:, :, :1], scale, softcap, torch.float32)
+        found = key[0, :, 0], value[0, :, 0], first.mean(dim=(0, 2, 3))
+        sums[layer] = [old + new.double() for old, new in zip(sums[layer], found, strict=True)]
+        return surgery_attention(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
+
+    sums = [[0.0, 0.0, 0.0] for _ in reach]
+    with watched(model, attention, split=True), torch.no_grad():
+        for number, piece in enumerate(pieces):
+            model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
+            if progress:
+                progress(number + 1, len(pieces), "first tokens")
+    return [FirstToken(*(total / len(pieces) for total in layer)) for layer in sums]
+
+
+def objective(model, piece: torch.Tensor, kind: str) -> torch.Tensor:
+    """Nats per token of one text [length]: cross-entropy ("ce"), or the entropy of the predictions ("entropy")."""
+    ids = piece[None].to(model.device)
+    logp = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    if kind == "ce":
+        return -logp.gather(-1, ids[0, 1:, None]).mean()
+    return -(logp.exp() * logp).sum(-1).mean()
+
+
+@dataclass
+class Trial:
+    """Settings of some parameters of a model, compared on text.
+
+    Attributes:
+        parameters: what is set; what they hold when the trial begins is the setting that changes nothing.
+        fit, held: long [texts, length] to search on, and to judge on.
+        kind: see `objective`.
+    """
+
+    model: torch.nn.Module
+    parameters: list[torch.nn.Parameter]
+    fit: torch.Tensor
+    held: torch.Tensor
+    kind: str = "ce"
+
+    def __post_init__(self):
+        self.nothing = [parameter.detach().clone() for parameter in self.parameters]
+
+    def set(self, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def values(self, pieces: torch.Tensor) -> torch.Tensor:
+        """The objective of each text [texts], in float64."""
+        with torch.no_grad():
+            return torch.stack([objective(self.model, piece, self.kind).double().cpu() for piece in pieces])
+
+    def settle(self, values: list[torch.Tensor]) -> dict:
+        """Keep a setting if it is better than none on the text held back, by more than its standard error.
+
+        Returns:
+            A record: the objective with none and with it, and whether it was kept.
+        """
+        self.set(self.nothing)
+        before = self.values(self.held)
+        self.set(values)
+        change = self.values(self.held) - before
+        error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else 0.0
+        kept = bool(change.mean() < -error)
+        if not kept:
+            self.set(self.nothing)
+        facts = {"kept": kept, "objective": self.kind, "held_back_before": before.mean().item()}
+        return facts | {"held_back_change": change.mean().item(), "standard_error": error, "texts": len(change)}
+
+
+def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], groups: str, progress=None) -> dict:
+    """Search gamma for the first token on the trial's `fit`, then keep what is better than nothing on its `held`.
+
+    Args:
+        trial: its parameters are log gamma [heads] of some layers.
+        masks: for each parameter, 1.0 for the heads that may change, else 0.0; float [heads].
+        grid: values of gamma to try; 1 is always among them.
+        groups: "uniform" (one gamma), "layers" (one for each layer, one layer after the other), or "heads": the
+            gradient of the objective at gamma = 1 tells which heads should have more of the first token and which
+            less; the first get gamma and the others 1 / gamma, all together or one side alone.
+
+    Returns:
+        A record: every trial, and what `Trial.settle` says.
+    """
+    if groups == "layers":
+        steps = [[[mask * (i == layer) for i, mask in enumerate(masks)]] for layer in range(len(masks))]
+    elif groups == "uniform":
+        steps = [[masks]]
+    else:
+        slopes = [slope * mask for slope, mask in zip(_slopes(trial), masks, strict=True)]
+        sides = [[(side * slope < 0).float() * side for slope in slopes] for side in (1, -1)]
+        steps = [[*sides, [up + down for up, down in zip(*sides, strict=True)]]]
+        grid = sorted({max(gamma, 1 / gamma) for gamma in grid})
+    best, lowest = trial.nothing, trial.values(trial.fit).mean().item()
+    tried, total = [{"gamma": 1.0, "fit": lowest}], sum(map(len, steps)) * len(grid)
+    for number, directions in enumerate(steps):
+        start = best
+        for side, direction in enumerate(directions):
+            for gamma in grid:
+                setting = [b + math.log(gamma) * d.to(b) for b, d in zip(start, direction, strict=True)]
+                trial.set(setting)
+                found = trial.values(trial.fit).mean().item()
+                tried.append({"step": number, "side": ("more", "less", "both")[side], "gamma": gamma, "fit": found})
+                if groups != "heads":
+                    del tried[-1]["side"]
+                if found < lowest:
+                    best, lowest = setting, found
+                if progress:
+                    progress(len(tried) - 1, total, "gammas")
+    if best is trial.nothing:
+        trial.set(trial.nothing)
+        return {"tried": tried, "kept": False, "objective": trial.kind}
+    return {"tried": tried} | trial.settle(best)
+
+
+def _slopes(trial: Trial) -> list[torch.Tensor]:
+    """Gradient of the objective by each parameter, mean over the texts of `fit`."""
+    total = [torch.zeros_like(parameter) for parameter in trial.parameters]
+    for piece in trial.fit:
+        found = torch.autograd.grad(objective(trial.model, piece, trial.kind), trial.parameters)
+        total = [old + new for old, new in zip(total, found, strict=True)]
+    return total
+
+
+@contextmanager
+def frozen(model, but: list[torch.nn.Parameter]) -> Iterator[None]:
+    """The model in eval mode, with gradients for the parameters `but` alone; then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in needed:
+            parameter.requires_grad_(False)
+        for parameter in but:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, grad in needed:
+            parameter.requires_grad_(grad)
+
+
+def parameters_of(model, name: str) -> dict[int, torch.nn.Parameter]:
+    """The parameter of this name of every attention module that has it, by layer."""
+    found = {module.layer_idx: getattr(module, name, None) for module in attention_modules(model)}
+    return {layer: parameter for layer, parameter in found.items() if parameter is not None}

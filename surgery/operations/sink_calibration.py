@@ -1,0 +1,256 @@
+"""Calibrate the attention sink: another weight for the first token, or virtual keys beside it or in its place.
+
+Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); gpt_oss's learned sinks (learned); Sun et al.
+2024, "Massive Activations in Large Language Models", arXiv 2402.17762 (kv_bias: explicit k' and v').
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ..calibration.head_scores import unsupported
+from ..errors import SurgeryError
+from ..operation import SURGICAL, Change, Context, Operation
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy, LayerAnatomy
+
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SinkCalibration(Operation):
+    """One term of one method: a bias on the first token's score, or one virtual key for each head."""
+
+    summary: ClassVar[str] = (
+        "Another weight for the first token (ZeroTuning), or virtual keys: learned sinks, k' and v'."
+    )
+    limits: ClassVar[tuple[str, ...]] = (
+        "The sink was calibrated on the calibration part of one text; a setting is kept only where it is better on "
+        "text held back from the search, and the record in surgery.json says what was found.",
+    )
+
+    op: Literal["sink_calibration"] = "sink_calibration"
+    method: Literal["zero_tuning", "learned", "kv_bias"] = Field(
+        description="zero_tuning: first token's weight times gamma; learned: a logit, with a value or none; "
+        "kv_bias: a key and a value."
+    )
+    layers: list[Whole] | None = Field(None, description="Layers that are changed; default all.")
+    heads: list[Whole] | None = Field(None, description="Query heads that are changed in these layers; default all.")
+    gamma: Gamma | None = Field(None, description="zero_tuning: the same for all these heads; default: searched.")
+    groups: Literal["uniform", "layers", "heads"] = Field(
+        "heads",
+        description="zero_tuning, searched: one gamma, one a layer, or gamma and 1 / gamma for heads by their slope.",
+    )
+    grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
+    objective: Literal["ce", "entropy"] = Field(
+        "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
+    )
+    start: Literal["fit", "identity"] = Field(
+        "fit",
+        description="learned, kv_bias: fit: take the place of the first token where a head lost it; identity: change "
+        "nothing, for training.",
+    )
+    logit: float | None = Field(
+        None, allow_inf_nan=False, description="learned: this logit for every query of these heads, in place of a fit."
+    )
+    value: Literal["zero", "fit"] = Field("fit", description="learned, fitted: no value, or the first token's mean.")
+    calibration_samples: int = Field(16, ge=4, description="Pieces of text; every second one is held back.")
+    calibration_length: int = Field(512, ge=8, description="Tokens in a piece.")
+    text: str = Field("builtin", description="'builtin' (calibration part of Python's reference) or a text file.")
+
+    @property
+    def term(self) -> str:  # type: ignore[override]
+        return "bias" if self.method == "zero_tuning" else "virtual keys"
+
+    @property
+    def _fits(self) -> bool:
+        return self.method != "zero_tuning" and self.start == "fit" and self.logit is None
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        if reason := unsupported(anatomy):
+            return [f"sink_calibration: {reason}"]
+        found, count = [], len(anatomy.layers)
+        if wrong := [layer for layer in self.layers or [] if layer >= count]:
+            found.append(f"layers {wrong}: there are layers 0 to {count - 1}")
+        chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
+        fewest = min((layer.heads for layer in chosen), default=0)
+        if wrong := [head for head in self.heads or [] if chosen and head >= fewest]:
+            found.append(f"heads {wrong}: a layer has query heads 0 to {fewest - 1}")
+        if [] in (self.layers, self.heads):
+            found.append("layers and heads must not be empty; leave them out for all")
+        if self.gamma is not None and self.method != "zero_tuning":
+            found.append(f"gamma is for method: zero_tuning, not {self.method}")
+        if self.logit is not None and (self.method != "learned" or self.start == "identity"):
+            found.append("logit is for method: learned with start: fit alone")
+        if not found:
+            found += self._problems_of_visibility(anatomy)
+        return [f"sink_calibration: {problem}" for problem in found]
+
+    def _problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
+        """Why the chosen heads and the first token do not go together."""
+        lost = {layer.index: self._lost(layer) for layer in anatomy.layers if layer.index in self._layers(anatomy)}
+        lost = {layer: heads for layer, heads in lost.items() if heads}
+        if self.method == "zero_tuning" and lost:
+            return [
+                f"zero_tuning: heads {next(iter(lost.values()))} of layer {next(iter(lost))} stream without sinks, so "
+                "the first token leaves their window: keep sinks (duo_attention.sinks from 1), or leave them out"
+            ]
+        if not self._fits:
+            return []
+        if not lost:
+            return [
+                f"{self.method}: start: fit puts virtual keys in place of a first token that a head no longer sees, "
+                "and these heads see it: split them before (duo_attention with sinks: 0), or start: identity"
+            ]
+        window = min(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
+        if self.calibration_length <= window + 1:
+            return [
+                f"calibration_length {self.calibration_length} does not leave the window of {window} tokens, so that "
+                f"nothing can be fitted: give more than {window + 1}"
+            ]
+        return []
+
+    def _layers(self, anatomy: Anatomy) -> list[int]:
+        return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
+
+    def _heads(self, layer: LayerAnatomy) -> list[int]:
+        return list(range(layer.heads)) if self.heads is None else sorted(set(self.heads))
+
+    def _lost(self, layer: LayerAnatomy) -> list[int]:
+        """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
+        if (
+            not layer.streaming
+            or layer.sinks
+            or (layer.window or layer.streaming_window + 1) <= layer.streaming_window
+        ):
+            return []
+        groups = layer.query_groups or (layer.group,) * layer.kv_heads
+        owner = [kv_head for kv_head, size in enumerate(groups) for _ in range(size)]
+        return [head for head in self._heads(layer) if owner[head] in layer.streaming]
+
+    def _targets(self, anatomy: Anatomy) -> dict[int, list[int]]:
+        """Layer -> query heads whose parameters get values."""
+        pick = self._lost if self._fits else self._heads
+        found = {i: pick(anatomy.layers[i]) for i in self._layers(anatomy)}
+        return {layer: heads for layer, heads in found.items() if heads}
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        targets = self._targets(anatomy)
+        many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
+        notes, measured = [], self._fits or (self.method == "zero_tuning" and self.gamma is None)
+        if self.method == "zero_tuning":
+            how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {self.objective})"
+            line = f"the first token's weight in {many}: {how}"
+            if any(anatomy.layers[i].window for i in targets):
+                notes.append(
+                    "where the base itself has a sliding window, the first token is weighted while it is seen"
+                )
+        elif self._fits:
+            what = "a key and a value" if self.method == "kv_bias" else f"a logit, value {self.value}"
+            line = f"virtual keys in place of the lost first token in {many}: {what}, measured"
+        else:
+            logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
+            line = f"a virtual key {logit} in {many} ({self.method})"
+        if measured:
+            notes.append("a setting that is no better than none on text held back is not kept; the record says so")
+        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=measured)
+
+    def apply(self, model, context: Context) -> dict:
+        from ..anatomy import Anatomy
+        from ..runtime.modeling_surgery import patch
+
+        anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
+        if problems := self._problems_of_visibility(anatomy):
+            raise SurgeryError(f"sink_calibration: {problems[0]}", where=type(model).__name__)
+        targets = self._targets(anatomy)
+        pieces = None
+        if self._fits or (self.method == "zero_tuning" and self.gamma is None):
+            pieces = self._pieces(model, context)
+        try:
+            patch(model, {"layers": [self._entry(layer, targets) for layer in anatomy.layers]})
+        except ValueError as error:
+            raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
+        if self.method == "zero_tuning":
+            return self._weigh(model, targets, pieces, context)
+        return self._stand_in(model, anatomy, targets, pieces, context)
+
+    def _pieces(self, model, context: Context):
+        from ..calibration.sequences import fitting_length
+        from ..calibration.text import load_text, windows
+
+        if context.tokenizer is None:
+            raise SurgeryError(
+                "calibration text needs the tokenizer",
+                where="sink_calibration",
+                fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
+            )
+        length = fitting_length(model, self.calibration_length)
+        return windows(load_text(self.text, "calibration"), context.tokenizer, length, self.calibration_samples)
+
+    def _entry(self, layer: LayerAnatomy, targets: dict[int, list[int]]) -> dict[str, Any]:
+        """A layer's entry in the `surgery` block. Keys and values are per KV head, as the first token's are."""
+        if layer.index not in targets:
+            return {}
+        if self.method == "zero_tuning":
+            return {"parameters": {"surgery_log_gamma": [layer.heads]}}
+        shapes = {"surgery_sink_logit": [layer.heads, 1]}
+        if self.method == "kv_bias" or (self._fits and self.value == "fit"):
+            shapes["surgery_value"] = [layer.kv_heads, 1, layer.head_dim]
+        if self.method == "kv_bias":
+            shapes["surgery_key"] = [layer.kv_heads, 1, layer.head_dim]
+        return {"parameters": shapes} | ({"stand_in": True} if self._fits else {})
+
+    def _weigh(self, model, targets: dict[int, list[int]], pieces, context: Context) -> dict:
+        """Set or search gamma; a record."""
+        import torch
+
+        from ..calibration.first_token import Trial, frozen, parameters_of, search_gammas
+
+        found = parameters_of(model, "surgery_log_gamma")
+        masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
+        for layer, heads in targets.items():
+            masks[layer][heads] = 1.0
+        if self.gamma is not None:
+            with torch.no_grad():
+                for layer, mask in masks.items():
+                    found[layer].copy_(mask.to(found[layer]) * torch.tensor(self.gamma).log())
+            record = {}
+        else:
+            parameters = [found[layer] for layer in targets]
+            trial = Trial(model, parameters, pieces[::2], pieces[1::2], self.objective)
+            with frozen(model, parameters):
+                record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
+        gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}
+        return {"method": self.method, **record, "gamma": gammas}
+
+    def _stand_in(self, model, anatomy: Anatomy, targets: dict[int, list[int]], pieces, context: Context) -> dict:
+        """Set virtual keys, fitted, fixed or as they are; a record."""
+        import torch
+
+        from ..calibration.first_token import Trial, first_tokens, frozen, parameters_of
+
+        names = ("surgery_sink_logit", "surgery_key", "surgery_value")
+        logits, keys, values = (parameters_of(model, name) for name in names)
+        record: dict[str, Any] = {"method": self.method, "start": self.start}
+        if not self._fits:
+            if self.logit is not None:
+                with torch.no_grad():
+                    for layer, heads in targets.items():
+                        logits[layer][heads] = self.logit
+            return record | {"logit": self.logit}
+        reach = [layer.streaming_window if layer.index in targets else 0 for layer in anatomy.layers]
+        seen = first_tokens(model, pieces[::2], reach, context.progress)
+        every = [table[layer] for layer in targets for table in (logits, keys, values) if layer in table]
+        settings = []
+        trial = Trial(model, every, pieces[::2], pieces[1::2])
+        for layer, heads in targets.items():
+            logit = logits[layer].detach().clone()
+            logit[heads, 0] = 0.0 if self.method == "kv_bias" else seen[layer].score[heads].to(logit)
+            settings.append(logit)
+            settings += [seen[layer].key[:, None]] if layer in keys else []
+            settings += [seen[layer].value[:, None]] if layer in values else []
+        with frozen(model, []):
+            return record | trial.settle(settings)

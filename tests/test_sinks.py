@@ -1,0 +1,379 @@
+"""Bias and virtual keys: the closed forms, the runtime against explicit weights in float64, files, the operation."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime.surgery_terms import add_keys, scale_key
+
+PADS, LENGTH, WINDOW = (0, 11, 0, 4), 45, 5
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss"]
+SPLITS = {"none": None, "sinks": 2, "no sinks": 0}  # sinks of the streaming heads; None: no head streams
+KINDS = ["gamma", "logit", "logit and value", "key and value", "stand in", "all"]
+
+
+def heads_of(model) -> tuple[int, int, int]:
+    text = model.config.get_text_config()
+    return text.num_attention_heads, text.num_key_value_heads, text.head_dim
+
+
+def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
+    """Random tensors of every layer, in float32."""
+    heads, kv_heads, size = heads_of(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    names = {
+        "gamma": ["surgery_log_gamma"],
+        "logit": ["surgery_sink_logit"],
+        "logit and value": ["surgery_sink_logit", "surgery_value"],
+    }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
+    names = names + (["surgery_log_gamma"] if kind == "all" else [])
+    made = {
+        "surgery_log_gamma": lambda: normal(heads) * 1.5,
+        "surgery_sink_logit": lambda: normal(heads, m),
+        "surgery_key": lambda: normal(kv_heads, m, size),
+        "surgery_value": lambda: normal(kv_heads, m, size),
+    }
+    return [{name: made[name]() for name in names} for _ in range(model.config.num_hidden_layers)]
+
+
+def entries(model, sinks: int | None, tensors: list[dict], stand_in: bool) -> list[dict]:
+    """The layers of the block: KV heads 1 and 3 stream in layer 0, 0 and 1 in layer 1."""
+    found = []
+    for heads, named in zip(([1, 3], [0, 1]), tensors, strict=True):
+        split = {} if sinks is None else {"streaming": heads, "sinks": sinks, "window": WINDOW}
+        shapes = {"parameters": {name: list(tensor.shape) for name, tensor in named.items()}}
+        found.append(split | shapes | ({"stand_in": True} if stand_in else {}))
+    return found
+
+
+def operated(base, sinks, tensors, stand_in=False):
+    model = copy.deepcopy(base).eval()
+    runtime.patch(model, {"layers": entries(base, sinks, tensors, stand_in)})
+    with torch.no_grad():
+        for module, named in zip(runtime.attention_modules(model), tensors, strict=True):
+            for name, tensor in named.items():
+                getattr(module, name).copy_(tensor)
+    return model
+
+
+def dense_logits(base, sinks, tensors, stand_in, ids, mask, split=None) -> torch.Tensor:
+    """float64, every weight of every row and head held: nothing of the runtime is used."""
+    model, layers = double(copy.deepcopy(base).eval()), split or entries(base, sinks, tensors, stand_in)
+    text, length = model.config, ids.shape[1]
+    real = mask.bool()
+    kinds = getattr(text, "layer_types", None)
+
+    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **_):
+        layer, entry = module.layer_idx, layers[module.layer_idx]
+        limit = text.sliding_window if kinds and kinds[layer] == "sliding_attention" else length
+        named = {name: tensor.double() for name, tensor in tensors[layer].items()}
+        group, out = query.shape[1] // key.shape[1], torch.zeros_like(query)
+
+        def score(product):
+            s = product * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+        for row, head, i in product(range(len(ids)), range(query.shape[1]), range(length)):
+            first, kv, q = int(real[row].int().argmax()), head // group, query[row, head, i]
+            narrow = kv in entry.get("streaming", [])
+            near = [
+                j
+                for j in range(first, i + 1)
+                if real[row, j]
+                and i - j < limit
+                and (not narrow or j - first < entry["sinks"] or i - j < entry["window"])
+            ]
+            if not near:
+                continue
+            weights, values = score(key[row, kv, near] @ q).exp(), value[row, kv, near]
+            if near[0] == first and "surgery_log_gamma" in named:
+                weights[0] *= named["surgery_log_gamma"][head].exp()
+            if "surgery_sink_logit" in named and not (stand_in and near[0] == first):
+                logits = named["surgery_sink_logit"][head]
+                if "surgery_key" in named:
+                    logits = logits + score(named["surgery_key"][kv] @ q)
+                more = named["surgery_value"][kv] if "surgery_value" in named else value.new_zeros(len(logits), len(q))
+                weights, values = torch.cat([weights, logits.exp()]), torch.cat([values, more])
+            total = weights.sum() + (0 if s_aux is None else s_aux[head].exp())
+            out[row, head, i] = weights @ values / total
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("sinks_reference", attend)
+    AttentionMaskInterface.register("sinks_reference", lambda **_: None)
+    model.set_attn_implementation("sinks_reference")
+    with torch.no_grad():
+        return model(**given(ids, mask), use_cache=False).logits
+
+
+def given(ids, mask) -> dict:
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def batch(model, pads=PADS) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, model.config.vocab_size, (len(pads), LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    return ids, mask
+
+
+def chunked(model, ids, mask, chunks) -> torch.Tensor:
+    cache, begin, logits = None, 0, []
+    whole = given(ids, mask)
+    for size in chunks:
+        here = slice(begin, begin + size)
+        part = {"input_ids": ids[:, here], "attention_mask": mask[:, : begin + size]}
+        part |= {"position_ids": whole["position_ids"][:, here]} | ({} if cache is None else {runtime.CACHE: cache})
+        out = model(**part, use_cache=True)
+        cache = out[runtime.CACHE]
+        logits.append(out.logits)
+        begin += size
+    return torch.cat(logits, 1)
+
+
+def difference(got, want, mask) -> float:
+    real = mask.bool()
+    return ((got.double() - want.double())[real].abs().max() / want.double()[real].std()).item()
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return {name: TINY[name]().eval().requires_grad_(False) for name in FAMILIES}
+
+
+# --- the closed forms -----------------------------------------------------------------------------------------------
+
+
+def random_attention(seed: int = 0, n: int = 5, keys: int = 7, d: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(2, 3, size, d, generator=generator, dtype=torch.float64) for size in (n, keys, keys)
+    )
+    return query, key, value
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_closed_forms_equal_the_whole_softmax(seed):
+    query, key, value = random_attention(seed)
+    scores, (more, more_values) = query @ key.mT, (query @ key[:, :, :2].mT * 0.7, value[:, :, :2] + 1)
+    out, lse = scores.softmax(-1) @ value, scores.logsumexp(-1)
+    got, got_lse = add_keys(out, lse, more, more_values)
+    every = torch.cat([scores, more], -1)
+    assert (got - every.softmax(-1) @ torch.cat([value, more_values], 2)).abs().max() < 1e-12
+    assert (got_lse - every.logsumexp(-1)).abs().max() < 1e-12
+    got, _ = add_keys(out, lse, more)
+    assert (got - every.softmax(-1)[..., :7] @ value).abs().max() < 1e-12
+    log_gamma = torch.linspace(-3, 3, 3, dtype=torch.float64)[:, None]
+    biased = scores.clone()
+    biased[..., 4] += log_gamma
+    got, got_lse = scale_key(out, lse, scores[..., 4], value[:, :, 4:5], log_gamma)
+    assert (got - biased.softmax(-1) @ value).abs().max() < 1e-12
+    assert (got_lse - biased.logsumexp(-1)).abs().max() < 1e-12
+
+
+def test_closed_forms_keep_empty_and_unseeing_rows():
+    query, key, value = random_attention()
+    scores = (query @ key.mT).requires_grad_()
+    out, lse = scores.softmax(-1) @ value, scores.logsumexp(-1)
+    empty = torch.tensor([False, True, False, False, True])
+    out, lse = out.masked_fill(empty[:, None], 0.0), lse.masked_fill(empty, -torch.inf)
+    seen = torch.tensor([True, True, False, False, True])
+    log_gamma = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    got, got_lse = scale_key(out, lse, scores[..., 0], value[:, :, :1], log_gamma, seen)
+    assert torch.equal(got[:, :, 1:], out[:, :, 1:])
+    assert torch.equal(got_lse[:, :, 1:], lse[:, :, 1:])
+    assert not torch.equal(got[:, :, 0], out[:, :, 0])
+    logits = torch.zeros(2, 3, 5, 1, dtype=torch.float64).masked_fill(~seen[:, None], -torch.inf).requires_grad_()
+    got, got_lse = add_keys(got, got_lse, logits, value[:, :, :1])
+    assert torch.equal(got[:, :, empty], torch.zeros_like(got[:, :, empty]))
+    assert (got_lse[:, :, empty] == -torch.inf).all()
+    assert (got[:, :, 2:4] - out[:, :, 2:4]).abs().max() < 1e-14
+    got.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (scores, log_gamma, logits))
+
+
+def test_gradients():
+    query, key, value = (tensor[:1, :2].clone().requires_grad_() for tensor in random_attention())
+    more_key, more_value = (tensor[:1, :2, :2].detach().clone().requires_grad_() for tensor in (key, value))
+    logit, log_gamma = torch.randn(2, 1, 2).double().requires_grad_(), torch.randn(2, 1).double().requires_grad_()
+
+    def function(query, key, value, more_key, more_value, logit, log_gamma):
+        scores = (query @ key.mT).masked_fill(torch.ones(5, 7).triu(1).bool(), -torch.inf)
+        out, lse = scores.softmax(-1) @ value, scores.logsumexp(-1)
+        out, lse = scale_key(out, lse, scores[..., 0], value[:, :, :1], log_gamma)
+        return add_keys(out, lse, query @ more_key.mT + logit, more_value)
+
+    assert torch.autograd.gradcheck(function, (query, key, value, more_key, more_value, logit, log_gamma))
+
+
+# --- the runtime ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sinks", SPLITS.values(), ids=SPLITS)
+@torch.no_grad()
+def test_identity(bases, family, sinks):
+    """What a fresh parameter holds changes nothing, cached and not, alone and left-padded."""
+    base = bases[family]
+    plain, model = copy.deepcopy(base), copy.deepcopy(base)
+    tensors, none = random_terms(base, "all", 0), [{}, {}]
+    runtime.patch(plain, {"layers": entries(base, sinks, none, False)})
+    runtime.patch(model, {"layers": entries(base, sinks, tensors, False)})
+    ids, mask = batch(base)
+    want = (base if sinks is None else plain)(**given(ids, mask), use_cache=False).logits
+    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+    assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sinks", SPLITS.values(), ids=SPLITS)
+@torch.no_grad()
+def test_values_against_explicit_weights(bases, family, kind, sinks):
+    base, stand_in = bases[family], kind == "stand in"
+    if stand_in and sinks is None and family in ("llama", "qwen3"):
+        pytest.skip("every head sees the first token: nothing to stand in for")
+    tensors = random_terms(base, kind, 1)
+    ids, mask = batch(base)
+    want = dense_logits(base, sinks, tensors, stand_in, ids, mask)
+    model = operated(base, sinks, tensors, stand_in)
+    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
+        assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
+    without = operated(base, sinks, [{}, {}])(**given(ids, mask), use_cache=False).logits
+    if not (stand_in and sinks):
+        assert difference(without, want, mask) > 1e-3, "the term changes nothing here: the test has no power"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gradients_reach_the_terms_and_equal_those_of_finite_steps(bases, family):
+    """Through the whole model in training mode, against central differences."""
+    base = bases[family]
+    model = operated(double(base), 0, [{k: t.double() for k, t in t.items()} for t in random_terms(base, "all", 2)])
+    model.train()
+    ids, mask = batch(base, PADS[:2])
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(*ids.shape, base.config.vocab_size, generator=generator).double() * mask[..., None]
+
+    def loss():
+        return (model(**given(ids, mask), use_cache=False).logits * weights).sum()
+
+    loss().backward()
+    module = runtime.attention_modules(model)[0]
+    for name in ("surgery_log_gamma", "surgery_sink_logit", "surgery_key", "surgery_value"):
+        parameter = getattr(module, name)
+        step = 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            parameter += step
+            above = loss()
+            parameter -= 2 * step
+            expected = (above - loss()) / 2
+            parameter += step
+        got = (parameter.grad * step).sum()
+        assert abs(got - expected) <= 5e-3 * abs(expected) + 1e-5, name  # norms compute in float32
+
+
+@torch.no_grad()
+def test_packed_rows_are_separate_rows(bases):
+    model = operated(bases["qwen3"], 0, random_terms(bases["qwen3"], "all", 3))
+    ids, _ = batch(model, (0,))
+    lengths = (13, 1, 31)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    parts = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    assert difference(packed, torch.cat(parts, 1), torch.ones_like(ids)) <= 1e-5
+
+
+def test_generation_of_a_padded_batch(bases):
+    model = operated(bases["gpt_oss"], 0, random_terms(bases["gpt_oss"], "all", 4))
+    ids, mask = batch(model)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(input_ids=ids, attention_mask=mask, **options)
+    assert torch.equal(made, model.generate(input_ids=ids, attention_mask=mask, **options, use_cache=False))
+    for row, pad in enumerate(PADS):
+        alone = model.generate(input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **options)
+        assert torch.equal(alone[0, LENGTH - pad :], made[row, LENGTH:])
+
+
+@torch.no_grad()
+def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
+    """A checkpoint without terms runs what it ran before there were any: plain SDPA."""
+    from surgery.runtime import surgery_attention as attention
+
+    asked, fused = [], attention._fused
+    monkeypatch.setattr(attention, "_fused", lambda *a, **k: asked.append(a[4]) or fused(*a, **k))
+    for tensors, expected in (([{}, {}], {False}), (random_terms(bases["llama"], "gamma", 0), {True})):
+        asked.clear()
+        model = operated(bases["llama"], 2, tensors)
+        ids, mask = batch(model)
+        chunked(model, ids, mask, [30, 1, 14])
+        assert set(asked) == expected
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_files_through_both_doors(bases, tmp_path):
+    import surgery
+
+    models = {tmp_path / name: operated(bases[name], 0, random_terms(bases[name], "all", 5)) for name in FAMILIES}
+    for folder, model in models.items():
+        model.save_pretrained(folder)
+    for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
+        assert "error" not in answer, answer
+        assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
+        loaded = surgery.load(folder)
+        with torch.no_grad():
+            one, memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
+        assert torch.equal(one, answer["logits"])
+        assert (one - memory).abs().max() <= 1e-4
+        loaded.save_pretrained(f"{folder}-again")
+        again = surgery.load(f"{folder}-again").state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):
+    from conftest import edit_tensors
+    from transformers import AutoModelForCausalLM
+
+    import surgery
+
+    operated(bases["llama"], 0, random_terms(bases["llama"], "all", 5)).save_pretrained(tmp_path / "out")
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.pop("model.layers.1.self_attn.surgery_key"))
+    surgery.register()
+    with pytest.raises(ValueError, match=r"1 parameters .* model.layers.1.self_attn.surgery_key"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(surgery.SurgeryError, match="surgery_key"):
+        surgery.load(tmp_path / "out")
+    answer = open_doors([tmp_path / "out"], tmp_path, trust=True)[tmp_path / "out"]
+    assert "surgery_key" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"parameters": {"surgery_gamma": [8]}}, "other parameters"),
+        ({"parameters": {"surgery_log_gamma": [4]}}, r"surgery_log_gamma the shape \[4\]; it is \[8\]"),
+        ({"parameters": {"surgery_sink_logit": [8]}}, "virtual keys"),
+        ({"parameters": {"surgery_sink_logit": [8, 0]}}, "virtual keys"),
+        ({"parameters": {"surgery_key": [4, 1, 8]}}, "without surgery_sink_logit"),
+        ({"parameters": {"surgery_sink_logit": [8, 1], "surgery_value": [8, 1, 8]}}, r"it is \[4, 1, 8\]"),
+        ({"parameters": {"surgery_log_gamma": [8]}, "stand_in": True}, "stand_in"),
+        ({"parameters": []}, "other parameters"),
+    ],
+)
+def test_a_block_edited_by_hand_is_refused(bases, entry, says):
+    with pytest.raises(ValueError, match=says):
+        runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [entry, {}]})
