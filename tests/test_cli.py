@@ -14,7 +14,7 @@ import pytest
 from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
-SHIPPED = {"duo-after-gqa", "duo-attention", "expand-kv", "gqa", "mqa", "streaming"}
+SHIPPED = {"duo-after-gqa", "duo-attention", "expand-kv", "gqa", "mqa", "prune-heads", "streaming"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

@@ -11,6 +11,8 @@ The block is all that the code needs to know of a surgery, besides the weights:
                                a layer of another shape: its heads, how many query heads read each KV head (left out
                                where all are read by equally many), and the shape of each parameter that differs,
                                by its name in the attention module
+    query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
+                               nothing that runs reads them
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import transformers
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
+KEYS |= {"query_numbers", "kv_numbers"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,10 @@ def _fault(config, layer) -> str:
     whole = isinstance(groups, list) and all(_whole(size, 1) for size in groups)
     if not whole or len(groups) != kv_heads or sum(groups) != heads:
         return f"spreads {heads} query heads over {kv_heads} KV heads as {groups}"
+    for name, count in (("query_numbers", heads), ("kv_numbers", kv_heads)):
+        numbers = layer.get(name, [])
+        if numbers and not (_numbers(numbers, 0) and len({*numbers}) == count == len(numbers)):
+            return f"must give {count} different numbers as {name}, not {numbers}"
     shapes = layer.get("shapes", {})
     if not isinstance(shapes, dict) or not all(_numbers(shape, 1) and shape for shape in shapes.values()):
         return "has shapes that are no lists of whole numbers"
