@@ -163,13 +163,13 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
     held = "visibility" if any(layer.streaming for layer in anatomy.layers) else None
-    if held and (operation.term == held or (operation.term is None and not operation.follows_terms)):
+    if held and (operation.term == held or (operation.term is None and held not in operation.follows_terms)):
         reason = f"sets the {held} already" if operation.term else f"sets the {held}, and weight rewrites come before"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         if operation.term is not None and step.operation.term == operation.term:
             return [f"{operation.op}: {step.operation.op} before it sets the {operation.term} of the same heads"]
-        if step.operation.term is not None and operation.term is None and not operation.follows_terms:
+        if operation.term is None and step.operation.term not in (None, *operation.follows_terms):
             return [f"{operation.op}: weight rewrites come before {step.operation.op} in a recipe"]
     return []
 

@@ -194,6 +194,7 @@ def test_streaming_heads_keep_their_names(removed, tmp_path):
     whole = copy.deepcopy(base("llama"))
     surgery.apply(recipe | {"operations": recipe["operations"][:1]}, whole)
     assert [layer["streaming"] for layer in whole.config.surgery["layers"]] == split
+    whole.save_pretrained(tmp_path / "split")
     for module, heads in zip(attention_modules(whole), removed, strict=True):
         for head in heads:
             module.o_proj.weight.data[:, head * 8 : head * 8 + 8] = 0
@@ -205,6 +206,12 @@ def test_streaming_heads_keep_their_names(removed, tmp_path):
     assert names == [[kv for kv in row if kv not in out] for row, out in zip(split, gone, strict=True)]
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(surgery.load(tmp_path / "out")), logits_of(model))
+    later = surgery.load(tmp_path / "split")  # a second surgery on a checkpoint that is split already
+    surgery.apply(
+        "prune-heads", later, per_layer=None, **{k: v for k, v in recipe["operations"][1].items() if k != "op"}
+    )
+    assert later.config.surgery == model.config.surgery
+    assert torch.equal(logits_of(later), logits_of(model))
 
 
 def test_gqa_split_and_prune_in_one_recipe_through_the_command(surgery, model):
@@ -286,7 +293,7 @@ def losses(model, name, layer=None, head=None, factor=1.0):
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_gradient_scores_are_finite_differences(name):
-    model, step = base(name), 1e-2  # norms compute in float32 even here: smaller steps drown in it
+    model, step = base(name), 1e-3  # norms compute in float32 even here: smaller steps drown in it
     want = torch.zeros(2, 8, dtype=torch.float64)
     for layer in range(2):
         for head in range(8):
@@ -481,6 +488,27 @@ def test_a_config_that_refuses_the_number_goes_surgical():
     assert plan.tier == "surgical"
     assert any("refuses 6 query heads" in note for note in plan.notes)
     assert surgery.plan("prune-heads", base("qwen2"), per_layer=1, **PLAIN).tier == "native"
+
+
+def test_order_of_operations():
+    split = {"op": "duo_attention", "streaming_ratio": 0.5}
+    steps = [{"op": "prune_heads", "granularity": "head", "per_layer": 1, "scores": "magnitude"}, split]
+    recipe = {"version": 1, "name": "x", "operations": steps}
+    with pytest.raises(SurgeryError, match="put it before prune_heads"):
+        surgery.plan(recipe, base("llama"))
+    plan = surgery.plan(recipe | {"operations": steps[::-1]}, base("llama"))
+    assert plan.tier == "surgical"
+    with pytest.raises(SurgeryError, match="weight rewrites come before duo_attention"):
+        surgery.plan(recipe | {"operations": [split, {"op": "gqa", "kv_heads": 1}]}, base("llama"))
+
+
+def test_the_plan_tells_unequal_groups(surgery, model):
+    said = surgery("plan", "prune-heads", model, "granularity=head").out
+    assert "query heads 9 → 8, of 8" in said
+    assert "KV heads 3, 3 → 2 to 3 query heads each" in said
+    assert "parameters may be fewer" not in said
+    assert "may be fewer" in surgery("plan", "prune-heads", model, "granularity=head", "per_layer=3").out
+    assert "prune_heads" in surgery("ls").out
 
 
 def test_plan_lines():

@@ -30,9 +30,10 @@ class PruneHeads(Operation):
     limits: ClassVar[tuple[str, ...]] = (
         "Heads are gone for good. Which ones matter was judged on a text: what only rare inputs need (recall over a "
         "long distance, other languages) may be lost without a change in perplexity.",
-        "The refit was made on English documentation and code: on text of another kind it wins back less.",
+        "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
+        "text of another kind it may win back less.",
     )
-    follows_terms: ClassVar[bool] = True
+    follows_terms: ClassVar[tuple[str, ...]] = ("visibility",)
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(
@@ -142,7 +143,7 @@ class PruneHeads(Operation):
         notes = [] if known else [f"which heads go is measured on the model ({self.scores})"]
         if tier == SURGICAL and (reason := self._stock_problem(anatomy, after)) and after.alike:
             notes.append(f"surgical, since {reason}")
-        if not known and not alike and any(layer.group > 1 for layer in anatomy.layers):
+        if not known and not alike and self._may_empty_groups(anatomy):
             notes.append("a KV head whose query heads all go goes with them: parameters and KV bytes may be fewer")
         refit = f"output projections refitted, ridge {self.ridge}" if self.refit else "no refit"
         how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
@@ -183,6 +184,11 @@ class PruneHeads(Operation):
         named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
         record = {"removed": named, "importance": scores.to_dict() if scores else None}
         return record | ({"lost_share": errors} if errors else {})
+
+    def _may_empty_groups(self, anatomy: Anatomy) -> bool:
+        """Whether single query heads may go until a KV head has none left."""
+        sizes = [len(group) for layer in anatomy.layers for group in groups_of(layer)]
+        return self.granularity == "head" and max(sizes) > 1 and (self.per_layer or max(sizes)) >= min(sizes)
 
     def _units(self, anatomy: Anatomy) -> list[list]:
         """What goes as one, in each layer."""
