@@ -36,6 +36,7 @@ class LayerAnatomy:
         dtype: of the projections, in safetensors' spelling; "" when only the config is known.
         layout: the family's row, with Falcon's variants settled.
         query_groups: query heads that read each KV head, where they are not equally many; else ().
+        query_numbers, kv_numbers: what the base calls these heads, where some of its heads are gone; else ().
         streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
     """
 
@@ -53,6 +54,8 @@ class LayerAnatomy:
     dtype: str
     layout: Family
     query_groups: tuple[int, ...] = ()
+    query_numbers: tuple[int, ...] = ()
+    kv_numbers: tuple[int, ...] = ()
     streaming: tuple[int, ...] = ()
     sinks: int = 0
     streaming_window: int = 0
@@ -62,12 +65,24 @@ class LayerAnatomy:
         """Query heads that share one KV head, where they are equally many for each."""
         return self.heads // self.kv_heads
 
+    def query_name(self, head: int) -> int:
+        """The base's number of a query head."""
+        return self.query_numbers[head] if self.query_numbers else head
+
+    def kv_name(self, head: int) -> int:
+        """The base's number of a KV head."""
+        return self.kv_numbers[head] if self.kv_numbers else head
+
     @property
     def split_facts(self) -> dict | None:
-        """The head split as plain data, None where all heads are full."""
+        """The head split as plain data, heads by the base's numbers; None where all heads are full."""
         if not self.streaming:
             return None
-        return {"kv_heads": list(self.streaming), "sinks": self.sinks, "window": self.streaming_window}
+        return {
+            "kv_heads": [self.kv_name(head) for head in self.streaming],
+            "sinks": self.sinks,
+            "window": self.streaming_window,
+        }
 
     @property
     def norm_per_head(self) -> bool:
@@ -177,6 +192,26 @@ class Anatomy:
             )
         return ""
 
+    def heads_problem(self, heads: int, kv_heads: int) -> str:
+        """Why a stock checkpoint of this family cannot have so many heads of the size they have; "" if it can."""
+        layer = self.layers[0]
+        if self.guess or not layer.layout.head_dim:
+            reason = "is not a known family" if self.guess else "divides its hidden size by its heads"
+            return f"{self.model_type} {reason}: a head's size cannot be kept when heads go"
+        if layer.qk_norm == "shared" and self.model_type == "phi":
+            return "phi makes its QK-norm as wide as its hidden size divided by its heads"
+        try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
+            type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            return f"the config of {self.model_type} refuses {heads} query heads ({reason})"
+        return ""
+
+    def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
+        layer = self.layers[0]
+        edits = {"num_attention_heads": heads, "head_dim": layer.head_dim}
+        return edits | ({layer.layout.kv_field: kv_heads} if layer.layout.kv_field else {})
+
     def shapes_problem(self) -> str:
         """Why the layers of this model cannot differ in their heads, even on the surgical tier; "" if they can."""
         layout = self.layers[0].layout
@@ -185,7 +220,8 @@ class Anatomy:
         if self.guess or not layout.interface:
             reason = "is not a known family" if self.guess else "does not use Transformers' attention interface"
             return f"{self.model_type} {reason}"
-        if layout.qkv or layout.kv_field != "num_key_value_heads" or self.layers[0].norm_per_head:
+        counted = layout.qkv or not layout.head_dim or layout.kv_field != "num_key_value_heads"
+        if counted or self.layers[0].norm_per_head:
             return f"the forward of {self.model_type} counts heads by its config, one number for all layers"
         return ""
 
@@ -217,6 +253,12 @@ class Anatomy:
         layers = zip(self.layers, kv_heads, strict=True)
         return replace(self, layers=tuple(replace(layer, kv_heads=heads) for layer, heads in layers))
 
+    def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
+        """This anatomy with other heads; `stock`: all layers alike, and the config says so."""
+        first = layers[0]
+        edits = self._heads_edits(first.heads, first.kv_heads) if stock else {}
+        return replace(self, layers=tuple(layers), edits=self.edits | edits)
+
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
         """This anatomy with these KV heads of each layer seeing sinks + window."""
         layers = tuple(
@@ -228,17 +270,8 @@ class Anatomy:
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
         keys = (
-            "index",
-            "path",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "rotary",
-            "positions",
-            "qk_norm",
-            "window",
-            "soft_cap",
-        )
+            "index", "path", "heads", "kv_heads", "head_dim", "rotary", "positions", "qk_norm", "window", "soft_cap",
+        )  # fmt: skip
         layers = [
             {key: getattr(layer, key) for key in (*keys, "biases", "dtype")}
             | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts, "query_groups": layer.query_groups}

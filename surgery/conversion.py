@@ -16,7 +16,7 @@ from .folder import read_json
 from .operation import Context, WeightRewrite
 from .output import OutputFolder, weight_files, write_text
 from .pickled import readable
-from .planning import Plan, make_plan
+from .planning import Plan, Step, make_plan
 from .report import Report, history_of, new_report
 from .shards import convert_shards
 from .surgical import export, layer_entries
@@ -141,7 +141,9 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
     steps = [(step.operation, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps]
     together = list(takewhile(lambda step: type(step[0]).apply is WeightRewrite.apply, steps))
     records = rewrite_steps(model, together) if together else []
-    records += [operation.apply(model, context) for operation, context in steps[len(together) :]]
+    if rest := plan.steps[len(together) :]:
+        for operation, before, change in _in_turn(rest, rest[0].before, model):
+            records.append(operation.apply(model, Context(change, before, progress, tokenizer)))
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
@@ -195,21 +197,24 @@ def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
-        step.operation.apply(model, Context(change, before, progress, tokenizer))
-        for step, before, change in _steps_in_memory(plan, model)
+        operation.apply(model, Context(change, before, progress, tokenizer))
+        for operation, before, change in _in_turn(plan.steps, Anatomy.of(model), model)
     ]
     with quiet_in_pipes():
         model.save_pretrained(partial)
     return weight_files(partial), records
 
 
-def _steps_in_memory(plan: Plan, model):
-    """The plan's steps with the names that tensors have in memory, which differ from those on disk."""
-    current = Anatomy.of(model)
-    for step in plan.steps:
+def _in_turn(steps: tuple[Step, ...], current: Anatomy, model):
+    """Operations with the anatomy that each meets and its change, asked for when those before it were carried out.
+
+    Args:
+        current: of the model in memory, whose tensors may have other names than those on disk.
+    """
+    for step in steps:
         change = step.operation.plan(current)
-        yield step, current, change
-        current = change.after
+        yield step.operation, current, change
+        current = Anatomy.of(model) if change.measured else change.after
 
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:

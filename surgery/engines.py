@@ -139,6 +139,19 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, Context]]) -> list[dic
         results.append(pack(layer))
         if progress := steps[0][1].progress:
             progress(facts.index + 1, len(before.layers), "layers")
+    write_layers(model, before, after, results)
+    return records
+
+
+def write_layers(
+    model, before: Anatomy, after: Anatomy, results: list[dict[str, Tensor]], surgical: bool = False
+) -> None:
+    """Put new attention tensors in a loaded model: parameters, attributes, config, and the `surgery` block if any.
+
+    Args:
+        results: of each layer, what `pack` gives.
+        surgical: the model becomes a surgical one even if the config can say it all.
+    """
     for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
         module = model.get_submodule(facts.path)
         for name in set(facts.tensor_names) - set(target.tensor_names):
@@ -149,11 +162,16 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, Context]]) -> list[dic
     for name, value in after.edits.items():
         setattr(before.config, name, value)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
-    if entries := layer_entries(after, shapes):
+    block = getattr(before.config, "surgery", None)
+    if entries := layer_entries(after, shapes, needed=surgical or block is not None):
         from .runtime.modeling_surgery import patch
 
+        # A model that is surgical already keeps what its block holds: that must follow the heads.
+        for entry, layer, old in zip(entries, after.layers, block["layers"] if block else [], strict=bool(block)):
+            now = {"query_groups": [layer.group] * layer.kv_heads, "shapes": {}} | entry
+            now["streaming"] = list(layer.streaming)
+            entry.update({name: now[name] for name in ("query_groups", "shapes", "streaming") if name in old})
         patch(model, {"layers": entries})
-    return records
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
@@ -206,6 +224,7 @@ def _set_head_numbers(module, target, edits: dict) -> None:
         "num_key_value_heads": target.kv_heads,
         "num_kv_heads": target.kv_heads,
         "num_key_value_groups": target.group,
+        "num_heads": target.heads,
     }
     for name, value in numbers.items():
         if hasattr(module, name):

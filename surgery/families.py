@@ -31,6 +31,8 @@ class Family:
             for each head) or "whole" (over the whole projection, [heads * head_dim]).
         q_norm, k_norm: names of those norms.
         sinks: name of the learned sink logits [heads], or None.
+        head_dim: the forward takes the head size from the config's `head_dim` where there is one; else it divides the
+            hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.
         interface: attention goes through Transformers' attention interface.
     """
 
@@ -49,11 +51,12 @@ class Family:
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     sinks: str | None = None
+    head_dim: bool = True
     interface: bool = True
 
 
-GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None}
-BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "interface": False}
+GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}
+BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False, "interface": False}
 
 FAMILIES: dict[str, Family] = {
     # separate projections, RoPE, num_key_value_heads honoured
@@ -74,18 +77,24 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(qk_norm="shared"),
     "olmo2": Family(qk_norm="whole"),
     "cohere": Family(qk_norm="per head", positions="interleaved"),
-    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm"),
+    "stablelm": Family(qk_norm="modules", q_norm="q_layernorm", k_norm="k_layernorm", head_dim=False),
     "phi": Family(qk_norm="shared", q_norm="q_layernorm", k_norm="k_layernorm", o="dense"),
     # fused projections that honour a number of KV heads
     "phi3": Family(qkv="qkv_proj", layout="rows"),
     "falcon": Family(layers="transformer.h", layout="falcon", kv_field="falcon", **BLOOM),
     # no number of KV heads: these can be expanded no further and grouped only surgically
     "gpt_neox": Family(
-        "gpt_neox.layers", "attention", o="dense", qkv="query_key_value", layout="grouped", kv_field=None
+        "gpt_neox.layers",
+        "attention",
+        o="dense",
+        qkv="query_key_value",
+        layout="grouped",
+        kv_field=None,
+        head_dim=False,
     ),
     "gpt2": Family(**GPT2, qkv="c_attn", o="c_proj", layout="rows", conv1d=True, positions="learned"),
     "gptj": Family(**GPT2, o="out_proj", positions="interleaved"),
-    "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None),
+    "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
     "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
     "mpt": Family(
         "transformer.blocks",
@@ -95,6 +104,7 @@ FAMILIES: dict[str, Family] = {
         layout="rows",
         positions="alibi",
         kv_field=None,
+        head_dim=False,
         interface=False,
     ),
 }

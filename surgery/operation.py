@@ -62,6 +62,8 @@ class Operation(BaseModel):
     limits: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
 
+    follows_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []

@@ -163,15 +163,16 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
     held = terms_held(anatomy)
-    if held and (operation.term is None or operation.term in held):
+    blocking = [term for term in held if term not in operation.follows_terms]
+    if operation.term in held or (operation.term is None and blocking):
         reason = f"sets the {operation.term} already"
         if operation.term is None:
-            reason = f"sets the {' and the '.join(held)}, and weight rewrites come before"
+            reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         if operation.term is not None and step.operation.term == operation.term:
             return [f"{operation.op}: {step.operation.op} before it sets the {operation.term} of the same heads"]
-        if step.operation.term is not None and operation.term is None:
+        if operation.term is None and step.operation.term not in (None, *operation.follows_terms):
             return [f"{operation.op}: weight rewrites come before {step.operation.op} in a recipe"]
     return []
 

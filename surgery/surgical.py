@@ -14,20 +14,24 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 
-def layer_entries(anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]]) -> list[dict] | None:
+def layer_entries(
+    anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]], *, needed: bool = False
+) -> list[dict] | None:
     """Each layer's entry in the `surgery` block, as far as its shape goes; None where the config says it all.
 
     Args:
         anatomy: of the model as it will be.
         shapes: for each layer, parameter name within the attention module -> shape.
+        needed: the model has a `surgery` block for other reasons: entries even where the config says it all.
     """
-    if anatomy.alike:
+    if anatomy.alike and not needed:
         return None
-    config, entries = anatomy.config, []
-    stock = (config.num_attention_heads, anatomy.edits.get("num_key_value_heads", config.num_key_value_heads))
+    config, edits, entries = anatomy.config, anatomy.edits, []
+    stock = tuple(edits.get(name, getattr(config, name)) for name in ("num_attention_heads", "num_key_value_heads"))
     for layer, named in zip(anatomy.layers, shapes, strict=True):
         entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
-        entry |= {"query_groups": list(layer.query_groups)} if layer.query_groups else {}
+        for name in ("query_groups", "query_numbers", "kv_numbers"):
+            entry |= {name: list(getattr(layer, name))} if getattr(layer, name) else {}
         if (layer.heads, layer.kv_heads) != stock:
             entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
         entries.append(entry)

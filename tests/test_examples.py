@@ -42,3 +42,14 @@ def test_in_a_training_script(tmp_path):
 def test_bench_streaming(tmp_path):
     printed = run("bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
     assert "RSS" in printed
+
+
+@pytest.mark.slow
+@needs_demo
+def test_prune_table(tmp_path):
+    small = ("--scores", "random", "--samples", "4", "--windows", "1", "--length", "128")
+    printed = run("prune_table.py", *small, cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "random" in line]
+    assert [row[1] for row in rows] == ["native", "native", "surgical", "surgical"]
+    for plain, refitted in (rows[:2], rows[2:]):
+        assert float(refitted[4]) < float(plain[4])

@@ -75,21 +75,26 @@ def _one(values: list):
     return values[0] if len(set(values)) == 1 else values
 
 
-def load_scores(path: str | Path, anatomy: Anatomy) -> HeadScores:
+def load_scores(path: str | Path, anatomy: Anatomy, per: str = "kv_heads") -> HeadScores:
     """Scores from a file: our JSON, or a table of numbers (rows are layers) as DuoAttention publishes its patterns.
 
     A table names no model, so its shape alone is checked.
 
+    Args:
+        per: "kv_heads" or "heads" (query heads): what a row has a number for.
+
     Raises:
         SurgeryError: not such a file, or of another model (its shape or the hash of its config differs).
     """
-    path, counts = Path(path), [layer.kv_heads for layer in anatomy.layers]
+    path, counts = Path(path), [getattr(layer, per) for layer in anatomy.layers]
+    kind = {"kv_heads": "KV heads", "heads": "query heads"}[per]
+    measure = "`surgery score MODEL -o FILE` writes one" if per == "kv_heads" else "a table: a row for each layer"
     if not path.is_file():
-        raise SurgeryError("no such score file", where=str(path), fix="`surgery score MODEL -o FILE` writes one")
+        raise SurgeryError("no such score file", where=str(path), fix=measure)
     found = _read(path)
     if [len(row) for row in found.scores] != counts:
         raise SurgeryError(
-            f"the scores are of another model: {_shape([len(row) for row in found.scores])} (layers x KV heads)",
+            f"the scores are of another model: {_shape([len(row) for row in found.scores])} (layers x {kind})",
             where=str(path),
             exists=f"this model has {_shape(counts)}",
         )

@@ -79,7 +79,9 @@ def plan(work) -> None:
         where = old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
         branch = tree.add(where)
         branch.add(f"query heads {_arrow(old.heads, new.heads)}, of {old.head_dim}")
-        branch.add(f"KV heads {_arrow(old.kv_heads, new.kv_heads)}, {_arrow(old.group, new.group)} query heads each")
+        branch.add(
+            f"KV heads {_arrow(old.kv_heads, new.kv_heads)}, {_arrow(_readers(old), _readers(new))} query heads each"
+        )
         if known and (old.streaming or new.streaming):
             branch.add(f"streaming KV heads {_arrow(len(old.streaming), len(new.streaming))}")
         for name in new.tensor_names:
@@ -138,6 +140,12 @@ def _runs(layers) -> list[list]:
 def _facts(layer) -> tuple:
     facts = vars(layer) | {"streaming": len(layer.streaming)}  # their number: which ones is --json's
     return tuple(value for name, value in facts.items() if name not in ("index", "path"))
+
+
+def _readers(layer) -> int | str:
+    """Query heads that read a KV head."""
+    sizes = layer.query_groups
+    return f"{min(sizes)} to {max(sizes)}" if sizes else layer.group
 
 
 def _arrow(old, new) -> str:

@@ -60,6 +60,11 @@ class DuoAttention(Operation):
             found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
         if not found:
             try:
+                if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
+                    found.append(
+                        "duo_attention: KV heads that are read by unequally many query heads cannot be measured: put "
+                        "it before prune_heads, or give a score file"
+                    )
                 if not is_method(self.scores):
                     load_scores(self.scores, anatomy)
             except SurgeryError as error:

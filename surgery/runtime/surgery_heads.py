@@ -13,6 +13,8 @@ The block is all that the code needs to know of a surgery, besides the weights:
                                by its name in the attention module
     parameters, stand_in       parameters that the surgery gave to the attention module, name -> shape, and whether
                                virtual keys are for queries alone that do not see the first token (surgery_terms.py)
+    query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
+                               nothing that runs reads them
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import transformers
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
-KEYS |= {"parameters", "stand_in"}
+KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in"}
 # Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
 IDENTITY = {"surgery_log_gamma": 0.0, "surgery_sink_logit": -1e4, "surgery_key": 0.0, "surgery_value": 0.0}
 
@@ -193,6 +195,10 @@ def _fault(config, layer) -> str:
     whole = isinstance(groups, list) and all(_whole(size, 1) for size in groups)
     if not whole or len(groups) != kv_heads or sum(groups) != heads:
         return f"spreads {heads} query heads over {kv_heads} KV heads as {groups}"
+    for name, count in (("query_numbers", heads), ("kv_numbers", kv_heads)):
+        numbers = layer.get(name, [])
+        if numbers and not (_numbers(numbers, 0) and len({*numbers}) == count == len(numbers)):
+            return f"must give {count} different numbers as {name}, not {numbers}"
     shapes = layer.get("shapes", {})
     if not isinstance(shapes, dict) or not all(_numbers(shape, 1) and shape for shape in shapes.values()):
         return "has shapes that are no lists of whole numbers"

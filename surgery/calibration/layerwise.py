@@ -1,0 +1,107 @@
+"""A model's decoder layers called one at a time on the hidden states of a calibration text.
+
+What is in memory: the model, the hidden states of all sequences [samples, length, hidden] once, and the activations
+of one layer for one sequence. Every sequence has the same length and no padding, so that what a layer is given beside
+its input (rotary angles, mask) is recorded once and serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..anatomy import Anatomy
+from ..errors import SurgeryError
+
+
+class _Enough(Exception):
+    """Ends a forward early: what was wanted of it is known."""
+
+
+class Layerwise:
+    """Decoder layers to be called by number, and the hidden states before the next one.
+
+    Args:
+        model: in memory, in eval mode, called under `no_grad`.
+        anatomy: the model's.
+        sequences: tokens, long [samples, length].
+    """
+
+    def __init__(self, model, anatomy: Anatomy, sequences: torch.Tensor):
+        self.outputs = [model.get_submodule(f"{layer.path}.{layer.layout.o}") for layer in anatomy.layers]
+        self.blocks = [model.get_submodule(layer.path.rpartition(".")[0]) for layer in anatomy.layers]
+        self.states: list[torch.Tensor] = []
+        self._calls: list[tuple] = [((), {})] * len(self.blocks)
+        for number, sequence in enumerate(sequences):
+            self._record(model, sequence[None].to(model.device), all_layers=number == 0)
+
+    def _record(self, model, ids: torch.Tensor, all_layers: bool) -> None:
+        def hook(number: int) -> Callable:
+            def before(block, args, kwargs):
+                given = args[0] if args else kwargs["hidden_states"]
+                if number == 0:
+                    self.states.append(given.detach().clone())
+                if not all_layers:
+                    raise _Enough
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                self._calls[number] = (args[1:], rest)
+
+            return before
+
+        hooks = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
+        try:
+            with ended(self.blocks[-1]):
+                model(input_ids=ids, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for each in hooks:
+                each.remove()
+
+    def _call(self, number: int, state: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._calls[number]
+        out = self.blocks[number](state, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def heads(self, number: int) -> Iterator[torch.Tensor]:
+        """What the heads of a layer give to its output projection: [length, heads * head_dim] of each sequence."""
+        for state in self.states:
+            seen: list[torch.Tensor] = []
+
+            def before(_, args, seen=seen):
+                seen.append(args[0])
+                raise _Enough  # the MLP is not needed
+
+            hook = self.outputs[number].register_forward_pre_hook(before)
+            try:
+                self._call(number, state)
+            except _Enough:
+                pass
+            finally:
+                hook.remove()
+            if not seen:
+                raise SurgeryError(f"layer {number}'s output projection was not called", where=type(self).__name__)
+            yield seen[0].flatten(0, -2)
+
+    def advance(self, number: int) -> None:
+        """Put the hidden states through a layer."""
+        for place, state in enumerate(self.states):
+            self.states[place] = self._call(number, state)
+
+
+@contextmanager
+def ended(block) -> Iterator[None]:
+    """A forward that runs inside ends after this block: the model's head is not computed."""
+
+    def after(*_):
+        raise _Enough
+
+    hook = block.register_forward_hook(after)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
