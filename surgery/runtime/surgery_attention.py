@@ -147,21 +147,30 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     if plain and view.whole is not None and visibility.limit is None:
         return _fused(query, *view.whole, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
-    first = view.end - length
-    blocks = [
-        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, with_lse)
-        for i in range(0, length, BLOCK)
+    first, lead, blocks, masks = view.end - length, 0, [], {}
+    if plain and first == 0 and visibility.window is not None:  # up to there the window reaches back to the begin
+        lead = min(length, visibility.window)
+        begin = (part[:, :, :lead] for part in (query, view.keys, view.values))
+        out, lse = _fused(*begin, scale, with_lse, causal=True)
+        shape = (*grouped.shape[:3], lead)
+        blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
+    blocks += [
+        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, with_lse, masks)
+        for i in range(lead, length, BLOCK)
     ]
     outs, lses = zip(*blocks, strict=True)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)).reshape(query.shape)
     return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool) -> tuple:
-    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool, masks: dict) -> tuple:
+    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`.
+
+    Args:
+        masks: of the blocks before this one, where no row is padded: all that lie beyond sinks + window are alike.
+    """
     batch, kv_heads, group, length, size = query.shape
     visibility, device = view.visibility, query.device
-    slots = torch.arange(first, first + length, device=device)
     if view.ring:
         keys, values, key_slots = view.keys, view.values, view.store.slots()
     else:
@@ -169,6 +178,29 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
         cut = slice(low - view.start, first + length - view.start)
         keys, values = view.keys[:, :, cut], view.values[:, :, cut]
         key_slots = torch.arange(low, first + length, device=device)
+    if visibility.sinks:  # nearer ones are read from their own buffer
+        keys = torch.cat([view.sink_keys, keys], dim=2)
+        values = torch.cat([view.sink_values, values], dim=2)
+    reach = first if visibility.window is None else min(first, visibility.window + visibility.sinks)
+    if mask is not None or (reach, length) not in masks:
+        seen = _seen(visibility, torch.arange(first, first + length, device=device), key_slots, mask, pad)
+        seen = seen[:, None].repeat(1, 1, group, 1)  # the group's queries share the keys: one product for all of them
+        masks[reach, length] = (seen, bool(seen.all()))
+    seen, every = masks[reach, length]
+    rows = query.reshape(batch, kv_heads, group * length, size)
+    if softcap is None and not (with_lse and _written_out(rows, keys, values)):
+        out, lse = _fused(rows, keys, values, scale, with_lse, seen=None if every else seen)
+    else:
+        out, lse = _explicit(rows, keys, values, seen, scale, softcap, with_lse)
+    if mask is not None:  # rows of padding see nothing: zero, never NaN
+        empty = ~seen.any(dim=-1)
+        out = out.masked_fill(empty[..., None], 0.0)
+        lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
+    return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
+
+
+def _seen(visibility, slots, key_slots, mask, pad) -> torch.Tensor:
+    """Which keys, the sinks first, the queries in these slots see: bool [1 or batch, queries, sinks + keys]."""
     distance = slots[:, None] - key_slots[None, :]
     seen = (distance >= 0) & (key_slots >= 0)
     for bound in (visibility.window, visibility.limit):
@@ -178,28 +210,16 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
         seen = seen & mask[:, None, key_slots.clamp(min=0)]
     if visibility.sinks:
         start = 0 if pad is None else pad[:, None, None]
-        seen = seen & (key_slots >= visibility.sinks + start)  # nearer sinks are read from their own buffer
+        seen = seen & (key_slots >= visibility.sinks + start)
         position = slots[None, :, None] - start
-        order = torch.arange(visibility.sinks, device=device)
+        order = torch.arange(visibility.sinks, device=slots.device)
         visible = order <= position
         if visibility.limit is not None:
             visible = visible & (position - order < visibility.limit)
         if mask is not None:  # a row shorter than the sinks, padded on the right
             visible = visible & (order < mask.sum(dim=1)[:, None, None])
         seen = torch.cat([visible.expand(seen.shape[0], -1, -1), seen.expand(visible.shape[0], -1, -1)], dim=-1)
-        keys = torch.cat([view.sink_keys, keys], dim=2)
-        values = torch.cat([view.sink_values, values], dim=2)
-    rows = query.reshape(batch, kv_heads, group * length, size)
-    seen = seen[:, None].repeat(1, 1, group, 1)  # the group's queries share the keys: one product for all of them
-    if softcap is None and not (with_lse and _written_out(rows, keys, values)):
-        out, lse = _fused(rows, keys, values, scale, with_lse, seen=None if bool(seen.all()) else seen)
-    else:
-        out, lse = _explicit(rows, keys, values, seen, scale, softcap, with_lse)
-    if mask is not None:  # rows of padding see nothing: zero, never NaN
-        empty = ~seen.any(dim=-1)
-        out = out.masked_fill(empty[..., None], 0.0)
-        lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
-    return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
+    return seen
 
 
 def _written_out(query, keys, values) -> bool:
