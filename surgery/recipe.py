@@ -10,11 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from . import operations
-from .checkpoint import inside_folder
 from .errors import SurgeryError, nearest, shown, wanted
 from .operation import Operation
 from .overrides import as_text, set_field
-from .yaml_lines import MAX_BYTES, parse
+from .yaml_lines import MAX_BYTES, files_elsewhere, line_of, parse
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -39,8 +38,9 @@ class Evaluate(BaseModel):
     @property
     def limits(self) -> dict[str, float]:
         """The gate alone."""
-        names = {"max_kl", "max_perplexity_ratio", "min_needles", "min_top1"}
-        return self.model_dump(include=names, exclude_none=True)
+        return self.model_dump(
+            include={"max_kl", "max_perplexity_ratio", "min_needles", "min_top1"}, exclude_none=True
+        )
 
 
 def _whole(value: object) -> object:
@@ -218,18 +218,20 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
     for i, step in enumerate(raw if isinstance(raw, list) else []):
         path = ("operations", i)
         if not isinstance(step, dict) or not isinstance(step.get("op"), str):
-            faults.append(SurgeryError("an operation is a mapping with the key op", where=_at(lines, path, where)))
+            faults.append(SurgeryError("an operation is a mapping with the key op", where=line_of(lines, path, where)))
             continue
         try:
             cls = operations.find(step["op"])
             steps.append(cls.model_validate(step))
         except SurgeryError as error:
             faults.append(
-                SurgeryError(error.what, where=_at(lines, (*path, "op"), where), exists=error.exists, fix=error.fix)
+                SurgeryError(
+                    error.what, where=line_of(lines, (*path, "op"), where), exists=error.exists, fix=error.fix
+                )
             )
         except ValidationError as error:
             faults += _faults(error, lines, where, path, list(cls.model_fields))
-    faults += _text_elsewhere(data, lines, where)
+    faults += files_elsewhere(data, lines, where)
     try:
         given = {"operations": steps or raw} if isinstance(raw, list) else {}
         recipe = Recipe.model_validate(data | given, context="load")
@@ -239,22 +241,6 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
         first, *rest = sorted(faults, key=_line_number)
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
     return recipe
-
-
-def _text_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
-    """A recipe file that somebody else wrote may not name files outside the working folder."""
-    path, settings = ("evaluate", "text"), data.get("evaluate")
-    text = settings.get("text") if isinstance(settings, dict) else None
-    if not isinstance(text, str) or not isinstance(lines.get(path), int):  # data and overrides are the user's own
-        return []
-    try:
-        inside_folder(text, where)
-        outside = text.startswith("~")
-    except SurgeryError:
-        outside = True
-    what = f"evaluate.text of a recipe file may not be absolute or hold ..; it is {shown(text)}"
-    fix = "name it in the command: evaluate.text=FILE"
-    return [SurgeryError(what, where=_at(lines, path, where), fix=fix)] if outside else []
 
 
 def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:
@@ -267,7 +253,7 @@ def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, know
     faults = []
     for path, items in by_path.items():
         key, names = path[-1], list(Evaluate.model_fields) if path[:1] == ("evaluate",) else known
-        at, kind = _at(lines, path, where), items[0]["type"]
+        at, kind = line_of(lines, path, where), items[0]["type"]
         if kind == "extra_forbidden":
             close = nearest(key, names)
             fix = f"did you mean {close!r}?" if close else ""
@@ -280,15 +266,6 @@ def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, know
         else:
             faults.append(SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at))
     return faults
-
-
-def _at(lines: dict, path: tuple, where: str) -> str:
-    """File and line of a path, or of its nearest ancestor; an override names itself."""
-    for end in range(len(path), -1, -1):
-        line = lines.get(path[:end])
-        if line is not None:
-            return line if isinstance(line, str) else f"{where}:{line}"
-    return where
 
 
 def _line_number(fault: SurgeryError) -> int:

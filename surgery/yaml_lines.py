@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import yaml
 
-from .errors import SurgeryError
+from .checkpoint import inside_folder
+from .errors import SurgeryError, shown
 
 MAX_BYTES = 256 << 10
 MAX_DIGITS = 40
@@ -64,3 +65,33 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str) -> None:
             _walk(value, (*path, i), lines, where)
     elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
         raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
+
+
+def line_of(lines: dict, path: tuple, where: str) -> str:
+    """File and line of a path, or of its nearest ancestor; an override names itself."""
+    for end in range(len(path), -1, -1):
+        line = lines.get(path[:end])
+        if line is not None:
+            return line if isinstance(line, str) else f"{where}:{line}"
+    return where
+
+
+def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
+    """A recipe file that somebody else wrote may not name files outside the working folder."""
+    settings, steps, faults = data.get("evaluate"), data.get("operations"), []
+    keys = ("scores", "text", "calibration_text")
+    named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
+    for number, step in enumerate(steps if isinstance(steps, list) else []):
+        named |= {("operations", number, key): step for key in keys if isinstance(step, dict)}
+    for path, fields in named.items():
+        file, key = fields.get(path[-1]), "evaluate.text" if path[0] == "evaluate" else path[-1]
+        if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own
+            try:
+                inside_folder(file, where)
+                outside = file.startswith("~")
+            except SurgeryError:
+                outside = True
+            what = f"{key} of a recipe file may not be absolute or hold ..; it is {shown(file)}"
+            error = SurgeryError(what, where=line_of(lines, path, where), fix=f"name it in the command: {key}=FILE")
+            faults += [error] if outside else []
+    return faults

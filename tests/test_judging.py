@@ -83,3 +83,9 @@ def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeyp
     assert "cases" not in report.facts["needles"]
     judging.judge(report, tmp_path, Evaluate())
     assert "needles" not in report.facts
+
+
+def test_a_recipe_file_may_not_name_scores_elsewhere(refused, model):
+    step = "{op: duo_attention, scores: ../x.json}"
+    (model.parent / "r.yaml").write_text(f"version: 1\nname: r\noperations:\n  - {step}\n")
+    refused("plan", "r.yaml", model, says=["r.yaml:4", "scores of a recipe file may not be absolute or hold .."])

@@ -85,7 +85,8 @@ class DuoAttention(Operation):
             # The heads are not known before the model is measured; their number is, unless a threshold decides.
             streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
             known = "up to " if self.threshold is not None else ""
-            notes.append(f"which heads stream is measured on the model ({self.scores})")
+            if self.streaming_ratio not in (0.0, 1.0):
+                notes.append(f"which heads stream is measured on the model ({self.scores})")
         else:
             streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
         line = f"{known}{sum(map(len, streaming))} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
