@@ -28,7 +28,7 @@ class DuoAttention(Operation):
     summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
     limits: ClassVar[tuple[str, ...]] = (
         "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
-        "the other heads. Needles, where the card has them, test it with literal secrets alone.",
+        "the other heads. Needles, where the card has them, test it with literal answers alone.",
         "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
         "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
     )
