@@ -167,9 +167,8 @@ class Anatomy:
     @property
     def alike(self) -> bool:
         """Whether all layers have the same heads, each KV head read by equally many."""
-        return len({(layer.heads, layer.kv_heads, layer.query_groups) for layer in self.layers}) == 1 and not (
-            self.layers[0].query_groups
-        )
+        shapes = {(layer.heads, layer.kv_heads, layer.query_groups) for layer in self.layers}
+        return len(shapes) == 1 and not self.layers[0].query_groups
 
     @property
     def parameters(self) -> int:
@@ -212,14 +211,19 @@ class Anatomy:
         edits = {"num_attention_heads": heads, "head_dim": layer.head_dim}
         return edits | ({layer.layout.kv_field: kv_heads} if layer.layout.kv_field else {})
 
+    def runtime_problem(self) -> str:
+        """Why the surgical tier cannot serve this model; "" if it can."""
+        if self.guess:
+            return f"{self.model_type} is not a known family"
+        if not self.layers[0].layout.interface:
+            return f"{self.model_type} does not use Transformers' attention interface"
+        return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""
+
     def shapes_problem(self) -> str:
         """Why the layers of this model cannot differ in their heads, even on the surgical tier; "" if they can."""
         layout = self.layers[0].layout
-        if self.composite:
-            return "composites (vision + text) are not supported by the surgical tier"
-        if self.guess or not layout.interface:
-            reason = "is not a known family" if self.guess else "does not use Transformers' attention interface"
-            return f"{self.model_type} {reason}"
+        if reason := self.runtime_problem():
+            return reason
         counted = layout.qkv or not layout.head_dim or layout.kv_field != "num_key_value_heads"
         if counted or self.layers[0].norm_per_head:
             return f"the forward of {self.model_type} counts heads by its config, one number for all layers"

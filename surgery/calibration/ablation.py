@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 
 from .head_scores import HeadScores
-from .sequences import fitting_length, passkeys
-from .text import BUILTIN, load_text
+from .sequences import calibration
+from .text import BUILTIN
 from .watching import answer_logits, watched
 
 
@@ -34,11 +34,8 @@ def ablation(
 
     Args: as for `far_mass`.
     """
-    text = load_text(text, part="calibration")
-    length = fitting_length(model, length)
-    sequences = passkeys(
-        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
-    )
+    settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
     with watched(model) as seen, torch.no_grad():
         table = [[0.0] * heads for heads in seen.kv_heads]
         done, total = 0, samples * (sum(seen.kv_heads) + 1)
@@ -58,8 +55,7 @@ def ablation(
                             progress(done, total, "head scores")
                 seen.look(layer)
             done += 1
-    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
-    return HeadScores("ablation", table, origin | {"length": length, "keys": keys, "seed": seed})
+    return HeadScores("ablation", table, origin)
 
 
 def kl(whole: torch.Tensor, other: torch.Tensor) -> float:

@@ -11,8 +11,8 @@ import torch
 
 from ..runtime.surgery_attention import surgery_attention
 from .head_scores import HeadScores
-from .sequences import fitting_length, passkeys
-from .text import BUILTIN, load_text
+from .sequences import calibration
+from .text import BUILTIN
 from .watching import watched
 
 
@@ -40,11 +40,8 @@ def far_mass(
         text: see `load_text`; of the built-in text the calibration part.
         progress: called with done, total and a label.
     """
-    text = load_text(text, part="calibration")
-    length = fitting_length(model, length)
-    sequences = passkeys(
-        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
-    )
+    settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
 
     def attention(module, query, key, value, mask, **kwargs):
         weights = seen.weights(module, query, key, sequence.rows, **kwargs)
@@ -57,12 +54,8 @@ def far_mass(
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
             if progress:
                 progress(number + 1, samples, "head scores")
-        table = [
-            (total / samples).view(heads, -1).amax(-1).tolist()
-            for total, heads in zip(totals, seen.kv_heads, strict=True)
-        ]
-    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
-    return HeadScores("far-mass", table, origin | {"length": length, "keys": keys, "seed": seed})
+        table = seen.largest_of_groups([total / samples for total in totals])
+    return HeadScores("far-mass", table, origin)
 
 
 def mass_outside(weights: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

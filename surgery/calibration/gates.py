@@ -21,8 +21,8 @@ import torch
 from ..errors import SurgeryError
 from ..runtime.surgery_attention import surgery_attention
 from .head_scores import HeadScores, model_facts
-from .sequences import Recall, fitting_length, passkeys
-from .text import BUILTIN, load_text
+from .sequences import Recall, calibration
+from .text import BUILTIN
 from .watching import Watched, watched
 
 UNDECIDED = (0.1, 0.9)
@@ -56,13 +56,9 @@ def gates(
     Raises:
         SurgeryError: the state file is of other settings.
     """
-    text = load_text(text, part="calibration")
-    length = fitting_length(model, length)
-    settings = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
-    settings |= {"length": length, "keys": keys, "seed": seed, "steps": steps, "rate": rate, "weight": weight}
-    sequences = passkeys(
-        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
-    )
+    drawn = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **drawn)
+    settings |= {"steps": steps, "rate": rate, "weight": weight}
     mixed = MixedAttention(sinks, window)
     with watched(model, mixed) as seen:
         mixed.watched = seen

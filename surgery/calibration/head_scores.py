@@ -169,13 +169,8 @@ def model_name(config) -> str:
 
 def unsupported(anatomy: Anatomy) -> str:
     """Why the heads of such a model cannot be told apart by what they attend to, or ""."""
-    if anatomy.guess:
-        return f"{anatomy.model_type} is not a known family, so its heads cannot be split"
-    if not all(layer.layout.interface for layer in anatomy.layers):
-        return f"{anatomy.model_type} does not use Transformers' attention interface, so its heads cannot be split"
-    if anatomy.composite:
-        return "composites (vision + text) are not supported by the surgical tier"
-    return ""
+    reason = anatomy.runtime_problem()
+    return f"{reason}, so its heads cannot be split" if reason and not anatomy.composite else reason
 
 
 def choose_streaming(

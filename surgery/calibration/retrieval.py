@@ -16,8 +16,8 @@ import torch
 
 from ..runtime.surgery_attention import surgery_attention
 from .head_scores import HeadScores
-from .sequences import fitting_length, passkeys
-from .text import BUILTIN, load_text
+from .sequences import calibration
+from .text import BUILTIN
 from .watching import answer_logits, watched
 
 
@@ -38,11 +38,8 @@ def retrieval(
 
     Args: as for `far_mass`.
     """
-    text = load_text(text, part="calibration")
-    length = fitting_length(model, length)
-    sequences = passkeys(
-        text, tokenizer, samples=samples, length=length, sinks=sinks, window=window, seed=seed, keys=keys
-    )
+    settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
 
     def attention(module, query, key, value, mask, **kwargs):
         weights = seen.weights(module, query, key, sequence.rows, **kwargs)
@@ -57,12 +54,8 @@ def retrieval(
             answered, steps = answered + int(right.sum()), steps + len(right)
             if progress:
                 progress(number + 1, samples, "head scores")
-        table = [
-            (total / steps).view(heads, -1).amax(-1).tolist()
-            for total, heads in zip(totals, seen.kv_heads, strict=True)
-        ]
-    origin = {"text": text.title, "sha256": text.sha256[:12], "sinks": sinks, "window": window, "samples": samples}
-    origin |= {"length": length, "keys": keys, "seed": seed, "steps": steps, "answered": round(answered / steps, 4)}
+        table = seen.largest_of_groups([total / steps for total in totals])
+    origin |= {"steps": steps, "answered": round(answered / steps, 4)}
     return HeadScores("retrieval", table, origin)
 
 

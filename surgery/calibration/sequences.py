@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SurgeryError
-from .text import Text, windows
+from .text import Text, load_text, windows
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -49,6 +49,26 @@ class Recall:
 def fitting_length(model, length: int) -> int:
     """`length`, cut to the positions that the model has."""
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def calibration(
+    model, tokenizer, text, *, sinks: int, window: int, samples: int, length: int, keys: int, seed: int
+) -> tuple[list[Recall], dict]:
+    """The sequences that a scorer measures on, and what its scores' origin says of them.
+
+    Args:
+        text: see `load_text`; of the built-in text the calibration part.
+        length: cut to the positions that the model has.
+        Others: as for `passkeys`.
+    """
+    text, reach = load_text(text, part="calibration"), {"sinks": sinks, "window": window}
+    drawn = {"samples": samples, "length": fitting_length(model, length), "keys": keys, "seed": seed}
+    return passkeys(text, tokenizer, **reach, **drawn), {
+        "text": text.title,
+        "sha256": text.sha256[:12],
+        **reach,
+        **drawn,
+    }
 
 
 def passkeys(

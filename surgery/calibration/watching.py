@@ -47,6 +47,11 @@ class Watched:
         kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
         self.modules[layer].surgery_heads = kinds
 
+    def largest_of_groups(self, totals: list[torch.Tensor]) -> list[list[float]]:
+        """Of numbers for each query head, [heads] a layer, the largest in each KV head's group."""
+        pairs = zip(totals, self.kv_heads, strict=True)
+        return [total.view(heads, -1).amax(-1).tolist() for total, heads in pairs]
+
     def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
         """`attention_weights` of a call that `attention` was given, with its keyword arguments."""
         limit = self.windows[module.layer_idx]

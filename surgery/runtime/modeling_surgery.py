@@ -35,8 +35,14 @@ from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
 from .surgery_terms import register_terms
 
 PREFIX = "Surgery"
-_PARTS = ("attention", "cache", "heads", "stores", "terms")
-FILES = tuple(f"{part}.py" for part in ("modeling_surgery", *(f"surgery_{name}" for name in _PARTS)))
+FILES = (
+    "modeling_surgery.py",
+    "surgery_attention.py",
+    "surgery_cache.py",
+    "surgery_heads.py",
+    "surgery_stores.py",
+    "surgery_terms.py",
+)
 
 # Transformers renamed the forward's argument during 5.x.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
