@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import TINY, double
+from families import TINY, double, maker
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
@@ -420,3 +420,20 @@ def test_training(base):
     assert grads[0].abs().max() > 0
     for other in grads[1:]:
         assert (other - grads[0]).norm() <= 1e-5 * grads[0].norm()
+
+
+@pytest.mark.parametrize("base", ["llama", "gemma2", "gpt_oss", "mistral", "window 15"])
+@pytest.mark.parametrize("block", [4, 7, 128])
+@torch.no_grad()
+def test_many_blocks_without_padding(base, block, monkeypatch):
+    """A long row in many blocks, whose masks are shared: also where the base's own window loses the sinks again."""
+    monkeypatch.setattr("surgery.runtime.surgery_attention.BLOCK", block)
+    base = (maker("Mistral", head_dim=16, sliding_window=15) if base == "window 15" else TINY[base])().eval()
+    split = random_split(base, 3)
+    model = operated(base, split)
+    for length, chunks in ((61, (61,)), (61, (3, 30, 28)), (17, (17,)), (9, (9,))):
+        given = inputs(base, batch=1, pads=(0,), length=length)
+        want = dense_logits(base, split, *given)
+        assert difference(chunked(model, *given, chunks), want, given[1]) < 1e-4, (length, chunks)
+        whole = model(**forward(base, *given), use_cache=False).logits
+        assert difference(whole, want, given[1]) < 1e-4, length

@@ -10,6 +10,8 @@ What is added to the scores (surgery_terms.py) follows from each part's output a
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -58,7 +60,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         _attend(part, view, attention_mask, pad, scale, options["softcap"], term)
         for part, view, term in zip(kinds.split_queries(query), views, terms, strict=True)
     ]
-    return kinds.join(parts).transpose(1, 2).contiguous(), None
+    return kinds.join(parts), None
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
@@ -147,68 +149,88 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     if plain and view.whole is not None and visibility.limit is None:
         return _fused(query, *view.whole, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
-    first, lead, blocks, masks = view.end - length, 0, [], {}
+    first, lead, step, blocks = view.end - length, 0, BLOCK, []
     if plain and first == 0 and visibility.window is not None:  # up to there the window reaches back to the begin
         lead = min(length, visibility.window)
         begin = (part[:, :, :lead] for part in (query, view.keys, view.values))
         out, lse = _fused(*begin, scale, with_lse, causal=True)
         shape = (*grouped.shape[:3], lead)
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
+        step = BLOCK if length > 2 * (visibility.window + visibility.sinks) else max(length - lead, 1)
     blocks += [
-        _block(grouped[:, :, :, i : i + BLOCK], view, first + i, mask, pad, scale, softcap, with_lse, masks)
-        for i in range(lead, length, BLOCK)
+        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse)
+        for i in range(lead, length, step)
     ]
     outs, lses = zip(*blocks, strict=True)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)).reshape(query.shape)
     return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool, masks: dict) -> tuple:
-    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`.
-
-    Args:
-        masks: of the blocks before this one, where no row is padded: all that lie beyond sinks + window are alike.
-    """
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
     batch, kv_heads, group, length, size = query.shape
-    visibility, device = view.visibility, query.device
+    visibility, device, end = view.visibility, query.device, first + length
+    low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
+    apart = visibility.sinks > 0  # the sinks are read from their own buffer, not where they lie among the keys
     if view.ring:
-        keys, values, key_slots = view.keys, view.values, view.store.slots()
+        keys, values = view.keys, view.values
     else:
-        low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
-        cut = slice(low - view.start, first + length - view.start)
-        keys, values = view.keys[:, :, cut], view.values[:, :, cut]
-        key_slots = torch.arange(low, first + length, device=device)
-    if visibility.sinks:  # nearer ones are read from their own buffer
+        if mask is None and view.start == 0 and low <= max(visibility.sinks, length):
+            low, apart = 0, False
+        keys, values = (part[:, :, low - view.start : end - view.start] for part in (view.keys, view.values))
+    if apart:
         keys = torch.cat([view.sink_keys, keys], dim=2)
         values = torch.cat([view.sink_values, values], dim=2)
-    reach = first if visibility.window is None else min(first, visibility.window + visibility.sinks)
-    if mask is not None or (reach, length) not in masks:
-        seen = _seen(visibility, torch.arange(first, first + length, device=device), key_slots, mask, pad)
-        seen = seen[:, None].repeat(1, 1, group, 1)  # the group's queries share the keys: one product for all of them
-        masks[reach, length] = (seen, bool(seen.all()))
-    seen, every = masks[reach, length]
+    if mask is None and visibility.window is not None and not view.ring:
+        alike = apart and visibility.limit is None  # blocks beyond sinks + window, if the sinks stay in sight
+        shift = max(low - visibility.sinks - 1, 0) if alike else 0
+        seen = _unpadded(visibility, first - shift, length, low - shift, apart, group, device)
+    else:
+        key_slots = view.store.slots() if view.ring else torch.arange(low, end, device=device)
+        seen = _seen(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
+        seen = _for_groups(seen, group)
     rows = query.reshape(batch, kv_heads, group * length, size)
     if softcap is None and not (with_lse and _written_out(rows, keys, values)):
-        out, lse = _fused(rows, keys, values, scale, with_lse, seen=None if every else seen)
+        out, lse = _fused(rows, keys, values, scale, with_lse, seen=seen)
     else:
         out, lse = _explicit(rows, keys, values, seen, scale, softcap, with_lse)
-    if mask is not None:  # rows of padding see nothing: zero, never NaN
+    if mask is not None and seen is not None:  # rows of padding see nothing: zero, never NaN
         empty = ~seen.any(dim=-1)
         out = out.masked_fill(empty[..., None], 0.0)
         lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
     return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
 
 
-def _seen(visibility, slots, key_slots, mask, pad) -> torch.Tensor:
-    """Which keys, the sinks first, the queries in these slots see: bool [1 or batch, queries, sinks + keys]."""
+@lru_cache(maxsize=8)
+def _unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, device) -> torch.Tensor | None:
+    """`_seen` of a block without padding, for its groups: the same in all layers, and in most blocks."""
+    with torch.inference_mode(False):  # kept, and used in training later
+        slots, key_slots = (torch.arange(begin, first + length, device=device) for begin in (first, low))
+        return _for_groups(_seen(visibility, slots, key_slots, None, None, apart), group)
+
+
+def _for_groups(seen: torch.Tensor, group: int) -> torch.Tensor | None:
+    """A group's queries share its keys, one product for all of them: the mask for it, None where all is seen."""
+    return None if bool(seen.all()) else seen[:, None].repeat(1, 1, group, 1)
+
+
+def _seen(visibility, slots, key_slots, mask, pad, apart: bool) -> torch.Tensor:
+    """Which keys the queries in these slots see: bool [1 or batch, queries, keys].
+
+    Args:
+        apart: the sinks come first, and then the keys, among which they may be once more.
+    """
     distance = slots[:, None] - key_slots[None, :]
     seen = (distance >= 0) & (key_slots >= 0)
-    for bound in (visibility.window, visibility.limit):
-        seen = seen if bound is None else seen & (distance < bound)
+    if visibility.window is not None:
+        near = distance < visibility.window
+        seen = seen & (near if apart or not visibility.sinks else near | (key_slots < visibility.sinks))
+    if visibility.limit is not None:
+        seen = seen & (distance < visibility.limit)
     seen = seen[None]  # [1 or batch, b, keys]
     if mask is not None:
         seen = seen & mask[:, None, key_slots.clamp(min=0)]
-    if visibility.sinks:
+    if apart:
         start = 0 if pad is None else pad[:, None, None]
         seen = seen & (key_slots >= visibility.sinks + start)
         position = slots[None, :, None] - start
@@ -247,7 +269,7 @@ def _explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple
     scores = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    scores = scores if seen is None else scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(-1) if with_lse else None
     return scores.softmax(-1).to(values.dtype) @ values, lse
 

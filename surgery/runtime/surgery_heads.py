@@ -77,7 +77,7 @@ class HeadKinds:
         return self._queries.split(tensor)
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `split_queries`."""
+        """Outputs of the kinds, each [batch, heads, n, head_dim], as [batch, n, query heads, head_dim] in order."""
         return self._queries.join(parts)
 
 
@@ -99,10 +99,9 @@ class _Order:
         return ordered.split(self.sizes, dim=1)
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        joined = torch.cat(parts, dim=1)
-        return joined if self.sorted else joined.index_select(1, self._index(joined.device, inverse=True))
+        parts = [part.transpose(1, 2) for part in parts]  # the order that the output has: copied once, not twice
+        joined = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=2)
+        return joined if self.sorted else joined.index_select(2, self._index(joined.device, inverse=True))
 
     def _index(self, device, inverse: bool) -> torch.Tensor:
         if (device, inverse) not in self._indices:

@@ -57,18 +57,24 @@ class KeyValues:
         Args:
             pad: [batch], slots before each row's first real token, or None for none.
         """
-        count, (keys, values) = self.visibility.sinks, self.incoming
-        first, device = self.end - self.new, keys.device
+        count, (keys, values), first = self.visibility.sinks, self.incoming, self.end - self.new
         if count == 0 or (pad is None and first >= count):
             return
+        if pad is None and first == 0 and self.new >= count:
+            self.sink_keys, self.sink_values = keys[:, :, :count], values[:, :, :count]
+        else:
+            self._pick_sinks(count, first, pad)
+        if self.store is not None:
+            self.store.keep_sinks(self.sink_keys, self.sink_values)
+
+    def _pick_sinks(self, count: int, first: int, pad: torch.Tensor | None) -> None:
+        (keys, values), device = self.incoming, self.keys.device
         position = torch.arange(count, device=device).expand(keys.shape[0], -1)
         source = position - first if pad is None else position + pad[:, None] - first  # index among the new tokens
         arrived = ((source >= 0) & (source < self.new))[:, None, :, None]
         index = source.clamp(0, self.new - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.sink_keys = torch.where(arrived, keys.gather(2, index), self.sink_keys)
         self.sink_values = torch.where(arrived, values.gather(2, index), self.sink_values)
-        if self.store is not None:
-            self.store.keep_sinks(self.sink_keys, self.sink_values)
 
 
 def uncached(visibility: Visibility, keys: torch.Tensor, values: torch.Tensor) -> KeyValues:
@@ -189,6 +195,8 @@ class RingStore:
 
     def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The ring in order of slots, then what is pending, then the new ones."""
+        if self.seen == 0 and not self.pending:
+            return keys, values
         index = self._index(self.seen - min(self.seen, self.visibility.window), self.seen, keys.device)
         old = tuple(self.tensors[name].index_select(2, index) for name in ("keys", "values"))
         parts = [old, *([self.pending] if self.pending else []), (keys, values)]
