@@ -10,6 +10,7 @@ from families import TINY, double, maker
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime import surgery_attention as attention
 
 LENGTH, SINKS, WINDOW = 45, 3, 5
 PADS = (0, 11, 0, 4)
@@ -437,3 +438,22 @@ def test_many_blocks_without_padding(base, block, monkeypatch):
         assert difference(chunked(model, *given, chunks), want, given[1]) < 1e-4, (length, chunks)
         whole = model(**forward(base, *given), use_cache=False).logits
         assert difference(whole, want, given[1]) < 1e-4, length
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen3", "mistral", "gpt_oss", "gemma2"])
+@torch.no_grad()
+def test_one_query_reads_many_keys_in_pieces(base, monkeypatch):
+    """With and without keys left over, and with more pieces than threads; what has a soft-cap or sinks stays right."""
+    called = []
+    pieces = attention._in_pieces
+    monkeypatch.setattr(attention, "_in_pieces", lambda *given: called.append(1) or pieces(*given))
+    monkeypatch.setattr(attention, "LONG", 8)
+    base = TINY[base]().eval()
+    split = random_split(base, 3)
+    given = inputs(base, batch=1, pads=(0,), length=LENGTH)
+    want = dense_logits(base, split, *given)
+    for threads in (1, 9):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        model = operated(base, split)
+        assert difference(chunked(model, *given, [7, *[1] * (LENGTH - 7)]), want, given[1]) < 1e-4
+    assert called or base.config.model_type in ("gemma2", "mistral")

@@ -13,8 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..anatomy import Anatomy
 from ..errors import SurgeryError
 from ..runtime.modeling_surgery import attention_modules
-from ..runtime.surgery_attention import surgery_attention, surgery_mask
+from ..runtime.surgery_attention import surgery_attention
 from ..runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
+from ..runtime.surgery_masks import surgery_mask
 from .head_scores import unsupported
 from .sequences import Recall
 

@@ -29,9 +29,10 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from .surgery_attention import surgery_attention, surgery_mask
+from .surgery_attention import surgery_attention
 from .surgery_cache import SurgeryCache
 from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
+from .surgery_masks import surgery_mask
 from .surgery_terms import register_terms
 
 PREFIX = "Surgery"
@@ -40,6 +41,7 @@ FILES = (
     "surgery_attention.py",
     "surgery_cache.py",
     "surgery_heads.py",
+    "surgery_masks.py",
     "surgery_stores.py",
     "surgery_terms.py",
 )

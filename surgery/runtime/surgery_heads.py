@@ -20,6 +20,7 @@ The block is all that the code needs to know of a surgery, besides the weights:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import transformers
@@ -82,33 +83,46 @@ class HeadKinds:
 
 
 class _Order:
-    """Heads by kind. Nothing is moved where the kinds lie one after the other as they are."""
+    """Heads by kind. What is next to one another, or evenly spaced, is read where it lies."""
 
     def __init__(self, kinds: list[list[int]]):
-        self.sizes = [len(heads) for heads in kinds]
-        self.order = [head for heads in kinds for head in heads]
-        self.sorted = self.order == sorted(self.order)
-        self._indices: dict = {}
+        self.count = sum(len(heads) for heads in kinds)
+        self.kinds = [_slices(heads) for heads in kinds]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        if tensor.shape[1] != len(self.order):
-            raise ValueError(f"the surgery block is of {len(self.order)} heads, this layer made {tensor.shape[1]}")
-        if len(self.sizes) == 1:
-            return [tensor]
-        ordered = tensor if self.sorted else tensor.index_select(1, self._index(tensor.device, inverse=False))
-        return ordered.split(self.sizes, dim=1)
+        if tensor.shape[1] != self.count:
+            raise ValueError(f"the surgery block is of {self.count} heads, this layer made {tensor.shape[1]}")
+        return [_take(tensor, slices) for slices in self.kinds]
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        parts = [part.transpose(1, 2) for part in parts]  # the order that the output has: copied once, not twice
-        joined = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=2)
-        return joined if self.sorted else joined.index_select(2, self._index(joined.device, inverse=True))
+        batch, _, length, size = parts[0].shape
+        joined = parts[0].new_empty(batch, length, self.count, size)
+        for part, slices in zip(parts, self.kinds, strict=True):
+            first = 0
+            for heads in slices:
+                last = first + len(range(self.count)[heads])
+                joined[:, :, heads] = part[:, first:last].transpose(1, 2)
+                first = last
+        return joined
 
-    def _index(self, device, inverse: bool) -> torch.Tensor:
-        if (device, inverse) not in self._indices:
-            with torch.inference_mode(False):  # kept, and used in training later
-                order = torch.tensor(self.order)
-                self._indices[device, inverse] = (order.argsort() if inverse else order).to(device)
-        return self._indices[device, inverse]
+
+def _slices(heads: list[int]) -> list[slice]:
+    """Ascending numbers as few slices: one where they are evenly spaced, else one for each row of neighbours."""
+    if len(steps := {after - before for before, after in pairwise(heads)}) <= 1:
+        return [slice(heads[0], heads[-1] + 1, *steps)]
+    begins = [head for head in heads if head - 1 not in heads]
+    ends = [head + 1 for head in heads if head + 1 not in heads]
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+
+
+def _take(tensor: torch.Tensor, slices: list[slice]) -> torch.Tensor:
+    parts = [tensor[:, heads] for heads in slices]
+    if len(parts) == 1:
+        return parts[0]
+    if tensor.dim() < 4:
+        return torch.cat(parts, dim=1)
+    # As attention makes them, the heads of one token lie side by side, and are copied so.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
 
 
 def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int = 1, limit=None) -> HeadKinds:
