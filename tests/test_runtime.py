@@ -448,6 +448,7 @@ def test_one_query_reads_many_keys_in_pieces(base, monkeypatch):
     pieces = attention._in_pieces
     monkeypatch.setattr(attention, "_in_pieces", lambda *given: called.append(1) or pieces(*given))
     monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention, "SHORTEST", 3)
     base = TINY[base]().eval()
     split = random_split(base, 3)
     given = inputs(base, batch=1, pads=(0,), length=LENGTH)
