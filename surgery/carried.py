@@ -20,6 +20,7 @@ CARRIED = (
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
 REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json"}
+RUNTIME = ("modeling_surgery.py", "surgery_*.py")  # of a base that is surgical already: OUT has this version's
 
 
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
@@ -35,6 +36,8 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()
         if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in RUNTIME):
             continue
         if any(fnmatchcase(name.lower(), pattern) for pattern in carried if "/" in pattern or "/" not in name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from .anatomy import BYTES, Anatomy, LayerAnatomy
 from .checkpoint import stored_bytes
@@ -13,6 +14,7 @@ from .errors import SurgeryError
 from .layers import packed_shapes, unpack
 from .operation import NATIVE, SURGICAL, Change, Operation, WeightRewrite
 from .recipe import Recipe
+from .yaml_lines import FILE_FIELDS
 
 BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
 
@@ -130,10 +132,13 @@ class Plan:
         }
 
     def hash(self, fingerprint: str) -> str:
-        """Identity of a conversion: the resolved recipe and the base's fingerprint."""
+        """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
         from . import __version__
 
-        facts = {"recipe": self.recipe.to_dict(), "base": fingerprint, "version": __version__}
+        steps = self.recipe.to_dict()["operations"]
+        named = [Path(step[field]) for step in steps for field in FILE_FIELDS if isinstance(step.get(field), str)]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in named if path.is_file()]
+        facts = {"recipe": self.recipe.to_dict(), "files": files, "base": fingerprint, "version": __version__}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

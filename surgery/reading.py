@@ -9,6 +9,7 @@ from .anatomy import BYTES, Anatomy, LayerAnatomy
 from .checkpoint import STORED_NAMES
 from .errors import SurgeryError
 from .families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+from .surgical import check_block
 
 # Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
 FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
@@ -26,6 +27,7 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     model_type = getattr(text, "model_type", "") or ""
+    check_block(config, where)
     family, guess, prefix = FAMILIES.get(model_type), False, ""
     if differ := sorted(FIELDS & set(getattr(text, "per_layer_attributes", None) or ())):
         raise SurgeryError(

@@ -10,8 +10,24 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import SurgeryError
+
 if TYPE_CHECKING:
     from .anatomy import Anatomy
+
+
+def check_block(config, where: str) -> dict | None:
+    """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
+    if not hasattr(config, "surgery"):
+        return None
+    from .runtime.surgery_heads import validate
+
+    try:
+        validate(config)
+    except ValueError as error:
+        fix = "convert the base again, or put config.json back as it was written"
+        raise SurgeryError(f"config.json: {error}", where=where, fix=fix) from None
+    return config.surgery
 
 
 def layer_entries(

@@ -12,6 +12,7 @@ from .checkpoint import inside_folder
 from .errors import SurgeryError, shown
 
 MAX_BYTES = 256 << 10
+FILE_FIELDS = ("scores", "text", "calibration_text")  # of an operation: may name a file
 MAX_DIGITS = 40
 Path = tuple[str | int, ...]
 
@@ -79,10 +80,9 @@ def line_of(lines: dict, path: tuple, where: str) -> str:
 def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
     """A recipe file that somebody else wrote may not name files outside the working folder."""
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
-    keys = ("scores", "text", "calibration_text")
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
     for number, step in enumerate(steps if isinstance(steps, list) else []):
-        named |= {("operations", number, key): step for key in keys if isinstance(step, dict)}
+        named |= {("operations", number, key): step for key in FILE_FIELDS if isinstance(step, dict)}
     for path, fields in named.items():
         file, key = fields.get(path[-1]), "evaluate.text" if path[0] == "evaluate" else path[-1]
         if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own

@@ -216,11 +216,11 @@ def test_lists_with_an_entry_a_layer_are_cut_too():
 
 def test_even_split():
     layers = [{"streaming": [0], "sinks": 1, "window": 5}, {}]
-    split = even_split(layers, 4, 0.75)
+    split = even_split(layers, [4, 4], 0.75)
     assert sum(len(layer["streaming"]) for layer in split) == 6
     assert [(layer["sinks"], layer["window"]) for layer in split] == [(1, 5)] * 2
-    assert even_split(layers, 4, 0.75) == split
-    assert [len(layer["streaming"]) for layer in even_split(layers, 4, 1.0)] == [4, 4]
+    assert even_split(layers, [4, 4], 0.75) == split
+    assert [len(layer["streaming"]) for layer in even_split(layers, [4, 4], 1.0)] == [4, 4]
 
 
 @pytest.mark.skipif(not LINUX, reason="resident memory has a high-water mark on Linux alone")

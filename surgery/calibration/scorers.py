@@ -125,6 +125,7 @@ def score_to_file(
     from ..output import parent_folder
     from ..quiet import quiet_transformers
     from ..scoring import load_model, read_config, read_tokenizer
+    from ..surgical import check_block
 
     output = Path(output)
     state = output.with_name(output.name + ".state")
@@ -139,7 +140,7 @@ def score_to_file(
         fix = "add --resume to go on from it, or --overwrite to start anew"
         raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix)
     source = resolve(model)
-    block = getattr(read_config(source.path), "surgery", None)
+    block = check_block(read_config(source.path), source.name)
     if block and any(layer.get("streaming") for layer in block["layers"]):
         raise SurgeryError("the heads of this model are split already: measure its base", where=source.name)
     with parent_folder(output):

@@ -85,8 +85,7 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
     if ratio is not None:
         if not block:
             raise SurgeryError("a ratio needs a checkpoint with a head split", where="--ratio", fix="leave it out")
-        heads = getattr(patched, "num_key_value_heads", None) or patched.num_attention_heads
-        patched.surgery = {**block, "layers": even_split(block["layers"], heads, ratio)}
+        patched.surgery = {**block, "layers": even_split(block["layers"], _kv_heads(patched), ratio)}
     weights = 0
     for config in (stock, patched):
         with torch.device("meta"):
@@ -99,11 +98,11 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
 
 def split_facts(config) -> dict[str, Any] | None:
     """The head split of a config in figures; None for a native model."""
-    block, text = getattr(config, "surgery", None), config.get_text_config()
+    block = getattr(config, "surgery", None)
     if not block:
         return None
     per_layer = [len(layer.get("streaming", [])) for layer in block["layers"]]
-    heads = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * len(per_layer)
+    heads = sum(_kv_heads(config))
     reach = {(layer["sinks"], layer["window"]) for layer in block["layers"] if layer.get("streaming")}
     return {
         "streaming": sum(per_layer),
@@ -112,6 +111,13 @@ def split_facts(config) -> dict[str, Any] | None:
         "streaming_per_layer": per_layer,
         "sinks_and_windows": sorted(map(list, reach)),
     }
+
+
+def _kv_heads(config) -> list[int]:
+    """KV heads of each layer of a surgical config."""
+    from ..runtime.surgery_heads import query_groups
+
+    return [len(query_groups(config, layer)) for layer in config.surgery["layers"]]
 
 
 def _refuse_too_big(weights: int, config, positions: int) -> None:

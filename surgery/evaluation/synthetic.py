@@ -56,7 +56,7 @@ def spaced_layers(depth: int, count: int | None) -> list[int]:
     return [int((i + 0.5) * depth / count) for i in range(count)]
 
 
-def even_split(layers: list[dict], kv_heads: int, ratio: float, seed: int = 0) -> list[dict]:
+def even_split(layers: list[dict], kv_heads: list[int], ratio: float, seed: int = 0) -> list[dict]:
     """The `surgery` block's layers with a share of all KV heads streaming, chosen at random over all layers.
 
     Args:
@@ -69,11 +69,11 @@ def even_split(layers: list[dict], kv_heads: int, ratio: float, seed: int = 0) -
     """
     if not 0 <= ratio <= 1:
         raise SurgeryError(f"ratio {ratio:g}", where="--ratio", fix="from 0 to 1")
-    heads = [(layer, head) for layer in range(len(layers)) for head in range(kv_heads)]
+    heads = [(layer, head) for layer, count in enumerate(kv_heads) for head in range(count)]
     chosen = set(random.Random(seed).sample(heads, round(ratio * len(heads))))
     named = next((layer for layer in layers if "window" in layer), {"sinks": 16, "window": 240})
     reach = {"sinks": named.get("sinks", 0), "window": named["window"]}
     return [
-        {**reach, **layer, "streaming": [head for head in range(kv_heads) if (number, head) in chosen]}
+        {**reach, **layer, "streaming": [head for head in range(kv_heads[number]) if (number, head) in chosen]}
         for number, layer in enumerate(layers)
     ]

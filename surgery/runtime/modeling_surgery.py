@@ -10,9 +10,7 @@ What the surgery did is in the config's `surgery` block (see surgery_heads.py).
 from __future__ import annotations
 
 import hashlib
-import inspect
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,11 +24,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
 )
-from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
-from .surgery_cache import SurgeryCache
+from .surgery_cache import CACHE, SurgeryCache, give_cache
 from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
 from .surgery_masks import surgery_mask
 from .surgery_terms import register_terms
@@ -45,10 +42,6 @@ FILES = (
     "surgery_stores.py",
     "surgery_terms.py",
 )
-
-# Transformers renamed the forward's argument during 5.x.
-CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
-
 
 # The registry of attention functions is one for the process, and another checkpoint may bring another version of this
 # code: the name tells them apart.
@@ -66,33 +59,43 @@ def attention_modules(model) -> list:
 
 def attach(model) -> None:
     """Give every attention module its heads' visibility, shape and terms, and the model a cache of its own."""
-    kinds, layers = head_kinds(model.config), validate(model.config)
-    modules = attention_modules(model)
-    numbers = [module.layer_idx for module in modules]
-    if numbers != list(range(len(kinds))):
-        raise ValueError(
-            f"the model has attention modules for layers {numbers}, the surgery block {len(kinds)} layers"
-        )
+    kinds, (modules, layers) = head_kinds(model.config), _fitting(model)
     for module in modules:
-        if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):  # it would never call ours
-            raise ValueError(f"{type(module).__name__} does not use Transformers' attention interface in this version")
         module.surgery_heads = kinds[module.layer_idx]
         for name, shape in layers[module.layer_idx].get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
         register_terms(module, layers[module.layer_idx])
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
-        if _give_cache not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_give_cache, with_kwargs=True)
+        if give_cache not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def _fitting(model) -> tuple[list, list[dict]]:
+    """The attention modules of a model and the layers of its block; nothing is changed.
+
+    Raises:
+        ValueError: the block does not fit the model, or its attention would never call ours.
+    """
+    layers, modules = validate(model.config), attention_modules(model)
+    numbers = [module.layer_idx for module in modules]
+    if numbers != list(range(len(layers))):
+        raise ValueError(
+            f"the model has attention modules for layers {numbers}, the surgery block {len(layers)} layers"
+        )
+    for module, layer in zip(modules, layers, strict=True):
+        if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+            raise ValueError(f"{type(module).__name__} does not use Transformers' attention interface in this version")
+        known = dict(module.named_parameters())
+        if unknown := [name for name in layer.get("shapes", {}) if name not in known]:
+            where = f"layer {module.layer_idx} of the surgery block"
+            raise ValueError(f"{where} names {unknown[0]}, which {type(module).__name__} does not have")
+    return modules, layers
 
 
 def _resize(model, module, name: str, shape: torch.Size) -> None:
     """Give a parameter of an attention module the shape that its layer has, before weights are loaded into it."""
     path, _, leaf = name.rpartition(".")
-    try:
-        owner, old = module.get_submodule(path), module.get_parameter(name)
-    except AttributeError:
-        where = f"layer {module.layer_idx} of the surgery block"
-        raise ValueError(f"{where} names {name}, which {type(module).__name__} does not have") from None
+    owner, old = module.get_submodule(path), module.get_parameter(name)
     if old.shape == shape:
         return
     setattr(owner, leaf, torch.nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
@@ -100,46 +103,6 @@ def _resize(model, module, name: str, shape: torch.Size) -> None:
         owner.out_features, owner.in_features = shape
     if not old.is_meta:
         model._init_weights(owner)
-
-
-def _give_cache(module, args, kwargs):
-    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked."""
-    if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
-        given = kwargs["past_key_values"]
-        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
-    position = _cache_position(type(module))
-    cache = args[position] if len(args) > position else kwargs.get(CACHE)
-    if cache is not None:
-        refuse_cache(cache)
-        return args, kwargs
-    asked = kwargs.get("use_cache")
-    if asked is None and module.training and torch.is_grad_enabled():
-        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
-    use_cache = module.config.use_cache if asked is None else asked
-    checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
-    if not use_cache or checkpointing or len(args) > position:
-        return args, kwargs
-    return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
-
-
-@lru_cache
-def _cache_position(cls) -> int:
-    return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
-
-
-def refuse_cache(cache) -> None:
-    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
-    if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
-        raise ValueError(
-            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
-            "pass a DynamicCache() (right results, no memory saved)"
-        )
-    if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
-        raise ValueError(
-            "a surgical model cannot use a cache that drops keys by the base's own window: leave the cache out, or "
-            "pass DynamicCache() without a config"
-        )
 
 
 class SurgeryConfig(transformers.PreTrainedConfig):
@@ -190,6 +153,8 @@ class _ModelMixin:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         """As Transformers' own; where it would fill in a parameter of the surgery that the file lacks, an error."""
+        if asked := [name for name in ("tp_plan", "tp_size", "device_mesh") if kwargs.get(name) is not None]:
+            raise ValueError(f"{asked[0]} cuts attention by heads, which would undo the surgery: use device_map")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in IDENTITY):
             raise ValueError(f"{len(lost)} parameters of the surgery are not in the file, the first is {lost[0]}")
@@ -232,7 +197,9 @@ def patch(model, block: dict) -> None:
             what this does not set: of each layer's entry, and of the block.
     """
     config, base = model.config, type(model)
-    fresh = not hasattr(base, "make_cache")  # else it is surgical already, through either door
+    fresh = not hasattr(base, "make_cache")
+    if not fresh and not issubclass(base, _ModelMixin):
+        raise ValueError("this model runs the code that came with its checkpoint: load it with surgery.load(FOLDER)")
     if fresh:
         known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}
         if base.__name__ not in known or getattr(transformers, base.__name__, None) is not base:
@@ -244,7 +211,7 @@ def patch(model, block: dict) -> None:
         merged["layers"] = [_merged(old, new) for old, new in zip(before["layers"], merged["layers"], strict=True)]
     setattr(config, NAME, merged)
     try:
-        validate(config)
+        _fitting(model)
     except ValueError:
         setattr(config, NAME, before) if before is not None else delattr(config, NAME)
         raise
@@ -279,7 +246,9 @@ def _make(name: str):
     attributes = {
         "__module__": __name__,
         "config_class": _make(PREFIX + base.config_class.__name__),
-        "_auto_class": "AutoModelForCausalLM" if base.__name__.endswith("ForCausalLM") else "AutoModel",
+        "_auto_class": "AutoModelForCausalLM"
+        if base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        else "AutoModel",
     }
     made = globals()[name] = type(name, (_ModelMixin, base), attributes)
     return made

@@ -44,7 +44,10 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     """
     options = _options(kwargs)
     if dropout and module.training:
-        raise ValueError("a surgical model has no attention dropout: set it to 0 in the config before training")
+        raise ValueError(
+            "a surgical model has no attention dropout: load it with from_pretrained(..., attention_dropout=0.0) "
+            "(GPT-2: attn_pdrop=0.0) to train it"
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
     if attention_mask is not None and attention_mask.dtype == torch.long:
@@ -134,7 +137,7 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
         shift = max(low - visibility.sinks - 1, 0) if alike else 0
         seen = unpadded(visibility, first - shift, length, low - shift, apart, group, query.dtype, device)
     else:
-        key_slots = view.store.slots() if view.ring else torch.arange(low, end, device=device)
+        key_slots = view.store.slots(device) if view.ring else torch.arange(low, end, device=device)
         seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
         seen = for_groups(seen, group)
     rows = query.reshape(batch, kv_heads, group * length, size)
@@ -161,6 +164,7 @@ def _fused(query, keys, values, scale, with_lse: bool, causal: bool = False, see
     if not with_lse:
         gqa = query.shape[1] != keys.shape[1]
         return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
+    query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, keys, values, 0.0, causal, attn_mask=bias(seen, query.dtype), scale=scale)
 

@@ -1,12 +1,21 @@
-"""The cache of a surgical checkpoint: one layer of stores for each layer of the model (see surgery_stores.py)."""
+"""The cache of a surgical checkpoint: one layer of stores for each layer of the model (see surgery_stores.py), and how
+the model comes by it.
+"""
 
 from __future__ import annotations
 
-import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+import inspect
+from functools import lru_cache
 
-from .surgery_heads import HeadKinds
+import torch
+import transformers
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from .surgery_heads import NAME, HeadKinds, head_kinds
 from .surgery_stores import FullStore, RingStore
+
+# Transformers renamed the forward's argument during 5.x.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 
 
 class SurgeryLayer(CacheLayerMixin):
@@ -136,3 +145,50 @@ class SurgeryCache(Cache):
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+
+def give_cache(module, args, kwargs):
+    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked.
+
+    Raises:
+        ValueError: this cache cannot be used, or another attention function was set behind the model's back.
+    """
+    if not module.config._attn_implementation.startswith(f"{NAME}_"):
+        name = module.config._attn_implementation
+        raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
+    if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
+        given = kwargs["past_key_values"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
+    position = _cache_position(type(module))
+    cache = args[position] if len(args) > position else kwargs.get(CACHE)
+    if cache is not None:
+        refuse_cache(cache)
+        return args, kwargs
+    asked = kwargs.get("use_cache")
+    if asked is None and module.training and torch.is_grad_enabled():
+        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
+    use_cache = module.config.use_cache if asked is None else asked
+    checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
+    if not use_cache or checkpointing or len(args) > position:
+        return args, kwargs
+    return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
+
+
+@lru_cache
+def _cache_position(cls) -> int:
+    return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
+
+
+def refuse_cache(cache) -> None:
+    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
+    if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
+        raise ValueError(
+            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
+            "pass a DynamicCache() (right results, no memory saved)"
+        )
+    if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
+        raise ValueError(
+            "a surgical model cannot use a cache that drops keys by the base's own window: leave the cache out, or "
+            "pass DynamicCache() without a config"
+        )

@@ -200,8 +200,10 @@ def _fault(config, layer) -> str:
         return f"has other keys than {', '.join(sorted(KEYS))}"
     numbers = {"num_attention_heads": 1, "num_key_value_heads": 1, "sinks": 0, "window": 1}
     for name, least in numbers.items():
-        if name in layer and not _whole(layer[name], least):
+        if name in layer and not (_whole(layer[name], least)):
             return f"has {name} {layer[name]!r}, which must be whole and from {least}"
+    if layer.get("num_key_value_heads", 1) > layer.get("num_attention_heads", sum(query_groups(config))):
+        return f"has {layer['num_key_value_heads']} KV heads, more than query heads"
     groups = query_groups(config, layer)
     kv_heads = layer.get("num_key_value_heads", len(query_groups(config)))
     heads = layer.get("num_attention_heads", sum(query_groups(config)))

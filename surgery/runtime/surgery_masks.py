@@ -112,5 +112,5 @@ def seen_keys(visibility, slots, key_slots, mask, pad, apart: bool) -> torch.Ten
 def bias(seen: torch.Tensor | None, dtype) -> torch.Tensor | None:
     """A mask as a bias on the scores; a bias as it is."""
     if seen is None or seen.dtype != torch.bool:
-        return seen
+        return seen if seen is None else seen.to(dtype)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -149,7 +149,8 @@ class RingStore:
         if not self.tensors:
             shape = (*keys.shape[:2], sinks + window, keys.shape[3])
             self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
-        if new == 1 and not recording and self.pending is None:
+        training = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        if new == 1 and not recording and self.pending is None and not training:
             held = (self.tensors["keys"], self.tensors["values"])
             for tensor, one in zip(held, (keys, values), strict=True):
                 tensor[:, :, sinks + self.seen % window] = one[:, :, 0].detach()
@@ -176,9 +177,9 @@ class RingStore:
         self.tensors["keys"][:, :, : self.visibility.sinks] = keys.detach()
         self.tensors["values"][:, :, : self.visibility.sinks] = values.detach()
 
-    def slots(self) -> torch.Tensor:
+    def slots(self, device) -> torch.Tensor:
         """Slot of each index of the ring, -1 where nothing was written yet."""
-        index = torch.arange(self.visibility.window, device=self.tensors["keys"].device)
+        index = torch.arange(self.visibility.window, device=device)
         newest = self.seen - 1
         return (newest - (newest - index) % self.visibility.window).clamp(min=-1)
 

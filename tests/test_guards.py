@@ -1,0 +1,196 @@
+"""What would undo a surgery without a word, or leave something half done: refused, or done right."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import edit_json
+from families import TINY
+from test_runtime import WINDOW, inputs, kv_heads, operated, random_split
+
+from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime.surgery_cache import SurgeryCache
+from surgery.runtime.surgery_heads import head_kinds
+
+
+@pytest.fixture
+def split(surgery, model, tmp_path):
+    """A tiny checkpoint whose heads are split by a score file."""
+    (tmp_path / "scores.txt").write_text("0.9 0.1 0.8\n0.1 0.7 0.2\n")
+    command = ("apply", "duo-attention", model, "-o", "split", "scores=scores.txt", "sinks=2", "window=6")
+    assert surgery(*command, "--no-check", "--no-eval").code == 0
+    return tmp_path / "split"
+
+
+def all_streaming(model):
+    return operated(model, [list(range(kv_heads(model)))] * model.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("through", ["inner model", "config"])
+def test_another_attention_set_behind_the_back(through):
+    model = all_streaming(TINY["llama"]())
+    if through == "config":
+        model.config._attn_implementation = "sdpa"
+    else:
+        model.model.set_attn_implementation("sdpa")
+    for mode in (model.eval(), model.train()):
+        for options in ({}, {"use_cache": False}):
+            with pytest.raises(ValueError, match="'sdpa' was set on a part of a surgical model"):
+                mode(input_ids=torch.tensor([[3, 4, 5]]), **options)
+
+
+def test_tensor_parallel_loading_is_refused(split):
+    import surgery
+
+    with pytest.raises(surgery.SurgeryError, match="tp_plan cuts attention by heads"):
+        surgery.load(split, tp_plan="auto")
+
+
+def test_a_block_that_does_not_fit_leaves_the_model_as_it_was():
+    for name, layers, says in (
+        ("llama", [{"shapes": {"no_proj.weight": [4, 4]}}, {}], "no_proj.weight, which LlamaAttention does not have"),
+        ("bloom", [{}, {}], "does not use Transformers' attention interface"),
+    ):
+        model = TINY[name]().eval()
+        ids = torch.tensor([[3, 4, 5]])
+        before, config, cls = model(input_ids=ids).logits, model.config.to_dict(), type(model)
+        with pytest.raises(ValueError, match=says):
+            runtime.patch(model, {"layers": layers})
+        assert type(model) is cls
+        assert model.config.to_dict() == config
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_model_that_runs_its_checkpoints_own_code(split):
+    from transformers import AutoModelForCausalLM
+
+    import surgery
+
+    model = AutoModelForCausalLM.from_pretrained(split, trust_remote_code=True).eval()
+    ids = torch.tensor([[3, 4, 5] * 5])
+    before = model(input_ids=ids).logits
+    with pytest.raises(surgery.SurgeryError, match=r"surgery\.load"):
+        surgery.apply("zero-tuning", model, gamma=2.0)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_gradients_of_a_first_call_with_a_cache(length):
+    model = all_streaming(TINY["llama"]()).train()
+    ids = inputs(model, batch=1, pads=(0,), length=length)[0]
+    found = []
+    for use_cache in (False, True):
+        model.zero_grad()
+        model(input_ids=ids, use_cache=use_cache).logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        assert torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW + 9])
+@torch.no_grad()
+def test_a_cache_that_is_offloaded_between_the_layers(prompt):
+    """`Cache.update` moves tensors away before attention reads its views: "meta" stands for the other device."""
+
+    class Away(SurgeryCache):
+        def update(self, keys, values, index, *args, **kwargs):
+            layer = self.layers[index]
+            for store, here in zip(layer.stores, getattr(layer, "here", ()), strict=False):
+                store.tensors = here
+            views = super().update(keys, values, index, *args, **kwargs)
+            layer.here = [store.tensors for store in layer.stores]
+            for store in layer.stores:
+                store.tensors = {name: tensor.to("meta") for name, tensor in store.tensors.items()}
+            return views
+
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 1), sinks=0)
+    ids = inputs(model, batch=1, pads=(0,), length=prompt + 1)[0]
+    cache = Away(head_kinds(model.config))
+    model(input_ids=ids[:, :prompt], **{runtime.CACHE: cache})
+    got = model(input_ids=ids[:, prompt:], **{runtime.CACHE: cache}).logits
+    want = model(input_ids=ids, use_cache=False).logits[:, -1:]
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])
+@torch.no_grad()
+def test_autocast(name):
+    base = TINY[name]().eval()
+    model = operated(base, random_split(base, 1))
+    ids = inputs(model, batch=1, pads=(0,))[0]
+    want = model(input_ids=ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(input_ids=ids).logits
+    assert (got.float() - want).abs().max() < 0.1 * want.std()
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_surgery_brings_this_versions_code(surgery, model, tmp_path):
+    assert surgery("apply", "gqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
+    code = tmp_path / "shaped" / "modeling_surgery.py"
+    code.write_text(code.read_text() + "# SOMEBODY ELSE'S\n")
+    (tmp_path / "shaped" / "surgery_gone.py").write_text("# a file that this version does not have\n")
+    (tmp_path / "shaped" / "custom.py").write_text("# the user's own\n")
+    made = surgery(
+        "apply", "duo-attention", "shaped", "-o", "out", "streaming_ratio=1", "sinks=2", "window=6", "--no-eval"
+    )
+    assert made.code == 0, made.err
+    assert "SOMEBODY" not in (tmp_path / "out" / "modeling_surgery.py").read_text()
+    assert not (tmp_path / "out" / "surgery_gone.py").exists()
+    assert (tmp_path / "out" / "custom.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"layers": None}, "a list of 2 layers"),
+        ({"layers": [{}]}, "a list of 2 layers"),
+        ({"layers": [5, {}]}, "layer 0 of the surgery block"),
+        ({"layers": [{"streaming": 7, "sinks": 2, "window": 6}, {}]}, "as streaming"),
+        ({"layers": [{"streaming": [99], "sinks": 2, "window": 6}, {}]}, "as streaming"),
+        ({"layers": [{"num_key_value_heads": 10**9}, {}]}, "more than query heads"),
+        ({"format": 2}, "format 2"),
+    ],
+)
+def test_a_block_edited_by_hand(surgery, split, model, edit, says):
+    config = json.loads((split / "config.json").read_text())
+    edit_json(split / "config.json", surgery={**config["surgery"], **edit})
+    for code, command in (
+        (2, ("inspect", "split")),
+        (2, ("plan", "zero-tuning", "split")),
+        (2, ("score", "split", "-o", "s.json")),
+        (4, ("check", "split")),
+    ):
+        ran = surgery(*command)
+        assert ran.code == code, (command, ran.out, ran.err)
+        assert says in " ".join((ran.out + ran.err).split()), (command, ran.out, ran.err)
+
+
+def test_resume_sees_that_a_score_file_changed(surgery, split, model, tmp_path):
+    (tmp_path / "scores.txt").write_text("0.1 0.9 0.2\n0.9 0.1 0.8\n")
+    command = ("apply", "duo-attention", model, "-o", "split", "scores=scores.txt", "sinks=2", "window=6")
+    ran = surgery(*command, "--no-check", "--no-eval", "--resume")
+    assert ran.code == 2
+    assert "split" in ran.err
+    shutil.rmtree(split)
+    assert surgery(*command, "--no-check", "--no-eval").code == 0
+    layers = json.loads((split / "config.json").read_text())["surgery"]["layers"]
+    assert [layer["streaming"] for layer in layers] == [[0, 2], [1]]
+
+
+def test_bench_counts_the_heads_of_layers_of_different_shape(surgery, model):
+    assert surgery("apply", "gqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
+    command = ("bench", "shaped", "--base", model, "--lengths", "40", "--rounds", "1", "--decode", "1", "--json")
+    ran = surgery(*command, "--synthetic", "--ratio", "0.5")
+    assert ran.code == 0, ran.err
+    split = ran.json["split"]
+    assert (split["streaming"], split["kv_heads"], split["ratio"]) == (2, 4, 0.5)
+    assert copy.copy(split["streaming_per_layer"])[1] <= 1
