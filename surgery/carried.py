@@ -36,6 +36,8 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
         name = path.relative_to(base).as_posix()
         if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
             continue
+        if name.endswith(".py") and (folder / name).exists():  # the runtime's own: the base may have an older one
+            continue
         if any(fnmatchcase(name.lower(), pattern) for pattern in carried if "/" in pattern or "/" not in name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)

@@ -68,6 +68,10 @@ class Operation(BaseModel):
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
 
+    def term_layers(self, anatomy: Anatomy) -> set[int]:
+        """The layers whose `term` it sets: two operations may set one term, in different layers."""
+        return set(range(len(anatomy.layers)))
+
     def plan(self, anatomy: Anatomy) -> Change:
         """What changes, before -> after. Called only when there are no problems."""
         raise TypeError(f"operation {self.op} defines no plan")
