@@ -41,12 +41,16 @@ class Change:
 
 @dataclass
 class Context:
-    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer."""
+    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
+
+    An operation that finds only when it measures what results says so in `after`, which the next one meets.
+    """
 
     change: Change
     before: Anatomy
     progress: Any = None
     tokenizer: Any = None
+    after: Anatomy | None = None
 
 
 class Operation(BaseModel):

@@ -106,8 +106,8 @@ def test_heads_pruned_under_a_split_and_terms(saved, family, kind):
     assert torch.equal(logits_of(again), door["logits"].double())
     assert (logits_of(again) - logits_of(model)).abs().max() <= 1e-4
     again.save_pretrained(folder / "again")
-    for (name, one), two in zip(package.load(folder / "again").named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, two), name
+    last = package.load(folder / "again").state_dict()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -182,8 +182,8 @@ def test_four_operations_in_one_recipe_through_the_command(surgery, model, tmp_p
     assert all(layer["refitted"] < layer["pruned"] for layer in report["operations"][3]["record"]["lost_share"])
     three, four, later = (package.load(tmp_path / name) for name in ("three", "four", "later"))
     assert four.config.surgery == later.config.surgery
-    for (name, one), two in zip(four.named_parameters(), later.parameters(), strict=True):
-        assert torch.equal(one, two), name
+    last = later.state_dict()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in four.state_dict().items())
     names = [name for name, _ in four.named_parameters() if "surgery_" in name]
     assert len(names) == 2 * {"zero_tuning": 1, "learned": 2, "kv_bias": 3}[method]
     wide = three.float()

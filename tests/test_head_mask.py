@@ -182,8 +182,9 @@ def test_before_and_after_prune_heads(removed, tmp_path):
     before, after = copy.deepcopy(base("llama")), copy.deepcopy(base("llama"))
     surgery.apply(recipe(mask(values=VALUES), prune), before)
     surgery.apply(recipe(prune, mask(values=stays)), after)
-    base("llama").save_pretrained(tmp_path / "base")
-    surgery.apply(recipe(prune), tmp_path / "base", output=tmp_path / "pruned", check=False, evaluate=False)
+    only = copy.deepcopy(base("llama"))
+    surgery.apply(recipe(prune), only)
+    only.save_pretrained(tmp_path / "pruned")
     for engine in ("streaming", "loaded"):
         out = tmp_path / engine
         steps = recipe(mask(values=stays))
@@ -205,6 +206,25 @@ def test_a_pruned_head_is_not_there_any_more():
         surgery.plan(recipe(mask(values={0: [1.0] * 8})), model)
 
 
+def test_heads_left_by_a_measured_pruning_have_the_bases_numbers(surgery, model, text, tmp_path):
+    """One recipe; which KV group goes is known only when the model was measured."""
+    from surgery import load
+
+    prune = {"op": "prune_heads", "per_layer": 1, "scores": "magnitude", "refit": False}
+    (tmp_path / "prune.yaml").write_text(json.dumps(recipe(prune)))
+    assert surgery("apply", "prune.yaml", model, "-o", "pruned", "--no-eval", "--no-check").code == 0
+    record = json.loads((tmp_path / "pruned" / "surgery.json").read_text())["operations"][0]["record"]
+    left = [[head for head in range(9) if head not in gone] for gone in record["removed"]]
+    steps = recipe(prune, mask(values={0: [0.0] + [1.0] * 5, 1: [1.0] * 5 + [0.5]}))
+    (tmp_path / "both.yaml").write_text(json.dumps(steps))
+    assert surgery("apply", "both.yaml", model, "-o", "both", "--no-eval", "--no-check").code == 0
+    record = json.loads((tmp_path / "both" / "surgery.json").read_text())["operations"][1]["record"]
+    assert [layer["gates"] for layer in record.values()] == [{str(left[0][0]): 0.0}, {str(left[1][5]): 0.5}]
+    one, two = (load(tmp_path / name).model.layers[0].self_attn.o_proj.weight for name in ("pruned", "both"))
+    assert torch.equal(two[:, 8:], one[:, 8:])
+    assert (two[:, :8] == 0).all()
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +241,7 @@ def test_a_pruned_head_is_not_there_any_more():
         ({"values": {0: {0: float("nan")}}}, ["values"]),
         ({"values": {0: {0: float("inf")}}}, ["values"]),
         ({"values": {0: {0: True}}}, ["values"]),
-        ({"values": {-1: {0: 1}}}, ["values"]),
+        ({"values": {-1: {0: 1}}}, ["the key -1"]),
         ({"values": {0: {0: 1e41}}}, ["larger than bfloat16 holds"]),
         ({"scores": "s.txt"}, ["scores need ratio"]),
         ({"scores": "s.txt", "ratio": 1.5}, ["ratio"]),

@@ -24,6 +24,7 @@ IDENTITIES = {
     "prune_heads, none": lambda layer: {"op": "prune_heads", "per_layer": 0},
     "head_mask, ones": lambda layer: {"op": "head_mask", "values": {0: [1.0] * layer.heads, 1: {2: 1}}},
 }
+REFUSED = {("olmo2", "prune_heads, none")}  # a QK-norm over all heads: no head can go, and the plan says so
 STOCK = ("gqa", "expand", "prune_heads", "head_mask")  # what changes no weight leaves a stock model
 FAMILIES = [
     name for name in TINY if not (anatomy := Anatomy.of(TINY[name]())).composite and anatomy.layers[0].layout.interface
@@ -43,8 +44,10 @@ def bases():
     return {name: TINY[name]().eval().requires_grad_(False) for name in FAMILIES}
 
 
-@pytest.mark.parametrize("step", IDENTITIES)
-@pytest.mark.parametrize("family", FAMILIES)
+RUNS = [(family, step) for family in FAMILIES for step in IDENTITIES if (family, step) not in REFUSED]
+
+
+@pytest.mark.parametrize(("family", "step"), RUNS)
 @torch.no_grad()
 def test_identity(bases, family, step):
     """Cached and not, rows alone and left-padded."""
@@ -66,7 +69,7 @@ def test_identity_through_both_doors_and_saved_again(bases, tmp_path):
     for family, base in bases.items():
         model, layer = copy.deepcopy(base), Anatomy.of(base).layers[0]
         left = ("duo_attention, none stream", "learned, identity", "kv_bias, identity")  # one operation of each term
-        steps = [make(layer) for name, make in IDENTITIES.items() if name not in left]
+        steps = [make(layer) for step, make in IDENTITIES.items() if step not in left and (family, step) in RUNS]
         surgery.apply(recipe(*steps), model)
         model.save_pretrained(tmp_path / family)
         surgery.load(tmp_path / family).save_pretrained(tmp_path / f"{family}-again")

@@ -180,6 +180,7 @@ class PruneHeads(Operation):
         for tensors, layer in zip(results, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
         write_layers(model, before, after, results, surgical=tier == SURGICAL)
+        context.after = after
         named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
         record = {"removed": named, "importance": scores.to_dict() if scores else None}
         return record | ({"lost_share": errors} if errors else {})
