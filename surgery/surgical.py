@@ -32,7 +32,9 @@ def layer_entries(
     block = getattr(config, "surgery", None)
     if anatomy.alike and not needed and block is None:
         return None
-    stock = tuple(edits.get(name, getattr(config, name)) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads = edits.get("num_attention_heads", config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # families without the field: one for each
+    stock = (heads, edits.get("num_key_value_heads", kv_heads))
     earlier = block["layers"] if block else [{}] * len(anatomy.layers)
     for layer, named, old in zip(anatomy.layers, shapes, earlier, strict=True):
         entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
