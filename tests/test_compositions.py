@@ -255,3 +255,30 @@ def test_one_term_by_two_operations_in_one_layer_is_refused_with_both_names():
         package.plan(recipe(gamma(2.0)), model)
     with pytest.raises(SurgeryError, match="gqa: weight rewrites come before sink_calibration in a recipe"):
         package.plan(recipe(gamma(2.0), {"op": "gqa", "kv_heads": 1}), base)
+
+
+# --- weight rewrites on a surgical checkpoint ------------------------------------------------------------------------
+
+
+def test_gqa_on_heads_that_pruning_left_in_memory_and_streamed(tmp_path):
+    """6 query heads on 3 KV heads, which no stock llama of this size may have; then one KV head, the mean."""
+    base, removed = TINY["llama"]().eval(), [[0, 1], [0, 1]]
+    want = copy.deepcopy(base).double()
+    with torch.no_grad():
+        for layer in want.model.layers:
+            layer.self_attn.o_proj.weight[:, :16] = 0
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = projection.weight.view(4, 8, -1)
+                heads[1:] = heads[1:].mean(0, keepdim=True)
+    model, merge = copy.deepcopy(base), {"op": "gqa", "kv_heads": 1}
+    package.apply(recipe(prune(removed)), model)
+    model.save_pretrained(tmp_path / "pruned")
+    package.apply(recipe(merge), model)
+    assert (logits_of(model) - logits_of(want)).abs().max() <= 1e-4 * logits_of(want).std()
+    once = copy.deepcopy(base)
+    package.apply(recipe(prune(removed), merge), once)
+    assert torch.equal(logits_of(once), logits_of(model))
+    out = tmp_path / "out"
+    package.apply(recipe(merge), tmp_path / "pruned", output=out, engine="streaming", check=False, evaluate=False)
+    assert torch.equal(logits_of(package.load(out)), logits_of(model))
+    assert torch.equal(open_doors([out], tmp_path, trust=True)[out]["logits"].double(), logits_of(model))
