@@ -247,7 +247,7 @@ class Anatomy:
                 multi = kv_heads == 1 and self.layers[0].heads > 1
                 layout = replace(layout, layout="rows" if multi else "grouped")
                 edits = {"multi_query": multi, "num_kv_heads": self.layers[0].heads}
-        layers = tuple(replace(layer, kv_heads=kv_heads, layout=layout) for layer in self.layers)
+        layers = tuple(replace(layer, kv_heads=kv_heads, kv_numbers=(), layout=layout) for layer in self.layers)
         return replace(self, layers=layers, edits=self.edits | edits)
 
     def with_kv_heads_by_layer(self, kv_heads: list[int]) -> Anatomy:

@@ -142,8 +142,8 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
     together = list(takewhile(lambda step: type(step[0]).apply is WeightRewrite.apply, steps))
     records = rewrite_steps(model, together) if together else []
     if rest := plan.steps[len(together) :]:
-        for operation, before, change in _in_turn(rest, rest[0].before, model):
-            records.append(operation.apply(model, Context(change, before, progress, tokenizer)))
+        for operation, context in _in_turn(rest, rest[0].before, model, progress, tokenizer):
+            records.append(operation.apply(model, context))
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
@@ -197,24 +197,30 @@ def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
-        operation.apply(model, Context(change, before, progress, tokenizer))
-        for operation, before, change in _in_turn(plan.steps, Anatomy.of(model), model)
+        operation.apply(model, context)
+        for operation, context in _in_turn(plan.steps, Anatomy.of(model), model, progress, tokenizer)
     ]
     with quiet_in_pipes():
         model.save_pretrained(partial)
     return weight_files(partial), records
 
 
-def _in_turn(steps: tuple[Step, ...], current: Anatomy, model):
-    """Operations with the anatomy that each meets and its change, asked for when those before it were carried out.
+def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer):
+    """Operations with their context, made when those before it were carried out.
 
     Args:
         current: of the model in memory, whose tensors may have other names than those on disk.
+
+    Raises:
+        SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
     """
     for step in steps:
-        change = step.operation.plan(current)
-        yield step.operation, current, change
-        current = Anatomy.of(model) if change.measured else change.after
+        if problems := step.operation.problems(current):
+            raise SurgeryError(problems[0], where=type(model).__name__)
+        context = Context(step.operation.plan(current), current, progress, tokenizer)
+        yield step.operation, context
+        measured = Anatomy.of(model) if context.change.measured else context.change.after
+        current = context.after or measured
 
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:

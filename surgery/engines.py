@@ -10,7 +10,8 @@ from .anatomy import Anatomy, LayerAnatomy
 from .checkpoint import stored_dtype
 from .errors import SurgeryError
 from .layers import AttentionLayer, pack, part_shapes, unpack
-from .surgical import layer_entries
+from .pruning import kept_heads
+from .surgical import PER_KV_HEAD, layer_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,19 +159,14 @@ def write_layers(
             _drop_norm(module, name)
         for name, tensor in tensors.items():
             _assign(module, name, tensor)
+        _keep_terms(module, facts, target)
         _set_head_numbers(module, target, after.edits)
     for name, value in after.edits.items():
         setattr(before.config, name, value)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
-    block = getattr(before.config, "surgery", None)
-    if entries := layer_entries(after, shapes, needed=surgical or block is not None):
+    if entries := layer_entries(after, shapes, needed=surgical):
         from .runtime.modeling_surgery import patch
 
-        # A model that is surgical already keeps what its block holds: that must follow the heads.
-        for entry, layer, old in zip(entries, after.layers, block["layers"] if block else [], strict=bool(block)):
-            now = {"query_groups": [layer.group] * layer.kv_heads, "shapes": {}} | entry
-            now["streaming"] = list(layer.streaming)
-            entry.update({name: now[name] for name in ("query_groups", "shapes", "streaming") if name in old})
         patch(model, {"layers": entries})
 
 
@@ -198,6 +194,20 @@ def _assign(module, name: str, tensor: Tensor) -> None:
         owner.out_features, owner.in_features = owner.weight.shape
     elif hasattr(owner, "nf"):  # Conv1D
         owner.nx, owner.nf = owner.weight.shape
+
+
+def _keep_terms(module, old: LayerAnatomy, new: LayerAnatomy) -> None:
+    """Of the parameters that a surgery gave to a module, keep the rows of the heads that stay."""
+    from torch import nn
+
+    names = getattr(module, "surgery_parameters", ())
+    if not names or old == new:
+        return
+    queries, kv_heads = kept_heads(old, new)
+    for name in names:
+        parameter = getattr(module, name)
+        rows = parameter.detach()[kv_heads if name in PER_KV_HEAD else queries].clone()
+        setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 
 def _norm_module(module, path: str):

@@ -41,12 +41,16 @@ class Change:
 
 @dataclass
 class Context:
-    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer."""
+    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
+
+    An operation that finds only when it measures what results says so in `after`, which the next one meets.
+    """
 
     change: Change
     before: Anatomy
     progress: Any = None
     tokenizer: Any = None
+    after: Anatomy | None = None
 
 
 class Operation(BaseModel):
@@ -67,6 +71,10 @@ class Operation(BaseModel):
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
+
+    def term_layers(self, anatomy: Anatomy) -> set[int]:
+        """The layers whose `term` it sets: two operations may set one term, in different layers."""
+        return set(range(len(anatomy.layers)))
 
     def plan(self, anatomy: Anatomy) -> Change:
         """What changes, before -> after. Called only when there are no problems."""

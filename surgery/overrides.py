@@ -30,7 +30,7 @@ def set_field(data: dict, text: str, settings: Collection[str]) -> tuple:
     key, where = key.strip(), f"override {text!r}"
     if not equals or not key:
         raise SurgeryError("an override is written key=value", where=where)
-    value, _ = parse(value, where)
+    value, _ = parse(value, where, field=0)
     steps = data.get("operations")
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     places = _places(steps, key, settings)

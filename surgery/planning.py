@@ -167,29 +167,43 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    held = terms_held(anatomy)
-    blocking = [term for term in held if term not in operation.follows_terms]
-    if operation.term in held or (operation.term is None and blocking):
-        reason = f"sets the {operation.term} already"
-        if operation.term is None:
+    held, own = terms_held(anatomy), operation.term_layers(anatomy)
+    if operation.term is None:
+        if blocking := [term for term in held if term not in operation.follows_terms]:
             reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
+            return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
+    elif shared := own & held.get(operation.term, set()):
+        reason = f"sets the {operation.term} already{_where(shared, anatomy)}"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
-        if operation.term is not None and step.operation.term == operation.term:
-            return [f"{operation.op}: {step.operation.op} before it sets the {operation.term} of the same heads"]
-        if operation.term is None and step.operation.term not in (None, *operation.follows_terms):
-            return [f"{operation.op}: weight rewrites come before {step.operation.op} in a recipe"]
+        name, term = step.operation.op, step.operation.term
+        if operation.term is None and term not in (None, *operation.follows_terms):
+            return [f"{operation.op}: weight rewrites come before {name} in a recipe"]
+        shared = own & step.operation.term_layers(anatomy) if term is not None and term == operation.term else None
+        if shared:
+            what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
+            return [f"{what}; a layer's {term} is set by one operation"]
     return []
 
 
-def terms_held(anatomy: Anatomy) -> list[str]:
-    """The terms of the equation that a checkpoint sets already."""
+def _where(layers: set[int], anatomy: Anatomy) -> str:
+    return "" if len(layers) == len(anatomy.layers) else f", in layers {', '.join(map(str, sorted(layers)))}"
+
+
+def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
+    """The terms of the equation that a checkpoint sets already, and in which layers."""
     block = getattr(anatomy.config, "surgery", None) or {}
-    layers = block.get("layers", [])
-    named = {name for layer in layers for name in layer.get("parameters", {})}
-    held = ["visibility"] if any(layer.streaming for layer in anatomy.layers) else []
-    held += ["bias"] if "surgery_log_gamma" in named else []
-    return held + (["virtual keys"] if "surgery_sink_logit" in named else [])
+    held: dict[str, set[int]] = {}
+    for layer, entry in zip(anatomy.layers, block.get("layers", []), strict=False):
+        named = entry.get("parameters", {})
+        terms = {
+            "visibility": layer.streaming,
+            "bias": "surgery_log_gamma" in named,
+            "virtual keys": "surgery_sink_logit" in named,
+        }
+        for term in (term for term, there in terms.items() if there):
+            held.setdefault(term, set()).add(layer.index)
+    return held
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

@@ -23,6 +23,16 @@ def groups_of(facts: LayerAnatomy) -> list[list[int]]:
     return [list(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
 
 
+def query_names(facts: LayerAnatomy) -> list[int]:
+    """The base's numbers of a layer's query heads, in the order in which they are stored."""
+    return [facts.query_name(head) for head in range(facts.heads)]
+
+
+def shown_names(names: list[int]) -> str:
+    """Heads for people: "0 to 8", or the list where some are gone."""
+    return f"0 to {names[-1]}" if names == list(range(len(names))) else ", ".join(map(str, names))
+
+
 def choose_removed(
     scores: list[list[float]],
     groups: list[list[list[int]]],
@@ -75,6 +85,15 @@ def facts_without(facts: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
         streaming=tuple(new for new, old in enumerate(kv_heads) if old in facts.streaming),
         query_numbers=tuple(facts.query_name(head) for head in queries) if removed else facts.query_numbers,
         kv_numbers=tuple(facts.kv_name(head) for head in kv_heads) if removed else facts.kv_numbers,
+    )
+
+
+def kept_heads(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
+    """Where the query heads and the KV heads that a layer has now were before, by the numbers the base gives them."""
+    queries, kv_heads = query_names(old), [old.kv_name(head) for head in range(old.kv_heads)]
+    return (
+        [queries.index(name) for name in query_names(new)],
+        [kv_heads.index(new.kv_name(head)) for head in range(new.kv_heads)],
     )
 
 

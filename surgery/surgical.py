@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .errors import SurgeryError
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .anatomy import Anatomy, LayerAnatomy
+
+PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
 
 
 def check_block(config, where: str) -> dict | None:
@@ -33,25 +35,47 @@ def check_block(config, where: str) -> dict | None:
 def layer_entries(
     anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]], *, needed: bool = False
 ) -> list[dict] | None:
-    """Each layer's entry in the `surgery` block, as far as its shape goes; None where the config says it all.
+    """Each layer's entry in the `surgery` block; None where the config says it all.
+
+    What a block that is there already says of a layer stays, and follows the layer's heads.
 
     Args:
-        anatomy: of the model as it will be.
+        anatomy: of the model as it will be; its config is that of the model as it is.
         shapes: for each layer, parameter name within the attention module -> shape.
-        needed: the model has a `surgery` block for other reasons: entries even where the config says it all.
+        needed: the model becomes a surgical one: entries even where the config says it all.
     """
-    if anatomy.alike and not needed:
-        return None
     config, edits, entries = anatomy.config, anatomy.edits, []
-    stock = tuple(edits.get(name, getattr(config, name)) for name in ("num_attention_heads", "num_key_value_heads"))
-    for layer, named in zip(anatomy.layers, shapes, strict=True):
+    block = getattr(config, "surgery", None)
+    if anatomy.alike and not needed and block is None:
+        return None
+    heads = edits.get("num_attention_heads", config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # families without the field: one for each
+    stock = (heads, edits.get("num_key_value_heads", kv_heads))
+    earlier = block["layers"] if block else [{}] * len(anatomy.layers)
+    for layer, named, old in zip(anatomy.layers, shapes, earlier, strict=True):
         entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
         for name in ("query_groups", "query_numbers", "kv_numbers"):
             entry |= {name: list(getattr(layer, name))} if getattr(layer, name) else {}
         if (layer.heads, layer.kv_heads) != stock:
             entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
-        entries.append(entry)
+        entries.append(old | _following(old, layer) | entry)
     return entries
+
+
+def _following(old: dict, layer: LayerAnatomy) -> dict:
+    """What an entry says of a layer's heads, said of those that the layer has now."""
+    now = {
+        "query_groups": [layer.group] * layer.kv_heads,
+        "query_numbers": [],
+        "kv_numbers": [],
+        "shapes": {},
+        "streaming": list(layer.streaming),
+        "parameters": {
+            name: [layer.kv_heads if name in PER_KV_HEAD else layer.heads, *shape[1:]]
+            for name, shape in old.get("parameters", {}).items()
+        },
+    }
+    return {name: value for name, value in now.items() if name in old}
 
 
 def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:
@@ -77,5 +101,6 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
         "model_type": runtime.NAME,
         "architectures": [model],
         "auto_map": {"AutoConfig": f"{code.stem}.{config}", "AutoModelForCausalLM": f"{code.stem}.{model}"},
-        runtime.NAME: {"format": runtime.FORMAT, "base_model_type": kind, "layers": entries},
+        runtime.NAME: raw.get(runtime.NAME, {})
+        | {"format": runtime.FORMAT, "base_model_type": kind, "layers": entries},
     }

@@ -1,7 +1,7 @@
 """YAML that is data and nothing else, with the line of every key.
 
-No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, only text as keys, a
-size limit.
+No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, a size limit. Keys are
+text; inside the value of an operation's field, where they can number layers and heads, whole numbers too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from .errors import SurgeryError, shown
 MAX_BYTES = 256 << 10
 FILE_FIELDS = ("scores", "text", "calibration_text")  # of an operation: may name a file
 MAX_DIGITS = 40
+FIELD = 3  # steps from a recipe's top to the value of an operation's field
 Path = tuple[str | int, ...]
 
 
-def parse(text: str, where: str) -> tuple[object, dict[Path, int]]:
+def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path, int]]:
     """Plain data, and the line (from 1) of every key and item by its path.
+
+    Args:
+        field: steps from the top of this text to the value of a field; 0: the text is one.
 
     Raises:
         SurgeryError: not YAML, too large, or using what recipes may not use.
@@ -45,25 +49,26 @@ def parse(text: str, where: str) -> tuple[object, dict[Path, int]]:
         raise SurgeryError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
     lines: dict[Path, int] = {}
     if node is not None:
-        _walk(node, (), lines, where)
+        _walk(node, (), lines, where, field)
     return data, lines
 
 
-def _walk(node, path: Path, lines: dict[Path, int], where: str) -> None:
+def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
+            numbered = len(path) >= field and key.value.isdecimal() and str(int(key.value)) == key.value
+            if key.tag != "tag:yaml.org,2002:str" and not numbered:
                 line = key.start_mark.line + 1
                 raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
             here = (*path, str(key.value))
             if here in lines:
                 raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
             lines[here] = key.start_mark.line + 1
-            _walk(value, here, lines, where)
+            _walk(value, here, lines, where, field)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            _walk(value, (*path, i), lines, where)
+            _walk(value, (*path, i), lines, where, field)
     elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
         raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
 

@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 from conftest import edit_json
+from dense import batch
 from families import TINY
-from test_runtime import WINDOW, inputs, kv_heads, operated, random_split
+from test_runtime import WINDOW, kv_heads, operated, random_split
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_cache import SurgeryCache
@@ -81,7 +82,7 @@ def test_a_model_that_runs_its_checkpoints_own_code(split):
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_gradients_of_a_first_call_with_a_cache(length):
     model = all_streaming(TINY["llama"]()).train()
-    ids = inputs(model, batch=1, pads=(0,), length=length)[0]
+    ids = batch(model, (0,), length)[0]
     found = []
     for use_cache in (False, True):
         model.zero_grad()
@@ -110,7 +111,7 @@ def test_a_cache_that_is_offloaded_between_the_layers(prompt):
 
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 1), sinks=0)
-    ids = inputs(model, batch=1, pads=(0,), length=prompt + 1)[0]
+    ids = batch(model, (0,), prompt + 1)[0]
     cache = Away(head_kinds(model.config))
     model(input_ids=ids[:, :prompt], **{runtime.CACHE: cache})
     got = model(input_ids=ids[:, prompt:], **{runtime.CACHE: cache}).logits
@@ -123,7 +124,7 @@ def test_a_cache_that_is_offloaded_between_the_layers(prompt):
 def test_autocast(name):
     base = TINY[name]().eval()
     model = operated(base, random_split(base, 1))
-    ids = inputs(model, batch=1, pads=(0,))[0]
+    ids = batch(model, (0,))[0]
     want = model(input_ids=ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(input_ids=ids).logits

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from dense import chunked, given
 from families import (
     TINY,
     TOKENS,
@@ -130,16 +131,10 @@ def test_cached_is_uncached_with_left_padding(name):
     model, _ = pruned(base(name), ODD)
     mask = torch.ones_like(TOKENS)
     mask[1, :4] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        whole = model(input_ids=TOKENS, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        cache, parts = None, []
-        for begin, end in ((0, 5), (5, 6), (6, 12)):
-            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end], "use_cache": True}
-            out = model(input_ids=TOKENS[:, begin:end], **given, past_key_values=cache)
-            cache = out.past_key_values if "past_key_values" in out else out["cache"]
-            parts.append(out.logits)
-    assert (torch.cat(parts, 1)[mask.bool()] - whole[mask.bool()]).abs().max() < 1e-4
+        whole = model(**given(model, TOKENS, mask), use_cache=False).logits
+        pieces = chunked(model, TOKENS, mask, (5, 1, 6))
+    assert (pieces - whole)[mask.bool()].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("nothing", [{"per_layer": 0}, {"per_layer": None, "ratio": 0.0}, {"heads": [[], []]}])

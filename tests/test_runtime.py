@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from families import TINY, double, maker
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from dense import LENGTH, PADS, batch, chunked, dense_logits, difference, given
+from families import TINY, maker
+from transformers import DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_attention as attention
 
-LENGTH, SINKS, WINDOW = 45, 3, 5
-PADS = (0, 11, 0, 4)
+SINKS, WINDOW = 3, 5
 NOT_ON_THE_INTERFACE = {"falcon", "bloom", "mpt"}
 FAMILIES = [name for name in TINY if not any(name.startswith(word) for word in NOT_ON_THE_INTERFACE)]
 COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
@@ -35,87 +35,12 @@ def random_split(model, seed: int) -> list[list[int]]:
 
 def operated(model, split, sinks=SINKS, window=WINDOW):
     model = copy.deepcopy(model).eval()
-    runtime.patch(model, {"layers": [{"streaming": heads, "sinks": sinks, "window": window} for heads in split]})
+    runtime.patch(model, {"layers": entries(split, sinks, window)})
     return model
 
 
-def inputs(model, batch=len(PADS), pads=PADS, length=LENGTH):
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
-    mask = torch.ones(batch, length, dtype=torch.long)
-    for row, pad in enumerate(pads[:batch]):
-        mask[row, :pad] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return ids, mask, positions
-
-
-def dense_logits(model, split, ids, mask, positions, sinks=SINKS, window=WINDOW) -> torch.Tensor:
-    """float64, one explicit mask for every row and head: nothing of the runtime is used."""
-    model = double(copy.deepcopy(model).eval())
-    text = model.config.get_text_config()
-    kinds, base_window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    real, length = mask.bool(), ids.shape[1]
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-
-    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        layer = module.layer_idx
-        limit = kwargs.get("sliding_window")
-        if kinds is not None:
-            limit = base_window if kinds[layer] == "sliding_attention" else None
-        seen = torch.zeros(*query.shape[:2], length, length, dtype=torch.bool)
-        for row in range(len(ids)):
-            first = int(real[row].int().argmax())
-            for head in range(query.shape[1]):
-                visible = (j <= i) & real[row]
-                if limit is not None:
-                    visible = visible & (i - j < limit)
-                if head // group in split[layer]:
-                    visible = visible & ((j - first < sinks) | (i - j < window))
-                seen[row, head] = visible
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen, -1e300)
-        if s_aux is not None:
-            column = s_aux.double().view(1, -1, 1, 1).expand(len(ids), -1, length, 1)
-            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
-        return (weights @ value).transpose(1, 2), None
-
-    AttentionInterface.register("dense_reference", attend)
-    AttentionMaskInterface.register("dense_reference", lambda **_: None)
-    model.set_attn_implementation("dense_reference")
-    with torch.no_grad():
-        return model(**forward(model, ids, mask, positions), use_cache=False).logits
-
-
-def forward(model, ids, mask, positions) -> dict:
-    """Keyword arguments of a forward; OPT makes its own positions from the mask."""
-    given = {"input_ids": ids, "attention_mask": mask}
-    return given if model.config.model_type == "opt" else given | {"position_ids": positions}
-
-
-def chunked(model, ids, mask, positions, chunks) -> torch.Tensor:
-    cache, begin, logits = None, 0, []
-    for size in chunks:
-        part = forward(
-            model, ids[:, begin : begin + size], mask[:, : begin + size], positions[:, begin : begin + size]
-        )
-        out = model(**part, use_cache=True, **({runtime.CACHE: cache} if cache is not None else {}))
-        cache = out[runtime.CACHE]
-        assert isinstance(cache, runtime.SurgeryCache)
-        logits.append(out.logits)
-        begin += size
-    return torch.cat(logits, 1)
-
-
-def difference(got, want, mask) -> float:
-    """Largest difference on real tokens, relative to the spread of the logits."""
-    real = mask.bool()
-    return ((got.double() - want.double())[real].abs().max() / want.double()[real].std()).item()
+def entries(split, sinks=SINKS, window=WINDOW) -> list[dict]:
+    return [{"streaming": heads, "sinks": sinks, "window": window} for heads in split]
 
 
 @pytest.fixture(scope="module")
@@ -139,28 +64,28 @@ some = pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "gpt_oss", "
 @torch.no_grad()
 def test_identity(base):
     """Window >= length, and no streaming heads: the base's logits, cached and not, alone and left-padded."""
-    ids, mask, positions = inputs(base)
+    ids, mask = batch(base)
     everything = [list(range(kv_heads(base)))] * base.config.get_text_config().num_hidden_layers
     for model in (operated(base, everything, window=LENGTH), operated(base, [[] for _ in everything])):
         for rows in (slice(0, 1), slice(None)):
-            part = (ids[rows], mask[rows], positions[rows])
-            want = base(**forward(base, *part), use_cache=False).logits
-            assert difference(model(**forward(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
+            part = (ids[rows], mask[rows])
+            want = base(**given(base, *part), use_cache=False).logits
+            assert difference(model(**given(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
             assert difference(chunked(model, *part, [20, 1, 24]), want, part[1]) <= 1e-5
 
 
 @every_family
 @torch.no_grad()
 def test_values_against_a_dense_mask(base):
-    ids, mask, positions = inputs(base)
+    ids, mask = batch(base)
     split = random_split(base, 1)
     assert any(split)
-    want = dense_logits(base, split, ids, mask, positions)
+    want = dense_logits(base, entries(split), ids, mask)
     model = operated(base, split)
-    assert difference(model(**forward(model, ids, mask, positions), use_cache=False).logits, want, mask) <= 1e-4
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
-        assert difference(chunked(model, ids, mask, positions, chunks), want, mask) <= 1e-4
-    full = dense_logits(base, [[] for _ in split], ids, mask, positions)
+        assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
+    full = dense_logits(base, [{} for _ in split], ids, mask)
     assert difference(full, want, mask) > 1e-3, "the split changes nothing here: the test has no power"
 
 
@@ -168,45 +93,45 @@ def test_values_against_a_dense_mask(base):
 @torch.no_grad()
 def test_right_padding_and_blocks_longer_than_one(base, monkeypatch):
     monkeypatch.setattr("surgery.runtime.surgery_attention.BLOCK", 16)
-    ids, mask, positions = inputs(base, pads=(0, 0, 0, 0))
+    ids, mask = batch(base, (0, 0, 0, 0))
     mask[1, -9:] = 0
     mask[2, 2:] = 0  # shorter than the sinks
     split = random_split(base, 2)
-    want = dense_logits(base, split, ids, mask, positions)
+    want = dense_logits(base, entries(split), ids, mask)
     model = operated(base, split)
-    assert difference(model(**forward(model, ids, mask, positions), use_cache=False).logits, want, mask) <= 1e-4
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
 
 
 @some
 def test_generation(base):
     """Left-padded batch = rows alone; beams, chunked prefill, prompt lookup and an assistant = plain decoding."""
     model = operated(base, random_split(base, 3))
-    ids, mask, _ = inputs(base)
-    given = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    batch = model.generate(input_ids=ids, attention_mask=mask, **given)
+    ids, mask = batch(base)
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(input_ids=ids, attention_mask=mask, **options)
     for row, pad in enumerate(PADS):
-        alone = model.generate(input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **given)
-        assert torch.equal(alone[0, LENGTH - pad :], batch[row, LENGTH:])
-    uncached = model.generate(input_ids=ids, attention_mask=mask, **given, use_cache=False)
-    assert torch.equal(batch, uncached)
-    pieces = model.generate(input_ids=ids, attention_mask=mask, **given, prefill_chunk_size=7)
-    assert torch.equal(batch, pieces)
+        alone = model.generate(input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **options)
+        assert torch.equal(alone[0, LENGTH - pad :], made[row, LENGTH:])
+    uncached = model.generate(input_ids=ids, attention_mask=mask, **options, use_cache=False)
+    assert torch.equal(made, uncached)
+    pieces = model.generate(input_ids=ids, attention_mask=mask, **options, prefill_chunk_size=7)
+    assert torch.equal(made, pieces)
     beams = [
-        model.generate(input_ids=ids, attention_mask=mask, **given, num_beams=3, use_cache=cached)
+        model.generate(input_ids=ids, attention_mask=mask, **options, num_beams=3, use_cache=cached)
         for cached in (True, False)
     ]
     assert torch.equal(*beams)
     one = {"input_ids": ids[:1], "attention_mask": mask[:1]}
-    plain = model.generate(**one, **given)
-    assert torch.equal(plain, model.generate(**one, **given, prompt_lookup_num_tokens=3))
-    assert torch.equal(plain, model.generate(**one, **given, assistant_model=copy.deepcopy(model)))
+    plain = model.generate(**one, **options)
+    assert torch.equal(plain, model.generate(**one, **options, prompt_lookup_num_tokens=3))
+    assert torch.equal(plain, model.generate(**one, **options, assistant_model=copy.deepcopy(model)))
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "mistral"], indirect=True)  # stock gpt_oss knows none
 @torch.no_grad()
 def test_packed_rows_are_separate_rows(base):
     model = operated(base, random_split(base, 4))
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     lengths = (13, 1, 31)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -219,8 +144,8 @@ def test_cache_holds_sinks_and_window_and_no_more():
     base = TINY["llama"]().eval()
     layers, heads = base.config.num_hidden_layers, base.config.num_key_value_heads
     model = operated(base, [list(range(heads))] * layers)
-    ids, mask, positions = inputs(base, length=40)
-    out = model(**forward(model, ids, mask, positions), use_cache=True)
+    ids, mask = batch(base, length=40)
+    out = model(**given(model, ids, mask), use_cache=True)
     cache, size = out[runtime.CACHE], base.config.head_dim
     held = sum(t.numel() for layer in cache.layers for store in layer.stores for t in store.tensors.values())
     assert held == layers * 2 * len(ids) * heads * (SINKS + WINDOW) * size
@@ -228,8 +153,7 @@ def test_cache_holds_sinks_and_window_and_no_more():
     before = cache.nbytes
     for _ in range(5):
         mask = torch.cat([mask, mask[:, -1:]], 1)
-        positions = positions[:, -1:] + 1
-        out = model(**forward(model, ids[:, -1:], mask, positions), **{runtime.CACHE: cache})
+        out = model(**given(model, ids, mask, -1), **{runtime.CACHE: cache})
     assert cache.nbytes == before
     assert cache.get_seq_length() == 45
 
@@ -238,7 +162,7 @@ def test_cache_holds_sinks_and_window_and_no_more():
 def test_full_heads_grow_by_blocks():
     base = TINY["llama"]().eval()
     model = operated(base, [[] for _ in range(base.config.num_hidden_layers)])
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     cache = model.make_cache()
     model(input_ids=ids, **{runtime.CACHE: cache})
     model(input_ids=ids[:, :1], **{runtime.CACHE: cache})
@@ -254,7 +178,7 @@ def test_cache_operations():
     """crop with and without recording, batch selection and repetition, reset: as if it had never been otherwise."""
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 5))
-    ids, _, _ = inputs(base)
+    ids, _ = batch(base)
     cache = model.make_cache()
     model(input_ids=ids, **{runtime.CACHE: cache})
     with pytest.raises(RuntimeError, match="activate_past_recording"):
@@ -287,7 +211,7 @@ def test_cache_operations():
 def test_a_plain_dynamic_cache_gives_right_results():
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 6))
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     cache = DynamicCache()
     parts = [model(input_ids=part, **{runtime.CACHE: cache}).logits for part in ids.split([20, 1, 24], dim=1)]
     want = model(input_ids=ids, use_cache=False).logits
@@ -298,7 +222,7 @@ def test_a_plain_dynamic_cache_gives_right_results():
 def test_a_cache_under_its_old_name_and_by_position():
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 6))
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     want = model(input_ids=ids, use_cache=False).logits[:, -1]
     for give in (lambda cache: {"past_key_values": cache}, lambda cache: {runtime.CACHE: cache}):
         cache = model(input_ids=ids[:, :-1], use_cache=True)[runtime.CACHE]
@@ -311,7 +235,7 @@ def test_a_cache_under_its_old_name_and_by_position():
 def test_a_cache_that_drops_keys_itself_is_refused():
     base = TINY["mistral"]().eval()
     model = operated(base, random_split(base, 6))
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     with pytest.raises(ValueError, match="without a config"):
         model(input_ids=ids, **{runtime.CACHE: DynamicCache(config=base.config)})
 
@@ -319,7 +243,7 @@ def test_a_cache_that_drops_keys_itself_is_refused():
 def test_packed_rows_in_training_are_separate_rows():
     base = TINY["llama"]()
     model = operated(base, random_split(base, 4)).train().requires_grad_(True)
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     positions = torch.cat([torch.arange(n) for n in (13, 32)])[None]
     for checkpointing in (False, True):
         if checkpointing:
@@ -332,7 +256,7 @@ def test_packed_rows_in_training_are_separate_rows():
 def test_inference_mode_leaves_nothing_behind():
     base = TINY["llama"]()
     model = operated(base, random_split(base, 5)).requires_grad_(True)
-    ids, _, _ = inputs(base, batch=1)
+    ids, _ = batch(base, (0,))
     with torch.inference_mode():
         cache = model(input_ids=ids[:, :20], use_cache=True)[runtime.CACHE]
     with torch.no_grad():
@@ -363,7 +287,7 @@ def test_models_that_could_not_be_saved_are_refused():
 def test_what_would_undo_the_surgery_is_refused():
     base = TINY["llama"]().eval()
     model = operated(base, random_split(base, 7))
-    ids, mask, _ = inputs(base, batch=1)
+    ids, mask = batch(base, (0,))
     with pytest.raises(ValueError, match="undo the surgery"):
         model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="undo the surgery"):
@@ -410,7 +334,7 @@ def test_training(base):
     """Gradients equal those of the same attention written out; checkpointing changes nothing."""
     torch.manual_seed(0)
     split = random_split(base, 8)
-    ids, _, _ = inputs(base, batch=2)
+    ids, _ = batch(base, (0, 0))
     grads = []
     for checkpointing, cached in ((False, False), (False, True), (True, None)):
         model = operated(base, split).train().requires_grad_(True)
@@ -433,11 +357,10 @@ def test_many_blocks_without_padding(base, block, monkeypatch):
     split = random_split(base, 3)
     model = operated(base, split)
     for length, chunks in ((61, (61,)), (61, (3, 30, 28)), (17, (17,)), (9, (9,))):
-        given = inputs(base, batch=1, pads=(0,), length=length)
-        want = dense_logits(base, split, *given)
-        assert difference(chunked(model, *given, chunks), want, given[1]) < 1e-4, (length, chunks)
-        whole = model(**forward(base, *given), use_cache=False).logits
-        assert difference(whole, want, given[1]) < 1e-4, length
+        ids, mask = batch(base, (0,), length)
+        want = dense_logits(base, entries(split), ids, mask)
+        assert difference(chunked(model, ids, mask, chunks), want, mask) < 1e-4, (length, chunks)
+        assert difference(model(**given(base, ids, mask), use_cache=False).logits, want, mask) < 1e-4, length
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen3", "mistral", "gpt_oss", "gemma2"])
@@ -451,10 +374,10 @@ def test_one_query_reads_many_keys_in_pieces(base, monkeypatch):
     monkeypatch.setattr(attention, "SHORTEST", 3)
     base = TINY[base]().eval()
     split = random_split(base, 3)
-    given = inputs(base, batch=1, pads=(0,), length=LENGTH)
-    want = dense_logits(base, split, *given)
+    ids, mask = batch(base, (0,))
+    want = dense_logits(base, entries(split), ids, mask)
     for threads in (1, 9):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         model = operated(base, split)
-        assert difference(chunked(model, *given, [7, *[1] * (LENGTH - 7)]), want, given[1]) < 1e-4
+        assert difference(chunked(model, ids, mask, [7, *[1] * (LENGTH - 7)]), want, mask) < 1e-4
     assert called or base.config.model_type in ("gemma2", "mistral")

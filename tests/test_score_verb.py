@@ -140,6 +140,34 @@ def test_the_map_of_a_split_and_of_scores(score, surgery, model, tmp_path):
     assert [line for line in bare.out.splitlines() if line.startswith("head ")] == rows[:3], "the split alone"
 
 
+def test_the_map_of_a_pruned_model_has_the_bases_numbers(surgery, model, tmp_path):
+    """KV head 0 of layer 0 and KV head 1 of layer 1 are gone: their places stay blank, the others keep their names."""
+    HeadScores("far-mass", [[0.1, 0.9, 0.2], [0.8, 0.3, 0.7]], {}).save(tmp_path / "s.json")
+    split = {"op": "duo_attention", "scores": "s.json", "streaming_ratio": 0.5, "sinks": 2, "window": 6}
+    prune = {"op": "prune_heads", "heads": [[0, 1, 2], [3, 4, 5]], "refit": False}
+    recipe = {"version": 1, "name": "both", "operations": [split, prune]}
+    (tmp_path / "both.yaml").write_text(json.dumps(recipe))
+    done = surgery("apply", "both.yaml", model, "-o", "out", "--no-eval", "--no-check")
+    assert done.code == 0, done.err
+    seen = surgery("inspect", "out", "--heads")
+    assert seen.code == 0, seen.err
+    assert [line.rstrip() for line in seen.out.splitlines() if line.startswith("head ")] == [
+        "head 0    #",
+        "head 1   #",
+        "head 2   ·#",
+    ]
+    assert "1 of 4 KV heads stream" in seen.out
+    data = surgery("inspect", "out", "--heads", "--json").json["layers"]
+    assert [(layer["numbers"], layer["streaming"]) for layer in data] == [([1, 2], [2]), ([0, 2], [])]
+    HeadScores("file", [[0.5, 0.1], [0.2, 0.9]], {}).save(tmp_path / "t.json")
+    shaded = surgery("inspect", "out", "--heads", "--scores", "t.json").out
+    rows = [line.rstrip() for line in shaded.splitlines() if line.startswith("head ")]
+    assert rows[3:] == ["head 0    2", "head 1   5", "head 2   07"]
+    pytest.importorskip("matplotlib")
+    drawn = surgery("inspect", "out", "--heads", "--scores", "t.json", "--plot", "map.png")
+    assert drawn.code == 0, drawn.err
+
+
 def test_a_base_without_scores_has_no_map(refused, model, tmp_path):
     refused("inspect", model, "--heads", says=["surgery score"])
     refused("inspect", model, "--plot", "x.png", says=["--heads"])
@@ -166,7 +194,7 @@ def test_a_surgical_model_is_not_scored(refused, surgery, model, tmp_path):
 def test_many_layers_are_cut_into_lines(capsys):
     from surgery.display.heads import show
 
-    show(HeadMap("big", [2] * 70, [[0]] * 70, "4 sinks + 8 tokens"))
+    show(HeadMap("big", [[0, 1]] * 70, [[0]] * 70, "4 sinks + 8 tokens"))
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.removeprefix("head 0   ") for line in lines if line.startswith("head 0")] == ["·" * 60, "·" * 10]
     assert lines[0].split() == ["layer", "0", "10", "20", "30", "40", "50"]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from dense import chunked, given
 from families import TINY, VOCAB, build, difference, double, logits_of, maker, one_thread, open_doors  # noqa: F401
 
 import surgery
@@ -97,21 +98,15 @@ def test_cached_is_uncached_with_padding_and_a_head_split(name, change):
         surgery.apply("gqa", model, kv_heads=BUDGET)
     split = [{"streaming": heads, "sinks": 2, "window": 4} for heads in ([0, 2], [0], [1])]
     runtime.patch(model, {"layers": split})
-    mask = torch.ones_like(IDS)
+    mask, holder = torch.ones_like(IDS), []
     mask[1, :6] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        whole = model(input_ids=IDS, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        cache, parts = None, []
-        for begin, end in ((0, 9), (9, 10), (10, 17), (17, 21)):
-            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-            out = model(input_ids=IDS[:, begin:end], **given, use_cache=True, **{runtime.CACHE: cache})
-            cache = out[runtime.CACHE]
-            parts.append(out.logits)
-    real = mask.bool()
-    assert (torch.cat(parts, 1)[real] - whole[real]).abs().max() < 1e-4
+        whole = model(**given(model, IDS, mask), use_cache=False).logits
+        pieces = chunked(model, IDS, mask, (9, 1, 7, 4), holder)
+    assert (pieces - whole)[mask.bool()].abs().max() < 1e-4
     held = [
-        sum(t.shape[1] for s in layer.stores for n, t in s.tensors.items() if n == "keys") for layer in cache.layers
+        sum(t.shape[1] for s in layer.stores for n, t in s.tensors.items() if n == "keys")
+        for layer in holder[0].layers
     ]
     assert held == (BUDGET if change == "budget" else [3, 3, 3])
 

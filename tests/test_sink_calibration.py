@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
-from test_sinks import batch, chunked, dense_logits, difference, given
 
 import surgery as package
 from surgery.calibration import first_token
@@ -37,28 +37,6 @@ def log_gammas(model) -> list[torch.Tensor]:
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize(
-    "step",
-    [
-        sink("zero_tuning", gamma=1.0),
-        sink("learned", start="identity"),
-        sink("kv_bias", start="identity"),
-    ],
-    ids=lambda step: step["method"],
-)
-@torch.no_grad()
-def test_identity(family, step):
-    base = TINY[family]().eval()
-    model = copy.deepcopy(base)
-    report = package.apply(recipe(step), model)
-    assert report.data["tier"] == "surgical"
-    ids, mask = batch(base)
-    want = base(**given(ids, mask), use_cache=False).logits
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
-    assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss"])
 @torch.no_grad()
 def test_a_fixed_gamma_on_some_heads_and_a_fixed_logit_on_others(family):
@@ -73,8 +51,8 @@ def test_a_fixed_gamma_on_some_heads_and_a_fixed_logit_on_others(family):
     tensors = [{"surgery_sink_logit": logit}, {"surgery_sink_logit": logit, "surgery_log_gamma": log_gamma}]
     ids, mask = batch(base)
     all_stream = [{"streaming": [0, 1, 2, 3], "sinks": 2, "window": 5}] * 2
-    want = dense_logits(base, 2, tensors, False, ids, mask, split=all_stream)
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    want = dense_logits(base, all_stream, ids, mask, tensors)
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     assert difference(chunked(model, ids, mask, [30, 1, 14]), want, mask) <= 1e-4
 
 

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
 
 import pytest
 import torch
+from dense import KINDS, LENGTH, PADS, batch, chunked, dense_logits, difference, given, random_terms
 from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_terms import add_keys, scale_key
 
-PADS, LENGTH, WINDOW = (0, 11, 0, 4), 45, 5
+WINDOW = 5
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss"]
 SPLITS = {"none": None, "sinks": 2, "no sinks": 0}  # sinks of the streaming heads; None: no head streams
-KINDS = ["gamma", "logit", "logit and value", "key and value", "stand in", "all"]
-
-
-def heads_of(model) -> tuple[int, int, int]:
-    text = model.config.get_text_config()
-    return text.num_attention_heads, text.num_key_value_heads, text.head_dim
-
-
-def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
-    """Random tensors of every layer, in float32."""
-    heads, kv_heads, size = heads_of(model)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    names = {
-        "gamma": ["surgery_log_gamma"],
-        "logit": ["surgery_sink_logit"],
-        "logit and value": ["surgery_sink_logit", "surgery_value"],
-    }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
-    names = names + (["surgery_log_gamma"] if kind == "all" else [])
-    made = {
-        "surgery_log_gamma": lambda: normal(heads) * 1.5,
-        "surgery_sink_logit": lambda: normal(heads, m),
-        "surgery_key": lambda: normal(kv_heads, m, size),
-        "surgery_value": lambda: normal(kv_heads, m, size),
-    }
-    return [{name: made[name]() for name in names} for _ in range(model.config.num_hidden_layers)]
 
 
 def entries(model, sinks: int | None, tensors: list[dict], stand_in: bool) -> list[dict]:
@@ -65,87 +35,6 @@ def operated(base, sinks, tensors, stand_in=False):
             for name, tensor in named.items():
                 getattr(module, name).copy_(tensor)
     return model
-
-
-def dense_logits(base, sinks, tensors, stand_in, ids, mask, split=None) -> torch.Tensor:
-    """float64, every weight of every row and head held: nothing of the runtime is used."""
-    model, layers = double(copy.deepcopy(base).eval()), split or entries(base, sinks, tensors, stand_in)
-    text, length = model.config, ids.shape[1]
-    real = mask.bool()
-    kinds = getattr(text, "layer_types", None)
-
-    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **_):
-        layer, entry = module.layer_idx, layers[module.layer_idx]
-        limit = text.sliding_window if kinds and kinds[layer] == "sliding_attention" else length
-        named = {name: tensor.double() for name, tensor in tensors[layer].items()}
-        group, out = query.shape[1] // key.shape[1], torch.zeros_like(query)
-
-        def score(product):
-            s = product * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            return s if softcap is None else softcap * torch.tanh(s / softcap)
-
-        for row, head, i in product(range(len(ids)), range(query.shape[1]), range(length)):
-            first, kv, q = int(real[row].int().argmax()), head // group, query[row, head, i]
-            narrow = kv in entry.get("streaming", [])
-            near = [
-                j
-                for j in range(first, i + 1)
-                if real[row, j]
-                and i - j < limit
-                and (not narrow or j - first < entry["sinks"] or i - j < entry["window"])
-            ]
-            if not near:
-                continue
-            weights, values = score(key[row, kv, near] @ q).exp(), value[row, kv, near]
-            if near[0] == first and "surgery_log_gamma" in named:
-                weights[0] *= named["surgery_log_gamma"][head].exp()
-            if "surgery_sink_logit" in named and not (stand_in and near[0] == first):
-                logits = named["surgery_sink_logit"][head]
-                if "surgery_key" in named:
-                    logits = logits + score(named["surgery_key"][kv] @ q)
-                more = named["surgery_value"][kv] if "surgery_value" in named else value.new_zeros(len(logits), len(q))
-                weights, values = torch.cat([weights, logits.exp()]), torch.cat([values, more])
-            total = weights.sum() + (0 if s_aux is None else s_aux[head].exp())
-            out[row, head, i] = weights @ values / total
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("sinks_reference", attend)
-    AttentionMaskInterface.register("sinks_reference", lambda **_: None)
-    model.set_attn_implementation("sinks_reference")
-    with torch.no_grad():
-        return model(**given(ids, mask), use_cache=False).logits
-
-
-def given(ids, mask) -> dict:
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def batch(model, pads=PADS) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, model.config.vocab_size, (len(pads), LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    return ids, mask
-
-
-def chunked(model, ids, mask, chunks) -> torch.Tensor:
-    cache, begin, logits = None, 0, []
-    whole = given(ids, mask)
-    for size in chunks:
-        here = slice(begin, begin + size)
-        part = {"input_ids": ids[:, here], "attention_mask": mask[:, : begin + size]}
-        part |= {"position_ids": whole["position_ids"][:, here]} | ({} if cache is None else {runtime.CACHE: cache})
-        out = model(**part, use_cache=True)
-        cache = out[runtime.CACHE]
-        logits.append(out.logits)
-        begin += size
-    return torch.cat(logits, 1)
-
-
-def difference(got, want, mask) -> float:
-    real = mask.bool()
-    return ((got.double() - want.double())[real].abs().max() / want.double()[real].std()).item()
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +121,8 @@ def test_identity(bases, family, sinks):
     runtime.patch(plain, {"layers": entries(base, sinks, none, False)})
     runtime.patch(model, {"layers": entries(base, sinks, tensors, False)})
     ids, mask = batch(base)
-    want = (base if sinks is None else plain)(**given(ids, mask), use_cache=False).logits
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+    want = (base if sinks is None else plain)(**given(base, ids, mask), use_cache=False).logits
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
     assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
 
 
@@ -247,12 +136,12 @@ def test_values_against_explicit_weights(bases, family, kind, sinks):
         pytest.skip("every head sees the first token: nothing to stand in for")
     tensors = random_terms(base, kind, 1)
     ids, mask = batch(base)
-    want = dense_logits(base, sinks, tensors, stand_in, ids, mask)
+    want = dense_logits(base, entries(base, sinks, tensors, stand_in), ids, mask, tensors)
     model = operated(base, sinks, tensors, stand_in)
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
         assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
-    without = operated(base, sinks, [{}, {}])(**given(ids, mask), use_cache=False).logits
+    without = operated(base, sinks, [{}, {}])(**given(base, ids, mask), use_cache=False).logits
     if not (stand_in and sinks):
         assert difference(without, want, mask) > 1e-3, "the term changes nothing here: the test has no power"
 
@@ -268,7 +157,7 @@ def test_gradients_reach_the_terms_and_equal_those_of_finite_steps(bases, family
     weights = torch.randn(*ids.shape, base.config.vocab_size, generator=generator).double() * mask[..., None]
 
     def loss():
-        return (model(**given(ids, mask), use_cache=False).logits * weights).sum()
+        return (model(**given(model, ids, mask), use_cache=False).logits * weights).sum()
 
     loss().backward()
     module = runtime.attention_modules(model)[0]

@@ -75,28 +75,29 @@ def _one(values: list):
     return values[0] if len(set(values)) == 1 else values
 
 
-def load_scores(path: str | Path, anatomy: Anatomy, per: str = "kv_heads") -> HeadScores:
+def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] = "kv_heads") -> HeadScores:
     """Scores from a file: our JSON, or a table of numbers (rows are layers) as DuoAttention publishes its patterns.
 
     A table names no model, so its shape alone is checked.
 
     Args:
-        per: "kv_heads" or "heads" (query heads): what a row has a number for.
+        per: "kv_heads" or "heads" (query heads): what a row has a number for; several: any of them.
 
     Raises:
         SurgeryError: not such a file, or of another model (its shape or the hash of its config differs).
     """
-    path, counts = Path(path), [getattr(layer, per) for layer in anatomy.layers]
-    kind = {"kv_heads": "KV heads", "heads": "query heads"}[per]
-    measure = "`surgery score MODEL -o FILE` writes one" if per == "kv_heads" else "a table: a row for each layer"
+    path, per = Path(path), [per] if isinstance(per, str) else list(per)
+    kind = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[each] for each in per)
+    measure = "`surgery score MODEL -o FILE` writes one" if "kv_heads" in per else "a table: a row for each layer"
     if not path.is_file():
         raise SurgeryError("no such score file", where=str(path), fix=measure)
-    found = _read(path)
-    if [len(row) for row in found.scores] != counts:
+    found = read_scores(path)
+    shape, counts = [len(row) for row in found.scores], [[getattr(x, each) for x in anatomy.layers] for each in per]
+    if shape not in counts:
         raise SurgeryError(
-            f"the scores are of another model: {_shape([len(row) for row in found.scores])} (layers x {kind})",
+            f"the scores are of another model: {_shape(shape)} (layers x {kind})",
             where=str(path),
-            exists=f"this model has {_shape(counts)}",
+            exists=f"this model has {' or '.join(map(_shape, counts))}",
         )
     theirs, ours = found.origin.get("model"), model_facts(anatomy)
     if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
@@ -131,7 +132,9 @@ def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
     return None
 
 
-def _read(path: Path) -> HeadScores:
+def read_scores(path: str | Path) -> HeadScores:
+    """Scores from a file, held against no model."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith("{"):

@@ -26,14 +26,14 @@ class HeadMap:
 
     Attributes:
         name: of the model.
-        counts: KV heads of each layer.
+        numbers: KV heads of each layer, by the base's numbers, in the order in which they are stored.
         streaming: those of each layer that see sinks + window, or None where no split was made.
         sees: "16 sinks + 240 tokens", or "".
-        scores: what they scored, or None.
+        scores: what they scored, in the order of `numbers`, or None.
     """
 
     name: str
-    counts: list[int]
+    numbers: list[list[int]]
     streaming: list[list[int]] | None = None
     sees: str = ""
     scores: HeadScores | None = None
@@ -42,7 +42,7 @@ class HeadMap:
     def of_scores(cls, scores: HeadScores) -> HeadMap:
         """A score file's map."""
         name = (scores.origin.get("model") or {}).get("name") or ""
-        return cls(name, [len(row) for row in scores.scores], scores=scores)
+        return cls(name, [list(range(len(row))) for row in scores.scores], scores=scores)
 
     @classmethod
     def of_model(cls, model: str, file: Path | None = None) -> HeadMap:
@@ -58,24 +58,26 @@ class HeadMap:
 
         source = resolve(model, weights=False)
         anatomy = Anatomy.of(source.path, header_table(source.headers))
-        counts = [layer.kv_heads for layer in anatomy.layers]
-        scores = load_scores(file, anatomy) if file else recorded_scores(source.path, counts)
+        numbers = [[layer.kv_name(head) for head in range(layer.kv_heads)] for layer in anatomy.layers]
+        scores = load_scores(file, anatomy) if file else recorded_scores(source.path, [*map(len, numbers)])
         if not anatomy.surgical and scores is None:
             raise SurgeryError(
                 "this model's heads are not split, and no scores of them are known",
                 where=source.name,
                 fix=f"surgery score {model} -o scores.json, then --scores scores.json",
             )
-        streaming = [list(layer.streaming) for layer in anatomy.layers] if anatomy.surgical else None
+        streaming = None
+        if anatomy.surgical:
+            streaming = [[layer.kv_name(head) for head in layer.streaming] for layer in anatomy.layers]
         sees = {(layer.sinks, layer.streaming_window) for layer in anatomy.layers if layer.streaming}
         words = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
-        return cls(source.name, counts, streaming, words, scores)
+        return cls(source.name, numbers, streaming, words, scores)
 
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
         layers = []
-        for layer, count in enumerate(self.counts):
-            facts = {"layer": layer, "kv_heads": count}
+        for layer, numbers in enumerate(self.numbers):
+            facts = {"layer": layer, "kv_heads": len(numbers), "numbers": numbers}
             if self.streaming is not None:
                 facts["streaming"] = self.streaming[layer]
             if self.scores is not None:
@@ -87,23 +89,24 @@ class HeadMap:
 
 def show(shown: HeadMap) -> None:
     """Print the map: a column for each layer, a row for each KV head."""
-    out, total = console(), sum(shown.counts)
+    out, total = console(), sum(map(len, shown.numbers))
     if shown.streaming is not None:
         count = sum(map(len, shown.streaming))
         out.print(f"{count} of {total} KV heads stream ({STREAMING}: {shown.sees or 'none do'}), {FULL} see all")
         cells = {
             (layer, head): (STREAMING, "cyan") if head in shown.streaming[layer] else (FULL, "bold")
-            for layer, heads in enumerate(shown.counts)
-            for head in range(heads)
+            for layer, heads in enumerate(shown.numbers)
+            for head in heads
         }
-        _grid(out, shown.counts, cells)
+        _grid(out, len(shown.numbers), cells)
     if shown.scores is not None:
         out.print(
             f"{shown.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
             "9 highest"
         )
         tenths = tenth_of(shown.scores.scores)
-        _grid(out, shown.counts, {place: (str(n), SHADES[n]) for place, n in tenths.items()})
+        cells = {(i, shown.numbers[i][place]): (str(n), SHADES[n]) for (i, place), n in tenths.items()}
+        _grid(out, len(shown.numbers), cells)
         _facts(out, shown.scores)
 
 
@@ -123,12 +126,13 @@ def _facts(out, scores: HeadScores) -> None:
         out.print(f"the model's own answers: {origin['answered']:.0%} of the tokens right")
 
 
-def _grid(out, counts: list[int], cells: dict[tuple[int, int], tuple[str, str]]) -> None:
-    for first in range(0, len(counts), LAYERS):
-        layers = range(first, min(first + LAYERS, len(counts)))
+def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> None:
+    """Print (layer, head) -> sign and style, for `count` layers; heads that are gone are left blank."""
+    for first in range(0, count, LAYERS):
+        layers = range(first, min(first + LAYERS, count))
         ticks = "".join(f"{layer:<10}" for layer in layers if layer % 10 == 0)
         out.print(f"{'layer':<9}{ticks[: len(layers)]}".rstrip())
-        for head in range(max(counts[layer] for layer in layers)):
+        for head in range(1 + max(head for layer, head in cells if layer in layers)):
             line = Text(f"head {head:<4}")
             for layer in layers:
                 line.append(*cells.get((layer, head), (NONE, "")))
@@ -143,21 +147,22 @@ def draw(shown: HeadMap, path: Path) -> list[Path]:
     """
     from ..pictures import curves, heat_maps
 
-    table = shown.scores.scores if shown.scores else [[1.0] * count for count in shown.counts]
-    widest = max(shown.counts)
-    panels = {"scores": [[*row, *[math.nan] * (widest - len(row))] for row in table]} if shown.scores else {}
+    table = shown.scores.scores if shown.scores else [[1.0] * len(heads) for heads in shown.numbers]
+    width = 1 + max(max(heads) for heads in shown.numbers)
+    rows = [dict(zip(*pair, strict=True)) for pair in zip(shown.numbers, table, strict=True)]  # by number
+    panels = {"scores": [[row.get(h, math.nan) for h in range(width)] for row in rows]} if shown.scores else {}
     if shown.streaming is not None:  # grey: it streams
         panels["full heads (grey: streaming)"] = [
-            [math.nan if head in heads or head >= len(row) else row[head] for head in range(widest)]
-            for row, heads in zip(table, shown.streaming, strict=True)
+            [math.nan if head in heads else row.get(head, math.nan) for head in range(width)]
+            for row, heads in zip(rows, shown.streaming, strict=True)
         ]
     method = shown.scores.method if shown.scores else "full"
     written = [
         heat_maps(
             path,
             panels,
-            rows=range(len(shown.counts)),
-            columns=range(widest),
+            rows=range(len(shown.numbers)),
+            columns=range(width),
             row_label="layer",
             column_label="KV head",
             value_label=method,

@@ -109,7 +109,8 @@ class DuoAttention(Operation):
             patch(model, {"layers": layers})
         except ValueError as error:
             raise SurgeryError(f"duo_attention: {error}", where=type(model).__name__) from None
-        return {"streaming": streaming, "scores": scores.to_dict()}
+        named = [[x.kv_name(head) for head in s] for x, s in zip(context.before.layers, streaming, strict=True)]
+        return {"streaming": named, "scores": scores.to_dict()}
 
     def _measure(self, model, context: Context) -> HeadScores:
         if self.streaming_ratio in (0.0, 1.0) and not self.per_layer_min_retrieval:

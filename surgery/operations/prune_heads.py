@@ -14,7 +14,7 @@ from ..calibration.head_importance import METHODS, importance, is_method, random
 from ..calibration.head_scores import HeadScores, load_scores
 from ..errors import SurgeryError
 from ..operation import NATIVE, SURGICAL, Change, Context, Operation
-from ..pruning import choose_removed, facts_without, groups_of, without_heads
+from ..pruning import choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -33,7 +33,7 @@ class PruneHeads(Operation):
         "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
         "text of another kind it may win back less.",
     )
-    follows_terms: ClassVar[tuple[str, ...]] = ("visibility",)
+    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "bias", "virtual keys")
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(
@@ -103,10 +103,9 @@ class PruneHeads(Operation):
             yield f"heads lists {len(self.heads)} layers, the model has {len(anatomy.layers)}"
             return
         for layer, named in zip(anatomy.layers, self.heads, strict=True):
-            there = [layer.query_name(head) for head in range(layer.heads)]
+            there = query_names(layer)
             if wrong := [head for head in named if head not in there]:
-                shown = f"0 to {layer.heads - 1}" if there == list(range(layer.heads)) else ", ".join(map(str, there))
-                yield f"heads: layer {layer.index} has no query heads {wrong}; it has {shown}"
+                yield f"heads: layer {layer.index} has no query heads {wrong}; it has {shown_names(there)}"
             elif len({*named}) < len(named):
                 yield f"heads: layer {layer.index} names a head twice: {named}"
             elif len(named) == layer.heads:
@@ -181,6 +180,7 @@ class PruneHeads(Operation):
         for tensors, layer in zip(results, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
         write_layers(model, before, after, results, surgical=tier == SURGICAL)
+        context.after = after
         named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
         record = {"removed": named, "importance": scores.to_dict() if scores else None}
         return record | ({"lost_share": errors} if errors else {})

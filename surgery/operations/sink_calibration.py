@@ -13,6 +13,7 @@ from pydantic import Field
 from ..calibration.head_scores import unsupported
 from ..errors import SurgeryError
 from ..operation import SURGICAL, Change, Context, Operation
+from ..pruning import groups_of, query_names, shown_names
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy, LayerAnatomy
@@ -75,10 +76,10 @@ class SinkCalibration(Operation):
         found, count = [], len(anatomy.layers)
         if wrong := [layer for layer in self.layers or [] if layer >= count]:
             found.append(f"layers {wrong}: there are layers 0 to {count - 1}")
-        chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
-        fewest = min((layer.heads for layer in chosen), default=0)
-        if wrong := [head for head in self.heads or [] if chosen and head >= fewest]:
-            found.append(f"heads {wrong}: a layer has query heads 0 to {fewest - 1}")
+        for names in (query_names(anatomy.layers[i]) for i in self._layers(anatomy) if i < count):
+            if wrong := [head for head in self.heads or [] if head not in names]:
+                found.append(f"heads {wrong}: a layer has query heads {shown_names(names)}")
+                break
         if [] in (self.layers, self.heads):
             found.append("layers and heads must not be empty; leave them out for all")
         if self.gamma is not None and self.method != "zero_tuning":
@@ -94,8 +95,10 @@ class SinkCalibration(Operation):
         lost = {layer.index: self._lost(layer) for layer in anatomy.layers if layer.index in self._layers(anatomy)}
         lost = {layer: heads for layer, heads in lost.items() if heads}
         if self.method == "zero_tuning" and lost:
+            layer, heads = next(iter(lost.items()))
+            named = [anatomy.layers[layer].query_name(head) for head in heads]
             return [
-                f"zero_tuning: heads {next(iter(lost.values()))} of layer {next(iter(lost))} stream without sinks, so "
+                f"zero_tuning: heads {named} of layer {layer} stream without sinks, so "
                 "the first token leaves their window: keep sinks (duo_attention.sinks from 1), or leave them out"
             ]
         if not self._fits:
@@ -113,11 +116,15 @@ class SinkCalibration(Operation):
             ]
         return []
 
+    def term_layers(self, anatomy: Anatomy) -> set[int]:
+        return set(self._layers(anatomy))
+
     def _layers(self, anatomy: Anatomy) -> list[int]:
         return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
 
     def _heads(self, layer: LayerAnatomy) -> list[int]:
-        return list(range(layer.heads)) if self.heads is None else sorted(set(self.heads))
+        """The places of the chosen query heads in a layer; they are chosen by the base's numbers."""
+        return [place for place, name in enumerate(query_names(layer)) if self.heads is None or name in self.heads]
 
     def _lost(self, layer: LayerAnatomy) -> list[int]:
         """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
@@ -127,8 +134,7 @@ class SinkCalibration(Operation):
             or (layer.window or layer.streaming_window + 1) <= layer.streaming_window
         ):
             return []
-        groups = layer.query_groups or (layer.group,) * layer.kv_heads
-        owner = [kv_head for kv_head, size in enumerate(groups) for _ in range(size)]
+        owner = [kv_head for kv_head, group in enumerate(groups_of(layer)) for _ in group]
         return [head for head in self._heads(layer) if owner[head] in layer.streaming]
 
     def _targets(self, anatomy: Anatomy) -> dict[int, list[int]]:

@@ -1,0 +1,147 @@
+"""Weigh heads: what a head writes is multiplied by its gate, a constant; 0 silences it, 1 leaves it as it is.
+
+A constant gate on a head is a factor on the head's columns of the output projection, so the result is a stock
+checkpoint. Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv 1905.10650 (mask variables
+on heads). Heads are named by the base's numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ..calibration.head_scores import choose_streaming, load_scores, read_scores
+from ..errors import SurgeryError
+from ..operation import Change, WeightRewrite
+from ..pruning import groups_of, query_names, shown_names
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy, LayerAnatomy
+    from ..layers import AttentionLayer
+
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+def _whole_keys(values: Any) -> Any:
+    """JSON has no other keys than texts: "3" is 3."""
+    if not isinstance(values, dict):
+        return values
+    keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}
+    return {keys[key]: _whole_keys(value) for key, value in values.items()} if _different(keys) else values
+
+
+def _different(keys: dict) -> bool:
+    return len({*keys.values()}) == len(keys)
+
+
+class HeadMask(WeightRewrite):
+    """Multiply the output columns of each query head by its gate; in float64, rounded once."""
+
+    summary: ClassVar[str] = "A constant weight (gate) for each query head, by hand or from scores; 0 silences it."
+    limits: ClassVar[tuple[str, ...]] = (
+        "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
+        "heads for real.",
+    )
+    # A factor on what a head writes does not mix with what the head sees or how it weighs that.
+    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "bias", "virtual keys")
+
+    op: Literal["head_mask"] = "head_mask"
+    values: Annotated[dict[Whole, list[Gate] | dict[Whole, Gate]], BeforeValidator(_whole_keys)] | None = Field(
+        None, description="layer: a gate for each query head, in order, or {head: gate}; what is left out is 1. Or"
+    )
+    scores: str | None = Field(
+        None, description="a file of `surgery score` (KV heads), or a table [layers][query heads], higher = keep:"
+    )
+    ratio: float | None = Field(None, ge=0, le=1, description="share of its heads, those that score lowest, that get")
+    gate: Gate = Field(0.0, description="this gate.")
+    protect_layers: list[Whole] = Field([], description="With scores: layers whose heads all keep gate 1.")
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        return [f"head_mask: {problem}" for problem in self._problems(anatomy)]
+
+    def _problems(self, anatomy: Anatomy) -> list[str]:
+        if (self.values is None) == (self.scores is None):
+            return ["give either values or scores (a file, with ratio)"]
+        if self.values is not None:
+            needless = {"ratio", "gate", "protect_layers"} & self._given
+            found = [f"{name} is for scores, and values name the gates" for name in sorted(needless)]
+            return found + list(self._faults_of_values(anatomy))
+        if self.ratio is None:
+            return ["scores need ratio: the share of the heads that gets the gate"]
+        if wrong := [layer for layer in self.protect_layers if layer >= len(anatomy.layers)]:
+            return [f"protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}"]
+        try:
+            load_scores(self.scores, anatomy, per=("heads", "kv_heads"))
+        except SurgeryError as error:
+            facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+            return ["; ".join(fact for fact in facts if fact)]
+        return []
+
+    @property
+    def _given(self) -> set[str]:
+        """Fields that differ from their defaults; a recipe that was written out in full names them all."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    def _faults_of_values(self, anatomy: Anatomy):
+        for index, gates in self.values.items():
+            if index >= len(anatomy.layers):
+                yield f"values: there is no layer {index}, but 0 to {len(anatomy.layers) - 1}"
+                continue
+            layer = anatomy.layers[index]
+            names = query_names(layer)
+            shown = shown_names(names)
+            if isinstance(gates, list) and len(gates) != layer.heads:
+                yield f"values: layer {index} has {layer.heads} query heads ({shown}), and {len(gates)} gates"
+            elif wrong := [head for head in gates if head not in names] if isinstance(gates, dict) else []:
+                yield f"values: layer {index} has no query heads {wrong}; it has {shown}"
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        rows = [[gate for gate in self._gates(layer) if gate != 1] for layer in anatomy.layers]
+        gates = Counter(gate for row in rows for gate in row)
+        if not gates:
+            return Change(anatomy, ("nothing: all gates are 1",))
+        total, silent = sum(layer.heads for layer in anatomy.layers), gates.pop(0.0, 0)
+        how = [f"{silent} silenced"] if silent else []
+        if gates:
+            low, high = min(gates), max(gates)
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            how.append(f"{sum(gates.values())} times {span}")
+        note = f"{silent} query heads are silenced and computed all the same: prune_heads (heads: ...) removes them"
+        many = f"{sum(map(len, rows))} of {total} query heads in {sum(map(bool, rows))} layers"
+        return Change(anatomy, (f"gates of {many}: {', '.join(how)}",), notes=(note,) if silent else ())
+
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        import torch
+
+        gates = self._gates(layer.facts)
+        if all(gate == 1 for gate in gates):
+            return layer.replace(facts=target), {}
+        o = (layer.o.double() * torch.tensor(gates, dtype=torch.float64)[:, None]).to(layer.o.dtype)
+        if not o.isfinite().all():
+            raise SurgeryError(
+                f"head_mask: layer {target.index}: a gate of {max(gates, key=abs):g} makes the output projection "
+                f"larger than {str(o.dtype).removeprefix('torch.')} holds",
+                fix="a smaller gate",
+            )
+        named = {str(head): gate for head, gate in zip(query_names(target), gates, strict=True) if gate != 1}
+        return layer.replace(facts=target, o=o), {"gates": named}
+
+    def _gates(self, layer: LayerAnatomy) -> list[float]:
+        """The gate of every query head of a layer, in the order in which they are stored."""
+        if self.values is None:
+            return self._gates_by_scores(layer)
+        gates = self.values.get(layer.index, {})
+        if isinstance(gates, list):
+            return gates
+        return [gates.get(name, 1.0) for name in query_names(layer)]
+
+    def _gates_by_scores(self, layer: LayerAnatomy) -> list[float]:
+        table = read_scores(self.scores).scores
+        lowest = choose_streaming(table, ratio=self.ratio, protect=self.protect_layers)[layer.index]
+        one_by_one = len(table[layer.index]) == layer.heads
+        units = [[head] for head in range(layer.heads)] if one_by_one else groups_of(layer)
+        low = {head for number in lowest for head in units[number]}
+        return [self.gate if head in low else 1.0 for head in range(layer.heads)]

@@ -1,0 +1,155 @@
+"""Attention written out in float64, every weight of every row and head held; padded batches, forwards in pieces.
+
+The reference uses nothing of the runtime: a mask for each row and head, the terms as more columns of the scores.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from families import double
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from surgery.runtime.modeling_surgery import CACHE
+
+LENGTH, PADS = 45, (0, 11, 0, 4)
+KINDS = ["gamma", "logit", "logit and value", "key and value", "stand in", "all"]
+
+
+def batch(model: PreTrainedModel, pads=PADS, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids [rows, length] and their mask, row r padded on the left by `pads[r]`."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (len(pads), length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    return ids, mask
+
+
+def given(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, begin: int = 0) -> dict:
+    """Keyword arguments of a forward on the columns of `ids` from `begin` on; OPT makes positions from the mask."""
+    arguments = {"input_ids": ids[:, begin:], "attention_mask": mask}
+    if model.config.model_type == "opt":
+        return arguments
+    return arguments | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, begin:]}
+
+
+def chunked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, chunks, holder: list | None = None):
+    """Logits of a forward in pieces of these lengths, through the cache that the model makes.
+
+    Args:
+        holder: gets the cache.
+    """
+    cache, begin, logits = None, 0, []
+    for size in chunks:
+        end = begin + size
+        known = {} if cache is None else {CACHE: cache}
+        out = model(**given(model, ids[:, :end], mask[:, :end], begin), use_cache=True, **known)
+        cache = out[CACHE]
+        assert hasattr(model, "make_cache") == (type(cache).__name__ == "SurgeryCache")
+        logits.append(out.logits)
+        begin = end
+    if holder is not None:
+        holder.append(cache)
+    return torch.cat(logits, 1)
+
+
+def difference(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor) -> float:
+    """Largest difference on real tokens, relative to the spread of the logits."""
+    real = mask.bool()
+    return ((got.double() - want.double())[real].abs().max() / want.double()[real].std()).item()
+
+
+def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
+    """Random tensors of the terms of this kind, `m` virtual keys, for every layer, in float32."""
+    text = model.config.get_text_config()
+    heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    names = {
+        "gamma": ["surgery_log_gamma"],
+        "logit": ["surgery_sink_logit"],
+        "logit and value": ["surgery_sink_logit", "surgery_value"],
+    }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
+    names = names + (["surgery_log_gamma"] if kind == "all" else [])
+    made = {
+        "surgery_log_gamma": lambda: normal(heads) * 1.5,
+        "surgery_sink_logit": lambda: normal(heads, m),
+        "surgery_key": lambda: normal(kv_heads, m, size),
+        "surgery_value": lambda: normal(kv_heads, m, size),
+    }
+    return [{name: made[name]() for name in names} for _ in range(model.config.num_hidden_layers)]
+
+
+def dense_logits(model, layers: list[dict], ids, mask, tensors=None, silent=None) -> torch.Tensor:
+    """float64 logits of a stock model with these surgeries; arguments as for `dense_model`."""
+    model = dense_model(model, layers, mask, tensors, silent)
+    with torch.no_grad():
+        return model(**given(model, ids, mask), use_cache=False).logits
+
+
+def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
+    """A stock model in float64 with these surgeries, for one batch, until the next one is made.
+
+    Args:
+        layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in.
+        mask: [rows, length] of the batch.
+        tensors: of each layer, name -> values of its terms.
+        silent: of each layer, the query heads whose output is left out.
+    """
+    model, real, length = double(copy.deepcopy(model).eval()), mask.bool(), mask.shape[1]
+    text = model.config.get_text_config()
+    kinds, i, j = getattr(text, "layer_types", None), torch.arange(length)[:, None], torch.arange(length)
+    first = real.int().argmax(1)[:, None, None, None]
+
+    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+        number, heads = module.layer_idx, query.shape[1]
+        entry, group = layers[number], heads // key.shape[1]
+        named = {name: tensor.double() for name, tensor in (tensors[number] if tensors else {}).items()}
+        limit = kwargs.get("sliding_window")
+        if kinds is not None:
+            limit = text.sliding_window if kinds[number] == "sliding_attention" else None
+
+        def score(product):
+            scores = product * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+        narrow = torch.tensor([head // group in entry.get("streaming", ()) for head in range(heads)])[:, None, None]
+        seen = ((j <= i) & (i - j < (limit or length)) & real[:, None, None]).expand(-1, heads, -1, -1)
+        if narrow.any():
+            seen = seen & ~(narrow & (j - first >= entry["sinks"]) & (i - j >= entry["window"]))
+        sees_first = (seen & (j == first)).any(-1, keepdim=True)
+        columns, visible = [score(query @ key.repeat_interleave(group, 1).mT)], [seen]
+        values = [value.repeat_interleave(group, 1)]
+        if "surgery_log_gamma" in named:
+            columns[0] = columns[0] + (j == first) * named["surgery_log_gamma"][:, None, None]
+
+        def add(logits, more, shown):
+            columns.append(logits.expand(*seen.shape[:3], -1))
+            values.append(more.expand(len(mask), -1, -1, -1))
+            visible.append(shown.expand(*seen.shape[:3], logits.shape[-1]))
+
+        if "surgery_sink_logit" in named:
+            logits = named["surgery_sink_logit"][:, None]
+            more = value.new_zeros(heads, logits.shape[-1], value.shape[-1])
+            if "surgery_key" in named:
+                logits = logits + score(query @ named["surgery_key"].repeat_interleave(group, 0).mT)
+            if "surgery_value" in named:
+                more = named["surgery_value"].repeat_interleave(group, 0)
+            add(logits, more, ~sees_first if entry.get("stand_in") else torch.tensor(True))
+        if s_aux is not None:
+            add(s_aux.double()[:, None, None], value.new_zeros(heads, 1, value.shape[-1]), torch.tensor(True))
+        scores = torch.cat(columns, -1).masked_fill(~torch.cat(visible, -1), -1e300)
+        out = (scores.softmax(-1) @ torch.cat(values, 2)).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        if silent is not None:
+            out[:, silent[number]] = 0.0
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("dense_reference", attend)
+    AttentionMaskInterface.register("dense_reference", lambda **_: None)
+    model.set_attn_implementation("dense_reference")
+    return model
