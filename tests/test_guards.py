@@ -66,12 +66,14 @@ def test_a_block_that_does_not_fit_leaves_the_model_as_it_was():
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_a_model_that_runs_its_checkpoints_own_code(split):
-    from transformers import AutoModelForCausalLM
+def test_a_model_that_runs_its_checkpoints_own_code(split, monkeypatch):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     import surgery
 
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "surgery")  # as in a process that did not open door 1
     model = AutoModelForCausalLM.from_pretrained(split, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules")
     ids = torch.tensor([[3, 4, 5] * 5])
     before = model(input_ids=ids).logits
     with pytest.raises(surgery.SurgeryError, match=r"surgery\.load"):
