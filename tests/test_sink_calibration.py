@@ -13,7 +13,7 @@ from families import TINY, one_thread  # noqa: F401 (a fixture)
 from test_sinks import batch, chunked, dense_logits, difference, given
 
 import surgery as package
-from surgery.calibration import first_token
+from surgery.calibration import first_token, virtual_keys
 from surgery.calibration.first_token import Trial, first_tokens, search_gammas
 from surgery.errors import SurgeryError
 from surgery.scoring import load_model, read_tokenizer
@@ -125,7 +125,7 @@ def test_a_fit_puts_what_was_measured_in_place_of_the_first_token(model, monkeyp
     """On heads that lost it and nowhere else; kept, and refused where it is no better than nothing."""
     tokenizer, measured = read_tokenizer(model), []
     monkeypatch.setattr(
-        first_token, "first_tokens", lambda *args: measured.append(first_tokens(*args)) or measured[-1]
+        virtual_keys, "first_tokens", lambda *args: measured.append(first_tokens(*args)) or measured[-1]
     )
     changes = {True: -1.0, False: 0.0}
     for method, kept in (("kv_bias", True), ("learned", True), ("learned", False)):

@@ -160,6 +160,7 @@ class SinkCalibration(Operation):
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
+        from ..calibration.virtual_keys import fit_virtual_keys, set_logit
         from ..runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
@@ -175,7 +176,12 @@ class SinkCalibration(Operation):
             raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
         if self.method == "zero_tuning":
             return self._weigh(model, targets, pieces, context)
-        return self._stand_in(model, anatomy, targets, pieces, context)
+        record = {"method": self.method, "start": self.start}
+        if self._fits:
+            return record | fit_virtual_keys(model, anatomy, targets, pieces, context.progress)
+        if self.logit is not None:
+            set_logit(model, targets, self.logit)
+        return record | {"logit": self.logit}
 
     def _pieces(self, model, context: Context):
         from ..calibration.sequences import fitting_length
@@ -225,32 +231,3 @@ class SinkCalibration(Operation):
                 record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
         gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}
         return {"method": self.method, **record, "gamma": gammas}
-
-    def _stand_in(self, model, anatomy: Anatomy, targets: dict[int, list[int]], pieces, context: Context) -> dict:
-        """Set virtual keys, fitted, fixed or as they are; a record."""
-        import torch
-
-        from ..calibration.first_token import Trial, first_tokens, frozen, parameters_of
-
-        names = ("surgery_sink_logit", "surgery_key", "surgery_value")
-        logits, keys, values = (parameters_of(model, name) for name in names)
-        record: dict[str, Any] = {"method": self.method, "start": self.start}
-        if not self._fits:
-            if self.logit is not None:
-                with torch.no_grad():
-                    for layer, heads in targets.items():
-                        logits[layer][heads] = self.logit
-            return record | {"logit": self.logit}
-        reach = [layer.streaming_window if layer.index in targets else 0 for layer in anatomy.layers]
-        seen = first_tokens(model, pieces[::2], reach, context.progress)
-        every = [table[layer] for layer in targets for table in (logits, keys, values) if layer in table]
-        settings = []
-        trial = Trial(model, every, pieces[::2], pieces[1::2])
-        for layer, heads in targets.items():
-            logit = logits[layer].detach().clone()
-            logit[heads, 0] = 0.0 if self.method == "kv_bias" else seen[layer].score[heads].to(logit)
-            settings.append(logit)
-            settings += [seen[layer].key[:, None]] if layer in keys else []
-            settings += [seen[layer].value[:, None]] if layer in values else []
-        with frozen(model, []):
-            return record | trial.settle(settings)
