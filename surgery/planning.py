@@ -183,7 +183,7 @@ def terms_held(anatomy: Anatomy) -> list[str]:
     layers = block.get("layers", [])
     named = {name for layer in layers for name in layer.get("parameters", {})}
     held = ["visibility"] if any(layer.streaming for layer in anatomy.layers) else []
-    held += ["bias"] if "surgery_log_gamma" in named else []
+    held += ["bias"] if named & {"surgery_log_gamma", "surgery_log_beta"} else []
     return held + (["virtual keys"] if "surgery_sink_logit" in named else [])
 
 

@@ -16,7 +16,7 @@ from surgery.runtime.surgery_terms import add_keys, scale_key
 PADS, LENGTH, WINDOW = (0, 11, 0, 4), 45, 5
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss"]
 SPLITS = {"none": None, "sinks": 2, "no sinks": 0}  # sinks of the streaming heads; None: no head streams
-KINDS = ["gamma", "logit", "logit and value", "key and value", "stand in", "all"]
+KINDS = ["gamma", "act", "logit", "logit and value", "key and value", "stand in", "all", "act and keys"]
 
 
 def heads_of(model) -> tuple[int, int, int]:
@@ -34,12 +34,16 @@ def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
 
     names = {
         "gamma": ["surgery_log_gamma"],
+        "act": ["surgery_log_beta", "surgery_sink_probe"],
         "logit": ["surgery_sink_logit"],
         "logit and value": ["surgery_sink_logit", "surgery_value"],
     }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
     names = names + (["surgery_log_gamma"] if kind == "all" else [])
+    names = names + (["surgery_log_beta", "surgery_sink_probe"] if kind == "act and keys" else [])
     made = {
         "surgery_log_gamma": lambda: normal(heads) * 1.5,
+        "surgery_log_beta": lambda: (normal(heads) * 2).clamp(-2.0, 0.0),  # some heads stay as they are
+        "surgery_sink_probe": lambda: normal(heads, size + 2) - torch.eye(size + 2)[-1],
         "surgery_sink_logit": lambda: normal(heads, m),
         "surgery_key": lambda: normal(kv_heads, m, size),
         "surgery_value": lambda: normal(kv_heads, m, size),
@@ -99,6 +103,14 @@ def dense_logits(base, sinks, tensors, stand_in, ids, mask, split=None) -> torch
             weights, values = score(key[row, kv, near] @ q).exp(), value[row, kv, near]
             if near[0] == first and "surgery_log_gamma" in named:
                 weights[0] *= named["surgery_log_gamma"][head].exp()
+            if "surgery_log_beta" in named:
+                probe, beta = named["surgery_sink_probe"][head], named["surgery_log_beta"][head].exp()
+                marks = [
+                    values[n] @ probe[:-2] + values[n].norm() * probe[-2] + probe[-1] > 0 for n in range(len(near))
+                ]
+                sinks = [n for n, j in enumerate(near) if marks[n] and j != first]
+                share = min(weights[sinks].sum() / weights.sum(), 0.9)
+                weights[sinks] *= beta * (1 - share) / (1 - beta * share)
             if "surgery_sink_logit" in named and not (stand_in and near[0] == first):
                 logits = named["surgery_sink_logit"][head]
                 if "surgery_key" in named:
@@ -222,13 +234,14 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["all", "act"])
 @pytest.mark.parametrize("sinks", SPLITS.values(), ids=SPLITS)
 @torch.no_grad()
-def test_identity(bases, family, sinks):
+def test_identity(bases, family, kind, sinks):
     """What a fresh parameter holds changes nothing, cached and not, alone and left-padded."""
     base = bases[family]
     plain, model = copy.deepcopy(base), copy.deepcopy(base)
-    tensors, none = random_terms(base, "all", 0), [{}, {}]
+    tensors, none = random_terms(base, kind, 0), [{}, {}]
     runtime.patch(plain, {"layers": entries(base, sinks, none, False)})
     runtime.patch(model, {"layers": entries(base, sinks, tensors, False)})
     ids, mask = batch(base)
@@ -328,7 +341,10 @@ def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
 def test_saved_files_through_both_doors(bases, tmp_path):
     import surgery
 
-    models = {tmp_path / name: operated(bases[name], 0, random_terms(bases[name], "all", 5)) for name in FAMILIES}
+    kinds = dict.fromkeys(FAMILIES, "all") | {"gpt_oss": "act and keys"}
+    models = {
+        tmp_path / name: operated(bases[name], 0, random_terms(bases[name], kinds[name], 5)) for name in FAMILIES
+    }
     for folder, model in models.items():
         model.save_pretrained(folder)
     for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
@@ -372,6 +388,13 @@ def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):
         ({"parameters": {"surgery_sink_logit": [8, 1], "surgery_value": [8, 1, 8]}}, r"it is \[4, 1, 8\]"),
         ({"parameters": {"surgery_log_gamma": [8]}, "stand_in": True}, "stand_in"),
         ({"parameters": []}, "other parameters"),
+        ({"parameters": {"surgery_log_beta": [8]}}, "without the other"),
+        ({"parameters": {"surgery_sink_probe": [8, 10]}}, "without the other"),
+        ({"parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 8]}}, r"it is \[8, 10\]"),
+        (
+            {"parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 10], "surgery_log_gamma": [8]}},
+            "one bias",
+        ),
     ],
 )
 def test_a_block_edited_by_hand_is_refused(bases, entry, says):

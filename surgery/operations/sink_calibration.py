@@ -1,7 +1,8 @@
-"""Calibrate the attention sink: another weight for the first token, or virtual keys beside it or in its place.
+"""Calibrate the attention sinks: another weight for the first token or for others, or virtual keys in its place.
 
-Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); gpt_oss's learned sinks (learned); Sun et al.
-2024, "Massive Activations in Large Language Models", arXiv 2402.17762 (kv_bias: explicit k' and v').
+Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); Yu et al. 2024, "Hidden Attention Sinks", arXiv
+2406.15765 (act); gpt_oss's learned sinks (learned); Sun et al. 2024, "Massive Activations in Large Language Models",
+arXiv 2402.17762 (kv_bias: explicit k' and v').
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(gt=0, le=1)]
+BETA, THRESHOLD = 0.4, 5.0  # ACT's own
 
 
 class SinkCalibration(Operation):
-    """One term of one method: a bias on the first token's score, or one virtual key for each head."""
+    """One term of one method: a bias on the first token's score or other sinks', or one virtual key for each head."""
 
     summary: ClassVar[str] = (
-        "Another weight for the first token (ZeroTuning), or virtual keys: learned sinks, k' and v'."
+        "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
     limits: ClassVar[tuple[str, ...]] = (
         "The sink was calibrated on the calibration part of one text; a setting is kept only where it is better on "
@@ -33,12 +36,15 @@ class SinkCalibration(Operation):
     )
 
     op: Literal["sink_calibration"] = "sink_calibration"
-    method: Literal["zero_tuning", "learned", "kv_bias"] = Field(
-        description="zero_tuning: first token's weight times gamma; learned: a logit, with a value or none; "
-        "kv_bias: a key and a value."
+    method: Literal["zero_tuning", "act", "learned", "kv_bias"] = Field(
+        description="zero_tuning: first token's weight times gamma; act: other sinks' weight times beta; learned: a "
+        "logit, with a value or none; kv_bias: a key and a value."
     )
     layers: list[Whole] | None = Field(None, description="Layers that are changed; default all.")
     heads: list[Whole] | None = Field(None, description="Query heads that are changed in these layers; default all.")
+    exclude: list[Annotated[list[Whole], Field(min_length=2, max_length=2)]] = Field(
+        [], description="Pairs [layer, query head] that stay as they are."
+    )
     gamma: Gamma | None = Field(None, description="zero_tuning: the same for all these heads; default: searched.")
     groups: Literal["uniform", "layers", "heads"] = Field(
         "heads",
@@ -47,6 +53,13 @@ class SinkCalibration(Operation):
     grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
+    )
+    beta: Beta | None = Field(
+        None,
+        description=f"act: what is left of the weight on other sinks, in heads that gain from it; default {BETA}.",
+    )
+    threshold: Gamma | None = Field(
+        None, description=f"act: a sink's mean weight is above this / N tokens; default {THRESHOLD:g}."
     )
     start: Literal["fit", "identity"] = Field(
         "fit",
@@ -63,11 +76,16 @@ class SinkCalibration(Operation):
 
     @property
     def term(self) -> str:  # type: ignore[override]
-        return "bias" if self.method == "zero_tuning" else "virtual keys"
+        return "bias" if self.method in ("zero_tuning", "act") else "virtual keys"
 
     @property
     def _fits(self) -> bool:
-        return self.method != "zero_tuning" and self.start == "fit" and self.logit is None
+        return self.term == "virtual keys" and self.start == "fit" and self.logit is None
+
+    @property
+    def _measures(self) -> bool:
+        open_setting = {"zero_tuning": self.gamma is None, "act": self.beta != 1}
+        return open_setting.get(self.method, self._fits)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := unsupported(anatomy):
@@ -81,8 +99,14 @@ class SinkCalibration(Operation):
             found.append(f"heads {wrong}: a layer has query heads 0 to {fewest - 1}")
         if [] in (self.layers, self.heads):
             found.append("layers and heads must not be empty; leave them out for all")
+        if wrong := [pair for pair in self.exclude if pair[0] >= count or pair[1] >= anatomy.layers[pair[0]].heads]:
+            found.append(f"exclude {wrong}: there are no such layers and query heads")
+        if not found and not any(map(self._heads, chosen)):
+            found.append("exclude leaves no head")
         if self.gamma is not None and self.method != "zero_tuning":
             found.append(f"gamma is for method: zero_tuning, not {self.method}")
+        if (self.beta, self.threshold) != (None, None) and self.method != "act":
+            found.append(f"beta and threshold are for method: act, not {self.method}")
         if self.logit is not None and (self.method != "learned" or self.start == "identity"):
             found.append("logit is for method: learned with start: fit alone")
         if not found:
@@ -117,7 +141,8 @@ class SinkCalibration(Operation):
         return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
 
     def _heads(self, layer: LayerAnatomy) -> list[int]:
-        return list(range(layer.heads)) if self.heads is None else sorted(set(self.heads))
+        heads = range(layer.heads) if self.heads is None else sorted(set(self.heads))
+        return [head for head in heads if [layer.index, head] not in self.exclude]
 
     def _lost(self, layer: LayerAnatomy) -> list[int]:
         """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
@@ -140,7 +165,7 @@ class SinkCalibration(Operation):
     def plan(self, anatomy: Anatomy) -> Change:
         targets = self._targets(anatomy)
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
-        notes, measured = [], self._fits or (self.method == "zero_tuning" and self.gamma is None)
+        notes = []
         if self.method == "zero_tuning":
             how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {self.objective})"
             line = f"the first token's weight in {many}: {how}"
@@ -148,18 +173,22 @@ class SinkCalibration(Operation):
                 notes.append(
                     "where the base itself has a sliding window, the first token is weighted while it is seen"
                 )
+        elif self.method == "act":
+            how = f"{self.beta or BETA:g} of their weight is left, the heads by their slope ({self.objective})"
+            line = f"sinks other than the first token in up to {many}: {how}"
         elif self._fits:
             what = "a key and a value" if self.method == "kv_bias" else f"a logit, value {self.value}"
             line = f"virtual keys in place of the lost first token in {many}: {what}, measured"
         else:
             logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
             line = f"a virtual key {logit} in {many} ({self.method})"
-        if measured:
+        if self._measures:
             notes.append("a setting that is no better than none on text held back is not kept; the record says so")
-        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=measured)
+        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
+        from ..calibration.other_sinks import calibrate_sinks
         from ..calibration.virtual_keys import fit_virtual_keys, set_logit
         from ..runtime.modeling_surgery import patch
 
@@ -167,15 +196,19 @@ class SinkCalibration(Operation):
         if problems := self._problems_of_visibility(anatomy):
             raise SurgeryError(f"sink_calibration: {problems[0]}", where=type(model).__name__)
         targets = self._targets(anatomy)
-        pieces = None
-        if self._fits or (self.method == "zero_tuning" and self.gamma is None):
-            pieces = self._pieces(model, context)
+        pieces = self._pieces(model, context) if self._measures else None
         try:
             patch(model, {"layers": [self._entry(layer, targets) for layer in anatomy.layers]})
         except ValueError as error:
             raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
         if self.method == "zero_tuning":
             return self._weigh(model, targets, pieces, context)
+        if self.method == "act":
+            record = {"method": self.method, "beta": self.beta or BETA, "threshold": self.threshold or THRESHOLD}
+            if pieces is not None:  # else beta is 1
+                given = {"beta": record["beta"], "alpha": record["threshold"], "objective": self.objective}
+                record |= calibrate_sinks(model, targets, pieces, **given, progress=context.progress)
+            return record
         record = {"method": self.method, "start": self.start}
         if self._fits:
             return record | fit_virtual_keys(model, anatomy, targets, pieces, context.progress)
@@ -202,6 +235,9 @@ class SinkCalibration(Operation):
             return {}
         if self.method == "zero_tuning":
             return {"parameters": {"surgery_log_gamma": [layer.heads]}}
+        if self.method == "act":
+            probe = [layer.heads, layer.head_dim + 2]  # for a value, its norm, and 1
+            return {"parameters": {"surgery_log_beta": [layer.heads], "surgery_sink_probe": probe}}
         shapes = {"surgery_sink_logit": [layer.heads, 1]}
         if self.method == "kv_bias" or (self._fits and self.value == "fit"):
             shapes["surgery_value"] = [layer.kv_heads, 1, layer.head_dim]

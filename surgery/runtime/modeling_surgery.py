@@ -40,6 +40,7 @@ FILES = (
     "surgery_attention.py",
     "surgery_cache.py",
     "surgery_heads.py",
+    "surgery_sinks.py",
     "surgery_stores.py",
     "surgery_terms.py",
 )

@@ -1,0 +1,160 @@
+"""ACT (Yu et al. 2024, arXiv 2406.15765): which tokens are sinks of a head, and which heads gain from less of them.
+
+ACT finds a head's sinks in its attention map of the whole text: column mean above alpha / N. A cached decode has no
+such map, so the rule is learned here: for each head a probe on a token's own value, by least squares on the rule's
+answers, with the threshold of the best F1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..runtime.surgery_attention import surgery_attention
+from ..runtime.surgery_sinks import probe_features, probe_scores
+from .first_token import Trial, frozen, gradients, parameters_of
+from .sink_map import other_sinks, received
+from .watching import watched
+
+RIDGE = 1e-4  # of the mean square of the features
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of the heads whose slope says that less weight on sinks helps
+
+
+def calibrate_sinks(
+    model, targets: dict[int, list[int]], pieces: torch.Tensor, *, beta, alpha, objective, progress=None
+) -> dict:
+    """Set `surgery_sink_probe` and `surgery_log_beta` on one half of the texts; beta is kept if better on the other.
+
+    Args:
+        model: surgical, with both parameters in the layers of `targets`, at identity.
+        targets: layer -> query heads that may change.
+        pieces: long [texts, length].
+        beta: what a chosen head leaves of the weight on its sinks.
+        alpha: a key is a sink where its mean weight is above alpha / N.
+        objective: "ce" or "entropy" (see `first_token.objective`).
+        progress: called with done, total and a label.
+
+    Returns:
+        A record: how well the probes agree with ACT's rule on the held-back texts, what was tried, what
+        `Trial.settle` says, and the heads that got beta, by layer.
+    """
+    fit, held = pieces[::2], pieces[1::2]
+    probes, betas = parameters_of(model, "surgery_sink_probe"), parameters_of(model, "surgery_log_beta")
+    set_probes(model, {layer: probes[layer] for layer in targets}, fit, alpha, progress)
+    record = {"agreement": agreement(model, {i: probes[i] for i in targets}, held, alpha, progress)}
+    parameters = [betas[layer] for layer in targets]
+    with frozen(model, parameters):
+        trial = Trial(model, parameters, fit, held, objective)
+        record |= choose_heads(trial, list(targets.values()), beta, progress)
+    chosen = {str(layer): (betas[layer] < 0).nonzero()[:, 0].tolist() for layer in targets}
+    return record | {"heads": {layer: heads for layer, heads in chosen.items() if heads}}
+
+
+def set_probes(model, probes: dict[int, torch.Tensor], pieces, alpha: float, progress=None) -> None:
+    """Fit the probes [heads, features] of some layers to ACT's rule on these texts, two forwards each."""
+    grams: dict[int, torch.Tensor] = {}
+    moments: dict[int, torch.Tensor] = {}
+
+    def learn(layer: int, value, marked, judged) -> None:
+        x = probe_features(value[0, :, judged].double())  # [KV heads, judged, features]
+        y = marked[:, judged].double().reshape(len(x), -1, x.shape[1])
+        grams[layer] = grams.get(layer, 0) + x.mT @ x
+        moments[layer] = moments.get(layer, 0) + y @ x
+
+    _each_call(model, probes, pieces, alpha, learn, progress, "sinks: probes")
+    for layer, gram in grams.items():
+        damp = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        found = torch.linalg.solve(gram + damp[:, None, None] * eye, moments[layer].mT).mT
+        with torch.no_grad():
+            probes[layer].copy_(found.flatten(0, 1))
+    seen: dict[int, list] = {layer: [] for layer in probes}
+
+    def look(layer: int, value, marked, judged) -> None:
+        seen[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
+
+    _each_call(model, probes, pieces, alpha, look, progress, "sinks: thresholds")
+    with torch.no_grad():
+        for layer, parts in seen.items():
+            found, marked = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+            cuts = torch.stack([best_cut(z, y) for z, y in zip(found, marked, strict=True)])
+            none = ~marked.any(dim=1)
+            probes[layer][:, -1] -= cuts.to(probes[layer])
+            probes[layer][none] = 0.0
+
+
+def best_cut(found: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+    """The threshold on scores [n] above which are those that are marked, bool [n], by the best F1."""
+    order = found.argsort(descending=True)
+    right = marked[order].cumsum(0)
+    f1 = 2 * right / (torch.arange(1, len(found) + 1, device=found.device) + right[-1])
+    best = int(f1.argmax())
+    below = found[order[min(best + 1, len(found) - 1)]]
+    return (found[order[best]] + below) / 2
+
+
+def agreement(model, probes: dict[int, torch.Tensor], pieces, alpha: float, progress=None) -> dict:
+    """Precision and recall of the probes against ACT's rule, over all heads of these layers and judged keys."""
+    counts = torch.zeros(3, dtype=torch.long)
+
+    def look(layer: int, value, marked, judged) -> None:
+        said, marked = probe_scores(value, probes[layer])[0, :, judged] > 0, marked[:, judged]
+        counts.add_(torch.stack([(said & marked).sum(), said.sum(), marked.sum()]).cpu())
+
+    _each_call(model, probes, pieces, alpha, look, progress, "sinks: agreement")
+    both, said, marked = counts.tolist()
+    return {"precision": both / max(said, 1), "recall": both / max(marked, 1), "sinks": marked, "found": said}
+
+
+def _each_call(model, layers, pieces, alpha: float, look: Callable, progress, label: str) -> None:
+    """Run texts with all heads full; `look(layer, value, marked, judged)` for each of these layers and each text."""
+
+    def attention(module, query, key, value, mask, **kwargs):
+        layer = module.layer_idx
+        if layer in layers:
+            total, _ = received(seen, module, query, key, **kwargs)
+            look(layer, value, *other_sinks(total, seen.windows[layer], alpha))
+        return surgery_attention(module, query, key, value, mask, **kwargs)
+
+    with watched(model, attention, split=True) as seen, torch.no_grad():
+        for number, piece in enumerate(pieces):
+            model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
+            if progress:
+                progress(number + 1, len(pieces), label)
+
+
+def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=None) -> dict:
+    """Give beta to the heads that gain most by their slope, so many as is best on `fit`; kept if better on `held`.
+
+    Args:
+        trial: its parameters are log beta [heads] of some layers, at 0.
+        heads: of each layer, those that may change.
+
+    Returns:
+        A record: every trial, and what `Trial.settle` says.
+    """
+    ranked = sorted(
+        ((slope[head].item(), layer, head) for layer, slope in enumerate(gradients(trial)) for head in heads[layer]),
+        reverse=True,
+    )
+    helped = [(layer, head) for slope, layer, head in ranked if slope > 0]
+    best, lowest = None, trial.values(trial.fit).mean().item()
+    tried = [{"heads": 0, "fit": lowest}]
+    for number, share in enumerate(SHARES):
+        chosen = helped[: math.ceil(share * len(helped))]
+        setting = [none.clone() for none in trial.nothing]
+        for layer, head in chosen:
+            setting[layer][head] = math.log(beta)
+        trial.set(setting)
+        found = trial.values(trial.fit).mean().item()
+        tried.append({"heads": len(chosen), "fit": found})
+        if found < lowest:
+            best, lowest = setting, found
+        if progress:
+            progress(number + 1, len(SHARES), "sinks: heads")
+    if best is None:
+        trial.set(trial.nothing)
+        return {"tried": tried, "kept": False, "objective": trial.kind}
+    return {"tried": tried} | trial.settle(best)
