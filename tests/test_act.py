@@ -181,18 +181,15 @@ def test_the_cut_has_the_best_f1(seed):
     assert f1(best_cut(found, marked).item()) == pytest.approx(best)
 
 
-def eager_marks(model, piece, alpha: float) -> list[torch.Tensor]:
-    """ACT's rule by its own words, on the whole attention map of every layer: bool [heads, judged keys]."""
+def eager_sums(model, piece) -> list[torch.Tensor]:
+    """What every judged key gets from all queries, from the whole attention map of every layer: [heads, keys]."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     maps = model(input_ids=piece[None], output_attentions=True, use_cache=False).attentions
     length, found = len(piece), []
     for weights in maps:
         rows = [
-            [
-                sum(weights[0, h, i, j].item() for i in range(j, length)) / (length - j) > alpha / length
-                for j in range(1, length // 2 + 1)
-            ]
+            [sum(weights[0, h, i, j].item() for i in range(j, length)) for j in range(1, length // 2 + 1)]
             for h in range(weights.shape[1])
         ]
         found.append(torch.tensor(rows))
@@ -201,26 +198,30 @@ def eager_marks(model, piece, alpha: float) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_probes_agree_with_acts_rule_as_often_as_they_say():
-    plain = base("llama")
+    plain, alpha, length = base("llama"), 1.5, 24
     model = copy.deepcopy(plain)
     package.apply(recipe(sink("act", beta=1.0)), model)
-    pieces = torch.randint(3, 128, (5, 24), generator=torch.Generator().manual_seed(3))
+    pieces = torch.randint(3, 128, (5, length), generator=torch.Generator().manual_seed(3))
     probes = {module.layer_idx: module.surgery_sink_probe for module in runtime.attention_modules(model)}
-    set_probes(model, probes, pieces[:4], alpha=1.5)
-    said_all, marked_all, both = 0, 0, 0
-    for piece in pieces[4:]:
-        cache = plain(input_ids=piece[None], use_cache=True)[runtime.CACHE]
-        for layer, marked in enumerate(eager_marks(plain, piece, 1.5)):
-            values, probe = cache.layers[layer].values[0].double(), probes[layer].double()
-            for head in range(8):
-                for key in range(1, 13):
-                    v = values[head // 2, key]
-                    said = bool(probe[head, :-2] @ v + probe[head, -2] * v.norm() + probe[head, -1] > 0)
-                    said_all, marked_all = said_all + said, marked_all + marked[head, key - 1].item()
-                    both += said and marked[head, key - 1].item()
-    assert 0 < both < said_all
-    expected = {"precision": both / said_all, "recall": both / marked_all, "sinks": marked_all, "found": said_all}
-    assert agreement(model, probes, pieces[4:], 1.5) == pytest.approx(expected)
+    set_probes(model, probes, pieces[:4], alpha=alpha)
+    count, mass = {"said": 0, "marked": 0, "both": 0}, {"said": 0.0, "marked": 0.0, "both": 0.0}
+    cache = plain(input_ids=pieces[4:], use_cache=True)[runtime.CACHE]
+    for layer, sums in enumerate(eager_sums(plain, pieces[4])):
+        values, probe = cache.layers[layer].values[0].double(), probes[layer].double()
+        for head in range(8):
+            for key in range(1, 13):
+                v, total = values[head // 2, key], sums[head, key - 1].item()
+                said = bool(probe[head, :-2] @ v + probe[head, -2] * v.norm() + probe[head, -1] > 0)
+                marked = total / (length - key) > alpha / length
+                for name, holds in (("said", said), ("marked", marked), ("both", said and marked)):
+                    count[name] += holds
+                    mass[name] += holds * total
+    assert 0 < count["both"] < count["said"]
+    expected = {"sinks": count["marked"], "found": count["said"]}
+    for name, sums in (("", count), ("mass_", mass)):
+        expected[f"{name}precision"] = sums["both"] / sums["said"]
+        expected[f"{name}recall"] = sums["both"] / sums["marked"]
+    assert agreement(model, probes, pieces[4:], alpha) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def test_probes_learn_a_rule_that_values_tell(monkeypatch):
         value = torch.randn(1, 2, n, 6, generator=generator) * torch.rand(1, 2, n, 1, generator=generator)
         along, short = value[0] @ rule > 1, value[0].norm(dim=-1) < 0.3
         marked = torch.stack([along[0], short[0], short[1], torch.zeros(n, dtype=torch.bool)])
-        return value, marked, torch.arange(n) % 3 > 0
+        return value, torch.ones(4, n), marked, torch.arange(n) % 3 > 0
 
     def each_call(model, layers, pieces, alpha, look, progress, label):
         for piece in pieces:
@@ -274,7 +275,7 @@ def test_the_operation_on_a_model_and_its_record(model):
     )
     record = report.data["operations"][0]["record"]
     assert record["beta"] == 0.5
-    assert set(record["agreement"]) == {"precision", "recall", "sinks", "found"}
+    assert set(record["agreement"]) == {"precision", "recall", "mass_precision", "mass_recall", "sinks", "found"}
     parameters = {name: p for name, p in loaded.named_parameters() if "surgery_" in name}
     assert sorted(name.rpartition(".")[2] for name in parameters) == ["surgery_log_beta", "surgery_sink_probe"]
     chosen = (runtime.attention_modules(loaded)[1].surgery_log_beta < 0).nonzero()[:, 0].tolist()

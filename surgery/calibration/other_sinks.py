@@ -2,7 +2,9 @@
 
 ACT finds a head's sinks in its attention map of the whole text: column mean above alpha / N. A cached decode has no
 such map, so the rule is learned here: for each head a probe on a token's own value, by least squares on the rule's
-answers, with the threshold of the best F1.
+answers, with the threshold of the best F1. On texts held back of SmolLM2-135M (512 tokens, alpha 5) the probes find
+60% of the sinks that the rule finds, and 64% of what they find are such: near the threshold the two often differ. Of
+the sinks' attention they find 87%, and 96% of the attention on what they find is on such sinks.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def set_probes(model, probes: dict[int, torch.Tensor], pieces, alpha: float, pro
     grams: dict[int, torch.Tensor] = {}
     moments: dict[int, torch.Tensor] = {}
 
-    def learn(layer: int, value, marked, judged) -> None:
+    def learn(layer: int, value, total, marked, judged) -> None:
         x = probe_features(value[0, :, judged].double())  # [KV heads, judged, features]
         y = marked[:, judged].double().reshape(len(x), -1, x.shape[1])
         grams[layer] = grams.get(layer, 0) + x.mT @ x
@@ -72,7 +74,7 @@ def set_probes(model, probes: dict[int, torch.Tensor], pieces, alpha: float, pro
             probes[layer].copy_(found.flatten(0, 1))
     seen: dict[int, list] = {layer: [] for layer in probes}
 
-    def look(layer: int, value, marked, judged) -> None:
+    def look(layer: int, value, total, marked, judged) -> None:
         seen[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
 
     _each_call(model, probes, pieces, alpha, look, progress, "sinks: thresholds")
@@ -96,26 +98,36 @@ def best_cut(found: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(model, probes: dict[int, torch.Tensor], pieces, alpha: float, progress=None) -> dict:
-    """Precision and recall of the probes against ACT's rule, over all heads of these layers and judged keys."""
-    counts = torch.zeros(3, dtype=torch.long)
+    """Precision and recall of the probes against ACT's rule, over all heads of these layers and judged keys.
 
-    def look(layer: int, value, marked, judged) -> None:
-        said, marked = probe_scores(value, probes[layer])[0, :, judged] > 0, marked[:, judged]
-        counts.add_(torch.stack([(said & marked).sum(), said.sum(), marked.sum()]).cpu())
+    Returns:
+        Both by the count of sinks and by the attention on them (`mass_`), and how many each of the two finds.
+    """
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+
+    def look(layer: int, value, total, marked, judged) -> None:
+        said, marked, total = probe_scores(value, probes[layer])[0, :, judged] > 0, marked[:, judged], total[:, judged]
+        for number, each in enumerate((said & marked, said, marked)):
+            sums[:, number] += torch.stack([each.sum().double(), total[each].sum().double()]).cpu()
 
     _each_call(model, probes, pieces, alpha, look, progress, "sinks: agreement")
-    both, said, marked = counts.tolist()
-    return {"precision": both / max(said, 1), "recall": both / max(marked, 1), "sinks": marked, "found": said}
+    record = {}
+    for name, (both, found, marked) in zip(("", "mass_"), sums.tolist(), strict=True):
+        record |= {
+            f"{name}precision": both / found if found else 0.0,
+            f"{name}recall": both / marked if marked else 0.0,
+        }
+    return record | {"sinks": int(sums[0, 2]), "found": int(sums[0, 1])}
 
 
 def _each_call(model, layers, pieces, alpha: float, look: Callable, progress, label: str) -> None:
-    """Run texts with all heads full; `look(layer, value, marked, judged)` for each of these layers and each text."""
+    """Run texts with all heads full; `look(layer, value, total, marked, judged)` for these layers and each text."""
 
     def attention(module, query, key, value, mask, **kwargs):
         layer = module.layer_idx
         if layer in layers:
             total, _ = received(seen, module, query, key, **kwargs)
-            look(layer, value, *other_sinks(total, seen.windows[layer], alpha))
+            look(layer, value, total, *other_sinks(total, seen.windows[layer], alpha))
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with watched(model, attention, split=True) as seen, torch.no_grad():
