@@ -28,7 +28,7 @@ import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration import first_token
 from surgery.calibration import other_sinks as calibration
-from surgery.calibration.first_token import Trial
+from surgery.calibration.first_token import Trial, gradients
 from surgery.calibration.other_sinks import agreement, best_cut, choose_heads, set_probes
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
@@ -261,6 +261,18 @@ def test_the_heads_that_gain_are_chosen_and_kept_if_they_gain_elsewhere(monkeypa
     best = min(record["tried"], key=lambda trial: trial["fit"])["heads"]
     assert sum((row < 0).sum().item() for row in model.logs) == (best if kept else 0)
     assert all(x in (0.0, pytest.approx(log)) for row in model.logs for x in row.tolist())
+
+
+def test_a_layer_without_any_sink_has_no_slope():
+    model = operated(base("llama"), None, random_terms(base("llama"), "act", 2))
+    modules = runtime.attention_modules(model)
+    with torch.no_grad():
+        modules[1].surgery_sink_probe.zero_()
+    pieces = batch(model, (0,))[0]
+    trial = Trial(model, [module.surgery_log_beta for module in modules], pieces, pieces)
+    first, second = gradients(trial)
+    assert first.abs().max() > 0
+    assert torch.equal(second, torch.zeros(8))
 
 
 # --- the operation --------------------------------------------------------------------------------------------------
