@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 
@@ -295,6 +296,24 @@ def test_the_operation_on_a_model_and_its_record(model):
     assert bool(chosen) == record["kept"]
     assert set(chosen) <= {0, 4}
     assert loaded.training
+
+
+def test_after_a_head_split_saved_and_through_both_doors(surgery, model, tmp_path):
+    split = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 6, "protect_layers": [0]}
+    act = sink("act", beta=0.5, threshold=1.5, exclude=[[1, 3]], **QUICK)
+    (tmp_path / "both.yaml").write_text(json.dumps(recipe(split, act)))
+    done = surgery("apply", "both.yaml", model, "-o", "out", "--no-eval")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
+    assert statuses["loads with trust_remote_code"] == statuses["both doors agree"] == "passed"
+    (_, layer) = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
+    assert layer["parameters"] == {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}
+    assert layer["streaming"] == [0, 1, 2]
+    loaded = package.load(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "again")
+    again = package.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_the_shipped_recipe_plans(surgery, model):

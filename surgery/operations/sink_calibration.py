@@ -176,6 +176,7 @@ class SinkCalibration(Operation):
         elif self.method == "act":
             how = f"{self.beta or BETA:g} of their weight is left, the heads by their slope ({self.objective})"
             line = f"sinks other than the first token in up to {many}: {how}"
+            notes.append("sinks are known by a probe on a token's value; the record says how well it agrees with ACT")
         elif self._fits:
             what = "a key and a value" if self.method == "kv_bias" else f"a logit, value {self.value}"
             line = f"virtual keys in place of the lost first token in {many}: {what}, measured"
