@@ -198,7 +198,7 @@ def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
         named = entry.get("parameters", {})
         terms = {
             "visibility": layer.streaming,
-            "bias": "surgery_log_gamma" in named,
+            "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
             "virtual keys": "surgery_sink_logit" in named,
         }
         for term in (term for term, there in terms.items() if there):

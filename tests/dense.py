@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from surgery.runtime.modeling_surgery import CACHE
 
 LENGTH, PADS = 45, (0, 11, 0, 4)
-KINDS = ["gamma", "logit", "logit and value", "key and value", "stand in", "all"]
+KINDS = ["gamma", "act", "logit", "logit and value", "key and value", "stand in", "all", "act and keys"]
 
 
 def batch(model: PreTrainedModel, pads=PADS, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +72,16 @@ def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
 
     names = {
         "gamma": ["surgery_log_gamma"],
+        "act": ["surgery_log_beta", "surgery_sink_probe"],
         "logit": ["surgery_sink_logit"],
         "logit and value": ["surgery_sink_logit", "surgery_value"],
     }.get(kind, ["surgery_sink_logit", "surgery_key", "surgery_value"])
     names = names + (["surgery_log_gamma"] if kind == "all" else [])
+    names = names + (["surgery_log_beta", "surgery_sink_probe"] if kind == "act and keys" else [])
     made = {
         "surgery_log_gamma": lambda: normal(heads) * 1.5,
+        "surgery_log_beta": lambda: (normal(heads) * 2).clamp(-2.0, 0.0),  # some heads stay as they are
+        "surgery_sink_probe": lambda: normal(heads, size + 2) - torch.eye(size + 2)[-1],
         "surgery_sink_logit": lambda: normal(heads, m),
         "surgery_key": lambda: normal(kv_heads, m, size),
         "surgery_value": lambda: normal(kv_heads, m, size),
@@ -127,6 +131,15 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
         values = [value.repeat_interleave(group, 1)]
         if "surgery_log_gamma" in named:
             columns[0] = columns[0] + (j == first) * named["surgery_log_gamma"][:, None, None]
+        if "surgery_log_beta" in named:
+            probe, beta = named["surgery_sink_probe"][:, None], named["surgery_log_beta"].exp()[:, None, None]
+            marks = (values[0] * probe[..., :-2]).sum(-1) + values[0].norm(dim=-1) * probe[..., -2] + probe[
+                ..., -1
+            ] > 0
+            sinks = marks[:, :, None] & (j != first) & seen
+            weights = columns[0].masked_fill(~seen, -1e300).softmax(-1)
+            share = (weights * sinks).sum(-1, keepdim=True).clamp(max=0.9)
+            columns[0] = columns[0] + sinks * (beta * (1 - share) / (1 - beta * share)).log()
 
         def add(logits, more, shown):
             columns.append(logits.expand(*seen.shape[:3], -1))

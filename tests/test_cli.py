@@ -15,7 +15,7 @@ from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
 SHIPPED = {"duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mqa"}
-SHIPPED |= {"prune-heads", "streaming", "zero-tuning"}
+SHIPPED |= {"prune-heads", "streaming", "zero-tuning", "act"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

@@ -45,6 +45,7 @@ def test_through_the_command(surgery, split, model):
     assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py"} | {
         "surgery_heads.py",
         "surgery_masks.py",
+        "surgery_sinks.py",
         "surgery_stores.py",
         "surgery_terms.py",
     }

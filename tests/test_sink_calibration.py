@@ -13,7 +13,7 @@ from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.calibration import first_token
+from surgery.calibration import first_token, virtual_keys
 from surgery.calibration.first_token import Trial, first_tokens, search_gammas
 from surgery.errors import SurgeryError
 from surgery.scoring import load_model, read_tokenizer
@@ -44,7 +44,8 @@ def test_a_fixed_gamma_on_some_heads_and_a_fixed_logit_on_others(family):
     base = TINY[family]().eval()
     model = copy.deepcopy(base)
     split = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 5}
-    steps = [sink("zero_tuning", gamma=3, layers=[1], heads=[2, 7]), sink("learned", logit=1.5, heads=[0, 7])]
+    only = {"layers": [1], "heads": [2, 5, 7], "exclude": [[1, 5]]}
+    steps = [sink("zero_tuning", gamma=3, **only), sink("learned", logit=1.5, heads=[0, 7])]
     package.apply(recipe(split, *steps), model)
     log_gamma, logit = torch.zeros(8), torch.full((8, 1), -1e4)
     log_gamma[[2, 7]], logit[[0, 7]] = math.log(3), 1.5
@@ -103,7 +104,7 @@ def test_a_fit_puts_what_was_measured_in_place_of_the_first_token(model, monkeyp
     """On heads that lost it and nowhere else; kept, and refused where it is no better than nothing."""
     tokenizer, measured = read_tokenizer(model), []
     monkeypatch.setattr(
-        first_token, "first_tokens", lambda *args: measured.append(first_tokens(*args)) or measured[-1]
+        virtual_keys, "first_tokens", lambda *args: measured.append(first_tokens(*args)) or measured[-1]
     )
     changes = {True: -1.0, False: 0.0}
     for method, kept in (("kv_bias", True), ("learned", True), ("learned", False)):
@@ -288,6 +289,10 @@ def test_recipes(surgery, model, name):
         (["layers=[-1]"], ["layers"]),
         (["heads=[9]"], ["heads [9]", "query heads 0 to 8"]),
         (["heads=[]"], ["must not be empty"]),
+        (["exclude=[[2,0]]"], ["exclude [[2, 0]]", "no such"]),
+        (["exclude=[[0,9]]"], ["exclude [[0, 9]]", "no such"]),
+        (["exclude=[[0]]"], ["exclude"]),
+        (["layers=[1]", "heads=[3]", "exclude=[[1,3]]"], ["leaves no head"]),
         (["method=learned"], ["these heads see it", "sinks: 0"]),
         (["method=kv_bias", "gamma=2"], ["gamma is for method: zero_tuning"]),
         (["method=kv_bias", "logit=2"], ["logit is for method: learned"]),

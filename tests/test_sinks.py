@@ -111,13 +111,14 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["all", "act"])
 @pytest.mark.parametrize("sinks", SPLITS.values(), ids=SPLITS)
 @torch.no_grad()
-def test_identity(bases, family, sinks):
+def test_identity(bases, family, kind, sinks):
     """What a fresh parameter holds changes nothing, cached and not, alone and left-padded."""
     base = bases[family]
     plain, model = copy.deepcopy(base), copy.deepcopy(base)
-    tensors, none = random_terms(base, "all", 0), [{}, {}]
+    tensors, none = random_terms(base, kind, 0), [{}, {}]
     runtime.patch(plain, {"layers": entries(base, sinks, none, False)})
     runtime.patch(model, {"layers": entries(base, sinks, tensors, False)})
     ids, mask = batch(base)
@@ -217,7 +218,10 @@ def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
 def test_saved_files_through_both_doors(bases, tmp_path):
     import surgery
 
-    models = {tmp_path / name: operated(bases[name], 0, random_terms(bases[name], "all", 5)) for name in FAMILIES}
+    kinds = dict.fromkeys(FAMILIES, "all") | {"gpt_oss": "act and keys"}
+    models = {
+        tmp_path / name: operated(bases[name], 0, random_terms(bases[name], kinds[name], 5)) for name in FAMILIES
+    }
     for folder, model in models.items():
         model.save_pretrained(folder)
     for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
@@ -261,6 +265,13 @@ def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):
         ({"parameters": {"surgery_sink_logit": [8, 1], "surgery_value": [8, 1, 8]}}, r"it is \[4, 1, 8\]"),
         ({"parameters": {"surgery_log_gamma": [8]}, "stand_in": True}, "stand_in"),
         ({"parameters": []}, "other parameters"),
+        ({"parameters": {"surgery_log_beta": [8]}}, "without the other"),
+        ({"parameters": {"surgery_sink_probe": [8, 10]}}, "without the other"),
+        ({"parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 8]}}, r"it is \[8, 10\]"),
+        (
+            {"parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 10], "surgery_log_gamma": [8]}},
+            "one bias",
+        ),
     ],
 )
 def test_a_block_edited_by_hand_is_refused(bases, entry, says):

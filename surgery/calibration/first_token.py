@@ -136,7 +136,7 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     elif groups == "uniform":
         steps = [[masks]]
     else:
-        slopes = [slope * mask for slope, mask in zip(_slopes(trial), masks, strict=True)]
+        slopes = [slope * mask for slope, mask in zip(gradients(trial), masks, strict=True)]
         sides = [[(side * slope < 0).float() * side for slope in slopes] for side in (1, -1)]
         steps = [[*sides, [up + down for up, down in zip(*sides, strict=True)]]]
         grid = sorted({max(gamma, 1 / gamma) for gamma in grid})
@@ -162,11 +162,12 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     return {"tried": tried} | trial.settle(best)
 
 
-def _slopes(trial: Trial) -> list[torch.Tensor]:
+def gradients(trial: Trial) -> list[torch.Tensor]:
     """Gradient of the objective by each parameter, mean over the texts of `fit`."""
     total = [torch.zeros_like(parameter) for parameter in trial.parameters]
     for piece in trial.fit:
-        found = torch.autograd.grad(objective(trial.model, piece, trial.kind), trial.parameters)
+        loss = objective(trial.model, piece, trial.kind)
+        found = torch.autograd.grad(loss, trial.parameters, materialize_grads=True)  # 0: of nothing in this text
         total = [old + new for old, new in zip(total, found, strict=True)]
     return total
 

@@ -1,7 +1,8 @@
-"""Calibrate the attention sink: another weight for the first token, or virtual keys beside it or in its place.
+"""Calibrate the attention sinks: another weight for the first token or for others, or virtual keys in its place.
 
-Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); gpt_oss's learned sinks (learned); Sun et al.
-2024, "Massive Activations in Large Language Models", arXiv 2402.17762 (kv_bias: explicit k' and v').
+Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); Yu et al. 2024, "Hidden Attention Sinks", arXiv
+2406.15765 (act); gpt_oss's learned sinks (learned); Sun et al. 2024, "Massive Activations in Large Language Models",
+arXiv 2402.17762 (kv_bias: explicit k' and v').
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(gt=0, le=1)]
+BETA, THRESHOLD = 0.4, 5.0  # ACT's own
 
 
 class SinkCalibration(Operation):
-    """One term of one method: a bias on the first token's score, or one virtual key for each head."""
+    """One term of one method: a bias on the first token's score or other sinks', or one virtual key for each head."""
 
     summary: ClassVar[str] = (
-        "Another weight for the first token (ZeroTuning), or virtual keys: learned sinks, k' and v'."
+        "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
     limits: ClassVar[tuple[str, ...]] = (
         "The sink was calibrated on the calibration part of one text; a setting is kept only where it is better on "
@@ -34,12 +37,15 @@ class SinkCalibration(Operation):
     )
 
     op: Literal["sink_calibration"] = "sink_calibration"
-    method: Literal["zero_tuning", "learned", "kv_bias"] = Field(
-        description="zero_tuning: first token's weight times gamma; learned: a logit, with a value or none; "
-        "kv_bias: a key and a value."
+    method: Literal["zero_tuning", "act", "learned", "kv_bias"] = Field(
+        description="zero_tuning: first token's weight times gamma; act: other sinks' weight times beta; learned: a "
+        "logit, with a value or none; kv_bias: a key and a value."
     )
     layers: list[Whole] | None = Field(None, description="Layers that are changed; default all.")
     heads: list[Whole] | None = Field(None, description="Query heads that are changed in these layers; default all.")
+    exclude: list[Annotated[list[Whole], Field(min_length=2, max_length=2)]] = Field(
+        [], description="Pairs [layer, query head] that stay as they are."
+    )
     gamma: Gamma | None = Field(None, description="zero_tuning: the same for all these heads; default: searched.")
     groups: Literal["uniform", "layers", "heads"] = Field(
         "heads",
@@ -48,6 +54,13 @@ class SinkCalibration(Operation):
     grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
+    )
+    beta: Beta | None = Field(
+        None,
+        description=f"act: what is left of the weight on other sinks, in heads that gain from it; default {BETA}.",
+    )
+    threshold: Gamma | None = Field(
+        None, description=f"act: a sink's mean weight is above this / N tokens; default {THRESHOLD:g}."
     )
     start: Literal["fit", "identity"] = Field(
         "fit",
@@ -64,11 +77,16 @@ class SinkCalibration(Operation):
 
     @property
     def term(self) -> str:  # type: ignore[override]
-        return "bias" if self.method == "zero_tuning" else "virtual keys"
+        return "bias" if self.method in ("zero_tuning", "act") else "virtual keys"
 
     @property
     def _fits(self) -> bool:
-        return self.method != "zero_tuning" and self.start == "fit" and self.logit is None
+        return self.term == "virtual keys" and self.start == "fit" and self.logit is None
+
+    @property
+    def _measures(self) -> bool:
+        open_setting = {"zero_tuning": self.gamma is None, "act": self.beta != 1}
+        return open_setting.get(self.method, self._fits)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := unsupported(anatomy):
@@ -76,14 +94,24 @@ class SinkCalibration(Operation):
         found, count = [], len(anatomy.layers)
         if wrong := [layer for layer in self.layers or [] if layer >= count]:
             found.append(f"layers {wrong}: there are layers 0 to {count - 1}")
-        for names in (query_names(anatomy.layers[i]) for i in self._layers(anatomy) if i < count):
+        chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
+        for names in map(query_names, chosen):
             if wrong := [head for head in self.heads or [] if head not in names]:
                 found.append(f"heads {wrong}: a layer has query heads {shown_names(names)}")
                 break
         if [] in (self.layers, self.heads):
             found.append("layers and heads must not be empty; leave them out for all")
+        layers = dict(enumerate(anatomy.layers))
+        if wrong := [
+            pair for pair in self.exclude if pair[0] not in layers or pair[1] not in query_names(layers[pair[0]])
+        ]:
+            found.append(f"exclude {wrong}: there are no such layers and query heads")
+        if not found and not any(map(self._heads, chosen)):
+            found.append("exclude leaves no head")
         if self.gamma is not None and self.method != "zero_tuning":
             found.append(f"gamma is for method: zero_tuning, not {self.method}")
+        if (self.beta, self.threshold) != (None, None) and self.method != "act":
+            found.append(f"beta and threshold are for method: act, not {self.method}")
         if self.logit is not None and (self.method != "learned" or self.start == "identity"):
             found.append("logit is for method: learned with start: fit alone")
         if not found:
@@ -124,7 +152,8 @@ class SinkCalibration(Operation):
 
     def _heads(self, layer: LayerAnatomy) -> list[int]:
         """The places of the chosen query heads in a layer; they are chosen by the base's numbers."""
-        return [place for place, name in enumerate(query_names(layer)) if self.heads is None or name in self.heads]
+        chosen = (name for name in query_names(layer) if self.heads is None or name in self.heads)
+        return [query_names(layer).index(name) for name in chosen if [layer.index, name] not in self.exclude]
 
     def _lost(self, layer: LayerAnatomy) -> list[int]:
         """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
@@ -146,7 +175,7 @@ class SinkCalibration(Operation):
     def plan(self, anatomy: Anatomy) -> Change:
         targets = self._targets(anatomy)
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
-        notes, measured = [], self._fits or (self.method == "zero_tuning" and self.gamma is None)
+        notes = []
         if self.method == "zero_tuning":
             how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {self.objective})"
             line = f"the first token's weight in {many}: {how}"
@@ -154,34 +183,49 @@ class SinkCalibration(Operation):
                 notes.append(
                     "where the base itself has a sliding window, the first token is weighted while it is seen"
                 )
+        elif self.method == "act":
+            how = f"{self.beta or BETA:g} of their weight is left, the heads by their slope ({self.objective})"
+            line = f"sinks other than the first token in up to {many}: {how}"
+            notes.append("sinks are known by a probe on a token's value; the record says how well it agrees with ACT")
         elif self._fits:
             what = "a key and a value" if self.method == "kv_bias" else f"a logit, value {self.value}"
             line = f"virtual keys in place of the lost first token in {many}: {what}, measured"
         else:
             logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
             line = f"a virtual key {logit} in {many} ({self.method})"
-        if measured:
+        if self._measures:
             notes.append("a setting that is no better than none on text held back is not kept; the record says so")
-        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=measured)
+        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
+        from ..calibration.other_sinks import calibrate_sinks
+        from ..calibration.virtual_keys import fit_virtual_keys, set_logit
         from ..runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
         if problems := self._problems_of_visibility(anatomy):
             raise SurgeryError(f"sink_calibration: {problems[0]}", where=type(model).__name__)
         targets = self._targets(anatomy)
-        pieces = None
-        if self._fits or (self.method == "zero_tuning" and self.gamma is None):
-            pieces = self._pieces(model, context)
+        pieces = self._pieces(model, context) if self._measures else None
         try:
             patch(model, {"layers": [self._entry(layer, targets) for layer in anatomy.layers]})
         except ValueError as error:
             raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
         if self.method == "zero_tuning":
             return self._weigh(model, targets, pieces, context)
-        return self._stand_in(model, anatomy, targets, pieces, context)
+        if self.method == "act":
+            record = {"method": self.method, "beta": self.beta or BETA, "threshold": self.threshold or THRESHOLD}
+            if pieces is not None:  # else beta is 1
+                given = {"beta": record["beta"], "alpha": record["threshold"], "objective": self.objective}
+                record |= calibrate_sinks(model, targets, pieces, **given, progress=context.progress)
+            return record
+        record = {"method": self.method, "start": self.start}
+        if self._fits:
+            return record | fit_virtual_keys(model, anatomy, targets, pieces, context.progress)
+        if self.logit is not None:
+            set_logit(model, targets, self.logit)
+        return record | {"logit": self.logit}
 
     def _pieces(self, model, context: Context):
         from ..calibration.sequences import fitting_length
@@ -202,6 +246,9 @@ class SinkCalibration(Operation):
             return {}
         if self.method == "zero_tuning":
             return {"parameters": {"surgery_log_gamma": [layer.heads]}}
+        if self.method == "act":
+            probe = [layer.heads, layer.head_dim + 2]  # for a value, its norm, and 1
+            return {"parameters": {"surgery_log_beta": [layer.heads], "surgery_sink_probe": probe}}
         shapes = {"surgery_sink_logit": [layer.heads, 1]}
         if self.method == "kv_bias" or (self._fits and self.value == "fit"):
             shapes["surgery_value"] = [layer.kv_heads, 1, layer.head_dim]
@@ -231,32 +278,3 @@ class SinkCalibration(Operation):
                 record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
         gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}
         return {"method": self.method, **record, "gamma": gammas}
-
-    def _stand_in(self, model, anatomy: Anatomy, targets: dict[int, list[int]], pieces, context: Context) -> dict:
-        """Set virtual keys, fitted, fixed or as they are; a record."""
-        import torch
-
-        from ..calibration.first_token import Trial, first_tokens, frozen, parameters_of
-
-        names = ("surgery_sink_logit", "surgery_key", "surgery_value")
-        logits, keys, values = (parameters_of(model, name) for name in names)
-        record: dict[str, Any] = {"method": self.method, "start": self.start}
-        if not self._fits:
-            if self.logit is not None:
-                with torch.no_grad():
-                    for layer, heads in targets.items():
-                        logits[layer][heads] = self.logit
-            return record | {"logit": self.logit}
-        reach = [layer.streaming_window if layer.index in targets else 0 for layer in anatomy.layers]
-        seen = first_tokens(model, pieces[::2], reach, context.progress)
-        every = [table[layer] for layer in targets for table in (logits, keys, values) if layer in table]
-        settings = []
-        trial = Trial(model, every, pieces[::2], pieces[1::2])
-        for layer, heads in targets.items():
-            logit = logits[layer].detach().clone()
-            logit[heads, 0] = 0.0 if self.method == "kv_bias" else seen[layer].score[heads].to(logit)
-            settings.append(logit)
-            settings += [seen[layer].key[:, None]] if layer in keys else []
-            settings += [seen[layer].value[:, None]] if layer in values else []
-        with frozen(model, []):
-            return record | trial.settle(settings)

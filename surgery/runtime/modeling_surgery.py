@@ -39,6 +39,7 @@ FILES = (
     "surgery_cache.py",
     "surgery_heads.py",
     "surgery_masks.py",
+    "surgery_sinks.py",
     "surgery_stores.py",
     "surgery_terms.py",
 )

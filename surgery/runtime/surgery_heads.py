@@ -30,7 +30,14 @@ TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
 KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in"}
 # Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
-IDENTITY = {"surgery_log_gamma": 0.0, "surgery_sink_logit": -1e4, "surgery_key": 0.0, "surgery_value": 0.0}
+IDENTITY = {
+    "surgery_log_gamma": 0.0,
+    "surgery_log_beta": 0.0,
+    "surgery_sink_probe": 0.0,
+    "surgery_sink_logit": -1e4,
+    "surgery_key": 0.0,
+    "surgery_value": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -235,12 +242,17 @@ def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
         return f"gives surgery_sink_logit the shape {logit}; it is [{heads}, virtual keys]"
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     right = {"surgery_log_gamma": [heads], "surgery_sink_logit": [heads, logit[1]]}
+    right |= {"surgery_log_beta": [heads], "surgery_sink_probe": [heads, size + 2]}
     right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
     for name, shape in named.items():
         if not _numbers(shape, 1) or shape != right[name]:
             return f"gives {name} the shape {shape}; it is {right[name]}"
         if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
             return f"has {name} without surgery_sink_logit"
+    if ("surgery_log_beta" in named) != ("surgery_sink_probe" in named):
+        return "has one of surgery_log_beta and surgery_sink_probe without the other"
+    if {"surgery_log_gamma", "surgery_log_beta"} <= set(named):
+        return "has surgery_log_gamma and surgery_log_beta: a layer has one bias"
     stand_in = layer.get("stand_in", False)
     if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
         return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"

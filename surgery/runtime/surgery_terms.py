@@ -1,10 +1,11 @@
-"""Terms that are added to the scores of attention: a bias on a row's first token, and virtual keys.
+"""Terms that are added to the scores of attention: a bias on a row's first token or other sinks, and virtual keys.
 
 A softmax over some keys is known by its output and its log-sum-exp. From these two, the output with one key weighted
 anew, or with more keys, follows in closed form; no attention matrix is held.
 
     weight of the first token times gamma    out' = (out + (gamma - 1) a v) / (1 + (gamma - 1) a), a its weight in out
     m more keys                              out' = w_0 out + sum over them of w_j v'_j, w = softmax([lse, logits])
+    other sinks' weight times beta           surgery_sinks.py
 
 Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (gamma); gpt_oss's learned sinks (a logit without a value);
 Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
@@ -13,10 +14,12 @@ Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .surgery_heads import IDENTITY, HeadKinds
+from .surgery_sinks import scale_sinks
 from .surgery_stores import KeyValues
 
 
@@ -69,6 +72,7 @@ class Terms:
 
     Attributes:
         log_gamma: [heads], of the weight of the row's first real token.
+        log_beta, probe: [heads] and [heads, features], of the weight of other sinks, and which keys those are.
         logit: [heads, m], added to the scores of m virtual keys.
         key, value: [KV heads, m, head_dim]. A virtual key is scored against the query as it comes, after RoPE: it
             stands at position 0, and its score drifts with distance as that of the first token does. Without keys
@@ -78,6 +82,8 @@ class Terms:
     """
 
     log_gamma: torch.Tensor | None = None
+    log_beta: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
     logit: torch.Tensor | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
@@ -93,14 +99,17 @@ class Terms:
         """
         first = _FirstToken(view, pad, query.shape[2]) if self.log_gamma is not None or self.stand_in else None
         wide = lse.dtype
+        score = partial(scores, scale=scale, softcap=softcap, dtype=wide)
+        if self.log_beta is not None:
+            out, lse = scale_sinks(out, lse, query, view, pad, score, self.probe, self.log_beta.to(wide))
         if self.log_gamma is not None:
-            logit = scores(query, first.key, scale, softcap, wide)[..., 0]
+            logit = score(query, first.key)[..., 0]
             value = first.value.repeat_interleave(query.shape[1] // first.value.shape[1], dim=1)
             out, lse = scale_key(out, lse, logit, value, self.log_gamma.to(wide)[:, None], first.seen)
         if self.logit is not None:
             logits = self.logit.to(wide)[:, None]  # [heads, 1, m]
             if self.key is not None:
-                logits = logits + scores(query, self.key[None], scale, softcap, wide)
+                logits = logits + score(query, self.key[None])
             logits = logits.expand(*lse.shape, -1)
             if self.stand_in:
                 logits = logits.masked_fill(first.seen[..., None], -torch.inf)

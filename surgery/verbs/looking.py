@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SurgeryError
-from .options import Json, ModelName, RecipeName, emit
+from .options import Json, ModelName, Quiet, RecipeName, emit
 
 
 def ls(as_json: Json = False) -> None:
@@ -50,16 +50,33 @@ def inspect(
         bool, typer.Option("--heads", help="The map of KV heads: which stream, what they scored.")
     ] = False,
     scores: Annotated[Path | None, typer.Option(metavar="FILE", help="With --heads: a score file's map.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --heads: draw it.")] = None,
+    sinks: Annotated[
+        bool, typer.Option("--sinks", help="The attention sinks: the model is loaded and measured on text.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="With --sinks: builtin (default), or a UTF-8 text file.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="With --sinks: pieces of text; default 8.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="With --sinks: tokens in each; default 512.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --heads or --sinks: draw it.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a model's attention, and which recipes fit it."""
     from ..api import anatomy_of, fitting_recipes
 
+    of_text = {"text": text, "samples": samples, "length": length}
+    of_text = {name: value for name, value in of_text.items() if value is not None}
+    if heads and sinks:
+        raise SurgeryError("--heads and --sinks are two maps", fix="ask for one at a time")
+    if of_text and not sinks:
+        raise SurgeryError("--text, --samples and --length are of the attention sinks", fix="add --sinks")
+    if scores and not heads:
+        raise SurgeryError("--scores is of the map of KV heads", fix="add --heads")
+    if plot and not (heads or sinks):
+        raise SurgeryError("--plot draws the map of KV heads or of attention sinks", fix="add --heads or --sinks")
     if heads:
         return _inspect_heads(model, scores, plot, as_json)
-    if scores or plot:
-        raise SurgeryError("--scores and --plot are of the map of KV heads", fix="add --heads")
+    if sinks:
+        return _inspect_sinks(model, of_text, plot, as_json, quiet)
     facts = anatomy_of(model)
     fits = fitting_recipes(facts)
     if as_json:
@@ -81,6 +98,24 @@ def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: 
     if as_json:
         return emit(shown.to_dict())
     heads.show(shown)
+    heads.written(drawn)
+
+
+def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, quiet: bool) -> None:
+    from .. import pictures
+    from ..display import heads, progress_bar
+    from ..display import sinks as show
+
+    if plot:
+        pictures.ready(plot)
+    from ..calibration.sink_survey import survey_sinks
+
+    with progress_bar(quiet or as_json) as progress:
+        found, facts = survey_sinks(model, progress=progress, **of_text)
+    drawn = [show.draw(found, plot, facts["model"])] if plot else []
+    if as_json:
+        return emit(facts | found.to_dict())
+    show.show(found, facts)
     heads.written(drawn)
 
 

@@ -1,0 +1,127 @@
+"""Sinks other than the first token, and less weight for them (ACT): in closed form, no attention matrix is held.
+
+A sink is known by its own value, so that it is the same token whether a text comes at once, in chunks or token by
+token: token j is a sink of query head h if `probe_h . (v_j, |v_j|, 1) > 0`. The probes were calibrated once (ACT looks
+at a whole attention map of each text, which no cached decode has). With a the weight that a query gives to all the
+sinks it sees, and p their part of the output, the sum of a_j v_j,
+
+    out' = (out - p) (1 - beta a) / (1 - a) + beta p
+
+gives them beta a, and the rest to its other keys in proportion. As a bias on the sinks' scores this is
+log(beta (1 - a) / (1 - beta a)), another one for each query.
+
+Source: Yu et al. 2024, "Unveiling and Harnessing Hidden Attention Sinks", arXiv 2406.15765.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .surgery_stores import KeyValues
+
+MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to: its bias is that of a row with so much
+ROWS = 256  # queries whose scores with the sinks are held at once
+
+
+def scale_share(out, lse, share, part, log_beta):
+    """Attention in which some keys together get beta times their weight, and the others the rest in proportion.
+
+    Half-precision `out` was rounded, which is enlarged by (1 - beta a) / (1 - a), at most 10.
+
+    Args:
+        out: [..., n, d], the softmax's output. lse: [..., n], its log-sum-exp, -inf for a row that sees nothing.
+        share: [..., n], a: the weight of these keys in `out`, 0 to 1; above `MOST` the bias is that of `MOST`.
+        part: [..., n, d], the sum of their weights times their values.
+        log_beta: log of beta, at most 0; broadcast to [..., n].
+
+    Returns:
+        The new output and log-sum-exp.
+    """
+    more = torch.expm1(log_beta) / (1 - log_beta.exp() * share.clamp(max=MOST))  # e ** bias, less 1
+    total = 1 + more * share
+    return (out + more[..., None] * part) / total[..., None], lse + total.log()
+
+
+def scale_sinks(out, lse, query, view: KeyValues, pad, scores, probe, log_beta):
+    """The output and log-sum-exp with beta times the weight on the sinks of each head.
+
+    Args:
+        out, lse: of `query` [batch, heads, n, head_dim] on the keys of `view`.
+        pad: [batch], slots before each row's first real token, or None for none.
+        scores: of queries and keys, scaled and capped: ([batch, heads, n, d], [batch, heads, m, d]) -> [..., n, m].
+        probe: [heads, features]. log_beta: [heads].
+    """
+    batch, heads, length, size = query.shape
+    wanted = log_beta < 0
+    if torch.is_grad_enabled() and log_beta.requires_grad:  # heads at beta = 1 have a gradient, too
+        wanted = torch.ones_like(wanted)
+    keys, values, position, lasting, usable = _keys(view, pad)
+    marked = (probe_scores(values, probe) > 0) & usable[:, None] & wanted[:, None]
+    most = int(marked.sum(-1).max())
+    if not most:
+        return out, lse
+    index = marked.int().topk(most, dim=-1).indices  # [batch, heads, m]
+    flat = index.reshape(batch, keys.shape[1], -1, 1).expand(-1, -1, -1, size)
+    keys, values = (part.gather(2, flat).reshape(batch, heads, most, size) for part in (keys, values))
+    position = position[:, None].expand(batch, heads, -1).gather(2, index)[:, :, None]
+    lasting, marked = lasting[index][:, :, None], marked.gather(2, index)[:, :, None]
+    start = 0 if pad is None else pad.long()[:, None]
+    at = torch.arange(view.end - length, view.end, device=query.device) - start  # [n] or [batch, n]
+    at = at.expand(batch, -1)[:, None, :, None]
+    log_beta, parts = log_beta.clamp(max=0.0)[:, None], []
+    for begin in range(0, length, ROWS):
+        here = slice(begin, begin + ROWS)
+        distance = at[:, :, here] - position
+        seen = marked & (distance >= 0) & (lse[:, :, here, None] > -torch.inf)
+        if view.visibility.limit is not None:
+            seen = seen & (distance < view.visibility.limit)
+        if view.visibility.window is not None:
+            seen = seen & (lasting | (distance < view.visibility.window))
+        logits = scores(query[:, :, here], keys) - lse[:, :, here, None]
+        weights = logits.masked_fill(~seen, -torch.inf).exp()
+        share = weights.sum(-1).clamp(max=1.0)  # rounding may put it above
+        part = weights @ values.to(weights.dtype)
+        parts.append(scale_share(out[:, :, here], lse[:, :, here], share, part, log_beta))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def probe_features(values) -> torch.Tensor:
+    """What is looked at of each token: its value, the value's norm, and 1; [..., head_dim + 2], float32 or wider."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.cat([values, values.norm(dim=-1, keepdim=True), torch.ones_like(values[..., :1])], dim=-1)
+
+
+def probe_scores(values, probe) -> torch.Tensor:
+    """How much each token is a sink: above 0, it is one.
+
+    Args:
+        values: [batch, KV heads, K, head_dim].
+        probe: [heads, head_dim + 2].
+
+    Returns:
+        [batch, heads, K].
+    """
+    features = probe_features(values)
+    return (probe.to(features).reshape(values.shape[1], -1, features.shape[-1]) @ features.mT).flatten(1, 2)
+
+
+def _keys(view: KeyValues, pad) -> tuple:
+    """All keys of a view with what is known of them.
+
+    Returns:
+        Keys and values [batch, KV heads, K, head_dim]; their positions, long [1 or batch, K]; which are seen however
+        far they are (kept first tokens), bool [K]; which hold a real token other than the first, bool [1 or batch, K].
+    """
+    device, sinks = view.keys.device, view.visibility.sinks
+    slots = view.store.slots(view.keys.device) if view.ring else torch.arange(view.start, view.end, device=device)
+    start = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad.long()
+    position = slots - start[:, None]
+    usable = (slots >= 0) & (position >= max(sinks, 1))
+    lasting = torch.arange(sinks + len(slots), device=device) < sinks
+    if not sinks:
+        return view.keys, view.values, position, lasting, usable
+    first = torch.arange(sinks, device=device).expand(len(position), -1)
+    keys = torch.cat([view.sink_keys, view.keys], dim=2)
+    values = torch.cat([view.sink_values, view.values], dim=2)
+    return keys, values, torch.cat([first, position], -1), lasting, torch.cat([first > 0, usable], -1)
