@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .anatomy import Anatomy
+from .calibration.resumable import SUFFIX
 from .carried import carry_files
 from .checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
 from .engines import LayerStream, rewrite_steps
@@ -72,6 +73,8 @@ def convert(
                 records=records,
             )
             data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
+            for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
+                state.unlink()
             Report(data, partial).save()
     return Report.of(out.out), base
 
@@ -197,7 +200,7 @@ def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
-        operation.apply(model, Context(change, before, progress, tokenizer))
+        operation.apply(model, Context(change, before, progress, tokenizer, partial))
         for operation, before, change in _in_turn(plan.steps, Anatomy.of(model), model)
     ]
     with quiet_in_pipes():

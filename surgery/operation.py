@@ -7,6 +7,7 @@ yours under the entry-point group `surgery.operations`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -41,12 +42,16 @@ class Change:
 
 @dataclass
 class Context:
-    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer."""
+    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
+
+    `folder`: where a long measurement may keep files that end in ".state", from which a run that was stopped goes on.
+    """
 
     change: Change
     before: Anatomy
     progress: Any = None
     tokenizer: Any = None
+    folder: Path | None = None
 
 
 class Operation(BaseModel):

@@ -79,7 +79,7 @@ def line_of(lines: dict, path: tuple, where: str) -> str:
 def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
     """A recipe file that somebody else wrote may not name files outside the working folder."""
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
-    keys = ("scores", "text", "calibration_text")
+    keys = ("scores", "text", "calibration_text", "labelled")
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
     for number, step in enumerate(steps if isinstance(steps, list) else []):
         named |= {("operations", number, key): step for key in keys if isinstance(step, dict)}

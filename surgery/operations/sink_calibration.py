@@ -6,6 +6,7 @@ Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); gpt_oss'
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FEWEST = 8  # questions: half of them are held back
 
 
 class SinkCalibration(Operation):
@@ -47,6 +49,12 @@ class SinkCalibration(Operation):
     grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
+    )
+    labelled: str | None = Field(
+        None,
+        min_length=1,
+        description="zero_tuning, searched: a JSONL file of questions (prompt, choices, answer) in place of text; "
+        "what is lowered is -log of the right choice's share, and every second question is held back.",
     )
     start: Literal["fit", "identity"] = Field(
         "fit",
@@ -85,9 +93,28 @@ class SinkCalibration(Operation):
             found.append(f"gamma is for method: zero_tuning, not {self.method}")
         if self.logit is not None and (self.method != "learned" or self.start == "identity"):
             found.append("logit is for method: learned with start: fit alone")
+        if self.labelled is not None:
+            found += self._problems_of_labelled()
         if not found:
             found += self._problems_of_visibility(anatomy)
         return [f"sink_calibration: {problem}" for problem in found]
+
+    def _problems_of_labelled(self) -> list[str]:
+        """Why the file of questions cannot be searched on."""
+        from ..evaluation.choices import read_questions
+
+        found = []
+        if self.method != "zero_tuning" or self.gamma is not None:
+            found.append("labelled is for method: zero_tuning whose gamma is searched")
+        if self.objective != "ce":
+            found.append(f"labelled has an objective of its own: leave out objective: {self.objective}")
+        try:
+            if (count := len(read_questions(self.labelled))) < FEWEST:
+                found.append(f"labelled: {self.labelled} has {count} questions; at least {FEWEST} are needed")
+        except SurgeryError as error:
+            each = [f"labelled: {fault.where}: {fault.what}" for fault in (error, *error.others)]
+            found += [f"{each[0]}; {error.fix}" if error.fix else each[0], *each[1:]]
+        return found
 
     def _problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
         """Why the chosen heads and the first token do not go together."""
@@ -142,7 +169,8 @@ class SinkCalibration(Operation):
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
         notes, measured = [], self._fits or (self.method == "zero_tuning" and self.gamma is None)
         if self.method == "zero_tuning":
-            how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {self.objective})"
+            aim = f"answers of {Path(self.labelled).name}" if self.labelled else self.objective
+            how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {aim})"
             line = f"the first token's weight in {many}: {how}"
             if any(anatomy.layers[i].window for i in targets):
                 notes.append(
@@ -155,7 +183,8 @@ class SinkCalibration(Operation):
             logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
             line = f"a virtual key {logit} in {many} ({self.method})"
         if measured:
-            notes.append("a setting that is no better than none on text held back is not kept; the record says so")
+            what = "questions" if self.labelled else "text"
+            notes.append(f"a setting that is no better than none on {what} held back is not kept; the record says so")
         return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=measured)
 
     def apply(self, model, context: Context) -> dict:
@@ -180,13 +209,19 @@ class SinkCalibration(Operation):
     def _pieces(self, model, context: Context):
         from ..calibration.sequences import fitting_length
         from ..calibration.text import load_text, windows
+        from ..evaluation.choices import encode, read_questions
+        from ..evaluation.choosing import refuse_unfit
 
         if context.tokenizer is None:
             raise SurgeryError(
-                "calibration text needs the tokenizer",
+                "calibration needs the tokenizer",
                 where="sink_calibration",
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
             )
+        if self.labelled is not None:
+            questions = encode(context.tokenizer, read_questions(self.labelled))
+            refuse_unfit({type(model).__name__: model.config}, questions)
+            return questions
         length = fitting_length(model, self.calibration_length)
         return windows(load_text(self.text, "calibration"), context.tokenizer, length, self.calibration_samples)
 
@@ -207,7 +242,8 @@ class SinkCalibration(Operation):
         """Set or search gamma; a record."""
         import torch
 
-        from ..calibration.first_token import Trial, frozen, parameters_of, search_gammas
+        from ..calibration.first_token import LABELLED, Trial, frozen, parameters_of, search_gammas
+        from ..calibration.resumable import SUFFIX, Found
 
         found = parameters_of(model, "surgery_log_gamma")
         masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
@@ -220,7 +256,10 @@ class SinkCalibration(Operation):
             record = {}
         else:
             parameters = [found[layer] for layer in targets]
-            trial = Trial(model, parameters, pieces[::2], pieces[1::2], self.objective)
+            aim, told = (LABELLED, pieces) if self.labelled else (self.objective, pieces.tolist())
+            settings = [aim, self.groups, self.grid, targets, told]
+            state = Found(context.folder and context.folder / f"sink-calibration{SUFFIX}", settings)
+            trial = Trial(model, parameters, pieces[::2], pieces[1::2], aim, state)
             with frozen(model, parameters):
                 record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
         gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}
