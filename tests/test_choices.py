@@ -491,7 +491,7 @@ def test_a_state_of_other_questions_is_started_anew(surgery, model, tmp_path, mo
         (["labelled=none.jsonl"], ["labelled: none.jsonl: no such text file"]),
         (["labelled=few.jsonl"], ["few.jsonl has 7 questions; at least 8"]),
         (["labelled=wrong.jsonl"], ["wrong.jsonl:2: answer should be", "wrong.jsonl:3: this is not JSON"]),
-        (["labelled=q.jsonl", "objective=entropy"], ["an objective of its own"]),
+        (["labelled=q.jsonl", "objective=entropy"], ["with objective: ce"]),
         (["labelled=q.jsonl", "gamma=2"], ["whose gamma is searched"]),
         (["labelled=q.jsonl", "method=learned", "start=identity"], ["whose gamma is searched"]),
     ],

@@ -106,28 +106,32 @@ class Trial:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
 
-    def measure(self, name: str, values: list[torch.Tensor], pieces) -> tuple[torch.Tensor, float | None]:
-        """A setting on these texts or questions, measured once under this name.
+    def judge(self, pieces) -> tuple[list[float], float | None]:
+        """The objective of each text or question as the parameters are; of questions the share of right ones too."""
+        with torch.no_grad():
+            if self.kind != LABELLED:
+                return [objective(self.model, piece, self.kind).item() for piece in pieces], None
+            from ..evaluation.choosing import ask
 
-        Returns:
-            The objective of each, in float64, and the share of right answers to questions.
-        """
+            told = ask(self.model, pieces)
+            return [each.nll for each in told], sum(each.right for each in told) / len(told)
+
+    def values(self, pieces) -> torch.Tensor:
+        """The objective of each text or question, in float64."""
+        return torch.tensor(self.judge(pieces)[0], dtype=torch.float64)
+
+    def measure(self, name: str, values: list[torch.Tensor], pieces) -> tuple[torch.Tensor, float | None]:
+        """What `judge` says of a setting, the objective in float64; measured once under this name."""
 
         def measured() -> list:
             self.set(values)
-            with torch.no_grad():
-                if self.kind != LABELLED:
-                    return [[objective(self.model, piece, self.kind).item() for piece in pieces], None]
-                from ..evaluation.choosing import ask
-
-                told = ask(self.model, pieces)
-                return [[each.nll for each in told], sum(each.right for each in told) / len(told)]
+            return list(self.judge(pieces))
 
         losses, right = self.found.once(name, measured)
         return torch.tensor(losses, dtype=torch.float64), right
 
     def settle(self, values: list[torch.Tensor]) -> dict:
-        """Keep a setting if it is better than none on what is held back, by more than its standard error.
+        """Keep a setting if it is better than none on what is held back by over a standard error; once in a trial.
 
         Returns:
             A record: the objective with none and with it, and whether it was kept.
@@ -165,7 +169,7 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     elif groups == "uniform":
         steps = [[masks]]
     else:
-        found = trial.found.once("slopes", lambda: [slope.tolist() for slope in _slopes(trial)])
+        found = trial.found.once("slopes", lambda: [slope.tolist() for slope in gradients(trial)])
         slopes = [torch.tensor(slope).to(mask) * mask for slope, mask in zip(found, masks, strict=True)]
         sides = [[(side * slope < 0).float() * side for slope in slopes] for side in (1, -1)]
         steps = [[*sides, [up + down for up, down in zip(*sides, strict=True)]]]
@@ -191,12 +195,12 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     return {"tried": tried} | trial.settle(best)
 
 
-def _slopes(trial: Trial) -> list[torch.Tensor]:
-    """Gradient of the objective by each parameter, sum over what is in `fit`, where nothing is changed."""
-    trial.set(trial.nothing)
+def gradients(trial: Trial) -> list[torch.Tensor]:
+    """Gradient of the objective by each parameter, mean over the texts of `fit`."""
     total = [torch.zeros_like(parameter) for parameter in trial.parameters]
     for piece in trial.fit:
-        found = torch.autograd.grad(objective(trial.model, piece, trial.kind), trial.parameters)
+        loss = objective(trial.model, piece, trial.kind)
+        found = torch.autograd.grad(loss, trial.parameters, materialize_grads=True)  # 0: of nothing in this text
         total = [old + new for old, new in zip(total, found, strict=True)]
     return total
 

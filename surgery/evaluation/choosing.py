@@ -259,6 +259,13 @@ def refuse_unfit(configs: dict, items: Sequence[Choice]) -> None:
     refuse_other_tokenizer(configs, max(max(map(max, (item.prompt, *item.choices))) for item in items))
 
 
+def fitting_questions(file: str | Path, tokenizer, model) -> list[Choice]:
+    """The questions of a file for a loaded model; raises as `read_questions`, `encode` and `refuse_unfit`."""
+    questions = encode(tokenizer, read_questions(file))
+    refuse_unfit({type(model).__name__: model.config}, questions)
+    return questions
+
+
 def ask(model, items: Sequence[Choice], progress: Callable[[int], None] | None = None) -> list[Chosen]:
     """Put questions to a loaded model, which is left in the mode it was in; arguments as for `choice_logps`."""
     import torch

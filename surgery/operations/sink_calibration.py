@@ -6,7 +6,6 @@ Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (zero_tuning); gpt_oss'
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-FEWEST = 8  # questions: half of them are held back
 
 
 class SinkCalibration(Operation):
@@ -50,12 +48,6 @@ class SinkCalibration(Operation):
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
     )
-    labelled: str | None = Field(
-        None,
-        min_length=1,
-        description="zero_tuning, searched: a JSONL file of questions (prompt, choices, answer) in place of text; "
-        "what is lowered is -log of the right choice's share, and every second question is held back.",
-    )
     start: Literal["fit", "identity"] = Field(
         "fit",
         description="learned, kv_bias: fit: take the place of the first token where a head lost it; identity: change "
@@ -68,6 +60,12 @@ class SinkCalibration(Operation):
     calibration_samples: int = Field(16, ge=4, description="Pieces of text; every second one is held back.")
     calibration_length: int = Field(512, ge=8, description="Tokens in a piece.")
     text: str = Field("builtin", description="'builtin' (calibration part of Python's reference) or a text file.")
+    labelled: str | None = Field(
+        None,
+        min_length=1,
+        description="zero_tuning, searched: a JSONL file of questions (prompt, choices, answer) in place of text; "
+        "what is lowered is -log of the right choice's share, and every second question is held back.",
+    )
 
     @property
     def term(self) -> str:  # type: ignore[override]
@@ -78,6 +76,8 @@ class SinkCalibration(Operation):
         return self.method != "zero_tuning" and self.start == "fit" and self.logit is None
 
     def problems(self, anatomy: Anatomy) -> list[str]:
+        from ..evaluation.choices import faults_of
+
         if reason := unsupported(anatomy):
             return [f"sink_calibration: {reason}"]
         found, count = [], len(anatomy.layers)
@@ -94,27 +94,12 @@ class SinkCalibration(Operation):
         if self.logit is not None and (self.method != "learned" or self.start == "identity"):
             found.append("logit is for method: learned with start: fit alone")
         if self.labelled is not None:
-            found += self._problems_of_labelled()
+            found += faults_of(self.labelled)
+            if self.method != "zero_tuning" or self.gamma is not None or self.objective != "ce":
+                found.append("labelled is for method: zero_tuning whose gamma is searched, with objective: ce")
         if not found:
             found += self._problems_of_visibility(anatomy)
         return [f"sink_calibration: {problem}" for problem in found]
-
-    def _problems_of_labelled(self) -> list[str]:
-        """Why the file of questions cannot be searched on."""
-        from ..evaluation.choices import read_questions
-
-        found = []
-        if self.method != "zero_tuning" or self.gamma is not None:
-            found.append("labelled is for method: zero_tuning whose gamma is searched")
-        if self.objective != "ce":
-            found.append(f"labelled has an objective of its own: leave out objective: {self.objective}")
-        try:
-            if (count := len(read_questions(self.labelled))) < FEWEST:
-                found.append(f"labelled: {self.labelled} has {count} questions; at least {FEWEST} are needed")
-        except SurgeryError as error:
-            each = [f"labelled: {fault.where}: {fault.what}" for fault in (error, *error.others)]
-            found += [f"{each[0]}; {error.fix}" if error.fix else each[0], *each[1:]]
-        return found
 
     def _problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
         """Why the chosen heads and the first token do not go together."""
@@ -169,7 +154,7 @@ class SinkCalibration(Operation):
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
         notes, measured = [], self._fits or (self.method == "zero_tuning" and self.gamma is None)
         if self.method == "zero_tuning":
-            aim = f"answers of {Path(self.labelled).name}" if self.labelled else self.objective
+            aim = "right choices" if self.labelled else self.objective
             how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {aim})"
             line = f"the first token's weight in {many}: {how}"
             if any(anatomy.layers[i].window for i in targets):
@@ -183,8 +168,7 @@ class SinkCalibration(Operation):
             logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
             line = f"a virtual key {logit} in {many} ({self.method})"
         if measured:
-            what = "questions" if self.labelled else "text"
-            notes.append(f"a setting that is no better than none on {what} held back is not kept; the record says so")
+            notes.append("a setting that is no better than none on text held back is not kept; the record says so")
         return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=measured)
 
     def apply(self, model, context: Context) -> dict:
@@ -209,8 +193,7 @@ class SinkCalibration(Operation):
     def _pieces(self, model, context: Context):
         from ..calibration.sequences import fitting_length
         from ..calibration.text import load_text, windows
-        from ..evaluation.choices import encode, read_questions
-        from ..evaluation.choosing import refuse_unfit
+        from ..evaluation.choosing import fitting_questions
 
         if context.tokenizer is None:
             raise SurgeryError(
@@ -219,9 +202,7 @@ class SinkCalibration(Operation):
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
             )
         if self.labelled is not None:
-            questions = encode(context.tokenizer, read_questions(self.labelled))
-            refuse_unfit({type(model).__name__: model.config}, questions)
-            return questions
+            return fitting_questions(self.labelled, context.tokenizer, model)
         length = fitting_length(model, self.calibration_length)
         return windows(load_text(self.text, "calibration"), context.tokenizer, length, self.calibration_samples)
 
