@@ -20,7 +20,8 @@ import surgery
 from surgery.anatomy import Anatomy
 from surgery.calibration.head_scores import choose_streaming, load_scores
 from surgery.evaluation.haystack import make_needles
-from surgery.evaluation.needles import run_needles, wilson
+from surgery.evaluation.in_turn import wilson
+from surgery.evaluation.needles import run_needles
 from surgery.hub import resolve
 from surgery.runtime.modeling_surgery import patch
 from surgery.scoring import read_tokenizer

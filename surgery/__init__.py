@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
-    from .api import apply, check, evaluate, evaluate_needles, load, plan, push, save
+    from .api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
     from .errors import CheckError, GateError, MachineError, SurgeryError
     from .operation import Change, Operation, WeightRewrite
     from .recipe import Recipe
@@ -29,6 +29,7 @@ _PUBLIC = {
     "apply": "api",
     "check": "api",
     "evaluate": "api",
+    "evaluate_choices": "api",
     "evaluate_needles": "api",
     "load": "api",
     "save": "api",
@@ -60,6 +61,7 @@ __all__ = [
     "apply",
     "check",
     "evaluate",
+    "evaluate_choices",
     "evaluate_needles",
     "load",
     "plan",

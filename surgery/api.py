@@ -201,6 +201,15 @@ def evaluate_needles(model, base=None, **settings):
     return measure(_folder_of(model), _folder_of(base), **settings)
 
 
+def evaluate_choices(model, base=None, **settings):
+    """Which of several answers a model chooses, alone or beside its base; settings, result: `evaluation.choosing`."""
+    from .evaluation.choosing import evaluate_choices as measure
+
+    if model is None:
+        raise _no_model(model)
+    return measure(_folder_of(model), _folder_of(base), **settings)
+
+
 def load(folder: str | Path, **kwargs):
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
     from .scoring import load_model

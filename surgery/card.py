@@ -9,7 +9,7 @@ import re
 
 import yaml
 
-from .card_parts import base_name, fenced, get, licence, limits, loading, needles, operations_of, provenance
+from .card_parts import base_name, choices, fenced, get, licence, limits, loading, needles, operations_of, provenance
 from .report import damage, finite
 
 # Tags of the base that speak of formats, engines or scores which this folder does not have.
@@ -165,8 +165,8 @@ def _table(report: dict) -> str:
     said = _measured_on(evaluation) if evaluation else f"Quality was **not measured**: {why}."
     note = get(report, "base").get("note")
     notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in known.get("notes") or []]
-    found = needles(evaluation)
-    return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + [found] * bool(found) + [" ".join([said, *notes])])
+    found = [each for each in (needles(evaluation), choices(evaluation)) if each]
+    return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + found + [" ".join([said, *notes])])
 
 
 def _measured_on(evaluation: dict) -> str:

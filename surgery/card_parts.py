@@ -133,6 +133,22 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
+def choices(evaluation: dict) -> str:
+    """How many questions are answered right, before and after; "" where none were asked."""
+    facts = get(evaluation, "choices")
+    if not facts:
+        return ""
+    if facts.get("status") != "done":
+        return f"Multiple choice was **not run**: {facts.get('reason') or 'no reason was recorded'}."
+    (base, out), paired = (get(facts, key) for key in ("base", "out")), get(facts, "paired")
+    right = [f"{of['right']} of {of['of']} ({of['low']:.1%} to {of['high']:.1%})" for of in (base, out)]
+    return (
+        "Multiple choice (which ending continues a passage of that text; guessing gets "
+        f"{facts['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
+        f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
+    )
+
+
 def needles(evaluation: dict) -> str:
     """How many hidden secrets are found, before and after; "" where none were asked for."""
     facts = get(evaluation, "needles")

@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .anatomy import Anatomy
+from .calibration.resumable import SUFFIX
 from .carried import carry_files
 from .checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
 from .engines import LayerStream, rewrite_steps
@@ -72,6 +73,8 @@ def convert(
                 records=records,
             )
             data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
+            for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
+                state.unlink()
             Report(data, partial).save()
     return Report.of(out.out), base
 
@@ -198,14 +201,14 @@ def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
         operation.apply(model, context)
-        for operation, context in _in_turn(plan.steps, Anatomy.of(model), model, progress, tokenizer)
+        for operation, context in _in_turn(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
     ]
     with quiet_in_pipes():
         model.save_pretrained(partial)
     return weight_files(partial), records
 
 
-def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer):
+def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer, folder: Path | None = None):
     """Operations with their context, made when those before it were carried out.
 
     Args:
@@ -217,7 +220,7 @@ def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokeniz
     for step in steps:
         if problems := step.operation.problems(current):
             raise SurgeryError(problems[0], where=type(model).__name__)
-        context = Context(step.operation.plan(current), current, progress, tokenizer)
+        context = Context(step.operation.plan(current), current, progress, tokenizer, folder=folder)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured

@@ -7,6 +7,7 @@ yours under the entry-point group `surgery.operations`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -44,6 +45,7 @@ class Context:
     """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
 
     An operation that finds only when it measures what results says so in `after`, which the next one meets.
+    `folder`: where a long measurement may keep files that end in ".state", from which a run that was stopped goes on.
     """
 
     change: Change
@@ -51,6 +53,7 @@ class Context:
     progress: Any = None
     tokenizer: Any = None
     after: Anatomy | None = None
+    folder: Path | None = None
 
 
 class Operation(BaseModel):

@@ -33,14 +33,15 @@ class Evaluate(BaseModel):
     min_needles: float | None = Field(
         None, ge=0, le=1, description="Gate: share of the needles found by the base that are found, at least."
     )
+    choices: int = Field(0, ge=0, description="Multiple-choice questions made of the text that both get; 0: none.")
+    min_choices: float | None = Field(None, ge=0, description="Gate: right answers over the base's, at least.")
     min_top1: float | None = Field(None, ge=0, le=1, description="Gate: share of equal best tokens, at least.")
 
     @property
     def limits(self) -> dict[str, float]:
         """The gate alone."""
-        return self.model_dump(
-            include={"max_kl", "max_perplexity_ratio", "min_needles", "min_top1"}, exclude_none=True
-        )
+        names = {name for name in type(self).model_fields if name.startswith(("max_", "min_"))}
+        return self.model_dump(include=names, exclude_none=True)
 
 
 def _whole(value: object) -> object:

@@ -61,7 +61,7 @@ class Report:
 
     def record_evaluation(self, result: dict) -> None:
         """Keep a score, and hold it against the recipe's gate."""
-        from .evaluation.perplexity import gate
+        from .evaluation.gate import gate
 
         self.data["evaluation"] = result
         if limits := self.data["gate"]["limits"]:

@@ -12,7 +12,7 @@ from .checkpoint import inside_folder
 from .errors import SurgeryError, shown
 
 MAX_BYTES = 256 << 10
-FILE_FIELDS = ("scores", "text", "calibration_text")  # of an operation: may name a file
+FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # of an operation: may name a file
 MAX_DIGITS = 40
 FIELD = 3  # steps from a recipe's top to the value of an operation's field
 Path = tuple[str | int, ...]

@@ -14,7 +14,8 @@ from surgery import scoring
 from surgery.calibration.text import Text, load_text, windows
 from surgery.errors import SurgeryError
 from surgery.evaluation import perplexity as evaluation
-from surgery.evaluation.perplexity import Evaluation, evaluate, gate
+from surgery.evaluation.gate import gate
+from surgery.evaluation.perplexity import Evaluation, evaluate
 
 VOCABULARY = 300
 SIZE = {"windows": 3, "length": 40}

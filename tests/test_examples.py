@@ -53,3 +53,18 @@ def test_prune_table(tmp_path):
     assert [row[1] for row in rows] == ["native", "native", "surgical", "surgical"]
     for plain, refitted in (rows[:2], rows[2:]):
         assert float(refitted[4]) < float(plain[4])
+
+
+@pytest.mark.slow
+@needs_demo
+def test_sinks_table(tmp_path):
+    small = ("--lengths", "320", "--windows", "1", "--items", "4", "--contexts", "24", "264", "--samples", "4")
+    command = ("sinks_table.py", *small, "--search-length", "32", "--fit-length", "264", "--out", "t.json")
+    printed = run(*command, cwd=tmp_path)
+    assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
+    table = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if "|" in line]
+    rows = {cells[1]: cells for cells in table}
+    assert {"base", "zero_tuning, one gamma", "zero_tuning, per head", "full attention"} <= rows.keys()
+    assert rows["window"][3] == "0.0%"
+    assert float(rows["window"][2]) > float(rows["window, 4 sinks"][2])
+    assert {"window, learned", "window, kv_bias"} <= rows.keys()

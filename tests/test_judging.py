@@ -1,4 +1,4 @@
-"""Needles as part of what a recipe judges: run, recorded, on the card, in the gate; and said where they cannot be."""
+"""Needles and choices that a recipe asks for: run, recorded, on the card, in the gate; said where they cannot be."""
 
 import json
 
@@ -6,9 +6,11 @@ import pytest
 
 from surgery.card import render_card
 from surgery.evaluation import judging
+from surgery.evaluation.choices import Choice
+from surgery.evaluation.choosing import ChoiceResult, Chosen
+from surgery.evaluation.gate import gate
 from surgery.evaluation.haystack import Needle
 from surgery.evaluation.needles import NeedleResult, Outcome
-from surgery.evaluation.perplexity import gate
 
 DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
 
@@ -33,6 +35,43 @@ def test_the_gate_holds_the_share_that_is_kept(base, out, status):
     facts = DONE | {"needles": result(base, out).to_dict()}
     assert gate(facts, {"min_needles": 0.8})[0] == status
     assert gate(DONE, {"min_needles": 0.8}) == ("not run", ["min_needles: the base answers no needle that counts"])
+
+
+def chosen(base_right: list[bool], out_right: list[bool]) -> dict:
+    items = [Choice((1,), ((2,), (3,), (4,), (5,)), 0)] * len(base_right)
+    told = {
+        name: [Chosen(right, 0.5, (-1.0,) * 4) for right in row]
+        for name, row in (("base", base_right), ("out", out_right))
+    }
+    return ChoiceResult("done", {"text": {"title": "a text", "sha256": "0"}}, items, told).to_dict()
+
+
+def test_the_gate_holds_right_answers_over_the_bases():
+    facts = DONE | {"choices": chosen([True] * 4 + [False], [False] + [True] * 2 + [False] * 2)}
+    assert gate(facts, {"min_choices": 0.5})[0] == "passed"
+    assert gate(facts, {"min_choices": 0.51}) == ("failed", ["min_choices: 0.5, the limit is 0.51"])
+    assert gate(DONE, {"min_choices": 0.5}) == ("not run", ["min_choices: the base has no question right"])
+    assert gate(DONE | {"choices": chosen([False], [True])}, {"min_choices": 0.5})[0] == "not run"
+    card = render_card({"evaluation": facts}, None)
+    assert "guessing gets 25%" in card
+    assert "the base has 4 of 5 (37.6% to 96.4%) right, this model 2 of 5 (" in card
+    assert "2 questions the base alone has right, 0 this model alone" in card
+    facts["choices"] = {"status": "not run", "reason": "the text is too short"}
+    assert "Multiple choice was **not run**: the text is too short." in render_card({"evaluation": facts}, None)
+    assert gate(facts, {"min_choices": 0.5}) == ("not run", ["min_choices: the text is too short"])
+
+
+def test_choices_of_a_recipe(surgery, model, text):
+    (model.parent / "long.txt").write_text(text.read_text() * 3)
+    scored = ["evaluate.text=long.txt", "evaluate.windows=1", "evaluate.length=64", "evaluate.choices=6"]
+    ran = surgery("apply", "gqa", model, "-o", "out", "kv_heads=1", "--no-check", *scored, "evaluate.min_choices=0")
+    assert ran.code in (0, 3), ran.err
+    data = json.loads((model.parent / "out" / "surgery.json").read_text())
+    assert data["evaluation"]["choices"]["base"]["of"] == 6
+    assert "cases" not in data["evaluation"]["choices"]
+    assert data["gate"]["limits"]["min_choices"] == 0
+    assert "Multiple choice" in (model.parent / "out" / "README.md").read_text()
+    assert "choices right" in ran.out
 
 
 def test_the_card_says_it():

@@ -15,7 +15,8 @@ from surgery.calibration.text import Text
 from surgery.display import needles as display
 from surgery.errors import SurgeryError
 from surgery.evaluation.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
-from surgery.evaluation.needles import NeedleResult, Outcome, evaluate_needles, run_needles, wilson
+from surgery.evaluation.in_turn import wilson
+from surgery.evaluation.needles import NeedleResult, Outcome, evaluate_needles, run_needles
 from surgery.runtime.modeling_surgery import CACHE, patch
 
 CHAT = (

@@ -1,7 +1,8 @@
 """What the first token of a text is to attention, and what changing its weight does to a model's predictions.
 
 `first_tokens` measures its keys, values and scores, so that virtual keys can take its place. `search_gammas` looks for
-the weight that the first token should have in each head; `Trial` compares a setting with none on text held back.
+the weight that the first token should have in each head; `Trial` compares a setting with none on text, or on questions
+with known answers, that were held back.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..runtime.modeling_surgery import attention_modules
 from ..runtime.surgery_attention import surgery_attention
 from ..runtime.surgery_terms import scores
+from .resumable import Found
 from .watching import watched
 
-OBJECTIVES = ("ce", "entropy")
+LABELLED = "labelled"  # the objective of questions
 
 
 @dataclass
@@ -61,8 +63,16 @@ def first_tokens(model, pieces: torch.Tensor, reach: list[int], progress=None) -
     return [FirstToken(*(total / len(pieces) for total in layer)) for layer in sums]
 
 
-def objective(model, piece: torch.Tensor, kind: str) -> torch.Tensor:
-    """Nats per token of one text [length]: cross-entropy ("ce"), or the entropy of the predictions ("entropy")."""
+def objective(model, piece, kind: str) -> torch.Tensor:
+    """What is lowered, on one text [length] or one question, in nats.
+
+    Cross-entropy per token of the text ("ce"), or the entropy of the predictions ("entropy"); or -log of the right
+    choice's share (LABELLED; see `evaluation.choosing.choice_loss`).
+    """
+    if kind == LABELLED:
+        from ..evaluation.choosing import choice_logps, choice_loss
+
+        return choice_loss(choice_logps(model, [piece], cached=False)[0], piece.answer)
     ids = piece[None].to(model.device)
     logp = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     if kind == "ce":
@@ -72,19 +82,21 @@ def objective(model, piece: torch.Tensor, kind: str) -> torch.Tensor:
 
 @dataclass
 class Trial:
-    """Settings of some parameters of a model, compared on text.
+    """Settings of some parameters of a model, compared on text or on questions.
 
     Attributes:
         parameters: what is set; what they hold when the trial begins is the setting that changes nothing.
-        fit, held: long [texts, length] to search on, and to judge on.
+        fit, held: long [texts, length], or lists of `Choice`, to search on, and to judge on.
         kind: see `objective`.
+        found: what was measured before and need not be again.
     """
 
     model: torch.nn.Module
     parameters: list[torch.nn.Parameter]
-    fit: torch.Tensor
-    held: torch.Tensor
+    fit: torch.Tensor | list
+    held: torch.Tensor | list
     kind: str = "ce"
+    found: Found = field(default_factory=Found)
 
     def __post_init__(self):
         self.nothing = [parameter.detach().clone() for parameter in self.parameters]
@@ -94,27 +106,48 @@ class Trial:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
 
-    def values(self, pieces: torch.Tensor) -> torch.Tensor:
-        """The objective of each text [texts], in float64."""
+    def judge(self, pieces) -> tuple[list[float], float | None]:
+        """The objective of each text or question as the parameters are; of questions the share of right ones too."""
         with torch.no_grad():
-            return torch.stack([objective(self.model, piece, self.kind).double().cpu() for piece in pieces])
+            if self.kind != LABELLED:
+                return [objective(self.model, piece, self.kind).item() for piece in pieces], None
+            from ..evaluation.choosing import ask
+
+            told = ask(self.model, pieces)
+            return [each.nll for each in told], sum(each.right for each in told) / len(told)
+
+    def values(self, pieces) -> torch.Tensor:
+        """The objective of each text or question, in float64."""
+        return torch.tensor(self.judge(pieces)[0], dtype=torch.float64)
+
+    def measure(self, name: str, values: list[torch.Tensor], pieces) -> tuple[torch.Tensor, float | None]:
+        """What `judge` says of a setting, the objective in float64; measured once under this name."""
+
+        def measured() -> list:
+            self.set(values)
+            return list(self.judge(pieces))
+
+        losses, right = self.found.once(name, measured)
+        return torch.tensor(losses, dtype=torch.float64), right
 
     def settle(self, values: list[torch.Tensor]) -> dict:
-        """Keep a setting if it is better than none on the text held back, by more than its standard error.
+        """Keep a setting if it is better than none on what is held back by over a standard error; once in a trial.
 
         Returns:
             A record: the objective with none and with it, and whether it was kept.
         """
-        self.set(self.nothing)
-        before = self.values(self.held)
-        self.set(values)
-        change = self.values(self.held) - before
+        before, right_before = self.measure("held back, nothing", self.nothing, self.held)
+        after, right_after = self.measure("held back, the best", values, self.held)
+        change = after - before
         error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else 0.0
         kept = bool(change.mean() < -error)
-        if not kept:
-            self.set(self.nothing)
+        self.set(values if kept else self.nothing)
         facts = {"kept": kept, "objective": self.kind, "held_back_before": before.mean().item()}
-        return facts | {"held_back_change": change.mean().item(), "standard_error": error, "texts": len(change)}
+        facts |= {"held_back_change": change.mean().item(), "standard_error": error}
+        if right_before is None:
+            return facts | {"texts": len(change)}
+        accuracy = {"held_back_accuracy_before": right_before, "held_back_accuracy_after": right_after}
+        return facts | accuracy | {"questions": len(change)}
 
 
 def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], groups: str, progress=None) -> dict:
@@ -136,26 +169,26 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     elif groups == "uniform":
         steps = [[masks]]
     else:
-        slopes = [slope * mask for slope, mask in zip(gradients(trial), masks, strict=True)]
+        found = trial.found.once("slopes", lambda: [slope.tolist() for slope in gradients(trial)])
+        slopes = [torch.tensor(slope).to(mask) * mask for slope, mask in zip(found, masks, strict=True)]
         sides = [[(side * slope < 0).float() * side for slope in slopes] for side in (1, -1)]
         steps = [[*sides, [up + down for up, down in zip(*sides, strict=True)]]]
         grid = sorted({max(gamma, 1 / gamma) for gamma in grid})
-    best, lowest = trial.nothing, trial.values(trial.fit).mean().item()
+    best, lowest = trial.nothing, trial.measure("gamma 1", trial.nothing, trial.fit)[0].mean().item()
     tried, total = [{"gamma": 1.0, "fit": lowest}], sum(map(len, steps)) * len(grid)
     for number, directions in enumerate(steps):
         start = best
-        for side, direction in enumerate(directions):
+        for side, direction in zip(("more", "less", "both"), directions, strict=False):
             for gamma in grid:
                 setting = [b + math.log(gamma) * d.to(b) for b, d in zip(start, direction, strict=True)]
-                trial.set(setting)
-                found = trial.values(trial.fit).mean().item()
-                tried.append({"step": number, "side": ("more", "less", "both")[side], "gamma": gamma, "fit": found})
+                fit = trial.measure(f"step {number}, {side}, gamma {gamma!r}", setting, trial.fit)[0].mean().item()
+                tried.append({"step": number, "side": side, "gamma": gamma, "fit": fit})
                 if groups != "heads":
                     del tried[-1]["side"]
-                if found < lowest:
-                    best, lowest = setting, found
+                if fit < lowest:
+                    best, lowest = setting, fit
                 if progress:
-                    progress(len(tried) - 1, total, "gammas")
+                    progress(len(tried) - 1, total, f"gammas: best {lowest:.4f}")
     if best is trial.nothing:
         trial.set(trial.nothing)
         return {"tried": tried, "kept": False, "objective": trial.kind}

@@ -39,7 +39,10 @@ def console(stderr: bool = False) -> Console:
 
 @contextmanager
 def progress_bar(quiet: bool):
-    """A callback(done, total, label) that draws a bar on stderr once two seconds have passed, in a terminal only."""
+    """A callback(done, total, label) that draws a bar on stderr once two seconds have passed, in a terminal only.
+
+    What a label says after a colon may change from call to call; the bar is the same one.
+    """
     import time
 
     if quiet or not sys.stderr.isatty():
@@ -56,9 +59,10 @@ def progress_bar(quiet: bool):
         if not shown and time.monotonic() - began > 2:
             bar.start()
             shown = True
-        if label not in tasks:
-            tasks[label] = bar.add_task(label, total=total)
-        bar.update(tasks[label], completed=done, total=total, visible=done < total)
+        name = label.partition(":")[0]
+        if name not in tasks:
+            tasks[name] = bar.add_task(label, total=total)
+        bar.update(tasks[name], description=label, completed=done, total=total, visible=done < total)
 
     try:
         yield update

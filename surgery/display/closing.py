@@ -44,9 +44,11 @@ def _cost(result: dict | None) -> str:
     usable = ": not usable before healing" if damage(result) else ""
     kept = (result.get("needles") or {}).get("kept") or {}
     needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+    both = [(result.get("choices") or {}).get(label) or {} for label in ("base", "out")]
+    choices = ", choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
     return (
         f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}"
-        f"{needles}{usable}"
+        f"{needles}{choices}{usable}"
     )
 
 

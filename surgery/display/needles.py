@@ -43,12 +43,12 @@ def table(result) -> None:
         side = result.side(label)
         name = NAMES[label] if len(labels) > 1 else "model"
         out.print(
-            f"{name + ':':<9}{side['hits']} of {side['of']} needles ({_percent(side)}), "
+            f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
             f"{side['nll']:.3f} nats per token of the answer"
         )
     if kept := result.kept():
         what = "the base finds" + (" outside sinks and window" if result.reach else "")
-        share = f"{kept['kept']} of {kept['of']} ({_percent(kept)})" if kept["of"] else "there are none"
+        share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
         out.print(f"kept:    of those that {what}, the patched model finds {share}")
     size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
     out.print(f"{size}; a guess is right with probability {settings['chance']:.0e}")
@@ -69,7 +69,7 @@ def picture(result, path: str | Path) -> Path:
     kept = result.kept()
     title = "needles answered exactly"
     if kept and kept["of"]:
-        title += f"; kept {kept['kept']} of {kept['of']} ({_percent(kept)})"
+        title += f"; kept {kept['kept']} of {kept['of']} ({percent(kept)})"
     return heat_maps(
         path,
         panels,
@@ -83,6 +83,6 @@ def picture(result, path: str | Path) -> Path:
     )
 
 
-def _percent(facts: dict) -> str:
+def percent(facts: dict) -> str:
     share = facts.get("share", facts.get("accuracy"))
     return f"{share:.1%}, 95% interval {facts['low']:.1%} to {facts['high']:.1%}"

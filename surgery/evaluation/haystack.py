@@ -173,13 +173,13 @@ class _Maker:
         text, (first, end), asks = self._compose(hay[: cuts[fits - 1]].rstrip(), depth, statement, secret, question)
         prompt = self._ids(text)
         whole = self._ids(f"{text} {secret}")
-        cut = _common(prompt, whole)  # what merges with the secret belongs to the answer
+        cut = common(prompt, whole)  # what merges with the secret belongs to the answer
         if secret not in self.tokenizer.decode(whole[cut:]):
             raise SurgeryError(
                 f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(whole[cut:])!r}",
                 fix="another kind of secret: --secret words" if self.secret == "digits" else "--secret digits",
             )
-        before, upto, asked = (_common(self._ids(text[:at]), prompt) for at in (first, end, asks))
+        before, upto, asked = (common(self._ids(text[:at]), prompt) for at in (first, end, asks))
         if len(self._ids(text[:end])) > upto:  # the needle's last letters share a token with what follows
             upto += 1
         places = {"span": (before, upto), "question": asked}
@@ -242,6 +242,6 @@ def _nearest_start(hay: str, wanted: float) -> int:
     return 0 if wanted <= len(hay) / 2 else len(hay)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,7 +1,8 @@
-"""What a recipe judges a finished checkpoint on: its score beside the base's, needles where asked for, the gate."""
+"""What a recipe judges a checkpoint on: its score beside the base's, needles, choices, and the gate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,23 +35,30 @@ def judge(report: Report, base: Path, settings: Evaluate, progress=None, allow_p
         allow_pickle=allow_pickle,
         progress=progress,
     ).to_dict()
-    if settings.needles and result["status"] == "done":
-        result["needles"] = _needles(report.folder, base, settings, progress)
+    if result["status"] == "done":
+        if settings.needles:
+            from .needles import evaluate_needles
+
+            samples = -(-settings.needles // len(DEPTHS))
+            drawn = {"samples": samples, "lengths": (settings.needle_length,), "depths": DEPTHS}
+            result["needles"] = _asked("needles", evaluate_needles, report, base, settings, progress, drawn)
+        if settings.choices:
+            from .choosing import evaluate_choices
+
+            drawn = {"items": settings.choices}
+            result["choices"] = _asked("choices", evaluate_choices, report, base, settings, progress, drawn)
     report.record_evaluation(result)
 
 
-def _needles(out: Path, base: Path, settings: Evaluate, progress) -> dict:
-    """What became of the needles; that a tokenizer or a text cannot make them is no fault of the checkpoint."""
-    from .needles import evaluate_needles
-
-    samples, grid = -(-settings.needles // len(DEPTHS)), {"lengths": (settings.needle_length,), "depths": DEPTHS}
+def _asked(kind: str, ask: Callable, report: Report, base: Path, settings: Evaluate, progress, drawn: dict) -> dict:
+    """What became of needles or choices; that tokenizer or text cannot make them is no fault of the checkpoint."""
 
     def tick(done: int, total: int, label: str) -> None:
         if progress:
-            progress(done, total, "needles")
+            progress(done, total, kind)
 
     try:
-        result = evaluate_needles(out, base, text=settings.text, samples=samples, progress=tick, **grid).to_dict()
+        result = ask(report.folder, base, text=settings.text, progress=tick, **drawn).to_dict()
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}
     return {key: value for key, value in result.items() if key != "cases"}

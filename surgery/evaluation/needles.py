@@ -8,8 +8,6 @@ heads see anyway, through sinks or window, prove nothing and are left out of it.
 
 from __future__ import annotations
 
-import gc
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.text import BUILTIN, Text, load_text
-from ..errors import SurgeryError
-from ..scoring import loaded, read_config, read_tokenizer, refuse_pickle, too_big
+from ..scoring import loaded, read_config, read_tokenizer
 from .haystack import Needle, chance, form_for, make_needles
-from .perplexity import LABELS, finite, measure_at_rest
+from .in_turn import ask_in_turn, last_logits, refuse_other_tokenizer, refuse_too_long, wilson
+from .perplexity import LABELS, finite
 
 if TYPE_CHECKING:
     from ..scoring import Source
@@ -157,7 +155,7 @@ def _decoded(model, needle: Needle):
     given, cache = list(needle.prompt), {}
     for token in needle.answer:
         ids = torch.tensor([given], device=model.device)
-        step = model(input_ids=ids, use_cache=True, **cache, **_last(model, 1))
+        step = model(input_ids=ids, use_cache=True, **cache, **last_logits(model, 1))
         yield step.logits[0, -1]
         given, cache = [token], {CACHE: step[CACHE]}
 
@@ -167,12 +165,7 @@ def _at_once(model, needle: Needle):
     import torch
 
     ids, count = torch.tensor([[*needle.prompt, *needle.answer[:-1]]], device=model.device), len(needle.answer)
-    return model(input_ids=ids, use_cache=False, **_last(model, count)).logits[0, -count:]
-
-
-def _last(model, count: int) -> dict:
-    """The argument by which a model computes its last logits alone, where it has one."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, use_cache=False, **last_logits(model, count)).logits[0, -count:]
 
 
 def _outcome(needle: Needle, logits) -> Outcome:
@@ -212,61 +205,30 @@ def evaluate_needles(
     """
     sources = dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
     configs = {label: read_config(source) for label, source in sources.items()}
-    _refuse_too_long(configs, max(lengths, default=0))
+    said = ("prompt and answer", "shorter --lengths")
+    refuse_too_long(configs, max(lengths, default=0), *said)
     words = load_text(text, part="held-out")
     tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
     form = form_for(tokenizer, form)
     drawn = {"samples": samples, "seed": seed, "secret": secret, "form": form}
     needles = make_needles(tokenizer, lengths=lengths, depths=depths, text=words, **drawn)
     longest = max(len(needle.prompt) + len(needle.answer) for needle in needles)
-    _refuse_too_long(configs, longest)
-    _refuse_other_tokenizer(configs, needles)
+    refuse_too_long(configs, longest, *said)
+    refuse_other_tokenizer(configs, max(token for needle in needles for token in (*needle.prompt, *needle.answer)))
     grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
     settings = grid | drawn | {"text": {"title": words.title, "sha256": words.sha256[:12]}, "chance": chance(secret)}
     result = NeedleResult("done", settings, needles, reach=_reach(configs["out"]))
-    need = []
-    for label, source in sources.items():
-        side = measure_at_rest(source, label, result.notes)
-        on_disk = isinstance(source, str | Path)
-        if on_disk:
-            refuse_pickle(Path(source))
-        # Twice the cache: growing it copies it.
-        need.append((side.load_bytes if on_disk else 0, 2 * longest * (side.kv_bytes_per_token or 0)))
-    if reason := next(filter(None, (too_big(weights, extra=extra) for weights, extra in need)), ""):
-        result.status, result.reason = "not run", reason
-        return result
-    for run, (label, source) in enumerate(sources.items()):
-
-        def tick(done: int, before: int = run * len(needles), label: str = label) -> None:
-            if progress:
-                progress(before + done, len(sources) * len(needles), label)
-
-        with loaded(source) as model:
-            result.outcomes[label] = run_needles(model, needles, tick)
-        del model
-        gc.collect()  # or a model held in a cycle would still be there beside the next one
-        wrong = sum(not math.isfinite(outcome.nll) for outcome in result.outcomes[label])
-        if wrong and label == "base":
-            raise SurgeryError(
-                f"the base model itself gives NaN or infinite values (needles: {wrong} of {len(needles)})",
-                fix="check that the base generates; a float16 overflow needs bfloat16 or float32 weights",
-            )
-        if wrong:
-            result.notes.append(f"out gives NaN or infinite values for {wrong} of {len(needles)} needles: misses")
+    ask_in_turn(
+        result,
+        sources,
+        lambda model, tick: run_needles(model, needles, tick),
+        what="needles",
+        cases=len(needles),
+        extra=lambda kv_bytes: 2 * longest * kv_bytes,  # twice the cache: growing it copies it
+        broken=lambda outcome: not math.isfinite(outcome.nll),
+        progress=progress,
+    )
     return result
-
-
-def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927), 95% by default; (0, 1) where nothing was seen.
-
-    These are the two shares p that lie z standard errors sqrt(p (1 - p) / of) away from hits / of.
-    """
-    if not of:
-        return 0.0, 1.0
-    share, spread = hits / of, z * z / of
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _reach(config) -> tuple[int, int] | None:
@@ -274,22 +236,3 @@ def _reach(config) -> tuple[int, int] | None:
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
     return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None
-
-
-def _refuse_too_long(configs: dict, tokens: int) -> None:
-    for label, config in configs.items():
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if longest and tokens > longest:
-            raise SurgeryError(
-                f"{label} has {longest} positions, prompt and answer have {tokens} tokens", fix="shorter --lengths"
-            )
-
-
-def _refuse_other_tokenizer(configs: dict, needles: list[Needle]) -> None:
-    largest = max(token for needle in needles for token in (*needle.prompt, *needle.answer))
-    for label, config in configs.items():
-        known = config.get_text_config().vocab_size
-        if largest >= known:
-            raise SurgeryError(
-                f"the tokenizer gives token {largest}, {label} knows {known}", fix="use the tokenizer of this model"
-            )

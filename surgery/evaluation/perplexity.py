@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.text import Text, load_text
 from ..calibration.text import windows as cut
 from ..checkpoint import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
-from ..errors import MachineError, SurgeryError, nearest
+from ..errors import MachineError, SurgeryError
 from ..scoring import read_config, read_tokenizer, refuse_pickle, score_model, too_big
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..scoring import Source
 
-LIMITS = ("max_kl", "max_perplexity_ratio", "min_needles", "min_top1")
 LABELS = ("base", "out")
 
 
@@ -176,61 +175,6 @@ def tokens_to_score(
     return words, pieces, vocabulary
 
 
-def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
-    """Hold an `Evaluation.to_dict()` against a recipe's limits.
-
-    Args:
-        limits: any of max_kl (mean, nats per token), max_perplexity_ratio (out / base), min_needles and min_top1
-            (shares, 0 to 1); None is no limit.
-
-    Returns:
-        ("passed" | "failed" | "not run", reasons). A figure that is NaN fails; one that was not measured
-        makes the gate "not run", never "passed".
-
-    Raises:
-        SurgeryError: an unknown limit, or one that is not a number.
-    """
-    for name, limit in limits.items():
-        if name not in LIMITS:
-            raise SurgeryError(
-                f"no limit {name!r}",
-                exists=", ".join(LIMITS),
-                fix=f"use {nearest(name, LIMITS) or LIMITS[0]}",
-            )
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit)):
-            raise SurgeryError(f"{name} is {limit!r}, not a number", fix=f"{name}: 0.5")
-    if evaluation.get("status") != "done":
-        return "not run", [evaluation.get("reason") or "the evaluation was not run"]
-
-    out, base, kl = evaluation["out"], evaluation.get("base"), evaluation.get("kl")
-    failed, missing = [], []
-    if not _is_number(out.get("perplexity")):
-        failed.append(f"the patched model's perplexity is not a number ({out.get('nonfinite_tokens')} tokens are NaN)")
-    wanted = {name: limit for name, limit in limits.items() if limit is not None}
-    for name, limit in wanted.items():
-        if base is None:
-            missing.append(f"{name} needs the base model to compare with")
-            continue
-        if name == "min_needles":
-            needles = evaluation.get("needles") or {}
-            if not (needles.get("kept") or {}).get("of"):
-                missing.append(f"min_needles: {needles.get('reason') or 'the base answers no needle that counts'}")
-                continue
-            value = needles["kept"]["share"]
-        elif name == "max_kl":
-            value = kl and kl.get("mean")
-        elif name == "min_top1":
-            value = evaluation.get("top1_agreement")
-        else:
-            both = (out.get("perplexity"), base.get("perplexity"))
-            value = both[0] / both[1] if all(map(_is_number, both)) else None
-        if not _is_number(value):
-            failed.append(f"{name}: the figure is not a number")
-        elif value < limit if name.startswith("min_") else value > limit:
-            failed.append(f"{name}: {value:.4g}, the limit is {limit:g}")
-    return ("failed" if failed else "not run" if missing else "passed"), failed + missing
-
-
 def measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
     """What can be said of a model without running it."""
     from ..anatomy import Anatomy
@@ -281,12 +225,10 @@ def _vocabulary(configs: dict, length: int) -> int:
     return next(iter(sizes.values()))
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def finite(value):
     """The same structure with None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

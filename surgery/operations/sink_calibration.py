@@ -74,6 +74,12 @@ class SinkCalibration(Operation):
     calibration_samples: int = Field(16, ge=4, description="Pieces of text; every second one is held back.")
     calibration_length: int = Field(512, ge=8, description="Tokens in a piece.")
     text: str = Field("builtin", description="'builtin' (calibration part of Python's reference) or a text file.")
+    labelled: str | None = Field(
+        None,
+        min_length=1,
+        description="zero_tuning, searched: a JSONL file of questions (prompt, choices, answer) in place of text; "
+        "what is lowered is -log of the right choice's share, and every second question is held back.",
+    )
 
     @property
     def term(self) -> str:  # type: ignore[override]
@@ -89,6 +95,8 @@ class SinkCalibration(Operation):
         return open_setting.get(self.method, self._fits)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
+        from ..evaluation.choices import faults_of
+
         if reason := unsupported(anatomy):
             return [f"sink_calibration: {reason}"]
         found, count = [], len(anatomy.layers)
@@ -114,6 +122,10 @@ class SinkCalibration(Operation):
             found.append(f"beta and threshold are for method: act, not {self.method}")
         if self.logit is not None and (self.method != "learned" or self.start == "identity"):
             found.append("logit is for method: learned with start: fit alone")
+        if self.labelled is not None:
+            found += faults_of(self.labelled)
+            if self.method != "zero_tuning" or self.gamma is not None or self.objective != "ce":
+                found.append("labelled is for method: zero_tuning whose gamma is searched, with objective: ce")
         if not found:
             found += self._problems_of_visibility(anatomy)
         return [f"sink_calibration: {problem}" for problem in found]
@@ -177,7 +189,8 @@ class SinkCalibration(Operation):
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
         notes = []
         if self.method == "zero_tuning":
-            how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {self.objective})"
+            aim = "right choices" if self.labelled else self.objective
+            how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {aim})"
             line = f"the first token's weight in {many}: {how}"
             if any(anatomy.layers[i].window for i in targets):
                 notes.append(
@@ -230,13 +243,16 @@ class SinkCalibration(Operation):
     def _pieces(self, model, context: Context):
         from ..calibration.sequences import fitting_length
         from ..calibration.text import load_text, windows
+        from ..evaluation.choosing import fitting_questions
 
         if context.tokenizer is None:
             raise SurgeryError(
-                "calibration text needs the tokenizer",
+                "calibration needs the tokenizer",
                 where="sink_calibration",
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
             )
+        if self.labelled is not None:
+            return fitting_questions(self.labelled, context.tokenizer, model)
         length = fitting_length(model, self.calibration_length)
         return windows(load_text(self.text, "calibration"), context.tokenizer, length, self.calibration_samples)
 
@@ -260,7 +276,8 @@ class SinkCalibration(Operation):
         """Set or search gamma; a record."""
         import torch
 
-        from ..calibration.first_token import Trial, frozen, parameters_of, search_gammas
+        from ..calibration.first_token import LABELLED, Trial, frozen, parameters_of, search_gammas
+        from ..calibration.resumable import SUFFIX, Found
 
         found = parameters_of(model, "surgery_log_gamma")
         masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
@@ -273,7 +290,10 @@ class SinkCalibration(Operation):
             record = {}
         else:
             parameters = [found[layer] for layer in targets]
-            trial = Trial(model, parameters, pieces[::2], pieces[1::2], self.objective)
+            aim, told = (LABELLED, pieces) if self.labelled else (self.objective, pieces.tolist())
+            settings = [aim, self.groups, self.grid, targets, told]
+            state = Found(context.folder and context.folder / f"sink-calibration{SUFFIX}", settings)
+            trial = Trial(model, parameters, pieces[::2], pieces[1::2], aim, state)
             with frozen(model, parameters):
                 record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
         gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}

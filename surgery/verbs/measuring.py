@@ -42,18 +42,26 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Needles: prompt lengths in tokens.")] = "512,1024,2048",
     depths: Annotated[int, typer.Option(min=1, help="Needles: places, evenly spaced.")] = 5,
     samples: Annotated[int, typer.Option(min=1, help="Needles: prompts for each length and place.")] = 4,
-    seed: Annotated[int, typer.Option(help="Needles: what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Needles, choices: what is drawn.")] = 0,
     secret: Annotated[str, typer.Option(help="Needles: digits or words.")] = "digits",
     form: Annotated[str, typer.Option(help="Needles: chat, plain, or auto (by the tokenizer).")] = "auto",
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Needles: draw the grid.")] = None,
+    choices: Annotated[bool, typer.Option("--choices", help="Multiple choice instead: how many are right?")] = False,
+    labelled: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Choices: questions with prompt, choices, answer.")
+    ] = None,
+    choice_items: Annotated[int, typer.Option(min=1, help="Choices: questions made from the text.")] = 320,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles."""
+    """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles, or choices."""
     from ..api import evaluate as run
     from ..display import progress_bar, results
 
-    _refuse_options(context, needles)
+    _refuse_options(context, needles, choices, labelled is not None)
+    if choices:
+        asked = {"text": text, "items": choice_items, "seed": seed, "labelled": labelled}
+        return _choices(out, base, as_json, quiet, asked)
     if needles:
         drawn = {"depths": depths, "samples": samples, "seed": seed, "secret": secret, "form": form, "text": text}
         return _needles(out, base, lengths, plot, as_json, quiet, drawn)
@@ -81,14 +89,34 @@ def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_jso
     needles.table(result)
 
 
-def _refuse_options(context: typer.Context, needles: bool) -> None:
+def _choices(out: str, base: str | None, as_json: bool, quiet: bool, asked: dict) -> None:
+    from ..api import evaluate_choices
+    from ..display import choices, progress_bar
+
+    with progress_bar(quiet or as_json) as progress:
+        result = evaluate_choices(out, base, progress=progress, **asked)
+    if as_json:
+        return emit(result.to_dict())
+    choices.lines(result)
+
+
+def _refuse_options(context: typer.Context, needles: bool, choices: bool, labelled: bool) -> None:
     """An option that would not be looked at is a misunderstanding."""
-    others = ("lengths", "depths", "samples", "seed", "secret", "form", "plot")
-    for name in ("windows", "length") if needles else others:
+    if needles and choices:
+        raise SurgeryError("--needles and --choices are two measures", fix="one at a time")
+    kinds = {"needles": needles, "choices": choices}
+    users = dict.fromkeys(("windows", "length"), ()) | {"seed": ("needles", "choices")}
+    users |= dict.fromkeys(("lengths", "depths", "samples", "secret", "form", "plot"), ("needles",))
+    users |= dict.fromkeys(("labelled", "choice_items"), ("choices",))
+    asked = next((kind for kind, on in kinds.items() if on), "")
+    for name, used in users.items():
+        if context.get_parameter_source(name).name == "COMMANDLINE" and asked not in (used or ("",)):
+            fix = f"leave it out, or leave out --{asked}" if not used else f"add --{used[0]}, or leave it out"
+            which = f"for {' and '.join(used)} alone" if used else f"not for {asked}"
+            raise SurgeryError(f"--{name.replace('_', '-')} is {which}", fix=fix)
+    for name in ("text", "choice_items", "seed") if labelled else ():
         if context.get_parameter_source(name).name == "COMMANDLINE":
-            fix = "leave it out, or leave out --needles" if needles else "add --needles, or leave it out"
-            which = "not for needles" if needles else "for needles alone"
-            raise SurgeryError(f"--{name} is {which}", fix=fix)
+            raise SurgeryError(f"--{name.replace('_', '-')} is not for questions of a file", fix="leave it out")
 
 
 def bench(
