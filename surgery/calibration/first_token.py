@@ -131,7 +131,7 @@ class Trial:
         return torch.tensor(losses, dtype=torch.float64), right
 
     def settle(self, values: list[torch.Tensor]) -> dict:
-        """Keep a setting if it is better than none on what is held back by over a standard error; once in a trial.
+        """Keep a setting if it is better than none on what is held back by over two standard errors; once in a trial.
 
         Returns:
             A record: the objective with none and with it, and whether it was kept.
@@ -140,7 +140,7 @@ class Trial:
         after, right_after = self.measure("held back, the best", values, self.held)
         change = after - before
         error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else 0.0
-        kept = bool(change.mean() < -error)
+        kept = bool(change.mean() < -2 * error)
         self.set(values if kept else self.nothing)
         facts = {"kept": kept, "objective": self.kind, "held_back_before": before.mean().item()}
         facts |= {"held_back_change": change.mean().item(), "standard_error": error}
@@ -196,7 +196,7 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
 
 
 def gradients(trial: Trial) -> list[torch.Tensor]:
-    """Gradient of the objective by each parameter, mean over the texts of `fit`."""
+    """Gradient of the objective by each parameter, summed over the texts of `fit`."""
     total = [torch.zeros_like(parameter) for parameter in trial.parameters]
     for piece in trial.fit:
         loss = objective(trial.model, piece, trial.kind)
