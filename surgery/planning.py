@@ -184,7 +184,8 @@ def terms_held(anatomy: Anatomy) -> list[str]:
     named = {name for layer in layers for name in layer.get("parameters", {})}
     held = ["visibility"] if any(layer.streaming for layer in anatomy.layers) else []
     held += ["bias"] if "surgery_log_gamma" in named else []
-    return held + (["virtual keys"] if "surgery_sink_logit" in named else [])
+    held += ["virtual keys"] if "surgery_sink_logit" in named else []
+    return held + (["gate"] if any("gate" in layer for layer in layers) else [])
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

@@ -31,7 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .surgery_attention import surgery_attention, surgery_mask
 from .surgery_cache import SurgeryCache
-from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
+from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, query_groups, validate
+from .surgery_skipping import attach_gate
 from .surgery_terms import register_terms
 
 PREFIX = "Surgery"
@@ -39,7 +40,9 @@ FILES = (
     "modeling_surgery.py",
     "surgery_attention.py",
     "surgery_cache.py",
+    "surgery_gates.py",
     "surgery_heads.py",
+    "surgery_skipping.py",
     "surgery_stores.py",
     "surgery_terms.py",
 )
@@ -63,7 +66,7 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility, shape and terms, and the model a cache of its own."""
+    """Give every attention module its heads' visibility, shape, terms and gate, and the model a cache of its own."""
     kinds, layers = head_kinds(model.config), validate(model.config)
     modules = attention_modules(model)
     numbers = [module.layer_idx for module in modules]
@@ -75,9 +78,11 @@ def attach(model) -> None:
         if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):  # it would never call ours
             raise ValueError(f"{type(module).__name__} does not use Transformers' attention interface in this version")
         module.surgery_heads = kinds[module.layer_idx]
-        for name, shape in layers[module.layer_idx].get("shapes", {}).items():
+        layer = layers[module.layer_idx]
+        for name, shape in layer.get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
-        register_terms(module, layers[module.layer_idx])
+        register_terms(module, layer)
+        attach_gate(module, layer, query_groups(model.config, layer))
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if _give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_give_cache, with_kwargs=True)

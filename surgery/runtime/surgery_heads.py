@@ -13,6 +13,9 @@ The block is all that the code needs to know of a surgery, besides the weights:
                                by its name in the attention module
     parameters, stand_in       parameters that the surgery gave to the attention module, name -> shape, and whether
                                virtual keys are for queries alone that do not see the first token (surgery_terms.py)
+    gate                       which heads are on for a token (surgery_gates.py): {"kind": "moh", "unit": "head" or
+                               "kv_group", "shared": [units that are always on], "active": routed units that are on},
+                               or {"kind": "mae", "hard": ..., "rescale": ...}
     query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
                                nothing that runs reads them
 """
@@ -24,12 +27,15 @@ from dataclasses import dataclass
 import torch
 import transformers
 
+from .surgery_gates import FIELDS, ROUTERS, Gate
+
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
-KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in"}
+KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in", "gate"}
 # Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
-IDENTITY = {"surgery_log_gamma": 0.0, "surgery_sink_logit": -1e4, "surgery_key": 0.0, "surgery_value": 0.0}
+TERMS = {"surgery_log_gamma": 0.0, "surgery_sink_logit": -1e4, "surgery_key": 0.0, "surgery_value": 0.0}
+IDENTITY = TERMS | dict.fromkeys(ROUTERS, 0.0)
 
 
 @dataclass(frozen=True)
@@ -207,14 +213,16 @@ def _fault(config, layer) -> str:
         return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"
     if streaming and not {"sinks", "window"} <= set(layer):
         return "has streaming heads without sinks and window"
-    return _fault_of_terms(config, layer, heads, kv_heads)
+    named = layer.get("parameters", {})
+    if not isinstance(named, dict) or set(named) - set(IDENTITY):
+        return f"has other parameters than {', '.join(sorted(IDENTITY))}"
+    fault = _fault_of_gate(layer, groups, config.get_text_config().hidden_size)
+    return fault or _fault_of_terms(config, layer, heads, kv_heads)
 
 
 def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
     """What is wrong with the parameters in a layer's entry, "" if nothing."""
     named, text = layer.get("parameters", {}), config.get_text_config()
-    if not isinstance(named, dict) or set(named) - set(IDENTITY):
-        return f"has other parameters than {', '.join(sorted(IDENTITY))}"
     logit = named.get("surgery_sink_logit", [heads, 1])
     if not _numbers(logit, 1) or len(logit) != 2:
         return f"gives surgery_sink_logit the shape {logit}; it is [{heads}, virtual keys]"
@@ -222,7 +230,7 @@ def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
     right = {"surgery_log_gamma": [heads], "surgery_sink_logit": [heads, logit[1]]}
     right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
     for name, shape in named.items():
-        if not _numbers(shape, 1) or shape != right[name]:
+        if name in TERMS and (not _numbers(shape, 1) or shape != right[name]):
             return f"gives {name} the shape {shape}; it is {right[name]}"
         if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
             return f"has {name} without surgery_sink_logit"
@@ -230,6 +238,38 @@ def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
     if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
         return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
     return ""
+
+
+def _fault_of_gate(layer: dict, groups: list[int], hidden: int) -> str:
+    """What is wrong with the gate in a layer's entry, "" if nothing.
+
+    Args:
+        groups: query heads that read each KV head.
+        hidden: width of the layer's input.
+    """
+    gate, named = layer.get("gate"), layer.get("parameters", {})
+    if gate is None:
+        return f"has {', '.join(lost)} without a gate" if (lost := sorted(set(named) & set(ROUTERS))) else ""
+    kind = gate.get("kind") if isinstance(gate, dict) else None
+    if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
+        kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
+        return f"has the gate {gate}, and a gate has ({kinds})"
+    if kind == "mae":
+        if not (isinstance(gate["hard"], bool) and isinstance(gate["rescale"], bool)) or sum(groups) < 2:
+            return "has a gate of kind mae whose hard and rescale are not true or false, or fewer than two heads"
+    else:
+        if gate["unit"] not in ("head", "kv_group"):
+            return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
+        count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
+        whole = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
+        if not whole or len({*shared}) < len(shared) or len(shared) >= count:
+            return f"has a gate with shared {shared}; they are some of 0 to {count - 1}, each once, and not all"
+        routed = count - len(shared)
+        if type(gate["active"]) is not int or not 1 <= gate["active"] <= routed:
+            return f"has a gate with active {gate['active']!r}; it is whole, from 1 to the {routed} routed"
+    right = Gate.of(gate, groups).shapes(hidden)
+    wrong = {name: named.get(name) for name in ROUTERS if named.get(name) != right.get(name)}
+    return f"has a gate whose parameters are {wrong}; they are {right}" if wrong else ""
 
 
 def _whole(value, least: int) -> bool:
