@@ -321,10 +321,11 @@ def test_rows_that_are_off_reach_no_product(bases, path):
     for module in runtime.attention_modules(model):
         module.q_proj.weight[3 * 8 :] = float("nan")
         module.o_proj.weight[:, 3 * 8 :] = float("nan")
-    got = model(input_ids=ids, use_cache=False).logits
-    assert got.isfinite().all() == (path == "gathered")
-    if path == "gathered":
-        assert (got - want).abs().max() < 1e-5
+    if path == "multiplied":  # so the poison is one
+        with pytest.raises(ValueError, match="NaN"):
+            model(input_ids=ids, use_cache=False)
+    else:
+        assert (model(input_ids=ids, use_cache=False).logits - want).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration.router import Moments, Planned, ridge, route, worth
 from surgery.errors import SurgeryError
+from surgery.operations import find
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_gates import Gate
 from surgery.scoring import load_model, read_tokenizer
@@ -46,7 +47,7 @@ def planted(seed: int = 0, tokens: int = 600, inputs: int = 9, outputs: int = 5,
 def moments_of(x, y, pieces: int = 3) -> Moments:
     moments = Moments(x.shape[1], y.shape[1])
     for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-        moments.add(a.float() if a.dtype != torch.float64 else a, b)
+        moments.add(a, b)
     return moments
 
 
@@ -55,7 +56,7 @@ def test_ridge_is_that_of_the_dense_system():
     x, _, _, y = planted(noise=3.0)
     for strength in (1e-6, 0.1, 100.0):
         centred, unit = x - x.mean(0), (x - x.mean(0)).square().mean()
-        left = centred.T @ centred / len(x) + strength * unit * torch.eye(9)
+        left = centred.T @ centred / len(x) + strength * unit * torch.eye(9).double()
         weights = torch.linalg.solve(left, centred.T @ (y - y.mean(0)) / len(x))
         for pieces in (1, 7):
             (got,) = moments_of(x, y, pieces).solutions([strength])
@@ -125,7 +126,7 @@ def test_a_layer_is_measured_on_what_the_gated_layers_before_it_give(monkeypatch
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert [record["layer"] for record in records] == [0, 1]
     model = copy.deepcopy(base)
-    operation = package.operations.find("moh")(op="moh")
+    operation = find("moh")(op="moh")
     from surgery.runtime.modeling_surgery import patch
 
     patch(model, {"layers": [operation._entry(found[layer], model) for layer in (0, 1)]})
@@ -210,7 +211,7 @@ def test_ratios_hold_over_all_layers(granularity):
     base = TINY["llama"](num_hidden_layers=7)
     units = 8 if granularity == "head" else 4
     for ratio in (0.3, 0.45, 0.5, 0.67, 0.9, 1.0):
-        operation = package.operations.find("moh")(
+        operation = find("moh")(
             op="moh", active_ratio=ratio, shared_ratio=0.13, granularity=granularity, keep_first_layers=1
         )
         counts = operation._counts(Anatomy.of(base))
@@ -309,7 +310,13 @@ def test_conflicts_name_both(model):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("moh", ["16 of 18 query heads are on for a token (88.9%), 4 of them for every token", "8 of 9 (2 shared)"]),
+        (
+            "moh",
+            [
+                "16 of 18 query heads are on for a token (88.9%), 5 of them for every token",
+                "8 of 9 (2 shared), 8 of 9 (3 shared)",
+            ],
+        ),
         ("mae", ["16 of 18 query heads are on for a token, all but one in each layer"]),
     ],
 )
@@ -341,7 +348,7 @@ def test_plan_says_where_no_work_is_skipped(family, words):
     ("overrides", "says"),
     [
         (["active_ratio=0"], ["active_ratio", "greater than 0"]),
-        (["active_ratio=1.1"], ["active_ratio", "less than or equal to 1"]),
+        (["active_ratio=1.1"], ["active_ratio should be at most 1"]),
         (["active_ratio=.nan"], ["active_ratio"]),
         (["active_ratio=0.02", "shared_ratio=0.0"], ["active_ratio 0.02 of 9 query heads", "layer 0", "none"]),
         (["active_ratio=0.3", "shared_ratio=0.3"], ["shared_ratio 0.3 is not less than active_ratio 0.3"]),
@@ -374,19 +381,3 @@ def test_what_cannot_be_gated():
     with pytest.raises(SurgeryError, match="needs the tokenizer"):
         package.apply(recipe(moh()), model)
     assert not hasattr(model.config, "surgery")
-
-
-def test_a_fitted_router_beats_a_random_one_where_heads_depend_on_the_token():
-    """Heads whose output is large for one half of the input's directions: the fit finds them, on held-out tokens."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 12, generator=generator).double()
-    logs = x @ torch.randn(12, 6, generator=generator).double()
-    weights, bias, _ = ridge(moments_of(x[:1000], logs[:1000]), moments_of(x[1000:1500], logs[1000:1500]))
-    held, energy = x[1500:], logs[1500:].exp()
-
-    def kept(scores) -> float:
-        on = scores.argsort(descending=True)[:, :2]
-        return (energy.gather(1, on).sum() / energy.sum()).item()
-
-    assert kept(held @ weights.T + bias) > 0.99 * kept(energy)
-    assert kept(torch.zeros(500, 6).double() + energy.mean(0)) < 0.8 * kept(energy)

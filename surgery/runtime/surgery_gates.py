@@ -275,7 +275,7 @@ def load_balance_loss(model) -> torch.Tensor:
     Raises:
         ValueError: no layer has a router, none has run in training mode, or the router's gradient is lost.
     """
-    gated = [module for module in model.modules() if getattr(module, "surgery_gate", None) is not None]
+    gated = [module for module in model.modules() if hasattr(module, "surgery_router")]
     losses = [module.surgery_call.loss for module in gated]
     if not gated or any(loss is None for loss in losses):
         what = "no layer of this model has a router" if not gated else "the model has not run in training mode yet"

@@ -210,11 +210,12 @@ def attend(module, query, keys, values, scale) -> torch.Tensor:
                 out[row, :, own] = made[0][0].transpose(0, 1)
                 pairs += group * made[1]
                 continue
-            for tile in index.split(TILE):
-                rows = query[row, own].index_select(1, tile)[None]
-                made = _tile(rows, keys[here], values[here], past, tile, scale)
-                out[row, :, own].index_copy_(0, tile, made[0][0].transpose(0, 1))
-                pairs += group * made[1]
+            if len(index):
+                rows = query[row, own].index_select(1, index)[None].split(TILE, dim=2)
+                tiles = zip(rows, index.split(TILE), strict=True)
+                made = [_tile(part, keys[here], values[here], past, tile, scale) for part, tile in tiles]
+                out[row, :, own].index_copy_(0, index, torch.cat([tile[0] for tile, _ in made], dim=1).transpose(0, 1))
+                pairs += group * sum(count for _, count in made)
         first += group
     if call.work is not None:
         whole = batch * heads * seen_pairs(Visibility(), length, keys.shape[2])
