@@ -9,6 +9,7 @@ sides, so that the difference is the gate's alone.
 """
 
 import argparse
+import copy
 import statistics
 import time
 
@@ -20,7 +21,7 @@ def block(config, active: float | None, unit: str, shared: float):
     """A model of one layer, surgical; `active` None: no gate."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     if active is not None:
         fields = {"active_ratio": active, "shared_ratio": 0.0, "router": "random", "granularity": unit}
         surgery.apply("moh", model, **fields)

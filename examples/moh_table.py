@@ -15,17 +15,17 @@ from pathlib import Path
 import surgery
 from surgery.hub import resolve
 
+ROWS = ("out", "active", "scores", "routers", "mae")  # arguments that say which rows there are
 
-def settings(active: list[float], scores: list[str], shared: float):
-    """(label, overrides) of each row."""
-    for ratio in active:
-        yield from (
-            (f"moh, {ratio:g}, {router}, {score}", "moh", {"active_ratio": ratio, "router": router, "score": score})
-            for score in scores
-            for router in ("fit", "static")
-        )
-        yield f"moh, {ratio:g}, random", "moh", {"active_ratio": ratio, "router": "random", "score": scores[0]}
-    for score in scores:
+
+def settings(args):
+    """(label, recipe, overrides) of each row."""
+    for ratio in args.active:
+        for score in args.scores:
+            for router in args.routers:
+                fields = {"active_ratio": ratio, "router": router, "score": score}
+                yield f"moh, {ratio:g}, {router}, {score}", "moh", fields
+    for score in args.scores if args.mae else ():
         for rescale in (False, True):
             how = ", rescaled" if rescale else ""
             yield f"mae, hard{how}, {score}", "mae", {"rescale": rescale, "score": score}
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--active", type=float, nargs="+", default=[1.0, 0.89, 0.78, 0.67, 0.5])
     parser.add_argument("--scores", nargs="+", default=["damage", "energy"])
+    parser.add_argument("--routers", nargs="+", default=["fit", "static", "random"])
+    parser.add_argument("--mae", action="store_true", help="rows of the mixture of h - 1 heads, too")
     parser.add_argument("--shared", type=float, default=0.25, help="share of the heads that are always on")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows")
@@ -49,7 +51,7 @@ def main() -> None:
 
     path = resolve(args.model).path
     tokenizer = AutoTokenizer.from_pretrained(path)
-    told = {key: str(value) for key, value in vars(args).items() if key not in ("out", "active", "scores")}
+    told = {key: str(value) for key, value in vars(args).items() if key not in ROWS}
     kept = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {"settings": told, "rows": {}}
     if kept["settings"] != told:
         parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")
@@ -79,7 +81,7 @@ def main() -> None:
     print(f"{args.model}: {base['text']['tokens']:,} tokens of {base['text']['title']} ({base['text']['sha256']})\n")
     print("| gate | cross-entropy, nats | + | variance explained |\n| --- | ---: | ---: | ---: |")
     print(f"| base | {base['ce']:.4f} | | |", flush=True)
-    for label, name, fields in settings(args.active, args.scores, args.shared):
+    for label, name, fields in settings(args):
         found = row(label, name, fields)
         explained = "" if found["explained"] is None else f"{found['explained']:.0%}"
         print(f"| {label} | {found['ce']:.4f} | {found['ce'] - base['ce']:+.4f} | {explained} |", flush=True)

@@ -14,6 +14,7 @@ from test_sinks import batch, chunked, difference, given
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime import surgery_rows as rows
 from surgery.runtime import surgery_skipping as skipping
 from surgery.runtime.surgery_gates import Gate, load_balance, load_balance_loss
 from surgery.runtime.surgery_skipping import counted
@@ -144,8 +145,9 @@ def bases():
 def path(request, monkeypatch):
     """Everything computed and multiplied by the gate, or only what is on: forced by the constants of the rule."""
     if request.param == "gathered":
-        for name, value in (("ROWS", 1), ("SHARE", 1.0), ("TILE", 5)):
-            monkeypatch.setattr(skipping, name, value)
+        for file, name, value in ((skipping, "ROWS", 1), (skipping, "SHARE", 1.0), (rows, "LEAF", 5)):
+            monkeypatch.setattr(file, name, value)
+        monkeypatch.setattr(rows, "DECODE_KEYS", 1)
     else:
         monkeypatch.setattr(skipping, "ROWS", 1 << 30)
     return request.param
@@ -194,8 +196,10 @@ def test_random_settings(bases, seed, monkeypatch):
     ids, mask = batch(base, draw.choice([(0,), (0, 3), (9, 0, 1)]))
     length = draw.randint(2, 45)
     ids, mask = ids[:, :length], mask[:, :length] | (torch.arange(length) == length - 1)
-    for name, value in (("ROWS", draw.choice([1, 20, 1 << 30])), ("TILE", draw.randint(1, 50)), ("SHARE", 1.0)):
-        monkeypatch.setattr(skipping, name, value)
+    monkeypatch.setattr(skipping, "SHARE", 1.0)
+    monkeypatch.setattr(skipping, "ROWS", draw.choice([1, 20, 1 << 30]))
+    monkeypatch.setattr(rows, "LEAF", draw.randint(1, 50))
+    monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
     want = dense_logits(base, model, gates, ids, mask)
     assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     cut = draw.randint(1, length - 1)
@@ -328,6 +332,14 @@ def test_rows_that_are_off_reach_no_product(bases, path):
         assert (model(input_ids=ids, use_cache=False).logits - want).abs().max() < 1e-5
 
 
+def halved(tokens: list[int], first: int) -> int:
+    """Pairs of rows and keys from `first` on: the later half of the rows sees all keys before its own first."""
+    if len(tokens) <= rows.LEAF:
+        return len(tokens) * (tokens[-1] + 1 - first) if tokens else 0
+    early, late = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    return halved(early, first) + halved(late, late[0]) + len(late) * (late[0] - first)
+
+
 @torch.no_grad()
 def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
     base = bases["llama"]
@@ -361,15 +373,10 @@ def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
     on = sum(int(choice.sum()) for choice in choices)
     assert work.done["query projection"] == work.done["output projection"] == on * hidden * size
     pairs = 0
-    for choice, always in zip(choices, ({1, 6}, {4, 5}), strict=True):
-        for head in range(heads):
-            tokens = [t for t in range(length) if choice[t, head]]
-            if head in always:
-                pairs += sum(t + 1 for t in tokens)
-                continue
-            for i in range(0, len(tokens), skipping.TILE):
-                tile = tokens[i : i + skipping.TILE]
-                pairs += len(tile) * (tile[-1] + 1)
+    for choice in choices:
+        for pair in range(4):
+            tokens = [t for t in range(length) for head in (2 * pair, 2 * pair + 1) if choice[t, head]]
+            pairs += halved(tokens, 0)
     assert work.done["attention"] == 2 * size * pairs
     assert work.done["attention"] < 0.7 * whole["attention"]
     with torch.no_grad():

@@ -42,6 +42,7 @@ FILES = (
     "surgery_cache.py",
     "surgery_gates.py",
     "surgery_heads.py",
+    "surgery_rows.py",
     "surgery_skipping.py",
     "surgery_stores.py",
     "surgery_terms.py",

@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_heads import HeadKinds, Visibility
-from .surgery_skipping import attend, count_whole, pays
+from .surgery_rows import attend, pays
+from .surgery_skipping import count_whole
 from .surgery_stores import KeyValues, uncached
 from .surgery_terms import Terms, split_terms
 

@@ -199,13 +199,19 @@ class Call:
 
     Attributes:
         gates: [batch, n, query heads].
+        on: bool of the same shape: which heads are on; kept where `rows` are of more than one token.
         rows: of each unit and batch row, the tokens that have it on; None: nothing is to be left out.
         loss: `load_balance` of the last forward in training mode.
         work: multiply-adds are counted here, if anybody asks.
     """
 
     def __init__(self):
-        self.gates = self.rows = self.loss = self.work = None
+        self.loss = self.work = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is of one forward."""
+        self.gates = self.on = self.rows = None
 
     def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
         return Call()

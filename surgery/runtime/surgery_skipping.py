@@ -2,11 +2,11 @@
 
 Of each unit (a query head, or the query heads of a KV head) the tokens that have it on are gathered. The query
 projection computes their rows and leaves zeros elsewhere, so that norms and RoPE stay the model's own; attention runs
-on tiles of gathered rows; the output projection multiplies the gathered rows. Keys and values are made for all tokens:
-later ones need them. Nothing is approximated.
+on the gathered rows (surgery_rows.py), and the output projection multiplies them. Keys and values are made for all
+tokens: later ones need them. Nothing is approximated.
 
 Only without gradients. Whether this costs less than computing all and multiplying by 0 is decided by the constants
-below: for projections and prefill in `before`, for attention of a single token in `pays`.
+below: for projections and prefill in `before`, for attention of a single token in `surgery_rows.pays`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import linear
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_gates import ROUTERS, Call, Gate, prepare, prepare_token
 from .surgery_heads import Visibility
@@ -24,9 +23,7 @@ from .surgery_heads import Visibility
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate:
 # found with examples/bench_gates.py on a CPU with two threads.
 ROWS, SHARE = 256, 0.95
-TILE = 256  # gathered query rows that attend together
 NONE = ()  # no token
-DECODE_KEYS = 2048  # keys from which a single token attends with its own heads alone
 
 
 class Work:
@@ -171,98 +168,15 @@ def before(module, args, kwargs) -> None:
         call.rows = [
             [None if unit in gate.shared else next(found) for _ in range(batch)] for unit in range(gate.units)
         ]
+        always = chosen.new_ones(batch, length, len(gate.shared))
+        call.on = gate.of_heads(torch.cat([always, chosen], dim=-1))
     if call.work is not None:
         _count_inputs(module, call.work, batch * length)
 
 
 def after(module, args, output) -> None:
     """Forward hook of an attention module: what was kept for this call may go."""
-    module.surgery_call.gates = module.surgery_call.rows = None
-
-
-def pays(query, keys) -> bool:
-    """Whether attention of these queries is done for the heads that are on alone, where `Call.rows` says which."""
-    return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
-
-
-def attend(module, query, keys, values, scale) -> torch.Tensor:
-    """Causal attention of the rows that are on, times their gates.
-
-    Args:
-        query: [batch, heads, n, head_dim]; keys, values: [batch, KV heads, N, head_dim], the last n of them of the
-            queries' own tokens. No padding.
-
-    Returns:
-        [batch, n, heads, head_dim], 0 where a head is off.
-    """
-    gate, call, (batch, heads, length, size) = module.surgery_gate, module.surgery_call, query.shape
-    if length == 1:
-        return _attend_token(module, query, keys, values, scale)
-    past, out = keys.shape[2] - length, query.new_zeros(batch, length, heads, size)
-    pairs, first = 0, 0
-    for unit, group in enumerate(gate.groups):
-        own = slice(first, first + group)
-        kv_head = first * keys.shape[1] // heads
-        for row, index in enumerate(call.rows[unit]):
-            here = (slice(row, row + 1), slice(kv_head, kv_head + 1))
-            if index is None:
-                made = _tile(query[row : row + 1, own], keys[here], values[here], past, None, scale)
-                out[row, :, own] = made[0][0].transpose(0, 1)
-                pairs += group * made[1]
-                continue
-            if len(index):
-                rows = query[row, own].index_select(1, index)[None].split(TILE, dim=2)
-                tiles = zip(rows, index.split(TILE), strict=True)
-                made = [_tile(part, keys[here], values[here], past, tile, scale) for part, tile in tiles]
-                out[row, :, own].index_copy_(0, index, torch.cat([tile[0] for tile, _ in made], dim=1).transpose(0, 1))
-                pairs += group * sum(count for _, count in made)
-        first += group
-    if call.work is not None:
-        whole = batch * heads * seen_pairs(Visibility(), length, keys.shape[2])
-        call.work.add("attention", 2 * size * pairs, 2 * size * whole)
-    return out.mul_(call.gates[..., None])
-
-
-def _attend_token(module, query, keys, values, scale) -> torch.Tensor:
-    """`attend` for one token: the heads that are on of each KV head together."""
-    gate, call, size = module.surgery_gate, module.surgery_call, query.shape[3]
-    on = [bool(rows[0] is None) for rows, group in zip(call.rows, gate.groups, strict=True) for _ in range(group)]
-    out, group = torch.zeros_like(query), len(on) // keys.shape[1]
-    for kv_head in range(keys.shape[1]):
-        heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if on[head]]
-        if heads:
-            own = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] < len(heads) else heads
-            near = (part[:, kv_head : kv_head + 1] for part in (keys, values))
-            out[:, own] = sdpa(query[:, own], *near, scale=scale, enable_gqa=len(heads) > 1)
-    if call.work is not None:
-        work = 2 * size * keys.shape[2]
-        call.work.add("attention", work * sum(on), work * len(on))
-    return out.transpose(1, 2).mul_(call.gates[..., None])
-
-
-def _tile(query, keys, values, past: int, tile, scale) -> tuple[torch.Tensor, int]:
-    """Attention of some rows of one KV head's queries; and how many keys they were multiplied with, all together.
-
-    Args:
-        query: [1, group, t, head_dim], of the tokens `tile` [t] (rising); None: of all.
-        keys, values: [1, 1, N, head_dim]; token i is the key past + i.
-    """
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    length = query.shape[2]
-    # All rows see the keys before the first row's own, one call without a mask; of the others each sees those up to
-    # its own. The two meet by their log-sum-exps.
-    begin, end, bias = past, keys.shape[2], None
-    if tile is not None:
-        begin, end = past + int(tile[0]), past + int(tile[-1]) + 1
-        late = torch.arange(begin, end) > (past + tile)[:, None]
-        bias = torch.zeros(1, 1, *late.shape, dtype=query.dtype).masked_fill_(late, -torch.inf)
-    late = (part[:, :, begin:end] for part in (keys, values))
-    out, lse = kernel(query, *late, 0.0, tile is None, attn_mask=bias, scale=scale)
-    if begin > 0:
-        early, early_lse = kernel(query, keys[:, :, :begin], values[:, :, :begin], 0.0, False, scale=scale)
-        out = torch.lerp(out, early, torch.sigmoid(early_lse - lse)[..., None].to(out.dtype))
-    late_pairs = length * (length + 1) // 2 if tile is None else length * (end - begin)
-    return out, length * begin + late_pairs
+    module.surgery_call.clear()
 
 
 def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
