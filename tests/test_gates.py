@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_rows as rows
 from surgery.runtime import surgery_skipping as skipping
-from surgery.runtime.surgery_gates import Gate, load_balance, load_balance_loss
+from surgery.runtime.surgery_gates import Gate, load_balance, load_balance_loss, prepare
 from surgery.runtime.surgery_skipping import counted
+from surgery.runtime.surgery_token import prepare_token
 
 INTERFACE = sorted(
     name
@@ -148,6 +149,7 @@ def path(request, monkeypatch):
         for file, name, value in ((skipping, "ROWS", 1), (skipping, "SHARE", 1.0), (rows, "LEAF", 5)):
             monkeypatch.setattr(file, name, value)
         monkeypatch.setattr(rows, "DECODE_KEYS", 1)
+        monkeypatch.setattr(skipping, "DECODE_SAVED", 1)
     else:
         monkeypatch.setattr(skipping, "ROWS", 1 << 30)
     return request.param
@@ -200,6 +202,7 @@ def test_random_settings(bases, seed, monkeypatch):
     monkeypatch.setattr(skipping, "ROWS", draw.choice([1, 20, 1 << 30]))
     monkeypatch.setattr(rows, "LEAF", draw.randint(1, 50))
     monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
+    monkeypatch.setattr(skipping, "DECODE_SAVED", draw.choice([1, 1 << 30]))
     want = dense_logits(base, model, gates, ids, mask)
     assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     cut = draw.randint(1, length - 1)
@@ -234,6 +237,42 @@ def test_gates_of_a_router_that_only_chooses_are_exactly_one_or_zero():
         values = gate.of_heads(gate.weights(hidden, logits, gate.chosen(logits), parameters))
         assert set(values.unique().tolist()) == {0.0, 1.0}
         assert (values.sum(-1) == len(shared) + active).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_the_gate_of_one_token_is_that_of_many(bases, seed):
+    """Python's numbers against the tensors, ties included."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shared = draw.sample(range(8), draw.randint(0, 6))
+    gate = draw.choice([moh(shared, draw.randint(1, 8 - len(shared))), mae(True), mae(True, False), mae(False)])
+    module = runtime.attention_modules(gated(bases["llama"], [gate, None], seed))[0]
+    if seed % 3 == 0:  # units that are alike, and nothing but the choice
+        module.surgery_router.copy_(module.surgery_router[:1].expand_as(module.surgery_router).clone())
+        for name in ("router_bias", "router_temperature", "shared_router", "balance"):
+            if hasattr(module, f"surgery_{name}"):
+                getattr(module, f"surgery_{name}").zero_()
+    hidden = torch.randn(1, 6, 64, generator=generator)
+    prepare(module, hidden, None)
+    want = module.surgery_call.gates
+    for token in range(6):
+        on = prepare_token(module, hidden[0, token])
+        got = module.surgery_call.gates
+        assert (got[0, 0] - want[0, token]).abs().max() < 1e-5
+        assert [bool(x) for x in on] == (want[0, token] != 0).tolist()
+
+
+@torch.no_grad()
+def test_a_router_changed_between_two_tokens_is_heard(bases):
+    model = gated(bases["llama"], [moh([1], 3), moh([], 2)])
+    other = gated(bases["llama"], [moh([1], 3), moh([], 2)], seed=1)
+    one = TOKENS[:1, :1]
+    first, want = model(input_ids=one).logits, other(input_ids=one).logits
+    assert (first - want).abs().max() > 1e-3
+    for (name, parameter), new in zip(model.named_parameters(), other.parameters(), strict=True):
+        if "surgery_" in name:
+            parameter.copy_(new)
+    assert torch.equal(model(input_ids=one).logits, want)
 
 
 def test_gradients_of_gates_and_load_balance():

@@ -313,11 +313,14 @@ def test_conflicts_name_both(model):
         (
             "moh",
             [
-                "16 of 18 query heads are on for a token (88.9%), 5 of them for every token",
-                "8 of 9 (2 shared), 8 of 9 (3 shared)",
+                "12 of 18 query heads are on for a token (66.7%), 5 of them for every token",
+                "6 of 9 (2 shared), 6 of 9 (3 shared)",
             ],
         ),
-        ("mae", ["16 of 18 query heads are on for a token, all but one in each layer"]),
+        (
+            "mae",
+            ["16 of 18 query heads are on for a token, all but one in each layer", "no work is skipped in 2 of 2"],
+        ),
     ],
 )
 def test_recipes(surgery, model, name, words):
@@ -342,6 +345,8 @@ def test_plan_says_where_no_work_is_skipped(family, words):
     notes = " ".join(package.plan(recipe(moh()), TINY[family]()).notes)
     assert all(word in notes for word in words), notes
     assert words or ("no work" not in notes and "all heads" not in notes)
+    notes = " ".join(package.plan(recipe(moh(active_ratio=0.8)), TINY[family]()).notes)
+    assert "no work is skipped in 1 of 2 layers: with more than 75% on" in notes
 
 
 @pytest.mark.parametrize(

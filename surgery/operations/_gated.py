@@ -24,8 +24,9 @@ class Gated(Operation):
 
     keep_first_layers: Whole = Field(0, description="Layers at the begin that keep all heads on.")
     score: Literal["energy", "damage"] = Field(
-        "damage",
-        description="What a head is worth to a token: its output's energy, or growth of the layer's error without it.",
+        "energy",
+        description="What a head is worth to a token: energy of its output (best where most heads are on), or damage, "
+        "the growth of the layer's error without it (best where half of them are).",
     )
     router: Literal["fit", "static", "random", "zero"] = Field(
         "fit",
@@ -53,17 +54,20 @@ class Gated(Operation):
         """The layers that get a gate."""
         return list(anatomy.layers[self.keep_first_layers :])
 
-    def _notes(self, anatomy: Anatomy) -> list[str]:
-        """What is computed all the same, and what is measured."""
-        layer, notes = anatomy.layers[0], []
-        if layer.layout.qkv or layer.layout.q != "q_proj" or layer.layout.conv1d:
-            notes.append(f"no work is skipped in the query projection: {anatomy.model_type} makes it with others")
-        elif layer.qk_norm == "whole":
-            notes.append("no work is skipped in the query projection: the QK-norm spans all heads")
-        if layer.layout.o != "o_proj":
-            notes.append(f"no work is skipped in the output projection, which is {layer.layout.o} here")
-        if any(layer.window or layer.streaming or layer.soft_cap or layer.layout.sinks for layer in anatomy.layers):
-            notes.append("attention of layers with windows, streaming heads, a soft-cap or sinks computes all heads")
+    def _notes(self, anatomy: Anatomy, counts: list[tuple[int, int]]) -> list[str]:
+        """What is computed all the same, and what is measured.
+
+        Args:
+            counts: of each gated layer, how many of its units are on for a token, and how many it has.
+        """
+        from ..runtime.surgery_skipping import SHARE
+
+        notes = []
+        if whole := sum(on > SHARE * units for on, units in counts):
+            where = f"{whole} of {len(counts)} layers"
+            notes.append(f"no work is skipped in {where}: with more than {SHARE:.0%} on, computing all is faster")
+        if whole < len(counts):
+            notes += _still_computed(anatomy)
         if self._measures:
             notes.append(
                 f"which heads a token needs is measured on text ({self.score}) and fitted to the layer's input"
@@ -116,6 +120,20 @@ class Gated(Operation):
             unit = getattr(self, "granularity", "head")
             said = {"kind": "moh", "unit": unit, "shared": list(gate.shared), "active": gate.active}
         return {"gate": said, "parameters": gate.shapes(model.config.get_text_config().hidden_size)}
+
+
+def _still_computed(anatomy: Anatomy) -> list[str]:
+    """What is computed for all heads in layers that skip work."""
+    layer, notes = anatomy.layers[0], []
+    if layer.layout.qkv or layer.layout.q != "q_proj" or layer.layout.conv1d:
+        notes.append(f"no work is skipped in the query projection: {anatomy.model_type} makes it with others")
+    elif layer.qk_norm == "whole":
+        notes.append("no work is skipped in the query projection: the QK-norm spans all heads")
+    if layer.layout.o != "o_proj":
+        notes.append(f"no work is skipped in the output projection, which is {layer.layout.o} here")
+    if any(layer.window or layer.streaming or layer.soft_cap or layer.layout.sinks for layer in anatomy.layers):
+        notes.append("attention of layers with windows, streaming heads, a soft-cap or sinks computes all heads")
+    return notes
 
 
 def unmeasured(model, planned: dict[int, Planned], router: str, seed: int) -> dict:

@@ -22,7 +22,8 @@ class Mae(Gated):
 
     summary: ClassVar[str] = "Mixture of h - 1 heads (MAE): for each token one head is off, or heads are weighed."
     limits: ClassVar[tuple[str, ...]] = (
-        "Soft weights skip no work, and hard ones the work of one head alone; the cache is as large as before.",
+        "Soft weights skip no work, and hard ones one head's, which is left out only where a layer has four heads or "
+        "fewer: of more it costs less to compute all. The cache is as large as before.",
         "The router was fitted on the calibration part of one text, without training.",
     )
 
@@ -48,7 +49,8 @@ class Mae(Gated):
             what = f"{heads - len(layers)} of {heads} query heads are on for a token, all but one in each layer"
             what += ", scaled by H / (H - 1)" if self.rescale else ""
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
-        notes = self._notes(anatomy) if self.hard else ["soft weights turn nothing off: no work is skipped"]
+        notes = self._notes(anatomy, [(layer.heads - 1, layer.heads) for layer in layers])
+        notes = notes if self.hard else ["soft weights turn nothing off: no work is skipped"]
         return Change(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures)
 
     def apply(self, model, context: Context) -> dict:

@@ -25,11 +25,12 @@ class Moh(Gated):
         "Keys and values are still made and kept for every token: the cache is as large as before.",
         "The router was fitted on the calibration part of one text, without training. Heads that only rare text needs "
         "may be off when it comes.",
-        "Work is skipped without gradients alone; a batch with padding computes attention of all heads.",
+        "Work is skipped without gradients, in prompts from 512 tokens on, and in decoding after 2k tokens; attention "
+        "on a GPU, or of a batch with padding, computes all heads.",
     )
 
     op: Literal["moh"] = "moh"
-    active_ratio: float = Field(0.75, gt=0, le=1, description="Share of the heads that are on for a token.")
+    active_ratio: float = Field(0.67, gt=0, le=1, description="Share of the heads that are on for a token.")
     shared_ratio: float = Field(0.25, ge=0, lt=1, description="Share of the heads that are on for all tokens.")
     granularity: Literal["head", "kv_group"] = Field(
         "head", description="What the router turns on: single query heads, or those of a KV head together."
@@ -85,7 +86,8 @@ class Moh(Gated):
         )
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
         measured = self._measures or shared > 0
-        return Change(anatomy, (line, router), SURGICAL, tuple(self._notes(anatomy)), measured=measured)
+        notes = self._notes(anatomy, [(on, self._units(layer)) for layer, (on, _) in zip(layers, counts, strict=True)])
+        return Change(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy

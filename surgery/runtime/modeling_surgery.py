@@ -46,6 +46,7 @@ FILES = (
     "surgery_skipping.py",
     "surgery_stores.py",
     "surgery_terms.py",
+    "surgery_token.py",
 )
 
 # Transformers renamed the forward's argument during 5.x.

@@ -47,7 +47,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
     packed = attention_mask is not None and attention_mask.dtype == torch.long
     call = getattr(module, "surgery_call", None)  # what the gate says, where there is one
-    if call is not None and call.rows is not None and attention_mask is None:
+    if call is not None and call.on is not None and attention_mask is None:
         out = _gathered(module, query, key, value, scaling, options)
         if out is not None:
             return out, None

@@ -19,8 +19,8 @@ weigh what it chooses.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn.functional import linear
@@ -65,11 +65,16 @@ class Gate:
             return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"])
         return cls("mae", tuple(units), hard=entry["hard"], rescale=entry["rescale"])
 
-    @property
+    @cached_property
     def units(self) -> int:
         return len(self.groups)
 
-    @property
+    @cached_property
+    def routed(self) -> list[int]:
+        """The units that the router turns on and off."""
+        return [unit for unit in range(self.units) if unit not in self.shared]
+
+    @cached_property
     def on(self) -> int:
         """Units that are on for a token."""
         if self.kind == "mae":
@@ -78,8 +83,7 @@ class Gate:
 
     def shapes(self, hidden: int) -> dict[str, list[int]]:
         """The gate's parameters, name -> shape; `hidden`: width of the layer's input."""
-        routed = self.units - len(self.shared)
-        shapes = {"surgery_router": [routed, hidden], "surgery_router_bias": [routed]}
+        shapes = {"surgery_router": [len(self.routed), hidden], "surgery_router_bias": [len(self.routed)]}
         if self.kind == "moh":
             shapes["surgery_router_temperature"] = [1]
         if self.shared:
@@ -125,40 +129,10 @@ class Gate:
         )
         return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], dim=-1)
 
-    def of_token(self, hidden: torch.Tensor, parameters: dict) -> tuple[list[float], list[bool]]:
-        """The gates of a single token, hidden [D], and which are on: of the units in order, as Python's numbers.
-
-        While a CPU decodes with a small model, the dozen of little tensors of `weights` would cost more than what the
-        gate saves.
-        """
-        names = [name for name in ("router", "shared_router", "balance") if name in parameters]
-        found = (torch.cat([parameters[name] for name in names]).to(hidden.dtype) @ hidden).tolist()
-        bias = parameters["router_bias"].tolist()
-        logits = [x + b for x, b in zip(found[: len(bias)], bias, strict=True)]
-        if not all(map(math.isfinite, logits)):
-            return [math.nan] * self.units, []
-        order = sorted(range(len(logits)), key=lambda unit: -logits[unit])
-        if self.kind == "mae":
-            factor = self.units / (self.units - 1) if self.rescale else 1.0
-            soft = [(self.units - x) / (self.units - 1) for x in _softmax_times_count(logits)]
-            on = [not self.hard or unit != order[0] for unit in range(self.units)]
-            return [factor * x for x in on] if self.hard else soft, on
-        routed, others = [0.0] * len(logits), [unit for unit in range(self.units) if unit not in self.shared]
-        temperature, chosen = parameters["router_temperature"].item(), order[: self.active]
-        for unit, x in zip(chosen, _softmax_times_count([temperature * logits[u] for u in chosen]), strict=True):
-            routed[unit] = x
-        values, on = dict(zip(others, routed, strict=True)), {*self.shared, *(others[unit] for unit in chosen)}
-        if self.shared:
-            always = _softmax_times_count(found[len(bias) : -2])
-            first, second = _softmax_times_count(found[-2:])
-            values = {unit: second * x for unit, x in values.items()}
-            values |= {unit: first * x for unit, x in zip(self.shared, always, strict=True)}
-        return [values[unit] for unit in range(self.units)], [unit in on for unit in range(self.units)]
-
     def of_heads(self, units: torch.Tensor) -> torch.Tensor:
         """Something [..., units], shared ones first, for each query head in order: [..., query heads]."""
         if units.device not in self._indices:
-            order = [*self.shared, *(unit for unit in range(self.units) if unit not in self.shared)]
+            order = [*self.shared, *self.routed]
             spread = [order.index(unit) for unit, size in enumerate(self.groups) for _ in range(size)]
             with torch.inference_mode(False):  # kept, and used in training later
                 self._indices[units.device] = torch.tensor(spread, device=units.device)
@@ -169,13 +143,6 @@ def softmax_times_count(scores: torch.Tensor, count: int | None = None) -> torch
     """count * softmax: exactly 1 where all scores are equal. `count`: of those that are not -inf, default all."""
     weights = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
     return weights / (weights.sum(dim=-1, keepdim=True) / (count or scores.shape[-1]))
-
-
-def _softmax_times_count(scores: list[float]) -> list[float]:
-    most = max(scores)
-    powers = [math.exp(score - most) for score in scores]
-    mean = sum(powers) / len(powers)
-    return [power / mean for power in powers]
 
 
 def load_balance(logits: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -199,14 +166,15 @@ class Call:
 
     Attributes:
         gates: [batch, n, query heads].
-        on: bool of the same shape: which heads are on; kept where `rows` are of more than one token.
+        on: bool of the same shape, or of a single token a list: which heads are on; None: attention computes all.
         rows: of each unit and batch row, the tokens that have it on; None: nothing is to be left out.
         loss: `load_balance` of the last forward in training mode.
+        packed: what surgery_token.py keeps from token to token.
         work: multiply-adds are counted here, if anybody asks.
     """
 
     def __init__(self):
-        self.loss = self.work = None
+        self.loss = self.work = self.packed = None
         self.clear()
 
     def clear(self) -> None:
@@ -245,27 +213,11 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
         raise ValueError(says)
     chosen = gate.chosen(logits)
     weights = gate.weights(wide, logits, chosen, parameters)
-    call.gates, call.rows = gate.of_heads(weights).to(hidden.dtype), None
+    call.gates, call.rows, call.packed = gate.of_heads(weights).to(hidden.dtype), None, None
     if module.training:
         real = mask[:, -hidden.shape[1] :] if mask is not None and mask.dtype == torch.bool else None
         call.loss = load_balance(logits, chosen, real)
     return chosen
-
-
-def prepare_token(module, hidden: torch.Tensor) -> list[bool]:
-    """`prepare` for a single token, hidden [D], without a gradient.
-
-    Returns:
-        Which units are on.
-    """
-    gate, call = module.surgery_gate, module.surgery_call
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    values, on = gate.of_token(wide, parameters_of(module))
-    if not all(map(math.isfinite, values)):
-        raise ValueError(NOT_FINITE.format(module.layer_idx))
-    spread = [value for value, group in zip(values, gate.groups, strict=True) for _ in range(group)]
-    call.gates, call.rows = torch.tensor(spread, dtype=hidden.dtype)[None, None], None
-    return on
 
 
 def parameters_of(module) -> dict[str, torch.Tensor]:

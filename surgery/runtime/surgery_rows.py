@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-# Found with examples/bench_gates.py.
+# Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
 LEAF = 256  # gathered query rows that attend together under a mask
 DECODE_KEYS = 2048  # keys from which a single token attends with its own heads alone
 
 
 def pays(query, keys) -> bool:
-    """Whether attention of these queries is done for the heads that are on alone, where `Call.rows` says which."""
+    """Whether attention of these queries is done for the heads that are on alone, where `Call.on` says which."""
     return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
 
 
@@ -36,17 +36,17 @@ def attend(module, query, keys, values, scale) -> torch.Tensor:
     past, out, pairs = keys.shape[2] - length, query.new_zeros(batch, length, heads, size), 0
     group = heads // keys.shape[1]
     for row in range(batch):
+        by_token, gates = query[row].transpose(0, 1).reshape(-1, size), call.gates[row].flatten()
         for kv_head in range(keys.shape[1]):
             first = kv_head * group
             token, head = call.on[row, :, first : first + group].nonzero(as_tuple=True)
             if not len(token):
                 continue
-            head = head + first
-            here = (slice(row, row + 1), slice(kv_head, kv_head + 1))
-            rows = query[row][head, token]
+            here, place = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
+            rows = by_token.index_select(0, place)
             made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
             pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, made, lse)
-            out[row][token, head] = made.mul_(call.gates[row][token, head][:, None])
+            out[row].view(-1, size).index_copy_(0, place, made.mul_(gates.index_select(0, place)[:, None]))
     if call.work is not None:
         whole = batch * heads * (length * past + length * (length + 1) // 2)
         call.work.add("attention", 2 * size * pairs, 2 * size * whole)
@@ -55,8 +55,8 @@ def attend(module, query, keys, values, scale) -> torch.Tensor:
 
 def _attend_token(module, query, keys, values, scale) -> torch.Tensor:
     """`attend` for one token: the heads that are on of each KV head together."""
-    gate, call, size = module.surgery_gate, module.surgery_call, query.shape[3]
-    on = [bool(rows[0] is None) for rows, group in zip(call.rows, gate.groups, strict=True) for _ in range(group)]
+    call, size = module.surgery_call, query.shape[3]
+    on = call.on
     out, group = torch.zeros_like(query), len(on) // keys.shape[1]
     for kv_head in range(keys.shape[1]):
         heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if on[head]]

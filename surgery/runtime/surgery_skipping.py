@@ -17,12 +17,17 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear
 
-from .surgery_gates import ROUTERS, Call, Gate, prepare, prepare_token
+from .surgery_gates import ROUTERS, Call, Gate, prepare
 from .surgery_heads import Visibility
+from .surgery_token import prepare_token
 
-# Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate:
-# found with examples/bench_gates.py on a CPU with two threads.
-ROWS, SHARE = 256, 0.95
+# Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
+# From times of one block of SmolLM2's shape on one thread (examples/bench_gates.py): with 78% on, a block took as long
+# as the base's at 2k and 4k tokens; with 44% on, less from 512 tokens.
+ROWS, SHARE = 512, 0.75
+# Of a single token: heads that are off times hidden size, from which projections leave them out. Below it the weights
+# that are not read cost less than the two or three smaller products that take the place of one.
+DECODE_SAVED = 8192
 NONE = ()  # no token
 
 
@@ -154,22 +159,22 @@ def _mixed(module, query, output) -> bool:
 def before(module, args, kwargs) -> None:
     """Forward pre-hook of an attention module: the gate of this call, and what it lets be left out."""
     gate, call, hidden = module.surgery_gate, module.surgery_call, args[0] if args else kwargs["hidden_states"]
-    (batch, length), chosen = hidden.shape[:2], None
-    inference = not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
-    if inference and batch * length == 1 and hidden.device.type == "cpu":
-        on = prepare_token(module, hidden[0, 0])
-        if gate.on <= SHARE * gate.units:
-            call.rows = [[None if unit else NONE] for unit in on]
+    batch, length = hidden.shape[:2]
+    saves = gate.on <= SHARE * gate.units
+    saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+    if saves and batch * length == 1 and hidden.device.type == "cpu":
+        units = prepare_token(module, hidden[0, 0])
+        call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
+        if hidden.shape[2] * (len(call.on) - sum(call.on)) >= DECODE_SAVED:
+            call.rows = [[None if on else NONE] for on in units]
     else:
         chosen = prepare(module, hidden, kwargs.get("attention_mask"))
-    if inference and chosen is not None and batch * length >= ROWS and gate.on <= SHARE * gate.units:
-        flat = chosen.permute(2, 0, 1).reshape(-1, length)
-        found = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
-        call.rows = [
-            [None if unit in gate.shared else next(found) for _ in range(batch)] for unit in range(gate.units)
-        ]
-        always = chosen.new_ones(batch, length, len(gate.shared))
-        call.on = gate.of_heads(torch.cat([always, chosen], dim=-1))
+        if saves and batch * length >= ROWS:
+            call.on = gate.of_heads(torch.cat([chosen.new_ones(batch, length, len(gate.shared)), chosen], dim=-1))
+            flat = chosen.permute(2, 0, 1).reshape(-1, length)
+            found = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
+            units = range(gate.units)
+            call.rows = [[None if unit in gate.shared else next(found) for _ in range(batch)] for unit in units]
     if call.work is not None:
         _count_inputs(module, call.work, batch * length)
 
