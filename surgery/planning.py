@@ -200,6 +200,7 @@ def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
             "visibility": layer.streaming,
             "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
             "virtual keys": "surgery_sink_logit" in named,
+            "gate": "gate" in entry,
         }
         for term in (term for term, there in terms.items() if there):
             held.setdefault(term, set()).add(layer.index)

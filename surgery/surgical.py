@@ -22,7 +22,7 @@ def check_block(config, where: str) -> dict | None:
     """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
     if not hasattr(config, "surgery"):
         return None
-    from .runtime.surgery_heads import validate
+    from .runtime.surgery_block import validate
 
     try:
         validate(config)

@@ -14,8 +14,8 @@ import pytest
 from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
-SHIPPED = {"duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mqa"}
-SHIPPED |= {"prune-heads", "streaming", "zero-tuning", "act"}
+SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
+SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

@@ -11,6 +11,7 @@ import surgery
 from surgery.calibration.head_scores import HeadScores
 from surgery.checking import run_doors
 from surgery.errors import SurgeryError
+from surgery.runtime import modeling_surgery as runtime
 
 SPLIT = (
     "streaming_ratio=0.5",
@@ -42,13 +43,7 @@ def test_through_the_command(surgery, split, model):
     assert config["model_type"] == "surgery"
     assert config["architectures"] == ["SurgeryLlamaForCausalLM"]
     files = {path.name for path in split.glob("*.py")}
-    assert files == {"modeling_surgery.py", "surgery_attention.py", "surgery_cache.py"} | {
-        "surgery_heads.py",
-        "surgery_masks.py",
-        "surgery_sinks.py",
-        "surgery_stores.py",
-        "surgery_terms.py",
-    }
+    assert files == set(runtime.FILES)
     card = (split / "README.md").read_text()
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)

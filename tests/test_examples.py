@@ -68,3 +68,24 @@ def test_sinks_table(tmp_path):
     assert rows["window"][3] == "0.0%"
     assert float(rows["window"][2]) > float(rows["window, 4 sinks"][2])
     assert {"window, learned", "window, kv_bias"} <= rows.keys()
+
+
+@pytest.mark.slow
+@needs_demo
+def test_moh_table(tmp_path):
+    few = ("--active", "0.67", "--scores", "energy", "--samples", "4", "--windows", "1", "--out", "rows.json")
+    printed = run("moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path)
+    rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
+    fit, random = (float(rows[f"moh, 0.67, {router}, energy"][2]) for router in ("fit", "random"))
+    assert float(rows["base"][2]) < fit < random
+    assert run("moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path) == printed
+
+
+@pytest.mark.slow
+@needs_demo
+def test_bench_gates(tmp_path):
+    for mode in ((), ("--decode",)):
+        printed = run("bench_gates.py", "--lengths", "512", "--runs", "1", *mode, cwd=tmp_path)
+        row = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
+        assert row[0] == "512"
+        assert float(row[5]) < 1 if not mode else float(row[5]) > 0

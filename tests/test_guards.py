@@ -14,8 +14,8 @@ from families import TINY
 from test_runtime import WINDOW, kv_heads, operated, random_split
 
 from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime.surgery_block import head_kinds
 from surgery.runtime.surgery_cache import SurgeryCache
-from surgery.runtime.surgery_heads import head_kinds
 
 
 @pytest.fixture

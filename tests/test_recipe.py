@@ -127,12 +127,12 @@ def test_a_binary_file_is_no_recipe(refused, model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mqqa", ["unknown recipe 'mqqa'", "expand-kv, gqa, learned-sinks, mqa", "did you mean 'mqa'?"]),
-        ("zzzzzz", ["unknown recipe 'zzzzzz'", "expand-kv, gqa, learned-sinks, mqa", "ends in .yaml"]),
+        ("mqqa", ["unknown recipe 'mqqa'", "expand-kv, gqa, learned-sinks, mae, moh, mqa", "did you mean 'mqa'?"]),
+        ("zzzzzz", ["unknown recipe 'zzzzzz'", "expand-kv, gqa, learned-sinks, mae, moh, mqa", "ends in .yaml"]),
         ("none.yaml", ["none.yaml: the recipe file does not exist", "surgery cp NAME"]),
         ("model/none", ["model/none: the recipe file does not exist", "surgery cp NAME"]),
         ("folder.yaml", ["folder.yaml: the recipe file is a folder"]),
-        ("", ["unknown recipe ''", "expand-kv, gqa, learned-sinks, mqa"]),
+        ("", ["unknown recipe ''", "expand-kv, gqa, learned-sinks, mae, moh, mqa"]),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(refused, model, tmp_path, name, says):

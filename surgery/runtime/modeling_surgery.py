@@ -4,7 +4,7 @@
 `generate`, peft and the rest of Transformers work on it as on the base. This file and those it imports travel with the
 checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a checkpoint needs nothing else.
 
-What the surgery did is in the config's `surgery` block (see surgery_heads.py).
+What the surgery did is in the config's `surgery` block (see surgery_block.py).
 """
 
 from __future__ import annotations
@@ -27,21 +27,28 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
+from .surgery_block import FORMAT, IDENTITY, NAME, head_kinds, validate
 from .surgery_cache import CACHE, SurgeryCache, give_cache
-from .surgery_heads import FORMAT, IDENTITY, NAME, head_kinds, validate
+from .surgery_heads import query_groups
 from .surgery_masks import surgery_mask
+from .surgery_skipping import attach_gate
 from .surgery_terms import register_terms
 
 PREFIX = "Surgery"
 FILES = (
     "modeling_surgery.py",
     "surgery_attention.py",
+    "surgery_block.py",
     "surgery_cache.py",
+    "surgery_gates.py",
     "surgery_heads.py",
     "surgery_masks.py",
+    "surgery_rows.py",
     "surgery_sinks.py",
+    "surgery_skipping.py",
     "surgery_stores.py",
     "surgery_terms.py",
+    "surgery_token.py",
 )
 
 # The registry of attention functions is one for the process, and another checkpoint may bring another version of this
@@ -59,13 +66,15 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility, shape and terms, and the model a cache of its own."""
+    """Give every attention module its heads' visibility, shape, terms and gate, and the model a cache of its own."""
     kinds, (modules, layers) = head_kinds(model.config), _fitting(model)
     for module in modules:
         module.surgery_heads = kinds[module.layer_idx]
-        for name, shape in layers[module.layer_idx].get("shapes", {}).items():
+        layer = layers[module.layer_idx]
+        for name, shape in layer.get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
-        register_terms(module, layers[module.layer_idx])
+        register_terms(module, layer)
+        attach_gate(module, layer, query_groups(model.config, layer))
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(give_cache, with_kwargs=True)

@@ -15,8 +15,10 @@ from math import gcd
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_heads import HeadKinds
+from .surgery_heads import HeadKinds, Visibility
 from .surgery_masks import bias, for_groups, seen_keys, unpadded
+from .surgery_rows import attend, pays
+from .surgery_skipping import count_whole
 from .surgery_stores import KeyValues, uncached
 from .surgery_terms import Terms, split_terms
 
@@ -50,8 +52,30 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
-    if attention_mask is not None and attention_mask.dtype == torch.long:
-        return _by_segment(module, query, key, value, attention_mask, scaling, options)
+    packed = attention_mask is not None and attention_mask.dtype == torch.long
+    call = getattr(module, "surgery_call", None)  # what the gate says, where there is one
+    if call is not None and call.on is not None and attention_mask is None:
+        out = _gathered(module, query, key, value, scaling, options)
+        if out is not None:
+            return out, None
+    out = (_by_segment if packed else _attention)(module, query, key, value, attention_mask, scaling, options)
+    if call is not None and call.work is not None:
+        count_whole(module, query, key[0].end if isinstance(key, list) else key.shape[2])
+    return out if call is None or call.gates is None else out * call.gates[..., None], None
+
+
+def _gathered(module, query, key, value, scaling, options) -> torch.Tensor | None:
+    """Attention of the rows that the gate has on, times the gate; None where all rows must be computed."""
+    if isinstance(key, list):
+        key, value = key[0].keys, key[0].values
+    plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
+    if not plain or module.surgery_parameters or not pays(query, key) or _written_out(query, key, value):
+        return None
+    return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, options) -> torch.Tensor:
+    """Attention [batch, n, heads, head_dim] without the gate, of rows that hold one sequence each."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):
@@ -65,7 +89,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         _attend(part, view, attention_mask, pad, scale, options["softcap"], term)
         for part, view, term in zip(kinds.split_queries(query), views, terms, strict=True)
     ]
-    return kinds.join(parts), None
+    return kinds.join(parts)
 
 
 def _options(kwargs: dict) -> dict:
@@ -223,6 +247,6 @@ def _by_segment(module, query, key, value, segments, scaling, options):
     for row, numbers in enumerate(segments.expand(query.shape[0], -1)):
         lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
         pieces = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
-        outputs = [surgery_attention(module, *piece, None, scaling=scaling, **options)[0] for piece in pieces]
+        outputs = [_attention(module, *piece, None, scaling, options) for piece in pieces]
         rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
+    return torch.cat(rows)

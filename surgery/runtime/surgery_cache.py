@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .surgery_heads import NAME, HeadKinds, head_kinds
+from .surgery_block import NAME, head_kinds
+from .surgery_heads import HeadKinds
 from .surgery_stores import FullStore, RingStore
 
 # Transformers renamed the forward's argument during 5.x.

@@ -18,7 +18,8 @@ from functools import partial
 
 import torch
 
-from .surgery_heads import IDENTITY, HeadKinds
+from .surgery_block import IDENTITY, TERMS
+from .surgery_heads import HeadKinds
 from .surgery_sinks import scale_sinks
 from .surgery_stores import KeyValues
 
@@ -154,7 +155,8 @@ def register_terms(module, layer: dict) -> None:
         if old is None or tuple(old.shape) != tuple(shape):
             values = torch.full(shape, IDENTITY[name], dtype=like.dtype, device=like.device)
             module.register_parameter(name, torch.nn.Parameter(values))
-    module.surgery_parameters, module.surgery_stand_in = tuple(shapes), layer.get("stand_in", False)
+    module.surgery_parameters = tuple(name for name in shapes if name in TERMS)
+    module.surgery_stand_in = layer.get("stand_in", False)
 
 
 def scores(query, keys, scale, softcap, dtype) -> torch.Tensor:

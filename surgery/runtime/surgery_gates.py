@@ -1,0 +1,249 @@
+"""The gate of attention's heads: a weight for each head and token, worked out from the layer's input.
+
+    out = sum over heads of g_h(x) W_O^h z_h
+
+    moh   shared heads are always on; of the others a router turns `active` on for each token:
+          g = n_s softmax(W_s x) for the shared, k softmax(tau (W_r x + b)) over the k that are on, 0 for the rest; and
+          both times the two values of 2 softmax(W_0 x). With tau, W_s and W_0 at 0 every gate is exactly 1 or 0: the
+          router only chooses.
+    mae   a mixture of all experts "every head but one": g_h = H / (H - 1) (1 - softmax(W x + b)_h); hard: the head
+          with the largest weight is off, the others are on.
+
+A forward pre-hook of the attention module works the gate out, a pure function of its input: gradient checkpointing
+runs it twice. The attention function multiplies by it; surgery_skipping.py leaves out what would be multiplied by 0.
+
+Sources: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842; Peng et al. 2020,
+"A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. Unlike there tau and b: a fitted router need not
+weigh what it chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch.nn.functional import linear
+
+ROUTERS = (
+    "surgery_router",
+    "surgery_router_bias",
+    "surgery_router_temperature",
+    "surgery_shared_router",
+    "surgery_balance",
+)
+# A comparison with NaN would choose some heads without a word.
+NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
+FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate of one layer.
+
+    Attributes:
+        kind: "moh" or "mae".
+        groups: query heads that each unit turns on together: one each, or a KV head's.
+        shared: units that are always on.
+        active: routed units that are on for a token.
+        hard, rescale: of mae: the head with the largest weight is off; the others count H / (H - 1).
+    """
+
+    kind: str
+    groups: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+    active: int = 0
+    hard: bool = False
+    rescale: bool = True
+    _indices: dict = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, entry: dict, groups: list[int]) -> Gate:
+        """The gate of a layer's entry `gate` in the surgery block; `groups`: query heads that read each KV head."""
+        units = groups if entry.get("unit") == "kv_group" else [1] * sum(groups)
+        if entry["kind"] == "moh":
+            return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"])
+        return cls("mae", tuple(units), hard=entry["hard"], rescale=entry["rescale"])
+
+    @cached_property
+    def units(self) -> int:
+        return len(self.groups)
+
+    @cached_property
+    def routed(self) -> list[int]:
+        """The units that the router turns on and off."""
+        return [unit for unit in range(self.units) if unit not in self.shared]
+
+    @cached_property
+    def on(self) -> int:
+        """Units that are on for a token."""
+        if self.kind == "mae":
+            return self.units - self.hard
+        return len(self.shared) + self.active
+
+    def shapes(self, hidden: int) -> dict[str, list[int]]:
+        """The gate's parameters, name -> shape; `hidden`: width of the layer's input."""
+        shapes = {"surgery_router": [len(self.routed), hidden], "surgery_router_bias": [len(self.routed)]}
+        if self.kind == "moh":
+            shapes["surgery_router_temperature"] = [1]
+        if self.shared:
+            shapes |= {"surgery_shared_router": [len(self.shared), hidden], "surgery_balance": [2, hidden]}
+        return shapes
+
+    def logits(self, hidden: torch.Tensor, parameters: dict) -> torch.Tensor:
+        """What the router says: [..., routed units], float32 or wider.
+
+        Args:
+            hidden: [..., D], the layer's input.
+            parameters: name without `surgery_` -> tensor.
+        """
+        return linear(hidden, *(parameters[name].to(hidden.dtype) for name in ("router", "router_bias")))
+
+    def chosen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Which routed units are on: bool, as `logits`. Of equal ones the first."""
+        if (self.kind == "mae" and not self.hard) or self.active == logits.shape[-1]:
+            return torch.ones_like(logits, dtype=torch.bool)
+        # The first of the order is left out by mae, and the first `active` are taken by moh.
+        count = 1 if self.kind == "mae" else self.active
+        first = logits.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
+        picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, first, True)
+        return ~picked if self.kind == "mae" else picked
+
+    def weights(self, hidden: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor, parameters: dict):
+        """The gates [..., units], shared units before routed ones; see `of_heads`.
+
+        Args:
+            hidden: [..., D], in the dtype of `logits`.
+        """
+        if self.kind == "mae":
+            if self.hard:
+                return chosen.to(logits.dtype) * (self.units / (self.units - 1) if self.rescale else 1.0)
+            return (self.units - softmax_times_count(logits)) / (self.units - 1)
+        scores = parameters["router_temperature"].to(logits.dtype) * logits
+        routed = softmax_times_count(scores.masked_fill(~chosen, -torch.inf), self.active)
+        if not self.shared:
+            return routed
+        shared, balance = (
+            softmax_times_count(linear(hidden, parameters[name].to(hidden.dtype)))
+            for name in ("shared_router", "balance")
+        )
+        return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], dim=-1)
+
+    def of_heads(self, units: torch.Tensor) -> torch.Tensor:
+        """Something [..., units], shared ones first, for each query head in order: [..., query heads]."""
+        if units.device not in self._indices:
+            order = [*self.shared, *self.routed]
+            spread = [order.index(unit) for unit, size in enumerate(self.groups) for _ in range(size)]
+            with torch.inference_mode(False):  # kept, and used in training later
+                self._indices[units.device] = torch.tensor(spread, device=units.device)
+        return units.index_select(-1, self._indices[units.device])
+
+
+def softmax_times_count(scores: torch.Tensor, count: int | None = None) -> torch.Tensor:
+    """count * softmax: exactly 1 where all scores are equal. `count`: of those that are not -inf, default all."""
+    weights = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
+    return weights / (weights.sum(dim=-1, keepdim=True) / (count or scores.shape[-1]))
+
+
+def load_balance(logits: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """MoH's loss: r^2 times the mean over units of (mean softmax weight) * (share of tokens that have it on).
+
+    It is `active` for a router that treats all units alike, more for one that prefers some.
+
+    Args:
+        logits, chosen: [batch, n, r].
+        real: bool [batch, n], tokens that are no padding; None: all.
+    """
+    share, on = logits.softmax(dim=-1), chosen.to(logits.dtype)
+    if real is not None:
+        share, on = share[real], on[real]
+    means = share.reshape(-1, share.shape[-1]).mean(dim=0), on.reshape(-1, on.shape[-1]).mean(dim=0)
+    return logits.shape[-1] ** 2 * (means[0] * means[1]).mean()
+
+
+class Call:
+    """What the gate says of the forward that runs. The attention module and its projections hold the same one.
+
+    Attributes:
+        gates: [batch, n, query heads].
+        on: bool of the same shape, or of a single token a list: which heads are on; None: attention computes all.
+        rows: of each unit and batch row, the tokens that have it on; None: nothing is to be left out.
+        loss: `load_balance` of the last forward in training mode.
+        packed: what surgery_token.py keeps from token to token.
+        work: multiply-adds are counted here, if anybody asks.
+    """
+
+    def __init__(self):
+        self.loss = self.work = self.packed = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is of one forward."""
+        self.gates = self.on = self.rows = None
+
+    def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
+        return Call()
+
+    def __reduce__(self):
+        return Call, ()
+
+
+def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Work out the gate of the forward that begins, and keep it in `module.surgery_call`.
+
+    Args:
+        module: attention module with `surgery_gate`, `surgery_call` and the gate's parameters.
+        hidden: [batch, n, D], the layer's input.
+        mask: as the attention function gets it.
+
+    Returns:
+        Which of the routed units are on, bool [batch, n, routed units].
+
+    Raises:
+        ValueError: the router gave something that is no number.
+    """
+    gate, call = module.surgery_gate, module.surgery_call
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    parameters = parameters_of(module)
+    logits = gate.logits(wide, parameters)
+    finite, says = logits.isfinite().all(), NOT_FINITE.format(module.layer_idx)
+    if torch.compiler.is_compiling() or hidden.device.type != "cpu":
+        torch._assert_async(finite, says)
+    elif not finite:
+        raise ValueError(says)
+    chosen = gate.chosen(logits)
+    weights = gate.weights(wide, logits, chosen, parameters)
+    call.gates, call.rows, call.packed = gate.of_heads(weights).to(hidden.dtype), None, None
+    if module.training:
+        real = mask[:, -hidden.shape[1] :] if mask is not None and mask.dtype == torch.bool else None
+        call.loss = load_balance(logits, chosen, real)
+    return chosen
+
+
+def parameters_of(module) -> dict[str, torch.Tensor]:
+    """The gate's parameters of an attention module, name without `surgery_` -> tensor."""
+    return {name.removeprefix("surgery_"): getattr(module, name) for name in ROUTERS if hasattr(module, name)}
+
+
+def load_balance_loss(model) -> torch.Tensor:
+    """The load-balance loss of the last forward in training mode, mean over the layers that have a router.
+
+    Add it to the loss with a small weight (0.01 in the paper) before `backward`.
+
+    Raises:
+        ValueError: no layer has a router, none has run in training mode, or the router's gradient is lost.
+    """
+    gated = [module for module in model.modules() if hasattr(module, "surgery_router")]
+    losses = [module.surgery_call.loss for module in gated]
+    if not gated or any(loss is None for loss in losses):
+        what = "no layer of this model has a router" if not gated else "the model has not run in training mode yet"
+        raise ValueError(f"there is no load-balance loss: {what}")
+    if torch.is_grad_enabled() and any(
+        module.surgery_router.requires_grad and not loss.requires_grad
+        for module, loss in zip(gated, losses, strict=True)
+    ):
+        raise ValueError(
+            "the routers' gradient was lost: run the forward with gradients, and gradient checkpointing with "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

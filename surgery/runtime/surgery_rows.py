@@ -1,0 +1,116 @@
+"""Causal attention of the query rows that a gate has on, and of no others: for full heads on a CPU.
+
+The rows of all query heads of a KV head are gathered in the order of their tokens. The later half sees all keys before
+its own first row's, in one product without a mask; what is left are two problems of half the size, down to a few rows
+that need a mask. Two outputs meet by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+# Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
+LEAF = 256  # gathered query rows that attend together under a mask
+DECODE_KEYS = 2048  # keys from which a single token attends with its own heads alone
+
+
+def pays(query, keys) -> bool:
+    """Whether attention of these queries is done for the heads that are on alone, where `Call.on` says which."""
+    return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
+
+
+def attend(module, query, keys, values, scale) -> torch.Tensor:
+    """Causal attention of the rows that are on, times their gates.
+
+    Args:
+        query: [batch, heads, n, head_dim]; keys, values: [batch, KV heads, N, head_dim], the last n of them of the
+            queries' own tokens. No padding.
+
+    Returns:
+        [batch, n, heads, head_dim], 0 where a head is off.
+    """
+    call, (batch, heads, length, size) = module.surgery_call, query.shape
+    if length == 1:
+        return _attend_token(module, query, keys, values, scale)
+    past, out, pairs = keys.shape[2] - length, query.new_zeros(batch, length, heads, size), 0
+    group = heads // keys.shape[1]
+    for row in range(batch):
+        by_token, gates = query[row].transpose(0, 1).reshape(-1, size), call.gates[row].flatten()
+        for kv_head in range(keys.shape[1]):
+            first = kv_head * group
+            token, head = call.on[row, :, first : first + group].nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            here, place = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
+            rows = by_token.index_select(0, place)
+            made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
+            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, made, lse)
+            out[row].view(-1, size).index_copy_(0, place, made.mul_(gates.index_select(0, place)[:, None]))
+    if call.work is not None:
+        whole = batch * heads * (length * past + length * (length + 1) // 2)
+        call.work.add("attention", 2 * size * pairs, 2 * size * whole)
+    return out
+
+
+def _attend_token(module, query, keys, values, scale) -> torch.Tensor:
+    """`attend` for one token: the heads that are on of each KV head together."""
+    call, size = module.surgery_call, query.shape[3]
+    on = call.on
+    out, group = torch.zeros_like(query), len(on) // keys.shape[1]
+    for kv_head in range(keys.shape[1]):
+        heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if on[head]]
+        if heads:
+            own = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] < len(heads) else heads
+            near = (part[:, kv_head : kv_head + 1] for part in (keys, values))
+            out[:, own] = sdpa(query[:, own], *near, scale=scale, enable_gqa=len(heads) > 1)
+    if call.work is not None:
+        work = 2 * size * keys.shape[2]
+        call.work.add("attention", work * sum(on), work * len(on))
+    return out.transpose(1, 2).mul_(call.gates[..., None])
+
+
+def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> int:
+    """Attention of some rows of a KV head's queries to the keys from `first` on.
+
+    Args:
+        query: [r, head_dim], of the tokens at `places` (long [r], not falling, from `first` on).
+        keys, values: [1, 1, N, head_dim].
+        out, lse: [r, head_dim] and [r], where output and log-sum-exp are put.
+
+    Returns:
+        With how many keys the rows were multiplied, all together.
+    """
+    count = len(query)
+    if count <= LEAF:
+        end = int(places[-1]) + 1
+        late = torch.arange(first, end) > places[:, None]
+        bias = torch.zeros(late.shape, dtype=query.dtype).masked_fill_(late, -torch.inf)
+        for whole, part in zip((out, lse), _kernel(query, keys, values, first, end, scale, bias), strict=True):
+            whole.copy_(part)
+        return count * (end - first)
+    half = count // 2
+    middle = int(places[half])
+    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, out[:half], lse[:half])
+    late = query[half:], places[half:], out[half:], lse[half:]
+    pairs += _attend_rows(*late[:2], keys, values, middle, scale, *late[2:])
+    if middle > first:
+        early, early_lse = _kernel(late[0], keys, values, first, middle, scale)
+        late[2].lerp_(early, torch.sigmoid(early_lse - late[3])[:, None].to(out.dtype))
+        torch.logaddexp(late[3], early_lse, out=late[3])
+        pairs += (count - half) * (middle - first)
+    return pairs
+
+
+def _lse_dtype(query) -> torch.dtype:
+    """What the kernel gives log-sum-exps in."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [r, head_dim] and log-sum-exp [r] of the CPU's flash attention to the keys from `first` to `end` - 1."""
+    near = (part[:, :, first:end] for part in (keys, values))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    bias = None if bias is None else bias[None, None]
+    out, lse = kernel(query[None, None], *near, 0.0, False, attn_mask=bias, scale=scale)
+    return out[0, 0], lse[0, 0]

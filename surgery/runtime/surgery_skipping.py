@@ -1,0 +1,212 @@
+"""What a gate turns off is not computed: query projection, attention and output projection of the tokens that are on.
+
+Of each unit (a query head, or the query heads of a KV head) the tokens that have it on are gathered. The query
+projection computes their rows and leaves zeros elsewhere, so that norms and RoPE stay the model's own; attention runs
+on the gathered rows (surgery_rows.py), and the output projection multiplies them. Keys and values are made for all
+tokens: later ones need them. Nothing is approximated.
+
+Only without gradients. Whether this costs less than computing all and multiplying by 0 is decided by the constants
+below: for projections and prefill in `before`, for attention of a single token in `surgery_rows.pays`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import linear
+
+from .surgery_gates import ROUTERS, Call, Gate, prepare
+from .surgery_heads import Visibility
+from .surgery_token import prepare_token
+
+# Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
+# From times of one block of SmolLM2's shape on one thread (examples/bench_gates.py): with 78% on, a block took as long
+# as the base's at 2k and 4k tokens; with 44% on, less from 512 tokens.
+ROWS, SHARE = 512, 0.75
+# Of a single token: heads that are off times hidden size, from which projections leave them out. Below it the weights
+# that are not read cost less than the two or three smaller products that take the place of one.
+DECODE_SAVED = 8192
+NONE = ()  # no token
+
+
+class Work:
+    """Multiply-adds of the layers that have a gate: what ran, and what runs without a gate.
+
+    Attributes:
+        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" -> a number.
+            Attention: of every row that was computed, all keys that it was multiplied with, for scores and for
+            values. Where all rows are computed, each counts the keys that it sees.
+    """
+
+    def __init__(self):
+        self.done: dict[str, int] = {}
+        self.whole: dict[str, int] = {}
+
+    def add(self, part: str, done: int, whole: int) -> None:
+        self.done[part] = self.done.get(part, 0) + done
+        self.whole[part] = self.whole.get(part, 0) + whole
+
+
+@contextmanager
+def counted(model) -> Iterator[Work]:
+    """Count the multiply-adds of every forward inside: `with counted(model) as work: model(...)`."""
+    work, calls = Work(), [module.surgery_call for module in model.modules() if hasattr(module, "surgery_call")]
+    try:
+        for call in calls:
+            call.work = work
+        yield work
+    finally:
+        for call in calls:
+            call.work = None
+
+
+class _Projection(torch.nn.Linear):
+    """A projection that computes the rows of heads that are on, where `Call.rows` says which."""
+
+    part = ""
+
+    def forward(self, x):
+        call, whole = self.surgery_call, x.shape[:-1].numel() * self.weight.numel()
+        out, done = (super().forward(x), whole) if call.rows is None else self.gathered(x, call.rows)
+        if call.work is not None:
+            call.work.add(self.part, done, whole)
+        return out
+
+
+class _Query(_Projection):
+    """The rows of what is off are zero."""
+
+    part = "query projection"
+
+    def gathered(self, x, rows):
+        out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
+        for begin, end, row, index in _channels(self.surgery_gate, rows, self.out_features):
+            part = x[row] if index is None else x[row].index_select(0, index)
+            made = linear(part, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
+            done += made.numel() * self.in_features
+            if index is None:
+                out[row, :, begin:end] = made
+            else:
+                out[row, :, begin:end].index_copy_(0, index, made)
+        return out, done
+
+
+class _Output(_Projection):
+    """The channels of what is off are not read."""
+
+    part = "output projection"
+
+    def gathered(self, x, rows):
+        out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
+        if self.bias is not None:
+            out += self.bias
+        for begin, end, row, index in _channels(self.surgery_gate, rows, self.in_features):
+            part, weight = x[row, :, begin:end], self.weight[:, begin:end].T
+            part = part if index is None else part.index_select(0, index)
+            done += part.numel() * self.out_features
+            if index is None:
+                out[row].addmm_(part, weight)
+            else:
+                out[row].index_add_(0, index, part @ weight)
+        return out, done
+
+
+def _channels(gate: Gate, rows: list, width: int):
+    """(first channel, last + 1, batch row, its tokens or None for all) of everything that is on.
+
+    Neighbours that are on for all tokens of the batch come as one.
+    """
+    size, begin, end = width // sum(gate.groups), 0, 0
+    for unit, group in enumerate(gate.groups):
+        end += group * size
+        if rows[unit][0] is None and unit + 1 < gate.units and rows[unit + 1][0] is None:
+            continue
+        for row, index in enumerate(rows[unit]):
+            if index is None or len(index):
+                yield begin, end, row, index
+        begin = end
+
+
+def attach_gate(module, layer: dict, groups: list[int]) -> None:
+    """Give an attention module the gate that its entry in the surgery block names.
+
+    Its projections become ones that leave out what is off, where the module shows how they are made: separate ones
+    of the heads' size, and no norm that spans all heads between query projection and attention.
+    """
+    if "gate" not in layer:
+        return
+    module.surgery_gate, module.surgery_call = Gate.of(layer["gate"], groups), Call()
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+    query, output = (getattr(module, name, None) for name in ("q_proj", "o_proj"))
+    for projection, cls in ((query, _Query), (output, _Output)):
+        if type(projection) not in (torch.nn.Linear, cls) or (cls is _Query and _mixed(module, query, output)):
+            continue
+        projection.__class__ = cls
+        projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
+
+
+def _mixed(module, query, output) -> bool:
+    """Whether a row of the query projection is not one head's alone, as attention gets it."""
+    norm = getattr(getattr(module, "q_norm", None), "weight", None)
+    whole = norm is not None and norm.dim() == 1 and len(norm) == query.out_features
+    return whole or not isinstance(output, torch.nn.Linear) or output.in_features != query.out_features
+
+
+def before(module, args, kwargs) -> None:
+    """Forward pre-hook of an attention module: the gate of this call, and what it lets be left out."""
+    gate, call, hidden = module.surgery_gate, module.surgery_call, args[0] if args else kwargs["hidden_states"]
+    batch, length = hidden.shape[:2]
+    saves = gate.on <= SHARE * gate.units
+    saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+    if saves and batch * length == 1 and hidden.device.type == "cpu":
+        units = prepare_token(module, hidden[0, 0])
+        call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
+        if hidden.shape[2] * (len(call.on) - sum(call.on)) >= DECODE_SAVED:
+            call.rows = [[None if on else NONE] for on in units]
+    else:
+        chosen = prepare(module, hidden, kwargs.get("attention_mask"))
+        if saves and batch * length >= ROWS:
+            call.on = gate.of_heads(torch.cat([chosen.new_ones(batch, length, len(gate.shared)), chosen], dim=-1))
+            flat = chosen.permute(2, 0, 1).reshape(-1, length)
+            found = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
+            units = range(gate.units)
+            call.rows = [[None if unit in gate.shared else next(found) for _ in range(batch)] for unit in units]
+    if call.work is not None:
+        _count_inputs(module, call.work, batch * length)
+
+
+def after(module, args, output) -> None:
+    """Forward hook of an attention module: what was kept for this call may go."""
+    module.surgery_call.clear()
+
+
+def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
+    """How many keys the last `length` of `end` tokens see, all together, in a row without padding."""
+    bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
+    most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
+    return sum(min(position + 1, most) for position in range(end - length, end))
+
+
+def count_whole(module, query, keys: int) -> None:
+    """Count an attention call that computed all rows."""
+    kinds, (batch, _, length, size) = module.surgery_heads, query.shape
+    sizes = [part.shape[1] for part in kinds.split_queries(query)]
+    each = zip(kinds.visibilities, sizes, strict=True)
+    pairs = batch * sum(count * seen_pairs(visibility, length, keys) for visibility, count in each)
+    module.surgery_call.work.add("attention", 2 * size * pairs, 2 * size * pairs)
+
+
+def _count_inputs(module, work: Work, tokens: int) -> None:
+    """Count the router, and the projections that are not ours to count."""
+    weights = [module.get_parameter(name) for name in ROUTERS if hasattr(module, name)]
+    work.add("router", tokens * sum(weight.numel() for weight in weights if weight.dim() == 2), 0)
+    stock = {"k_proj": "keys and values", "v_proj": "keys and values"}
+    stock |= {"q_proj": _Query.part, "o_proj": _Output.part}
+    for name, part in stock.items():
+        projection = getattr(module, name, None)
+        if isinstance(projection, torch.nn.Linear) and not isinstance(projection, _Projection):
+            work.add(part, *[tokens * projection.weight.numel()] * 2)

@@ -1,0 +1,613 @@
+"""Gates: their values against brute force in float64, the runtime, what is really skipped, files, gradients."""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from test_sinks import batch, chunked, difference, given
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime import surgery_rows as rows
+from surgery.runtime import surgery_skipping as skipping
+from surgery.runtime.surgery_gates import Gate, load_balance, load_balance_loss, prepare
+from surgery.runtime.surgery_skipping import counted
+from surgery.runtime.surgery_token import prepare_token
+
+INTERFACE = sorted(
+    name
+    for name, make in TINY.items()
+    if name not in ("bloom", "mpt") and "falcon" not in name and "image" not in name
+)
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"]
+
+
+def sizes(model) -> tuple[int, int, int]:
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, text.hidden_size
+
+
+def entry(model, gate: dict) -> dict:
+    """A layer's entry, with the shapes written out: nothing of the runtime is used."""
+    heads, kv_heads, hidden = sizes(model)
+    units = kv_heads if gate.get("unit") == "kv_group" else heads
+    routed = units - len(gate.get("shared", []))
+    shapes = {"surgery_router": [routed, hidden], "surgery_router_bias": [routed]}
+    shapes |= {"surgery_router_temperature": [1]} if gate["kind"] == "moh" else {}
+    if gate.get("shared"):
+        shapes |= {"surgery_shared_router": [len(gate["shared"]), hidden], "surgery_balance": [2, hidden]}
+    return {"gate": gate, "parameters": shapes}
+
+
+def moh(shared, active, unit="head") -> dict:
+    return {"kind": "moh", "unit": unit, "shared": shared, "active": active}
+
+
+def mae(hard: bool, rescale: bool = True) -> dict:
+    return {"kind": "mae", "hard": hard, "rescale": rescale}
+
+
+def gated(base, gates: list[dict | None], seed: int | None = 0, **more):
+    """A model with these gates; `seed`: random values in all of their parameters, None: as they come."""
+    model = copy.deepcopy(base).eval()
+    runtime.patch(model, {"layers": [(entry(base, gate) if gate else {}) | more for gate in gates]})
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "surgery_" in name:
+                scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def brute_force(x, module, gate: dict, heads: int, kv_heads: int) -> list[float]:
+    """The gates of one token, x [D] in float64, head by head."""
+    parameter = {n: p.detach().double() for n, p in module.named_parameters() if n.startswith("surgery_")}
+    routers = parameter["surgery_router"], parameter["surgery_router_bias"]
+    logits = [float(row @ x + b) for row, b in zip(*routers, strict=True)]
+
+    def softmax(numbers):
+        powers = [torch.tensor(n, dtype=torch.float64).exp().item() for n in numbers]
+        return [power / sum(powers) for power in powers]
+
+    if gate["kind"] == "mae":
+        if gate["hard"]:
+            factor = heads / (heads - 1) if gate["rescale"] else 1.0
+            return [0.0 if h == max(range(heads), key=logits.__getitem__) else factor for h in range(heads)]
+        return [heads / (heads - 1) * (1 - p) for p in softmax(logits)]
+    units, shared = kv_heads if gate["unit"] == "kv_group" else heads, gate["shared"]
+    routed = [unit for unit in range(units) if unit not in shared]
+    best = sorted(range(len(routed)), key=lambda i: (-logits[i], i))[: gate["active"]]
+    temperature = float(parameter["surgery_router_temperature"])
+    values = dict.fromkeys(range(units), 0.0)
+    for i, p in zip(best, softmax([temperature * logits[i] for i in best]), strict=True):
+        values[routed[i]] = gate["active"] * p
+    if shared:
+        always = softmax([float(row @ x) for row in parameter["surgery_shared_router"]])
+        balance = [2 * p for p in softmax([float(row @ x) for row in parameter["surgery_balance"]])]
+        values = {unit: value * balance[1] for unit, value in values.items()}
+        values |= {unit: balance[0] * len(shared) * p for unit, p in zip(shared, always, strict=True)}
+    return [values[head * units // heads] for head in range(heads)]
+
+
+def dense_logits(base, model, gates, ids, mask) -> torch.Tensor:
+    """The stock model in float64; every head's output times its gate, by loops; no attention code of ours."""
+    stock, (heads, kv_heads, _) = double(copy.deepcopy(base).eval()), sizes(base)
+    inputs, ours = {}, runtime.attention_modules(model)
+    text = stock.config
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+
+    def take(layer, module, args, kwargs):
+        inputs[layer] = args[0] if args else kwargs["hidden_states"]
+
+    for layer, module in enumerate(runtime.attention_modules(stock)):
+        module.register_forward_pre_hook(partial(take, layer), with_kwargs=True)
+
+    def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **_):
+        layer, length = module.layer_idx, query.shape[2]
+        limit = window if window and (kinds is None or kinds[layer] == "sliding_attention") else length
+        i, j = torch.arange(length)[:, None], torch.arange(length)
+        seen = ((j <= i) & (i - j < limit))[None] & mask.bool()[:, None]
+        out = torch.zeros_like(query)
+        for row, head in product(range(len(ids)), range(heads)):
+            kv = head * key.shape[1] // heads
+            scores = query[row, head] @ key[row, kv].T * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            powers = scores.exp() * seen[row]
+            total = powers.sum(-1, keepdim=True) + (0 if s_aux is None else s_aux[head].exp())
+            out[row, head] = torch.where(mask[row, :, None].bool(), powers @ value[row, kv] / total, 0.0)
+        if gates[layer]:
+            for row, token in product(range(len(ids)), range(length)):
+                values = brute_force(inputs[layer][row, token], ours[layer], gates[layer], heads, kv_heads)
+                out[row, :, token] *= torch.tensor(values, dtype=torch.float64)[:, None]
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("gates_reference", attend)
+    AttentionMaskInterface.register("gates_reference", lambda **_: None)
+    stock.set_attn_implementation("gates_reference")
+    with torch.no_grad():
+        return stock(**given(ids, mask), use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return {name: TINY[name]().eval().requires_grad_(False) for name in FAMILIES}
+
+
+@pytest.fixture(params=["multiplied", "gathered"])
+def path(request, monkeypatch):
+    """Everything computed and multiplied by the gate, or only what is on: forced by the constants of the rule."""
+    if request.param == "gathered":
+        for file, name, value in ((skipping, "ROWS", 1), (skipping, "SHARE", 1.0), (rows, "LEAF", 5)):
+            monkeypatch.setattr(file, name, value)
+        monkeypatch.setattr(rows, "DECODE_KEYS", 1)
+        monkeypatch.setattr(skipping, "DECODE_SAVED", 1)
+    else:
+        monkeypatch.setattr(skipping, "ROWS", 1 << 30)
+    return request.param
+
+
+GATES = {
+    "router alone": [moh([], 3), moh([], 5)],
+    "shared": [moh([1, 6], 3), moh([0], 1)],
+    "all on": [moh([2], 7), moh([], 8)],
+    "groups": [moh([2], 1, "kv_group"), moh([], 3, "kv_group")],
+    "soft": [mae(False), None],
+    "hard": [mae(True), mae(True, False)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
+@torch.no_grad()
+def test_values_against_brute_force(bases, family, gates, path):
+    """Padded, alone, cached in chunks and token by token."""
+    base = bases[family]
+    model = gated(base, gates)
+    for pads in ((0, 11), (0,)):
+        ids, mask = batch(base, pads)
+        want = dense_logits(base, model, gates, ids, mask)
+        assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+        for chunks in ([45], [20, 1, 24], [7] * 6 + [3]):
+            assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
+    plain = base(**given(ids, mask), use_cache=False).logits
+    assert difference(plain, want, mask) > 1e-3, "the gate changes nothing here: the test has no power"
+
+
+@pytest.mark.parametrize("seed", range(50))
+@torch.no_grad()
+def test_random_settings(bases, seed, monkeypatch):
+    draw = random.Random(seed)
+    base = bases[draw.choice(FAMILIES)]
+    heads, kv_heads, _ = sizes(base)
+    gates = []
+    for _ in range(2):
+        unit = draw.choice(["head", "kv_group"])
+        units = heads if unit == "head" else kv_heads
+        shared = draw.sample(range(units), draw.randint(0, units - 1))
+        gates.append(draw.choice([moh(shared, draw.randint(1, units - len(shared)), unit), mae(draw.random() < 0.7)]))
+    model = gated(base, gates, seed)
+    ids, mask = batch(base, draw.choice([(0,), (0, 3), (9, 0, 1)]))
+    length = draw.randint(2, 45)
+    ids, mask = ids[:, :length], mask[:, :length] | (torch.arange(length) == length - 1)
+    monkeypatch.setattr(skipping, "SHARE", 1.0)
+    monkeypatch.setattr(skipping, "ROWS", draw.choice([1, 20, 1 << 30]))
+    monkeypatch.setattr(rows, "LEAF", draw.randint(1, 50))
+    monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
+    monkeypatch.setattr(skipping, "DECODE_SAVED", draw.choice([1, 1 << 30]))
+    want = dense_logits(base, model, gates, ids, mask)
+    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    cut = draw.randint(1, length - 1)
+    assert difference(chunked(model, ids, mask, [cut] + [1] * (length - cut)), want, mask) <= 1e-4
+
+
+@pytest.mark.parametrize("family", INTERFACE)
+@torch.no_grad()
+def test_identity_on_every_interface_family(family, path):
+    """All heads on, routers with values: the base; cached, and left-padded."""
+    base = TINY[family]().eval()
+    heads, kv_heads, _ = sizes(base)
+    ids, mask = batch(base, (0, 11))
+    want = base(**given(ids, mask), use_cache=False).logits
+    for gates in ([moh([1], heads - 1), moh([], kv_heads, "kv_group")], [mae(False), moh([], heads)]):
+        model = gated(base, gates, None)
+        for module in runtime.attention_modules(model):
+            if module.surgery_gate.kind == "moh":  # it may choose: with all of them on there is nothing to choose
+                module.surgery_router.data.normal_(generator=torch.Generator().manual_seed(1))
+        assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+        assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
+
+
+@torch.no_grad()
+def test_gates_of_a_router_that_only_chooses_are_exactly_one_or_zero():
+    for shared, active, units in (((), 7, 49), ((3, 5), 5, 12)):
+        gate = Gate("moh", (1,) * units, shared, active)
+        hidden = torch.randn(40, 16)
+        parameters = {name.removeprefix("surgery_"): torch.zeros(shape) for name, shape in gate.shapes(16).items()}
+        parameters["router"] = torch.randn(parameters["router"].shape)
+        logits = gate.logits(hidden, parameters)
+        values = gate.of_heads(gate.weights(hidden, logits, gate.chosen(logits), parameters))
+        assert set(values.unique().tolist()) == {0.0, 1.0}
+        assert (values.sum(-1) == len(shared) + active).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_the_gate_of_one_token_is_that_of_many(bases, seed):
+    """Python's numbers against the tensors, ties included."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shared = draw.sample(range(8), draw.randint(0, 6))
+    gate = draw.choice([moh(shared, draw.randint(1, 8 - len(shared))), mae(True), mae(True, False), mae(False)])
+    module = runtime.attention_modules(gated(bases["llama"], [gate, None], seed))[0]
+    if seed % 3 == 0:  # units that are alike, and nothing but the choice
+        module.surgery_router.copy_(module.surgery_router[:1].expand_as(module.surgery_router).clone())
+        for name in ("router_bias", "router_temperature", "shared_router", "balance"):
+            if hasattr(module, f"surgery_{name}"):
+                getattr(module, f"surgery_{name}").zero_()
+    hidden = torch.randn(1, 6, 64, generator=generator)
+    prepare(module, hidden, None)
+    want = module.surgery_call.gates
+    for token in range(6):
+        on = prepare_token(module, hidden[0, token])
+        got = module.surgery_call.gates
+        assert (got[0, 0] - want[0, token]).abs().max() < 1e-5
+        assert [bool(x) for x in on] == (want[0, token] != 0).tolist()
+
+
+@torch.no_grad()
+def test_a_router_changed_between_two_tokens_is_heard(bases):
+    model = gated(bases["llama"], [moh([1], 3), moh([], 2)])
+    other = gated(bases["llama"], [moh([1], 3), moh([], 2)], seed=1)
+    one = TOKENS[:1, :1]
+    first, want = model(input_ids=one).logits, other(input_ids=one).logits
+    assert (first - want).abs().max() > 1e-3
+    for (name, parameter), new in zip(model.named_parameters(), other.parameters(), strict=True):
+        if "surgery_" in name:
+            parameter.copy_(new)
+    assert torch.equal(model(input_ids=one).logits, want)
+
+
+def test_gradients_of_gates_and_load_balance():
+    """By gradcheck: of the router, its bias, temperature, shared router, balance and the input."""
+    generator = torch.Generator().manual_seed(0)
+    for gate in (Gate("moh", (1,) * 6, (1, 4), 2), Gate("mae", (1,) * 5, hard=False)):
+        shapes = gate.shapes(7)
+        tensors = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in shapes.values()]
+        hidden = torch.randn(2, 3, 7, generator=generator).double().requires_grad_()
+
+        def function(hidden, *tensors, gate=gate, names=tuple(shapes)):
+            parameters = dict(zip([name.removeprefix("surgery_") for name in names], tensors, strict=True))
+            logits = gate.logits(hidden, parameters)
+            chosen = gate.chosen(logits)
+            real = torch.tensor([[True, True, True], [False, True, True]])
+            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, chosen, real)
+
+        assert torch.autograd.gradcheck(function, (hidden, *tensors))
+
+
+def test_load_balance_by_loops():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 4, generator=generator).double()
+    real = torch.ones(2, 5, dtype=torch.bool)
+    real[1, :3] = False
+    chosen = Gate("moh", (1,) * 4, (), 2).chosen(logits)
+    tokens = [(row, i) for row in range(2) for i in range(5) if real[row, i]]
+    total = 0.0
+    for unit in range(4):
+        share = sum(float(logits[t].exp()[unit] / logits[t].exp().sum()) for t in tokens) / len(tokens)
+        on = sum(unit in sorted(range(4), key=lambda u: -logits[t][u])[:2] for t in tokens) / len(tokens)
+        total += share * on / 4
+    assert load_balance(logits, chosen, real).item() == pytest.approx(16 * total, abs=1e-12)
+    assert load_balance(torch.zeros(1, 8, 4), torch.ones(1, 8, 4).bool(), None).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_reaches_every_router_and_checkpointing_changes_nothing(bases, checkpointing):
+    base = bases["llama"]
+    model = gated(base, [moh([1, 6], 3), moh([], 2, "kv_group")])
+    ids, mask = batch(base, (0, 11))
+    plain = copy.deepcopy(model).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for each in (model, plain):
+        each.train()
+        out = each(**given(ids, mask), labels=ids.masked_fill(mask == 0, -100))
+        (out.loss + 0.1 * load_balance_loss(each)).backward()
+    for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if "surgery_" in name:
+            assert one.grad is not None, name
+            assert one.grad.abs().max() > 0, name
+            assert torch.allclose(one.grad, two.grad, atol=1e-6), name
+    copy.deepcopy(model)  # what a forward keeps has a graph
+
+
+def test_load_balance_loss_says_what_is_missing(bases):
+    with pytest.raises(ValueError, match="no layer of this model has a router"):
+        load_balance_loss(bases["llama"])
+    model = gated(bases["llama"], [moh([], 3), None])
+    with pytest.raises(ValueError, match="has not run in training mode"):
+        load_balance_loss(model)
+    model.train()
+    ids, _ = batch(model, (0,))
+    with torch.no_grad():
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        load_balance_loss(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_a_router_that_gives_no_number_is_an_error(bases, value, path):
+    model = gated(bases["qwen3"], [None, moh([], 3)])
+    runtime.attention_modules(model)[1].surgery_router[2, 5] = value
+    with pytest.raises(ValueError, match=r"router of layer 1 .* NaN or inf"):
+        model(input_ids=TOKENS)
+
+
+# --- what is really skipped -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_rows_that_are_off_reach_no_product(bases, path):
+    """Poison what is off: with the work skipped, heads that are never on may hold NaN in their projections."""
+    model = gated(bases["llama"], [moh([], 3), moh([], 3)], None)  # of equal logits the first: heads 0 to 2 are on
+    ids, _ = batch(model, (0,))
+    want = model(input_ids=ids, use_cache=False).logits
+    for module in runtime.attention_modules(model):
+        module.q_proj.weight[3 * 8 :] = float("nan")
+        module.o_proj.weight[:, 3 * 8 :] = float("nan")
+    if path == "multiplied":  # so the poison is one
+        with pytest.raises(ValueError, match="NaN"):
+            model(input_ids=ids, use_cache=False)
+    else:
+        assert (model(input_ids=ids, use_cache=False).logits - want).abs().max() < 1e-5
+
+
+def halved(tokens: list[int], first: int) -> int:
+    """Pairs of rows and keys from `first` on: the later half of the rows sees all keys before its own first."""
+    if len(tokens) <= rows.LEAF:
+        return len(tokens) * (tokens[-1] + 1 - first) if tokens else 0
+    early, late = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    return halved(early, first) + halved(late, late[0]) + len(late) * (late[0] - first)
+
+
+@torch.no_grad()
+def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
+    base = bases["llama"]
+    gates = [moh([1, 6], 3), moh([2], 1, "kv_group")]
+    model = gated(base, gates)
+    (ids, _), choices = batch(base, (0,)), []
+
+    def see(projection, _):
+        choices.append(projection.surgery_call.gates[0] != 0)
+
+    hooks = [module.o_proj.register_forward_pre_hook(see) for module in runtime.attention_modules(model)]
+    with counted(model) as work:
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    length, hidden, heads, size = ids.shape[1], 64, 8, 8
+    whole = {
+        "query projection": 2 * length * hidden * heads * size,
+        "output projection": 2 * length * hidden * heads * size,
+        "keys and values": 2 * 2 * length * hidden * 4 * size,
+        "attention": 2 * 2 * heads * size * length * (length + 1) // 2,
+        "router": 0,
+    }
+    assert work.whole == whole
+    assert work.done["router"] == length * hidden * ((6 + 2 + 2) + (3 + 1 + 2))
+    if path == "multiplied":
+        assert {name: n for name, n in work.done.items() if name != "router"} == {
+            name: n for name, n in whole.items() if name != "router"
+        }
+        return
+    on = sum(int(choice.sum()) for choice in choices)
+    assert work.done["query projection"] == work.done["output projection"] == on * hidden * size
+    pairs = 0
+    for choice in choices:
+        for pair in range(4):
+            tokens = [t for t in range(length) for head in (2 * pair, 2 * pair + 1) if choice[t, head]]
+            pairs += halved(tokens, 0)
+    assert work.done["attention"] == 2 * size * pairs
+    assert work.done["attention"] < 0.7 * whole["attention"]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert work.done["attention"] == 2 * size * pairs, "nothing is counted outside"
+
+
+@torch.no_grad()
+def test_no_work_is_skipped_where_it_does_not_pay_or_gradients_are_wanted(bases):
+    model = gated(bases["llama"], [moh([], 3), moh([], 3)])
+    ids, _ = batch(model, (0,))
+    long = ids.repeat(1, 6)[:, : 2 * skipping.ROWS]
+
+    def skipped(ids, **kwargs) -> bool:
+        with counted(model) as work:
+            model(input_ids=ids, use_cache=False, **kwargs)
+        return work.done["attention"] < work.whole["attention"]
+
+    model.config.max_position_embeddings = 4096
+    assert not skipped(ids)
+    assert skipped(torch.cat([long] * 3, 1)[:, : skipping.ROWS])
+    with torch.enable_grad():
+        assert not skipped(torch.cat([long] * 3, 1)[:, : skipping.ROWS])
+
+
+# --- the rest of Transformers ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_packed_rows_are_separate_rows(bases, path):
+    model = gated(bases["qwen3"], [moh([1], 3), mae(True)])
+    ids, _ = batch(model, (0,))
+    lengths = (13, 1, 31)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    parts = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    assert difference(packed, torch.cat(parts, 1), torch.ones_like(ids)) <= 1e-5
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_of_a_padded_batch(bases, beams, path):
+    model = gated(bases["gpt_oss"], [moh([1], 3), moh([0], 2, "kv_group")])
+    ids, mask = batch(model, (0, 11))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "num_beams": beams}
+    made = model.generate(input_ids=ids, attention_mask=mask, **options)
+    assert torch.equal(made, model.generate(input_ids=ids, attention_mask=mask, **options, use_cache=False))
+    alone = model.generate(input_ids=ids[1:, 11:], attention_mask=mask[1:, 11:], **options)
+    assert torch.equal(alone[0, 45 - 11 :], made[1, 45:])
+
+
+@torch.no_grad()
+def test_with_a_head_split_and_a_bias(bases, path):
+    """Three terms in one layer: gates times what the other two give."""
+    base, split = bases["llama"], {"streaming": [1, 3], "sinks": 2, "window": 5}
+    shapes = {"surgery_log_gamma": [8]}
+    both = copy.deepcopy(base)
+    runtime.patch(both, {"layers": [split | {"parameters": shapes}] * 2})
+    model = copy.deepcopy(both)
+    runtime.patch(model, {"layers": [entry(base, moh([1], 7))] * 2})
+    for one in (both, model):
+        for module in runtime.attention_modules(one):
+            module.surgery_log_gamma.copy_(torch.linspace(-1, 1, 8))
+    ids, mask = batch(base, (0, 11))
+    want = both(**given(ids, mask), use_cache=False).logits
+    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+    some = copy.deepcopy(model)
+    runtime.patch(some, {"layers": [entry(base, moh([0, 1, 2, 3, 4, 5], 1))] * 2})  # 6 stays on, the first of equals
+    for module in runtime.attention_modules(both):
+        module.o_proj.weight[:, 7 * 8 :] = 0
+    want = both(**given(ids, mask), use_cache=False).logits
+    assert difference(chunked(some, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
+
+
+def test_peft_trains_and_merges(bases):
+    from peft import LoraConfig, get_peft_model
+
+    model = gated(bases["llama"], [moh([1], 3), mae(True)])
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = wrapped(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    wrapped.eval()
+    with torch.no_grad():
+        want = wrapped(input_ids=TOKENS).logits
+        merged = wrapped.merge_and_unload()
+        assert (merged(input_ids=TOKENS).logits - want).abs().max() < 1e-4
+    assert type(runtime.attention_modules(merged)[0].q_proj) is skipping._Query
+
+
+@torch.no_grad()
+def test_peft_of_skipped_projections(bases, path):
+    from peft import LoraConfig, get_peft_model
+
+    model = gated(bases["llama"], [moh([1], 3), moh([], 2)])
+    ids, _ = batch(model, (0,))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    wrapped.eval()
+    want = wrapped(input_ids=ids).logits
+    assert (wrapped.merge_and_unload()(input_ids=ids).logits - want).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_compiled_is_eager(bases):
+    model = gated(bases["llama"], [moh([1], 3), mae(True)])
+    want = model(input_ids=TOKENS, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    assert (compiled(input_ids=TOKENS, use_cache=False).logits - want).abs().max() < 1e-5
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_files_through_both_doors(bases, tmp_path):
+    import surgery
+
+    settings = {"llama": GATES["shared"], "gemma2": GATES["groups"], "gpt_oss": GATES["hard"], "qwen3": GATES["soft"]}
+    models = {tmp_path / name: gated(bases[name], gates) for name, gates in settings.items()}
+    for folder, model in models.items():
+        model.save_pretrained(folder)
+    for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
+        assert "error" not in answer, answer
+        assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
+        loaded = surgery.load(folder)
+        with torch.no_grad():
+            one, memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
+        assert torch.equal(one, answer["logits"])
+        assert (one - memory).abs().max() <= 1e-4
+        loaded.save_pretrained(f"{folder}-again")
+        again = surgery.load(f"{folder}-again").state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_missing_router_raises(bases, tmp_path):
+    from conftest import edit_tensors
+
+    import surgery
+
+    gated(bases["llama"], GATES["shared"]).save_pretrained(tmp_path / "out")
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.pop("model.layers.1.self_attn.surgery_router"))
+    with pytest.raises(surgery.SurgeryError, match="surgery_router"):
+        surgery.load(tmp_path / "out")
+
+
+GOOD = {"kind": "moh", "unit": "head", "shared": [1], "active": 3}
+
+
+@pytest.mark.parametrize(
+    ("gate", "says"),
+    [
+        (GOOD | {"kind": "moa"}, "moh: active, kind, shared, unit; mae: hard, kind, rescale"),
+        (GOOD | {"kind": ["moh"]}, "and a gate has"),
+        (GOOD | {"top": 1}, "and a gate has"),
+        ({"kind": "moh", "active": 3}, "and a gate has"),
+        ("moh", "and a gate has"),
+        (GOOD | {"unit": "layer"}, "head or kv_group"),
+        (GOOD | {"unit": ["head"]}, "head or kv_group"),
+        (GOOD | {"shared": [8]}, "some of 0 to 7"),
+        (GOOD | {"shared": [1, 1]}, "each once"),
+        (GOOD | {"shared": [True]}, "some of 0 to 7"),
+        (GOOD | {"shared": 1}, "some of 0 to 7"),
+        (GOOD | {"shared": list(range(8))}, "not all"),
+        (GOOD | {"active": 0}, "from 1 to the 7 routed"),
+        (GOOD | {"active": 8}, "from 1 to the 7 routed"),
+        (GOOD | {"active": 2.0}, "it is whole"),
+        (GOOD | {"unit": "kv_group", "active": 4}, "from 1 to the 3 routed"),
+        ({"kind": "mae", "hard": 1, "rescale": True}, "true or false"),
+    ],
+)
+def test_a_gate_edited_by_hand_is_refused(bases, gate, says):
+    named = entry(bases["llama"], GOOD)["parameters"]
+    with pytest.raises(ValueError, match=says):
+        runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [{"gate": gate, "parameters": named}, {}]})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"surgery_router": [7, 63]}, r"whose parameters are .*'surgery_router': \[7, 63\].*\[7, 64\]"),
+        ({"surgery_balance": [3, 64]}, "surgery_balance"),
+        ({"surgery_router_bias": None}, "surgery_router_bias"),
+        ({"surgery_gate": [8]}, "other parameters"),
+    ],
+)
+def test_parameters_that_do_not_fit_their_gate_are_refused(bases, parameters, says):
+    right = entry(bases["llama"], GOOD)
+    named = {name: shape for name, shape in (right["parameters"] | parameters).items() if shape is not None}
+    with pytest.raises(ValueError, match=says):
+        runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [right | {"parameters": named}, {}]})
+    with pytest.raises(ValueError, match=r"without a gate|other parameters"):
+        runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [{"parameters": named}, {}]})
