@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
+from dense import batch, chunked, difference, given
 from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
-from test_sinks import batch, chunked, difference, given
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.runtime import modeling_surgery as runtime
@@ -134,7 +134,7 @@ def dense_logits(base, model, gates, ids, mask) -> torch.Tensor:
     AttentionMaskInterface.register("gates_reference", lambda **_: None)
     stock.set_attn_implementation("gates_reference")
     with torch.no_grad():
-        return stock(**given(ids, mask), use_cache=False).logits
+        return stock(**given(stock, ids, mask), use_cache=False).logits
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +175,10 @@ def test_values_against_brute_force(bases, family, gates, path):
     for pads in ((0, 11), (0,)):
         ids, mask = batch(base, pads)
         want = dense_logits(base, model, gates, ids, mask)
-        assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+        assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
         for chunks in ([45], [20, 1, 24], [7] * 6 + [3]):
             assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
-    plain = base(**given(ids, mask), use_cache=False).logits
+    plain = base(**given(base, ids, mask), use_cache=False).logits
     assert difference(plain, want, mask) > 1e-3, "the gate changes nothing here: the test has no power"
 
 
@@ -204,7 +204,7 @@ def test_random_settings(bases, seed, monkeypatch):
     monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
     monkeypatch.setattr(skipping, "DECODE_SAVED", draw.choice([1, 1 << 30]))
     want = dense_logits(base, model, gates, ids, mask)
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     cut = draw.randint(1, length - 1)
     assert difference(chunked(model, ids, mask, [cut] + [1] * (length - cut)), want, mask) <= 1e-4
 
@@ -216,13 +216,13 @@ def test_identity_on_every_interface_family(family, path):
     base = TINY[family]().eval()
     heads, kv_heads, _ = sizes(base)
     ids, mask = batch(base, (0, 11))
-    want = base(**given(ids, mask), use_cache=False).logits
+    want = base(**given(base, ids, mask), use_cache=False).logits
     for gates in ([moh([1], heads - 1), moh([], kv_heads, "kv_group")], [mae(False), moh([], heads)]):
         model = gated(base, gates, None)
         for module in runtime.attention_modules(model):
             if module.surgery_gate.kind == "moh":  # it may choose: with all of them on there is nothing to choose
                 module.surgery_router.data.normal_(generator=torch.Generator().manual_seed(1))
-        assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+        assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
         assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
 
 
@@ -318,7 +318,7 @@ def test_training_reaches_every_router_and_checkpointing_changes_nothing(bases, 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for each in (model, plain):
         each.train()
-        out = each(**given(ids, mask), labels=ids.masked_fill(mask == 0, -100))
+        out = each(**given(each, ids, mask), labels=ids.masked_fill(mask == 0, -100))
         (out.loss + 0.1 * load_balance_loss(each)).backward()
     for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
         if "surgery_" in name:
@@ -478,13 +478,13 @@ def test_with_a_head_split_and_a_bias(bases, path):
         for module in runtime.attention_modules(one):
             module.surgery_log_gamma.copy_(torch.linspace(-1, 1, 8))
     ids, mask = batch(base, (0, 11))
-    want = both(**given(ids, mask), use_cache=False).logits
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+    want = both(**given(both, ids, mask), use_cache=False).logits
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
     some = copy.deepcopy(model)
     runtime.patch(some, {"layers": [entry(base, moh([0, 1, 2, 3, 4, 5], 1))] * 2})  # 6 stays on, the first of equals
     for module in runtime.attention_modules(both):
         module.o_proj.weight[:, 7 * 8 :] = 0
-    want = both(**given(ids, mask), use_cache=False).logits
+    want = both(**given(both, ids, mask), use_cache=False).logits
     assert difference(chunked(some, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
 
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from dense import batch, chunked, difference, given
 from families import TINY, VOCAB, one_thread  # noqa: F401 (a fixture)
-from test_sinks import batch, chunked, difference, given
 
 import surgery as package
 from surgery.anatomy import Anatomy
@@ -189,8 +189,8 @@ def test_identity(family, step):
     report = package.apply(recipe(step), model)
     assert report.data["tier"] == "surgical"
     ids, mask = batch(base)
-    want = base(**given(ids, mask), use_cache=False).logits
-    assert difference(model(**given(ids, mask), use_cache=False).logits, want, mask) <= 1e-5
+    want = base(**given(base, ids, mask), use_cache=False).logits
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
     assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
 
 
