@@ -135,9 +135,9 @@ class Plan:
         """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
         from . import __version__
 
-        steps = self.recipe.to_dict()["operations"]
-        named = [Path(step[field]) for step in steps for field in FILE_FIELDS if isinstance(step.get(field), str)]
-        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in named if path.is_file()]
+        named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
+        paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         facts = {"recipe": self.recipe.to_dict(), "files": files, "base": fingerprint, "version": __version__}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

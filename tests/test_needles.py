@@ -326,7 +326,7 @@ def test_folders_one_after_the_other(folder, monkeypatch):
     monkeypatch.setattr(scoring, "load_model", watched)
     calls = []
     result = evaluate_needles(folder, folder, **SMALL, progress=lambda *call: calls.append(call))
-    assert alive[1] == alive[0], "the base is gone when out is loaded"
+    assert alive[1] <= alive[0], "the base is gone when out is loaded"
     assert result.outcomes["base"] == result.outcomes["out"]
     assert calls == [(i + 1, 24, "base" if i < 12 else "out") for i in range(24)]
     assert result.reach is None
