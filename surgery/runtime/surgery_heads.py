@@ -70,6 +70,8 @@ class _Order:
         return [_take(tensor, slices) for slices in self.kinds]
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if len(parts) == 1:
+            return parts[0].transpose(1, 2).contiguous()
         batch, _, length, size = parts[0].shape
         joined = parts[0].new_empty(batch, length, self.count, size)
         for part, slices in zip(parts, self.kinds, strict=True):
