@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Moh(Gated):
     """A router turns on as many heads, or KV groups, as `active_ratio` says."""
 
-    summary: ClassVar[str] = "Mixture of heads (MoH): a router turns heads on for each token; work of the others is left out where that pays."
+    summary: ClassVar[str] = "Mixture of heads (MoH): a router turns heads on for each token."
     limits: ClassVar[tuple[str, ...]] = (
         "Keys and values are still made and kept for every token: the cache is as large as before.",
         "The router was fitted on the calibration part of one text, without training. Heads that only rare text needs "
