@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from dense import batch, chunked, difference, given
-from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from families import TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.runtime import modeling_surgery as runtime
@@ -533,23 +533,10 @@ def test_compiled_is_eager(bases):
 
 
 def test_saved_files_through_both_doors(bases, tmp_path):
-    import surgery
 
     settings = {"llama": GATES["shared"], "gemma2": GATES["groups"], "gpt_oss": GATES["hard"], "qwen3": GATES["soft"]}
     models = {tmp_path / name: gated(bases[name], gates) for name, gates in settings.items()}
-    for folder, model in models.items():
-        model.save_pretrained(folder)
-    for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
-        assert "error" not in answer, answer
-        assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
-        loaded = surgery.load(folder)
-        with torch.no_grad():
-            one, memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
-        assert torch.equal(one, answer["logits"])
-        assert (one - memory).abs().max() <= 1e-4
-        loaded.save_pretrained(f"{folder}-again")
-        again = surgery.load(f"{folder}-again").state_dict()
-        assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+    check_both_doors(models, tmp_path)
 
 
 def test_a_missing_router_raises(bases, tmp_path):

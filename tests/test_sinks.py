@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dense import KINDS, LENGTH, PADS, batch, chunked, dense_logits, difference, given, random_terms
-from families import TINY, TOKENS, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from families import TINY, TOKENS, check_both_doors, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_terms import add_keys, scale_key
@@ -216,25 +216,12 @@ def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
 
 
 def test_saved_files_through_both_doors(bases, tmp_path):
-    import surgery
 
     kinds = dict.fromkeys(FAMILIES, "all") | {"gpt_oss": "act and keys"}
     models = {
         tmp_path / name: operated(bases[name], 0, random_terms(bases[name], kinds[name], 5)) for name in FAMILIES
     }
-    for folder, model in models.items():
-        model.save_pretrained(folder)
-    for folder, answer in open_doors(list(models), tmp_path, trust=True).items():
-        assert "error" not in answer, answer
-        assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
-        loaded = surgery.load(folder)
-        with torch.no_grad():
-            one, memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
-        assert torch.equal(one, answer["logits"])
-        assert (one - memory).abs().max() <= 1e-4
-        loaded.save_pretrained(f"{folder}-again")
-        again = surgery.load(f"{folder}-again").state_dict()
-        assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
+    check_both_doors(models, tmp_path)
 
 
 def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):

@@ -116,10 +116,6 @@ class Trial:
             told = ask(self.model, pieces)
             return [each.nll for each in told], sum(each.right for each in told) / len(told)
 
-    def values(self, pieces) -> torch.Tensor:
-        """The objective of each text or question, in float64."""
-        return torch.tensor(self.judge(pieces)[0], dtype=torch.float64)
-
     def measure(self, name: str, values: list[torch.Tensor], pieces) -> tuple[torch.Tensor, float | None]:
         """What `judge` says of a setting, the objective in float64; measured once under this name."""
 

@@ -152,15 +152,14 @@ def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=Non
         reverse=True,
     )
     helped = [(layer, head) for slope, layer, head in ranked if slope > 0]
-    best, lowest = None, trial.values(trial.fit).mean().item()
+    best, lowest = None, trial.measure("beta 1", trial.nothing, trial.fit)[0].mean().item()
     tried = [{"heads": 0, "fit": lowest}]
     for number, share in enumerate(SHARES):
         chosen = helped[: math.ceil(share * len(helped))]
         setting = [none.clone() for none in trial.nothing]
         for layer, head in chosen:
             setting[layer][head] = math.log(beta)
-        trial.set(setting)
-        found = trial.values(trial.fit).mean().item()
+        found = trial.measure(f"beta {beta!r}, {len(chosen)} heads", setting, trial.fit)[0].mean().item()
         tried.append({"heads": len(chosen), "fit": found})
         if found < lowest:
             best, lowest = setting, found

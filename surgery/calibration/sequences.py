@@ -51,6 +51,11 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
+def calibration_pieces(model, tokenizer, text: str, length: int, samples: int) -> torch.Tensor:
+    """Pieces of a text's calibration part, long [samples, length]; the length is cut to the model's positions."""
+    return windows(load_text(text, "calibration"), tokenizer, fitting_length(model, length), samples)
+
+
 def calibration(
     model, tokenizer, text, *, sinks: int, window: int, samples: int, length: int, keys: int, seed: int
 ) -> tuple[list[Recall], dict]:

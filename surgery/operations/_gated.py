@@ -79,8 +79,7 @@ class Gated(Operation):
         import torch
 
         from ..calibration.router import route
-        from ..calibration.sequences import fitting_length
-        from ..calibration.text import load_text, windows
+        from ..calibration.sequences import calibration_pieces
         from ..runtime.modeling_surgery import attention_modules, patch
 
         if self._measures or any(layer.shared for layer in planned.values()):
@@ -90,9 +89,8 @@ class Gated(Operation):
                     where=self.op,
                     fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
                 )
-            length = fitting_length(model, self.calibration_length)
-            text = load_text(self.text, "calibration")
-            sequences = windows(text, context.tokenizer, length, self.calibration_samples)
+            asked = self.text, self.calibration_length, self.calibration_samples
+            sequences = calibration_pieces(model, context.tokenizer, *asked)
             settings = {"score": self.score, "router": self.router, "seed": self.seed}
             found, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
         else:

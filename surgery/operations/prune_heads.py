@@ -246,8 +246,7 @@ class PruneHeads(Operation):
 
     def _sequences(self, model, context: Context):
         """Calibration tokens [samples, length], None where none are needed."""
-        from ..calibration.sequences import fitting_length
-        from ..calibration.text import load_text, windows
+        from ..calibration.sequences import calibration_pieces
 
         scored = self.heads is None and self.scores in MEASURED
         if not (self.refit or scored):
@@ -258,9 +257,8 @@ class PruneHeads(Operation):
                 where="prune_heads",
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer); or scores: magnitude with refit: false",
             )
-        text = load_text(self.calibration_text, part="calibration")
         count = self.calibration_samples if self.refit else self.score_samples
-        return windows(text, context.tokenizer, fitting_length(model, self.calibration_length), count)
+        return calibration_pieces(model, context.tokenizer, self.calibration_text, self.calibration_length, count)
 
     def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
         if self.heads is not None:

@@ -241,8 +241,7 @@ class SinkCalibration(Operation):
         return record | {"logit": self.logit}
 
     def _pieces(self, model, context: Context):
-        from ..calibration.sequences import fitting_length
-        from ..calibration.text import load_text, windows
+        from ..calibration.sequences import calibration_pieces
         from ..evaluation.choosing import fitting_questions
 
         if context.tokenizer is None:
@@ -253,8 +252,8 @@ class SinkCalibration(Operation):
             )
         if self.labelled is not None:
             return fitting_questions(self.labelled, context.tokenizer, model)
-        length = fitting_length(model, self.calibration_length)
-        return windows(load_text(self.text, "calibration"), context.tokenizer, length, self.calibration_samples)
+        asked = self.text, self.calibration_length, self.calibration_samples
+        return calibration_pieces(model, context.tokenizer, *asked)
 
     def _entry(self, layer: LayerAnatomy, targets: dict[int, list[int]]) -> dict[str, Any]:
         """A layer's entry in the `surgery` block. Keys and values are per KV head, as the first token's are."""
