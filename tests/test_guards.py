@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import edit_json
 from dense import batch
 from families import TINY
@@ -79,6 +80,9 @@ def test_a_model_that_runs_its_checkpoints_own_code(split, monkeypatch):
     with pytest.raises(surgery.SurgeryError, match=r"surgery\.load"):
         surgery.apply("zero-tuning", model, gamma=2.0)
     assert torch.equal(model(input_ids=ids).logits, before)
+    registry = transformers.AttentionInterface._global_mapping
+    assert registry[runtime.ATTENTION] is runtime.surgery_attention, "a copy of the code took the package's place"
+    assert registry[model.config._attn_implementation].__module__.startswith("transformers_modules")
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

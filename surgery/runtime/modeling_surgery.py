@@ -51,9 +51,9 @@ FILES = (
     "surgery_token.py",
 )
 
-# The registry of attention functions is one for the process, and another checkpoint may bring another version of this
-# code: the name tells them apart.
-_CODE = b"".join(Path(__file__).with_name(file).read_bytes() for file in FILES)
+# The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
+# or another version: the name tells them apart, so that a model calls the functions it was loaded with.
+_CODE = __name__.encode() + b"".join(Path(__file__).with_name(file).read_bytes() for file in FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)
 AttentionMaskInterface.register(ATTENTION, surgery_mask)
