@@ -46,6 +46,8 @@ FILES = (
     "surgery_rows.py",
     "surgery_sinks.py",
     "surgery_skipping.py",
+    "surgery_softmax.py",
+    "surgery_sparse.py",
     "surgery_stores.py",
     "surgery_terms.py",
     "surgery_token.py",
