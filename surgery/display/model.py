@@ -59,6 +59,9 @@ def anatomy(facts) -> None:
     for layer in (each for each in facts.layers if each.streaming):
         out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
         break
+    if sparse := [layer for layer in facts.layers if layer.sparse]:
+        ways = dict.fromkeys(layer.sparse["method"] for layer in sparse)
+        out.print(f"sparse prefill: {', '.join(ways)}, in {len(sparse)} of {len(facts.layers)} layers")
 
 
 def applicable(rows: dict[str, list[str]]) -> None:

@@ -4,7 +4,8 @@
 
 after projections, norms, RoPE and cache update. V_h is read from `module.surgery_heads`: for each kind of head in the
 layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
-sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists.
+sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists. Of a
+prompt, full heads may read only some blocks of keys (surgery_prefill.py).
 What is added to the scores (surgery_terms.py) follows from each part's output and log-sum-exp.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from .surgery_heads import HeadKinds, Visibility
 from .surgery_masks import for_groups, seen_keys, unpadded
+from .surgery_prefill import Sparse
 from .surgery_rows import attend, pays
 from .surgery_skipping import count_whole
 from .surgery_softmax import explicit, fused, written_out
@@ -69,6 +71,7 @@ def _gathered(module, query, key, value, scaling, options) -> torch.Tensor | Non
     if isinstance(key, list):
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
+    plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
     if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
         return None
     return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -85,9 +88,10 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     terms = split_terms(module, kinds, options["s_aux"])
+    sparse = getattr(module, "surgery_sparse", None) or [None] * len(views)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], term)
-        for part, view, term in zip(kinds.split_queries(query), views, terms, strict=True)
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more)
+        for part, view, *more in zip(kinds.split_queries(query), views, terms, sparse, strict=True)
     ]
     return kinds.join(parts)
 
@@ -104,11 +108,16 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None) -> torch.Tensor:
+def _attend(
+    query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None, sparse: Sparse | None
+) -> torch.Tensor:
     """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
     if view.visibility.sinks:
         view.settle_sinks(pad)
-    out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
+    if sparse is not None and sparse.applies(query.shape[2], view.end):
+        out, lse = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
+    else:
+        out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
     return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)
 
 

@@ -155,23 +155,20 @@ def attach_sparse(module, layer: dict) -> None:
     ]
 
 
-def fault_of_sparse(layer: dict, heads: int) -> str:
-    """What is wrong with `sparse` in a layer's entry, "" if nothing.
+def problem_of(entry, heads: int) -> str:
+    """What is wrong with `sparse` of a layer's entry, a sentence; "" if nothing.
 
     Args:
         heads: query heads of the layer.
     """
-    if "sparse" not in layer:
-        return ""
-    entry = layer["sparse"]
     if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
-        return f"has sparse {entry!r}, which must name a method"
+        return f"{entry!r} names no method"
     sparse = Sparse.of(entry)
     if problems := settings_problems(sparse.method, sparse.settings, sparse.block, heads):
-        return f"has sparse prefill that is not one: {problems[0]}"
+        return problems[0]
     for name in ("dense_below", "last_rows_dense"):
         if type(value := getattr(sparse, name)) is not int or value < 0:
-            return f"has sparse prefill with {name} {value!r}, which must be whole and from 0"
+            return f"{name} is {value!r}, and must be a whole number from 0"
     if (delta := sparse.delta) is not None and (type(delta) is not int or delta < 1 or sparse.block % delta):
-        return f"has sparse prefill with delta {delta!r}, which must divide the block of {sparse.block}"
+        return f"delta is {delta!r}, and must divide the block of {sparse.block}"
     return ""

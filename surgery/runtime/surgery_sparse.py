@@ -3,23 +3,21 @@
 Key block J is keys J * block to J * block + block - 1; query block I likewise, in absolute positions, where the n
 queries are the last of N tokens. A query sees what lies before it in the key blocks kept for its block.
 
-On a CPU the keys of a list are gathered and go through the flash kernel without a mask: only a query's own block needs
-one, and the own blocks of all queries are one causal product. Two outputs meet by their log-sum-exps. Where that kernel
-has no answer (gradients, soft-capped scores, other devices without the Triton kernel) the softmax is written out.
+On a CPU the keys of a list are gathered and go through the flash kernel without a mask: only a query's own block
+needs one, and the own blocks of all queries are one causal product. Two outputs meet by their log-sum-exps. Where that
+kernel has no answer (gradients, soft-capped scores, other devices without the Triton kernel) the softmax is written
+out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
 from .surgery_softmax import explicit, fused, written_out
 
-try:  # of the package; an exported checkpoint does without
-    from surgery.kernels import block_sparse_prefill as on_gpu
-except ImportError:
-    on_gpu = None
 ROWS = 32  # rows far from one another that read their keys together, up to the last one's
 
 
@@ -39,10 +37,9 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
         [batch, heads, n, head_dim] and the natural log-sum-exp [batch, heads, n].
     """
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    if on_gpu is not None and query.device.type == "cuda" and not _trains(query, keys, values):
-        return on_gpu.block_sparse_prefill(
-            query, keys, values, on_gpu.BlockList.of(kept, block), scale, softcap=softcap
-        )
+    if query.device.type == "cuda" and (kernel := _kernel()) and not _trains(query, keys, values):
+        lists = kernel.BlockList.of(kept, block)
+        return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap)
     run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
     rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
     return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
@@ -71,6 +68,17 @@ def attend_rows(query, keys, values, places: list[int], scale: float, softcap=No
         out, lse = fused(*far, scale, True, seen=seen) if plain else explicit(*far, seen, scale, softcap, True)
         parts.append((out.reshape(*shape, size), lse.reshape(shape)))
     return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+
+
+@lru_cache
+def _kernel():
+    """The package's Triton kernel, or None: an exported checkpoint does without."""
+    try:
+        from surgery.kernels import block_sparse_prefill
+
+        return block_sparse_prefill
+    except ImportError:
+        return None
 
 
 def _trains(*tensors) -> bool:
@@ -121,7 +129,7 @@ def _lists(kept, first: int) -> Iterator[tuple[int, int, torch.Tensor]]:
 
 def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
     """Every query's attention to the keys of its own block: [heads, n, head_dim] and the log-sum-exp [heads, n]."""
-    (_, length, size), end = query.shape, keys.shape[1]
+    length, end = query.shape[1], keys.shape[1]
     past = end - length
     lead = min(-past % block, length)  # queries of a block that began before them
     middle = lead + (length - lead) // block * block
