@@ -101,11 +101,9 @@ class SparsePrefill(Operation):
                 found.append(f"per_layer {layer}: there is no field {name!r}; there is: {', '.join(sorted(known))}")
         for layer in sorted(self.term_layers(anatomy)) if not found else []:
             where = f"per_layer {layer}: " if layer in self.per_layer else ""
-            fault = fault_of_sparse(
-                {"sparse": self._entry(self.per_layer.get(layer, {}))}, anatomy.layers[layer].heads
-            )
-            if fault and where + fault not in found:
-                found.append(where + fault)
+            problem = problem_of(self._entry(self.per_layer.get(layer, {})), anatomy.layers[layer].heads)
+            if problem and where + problem not in found:
+                found.append(where + problem)
         return found
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
