@@ -115,7 +115,7 @@ def _attend(
     if view.visibility.sinks:
         view.settle_sinks(pad)
     if sparse is not None and sparse.applies(query.shape[2], view.end):
-        out, lse = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
+        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
     else:
         out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
     return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)

@@ -15,6 +15,7 @@ Positions are counted from a row's first real token: every row of a padded batch
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 
 import torch
@@ -67,7 +68,9 @@ class Sparse:
             mask: bool [batch, N], the slots of real tokens, which are neighbours; None: all are real.
 
         Returns:
-            [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n]; 0 and -inf for padding.
+            [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n]; 0 and -inf for padding. Then what was
+            read, for terms that ask, or None where the two stand for all keys: a function of positions of queries
+            [batch, 1, r, 1] and keys [batch, heads, 1, m] that gives bool [batch, heads, r, m].
         """
         found = []
         for row in range(len(query)):
@@ -76,7 +79,9 @@ class Sparse:
                 found.append(self._row(*one, scale, softcap))
             else:
                 found.append(self._padded(*one, mask[row], scale, softcap))
-        return found[0] if len(found) == 1 else tuple(torch.cat(part) for part in zip(*found, strict=True))
+        outs, lses, kept = zip(*found, strict=True)
+        out, lse = (part[0] if len(part) == 1 else torch.cat(part) for part in (outs, lses))
+        return out, lse, None if self.delta is not None else partial(_read, kept, self.block)
 
     def _padded(self, query, keys, values, real, scale, softcap) -> tuple:
         """`attend` for a row, real: bool [N]."""
@@ -85,18 +90,20 @@ class Sparse:
         first = max(start, past)
         if first >= stop:
             lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-            return torch.zeros_like(query), lse
+            return torch.zeros_like(query), lse, query.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         near = (part[:, :, start:stop] for part in (keys, values))
-        out, lse = self._row(query[:, :, first - past : stop - past], *near, scale, softcap)
+        out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap)
         edges = first - past, keys.shape[2] - stop
         pad = torch.nn.functional.pad
-        return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf)
+        return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf), kept
 
     def _row(self, query, keys, values, scale, softcap) -> tuple:
         """`attend` for a row of real tokens."""
         kept = self.kept(query, keys, scale)
         out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
-        return (out, lse) if self.delta is None else self._corrected(out, lse, query, keys, values, scale, softcap)
+        if self.delta is not None:
+            out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
+        return out, lse, kept
 
     @torch.no_grad()
     def kept(self, query, keys, scale: float) -> torch.Tensor:
@@ -136,6 +143,17 @@ class Sparse:
             rest = (exact - middle[:, :, :: self.delta]).repeat_interleave(self.delta, dim=2)
             corrected.append(torch.cat([sparse[:, :, :begin], middle + rest, sparse[:, :, stop:]], dim=2))
         return tuple(corrected)
+
+
+def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Tensor:
+    """The function that `Sparse.attend` gives; kept: of each row of the batch, its last row that of the last block."""
+    found, heads = [], torch.arange(keys.shape[1], device=keys.device)[:, None, None]
+    for row, lists in enumerate(kept):
+        _, count, rows, columns = lists.shape
+        mine = (queries[row] // block - (columns - rows)).clamp(0, rows - 1)  # [1, r, 1]
+        its = (keys[row] // block).clamp(0, columns - 1)  # [heads, 1, m]
+        found.append(lists[0][heads * count // len(heads), mine, its])
+    return torch.stack(found)
 
 
 def attach_sparse(module, layer: dict) -> None:
