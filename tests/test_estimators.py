@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from surgery.runtime.surgery_estimators import choose, settings_problems
+from surgery.runtime.surgery_estimators import choose, settings_problems, with_defaults
 from tests.families import one_thread  # noqa: F401
 
 # heads, KV heads, tokens, queries (the last of them), block
@@ -50,6 +50,7 @@ class Row:
     def __init__(self, query, key, block, batch, head, number):
         start, group = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
         self.number, self.block, self.total, self.head = number, block, key.shape[2], head
+        self.start, self.all_queries = start, query[batch, head]
         places = range(max(number * block, start), min((number + 1) * block, self.total))
         self.places, self.queries = list(places), query[batch, head, places.start - start : places.stop - start]
         self.keys = key[batch, head // group]
@@ -73,7 +74,7 @@ def lists(query, key, block, kept_of, group=False):
             for number in range(first, columns):
                 kept = kept_of([Row(query, key, block, row, head, number) for head in of])
                 for column in {0, number, *kept}:
-                    if column <= number:
+                    if 0 <= column <= number:
                         out[row, place, number - first, column] = True
     return out
 
@@ -133,6 +134,133 @@ def streaming(rows, sinks=128, window=4096, last=0):
     return kept
 
 
+def max_threshold(rows, alpha, queries="each", reduce="none", first=2, local=4):
+    number = rows[0].number
+    mass = [0.0] * (number + 1)
+    for row in rows:
+        scores = (row.queries @ torch.stack([row.mean_of(c) for c in range(number + 1)]).T * SCALE).tolist()
+        logs = [math.log(len(row.keys_of(c))) for c in range(number + 1)]
+        if queries == "all":
+            scores = [[math.log(sum(map(math.exp, each))) for each in zip(*scores, strict=True)]]
+        for vote in scores:
+            for column, share in enumerate(softmax([a + b for a, b in zip(vote, logs, strict=True)])):
+                mass[column] += share if column < number else 0.0
+    near = range(max(number - local + 1, 0), number + 1)
+    return {*range(min(first, number + 1)), *near} | {c for c in range(number) if mass[c] >= alpha * max(mass)}
+
+
+def xattention(rows, stride=8, reduce="none", **rule):
+    number, block = rows[0].number, rows[0].block
+    mass = [0.0] * (number + 1)
+    for row in rows:
+        products = (row.queries @ row.keys.T * SCALE).tolist()
+        for query_group in range(number * block // stride, (number + 1) * block // stride):
+            scores = {}
+            for key_group in range(query_group + 1):
+                pairs = [(query_group * stride + stride - 1 - c, key_group * stride + c) for c in range(stride)]
+                pairs = [(i, j) for i, j in pairs if row.places[0] <= i <= row.places[-1] and j <= i]
+                if pairs:
+                    scores[key_group] = sum(products[i - row.places[0]][j] for i, j in pairs) / len(pairs)
+            for key_group, share in zip(scores, softmax([*scores.values()] or [0.0]), strict=False):
+                mass[key_group * stride // block] += share
+    return by_rule(mass, {0, number}, **rule)
+
+
+def block_topk(rows, top, votes=0.0):
+    (row,), counts = rows, {}
+    means = [row.mean_of(column) for column in range(row.number)]
+    for query in row.queries:
+        order = sorted(range(row.number), key=lambda column: (-float(query @ means[column]), column))
+        for column in order[: (top[row.head] if isinstance(top, list) else top) - 1]:
+            counts[column] = counts.get(column, 0) + 1
+    return {column for column, count in counts.items() if count >= votes * len(row.queries)}
+
+
+def hierarchical(rows, top, representative="mean", local=1):
+    (row,) = rows
+    number, size = row.number, row.block
+
+    def score(chunk):
+        keys = row.keys[chunk[0] * size : chunk[1] * size]
+        return float((row.queries @ (keys[len(keys) // 2] if representative == "middle" else keys.mean(0))).max())
+
+    chunks = [(part * number // top, (part + 1) * number // top) for part in range(top)]
+    chunks = [chunk for chunk in chunks if chunk[0] < chunk[1]]
+    while any(end - begin > 1 for begin, end in chunks):
+        halves = []
+        for begin, end in chunks:
+            middle = (begin + end) // 2
+            halves += [half for half in ((begin, middle), (middle, end)) if half[0] < half[1]]
+        chunks = sorted(sorted(halves, key=score, reverse=True)[:top])
+    return {begin for begin, _ in chunks} | {*range(max(number - local + 1, 0), number + 1)}
+
+
+def columns_and_diagonals(row, last):
+    """Mean weight of each key, and of each distance, in the last queries."""
+    columns, diagonals = torch.zeros(2, row.total, dtype=torch.float64)
+    places = range(max(row.total - last, row.start), row.total)
+    for i in places:
+        own = (row.keys[: i + 1] @ row.all_queries[i - row.start] * SCALE).softmax(0) / len(places)
+        columns[: i + 1] += own
+        diagonals[: i + 1] += own.flip(0)
+    return columns.tolist(), diagonals.tolist()
+
+
+def crossed(row, distances):
+    """Blocks with a key at one of these distances from a place of the query block."""
+    begin = row.number * row.block
+    return {(i - d) // row.block for d in distances for i in range(begin, begin + row.block) if i >= d}
+
+
+def largest(values, count, forced=()):
+    return set(sorted(range(len(values)), key=lambda n: (n not in forced, -values[n], n))[:count])
+
+
+def vertical_slash(rows, vertical, slash, last=64, sinks=30, nearest=100):
+    (row,) = rows
+    columns, diagonals = columns_and_diagonals(row, last)
+    vertical, slash = (each[row.head] if isinstance(each, list) else each for each in (vertical, slash))
+    kept = {j // row.block for j in largest(columns, max(vertical, sinks), range(sinks))}
+    return kept | crossed(row, largest(diagonals, max(slash, nearest), range(nearest)))
+
+
+def flexprefill(rows, gamma=0.9, tau=0.1, min_budget=1024, max_budget=None):
+    (row,) = rows
+    size, count = row.block, -(-row.total // row.block)
+    columns, diagonals = columns_and_diagonals(row, size)
+    in_blocks = [[sum(values[c * size : (c + 1) * size]) for c in range(count)] for values in (columns, diagonals)]
+
+    def estimate(queries, seen):
+        mean = queries.mean(0)
+        return softmax([float(mean @ row.mean_of(c)) * SCALE + math.log(len(row.keys_of(c))) for c in range(seen)])
+
+    guess, distance = estimate(row.all_queries[-size:], count), 0.0
+    for p, q in zip(guess, in_blocks[0], strict=True):
+        distance += sum(x * math.log(2 * x / (p + q)) / 2 for x in (p, q) if x > 0)
+    aware, chosen = math.sqrt(max(distance, 0)) < tau, []
+    for values, sums in zip((columns, diagonals), in_blocks, strict=True):
+        order, before, needed = sorted(values, reverse=True), 0.0, 0
+        while needed < row.total and before < gamma * sum(values):
+            before += order[needed]
+            needed += 1
+        blocks = max(0 if aware else -(-needed // size), -(-min_budget // size))
+        if max_budget is not None:
+            blocks = min(blocks, -(-max_budget // size))
+        chosen.append(largest(sums, max(blocks, 1), {0}))
+    kept = chosen[0] | {row.number - near - more for near in chosen[1] for more in (0, 1)}
+    if aware:
+        every = []
+        for number in range(row.start // size, count):
+            own = row.all_queries[max(number * size - row.start, 0) : (number + 1) * size - row.start]
+            every += [(-mass, number, c) for c, mass in enumerate(estimate(own, number + 1))]
+        before, rows_of = 0.0, count - row.start // size
+        for mass, number, column in sorted(every):
+            if before < gamma * rows_of and number == row.number:
+                kept.add(column)
+            before -= mass
+    return kept
+
+
 CASES = [
     ("pooled", pooled, {"gamma": 0.6}),
     ("pooled", pooled, {"gamma": 0.9, "queries": "all"}),
@@ -145,6 +273,22 @@ CASES = [
     ("streaming", streaming, {"sinks": 4, "window": 40}),
     ("streaming", streaming, {"sinks": 20, "window": 1}),
     ("tri_shape", streaming, {"sinks": 1, "window": 17, "last": 20}),
+    ("max_threshold", max_threshold, {"alpha": 0.3}),
+    ("max_threshold", max_threshold, {"alpha": 0.6, "queries": "all", "first": 1, "local": 1}),
+    ("max_threshold", max_threshold, {"alpha": 0.5, "reduce": "sum", "local": 2}),
+    ("xattention", xattention, {"gamma": 0.7, "stride": 8}),
+    ("xattention", xattention, {"density": 0.25, "stride": 4, "reduce": "sum"}),
+    ("xattention", xattention, {"gamma": 0.5, "stride": 16}),
+    ("xattention", xattention, {"gamma": 0.9, "stride": 2}),
+    ("block_topk", block_topk, {"top": 2}),
+    ("block_topk", block_topk, {"top": 3, "votes": 0.3}),
+    ("hierarchical", hierarchical, {"top": 2}),
+    ("hierarchical", hierarchical, {"top": 3, "representative": "middle", "local": 2}),
+    ("vertical_slash", vertical_slash, {"vertical": 8, "slash": 5, "sinks": 2, "nearest": 3}),
+    ("vertical_slash", vertical_slash, {"vertical": 1, "slash": 12, "last": 20, "sinks": 0, "nearest": 1}),
+    ("flexprefill", flexprefill, {"gamma": 0.6, "tau": 0.0, "min_budget": 16}),
+    ("flexprefill", flexprefill, {"gamma": 0.5, "tau": 0.25, "min_budget": 1, "max_budget": 40}),
+    ("flexprefill", flexprefill, {"gamma": 0.4, "tau": 9.0, "min_budget": 0}),
 ]
 
 
@@ -156,8 +300,10 @@ def test_kept_blocks_are_those_of_the_formula(case, shape):
     query, key = made(*sizes)
     assert settings_problems(method, settings, block, sizes[0]) == []
     found = choose(method, query, key, SCALE, block, settings)
-    group = found.shape[1] == key.shape[1]
-    expected = lists(query, key, block, lambda rows: formula(rows, **settings), group and method == "pooled")
-    if method in ("streaming", "tri_shape"):
-        found = found.repeat_interleave(expected.shape[1] // found.shape[1], dim=1)
+    group = (
+        method not in ("streaming", "tri_shape") and with_defaults(method, settings).get("reduce", "none") != "none"
+    )
+    expected = lists(query, key, block, lambda rows: formula(rows, **settings), group)
+    if not group:  # a list for each query head is as good as one for those of a KV head, where all of them are alike
+        found = found.repeat_interleave(query.shape[1] // found.shape[1], dim=1)
     assert torch.equal(found, expected)
