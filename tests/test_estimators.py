@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from surgery.runtime.surgery_estimators import choose, settings_problems, with_defaults
+from surgery.runtime.surgery_estimators import METHODS, choose, settings_problems, with_defaults
 from tests.families import one_thread  # noqa: F401
 
 # heads, KV heads, tokens, queries (the last of them), block
@@ -307,3 +307,313 @@ def test_kept_blocks_are_those_of_the_formula(case, shape):
     if not group:  # a list for each query head is as good as one for those of a KV head, where all of them are alike
         found = found.repeat_interleave(query.shape[1] // found.shape[1], dim=1)
     assert torch.equal(found, expected)
+
+
+# What holds for all of them.
+
+EVERY = list({method: (method, settings) for method, _, settings in CASES}.values())
+NAMES = [method for method, _ in EVERY]
+IDENTITY = {
+    "pooled": [{"gamma": 1}, {"density": 1.0}, {"alpha": 0.0}],
+    "streaming": [{"sinks": 0, "window": 10**6}, {"sinks": 10**6, "window": 1}],
+    "tri_shape": [{"window": 10**6}, {"sinks": 0, "window": 1, "last": 10**6}],
+    "vertical_slash": [{"vertical": 10**6, "slash": 0, "nearest": 0}, {"vertical": 0, "slash": 10**6}],
+    "flexprefill": [{"gamma": 1.0, "min_budget": 0}, {"gamma": 0.1, "min_budget": 10**6}],
+    "xattention": [{"gamma": 1.0}, {"density": 1}, {"alpha": 0}],
+    "block_topk": [{"top": 10**6}],
+    "max_threshold": [{"alpha": 0.0}],
+    "hierarchical": [{"top": 40}],
+}
+
+
+def test_every_method_is_tested():
+    assert set(NAMES) == set(IDENTITY) == set(METHODS) - {"by_head"}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("method", NAMES)
+def test_settings_that_change_nothing_keep_every_causal_block(method, shape):
+    *sizes, block = shape
+    query, key = made(*sizes)
+    query[:, :, -1] *= 500  # shares of nothing at all count as well
+    first, columns = (key.shape[2] - query.shape[2]) // block, -(-key.shape[2] // block)
+    causal = torch.tensor([[column <= row for column in range(columns)] for row in range(first, columns)])
+    for settings in IDENTITY[method]:
+        assert settings_problems(method, settings, block, sizes[0]) == []
+        found = choose(method, query, key, SCALE, block, settings)
+        assert torch.equal(found, causal.expand_as(found)), settings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
+def test_first_and_diagonal_blocks_are_kept_and_later_ones_never(method, settings, dtype):
+    """Also with one enormous query, one enormous key, and nothing but zeros."""
+    query, key = made(9, 3, 150, 70, dtype=dtype)
+    query[0, 0, 5], key[0, 1, 100], query[1, 5] = 1e4, -1e4, 0
+    found = choose(method, query, key, SCALE, 16, settings)
+    assert found.dtype == torch.bool
+    assert found.shape == (2, found.shape[1], 5, 10)
+    assert found.shape[1] in (3, 9)
+    assert found[..., 0].all()
+    for row in range(found.shape[2]):
+        assert found[:, :, row, 5 + row].all()
+        assert not found[:, :, row, 6 + row :].any()
+    assert torch.equal(found, choose(method, query.float(), key.float(), SCALE, 16, settings)), "scores are in float32"
+
+
+@pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
+def test_chunks_at_block_edges_keep_what_one_shot_keeps(method, settings):
+    query, key = made(9, 3, 250, 250)
+    whole = choose(method, query, key, SCALE, 16, settings)
+    pieces = [
+        choose(method, query[:, :, begin:end], key[:, :, :end], SCALE, 16, settings)
+        for begin, end in ((0, 96), (96, 112), (112, 250))
+    ]
+    joined = torch.cat([torch.nn.functional.pad(piece, (0, 16 - piece.shape[-1])) for piece in pieces], dim=2)
+    assert torch.equal(joined, whole) == METHODS[method].chunk_exact
+
+
+@pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
+def test_a_row_alone_is_the_row_in_a_batch_and_strides_do_not_matter(method, settings):
+    query, key = made(9, 3, 151, 61)
+    whole = choose(method, query, key, SCALE, 16, settings)
+    for row in range(2):
+        assert torch.equal(choose(method, query[row, None], key[row, None], SCALE, 16, settings)[0], whole[row])
+    turned = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key))
+    assert torch.equal(choose(method, *turned, SCALE, 16, settings), whole)
+
+
+@pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
+def test_inputs_are_left_alone(method, settings):
+    query, key = made(4, 2, 100, 60)
+    before = query.clone(), key.clone()
+    choose(method, query, key, SCALE, 16, settings)
+    assert torch.equal(query, before[0])
+    assert torch.equal(key, before[1])
+
+
+@pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
+def test_lists_of_query_heads_are_as_if_keys_were_repeated(method, settings):
+    """And those of KV heads follow them, where keys are shared."""
+    if "reduce" in METHODS[method].defaults:
+        settings = settings | {"reduce": "none"}
+    query, key = made(9, 3, 150, 70)
+    found = choose(method, query, key, SCALE, 16, settings)
+    repeated = choose(method, query, key.repeat_interleave(3, 1), SCALE, 16, settings)
+    assert torch.equal(found.repeat_interleave(9 // found.shape[1], 1), repeated)
+    order = [2, 0, 1]
+    heads = [3 * group + head for group in order for head in range(3)]
+    moved = choose(method, query[:, heads], key[:, order], SCALE, 16, settings)
+    assert torch.equal(moved, found[:, order if found.shape[1] == 3 else heads])
+
+
+PIECEWISE = ["pooled", "xattention", "block_topk", "max_threshold", "hierarchical"]
+
+
+@pytest.mark.parametrize("sizes", [(9, 3, 256, 256), (9, 3, 250, 99), (4, 4, 64, 64)], ids=str)
+@pytest.mark.parametrize("method", PIECEWISE)
+def test_scores_made_in_pieces_give_the_same(method, sizes, monkeypatch):
+    """XAttention's released code masks every key where the length is a multiple of its chunk (pad = 0)."""
+    from surgery.runtime import surgery_blocks, surgery_estimate_hierarchical
+
+    settings = dict(EVERY)[method]
+    query, key = made(*sizes)
+    whole = choose(method, query, key, SCALE, 16, settings)
+    for cells in (1, 2**14):
+        for module in (surgery_blocks, surgery_estimate_hierarchical):
+            monkeypatch.setattr(module, "CELLS", cells)
+        assert torch.equal(choose(method, query, key, SCALE, 16, settings), whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("pooled", {"density": 0.2}),
+        ("pooled", {"gamma": 0.5, "queries": "all"}),
+        ("pooled", {"gamma": 0.5, "queries": "mean"}),
+        ("pooled", {"alpha": 0.5}),
+        ("xattention", {"density": 0.2, "stride": 8}),
+        ("max_threshold", {"alpha": 0.3, "local": 1, "first": 1}),
+        ("block_topk", {"top": 2}),
+        ("hierarchical", {"top": 2}),
+        ("vertical_slash", {"vertical": 20, "slash": 2, "sinks": 1, "nearest": 1}),
+        ("flexprefill", {"gamma": 0.5, "tau": 0.0, "min_budget": 32}),
+        ("flexprefill", {"gamma": 0.97, "tau": 9.0, "min_budget": 16}),
+    ],
+    ids=str,
+)
+def test_a_needle_block_is_kept_by_those_that_look_at_the_keys(method, settings):
+    """All queries point to one block far back; the rest is noise. streaming and tri_shape never see it."""
+    generator = torch.Generator().manual_seed(5)
+    query, key = (0.3 * torch.randn(2, heads, 400, 16, generator=generator) for heads in (4, 2))
+    needle = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    query += 6 * needle
+    key[:, :, 7 * 16 : 8 * 16] += 6 * needle
+    found = choose(method, query, key, 0.25, 16, settings)
+    assert found[:, :, 10:, 7].all()
+    assert found.float().mean() < 0.3
+    blind = choose("streaming", query, key, 0.25, 16, {"sinks": 4, "window": 20})
+    assert not blind[:, :, 10:, 7].any()
+
+
+# What released implementations get wrong (research of the methods), each where it would show.
+
+
+@pytest.mark.parametrize("method", ["pooled", "max_threshold"])
+def test_one_query_of_huge_norm_does_not_decide_for_its_block(method):
+    query, key = torch.zeros(1, 1, 160, 8), torch.zeros(1, 1, 160, 8)
+    key[:, :, 32:48, 0] = key[:, :, 64:80, 1] = 1.0
+    query[:, :, :, 0] = 8.0  # all want block 2
+    query[:, :, 150, :] = torch.tensor([0.0, 200.0, 0, 0, 0, 0, 0, 0])  # one wants block 4, and shouts
+    settings = {"alpha": 0.3} | ({"local": 1, "first": 1} if method == "max_threshold" else {})
+    assert choose(method, query, key, 1.0, 16, settings)[0, 0, 9, 2]
+    assert not choose(method, query, key, 1.0, 16, settings | {"queries": "all"})[0, 0, 9, 2], "it would show here"
+
+
+def test_flexprefill_knows_a_head_whose_pooled_shares_vanish():
+    """0 * log(0 / m) is 0; as a NaN it would make the divergence no number, and the head one of columns."""
+    from surgery.runtime.surgery_estimate_flexprefill import divergence
+
+    assert divergence(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])) == 0
+    assert divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item() == pytest.approx(math.log(2))
+    query, key = torch.zeros(1, 1, 160, 8), torch.zeros(1, 1, 160, 8)
+    query[..., 0], key[..., 0], key[:, :, :16, 0] = 50.0, -50.0, 50.0  # exp(-5000) is 0
+    key[:, :, 32:48, 1], query[:, :, 112:128, 1] = 200.0, 100.0  # block 7 alone looks at block 2
+    settings = {"gamma": 0.95, "min_budget": 16}
+    assert choose("flexprefill", query, key, 1.0, 16, settings)[0, 0, 7, 2], "only query by query this is seen"
+    assert not choose("flexprefill", query, key, 1.0, 16, settings | {"tau": 0.0})[0, 0, 7, 2]
+
+
+@pytest.mark.parametrize("keys", [256, 250])
+@pytest.mark.parametrize("distance", [16, 40, 48, 70])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("vertical_slash", {"vertical": 1, "slash": 2, "sinks": 1, "nearest": 1}),
+        ("flexprefill", {"gamma": 0.4, "tau": 0.0, "min_budget": 32, "max_budget": 32}),
+    ],
+    ids=["vertical_slash", "flexprefill"],
+)
+def test_a_diagonal_is_kept_as_both_blocks_that_it_crosses(method, settings, distance, keys):
+    """At any length: bins of distances that are counted from the far end would not fit where n % block != 0."""
+    place = torch.arange(keys, dtype=torch.float64)[:, None] * torch.tensor([0.31, 0.17, 0.083, 0.041]).double()
+    turned = place - distance * torch.tensor([0.31, 0.17, 0.083, 0.041]).double()
+    key, query = (4 * torch.cat([each.cos(), each.sin()], -1)[None, None] for each in (place, turned))
+    found = choose(method, query, key, 1.0, 16, settings)
+    for i in range(distance, keys):
+        assert found[0, 0, i // 16, (i - distance) // 16], i
+
+
+def test_xattention_scores_no_key_with_an_earlier_query():
+    from surgery.runtime.surgery_estimate_xattention import antidiagonal_mass
+
+    query, key = made(4, 2, 160, 160)
+    before = antidiagonal_mass(query, key, SCALE, 16, 8)
+    key[:, :, 156:] *= 50  # in the last tile on the diagonal, these meet only queries before them
+    assert torch.equal(antidiagonal_mass(query, key, SCALE, 16, 8), before)
+    key[:, :, 152:156] *= 50
+    assert not torch.equal(antidiagonal_mass(query, key, SCALE, 16, 8)[:, :, 9], before[:, :, 9])
+
+
+def test_unlike_keys_hide_a_needle_from_their_mean_and_are_kept_by_similarity():
+    query, key = torch.zeros(1, 1, 320, 8), torch.zeros(1, 1, 320, 8)
+    query[..., 0], key[..., 1] = 6.0, 1.0
+    key[:, :, 100, 0], key[:, :, 101:104, 0] = 6.0, -6.0  # the mean points away
+    assert not choose("pooled", query, key, 1.0, 16, {"density": 0.2})[0, 0, 10:, 6].any()
+    assert choose("pooled", query, key, 1.0, 16, {"density": 0.2, "similarity": 0.9})[0, 0, 10:, 6].all()
+
+
+def test_by_head_gives_every_head_its_own_method():
+    query, key = made(9, 3, 150, 70)
+    patterns = [
+        {"method": "streaming", "sinks": 4, "window": 30 + head}
+        if head % 3 == 0
+        else {"method": "vertical_slash", "vertical": 2 + head, "slash": 3, "sinks": 1, "nearest": 1}
+        if head % 3 == 1
+        else {"method": "block_topk", "top": 1 + head // 3, "votes": 0.1 * (head // 5)}
+        for head in range(9)
+    ]
+    assert settings_problems("by_head", {"patterns": patterns}, 16, 9) == []
+    found = choose("by_head", query, key, SCALE, 16, {"patterns": patterns})
+    formulas = {"streaming": streaming, "vertical_slash": vertical_slash, "block_topk": block_topk}
+
+    def kept_of(rows):
+        settings = dict(patterns[rows[0].head])
+        return formulas[settings.pop("method")](rows, **settings)
+
+    assert torch.equal(found, lists(query, key, 16, kept_of))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "formula"),
+    [
+        ("streaming", {"sinks": [1, 20, 3, 4], "window": [1, 17, 33, 64]}, streaming),
+        ("block_topk", {"top": [1, 2, 3, 9]}, block_topk),
+        (
+            "vertical_slash",
+            {"vertical": [2, 4, 8, 1], "slash": [5, 1, 2, 9], "sinks": 1, "nearest": 1},
+            vertical_slash,
+        ),
+    ],
+    ids=["streaming", "block_topk", "vertical_slash"],
+)
+def test_a_list_is_one_setting_for_each_query_head(method, settings, formula):
+    query, key = made(4, 2, 151, 61)
+    assert settings_problems(method, settings, 16, 4) == []
+    expected = lists(query, key, 16, lambda rows: formula(rows, **settings))
+    assert torch.equal(choose(method, query, key, SCALE, 16, settings), expected)
+
+
+def test_equal_scores_keep_the_earlier_block():
+    query, key = torch.zeros(1, 1, 160, 8), torch.zeros(1, 1, 160, 8)
+    for method, settings in [("pooled", {"density": 0.4}), ("block_topk", {"top": 4}), ("pooled", {"gamma": 0.35})]:
+        assert choose(method, query, key, 1.0, 16, settings)[0, 0, 9].tolist() == [True] * 3 + [False] * 6 + [True]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        ("poled", {}, "did you mean pooled"),
+        (None, {}, "there is no method None"),
+        ("pooled", {"gama": 0.5}, "did you mean gamma"),
+        ("pooled", {"gamma": 0}, "above 0, up to 1"),
+        ("pooled", {"gamma": float("nan")}, "above 0, up to 1"),
+        ("pooled", {"density": 1.5}, "above 0, up to 1"),
+        ("pooled", {"density": True}, "above 0, up to 1"),
+        ("pooled", {"gamma": 0.5, "density": 0.5}, "gamma and density"),
+        ("pooled", {"gamma": None}, "here it is none"),
+        ("pooled", {"queries": "some"}, "each, all or mean"),
+        ("pooled", {"local": 0}, "whole number from 1"),
+        ("pooled", {"similarity": 2}, "from -1 to 1"),
+        ("xattention", {"stride": 12}, "power of two"),
+        ("xattention", {"stride": 128}, "not be larger than the block of 64"),
+        ("streaming", {"window": [1, 2]}, "one for each query head"),
+        ("streaming", {"window": [1, 2, 3, -4]}, "one for each query head"),
+        ("pooled", {"local": [1, 1, 1, 1]}, "must be a whole number"),
+        ("by_head", {}, "needs patterns"),
+        ("by_head", {"patterns": [{"method": "streaming"}]}, "one for each of the 4 query heads"),
+        (
+            "by_head",
+            {"patterns": [{"method": "streaming"}] * 3 + [{"method": "streming"}]},
+            "query head 3: there is no",
+        ),
+        ("by_head", {"patterns": [{"method": "block_topk", "top": [1]}] * 4}, "query head 0: top"),
+        ("by_head", {"patterns": "all"}, "must be a list"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_named(method, settings, says):
+    assert says in " ".join(settings_problems(method, settings, 64, 4))
+
+
+@pytest.mark.parametrize("block", [0, 8, 48, 64.0, True, None])
+def test_block_sizes_that_do_not_fit_are_named(block):
+    said = " ".join(settings_problems("pooled", {}, block))
+    assert ("power of two" in said) == (block is not None)
+
+
+def test_defaults_are_right_and_a_given_rule_replaces_the_default_one():
+    for method in METHODS:
+        assert (settings_problems(method, {}, 128, 9) == []) == (method != "by_head")
+    assert with_defaults("pooled", {"density": 0.5})["gamma"] is None
+    assert with_defaults("pooled", {"local": 2})["gamma"] == METHODS["pooled"].defaults["gamma"]
