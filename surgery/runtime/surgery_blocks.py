@@ -101,11 +101,11 @@ class Blocks:
             end = begin + 1
             while end < self.rows and (end + 1 - begin) * (self.first + end + 1) * cells_of_row <= CELLS:
                 end += 1
-            tokens = slice(self._place(begin), self._place(end))
+            tokens = slice(self.place(begin), self.place(end))
             yield slice(begin, end), tokens, self.first + end
             begin = end
 
-    def _place(self, row: int) -> int:
+    def place(self, row: int) -> int:
         """Number of the first query of a row."""
         return min(max((self.first + row) * self.size - self.start, 0), self.queries)
 
