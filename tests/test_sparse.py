@@ -251,6 +251,14 @@ SAME = {
     "delta 1": {"method": "streaming", "sinks": 1, "window": 1, "delta": 1},
     "gamma 1, delta": {"method": "pooled", "gamma": 1.0, "delta": 8},
     "block": {"method": "streaming", "sinks": 1, "window": 1, "block": 256},
+    "xattention": {"method": "xattention", "gamma": 1.0, "stride": 4},
+    "flexprefill": {"method": "flexprefill", "gamma": 1.0, "min_budget": 16},
+    "columns": {"method": "vertical_slash", "vertical": LENGTH, "slash": 16},
+    "diagonals": {"method": "vertical_slash", "vertical": 16, "slash": LENGTH},
+    "top": {"method": "block_topk", "top": 10},
+    "max_threshold": {"method": "max_threshold", "alpha": 0.0},
+    "hierarchical": {"method": "hierarchical", "top": 10},
+    "by head": {"method": "by_head", "patterns": [{"method": "pooled", "gamma": 1.0}] * 8},
 }
 
 
@@ -413,7 +421,12 @@ def test_settings_by_head_follow_their_heads():
 def test_both_doors_and_saved_again(bases, tmp_path, monkeypatch):
     long = torch.randint(3, families.VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(families, "TOKENS", long)
-    ways = {name: {"method": name, "block": BLOCK} for name in estimators.METHODS}
+    ways = {name: {"method": name, "block": BLOCK} for name in estimators.METHODS if name != "by_head"}
+    ways["by_head"] = {
+        "method": "by_head",
+        "block": BLOCK,
+        "patterns": [{"method": "pooled"}, {"method": "streaming"}] * 4,
+    }
     ways["delta"] = NARROW | {"delta": 8}
     models = {tmp_path / f"llama-{name}": sparsened(base_of("llama"), way) for name, way in ways.items()}
     models |= {tmp_path / name: sparsened(base_of(name), NARROW) for name in ("gemma2", "gpt_oss")}

@@ -23,8 +23,20 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
+FromOne = Annotated[int, Field(ge=1, strict=True)]
 Tokens = Whole | list[Whole]
-METHODS = ("pooled", "streaming", "tri_shape")
+METHODS = (
+    "pooled",
+    "streaming",
+    "tri_shape",
+    "vertical_slash",
+    "flexprefill",
+    "xattention",
+    "block_topk",
+    "max_threshold",
+    "hierarchical",
+    "by_head",
+)
 LENGTHS = (8192, 32768)  # prompts for which a plan says how much is read
 HELD = "visibility in prefill"  # a term of its own: duo_attention sets the visibility in every phase
 
@@ -46,7 +58,7 @@ class SparsePrefill(Operation):
     block: Annotated[int, Field(ge=16, strict=True)] = Field(128, description="Tokens in a block, a power of two.")
     dense_below: Whole = Field(1024, description="Up to this position every query reads all keys.")
     last_rows_dense: Whole = Field(0, description="So do the last queries of a prompt, so many (whole blocks).")
-    delta: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+    delta: FromOne | None = Field(
         None, description="Correct outputs from every so-manieth row, computed densely (Delta attention); null: no."
     )
     layers: list[Whole] | None = Field(None, description="Layers that become sparse; default all that see all.")
@@ -56,20 +68,53 @@ class SparsePrefill(Operation):
     per_layer: Annotated[dict[Whole, dict[str, Any]], BeforeValidator(whole_keys)] = Field(
         {}, description="layer: {field: value}, what differs in a layer; any field above and below but these three."
     )
-    gamma: Share | None = Field(None, description="pooled: share of the estimated weight that is kept.")
-    density: Share | None = Field(None, description="pooled: share of the blocks that is kept.")
+    # The methods' own settings; null: the method's default.
+    gamma: Share | None = Field(
+        None, description="pooled, xattention, flexprefill: share of the estimated weight that is kept; 1 keeps all."
+    )
+    density: Share | None = Field(None, description="pooled, xattention, in place of gamma: share of the blocks.")
     alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="pooled: keep blocks with this share of the largest weight."
+        None, description="max_threshold, or pooled, xattention in place of gamma: share of the largest weight."
     )
-    queries: Literal["each", "all", "mean"] | None = Field(None, description="pooled: how queries are weighed.")
-    reduce: Literal["sum", "max", "none"] | None = Field(None, description="pooled: over a KV head's query heads.")
+    queries: Literal["each", "all", "mean"] | None = Field(
+        None, description="pooled, max_threshold: each query has one vote, or by its norm, or their mean."
+    )
+    reduce: Literal["sum", "max", "none"] | None = Field(
+        None,
+        description="pooled, max_threshold, xattention: one list for a KV head's query heads, none: one for each.",
+    )
     similarity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
-        None, description="pooled: key blocks less alike than this are always kept."
+        None, description="pooled: key blocks whose keys are less alike than this are always kept."
     )
-    local: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="pooled: nearest blocks kept.")
-    sinks: Tokens | None = Field(None, description="streaming, tri_shape: first tokens that are read; or by head.")
-    window: Tokens | None = Field(None, description="streaming, tri_shape: newest tokens that are read; or by head.")
-    last: Whole | None = Field(None, description="tri_shape: last tokens that read all.")
+    first: FromOne | None = Field(None, description="max_threshold: blocks at the begin that are kept.")
+    local: FromOne | None = Field(None, description="pooled, max_threshold, hierarchical: nearest blocks kept.")
+    stride: FromOne | None = Field(None, description="xattention: tokens that are weighed together.")
+    top: FromOne | list[FromOne] | None = Field(
+        None,
+        description="block_topk: blocks that a query picks (or by query head); hierarchical: that a search finds.",
+    )
+    votes: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="block_topk: share of a block's queries that must pick; 0: one of them."
+    )
+    representative: Literal["mean", "middle"] | None = Field(None, description="hierarchical: what stands for keys.")
+    sinks: Tokens | None = Field(
+        None, description="streaming, tri_shape (or by query head), vertical_slash: first tokens that are read."
+    )
+    window: Tokens | None = Field(None, description="streaming, tri_shape: newest tokens read (or by query head).")
+    last: Whole | None = Field(
+        None, description="tri_shape: last tokens that read all; vertical_slash: last queries that are looked at."
+    )
+    vertical: Tokens | None = Field(None, description="vertical_slash: columns, in tokens (or by query head).")
+    slash: Tokens | None = Field(None, description="vertical_slash: diagonals, in tokens (or by query head).")
+    nearest: Whole | None = Field(None, description="vertical_slash: nearest diagonals, always chosen.")
+    tau: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="flexprefill: a head nearer than this to its pooled guess adds pooled blocks."
+    )
+    min_budget: Whole | None = Field(None, description="flexprefill: least tokens of columns, and of diagonals.")
+    max_budget: Whole | None = Field(None, description="flexprefill: most tokens of them; null: no limit.")
+    patterns: list[dict[str, Any]] | None = Field(
+        None, description="by_head: for each query head in order a method and its settings, {method: ..., ...}."
+    )
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         return [f"sparse_prefill: {problem}" for problem in self._problems(anatomy)]

@@ -42,8 +42,14 @@ FILES = (
     "surgery_block.py",
     "surgery_blocks.py",
     "surgery_cache.py",
+    "surgery_estimate_block_topk.py",
+    "surgery_estimate_flexprefill.py",
+    "surgery_estimate_hierarchical.py",
+    "surgery_estimate_max_threshold.py",
     "surgery_estimate_pooled.py",
     "surgery_estimate_streaming.py",
+    "surgery_estimate_vertical_slash.py",
+    "surgery_estimate_xattention.py",
     "surgery_estimators.py",
     "surgery_gates.py",
     "surgery_heads.py",
@@ -83,7 +89,7 @@ def attach(model) -> None:
             _resize(model, module, name, torch.Size(shape))
         register_terms(module, layer)
         attach_gate(module, layer, query_groups(model.config, layer))
-        attach_sparse(module, layer)
+        attach_sparse(module, layer, query_groups(model.config, layer))
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(give_cache, with_kwargs=True)

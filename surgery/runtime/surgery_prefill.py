@@ -55,6 +55,12 @@ class Sparse:
         own = {name: value for name, value in entry.items() if name in cls.__dataclass_fields__}
         return cls(**own, settings={name: value for name, value in entry.items() if name not in own})
 
+    def of_heads(self, heads: list[int]) -> Sparse:
+        """The same for some of the query heads: a setting that is a list has a value for each head."""
+        by_head = {name: values for name, values in self.settings.items() if isinstance(values, list)}
+        own = {name: [values[head] for head in heads] for name, values in by_head.items()}
+        return replace(self, settings=self.settings | own)
+
     def applies(self, length: int, end: int) -> bool:
         """Whether any row of a call of `length` queries, the last of `end` tokens, may be sparse."""
         return length >= self.block and end > self.dense_below
@@ -156,20 +162,20 @@ def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Te
     return torch.stack(found)
 
 
-def attach_sparse(module, layer: dict) -> None:
-    """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head."""
-    kinds: HeadKinds = module.surgery_heads
+def attach_sparse(module, layer: dict, groups: list[int]) -> None:
+    """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head.
+
+    Args:
+        groups: query heads that read each KV head.
+    """
     module.surgery_sparse = None
     if "sparse" not in layer:
         return
-    sparse = Sparse.of(layer["sparse"])
-    by_head = {name: value for name, value in sparse.settings.items() if isinstance(value, list)}
-    parts = {name: kinds.split_queries(torch.tensor(value)[None]) for name, value in by_head.items()}
+    kinds: HeadKinds = module.surgery_heads
+    sparse, numbers = Sparse.of(layer["sparse"]), kinds.split_queries(torch.arange(sum(groups), device="cpu")[None])
     module.surgery_sparse = [
-        replace(sparse, settings=sparse.settings | {name: part[i][0].tolist() for name, part in parts.items()})
-        if visibility == Visibility()
-        else None
-        for i, visibility in enumerate(kinds.visibilities)
+        sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
+        for visibility, own in zip(kinds.visibilities, numbers, strict=True)
     ]
 
 
