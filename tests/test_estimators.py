@@ -166,6 +166,20 @@ def xattention(rows, stride=8, reduce="none", **rule):
     return by_rule(mass, {0, number}, **rule)
 
 
+def sampled(rows, every=32, reduce="sum", local=1, **rule):
+    number, totals = rows[0].number, []
+    for row in rows:
+        own = [0.0] * (number + 1)
+        for i in row.places:
+            if (i + 1) % every == 0 or i == row.total - 1:
+                weights = (row.keys[: i + 1] @ row.all_queries[i - row.start] * SCALE).softmax(0).tolist()
+                for j, weight in enumerate(weights):
+                    own[j // row.block] += weight
+        totals.append(own)
+    mass = [(max if reduce == "max" else sum)(each) for each in zip(*totals, strict=True)]
+    return by_rule(mass, {0, *range(max(number - local + 1, 0), number + 1)}, **rule)
+
+
 def block_topk(rows, top, votes=0.0):
     (row,), counts = rows, {}
     means = [row.mean_of(column) for column in range(row.number)]
@@ -276,6 +290,9 @@ CASES = [
     ("max_threshold", max_threshold, {"alpha": 0.3}),
     ("max_threshold", max_threshold, {"alpha": 0.6, "queries": "all", "first": 1, "local": 1}),
     ("max_threshold", max_threshold, {"alpha": 0.5, "reduce": "sum", "local": 2}),
+    ("sampled", sampled, {"gamma": 0.7, "every": 16}),
+    ("sampled", sampled, {"density": 0.3, "every": 1, "reduce": "max", "local": 2}),
+    ("sampled", sampled, {"alpha": 0.2, "every": 8, "reduce": "none"}),
     ("xattention", xattention, {"gamma": 0.7, "stride": 8}),
     ("xattention", xattention, {"density": 0.25, "stride": 4, "reduce": "sum"}),
     ("xattention", xattention, {"gamma": 0.5, "stride": 16}),
@@ -320,6 +337,7 @@ IDENTITY = {
     "vertical_slash": [{"vertical": 10**6, "slash": 0, "nearest": 0}, {"vertical": 0, "slash": 10**6}],
     "flexprefill": [{"gamma": 1.0, "min_budget": 0}, {"gamma": 0.1, "min_budget": 10**6}],
     "xattention": [{"gamma": 1.0}, {"density": 1}, {"alpha": 0}],
+    "sampled": [{"gamma": 1.0, "every": 16}, {"density": 1, "every": 8}, {"alpha": 0, "every": 4}],
     "block_topk": [{"top": 10**6}],
     "max_threshold": [{"alpha": 0.0}],
     "hierarchical": [{"top": 40}],
@@ -407,7 +425,7 @@ def test_lists_of_query_heads_are_as_if_keys_were_repeated(method, settings):
     assert torch.equal(moved, found[:, order if found.shape[1] == 3 else heads])
 
 
-PIECEWISE = ["pooled", "xattention", "block_topk", "max_threshold", "hierarchical"]
+PIECEWISE = ["pooled", "sampled", "xattention", "block_topk", "max_threshold", "hierarchical"]
 
 
 @pytest.mark.parametrize("sizes", [(9, 3, 256, 256), (9, 3, 250, 99), (4, 4, 64, 64)], ids=str)
@@ -433,6 +451,7 @@ def test_scores_made_in_pieces_give_the_same(method, sizes, monkeypatch):
         ("pooled", {"gamma": 0.5, "queries": "mean"}),
         ("pooled", {"alpha": 0.5}),
         ("xattention", {"density": 0.2, "stride": 8}),
+        ("sampled", {"gamma": 0.6, "every": 16}),
         ("max_threshold", {"alpha": 0.3, "local": 1, "first": 1}),
         ("block_topk", {"top": 2}),
         ("hierarchical", {"top": 2}),
@@ -587,6 +606,7 @@ def test_equal_scores_keep_the_earlier_block():
         ("pooled", {"similarity": 2}, "from -1 to 1"),
         ("xattention", {"stride": 12}, "power of two"),
         ("xattention", {"stride": 128}, "not be larger than the block of 64"),
+        ("sampled", {"every": 128}, "not be larger than the block of 64"),
         ("streaming", {"window": [1, 2]}, "one for each query head"),
         ("streaming", {"window": [1, 2, 3, -4]}, "one for each query head"),
         ("pooled", {"local": [1, 1, 1, 1]}, "must be a whole number"),

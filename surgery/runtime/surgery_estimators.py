@@ -17,6 +17,7 @@ from .surgery_estimate_flexprefill import flexprefill
 from .surgery_estimate_hierarchical import hierarchical
 from .surgery_estimate_max_threshold import max_threshold
 from .surgery_estimate_pooled import pooled
+from .surgery_estimate_sampled import sampled
 from .surgery_estimate_streaming import streaming, tri_shape
 from .surgery_estimate_vertical_slash import vertical_slash
 from .surgery_estimate_xattention import xattention
@@ -80,6 +81,7 @@ class Method:
 
 METHODS = {
     "pooled": Method(pooled, chunk_exact=True),
+    "sampled": Method(sampled, chunk_exact=True),
     "streaming": Method(streaming, chunk_exact=True),
     "tri_shape": Method(tri_shape, chunk_exact=False),
     "vertical_slash": Method(vertical_slash, chunk_exact=False, head_lists=True),
@@ -91,6 +93,7 @@ METHODS = {
     "by_head": Method(by_head, chunk_exact=False, head_lists=True),
 }
 RULES = ("gamma", "density", "alpha")  # of the methods that weigh blocks: one of them decides
+STEPS = ("stride", "every")  # they divide the block
 FROM_ONE = ("local", "first", "window", "top", "last")
 FROM_NONE = ("sinks", "nearest", "vertical", "slash", "min_budget", "max_budget")
 # Setting -> what it may be, in words, and whether a value is.
@@ -102,7 +105,7 @@ ALLOWED = {
     "similarity": ("a number from -1 to 1", lambda value: _number(value) and -1 <= value <= 1),
     "tau": ("a number from 0", lambda value: _number(value) and value >= 0),
     "votes": ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
-    "stride": ("a power of two", lambda value: _whole(value, 1) and value & (value - 1) == 0),
+    **dict.fromkeys(STEPS, ("a power of two", lambda value: _whole(value, 1) and value & (value - 1) == 0)),
     "representative": ("mean or middle", lambda value: value in ("mean", "middle")),
     "queries": ("each, all or mean", lambda value: value in ("each", "all", "mean")),
     "reduce": ("sum, max or none", lambda value: value in ("sum", "max", "none")),
@@ -161,8 +164,9 @@ def settings_problems(method: str, settings: dict, block: int | None = None, hea
         elif not (right(value) or (value is None and name in OPTIONAL)):
             found.append(f"{name} of {method} is {value!r}, and must be {words}")
     whole = with_defaults(method, settings)
-    if not found and block is not None and whole.get("stride", 1) > block:
-        found.append(f"stride of {method} is {whole['stride']}, and must not be larger than the block of {block}")
+    for step in STEPS:
+        if not found and block is not None and whole.get(step, 1) > block:
+            found.append(f"{step} of {method} is {whole[step]}, and must not be larger than the block of {block}")
     if method == "by_head" and "patterns" not in settings:
         found.append("by_head needs patterns: a method and its settings for each query head")
     rules = [rule for rule in RULES if rule in known]
