@@ -21,6 +21,7 @@ IDENTITIES = {
     "learned, identity": lambda layer: sinks("learned", start="identity"),
     "learned, logit -1e4": lambda layer: sinks("learned", logit=-1e4),
     "kv_bias, identity": lambda layer: sinks("kv_bias", start="identity"),
+    "sparse_prefill, gamma 1": lambda layer: {"op": "sparse_prefill", "gamma": 1.0, "block": 16, "dense_below": 0},
     "prune_heads, none": lambda layer: {"op": "prune_heads", "per_layer": 0},
     "head_mask, ones": lambda layer: {"op": "head_mask", "values": {0: [1.0] * layer.heads, 1: {2: 1}}},
 }

@@ -252,6 +252,7 @@ SAME = {
     "gamma 1, delta": {"method": "pooled", "gamma": 1.0, "delta": 8},
     "block": {"method": "streaming", "sinks": 1, "window": 1, "block": 256},
     "xattention": {"method": "xattention", "gamma": 1.0, "stride": 4},
+    "sampled": {"method": "sampled", "gamma": 1.0, "every": 8},
     "flexprefill": {"method": "flexprefill", "gamma": 1.0, "min_budget": 16},
     "columns": {"method": "vertical_slash", "vertical": LENGTH, "slash": 16},
     "diagonals": {"method": "vertical_slash", "vertical": 16, "slash": LENGTH},
@@ -422,6 +423,7 @@ def test_both_doors_and_saved_again(bases, tmp_path, monkeypatch):
     long = torch.randint(3, families.VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(families, "TOKENS", long)
     ways = {name: {"method": name, "block": BLOCK} for name in estimators.METHODS if name != "by_head"}
+    ways["sampled"] |= {"every": 8}
     ways["by_head"] = {
         "method": "by_head",
         "block": BLOCK,
@@ -435,6 +437,42 @@ def test_both_doors_and_saved_again(bases, tmp_path, monkeypatch):
 
 def recipe(*steps: dict) -> dict:
     return {"version": 1, "name": "test", "operations": list(steps), "evaluate": None}
+
+
+FIVE = [
+    {"op": "gqa", "kv_heads": [2, 1]},
+    {"op": "duo_attention", "streaming_ratio": 0.34, "sinks": 2, "window": 4, "scores": "scores.txt"},
+    {"op": "sparse_prefill", "heads": "retrieval", "method": "pooled", "density": 0.3, "block": BLOCK},
+    {"op": "sink_calibration", "method": "zero_tuning", "gamma": 2.0},
+    {"op": "moh", "active_ratio": 0.5, "shared_ratio": 0.0, "router": "random"},
+]
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt_oss"], indirect=True)
+def test_five_operations_in_one_checkpoint(base, tmp_path, monkeypatch):
+    """gqa, head split, sparse retrieval heads, a sink's weight, gates: what is sparse is where it is, and saved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores.txt").write_text("1 2\n1\n")
+    found = {}
+    for name, below in (("sparse", 0), ("dense", 1024)):
+        model = copy.deepcopy(base)
+        steps = [step | ({"dense_below": below} if step["op"] == "sparse_prefill" else {}) for step in FIVE]
+        package.apply(recipe(*steps), model)
+        found[name] = model
+    without = copy.deepcopy(base)
+    package.apply(recipe(*FIVE[:2], *FIVE[3:]), without)
+    ids, mask = batch(base, PADS, LENGTH)
+    with torch.no_grad():
+        want = without(**given(base, ids, mask), use_cache=False).logits
+        dense, sparse = (found[name](**given(base, ids, mask), use_cache=False).logits for name in ("dense", "sparse"))
+        alone = found["sparse"](input_ids=ids[1:2, PADS[1] :], use_cache=False).logits
+    assert difference(dense, want, mask) <= 1e-5
+    assert difference(sparse, want, mask) > 1e-3
+    assert difference(alone, sparse[1:2, PADS[1] :], mask[1:2, PADS[1] :]) <= 1e-4
+    assert difference(sparse[:, :24], want[:, :24], mask[:, :24]) <= 1e-5
+    long = torch.randint(3, families.VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(families, "TOKENS", long)
+    check_both_doors({tmp_path / "five": found["sparse"]}, tmp_path)
 
 
 def sparse_step(**fields) -> dict:

@@ -2,9 +2,9 @@
 
 Sources of the methods: Jiang et al. 2024, "MInference", arXiv 2407.02490 (vertical_slash, streaming); Li et al. 2024,
 arXiv 2412.10319 (tri_shape); Lai et al. 2025, "FlexPrefill", arXiv 2502.20766; Xu et al. 2025, "XAttention", arXiv
-2503.16428; Lu et al. 2025, "MoBA", arXiv 2502.13189 (block_topk); Lee et al. 2024, "HiP", arXiv 2406.09827
-(hierarchical); Willette et al. 2025, "Delta Attention", arXiv 2505.11254 (delta). Where each differs from the released
-code is said in surgery/runtime/surgery_estimate_*.py.
+2503.16428; Zhu et al. 2024, "SampleAttention", arXiv 2406.15486 (sampled); Lu et al. 2025, "MoBA", arXiv 2502.13189
+(block_topk); Lee et al. 2024, "HiP", arXiv 2406.09827 (hierarchical); Willette et al. 2025, "Delta Attention", arXiv
+2505.11254 (delta). surgery/runtime/surgery_estimate_*.py say where ours differ.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ METHODS = (
     "vertical_slash",
     "flexprefill",
     "xattention",
+    "sampled",
     "block_topk",
     "max_threshold",
     "hierarchical",
@@ -70,24 +71,31 @@ class SparsePrefill(Operation):
     )
     # The methods' own settings; null: the method's default.
     gamma: Share | None = Field(
-        None, description="pooled, xattention, flexprefill: share of the estimated weight that is kept; 1 keeps all."
+        None,
+        description="pooled, sampled, xattention, flexprefill: share of the estimated weight kept; 1: all.",
     )
-    density: Share | None = Field(None, description="pooled, xattention, in place of gamma: share of the blocks.")
+    density: Share | None = Field(
+        None, description="pooled, sampled, xattention, in place of gamma: share of the blocks."
+    )
     alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="max_threshold, or pooled, xattention in place of gamma: share of the largest weight."
+        None,
+        description="max_threshold, or pooled, sampled, xattention in place of gamma: share of the largest weight.",
     )
     queries: Literal["each", "all", "mean"] | None = Field(
         None, description="pooled, max_threshold: each query has one vote, or by its norm, or their mean."
     )
     reduce: Literal["sum", "max", "none"] | None = Field(
         None,
-        description="pooled, max_threshold, xattention: one list for a KV head's query heads, none: one for each.",
+        description="pooled, sampled, max_threshold, xattention: over a KV head's query heads; none: a list for each.",
     )
     similarity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
         None, description="pooled: key blocks whose keys are less alike than this are always kept."
     )
+    every: FromOne | None = Field(None, description="sampled: so-manieth query of a block is looked at.")
     first: FromOne | None = Field(None, description="max_threshold: blocks at the begin that are kept.")
-    local: FromOne | None = Field(None, description="pooled, max_threshold, hierarchical: nearest blocks kept.")
+    local: FromOne | None = Field(
+        None, description="pooled, sampled, max_threshold, hierarchical: nearest blocks kept."
+    )
     stride: FromOne | None = Field(None, description="xattention: tokens that are weighed together.")
     top: FromOne | list[FromOne] | None = Field(
         None,

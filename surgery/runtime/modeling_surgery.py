@@ -47,6 +47,7 @@ FILES = (
     "surgery_estimate_hierarchical.py",
     "surgery_estimate_max_threshold.py",
     "surgery_estimate_pooled.py",
+    "surgery_estimate_sampled.py",
     "surgery_estimate_streaming.py",
     "surgery_estimate_vertical_slash.py",
     "surgery_estimate_xattention.py",
