@@ -148,6 +148,7 @@ def path(request, monkeypatch):
     if request.param == "gathered":
         for file, name, value in ((skipping, "ROWS", 1), (skipping, "SHARE", 1.0), (rows, "LEAF", 5)):
             monkeypatch.setattr(file, name, value)
+        monkeypatch.setattr(rows, "SHARES", ((12, 6), (0, 4)))
         monkeypatch.setattr(rows, "DECODE_KEYS", 1)
         monkeypatch.setattr(skipping, "DECODE_SAVED", 1)
     else:
@@ -201,6 +202,7 @@ def test_random_settings(bases, seed, monkeypatch):
     monkeypatch.setattr(skipping, "SHARE", 1.0)
     monkeypatch.setattr(skipping, "ROWS", draw.choice([1, 20, 1 << 30]))
     monkeypatch.setattr(rows, "LEAF", draw.randint(1, 50))
+    monkeypatch.setattr(rows, "SHARES", ((draw.randint(9, 30), draw.randint(1, 9)), (0, draw.randint(1, 5))))
     monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
     monkeypatch.setattr(skipping, "DECODE_SAVED", draw.choice([1, 1 << 30]))
     want = dense_logits(base, model, gates, ids, mask)
@@ -374,7 +376,11 @@ def halved(tokens: list[int], first: int) -> int:
     """Pairs of rows and keys from `first` on: the later half of the rows sees all keys before its own first."""
     if len(tokens) <= rows.LEAF:
         return len(tokens) * (tokens[-1] + 1 - first) if tokens else 0
-    early, late = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    later = len(tokens) // 2  # to the nearest number that threads share evenly, if that is some of the rows
+    share = (6 if later >= 12 else 4) * torch.get_num_threads()
+    nearest = min(range(0, len(tokens) + share, share), key=lambda size: (abs(size - later), -size))
+    later = nearest if 0 < nearest < len(tokens) else later
+    early, late = tokens[: len(tokens) - later], tokens[len(tokens) - later :]
     return halved(early, first) + halved(late, late[0]) + len(late) * (late[0] - first)
 
 

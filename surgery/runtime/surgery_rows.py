@@ -11,7 +11,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 # Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
-LEAF = 256  # gathered query rows that attend together under a mask
+LEAF = 384  # gathered query rows that attend together under a mask
+# How many query rows the kernel gives a thread at a time, and from how many rows on. What is not a multiple of it for
+# all threads leaves some of them without work.
+SHARES = ((768, 256), (0, 64))
 DECODE_KEYS = 2048  # keys from which a single token attends with its own heads alone
 
 
@@ -89,7 +92,7 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         for whole, part in zip((out, lse), _kernel(query, keys, values, first, end, scale, bias), strict=True):
             whole.copy_(part)
         return count * (end - first)
-    half = count // 2
+    half = count - _later_half(count)
     middle = int(places[half])
     pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, out[:half], lse[:half])
     late = query[half:], places[half:], out[half:], lse[half:]
@@ -100,6 +103,14 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         torch.logaddexp(late[3], early_lse, out=late[3])
         pairs += (count - half) * (middle - first)
     return pairs
+
+
+def _later_half(count: int) -> int:
+    """How many of so many rows are the later half: what the threads share evenly, if it comes near."""
+    half = count // 2
+    whole = next(share for least, share in SHARES if half >= least) * torch.get_num_threads()
+    even = (half + whole // 2) // whole * whole
+    return even if 0 < even < count else half
 
 
 def _lse_dtype(query) -> torch.dtype:
