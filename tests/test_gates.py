@@ -354,7 +354,7 @@ def test_load_balance_by_loops():
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_load_balance_of_mae_is_least_for_a_router_that_prefers_no_expert(bases, hard):
-    """What it counts are experts, as its router does, and not the heads that are on: those are all but the expert's."""
+    """It counts experts, as its router does, and not the heads that are on, which are all but the expert's."""
     losses = []
     for bias in (0.0, 2.0, 20.0):
         model = gated(bases["llama"], [mae(hard), None]).train()

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import edit_json
 from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 
@@ -314,6 +315,15 @@ def test_bad_fields(refused, model, overrides, says):
 )
 def test_what_does_not_go_with_a_head_split(refused, model, overrides, says):
     refused("apply", "learned-sinks", model, "-o", "out", *overrides, says=says)
+
+
+@pytest.mark.parametrize("method", ["learned", "kv_bias"])
+def test_a_window_as_long_as_the_models_positions_is_refused(refused, model, method):
+    """Pieces of text are cut to the positions, so that no query lies behind the window, whatever is asked for."""
+    edit_json(model / "config.json", max_position_embeddings=256)
+    says = ["no positions behind the window of 256 tokens", "choose a smaller window"]
+    refused("plan", "learned-sinks", model, f"sink_calibration.method={method}", says=says)
+    refused("apply", "learned-sinks", model, "-o", "out", f"sink_calibration.method={method}", says=says)
 
 
 def test_families_outside_the_interface_are_refused():

@@ -148,12 +148,13 @@ class SinkCalibration(Operation):
                 f"{self.method}: start: fit puts virtual keys in place of a first token that a head no longer sees, "
                 "and these heads see it: split them before (duo_attention with sinks: 0), or start: identity"
             ]
-        window = min(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
-        if self.calibration_length <= window + 1:
-            return [
-                f"calibration_length {self.calibration_length} does not leave the window of {window} tokens, so that "
-                f"nothing can be fitted: give more than {window + 1}"
-            ]
+        window = max(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
+        positions = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
+        if (positions or window + 2) < window + 2:  # pieces of text are cut to them
+            return [f"the model has no positions behind the window of {window} tokens: choose a smaller window"]
+        if self.calibration_length < window + 2:
+            what = f"calibration_length {self.calibration_length} does not leave the window of {window} tokens"
+            return [f"{what}, so that nothing can be fitted: give more than {window + 1}"]
         return []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:

@@ -235,8 +235,8 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
 def parameters_of(module) -> dict[str, torch.Tensor]:
     """The gate's parameters of an attention module, name without `surgery_` -> tensor.
 
-    Accelerate fetches what it has offloaded (`device_map`) when the module's own forward begins, and the gate is worked
-    out before: then they are read from where it keeps them.
+    Accelerate fetches what it has offloaded (`device_map`) when the module's own forward begins, and the gate is
+    worked out before: then they are read from where it keeps them.
     """
     found = {name: getattr(module, name) for name in ROUTERS if hasattr(module, name)}
     if any(tensor.is_meta for tensor in found.values()):
