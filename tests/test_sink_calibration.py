@@ -258,6 +258,17 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
         package.plan(recipe({"op": "expand"}), str(tmp_path / "out"))
 
 
+def test_apply_says_that_a_search_kept_nothing(surgery, model, text):
+    """A plan says what is searched; what was done must not be taken from it."""
+    asked = ["gamma=null", "grid=[1]", "calibration_samples=4", "calibration_length=32"]
+    run = surgery("apply", "zero-tuning", model, "-o", "out", f"operations.0.text={text}", *asked, "--no-eval")
+    assert run.code == 0, run.err
+    assert "found:   sink_calibration zero_tuning: no setting was kept (none that was tried" in " ".join(
+        run.out.split("\n")
+    )
+    assert "no setting was kept" in (model.parent / "out" / "README.md").read_text()
+
+
 def test_two_operations_of_one_term_are_refused_and_of_two_are_not(model):
     bias, keys = sink("zero_tuning", gamma=2.0), sink("learned", logit=0.0)
     with pytest.raises(SurgeryError, match="sink_calibration before it sets the bias"):

@@ -170,11 +170,8 @@ class SinkCalibration(Operation):
 
     def _lost(self, layer: LayerAnatomy) -> list[int]:
         """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
-        if (
-            not layer.streaming
-            or layer.sinks
-            or (layer.window or layer.streaming_window + 1) <= layer.streaming_window
-        ):
+        narrower = bool(layer.window) and layer.window <= layer.streaming_window  # the base's own
+        if not layer.streaming or layer.sinks or narrower:
             return []
         owner = [kv_head for kv_head, group in enumerate(groups_of(layer)) for _ in group]
         return [head for head in self._heads(layer) if owner[head] in layer.streaming]
