@@ -7,6 +7,7 @@ arXiv 2402.17762 (kv_bias: explicit k' and v').
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -191,9 +192,7 @@ class SinkCalibration(Operation):
             how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {aim})"
             line = f"the first token's weight in {many}: {how}"
             if any(anatomy.layers[i].window for i in targets):
-                notes.append(
-                    "where the base itself has a sliding window, the first token is weighted while it is seen"
-                )
+                notes.append("where the base has a sliding window, the first token is weighted while it is seen")
         elif self.method == "act":
             how = f"{self.beta or BETA:g} of their weight is left, the heads by their slope ({self.objective})"
             line = f"sinks other than the first token in up to {many}: {how}"
@@ -206,7 +205,9 @@ class SinkCalibration(Operation):
             line = f"a virtual key {logit} in {many} ({self.method})"
         if self._measures:
             notes.append("a setting that is no better than none on text held back is not kept; the record says so")
-        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures)
+        entries = (self._entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
+        more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
+        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
