@@ -6,6 +6,7 @@ which heads are shared is measured, the router starts from data without training
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -51,7 +52,8 @@ class Moh(Gated):
             if on < 1:
                 found.append(
                     f"moh: active_ratio {self.active_ratio:g} of {self._units(layer)} {units} leaves layer "
-                    f"{layer.index} none that is on"
+                    f"{layer.index} none that is on; give at least 1/{self._units(layer)}, "
+                    f"{ceil(1000 / self._units(layer)) / 1000:g}"
                 )
         return found[:1]
 
