@@ -186,6 +186,18 @@ def test_search_finds_the_best_of_the_grid(toy, groups, expected):
         assert torch.allclose(got.detach(), torch.tensor(want), atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", ["uniform", "layers", "heads"])
+@pytest.mark.parametrize("gamma", [1.5, 1 / 1.5])
+def test_without_a_grid_more_and_less_of_the_first_token_are_tried(toy, groups, gamma):
+    target = [[math.log(gamma)] * 2, [math.log(gamma)] * 2]
+    model, trial = toy(target, target)
+    record = search_gammas(trial, [torch.ones(2)] * 2, None, groups)
+    assert record["kept"] is True
+    assert len(record["tried"]) - 1 == {"uniform": 8, "layers": 16, "heads": 12}[groups]
+    for got in model.logs:
+        assert torch.allclose(got.detach(), torch.tensor(target[0]), atol=1e-6)
+
+
 def test_search_moves_heads_both_ways_and_only_those_that_may(toy):
     target = [[0.4, -0.4, 0.4, -0.4]]
     model, trial = toy(target, target)

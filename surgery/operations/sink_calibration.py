@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
 BETA, THRESHOLD = 0.4, 5.0  # ACT's own
 
@@ -52,7 +53,7 @@ class SinkCalibration(Operation):
         "heads",
         description="zero_tuning, searched: one gamma, one a layer, or gamma and 1 / gamma for heads by their slope.",
     )
-    grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
+    grid: Grid | None = Field(None, description="Values of gamma that are tried; default 1.1 to 2, and 1 over them.")
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
     )
