@@ -276,6 +276,49 @@ def test_a_router_changed_between_two_tokens_is_heard(bases):
     assert torch.equal(model(input_ids=one).logits, want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["assigned", "data"])
+def test_a_router_replaced_between_two_tokens_is_heard(bases, way):
+    """By another parameter, or by other memory: neither counts as a new version of the old one."""
+    model = gated(bases["llama"], [moh([1], 3), moh([], 2)])
+    other = gated(bases["llama"], [moh([1], 3), moh([], 2)], seed=1)
+    one = TOKENS[:1, :1]
+    first, want = model(input_ids=one).logits, other(input_ids=one).logits
+    assert (first - want).abs().max() > 1e-3
+    if way == "assigned":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        for (name, parameter), new in zip(model.named_parameters(), other.parameters(), strict=True):
+            if "surgery_" in name:
+                parameter.data = new.data.clone()
+    assert torch.equal(model(input_ids=one).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [moh([1], 3), mae(True), mae(False)])
+def test_offloaded_weights(bases, gate):
+    """Accelerate brings a module's weights when its forward begins, after the hook that works out the gate."""
+    from accelerate import cpu_offload
+
+    model = gated(bases["llama"], [gate, gate])
+    want, one = model(input_ids=TOKENS).logits, model(input_ids=TOKENS[:1, :1]).logits
+    away = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert runtime.attention_modules(away)[0].surgery_router.is_meta
+    assert torch.equal(away(input_ids=TOKENS).logits, want)
+    assert torch.equal(away(input_ids=TOKENS[:1, :1]).logits, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [moh([1], 3), mae(True)])
+def test_autocast_changes_no_choice(bases, gate):
+    module = runtime.attention_modules(gated(bases["llama"], [gate, None]).train())[0]
+    hidden = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(0))
+    want = prepare(module, hidden, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prepare(module, hidden, None), want)
+    assert module.surgery_call.loss.dtype == torch.float32
+
+
 def test_gradients_of_gates_and_load_balance():
     """By gradcheck: of the router, its bias, temperature, shared router, balance and the input."""
     generator = torch.Generator().manual_seed(0)
@@ -289,7 +332,8 @@ def test_gradients_of_gates_and_load_balance():
             logits = gate.logits(hidden, parameters)
             chosen = gate.chosen(logits)
             real = torch.tensor([[True, True, True], [False, True, True]])
-            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, chosen, real)
+            used = gate.used(logits, chosen)
+            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, used, real)
 
         assert torch.autograd.gradcheck(function, (hidden, *tensors))
 
@@ -308,6 +352,20 @@ def test_load_balance_by_loops():
         total += share * on / 4
     assert load_balance(logits, chosen, real).item() == pytest.approx(16 * total, abs=1e-12)
     assert load_balance(torch.zeros(1, 8, 4), torch.ones(1, 8, 4).bool(), None).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_load_balance_of_mae_is_least_for_a_router_that_prefers_no_expert(bases, hard):
+    """It counts experts, as its router does, and not the heads that are on, which are all but the expert's."""
+    losses = []
+    for bias in (0.0, 2.0, 20.0):
+        model = gated(bases["llama"], [mae(hard), None]).train()
+        module = runtime.attention_modules(model)[0]
+        module.surgery_router_bias.data.zero_()[0] = bias
+        model(input_ids=TOKENS)
+        losses.append(load_balance_loss(model).item())
+    assert 1.0 <= losses[0] < losses[1] < losses[2]
+    assert losses[2] == pytest.approx(8, abs=1e-3), "one expert for all tokens: as many as there are experts"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -426,6 +484,18 @@ def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert work.done["attention"] == 2 * size * pairs, "nothing is counted outside"
+
+
+@torch.no_grad()
+def test_a_token_of_scaled_mae_counts_the_heads_that_are_on(bases, monkeypatch):
+    for name, value in (("SHARE", 0.9), ("DECODE_SAVED", 0)):
+        monkeypatch.setattr(skipping, name, value)
+    monkeypatch.setattr(rows, "DECODE_KEYS", 1)
+    model = gated(bases["llama"], [mae(True, rescale=True)] * 2)
+    with counted(model) as work:
+        model(input_ids=TOKENS[:1, :1], use_cache=False)
+    for part in ("attention", "query projection", "output projection"):
+        assert work.done[part] * 8 == work.whole[part] * 7, part
 
 
 @torch.no_grad()
