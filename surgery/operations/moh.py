@@ -27,8 +27,9 @@ class Moh(Gated):
         "Keys and values are still made and kept for every token: the cache is as large as before.",
         "The router was fitted on the calibration part of one text, without training. Heads that only rare text needs "
         "may be off when it comes.",
-        "Work is skipped without gradients, in prompts from 512 tokens on, and in decoding after 2k tokens; attention "
-        "on a GPU, or of a batch with padding, computes all heads.",
+        "Work is skipped without gradients: in prompts from 512 tokens on; in decoding on a CPU by projections of "
+        "wide models, and after 2k tokens by attention, of KV heads without any head that is on. Attention on a GPU, "
+        "or of a batch with padding, computes all heads.",
     )
 
     op: Literal["moh"] = "moh"

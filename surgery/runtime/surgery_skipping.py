@@ -100,19 +100,21 @@ class _Output(_Projection):
     part = "output projection"
 
     def gathered(self, x, rows):
-        out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
+        wide = torch.promote_types(x.dtype, torch.float32)  # of many sums, none is rounded to half precision
+        out, done = x.new_zeros(*x.shape[:-1], self.out_features, dtype=wide), 0
         if self.bias is not None:
             out += self.bias
-        room = out.new_empty(out.shape[1:])
+        room = x.new_empty(out.shape[1:])
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.in_features):
             part, weight = x[row, :, begin:end], self.weight[:, begin:end].T
             part = part if index is None else part.index_select(0, index)
             done += part.numel() * self.out_features
+            made = torch.mm(part, weight, out=room[: len(part)])
             if index is None:
-                out[row].addmm_(part, weight)
+                out[row] += made
             else:
-                out[row].index_add_(0, index, torch.mm(part, weight, out=room[: len(index)]))
-        return out, done
+                out[row].index_add_(0, index, made.to(wide))
+        return out.to(x.dtype), done
 
 
 def _channels(gate: Gate, rows: list, width: int):
