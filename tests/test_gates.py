@@ -433,7 +433,7 @@ def test_rows_that_are_off_reach_no_product(bases, path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_output_projection_in_half_precision_rounds_once(dtype):
-    """Of a sum of 24 heads' products each is rounded, and the sums on the way are not: those made it 3.6 times worse."""
+    """Each of 24 products is rounded, and the sums on their way are not: those made it 3.6 times worse."""
     torch.manual_seed(0)
     heads, size, length = 32, 16, 40
     plain = torch.nn.Linear(heads * size, 64).to(dtype)
