@@ -101,8 +101,8 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
     return reason is not None
 
 
-def check(kernel: str, query, key, value, pad=None) -> None:
-    """Refuse what no kernel of [batch, heads, length, head_dim] can mean.
+def check(kernel: str, query, key, value, pad=None):
+    """Refuse what no kernel of [batch, heads, length, head_dim] can mean. Returns `pad` as kernels read it.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together, or tensors that want a gradient.
@@ -118,6 +118,7 @@ def check(kernel: str, query, key, value, pad=None) -> None:
         raise ValueError(f"{kernel} has no backward: call it under torch.no_grad(), or its reference to train")
     if pad is not None and (pad.shape != (batch,) or pad.is_floating_point() or pad.device != query.device):
         raise ValueError(f"{kernel}: pad is one whole number for each of the {batch} rows, on the device of the query")
+    return None if pad is None else pad.contiguous()
 
 
 def outputs(query, out=None, lse=None):
