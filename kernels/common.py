@@ -64,12 +64,12 @@ def target(device) -> str | None:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def tiles(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int, int] | None:
-    """Query rows and keys of a tile, warps and stages of a prefill kernel for a target; None where no tile fits."""
+def tiles(head_dim: int, dtype: torch.dtype, name: str, table=TILES, interpreted=(32, 32, 1, 1)) -> tuple | None:
+    """The line of a table of tiles for a target, for `TILES` that of a prefill kernel; None where no tile fits."""
     if name == "interpreter":
-        return 32, 32, 1, 1
+        return interpreted
     kind = "hip" if name.startswith("gfx") else "cuda"
-    return TILES.get((kind, "float32" if dtype == torch.float32 else "half", max(64, padded_size(head_dim))))
+    return table.get((kind, "float32" if dtype == torch.float32 else "half", max(64, padded_size(head_dim))))
 
 
 def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -10,14 +10,29 @@ from __future__ import annotations
 import torch
 
 from .common import (  # isort: skip
-    LOG2E, jit, load_tile, on_device, padded_size, precision, said_once, target, tl, unsupported, upcast,
+    LOG2E, jit, load_tile, on_device, padded_size, precision, said_once, target, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "estimators"
-# Query rows and key columns of a tile, warps, stages, by the padded head size at least. Float32 throughout: the means
-# are, and a tile of them is small.
-POOLED = {"cuda": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2)}, "hip": {64: (64, 32, 4, 1), 128: (32, 32, 4, 1)}}
-CROSSED = {"cuda": {64: (32, 4, 2), 128: (32, 4, 2)}, "hip": {64: (32, 4, 1), 128: (32, 4, 1)}}
+# Listed as `common.TILES`. Pooled: query rows and key columns of a tile, warps, stages; float32 throughout, since the
+# means are, and a tile of them is small. Antidiagonal: key groups of a tile, warps, stages; a block's query groups are
+# its rows.
+POOLED = {
+    ("cuda", "float32", 64): (64, 32, 8, 2),
+    ("cuda", "float32", 128): (32, 16, 8, 2),
+    ("hip", "float32", 64): (64, 32, 4, 1),
+    ("hip", "float32", 128): (32, 32, 4, 1),
+}
+CROSSED = {
+    ("cuda", "half", 64): (32, 4, 2),
+    ("cuda", "half", 128): (32, 4, 1),
+    ("cuda", "float32", 64): (32, 4, 2),
+    ("cuda", "float32", 128): (32, 4, 1),
+    ("hip", "half", 64): (32, 4, 1),
+    ("hip", "half", 128): (32, 4, 1),
+    ("hip", "float32", 64): (32, 4, 1),
+    ("hip", "float32", 128): (32, 4, 1),
+}
 
 
 def supports(query, block: int = 128, stride: int = 1) -> str | None:
@@ -133,7 +148,7 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
     if mass.numel() == 0:
         return mass
     name = target(query.device)
-    keys, warps, stages = _crossed_tile(size, name)
+    keys, warps, stages = _crossed_tile(size, query.dtype, name)
     with on_device(query):
         _antidiagonal[(rows, heads, batch)](
             query, key, mass, *query.stride(), *key.stride(), *mass.stride(), length, start, columns, scale * LOG2E,
@@ -144,16 +159,12 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
     return mass
 
 
-def _pooled_tile(head_dim: int, name: str) -> tuple[int, int, int, int]:
-    if name == "interpreter":
-        return 16, 16, 1, 1
-    return POOLED["hip" if name.startswith("gfx") else "cuda"][max(64, padded_size(head_dim))]
+def _pooled_tile(head_dim: int, name: str) -> tuple[int, int, int, int] | None:
+    return tiles(head_dim, torch.float32, name, POOLED, (16, 16, 1, 1))
 
 
-def _crossed_tile(head_dim: int, name: str) -> tuple[int, int, int]:
-    if name == "interpreter":
-        return 32, 1, 1
-    return CROSSED["hip" if name.startswith("gfx") else "cuda"][max(64, padded_size(head_dim))]
+def _crossed_tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] | None:
+    return tiles(head_dim, dtype, name, CROSSED, (32, 1, 1))
 
 
 @jit
@@ -340,7 +351,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
             "num_stages": stages,
         },
     )
-    keys, crossed_warps, crossed_stages = _crossed_tile(head_dim, name)
+    keys, crossed_warps, crossed_stages = _crossed_tile(head_dim, dtype, name)
     crossed = fixed | {"BM": 16, "BN": keys, "UPCAST": False, "PRECISION": precision(dtype, name)}
     return {
         "means": (_means, {"K": dtype, "MEANS": "*fp32"}, {"D": head_dim, "BD": size, "BN": 16}, {"num_warps": 4}),

@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 
 from .common import (  # isort: skip
-    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
+    TILES, check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
     softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "gathered_heads"
+# Rows that lie anywhere take more registers than rows that lie together.
+OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3), ("cuda", "float32", 64): (32, 32, 4, 2)}
 
 
 def supports(query) -> str | None:
@@ -54,7 +56,7 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
     if out.numel() == 0:
         return out, lse
     name, group = target(query.device), heads // kv_heads
-    tile_rows, keys, warps, stages = tiles(size, query.dtype, name)
+    tile_rows, keys, warps, stages = tiles(size, query.dtype, name, OWN_TILES)
     by_head = on.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group)
     # A stable sort brings the rows that are on to the front in the order of their tokens, and needs no word from the
     # GPU about how many there are; programs past the end return at once.
@@ -125,7 +127,7 @@ def _attend(
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
-    if (tile := tiles(head_dim, dtype, name)) is None:
+    if (tile := tiles(head_dim, dtype, name, OWN_TILES)) is None:
         return {}
     rows, keys, warps, stages = tile
     types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32", "LISTED": "*i32", "COUNTS": "*i32"}

@@ -14,7 +14,7 @@ import torch
 
 from .common import (  # isort: skip
     check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
-    softmax_step, target, tile_scores, tl, unsupported, upcast,
+    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "split_decode"
@@ -151,10 +151,7 @@ def split_decode(
 
 
 def _tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] | None:
-    if name == "interpreter":
-        return 16, 1, 1
-    kind = "hip" if name.startswith("gfx") else "cuda"
-    return TILES.get((kind, "float32" if dtype == torch.float32 else "half", max(64, padded_size(head_dim))))
+    return tiles(head_dim, dtype, name, TILES, (16, 1, 1))
 
 
 def _piece(query, longest: int, kv_heads: int) -> int:
