@@ -93,6 +93,17 @@ def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
+def executor(device, dtype: torch.dtype | None = None, head_dim: int = 64) -> str:
+    """What runs where a kernel is asked for, in words: `Triton, compiled for sm_90`, or `PyTorch: ` and why.
+
+    Args:
+        dtype: float16 on a GPU and float32 elsewhere by default.
+    """
+    dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+    reason = unsupported(device, dtype, head_dim)
+    return f"Triton {triton.__version__}, compiled for {target(device)}" if reason is None else f"PyTorch: {reason}"
+
+
 def said_once(kernel: str, reason: str | None, device) -> bool:
     """Whether the reference must run; on a GPU the reason is a warning, the first time it is met."""
     if reason is not None and torch.device(device).type == "cuda" and (kernel, reason) not in _warned:

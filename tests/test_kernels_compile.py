@@ -20,9 +20,9 @@ KERNELS = ("block_sparse_prefill", "streaming_prefill", "split_decode", "gathere
 QUICK = "compile_all(dtypes=(torch.float16,), head_dims=(64,))"
 
 
-def compiled(call: str) -> list[dict]:
+def compiled(call: str, before: str = "") -> list[dict]:
     code = (
-        "import dataclasses, json, torch; from surgery.kernels.compile import compile_all;"
+        f"import dataclasses, json, torch; from surgery.kernels.compile import compile_all; {before};"
         f"print(json.dumps([dataclasses.asdict(row) | {{'fits': row.fits}} for row in {call}]))"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -57,18 +57,17 @@ def test_every_type_and_head_size(kernel):
     check(rows)
     served = {(row["target"], row["dtype"], row["head_dim"]) for row in rows}
     sizes = (64, 128) if kernel == "estimators" else (64, 128, 256)
-    everything = {(t, d, s) for t in ("sm_80", "sm_90", "gfx942") for d in ("float32", "float16", "bfloat16") for s in sizes}
+    everything = {
+        (t, d, s) for t in ("sm_80", "sm_90", "gfx942") for d in ("float32", "float16", "bfloat16") for s in sizes
+    }
     # float32 heads of 256 are the reference's on NVIDIA
     assert everything - served == {("sm_80", "float32", 256), ("sm_90", "float32", 256)} & everything
 
 
 def test_a_tile_that_does_not_fit_is_seen():
     """The check itself: a program with a tile far too large is reported, though triton compiles it without a word."""
-    call = (
-        "(lambda common: (common.TILES.update({('hip', 'half', 64): (128, 128, 4, 4)}), "
-        "list(compile_all(targets=('gfx942',), dtypes=(torch.float16,), head_dims=(64,), "
-        "kernels=('streaming_prefill',))))[1])(__import__('surgery.kernels.common', fromlist=['x']))"
-    )
-    rows = compiled(call)
+    before = "from surgery.kernels.common import TILES; TILES['hip', 'float32', 128] = (128, 64, 8, 3)"
+    what = "targets=['gfx942'], dtypes=[torch.float32], head_dims=[128], kernels=['streaming_prefill']"
+    rows = compiled(f"compile_all({what})", before)
     assert rows
     assert not any(row["fits"] for row in rows)
