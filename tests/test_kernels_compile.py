@@ -20,7 +20,7 @@ KERNELS = ("block_sparse_prefill", "streaming_prefill", "split_decode", "gathere
 QUICK = "compile_all(dtypes=(torch.float16,), head_dims=(64,))"
 
 
-def compiled(call: str, before: str = "") -> list[dict]:
+def compiled(call: str, before: str = "pass") -> list[dict]:
     code = (
         f"import dataclasses, json, torch; from surgery.kernels.compile import compile_all; {before};"
         f"print(json.dumps([dataclasses.asdict(row) | {{'fits': row.fits}} for row in {call}]))"
