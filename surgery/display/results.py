@@ -149,6 +149,7 @@ def doctor(facts: dict) -> None:
     out.print("Hub:      " + ("offline (HF_HUB_OFFLINE)" if facts["offline"] else "may be used"))
     for name, state in facts["doors"].items():
         out.print(f"door:     {name}: {state}")
-    out.print(f"kernels:  {facts['kernels']}")
+    for operation, runs in facts["kernels"].items():
+        out.print(f"runs:     {operation}: {runs}")
     for problem in facts["problems"]:
         out.print(Text(f"problem:  {problem}", style="yellow"))
