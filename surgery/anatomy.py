@@ -38,6 +38,7 @@ class LayerAnatomy:
         query_groups: query heads that read each KV head, where they are not equally many; else ().
         query_numbers, kv_numbers: what the base calls these heads, where some of its heads are gone; else ().
         streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
+        sparse: settings of sparse prefill, as in the `surgery` block; None: prefill is dense.
     """
 
     index: int
@@ -59,6 +60,7 @@ class LayerAnatomy:
     streaming: tuple[int, ...] = ()
     sinks: int = 0
     streaming_window: int = 0
+    sparse: dict[str, Any] | None = None
 
     @property
     def group(self) -> int:
@@ -153,11 +155,8 @@ class Anatomy:
     @property
     def kv_bytes_fixed(self) -> int:
         """Bytes of sinks and windows of streaming heads: what the cache holds however long the text is."""
-        size = BYTES.get(self.dtype, 2)
-        return sum(
-            2 * len(layer.streaming) * (layer.sinks + layer.streaming_window) * layer.head_dim * size
-            for layer in self.layers
-        )
+        streams = (2 * len(x.streaming) * (x.sinks + x.streaming_window) * x.head_dim for x in self.layers)
+        return BYTES.get(self.dtype, 2) * sum(streams)
 
     @property
     def surgical(self) -> bool:
@@ -277,7 +276,7 @@ class Anatomy:
             "index", "path", "heads", "kv_heads", "head_dim", "rotary", "positions", "qk_norm", "window", "soft_cap",
         )  # fmt: skip
         layers = [
-            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")}
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype", "sparse")}
             | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts, "query_groups": layer.query_groups}
             for layer in self.layers
         ]

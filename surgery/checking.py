@@ -24,6 +24,7 @@ from .scoring import no_class, too_big
 from .structure import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 
 PROBE_LENGTH, GENERATED = 24, 8
+SPARSE_BLOCKS = 4  # of queries that the probe has beyond where prefill becomes sparse
 PACKAGE = str(Path(__file__).parents[1])  # where door 1 finds this package
 FOREIGN = "the code in the folder is not this version's"
 MEASURED = "measured"  # a figure to read: what is too much is the gate's business
@@ -169,7 +170,9 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, fault: s
     import torch
 
     layer, longest = anatomy.layers[0], getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
-    length = min(PROBE_LENGTH + layer.sinks + layer.streaming_window, longest - GENERATED)  # beyond the window
+    reach = [PROBE_LENGTH + layer.sinks + layer.streaming_window]  # beyond the window, and where prefill is sparse
+    reach += [x.sparse["dense_below"] + SPARSE_BLOCKS * x.sparse["block"] for x in anatomy.layers if x.sparse]
+    length = min(max(reach), longest - GENERATED)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(anatomy.config.vocab_size, (1, length), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as scratch:

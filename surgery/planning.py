@@ -203,6 +203,7 @@ def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
         named = entry.get("parameters", {})
         terms = {
             "visibility": layer.streaming,
+            "visibility in prefill": layer.sparse,
             "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
             "virtual keys": "surgery_sink_logit" in named,
             "gate": "gate" in entry,

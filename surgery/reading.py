@@ -74,6 +74,7 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
             streaming=tuple(own.get("streaming", ())),
             sinks=own.get("sinks", 0),
             streaming_window=own.get("window", 0),
+            sparse=own.get("sparse"),
         )
         if tensors:
             _verify(layer, tensors, config, where)

@@ -89,6 +89,38 @@ def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
     return [{name: made[name]() for name in names} for _ in range(model.config.num_hidden_layers)]
 
 
+def sparse_rows(sparse: dict, real: list[bool]) -> torch.Tensor:
+    """Which keys the queries of a row may read in a prefill by blocks that sinks + window reach: bool [N, N].
+
+    What is written in surgery_prefill.py, token by token: block edges from the first real token; a block of queries
+    that lies in no one call, or ends by `dense_below`, or holds one of the call's last rows, reads all, and so does
+    one of whose blocks more than 0.6 are kept.
+    """
+    size, start, length = sparse["block"], real.index(True), len(real)
+    ends, begin, calls = sparse.get("calls", [length]), 0, []
+    for end in ends:
+        first, last = max(begin, start) - start, max(min(end, length - real[::-1].index(True)) - start, 0)
+        calls.append((first, last))
+        begin = end
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for first, last in calls:
+        for i in range(first, last):
+            own = i // size
+            kept = [
+                j
+                for j in range(own + 1)
+                if j in (0, own) or j * size < sparse["sinks"] or own * size - (j * size + size - 1) < sparse["window"]
+            ]
+            whole = own * size >= first and (own + 1) * size <= last
+            late = (own + 1) * size > last - sparse.get("last_rows_dense", 0)
+            early = (own + 1) * size <= sparse.get("dense_below", 0)
+            if not whole or late or early or len(kept) > 0.6 * (own + 1):
+                kept = range(own + 1)
+            for j in kept:
+                seen[start + i, start + j * size : start + (j + 1) * size] = True
+    return seen
+
+
 def dense_logits(model, layers: list[dict], ids, mask, tensors=None, silent=None) -> torch.Tensor:
     """float64 logits of a stock model with these surgeries; arguments as for `dense_model`."""
     model = dense_model(model, layers, mask, tensors, silent)
@@ -100,7 +132,8 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
     """A stock model in float64 with these surgeries, for one batch, until the next one is made.
 
     Args:
-        layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in.
+        layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in, and sparse of method
+            streaming, with `calls`: where in the batch each forward ends (default: one forward).
         mask: [rows, length] of the batch.
         tensors: of each layer, name -> values of its terms.
         silent: of each layer, the query heads whose output is left out.
@@ -124,6 +157,9 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
 
         narrow = torch.tensor([head // group in entry.get("streaming", ()) for head in range(heads)])[:, None, None]
         seen = ((j <= i) & (i - j < (limit or length)) & real[:, None, None]).expand(-1, heads, -1, -1)
+        if "sparse" in entry and limit is None:
+            blocks = torch.stack([sparse_rows(entry["sparse"], row.tolist()) for row in real])
+            seen = seen & (blocks[:, None] | narrow)
         if narrow.any():
             seen = seen & ~(narrow & (j - first >= entry["sinks"]) & (i - j >= entry["window"]))
         sees_first = (seen & (j == first)).any(-1, keepdim=True)

@@ -202,8 +202,8 @@ def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
     """A checkpoint without terms runs what it ran before there were any: plain SDPA."""
     from surgery.runtime import surgery_attention as attention
 
-    asked, fused = [], attention._fused
-    monkeypatch.setattr(attention, "_fused", lambda *a, **k: asked.append(a[4]) or fused(*a, **k))
+    asked, fused = [], attention.fused
+    monkeypatch.setattr(attention, "fused", lambda *a, **k: asked.append(a[4]) or fused(*a, **k))
     for tensors, expected in (([{}, {}], {False}), (random_terms(bases["llama"], "gamma", 0), {True})):
         asked.clear()
         model = operated(bases["llama"], 2, tensors)

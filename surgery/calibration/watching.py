@@ -69,6 +69,8 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
             full until `Watched.look` says otherwise. Default: that function itself.
         split: a model whose heads are split already is taken, too: it is measured with all heads full.
 
+    Sparse prefill is off: what is measured is the model whose prefill it approximates.
+
     The model is left as it was: weights, modes, requires_grad, gradients, attention implementation, attributes.
 
     Raises:
@@ -88,7 +90,8 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
     block = getattr(model.config, "surgery", None)  # of layers of different shape
     groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
     found = Watched(anatomy, modules, groups, base_windows(model.config))
-    before, kinds = model.config._attn_implementation, [getattr(m, "surgery_heads", None) for m in modules]
+    before, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
+    own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
     modes = [(module, module.training) for module in model.modules()]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # One function serves every model and measurement: the registry is global, and would keep what a closure holds.
@@ -97,6 +100,7 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
     try:
         for layer, module in enumerate(modules):
             module.surgery_watch = attention
+            module.surgery_sparse = None
             found.look(layer)
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -108,11 +112,10 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for module, own in zip(modules, kinds, strict=True):
-            for attribute in ("surgery_watch", "surgery_heads"):
+        for module, held in zip(modules, own, strict=True):
+            for attribute in ("surgery_watch", *names):
                 module.__dict__.pop(attribute, None)
-            if own is not None:
-                module.surgery_heads = own
+            vars(module).update(held)
 
 
 def _dispatch(module, query, key, value, mask, **kwargs):

@@ -63,6 +63,9 @@ def anatomy(facts) -> None:
     if held := terms_held(facts):
         what = ", ".join(f"{term} in {len(layers)} of {len(facts.layers)} layers" for term, layers in held.items())
         out.print(f"set by a surgery: {what}")
+    if sparse := [layer for layer in facts.layers if layer.sparse]:
+        ways = dict.fromkeys(layer.sparse["method"] for layer in sparse)
+        out.print(f"sparse prefill: {', '.join(ways)}, in {len(sparse)} of {len(facts.layers)} layers")
 
 
 def applicable(rows: dict[str, list[str]]) -> None:

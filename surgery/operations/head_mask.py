@@ -25,12 +25,12 @@ Whole = Annotated[int, Field(ge=0, strict=True)]
 Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
-def _whole_keys(values: Any) -> Any:
+def whole_keys(values: Any) -> Any:
     """JSON has no other keys than texts: "3" is 3."""
     if not isinstance(values, dict):
         return values
     keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}
-    return {keys[key]: _whole_keys(value) for key, value in values.items()} if _different(keys) else values
+    return {keys[key]: whole_keys(value) for key, value in values.items()} if _different(keys) else values
 
 
 def _different(keys: dict) -> bool:
@@ -46,10 +46,10 @@ class HeadMask(WeightRewrite):
         "heads for real.",
     )
     # A factor on what a head writes does not mix with what the head sees or how it weighs that.
-    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "bias", "virtual keys")
+    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
 
     op: Literal["head_mask"] = "head_mask"
-    values: Annotated[dict[Whole, list[Gate] | dict[Whole, Gate]], BeforeValidator(_whole_keys)] | None = Field(
+    values: Annotated[dict[Whole, list[Gate] | dict[Whole, Gate]], BeforeValidator(whole_keys)] | None = Field(
         None, description="layer: a gate for each query head, in order, or {head: gate}; what is left out is 1. Or"
     )
     scores: str | None = Field(

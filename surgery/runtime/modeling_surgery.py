@@ -31,6 +31,7 @@ from .surgery_block import FORMAT, IDENTITY, NAME, head_kinds, validate
 from .surgery_cache import CACHE, SurgeryCache, give_cache
 from .surgery_heads import query_groups
 from .surgery_masks import surgery_mask
+from .surgery_prefill import attach_sparse
 from .surgery_skipping import attach_gate
 from .surgery_terms import register_terms
 
@@ -39,13 +40,26 @@ FILES = (
     "modeling_surgery.py",
     "surgery_attention.py",
     "surgery_block.py",
+    "surgery_blocks.py",
     "surgery_cache.py",
+    "surgery_estimate_block_topk.py",
+    "surgery_estimate_flexprefill.py",
+    "surgery_estimate_hierarchical.py",
+    "surgery_estimate_max_threshold.py",
+    "surgery_estimate_pooled.py",
+    "surgery_estimate_streaming.py",
+    "surgery_estimate_vertical_slash.py",
+    "surgery_estimate_xattention.py",
+    "surgery_estimators.py",
     "surgery_gates.py",
     "surgery_heads.py",
     "surgery_masks.py",
+    "surgery_prefill.py",
     "surgery_rows.py",
     "surgery_sinks.py",
     "surgery_skipping.py",
+    "surgery_softmax.py",
+    "surgery_sparse.py",
     "surgery_stores.py",
     "surgery_terms.py",
     "surgery_token.py",
@@ -75,6 +89,7 @@ def attach(model) -> None:
             _resize(model, module, name, torch.Size(shape))
         register_terms(module, layer)
         attach_gate(module, layer, query_groups(model.config, layer))
+        attach_sparse(module, layer, query_groups(model.config, layer))
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(give_cache, with_kwargs=True)

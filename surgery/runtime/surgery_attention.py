@@ -4,7 +4,8 @@
 
 after projections, norms, RoPE and cache update. V_h is read from `module.surgery_heads`: for each kind of head in the
 layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
-sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists.
+sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists. Of a
+prompt, full heads may read only some blocks of keys (surgery_prefill.py).
 What is added to the scores (surgery_terms.py) follows from each part's output and log-sum-exp.
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 from math import gcd
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_heads import HeadKinds, Visibility
-from .surgery_masks import bias, for_groups, seen_keys, unpadded
+from .surgery_masks import for_groups, seen_keys, unpadded
+from .surgery_prefill import Sparse
 from .surgery_rows import attend, pays
 from .surgery_skipping import count_whole
+from .surgery_softmax import explicit, fused, written_out
 from .surgery_stores import KeyValues, uncached
 from .surgery_terms import Terms, split_terms
 
@@ -69,7 +71,8 @@ def _gathered(module, query, key, value, scaling, options) -> torch.Tensor | Non
     if isinstance(key, list):
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
-    if not plain or module.surgery_parameters or not pays(query, key) or _written_out(query, key, value):
+    plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
+    if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
         return None
     return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
@@ -85,9 +88,10 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     terms = split_terms(module, kinds, options["s_aux"])
+    sparse = getattr(module, "surgery_sparse", None) or [None] * len(views)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], term)
-        for part, view, term in zip(kinds.split_queries(query), views, terms, strict=True)
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more)
+        for part, view, *more in zip(kinds.split_queries(query), views, terms, sparse, strict=True)
     ]
     return kinds.join(parts)
 
@@ -104,11 +108,16 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None) -> torch.Tensor:
+def _attend(
+    query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None, sparse: Sparse | None
+) -> torch.Tensor:
     """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
     if view.visibility.sinks:
         view.settle_sinks(pad)
-    out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
+    if sparse is not None and sparse.applies(query.shape[2], view.end):
+        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
+    else:
+        out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
     return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)
 
 
@@ -116,19 +125,19 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     """Attention to the real keys: output, and its log-sum-exp [batch, heads, n] if it is asked for, else None."""
     batch, heads, length, size = query.shape
     kv_heads, visibility = view.keys.shape[1], view.visibility
-    plain = softcap is None and mask is None and not (with_lse and _written_out(query, view.keys, view.values))
+    plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
     if plain and length == batch == 1 and view.end >= LONG and _pieces_pay(query, view):
         return _in_pieces(query, view.keys, view.values, scale)
     if plain and visibility.window is None and view.start == 0 and (length == view.end or length == 1):
-        return _fused(query, view.keys, view.values, scale, with_lse, causal=length > 1)
+        return fused(query, view.keys, view.values, scale, with_lse, causal=length > 1)
     if plain and view.whole is not None and visibility.limit is None:
-        return _fused(query, *view.whole, scale, with_lse)
+        return fused(query, *view.whole, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
     first, lead, step, blocks = view.end - length, 0, BLOCK, []
     if plain and first == 0 and visibility.window is not None:  # up to there the window reaches back to the begin
         lead = min(length, visibility.window)
         begin = (part[:, :, :lead] for part in (query, view.keys, view.values))
-        out, lse = _fused(*begin, scale, with_lse, causal=True)
+        out, lse = fused(*begin, scale, with_lse, causal=True)
         shape = (*grouped.shape[:3], lead)
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
         step = BLOCK if length > 2 * (visibility.window + visibility.sinks) else max(length - lead, 1)
@@ -165,10 +174,10 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
         seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
         seen = for_groups(seen, group)
     rows = query.reshape(batch, kv_heads, group * length, size)
-    if softcap is None and not (with_lse and _written_out(rows, keys, values)):
-        out, lse = _fused(rows, keys, values, scale, with_lse, seen=seen)
+    if softcap is None and not (with_lse and written_out(rows, keys, values)):
+        out, lse = fused(rows, keys, values, scale, with_lse, seen=seen)
     else:
-        out, lse = _explicit(rows, keys, values, seen, scale, softcap, with_lse)
+        out, lse = explicit(rows, keys, values, seen, scale, softcap, with_lse)
     if mask is not None and seen is not None:  # rows of padding see nothing: zero, never NaN
         empty = ~seen.any(dim=-1)
         out = out.masked_fill(empty[..., None], 0.0)
@@ -176,26 +185,9 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
     return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
 
 
-def _written_out(query, keys, values) -> bool:
-    """Whether no kernel gives the log-sum-exp here: the CPU's does, and has no gradient for it."""
-    if query.device.type != "cpu" or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        return True
-    return torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
-
-
-def _fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen=None) -> tuple:
-    """Output and log-sum-exp (None if not asked for) by one kernel; seen: mask or bias [batch or 1, 1, n, keys]."""
-    if not with_lse:
-        gqa = query.shape[1] != keys.shape[1]
-        return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
-    query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, keys, values, 0.0, causal, attn_mask=bias(seen, query.dtype), scale=scale)
-
-
 def _pieces_pay(query, view: KeyValues) -> bool:
     """Whether one query of full heads reads its keys in pieces: where the kernel gives a log-sum-exp."""
-    return view.visibility.window is None and not _written_out(query, view.keys, view.values)
+    return view.visibility.window is None and not written_out(query, view.keys, view.values)
 
 
 def _in_pieces(query, keys, values, scale) -> tuple:
@@ -214,29 +206,16 @@ def _in_pieces(query, keys, values, scale) -> tuple:
     size = length // pieces
     rows = query.reshape(kv_heads, 1, -1, query.shape[-1])
     if pieces == 1:
-        out, lse = _fused(rows.transpose(0, 1), keys, values, scale, True)
+        out, lse = fused(rows.transpose(0, 1), keys, values, scale, True)
         return out.reshape(query.shape), lse.reshape(query.shape[:3])
     parts = (part[0, :, : pieces * size].unflatten(1, (pieces, size)) for part in (keys, values))
-    out, lse = _fused(rows.expand(-1, pieces, -1, -1), *parts, scale, True)
+    out, lse = fused(rows.expand(-1, pieces, -1, -1), *parts, scale, True)
     if rest := length - pieces * size:
-        last, last_lse = _fused(rows, *(part[0, :, None, -rest:] for part in (keys, values)), scale, True)
+        last, last_lse = fused(rows, *(part[0, :, None, -rest:] for part in (keys, values)), scale, True)
         out, lse = torch.cat([out, last], dim=1), torch.cat([lse, last_lse], dim=1)
     whole = lse.logsumexp(1)  # [KV heads, group]
     out = (out * (lse - whole[:, None]).exp()[..., None].to(out.dtype)).sum(1)
     return out.reshape(query.shape), whole.reshape(query.shape[:3])
-
-
-def _explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple:
-    """Softmax written out: soft-capped scores, and a log-sum-exp with a gradient."""
-    product = rows @ keys.mT
-    scores = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if seen is not None:
-        unseen = ~seen if seen.dtype == torch.bool else seen < 0
-        scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
-    lse = scores.logsumexp(-1) if with_lse else None
-    return scores.softmax(-1).to(values.dtype) @ values, lse
 
 
 def _by_segment(module, query, key, value, segments, scaling, options):

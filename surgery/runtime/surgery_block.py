@@ -16,6 +16,7 @@ The block is all that the code needs to know of a surgery, besides the weights:
     gate                       which heads are on for a token (surgery_gates.py): {"kind": "moh", "unit": "head" or
                                "kv_group", "shared": [units that are always on], "active": routed units that are on},
                                or {"kind": "mae", "hard": ..., "rescale": ...}
+    sparse                     which blocks of keys the full heads read of a prompt (surgery_prefill.py)
     query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
                                nothing that runs reads them
 """
@@ -26,11 +27,12 @@ import transformers
 
 from .surgery_gates import FIELDS, ROUTERS, Gate
 from .surgery_heads import HeadKinds, base_windows, kinds_of_heads, query_groups
+from .surgery_prefill import problem_of
 
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
-KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in", "gate"}
+KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in", "gate", "sparse"}
 # Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
 TERMS = {
     "surgery_log_gamma": 0.0,
@@ -111,6 +113,8 @@ def _fault(config, layer) -> str:
     named = layer.get("parameters", {})
     if not isinstance(named, dict) or set(named) - set(IDENTITY):
         return f"has other parameters than {', '.join(sorted(IDENTITY))}"
+    if "sparse" in layer and (problem := problem_of(layer["sparse"], heads)):
+        return f"has sparse prefill that cannot be: {problem}"
     fault = _fault_of_gate(layer, groups, config.get_text_config().hidden_size)
     return fault or _fault_of_terms(config, layer, heads, kv_heads)
 

@@ -77,6 +77,8 @@ def scale_sinks(out, lse, query, view: KeyValues, pad, scores, probe, log_beta):
             seen = seen & (distance < view.visibility.limit)
         if view.visibility.window is not None:
             seen = seen & (lasting | (distance < view.visibility.window))
+        if view.read is not None:
+            seen = seen & view.read(at[:, :, here], position)
         logits = scores(query[:, :, here], keys) - lse[:, :, here, None]
         weights = logits.masked_fill(~seen, -torch.inf).exp()
         share = weights.sum(-1).clamp(max=1.0)  # rounding may put it above

@@ -179,6 +179,7 @@ def before(module, args, kwargs) -> None:
     batch, length = hidden.shape[:2]
     saves = gate.on <= SHARE * gate.units
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+    saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # which weighs the queries of all heads
     if saves and batch * length == 1 and hidden.device.type == "cpu":
         units = prepare_token(module, hidden[0, 0])
         call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]

@@ -11,6 +11,7 @@ function does, and asks for the sinks with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class KeyValues:
         incoming: keys and values of this call's tokens, where sinks may be among them.
         store: where the sinks are kept, if anywhere.
         whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
+        read: where prefill was sparse, which keys were read of those seen (surgery_prefill.py); None: all.
     """
 
     visibility: Visibility
@@ -45,6 +47,7 @@ class KeyValues:
     incoming: tuple[torch.Tensor, torch.Tensor] | None = None
     store: RingStore | None = None
     whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    read: Callable | None = None
 
     @property
     def start(self) -> int:

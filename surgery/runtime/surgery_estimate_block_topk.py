@@ -1,0 +1,44 @@
+"""Sparse prefill where every query picks key blocks by the mean of their keys.
+
+A query sees its own block and the blocks with the largest q.m_J before it, k in all. A block of queries keeps what at
+least one of them picked, or a share of them (`votes`): queries read whole lists together, so that a query may also
+read what a neighbour picked.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .surgery_blocks import Blocks, block_means, by_group, keep_top, widen
+
+
+def block_topk(query, key, scale: float, block: int, *, top=8, votes: float = 0.0) -> torch.Tensor:
+    """Blocks that enough queries of the row have among their `top`.
+
+    Args:
+        query: [batch, heads, n, head_dim], the last n of the N tokens.
+        key: [batch, KV heads, N, head_dim].
+        top: blocks that a query picks, its own counted; one for all, or a list with one for each query head.
+        votes: share of a row's queries that must pick a block, at least one.
+
+    Returns:
+        bool [batch, heads, query blocks, key blocks].
+
+    Source:
+        The gate of Lu et al. 2025 (MoBA, arXiv 2502.13189).
+    """
+    blocks, device, kv_heads = Blocks.of(query, key, block), key.device, key.shape[1]
+    means = block_means(key, block)
+    top = torch.as_tensor(top, device=device).expand(query.shape[1]).view(kv_heads, -1, 1, 1)
+    picked = means.new_zeros(*query.shape[:2], blocks.rows, blocks.columns)
+    for rows, tokens, seen in blocks.pieces(query.shape[0] * query.shape[1] * block):
+        part = by_group(widen(query[:, :, tokens]), kv_heads)
+        gate = (part.flatten(2, 3) @ means[:, :, :seen].mT).unflatten(2, part.shape[2:4])
+        distance = blocks.distance(device)[blocks.row_of(tokens, device), :seen]
+        gate.masked_fill_(distance == 0, torch.inf).masked_fill_(distance < 0, -torch.inf)
+        chosen = keep_top(gate, top) & (distance >= 0)
+        picked[:, :, rows, :seen] = blocks.fold(chosen.to(picked.dtype), rows, 0.0).sum(-2).flatten(1, 2)
+    begin = blocks.row_numbers(device) * block
+    queries = (begin + block).clamp_max(blocks.keys) - begin.clamp_min(blocks.start)  # [rows, 1]
+    kept = (picked >= votes * queries) & (picked > 0)
+    return (kept | blocks.forced(device=device)) & blocks.causal(device)

@@ -1,0 +1,70 @@
+"""Sparse prefill with budgets that follow from the weights: columns and diagonals, or also blocks by pooled queries.
+
+As in surgery_estimate_vertical_slash.py the last queries, here as many as a block has, stand for all. Each head takes
+so many columns and diagonals as hold the share `gamma` of their weights, in blocks. Where the mean of these queries
+and the means of the key blocks give nearly the distribution that the queries really have, pooling can be trusted: such
+a head adds the largest of all its blocks by pooled queries and keys, `gamma` of their mass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .surgery_blocks import Blocks, block_means, by_group, keep_by_coverage, keep_top, widen
+from .surgery_estimate_pooled import block_mass
+from .surgery_estimate_vertical_slash import by_block, columns_and_diagonals, crossing, last_weights
+
+
+def flexprefill(
+    query,
+    key,
+    scale: float,
+    block: int,
+    *,
+    gamma: float = 0.9,
+    tau: float = 0.1,
+    min_budget: int = 1024,
+    max_budget: int | None = None,
+) -> torch.Tensor:
+    """Blocks of columns and diagonals with the share `gamma`, and pooled ones for the heads that pooling describes.
+
+    Args:
+        query: [batch, heads, n, head_dim], the last n of the N tokens.
+        key: [batch, KV heads, N, head_dim].
+        gamma: share of the weight that is kept; 1 keeps all.
+        tau: a head is searched query block by query block if the root of the Jensen-Shannon divergence (in nats) is
+            below this.
+        min_budget, max_budget: tokens that a head's columns, and its diagonals, are at least and at most, rounded up
+            to blocks.
+
+    Returns:
+        bool [batch, heads, query blocks, key blocks].
+
+    Source:
+        Lai et al. 2025 (FlexPrefill, arXiv 2502.20766).
+    """
+    blocks, kv_heads = Blocks.of(query, key, block), key.shape[1]
+    weights = last_weights(query, key, scale, block)
+    columns, diagonals = columns_and_diagonals(weights)
+    means, bias = block_means(key, block), blocks.counts(key.device).to(weights.dtype).log()
+    last = by_group(widen(query[:, :, -block:]).mean(2, keepdim=True), kv_heads)
+    guess = (last @ means[:, :, None].mT * scale + bias).softmax(-1).flatten(1, 2)[:, :, 0]
+    aware = divergence(guess, by_block(columns, block)).sqrt() < tau  # [batch, heads]
+    least, most = (-(-tokens // block) for tokens in (min_budget, max_budget or blocks.keys))
+    chosen = []
+    for values in (columns, diagonals):
+        budget = -(-keep_by_coverage(values, gamma, values < 0).sum(-1) // block)
+        budget = budget.masked_fill(aware, 0).clamp(least, max(most, least))
+        sums = by_block(values, block)
+        sums[..., 0] = torch.inf
+        chosen.append(keep_top(sums, budget[..., None]))
+    kept = crossing(chosen[0], chosen[1], chosen[1], blocks)
+    flat = block_mass(query, means, scale, blocks, "mean", bias[None, None, None]).flatten(-2)
+    pooled = keep_by_coverage(flat, gamma, flat < 0).view_as(kept) & blocks.causal(key.device)
+    return kept | (pooled & aware[..., None, None])
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of distributions over the last dimension, in nats; 0 log 0 = 0."""
+    entropy = torch.special.entr
+    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp_min(0)

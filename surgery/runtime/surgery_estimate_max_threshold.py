@@ -1,0 +1,50 @@
+"""Sparse prefill by pooled keys and one comparison: blocks that reach a share of the strongest one's mass are kept.
+
+The masses are those of surgery_estimate_pooled.py, for each query head alone. The published score adds up
+exp(scale * q_i.m_J) over the queries (`queries: all`), so that one query of large norm decides for its whole block;
+by default every query has one vote (`queries: each`). The diagonal block is kept in any case and is no measure for
+the others.
+
+The method also computes the last query blocks densely; here that is `last_rows_dense`, which any method can have.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .surgery_blocks import Blocks, block_means, keep, reduce_groups, widen
+from .surgery_estimate_pooled import block_mass
+
+
+def max_threshold(
+    query,
+    key,
+    scale: float,
+    block: int,
+    *,
+    alpha: float = 0.12,
+    queries: str = "each",
+    reduce: str = "none",
+    first: int = 2,
+    local: int = 4,
+) -> torch.Tensor:
+    """Blocks with at least `alpha` times the largest mass of the blocks before the diagonal one.
+
+    Args:
+        query: [batch, heads, n, head_dim], the last n of the N tokens.
+        key: [batch, KV heads, N, head_dim].
+        alpha: from 0 (all blocks) to 1.
+        first, local: blocks at the begin and nearest blocks that are kept, the diagonal one counted.
+        Others: as for `pooled`.
+
+    Returns:
+        bool [batch, heads or KV heads, query blocks, key blocks].
+
+    Source:
+        The block score and the threshold of FlashPrefill (github.com/qhfan/FlashPrefill), derived anew.
+    """
+    blocks = Blocks.of(query, key, block)
+    bias = blocks.counts(key.device).to(widen(key[:0]).dtype).log()[None, None, None]
+    mass = block_mass(query, block_means(key, block), scale, blocks, queries, bias)
+    mass = reduce_groups(mass.masked_fill_(blocks.distance(key.device) == 0, 0.0), key.shape[1], reduce)
+    return keep(mass, blocks, blocks.forced(first, local, device=key.device), None, None, alpha)

@@ -1,0 +1,198 @@
+"""Sparse prefill of a layer: which rows are sparse, which blocks they read, and the correction of their outputs.
+
+An entry of the `surgery` block may hold `sparse`:
+
+    {"method": "pooled", "block": 128, "dense_below": 1024, "last_rows_dense": 0, "delta": null, ...}
+
+and whatever other settings the method has (surgery_estimators.py). It is for heads that see all, and for calls with
+more than one query. What is sparse is a whole block of queries: those of a block that a call holds only a part of read
+all keys, as a decoded token does. So a prompt in one piece, in chunks that end at block edges, and with speculated
+tokens at its end gives the same, and a short call behind a long past is decoding.
+
+Positions are counted from a row's first real token: every row of a padded batch is run alone on its real tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
+
+import torch
+
+from .surgery_estimators import choose, settings_problems
+from .surgery_heads import HeadKinds, Visibility
+from .surgery_sparse import attend_blocks, attend_rows
+
+# Of the blocks that a row may read: a list that keeps more than this reads all, which costs no more (measured with
+# examples/bench_sparse.py: gathered lists take about density / 0.7 of the time of dense attention).
+DENSE = 0.6
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """How the heads of one visibility attend to a prompt.
+
+    Attributes:
+        method: a name of `surgery_estimators.METHODS`.
+        block: tokens in a block of queries and of keys, a power of two.
+        dense_below: query blocks that end at this position or before read all keys.
+        last_rows_dense: so do the query blocks that hold the last so many tokens of a call.
+        delta: the correction below from every delta-th row, a divisor of the block; None: no correction.
+        settings: the method's own.
+    """
+
+    method: str
+    block: int = 128
+    dense_below: int = 0
+    last_rows_dense: int = 0
+    delta: int | None = None
+    settings: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: dict) -> Sparse:
+        """From `sparse` of a layer's entry."""
+        own = {name: value for name, value in entry.items() if name in cls.__dataclass_fields__}
+        return cls(**own, settings={name: value for name, value in entry.items() if name not in own})
+
+    def of_heads(self, heads: list[int]) -> Sparse:
+        """The same for some of the query heads: a setting that is a list has a value for each head."""
+        by_head = {name: values for name, values in self.settings.items() if isinstance(values, list)}
+        own = {name: [values[head] for head in heads] for name, values in by_head.items()}
+        return replace(self, settings=self.settings | own)
+
+    def applies(self, length: int, end: int) -> bool:
+        """Whether any row of a call of `length` queries, the last of `end` tokens, may be sparse."""
+        return length >= self.block and end > self.dense_below
+
+    def attend(self, query, keys, values, mask, scale: float, softcap) -> tuple:
+        """Attention of a prompt, or of a chunk of it.
+
+        Args:
+            query: [batch, heads, n, head_dim].
+            keys, values: [batch, KV heads, N, head_dim], of the slots from 0 on; the queries have the last n.
+            mask: bool [batch, N], the slots of real tokens, which are neighbours; None: all are real.
+
+        Returns:
+            [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n]; 0 and -inf for padding. Then what was
+            read, for terms that ask, or None where the two stand for all keys: a function of positions of queries
+            [batch, 1, r, 1] and keys [batch, heads, 1, m] that gives bool [batch, heads, r, m].
+        """
+        found = []
+        for row in range(len(query)):
+            one = tuple(part[row : row + 1] for part in (query, keys, values))
+            if mask is None:
+                found.append(self._row(*one, scale, softcap))
+            else:
+                found.append(self._padded(*one, mask[row], scale, softcap))
+        outs, lses, kept = zip(*found, strict=True)
+        out, lse = (part[0] if len(part) == 1 else torch.cat(part) for part in (outs, lses))
+        return out, lse, None if self.delta is not None else partial(_read, kept, self.block)
+
+    def _padded(self, query, keys, values, real, scale, softcap) -> tuple:
+        """`attend` for a row, real: bool [N]."""
+        slots, past = real.nonzero().flatten().tolist(), keys.shape[2] - query.shape[2]
+        start, stop = (slots[0], slots[-1] + 1) if slots else (0, 0)
+        first = max(start, past)
+        if first >= stop:
+            lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+            return torch.zeros_like(query), lse, query.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+        near = (part[:, :, start:stop] for part in (keys, values))
+        out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap)
+        edges = first - past, keys.shape[2] - stop
+        pad = torch.nn.functional.pad
+        return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf), kept
+
+    def _row(self, query, keys, values, scale, softcap) -> tuple:
+        """`attend` for a row of real tokens."""
+        kept = self.kept(query, keys, scale)
+        out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
+        if self.delta is not None:
+            out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
+        return out, lse, kept
+
+    @torch.no_grad()
+    def kept(self, query, keys, scale: float) -> torch.Tensor:
+        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all real tokens."""
+        length, end = query.shape[2], keys.shape[2]
+        past, size, device = end - length, self.block, keys.device
+        rows = torch.arange(past // size, ceil(end / size), device=device)[:, None]
+        causal = torch.arange(ceil(end / size), device=device) <= rows
+        if not self.applies(length, end):
+            return causal.expand(len(keys), keys.shape[1], -1, -1)
+        kept = choose(self.method, query, keys, scale, size, self.settings) & causal
+        whole = (rows * size >= past) & ((rows + 1) * size <= end)
+        dense = ~whole | ((rows + 1) * size <= self.dense_below) | ((rows + 1) * size > end - self.last_rows_dense)
+        many = kept.sum(-1, keepdim=True) > DENSE * (rows + 1)
+        return (kept | dense | many) & causal
+
+    def _corrected(self, out, lse, query, keys, values, scale, softcap) -> tuple:
+        """Delta attention: every delta-th row is computed densely, and its rest is added to the rows up to the next.
+
+        The log-sum-exp is corrected alike, so that terms that need it meet the dense one at these rows. A row never
+        gets what a later one knows, and rows that read all keys anyway get 0.
+
+        Source: Willette et al. 2025, "Delta Attention", arXiv 2505.11254. There a fixed tail is dense as well: that is
+        `last_rows_dense`.
+        """
+        length, end = query.shape[2], keys.shape[2]
+        past, size = end - length, self.block
+        dense = self.dense_below // size * size
+        begin, stop = max(ceil(past / size) * size, dense) - past, end // size * size - past
+        if begin >= stop:
+            return out, lse
+        places = range(past + begin, past + stop, self.delta)
+        right = attend_rows(query[:, :, begin : stop : self.delta], keys, values, list(places), scale, softcap)
+        corrected = []
+        for sparse, exact in zip((out, lse), right, strict=True):
+            middle = sparse[:, :, begin:stop]
+            rest = (exact - middle[:, :, :: self.delta]).repeat_interleave(self.delta, dim=2)
+            corrected.append(torch.cat([sparse[:, :, :begin], middle + rest, sparse[:, :, stop:]], dim=2))
+        return tuple(corrected)
+
+
+def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Tensor:
+    """The function that `Sparse.attend` gives; kept: of each row of the batch, its last row that of the last block."""
+    found, heads = [], torch.arange(keys.shape[1], device=keys.device)[:, None, None]
+    for row, lists in enumerate(kept):
+        _, count, rows, columns = lists.shape
+        mine = (queries[row] // block - (columns - rows)).clamp(0, rows - 1)  # [1, r, 1]
+        its = (keys[row] // block).clamp(0, columns - 1)  # [heads, 1, m]
+        found.append(lists[0][heads * count // len(heads), mine, its])
+    return torch.stack(found)
+
+
+def attach_sparse(module, layer: dict, groups: list[int]) -> None:
+    """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head.
+
+    Args:
+        groups: query heads that read each KV head.
+    """
+    module.surgery_sparse = None
+    if "sparse" not in layer:
+        return
+    kinds: HeadKinds = module.surgery_heads
+    sparse, numbers = Sparse.of(layer["sparse"]), kinds.split_queries(torch.arange(sum(groups), device="cpu")[None])
+    module.surgery_sparse = [
+        sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
+        for visibility, own in zip(kinds.visibilities, numbers, strict=True)
+    ]
+
+
+def problem_of(entry, heads: int) -> str:
+    """What is wrong with `sparse` of a layer's entry, a sentence; "" if nothing.
+
+    Args:
+        heads: query heads of the layer.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+        return f"{entry!r} names no method"
+    sparse = Sparse.of(entry)
+    if problems := settings_problems(sparse.method, sparse.settings, sparse.block, heads):
+        return problems[0]
+    for name in ("dense_below", "last_rows_dense"):
+        if type(value := getattr(sparse, name)) is not int or value < 0:
+            return f"{name} is {value!r}, and must be a whole number from 0"
+    if (delta := sparse.delta) is not None and (type(delta) is not int or delta < 1 or sparse.block % delta):
+        return f"delta is {delta!r}, and must divide the block of {sparse.block}"
+    return ""

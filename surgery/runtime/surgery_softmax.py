@@ -1,0 +1,38 @@
+"""One softmax over some keys, with its log-sum-exp: by a kernel, or written out where no kernel gives it."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .surgery_masks import bias
+
+
+def written_out(query, keys, values) -> bool:
+    """Whether no kernel gives the log-sum-exp here: the CPU's does, and has no gradient for it."""
+    if query.device.type != "cpu" or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return True
+    return torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+
+
+def fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen=None) -> tuple:
+    """Output and log-sum-exp (None if not asked for) by one kernel; seen: mask or bias [batch or 1, 1, n, keys]."""
+    if not with_lse:
+        gqa = query.shape[1] != keys.shape[1]
+        return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
+    query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, keys, values, 0.0, causal, attn_mask=bias(seen, query.dtype), scale=scale)
+
+
+def explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple:
+    """Softmax written out: soft-capped scores, and a log-sum-exp with a gradient."""
+    product = rows @ keys.mT
+    scores = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen is not None:
+        unseen = ~seen if seen.dtype == torch.bool else seen < 0
+        scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
+    lse = scores.logsumexp(-1) if with_lse else None
+    return scores.softmax(-1).to(values.dtype) @ values, lse
