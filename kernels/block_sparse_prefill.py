@@ -90,7 +90,7 @@ def block_sparse_prefill(
     Raises:
         ValueError: shapes that do not fit, or tensors that want a gradient: there is no backward.
     """
-    check(NAME, query, key, value, pad)
+    pad = check(NAME, query, key, value, pad)
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
     if n > length:
         raise ValueError(f"{NAME}: {n} queries for {length} keys: the queries are the last of the tokens")

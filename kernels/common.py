@@ -64,12 +64,12 @@ def target(device) -> str | None:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def tiles(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int, int] | None:
-    """Query rows and keys of a tile, warps and stages of a prefill kernel for a target; None where no tile fits."""
+def tiles(head_dim: int, dtype: torch.dtype, name: str, table=TILES, interpreted=(32, 32, 1, 1)) -> tuple | None:
+    """The line of a table of tiles for a target, for `TILES` that of a prefill kernel; None where no tile fits."""
     if name == "interpreter":
-        return 32, 32, 1, 1
+        return interpreted
     kind = "hip" if name.startswith("gfx") else "cuda"
-    return TILES.get((kind, "float32" if dtype == torch.float32 else "half", max(64, padded_size(head_dim))))
+    return table.get((kind, "float32" if dtype == torch.float32 else "half", max(64, padded_size(head_dim))))
 
 
 def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -93,6 +93,17 @@ def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
+def executor(device, dtype: torch.dtype | None = None, head_dim: int = 64) -> str:
+    """What runs where a kernel is asked for, in words: `Triton, compiled for sm_90`, or `PyTorch: ` and why.
+
+    Args:
+        dtype: float16 on a GPU and float32 elsewhere by default.
+    """
+    dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+    reason = unsupported(device, dtype, head_dim)
+    return f"Triton {triton.__version__}, compiled for {target(device)}" if reason is None else f"PyTorch: {reason}"
+
+
 def said_once(kernel: str, reason: str | None, device) -> bool:
     """Whether the reference must run; on a GPU the reason is a warning, the first time it is met."""
     if reason is not None and torch.device(device).type == "cuda" and (kernel, reason) not in _warned:
@@ -101,8 +112,8 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
     return reason is not None
 
 
-def check(kernel: str, query, key, value, pad=None) -> None:
-    """Refuse what no kernel of [batch, heads, length, head_dim] can mean.
+def check(kernel: str, query, key, value, pad=None):
+    """Refuse what no kernel of [batch, heads, length, head_dim] can mean. Returns `pad` as kernels read it.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together, or tensors that want a gradient.
@@ -118,6 +129,7 @@ def check(kernel: str, query, key, value, pad=None) -> None:
         raise ValueError(f"{kernel} has no backward: call it under torch.no_grad(), or its reference to train")
     if pad is not None and (pad.shape != (batch,) or pad.is_floating_point() or pad.device != query.device):
         raise ValueError(f"{kernel}: pad is one whole number for each of the {batch} rows, on the device of the query")
+    return None if pad is None else pad.contiguous()
 
 
 def outputs(query, out=None, lse=None):

@@ -88,7 +88,7 @@ def _compiled(name: str, kernel, types: dict, constants: dict, options: dict):
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in FLOATS else "i32"
-            if re.fullmatch("[qkvo]_[bhn]", argument):
+            if re.fullmatch("[fr]?[qkvo]_[bhn]", argument):
                 aligned[(place,)] = [["tt.divisibility", 16]]
     signature = {argument: signature.get(argument, "constexpr") for argument in kernel.arg_names}
     arch = name if name.startswith("gfx") else int(name.removeprefix("sm_"))

@@ -9,7 +9,19 @@ import re
 
 import yaml
 
-from .card_parts import base_name, choices, fenced, get, licence, limits, loading, needles, operations_of, provenance
+from .card_parts import (
+    base_name,
+    choices,
+    fenced,
+    get,
+    licence,
+    limits,
+    loading,
+    needles,
+    operations_of,
+    provenance,
+    searched,
+)
 from .report import damage, finite
 
 # Tags of the base that speak of formats, engines or scores which this folder does not have.
@@ -132,7 +144,7 @@ def _summary(report: dict) -> str:
     base, name = get(report, "base"), base_name(report)
     origin = f"[{name}](https://huggingface.co/{name})" if base.get("hub_id") else f"`{name}`"
     origin += f" ({base['note']})" if base.get("note") else ""
-    made = f"Made from {origin} with attention-surgery: {what}."
+    made = " ".join(f"{each}." for each in (f"Made from {origin} with attention-surgery: {what}", *searched(report)))
     return f"{made} {TIERS.get(str(report.get('tier')), '')}".rstrip()
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 
 from .errors import SurgeryError
+from .report import finite
 
 HERE = '"this repository or folder"'
 # For operations whose class has no `limits` yet.
@@ -47,6 +48,28 @@ def loading(report: dict) -> str:
         f"With the package:\n\n{ours}\n\nWithout it; this runs code from the repository, so read it first:\n\n{stock}"
         f"\n\n{pinned}" + (f" The code as it was written: {code}." if code else "")
     )
+
+
+def searched(report: dict) -> list[str]:
+    """What the operations that search for a setting found, a sentence each: a plan says only what is looked for."""
+    names = {"ce": "cross-entropy", "entropy": "entropy of the predictions", "labelled": "loss of the right choices"}
+    found = []
+    for each in report.get("operations") or []:
+        record = get(each, "record")
+        if "kept" not in record:
+            continue
+        name = " ".join(filter(None, (str(each.get("op")), record.get("method"))))
+        figures = [record.get(key) for key in ("held_back_before", "held_back_change", "standard_error")]
+        aim = names.get(record.get("objective"), "objective")
+        told = ""
+        if all(map(finite, figures)):
+            told = "{} on what was held back {:.4f}, change {:+.4f} ± {:.4f}".format(aim, *figures)
+        if record["kept"]:
+            found.append(f"{name}: a setting was kept ({told})")
+        else:
+            why = told or f"none that was tried lowers the {aim}"
+            found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
+    return found
 
 
 def limits(report: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -102,14 +101,25 @@ def _devices(torch) -> list[str]:
     return found
 
 
-def _kernels() -> str:
-    from . import kernels
+# What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although a kernel is there to be called.
+WIRED = {"sparse_prefill": "block_sparse_prefill"}
+APART = {
+    "duo_attention, prompt": "streaming_prefill",
+    "duo_attention, decoding": "split_decode",
+    "moh, mae": "gathered_heads",
+    "estimators of sparse_prefill": "estimators",
+}
 
-    files = [file.stem for folder in kernels.__path__ for file in Path(folder).glob("[!_]*.py")]
-    if not files:
-        return "none in this version"
-    triton = importlib.util.find_spec("triton") is not None
-    return f"{', '.join(files)}: {'triton is here' if triton else 'need triton (extra: kernels)'}"
+
+def _kernels() -> dict[str, str]:
+    """What computes each operation's attention here, on the GPU where there is one."""
+    import torch
+
+    from .kernels.common import executor
+
+    runs = executor("cuda" if torch.cuda.is_available() else "cpu")
+    found = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
+    return found | {operation: f"PyTorch (surgery.kernels.{name} is not called)" for operation, name in APART.items()}
 
 
 def _problems() -> list[str]:

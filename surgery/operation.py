@@ -30,6 +30,7 @@ class Change:
         notes: what is lost, guessed or worth knowing.
         seconds: rough time of the computation on a laptop, beyond reading and writing.
         measured: what each layer becomes is known only when the model was measured; `after` has the right totals.
+        parameters: numbers that the surgery adds to the weights (routers, gammas, virtual keys).
     """
 
     after: Anatomy
@@ -38,6 +39,7 @@ class Change:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     measured: bool = False
+    parameters: int = 0
 
 
 @dataclass

@@ -77,14 +77,19 @@ class Plan:
     def parameters_after(self) -> int:
         old = {name: prod(self.before.tensors[name][1]) for name in self.shapes if name in self.before.tensors}
         new = sum(prod(shape) for shape in self.shapes.values() if shape is not None)
-        return self.before.parameters - sum(old.values()) + new
+        return self.before.parameters - sum(old.values()) + new + self._added
+
+    @property
+    def _added(self) -> int:
+        """Parameters of the surgery itself; 0 if only the config is known."""
+        return sum(step.change.parameters for step in self.steps) if self.before.tensors else 0
 
     @property
     def output_bytes(self) -> int:
         """Bytes of weights that will be written."""
         kept = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
         new = ((dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items())
-        return sum(stored_bytes(dtype, shape) for dtype, shape in (*kept, *new))
+        return sum(stored_bytes(dtype, shape) for dtype, shape in (*kept, *new, (self.before.dtype, (self._added,))))
 
     @property
     def memory_bytes(self) -> int:

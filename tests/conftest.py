@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each of the processes that share the machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from surgery.errors import SurgeryError
 
 SENTENCE = "the cat sat on a mat and looked at rain while seven dogs ran past old green doors of houses"

@@ -252,7 +252,7 @@ def sparse_strides(device, seed):
 
 @case("block_sparse fp32 a row alone")
 def sparse_row_alone(device, seed):
-    """A padded batch's row is, to the bit, the row without its padding."""
+    """A padded batch's row is the row without its padding: to the bit, where one compiler's code runs both."""
     from surgery.kernels.block_sparse_prefill import BlockList, block_sparse_prefill
 
     query, key, value, pad = inputs(seed, 2, 4, 2, 40, 70, 16, FP32, device, (21, 0))
@@ -261,7 +261,8 @@ def sparse_row_alone(device, seed):
     alone = block_sparse_prefill(
         query[:1], key[:1, :, 21:], value[:1, :, 21:], BlockList.of(kept[:1, :, :, :4].contiguous(), 16)
     )
-    return {"bits": sum(int((a[:1] != b).sum()) for a, b in zip(batch, alone, strict=True))}
+    bits = sum(int((a[:1] != b).sum()) for a, b in zip(batch, alone, strict=True))
+    return {"bits": bits, "out": ratio(batch[0][:1], alone[0])}
 
 
 @case("block_sparse fp64 reference")
@@ -273,9 +274,240 @@ def sparse_reference(device, seed):
     bias, kept = made(seed, 3, 6, 70, device=device), random_kept(seed, 3, 3, 40, 70, 16, (45, 0, 69), 0.6)
     found = reference(query, key, value, BlockList.of(kept.to(device), 16), 0.3, pad=pad, softcap=3.0, bias=bias)
     seen = seen_blocks(kept, 6, 16, 40, 70, (45, 0, 69)).to(device)
+    return measure(found, brute(query, key, value, seen, 0.3, 3.0, bias))
+
+
+# --- streaming_prefill ---
+
+STREAMING = [  # batch, heads, KV heads, n, N, head size, sinks, window, pads
+    (1, 4, 4, 1, 1, 16, 0, 1, None), (1, 6, 3, 63, 63, 16, 4, 8, None), (1, 9, 3, 65, 102, 64, 1, 2, None),
+    (1, 8, 1, 129, 129, 16, 0, 1, None), (2, 9, 3, 64, 64, 16, 4, 64, (17, 0)), 
+    (3, 6, 3, 40, 77, 16, 4, 20, (50, 3, 76)),
+    (1, 4, 4, 37, 200, 80, 40, 33, None), (1, 4, 2, 50, 50, 128, 3, 500, None), (1, 2, 1, 20, 90, 64, 70, 5, (9,)),
+]  # fmt: skip
+
+
+def seen_band(n, length, sinks, window, pads, batch, limit=None, device="cpu"):
+    of_query, of_key = (part[:, None] for part in positions(n, length, pads, batch, device))
+    distance = of_query[..., None] - of_key[:, :, None]
+    near = (distance < window) | (of_key[:, :, None] < sinks)
+    return causal(n, length, pads, batch, device) & near & (distance < (limit or length + 1))
+
+
+def run_streaming(
+    device, seed, batch, heads, kv_heads, n, length, d, sinks, window, pads, dtype=FP32, softcap=None, limit=None
+):
+    from surgery.kernels.streaming_prefill import streaming_prefill
+
+    query, key, value, pad = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device, pads)
+    found = streaming_prefill(
+        query, key, value, sinks, window, pad=pad, softcap=softcap, limit=limit, **poisoned(query)
+    )
+    seen = seen_band(n, length, sinks, window, pads, batch, limit, device)
+    return measure(found, brute(query, key, value, seen, softcap=softcap))
+
+
+@case("streaming fp32 a window of all keys is SDPA")
+def streaming_full(device, seed):
+    from surgery.kernels.streaming_prefill import streaming_prefill
+
+    query, key, value, _ = inputs(seed, 2, 6, 3, 77, 77, 64, FP32, device)
+    out, _ = streaming_prefill(query, key, value, 0, 77)
+    parts = (part.double() for part in (query, key, value))
+    return {"out": ratio(out, scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True))}
+
+
+# --- gathered_heads ---
+
+GATHERED = [  # batch, heads, KV heads, n, N, head size, pads, share of rows that are on
+    (1, 4, 4, 1, 1, 16, None, 1.0), (1, 9, 3, 65, 65, 16, None, 0.6), (1, 9, 3, 63, 100, 64, None, 0.4),
+    (2, 6, 3, 64, 64, 80, (17, 0), 0.5), (3, 8, 1, 33, 70, 16, (40, 3, 69), 0.5), (1, 4, 2, 129, 129, 16, None, 0.05),
+    (1, 4, 4, 50, 50, 128, None, 1.0),
+]  # fmt: skip
+
+
+def run_gathered(device, seed, batch, heads, kv_heads, n, length, d, pads, share, dtype=FP32, softcap=None):
+    from surgery.kernels.gathered_heads import gathered_heads
+
+    query, key, value, pad = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device, pads)
+    on = torch.rand(batch, n, heads, generator=torch.Generator().manual_seed(seed)) < share
+    on[:, -1, 0] = True
+    if share < 1:
+        on[:, :, -1] = False  # a head that is off everywhere
+    on = on.to(device)
+    found = gathered_heads(query, key, value, on, pad=pad, softcap=softcap, **poisoned(query))
+    seen = causal(n, length, pads, batch, device) & on.transpose(1, 2)[..., None]
+    return measure(found, brute(query, key, value, seen, softcap=softcap))
+
+
+@case("gathered fp32 gradient of the reference")
+def gathered_gradient(device, seed):
+    """What training would run has the gradients of the brute force."""
+    from surgery.kernels.gathered_heads import reference
+
+    shape = (2, 4, 2, 20, 31, 16)
+    query, key, value, pad = inputs(seed, *shape, torch.float64, device, (14, 0))
+    on = (torch.rand(2, 20, 4, generator=torch.Generator().manual_seed(seed)) < 0.5).to(device)
+    seen, gradients = causal(20, 31, (14, 0), 2, device) & on.transpose(1, 2)[..., None], []
+    weight = made(seed + 5, 2, 4, 20, 16, dtype=torch.float64, device=device)
+    for run in (
+        lambda *parts: reference(*parts, on, 0.25, pad=pad)[0],
+        lambda *parts: brute(*parts, seen)[0],
+    ):
+        leaves = [part.nan_to_num().requires_grad_() for part in (query, key, value)]
+        (run(*leaves) * weight).sum().backward()
+        gradients.append(torch.cat([leaf.grad.flatten() for leaf in leaves]))
+    return {"out": ratio(*gradients)}
+
+
+# --- split_decode ---
+
+DECODE = [  # batch, KV heads' groups, which are ring heads, steps of the cache, head size, sinks, window, pads, piece
+    ([3, 3, 3], [1], [37, 1, 1], 64, 4, 8, None, 16), ([1] * 4, [0, 2], [1] * 9, 16, 2, 3, None, 1000),
+    ([8], [0], [20, 1], 16, 0, 5, None, 16), ([4, 4], [], [70, 1], 80, 0, 1, None, 32),
+    ([2, 5, 1], [0, 2], [50, 1, 1, 1], 16, 4, 16, (17, 0), 16), ([3, 3, 3], [0, 1, 2], [1, 1], 128, 4, 40, (0, 1), 16),
+    ([2, 2, 2], [1, 2], [33, 1], 16, 3, 7, (33, 2, 0), 16), ([1, 1], [1], [90, 1], 16, 1, 1, (5,), 48),
+    ([3, 3, 3], [1], [9, 1], 16, 20, 30, None, 16),
+]  # fmt: skip
+
+
+def run_decode(device, seed, groups, ring, steps, d, sinks, window, pads, piece, dtype=FP32, softcap=None, limit=None):
+    """A cache filled as generation fills it, then one step of decoding."""
+    from surgery.kernels.split_decode import Ring, head_table, split_decode
+
+    from surgery.runtime.surgery_heads import Visibility
+    from surgery.runtime.surgery_stores import RingStore
+
+    batch, length, heads = len(pads or [0]), sum(steps), sum(groups)
+    query, key, value, pad = inputs(seed, batch, heads, len(groups), 1, length, d, dtype, device, pads)
+    store, first = RingStore(Visibility(sinks, window)), 0
+    for step in steps if ring else []:
+        parts = (part[:, ring, first : first + step].nan_to_num() for part in (key, value))
+        with torch.no_grad():
+            store.append(*parts, recording=False).settle_sinks(pad)
+        first += step
+    wanted = []
+    for number, group in enumerate(groups):
+        begin = sum(groups[:number])
+        rows = slice(begin, begin + group)
+        seen = seen_band(1, length, sinks, window, pads, batch, limit, device) if number in ring else None
+        seen = causal(1, length, pads, batch, device) if seen is None else seen
+        mine = (query[:, rows], key[:, number : number + 1], value[:, number : number + 1], seen)
+        wanted.append(brute(*mine, softcap=softcap))
+    others = [head for head in range(len(groups)) if head not in ring]
+    kept = Ring(store.tensors["keys"], store.tensors["values"], store.seen, sinks, limit) if ring else None
+    found = split_decode(
+        query, (key[:, others], value[:, others]) if others else None, kept, head_table(groups, ring, device),
+        pad=pad, softcap=softcap, piece=piece, **poisoned(query),
+    )  # fmt: skip
+    return measure(found, tuple(torch.cat(parts, 1) for parts in zip(*wanted, strict=True)))
+
+
+# --- estimators ---
+
+
+@case("estimators fp32 block means")
+def means(device, seed):
+    from surgery.kernels.estimators import block_means
+
+    key = made(seed, 2, 45, 3, 20, device=device).transpose(1, 2)
+    wanted = [key[b, h, j : j + 16].double().mean(0) for b in range(2) for h in range(3) for j in range(0, 45, 16)]
+    return {"out": ratio(block_means(key, 16), torch.stack(wanted).view(2, 3, 3, 20))}
+
+
+POOLED = [  # batch, heads, KV heads, n, N, head size, block, queries
+    (1, 4, 2, 70, 70, 16, 16, "each"), (2, 9, 3, 37, 101, 64, 32, "each"), (1, 4, 4, 1, 33, 80, 16, "each"),
+    (1, 6, 3, 50, 90, 16, 24, "all"), (1, 8, 1, 65, 65, 128, 64, "all"),
+]  # fmt: skip
+
+
+def run_pooled(device, seed, batch, heads, kv_heads, n, length, d, block, queries, dtype=FP32):
+    """Every sum written out: for all queries of a block, for all blocks up to it."""
+    from surgery.kernels.estimators import pooled_mass
+
+    query, key, _, _ = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device)
+    columns, start = -(-length // block), length - n
+    parts = [key[:, :, j * block : (j + 1) * block].double() for j in range(columns)]
+    middle = torch.stack([part.mean(2) for part in parts], 2)
+    bias = torch.tensor([part.shape[2] for part in parts], device=device).double().log()[None, None]
+    found = pooled_mass(query, middle.float(), bias.float(), 0.3, block, length, queries)
+    middle = middle.repeat_interleave(heads // kv_heads, 1)
+    wanted = torch.zeros(found.shape, dtype=torch.float64, device=device)
+    for line in range(found.shape[2]):
+        own = start // block + line
+        rows = [i - start for i in range(own * block, min((own + 1) * block, length)) if i >= start]
+        scores = torch.einsum("bhid,bhjd->bhij", query[:, :, rows].double(), middle[:, :, : own + 1]) * 0.3
+        scores = (scores + bias[:, :, None, : own + 1]).exp()
+        if queries == "each":
+            wanted[:, :, line, : own + 1] = (scores / scores.sum(-1, keepdim=True)).sum(2)
+        else:
+            wanted[:, :, line, : own + 1] = scores.sum(2) / scores.sum((2, 3))[..., None]
     return {
-        name: value / 1e-4 for name, value in measure(found, brute(query, key, value, seen, 0.3, 3.0, bias)).items()
+        "out": ratio(found, wanted),
+        "holes": int((~found.isfinite()).sum() + ((found != 0) & (wanted == 0)).sum()),
     }
+
+
+CROSSED = [  # batch, heads, KV heads, n, N, head size, block, stride
+    (1, 4, 2, 64, 64, 16, 32, 8), (2, 6, 3, 37, 101, 64, 32, 4), (1, 4, 4, 1, 33, 80, 16, 16),
+    (1, 8, 1, 50, 90, 16, 32, 2), (1, 3, 1, 65, 70, 128, 64, 16),
+]  # fmt: skip
+
+
+def run_crossed(device, seed, batch, heads, kv_heads, n, length, d, block, stride, dtype=FP32):
+    """Antidiagonals pair by pair, in loops over groups."""
+    from surgery.kernels.estimators import antidiagonal_mass
+
+    query, key, _, _ = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device)
+    found = antidiagonal_mass(query, key, 0.3, block, stride)
+    start = length - n
+    products = torch.zeros(batch, heads, length, length, dtype=torch.float64, device=device)
+    wide = key.double().repeat_interleave(heads // kv_heads, 1)
+    products[:, :, start:] = torch.einsum("bhid,bhjd->bhij", query.double(), wide) * 0.3
+    wanted = torch.zeros(found.shape, dtype=torch.float64, device=device)
+    for group in range(start // stride, -(-length // stride)):
+        scores = []
+        for other in range(group + 1):
+            pairs = [(group * stride + stride - 1 - c, other * stride + c) for c in range(stride)]
+            pairs = [(i, j) for i, j in pairs if start <= i < length and (other < group or j <= i)]
+            real = [products[:, :, i, j] for i, j in pairs if j < length]
+            scores.append(sum(real) / len(pairs) if pairs else torch.full_like(products[:, :, 0, 0], -torch.inf))
+        shares = torch.stack(scores, -1).exp()
+        shares = (shares / shares.sum(-1, keepdim=True)).nan_to_num()
+        for other in range(group + 1):
+            wanted[:, :, group * stride // block - start // block, other * stride // block] += shares[..., other]
+    return {
+        "out": ratio(found, wanted),
+        "holes": int((~found.isfinite()).sum() + ((found != 0) & (wanted == 0)).sum()),
+    }
+
+
+def register(kernel, run, fields, rows, half=()):
+    """A case in float32 for every row of sizes, in the other types for those at the places in `half`."""
+    for number, sizes in enumerate(rows):
+        named = dict(zip(fields, sizes, strict=True))
+        for label, dtype in {"fp32": FP32, "fp16": FP16, "bf16": BF16}.items():
+            if label == "fp32" or number in half:
+                case(f"{kernel} {label} {sizes}", **named, dtype=dtype)(run)
+
+
+ATTENTION = ("batch", "heads", "kv_heads", "n", "length", "d")
+BAND, RINGS = (
+    (*ATTENTION, "sinks", "window", "pads"),
+    ("groups", "ring", "steps", "d", "sinks", "window", "pads", "piece"),
+)
+register("streaming", run_streaming, BAND, STREAMING, half=(4,))
+register("gathered", run_gathered, (*ATTENTION, "pads", "share"), GATHERED, half=(3,))
+register("decode", run_decode, RINGS, DECODE, half=(0,))
+register("pooled", run_pooled, (*ATTENTION, "block", "queries"), POOLED, half=(1,))
+register("antidiagonal", run_crossed, (*ATTENTION, "block", "stride"), CROSSED, half=(1,))
+case("streaming fp32 soft-cap, limit", **dict(zip(BAND, STREAMING[5], strict=True)), softcap=2.0, limit=30)(
+    run_streaming
+)
+case("gathered fp32 soft-cap", **dict(zip((*ATTENTION, "pads", "share"), GATHERED[4], strict=True)), softcap=2.0)(
+    run_gathered
+)
+case("decode fp32 soft-cap, limit", **dict(zip(RINGS, DECODE[4], strict=True)), softcap=2.0, limit=12)(run_decode)
 
 
 def main() -> None:

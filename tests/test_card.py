@@ -322,3 +322,21 @@ def test_limits_are_the_operations_own(monkeypatch):
     monkeypatch.setattr(GQA, "limits", ("It limits this.", "And that."))
     card = render_card(REPORT, None)
     assert "- It limits this.\n- And that.\n" in card
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"kept": False}, "no setting was kept (none that was tried lowers the cross-entropy), so it changes"),
+        ({"kept": False, "held_back_before": 2.5, "held_back_change": 0.01, "standard_error": 0.002},
+         "no setting was kept (cross-entropy on what was held back 2.5000, change +0.0100 ± 0.0020)"),
+        ({"kept": True, "held_back_before": 2.5, "held_back_change": -0.01, "standard_error": 0.002},
+         "a setting was kept (cross-entropy on what was held back 2.5000, change -0.0100 ± 0.0020)."),
+        ({"kept": False, "held_back_before": None, "held_back_change": None, "standard_error": 0.0}, "no setting was"),
+    ],
+)  # fmt: skip
+def test_a_search_says_whether_it_kept_anything(record, words):
+    record |= {"method": "zero_tuning", "objective": "ce"}
+    card = render_card(changed(operations=[{"op": "sink_calibration", "record": record}]), None)
+    assert f"sink_calibration zero_tuning: {words}" in card.partition("## What it costs")[0]
+    assert "setting was" not in render_card(REPORT, None)

@@ -266,6 +266,18 @@ def test_inspect_of_a_head_split(surgery, model):
     assert re.search(r"0-1 +9 +3 +3 +8 ", shown), shown
 
 
+def test_inspect_of_gates_and_terms(surgery, model):
+    """A gate leaves the table of heads as the base's is: what a surgery set is said."""
+    args = ("router=zero", "keep_first_layers=1", "--no-check", "--no-eval")
+    assert surgery("apply", "mae", model, "-o", "out", *args).code == 0
+    shown = surgery("inspect", "out").out
+    assert "set by a surgery: gate in 1 of 2 layers\n" in shown
+    assert re.search(r"^duo-after-gqa +cannot be  gqa: this", shown, re.MULTILINE)
+    assert re.search(r"^act +can be applied", shown, re.MULTILINE)
+    assert surgery("inspect", "out", "--json").json["terms"] == {"gate": [1]}
+    assert "set by a surgery" not in surgery("inspect", model).out
+
+
 def test_the_estimate_says_of_what_it_is(surgery, model):
     shown = surgery("plan", "mqa", model).out
     assert re.search(r"^rewriting: \d.* of output, about \d.* of memory, \d+ s$", shown, re.MULTILINE)

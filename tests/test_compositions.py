@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense import KINDS, batch, chunked, dense_logits, dense_model, difference, given, random_terms
 from families import TINY, VOCAB, logits_of, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from safetensors import safe_open
 
 import surgery as package
 from surgery.anatomy import Anatomy
@@ -282,3 +283,34 @@ def test_gqa_on_heads_that_pruning_left_in_memory_and_streamed(tmp_path):
     package.apply(recipe(merge), tmp_path / "pruned", output=out, engine="streaming", check=False, evaluate=False)
     assert torch.equal(logits_of(package.load(out)), logits_of(model))
     assert torch.equal(open_doors([out], tmp_path, trust=True)[out]["logits"].double(), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"op": "moh", "router": "zero", "shared_ratio": 0, "granularity": "kv_group"}],
+        [{"op": "moh", "router": "random", "shared_ratio": 0, "keep_first_layers": 1}],
+        [{"op": "mae", "router": "zero"}],
+        [{"op": "sink_calibration", "method": "zero_tuning", "gamma": 2.0, "layers": [1]}],
+        [{"op": "sink_calibration", "method": "act", "beta": 1}],
+        [{"op": "sink_calibration", "method": "learned", "logit": 1.0}, {"op": "mae", "router": "zero"}],
+        [{"op": "gqa", "kv_heads": 2}, {"op": "sink_calibration", "method": "kv_bias", "start": "identity"}],
+    ],
+)
+def test_a_plan_counts_the_parameters_that_the_surgery_adds(steps):
+    model = TINY["llama"]()
+    plan = package.plan(recipe(*steps), model)
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    assert plan.before.parameters == stored
+    package.apply(recipe(*steps), model)
+    assert plan.parameters_after == sum(parameter.numel() for parameter in model.parameters()) != stored
+
+
+def test_shared_heads_have_routers_too(surgery, model, text):
+    """Through the command, with what is measured: the card's numbers are those of the files."""
+    asked = [f"operations.0.text={text}", "calibration_samples=4", "calibration_length=32", "--no-eval"]
+    assert surgery("apply", "moh", model, "-o", "out", *asked).code == 0
+    with safe_open(model.parent / "out" / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    report = json.loads((model.parent / "out" / "surgery.json").read_text())
+    assert report["plan"]["parameters"]["after"] == stored > report["plan"]["parameters"]["before"]

@@ -166,7 +166,7 @@ def xattention(rows, stride=8, reduce="none", **rule):
     return by_rule(mass, {0, number}, **rule)
 
 
-def sampled(rows, every=32, reduce="sum", local=1, **rule):
+def sampled(rows, every=32, reduce="sum", local=2, **rule):
     number, totals = rows[0].number, []
     for row in rows:
         own = [0.0] * (number + 1)
@@ -291,7 +291,7 @@ CASES = [
     ("max_threshold", max_threshold, {"alpha": 0.6, "queries": "all", "first": 1, "local": 1}),
     ("max_threshold", max_threshold, {"alpha": 0.5, "reduce": "sum", "local": 2}),
     ("sampled", sampled, {"gamma": 0.7, "every": 16}),
-    ("sampled", sampled, {"density": 0.3, "every": 1, "reduce": "max", "local": 2}),
+    ("sampled", sampled, {"density": 0.3, "every": 1, "reduce": "max", "local": 1}),
     ("sampled", sampled, {"alpha": 0.2, "every": 8, "reduce": "none"}),
     ("xattention", xattention, {"gamma": 0.7, "stride": 8}),
     ("xattention", xattention, {"density": 0.25, "stride": 4, "reduce": "sum"}),

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_rows as rows
 from surgery.runtime import surgery_skipping as skipping
-from surgery.runtime.surgery_gates import Gate, load_balance, load_balance_loss, prepare
+from surgery.runtime.surgery_gates import Call, Gate, load_balance, load_balance_loss, prepare
 from surgery.runtime.surgery_skipping import counted
 from surgery.runtime.surgery_token import prepare_token
 
@@ -148,6 +148,7 @@ def path(request, monkeypatch):
     if request.param == "gathered":
         for file, name, value in ((skipping, "ROWS", 1), (skipping, "SHARE", 1.0), (rows, "LEAF", 5)):
             monkeypatch.setattr(file, name, value)
+        monkeypatch.setattr(rows, "SHARES", ((12, 6), (0, 4)))
         monkeypatch.setattr(rows, "DECODE_KEYS", 1)
         monkeypatch.setattr(skipping, "DECODE_SAVED", 1)
     else:
@@ -201,6 +202,7 @@ def test_random_settings(bases, seed, monkeypatch):
     monkeypatch.setattr(skipping, "SHARE", 1.0)
     monkeypatch.setattr(skipping, "ROWS", draw.choice([1, 20, 1 << 30]))
     monkeypatch.setattr(rows, "LEAF", draw.randint(1, 50))
+    monkeypatch.setattr(rows, "SHARES", ((draw.randint(9, 30), draw.randint(1, 9)), (0, draw.randint(1, 5))))
     monkeypatch.setattr(rows, "DECODE_KEYS", draw.choice([1, 20]))
     monkeypatch.setattr(skipping, "DECODE_SAVED", draw.choice([1, 1 << 30]))
     want = dense_logits(base, model, gates, ids, mask)
@@ -274,6 +276,49 @@ def test_a_router_changed_between_two_tokens_is_heard(bases):
     assert torch.equal(model(input_ids=one).logits, want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["assigned", "data"])
+def test_a_router_replaced_between_two_tokens_is_heard(bases, way):
+    """By another parameter, or by other memory: neither counts as a new version of the old one."""
+    model = gated(bases["llama"], [moh([1], 3), moh([], 2)])
+    other = gated(bases["llama"], [moh([1], 3), moh([], 2)], seed=1)
+    one = TOKENS[:1, :1]
+    first, want = model(input_ids=one).logits, other(input_ids=one).logits
+    assert (first - want).abs().max() > 1e-3
+    if way == "assigned":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        for (name, parameter), new in zip(model.named_parameters(), other.parameters(), strict=True):
+            if "surgery_" in name:
+                parameter.data = new.data.clone()
+    assert torch.equal(model(input_ids=one).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [moh([1], 3), mae(True), mae(False)])
+def test_offloaded_weights(bases, gate):
+    """Accelerate brings a module's weights when its forward begins, after the hook that works out the gate."""
+    from accelerate import cpu_offload
+
+    model = gated(bases["llama"], [gate, gate])
+    want, one = model(input_ids=TOKENS).logits, model(input_ids=TOKENS[:1, :1]).logits
+    away = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert runtime.attention_modules(away)[0].surgery_router.is_meta
+    assert torch.equal(away(input_ids=TOKENS).logits, want)
+    assert torch.equal(away(input_ids=TOKENS[:1, :1]).logits, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [moh([1], 3), mae(True)])
+def test_autocast_changes_no_choice(bases, gate):
+    module = runtime.attention_modules(gated(bases["llama"], [gate, None]).train())[0]
+    hidden = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(0))
+    want = prepare(module, hidden, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prepare(module, hidden, None), want)
+    assert module.surgery_call.loss.dtype == torch.float32
+
+
 def test_gradients_of_gates_and_load_balance():
     """By gradcheck: of the router, its bias, temperature, shared router, balance and the input."""
     generator = torch.Generator().manual_seed(0)
@@ -287,7 +332,8 @@ def test_gradients_of_gates_and_load_balance():
             logits = gate.logits(hidden, parameters)
             chosen = gate.chosen(logits)
             real = torch.tensor([[True, True, True], [False, True, True]])
-            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, chosen, real)
+            used = gate.used(logits, chosen)
+            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, used, real)
 
         assert torch.autograd.gradcheck(function, (hidden, *tensors))
 
@@ -306,6 +352,20 @@ def test_load_balance_by_loops():
         total += share * on / 4
     assert load_balance(logits, chosen, real).item() == pytest.approx(16 * total, abs=1e-12)
     assert load_balance(torch.zeros(1, 8, 4), torch.ones(1, 8, 4).bool(), None).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_load_balance_of_mae_is_least_for_a_router_that_prefers_no_expert(bases, hard):
+    """It counts experts, as its router does, and not the heads that are on, which are all but the expert's."""
+    losses = []
+    for bias in (0.0, 2.0, 20.0):
+        model = gated(bases["llama"], [mae(hard), None]).train()
+        module = runtime.attention_modules(model)[0]
+        module.surgery_router_bias.data.zero_()[0] = bias
+        model(input_ids=TOKENS)
+        losses.append(load_balance_loss(model).item())
+    assert 1.0 <= losses[0] < losses[1] < losses[2]
+    assert losses[2] == pytest.approx(8, abs=1e-3), "one expert for all tokens: as many as there are experts"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -370,11 +430,35 @@ def test_rows_that_are_off_reach_no_product(bases, path):
         assert (model(input_ids=ids, use_cache=False).logits - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_output_projection_in_half_precision_rounds_once(dtype):
+    """Each of 24 products is rounded, and the sums on their way are not: those made it 3.6 times worse."""
+    torch.manual_seed(0)
+    heads, size, length = 32, 16, 40
+    plain = torch.nn.Linear(heads * size, 64).to(dtype)
+    ours = copy.deepcopy(plain)
+    ours.__class__, ours.surgery_gate = skipping._Output, Gate("moh", (1,) * heads, (0, 1, 2), 21)
+    x, on = torch.randn(1, length, heads, size).to(dtype), torch.rand(length, heads) < 0.7
+    on[:, :3] = True
+    rows = [[None] if head < 3 else [on[:, head].nonzero()[:, 0]] for head in range(heads)]
+    ours.surgery_call = Call()
+    ours.surgery_call.rows = rows
+    given = (x * on[None, :, :, None]).flatten(2)
+    want = given.double() @ plain.weight.double().T + plain.bias.double()
+    errors = [(layer(given) - want).square().mean().sqrt() for layer in (ours, plain)]
+    assert errors[0] <= 1.6 * errors[1]
+
+
 def halved(tokens: list[int], first: int) -> int:
     """Pairs of rows and keys from `first` on: the later half of the rows sees all keys before its own first."""
     if len(tokens) <= rows.LEAF:
         return len(tokens) * (tokens[-1] + 1 - first) if tokens else 0
-    early, late = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    later = len(tokens) // 2  # to the nearest number that threads share evenly, if that is some of the rows
+    share = (6 if later >= 12 else 4) * torch.get_num_threads()
+    nearest = min(range(0, len(tokens) + share, share), key=lambda size: (abs(size - later), -size))
+    later = nearest if 0 < nearest < len(tokens) else later
+    early, late = tokens[: len(tokens) - later], tokens[len(tokens) - later :]
     return halved(early, first) + halved(late, late[0]) + len(late) * (late[0] - first)
 
 
@@ -420,6 +504,18 @@ def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert work.done["attention"] == 2 * size * pairs, "nothing is counted outside"
+
+
+@torch.no_grad()
+def test_a_token_of_scaled_mae_counts_the_heads_that_are_on(bases, monkeypatch):
+    for name, value in (("SHARE", 0.9), ("DECODE_SAVED", 0)):
+        monkeypatch.setattr(skipping, name, value)
+    monkeypatch.setattr(rows, "DECODE_KEYS", 1)
+    model = gated(bases["llama"], [mae(True, rescale=True)] * 2)
+    with counted(model) as work:
+        model(input_ids=TOKENS[:1, :1], use_cache=False)
+    for part in ("attention", "query projection", "output projection"):
+        assert work.done[part] * 8 == work.whole[part] * 7, part
 
 
 @torch.no_grad()

@@ -67,6 +67,24 @@ def test_a_block_that_does_not_fit_leaves_the_model_as_it_was():
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize("name", ["flash_attention_2", "sdpa", "eager"])
+def test_another_attention_asked_for_at_load(split, name, trust):
+    import surgery
+
+    surgery.register()
+    for cls in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        with pytest.raises(ValueError, match=f"attn_implementation='{name}' would undo the surgery"):
+            cls.from_pretrained(split, trust_remote_code=trust, attn_implementation=name)
+    config = transformers.AutoConfig.from_pretrained(split, trust_remote_code=trust)
+    with pytest.raises(ValueError, match="would undo the surgery"):
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name, trust_remote_code=trust)
+    config = transformers.AutoConfig.from_pretrained(split, trust_remote_code=trust)  # the name was put into the last
+    again = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    copied = transformers.AutoModelForCausalLM.from_config(again.config, trust_remote_code=trust)
+    assert copied.config._attn_implementation.startswith("surgery_")
+
+
 def test_a_model_that_runs_its_checkpoints_own_code(split, monkeypatch):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

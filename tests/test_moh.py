@@ -355,7 +355,8 @@ def test_plan_says_where_no_work_is_skipped(family, words):
         (["active_ratio=0"], ["active_ratio", "greater than 0"]),
         (["active_ratio=1.1"], ["active_ratio should be at most 1"]),
         (["active_ratio=.nan"], ["active_ratio"]),
-        (["active_ratio=0.02", "shared_ratio=0.0"], ["active_ratio 0.02 of 9 query heads", "layer 0", "none"]),
+        (["active_ratio=0.02", "shared_ratio=0.0"],
+         ["active_ratio 0.02 of 9 query heads", "layer 0", "none", "at least 1/9, 0.112"]),
         (["active_ratio=0.3", "shared_ratio=0.3"], ["shared_ratio 0.3 is not less than active_ratio 0.3"]),
         (["shared_ratio=1"], ["shared_ratio", "less than 1"]),
         (["granularity=layer"], ["granularity", "head", "kv_group"]),
@@ -368,7 +369,7 @@ def test_plan_says_where_no_work_is_skipped(family, words):
         (["calibration_samples=100000"], ["too short"]),
         (["text=nothing.txt"], ["nothing.txt"]),
     ],
-)
+)  # fmt: skip
 def test_bad_fields(refused, model, overrides, says):
     refused("apply", "moh", model, "-o", "out", *overrides, says=says)
 

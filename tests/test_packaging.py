@@ -32,6 +32,8 @@ def test_wheel_holds_kernels_and_recipes_and_no_top_level_package_of_their_own(w
     assert "surgery/kernels/__init__.py" not in names
     assert "surgery/recipes/__init__.py" not in names
     ours = {f"surgery/{p.relative_to(ROOT / 'surgery').as_posix()}" for p in MODULES}
+    for kernel in (ROOT / "kernels").glob("*.py"):
+        assert f"surgery/kernels/{kernel.name}" in names
     shims = {"surgery/kernels/__init__.py", "surgery/recipes/__init__.py"}
     assert ours - shims <= set(names)
 

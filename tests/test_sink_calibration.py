@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import edit_json
 from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 
@@ -185,6 +186,18 @@ def test_search_finds_the_best_of_the_grid(toy, groups, expected):
         assert torch.allclose(got.detach(), torch.tensor(want), atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", ["uniform", "layers", "heads"])
+@pytest.mark.parametrize("gamma", [1.5, 1 / 1.5])
+def test_without_a_grid_more_and_less_of_the_first_token_are_tried(toy, groups, gamma):
+    target = [[math.log(gamma)] * 2, [math.log(gamma)] * 2]
+    model, trial = toy(target, target)
+    record = search_gammas(trial, [torch.ones(2)] * 2, None, groups)
+    assert record["kept"] is True
+    assert len(record["tried"]) - 1 == {"uniform": 8, "layers": 16, "heads": 12}[groups]
+    for got in model.logs:
+        assert torch.allclose(got.detach(), torch.tensor(target[0]), atol=1e-6)
+
+
 def test_search_moves_heads_both_ways_and_only_those_that_may(toy):
     target = [[0.4, -0.4, 0.4, -0.4]]
     model, trial = toy(target, target)
@@ -257,6 +270,17 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
         package.plan(recipe({"op": "expand"}), str(tmp_path / "out"))
 
 
+def test_apply_says_that_a_search_kept_nothing(surgery, model, text):
+    """A plan says what is searched; what was done must not be taken from it."""
+    asked = ["gamma=null", "grid=[1]", "calibration_samples=4", "calibration_length=32"]
+    run = surgery("apply", "zero-tuning", model, "-o", "out", f"operations.0.text={text}", *asked, "--no-eval")
+    assert run.code == 0, run.err
+    assert "found:   sink_calibration zero_tuning: no setting was kept (none that was tried" in " ".join(
+        run.out.split("\n")
+    )
+    assert "no setting was kept" in (model.parent / "out" / "README.md").read_text()
+
+
 def test_two_operations_of_one_term_are_refused_and_of_two_are_not(model):
     bias, keys = sink("zero_tuning", gamma=2.0), sink("learned", logit=0.0)
     with pytest.raises(SurgeryError, match="sink_calibration before it sets the bias"):
@@ -314,6 +338,15 @@ def test_bad_fields(refused, model, overrides, says):
 )
 def test_what_does_not_go_with_a_head_split(refused, model, overrides, says):
     refused("apply", "learned-sinks", model, "-o", "out", *overrides, says=says)
+
+
+@pytest.mark.parametrize("method", ["learned", "kv_bias"])
+def test_a_window_as_long_as_the_models_positions_is_refused(refused, model, method):
+    """Pieces of text are cut to the positions, so that no query lies behind the window, whatever is asked for."""
+    edit_json(model / "config.json", max_position_embeddings=256)
+    says = ["no positions behind the window of 256 tokens", "choose a smaller window"]
+    refused("plan", "learned-sinks", model, f"sink_calibration.method={method}", says=says)
+    refused("apply", "learned-sinks", model, "-o", "out", f"sink_calibration.method={method}", says=says)
 
 
 def test_families_outside_the_interface_are_refused():

@@ -44,7 +44,7 @@ def fake():
         timing(STOCK, 200, (8.0,), (0.8,), 2000, 2010),
         timing(SPLIT, 200, (4.0,), (0.4,), 500, 505),
     ]
-    return Benchmark("a machine", {"synthetic": False, "layers": 2, "dtype": "float32"}, None, 3, 16, timings)
+    return Benchmark("a machine", {"synthetic": False, "layers": 2, "dtype": "float32"}, None, None, 3, 16, timings)
 
 
 def test_ratios_are_medians_of_what_each_round_gives(fake):
@@ -113,12 +113,12 @@ def test_models_take_turns_and_none_always_begins(split, model, monkeypatch):
 
     def run(model, ids, decode):
         block = getattr(model.config, "surgery", {"layers": []})
-        streaming = sum(len(layer["streaming"]) for layer in block["layers"])
+        streaming = sum(len(layer.get("streaming", [])) for layer in block["layers"])
         seen.append((type(model).__name__, streaming))
         return 1.0, 1.0, 1, 1
 
     monkeypatch.setattr(speed, "_run", run)
-    monkeypatch.setattr(speed, "_peak", lambda *args: seen.append("warm") or 7)
+    monkeypatch.setattr(speed, "_peak", lambda *args: seen.append("warm") or (7, {}))
     done = []
     result = bench(split, model, lengths=(8,), rounds=3, progress=lambda *args: done.append(args[:2]))
     stock, full, patched = ("LlamaForCausalLM", 0), ("SurgeryLlamaForCausalLM", 0), ("SurgeryLlamaForCausalLM", 6)
@@ -145,6 +145,44 @@ def test_native_checkpoint_has_two_rows(surgery, model, tmp_path):
     assert result["split"] is None
     assert result["ratios"][0]["decode_vs_block_cache"] is None
     assert "all full" not in surgery("bench", "mqa", "--base", model, "--lengths", "40", "--rounds", "1").out
+
+
+def test_a_gate_is_off_for_the_full_model_and_counted_for_the_patched_one(surgery, model, tmp_path, monkeypatch):
+    from surgery.runtime import surgery_skipping
+
+    fields = ("active_ratio=0.5", "calibration_samples=4", "calibration_length=32", "router=random")
+    done = surgery("apply", "moh", model, "-o", "moh", "--no-check", "--no-eval", "--no-gate", *fields)
+    assert done.code == 0, done.err
+    logits: dict[str, list] = {STOCK: [], FULL: [], SPLIT: []}
+    ids = torch.arange(1, 41)[None]
+
+    def and_keep_logits(self):
+        patched = Contender.ready(self)
+        logits[self.name].append(patched(input_ids=ids).logits)
+        return patched
+
+    Contender = speed.Contender
+
+    class Watched(Contender):
+        ready = and_keep_logits
+
+    monkeypatch.setattr(speed, "Contender", Watched)
+    monkeypatch.setattr(surgery_skipping, "ROWS", 8)
+    with torch.no_grad():
+        result = bench(tmp_path / "moh", model, lengths=(40,), rounds=2, decode=2)
+    for full, base in zip(logits[FULL], logits[STOCK], strict=True):
+        assert (full - base).abs().max() < 0.05  # bfloat16
+    assert all(torch.equal(patched, logits[SPLIT][0]) for patched in logits[SPLIT])
+    assert (logits[SPLIT][0] - logits[FULL][0]).abs().max() > 0.2
+    assert result.gate == {"layers": LAYERS, "kinds": ["moh"], "on": 0.5}
+    share = result.ratios()[0]["multiply_adds_of_gated_layers"]
+    at = {t.model: t for t in result.timings}
+    assert at[STOCK].work == at[FULL].work == {}
+    assert at[SPLIT].work["query projection"][0] * 2 == at[SPLIT].work["query projection"][1]
+    assert 0.5 < share < 1
+    said = surgery("bench", "moh", "--base", model, "--lengths", "600", "--rounds", "1").out
+    assert "patched: moh in 2 layers, 50% of the heads on for a token" in said
+    assert "multiply-adds of these layers' attention in the prompt, to the base's: 0." in said
 
 
 def test_through_the_command(surgery, split, model, tmp_path):
@@ -236,7 +274,7 @@ def test_peak_is_what_was_taken_and_starts_anew():
 @pytest.mark.skipif(not LINUX, reason="as above")
 def test_peak_grows_with_the_prompt():
     model = _tiny(intermediate_size=1024, max_position_embeddings=4096)
-    short, long = (speed._peak(model, torch.ones(1, n, dtype=torch.long), torch.device("cpu")) for n in (64, 4096))
+    short, long = (speed._peak(model, torch.ones(1, n, dtype=torch.long), torch.device("cpu"))[0] for n in (64, 4096))
     inner = 4096 * 1024 * 4  # one tensor between up and down projection; two of them are alive at once
     assert long - short > 2 * inner
     assert long < 12 * inner

@@ -21,6 +21,7 @@ from .resumable import Found
 from .watching import watched
 
 LABELLED = "labelled"  # the objective of questions
+GRID = (1.1, 1.25, 1.5, 2.0)  # each 1 / gamma is tried, too
 
 
 @dataclass
@@ -146,13 +147,15 @@ class Trial:
         return facts | accuracy | {"questions": len(change)}
 
 
-def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], groups: str, progress=None) -> dict:
+def search_gammas(
+    trial: Trial, masks: list[torch.Tensor], grid: list[float] | None, groups: str, progress=None
+) -> dict:
     """Search gamma for the first token on the trial's `fit`, then keep what is better than nothing on its `held`.
 
     Args:
         trial: its parameters are log gamma [heads] of some layers.
         masks: for each parameter, 1.0 for the heads that may change, else 0.0; float [heads].
-        grid: values of gamma to try; 1 is always among them.
+        grid: values of gamma to try; 1 is always among them. None: those of `GRID`, and 1 / gamma.
         groups: "uniform" (one gamma), "layers" (one for each layer, one layer after the other), or "heads": the
             gradient of the objective at gamma = 1 tells which heads should have more of the first token and which
             less; the first get gamma and the others 1 / gamma, all together or one side alone.
@@ -160,6 +163,8 @@ def search_gammas(trial: Trial, masks: list[torch.Tensor], grid: list[float], gr
     Returns:
         A record: every trial, and what `Trial.settle` says.
     """
+    if grid is None:
+        grid = [*GRID] if groups == "heads" else [*(1 / gamma for gamma in reversed(GRID)), *GRID]
     if groups == "layers":
         steps = [[[mask * (i == layer) for i, mask in enumerate(masks)]] for layer in range(len(masks))]
     elif groups == "uniform":

@@ -1,4 +1,4 @@
-"""The three lines that `apply` ends with: what changed, what it cost, what to type next."""
+"""The lines that `apply` ends with: what changed, what a search found, what it cost, what to type next."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 
 from rich.text import Text
 
+from ..card_parts import searched
 from ..operation import SURGICAL
 from ..report import damage
 from . import STATUS_STYLE, console
@@ -26,6 +27,8 @@ def summary(report, base: str) -> None:
         f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
         + also
     )
+    for found in searched(data):
+        out.print(f"found:   {found}")
     gate = data["gate"]
     verdict = ("gate ", (gate["status"], STATUS_STYLE.get(gate["status"], ""))) if gate["limits"] else ("no gate",)
     out.print(Text.assemble("cost:    ", _cost(data["evaluation"]), ", ", *verdict))

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from ..planning import terms_held
 from . import console, size
 
 LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
@@ -59,6 +60,9 @@ def anatomy(facts) -> None:
     for layer in (each for each in facts.layers if each.streaming):
         out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
         break
+    if held := terms_held(facts):
+        what = ", ".join(f"{term} in {len(layers)} of {len(facts.layers)} layers" for term, layers in held.items())
+        out.print(f"set by a surgery: {what}")
     if sparse := [layer for layer in facts.layers if layer.sparse]:
         ways = dict.fromkeys(layer.sparse["method"] for layer in sparse)
         out.print(f"sparse prefill: {', '.join(ways)}, in {len(sparse)} of {len(facts.layers)} layers")
@@ -66,10 +70,10 @@ def anatomy(facts) -> None:
 
 def applicable(rows: dict[str, list[str]]) -> None:
     """Which recipes fit the model: name -> reasons against it."""
-    out = console()
+    out, width = console(), max(map(len, rows), default=0) + 2
     for name, problems in rows.items():
         mark = Text("can be applied  ", style="green") if not problems else Text("cannot be  ", style="yellow")
-        out.print(Text.assemble((f"{name:<12}", "bold"), mark, "; ".join(problems)))
+        out.print(Text.assemble((f"{name:<{width}}", "bold"), mark, "; ".join(problems)))
 
 
 def plan(work) -> None:

@@ -86,11 +86,17 @@ def _benchmarked(out, result) -> None:
         f"base: {model['base_attention']}, {model['base_cache']}; {model['layers']} layers, {model['dtype']}, batch 1"
     )
     if split:
+        out.print("all full: the patched model's weights and its cache, with every head full and on")
+    if split and split["streaming"]:
         reach = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in split["sinks_and_windows"])
         share = f"{split['streaming']} of {split['kv_heads']} KV heads ({split['ratio']:.3f})"
         layers = " ".join(map(str, split["streaming_per_layer"]))
-        out.print("all full: the patched model and its cache, with no head streaming")
         out.print(f"patched: {share} see {reach or 'no less'}; by layer {layers}")
+    if gate := result.gate:
+        kinds = " and ".join(gate["kinds"])
+        counted = [f"{r['multiply_adds_of_gated_layers']:.2f} at {r['length']:,}" for r in result.ratios()]
+        out.print(f"patched: {kinds} in {gate['layers']} layers, {gate['on']:.0%} of the heads on for a token")
+        out.print(f"multiply-adds of these layers' attention in the prompt, to the base's: {', '.join(counted)}")
     if model["synthetic"]:
         kept, depth = model["layers_kept"], model["layers_of_the_base"]
         layers = "all layers" if len(kept) == depth else f"layers {', '.join(map(str, kept))} of the base's {depth}"
@@ -143,6 +149,7 @@ def doctor(facts: dict) -> None:
     out.print("Hub:      " + ("offline (HF_HUB_OFFLINE)" if facts["offline"] else "may be used"))
     for name, state in facts["doors"].items():
         out.print(f"door:     {name}: {state}")
-    out.print(f"kernels:  {facts['kernels']}")
+    for operation, runs in facts["kernels"].items():
+        out.print(f"runs:     {operation}: {runs}")
     for problem in facts["problems"]:
         out.print(Text(f"problem:  {problem}", style="yellow"))

@@ -93,7 +93,19 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
         weights += sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
     _refuse_too_big(weights, stock, positions)
     facts = {"layers_of_the_base": depth, "layers_kept": kept, "ratio_asked": ratio}
-    return random_model(stock), random_model(patched), facts
+    models = random_model(stock), random_model(patched)
+    _random_routers(models[1])
+    return *models, facts
+
+
+def _random_routers(model) -> None:
+    """A router of zeros, as a new one is, turns on the same heads for all tokens."""
+    import torch
+
+    for module in model.modules():
+        if (router := getattr(module, "surgery_router", None)) is not None:
+            generator = torch.Generator().manual_seed(module.layer_idx)
+            router.data.copy_(torch.randn(router.shape, generator=generator) * router.shape[1] ** -0.5)
 
 
 def split_facts(config) -> dict[str, Any] | None:
@@ -111,6 +123,19 @@ def split_facts(config) -> dict[str, Any] | None:
         "streaming_per_layer": per_layer,
         "sinks_and_windows": sorted(map(list, reach)),
     }
+
+
+def gate_facts(config) -> dict[str, Any] | None:
+    """The gates of a config in figures; None where no layer has one."""
+    from ..runtime.surgery_gates import Gate
+    from ..runtime.surgery_heads import query_groups
+
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    gates = [Gate.of(layer["gate"], query_groups(config, layer)) for layer in layers if "gate" in layer]
+    if not gates:
+        return None
+    kinds = sorted({gate.kind for gate in gates})
+    return {"layers": len(gates), "kinds": kinds, "on": sum(gate.on / gate.units for gate in gates) / len(gates)}
 
 
 def _kv_heads(config) -> list[int]:

@@ -1,7 +1,7 @@
 """How long prefill and decoding take and what memory they need: base and patched model, interleaved in one run.
 
-A head split is credited only with what it does beyond our own plainest version: the patched model is compared with
-the stock model on `DynamicCache`, and with itself with all heads full on the block-growing cache.
+A surgery is credited only with what it does beyond our own plainest version: the patched model is compared with
+the stock model on `DynamicCache`, and with itself with all heads full and on, on the block-growing cache.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MachineError, SurgeryError
-from .pair import compare, loaded_pair, random_pair, split_facts
+from .pair import compare, gate_facts, loaded_pair, random_pair, split_facts
 from .peak_memory import PeakMemory
 from .timings import FULL, SPLIT, STOCK, Benchmark, Timing
+
+# What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
+SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Contender:
     block: dict | None = None
 
     def ready(self):
-        from ..runtime.modeling_surgery import patch
+        from ..runtime.modeling_surgery import attach
 
         if self.block:
-            patch(self.model, self.block)
+            self.model.config.surgery = self.block
+            attach(self.model)
         return self.model
 
 
@@ -83,9 +87,10 @@ def bench(
     else:
         stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
     block = getattr(model.config, "surgery", None)
-    split, contenders = split_facts(model.config), [Contender(STOCK, stock), Contender(SPLIT, model, block)]
+    split, gate = split_facts(model.config), gate_facts(model.config)
+    contenders = [Contender(STOCK, stock), Contender(SPLIT, model, block)]
     if block:
-        full = [{**layer, "streaming": []} for layer in block["layers"]]
+        full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
         contenders.insert(1, Contender(FULL, model, {**block, "layers": full}))
     text = stock.config.get_text_config()
     facts = {
@@ -101,7 +106,7 @@ def bench(
             _touch(each.to(place).eval())
         with _short_collections():
             timings = _all_rounds(contenders, lengths, rounds, decode, place, progress)
-    return Benchmark(_machine(place), facts, split, rounds, decode, timings, notes)
+    return Benchmark(_machine(place), facts, split, gate, rounds, decode, timings, notes)
 
 
 def _all_rounds(contenders, lengths, rounds, decode, place, progress) -> list[Timing]:
@@ -113,7 +118,7 @@ def _all_rounds(contenders, lengths, rounds, decode, place, progress) -> list[Ti
         vocabulary = contenders[0].model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (1, length), generator=generator).to(place)
         samples: dict[str, list] = {each.name: [] for each in contenders}
-        peaks: dict[str, int | None] = {}
+        peaks: dict[str, tuple[int | None, dict]] = {}
         for turn in range(rounds + 1):
             first = turn % len(contenders)
             for each in contenders[first:] + contenders[:first]:
@@ -126,7 +131,7 @@ def _all_rounds(contenders, lengths, rounds, decode, place, progress) -> list[Ti
                     progress(done, total, "bench")
         for name, values in samples.items():
             prefill, token, *held = zip(*values, strict=True)
-            timings.append(Timing(name, length, prefill, token, *map(max, held), peaks[name]))
+            timings.append(Timing(name, length, prefill, token, *map(max, held), *peaks[name]))
     return timings
 
 
@@ -152,17 +157,21 @@ def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
     return seconds[0], statistics.median(seconds[2:]), held, cache_bytes(out[CACHE])
 
 
-def _peak(model, ids, place) -> int | None:
-    """Most bytes that a prefill takes beyond the weights; decodes a token afterwards, so that all has run once."""
+def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
+    """Most bytes that a prefill takes beyond the weights, and its multiply-adds as `Timing.work` has them.
+
+    Decodes a token afterwards, so that all has run once.
+    """
     import torch
 
     from ..runtime.modeling_surgery import CACHE
+    from ..runtime.surgery_skipping import counted
 
     with torch.no_grad():
-        with PeakMemory(place) as peak:
+        with PeakMemory(place) as peak, counted(model) as work:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
-    return peak.bytes
+    return peak.bytes, {part: [done, work.whole[part]] for part, done in work.done.items()}
 
 
 def cache_bytes(cache) -> int:

@@ -38,6 +38,7 @@ class Timing:
         cache_bytes: bytes of the tensors that the cache holds after the prompt.
         decode_cache_bytes: the same after the decoded tokens: a cache that grows by blocks has room to spare.
         peak_memory: most bytes that the prompt took beyond the weights, its cache among them; None: not measured.
+        work: multiply-adds of the prompt in layers that have a gate, part -> [as counted, without a gate].
     """
 
     model: str
@@ -47,6 +48,7 @@ class Timing:
     cache_bytes: int
     decode_cache_bytes: int
     peak_memory: int | None = None
+    work: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def prefill(self) -> float:
@@ -76,7 +78,8 @@ class Benchmark:
     Attributes:
         machine: processor, threads, torch.
         model: what was run: layers, dtype, the base's attention; `synthetic`: random weights.
-        split: KV heads that stream, of how many, per layer; None where no head does anything else than in the base.
+        split: KV heads that stream, of how many, per layer; None for a native model.
+        gate: layers that have a gate, its kinds, the mean share of heads that are on there; None: no layer has one.
         rounds, decode: repetitions, and tokens decoded in each.
         notes: what a reader of the figures must know.
     """
@@ -84,6 +87,7 @@ class Benchmark:
     machine: str
     model: dict[str, Any]
     split: dict[str, Any] | None
+    gate: dict[str, Any] | None
     rounds: int
     decode: int
     timings: list[Timing]
@@ -111,6 +115,8 @@ class Benchmark:
             for name, what in SHARES:
                 base, ours = getattr(at[STOCK], what), getattr(at[SPLIT], what)
                 row[name] = ours / base if base and ours is not None else None
+            done, whole = (sum(part[i] for part in at[SPLIT].work.values()) for i in (0, 1))
+            row["multiply_adds_of_gated_layers"] = done / whole if whole else None
             found.append(row)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from ..operation import Context, Operation
 if TYPE_CHECKING:
     from ..anatomy import Anatomy, LayerAnatomy
     from ..calibration.router import Planned
+    from ..runtime.surgery_gates import Gate
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 
@@ -73,6 +75,11 @@ class Gated(Operation):
                 f"which heads a token needs is measured on text ({self.score}) and fitted to the layer's input"
             )
         return notes
+
+    def _parameters(self, anatomy: Anatomy, gates: list[Gate]) -> int:
+        """How many numbers these gates add to the weights."""
+        hidden = anatomy.config.get_text_config().hidden_size
+        return sum(prod(shape) for gate in gates for shape in gate.shapes(hidden).values())
 
     def _place(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: Context) -> dict:
         """Measure, put the gates into the model and give their parameters values; a record."""

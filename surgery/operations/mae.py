@@ -14,7 +14,8 @@ from ..operation import SURGICAL, Change, Context
 from ._gated import Gated
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..anatomy import Anatomy, LayerAnatomy
+    from ..runtime.surgery_gates import Gate
 
 
 class Mae(Gated):
@@ -51,16 +52,18 @@ class Mae(Gated):
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
         notes = self._notes(anatomy, [(layer.heads - 1, layer.heads) for layer in layers])
         notes = notes if self.hard else ["soft weights turn nothing off: no work is skipped"]
-        return Change(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures)
+        more = self._parameters(anatomy, [self._gate(layer) for layer in layers])
+        return Change(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
+
+    def _gate(self, layer: LayerAnatomy) -> Gate:
+        from ..runtime.surgery_gates import Gate
+
+        return Gate("mae", (1,) * layer.heads, hard=self.hard, rescale=self.rescale)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
         from ..calibration.router import Planned
-        from ..runtime.surgery_gates import Gate
 
         anatomy = Anatomy.of(model)
-        planned = {
-            layer.index: Planned(Gate("mae", (1,) * layer.heads, hard=self.hard, rescale=self.rescale), 0)
-            for layer in self._layers(anatomy)
-        }
+        planned = {layer.index: Planned(self._gate(layer), 0) for layer in self._layers(anatomy)}
         return self._place(model, anatomy, planned, context)

@@ -6,6 +6,7 @@ which heads are shared is measured, the router starts from data without training
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from ._gated import Gated
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy, LayerAnatomy
+    from ..runtime.surgery_gates import Gate
 
 
 class Moh(Gated):
@@ -25,8 +27,9 @@ class Moh(Gated):
         "Keys and values are still made and kept for every token: the cache is as large as before.",
         "The router was fitted on the calibration part of one text, without training. Heads that only rare text needs "
         "may be off when it comes.",
-        "Work is skipped without gradients, in prompts from 512 tokens on, and in decoding after 2k tokens; attention "
-        "on a GPU, or of a batch with padding, computes all heads.",
+        "Work is skipped without gradients: in prompts from 512 tokens on; in decoding on a CPU by projections of "
+        "wide models, and after 2k tokens by attention, of KV heads without any head that is on. Attention on a GPU, "
+        "or of a batch with padding, computes all heads.",
     )
 
     op: Literal["moh"] = "moh"
@@ -50,7 +53,8 @@ class Moh(Gated):
             if on < 1:
                 found.append(
                     f"moh: active_ratio {self.active_ratio:g} of {self._units(layer)} {units} leaves layer "
-                    f"{layer.index} none that is on"
+                    f"{layer.index} none that is on; give at least 1/{self._units(layer)}, "
+                    f"{ceil(1000 / self._units(layer)) / 1000:g}"
                 )
         return found[:1]
 
@@ -87,19 +91,26 @@ class Moh(Gated):
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
         measured = self._measures or shared > 0
         notes = self._notes(anatomy, [(on, self._units(layer)) for layer, (on, _) in zip(layers, counts, strict=True)])
-        return Change(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured)
+        gates = [self._gate(layer, *pair, tuple(range(pair[1]))) for layer, pair in zip(layers, counts, strict=True)]
+        more = self._parameters(anatomy, gates)
+        return Change(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, parameters=more)
+
+    def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
+        """A layer's gate; which units are shared is not known before they are measured."""
+        from ..pruning import groups_of
+        from ..runtime.surgery_gates import Gate
+
+        groups = [len(group) for group in groups_of(layer)]
+        units = tuple(groups) if self.granularity == "kv_group" else (1,) * layer.heads
+        return Gate("moh", units, which, on - shared)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
         from ..calibration.router import Planned
-        from ..pruning import groups_of
-        from ..runtime.surgery_gates import Gate
 
-        anatomy, planned = Anatomy.of(model), {}
-        for layer, (on, shared) in zip(self._layers(anatomy), self._counts(anatomy), strict=True):
-            groups = [len(group) for group in groups_of(layer)]
-            units = tuple(groups) if self.granularity == "kv_group" else (1,) * layer.heads
-            planned[layer.index] = Planned(Gate("moh", units, (), on - shared), shared)
+        anatomy = Anatomy.of(model)
+        counts = zip(self._layers(anatomy), self._counts(anatomy), strict=True)
+        planned = {layer.index: Planned(self._gate(layer, *pair), pair[1]) for layer, pair in counts}
         return self._place(model, anatomy, planned, context)
 
 

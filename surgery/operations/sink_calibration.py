@@ -7,6 +7,7 @@ arXiv 2402.17762 (kv_bias: explicit k' and v').
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
 BETA, THRESHOLD = 0.4, 5.0  # ACT's own
 
@@ -51,7 +53,7 @@ class SinkCalibration(Operation):
         "heads",
         description="zero_tuning, searched: one gamma, one a layer, or gamma and 1 / gamma for heads by their slope.",
     )
-    grid: list[Gamma] = Field([1.1, 1.25, 1.5, 2.0], min_length=1, description="Values of gamma that are tried.")
+    grid: Grid | None = Field(None, description="Values of gamma that are tried; default 1.1 to 2, and 1 over them.")
     objective: Literal["ce", "entropy"] = Field(
         "ce", description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."
     )
@@ -148,12 +150,13 @@ class SinkCalibration(Operation):
                 f"{self.method}: start: fit puts virtual keys in place of a first token that a head no longer sees, "
                 "and these heads see it: split them before (duo_attention with sinks: 0), or start: identity"
             ]
-        window = min(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
-        if self.calibration_length <= window + 1:
-            return [
-                f"calibration_length {self.calibration_length} does not leave the window of {window} tokens, so that "
-                f"nothing can be fitted: give more than {window + 1}"
-            ]
+        window = max(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
+        positions = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
+        if (positions or window + 2) < window + 2:  # pieces of text are cut to them
+            return [f"the model has no positions behind the window of {window} tokens: choose a smaller window"]
+        if self.calibration_length < window + 2:
+            what = f"calibration_length {self.calibration_length} does not leave the window of {window} tokens"
+            return [f"{what}, so that nothing can be fitted: give more than {window + 1}"]
         return []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
@@ -169,11 +172,8 @@ class SinkCalibration(Operation):
 
     def _lost(self, layer: LayerAnatomy) -> list[int]:
         """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
-        if (
-            not layer.streaming
-            or layer.sinks
-            or (layer.window or layer.streaming_window + 1) <= layer.streaming_window
-        ):
+        narrower = bool(layer.window) and layer.window <= layer.streaming_window  # the base's own
+        if not layer.streaming or layer.sinks or narrower:
             return []
         owner = [kv_head for kv_head, group in enumerate(groups_of(layer)) for _ in group]
         return [head for head in self._heads(layer) if owner[head] in layer.streaming]
@@ -193,9 +193,7 @@ class SinkCalibration(Operation):
             how = f"gamma {self.gamma:g}" if self.gamma else f"gamma searched ({self.groups}, {aim})"
             line = f"the first token's weight in {many}: {how}"
             if any(anatomy.layers[i].window for i in targets):
-                notes.append(
-                    "where the base itself has a sliding window, the first token is weighted while it is seen"
-                )
+                notes.append("where the base has a sliding window, the first token is weighted while it is seen")
         elif self.method == "act":
             how = f"{self.beta or BETA:g} of their weight is left, the heads by their slope ({self.objective})"
             line = f"sinks other than the first token in up to {many}: {how}"
@@ -208,7 +206,9 @@ class SinkCalibration(Operation):
             line = f"a virtual key {logit} in {many} ({self.method})"
         if self._measures:
             notes.append("a setting that is no better than none on text held back is not kept; the record says so")
-        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures)
+        entries = (self._entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
+        more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
+        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy

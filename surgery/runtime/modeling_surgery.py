@@ -172,6 +172,7 @@ class _ModelMixin:
     _can_compile_fullgraph = False
 
     def __init__(self, config, *args, **kwargs):
+        _refuse_attention(config._attn_implementation)  # asked for at load
         config._attn_implementation = ATTENTION  # config.json does not keep it
         super().__init__(config, *args, **kwargs)
         attach(self)
@@ -187,9 +188,8 @@ class _ModelMixin:
         return (model, info) if output_loading_info else model
 
     def set_attn_implementation(self, name, *args, **kwargs):
-        if name != ATTENTION:
-            raise ValueError(f"attn_implementation={name!r} would undo the surgery; this model has its own")
-        return super().set_attn_implementation(name, *args, **kwargs)
+        _refuse_attention(name)
+        return super().set_attn_implementation(ATTENTION, *args, **kwargs)
 
     def make_cache(self, **kwargs) -> SurgeryCache:
         """An empty cache for this model."""
@@ -213,6 +213,12 @@ class _ModelMixin:
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("continuous batching uses a paged cache, which would undo the surgery; use generate")
+
+
+def _refuse_attention(name) -> None:
+    """Any copy of this code is ours: a config may come from a model that ran another one."""
+    if name is not None and not str(name).startswith(f"{NAME}_"):
+        raise ValueError(f"attn_implementation={name!r} would undo the surgery; this model has its own: leave it out")
 
 
 def patch(model, block: dict) -> None:

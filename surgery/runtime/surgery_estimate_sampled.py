@@ -26,7 +26,7 @@ def sampled(
     alpha: float | None = None,
     every: int = 32,
     reduce: str = "sum",
-    local: int = 1,
+    local: int = 2,
 ) -> torch.Tensor:
     """Blocks with most of the attention of the sampled queries.
 

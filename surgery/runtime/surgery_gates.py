@@ -109,6 +109,17 @@ class Gate:
         picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, first, True)
         return ~picked if self.kind == "mae" else picked
 
+    def used(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Which of what the router weighs a token uses most, for `load_balance`: bool, as `logits`.
+
+        Of moh the units that are on; of mae, whose router weighs experts that lack a head, the heaviest expert.
+        """
+        if self.kind == "moh":
+            return chosen
+        if self.hard:
+            return ~chosen
+        return torch.zeros_like(chosen).scatter_(-1, logits.detach().argmax(dim=-1, keepdim=True), True)
+
     def weights(self, hidden: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor, parameters: dict):
         """The gates [..., units], shared units before routed ones; see `of_heads`.
 
@@ -145,16 +156,16 @@ def softmax_times_count(scores: torch.Tensor, count: int | None = None) -> torch
     return weights / (weights.sum(dim=-1, keepdim=True) / (count or scores.shape[-1]))
 
 
-def load_balance(logits: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """MoH's loss: r^2 times the mean over units of (mean softmax weight) * (share of tokens that have it on).
+def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """MoH's loss: r^2 times the mean over units of (mean softmax weight) * (share of tokens that use it).
 
-    It is `active` for a router that treats all units alike, more for one that prefers some.
+    It is `active` (of mae 1) for a router that treats all units alike, more for one that prefers some.
 
     Args:
-        logits, chosen: [batch, n, r].
+        logits, used: [batch, n, r], of a router and of `Gate.used`.
         real: bool [batch, n], tokens that are no padding; None: all.
     """
-    share, on = logits.softmax(dim=-1), chosen.to(logits.dtype)
+    share, on = logits.softmax(dim=-1), used.to(logits.dtype)
     if real is not None:
         share, on = share[real], on[real]
     means = share.reshape(-1, share.shape[-1]).mean(dim=0), on.reshape(-1, on.shape[-1]).mean(dim=0)
@@ -205,24 +216,35 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
     gate, call = module.surgery_gate, module.surgery_call
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     parameters = parameters_of(module)
-    logits = gate.logits(wide, parameters)
+    with torch.autocast(hidden.device.type, enabled=False):  # else a choice would be made from rounded logits
+        logits = gate.logits(wide, parameters)
+        chosen = gate.chosen(logits)
+        weights = gate.weights(wide, logits, chosen, parameters)
     finite, says = logits.isfinite().all(), NOT_FINITE.format(module.layer_idx)
     if torch.compiler.is_compiling() or hidden.device.type != "cpu":
         torch._assert_async(finite, says)
     elif not finite:
         raise ValueError(says)
-    chosen = gate.chosen(logits)
-    weights = gate.weights(wide, logits, chosen, parameters)
     call.gates, call.rows, call.packed = gate.of_heads(weights).to(hidden.dtype), None, None
     if module.training:
         real = mask[:, -hidden.shape[1] :] if mask is not None and mask.dtype == torch.bool else None
-        call.loss = load_balance(logits, chosen, real)
+        call.loss = load_balance(logits, gate.used(logits, chosen), real)
     return chosen
 
 
 def parameters_of(module) -> dict[str, torch.Tensor]:
-    """The gate's parameters of an attention module, name without `surgery_` -> tensor."""
-    return {name.removeprefix("surgery_"): getattr(module, name) for name in ROUTERS if hasattr(module, name)}
+    """The gate's parameters of an attention module, name without `surgery_` -> tensor.
+
+    Accelerate fetches what it has offloaded (`device_map`) when the module's own forward begins, and the gate is
+    worked out before: then they are read from where it keeps them.
+    """
+    found = {name: getattr(module, name) for name in ROUTERS if hasattr(module, name)}
+    if any(tensor.is_meta for tensor in found.values()):
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (kept := getattr(each, "weights_map", None)) is not None:
+                found = {name: kept[name].to(each.execution_device) for name in found}
+    return {name.removeprefix("surgery_"): tensor for name, tensor in found.items()}
 
 
 def load_balance_loss(model) -> torch.Tensor:

@@ -62,7 +62,7 @@ class _Order:
 
     def __init__(self, kinds: list[list[int]]):
         self.count = sum(len(heads) for heads in kinds)
-        self.kinds = [_slices(heads) for heads in kinds]
+        self.kinds = [slices(heads) for heads in kinds]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         if tensor.shape[1] != self.count:
@@ -83,7 +83,7 @@ class _Order:
         return joined
 
 
-def _slices(heads: list[int]) -> list[slice]:
+def slices(heads: list[int]) -> list[slice]:
     """Ascending numbers as few slices: one where they are evenly spaced, else one for each row of neighbours."""
     if len(steps := {after - before for before, after in pairwise(heads)}) <= 1:
         return [slice(heads[0], heads[-1] + 1, *steps)]

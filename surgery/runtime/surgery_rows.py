@@ -8,11 +8,15 @@ that need a mask. Two outputs meet by their log-sum-exps.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .surgery_heads import slices
 
 # Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
-LEAF = 256  # gathered query rows that attend together under a mask
-DECODE_KEYS = 2048  # keys from which a single token attends with its own heads alone
+LEAF = 384  # gathered query rows that attend together under a mask
+# How many query rows the kernel gives a thread at a time, and from how many rows on. What is not a multiple of it for
+# all threads leaves some of them without work.
+SHARES = ((768, 256), (0, 64))
+DECODE_KEYS = 2048  # keys from which a single token leaves KV heads unread that it has no use for
 
 
 def pays(query, keys) -> bool:
@@ -20,7 +24,7 @@ def pays(query, keys) -> bool:
     return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
 
 
-def attend(module, query, keys, values, scale) -> torch.Tensor:
+def attend(module, query, keys, values, scale) -> torch.Tensor | None:
     """Causal attention of the rows that are on, times their gates.
 
     Args:
@@ -28,10 +32,10 @@ def attend(module, query, keys, values, scale) -> torch.Tensor:
             queries' own tokens. No padding.
 
     Returns:
-        [batch, n, heads, head_dim], 0 where a head is off.
+        [batch, n, heads, head_dim], 0 where a head is off; None for a token of which no key can be left unread.
     """
     call, (batch, heads, length, size) = module.surgery_call, query.shape
-    if length == 1:
+    if isinstance(call.on, list):
         return _attend_token(module, query, keys, values, scale)
     past, out, pairs = keys.shape[2] - length, query.new_zeros(batch, length, heads, size), 0
     group = heads // keys.shape[1]
@@ -53,21 +57,25 @@ def attend(module, query, keys, values, scale) -> torch.Tensor:
     return out
 
 
-def _attend_token(module, query, keys, values, scale) -> torch.Tensor:
-    """`attend` for one token: the heads that are on of each KV head together."""
-    call, size = module.surgery_call, query.shape[3]
-    on = call.on
-    out, group = torch.zeros_like(query), len(on) // keys.shape[1]
-    for kv_head in range(keys.shape[1]):
-        heads = [head for head in range(kv_head * group, (kv_head + 1) * group) if on[head]]
-        if heads:
-            own = slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] < len(heads) else heads
-            near = (part[:, kv_head : kv_head + 1] for part in (keys, values))
-            out[:, own] = sdpa(query[:, own], *near, scale=scale, enable_gqa=len(heads) > 1)
+def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
+    """`attend` for one token: all heads of the KV heads that have one on, since they read the same keys.
+
+    None where that is every KV head: then there is nothing to leave out.
+    """
+    call, (kv_heads, length, size) = module.surgery_call, keys.shape[1:]
+    group = len(call.on) // kv_heads
+    used = [head for head in range(kv_heads) if any(call.on[head * group : (head + 1) * group])]
+    if len(used) == kv_heads:
+        return None
+    rows = query.reshape(1, kv_heads, group, size)
+    out, kernel = torch.zeros_like(rows), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    for heads in slices(used) if used else ():
+        near = (part[:, heads] for part in (rows, keys, values))
+        out[:, heads] = kernel(*near, 0.0, False, scale=scale)[0]
     if call.work is not None:
-        work = 2 * size * keys.shape[2]
-        call.work.add("attention", work * sum(on), work * len(on))
-    return out.transpose(1, 2).mul_(call.gates[..., None])
+        work = 2 * size * length * group
+        call.work.add("attention", work * len(used), work * kv_heads)
+    return out.reshape(query.shape).transpose(1, 2).mul_(call.gates[..., None])
 
 
 def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> int:
@@ -89,7 +97,7 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         for whole, part in zip((out, lse), _kernel(query, keys, values, first, end, scale, bias), strict=True):
             whole.copy_(part)
         return count * (end - first)
-    half = count // 2
+    half = count - _later_half(count)
     middle = int(places[half])
     pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, out[:half], lse[:half])
     late = query[half:], places[half:], out[half:], lse[half:]
@@ -100,6 +108,14 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         torch.logaddexp(late[3], early_lse, out=late[3])
         pairs += (count - half) * (middle - first)
     return pairs
+
+
+def _later_half(count: int) -> int:
+    """How many of so many rows are the later half: what the threads share evenly, if it comes near."""
+    half = count // 2
+    whole = next(share for least, share in SHARES if half >= least) * torch.get_num_threads()
+    even = (half + whole // 2) // whole * whole
+    return even if 0 < even < count else half
 
 
 def _lse_dtype(query) -> torch.dtype:

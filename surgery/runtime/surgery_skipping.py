@@ -82,8 +82,9 @@ class _Query(_Projection):
 
     def gathered(self, x, rows):
         out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
+        room = x.new_empty(x.shape[1:])  # one for all heads: new memory costs more than what is put there
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.out_features):
-            part = x[row] if index is None else x[row].index_select(0, index)
+            part = x[row] if index is None else torch.index_select(x[row], 0, index, out=room[: len(index)])
             made = linear(part, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
             done += made.numel() * self.in_features
             if index is None:
@@ -99,18 +100,21 @@ class _Output(_Projection):
     part = "output projection"
 
     def gathered(self, x, rows):
-        out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
+        wide = torch.promote_types(x.dtype, torch.float32)  # of many sums, none is rounded to half precision
+        out, done = x.new_zeros(*x.shape[:-1], self.out_features, dtype=wide), 0
         if self.bias is not None:
             out += self.bias
+        room = x.new_empty(out.shape[1:])
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.in_features):
             part, weight = x[row, :, begin:end], self.weight[:, begin:end].T
             part = part if index is None else part.index_select(0, index)
             done += part.numel() * self.out_features
+            made = torch.mm(part, weight, out=room[: len(part)])
             if index is None:
-                out[row].addmm_(part, weight)
+                out[row] += made
             else:
-                out[row].index_add_(0, index, part @ weight)
-        return out, done
+                out[row].index_add_(0, index, made.to(wide))
+        return out.to(x.dtype), done
 
 
 def _channels(gate: Gate, rows: list, width: int):
@@ -136,6 +140,7 @@ def attach_gate(module, layer: dict, groups: list[int]) -> None:
     of the heads' size, and no norm that spans all heads between query projection and attention.
     """
     if "gate" not in layer:
+        _detach(module)
         return
     module.surgery_gate, module.surgery_call = Gate.of(layer["gate"], groups), Call()
     if before not in module._forward_pre_hooks.values():
@@ -149,6 +154,16 @@ def attach_gate(module, layer: dict, groups: list[int]) -> None:
         projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
 
 
+def _detach(module) -> None:
+    """Undo `attach_gate`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
+    for owner in (module, *module.children()):
+        if isinstance(owner, _Projection):
+            owner.__class__ = torch.nn.Linear
+        for name in ("surgery_gate", "surgery_call"):
+            if hasattr(owner, name):
+                delattr(owner, name)
+
+
 def _mixed(module, query, output) -> bool:
     """Whether a row of the query projection is not one head's alone, as attention gets it."""
     norm = getattr(getattr(module, "q_norm", None), "weight", None)
@@ -158,6 +173,8 @@ def _mixed(module, query, output) -> bool:
 
 def before(module, args, kwargs) -> None:
     """Forward pre-hook of an attention module: the gate of this call, and what it lets be left out."""
+    if not hasattr(module, "surgery_gate"):
+        return
     gate, call, hidden = module.surgery_gate, module.surgery_call, args[0] if args else kwargs["hidden_states"]
     batch, length = hidden.shape[:2]
     saves = gate.on <= SHARE * gate.units
@@ -182,7 +199,8 @@ def before(module, args, kwargs) -> None:
 
 def after(module, args, output) -> None:
     """Forward hook of an attention module: what was kept for this call may go."""
-    module.surgery_call.clear()
+    if hasattr(module, "surgery_call"):
+        module.surgery_call.clear()
 
 
 def seen_pairs(visibility: Visibility, length: int, end: int) -> int:

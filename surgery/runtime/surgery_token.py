@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .surgery_gates import NOT_FINITE, Gate, parameters_of
+from .surgery_gates import NOT_FINITE, ROUTERS, Gate, parameters_of
 
 
 def prepare_token(module, hidden: torch.Tensor) -> list:
@@ -34,10 +34,11 @@ def prepare_token(module, hidden: torch.Tensor) -> list:
 def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Routers [numbers, D], their biases, and the temperature, kept from token to token.
 
-    They are made anew after every longer forward, as one begins every generation, and when a parameter was changed.
+    They are made anew after every longer forward, as one begins every generation, and when a parameter was changed, or
+    another one or other memory took its place (`load_state_dict(assign=True)`, `.data = ...`).
     """
-    call = module.surgery_call
-    if call.packed is None or [parameter._version for parameter in call.packed[0]] != call.packed[1]:
+    call, now = module.surgery_call, _states(module)
+    if call.packed is None or call.packed[0] != now:
         parameters = parameters_of(module)
         wide = torch.promote_types(parameters["router"].dtype, torch.float32)
         routers = [parameters[name] for name in ("router", "shared_router", "balance") if name in parameters]
@@ -45,9 +46,15 @@ def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
         weight = torch.cat(routers).to(wide)
         bias = torch.nn.functional.pad(parameters["router_bias"].to(wide), (0, len(weight) - len(routers[0])))
         made = weight, bias, parameters["router_temperature"].item() if "router_temperature" in parameters else 0.0
-        counted = [parameter for parameter in parameters.values() if not parameter.is_inference()]
-        call.packed = (counted, [parameter._version for parameter in counted], made)
-    return call.packed[2]
+        kept = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets this memory
+        call.packed = now, made, kept
+    return call.packed[1]
+
+
+def _states(module) -> list[tuple]:
+    """What changes when a parameter of the gate does; tensors made in inference mode count no versions."""
+    held = (module._parameters.get(name) for name in ROUTERS)
+    return [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in held if p is not None]
 
 
 def gate_of_token(gate: Gate, numbers: list[float], temperature: float) -> tuple[list[float], list]:
@@ -63,7 +70,7 @@ def gate_of_token(gate: Gate, numbers: list[float], temperature: float) -> tuple
             return [(gate.units - x) / (gate.units - 1) for x in _softmax_times_count(logits)], [True] * gate.units
         values = [gate.units / (gate.units - 1) if gate.rescale else 1.0] * gate.units
         values[order[0]] = 0.0
-        return values, values
+        return values, [value > 0 for value in values]
     on = [False] * gate.units
     for unit in (*gate.shared, *(gate.routed[place] for place in order[: gate.active])):
         on[unit] = True

@@ -80,7 +80,10 @@ def inspect(
     facts = anatomy_of(model)
     fits = fitting_recipes(facts)
     if as_json:
-        return emit(facts.to_dict() | {"recipes": fits})
+        from ..planning import terms_held
+
+        held = {term: sorted(layers) for term, layers in terms_held(facts).items()}
+        return emit(facts.to_dict() | {"terms": held, "recipes": fits})
     from ..display import model as show
 
     show.anatomy(facts)

@@ -1,0 +1,168 @@
+"""Causal attention of the query rows that a gate has on, and of no others (mixture of attention heads).
+
+Per token some query heads are on (Jin et al., MoH, 2024). The rows that are on of all query heads of a KV head are
+listed in the order of their tokens; a program takes a tile of that list and reads the keys up to its last row's own
+position. Rows that are off cost nothing and are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .common import (  # isort: skip
+    TILES, check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
+    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+)  # fmt: skip
+
+NAME = "gathered_heads"
+# Rows that lie anywhere take more registers than rows that lie together.
+OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3), ("cuda", "float32", 64): (32, 32, 4, 2)}
+
+
+def supports(query) -> str | None:
+    """Why the kernel does not serve these queries, or None where it does."""
+    return unsupported(query.device, query.dtype, query.shape[3])
+
+
+def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None, out=None, lse=None):
+    """Causal attention of some rows of the queries to all keys.
+
+    Args:
+        query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
+        key, value: [batch, KV heads, N, head_dim], in query's dtype; any strides.
+        on: bool [batch, n, heads], whether a token's head is computed.
+        scale: factor on q.k, head_dim ** -0.5 by default.
+        pad: [batch], slots before each row's first real token; keys there are never read. None for none.
+        softcap: scores become softcap * tanh(score / softcap).
+        out, lse: where to put the results, of any strides.
+
+    Returns:
+        The output, shaped as the query and not yet times the gate, and the natural log-sum-exp of the scores, float32
+        [batch, heads, n]: 0 and -inf where a head is off, and in padding.
+
+    Raises:
+        ValueError: shapes that do not fit, or tensors that want a gradient: `reference` has one.
+    """
+    pad = check(NAME, query, key, value, pad)
+    (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
+    if on.shape != (batch, n, heads) or on.dtype != torch.bool or n > length:
+        raise ValueError(f"{NAME}: on is bool [batch, n, heads] = {[batch, n, heads]}, of the last n of the tokens")
+    scale = size**-0.5 if scale is None else scale
+    if said_once(NAME, supports(query), query.device):
+        return put(reference(query, key, value, on, scale, pad=pad, softcap=softcap), out, lse)
+    out, lse = outputs(query, out, lse)
+    out.zero_()
+    lse.fill_(-torch.inf)
+    if out.numel() == 0:
+        return out, lse
+    name, group = target(query.device), heads // kv_heads
+    tile_rows, keys, warps, stages = tiles(size, query.dtype, name, OWN_TILES)
+    by_head = on.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group)
+    # A stable sort brings the rows that are on to the front in the order of their tokens, and needs no word from the
+    # GPU about how many there are; programs past the end return at once.
+    listed = by_head.int().argsort(dim=-1, descending=True, stable=True).int().contiguous()
+    counts, (factor, cap) = by_head.sum(-1, dtype=torch.int32), factors(scale, softcap)
+    with on_device(query):
+        _attend[(-(-n * group // tile_rows), kv_heads, batch)](
+            query, key, value, out, lse, listed, counts, pad,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(), n, length, factor, cap,
+            GROUP=group, D=size, BM=tile_rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
+            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@jit
+def _attend(
+    Q, K, V, OUT, LSE, LISTED, COUNTS, PAD,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, l_b, l_h, l_n,
+    n, length, factor, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CAPPED: tl.constexpr,
+    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    at = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows have the most keys: they begin first
+    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    which = batch * tl.num_programs(1) + kv_head
+    count = tl.load(COUNTS + which)
+    if at * BM >= count:
+        return
+    pad = 0
+    if PADDED:
+        pad = tl.load(PAD + batch).to(tl.int32)
+    place = at * BM + tl.arange(0, BM)
+    live = place < count
+    packed = tl.load(LISTED + which * n * GROUP + place, mask=live, other=0)
+    row = packed // GROUP
+    position = length - n - pad + row  # negative in padding
+    head = (kv_head * GROUP + packed % GROUP).to(tl.int64)
+
+    WHOLE: tl.constexpr = D == BD
+    dim, near = tl.arange(0, BD), tl.arange(0, BN)
+    real = dim < D
+    q_at = Q + batch * q_b + head[:, None] * q_h + row.to(tl.int64)[:, None] * q_n + dim[None, :] * q_d
+    q = load_tile(q_at, live[:, None], real[None, :], WHOLE, UPCAST)
+    k_base = K + batch * k_b + kv_head.to(tl.int64) * k_h
+    v_base = V + batch * v_b + kv_head.to(tl.int64) * v_h
+    k_offset = dim[:, None] * k_d + near[None, :] * k_n
+    v_offset = near[:, None] * v_n + dim[None, :] * v_d
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for first in range(0, tl.max(tl.where(live, position, -1), 0) + 1, BN):
+        slot = first + pad
+        inside = near < length - slot
+        k_at, v_at = k_base + slot.to(tl.int64) * k_n, v_base + slot.to(tl.int64) * v_n
+        k = load_tile(k_at + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
+        v = load_tile(v_at + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
+        scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+        seen = (first + near)[None, :] <= position[:, None]
+        top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+
+    made, found = softmax_end(top, total, acc)
+    o_at = OUT + batch * o_b + head[:, None] * o_h + row.to(tl.int64)[:, None] * o_n + dim[None, :] * o_d
+    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
+    tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
+
+
+def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
+    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    if (tile := tiles(head_dim, dtype, name, OWN_TILES)) is None:
+        return {}
+    rows, keys, warps, stages = tile
+    types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32", "LISTED": "*i32", "COUNTS": "*i32"}
+    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
+    fixed["PRECISION"] = precision(dtype, name)
+    options = {"num_warps": warps, "num_stages": stages}
+    plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}
+    return {
+        "plain": (_attend, types, fixed | plain, options),
+        "pad, soft-cap": (_attend, types | {"PAD": "*i64"}, fixed | full, options),
+    }
+
+
+def reference(query, key, value, on, scale, *, pad=None, softcap=None):
+    """The same in plain PyTorch; float64 stays float64, and gradients pass.
+
+    Returns:
+        As `gathered_heads`; the log-sum-exp is float64 for float64.
+    """
+    (batch, heads, n, _), (kv_heads, length) = query.shape, key.shape[1:3]
+    wide, group = torch.promote_types(query.dtype, torch.float32), heads // kv_heads
+    outs, lses = query.new_zeros(query.shape, dtype=wide), query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+    for row in range(batch):
+        skipped = 0 if pad is None else int(pad[row])
+        for head in range(heads):
+            token = on[row, :, head].nonzero()[:, 0]
+            keys, values = (part[row, head // group, skipped:].to(wide) for part in (key, value))
+            place = token + length - n - skipped
+            token, place = token[place >= 0], place[place >= 0]
+            scores = query[row, head, token].to(wide) @ keys.mT * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            later = torch.arange(len(keys), device=query.device) > place[:, None]
+            scores = scores.masked_fill(later, -torch.inf)
+            at = (torch.tensor(row, device=query.device), torch.tensor(head, device=query.device), token)
+            outs = outs.index_put(at, scores.softmax(-1) @ values)
+            lses = lses.index_put(at, scores.logsumexp(-1))
+    return outs.to(query.dtype), lses

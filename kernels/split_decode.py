@@ -1,0 +1,302 @@
+"""One decode step of a layer whose heads keep different keys: full heads and ring heads in one launch.
+
+A full head reads all N keys; a head of sinks + window reads its sinks and its ring, as `surgery_stores.RingStore` lays
+them: the sinks by position, then the token of slot s at index sinks + s % window. The keys of a head are cut into
+pieces that run beside one another, and a second kernel merges them by their log-sum-exps (split-K, as FlashDecoding
+does). A small table says for each KV head where its keys are; groups may be of unequal size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .common import (  # isort: skip
+    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
+    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+)  # fmt: skip
+
+NAME = "split_decode"
+# Keys of a tile, warps, stages, listed as in `common.TILES`; the rows of a tile are the query heads of one KV head.
+TILES = {
+    ("cuda", "half", 64): (64, 4, 3),
+    ("cuda", "half", 128): (64, 4, 2),
+    ("cuda", "half", 256): (32, 4, 2),
+    ("cuda", "float32", 64): (32, 4, 2),
+    ("cuda", "float32", 128): (16, 4, 2),
+    ("hip", "half", 64): (64, 4, 2),
+    ("hip", "half", 128): (32, 4, 2),
+    ("hip", "half", 256): (32, 4, 1),
+    ("hip", "float32", 64): (32, 4, 1),
+    ("hip", "float32", 128): (32, 4, 1),
+    ("hip", "float32", 256): (16, 4, 1),
+}
+SHORTEST = 256  # keys of a piece at least: a shorter one is not worth its merge
+
+
+@dataclass
+class Ring:
+    """Keys of the heads that see sinks + window, after the newest token was put in.
+
+    Attributes:
+        keys, values: [batch, ring KV heads, sinks + window, head_dim].
+        seen: slots so far, the newest token's included, padding too.
+        sinks: of them by position at the begin.
+        limit: no key farther than this is seen, sinks neither; None for none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: int
+    sinks: int
+    limit: int | None = None
+
+    @property
+    def window(self) -> int:
+        return self.keys.shape[2] - self.sinks
+
+
+def head_table(groups: list[int], ring: list[int], device=None) -> torch.Tensor:
+    """Where each KV head's keys are: int32 [KV heads, 4], of (0 full or 1 ring, place there, first query head, group).
+
+    Args:
+        groups: query heads of each KV head.
+        ring: the KV heads that see sinks + window, in the order of `Ring.keys`; the others are full, in order.
+    """
+    full = [head for head in range(len(groups)) if head not in ring]
+    rows = [
+        (int(head in ring), (ring if head in ring else full).index(head), sum(groups[:head]), groups[head])
+        for head in range(len(groups))
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def supports(query) -> str | None:
+    """Why the kernel does not serve these queries, or None where it does."""
+    return unsupported(query.device, query.dtype, query.shape[3])
+
+
+def split_decode(
+    query, full, ring: Ring | None, table, scale=None, *, pad=None, softcap=None, piece=None, out=None, lse=None
+):
+    """Attention of the newest token to what each head keeps.
+
+    Args:
+        query: [batch, heads, 1, head_dim]; any strides.
+        full: keys and values [batch, full KV heads, N, head_dim], the newest token last; None without full heads.
+        ring: see `Ring`; None without such heads.
+        table: from `head_table`.
+        scale: factor on q.k, head_dim ** -0.5 by default.
+        pad: [batch], slots before each row's first real token; full heads never read them. None for none.
+        softcap: scores become softcap * tanh(score / softcap).
+        piece: keys that one program reads; by default as many as make the GPU busy.
+        out, lse: where to put the results, of any strides.
+
+    Returns:
+        The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, 1]: 0 and
+        -inf in a row that has no real token yet.
+
+    Raises:
+        ValueError: shapes that do not fit, or tensors that want a gradient: there is no backward.
+    """
+    batch, heads, n, size = query.shape
+    kept = [pair for pair in (full, ring and (ring.keys, ring.values)) if pair is not None]
+    for keys, values in kept:
+        pad = check(NAME, query[:, : keys.shape[1]], keys, values, pad)
+    of_ring = int(table[:, 0].sum()) if not table.is_cuda else None  # no waiting for a GPU to look at eight numbers
+    counts = [0 if full is None else full[0].shape[1], 0 if ring is None else ring.keys.shape[1]]
+    if n != 1 or not kept or table.shape != (sum(counts), 4) or of_ring not in (None, counts[1]):
+        raise ValueError(f"{NAME}: {n} queries, {counts[0]} full and {counts[1]} ring KV heads do not fit the table")
+    if ring is not None and (ring.window < 1 or ring.seen < 1):
+        raise ValueError(f"{NAME}: a ring has a window and the newest token in it")
+    scale = size**-0.5 if scale is None else scale
+    if said_once(NAME, supports(query), query.device):
+        return put(reference(query, full, ring, table, scale, pad=pad, softcap=softcap), out, lse)
+    out, lse = outputs(query, out, lse)
+    if out.numel() == 0:
+        return out, lse
+    name = target(query.device)
+    keys, warps, stages = _tile(size, query.dtype, name)
+    longest = max(0 if full is None else full[0].shape[2], 0 if ring is None else ring.keys.shape[2])
+    piece = -(-(piece or _piece(query, longest, len(table))) // keys) * keys
+    pieces = -(-longest // piece)
+    if pieces == 1:
+        parts, part_lse, steps = out[:, :, 0], lse[:, :, 0], (0, 0)
+    else:
+        parts = torch.empty(pieces, batch, heads, size, dtype=torch.float32, device=query.device)
+        part_lse = torch.empty(pieces, batch, heads, dtype=torch.float32, device=query.device)
+        steps = (parts.stride(0), part_lse.stride(0))
+    full_keys, full_values = full or kept[-1]  # never read where there is none
+    ring_keys, ring_values = (ring.keys, ring.values) if ring else kept[0]
+    factor, cap = factors(scale, softcap)
+    shared = {"D": size, "BD": padded_size(size)}
+    with on_device(query):
+        _attend[(len(table), pieces, batch)](
+            query, full_keys, full_values, ring_keys, ring_values, parts, part_lse, table.contiguous(), pad,
+            *query[:, :, 0].stride(), *full_keys.stride(), *full_values.stride(), *ring_keys.stride(),
+            *ring_values.stride(), steps[0], *parts.stride()[-3:], steps[1], *part_lse.stride()[-2:],
+            full_keys.shape[2] if full else ring.seen, ring.sinks if ring else 0, ring.window if ring else 1,
+            ring.seen if ring else 0, (ring.limit if ring else None) or 2**30, piece, factor, cap, **shared,
+            BM=padded_size(heads - len(table) + 1), BN=keys, CAPPED=softcap is not None,
+            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if pieces > 1:
+            _merge[(heads, batch)](
+                parts, part_lse, out, lse, *steps, *parts.stride()[1:3], *part_lse.stride()[1:],
+                *out[:, :, 0].stride(), *lse[:, :, 0].stride(), pieces, **shared, num_warps=1,
+            )  # fmt: skip
+    return out, lse
+
+
+def _tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] | None:
+    return tiles(head_dim, dtype, name, TILES, (16, 1, 1))
+
+
+def _piece(query, longest: int, kv_heads: int) -> int:
+    """Keys of a piece: so many pieces that every processor of the GPU has two programs, none of them short."""
+    busy = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+    return max(SHORTEST, -(-longest // max(1, busy // (query.shape[0] * kv_heads))))
+
+
+@jit
+def _attend(
+    Q, FULL_K, FULL_V, RING_K, RING_V, OUT, LSE, TABLE, PAD,
+    q_b, q_h, q_d, fk_b, fk_h, fk_n, fk_d, fv_b, fv_h, fv_n, fv_d, rk_b, rk_h, rk_n, rk_d, rv_b, rv_h, rv_n, rv_d,
+    o_s, o_b, o_h, o_d, l_s, l_b, l_h,
+    length, sinks, window, seen_slots, limit, piece, factor, cap,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr,
+    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pad = 0
+    if PADDED:
+        pad = tl.load(PAD + batch).to(tl.int32)
+    kind, place = tl.load(TABLE + kv_head * 4), tl.load(TABLE + kv_head * 4 + 1).to(tl.int64)
+    first, group = tl.load(TABLE + kv_head * 4 + 2), tl.load(TABLE + kv_head * 4 + 3)
+    lane, dim = tl.arange(0, BM), tl.arange(0, BD)
+    live, real = lane < group, dim < D
+    head = (first + lane).to(tl.int64)
+    WHOLE: tl.constexpr = D == BD
+    q_at = Q + batch * q_b + head[:, None] * q_h + dim[None, :] * q_d
+    q = load_tile(q_at, live[:, None], real[None, :], WHOLE, UPCAST)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    low = split * piece
+    if kind == 0:
+        k_base, v_base = FULL_K + batch * fk_b + place * fk_h, FULL_V + batch * fv_b + place * fv_h
+        for start in range(low, tl.minimum(low + piece, length), BN):
+            slot = start + tl.arange(0, BN)
+            seen = (slot < length) & (slot >= pad)
+            far = slot.to(tl.int64)
+            k_at = k_base + far[None, :] * fk_n + dim[:, None] * fk_d
+            v_at = v_base + far[:, None] * fv_n + dim[None, :] * fv_d
+            k = load_tile(k_at, seen[None, :], real[:, None], WHOLE, UPCAST)
+            v = load_tile(v_at, seen[:, None], real[None, :], WHOLE, UPCAST)
+            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+            top, total, acc = softmax_step(scores, seen[None, :], v, top, total, acc, PRECISION)
+    else:
+        k_base, v_base = RING_K + batch * rk_b + place * rk_h, RING_V + batch * rv_b + place * rv_h
+        newest = seen_slots - 1
+        for start in range(low, tl.minimum(low + piece, sinks + window), BN):
+            index = start + tl.arange(0, BN)
+            behind = (newest % window - (index - sinks) + window) % window  # slots since the ring's index was written
+            position = tl.where(index < sinks, index, newest - behind - pad)
+            in_ring = (index < sinks + window) & (newest - behind >= 0) & (position >= sinks)  # no sink counts twice
+            seen = tl.where(index < sinks, position <= newest - pad, in_ring) & (newest - pad - position < limit)
+            k_at = k_base + index[None, :] * rk_n + dim[:, None] * rk_d
+            v_at = v_base + index[:, None] * rv_n + dim[None, :] * rv_d
+            k = load_tile(k_at, seen[None, :], real[:, None], WHOLE, UPCAST)
+            v = load_tile(v_at, seen[:, None], real[None, :], WHOLE, UPCAST)
+            scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+            top, total, acc = softmax_step(scores, seen[None, :], v, top, total, acc, PRECISION)
+
+    made, found = softmax_end(top, total, acc)
+    o_at = OUT + split * o_s + batch * o_b + head[:, None] * o_h + dim[None, :] * o_d
+    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
+    tl.store(LSE + split * l_s + batch * l_b + head * l_h, found, mask=live)
+
+
+@jit
+def _merge(
+    PARTS, PART_LSE, OUT, LSE, p_s, m_s, p_b, p_h, m_b, m_h, o_b, o_h, o_d, l_b, l_h, pieces,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """o = sum of o_s e^(l_s - l), l the log-sum-exp of all pieces; a piece that saw nothing has l_s = -inf."""
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, BD)
+    top, total, acc = float("-inf"), 0.0, tl.zeros([BD], tl.float32)
+    for split in range(0, pieces):
+        lse = tl.load(PART_LSE + split * m_s + batch * m_b + head * m_h)
+        part = tl.load(PARTS + split * p_s + batch * p_b + head * p_h + dim, mask=dim < D, other=0.0)
+        new = tl.maximum(top, lse)
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        decay, weight = tl.exp(top - safe), tl.exp(lse - safe)
+        acc = acc * decay + part * weight
+        total = total * decay + weight
+        top = new
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    tl.store(OUT + batch * o_b + head * o_h + dim * o_d, (acc / total).to(OUT.dtype.element_ty), mask=dim < D)
+    tl.store(LSE + batch * l_b + head * l_h, tl.where(some, top + tl.log(total), float("-inf")))
+
+
+def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
+    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    if (tile := _tile(head_dim, dtype, name)) is None:
+        return {}
+    keys, warps, stages = tile
+    types = dict.fromkeys(("Q", "FULL_K", "FULL_V", "RING_K", "RING_V"), dtype) | {"LSE": "*fp32", "TABLE": "*i32"}
+    types |= {"OUT": "*fp32", "PAD": "*i64"}
+    shared = {"D": head_dim, "BD": padded_size(head_dim)}
+    fixed = shared | {"BM": 16, "BN": keys, "PADDED": True, "UPCAST": False, "PRECISION": precision(dtype, name)}
+    options = {"num_warps": warps, "num_stages": stages}
+    return {
+        "plain": (_attend, types, fixed | {"CAPPED": False}, options),
+        "soft-cap": (_attend, types, fixed | {"CAPPED": True}, options),
+        "merge": (
+            _merge,
+            {"PARTS": "*fp32", "PART_LSE": "*fp32", "LSE": "*fp32", "OUT": dtype},
+            shared,
+            {"num_warps": 1},
+        ),
+    }
+
+
+def reference(query, full, ring: Ring | None, table, scale, *, pad=None, softcap=None):
+    """The same in plain PyTorch, head by head; float64 stays float64, and gradients pass.
+
+    Returns:
+        As `split_decode`; the log-sum-exp is float64 for float64.
+    """
+    wide, device = torch.promote_types(query.dtype, torch.float32), query.device
+    pad = torch.zeros(query.shape[0], dtype=torch.int64, device=device) if pad is None else pad
+    outs, lses = [], []
+    for kind, place, first, group in table.tolist():
+        if kind == 0:
+            keys, values = full
+            position = torch.arange(keys.shape[2], device=device) - pad[:, None]
+            seen = position >= 0
+        else:
+            keys, values, newest = ring.keys, ring.values, ring.seen - 1
+            index = torch.arange(ring.window, device=device)
+            slot = newest - (newest - index) % ring.window
+            near = slot - pad[:, None]
+            sinks = torch.arange(ring.sinks, device=device).expand(len(pad), -1)
+            position = torch.cat([sinks, near], dim=1)
+            seen = torch.cat([sinks <= newest - pad[:, None], (slot >= 0) & (near >= ring.sinks)], dim=1)
+            if ring.limit is not None:
+                seen = seen & (newest - pad[:, None] - position < ring.limit)
+        rows, hidden = query[:, first : first + group, 0].to(wide), ~seen[:, :, None]
+        keys, values = (part[:, place].to(wide).masked_fill(hidden, 0.0) for part in (keys, values))
+        scores = torch.einsum("bgd,bjd->bgj", rows, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        outs.append(torch.einsum("bgj,bjd->bgd", p, values))
+        lses.append(lse)
+    return torch.cat(outs, 1)[:, :, None].to(query.dtype), torch.cat(lses, 1)[:, :, None]

@@ -1,0 +1,173 @@
+"""Causal attention of a prompt to sinks + window: a band, without any list (Xiao et al., StreamingLLM, 2023).
+
+The query at position p sees the keys at positions j <= p with j < sinks or p - j < window; positions count from the
+row's first real token. A program takes the rows of all query heads of a KV head and reads the tiles of the sinks, then
+those of the band: the cost is n * (sinks + window), whatever N is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .common import (  # isort: skip
+    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
+    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+)  # fmt: skip
+
+NAME = "streaming_prefill"
+
+
+def supports(query) -> str | None:
+    """Why the kernel does not serve these queries, or None where it does."""
+    return unsupported(query.device, query.dtype, query.shape[3])
+
+
+def streaming_prefill(
+    query, key, value, sinks: int, window: int, scale=None, *, limit=None, pad=None, softcap=None, out=None, lse=None
+):
+    """Causal attention of every query to the first keys and the nearest ones.
+
+    Args:
+        query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
+        key, value: [batch, KV heads, N, head_dim], in query's dtype; any strides.
+        sinks: keys at the begin of a row that all its later queries see; 0 for none.
+        window: nearest keys, the query's own among them; at least 1.
+        scale: factor on q.k, head_dim ** -0.5 by default.
+        limit: no key farther than this is seen, sinks neither: the base model's own sliding window. None for none.
+        pad: [batch], slots before each row's first real token; keys there are never read. None for none.
+        softcap: scores become softcap * tanh(score / softcap).
+        out, lse: where to put the results, of any strides.
+
+    Returns:
+        The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n]: 0 and
+        -inf for a query in padding.
+
+    Raises:
+        ValueError: shapes or sizes that do not fit, or tensors that want a gradient: there is no backward.
+    """
+    pad = check(NAME, query, key, value, pad)
+    (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
+    if n > length or sinks < 0 or window < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"{NAME}: n={n}, N={length}, sinks={sinks}, window={window}, limit={limit} cannot be")
+    scale = size**-0.5 if scale is None else scale
+    if said_once(NAME, supports(query), query.device):
+        made = reference(query, key, value, sinks, window, scale, limit=limit, pad=pad, softcap=softcap)
+        return put(made, out, lse)
+    out, lse = outputs(query, out, lse)
+    if out.numel() == 0:
+        return out, lse
+    name, group = target(query.device), heads // kv_heads
+    rows, keys, warps, stages = tiles(size, query.dtype, name)
+    factor, cap = factors(scale, softcap)
+    with on_device(query):
+        _attend[(-(-n * group // rows), kv_heads, batch)](
+            query, key, value, out, lse, pad,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(),
+            n, length, min(sinks, length), min(window, length), length if limit is None else min(limit, length),
+            factor, cap, GROUP=group, D=size, BM=rows, BN=keys, BD=padded_size(size), CAPPED=softcap is not None,
+            PADDED=pad is not None, UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@jit
+def _attend(
+    Q, K, V, OUT, LSE, PAD,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, l_b, l_h, l_n,
+    n, length, sinks, window, limit, factor, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CAPPED: tl.constexpr,
+    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    at, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pad = 0
+    if PADDED:
+        pad = tl.load(PAD + batch).to(tl.int32)
+    start = length - n - pad  # position of the first query; negative in padding
+    packed = at * BM + tl.arange(0, BM)
+    row = packed // GROUP
+    position = start + row
+    head = (kv_head * GROUP + packed % GROUP).to(tl.int64)
+    live = row < n
+
+    WHOLE: tl.constexpr = D == BD
+    dim, near = tl.arange(0, BD), tl.arange(0, BN)
+    real = dim < D
+    q_at = Q + batch * q_b + head[:, None] * q_h + row.to(tl.int64)[:, None] * q_n + dim[None, :] * q_d
+    q = load_tile(q_at, live[:, None], real[None, :], WHOLE, UPCAST)
+    k_base = K + batch * k_b + kv_head.to(tl.int64) * k_h
+    v_base = V + batch * v_b + kv_head.to(tl.int64) * v_h
+    k_offset = dim[:, None] * k_d + near[None, :] * k_n
+    v_offset = near[:, None] * v_n + dim[None, :] * v_d
+
+    nearest = tl.maximum(start + at * BM // GROUP, 0)  # the first real position of this tile
+    last = start + tl.minimum((at * BM + BM - 1) // GROUP, n - 1)
+    low = tl.maximum(nearest - tl.minimum(window, limit) + 1, 0) // BN  # tiles of keys: the band's first, its end
+    high = tl.maximum(last + BN, 0) // BN
+    before = tl.minimum(tl.cdiv(sinks, BN), low)  # tiles that hold sinks and are not in the band
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for i in range(0, before + tl.maximum(high - low, 0)):
+        first = tl.where(i < before, i, low + i - before) * BN
+        slot = first + pad
+        inside = near < length - slot
+        k_at, v_at = k_base + slot.to(tl.int64) * k_n, v_base + slot.to(tl.int64) * v_n
+        k = load_tile(k_at + k_offset, inside[None, :], real[:, None], WHOLE, UPCAST)
+        v = load_tile(v_at + v_offset, inside[:, None], real[None, :], WHOLE, UPCAST)
+        scores = tile_scores(q, k, factor, cap, CAPPED, PRECISION)
+        distance = position[:, None] - (first + near)[None, :]
+        seen = (distance >= 0) & (distance < limit) & ((distance < window) | ((first + near)[None, :] < sinks))
+        top, total, acc = softmax_step(scores, seen, v, top, total, acc, PRECISION)
+
+    made, found = softmax_end(top, total, acc)
+    o_at = OUT + batch * o_b + head[:, None] * o_h + row.to(tl.int64)[:, None] * o_n + dim[None, :] * o_d
+    tl.store(o_at, made.to(OUT.dtype.element_ty), mask=live[:, None] & real[None, :])
+    tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
+
+
+def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
+    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    if (tile := tiles(head_dim, dtype, name)) is None:
+        return {}
+    rows, keys, warps, stages = tile
+    types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32"}
+    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
+    fixed["PRECISION"] = precision(dtype, name)
+    options = {"num_warps": warps, "num_stages": stages}
+    plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}
+    return {
+        "plain": (_attend, types, fixed | plain, options),
+        "pad, soft-cap": (_attend, types | {"PAD": "*i64"}, fixed | full, options),
+    }
+
+
+def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, pad=None, softcap=None):
+    """The same in plain PyTorch, over pieces of the queries; float64 stays float64, and gradients pass.
+
+    Returns:
+        As `streaming_prefill`; the log-sum-exp is float64 for float64.
+    """
+    (batch, heads, n, _), (kv_heads, length) = query.shape, key.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    pad = torch.zeros(batch, dtype=torch.int64, device=query.device) if pad is None else pad
+    of_key = torch.arange(length, device=query.device) - pad[:, None]  # [batch, N]
+    padding = (of_key < 0)[:, None, :, None]
+    keys, values = (part.to(wide).masked_fill(padding, 0.0) for part in (key, value))
+    grouped, outs, lses = query.unflatten(1, (kv_heads, heads // kv_heads)), [], []
+    for first in range(0, n, 128):
+        rows = grouped[:, :, :, first : first + 128].to(wide)
+        scores = torch.einsum("bkgid,bkjd->bkgij", rows, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = (of_key[:, length - n + first :][:, : rows.shape[3], None] - of_key[:, None])[:, None, None]
+        place = of_key[:, None, None, None]
+        seen = (place >= 0) & (distance >= 0) & ((distance < window) | (place < sinks))
+        if limit is not None:
+            seen = seen & (distance < limit)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        lse = scores.logsumexp(-1)
+        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        outs.append(torch.einsum("bkgij,bkjd->bkgid", p, values).masked_fill((lse == -torch.inf)[..., None], 0.0))
+        lses.append(lse)
+    return torch.cat(outs, 3).flatten(1, 2).to(query.dtype), torch.cat(lses, 3).flatten(1, 2)
