@@ -48,12 +48,12 @@ class Patterns:
 
 def candidates(length: int, block: int) -> list[dict]:
     """Patterns that compete on texts of this length: sinks + window, columns + diagonals, blocks that queries pick."""
-    steps = [2**power for power in range(length.bit_length())]
+    steps = [2 * 4**power for power in range(length.bit_length() // 2)]
     windows = [{"method": "streaming", "sinks": 4, "window": step} for step in [*range(1, length, block), length]]
     crossed = [
         {"method": "vertical_slash", "vertical": vertical, "slash": slash, "sinks": 4, "nearest": 1}
-        for vertical in steps[2:]  # the sinks count
-        for slash in steps
+        for vertical in [4, *(4 + step for step in steps), length]  # the sinks count
+        for slash in [1, *steps]
     ]
     tops = sorted({max(2, round(1.4**power)) for power in range(2, 40) if 1.4**power <= length / block})
     picked = [
