@@ -23,19 +23,21 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+OLDEST = (3, 3)  # of triton; before it, what is called here had other names
 # Shared memory that one program may use, KiB. A target that is not listed was never compiled for here.
 SHARED = {
-    "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
     "interpreter": 227,
 }  # fmt: skip
 # Query rows and keys of a tile, warps, stages. Chosen by what compiles without a spill in every variant of the prefill
-# kernels (python -m surgery.kernels.compile); no GPU has timed them. On NVIDIA float32 is three products of tf32, for
-# which heads of 256 need more registers than there are.
+# kernels (python -m surgery.kernels.compile) for sm_80, sm_90 and gfx942; no GPU has timed them. The other NVIDIA
+# targets share the lines, where sm_120 spills up to 40 bytes with heads of 128. On NVIDIA float32 is three products of
+# tf32, for which heads of 256 need more registers than there are.
 TILES = {
     ("cuda", "half", 64): (128, 64, 8, 3),
     ("cuda", "half", 128): (128, 64, 8, 2),
     ("cuda", "half", 256): (64, 32, 8, 2),
-    ("cuda", "float32", 64): (64, 32, 8, 2),
+    ("cuda", "float32", 64): (32, 32, 4, 2),
     ("cuda", "float32", 128): (32, 32, 8, 2),
     ("hip", "half", 64): (64, 64, 4, 2),
     ("hip", "half", 128): (64, 64, 4, 2),
@@ -81,6 +83,8 @@ def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
     device = torch.device(device)
     if triton is None:
         return "triton is not installed (extra: kernels)"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     name = target(device)
     if name is None:
         return f"there is no GPU at {device}"

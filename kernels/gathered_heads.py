@@ -16,7 +16,7 @@ from .common import (  # isort: skip
 
 NAME = "gathered_heads"
 # Rows that lie anywhere take more registers than rows that lie together.
-OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3), ("cuda", "float32", 64): (32, 32, 4, 2)}
+OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3)}
 
 
 def supports(query) -> str | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ LIMITS = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 1e-2, "bf16": 1e-2}
 
 @pytest.fixture(scope="module")
 def measured():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.9", reason="older interpreters want an older numpy")
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, Path(__file__).with_name("kernel_cases.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -140,7 +141,7 @@ def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch,
     """Asked as if there were a GPU of that name."""
     from surgery.kernels import common
 
-    monkeypatch.setattr(common, "triton", object())
+    monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.9.0"))
     monkeypatch.setattr(common, "target", lambda device: name)
     monkeypatch.setattr(common, "_warned", set())
     reason = common.unsupported("cuda", torch.float16, 80)
@@ -148,6 +149,13 @@ def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch,
     said = [common.said_once("streaming_prefill", reason, "cuda") for _ in range(3)]
     assert said == [says is not None] * 3
     assert len(recwarn) == (says is not None)
+
+
+def test_an_old_triton_gets_the_reference(monkeypatch):
+    from surgery.kernels import common
+
+    monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.2.0"))
+    assert common.unsupported("cuda", torch.float16, 64) == "triton 3.2.0 is older than 3.3"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch,
 def test_what_no_kernel_serves(monkeypatch, dtype, head_dim, says):
     from surgery.kernels import common
 
-    monkeypatch.setattr(common, "triton", object())
+    monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.9.0"))
     monkeypatch.setattr(common, "target", lambda device: "sm_80")
     reason = common.unsupported("cuda", dtype, head_dim)
     assert reason is None if says is None else says in reason
