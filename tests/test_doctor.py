@@ -42,3 +42,20 @@ def test_another_package_of_that_name(monkeypatch):
     assert len(said) == 1
     assert "(surgery)" in said[0]
     assert "uninstall both" in said[0]
+
+
+def test_it_says_what_runs_each_operation(monkeypatch):
+    import torch
+
+    from surgery.kernels import common
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "executor", lambda device: asked.append(device) or "Triton 3.9.0, compiled for sm_90")
+    runs = doctor._kernels()
+    assert asked == ["cuda"]
+    assert runs["sparse_prefill"] == "block_sparse_prefill: Triton 3.9.0, compiled for sm_90"
+    assert all(said.startswith("PyTorch") for name, said in runs.items() if name != "sparse_prefill")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "PyTorch: " in doctor._kernels()["sparse_prefill"]
