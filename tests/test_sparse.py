@@ -593,6 +593,22 @@ def test_through_the_command_and_later_generations(surgery, model, tmp_path):
     assert again.code == 2
 
 
+def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
+    (tmp_path / "search.yaml").write_text(json.dumps(recipe(sparse_step(method="by_head", density=0.5, block=16))))
+    done = surgery("apply", "search.yaml", model, "-o", "out", "--no-check")
+    assert done.code == 0, done.err
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
+    step = json.loads((tmp_path / "out" / "surgery.json").read_text())["operations"][0]
+    for layer, recovered in zip(block, step["record"]["recovered"], strict=True):
+        assert len(layer["sparse"]["patterns"]) == len(recovered) == 9
+        assert "density" not in layer["sparse"]
+    given = sparse_step(method="by_head", patterns=[{"method": "streaming", "window": 64}] * 8)
+    assert package.plan(recipe(given), TINY["llama"]()).tier == "surgical"
+    split = {"op": "duo_attention", "streaming_ratio": 0.5}
+    with pytest.raises(SurgeryError, match="patterns are searched with all heads full"):
+        package.plan(recipe(split, sparse_step(method="by_head")), TINY["llama"]())
+
+
 @torch.no_grad()
 def test_measuring_a_sparse_model_measures_it_dense():
     from surgery.calibration.watching import watched
