@@ -594,7 +594,11 @@ def test_through_the_command_and_later_generations(surgery, model, tmp_path):
 
 
 def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
-    (tmp_path / "search.yaml").write_text(json.dumps(recipe(sparse_step(method="by_head", density=0.5, block=16))))
+    (tmp_path / "search.yaml").write_text(
+        json.dumps(
+            recipe(sparse_step(method="by_head", density=0.5, block=16, calibration_samples=1, calibration_length=128))
+        )
+    )
     done = surgery("apply", "search.yaml", model, "-o", "out", "--no-check")
     assert done.code == 0, done.err
     block = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]

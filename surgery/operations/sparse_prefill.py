@@ -39,6 +39,7 @@ METHODS = (
     "by_head",
 )
 LENGTHS = (8192, 32768)  # prompts for which a plan says how much is read
+NOT_OF_A_LAYER = {"op", "layers", "heads", "per_layer", "calibration_samples", "calibration_length"}
 HELD = "visibility in prefill"  # a term of its own: duo_attention sets the visibility in every phase
 
 
@@ -67,7 +68,7 @@ class SparsePrefill(Operation):
         "all", description="all: every head that sees all; retrieval: those that a head split before it left so."
     )
     per_layer: Annotated[dict[Whole, dict[str, Any]], BeforeValidator(whole_keys)] = Field(
-        {}, description="layer: {field: value}, what differs in a layer; any field above and below but these three."
+        {}, description="layer: {field: value}, what differs in a layer; any field but layers, heads and this one."
     )
     # The methods' own settings; null: the method's default.
     gamma: Share | None = Field(
@@ -125,6 +126,8 @@ class SparsePrefill(Operation):
         description="by_head: for each query head in order a method and its settings, {method: ..., ...}; null: the "
         "best of each head at this density (default 0.2) is searched on calibration text, as in MInference.",
     )
+    calibration_samples: FromOne = Field(2, description="by_head, searched: texts; and")
+    calibration_length: FromOne = Field(2048, description="tokens in each.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         return [f"sparse_prefill: {problem}" for problem in self._problems(anatomy)]
@@ -156,7 +159,7 @@ class SparsePrefill(Operation):
         from ..runtime.surgery_prefill import problem_of
 
         own, found = set(self._entry({})), []
-        known = own | set(type(self).model_fields) - {"op", "layers", "heads", "per_layer"}
+        known = own | set(type(self).model_fields) - NOT_OF_A_LAYER
         for layer, changes in sorted(self.per_layer.items()):
             for name in sorted(set(changes) - known):
                 found.append(f"per_layer {layer}: there is no field {name!r}; there is: {', '.join(sorted(known))}")
@@ -176,7 +179,7 @@ class SparsePrefill(Operation):
     def _entry(self, changes: dict[str, Any]) -> dict[str, Any]:
         """`sparse` of a layer's entry in the `surgery` block; a rule given for one layer takes the place of ours."""
         rules = {"gamma", "density", "alpha"}
-        own = self.model_dump(exclude={"op", "layers", "heads", "per_layer"}, exclude_none=True)
+        own = self.model_dump(exclude=NOT_OF_A_LAYER, exclude_none=True)
         if rules & set(changes) or changes.get("method", self.method) != self.method:
             own = {name: value for name, value in own.items() if name not in rules}
         return {name: value for name, value in (own | changes).items() if value is not None}
@@ -273,4 +276,5 @@ class SparsePrefill(Operation):
                 fix="surgery.apply(recipe, model, tokenizer=tokenizer), or give patterns",
             )
         asked = {"density": self.density or 0.2, "block": self.block}
+        asked |= {"samples": self.calibration_samples, "length": self.calibration_length}
         return search_patterns(model, context.tokenizer, **asked, progress=context.progress)
