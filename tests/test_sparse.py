@@ -405,6 +405,15 @@ def test_gradients_are_those_of_the_dense_mask(base):
 
 
 @torch.no_grad()
+def test_compiled_is_eager():
+    model = sparsened(base_of("llama"), NARROW)
+    ids, mask = batch(model, (0,), LENGTH)
+    want = model(input_ids=ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    assert difference(compiled(input_ids=ids, use_cache=False).logits, want, mask) <= 1e-5
+
+
+@torch.no_grad()
 def test_settings_by_head_follow_their_heads():
     """Windows by query head, with KV heads of two kinds between them: each head as if all had its window."""
     base = base_of("llama")
@@ -554,6 +563,8 @@ def test_overrides_of_a_layer_and_a_rule_in_place_of_another():
         ("pooled", "names no method"),
         ({"method": "polled"}, "there is no method 'polled'"),
         ({"method": "pooled", "block": 24}, "block is 24"),
+        ({"method": "pooled", "block": None}, "block is 0"),
+        ({"method": "pooled", "settings": {"gamma": 0.9}}, "has no setting 'settings'"),
         ({"method": "pooled", "dense_below": -1}, "dense_below is -1"),
         ({"method": "pooled", "delta": 3}, "delta is 3"),
         ({"method": "pooled", "gama": 0.9}, "has no setting 'gama'"),
