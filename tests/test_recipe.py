@@ -58,8 +58,8 @@ FAULTS = {
         ["mine.yaml:4: unknown operation 'qga'", "there is: duo_attention, expand, gqa", "did you mean 'gqa'?"],
     ),
     "operation of a later version": (
-        GOOD.replace("op: gqa", "op: sparse_prefill"),
-        ["mine.yaml:4: unknown operation 'sparse_prefill'", "newer version of attention-surgery"],
+        GOOD.replace("op: gqa", "op: kv_quant"),
+        ["mine.yaml:4: unknown operation 'kv_quant'", "newer version of attention-surgery"],
     ),
     "version 2": (GOOD.replace("version: 1", "version: 2"), ["mine.yaml:1: version should be 1; it is 2"]),
     "true is no version": (GOOD.replace("version: 1", "version: true"), ["mine.yaml:1: version should be 1"]),
@@ -127,12 +127,12 @@ def test_a_binary_file_is_no_recipe(refused, model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mqqa", ["unknown recipe 'mqqa'", "expand-kv, gqa, learned-sinks, mae, moh, mqa", "did you mean 'mqa'?"]),
-        ("zzzzzz", ["unknown recipe 'zzzzzz'", "expand-kv, gqa, learned-sinks, mae, moh, mqa", "ends in .yaml"]),
+        ("mqqa", ["unknown recipe 'mqqa'", "expand-kv, flexprefill, gqa, learned-sinks, mae", "did you mean 'mqa'?"]),
+        ("zzzzzz", ["unknown recipe 'zzzzzz'", "expand-kv, flexprefill, gqa, learned-sinks, mae", "ends in .yaml"]),
         ("none.yaml", ["none.yaml: the recipe file does not exist", "surgery cp NAME"]),
         ("model/none", ["model/none: the recipe file does not exist", "surgery cp NAME"]),
         ("folder.yaml", ["folder.yaml: the recipe file is a folder"]),
-        ("", ["unknown recipe ''", "expand-kv, gqa, learned-sinks, mae, moh, mqa"]),
+        ("", ["unknown recipe ''", "expand-kv, flexprefill, gqa, learned-sinks, mae"]),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(refused, model, tmp_path, name, says):

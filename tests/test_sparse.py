@@ -405,6 +405,15 @@ def test_gradients_are_those_of_the_dense_mask(base):
 
 
 @torch.no_grad()
+def test_compiled_is_eager():
+    model = sparsened(base_of("llama"), NARROW)
+    ids, mask = batch(model, (0,), LENGTH)
+    want = model(input_ids=ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    assert difference(compiled(input_ids=ids, use_cache=False).logits, want, mask) <= 1e-5
+
+
+@torch.no_grad()
 def test_settings_by_head_follow_their_heads():
     """Windows by query head, with KV heads of two kinds between them: each head as if all had its window."""
     base = base_of("llama")
@@ -554,6 +563,8 @@ def test_overrides_of_a_layer_and_a_rule_in_place_of_another():
         ("pooled", "names no method"),
         ({"method": "polled"}, "there is no method 'polled'"),
         ({"method": "pooled", "block": 24}, "block is 24"),
+        ({"method": "pooled", "block": None}, "block is 0"),
+        ({"method": "pooled", "settings": {"gamma": 0.9}}, "has no setting 'settings'"),
         ({"method": "pooled", "dense_below": -1}, "dense_below is -1"),
         ({"method": "pooled", "delta": 3}, "delta is 3"),
         ({"method": "pooled", "gama": 0.9}, "has no setting 'gama'"),
@@ -591,6 +602,26 @@ def test_through_the_command_and_later_generations(surgery, model, tmp_path):
     assert "sparse prefill: pooled" in shown.out
     again = surgery("apply", "both.yaml", "out", "-o", "again")
     assert again.code == 2
+
+
+def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
+    (tmp_path / "search.yaml").write_text(
+        json.dumps(
+            recipe(sparse_step(method="by_head", density=0.5, block=16, calibration_samples=1, calibration_length=128))
+        )
+    )
+    done = surgery("apply", "search.yaml", model, "-o", "out", "--no-check")
+    assert done.code == 0, done.err
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
+    step = json.loads((tmp_path / "out" / "surgery.json").read_text())["operations"][0]
+    for layer, recovered in zip(block, step["record"]["recovered"], strict=True):
+        assert len(layer["sparse"]["patterns"]) == len(recovered) == 9
+        assert "density" not in layer["sparse"]
+    given = sparse_step(method="by_head", patterns=[{"method": "streaming", "window": 64}] * 8)
+    assert package.plan(recipe(given), TINY["llama"]()).tier == "surgical"
+    split = {"op": "duo_attention", "streaming_ratio": 0.5}
+    with pytest.raises(SurgeryError, match="patterns are searched with all heads full"):
+        package.plan(recipe(split, sparse_step(method="by_head")), TINY["llama"]())
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ METHODS = (
     "by_head",
 )
 LENGTHS = (8192, 32768)  # prompts for which a plan says how much is read
+NOT_OF_A_LAYER = {"op", "layers", "heads", "per_layer", "calibration_samples", "calibration_length"}
 HELD = "visibility in prefill"  # a term of its own: duo_attention sets the visibility in every phase
 
 
@@ -67,7 +68,7 @@ class SparsePrefill(Operation):
         "all", description="all: every head that sees all; retrieval: those that a head split before it left so."
     )
     per_layer: Annotated[dict[Whole, dict[str, Any]], BeforeValidator(whole_keys)] = Field(
-        {}, description="layer: {field: value}, what differs in a layer; any field above and below but these three."
+        {}, description="layer: {field: value}, what differs in a layer; any field but layers, heads and this one."
     )
     # The methods' own settings; null: the method's default.
     gamma: Share | None = Field(
@@ -121,8 +122,12 @@ class SparsePrefill(Operation):
     min_budget: Whole | None = Field(None, description="flexprefill: least tokens of columns, and of diagonals.")
     max_budget: Whole | None = Field(None, description="flexprefill: most tokens of them; null: no limit.")
     patterns: list[dict[str, Any]] | None = Field(
-        None, description="by_head: for each query head in order a method and its settings, {method: ..., ...}."
+        None,
+        description="by_head: for each query head in order a method and its settings, {method: ..., ...}; null: the "
+        "best of each head at this density (default 0.2) is searched on calibration text, as in MInference.",
     )
+    calibration_samples: FromOne = Field(2, description="by_head, searched: texts; and")
+    calibration_length: FromOne = Field(2048, description="tokens in each.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         return [f"sparse_prefill: {problem}" for problem in self._problems(anatomy)]
@@ -142,19 +147,26 @@ class SparsePrefill(Operation):
             return ["no head of these layers sees all: there is nothing to make sparse"]
         if self.heads == "retrieval" and not any(layer.streaming for layer in anatomy.layers):
             return ["heads: retrieval needs a head split: put duo_attention before it, or heads: all"]
+        if self._searches and any(layer.streaming for layer in anatomy.layers):
+            return ["patterns are searched with all heads full: put sparse_prefill before duo_attention, or give them"]
         return self._faults_of_settings(anatomy)
+
+    @property
+    def _searches(self) -> bool:
+        return self.method == "by_head" and self.patterns is None
 
     def _faults_of_settings(self, anatomy: Anatomy) -> list[str]:
         from ..runtime.surgery_prefill import problem_of
 
         own, found = set(self._entry({})), []
-        known = own | set(type(self).model_fields) - {"op", "layers", "heads", "per_layer"}
+        known = own | set(type(self).model_fields) - NOT_OF_A_LAYER
         for layer, changes in sorted(self.per_layer.items()):
             for name in sorted(set(changes) - known):
                 found.append(f"per_layer {layer}: there is no field {name!r}; there is: {', '.join(sorted(known))}")
         for layer in sorted(self.term_layers(anatomy)) if not found else []:
             where = f"per_layer {layer}: " if layer in self.per_layer else ""
-            problem = problem_of(self._entry(self.per_layer.get(layer, {})), anatomy.layers[layer].heads)
+            entry, heads = self._entry(self.per_layer.get(layer, {})), anatomy.layers[layer].heads
+            problem = problem_of(self._with_patterns(entry, [{"method": "streaming"}] * heads), heads)
             if problem and where + problem not in found:
                 found.append(where + problem)
         return found
@@ -167,10 +179,16 @@ class SparsePrefill(Operation):
     def _entry(self, changes: dict[str, Any]) -> dict[str, Any]:
         """`sparse` of a layer's entry in the `surgery` block; a rule given for one layer takes the place of ours."""
         rules = {"gamma", "density", "alpha"}
-        own = self.model_dump(exclude={"op", "layers", "heads", "per_layer"}, exclude_none=True)
+        own = self.model_dump(exclude=NOT_OF_A_LAYER, exclude_none=True)
         if rules & set(changes) or changes.get("method", self.method) != self.method:
             own = {name: value for name, value in own.items() if name not in rules}
         return {name: value for name, value in (own | changes).items() if value is not None}
+
+    def _with_patterns(self, entry: dict[str, Any], patterns: list[dict]) -> dict[str, Any]:
+        """An entry with the patterns that were searched; the density was for the search."""
+        if not self._searches or entry["method"] != "by_head":
+            return entry
+        return {name: value for name, value in entry.items() if name != "density"} | {"patterns": patterns}
 
     def plan(self, anatomy: Anatomy) -> Change:
         from ..runtime.surgery_estimators import METHODS as KNOWN
@@ -184,7 +202,9 @@ class SparsePrefill(Operation):
         lines = [f"{line}, in {len(layers)} of {len(anatomy.layers)} layers"]
         if self.per_layer:
             lines.append(f"with settings of their own: layers {', '.join(map(str, sorted(self.per_layer)))}")
-        notes = [self._read(first)]
+        notes = (
+            ["which pattern a head gets is searched on calibration text"] if self._searches else [self._read(first)]
+        )
         if split := sum(len(anatomy.layers[layer].streaming) for layer in layers):
             notes.append(f"{split} KV heads of these layers stream: they keep their sinks + window")
         kept = [layer.index for layer in anatomy.layers if layer.window is not None]
@@ -205,7 +225,9 @@ class SparsePrefill(Operation):
         if longest and longest <= max(self.dense_below, self.block):
             notes.append(f"this model takes {longest} tokens: no prompt becomes sparse")
         after = [replace(layer, sparse=entries.get(layer.index, layer.sparse)) for layer in anatomy.layers]
-        return Change(replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes))
+        return Change(
+            replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), measured=self._searches
+        )
 
     def _read(self, entry: dict[str, Any]) -> str:
         """How much of a prompt is read, where the settings alone say it."""
@@ -231,10 +253,28 @@ class SparsePrefill(Operation):
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
         layers = self.term_layers(anatomy)
         entries = {layer: self._entry(self.per_layer.get(layer, {})) for layer in layers}
+        record: dict[str, Any] = {"method": self.method, "layers": sorted(layers)}
+        if self._searches:
+            found = self._search(model, context)
+            entries = {layer: self._with_patterns(entry, found.layers[layer]) for layer, entry in entries.items()}
+            record |= {"recovered": found.recovered, "read": found.cost, "origin": found.origin}
         try:
             patch(
                 model, {"layers": [{"sparse": entries[i]} if i in layers else {} for i in range(len(anatomy.layers))]}
             )
         except ValueError as error:
             raise SurgeryError(f"sparse_prefill: {error}", where=type(model).__name__) from None
-        return {"method": self.method, "layers": sorted(layers)}
+        return record
+
+    def _search(self, model, context: Context):
+        from ..calibration.patterns import search_patterns
+
+        if context.tokenizer is None:
+            raise SurgeryError(
+                "searching patterns needs the tokenizer",
+                where="sparse_prefill",
+                fix="surgery.apply(recipe, model, tokenizer=tokenizer), or give patterns",
+            )
+        asked = {"density": self.density or 0.2, "block": self.block}
+        asked |= {"samples": self.calibration_samples, "length": self.calibration_length}
+        return search_patterns(model, context.tokenizer, **asked, progress=context.progress)

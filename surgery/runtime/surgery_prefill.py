@@ -7,7 +7,8 @@ An entry of the `surgery` block may hold `sparse`:
 and whatever other settings the method has (surgery_estimators.py). It is for heads that see all, and for calls with
 more than one query. What is sparse is a whole block of queries: those of a block that a call holds only a part of read
 all keys, as a decoded token does. So a prompt in one piece, in chunks that end at block edges, and with speculated
-tokens at its end gives the same, and a short call behind a long past is decoding.
+tokens at its end gives the same, and a short call behind a long past is decoding. (Without a cache every step is a
+prompt anew, and the generated tokens are a part of it.)
 
 Positions are counted from a row's first real token: every row of a padded batch is run alone on its real tokens.
 """
@@ -24,8 +25,8 @@ from .surgery_estimators import choose, settings_problems
 from .surgery_heads import HeadKinds, Visibility
 from .surgery_sparse import attend_blocks, attend_rows
 
-# Of the blocks that a row may read: a list that keeps more than this reads all, which costs no more (measured with
-# examples/bench_sparse.py: gathered lists take about density / 0.7 of the time of dense attention).
+# A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
+# little, gathering and estimating taken off, and reading all is exact.
 DENSE = 0.6
 
 
@@ -52,7 +53,8 @@ class Sparse:
     @classmethod
     def of(cls, entry: dict) -> Sparse:
         """From `sparse` of a layer's entry."""
-        own = {name: value for name, value in entry.items() if name in cls.__dataclass_fields__}
+        fields = set(cls.__dataclass_fields__) - {"settings"}
+        own = {name: value for name, value in entry.items() if name in fields}
         return cls(**own, settings={name: value for name, value in entry.items() if name not in own})
 
     def of_heads(self, heads: list[int]) -> Sparse:
@@ -65,6 +67,7 @@ class Sparse:
         """Whether any row of a call of `length` queries, the last of `end` tokens, may be sparse."""
         return length >= self.block and end > self.dense_below
 
+    @torch.compiler.disable  # a loop over lists that the prompt makes: traced, it would be another graph each time
     def attend(self, query, keys, values, mask, scale: float, softcap) -> tuple:
         """Attention of a prompt, or of a chunk of it.
 
@@ -171,7 +174,7 @@ def attach_sparse(module, layer: dict, groups: list[int]) -> None:
     module.surgery_sparse = None
     if "sparse" not in layer:
         return
-    kinds: HeadKinds = module.surgery_heads
+    kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
     sparse, numbers = Sparse.of(layer["sparse"]), kinds.split_queries(torch.arange(sum(groups), device="cpu")[None])
     module.surgery_sparse = [
         sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
@@ -188,7 +191,7 @@ def problem_of(entry, heads: int) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
         return f"{entry!r} names no method"
     sparse = Sparse.of(entry)
-    if problems := settings_problems(sparse.method, sparse.settings, sparse.block, heads):
+    if problems := settings_problems(sparse.method, sparse.settings, sparse.block or 0, heads):
         return problems[0]
     for name in ("dense_below", "last_rows_dense"):
         if type(value := getattr(sparse, name)) is not int or value < 0:

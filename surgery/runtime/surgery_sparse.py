@@ -149,8 +149,8 @@ def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
     if middle < length:
         near = (part[None, :, -(length - middle) :] for part in (keys, values))
         parts.append(fused(query[None, :, middle:], *near, scale, True, causal=True))
-    out, lse = zip(*parts, strict=True)
-    return torch.cat(out, dim=2)[0], torch.cat(lse, dim=2)[0]
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    return out[0], lse[0]
 
 
 def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
