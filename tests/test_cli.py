@@ -15,7 +15,8 @@ from conftest import TEXT, listing
 
 FAST = ("--no-check", "--no-eval")
 SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
-SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning"}
+SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning", "sparse-prefill", "xattention", "flexprefill"}
+SHIPPED |= {"minference", "moba", "streaming-delta", "sparse-duo"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 

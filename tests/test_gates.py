@@ -514,8 +514,32 @@ def test_a_token_of_scaled_mae_counts_the_heads_that_are_on(bases, monkeypatch):
     model = gated(bases["llama"], [mae(True, rescale=True)] * 2)
     with counted(model) as work:
         model(input_ids=TOKENS[:1, :1], use_cache=False)
-    for part in ("attention", "query projection", "output projection"):
+    for part in ("query projection", "output projection"):
         assert work.done[part] * 8 == work.whole[part] * 7, part
+    assert work.done["attention"] == work.whole["attention"], "a KV head is read for both its heads or for none"
+
+
+@torch.no_grad()
+def test_a_token_leaves_kv_heads_unread_and_counts_it(bases, monkeypatch):
+    """4 KV heads of 2 query heads: with 3 heads on, at least 1 of them has none."""
+    monkeypatch.setattr(rows, "DECODE_KEYS", 1)
+    base = bases["llama"]
+    gates = [moh([], 3), moh([0, 7], 1)]
+    model, (ids, mask) = gated(base, gates), batch(base, (0,))
+    want = dense_logits(base, model, gates, ids, mask)
+    cache, unread = model.make_cache(), 0
+    model(input_ids=ids[:, :7], **{runtime.CACHE: cache})
+    for place in range(7, 24):
+        with counted(model) as work:
+            found = model(input_ids=ids[:, place : place + 1], **{runtime.CACHE: cache}).logits
+        assert (found[0, 0] - want[0, place]).abs().max() < 1e-4
+        per_head = 2 * 8 * (place + 1) * 2  # scores and values, head size, keys, query heads
+        whole, left = work.whole["attention"], work.whole["attention"] - work.done["attention"]
+        assert whole == 2 * 4 * per_head
+        assert left % per_head == 0
+        assert left >= 2 * per_head
+        unread += left // per_head
+    assert unread > 2 * 17
 
 
 @torch.no_grad()
