@@ -47,7 +47,7 @@ class Turn:
         sin, swap = torch.zeros_like(cos), torch.arange(size, device=cos.device)
         cos[:, real] = cos[:, imag] = factors.real
         sin[:, real], sin[:, imag] = -factors.imag, factors.imag
-        swap[real], swap[imag] = torch.tensor(imag, device=cos.device), torch.tensor(real, device=cos.device)
+        swap[real + imag] = torch.tensor(imag + real, dtype=swap.dtype, device=cos.device)
         return cls(cos, sin, swap)
 
     def to(self, dtype) -> Turn:

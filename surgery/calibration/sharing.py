@@ -11,67 +11,71 @@ and keys N (H + G) d, its attention on every `stride`-th row H N T / stride numb
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
-from ..closed_form import fit_output, merge_keys, merge_values
+from ..engines import refuse_non_finite, write_layers
 from ..errors import SurgeryError
 from ..layers import AttentionLayer, pack, unpack
-from ..merging import group_members, stacked, with_bias
-from ..score_fit import Fit, Piece, Turn, solve
-from .statistics import Moments, Regression, with_ones
-from .two_streams import Call, TwoStreams
-from .watching import Watched, attention_weights, watched
+from ..merging import permute_kv_heads
+from ..operation import Context
+from ..score_fit import Piece
+from .layer_files import LayerFiles
+from .sequences import calibration_pieces
+from .shared_layer import Scores, Seen, Settings, SharedLayer
+from .statistics import with_ones
+from .two_streams import TwoStreams
+from .watching import Watched, watched
 
-HELD = 6  # every so many sequences one is held back
-TURNS = 2  # sequences on which RoPE is measured
 
+def share_kv_heads(
+    model, context: Context, text: tuple[str, int, int], settings: Settings, orders: list[Callable] | None = None
+) -> dict:
+    """Convert a loaded model, in place, to the KV heads that `context.change` plans.
 
-@dataclass(frozen=True)
-class Settings:
-    """What is fitted, and how.
+    Args:
+        text: source, length and number of calibration pieces.
+        orders: for each layer what gives the order of its KV heads, to be brought about first; None: they stay.
 
-    Attributes:
-        refit: which weights are refitted to the base's attention after the merge: "q", "k", "o".
-        rounds: how often queries and keys are refitted in turn.
-        sequential: statistics from the converted model's activations, not the base's.
-        ridges: of the output projection, to choose from.
-        ridge, steps: of the queries and keys, see `score_fit.solve`.
-        stride: of the queries every so many rows count, in each sequence from another one on.
-        received: by how much a token counts in the moments for the attention that it gets: with weight
-            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
-        weighted: keys are weighted by the energy of their queries.
+    Returns:
+        A record of each layer, by its path.
     """
+    if context.tokenizer is None:
+        raise SurgeryError(
+            "method: closed_form needs the tokenizer, for its calibration text",
+            where="gqa",
+            fix="surgery.apply(recipe, model, tokenizer=tokenizer); or method: mean",
+        )
+    before, after = context.before, context.change.after
+    sequences = calibration_pieces(model, context.tokenizer, *text)
+    layers = [_layer_of(model, facts) for facts in before.layers]
+    records: list[dict] = [{} for _ in layers]
+    if orders:
+        moved = [permute_kv_heads(layer, order(layer)) for layer, order in zip(layers, orders, strict=True)]
+        records = [{"kv_head_order": order(layer)} for layer, order in zip(layers, orders, strict=True)]
+        write_layers(model, before, before, [pack(layer) for layer in moved])
+    counts = [layer.kv_heads for layer in after.layers]
+    files = LayerFiles(context.folder, "gqa", [settings, counts, records, sequences.tolist()])
+    try:
+        run = Sharing(model, after.layers, sequences, settings, files.load, files.save)
+        results, found = run.layers(context.progress)
+        for tensors, layer in zip(results, after.layers, strict=True):
+            refuse_non_finite(tensors, layer.path)
+    except BaseException:
+        if orders:
+            write_layers(model, before, before, [pack(layer) for layer in layers])
+        raise
+    write_layers(model, before, after, results)
+    both = zip(before.layers, records, found, strict=True)
+    return {layer.path: record | fitted for layer, record, fitted in both if fitted}
 
-    refit: tuple[str, ...] = ("q", "k", "o")
-    rounds: int = 1
-    sequential: bool = True
-    ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    ridge: float = 1e-3
-    steps: int = 8
-    stride: int = 4
-    received: float = 0.5
-    weighted: bool = True
 
-
-@dataclass
-class Seen:
-    """What is known of a layer before it is converted: lists have an entry for each sequence.
-
-    Attributes:
-        base: calls of the base's attention, x and output in the base.
-        x: the layer's input in the converted model [T, n], with ones where projections have biases.
-        calls: attention calls of the old weights on that input.
-        loud: root mean square of the base's hidden states [T]: errors count relative to it.
-        pieces: rows, base's attention of these rows, and its scores.
-    """
-
-    base: list[Call] = field(default_factory=list)
-    x: list[torch.Tensor] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    loud: list[torch.Tensor] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+def _layer_of(model, facts) -> AttentionLayer:
+    """A copy of a layer's weights."""
+    module = model.get_submodule(facts.path)
+    tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
+    refuse_non_finite(tensors, facts.path)
+    return unpack(facts, tensors).copy()
 
 
 class Sharing:
@@ -97,7 +101,9 @@ class Sharing:
         with watched(self.model, self.streams.attention) as watch, torch.no_grad():
             self.watch: Watched = watch
             self.streams.begin(watch)
-            changed = [old != new for old, new in zip(watch.anatomy.layers, self.targets, strict=True)]
+            changed = [
+                old.kv_heads != new.kv_heads for old, new in zip(watch.anatomy.layers, self.targets, strict=True)
+            ]
             self.last = max((number for number, change in enumerate(changed) if change), default=-1)
             for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
                 tensors, record = self._layer(facts, target)
@@ -108,25 +114,24 @@ class Sharing:
         return results, records
 
     def _layer(self, facts, target):
-        module = self.model.get_submodule(facts.path)
-        old = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-        layer = unpack(facts, old)
+        layer = _layer_of(self.model, facts)
         number, places = facts.index, range(len(self.sequences))
-        if target == facts:
+        if target.kv_heads == facts.kv_heads:
             with self.streams.layer(number):
                 for place in places if number < self.last else ():
                     self.streams.base_step(number, place)
                     self._follow(number, place, None)
-            return pack(layer.copy()), {}
+            return pack(layer), {}
         earlier = self.known(number)
         with self.streams.layer(number):
             seen = self._look(number, layer, enough=earlier is not None)
-            work = _Work(self.settings, layer.copy(), target, seen, self.watch)
+            work = SharedLayer(self.settings, layer, target, seen, self.watch)
             if earlier is None:
                 new, record = work.convert()
                 self.found(number, new.tensors(), record)
             else:
                 new, record = layer.replace(facts=target, **earlier[0]), earlier[1]
+                work.key_heads = record.get("key_heads", [])
             with self.streams.output(number, new.o.flatten(1)):
                 for place in places if number < self.last else ():
                     self._follow(number, place, work.heads(new, place))
@@ -153,207 +158,6 @@ class Sharing:
             first, stride = 1 + place % self.settings.stride, self.settings.stride
             rows = torch.arange(min(first, length - 1), length, stride, device=own.x.device)
             weights = self.watch.weights(module, call.query[None], call.key[None], rows, **call.settings)[0]
-            scores = _Scores(call, rows, weights)
+            scores = Scores(call, rows, weights)
             seen.pieces.append(Piece(seen.x[-1], rows, weights, scores))
         return seen
-
-
-@dataclass
-class _Scores:
-    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
-
-    call: Call
-    rows: torch.Tensor
-    weights: torch.Tensor
-
-    def __call__(self) -> torch.Tensor:
-        query, key = self.call.query, self.call.key
-        keys = key.repeat_interleave(len(query) // len(key), dim=0)
-        return (query[:, self.rows] @ keys.mT * _scale(self.call)).masked_fill_(self.weights == 0, 0.0)
-
-
-def _scale(call: Call) -> float:
-    scale = call.settings.get("scaling")
-    return call.query.shape[-1] ** -0.5 if scale is None else scale
-
-
-class _Work:
-    """One layer's conversion."""
-
-    def __init__(self, settings: Settings, layer: AttentionLayer, target, seen: Seen, watch: Watched):
-        self.settings, self.layer, self.target, self.seen, self.watch = settings, layer, target, seen, watch
-        facts = layer.facts
-        self.groups = group_members(facts, target.kv_heads)
-        self.medoids: list[int] | None = None
-        if not facts.qk_norm:
-            self.turn_q, self.turn_k = (self._turn(part) for part in ("q", "k"))
-
-    def convert(self) -> tuple[AttentionLayer, dict]:
-        layer, settings = self.layer, self.settings
-        record: dict = {}
-        moments = self._moments()
-        q, k, v, o = with_bias(layer, "q"), with_bias(layer, "k"), with_bias(layer, "v"), layer.o.double()
-        if layer.facts.qk_norm:
-            parts = self._medoids(record)
-        else:
-            q, k = self._keys(q, k, moments, record)
-            if refit := [part for part in ("q", "k") if part in settings.refit]:
-                q, k = self._fit_scores(q, k, refit, record)
-            parts = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
-        v, o = self._values(v, o, moments, record)
-        parts |= stacked(layer, "v", list(v)) | {"o": o.to(layer.o.dtype)}
-        new = layer.replace(facts=self.target, **parts)
-        if "o" in settings.refit:
-            new = new.replace(o=self._fit_output(new, o, record).to(layer.o.dtype))
-        return new, record
-
-    def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
-        """What the new layer's heads give on a sequence: [T, H, d]."""
-        x, call = self.seen.x[place], self.seen.calls[place]
-        query, key = self._turned(layer, place)
-        limit = self.watch.windows[layer.facts.index]
-        named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
-        rows = torch.arange(len(x), device=x.device)
-        weights = attention_weights(query[None], key[None], rows, scale=_scale(call), limit=limit, **named)[0]
-        values = _project(with_bias(layer, "v"), x)
-        mixed = weights.reshape(len(values), -1, len(x)) @ values
-        return mixed.view(len(query), len(x), -1).transpose(0, 1)
-
-    def _turned(self, layer: AttentionLayer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [H, T, d] and keys [G', T, d] as attention gets them."""
-        if layer.facts.qk_norm:
-            call = self.seen.calls[place]
-            return call.query, call.key[self._chosen(layer)]
-        x = self.seen.x[place]
-        return (
-            self.turn_q.to(x.dtype)(_project(with_bias(layer, "q"), x)),
-            self.turn_k.to(x.dtype)(_project(with_bias(layer, "k"), x)),
-        )
-
-    def _turn(self, part: str) -> Turn:
-        """RoPE of this layer, measured: by what the model's own queries or keys differ from their projection."""
-        facts, heads = self.layer.facts, with_bias(self.layer, part)
-        from ..alignment import pair_channels
-
-        real, imag = pair_channels(facts.rotary, facts.positions)
-        up = down = free_up = free_down = 0.0
-        pairs = []
-        for call in self.seen.base[:TURNS]:
-            before = _project(heads, with_ones(call.x, self.layer.q_bias is not None).double())
-            after = (call.query if part == "q" else call.key).double()
-            z, turned = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
-            up, down = up + (turned * z.conj()).sum(0), down + z.abs().square().sum(0)
-            rest = before[..., facts.rotary :], after[..., facts.rotary :]
-            free_up, free_down = free_up + (rest[0] * rest[1]).sum(), free_down + rest[0].square().sum()
-            pairs.append((before, after))
-        free = float(free_up / free_down) if facts.rotary < facts.head_dim else 1.0
-        turn = Turn.of(up / down.clamp(min=1e-30), free, facts.head_dim, facts.positions)
-        miss = sum(float((turn(before) - after).square().sum()) for before, after in pairs)
-        whole = sum(float(after.square().sum()) for _, after in pairs)
-        if miss > 1e-4 * whole:
-            name = {"q": "queries", "k": "keys"}[part]
-            raise SurgeryError(
-                f"layer {facts.index}: the {name} of this model are not its projections turned by RoPE "
-                f"({(miss / whole) ** 0.5:.1%} apart)",
-                fix="use method: mean",
-            )
-        return turn
-
-    def _moments(self) -> Moments:
-        moments, share = Moments(), self.settings.received
-        for x, piece in zip(self.seen.x, self.seen.pieces, strict=True):
-            received = piece.weights.sum((0, 1))
-            received = received * (len(x) / received.sum())
-            moments.add(x, 1 - share + share * received)
-        return moments
-
-    def _keys(self, q, k, moments: Moments, record: dict):
-        facts, new, lost, energy = self.layer.facts, [], 0.0, 0.0
-        second = moments.second.cpu()
-        mean = None if facts.layout.sinks else moments.mean.cpu()
-        q = q.clone()
-        for group in self.groups:
-            sources = list(group)
-            power = torch.stack([sum(q[j] @ second @ q[j].T for j in readers) for readers in group.values()])
-            if not self.settings.weighted:
-                power = torch.eye(facts.head_dim, dtype=power.dtype).expand_as(power)
-            found = merge_keys(k[sources], second, power, rotary=facts.rotary, positions=facts.positions, mean=mean)
-            for turn, readers in zip(found.maps, group.values(), strict=True):
-                q[readers] = turn.T @ q[readers]
-            new.append(found.head)
-            lost, energy = lost + found.lost, energy + found.energy
-        record["keys_lost"] = _share(lost, energy)
-        return q, torch.stack(new)
-
-    def _fit_scores(self, q, k, refit: list[str], record: dict):
-        """Queries and keys in turn, nearest to the base's scores."""
-        settings, call = self.settings, self.seen.base[0]
-        dtype = self.seen.x[0].dtype
-        fit, held = (
-            Fit(pieces, _scale(call), self.turn_q.to(dtype), self.turn_k.to(dtype), len(k))
-            for pieces in _apart(self.seen.pieces)
-        )
-        given = {"steps": settings.steps, "ridge": settings.ridge}
-        record["scores_lost"] = []
-        for turn in range(settings.rounds * len(refit) + (len(refit) - 1)):
-            part = refit[turn % len(refit)]
-            if part == "q":
-                found = solve(fit.query_problem(k), held.query_problem(k), q, **given)
-                q = found.weight
-            else:
-                found = solve(fit.key_problem(q), held.key_problem(q), k, **given)
-                k = found.weight
-            record["scores_lost"] += [] if record["scores_lost"] else [round(found.before, 6)]
-            record["scores_lost"].append(round(found.after, 6))
-        return q, k
-
-    def _values(self, v, o, moments: Moments, record: dict):
-        new, lost, energy, second = [], 0.0, 0.0, moments.second.cpu()
-        o = o.clone()
-        for group in self.groups:
-            readers = torch.stack([sum(o[:, j].T @ o[:, j] for j in queries) for queries in group.values()])
-            found = merge_values(v[list(group)], second, readers)
-            for spread, queries in zip(found.maps, group.values(), strict=True):
-                o[:, queries] = o[:, queries] @ spread
-            new.append(found.head)
-            lost, energy = lost + found.lost, energy + found.energy
-        record["values_lost"] = _share(lost, energy)
-        return torch.stack(new), o
-
-    def _fit_output(self, new: AttentionLayer, o, record: dict) -> torch.Tensor:
-        sums = [Regression(), Regression()]
-        for place, call in enumerate(self.seen.base):
-            z, loud = self.heads(new, place).flatten(1), self.seen.loud[place]
-            weights = 1 / loud.double().square().clamp(min=1e-30)
-            sums[_held(place, len(self.seen.base))].add(z[1:], call.output[1:], weights[1:])
-        found = fit_output(o.flatten(1).to(sums[0].cross), sums[0].pair, sums[1].pair, list(self.settings.ridges))
-        record["ridge"] = found.ridge
-        return found.weight.unflatten(1, o.shape[1:]).cpu()
-
-    def _medoids(self, record: dict) -> dict[str, torch.Tensor]:
-        """Of each group the key head with which the scores come nearest: what a norm after it allows."""
-        raise NotImplementedError
-
-    def _chosen(self, layer) -> list[int]:
-        raise NotImplementedError
-
-
-def _project(heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
-    return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
-
-
-def _held(place: int, count: int) -> bool:
-    """Whether a sequence is held back: every sixth, of few the last."""
-    return place % HELD == HELD - 1 or (count < HELD and place == count - 1)
-
-
-def _apart(pieces: list) -> tuple[list, list]:
-    marks = [_held(place, len(pieces)) for place in range(len(pieces))]
-    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
-        p for p, held in zip(pieces, marks, strict=True) if held
-    ]
-
-
-def _share(lost: float, energy: float) -> float:
-    return round(lost / energy, 6) if energy else 0.0
