@@ -43,7 +43,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 
 def test_expand_then_mean_gives_the_base_back(base, expanded, tmp_path):
     """Criterion B, streaming engine: K/V bit for bit, everything else untouched."""
-    surgery.apply("gqa", str(expanded), output=tmp_path / "back", kv_heads=3, check=False, evaluate=False)
+    surgery.apply("mqa", str(expanded), output=tmp_path / "back", kv_heads=3, check=False, evaluate=False)
     back, original, grown = tensors(tmp_path / "back"), tensors(base), tensors(expanded)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
@@ -66,7 +66,7 @@ def test_expanded_logits_equal_the_base_through_both_engines(base, expanded):
     assert all(torch.equal(in_memory[name], stored[name]) for name in stored)
     for got in (logits(model), logits(surgery.load(expanded))):
         assert (got - want).abs().max() <= 1e-4
-    surgery.apply("gqa", model, kv_heads=3)
+    surgery.apply("mqa", model, kv_heads=3)
     original = tensors(base)
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items() if name in original)
 

@@ -41,7 +41,7 @@ class Settings:
     sequential: bool = True
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     ridge: float = 1e-3
-    steps: int = 8
+    steps: int = 6
     stride: int = 4
     received: float = 0.5
     weighted: bool = True
@@ -92,6 +92,7 @@ class SharedLayer:
         self.settings, self.layer, self.target, self.seen, self.watch = settings, layer, target, seen, watch
         facts = layer.facts
         self.groups = group_members(facts, target.kv_heads)
+        self._heads: dict[int, torch.Tensor] = {}
         self.key_heads: list[int] = []  # of a layer with a norm after its keys: those that stay
         if not facts.qk_norm:
             self.turn_q, self.turn_k = (self._turn(part) for part in ("q", "k"))
@@ -116,7 +117,12 @@ class SharedLayer:
         return new, record
 
     def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
-        """What the new layer's heads give on a sequence: [T, H, d]."""
+        """What the new layer's heads give on a sequence: [T, H, d]; computed once, as no refit of W_O changes it."""
+        if place not in self._heads:
+            self._heads[place] = self._new_heads(layer, place)
+        return self._heads[place]
+
+    def _new_heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
         x, call = self.seen.x[place], self.seen.calls[place]
         query, key = self._turned(layer, place)
         limit = self.watch.windows[layer.facts.index]

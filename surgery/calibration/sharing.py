@@ -4,8 +4,8 @@ In a layer, with the converted model's input x and the base's attention as the g
 and keys refitted in turn to the base's scores, shared values (low rank), output projection refitted to what the base's
 attention wrote. Every sixth sequence is held back: it chooses ridges and stops the solvers.
 
-Memory beyond the model, for N tokens in all: hidden states, layer inputs and wanted outputs 4 N D, the base's queries
-and keys N (H + G) d, its attention on every `stride`-th row H N T / stride numbers in float32.
+Memory beyond the model, for N tokens in all, in float32: hidden states, layer inputs and wanted outputs 4 N D, heads'
+outputs N H d, the base's queries and keys N (H + G) d, its attention on every `stride`-th row H N T / stride.
 """
 
 from __future__ import annotations
