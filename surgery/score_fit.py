@@ -225,11 +225,11 @@ def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, ridge: 
     left, right = problem.preconditioner(start.shape)
     right = right.cpu() + 1e-6 * float(right.diagonal().mean()) * torch.eye(len(right), dtype=torch.float64)
     pull = ridge * left.mean(1, keepdim=True)
-    factor = torch.linalg.cholesky(right)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(right))
     scale = (left + pull + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
-        return torch.cholesky_solve((gradient / scale).flatten(0, 1).T, factor).T.unflatten(0, gradient.shape[:2])
+        return gradient / scale @ inverse
 
     def product(weight: Tensor) -> Tensor:
         return problem.product(weight) + pull.unsqueeze(-1) * (weight @ right)

@@ -239,7 +239,8 @@ class SharedLayer:
             weights = 1 / loud.double().square().clamp(min=1e-30)
             sums[_held(place, len(self.seen.base))].add(z[1:], call.output[1:], weights[1:])
         found = fit_output(o.flatten(1).to(sums[0].cross), sums[0].pair, sums[1].pair, list(self.settings.ridges))
-        record["ridge"] = found.ridge
+        record["ridge"], whole = found.ridge, sums[1].energy
+        record["output_lost"] = [_share(whole + error, whole) for error in (found.before, found.after)]
         return found.weight.unflatten(1, o.shape[1:]).cpu()
 
     def _key_heads(self, record: dict) -> dict[str, torch.Tensor]:

@@ -34,16 +34,18 @@ class Moments:
 
 
 class Regression:
-    """Σ ω z zᵀ and Σ ω r zᵀ: all that the least squares of r on z need, in float64."""
+    """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|²: all that the least squares of r on z need, in float64."""
 
     def __init__(self):
-        self.moments, self.cross = None, None
+        self.moments, self.cross, self.energy = None, None, 0.0
 
     def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Rows z [t, n] and what is wanted of them r [t, D], each with its weight ω [t], default 1."""
         wide = z.double()
         scaled = (wide if weights is None else wide * weights.double().unsqueeze(-1)).T
         moments, cross = scaled @ wide, (scaled @ r.double()).T
+        squares = r.double().square().sum(-1)
+        self.energy += float((squares if weights is None else squares * weights.double()).sum())
         self.moments = moments if self.moments is None else self.moments + moments
         self.cross = cross if self.cross is None else self.cross + cross
 
