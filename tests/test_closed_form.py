@@ -10,6 +10,7 @@ from families import one_thread  # noqa: F401
 
 from surgery.closed_form import fit_output, merge_keys, merge_values, shared_channels
 from surgery.score_fit import Fit, Piece, Turn, solve
+from surgery.value_fit import ValuePiece, ValueProblem
 
 D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
 
@@ -316,3 +317,40 @@ def test_the_score_fit_keeps_the_start_that_is_better_on_what_is_held_back():
     assert found.steps == 0
     strong = solve(fit.query_problem(k), fit.query_problem(k), q, steps=8, ridge=1e9)
     assert (strong.weight - q).abs().max() <= 1e-6 * q.abs().max()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_value_fit_is_the_least_squares_solution(groups):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pieces = [
+        ValuePiece(
+            draw(12, 5), draw(2, 6, 12).softmax(-1), draw(6, 7), torch.rand(6, generator=generator).double() + 0.1
+        )
+        for _ in range(3)
+    ]
+    output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
+
+    def loss(weight):
+        total = 0.0
+        for piece in pieces:
+            written = 0.0
+            for head in range(2):
+                values = piece.x @ weight[head * groups // 2].T
+                written = written + piece.weights[head] @ values @ output[:, head].T
+            total = total + ((written - piece.wanted).square().sum(-1) * piece.loud).sum()
+        return total / 2
+
+    problem = ValueProblem(pieces, output, groups)
+    goal, constant = problem.target(start)
+    weight = start.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(loss(weight), weight)[0]
+    assert torch.allclose(problem.product(start) - goal, gradient, rtol=1e-9, atol=1e-9)
+    found = solve(problem, problem, start, steps=200, ridge=0.0)
+    assert found.before == pytest.approx(2 * loss(start).item() / constant, rel=1e-9)
+    assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
+    assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
+    assert loss(found.weight) < 0.95 * loss(start)

@@ -25,7 +25,7 @@ from test_families import planted
 import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration.layer_files import LayerFiles
-from surgery.calibration.shared_layer import Settings
+from surgery.calibration.layer_seen import Settings
 from surgery.calibration.sharing import Sharing
 from surgery.errors import SurgeryError
 
@@ -90,7 +90,13 @@ def test_the_command(surgery, model, text):
     records = report["operations"][0]["record"]
     assert len(records) == 2
     for record in records.values():
-        for losses in (record["scores_lost"], record["output_lost"]):
+        # Of every fit before and after, on text held back: none may make it worse.
+        for losses in (
+            record["scores_lost"],
+            record["values_fit"],
+            record["output_lost"][:2],
+            record["output_lost"][2:],
+        ):
             assert losses == sorted(losses, reverse=True)
         assert 0 < record["keys_lost"] < 1
         assert 0 < record["values_lost"] < 1

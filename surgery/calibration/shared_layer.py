@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 from ..alignment import pair_channels
@@ -11,78 +9,11 @@ from ..closed_form import fit_output, merge_keys, merge_values
 from ..errors import SurgeryError
 from ..layers import AttentionLayer
 from ..merging import group_members, stacked, with_bias
-from ..score_fit import Fit, Piece, Turn, solve
+from ..score_fit import Fit, Turn, solve
+from ..value_fit import ValuePiece, ValueProblem
+from .layer_seen import TURNS, Seen, Settings, apart, held_back, project, scale_of, share
 from .statistics import Moments, Regression, with_ones
-from .two_streams import Call
 from .watching import Watched, attention_weights
-
-HELD = 6  # every so many sequences one is held back
-TURNS = 2  # sequences on which RoPE is measured
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is fitted, and how.
-
-    Attributes:
-        refit: which weights are refitted to the base's attention after the merge: "q", "k", "o".
-        rounds: how often queries and keys are refitted in turn.
-        sequential: statistics from the converted model's activations, not the base's.
-        ridges: of the output projection, to choose from.
-        ridge, steps: of the queries and keys, see `score_fit.solve`.
-        stride: of the queries every so many rows count, in each sequence from another one on.
-        received: by how much a token counts in the moments for the attention that it gets: with weight
-            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
-        weighted: keys are weighted by the energy of their queries.
-    """
-
-    refit: tuple[str, ...] = ("q", "k", "o")
-    rounds: int = 1
-    sequential: bool = True
-    ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    ridge: float = 1e-3
-    steps: int = 6
-    stride: int = 4
-    received: float = 0.5
-    weighted: bool = True
-
-
-@dataclass
-class Seen:
-    """What is known of a layer before it is converted: lists have an entry for each sequence.
-
-    Attributes:
-        base: calls of the base's attention, x and output in the base.
-        x: the layer's input in the converted model [T, n], with ones where projections have biases.
-        calls: attention calls of the old weights on that input.
-        loud: root mean square of the base's hidden states [T]: errors count relative to it.
-        pieces: rows, base's attention of these rows, and its scores.
-    """
-
-    base: list[Call] = field(default_factory=list)
-    x: list[torch.Tensor] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    loud: list[torch.Tensor] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-
-
-@dataclass
-class Scores:
-    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
-
-    call: Call
-    rows: torch.Tensor
-    weights: torch.Tensor
-
-    def __call__(self) -> torch.Tensor:
-        query, key = self.call.query, self.call.key
-        keys = key.repeat_interleave(len(query) // len(key), dim=0)
-        return (query[:, self.rows] @ keys.mT * _scale(self.call)).masked_fill_(self.weights == 0, 0.0)
-
-
-def _scale(call: Call) -> float:
-    scale = call.settings.get("scaling")
-    return call.query.shape[-1] ** -0.5 if scale is None else scale
 
 
 class SharedLayer:
@@ -100,7 +31,7 @@ class SharedLayer:
     def convert(self) -> tuple[AttentionLayer, dict]:
         layer, settings = self.layer, self.settings
         record: dict = {}
-        moments = self._moments()
+        moments = self._inputs()
         q, k, v, o = with_bias(layer, "q"), with_bias(layer, "k"), with_bias(layer, "v"), layer.o.double()
         if layer.facts.qk_norm:
             parts = self._key_heads(record)
@@ -109,29 +40,33 @@ class SharedLayer:
             if refit := [part for part in ("q", "k") if part in settings.refit]:
                 q, k = self._fit_scores(q, k, refit, record)
             parts = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
-        v, o = self._values(v, o, moments, record)
-        parts |= stacked(layer, "v", list(v)) | {"o": o.to(layer.o.dtype)}
-        new = layer.replace(facts=self.target, **parts)
+        v, o = self._values(v, o, self._read(), record)
+        new = layer.replace(facts=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
         if "o" in settings.refit:
-            new = new.replace(o=self._fit_output(new, o, record).to(layer.o.dtype))
+            new = self._with_output(new, o, record)
+        if "v" in settings.refit:
+            new = self._with_values(new, with_bias(new, "v"), record)
+            if "o" in settings.refit:
+                new = self._with_output(new, new.o.double(), record)
         return new, record
 
     def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
         """What the new layer's heads give on a sequence: [T, H, d]; computed once, as no refit of W_O changes it."""
         if place not in self._heads:
-            self._heads[place] = self._new_heads(layer, place)
+            x = self.seen.x[place]
+            weights, values = self._attention(layer, place, torch.arange(len(x))), project(with_bias(layer, "v"), x)
+            mixed = weights.reshape(len(values), -1, len(x)) @ values
+            self._heads[place] = mixed.view(len(weights), len(x), -1).transpose(0, 1)
         return self._heads[place]
 
-    def _new_heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
-        x, call = self.seen.x[place], self.seen.calls[place]
+    def _attention(self, layer: AttentionLayer, place: int, rows: torch.Tensor) -> torch.Tensor:
+        """The new layer's attention weights [H, r, T] of some rows of a sequence."""
+        call = self.seen.calls[place]
         query, key = self._turned(layer, place)
         limit = self.watch.windows[layer.facts.index]
         named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
-        rows = torch.arange(len(x), device=x.device)
-        weights = attention_weights(query[None], key[None], rows, scale=_scale(call), limit=limit, **named)[0]
-        values = _project(with_bias(layer, "v"), x)
-        mixed = weights.reshape(len(values), -1, len(x)) @ values
-        return mixed.view(len(query), len(x), -1).transpose(0, 1)
+        rows = rows.to(query.device)
+        return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **named)[0]
 
     def _turned(self, layer: AttentionLayer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [H, T, d] and keys [G', T, d] as attention gets them."""
@@ -140,8 +75,8 @@ class SharedLayer:
             return call.query, call.key[self.key_heads]
         x = self.seen.x[place]
         return (
-            self.turn_q.to(x.dtype)(_project(with_bias(layer, "q"), x)),
-            self.turn_k.to(x.dtype)(_project(with_bias(layer, "k"), x)),
+            self.turn_q.to(x.dtype)(project(with_bias(layer, "q"), x)),
+            self.turn_k.to(x.dtype)(project(with_bias(layer, "k"), x)),
         )
 
     def _turn(self, part: str) -> Turn:
@@ -151,7 +86,7 @@ class SharedLayer:
         up = down = free_up = free_down = 0.0
         pairs = []
         for call in self.seen.base[:TURNS]:
-            before = _project(heads, with_ones(call.x, self.layer.q_bias is not None).double())
+            before = project(heads, with_ones(call.x, self.layer.q_bias is not None).double())
             after = (call.query if part == "q" else call.key).double()
             z, turned = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
             up, down = up + (turned * z.conj()).sum(0), down + z.abs().square().sum(0)
@@ -171,12 +106,25 @@ class SharedLayer:
             )
         return turn
 
-    def _moments(self) -> Moments:
+    def _inputs(self) -> Moments:
+        """Of the layer's inputs, as keys see them."""
         moments, share = Moments(), self.settings.received
         for x, piece in zip(self.seen.x, self.seen.pieces, strict=True):
             received = piece.weights.sum((0, 1))
             received = received * (len(x) / received.sum())
             moments.add(x, 1 - share + share * received)
+        return moments
+
+    def _read(self) -> Moments:
+        """Of what heads read: inputs averaged by the base's attention. Values are averaged before they count.
+
+        Every fourth of the rows is enough.
+        """
+        moments = Moments()
+        for x, piece, loud in zip(self.seen.x, self.seen.pieces, self.seen.loud, strict=True):
+            rows = piece.rows[::4]
+            read = (piece.weights[:, ::4] @ x).flatten(0, 1)
+            moments.add(read, _weights(loud[rows]).repeat(len(piece.weights)))
         return moments
 
     def _keys(self, q, k, moments: Moments, record: dict):
@@ -194,7 +142,7 @@ class SharedLayer:
                 q[readers] = turn.T @ q[readers]
             new.append(found.head)
             lost, energy = lost + found.lost, energy + found.energy
-        record["keys_lost"] = _share(lost, energy)
+        record["keys_lost"] = share(lost, energy)
         return q, torch.stack(new)
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
@@ -202,8 +150,8 @@ class SharedLayer:
         settings, call = self.settings, self.seen.base[0]
         dtype = self.seen.x[0].dtype
         fit, held = (
-            Fit(pieces, _scale(call), self.turn_q.to(dtype), self.turn_k.to(dtype), len(k))
-            for pieces in _apart(self.seen.pieces)
+            Fit(pieces, scale_of(call), self.turn_q.to(dtype), self.turn_k.to(dtype), len(k))
+            for pieces in apart(self.seen.pieces)
         )
         given = {"steps": settings.steps, "ridge": settings.ridge}
         record["scores_lost"] = []
@@ -229,19 +177,37 @@ class SharedLayer:
                 o[:, queries] = o[:, queries] @ spread
             new.append(found.head)
             lost, energy = lost + found.lost, energy + found.energy
-        record["values_lost"] = _share(lost, energy)
+        record["values_lost"] = share(lost, energy)
         return torch.stack(new), o
 
-    def _fit_output(self, new: AttentionLayer, o, record: dict) -> torch.Tensor:
+    def _with_values(self, new: AttentionLayer, v, record: dict) -> AttentionLayer:
+        """The layer with its values refitted to what the base's attention wrote."""
+        pieces = []
+        for place, (piece, call) in enumerate(zip(self.seen.pieces, self.seen.base, strict=True)):
+            weights, rows = self._attention(new, place, piece.rows), piece.rows
+            loud = _weights(self.seen.loud[place][rows])
+            pieces.append(ValuePiece(piece.x, weights, call.output[rows], loud))
+        fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in apart(pieces))
+        found = solve(fit, held, v, steps=self.settings.steps, ridge=self.settings.ridge)
+        record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
+        self._heads.clear()
+        return new.replace(**stacked(new, "v", list(found.weight)))
+
+    def _with_output(self, new: AttentionLayer, o, record: dict) -> AttentionLayer:
+        """The layer with its output projection refitted to what the base's attention wrote; the first token left out.
+
+        Args:
+            o: the old one [D, H, d], float64.
+        """
         sums = [Regression(), Regression()]
         for place, call in enumerate(self.seen.base):
-            z, loud = self.heads(new, place).flatten(1), self.seen.loud[place]
-            weights = 1 / loud.double().square().clamp(min=1e-30)
-            sums[_held(place, len(self.seen.base))].add(z[1:], call.output[1:], weights[1:])
+            z, weights = self.heads(new, place).flatten(1), _weights(self.seen.loud[place])
+            sums[held_back(place, len(self.seen.base))].add(z[1:], call.output[1:], weights[1:])
         found = fit_output(o.flatten(1).to(sums[0].cross), sums[0].pair, sums[1].pair, list(self.settings.ridges))
         record["ridge"], whole = found.ridge, sums[1].energy
-        record["output_lost"] = [_share(whole + error, whole) for error in (found.before, found.after)]
-        return found.weight.unflatten(1, o.shape[1:]).cpu()
+        lost = [share(whole + error, whole) for error in (found.before, found.after)]
+        record["output_lost"] = record.get("output_lost", []) + lost
+        return new.replace(o=found.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
 
     def _key_heads(self, record: dict) -> dict[str, torch.Tensor]:
         """Of each group the key head with which all its queries' scores come nearest to the base's.
@@ -250,7 +216,7 @@ class SharedLayer:
         """
         layer, total = self.layer, {}
         for piece, call in zip(self.seen.pieces, self.seen.calls, strict=True):
-            wanted, scale = piece.scores(), _scale(call)
+            wanted, scale = piece.scores(), scale_of(call)
             for group in self.groups:
                 readers = [query for queries in group.values() for query in queries]
                 weights = piece.weights[readers]
@@ -268,22 +234,6 @@ class SharedLayer:
         return {n: tensor[self.key_heads] for n, tensor in layer.tensors().items() if n in names}
 
 
-def _project(heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
-    return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
-
-
-def _held(place: int, count: int) -> bool:
-    """Whether a sequence is held back: every sixth, of few the last."""
-    return place % HELD == HELD - 1 or (count < HELD and place == count - 1)
-
-
-def _apart(pieces: list) -> tuple[list, list]:
-    marks = [_held(place, len(pieces)) for place in range(len(pieces))]
-    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
-        p for p, held in zip(pieces, marks, strict=True) if held
-    ]
-
-
-def _share(lost: float, energy: float) -> float:
-    return round(lost / energy, 6) if energy else 0.0
+def _weights(loud: torch.Tensor) -> torch.Tensor:
+    """ω of rows: errors count relative to the hidden states that they are added to."""
+    return 1 / loud.double().square().clamp(min=1e-30)

@@ -21,8 +21,9 @@ from ..merging import permute_kv_heads
 from ..operation import Context
 from ..score_fit import Piece
 from .layer_files import LayerFiles
+from .layer_seen import Scores, Seen, Settings
 from .sequences import calibration_pieces
-from .shared_layer import Scores, Seen, Settings, SharedLayer
+from .shared_layer import SharedLayer
 from .statistics import with_ones
 from .two_streams import TwoStreams
 from .watching import Watched, watched

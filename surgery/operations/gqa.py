@@ -63,8 +63,8 @@ class GQA(WeightRewrite):
         "neighbours", description="similarity: reorder the heads so that like ones share a group."
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
-    refit: list[Literal["q", "k", "o"]] = Field(
-        ["q", "k", "o"],
+    refit: list[Literal["q", "k", "v", "o"]] = Field(
+        ["q", "k", "v", "o"],
         description="closed_form: projections that are refitted to the base's attention after the merge.",
     )
     sequential: bool = Field(True, description="closed_form: each layer is fitted to what the converted ones give it.")
