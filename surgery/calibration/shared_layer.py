@@ -61,7 +61,7 @@ class SharedLayer:
 
     def _attention(self, layer: AttentionLayer, place: int, rows: torch.Tensor) -> torch.Tensor:
         """The new layer's attention weights [H, r, T] of some rows of a sequence."""
-        call = self.seen.calls[place]
+        call = self.seen.base[place]
         query, key = self._turned(layer, place)
         limit = self.watch.windows[layer.facts.index]
         named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}

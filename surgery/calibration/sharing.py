@@ -4,8 +4,7 @@ In a layer, with the converted model's input x and the base's attention as the g
 and keys refitted in turn to the base's scores, shared values (low rank), output projection refitted to what the base's
 attention wrote. Every sixth sequence is held back: it chooses ridges and stops the solvers.
 
-Memory beyond the model, for N tokens in all, in float32: hidden states, layer inputs and wanted outputs 4 N D, heads'
-outputs N H d, the base's queries and keys N (H + G) d, its attention on every `stride`-th row H N T / stride.
+Memory beyond the model: `closed_form.cost`.
 """
 
 from __future__ import annotations
@@ -52,8 +51,10 @@ def share_kv_heads(
     layers = [_layer_of(model, facts) for facts in before.layers]
     records: list[dict] = [{} for _ in layers]
     if orders:
-        moved = [permute_kv_heads(layer, order(layer)) for layer, order in zip(layers, orders, strict=True)]
         records = [{"kv_head_order": order(layer)} for layer, order in zip(layers, orders, strict=True)]
+        moved = [
+            permute_kv_heads(layer, record["kv_head_order"]) for layer, record in zip(layers, records, strict=True)
+        ]
         write_layers(model, before, before, [pack(layer) for layer in moved])
     counts = [layer.kv_heads for layer in after.layers]
     files = LayerFiles(context.folder, "gqa", [settings, counts, records, sequences.tolist()])
@@ -152,6 +153,8 @@ class Sharing:
             seen.base.append(call := self.streams.base_step(number, place))
             own = self.streams.inputs(number, place) if self.settings.sequential else call
             seen.x.append(with_ones(own.x, layer.q_bias is not None))
+            if own is not call and self.watch.anatomy.layers[number].qk_norm is None:
+                own.query = own.key = None  # of the old weights: only what a norm keeps is used again
             seen.calls.append(own)
             if enough:
                 continue

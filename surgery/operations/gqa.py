@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..alignment import key_turns, orthogonal_turns
+from ..closed_form import cost
 from ..grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
 from ..merging import (
     first_head,
@@ -166,7 +167,7 @@ class GQA(WeightRewrite):
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
         seconds = len(merged) * flops / 25e9 if self.align != "none" else 0.0
         if self.method == "closed_form":
-            seconds = self._flops(anatomy, len(merged)) / FLOPS
+            seconds = self._cost(anatomy, len(merged))[0] / FLOPS
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds)
 
@@ -184,10 +185,17 @@ class GQA(WeightRewrite):
         if layer.qk_norm == "whole":
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
+    def _cost(self, anatomy: Anatomy, merged: int) -> tuple[float, float]:
+        fits = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
+        fits += "v" in self.refit
+        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits)
+
     def _closed_form_notes(self, anatomy: Anatomy):
         fitted = " and ".join(filter(None, [", ".join(self.refit[:-1]), *self.refit[-1:]])) or "nothing"
         tokens = self.calibration_samples * self.calibration_length
+        _, needed = self._cost(anatomy, len(anatomy.layers))
         yield f"measured on {tokens:,} tokens of text; refitted after the merge: {fitted}"
+        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
                 "a norm stands between keys and RoPE and has no scale for a head, so keys cannot be mixed: of each "
@@ -195,16 +203,6 @@ class GQA(WeightRewrite):
             )
         if anatomy.layers[0].soft_cap:
             yield "scores are fitted before their soft-cap, as if there were none"
-
-    def _flops(self, anatomy: Anatomy, merged: int) -> float:
-        """Of the calibration: the text through the base and the converted model, and products of the score fits."""
-        layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
-        through = (
-            4 * anatomy.parameters + 12 * len(anatomy.layers) * layer.heads * layer.head_dim * self.calibration_length
-        )
-        step = layer.heads * layer.head_dim * (4 * hidden + 6 * self.calibration_length)
-        fits = 30 * merged * step if not layer.qk_norm and {"q", "k"} & set(self.refit) else 0
-        return self.calibration_samples * self.calibration_length * (through + fits / 2)
 
     def apply(self, model, context: Context) -> dict:
         if self.streams:
