@@ -26,6 +26,7 @@ import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration.layer_files import LayerFiles
 from surgery.calibration.layer_seen import Settings
+from surgery.calibration.shared_layer import SharedLayer
 from surgery.calibration.sharing import Sharing
 from surgery.errors import SurgeryError
 
@@ -283,3 +284,24 @@ def test_a_number_that_does_not_divide(numbers):
     package.apply(recipe({"op": "gqa", "kv_heads": 3}), mean)
     want = logits_of(old, SEQUENCES)
     assert difference(logits_of(model, SEQUENCES), want) < difference(logits_of(mean, SEQUENCES), want)
+
+
+def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path, monkeypatch):
+    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    given |= {"check": False, "evaluate": False}
+    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+    assert len([*(tmp_path / "out.partial").glob("gqa-*.state")]) == 1
+    converted, convert = [], SharedLayer.convert
+    monkeypatch.setattr(
+        SharedLayer, "convert", lambda work: (converted.append(work.layer.facts.index), convert(work))[1]
+    )
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    assert converted == [1]
+    weights_of = "model.safetensors"
+    assert (tmp_path / "out" / weights_of).read_bytes() == (tmp_path / "whole" / weights_of).read_bytes()
+    records = [
+        json.loads((tmp_path / name / "surgery.json").read_text("utf-8"))["operations"] for name in ("out", "whole")
+    ]
+    assert records[0] == records[1]

@@ -42,22 +42,28 @@ class SharedLayer:
             parts = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
         v, o = self._values(v, o, self._read(), record)
         new = layer.replace(facts=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
+        if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the pieces
+            seen = [self._attention(new, place, piece.rows) for place, piece in enumerate(self.seen.pieces)]
+            if "o" in settings.refit:
+                new = self._with_output(new, o, record, seen)
+            new, o = self._with_values(new, v, seen, record), new.o.double()
         if "o" in settings.refit:
             new = self._with_output(new, o, record)
-        if "v" in settings.refit:
-            new = self._with_values(new, with_bias(new, "v"), record)
-            if "o" in settings.refit:
-                new = self._with_output(new, new.o.double(), record)
         return new, record
 
     def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
-        """What the new layer's heads give on a sequence: [T, H, d]; computed once, as no refit of W_O changes it."""
+        """What the heads of the finished layer give on a sequence: [T, H, d]; W_O may change yet."""
         if place not in self._heads:
-            x = self.seen.x[place]
-            weights, values = self._attention(layer, place, torch.arange(len(x))), project(with_bias(layer, "v"), x)
-            mixed = weights.reshape(len(values), -1, len(x)) @ values
-            self._heads[place] = mixed.view(len(weights), len(x), -1).transpose(0, 1)
+            rows = torch.arange(len(self.seen.x[place]))
+            self._heads[place] = self._mixed(layer, place, self._attention(layer, place, rows))
         return self._heads[place]
+
+    def _mixed(self, layer: AttentionLayer, place: int, weights: torch.Tensor) -> torch.Tensor:
+        """Values of a sequence mixed by attention weights [H, r, T]: [r, H, d]."""
+        x = self.seen.x[place]
+        values = project(with_bias(layer, "v"), x)
+        mixed = weights.reshape(len(values), -1, len(x)) @ values
+        return mixed.view(*weights.shape[:2], -1).transpose(0, 1)
 
     def _attention(self, layer: AttentionLayer, place: int, rows: torch.Tensor) -> torch.Tensor:
         """The new layer's attention weights [H, r, T] of some rows of a sequence."""
@@ -93,7 +99,7 @@ class SharedLayer:
             rest = before[..., facts.rotary :], after[..., facts.rotary :]
             free_up, free_down = free_up + (rest[0] * rest[1]).sum(), free_down + rest[0].square().sum()
             pairs.append((before, after))
-        free = float(free_up / free_down) if facts.rotary < facts.head_dim else 1.0
+        free = float(free_up / free_down.clamp(min=1e-30)) if facts.rotary < facts.head_dim else 1.0
         turn = Turn.of(up / down.clamp(min=1e-30), free, facts.head_dim, facts.positions)
         miss = sum(float((turn(before) - after).square().sum()) for before, after in pairs)
         whole = sum(float(after.square().sum()) for _, after in pairs)
@@ -180,29 +186,37 @@ class SharedLayer:
         record["values_lost"] = share(lost, energy)
         return torch.stack(new), o
 
-    def _with_values(self, new: AttentionLayer, v, record: dict) -> AttentionLayer:
-        """The layer with its values refitted to what the base's attention wrote."""
+    def _with_values(self, new: AttentionLayer, v, seen: list[torch.Tensor], record: dict) -> AttentionLayer:
+        """The layer with its values refitted to what the base's attention wrote.
+
+        Args:
+            v: the old ones [G', d, n], float64.
+            seen: the layer's attention weights of the rows of the pieces.
+        """
         pieces = []
-        for place, (piece, call) in enumerate(zip(self.seen.pieces, self.seen.base, strict=True)):
-            weights, rows = self._attention(new, place, piece.rows), piece.rows
-            loud = _weights(self.seen.loud[place][rows])
-            pieces.append(ValuePiece(piece.x, weights, call.output[rows], loud))
+        for place, (piece, weights) in enumerate(zip(self.seen.pieces, seen, strict=True)):
+            wanted, loud = self.seen.base[place].output[piece.rows], self.seen.loud[place][piece.rows]
+            pieces.append(ValuePiece(piece.x, weights, wanted, _weights(loud)))
         fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in apart(pieces))
         found = solve(fit, held, v, steps=self.settings.steps, ridge=self.settings.ridge)
         record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
-        self._heads.clear()
         return new.replace(**stacked(new, "v", list(found.weight)))
 
-    def _with_output(self, new: AttentionLayer, o, record: dict) -> AttentionLayer:
+    def _with_output(self, new: AttentionLayer, o, record: dict, seen: list | None = None) -> AttentionLayer:
         """The layer with its output projection refitted to what the base's attention wrote; the first token left out.
 
         Args:
             o: the old one [D, H, d], float64.
+            seen: the layer's attention weights of the rows of the pieces, which are then fitted; else all rows are.
         """
         sums = [Regression(), Regression()]
         for place, call in enumerate(self.seen.base):
-            z, weights = self.heads(new, place).flatten(1), _weights(self.seen.loud[place])
-            sums[held_back(place, len(self.seen.base))].add(z[1:], call.output[1:], weights[1:])
+            loud = _weights(self.seen.loud[place])
+            if seen is None:
+                rows, z = slice(1, None), self.heads(new, place)[1:]
+            else:
+                rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
+            sums[held_back(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], loud[rows])
         found = fit_output(o.flatten(1).to(sums[0].cross), sums[0].pair, sums[1].pair, list(self.settings.ridges))
         record["ridge"], whole = found.ridge, sums[1].energy
         lost = [share(whole + error, whole) for error in (found.before, found.after)]

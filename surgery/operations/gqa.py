@@ -75,7 +75,7 @@ class GQA(WeightRewrite):
         "each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        64, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
+        32, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
