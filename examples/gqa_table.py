@@ -36,7 +36,7 @@ def main() -> None:
         if args.kv_heads == 1 and "grouping" in fields:
             continue
         model = surgery.load(base)
-        report = surgery.apply("gqa", model, kv_heads=args.kv_heads, **fields)
+        report = surgery.apply("mqa", model, kv_heads=args.kv_heads, **fields)
         last = surgery.evaluate(model, base, text=args.text, tokenizer=tokenizer).to_dict()
         rows.append((name, last, report.data["plan"]["kv_bytes_per_token"]["after"]))
 

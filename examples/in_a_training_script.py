@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = surgery.load(base)
 
-    report = surgery.apply("gqa", model, kv_heads=1)  # in place; make the optimiser after this line
+    report = surgery.apply("gqa", model, tokenizer=tokenizer, calibration_samples=16)  # in place; optimiser after it
     print(report.data["plan"]["changes"][0])
 
     batch = windows(load_text(part="calibration"), tokenizer, length=128, count=4)

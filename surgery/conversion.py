@@ -14,7 +14,7 @@ from .checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
 from .engines import LayerStream, rewrite_steps
 from .errors import SurgeryError
 from .folder import read_json
-from .operation import Context, WeightRewrite
+from .operation import Context
 from .output import OutputFolder, weight_files, write_text
 from .pickled import readable
 from .planning import Plan, Step, make_plan
@@ -142,7 +142,7 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
     if on_plan:
         on_plan(plan)
     steps = [(step.operation, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps]
-    together = list(takewhile(lambda step: type(step[0]).apply is WeightRewrite.apply, steps))
+    together = list(takewhile(lambda step: step[0].streams, steps))
     records = rewrite_steps(model, together) if together else []
     if rest := plan.steps[len(together) :]:
         for operation, context in _in_turn(rest, rest[0].before, model, progress, tokenizer):

@@ -73,6 +73,11 @@ class Operation(BaseModel):
 
     follows_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 
+    @property
+    def streams(self) -> bool:
+        """Whether the new weights follow from the old ones alone, layer by layer (`WeightRewrite.rewrite`)."""
+        return False
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
@@ -91,7 +96,14 @@ class Operation(BaseModel):
 
 
 class WeightRewrite(Operation):
-    """An operation whose new weights follow from the old ones alone: it streams, and its result is native."""
+    """An operation whose new weights follow from the old ones alone: it streams, and its result is native.
+
+    One that has settings for which this does not hold says so in `streams`, and has an `apply` for them.
+    """
+
+    @property
+    def streams(self) -> bool:
+        return True
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         """New weights of one layer.

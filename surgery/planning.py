@@ -12,7 +12,7 @@ from .anatomy import BYTES, Anatomy, LayerAnatomy
 from .checkpoint import stored_bytes
 from .errors import SurgeryError
 from .layers import packed_shapes, unpack
-from .operation import NATIVE, SURGICAL, Change, Operation, WeightRewrite
+from .operation import NATIVE, SURGICAL, Change, Operation
 from .recipe import Recipe
 from .yaml_lines import FILE_FIELDS
 
@@ -58,7 +58,7 @@ class Plan:
     @property
     def streams(self) -> bool:
         """Whether the weights can be rewritten layer by layer, without building the model."""
-        return all(isinstance(step.operation, WeightRewrite) for step in self.steps)
+        return all(step.operation.streams for step in self.steps)
 
     @property
     def changes(self) -> list[str]:

@@ -39,9 +39,11 @@ def test_duo_attention_on_a_loaded_model(loaded, model, tmp_path):
 
 
 def test_keywords_are_overrides_on_the_card(model, tmp_path):
-    report = surgery.apply("gqa", model, output=tmp_path / "out", check=False, evaluate=False, kv_heads=1)
-    assert report.data["overrides"] == ["kv_heads=1"]
-    assert "surgery apply gqa model -o OUT kv_heads=1" in (tmp_path / "out/README.md").read_text()
+    report = surgery.apply(
+        "gqa", model, output=tmp_path / "out", check=False, evaluate=False, kv_heads=1, method="mean"
+    )
+    assert report.data["overrides"] == ["kv_heads=1", "method=mean"]
+    assert "surgery apply gqa model -o OUT kv_heads=1 method=mean" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_recipe_of_ones_own_has_no_command(model, tmp_path):
@@ -57,7 +59,7 @@ def test_a_recipe_of_ones_own_has_no_command(model, tmp_path):
 def test_what_is_saved_says_what_is_true(loaded, model, tmp_path):
     (model / "LICENSE").write_text("All yours.")
     (model / "README.md").write_text("---\nlicense: mit\n---\nThe base.")
-    report = surgery.apply("gqa", loaded, kv_heads=1)
+    report = surgery.apply("gqa", loaded, kv_heads=1, method="mean")
     saved = surgery.save(loaded, tmp_path / "out", report)
     card = (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/LICENSE").read_text() == "All yours."

@@ -19,7 +19,7 @@ SCORED = ("evaluate.windows=1", "evaluate.length=16")
 @pytest.fixture
 def out(surgery, model, tmp_path):
     """A folder that surgery wrote and nobody checked."""
-    assert surgery("apply", "gqa", model, "kv_heads=1", "-o", "out", *FAST).code == 0
+    assert surgery("apply", "gqa", model, "kv_heads=1", "method=mean", "-o", "out", *FAST).code == 0
     return tmp_path / "out"
 
 

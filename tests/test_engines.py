@@ -266,13 +266,13 @@ def test_what_is_refused_is_not_downloaded(on_hub):
     done, whole = on_hub("duo-attention", "--engine", "streaming")
     assert done.returncode == 2
     assert whole == []
-    done, whole = on_hub("gqa", "kv_heads=1")
+    done, whole = on_hub("mqa")
     assert done.returncode == 0, done.stderr
     assert len(whole) == 1
 
 
 def test_a_model_from_the_hub_keeps_its_name_and_commit(on_hub, tmp_path):
-    done, _ = on_hub("gqa", "kv_heads=1", "--json")
+    done, _ = on_hub("mqa", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/surgery.json").read_text())
     assert report["base"]["name"] == "org/tiny"

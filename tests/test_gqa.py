@@ -35,7 +35,7 @@ import surgery
 from surgery.anatomy import Anatomy
 from surgery.errors import SurgeryError
 from surgery.layers import unpack
-from surgery.operations.gqa import mean_head, permute_kv_heads
+from surgery.merging import mean_head, permute_kv_heads
 
 K_NAME, V_NAME = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
 

@@ -159,7 +159,7 @@ def test_autocast(name):
 
 
 def test_a_second_surgery_brings_this_versions_code(surgery, model, tmp_path):
-    assert surgery("apply", "gqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
+    assert surgery("apply", "mqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
     code = tmp_path / "shaped" / "modeling_surgery.py"
     code.write_text(code.read_text() + "# SOMEBODY ELSE'S\n")
     (tmp_path / "shaped" / "surgery_gone.py").write_text("# a file that this version does not have\n")
@@ -212,7 +212,7 @@ def test_resume_sees_that_a_score_file_changed(surgery, split, model, tmp_path):
 
 
 def test_bench_counts_the_heads_of_layers_of_different_shape(surgery, model):
-    assert surgery("apply", "gqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
+    assert surgery("apply", "mqa", model, "-o", "shaped", "kv_heads=[3,1]", "--no-check", "--no-eval").code == 0
     command = ("bench", "shaped", "--base", model, "--lengths", "40", "--rounds", "1", "--decode", "1", "--json")
     ran = surgery(*command, "--synthetic", "--ratio", "0.5")
     assert ran.code == 0, ran.err

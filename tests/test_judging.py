@@ -64,7 +64,7 @@ def test_the_gate_holds_right_answers_over_the_bases():
 def test_choices_of_a_recipe(surgery, model, text):
     (model.parent / "long.txt").write_text(text.read_text() * 3)
     scored = ["evaluate.text=long.txt", "evaluate.windows=1", "evaluate.length=64", "evaluate.choices=6"]
-    ran = surgery("apply", "gqa", model, "-o", "out", "kv_heads=1", "--no-check", *scored, "evaluate.min_choices=0")
+    ran = surgery("apply", "mqa", model, "-o", "out", "--no-check", *scored, "evaluate.min_choices=0")
     assert ran.code in (0, 3), ran.err
     data = json.loads((model.parent / "out" / "surgery.json").read_text())
     assert data["evaluation"]["choices"]["base"]["of"] == 6

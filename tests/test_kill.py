@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 make_checkpoint = runpy.run_path(str(ROOT / "examples" / "make_checkpoint.py"))["make_checkpoint"]
 
 MQA = ("mqa",)
-REORDERED = ("gqa", "kv_heads=2", "grouping=similarity")  # leaves a record of every layer in surgery.json
+REORDERED = ("mqa", "kv_heads=2", "grouping=similarity")  # leaves a record of every layer in surgery.json
 FAST = ("--no-check", "--no-eval", "--quiet")
 FORKS = sys.platform == "linux"
 SERVER = """

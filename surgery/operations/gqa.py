@@ -1,20 +1,30 @@
-"""Share key/value heads between query heads: MHA → GQA → MQA, from the weights alone.
+"""Share key/value heads between query heads: MHA → GQA → MQA, from the weights alone or in closed form on a text.
 
 Source: Ainslie et al. 2023, "GQA", arXiv 2305.13245 (mean pooling; "first" and "random" are its controls);
-Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similarity).
+Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similarity). The closed form is ours: see
+`closed_form.py`, `score_fit.py` and `calibration/sharing.py`.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from math import gcd
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..alignment import key_turns, orthogonal_turns
+from ..closed_form import cost
 from ..grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
-from ..operation import NATIVE, SURGICAL, Change, WeightRewrite
+from ..merging import (
+    first_head,
+    group_members,
+    mean_head,
+    mean_square_ratio,
+    permute_kv_heads,
+    stacked,
+    with_bias,
+)
+from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +34,16 @@ if TYPE_CHECKING:
 
 
 Heads = Annotated[int, Field(ge=1, strict=True)]
+FLOPS = 100e9  # a second, of a laptop's cores in float32
 
 
 class GQA(WeightRewrite):
-    """Merge the KV heads of each group into one; means in float64, rounded once."""
+    """Merge the KV heads of each group into one; computed in float64, rounded once."""
 
     summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
     limits: ClassVar[tuple[str, ...]] = (
+        "method: closed_form fits weights to its calibration text (built in: Python's language reference); text of "
+        "another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
     )
 
@@ -38,9 +51,10 @@ class GQA(WeightRewrite):
     kv_heads: Heads | list[Heads] = Field(
         description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier)."
     )
-    method: Literal["mean", "first", "random"] = Field(
+    method: Literal["closed_form", "mean", "first", "random"] = Field(
         "mean",
-        description="mean of the group; its first head; or new random heads of the same scale (a control).",
+        description="closed_form: what loses least on calibration text, the rest refitted; mean of the group; its "
+        "first head; or new random heads of the same scale (a control).",
     )
     align: Literal["none", "procrustes"] = Field(
         "none",
@@ -50,6 +64,25 @@ class GQA(WeightRewrite):
         "neighbours", description="similarity: reorder the heads so that like ones share a group."
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
+    refit: list[Literal["q", "k", "v", "o"]] = Field(
+        ["q", "k", "v", "o"],
+        description="closed_form: projections that are refitted to the base's attention after the merge.",
+    )
+    sequential: bool = Field(True, description="closed_form: each layer is fitted to what the converted ones give it.")
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        "auto",
+        description="closed_form: pull of the output projection to the merge, relative to the heads' energy; auto: of "
+        "each layer what is best on text held back.",
+    )
+    calibration_samples: int = Field(
+        32, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
+    )
+    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
+    calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
+
+    @property
+    def streams(self) -> bool:
+        return self.method != "closed_form"
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.alike:
@@ -84,6 +117,8 @@ class GQA(WeightRewrite):
                 f"gqa: {reason}; what would work: a family that honours the number (llama, mistral, qwen2, gemma, "
                 "phi, ...); others need code beyond stock Transformers, which this version does not have"
             )
+        if self.method == "closed_form":
+            found += [f"gqa: method: closed_form: {reason}" for reason in self._problems_of_closed_form(anatomy)]
         if self.method == "random" and self.align != "none":
             found.append("gqa: align turns heads towards each other, and method: random keeps none; drop one of them")
         if self.align != "none" and layer.positions == "unknown":
@@ -106,11 +141,23 @@ class GQA(WeightRewrite):
             )
         return found
 
+    def _problems_of_closed_form(self, anatomy: Anatomy):
+        if reason := anatomy.runtime_problem():
+            yield f"{reason}, and it must be measured: use method: mean"
+        if anatomy.layers[0].qk_norm == "whole":
+            yield f"the QK-norm of {anatomy.model_type} spans all heads: use method: mean"
+        if self.align != "none":
+            yield "it aligns heads by what they say on text: drop align"
+        if len(set(self.refit)) < len(self.refit):
+            yield f"refit names a projection twice: {', '.join(self.refit)}"
+
     def plan(self, anatomy: Anatomy) -> Change:
         layer, targets = anatomy.layers[0], self._targets(anatomy)
         if set(targets) == {layer.kv_heads}:
             return Change(anatomy, (f"nothing: there are {layer.kv_heads} KV heads already",))
-        how = [self.method] + [x for x in (self.align, self.grouping) if x not in ("none", "neighbours")]
+        how = [self.method.replace("_", " ")] + [
+            x for x in (self.align, self.grouping) if x not in ("none", "neighbours")
+        ]
         merged = [target for target in targets if target != layer.kv_heads]
         lines = tuple(
             f"KV heads {layer.kv_heads} → {target} in {merged.count(target)} layers ({', '.join(how)})"
@@ -119,6 +166,8 @@ class GQA(WeightRewrite):
         # Alignment: some 30 rounds of products [d, n] x [n, d] for every head, at 25 GFLOP/s.
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
         seconds = len(merged) * flops / 25e9 if self.align != "none" else 0.0
+        if self.method == "closed_form":
+            seconds = self._cost(anatomy, len(merged))[0] / FLOPS
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds)
 
@@ -131,8 +180,45 @@ class GQA(WeightRewrite):
                 yield f"{target} does not divide {layer.kv_heads}: some KV heads enter two groups"
         if self.align != "none" and layer.qk_norm:
             yield "keys are not aligned: the QK-norm's weights between projection and RoPE do not commute with a turn"
+        if self.method == "closed_form":
+            yield from self._closed_form_notes(anatomy)
         if layer.qk_norm == "whole":
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
+
+    def _cost(self, anatomy: Anatomy, merged: int) -> tuple[float, float]:
+        fits = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
+        fits += "v" in self.refit
+        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits)
+
+    def _closed_form_notes(self, anatomy: Anatomy):
+        fitted = " and ".join(filter(None, [", ".join(self.refit[:-1]), *self.refit[-1:]])) or "nothing"
+        tokens = self.calibration_samples * self.calibration_length
+        _, needed = self._cost(anatomy, len(anatomy.layers))
+        yield f"measured on {tokens:,} tokens of text; refitted after the merge: {fitted}"
+        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
+        if anatomy.layers[0].qk_norm:
+            yield (
+                "a norm stands between keys and RoPE and has no scale for a head, so keys cannot be mixed: of each "
+                "group one key head stays as it is, queries too; values and output projection are fitted"
+            )
+        if anatomy.layers[0].soft_cap:
+            yield "scores are fitted before their soft-cap, as if there were none"
+
+    def apply(self, model, context: Context) -> dict:
+        if self.streams:
+            return super().apply(model, context)
+        from ..calibration.sharing import Settings, share_kv_heads
+
+        before, targets = context.before, self._targets(context.before)
+        if set(targets) == {before.layers[0].kv_heads}:
+            return {}
+        orders = None
+        if self.grouping == "similarity":
+            orders = [partial(self._order, groups=target) for target in targets]
+        ridges = {} if self.ridge == "auto" else {"ridges": (self.ridge,)}
+        settings = Settings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
+        asked = self.calibration_text, self.calibration_length, self.calibration_samples
+        return share_kv_heads(model, context, asked, settings, orders)
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         if target.kv_heads == layer.facts.kv_heads:
@@ -179,10 +265,11 @@ class GQA(WeightRewrite):
     def _order(self, layer: AttentionLayer, groups: int) -> list[int]:
         """Order of KV heads that puts like ones next to each other, keys and values counting alike."""
         facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
-        align_keys = self.align == "procrustes" and not facts.qk_norm
+        aligned = self.align == "procrustes" or self.method == "closed_form"
+        align_keys = aligned and not facts.qk_norm
         phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
         distances = head_distances(keys, phased if align_keys else plain_inner)
-        distances += head_distances(values, turned_inner if self.align == "procrustes" else plain_inner)
+        distances += head_distances(values, turned_inner if aligned else plain_inner)
         return [head for group in partition(distances, groups) for head in group]
 
     def _random_heads(self, layer: AttentionLayer, target: LayerAnatomy) -> dict[str, Tensor]:
@@ -205,70 +292,3 @@ class GQA(WeightRewrite):
                 )
             parts[name] = new.to(old.dtype)
         return parts
-
-
-def group_members(facts: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
-    """For each new KV head, the old KV heads it replaces, each with the query heads that read it there.
-
-    Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
-    """
-    size = facts.heads // groups
-    members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
-    for query in range(facts.heads):
-        members[query // size].setdefault(query // facts.group, []).append(query)
-    return members
-
-
-def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
-    """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
-    shared = gcd(*counts)
-    weights = [count // shared for count in counts]
-    first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
-    apart = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
-    return first + apart / sum(weights)
-
-
-def first_head(heads: Tensor, counts: list[int]) -> Tensor:
-    return heads[0]
-
-
-def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
-    """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
-    facts = layer.facts
-    queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
-    moved = {}
-    for name, tensor in layer.tensors().items():
-        if name == "o":
-            moved[name] = tensor[:, queries]
-        else:
-            moved[name] = tensor[order if name.startswith(("k", "v")) else queries]
-    return layer.replace(**moved)
-
-
-def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
-    """Root mean square of merged keys over that of the old ones, as white inputs would give it.
-
-    A norm over the whole projection divides by this number, so its weight is multiplied by it.
-    """
-    import torch
-
-    energy = old.square().mean()
-    return float((torch.stack(new).square().mean() / energy).sqrt()) if energy else 1.0
-
-
-def with_bias(layer: AttentionLayer, part: str) -> Tensor:
-    """q, k or v in float64, the bias as one more input column: [heads, d, D] or [heads, d, D + 1]."""
-    import torch
-
-    weight, bias = getattr(layer, part).double(), getattr(layer, f"{part}_bias")
-    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
-
-
-def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, Tensor]:
-    """The inverse of `with_bias`, rounded once to the stored dtype."""
-    import torch
-
-    heads, weight, bias = torch.stack(heads), getattr(layer, part), getattr(layer, f"{part}_bias", None)
-    if bias is None:
-        return {part: heads.to(weight.dtype)}
-    return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}

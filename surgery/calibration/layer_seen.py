@@ -1,0 +1,99 @@
+"""What is known of a layer before its KV heads are shared, and the settings of what is fitted to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..score_fit import Piece
+from .two_streams import Call
+
+HELD = 6  # every so many sequences one is held back
+TURNS = 2  # sequences on which RoPE is measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is fitted, and how.
+
+    Attributes:
+        refit: which weights are refitted to the base's attention after the merge: "q", "k", "v", "o".
+        rounds: how often queries and keys are refitted in turn.
+        sequential: statistics from the converted model's activations, not the base's.
+        ridges: of the output projection, to choose from.
+        ridge, steps: of the queries and keys, see `score_fit.solve`.
+        stride: of the queries every so many rows count, in each sequence from another one on.
+        received: by how much a token counts in the moments for the attention that it gets: with weight
+            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
+        weighted: keys are weighted by the energy of their queries.
+    """
+
+    refit: tuple[str, ...] = ("q", "k", "v", "o")
+    rounds: int = 1
+    sequential: bool = True
+    ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    ridge: float = 1e-3
+    steps: int = 6
+    stride: int = 4
+    received: float = 0.5
+    weighted: bool = True
+
+
+@dataclass
+class Seen:
+    """What is known of a layer before it is converted: lists have an entry for each sequence.
+
+    Attributes:
+        base: calls of the base's attention, x and output in the base.
+        x: the layer's input in the converted model [T, n], with ones where projections have biases.
+        calls: attention calls of the old weights on that input.
+        loud: root mean square of the base's hidden states [T]: errors count relative to it.
+        pieces: rows, base's attention of these rows, and its scores.
+    """
+
+    base: list[Call] = field(default_factory=list)
+    x: list[torch.Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    loud: list[torch.Tensor] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass
+class Scores:
+    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
+
+    call: Call
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        query, key = self.call.query, self.call.key
+        keys = key.repeat_interleave(len(query) // len(key), dim=0)
+        return (query[:, self.rows] @ keys.mT * scale_of(self.call)).masked_fill_(self.weights == 0, 0.0)
+
+
+def scale_of(call: Call) -> float:
+    scale = call.settings.get("scaling")
+    return call.query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def project(heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
+    return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
+
+
+def held_back(place: int, count: int) -> bool:
+    """Whether a sequence is held back: every sixth, of few the last."""
+    return place % HELD == HELD - 1 or (count < HELD and place == count - 1)
+
+
+def apart(pieces: list) -> tuple[list, list]:
+    marks = [held_back(place, len(pieces)) for place in range(len(pieces))]
+    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
+        p for p, held in zip(pieces, marks, strict=True) if held
+    ]
+
+
+def share(lost: float, energy: float) -> float:
+    return round(lost / energy, 6) if energy else 0.0

@@ -1,0 +1,79 @@
+"""What every merge of KV heads is made of: who shares with whom, and weights with their biases as one matrix."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .anatomy import LayerAnatomy
+    from .layers import AttentionLayer
+
+
+def group_members(facts: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
+    """For each new KV head, the old KV heads it replaces, each with the query heads that read it there.
+
+    Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
+    """
+    size = facts.heads // groups
+    members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
+    for query in range(facts.heads):
+        members[query // size].setdefault(query // facts.group, []).append(query)
+    return members
+
+
+def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
+    """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
+    shared = gcd(*counts)
+    weights = [count // shared for count in counts]
+    first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
+    apart = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
+    return first + apart / sum(weights)
+
+
+def first_head(heads: Tensor, counts: list[int]) -> Tensor:
+    return heads[0]
+
+
+def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
+    """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
+    facts = layer.facts
+    queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
+    moved = {}
+    for name, tensor in layer.tensors().items():
+        if name == "o":
+            moved[name] = tensor[:, queries]
+        else:
+            moved[name] = tensor[order if name.startswith(("k", "v")) else queries]
+    return layer.replace(**moved)
+
+
+def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
+    """Root mean square of merged keys over that of the old ones, as white inputs would give it.
+
+    A norm over the whole projection divides by this number, so its weight is multiplied by it.
+    """
+    import torch
+
+    energy = old.square().mean()
+    return float((torch.stack(new).square().mean() / energy).sqrt()) if energy else 1.0
+
+
+def with_bias(layer: AttentionLayer, part: str) -> Tensor:
+    """q, k or v in float64, the bias as one more input column: [heads, d, D] or [heads, d, D + 1]."""
+    import torch
+
+    weight, bias = getattr(layer, part).double(), getattr(layer, f"{part}_bias")
+    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
+
+
+def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, Tensor]:
+    """The inverse of `with_bias`, rounded once to the stored dtype."""
+    import torch
+
+    heads, weight, bias = torch.stack(heads), getattr(layer, part), getattr(layer, f"{part}_bias", None)
+    if bias is None:
+        return {part: heads.to(weight.dtype)}
+    return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}
