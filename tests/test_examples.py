@@ -100,3 +100,35 @@ def test_bench_gates(tmp_path):
         row = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
         assert row[0] == "512"
         assert float(row[5]) < 1 if not mode else float(row[5]) > 0
+
+
+@pytest.mark.slow
+@needs_demo
+def test_bench_sparse(tmp_path):
+    ways = ("pooled gamma=1.0 block=64", "streaming sinks=64 window=64 block=64")
+    few = ("--lengths", "512", "--runs", "1", "--ways", *ways)
+    printed = run("bench_sparse.py", *few, "--layers", "6", cwd=tmp_path)
+    same, narrow = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
+    assert (same[1], same[5]) == ("100.0%", "0.00%")
+    assert float(narrow[1].rstrip("%")) < 70
+    assert float(narrow[5].rstrip("%")) > 0
+    printed = run("bench_sparse.py", *few, "--whole", cwd=tmp_path)
+    same, narrow = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
+    assert float(same[3]) < 1e-4 < float(narrow[3])
+
+
+@pytest.mark.slow
+@needs_demo
+def test_sparse_table(tmp_path):
+    few = ("--length", "768", "--needle-length", "512", "--needles", "3", "--windows", "1", "--runs", "1")
+    few += ("--dense-below", "128", "--densities", "0.6", "1.0", "--methods", "sampled", "streaming")
+    printed = run("sparse_table.py", *few, "--out", "t.json", "--plot", "t.png", cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-4:]]
+    assert [row[0] for row in rows] == ["0.6", "0.6", "1", "1"]
+    for row in rows[2:]:  # all blocks: the dense model
+        assert row[3] == "100.0%"
+        assert float(row[6].rstrip("%")) < 0.1
+        assert abs(float(row[7])) < 1e-3
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    again = run("sparse_table.py", *few, "--out", "t.json", cwd=tmp_path)
+    assert again == printed, "the second time all is known"
