@@ -241,15 +241,19 @@ def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, ridge: 
     before = loss(start)
     best, lowest, taken = start, before, 0
     weight, residual = start, problem.target(start)[0] - problem.product(start)
-    direction, size = None, 1.0
+    direction, size, first = None, 1.0, 0.0
     for step in range(steps):
         better = precondition(residual)
         now = float((residual * better).sum())
-        if now <= 0:
+        first = first or now
+        if now <= 1e-28 * first:  # solved, to the last bits
             break
         direction = better if direction is None else better + now / size * direction
         size, curved = now, product(direction)
-        length = size / float((direction * curved).sum())
+        curvature = float((direction * curved).sum())
+        if curvature <= 0:  # rounding: there is no direction left
+            break
+        length = size / curvature
         weight, residual = weight + length * direction, residual - length * curved
         here = loss(weight)
         if here < lowest:
