@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from families import one_thread  # noqa: F401
 
 from surgery.runtime.surgery_estimators import METHODS, choose, settings_problems, with_defaults
-from tests.families import one_thread  # noqa: F401
 
 # heads, KV heads, tokens, queries (the last of them), block
 SHAPES = [

@@ -31,7 +31,8 @@ REORDERED = ("mqa", "kv_heads=2", "grouping=similarity")  # leaves a record of e
 FAST = ("--no-check", "--no-eval", "--quiet")
 FORKS = sys.platform == "linux"
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is started with it ignored
 import surgery
 from surgery import cli
 surgery.plan("mqa", sys.argv[1])  # imports what a conversion imports; nothing is computed, so no threads are lost
