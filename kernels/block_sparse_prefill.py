@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 
 from .common import (  # isort: skip
-    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
-    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
+    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "block_sparse_prefill"
@@ -233,9 +233,7 @@ def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=
         places = torch.arange(first, first + n - hidden, device=query.device)
         for at, place in enumerate(places.split(_pieces(first, n - hidden, block))):
             rows = query[row, :, place - first + hidden].to(wide)
-            scores = rows @ keys.mT * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+            scores = capped(rows @ keys.mT * scale, softcap)
             if bias is not None:
                 scores = scores + bias[row, :, None, skipped:].to(wide)
             position = torch.arange(keys.shape[1], device=query.device)
@@ -244,9 +242,7 @@ def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=
                 seen = seen & kept[row, :, at].repeat_interleave(block, dim=-1)[:, None, : len(position)]
             else:
                 seen = torch.zeros_like(seen)
-            scores = scores.masked_fill(~seen, -torch.inf)
-            lse = scores.logsumexp(-1)
-            p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+            p, lse = masked_softmax(scores, seen)
             made.append((p @ values).to(query.dtype))
             found.append(lse)
         outs.append(torch.cat(made, dim=1))

@@ -151,6 +151,36 @@ def put(pair, out, lse):
     return tuple(new if old is None else old.copy_(new) for new, old in zip(pair, (out, lse), strict=True))
 
 
+def capped(scores, softcap: float | None):
+    """Soft-capped scores of a reference; as they are where there is no cap."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def masked_softmax(scores, seen):
+    """A reference's weights and natural log-sum-exp over the last dimension: 0 and -inf where no key is seen."""
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp(), lse
+
+
+def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dtype, name: str) -> dict:
+    """`variants` of a prefill kernel that needs no lists of blocks.
+
+    Args:
+        types: of the arguments that it has beside query, keys, values, output and log-sum-exp.
+    """
+    rows, keys, warps, stages = tile
+    types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32"} | types
+    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
+    fixed["PRECISION"] = precision(dtype, name)
+    options = {"num_warps": warps, "num_stages": stages}
+    plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}
+    return {
+        "plain": (kernel, types, fixed | plain, options),
+        "pad, soft-cap": (kernel, types | {"PAD": "*i64"}, fixed | full, options),
+    }
+
+
 def factors(scale: float, softcap: float | None) -> tuple[float, float]:
     """`factor` and `cap` of `tile_scores`, which works in base 2."""
     if softcap is None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from .common import (  # isort: skip
-    TILES, check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
-    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    TILES, capped, check, factors, jit, load_tile, of_prefill, on_device, outputs, padded_size, precision, put,
+    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "gathered_heads"
@@ -129,16 +129,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := tiles(head_dim, dtype, name, OWN_TILES)) is None:
         return {}
-    rows, keys, warps, stages = tile
-    types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32", "LISTED": "*i32", "COUNTS": "*i32"}
-    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
-    fixed["PRECISION"] = precision(dtype, name)
-    options = {"num_warps": warps, "num_stages": stages}
-    plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}
-    return {
-        "plain": (_attend, types, fixed | plain, options),
-        "pad, soft-cap": (_attend, types | {"PAD": "*i64"}, fixed | full, options),
-    }
+    return of_prefill(_attend, tile, {"LISTED": "*i32", "COUNTS": "*i32"}, head_dim, dtype, name)
 
 
 def reference(query, key, value, on, scale, *, pad=None, softcap=None):
@@ -157,9 +148,7 @@ def reference(query, key, value, on, scale, *, pad=None, softcap=None):
             keys, values = (part[row, head // group, skipped:].to(wide) for part in (key, value))
             place = token + length - n - skipped
             token, place = token[place >= 0], place[place >= 0]
-            scores = query[row, head, token].to(wide) @ keys.mT * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+            scores = capped(query[row, head, token].to(wide) @ keys.mT * scale, softcap)
             later = torch.arange(len(keys), device=query.device) > place[:, None]
             scores = scores.masked_fill(later, -torch.inf)
             at = (torch.tensor(row, device=query.device), torch.tensor(head, device=query.device), token)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from .common import (  # isort: skip
-    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
-    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
+    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "split_decode"
@@ -291,12 +291,8 @@ def reference(query, full, ring: Ring | None, table, scale, *, pad=None, softcap
                 seen = seen & (newest - pad[:, None] - position < ring.limit)
         rows, hidden = query[:, first : first + group, 0].to(wide), ~seen[:, :, None]
         keys, values = (part[:, place].to(wide).masked_fill(hidden, 0.0) for part in (keys, values))
-        scores = torch.einsum("bgd,bjd->bgj", rows, keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
-        lse = scores.logsumexp(-1)
-        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        scores = capped(torch.einsum("bgd,bjd->bgj", rows, keys) * scale, softcap)
+        p, lse = masked_softmax(scores, seen[:, None])
         outs.append(torch.einsum("bgj,bjd->bgd", p, values))
         lses.append(lse)
     return torch.cat(outs, 1)[:, :, None].to(query.dtype), torch.cat(lses, 1)[:, :, None]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from .common import (  # isort: skip
-    check, factors, jit, load_tile, on_device, outputs, padded_size, precision, put, said_once, softmax_end,
-    softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    capped, check, factors, jit, load_tile, masked_softmax, of_prefill, on_device, outputs, padded_size, precision,
+    put, said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "streaming_prefill"
@@ -130,16 +130,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := tiles(head_dim, dtype, name)) is None:
         return {}
-    rows, keys, warps, stages = tile
-    types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32"}
-    fixed = {"GROUP": 3, "D": head_dim, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
-    fixed["PRECISION"] = precision(dtype, name)
-    options = {"num_warps": warps, "num_stages": stages}
-    plain, full = {"CAPPED": False, "PADDED": False, "PAD": None}, {"CAPPED": True, "PADDED": True}
-    return {
-        "plain": (_attend, types, fixed | plain, options),
-        "pad, soft-cap": (_attend, types | {"PAD": "*i64"}, fixed | full, options),
-    }
+    return of_prefill(_attend, tile, {}, head_dim, dtype, name)
 
 
 def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, pad=None, softcap=None):
@@ -157,17 +148,13 @@ def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, 
     grouped, outs, lses = query.unflatten(1, (kv_heads, heads // kv_heads)), [], []
     for first in range(0, n, 128):
         rows = grouped[:, :, :, first : first + 128].to(wide)
-        scores = torch.einsum("bkgid,bkjd->bkgij", rows, keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = capped(torch.einsum("bkgid,bkjd->bkgij", rows, keys) * scale, softcap)
         distance = (of_key[:, length - n + first :][:, : rows.shape[3], None] - of_key[:, None])[:, None, None]
         place = of_key[:, None, None, None]
         seen = (place >= 0) & (distance >= 0) & ((distance < window) | (place < sinks))
         if limit is not None:
             seen = seen & (distance < limit)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        lse = scores.logsumexp(-1)
-        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        p, lse = masked_softmax(scores, seen)
         outs.append(torch.einsum("bkgij,bkjd->bkgid", p, values).masked_fill((lse == -torch.inf)[..., None], 0.0))
         lses.append(lse)
     return torch.cat(outs, 3).flatten(1, 2).to(query.dtype), torch.cat(lses, 3).flatten(1, 2)
