@@ -91,12 +91,8 @@ def layers(args, path, length: int, tokens) -> None:
         times = [timed(way.kept, query, key, scaling) for _ in range(args.runs)]
         kept = way.kept(query, key, scaling)
         out, _, _ = way.attend(query, key, value, None, scaling, None)
-        off = module.o_proj(out.transpose(1, 2).flatten(2)) - right
-        beyond = slice(way.dense_below, None)
-        row["error"].append((off.norm(dim=-1) / right.norm(dim=-1))[:, beyond].mean().item())
-        row["read"].append(
-            kept.float().mean((0, 1)).sum().item() / kept[0, 0].numel() ** 0.5 * 2 / (kept.shape[-1] + 1)
-        )
+        row["error"].append(error(module, out, right, way.dense_below))
+        row["read"].append(share_read(kept))
         row["estimator"].append(statistics.median(times))
         row["all"].append(seconds)
 
@@ -144,6 +140,23 @@ def whole(args, path, length: int, tokens) -> None:
             kl = (logp.exp() * (logp - logq)).sum(-1).mean().item()
             base, ours = (statistics.median(times[name]) for name in ("stock", "sparse"))
             print(f"| {way} | {ours:.1f} (stock {base:.1f}) | {base / ours:.2f} | {kl:.4f} |", flush=True)
+
+
+def share_read(kept) -> float:
+    """Blocks that are read, of those that causal attention reads, in a prompt in one piece."""
+    read = kept.float().mean((0, 1))
+    return (read.sum() / read.new_ones(read.shape).tril().sum()).item()
+
+
+def error(module, out, right, first: int) -> float:
+    """|x - right| / |right| of a row of a layer's output x, the mean over the rows from `first` on.
+
+    Args:
+        out: [batch, heads, n, head_dim], of the attention of `module`.
+        right: [batch, n, hidden], the dense attention's after the output projection.
+    """
+    off = module.o_proj(out.transpose(1, 2).flatten(2)) - right
+    return (off.norm(dim=-1) / right.norm(dim=-1))[:, first:].mean().item()
 
 
 def timed(function, *args, **kwargs) -> float:

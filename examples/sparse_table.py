@@ -20,11 +20,11 @@ there.
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from bench_sparse import error, share_read, timed
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -71,13 +71,10 @@ def watch(model, tokens, layers: list[int]) -> list[tuple]:
     return found
 
 
-def share_read(entry: dict, seen: list[tuple]) -> float:
-    """Blocks that are read of those that causal attention reads, the mean over the layers."""
-    way, shares = Sparse.of(entry), []
-    for _, query, key, _, scaling, _ in seen:
-        kept = way.kept(query, key, scaling).float().mean((0, 1))
-        shares.append((kept.sum() / torch.ones_like(kept).tril(kept.shape[1] - kept.shape[0]).sum()).item())
-    return statistics.mean(shares)
+def mean_read(entry: dict, seen: list[tuple]) -> float:
+    """The share of blocks that is read, the mean over the layers."""
+    way = Sparse.of(entry)
+    return statistics.mean(share_read(way.kept(query, key, scaling)) for _, query, key, _, scaling, _ in seen)
 
 
 def sought(name: str, target: float, options, seen) -> dict:
@@ -89,7 +86,7 @@ def sought(name: str, target: float, options, seen) -> dict:
     for _ in range(9):
         middle = (least + most) // 2 if whole else (least + most) / 2
         entry = {"method": method, setting: middle, **rest}
-        read = share_read(entry, seen)
+        read = mean_read(entry, seen)
         if best is None or abs(read - target) < abs(best[0] - target):
             best = read, entry
         if abs(read - target) < 0.005 or (whole and least == most):
@@ -101,25 +98,17 @@ def sought(name: str, target: float, options, seen) -> dict:
     return best[1]
 
 
-def timed(function, *args) -> tuple[float, object]:
-    began = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - began, result
-
-
 def of_layers(entry: dict, seen, options) -> dict:
     """How fast, and how far off, in the layers that were watched."""
     way, speeds, errors, estimators = Sparse.of(entry), [], [], []
     for module, query, key, value, scaling, right in seen:
         dense = partial(sdpa, query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         sparse = partial(way.attend, query, key, value, None, scaling, None)
-        times = [
-            (timed(dense)[0], timed(sparse), timed(way.kept, query, key, scaling)[0]) for _ in range(options.runs)
-        ]
-        speeds.append(statistics.median(one / other[0] for one, other, _ in times))
+        kept = partial(way.kept, query, key, scaling)
+        times = [(timed(dense), timed(sparse), timed(kept)) for _ in range(options.runs)]
+        speeds.append(statistics.median(one / other for one, other, _ in times))
         estimators.append(statistics.median(kept / one for one, _, kept in times))
-        off = module.o_proj(times[0][1][1][0].transpose(1, 2).flatten(2)) - right
-        errors.append((off.norm(dim=-1) / right.norm(dim=-1))[:, options.dense_below :].mean().item())
+        errors.append(error(module, sparse()[0], right, options.dense_below))
     names = ("times as fast", "estimator", "error")
     return dict(zip(names, map(statistics.mean, (speeds, estimators, errors)), strict=True))
 
@@ -187,7 +176,7 @@ def measure(options, done: dict) -> None:
             key = f"{density} {name}"
             if key not in done["rows"]:
                 entry = sought(name, density, options, seen)
-                row = {"entry": entry, "read": share_read(entry, seen), **of_layers(entry, seen, options)}
+                row = {"entry": entry, "read": mean_read(entry, seen), **of_layers(entry, seen, options)}
                 patch(model, {"layers": [{"sparse": entry}] * model.config.num_hidden_layers})
                 row["nats"] = loss(model, ids, options.dense_below) - done["base"]["loss"]
                 outcomes = run_needles(model, asked)
