@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from .errors import SurgeryError
+
 if TYPE_CHECKING:
     from .anatomy import Anatomy, LayerAnatomy
     from .layers import AttentionLayer
@@ -56,6 +58,21 @@ class Context:
     tokenizer: Any = None
     after: Anatomy | None = None
     folder: Path | None = None
+
+    def tokenizer_for(self, what: str, where: str, otherwise: str = "") -> Any:
+        """The tokenizer.
+
+        Args:
+            what: the error where there is none: what needs it.
+            otherwise: what works without it, in words after the way to give it.
+
+        Raises:
+            SurgeryError: there is none.
+        """
+        if self.tokenizer is None:
+            fix = f"surgery.apply(recipe, model, tokenizer=tokenizer){otherwise}"
+            raise SurgeryError(what, where=where, fix=fix)
+        return self.tokenizer
 
 
 class Operation(BaseModel):

@@ -13,6 +13,7 @@ from ..anatomy import Anatomy
 from ..layers import unpack
 from ..pruning import lost_share, refit_output
 from .layerwise import Layerwise
+from .statistics import Moments
 
 
 def refit(
@@ -54,11 +55,10 @@ def refit(
 
 def second_moments(rows) -> torch.Tensor:
     """Σ z zᵀ in float64 over pieces [rows, n]."""
-    total = None
+    moments = Moments()
     for piece in rows:
-        wide = piece.double()
-        total = wide.T @ wide if total is None else total.addmm_(wide.T, wide)
-    return total
+        moments.add(piece)
+    return moments.total
 
 
 def _refit_layer(model, facts, gone: list[int], run: Layerwise, ridge: float):

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 
 from ..engines import refuse_non_finite, write_layers
-from ..errors import SurgeryError
 from ..layers import AttentionLayer, pack, unpack
 from ..merging import permute_kv_heads
 from ..operation import Context
@@ -40,14 +39,10 @@ def share_kv_heads(
     Returns:
         A record of each layer, by its path.
     """
-    if context.tokenizer is None:
-        raise SurgeryError(
-            "method: closed_form needs the tokenizer, for its calibration text",
-            where="gqa",
-            fix="surgery.apply(recipe, model, tokenizer=tokenizer); or method: mean",
-        )
+    what = "method: closed_form needs the tokenizer, for its calibration text"
+    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
-    sequences = calibration_pieces(model, context.tokenizer, *text)
+    sequences = calibration_pieces(model, tokenizer, *text)
     layers = [_layer_of(model, facts) for facts in before.layers]
     records: list[dict] = [{} for _ in layers]
     if orders:

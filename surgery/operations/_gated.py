@@ -90,14 +90,9 @@ class Gated(Operation):
         from ..runtime.modeling_surgery import attention_modules, patch
 
         if self._measures or any(layer.shared for layer in planned.values()):
-            if context.tokenizer is None:
-                raise SurgeryError(
-                    "calibration text needs the tokenizer",
-                    where=self.op,
-                    fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
-                )
+            tokenizer = context.tokenizer_for("calibration text needs the tokenizer", self.op)
             asked = self.text, self.calibration_length, self.calibration_samples
-            sequences = calibration_pieces(model, context.tokenizer, *asked)
+            sequences = calibration_pieces(model, tokenizer, *asked)
             settings = {"score": self.score, "router": self.router, "seed": self.seed}
             found, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
         else:

@@ -115,15 +115,12 @@ class DuoAttention(Operation):
     def _measure(self, model, context: Context) -> HeadScores:
         if self.streaming_ratio in (0.0, 1.0) and not self.per_layer_min_retrieval:
             return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
-        if context.tokenizer is None:
-            raise SurgeryError(
-                "measuring heads needs the tokenizer",
-                where="duo_attention",
-                fix="surgery.apply(recipe, model, tokenizer=tokenizer), or a score file (scores: FILE)",
-            )
+        tokenizer = context.tokenizer_for(
+            "measuring heads needs the tokenizer", self.op, ", or a score file (scores: FILE)"
+        )
         return score(
             model,
-            context.tokenizer,
+            tokenizer,
             self.scores,
             sinks=self.sinks,
             window=self.window,

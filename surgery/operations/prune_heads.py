@@ -251,14 +251,10 @@ class PruneHeads(Operation):
         scored = self.heads is None and self.scores in MEASURED
         if not (self.refit or scored):
             return None
-        if context.tokenizer is None:
-            raise SurgeryError(
-                "measuring heads and refitting need the tokenizer",
-                where="prune_heads",
-                fix="surgery.apply(recipe, model, tokenizer=tokenizer); or scores: magnitude with refit: false",
-            )
+        otherwise = "; or scores: magnitude with refit: false"
+        tokenizer = context.tokenizer_for("measuring heads and refitting need the tokenizer", self.op, otherwise)
         count = self.calibration_samples if self.refit else self.score_samples
-        return calibration_pieces(model, context.tokenizer, self.calibration_text, self.calibration_length, count)
+        return calibration_pieces(model, tokenizer, self.calibration_text, self.calibration_length, count)
 
     def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
         if self.heads is not None:

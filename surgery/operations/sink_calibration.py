@@ -244,16 +244,11 @@ class SinkCalibration(Operation):
         from ..calibration.sequences import calibration_pieces
         from ..evaluation.choosing import fitting_questions
 
-        if context.tokenizer is None:
-            raise SurgeryError(
-                "calibration needs the tokenizer",
-                where="sink_calibration",
-                fix="surgery.apply(recipe, model, tokenizer=tokenizer)",
-            )
+        tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)
         if self.labelled is not None:
-            return fitting_questions(self.labelled, context.tokenizer, model)
+            return fitting_questions(self.labelled, tokenizer, model)
         asked = self.text, self.calibration_length, self.calibration_samples
-        return calibration_pieces(model, context.tokenizer, *asked)
+        return calibration_pieces(model, tokenizer, *asked)
 
     def _entry(self, layer: LayerAnatomy, targets: dict[int, list[int]]) -> dict[str, Any]:
         """A layer's entry in the `surgery` block. Keys and values are per KV head, as the first token's are."""

@@ -269,12 +269,7 @@ class SparsePrefill(Operation):
     def _search(self, model, context: Context):
         from ..calibration.patterns import search_patterns
 
-        if context.tokenizer is None:
-            raise SurgeryError(
-                "searching patterns needs the tokenizer",
-                where="sparse_prefill",
-                fix="surgery.apply(recipe, model, tokenizer=tokenizer), or give patterns",
-            )
+        tokenizer = context.tokenizer_for("searching patterns needs the tokenizer", self.op, ", or give patterns")
         asked = {"density": self.density or 0.2, "block": self.block}
         asked |= {"samples": self.calibration_samples, "length": self.calibration_length}
-        return search_patterns(model, context.tokenizer, **asked, progress=context.progress)
+        return search_patterns(model, tokenizer, **asked, progress=context.progress)

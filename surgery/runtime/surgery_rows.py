@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .surgery_heads import slices
+from .surgery_softmax import fused
 
 # Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
 LEAF = 384  # gathered query rows that attend together under a mask
@@ -68,10 +69,10 @@ def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     if len(used) == kv_heads:
         return None
     rows = query.reshape(1, kv_heads, group, size)
-    out, kernel = torch.zeros_like(rows), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out = torch.zeros_like(rows)
     for heads in slices(used) if used else ():
         near = (part[:, heads] for part in (rows, keys, values))
-        out[:, heads] = kernel(*near, 0.0, False, scale=scale)[0]
+        out[:, heads] = fused(*near, scale, with_lse=True)[0]
     if call.work is not None:
         work = 2 * size * length * group
         call.work.add("attention", work * len(used), work * kv_heads)
@@ -126,7 +127,6 @@ def _lse_dtype(query) -> torch.dtype:
 def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [r, head_dim] and log-sum-exp [r] of the CPU's flash attention to the keys from `first` to `end` - 1."""
     near = (part[:, :, first:end] for part in (keys, values))
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    bias = None if bias is None else bias[None, None]
-    out, lse = kernel(query[None, None], *near, 0.0, False, attn_mask=bias, scale=scale)
+    seen = None if bias is None else bias[None, None]
+    out, lse = fused(query[None, None], *near, scale, with_lse=True, seen=seen)
     return out[0, 0], lse[0, 0]
