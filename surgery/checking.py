@@ -17,7 +17,7 @@ from pathlib import Path
 from .anatomy import Anatomy
 from .checkpoint import Checkpoint
 from .errors import SurgeryError
-from .folder import read_json
+from .folder_code import FOREIGN, look_at_code
 from .output import sha256
 from .report import Report
 from .scoring import no_class, too_big
@@ -26,7 +26,6 @@ from .structure import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 PROBE_LENGTH, GENERATED = 24, 8
 SPARSE_BLOCKS = 4  # of queries that the probe has beyond where prefill becomes sparse
 PACKAGE = str(Path(__file__).parents[1])  # where door 1 finds this package
-FOREIGN = "the code in the folder is not this version's"
 MEASURED = "measured"  # a figure to read: what is too much is the gate's business
 
 
@@ -76,43 +75,20 @@ def _look_into(folder: Path, base: str | Path | None, memory: int | None, progre
         return [Item("structure", FAILED, str(error))]
     items.append(check_finite(checkpoint, progress))
     items.append(Item("shapes against config", *compare_shapes(folder, anatomy, checkpoint)))
-    fault = ""
+    own = True
     if anatomy.surgical:
-        fault = foreign_code(folder)
-        items.append(Item("runtime files", FAILED if fault else PASSED, fault or "byte for byte this version's"))
+        status, detail = look_at_code(folder)
+        items.append(Item("runtime files", status, detail))
+        own = status == PASSED
     needed = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
     reason = no_class(folder) or too_big(needed, memory)
     if not reason:
-        return items + check_door(folder, anatomy, base, fault)
+        return items + check_door(folder, anatomy, base, own)
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
     if base is not None:
         items.append(Item("logits against base", NOT_RUN, reason))
     return [*items, Item("layers one by one", *run_layers(folder, anatomy, checkpoint))]
-
-
-def foreign_code(folder: Path) -> str:
-    """Why the code in a surgical folder may not be run, or "": it must be this package's own, byte for byte.
-
-    With trust, Transformers runs what `auto_map` names, what that imports, and `custom_generate/generate.py`. Other
-    .py files beside them, carried from the base, are never run.
-    """
-    from .runtime import modeling_surgery
-
-    package = Path(modeling_surgery.__file__).parent
-    own = modeling_surgery.FILES
-    for name in own:
-        if not (folder / name).is_file() or sha256(folder / name) != sha256(package / name):
-            fault = "differs" if (folder / name).is_file() else "is missing"
-            return f"{FOREIGN}: {name} {fault}"
-    config = read_json(folder / "config.json")
-    named = config.get("auto_map") or {}
-    named = [entry for value in named.values() for entry in (value if isinstance(value, list) else [value])]
-    if other := [entry for entry in named if str(entry).partition(".")[0] != Path(own[0]).stem]:
-        return f"{FOREIGN}: auto_map names {other[0]}"
-    if (folder / "custom_generate").exists():
-        return f"{FOREIGN}: it has custom_generate"
-    return ""
 
 
 def passed(items: list[Item]) -> bool:
@@ -161,11 +137,11 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     return Item("finite values", PASSED, f"{seen} tensors")
 
 
-def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, fault: str = "") -> list[Item]:
+def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, own: bool = True) -> list[Item]:
     """Load and generate in a fresh process with stock Transformers, and compare logits with the base there.
 
     Args:
-        fault: why the code in a surgical folder is not run; then it is loaded with this package's.
+        own: the code in a surgical folder is this version's; else it is not run, and the package's is.
     """
     import torch
 
@@ -182,14 +158,14 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, fault: s
             return facts | door | {"logits": os.path.join(scratch, name)}
 
         door_1 = job(folder, "package", package=PACKAGE)
-        jobs = [door_1 if fault else job(folder, "new", trust=anatomy.surgical)]
+        jobs = [job(folder, "new", trust=anatomy.surgical) if own else door_1]
         if base is not None:
             jobs.append(job(base, "base"))
         results = run_doors(jobs)
         name = "loads with trust_remote_code" if anatomy.surgical else "loads with stock Transformers"
-        items = [Item(name, NOT_RUN, FOREIGN)] if fault else []
-        items += _door_items(results[0], "loads with surgery.load" if fault else name)
-        if anatomy.surgical and not fault:
+        items = [] if own else [Item(name, NOT_RUN, FOREIGN)]
+        items += _door_items(results[0], name if own else "loads with surgery.load")
+        if anatomy.surgical and own:
             items.append(_same([*run_doors([door_1]), results[0]], [door_1["logits"], jobs[0]["logits"]]))
         if base is not None:
             items.append(_compare(results, [job["logits"] for job in jobs]))

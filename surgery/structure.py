@@ -16,6 +16,7 @@ from .errors import SurgeryError
 from .families import LAYER_PATHS
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+NOTED = "noted"  # no fault, and to be known
 PROBE = 16  # tokens of the random input of a layer
 # What may stand before a module's own name: the parents of the layer lists of families.py, the longest first.
 _PARENTS = {path.rpartition(".")[0] for paths in LAYER_PATHS.values() for path in paths}

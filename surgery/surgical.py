@@ -6,13 +6,13 @@ model.
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import SurgeryError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .anatomy import Anatomy, LayerAnatomy
 
 PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
@@ -89,18 +89,18 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from .runtime import modeling_surgery as runtime
+    from .runtime.surgery_block import parts_of
+    from .runtime.surgery_parts import carry
 
     kind = anatomy.model_type
     config, model = (
         runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
-    code = Path(runtime.__file__)
-    for name in runtime.FILES:
-        shutil.copyfile(code.with_name(name), folder / name)
+    carry(parts_of(entries), folder)
     return raw | {
         "model_type": runtime.NAME,
         "architectures": [model],
-        "auto_map": {"AutoConfig": f"{code.stem}.{config}", "AutoModelForCausalLM": f"{code.stem}.{model}"},
+        "auto_map": runtime.auto_map(config, model),
         runtime.NAME: raw.get(runtime.NAME, {})
         | {"format": runtime.FORMAT, "base_model_type": kind, "layers": entries},
     }

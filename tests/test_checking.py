@@ -20,7 +20,7 @@ from surgery.checking import Item, passed
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.evaluation.perplexity import evaluate
-from surgery.runtime.modeling_surgery import FILES, patch
+from surgery.runtime.modeling_surgery import patch
 from surgery.structure import compare_shapes, names_in_memory, run_layers
 
 EVIL = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"
@@ -70,12 +70,13 @@ def test_code_of_a_folder_does_not_run_and_nobody_is_asked(model, monkeypatch):
 def test_a_surgical_folder_of_ours(split):
     items = items_of(split)
     assert {item.status for name, item in items.items() if name != "layers one by one"} == {"passed"}
-    assert items["runtime files"].detail == "byte for byte this version's"
+    assert items["runtime files"].detail == "9 files, byte for byte this version's"
     assert type(scoring.load_model(split)).__name__ == "SurgeryLlamaForCausalLM"
 
 
 def spoil_runtime(folder: Path, mark: Path) -> None:
-    (folder / FILES[1]).write_text(EVIL.format(str(mark)) + (folder / FILES[1]).read_text())
+    code = folder / "surgery_attention.py"
+    code.write_text(EVIL.format(str(mark)) + code.read_text())
 
 
 def spoil_auto_map(folder: Path, mark: Path) -> None:

@@ -11,7 +11,7 @@ import surgery
 from surgery.calibration.head_scores import HeadScores
 from surgery.checking import run_doors
 from surgery.errors import SurgeryError
-from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime.surgery_parts import code_of
 
 SPLIT = (
     "streaming_ratio=0.5",
@@ -43,7 +43,7 @@ def test_through_the_command(surgery, split, model):
     assert config["model_type"] == "surgery"
     assert config["architectures"] == ["SurgeryLlamaForCausalLM"]
     files = {path.name for path in split.glob("*.py")}
-    assert files == set(runtime.FILES)
+    assert files == set(code_of([]))
     card = (split / "README.md").read_text()
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)

@@ -12,6 +12,7 @@ STATUS_STYLE = {
     "passed": "green",
     "failed": "bold red",
     "measured": "cyan",
+    "noted": "yellow",
     "not run": "yellow",
     "skipped": "yellow",
 }

@@ -1,8 +1,9 @@
 """The model class of a surgical checkpoint, made at load time from the class of its base.
 
 `SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
-`generate`, peft and the rest of Transformers work on it as on the base. This file and those it imports travel with the
-checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a checkpoint needs nothing else.
+`generate`, peft and the rest of Transformers work on it as on the base. This file, those it imports and the parts that
+the surgery uses (surgery_parts.py) travel with the checkpoint; they import torch and transformers alone. With
+`trust_remote_code=True` a checkpoint needs nothing else.
 
 What the surgery did is in the config's `surgery` block (see surgery_block.py).
 """
@@ -27,48 +28,18 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
-from .surgery_block import FORMAT, IDENTITY, NAME, head_kinds, validate
+from .surgery_block import FORMAT, IDENTITY, NAME, TERMS, head_kinds, parts_of, validate
 from .surgery_cache import CACHE, SurgeryCache, give_cache
 from .surgery_heads import query_groups
 from .surgery_masks import surgery_mask
-from .surgery_prefill import attach_sparse
-from .surgery_skipping import attach_gate
-from .surgery_terms import register_terms
+from .surgery_parts import ENTRY, OF_LAYERS, carry, part
 
 PREFIX = "Surgery"
-FILES = (
-    "modeling_surgery.py",
-    "surgery_attention.py",
-    "surgery_block.py",
-    "surgery_blocks.py",
-    "surgery_cache.py",
-    "surgery_estimate_block_topk.py",
-    "surgery_estimate_flexprefill.py",
-    "surgery_estimate_hierarchical.py",
-    "surgery_estimate_max_threshold.py",
-    "surgery_estimate_pooled.py",
-    "surgery_estimate_sampled.py",
-    "surgery_estimate_streaming.py",
-    "surgery_estimate_vertical_slash.py",
-    "surgery_estimate_xattention.py",
-    "surgery_estimators.py",
-    "surgery_gates.py",
-    "surgery_heads.py",
-    "surgery_masks.py",
-    "surgery_prefill.py",
-    "surgery_rows.py",
-    "surgery_sinks.py",
-    "surgery_skipping.py",
-    "surgery_softmax.py",
-    "surgery_sparse.py",
-    "surgery_stores.py",
-    "surgery_terms.py",
-    "surgery_token.py",
-)
 
 # The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
 # or another version: the name tells them apart, so that a model calls the functions it was loaded with.
-_CODE = __name__.encode() + b"".join(Path(__file__).with_name(file).read_bytes() for file in FILES)
+_FILES = [Path(__file__), *sorted(Path(__file__).parent.glob("surgery_*.py"))]
+_CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)
 AttentionMaskInterface.register(ATTENTION, surgery_mask)
@@ -88,9 +59,12 @@ def attach(model) -> None:
         layer = layers[module.layer_idx]
         for name, shape in layer.get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
-        register_terms(module, layer)
-        attach_gate(module, layer, query_groups(model.config, layer))
-        attach_sparse(module, layer, query_groups(model.config, layer))
+        _register(module, layer)
+        used, before = parts_of([layer]), getattr(module, "surgery_parts", ())
+        for name in OF_LAYERS:
+            if name in used or name in before:  # one that is used no longer takes itself away
+                part(name).attach(module, layer, query_groups(model.config, layer))
+        module.surgery_parts = tuple(used)
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(give_cache, with_kwargs=True)
@@ -131,6 +105,22 @@ def _resize(model, module, name: str, shape: torch.Size) -> None:
         model._init_weights(owner)
 
 
+def _register(module, layer: dict) -> None:
+    """Give an attention module the parameters that its entry in the surgery block names, with values that do nothing.
+
+    A parameter that is there already, of this shape, keeps its values.
+    """
+    shapes = layer.get("parameters", {})
+    like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    for name, shape in shapes.items():
+        old = getattr(module, name, None)
+        if old is None or tuple(old.shape) != tuple(shape):
+            values = torch.full(shape, IDENTITY[name], dtype=like.dtype, device=like.device)
+            module.register_parameter(name, torch.nn.Parameter(values))
+    module.surgery_parameters = tuple(name for name in shapes if name in TERMS)
+    module.surgery_stand_in = layer.get("stand_in", False)
+
+
 class SurgeryConfig(transformers.PreTrainedConfig):
     """What AutoConfig finds for `model_type: "surgery"`: it answers with the base's config class, extended."""
 
@@ -148,8 +138,6 @@ class SurgeryConfig(transformers.PreTrainedConfig):
 class _ConfigMixin:
     """The base's config: its own model_type in memory, "surgery" on disk."""
 
-    _auto_class = "AutoConfig"
-
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
@@ -162,6 +150,19 @@ class _ConfigMixin:
     def to_diff_dict(self):
         return {**super().to_diff_dict(), "model_type": NAME}
 
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As Transformers' own, which a model's calls; the code that this surgery uses goes along."""
+        parts = parts_of(validate(self))
+        self.auto_map = auto_map(type(self).__name__, *(self.architectures or ()))
+        super().save_pretrained(save_directory)
+        carry(parts, save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args, **kwargs):
+        """Nothing: of a class that is registered so, Transformers would copy the code as well, used or not."""
+
 
 class _ModelMixin:
     """What a surgical model class adds to its base class."""
@@ -170,6 +171,10 @@ class _ModelMixin:
     _supports_flex_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = False
+
+    @classmethod
+    def register_for_auto_class(cls, *args, **kwargs):
+        """Nothing: what is saved with a model, its config says (`_ConfigMixin.save_pretrained`)."""
 
     def __init__(self, config, *args, **kwargs):
         _refuse_attention(config._attn_implementation)  # asked for at load
@@ -213,6 +218,13 @@ class _ModelMixin:
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("continuous batching uses a paged cache, which would undo the surgery; use generate")
+
+
+def auto_map(config: str, *models: str) -> dict[str, str]:
+    """`auto_map` of a config.json: which class each Auto class finds; of the names of surgical classes."""
+    causal = {PREFIX + name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    kinds = {"AutoModelForCausalLM" if name in causal else "AutoModel": name for name in models if PREFIX in name}
+    return {auto: f"{ENTRY}.{name}" for auto, name in {"AutoConfig": config, **kinds}.items()}
 
 
 def _refuse_attention(name) -> None:
@@ -275,13 +287,7 @@ def _make(name: str):
             if base in mapping:
                 auto.register(made, _make(PREFIX + mapping[base].__name__), exist_ok=True)
         return made
-    attributes = {
-        "__module__": __name__,
-        "config_class": _make(PREFIX + base.config_class.__name__),
-        "_auto_class": "AutoModelForCausalLM"
-        if base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        else "AutoModel",
-    }
+    attributes = {"__module__": __name__, "config_class": _make(PREFIX + base.config_class.__name__)}
     made = globals()[name] = type(name, (_ModelMixin, base), attributes)
     return made
 

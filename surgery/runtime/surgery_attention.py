@@ -15,14 +15,10 @@ from math import gcd
 
 import torch
 
-from .surgery_heads import HeadKinds, Visibility
+from .surgery_heads import HeadKinds
 from .surgery_masks import for_groups, seen_keys, unpadded
-from .surgery_prefill import Sparse
-from .surgery_rows import attend, pays
-from .surgery_skipping import count_whole
-from .surgery_softmax import explicit, fused, written_out
+from .surgery_softmax import add_keys, explicit, fused, written_out
 from .surgery_stores import KeyValues, uncached
-from .surgery_terms import Terms, split_terms
 
 BLOCK = 128  # queries of a band that share one slice of keys
 LONG, SHORTEST = 4096, 512  # keys from which one query reads them in pieces of so many at least, for the threads
@@ -57,24 +53,13 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     packed = attention_mask is not None and attention_mask.dtype == torch.long
     call = getattr(module, "surgery_call", None)  # what the gate says, where there is one
     if call is not None and call.on is not None and attention_mask is None:
-        out = _gathered(module, query, key, value, scaling, options)
+        out = call.gathered(module, query, key, value, scaling, options)
         if out is not None:
             return out, None
     out = (_by_segment if packed else _attention)(module, query, key, value, attention_mask, scaling, options)
     if call is not None and call.work is not None:
-        count_whole(module, query, key[0].end if isinstance(key, list) else key.shape[2])
+        call.count_whole(module, query, key[0].end if isinstance(key, list) else key.shape[2])
     return out if call is None or call.gates is None else out * call.gates[..., None], None
-
-
-def _gathered(module, query, key, value, scaling, options) -> torch.Tensor | None:
-    """Attention of the rows that the gate has on, times the gate; None where all rows must be computed."""
-    if isinstance(key, list):
-        key, value = key[0].keys, key[0].values
-    plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
-    plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
-    if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
-        return None
-    return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def _attention(module, query, key, value, attention_mask, scaling, options) -> torch.Tensor:
@@ -87,11 +72,13 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
         new = zip(kinds.visibilities, kinds.split_keys(key), kinds.split_keys(value), strict=True)
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-    terms = split_terms(module, kinds, options["s_aux"])
-    sparse = getattr(module, "surgery_sparse", None) or [None] * len(views)
+    nothing, sinks = [None] * len(views), options["s_aux"]
+    terms = module.surgery_terms(module, kinds) if getattr(module, "surgery_parameters", ()) else nothing
+    sinks = nothing if sinks is None else [part[0] for part in kinds.split_queries(sinks[None])]
+    sparse = getattr(module, "surgery_sparse", None) or nothing
     parts = [
         _attend(part, view, attention_mask, pad, scale, options["softcap"], *more)
-        for part, view, *more in zip(kinds.split_queries(query), views, terms, sparse, strict=True)
+        for part, view, *more in zip(kinds.split_queries(query), views, sparse, terms, sinks, strict=True)
     ]
     return kinds.join(parts)
 
@@ -108,17 +95,25 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(
-    query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None, sparse: Sparse | None
-) -> torch.Tensor:
-    """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, terms, sink) -> torch.Tensor:
+    """Heads of one visibility against a view.
+
+    Args:
+        query: [batch, heads, n, head_dim], as is the result.
+        sparse, terms: a `Sparse` of surgery_prefill.py and `Terms` of surgery_terms.py, each or None.
+        sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
+    """
     if view.visibility.sinks:
         view.settle_sinks(pad)
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
     else:
-        out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
-    return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)
+        out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None or sink is not None)
+    if terms is not None:
+        out, lse = terms.apply(out, lse, query, view, pad, scale, softcap)
+    if sink is not None:
+        out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
+    return out if terms is None and sink is None else out.to(query.dtype)
 
 
 def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:

@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import transformers
 
-from .surgery_gates import FIELDS, ROUTERS, Gate
 from .surgery_heads import HeadKinds, base_windows, kinds_of_heads, query_groups
-from .surgery_prefill import problem_of
+from .surgery_parts import FILES, OF_LAYERS, part
 
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 20), (6, 0))  # from, before
@@ -42,6 +41,13 @@ TERMS = {
     "surgery_key": 0.0,
     "surgery_value": 0.0,
 }
+ROUTERS = (
+    "surgery_router",
+    "surgery_router_bias",
+    "surgery_router_temperature",
+    "surgery_shared_router",
+    "surgery_balance",
+)
 IDENTITY = TERMS | dict.fromkeys(ROUTERS, 0.0)
 
 
@@ -88,97 +94,59 @@ def _fault(config, layer) -> str:
         return f"has other keys than {', '.join(sorted(KEYS))}"
     numbers = {"num_attention_heads": 1, "num_key_value_heads": 1, "sinks": 0, "window": 1}
     for name, least in numbers.items():
-        if name in layer and not (_whole(layer[name], least)):
+        if name in layer and not (is_whole(layer[name], least)):
             return f"has {name} {layer[name]!r}, which must be whole and from {least}"
     if layer.get("num_key_value_heads", 1) > layer.get("num_attention_heads", sum(query_groups(config))):
         return f"has {layer['num_key_value_heads']} KV heads, more than query heads"
     groups = query_groups(config, layer)
     kv_heads = layer.get("num_key_value_heads", len(query_groups(config)))
     heads = layer.get("num_attention_heads", sum(query_groups(config)))
-    whole = isinstance(groups, list) and all(_whole(size, 1) for size in groups)
+    whole = isinstance(groups, list) and all(is_whole(size, 1) for size in groups)
     if not whole or len(groups) != kv_heads or sum(groups) != heads:
         return f"spreads {heads} query heads over {kv_heads} KV heads as {groups}"
     for name, count in (("query_numbers", heads), ("kv_numbers", kv_heads)):
         numbers = layer.get(name, [])
-        if numbers and not (_numbers(numbers, 0) and len({*numbers}) == count == len(numbers)):
+        if numbers and not (all_whole(numbers, 0) and len({*numbers}) == count == len(numbers)):
             return f"must give {count} different numbers as {name}, not {numbers}"
     shapes = layer.get("shapes", {})
-    if not isinstance(shapes, dict) or not all(_numbers(shape, 1) and shape for shape in shapes.values()):
+    if not isinstance(shapes, dict) or not all(all_whole(shape, 1) and shape for shape in shapes.values()):
         return "has shapes that are no lists of whole numbers"
     streaming = layer.get("streaming", [])
-    if not _numbers(streaming, 0) or len({*streaming}) < len(streaming) or max(streaming, default=0) >= kv_heads:
+    if not all_whole(streaming, 0) or len({*streaming}) < len(streaming) or max(streaming, default=0) >= kv_heads:
         return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"
     if streaming and not {"sinks", "window"} <= set(layer):
         return "has streaming heads without sinks and window"
     named = layer.get("parameters", {})
     if not isinstance(named, dict) or set(named) - set(IDENTITY):
         return f"has other parameters than {', '.join(sorted(IDENTITY))}"
-    if "sparse" in layer and (problem := problem_of(layer["sparse"], heads)):
-        return f"has sparse prefill that cannot be: {problem}"
-    fault = _fault_of_gate(layer, groups, config.get_text_config().hidden_size)
-    return fault or _fault_of_terms(config, layer, heads, kv_heads)
+    if "gate" not in layer and (lost := sorted(set(named) & set(ROUTERS))):
+        return f"has {', '.join(lost)} without a gate"
+    faults = (part(name).fault(config, layer, groups) for name in OF_LAYERS if name in _attached(layer))
+    return next(filter(None, faults), "")
 
 
-def _fault_of_terms(config, layer: dict, heads: int, kv_heads: int) -> str:
-    """What is wrong with the parameters in a layer's entry, "" if nothing."""
-    named, text = layer.get("parameters", {}), config.get_text_config()
-    logit = named.get("surgery_sink_logit", [heads, 1])
-    if not _numbers(logit, 1) or len(logit) != 2:
-        return f"gives surgery_sink_logit the shape {logit}; it is [{heads}, virtual keys]"
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    right = {"surgery_log_gamma": [heads], "surgery_sink_logit": [heads, logit[1]]}
-    right |= {"surgery_log_beta": [heads], "surgery_sink_probe": [heads, size + 2]}
-    right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
-    for name, shape in named.items():
-        if name in TERMS and (not _numbers(shape, 1) or shape != right[name]):
-            return f"gives {name} the shape {shape}; it is {right[name]}"
-        if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
-            return f"has {name} without surgery_sink_logit"
-    if ("surgery_log_beta" in named) != ("surgery_sink_probe" in named):
-        return "has one of surgery_log_beta and surgery_sink_probe without the other"
-    if {"surgery_log_gamma", "surgery_log_beta"} <= set(named):
-        return "has surgery_log_gamma and surgery_log_beta: a layer has one bias"
-    stand_in = layer.get("stand_in", False)
-    if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
-        return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
-    return ""
+def _attached(layer: dict) -> set[str]:
+    """The parts, of `OF_LAYERS`, that a layer's entry has."""
+    terms = "stand_in" in layer or set(layer.get("parameters", {})) & set(TERMS)
+    return {"gate", "sparse"} & set(layer) | ({"terms"} if terms else set())
 
 
-def _fault_of_gate(layer: dict, groups: list[int], hidden: int) -> str:
-    """What is wrong with the gate in a layer's entry, "" if nothing.
-
-    Args:
-        groups: query heads that read each KV head.
-        hidden: width of the layer's input.
-    """
-    gate, named = layer.get("gate"), layer.get("parameters", {})
-    if gate is None:
-        return f"has {', '.join(lost)} without a gate" if (lost := sorted(set(named) & set(ROUTERS))) else ""
-    kind = gate.get("kind") if isinstance(gate, dict) else None
-    if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
-        kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
-        return f"has the gate {gate}, and a gate has ({kinds})"
-    if kind == "mae":
-        if not (isinstance(gate["hard"], bool) and isinstance(gate["rescale"], bool)) or sum(groups) < 2:
-            return "has a gate of kind mae whose hard and rescale are not true or false, or fewer than two heads"
-    else:
-        if gate["unit"] not in ("head", "kv_group"):
-            return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
-        count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
-        whole = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
-        if not whole or len({*shared}) < len(shared) or len(shared) >= count:
-            return f"has a gate with shared {shared}; they are some of 0 to {count - 1}, each once, and not all"
-        routed = count - len(shared)
-        if type(gate["active"]) is not int or not 1 <= gate["active"] <= routed:
-            return f"has a gate with active {gate['active']!r}; it is whole, from 1 to the {routed} routed"
-    right = Gate.of(gate, groups).shapes(hidden)
-    wrong = {name: named.get(name) for name in ROUTERS if named.get(name) != right.get(name)}
-    return f"has a gate whose parameters are {wrong}; they are {right}" if wrong else ""
+def parts_of(layers: list[dict]) -> set[str]:
+    """The parts of this code that layers use, whose entries are right: names of `surgery_parts.FILES`."""
+    used = set()
+    for layer in layers:
+        used |= _attached(layer)
+        used |= {"sinks"} if "surgery_log_beta" in layer.get("parameters", {}) else set()
+        if sparse := layer.get("sparse"):
+            used |= {each["method"] for each in (sparse, *sparse.get("patterns", ()))} & set(FILES)
+    return used
 
 
-def _whole(value, least: int) -> bool:
+def is_whole(value, least: int) -> bool:
+    """Whether a value is a whole number from `least` on."""
     return type(value) is int and value >= least
 
 
-def _numbers(values, least: int) -> bool:
-    return isinstance(values, list) and all(_whole(value, least) for value in values)
+def all_whole(values, least: int) -> bool:
+    """Whether a value is a list of whole numbers from `least` on."""
+    return isinstance(values, list) and all(is_whole(value, least) for value in values)

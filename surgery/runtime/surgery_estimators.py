@@ -12,15 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .surgery_estimate_block_topk import block_topk
-from .surgery_estimate_flexprefill import flexprefill
-from .surgery_estimate_hierarchical import hierarchical
-from .surgery_estimate_max_threshold import max_threshold
-from .surgery_estimate_pooled import pooled
-from .surgery_estimate_sampled import sampled
-from .surgery_estimate_streaming import streaming, tri_shape
-from .surgery_estimate_vertical_slash import vertical_slash
-from .surgery_estimate_xattention import xattention
+from .surgery_block import is_whole
+from .surgery_parts import part
 
 
 def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
@@ -58,14 +51,19 @@ class Method:
     """One way to choose blocks.
 
     Attributes:
-        select: the function.
+        name: of the method, and of the function that it is in its file.
         chunk_exact: what a prompt's queries keep is the same in chunks that begin and end at block edges.
         head_lists: by default it gives a list for each query head, not one for those of a KV head.
     """
 
-    select: Callable
+    name: str
     chunk_exact: bool
     head_lists: bool = False
+
+    @property
+    def select(self) -> Callable:
+        """The function; its file is opened where the method is used."""
+        return by_head if self.name == "by_head" else getattr(part(self.name), self.name)
 
     @property
     def defaults(self) -> dict:
@@ -80,17 +78,20 @@ class Method:
 
 
 METHODS = {
-    "pooled": Method(pooled, chunk_exact=True),
-    "sampled": Method(sampled, chunk_exact=True),
-    "streaming": Method(streaming, chunk_exact=True),
-    "tri_shape": Method(tri_shape, chunk_exact=False),
-    "vertical_slash": Method(vertical_slash, chunk_exact=False, head_lists=True),
-    "flexprefill": Method(flexprefill, chunk_exact=False, head_lists=True),
-    "xattention": Method(xattention, chunk_exact=True, head_lists=True),
-    "block_topk": Method(block_topk, chunk_exact=True, head_lists=True),
-    "max_threshold": Method(max_threshold, chunk_exact=True, head_lists=True),
-    "hierarchical": Method(hierarchical, chunk_exact=True, head_lists=True),
-    "by_head": Method(by_head, chunk_exact=False, head_lists=True),
+    method.name: method
+    for method in (
+        Method("pooled", chunk_exact=True),
+        Method("sampled", chunk_exact=True),
+        Method("streaming", chunk_exact=True),
+        Method("tri_shape", chunk_exact=False),
+        Method("vertical_slash", chunk_exact=False, head_lists=True),
+        Method("flexprefill", chunk_exact=False, head_lists=True),
+        Method("xattention", chunk_exact=True, head_lists=True),
+        Method("block_topk", chunk_exact=True, head_lists=True),
+        Method("max_threshold", chunk_exact=True, head_lists=True),
+        Method("hierarchical", chunk_exact=True, head_lists=True),
+        Method("by_head", chunk_exact=False, head_lists=True),
+    )
 }
 RULES = ("gamma", "density", "alpha")  # of the methods that weigh blocks: one of them decides
 STEPS = ("stride", "every")  # they divide the block
@@ -105,12 +106,12 @@ ALLOWED = {
     "similarity": ("a number from -1 to 1", lambda value: _number(value) and -1 <= value <= 1),
     "tau": ("a number from 0", lambda value: _number(value) and value >= 0),
     "votes": ("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
-    **dict.fromkeys(STEPS, ("a power of two", lambda value: _whole(value, 1) and value & (value - 1) == 0)),
+    **dict.fromkeys(STEPS, ("a power of two", lambda value: is_whole(value, 1) and value & (value - 1) == 0)),
     "representative": ("mean or middle", lambda value: value in ("mean", "middle")),
     "queries": ("each, all or mean", lambda value: value in ("each", "all", "mean")),
     "reduce": ("sum, max or none", lambda value: value in ("sum", "max", "none")),
-    **dict.fromkeys(FROM_ONE, ("a whole number from 1", lambda value: _whole(value, 1))),
-    **dict.fromkeys(FROM_NONE, ("a whole number from 0", lambda value: _whole(value, 0))),
+    **dict.fromkeys(FROM_ONE, ("a whole number from 1", lambda value: is_whole(value, 1))),
+    **dict.fromkeys(FROM_NONE, ("a whole number from 0", lambda value: is_whole(value, 0))),
 }
 BY_HEAD = {  # settings that may be a list with one for each query head
     "streaming": ("sinks", "window"),
@@ -148,7 +149,7 @@ def settings_problems(method: str, settings: dict, block: int | None = None, hea
             f"there is no method {method!r} of sparse prefill{_near(method, METHODS)}; there is: {', '.join(METHODS)}"
         ]
     found, known = [], METHODS[method].defaults
-    if block is not None and not (_whole(block, 16) and block & (block - 1) == 0):
+    if block is not None and not (is_whole(block, 16) and block & (block - 1) == 0):
         found.append(f"block is {block!r}, and must be a power of two from 16")
     for name, value in settings.items():
         if name not in known:
@@ -196,10 +197,6 @@ def _problems_of_patterns(patterns, block, heads) -> list[str]:
 def _near(name, known) -> str:
     match = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f", did you mean {match[0]}?" if match else ""
-
-
-def _whole(value, least: int) -> bool:
-    return type(value) is int and value >= least
 
 
 def _number(value) -> bool:

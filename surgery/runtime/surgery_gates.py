@@ -25,13 +25,9 @@ from functools import cached_property
 import torch
 from torch.nn.functional import linear
 
-ROUTERS = (
-    "surgery_router",
-    "surgery_router_bias",
-    "surgery_router_temperature",
-    "surgery_shared_router",
-    "surgery_balance",
-)
+from .surgery_block import ROUTERS
+from .surgery_rows import count_whole, gathered
+
 # A comparison with NaN would choose some heads without a word.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
 FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
@@ -183,6 +179,8 @@ class Call:
         packed: what surgery_token.py keeps from token to token.
         work: multiply-adds are counted here, if anybody asks.
     """
+
+    gathered, count_whole = staticmethod(gathered), staticmethod(count_whole)  # what the attention function calls
 
     def __init__(self):
         self.loss = self.work = self.packed = None

@@ -165,7 +165,7 @@ def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Te
     return torch.stack(found)
 
 
-def attach_sparse(module, layer: dict, groups: list[int]) -> None:
+def attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head.
 
     Args:
@@ -180,6 +180,12 @@ def attach_sparse(module, layer: dict, groups: list[int]) -> None:
         sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
         for visibility, own in zip(kinds.visibilities, numbers, strict=True)
     ]
+
+
+def fault(config, layer: dict, groups: list[int]) -> str:
+    """What is wrong with the sparse prefill in a layer's entry, "" if nothing; groups: as above."""
+    problem = problem_of(layer["sparse"], sum(groups))
+    return f"has sparse prefill that cannot be: {problem}" if problem else ""
 
 
 def problem_of(entry, heads: int) -> str:

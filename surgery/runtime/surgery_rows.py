@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_heads import slices
-from .surgery_softmax import fused
+from .surgery_heads import Visibility, slices
+from .surgery_softmax import fused, written_out
 
 # Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
 LEAF = 384  # gathered query rows that attend together under a mask
@@ -23,6 +23,17 @@ DECODE_KEYS = 2048  # keys from which a single token leaves KV heads unread that
 def pays(query, keys) -> bool:
     """Whether attention of these queries is done for the heads that are on alone, where `Call.on` says which."""
     return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
+
+
+def gathered(module, query, key, value, scaling, options) -> torch.Tensor | None:
+    """Attention of the rows that the gate has on, times the gate; None where all rows must be computed."""
+    if isinstance(key, list):
+        key, value = key[0].keys, key[0].values
+    plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
+    plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
+    if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
+        return None
+    return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def attend(module, query, keys, values, scale) -> torch.Tensor | None:
@@ -56,6 +67,22 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
         whole = batch * heads * (length * past + length * (length + 1) // 2)
         call.work.add("attention", 2 * size * pairs, 2 * size * whole)
     return out
+
+
+def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
+    """How many keys the last `length` of `end` tokens see, all together, in a row without padding."""
+    bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
+    most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
+    return sum(min(position + 1, most) for position in range(end - length, end))
+
+
+def count_whole(module, query, keys: int) -> None:
+    """Count an attention call that computed all rows."""
+    kinds, (batch, _, length, size) = module.surgery_heads, query.shape
+    sizes = [part.shape[1] for part in kinds.split_queries(query)]
+    each = zip(kinds.visibilities, sizes, strict=True)
+    pairs = batch * sum(count * seen_pairs(visibility, length, keys) for visibility, count in each)
+    module.surgery_call.work.add("attention", 2 * size * pairs, 2 * size * pairs)
 
 
 def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear
 
-from .surgery_gates import ROUTERS, Call, Gate, prepare
-from .surgery_heads import Visibility
+from .surgery_gates import FIELDS, ROUTERS, Call, Gate, prepare
 from .surgery_token import prepare_token
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
@@ -133,7 +132,7 @@ def _channels(gate: Gate, rows: list, width: int):
         begin = end
 
 
-def attach_gate(module, layer: dict, groups: list[int]) -> None:
+def attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module the gate that its entry in the surgery block names.
 
     Its projections become ones that leave out what is off, where the module shows how they are made: separate ones
@@ -154,8 +153,37 @@ def attach_gate(module, layer: dict, groups: list[int]) -> None:
         projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
 
 
+def fault(config, layer: dict, groups: list[int]) -> str:
+    """What is wrong with the gate in a layer's entry, "" if nothing.
+
+    Args:
+        groups: query heads that read each KV head.
+    """
+    gate, named = layer["gate"], layer.get("parameters", {})
+    kind = gate.get("kind") if isinstance(gate, dict) else None
+    if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
+        kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
+        return f"has the gate {gate}, and a gate has ({kinds})"
+    if kind == "mae":
+        if not (isinstance(gate["hard"], bool) and isinstance(gate["rescale"], bool)) or sum(groups) < 2:
+            return "has a gate of kind mae whose hard and rescale are not true or false, or fewer than two heads"
+    else:
+        if gate["unit"] not in ("head", "kv_group"):
+            return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
+        count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
+        whole = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
+        if not whole or len({*shared}) < len(shared) or len(shared) >= count:
+            return f"has a gate with shared {shared}; they are some of 0 to {count - 1}, each once, and not all"
+        routed = count - len(shared)
+        if type(gate["active"]) is not int or not 1 <= gate["active"] <= routed:
+            return f"has a gate with active {gate['active']!r}; it is whole, from 1 to the {routed} routed"
+    right = Gate.of(gate, groups).shapes(config.get_text_config().hidden_size)
+    wrong = {name: named.get(name) for name in ROUTERS if named.get(name) != right.get(name)}
+    return f"has a gate whose parameters are {wrong}; they are {right}" if wrong else ""
+
+
 def _detach(module) -> None:
-    """Undo `attach_gate`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
+    """Undo `attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
     for owner in (module, *module.children()):
         if isinstance(owner, _Projection):
             owner.__class__ = torch.nn.Linear
@@ -201,22 +229,6 @@ def after(module, args, output) -> None:
     """Forward hook of an attention module: what was kept for this call may go."""
     if hasattr(module, "surgery_call"):
         module.surgery_call.clear()
-
-
-def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
-    """How many keys the last `length` of `end` tokens see, all together, in a row without padding."""
-    bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
-    most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
-    return sum(min(position + 1, most) for position in range(end - length, end))
-
-
-def count_whole(module, query, keys: int) -> None:
-    """Count an attention call that computed all rows."""
-    kinds, (batch, _, length, size) = module.surgery_heads, query.shape
-    sizes = [part.shape[1] for part in kinds.split_queries(query)]
-    each = zip(kinds.visibilities, sizes, strict=True)
-    pairs = batch * sum(count * seen_pairs(visibility, length, keys) for visibility, count in each)
-    module.surgery_call.work.add("attention", 2 * size * pairs, 2 * size * pairs)
 
 
 def _count_inputs(module, work: Work, tokens: int) -> None:

@@ -36,3 +36,24 @@ def explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple:
         scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(-1) if with_lse else None
     return scores.softmax(-1).to(values.dtype) @ values, lse
+
+
+def add_keys(out, lse, logits, values=None):
+    """Attention to m more keys, besides those that `out` attends to. Rows that attend to nothing stay so.
+
+    Args:
+        out: [..., n, d], the softmax's output.
+        lse: [..., n], natural log-sum-exp of the scaled scores; -inf for a row that attends to nothing.
+        logits: [..., n, m], scaled scores of the new keys.
+        values: [..., m, d], or None: they have no value, and only take weight.
+
+    Returns:
+        The new output and log-sum-exp.
+    """
+    empty = lse == -torch.inf
+    every = torch.cat([lse.masked_fill(empty, 0.0)[..., None], logits], dim=-1)
+    weights = every.softmax(-1)
+    added = out * weights[..., :1]
+    if values is not None:
+        added = added + weights[..., 1:] @ values.to(weights.dtype)
+    return added.masked_fill(empty[..., None], 0.0), every.logsumexp(-1).masked_fill(empty, -torch.inf)

@@ -13,36 +13,17 @@ Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from .surgery_block import IDENTITY, TERMS
+from .surgery_block import TERMS, all_whole
 from .surgery_heads import HeadKinds
-from .surgery_sinks import scale_sinks
+from .surgery_parts import part
+from .surgery_softmax import add_keys
 from .surgery_stores import KeyValues
-
-
-def add_keys(out, lse, logits, values=None):
-    """Attention to m more keys, besides those that `out` attends to. Rows that attend to nothing stay so.
-
-    Args:
-        out: [..., n, d], the softmax's output.
-        lse: [..., n], natural log-sum-exp of the scaled scores; -inf for a row that attends to nothing.
-        logits: [..., n, m], scaled scores of the new keys.
-        values: [..., m, d], or None: they have no value, and only take weight.
-
-    Returns:
-        The new output and log-sum-exp.
-    """
-    empty = lse == -torch.inf
-    every = torch.cat([lse.masked_fill(empty, 0.0)[..., None], logits], dim=-1)
-    weights = every.softmax(-1)
-    added = out * weights[..., :1]
-    if values is not None:
-        added = added + weights[..., 1:] @ values.to(weights.dtype)
-    return added.masked_fill(empty[..., None], 0.0), every.logsumexp(-1).masked_fill(empty, -torch.inf)
 
 
 def scale_key(out, lse, logit, value, log_gamma, seen=None):
@@ -78,8 +59,8 @@ class Terms:
         key, value: [KV heads, m, head_dim]. A virtual key is scored against the query as it comes, after RoPE: it
             stands at position 0, and its score drifts with distance as that of the first token does. Without keys
             the logit is the score; without values they are 0.
-        sink: [heads], logit of the base's own learned sink (`s_aux`).
         stand_in: the virtual keys are seen only by queries that do not see their row's first token (any more).
+        scale_sinks: of surgery_sinks.py, where there is a log_beta.
     """
 
     log_gamma: torch.Tensor | None = None
@@ -88,11 +69,11 @@ class Terms:
     logit: torch.Tensor | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
-    sink: torch.Tensor | None = None
     stand_in: bool = False
+    scale_sinks: Callable | None = None
 
-    def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> torch.Tensor:
-        """The output with these terms.
+    def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and log-sum-exp with these terms.
 
         Args:
             out, lse: of `query` [batch, heads, n, head_dim] on the real keys of `view`.
@@ -102,7 +83,7 @@ class Terms:
         wide = lse.dtype
         score = partial(scores, scale=scale, softcap=softcap, dtype=wide)
         if self.log_beta is not None:
-            out, lse = scale_sinks(out, lse, query, view, pad, score, self.probe, self.log_beta.to(wide))
+            out, lse = self.scale_sinks(out, lse, query, view, pad, score, self.probe, self.log_beta.to(wide))
         if self.log_gamma is not None:
             logit = score(query, first.key)[..., 0]
             value = first.value.repeat_interleave(query.shape[1] // first.value.shape[1], dim=1)
@@ -118,45 +99,55 @@ class Terms:
             if value is not None:
                 value = value.repeat_interleave(query.shape[1] // len(value), dim=0)
             out, lse = add_keys(out, lse, logits, value)
-        if self.sink is not None:
-            out, lse = add_keys(out, lse, self.sink.to(wide)[:, None, None].expand(*lse.shape, 1))
-        return out.to(query.dtype)
+        return out, lse
 
 
-def split_terms(module, kinds: HeadKinds, sink: torch.Tensor | None) -> list[Terms | None]:
-    """The terms of each kind of head of an attention module, None where there is nothing to add.
+def attach(module, layer: dict, groups: list[int]) -> None:
+    """Give an attention module what finds its terms; their parameters it has already."""
+    act = "surgery_log_beta" in layer.get("parameters", {})
+    module.surgery_terms = partial(split_terms, scale_sinks=part("sinks").scale_sinks if act else None)
+
+
+def fault(config, layer: dict, groups: list[int]) -> str:
+    """What is wrong with the terms' parameters in a layer's entry, "" if nothing.
 
     Args:
-        sink: [query heads], the base's learned sinks, or None.
+        groups: query heads that read each KV head.
     """
-    names = getattr(module, "surgery_parameters", ())
-    if not names and sink is None:
-        return [None] * len(kinds.visibilities)
+    named, text = layer.get("parameters", {}), config.get_text_config()
+    heads, kv_heads = sum(groups), len(groups)
+    logit = named.get("surgery_sink_logit", [heads, 1])
+    if not all_whole(logit, 1) or len(logit) != 2:
+        return f"gives surgery_sink_logit the shape {logit}; it is [{heads}, virtual keys]"
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    right = {"surgery_log_gamma": [heads], "surgery_sink_logit": [heads, logit[1]]}
+    right |= {"surgery_log_beta": [heads], "surgery_sink_probe": [heads, size + 2]}
+    right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
+    for name, shape in named.items():
+        if name in TERMS and (not all_whole(shape, 1) or shape != right[name]):
+            return f"gives {name} the shape {shape}; it is {right[name]}"
+        if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
+            return f"has {name} without surgery_sink_logit"
+    if ("surgery_log_beta" in named) != ("surgery_sink_probe" in named):
+        return "has one of surgery_log_beta and surgery_sink_probe without the other"
+    if {"surgery_log_gamma", "surgery_log_beta"} <= set(named):
+        return "has surgery_log_gamma and surgery_log_beta: a layer has one bias"
+    stand_in = layer.get("stand_in", False)
+    if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
+        return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
+    return ""
+
+
+def split_terms(module, kinds: HeadKinds, scale_sinks: Callable | None = None) -> list[Terms]:
+    """The terms of each kind of head of an attention module that has some."""
+    names = module.surgery_parameters
     tensors = {name.removeprefix("surgery_").removeprefix("sink_"): getattr(module, name) for name in names}
-    tensors |= {} if sink is None else {"sink": sink}
     parts = {}
     for name, tensor in tensors.items():
         split = kinds.split_keys if name in ("key", "value") else kinds.split_queries
         parts[name] = [part[0] for part in split(tensor[None])]
-    stand_in = getattr(module, "surgery_stand_in", False)
-    each = zip(*parts.values(), strict=True)
-    return [Terms(**dict(zip(parts, part, strict=True)), stand_in=stand_in) for part in each]
-
-
-def register_terms(module, layer: dict) -> None:
-    """Give an attention module the parameters that its entry in the surgery block names, with values that do nothing.
-
-    A parameter that is there already, of this shape, keeps its values.
-    """
-    shapes = layer.get("parameters", {})
-    like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-    for name, shape in shapes.items():
-        old = getattr(module, name, None)
-        if old is None or tuple(old.shape) != tuple(shape):
-            values = torch.full(shape, IDENTITY[name], dtype=like.dtype, device=like.device)
-            module.register_parameter(name, torch.nn.Parameter(values))
-    module.surgery_parameters = tuple(name for name in shapes if name in TERMS)
-    module.surgery_stand_in = layer.get("stand_in", False)
+    made = partial(Terms, stand_in=module.surgery_stand_in, scale_sinks=scale_sinks)
+    return [made(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
 
 
 def scores(query, keys, scale, softcap, dtype) -> torch.Tensor:
