@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .anatomy import LayerAnatomy
+    from .anatomy import Anatomy, LayerAnatomy
     from .layers import AttentionLayer
 
 
@@ -26,6 +26,11 @@ def groups_of(facts: LayerAnatomy) -> list[list[int]]:
 def query_names(facts: LayerAnatomy) -> list[int]:
     """The base's numbers of a layer's query heads, in the order in which they are stored."""
     return [facts.query_name(head) for head in range(facts.heads)]
+
+
+def biased_output(anatomy: Anatomy) -> bool:
+    """Whether output projections have a bias, which a refit changes along."""
+    return all("o" in layer.biases for layer in anatomy.layers)
 
 
 def shown_names(names: list[int]) -> str:
@@ -143,6 +148,8 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
         minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
         W = (Σ r zᵀ + λ W_0) (Σ z zᵀ + λ I)⁻¹
 
+    With the means taken off z and r it is the best W beside a free bias r̄ − W z̄.
+
     The ridge pulls to the old columns: the larger it is, the more this is plain pruning.
 
     Args:
@@ -164,11 +171,18 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
     return torch.linalg.solve(system, (cross.double() + weight * old).T).T
 
 
-def lost_share(old: Tensor, new: Tensor, moments: Tensor) -> float:
-    """Σ ||(W − W') z||² as a share of Σ ||W z||²; W, W' [D, N], moments Σ z zᵀ [N, N] of all heads."""
+def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = None) -> float:
+    """Σ ||(W − W') z||² as a share of Σ ||W z||².
 
-    def energy(weight):
+    Args:
+        old, new: W, W' [D, N].
+        moments: Σ z zᵀ [N, N] of all heads.
+        left: in its place for what is lost: Σ (z − z̄) (z − z̄)ᵀ where a bias makes up for the mean.
+    """
+
+    def energy(weight, moments):
         return float(((weight @ moments) * weight).sum())
 
-    whole = energy(old.double())
-    return max(energy(old.double() - new.double()), 0.0) / whole if whole else 0.0
+    whole = energy(old.double(), moments)
+    lost = energy(old.double() - new.double(), moments if left is None else left)
+    return max(lost, 0.0) / whole if whole else 0.0

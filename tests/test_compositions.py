@@ -135,7 +135,7 @@ def test_heads_are_scored_and_the_output_refitted_with_the_terms_at_work(family)
         want[head] = ((sides[0] - sides[1]) / (2 * step)).abs().mean()
     got = torch.tensor(importance(model, "gradient", SEQUENCES).scores[1], dtype=torch.float64)
     assert (got - want / want.norm()).abs().max() < 1e-3
-    outputs, _ = refit(model, Anatomy.of(model), REMOVED, SEQUENCES, 0.05)
+    fits = refit(model, Anatomy.of(model), REMOVED, SEQUENCES, 0.05)
     dense = dense_model(stock, layers, whole, tensors)
     for layer, gone in enumerate(REMOVED):
         module, seen = dense.model.layers[layer].self_attn.o_proj, []
@@ -144,10 +144,12 @@ def test_heads_are_scored_and_the_output_refitted_with_the_terms_at_work(family)
         hook.remove()
         z, old = torch.cat(seen), module.weight.data.clone()
         kept = [h * size + i for h in range(8) if h not in gone for i in range(size)]
-        weight = 0.05 * z[:, kept].square().sum(0).mean()
-        rows = torch.cat([z[:, kept], weight.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
-        fitted = torch.linalg.lstsq(rows, torch.cat([z @ old.T, weight.sqrt() * old[:, kept].T])).solution.T
-        assert (outputs[layer].flatten(1) - fitted).abs().max() < 1e-3 * fitted.abs().max()
+        mean = z.mean(0) * (module.bias is not None)  # a bias takes over what is written on average
+        near, written = (z - mean)[:, kept], (z - mean) @ old.T
+        weight = 0.05 * near.square().sum(0).mean()
+        rows = torch.cat([near, weight.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
+        fitted = torch.linalg.lstsq(rows, torch.cat([written, weight.sqrt() * old[:, kept].T])).solution.T
+        assert (fits[layer].weight.flatten(1) - fitted).abs().max() < 1e-3 * fitted.abs().max()
         module.weight.data.zero_()
         module.weight.data[:, kept] = fitted
 

@@ -29,7 +29,7 @@ import surgery
 from surgery.anatomy import Anatomy
 from surgery.calibration.head_importance import importance
 from surgery.calibration.layerwise import Layerwise
-from surgery.calibration.refit import refit, second_moments
+from surgery.calibration.refit import moments_of, refit
 from surgery.errors import SurgeryError
 from surgery.operations.prune_heads import PruneHeads
 from surgery.pruning import choose_removed, facts_without, groups_of, refit_output
@@ -343,13 +343,16 @@ def test_refit_is_least_squares():
     assert torch.equal(refit_output(old, 0 * (r.T @ z), 0 * (z.T @ z), 0.3), old)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "phi", "cohere"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "phi", "cohere", "llama_bias"])
 def test_refit_of_a_model_equals_lstsq_on_its_own_activations(name):
-    """Layer by layer, with inputs from the pruned layers before: everything recomputed on the stock float64 model."""
+    """Layer by layer, with inputs from the pruned layers before: everything recomputed on the stock float64 model.
+
+    Where the output projection has a bias, lstsq has a column of ones for it, which the ridge does not pull.
+    """
     model, removed, size = double(base(name)), ODD, head_dim_of(base(name))
     anatomy = Anatomy.of(model)
     logits = logits_of(model)
-    found, errors = refit(model, anatomy, removed, SEQUENCES, 0.05)
+    found = refit(model, anatomy, removed, SEQUENCES, 0.05)
     assert torch.equal(logits_of(model), logits)
     stock = double(base(name))
     for layer, gone in enumerate(removed):
@@ -360,15 +363,49 @@ def test_refit_of_a_model_equals_lstsq_on_its_own_activations(name):
         hook.remove()
         z, old = torch.cat(seen), module.weight.data.clone()
         kept = [h * size + i for h in range(8) if h not in gone for i in range(size)]
-        target, weight = z @ old.T, 0.05 * z[:, kept].square().sum(0).mean()
-        rows = torch.cat([z[:, kept], weight.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
-        want = torch.linalg.lstsq(rows, torch.cat([target, weight.sqrt() * old[:, kept].T])).solution.T
-        assert (found[layer].flatten(1) - want).abs().max() < 1e-8 * want.abs().max()
+        biased = module.bias is not None
+        spread = z[:, kept] - z[:, kept].mean(0) if biased else z[:, kept]
+        target, weight = z @ old.T, 0.05 * spread.square().sum(0).mean()
+        ones = torch.ones(len(z), 1, dtype=torch.float64)[:, :biased]
+        ridge = torch.cat([weight.sqrt() * torch.eye(len(kept)).double(), torch.zeros(len(kept), int(biased))], dim=1)
+        rows = torch.cat([torch.cat([z[:, kept], ones], dim=1), ridge])
+        fitted = torch.linalg.lstsq(rows, torch.cat([target, weight.sqrt() * old[:, kept].T])).solution.T
+        want, shift = fitted[:, : len(kept)], fitted[:, len(kept) :].sum(1)
+        assert (found[layer].weight.flatten(1) - want).abs().max() < 1e-8 * want.abs().max()
         module.weight.data.zero_()
         module.weight.data[:, kept] = want
-        lost = (target - z @ module.weight.data.T).square().sum() / target.square().sum()
-        assert errors[layer]["refitted"] == pytest.approx(lost.item(), rel=1e-6)
-        assert errors[layer]["refitted"] < errors[layer]["pruned"]
+        if biased:
+            assert (found[layer].shift - shift).abs().max() < 1e-8 * shift.abs().max()
+            module.bias.data += shift
+        else:
+            assert found[layer].shift is None
+        lost = (target - z @ module.weight.data.T - shift).square().sum() / target.square().sum()
+        assert found[layer].lost["refitted"] == pytest.approx(lost.item(), rel=1e-6)
+        assert found[layer].lost["refitted"] < found[layer].lost["pruned"]
+
+
+def test_a_head_that_always_writes_the_same_goes_without_loss_where_there_is_a_bias(monkeypatch):
+    """Its values are a bias alone: the refitted output bias has all of it, and stock Llama says the same logits."""
+    model = base("llama_bias")
+    with torch.no_grad():
+        for module in attention_modules(model):
+            size = head_dim_of(model)
+            module.v_proj.weight[:size] = 0.0
+            module.v_proj.bias[:size] += 1.0
+    want = logits_of(model)
+    removed = [[0, 1], [0, 1]]  # the query heads of the first KV head
+    fits = refit(model, Anatomy.of(model), removed, SEQUENCES, 1e-9)
+    assert all(fit.lost["refitted"] < 1e-9 < fit.lost["pruned"] for fit in fits)
+    assert torch.equal(logits_of(model), want), "the model was left as it was"
+    monkeypatch.setattr(PruneHeads, "_sequences", lambda *_: SEQUENCES)
+    without, _ = pruned(model, removed, granularity="kv_group")
+    smaller, report = pruned(model, removed, granularity="kv_group", refit=True, ridge=1e-9)
+    assert difference(logits_of(smaller), want) < 1e-3 < 1e-2 < difference(logits_of(without), want)
+    assert report.data["operations"][0]["record"]["output_bias"] == "refitted"
+    assert "output projections and their biases refitted" in report.data["plan"]["changes"][0]
+    _, report = pruned(base("llama"), removed, granularity="kv_group", refit=True)
+    assert report.data["operations"][0]["record"]["output_bias"] == "none"
+    assert any("have no bias here" in note for note in report.data["plan"]["notes"])
 
 
 def test_layers_one_by_one_are_the_model():
@@ -376,7 +413,7 @@ def test_layers_one_by_one_are_the_model():
         model = double(base(name))
         with torch.no_grad():
             run = Layerwise(model, Anatomy.of(model), SEQUENCES)
-            whole = second_moments(run.heads(0))
+            whole = moments_of(run.heads(0)).total
             run.advance(0)
             second = list(run.heads(1))
             seen = []

@@ -32,6 +32,11 @@ class Moments:
         """E[x xᵀ] [n, n]; not centred."""
         return self.total / self.weight
 
+    @property
+    def centred(self) -> torch.Tensor:
+        """Σ ω (x − E[x]) (x − E[x])ᵀ [n, n]."""
+        return self.total - torch.outer(self.sum, self.mean)
+
 
 class Regression:
     """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|²: all that the least squares of r on z need, in float64."""

@@ -14,7 +14,7 @@ from ..calibration.head_importance import METHODS, importance, is_method, random
 from ..calibration.head_scores import HeadScores, load_scores
 from ..errors import SurgeryError
 from ..operation import NATIVE, SURGICAL, Change, Context, Operation
-from ..pruning import choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
+from ..pruning import biased_output, choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -144,7 +144,12 @@ class PruneHeads(Operation):
             notes.append(f"surgical, since {reason}")
         if not known and not alike and self._may_empty_groups(anatomy):
             notes.append("a KV head whose query heads all go goes with them: parameters and KV bytes may be fewer")
-        refit = f"output projections refitted, ridge {self.ridge}" if self.refit else "no refit"
+        what = "output projections and their biases" if biased_output(anatomy) else "output projections"
+        refit = f"{what} refitted, ridge {self.ridge}" if self.refit else "no refit"
+        if self.refit and not biased_output(anatomy):
+            notes.append(
+                "output projections have no bias here that could take over what heads that go write on average"
+            )
         how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
         return Change(
             after,
@@ -168,22 +173,29 @@ class PruneHeads(Operation):
         after, tier = self._after(before, removed)
         if context.change.tier == SURGICAL:  # as planned, should the heads that were found happen to be alike
             after, tier = before.with_layers(list(after.layers), stock=False), SURGICAL
-        outputs, errors = [None] * len(removed), []
+        fits = [None] * len(removed)
         if self.refit:
-            outputs, errors = refit(model, before, removed, sequences, self.ridge, context.progress)
+            fits = refit(model, before, removed, sequences, self.ridge, context.progress)
         results = []
-        for facts, target, gone, new in zip(before.layers, after.layers, removed, outputs, strict=True):
+        for facts, target, gone, fit in zip(before.layers, after.layers, removed, fits, strict=True):
             module = model.get_submodule(facts.path)
             tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
             refuse_non_finite(tensors, facts.path)
-            results.append(pack(without_heads(unpack(facts, tensors), target, gone, new)))
+            results.append(pack(without_heads(unpack(facts, tensors), target, gone, fit and fit.weight)))
         for tensors, layer in zip(results, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
         write_layers(model, before, after, results, surgical=tier == SURGICAL)
+        for layer, fit in zip(after.layers, fits, strict=True):
+            if fit and fit.shift is not None:
+                bias = model.get_submodule(f"{layer.path}.{layer.layout.o}").bias
+                bias.data.add_(fit.shift.to(bias))
         context.after = after
         named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
         record = {"removed": named, "importance": scores.to_dict() if scores else None}
-        return record | ({"lost_share": errors} if errors else {})
+        if not self.refit:
+            return record
+        lost = [fit.lost if fit else {} for fit in fits]
+        return record | {"lost_share": lost, "output_bias": "refitted" if biased_output(before) else "none"}
 
     def _may_empty_groups(self, anatomy: Anatomy) -> bool:
         """Whether single query heads may go until a KV head has none left."""
