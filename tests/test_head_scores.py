@@ -465,8 +465,28 @@ def test_score_files(tmp_path, anatomy):
         '{"format": 1',
     ):
         file.write_text(text)
-        with pytest.raises(SurgeryError, match=r"not a table of scores|another model: nothing"):
+        with pytest.raises(SurgeryError, match=r"no(t a)? table of scores|another model: nothing"):
             load_scores(file, anatomy)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[0.1, 0.2], [0.3, 0.4]]", "it holds a list"),
+        ('{"scores": [[0.1]]}', "it has no 'format'"),
+        ('{"format": 7}', "format 7, known is 1"),
+        ('{"format": 1, "method": "x", "origin": {}, "scores": [["a"]]}', "could not convert"),
+        ('{"format": 1, "method": "x", "origin": {}, "scores": 5}', "not iterable"),
+    ],
+)
+def test_json_that_is_no_score_file_is_told_what_one_is(tmp_path, anatomy, text, says):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(SurgeryError, match="JSON, but no table of scores") as raised:
+        load_scores(tmp_path / "scores.json", anatomy)
+    said = str(raised.value)
+    assert says in said
+    assert '"scores": [a list of numbers for each layer]' in said
+    assert "surgery score MODEL -o FILE" in said
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,27 @@ def read_scores(path: str | Path) -> HeadScores:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if not text.lstrip().startswith("{"):
-            rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
-            return HeadScores("file", rows, {"file": path.name})
-        return _of_dict(json.loads(text))
-    except KeyError as error:
-        raise SurgeryError(f"not a table of scores: it has no {error}", where=str(path)) from None
+        if text.lstrip().startswith(("{", "[")):
+            return _of_json(text, path)
+        rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
+        return HeadScores("file", rows, {"file": path.name})
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise SurgeryError(f"not a table of scores: {error}", where=str(path)) from None
+
+
+def _of_json(text: str, path: Path) -> HeadScores:
+    """Scores from a JSON file; one that is none of ours is refused in words that say what ours is."""
+    raw = json.loads(text)
+    try:
+        return _of_dict(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fault = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise SurgeryError(
+            f"JSON, but no table of scores: {fault if isinstance(raw, dict) else 'it holds a list'}",
+            where=str(path),
+            exists='{"format": 1, "method": ..., "scores": [a list of numbers for each layer], "origin": {...}}',
+            fix="`surgery score MODEL -o FILE` writes one; a table without a name is plain text, a row for each layer",
+        ) from None
 
 
 def _of_dict(raw: dict) -> HeadScores:
