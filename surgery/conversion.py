@@ -17,7 +17,7 @@ from .folder import read_json
 from .operation import Context
 from .output import OutputFolder, weight_files, write_text
 from .pickled import readable
-from .planning import Plan, Step, make_plan
+from .planning import Plan, Step, make_plan, problems_later
 from .report import Report, history_of, new_report
 from .shards import convert_shards
 from .surgical import export, layer_entries
@@ -217,13 +217,16 @@ def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokeniz
     Raises:
         SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
     """
-    for step in steps:
+    for number, step in enumerate(steps):
         if problems := step.operation.problems(current):
             raise SurgeryError(problems[0], where=type(model).__name__)
-        context = Context(step.operation.plan(current), current, progress, tokenizer, folder=folder)
+        change = step.operation.plan(current)
+        context = Context(change, current, progress, tokenizer, folder=folder, number=number)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured
+        if problems := problems_later(steps[:number], current):
+            raise SurgeryError(problems[0], where=type(model).__name__)
 
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:

@@ -50,6 +50,7 @@ class Context:
 
     An operation that finds only when it measures what results says so in `after`, which the next one meets.
     `folder`: where a long measurement may keep files that end in ".state", from which a run that was stopped goes on.
+    `number`: which operation of the recipe this is, from 0: two of a kind keep files of their own.
     """
 
     change: Change
@@ -58,6 +59,13 @@ class Context:
     tokenizer: Any = None
     after: Anatomy | None = None
     folder: Path | None = None
+    number: int = 0
+
+    def state_file(self, name: str) -> Path | None:
+        """The file of that kind for this operation; None where nothing is kept."""
+        from .calibration.resumable import SUFFIX
+
+        return self.folder and self.folder / f"{self.number}-{name}{SUFFIX}"
 
     def tokenizer_for(self, what: str, where: str, otherwise: str = "") -> Any:
         """The tokenizer.
@@ -97,6 +105,14 @@ class Operation(BaseModel):
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
+        return []
+
+    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
+        """Why this does not go with a surgery that the checkpoint has from before this recipe."""
+        return []
+
+    def problems_later(self, after: Anatomy) -> list[str]:
+        """Why what this has set cannot stand in a model that a later operation has made into `after`."""
         return []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:

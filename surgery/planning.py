@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -163,6 +164,8 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
             first, *rest = (SurgeryError(problem, where=source) for problem in problems)
             raise SurgeryError(first.what, where=source, others=tuple(rest))
         change = operation.plan(current)
+        if problems := problems_later(steps, change.after):
+            raise SurgeryError(problems[0], where=source)
         steps.append(Step(operation, current, change))
         current = change.after
     shapes = new_shapes(anatomy, current)
@@ -188,7 +191,12 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return []
+    return operation.problems_of_checkpoint(anatomy)
+
+
+def problems_later(steps: Sequence[Step], after: Anatomy) -> list[str]:
+    """Why what these operations have set cannot stand in a model that another has made into `after`."""
+    return [problem for step in steps for problem in step.operation.problems_later(after)]
 
 
 def _where(layers: set[int], anatomy: Anatomy) -> str:

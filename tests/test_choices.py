@@ -467,6 +467,35 @@ def test_a_stopped_search_goes_on_and_ends_as_if_it_had_not(
     assert not list((tmp_path / "out").glob("*.state"))
 
 
+def test_two_searches_of_a_recipe_keep_their_figures_apart(surgery, model, text, tmp_path, monkeypatch):
+    """Stopped in the second one: nothing of the first is measured again."""
+    fields = {"groups": "uniform", "grid": [1.5], "text": "words.txt", "calibration_samples": 4}
+    steps = [sink("zero_tuning", layers=[layer], calibration_length=48, **fields) for layer in (0, 1)]
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(*steps)))
+    measured, judge, stop_at = [], first_token.Trial.judge, 5
+
+    def watched(trial, pieces):
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        measured.append(len(pieces))
+        return judge(trial, pieces)
+
+    monkeypatch.setattr(first_token.Trial, "judge", watched)
+    assert surgery("apply", "r.yaml", model, "-o", "out", "--no-check", "--no-eval").code == 130
+    states = sorted(path.name for path in (tmp_path / "out.partial").glob("*.state"))
+    assert states == ["0-sink-calibration.state", "1-sink-calibration.state"]
+    kept = [len((tmp_path / "out.partial" / name).read_text().splitlines()) - 1 for name in states]
+    assert (sum(kept), min(kept) > 0) == (5, True)
+    stop_at = math.inf
+    measured.clear()
+    done = surgery("apply", "r.yaml", model, "-o", "out", "--no-check", "--no-eval", "--resume")
+    assert done.code == 0, done.err
+    resumed = len(measured)
+    measured.clear()
+    assert surgery("apply", "r.yaml", model, "-o", "whole", "--no-check", "--no-eval").code == 0
+    assert resumed == len(measured) - 5
+
+
 def test_resume_with_other_questions_is_refused(surgery, model, tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text(questions())
     (tmp_path / "r.yaml").write_text(json.dumps(recipe(sink("zero_tuning", **SEARCH))))

@@ -216,6 +216,39 @@ def test_search_keeps_nothing_that_is_no_better_on_text_held_back(toy, held):
     assert torch.equal(model.logs[0].detach(), torch.zeros(2))
 
 
+@pytest.mark.parametrize("second", [[0, 9], [0, 1]])
+def test_a_gain_on_copies_of_one_text_is_not_kept(toy, second):
+    """Its standard error would be 0; of two texts that differ it is one."""
+    model, trial = toy([[0.4, 0.4]], [[0.4, 0.4]])
+    trial.held = torch.tensor([[0, 1], second, [0, 1]])
+    record = search_gammas(trial, [torch.ones(2)], [math.exp(0.4)], "uniform")
+    copies = second == [0, 1]
+    assert record["kept"] is not copies
+    assert record["texts"] == (1 if copies else 2)
+    assert record["standard_error"] == (None if copies else pytest.approx(0.0, abs=1e-6))
+    assert "two standard errors" in record["kept_if"]
+    assert bool(model.logs[0].any()) is not copies
+
+
+def test_a_gain_within_its_standard_error_is_not_kept(monkeypatch):
+    """Paired over texts: -0.3, -0.1, +0.1, -0.3 is -0.15 with an error of 0.0957, so 1.6 of them."""
+    changes = {0: -0.3, 1: -0.1, 2: 0.1, 3: -0.3}
+    model = torch.nn.Module()
+    model.log = torch.nn.Parameter(torch.zeros(1))
+
+    def objective(model, piece, kind):
+        return torch.tensor(float(piece[1]) + (changes[int(piece[0])] if model.log.item() else 0.0))
+
+    monkeypatch.setattr(first_token, "objective", objective)
+    pieces = torch.tensor([[0, 5], [1, 50], [2, 0], [3, 7]])
+    record = Trial(model, [model.log], pieces, pieces).settle([torch.ones(1)])
+    assert record["held_back_change"] == pytest.approx(-0.15, abs=1e-5)
+    assert record["standard_error"] == pytest.approx(0.0957, abs=1e-4)
+    assert (record["kept"], model.log.item()) == (False, 0.0)
+    changes[2] = -0.2  # -0.225 with an error of 0.0479: 4.7 of them
+    assert Trial(model, [model.log], pieces, pieces).settle([torch.ones(1)])["kept"] is True
+
+
 def test_search_that_finds_nothing_says_so(toy):
     model, trial = toy([[0.0, 0.0]], [[0.4, 0.4]])
     record = search_gammas(trial, [torch.ones(2)], [math.exp(0.4)], "uniform")
@@ -338,6 +371,42 @@ def test_bad_fields(refused, model, overrides, says):
 )
 def test_what_does_not_go_with_a_head_split(refused, model, overrides, says):
     refused("apply", "learned-sinks", model, "-o", "out", *overrides, says=says)
+
+
+def test_a_split_without_sinks_after_a_weight_for_the_first_token_is_refused(surgery, refused, model, tmp_path):
+    """In one recipe, on a checkpoint, and where the heads are known only when they were measured."""
+    weigh = sink("zero_tuning", gamma=2.0, layers=[1], heads=[8])
+    split = {"op": "duo_attention", "sinks": 0, "window": 6}
+    (tmp_path / "low.tsv").write_text("0.9 0.9 0.9\n0.9 0.9 0.1\n")
+    (tmp_path / "high.tsv").write_text("0.1 0.9 0.9\n0.9 0.9 0.9\n")
+    asked = {"scores": "low.tsv", "streaming_ratio": 0.17}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | asked)))
+    refused("plan", "r.yaml", model, says=["stream without sinks", "heads [8] of layer 1", "sinks from 1"])
+    for fields in ({"sinks": 1}, {"scores": "high.tsv"}, {"protect_layers": [1]}):
+        (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | asked | fields)))
+        assert surgery("plan", "r.yaml", model).code == 0, fields
+    (tmp_path / "w.yaml").write_text(json.dumps(recipe(weigh)))
+    assert surgery("apply", "w.yaml", model, "-o", "weighed", "--no-check", "--no-eval").code == 0
+    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | asked)))
+    refused("plan", "s.yaml", "weighed", says=["weighs the first token (zero_tuning) in layers [1]", "sinks from 1"])
+    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | asked | {"protect_layers": [1]})))
+    assert surgery("plan", "s.yaml", "weighed").code == 0
+
+
+def test_a_split_that_is_measured_is_looked_at_when_it_is_known(model, monkeypatch):
+    from surgery.calibration.head_scores import HeadScores
+    from surgery.operations.duo_attention import DuoAttention
+
+    weigh = sink("zero_tuning", gamma=2.0, layers=[1], heads=[8])
+    split = {"op": "duo_attention", "sinks": 0, "window": 6, "streaming_ratio": 0.17}  # planned: head 0 of layer 0
+    for scores, lost in (([[1.0] * 3, [1.0, 1.0, 0.0]], True), ([[0.0, 1.0, 1.0], [1.0] * 3], False)):
+        monkeypatch.setattr(DuoAttention, "_measure", lambda *_, found=scores: HeadScores("measured", found))
+        loaded = load_model(model)
+        if lost:
+            with pytest.raises(SurgeryError, match=r"heads .8. of layer 1 stream without sinks"):
+                package.apply(recipe(weigh, split), loaded)
+        else:
+            package.apply(recipe(weigh, split), loaded)
 
 
 @pytest.mark.parametrize("method", ["learned", "kv_bias"])

@@ -130,21 +130,36 @@ class Trial:
     def settle(self, values: list[torch.Tensor]) -> dict:
         """Keep a setting if it is better than none on what is held back by over two standard errors; once in a trial.
 
+        The error is of the mean change over texts (or questions) that differ: copies would make it look small, and
+        a single one has none, so that nothing is kept.
+
         Returns:
             A record: the objective with none and with it, and whether it was kept.
         """
         before, right_before = self.measure("held back, nothing", self.nothing, self.held)
         after, right_after = self.measure("held back, the best", values, self.held)
-        change = after - before
-        error = change.std().item() / math.sqrt(len(change)) if len(change) > 1 else 0.0
+        own = different(self.held)
+        before, change = before[own], (after - before)[own]
+        error = change.std().item() / math.sqrt(len(own)) if len(own) > 1 else math.inf
         kept = bool(change.mean() < -2 * error)
         self.set(values if kept else self.nothing)
         facts = {"kept": kept, "objective": self.kind, "held_back_before": before.mean().item()}
-        facts |= {"held_back_change": change.mean().item(), "standard_error": error}
+        facts |= {"held_back_change": change.mean().item(), "standard_error": error if len(own) > 1 else None}
+        facts |= {
+            "kept_if": "lower by more than two standard errors of the change, over what differs of the held back"
+        }
         if right_before is None:
             return facts | {"texts": len(change)}
         accuracy = {"held_back_accuracy_before": right_before, "held_back_accuracy_after": right_after}
         return facts | accuracy | {"questions": len(change)}
+
+
+def different(pieces) -> list[int]:
+    """The places of texts or questions of which none before is a copy."""
+    seen: dict[str, int] = {}
+    for place, piece in enumerate(pieces):
+        seen.setdefault(repr(piece.tolist() if isinstance(piece, torch.Tensor) else piece), place)
+    return list(seen.values())
 
 
 def search_gammas(

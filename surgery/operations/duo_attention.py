@@ -72,6 +72,18 @@ class DuoAttention(Operation):
                 found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
         return found
 
+    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
+        """It weighs the first token of some heads, which heads that stream without sinks would lose."""
+        entries = (getattr(anatomy.config, "surgery", None) or {}).get("layers", [])
+        weighed = {i for i, entry in enumerate(entries) if "surgery_log_gamma" in entry.get("parameters", {})}
+        weighed -= {*self.protect_layers, *self._local(anatomy)}
+        if self.sinks or self.streaming_ratio == 0 or not weighed:
+            return []
+        return [
+            f"duo_attention: this checkpoint weighs the first token (zero_tuning) in layers {sorted(weighed)}, and "
+            "heads that stream without sinks lose it: sinks from 1, or protect_layers"
+        ]
+
     def plan(self, anatomy: Anatomy) -> Change:
         local, measured = self._local(anatomy), is_method(self.scores)
         total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)

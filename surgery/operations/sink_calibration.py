@@ -34,8 +34,9 @@ class SinkCalibration(Operation):
         "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
     limits: ClassVar[tuple[str, ...]] = (
-        "The sink was calibrated on the calibration part of one text; a setting is kept only where it is better on "
-        "text held back from the search, and the record in surgery.json says what was found.",
+        "The sink was calibrated on the calibration part of one text; a setting is kept only where its gain on text "
+        "held back from the search is more than two standard errors (over its pieces), and the record in surgery.json "
+        "says what was found.",
     )
 
     op: Literal["sink_calibration"] = "sink_calibration"
@@ -132,6 +133,11 @@ class SinkCalibration(Operation):
             found += self._problems_of_visibility(anatomy)
         return [f"sink_calibration: {problem}" for problem in found]
 
+    def problems_later(self, after: Anatomy) -> list[str]:
+        if self.method != "zero_tuning" or not (found := self._problems_of_visibility(after)):
+            return []
+        return [f"sink_calibration before duo_attention: {found[0]}"]
+
     def _problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
         """Why the chosen heads and the first token do not go together."""
         lost = {layer.index: self._lost(layer) for layer in anatomy.layers if layer.index in self._layers(anatomy)}
@@ -205,7 +211,7 @@ class SinkCalibration(Operation):
             logit = "that changes nothing" if self.logit is None else f"of logit {self.logit:g}"
             line = f"a virtual key {logit} in {many} ({self.method})"
         if self._measures:
-            notes.append("a setting that is no better than none on text held back is not kept; the record says so")
+            notes.append("a setting that is not two standard errors better than none on text held back is not kept")
         entries = (self._entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
         more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
         return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
@@ -271,7 +277,7 @@ class SinkCalibration(Operation):
         import torch
 
         from ..calibration.first_token import LABELLED, Trial, frozen, parameters_of, search_gammas
-        from ..calibration.resumable import SUFFIX, Found
+        from ..calibration.resumable import Found
 
         found = parameters_of(model, "surgery_log_gamma")
         masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
@@ -286,7 +292,7 @@ class SinkCalibration(Operation):
             parameters = [found[layer] for layer in targets]
             aim, told = (LABELLED, pieces) if self.labelled else (self.objective, pieces.tolist())
             settings = [aim, self.groups, self.grid, targets, told]
-            state = Found(context.folder and context.folder / f"sink-calibration{SUFFIX}", settings)
+            state = Found(context.state_file("sink-calibration"), settings)
             trial = Trial(model, parameters, pieces[::2], pieces[1::2], aim, state)
             with frozen(model, parameters):
                 record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
