@@ -65,9 +65,11 @@ def searched(report: dict) -> list[str]:
         if all(map(finite, figures)):
             told = "{} on what was held back {:.4f}, change {:+.4f} ± {:.4f}".format(aim, *figures)
         if record["kept"]:
-            found.append(f"{name}: a setting was kept ({told})")
+            found.append(f"{name}: a setting was kept ({told}: a gain of over two standard errors)")
         else:
-            why = told or f"none that was tried lowers the {aim}"
+            alike = "what was held back is one piece, or copies of one, so that a gain has no standard error"
+            none = alike if finite(figures[1]) else f"none that was tried lowers the {aim}"
+            why = f"{told}: a gain of two standard errors is asked" if told else none
             found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
     return found
 

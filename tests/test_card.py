@@ -329,9 +329,11 @@ def test_limits_are_the_operations_own(monkeypatch):
     [
         ({"kept": False}, "no setting was kept (none that was tried lowers the cross-entropy), so it changes"),
         ({"kept": False, "held_back_before": 2.5, "held_back_change": 0.01, "standard_error": 0.002},
-         "no setting was kept (cross-entropy on what was held back 2.5000, change +0.0100 ± 0.0020)"),
+         "no setting was kept (cross-entropy on what was held back 2.5000, change +0.0100 ± 0.0020: a gain of two"),
         ({"kept": True, "held_back_before": 2.5, "held_back_change": -0.01, "standard_error": 0.002},
-         "a setting was kept (cross-entropy on what was held back 2.5000, change -0.0100 ± 0.0020)."),
+         "a setting was kept (cross-entropy on what was held back 2.5000, change -0.0100 ± 0.0020: a gain of over"),
+        ({"kept": False, "held_back_before": 2.5, "held_back_change": -0.1, "standard_error": None},
+         "no setting was kept (what was held back is one piece, or copies of one, so that a gain has no"),
         ({"kept": False, "held_back_before": None, "held_back_change": None, "standard_error": 0.0}, "no setting was"),
     ],
 )  # fmt: skip
