@@ -19,7 +19,7 @@ from .surgery_heads import HeadKinds, Visibility
 from .surgery_masks import for_groups, seen_keys, unpadded
 from .surgery_prefill import Sparse
 from .surgery_rows import attend, pays
-from .surgery_skipping import count_whole
+from .surgery_skipping import count_seen
 from .surgery_softmax import explicit, fused, written_out
 from .surgery_stores import KeyValues, uncached
 from .surgery_terms import Terms, split_terms
@@ -61,8 +61,6 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         if out is not None:
             return out, None
     out = (_by_segment if packed else _attention)(module, query, key, value, attention_mask, scaling, options)
-    if call is not None and call.work is not None:
-        count_whole(module, query, key[0].end if isinstance(key, list) else key.shape[2])
     return out if call is None or call.gates is None else out * call.gates[..., None], None
 
 
@@ -89,8 +87,9 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     terms = split_terms(module, kinds, options["s_aux"])
     sparse = getattr(module, "surgery_sparse", None) or [None] * len(views)
+    work = getattr(module, "surgery_work", None)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more)
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more, work)
         for part, view, *more in zip(kinds.split_queries(query), views, terms, sparse, strict=True)
     ]
     return kinds.join(parts)
@@ -109,15 +108,21 @@ def _options(kwargs: dict) -> dict:
 
 
 def _attend(
-    query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None, sparse: Sparse | None
+    query, view: KeyValues, mask, pad, scale, softcap, terms: Terms | None, sparse: Sparse | None, work
 ) -> torch.Tensor:
-    """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape."""
+    """Heads of one visibility: query [batch, heads, n, head_dim] against a view; the result has query's shape.
+
+    Args:
+        work: a `surgery_skipping.Work`, where multiply-adds are counted.
+    """
     if view.visibility.sinks:
         view.settle_sinks(pad)
     if sparse is not None and sparse.applies(query.shape[2], view.end):
-        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
+        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap, work)
     else:
         out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None)
+        if work is not None:
+            count_seen(work, view.visibility, query, view.end)
     return out if terms is None else terms.apply(out, lse, query, view, pad, scale, softcap)
 
 

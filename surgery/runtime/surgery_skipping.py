@@ -32,12 +32,14 @@ NONE = ()  # no token
 
 
 class Work:
-    """Multiply-adds of the layers that have a gate: what ran, and what runs without a gate.
+    """Multiply-adds of the layers that have a gate or sparse prefill: what ran, and what runs without it.
 
     Attributes:
-        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" -> a number.
+        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" of a gate,
+            "attention" and "estimator" of sparse prefill -> a number.
             Attention: of every row that was computed, all keys that it was multiplied with, for scores and for
-            values. Where all rows are computed, each counts the keys that it sees.
+            values. Where all rows are computed, each counts the keys that it sees; in sparse prefill, those of them
+            in the blocks that it reads. Estimator: its matrix products.
     """
 
     def __init__(self):
@@ -52,14 +54,20 @@ class Work:
 @contextmanager
 def counted(model) -> Iterator[Work]:
     """Count the multiply-adds of every forward inside: `with counted(model) as work: model(...)`."""
-    work, calls = Work(), [module.surgery_call for module in model.modules() if hasattr(module, "surgery_call")]
+    names = ("surgery_call", "surgery_sparse")
+    modules = [module for module in model.modules() if any(getattr(module, name, None) for name in names)]
+    calls, work = [module.surgery_call for module in modules if hasattr(module, "surgery_call")], Work()
     try:
         for call in calls:
             call.work = work
+        for module in modules:
+            module.surgery_work = work
         yield work
     finally:
         for call in calls:
             call.work = None
+        for module in modules:
+            del module.surgery_work
 
 
 class _Projection(torch.nn.Linear):
@@ -210,13 +218,11 @@ def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
     return sum(min(position + 1, most) for position in range(end - length, end))
 
 
-def count_whole(module, query, keys: int) -> None:
-    """Count an attention call that computed all rows."""
-    kinds, (batch, _, length, size) = module.surgery_heads, query.shape
-    sizes = [part.shape[1] for part in kinds.split_queries(query)]
-    each = zip(kinds.visibilities, sizes, strict=True)
-    pairs = batch * sum(count * seen_pairs(visibility, length, keys) for visibility, count in each)
-    module.surgery_call.work.add("attention", 2 * size * pairs, 2 * size * pairs)
+def count_seen(work: Work, visibility: Visibility, query, end: int) -> None:
+    """Count the attention of heads of one visibility whose rows were all computed, with all keys that they see."""
+    batch, heads, length, size = query.shape
+    pairs = batch * heads * seen_pairs(visibility, length, end)
+    work.add("attention", 2 * size * pairs, 2 * size * pairs)
 
 
 def _count_inputs(module, work: Work, tokens: int) -> None:
