@@ -130,8 +130,10 @@ def main() -> None:
     known = [name for name in SHARED if name != "interpreter"]
     parser = argparse.ArgumentParser(prog="python -m surgery.kernels.compile", description=__doc__)
     words = f"of {', '.join(KERNELS)} (default all); targets of {', '.join(known)} (default {', '.join(TARGETS)})"
-    parser.add_argument("names", nargs="*", choices=[*KERNELS, *known, []], metavar="NAME", help=f"kernels {words}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"kernels {words}")
     names = parser.parse_args().names
+    if unknown := [name for name in names if name not in (*KERNELS, *known)]:
+        parser.error(f"there is no kernel or target {', '.join(unknown)}: kernels {words}")
     kernels = [name for name in names if name in KERNELS] or KERNELS
     targets = [name for name in names if name in known] or TARGETS
     if triton is None or INTERPRETED:
