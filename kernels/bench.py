@@ -1,13 +1,12 @@
 """How fast the kernels are: `python -m surgery.kernels.bench`. Speed is a ratio to PyTorch's attention in one run.
 
 Without a GPU there is nothing to time: then it says what would serve each kind of tensor, and stops.
-Takes the number of tokens as arguments (4096, 16384 and 32768 by default).
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -104,6 +103,9 @@ def decode(length: int, dtype: torch.dtype):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m surgery.kernels.bench", description=__doc__)
+    parser.add_argument("tokens", nargs="*", type=int, default=[4096, 16384, 32768], help="in the prompt")
+    lengths = parser.parse_args().tokens
     if not torch.cuda.is_available():
         print("no GPU here: nothing to time. What a kernel's call runs on this machine:")
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -114,7 +116,7 @@ def main() -> None:
     print("| tokens | what | ms | SDPA ms | SDPA / this |")
     print("| --- | --- | --- | --- | --- |")
     with torch.no_grad():
-        for length in [int(word) for word in sys.argv[1:]] or [4096, 16384, 32768]:
+        for length in lengths:
             for times in (prefill, decode):
                 for what, taken, dense in times(length, torch.bfloat16):
                     print(f"| {length} | {what} | {taken:.3f} | {dense:.3f} | {dense / taken:.2f} |", flush=True)

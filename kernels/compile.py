@@ -7,6 +7,7 @@ assembly.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -125,10 +126,19 @@ def _take(compiled, name: str) -> dict:
 
 
 def main() -> None:
-    """Print the table; exit code 1 if something does not fit. Arguments: kernels, targets."""
-    kernels = [word for word in sys.argv[1:] if word in KERNELS] or KERNELS
-    targets = [word for word in sys.argv[1:] if word in SHARED and word != "interpreter"] or TARGETS
-    print(f"triton {triton.__version__}\n" if triton else "")
+    """Print the table; exit code 1 if something does not fit."""
+    known = [name for name in SHARED if name != "interpreter"]
+    parser = argparse.ArgumentParser(prog="python -m surgery.kernels.compile", description=__doc__)
+    words = f"of {', '.join(KERNELS)} (default all); targets of {', '.join(known)} (default {', '.join(TARGETS)})"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"kernels {words}")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in (*KERNELS, *known)]:
+        parser.error(f"there is no kernel or target {', '.join(unknown)}: kernels {words}")
+    kernels = [name for name in names if name in KERNELS] or KERNELS
+    targets = [name for name in names if name in known] or TARGETS
+    if triton is None or INTERPRETED:
+        sys.exit("nothing can be compiled: triton is not installed (extra: kernels), or TRITON_INTERPRET is set")
+    print(f"triton {triton.__version__}\n")
     print("| kernel | variant | head | dtype | target | shared KiB (limit) | registers | stack B | spills |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     bad = 0

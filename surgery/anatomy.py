@@ -199,7 +199,8 @@ class Anatomy:
         if layer.qk_norm == "shared" and self.model_type == "phi":
             return "phi makes its QK-norm as wide as its hidden size divided by its heads"
         try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
-            type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
+            config = type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
+            getattr(config, "validate", bool)()  # of a surgical model, making it does not
         except Exception as error:
             reason = str(error).strip().splitlines()[-1].strip()
             return f"the config of {self.model_type} refuses {heads} query heads ({reason})"

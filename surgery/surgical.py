@@ -70,6 +70,7 @@ def _following(old: dict, layer: LayerAnatomy) -> dict:
         "kv_numbers": [],
         "shapes": {},
         "streaming": list(layer.streaming),
+        "sparse": layer.sparse,
         "parameters": {
             name: [layer.kv_heads if name in PER_KV_HEAD else layer.heads, *shape[1:]]
             for name, shape in old.get("parameters", {}).items()

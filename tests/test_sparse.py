@@ -557,6 +557,15 @@ def test_overrides_of_a_layer_and_a_rule_in_place_of_another():
     assert (second["density"], second["block"], second["dense_below"]) == (0.5, 32, 64)
 
 
+def test_a_layer_of_another_method_takes_none_of_the_others_settings():
+    model = TINY["llama"]()
+    step = sparse_step(gamma=0.9, queries="mean", block=32, delta=8, per_layer={1: {"method": "block_topk", "top": 3}})
+    package.apply(recipe(step), model)
+    second = model.config.surgery["layers"][1]["sparse"]
+    rest = {"block": 32, "dense_below": 1024, "last_rows_dense": 0, "delta": 8}
+    assert second == {"method": "block_topk", "top": 3} | rest
+
+
 @pytest.mark.parametrize(
     ("sparse", "says"),
     [

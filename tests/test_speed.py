@@ -175,7 +175,7 @@ def test_a_gate_is_off_for_the_full_model_and_counted_for_the_patched_one(surger
     assert all(torch.equal(patched, logits[SPLIT][0]) for patched in logits[SPLIT])
     assert (logits[SPLIT][0] - logits[FULL][0]).abs().max() > 0.2
     assert result.gate == {"layers": LAYERS, "kinds": ["moh"], "on": 0.5}
-    share = result.ratios()[0]["multiply_adds_of_gated_layers"]
+    share = result.ratios()[0]["multiply_adds"]
     at = {t.model: t for t in result.timings}
     assert at[STOCK].work == at[FULL].work == {}
     assert at[SPLIT].work["query projection"][0] * 2 == at[SPLIT].work["query projection"][1]

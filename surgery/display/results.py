@@ -94,8 +94,15 @@ def _benchmarked(out, result) -> None:
         out.print(f"patched: {share} see {reach or 'no less'}; by layer {layers}")
     if gate := result.gate:
         kinds = " and ".join(gate["kinds"])
-        counted = [f"{r['multiply_adds_of_gated_layers']:.2f} at {r['length']:,}" for r in result.ratios()]
         out.print(f"patched: {kinds} in {gate['layers']} layers, {gate['on']:.0%} of the heads on for a token")
+    if sparse := result.sparse:
+        below = " or ".join(f"{tokens:,}" for tokens in sparse["dense_below"])
+        ways = " and ".join(sparse["methods"])
+        out.print(f"patched: sparse prefill beyond {below} tokens, {ways}, in {sparse['layers']} layers")
+        read = [f"{r['pairs_read']:.1%} at {r['length']:,}" for r in result.ratios()]
+        out.print(f"pairs of a query and a key that these layers multiplied in the prompt: {', '.join(read)}")
+    if gate or sparse:
+        counted = [f"{r['multiply_adds']:.2f} at {r['length']:,}" for r in result.ratios()]
         out.print(f"multiply-adds of these layers' attention in the prompt, to the base's: {', '.join(counted)}")
     if model["synthetic"]:
         kept, depth = model["layers_kept"], model["layers_of_the_base"]
@@ -105,6 +112,7 @@ def _benchmarked(out, result) -> None:
     out.print(
         f"medians of {result.rounds} rounds, models in turn, {result.decode} decoded tokens each; {result.machine}"
     )
+    out.print(f"prompts: {model['prompts']}")
     for note in result.notes:
         out.print(f"note: {note}")
 

@@ -138,6 +138,20 @@ def gate_facts(config) -> dict[str, Any] | None:
     return {"layers": len(gates), "kinds": kinds, "on": sum(gate.on / gate.units for gate in gates) / len(gates)}
 
 
+def sparse_facts(config) -> dict[str, Any] | None:
+    """The sparse prefill of a config in figures; None where no layer has one.
+
+    `by_text`: how many blocks are read follows from text and weights, not from the settings alone.
+    """
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    if not (entries := [layer["sparse"] for layer in layers if "sparse" in layer]):
+        return None
+    by_text = any("density" not in entry and entry["method"] not in ("streaming", "tri_shape") for entry in entries)
+    below = sorted({entry.get("dense_below", 0) for entry in entries})
+    methods = sorted({entry["method"] for entry in entries})
+    return {"layers": len(entries), "methods": methods, "dense_below": below, "by_text": by_text}
+
+
 def _kv_heads(config) -> list[int]:
     """KV heads of each layer of a surgical config."""
     from ..runtime.surgery_heads import query_groups

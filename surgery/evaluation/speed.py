@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MachineError, SurgeryError
-from .pair import compare, gate_facts, loaded_pair, random_pair, split_facts
+from .pair import compare, gate_facts, loaded_pair, random_pair, sparse_facts, split_facts
 from .peak_memory import PeakMemory
+from .prompts import make_prompts
 from .timings import FULL, SPLIT, STOCK, Benchmark, Timing
 
 # What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
@@ -54,7 +55,7 @@ def bench(
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Benchmark:
-    """Time a checkpoint against its base on random tokens, batch 1.
+    """Time a checkpoint against its base on text (random tokens where weights are random), batch 1.
 
     Before the rounds of a length every model runs once untimed: its peak memory is taken then.
 
@@ -78,7 +79,7 @@ def bench(
     from ..scoring import read_config
 
     _refuse(lengths, rounds, decode, synthetic, layers, ratio)
-    lengths, place = tuple(dict.fromkeys(lengths)), _device(device)
+    lengths, place = tuple(dict.fromkeys(lengths)), device_of(device)
     folder, positions = resolve(str(base), weights=not synthetic).path, max(lengths) + 1 + decode
     configs = read_config(folder), read_config(out)
     notes = compare(*configs, base, out)
@@ -87,7 +88,7 @@ def bench(
     else:
         stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
     block = getattr(model.config, "surgery", None)
-    split, gate = split_facts(model.config), gate_facts(model.config)
+    split, gate, sparse = split_facts(model.config), gate_facts(model.config), sparse_facts(model.config)
     contenders = [Contender(STOCK, stock), Contender(SPLIT, model, block)]
     if block:
         full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
@@ -101,22 +102,25 @@ def bench(
         "synthetic": synthetic,
         **facts,
     }
+    prompts, facts["prompts"], reason = make_prompts(None if synthetic else folder, text.vocab_size, lengths)
+    notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
+    if sparse and sparse["by_text"] and (synthetic or reason):
+        notes.append(
+            "how many blocks the sparse prefill reads follows from text and weights: random ones have it read far "
+            "more. A density is kept in any case (a recipe with density=0.2 gamma=null)"
+        )
     with _out_of_memory(place):
         for each in (stock, model):
             _touch(each.to(place).eval())
         with _short_collections():
-            timings = _all_rounds(contenders, lengths, rounds, decode, place, progress)
-    return Benchmark(_machine(place), facts, split, gate, rounds, decode, timings, notes)
+            timings = _all_rounds(contenders, prompts, rounds, decode, place, progress)
+    return Benchmark(machine_name(place), facts, split, gate, rounds, decode, timings, notes, sparse)
 
 
-def _all_rounds(contenders, lengths, rounds, decode, place, progress) -> list[Timing]:
-    import torch
-
-    done, total = 0, sum(lengths) * (rounds + 1) * len(contenders)
-    generator, timings = torch.Generator().manual_seed(0), []
-    for length in lengths:
-        vocabulary = contenders[0].model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, length), generator=generator).to(place)
+def _all_rounds(contenders, prompts, rounds, decode, place, progress) -> list[Timing]:
+    done, total, timings = 0, sum(prompts) * (rounds + 1) * len(contenders), []
+    for length, ids in prompts.items():
+        ids = ids.to(place)
         samples: dict[str, list] = {each.name: [] for each in contenders}
         peaks: dict[str, tuple[int | None, dict]] = {}
         for turn in range(rounds + 1):
@@ -145,11 +149,11 @@ def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
     gc.collect()
     with torch.no_grad():
         for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, those that count
-            _wait(ids.device)
+            wait(ids.device)
             begin = time.perf_counter()
             out = model(**given, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-            _wait(ids.device)
+            wait(ids.device)
             seconds.append(time.perf_counter() - begin)
             if len(seconds) == 1:
                 held = cache_bytes(out[CACHE])
@@ -207,7 +211,7 @@ def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
         raise SurgeryError("layers and ratio are of random models", where="bench", fix="add --synthetic")
 
 
-def _device(name: str):
+def device_of(name: str):
     import torch
 
     try:
@@ -251,14 +255,14 @@ def _touch(model) -> None:
         parameter.detach().flatten()[::512].sum()
 
 
-def _wait(place) -> None:
+def wait(place) -> None:
     if place.type == "cuda":
         import torch
 
         torch.cuda.synchronize(place)
 
 
-def _machine(place) -> str:
+def machine_name(place) -> str:
     import platform
 
     import torch

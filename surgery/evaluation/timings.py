@@ -38,7 +38,7 @@ class Timing:
         cache_bytes: bytes of the tensors that the cache holds after the prompt.
         decode_cache_bytes: the same after the decoded tokens: a cache that grows by blocks has room to spare.
         peak_memory: most bytes that the prompt took beyond the weights, its cache among them; None: not measured.
-        work: multiply-adds of the prompt in layers that have a gate, part -> [as counted, without a gate].
+        work: multiply-adds of the prompt in layers that have a gate or sparse prefill, part -> [as counted, without].
     """
 
     model: str
@@ -82,6 +82,7 @@ class Benchmark:
         gate: layers that have a gate, its kinds, the mean share of heads that are on there; None: no layer has one.
         rounds, decode: repetitions, and tokens decoded in each.
         notes: what a reader of the figures must know.
+        sparse: layers whose prefill is sparse, the methods; None: no layer's is.
     """
 
     machine: str
@@ -92,6 +93,7 @@ class Benchmark:
     decode: int
     timings: list[Timing]
     notes: list[str] = field(default_factory=list)
+    sparse: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "timings": [t.to_dict() for t in self.timings], "ratios": self.ratios()}
@@ -100,7 +102,9 @@ class Benchmark:
         """For each length: how many times as fast the patched model is, and what share of the bytes it takes.
 
         A speed is compared within each round, whose runs follow one another, and the median over the rounds given;
-        `ranges` has the lowest and the highest. None: not measured, or there is no head split.
+        `ranges` has the lowest and the highest. None: not measured, or there is no head split. `multiply_adds`: of
+        the attention of layers with a gate or sparse prefill, in the prompt; `pairs_read`: of the pairs of a query and
+        a key that such layers would multiply, those that they did.
         """
         found = []
         for length in dict.fromkeys(t.length for t in self.timings):
@@ -115,8 +119,10 @@ class Benchmark:
             for name, what in SHARES:
                 base, ours = getattr(at[STOCK], what), getattr(at[SPLIT], what)
                 row[name] = ours / base if base and ours is not None else None
-            done, whole = (sum(part[i] for part in at[SPLIT].work.values()) for i in (0, 1))
-            row["multiply_adds_of_gated_layers"] = done / whole if whole else None
+            work = at[SPLIT].work
+            done, whole = (sum(part[i] for part in work.values()) for i in (0, 1))
+            row["multiply_adds"] = done / whole if whole else None
+            row["pairs_read"] = work["attention"][0] / work["attention"][1] if whole else None
             found.append(row)
         return found
 

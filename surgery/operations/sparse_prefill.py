@@ -177,10 +177,15 @@ class SparsePrefill(Operation):
         return set(full if self.layers is None else self.layers) & set(full)
 
     def _entry(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """`sparse` of a layer's entry in the `surgery` block; a rule given for one layer takes the place of ours."""
-        rules = {"gamma", "density", "alpha"}
+        """`sparse` of a layer's entry in the `surgery` block.
+
+        A rule given for one layer takes the place of ours; another method there takes none of our method's settings.
+        """
+        rules, of_any = {"gamma", "density", "alpha"}, {"method", "block", "dense_below", "last_rows_dense", "delta"}
         own = self.model_dump(exclude=NOT_OF_A_LAYER, exclude_none=True)
-        if rules & set(changes) or changes.get("method", self.method) != self.method:
+        if changes.get("method", self.method) != self.method:
+            own = {name: value for name, value in own.items() if name in of_any}
+        elif rules & set(changes):
             own = {name: value for name, value in own.items() if name not in rules}
         return {name: value for name, value in (own | changes).items() if value is not None}
 

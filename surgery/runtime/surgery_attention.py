@@ -57,8 +57,6 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         if out is not None:
             return out, None
     out = (_by_segment if packed else _attention)(module, query, key, value, attention_mask, scaling, options)
-    if call is not None and call.work is not None:
-        call.count_whole(module, query, key[0].end if isinstance(key, list) else key.shape[2])
     return out if call is None or call.gates is None else out * call.gates[..., None], None
 
 
@@ -76,8 +74,9 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     terms = module.surgery_terms(module, kinds) if getattr(module, "surgery_parameters", ()) else nothing
     sinks = nothing if sinks is None else [part[0] for part in kinds.split_queries(sinks[None])]
     sparse = getattr(module, "surgery_sparse", None) or nothing
+    work = getattr(module, "surgery_work", None)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more)
+        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more, work)
         for part, view, *more in zip(kinds.split_queries(query), views, sparse, terms, sinks, strict=True)
     ]
     return kinds.join(parts)
@@ -95,20 +94,23 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, terms, sink) -> torch.Tensor:
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, terms, sink, work) -> torch.Tensor:
     """Heads of one visibility against a view.
 
     Args:
         query: [batch, heads, n, head_dim], as is the result.
         sparse, terms: a `Sparse` of surgery_prefill.py and `Terms` of surgery_terms.py, each or None.
         sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
+        work: a `Work` of surgery_skipping.py that counts multiply-adds, or None.
     """
     if view.visibility.sinks:
         view.settle_sinks(pad)
     if sparse is not None and sparse.applies(query.shape[2], view.end):
-        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap)
+        out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap, work)
     else:
         out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None or sink is not None)
+        if work is not None:
+            work.add_seen(view.visibility, query, view.end)
     if terms is not None:
         out, lse = terms.apply(out, lse, query, view, pad, scale, softcap)
     if sink is not None:

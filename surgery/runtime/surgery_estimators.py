@@ -3,6 +3,7 @@
 Each is a function `select(query, key, scale, block, **settings)` that gives the kept blocks, bool [batch, heads or KV
 heads, query blocks, key blocks]: causal on the level of blocks, the first and the diagonal block always kept. Query is
 [batch, heads, n, head_dim], key [batch, KV heads, N, head_dim], all of real tokens, the queries the last n of them.
+A model's soft-cap and learned sinks are not known here: they change weights, not the order of a query's scores.
 """
 
 from __future__ import annotations

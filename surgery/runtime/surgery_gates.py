@@ -26,7 +26,7 @@ import torch
 from torch.nn.functional import linear
 
 from .surgery_block import ROUTERS
-from .surgery_rows import count_whole, gathered
+from .surgery_rows import gathered
 
 # A comparison with NaN would choose some heads without a word.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
@@ -180,7 +180,7 @@ class Call:
         work: multiply-adds are counted here, if anybody asks.
     """
 
-    gathered, count_whole = staticmethod(gathered), staticmethod(count_whole)  # what the attention function calls
+    gathered = staticmethod(gathered)  # what the attention function calls
 
     def __init__(self):
         self.loss = self.work = self.packed = None

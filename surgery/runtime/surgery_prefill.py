@@ -15,13 +15,14 @@ Positions are counted from a row's first real token: every row of a padded batch
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 
 import torch
 
-from .surgery_estimators import choose, settings_problems
+from .surgery_estimators import METHODS, choose, settings_problems
 from .surgery_heads import HeadKinds, Visibility
 from .surgery_sparse import attend_blocks, attend_rows
 
@@ -68,13 +69,14 @@ class Sparse:
         return length >= self.block and end > self.dense_below
 
     @torch.compiler.disable  # a loop over lists that the prompt makes: traced, it would be another graph each time
-    def attend(self, query, keys, values, mask, scale: float, softcap) -> tuple:
+    def attend(self, query, keys, values, mask, scale: float, softcap, work=None) -> tuple:
         """Attention of a prompt, or of a chunk of it.
 
         Args:
             query: [batch, heads, n, head_dim].
             keys, values: [batch, KV heads, N, head_dim], of the slots from 0 on; the queries have the last n.
             mask: bool [batch, N], the slots of real tokens, which are neighbours; None: all are real.
+            work: a `surgery_skipping.Work` that counts the multiply-adds, or None.
 
         Returns:
             [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n]; 0 and -inf for padding. Then what was
@@ -85,14 +87,14 @@ class Sparse:
         for row in range(len(query)):
             one = tuple(part[row : row + 1] for part in (query, keys, values))
             if mask is None:
-                found.append(self._row(*one, scale, softcap))
+                found.append(self._row(*one, scale, softcap, work))
             else:
-                found.append(self._padded(*one, mask[row], scale, softcap))
+                found.append(self._padded(*one, mask[row], scale, softcap, work))
         outs, lses, kept = zip(*found, strict=True)
         out, lse = (part[0] if len(part) == 1 else torch.cat(part) for part in (outs, lses))
         return out, lse, None if self.delta is not None else partial(_read, kept, self.block)
 
-    def _padded(self, query, keys, values, real, scale, softcap) -> tuple:
+    def _padded(self, query, keys, values, real, scale, softcap, work) -> tuple:
         """`attend` for a row, real: bool [N]."""
         slots, past = real.nonzero().flatten().tolist(), keys.shape[2] - query.shape[2]
         start, stop = (slots[0], slots[-1] + 1) if slots else (0, 0)
@@ -101,33 +103,67 @@ class Sparse:
             lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
             return torch.zeros_like(query), lse, query.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         near = (part[:, :, start:stop] for part in (keys, values))
-        out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap)
+        out, lse, kept = self._row(query[:, :, first - past : stop - past], *near, scale, softcap, work)
         edges = first - past, keys.shape[2] - stop
         pad = torch.nn.functional.pad
         return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf), kept
 
-    def _row(self, query, keys, values, scale, softcap) -> tuple:
+    def _row(self, query, keys, values, scale, softcap, work) -> tuple:
         """`attend` for a row of real tokens."""
-        kept = self.kept(query, keys, scale)
+        with _products(work):
+            kept = self.kept(query, keys, scale)
         out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
         if self.delta is not None:
             out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
+        if work is not None:
+            (heads, length, size), end = query.shape[1:], keys.shape[2]
+            seen = heads * (length * (end - length) + length * (length + 1) // 2)
+            work.add("attention", 2 * size * self._pairs(kept, heads, length, end), 2 * size * seen)
         return out, lse, kept
+
+    def sparse_blocks(self, length: int, end: int) -> range:
+        """The query blocks that may leave out keys, of a call of the last `length` of `end` tokens.
+
+        Not those that the call holds only a part of, that end by `dense_below`, or that hold one of the last rows.
+        """
+        begin = max(ceil((end - length) / self.block), self.dense_below // self.block)
+        return range(begin, max((end - self.last_rows_dense) // self.block, begin))
 
     @torch.no_grad()
     def kept(self, query, keys, scale: float) -> torch.Tensor:
         """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all real tokens."""
         length, end = query.shape[2], keys.shape[2]
-        past, size, device = end - length, self.block, keys.device
-        rows = torch.arange(past // size, ceil(end / size), device=device)[:, None]
-        causal = torch.arange(ceil(end / size), device=device) <= rows
-        if not self.applies(length, end):
+        past, size, device, rows = end - length, self.block, keys.device, self.sparse_blocks(length, end)
+        first, columns = past // size, torch.arange(ceil(end / size), device=device)
+        causal = columns <= torch.arange(first, len(columns), device=device)[:, None]
+        if not rows:
             return causal.expand(len(keys), keys.shape[1], -1, -1)
-        kept = choose(self.method, query, keys, scale, size, self.settings) & causal
-        whole = (rows * size >= past) & ((rows + 1) * size <= end)
-        dense = ~whole | ((rows + 1) * size <= self.dense_below) | ((rows + 1) * size > end - self.last_rows_dense)
-        many = kept.sum(-1, keepdim=True) > DENSE * (rows + 1)
-        return (kept | dense | many) & causal
+        if METHODS[self.method].chunk_exact:  # these rows get the same without the others, which need none
+            query, keys, first = query[:, :, rows.start * size - past : rows.stop * size - past], keys, rows.start
+            keys = keys[:, :, : rows.stop * size]
+        with torch.autocast(device.type, enabled=False):  # else what is kept would follow from rounded sums
+            found = choose(self.method, query, keys, scale, size, self.settings)
+        found = found[:, :, rows.start - first : rows.stop - first]
+        many = found.sum(-1, keepdim=True) > DENSE * (torch.arange(rows.start, rows.stop, device=device)[:, None] + 1)
+        kept = causal.repeat(*found.shape[:2], 1, 1)
+        kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
+        return kept
+
+    def _pairs(self, kept, heads: int, length: int, end: int) -> int:
+        """Pairs of a query and a key that are multiplied in a row, over all heads.
+
+        Args:
+            kept: [1, lists, query blocks, key blocks].
+        """
+        past, size = end - length, self.block
+        numbers = torch.arange(past // size, ceil(end / size), device=kept.device)
+        queries = (numbers * size + size).clamp_max(end) - (numbers * size).clamp_min(past)
+        before = kept.tril(past // size - 1)[0].sum(-1)  # key blocks before the queries' own, [lists, query blocks]
+        own = sum(place % size + 1 for place in range(past, end))
+        pairs = heads * own + int((before * queries).sum()) * size * (heads // kept.shape[1])
+        rows = self.sparse_blocks(length, end)
+        exact = range(rows.start * size, rows.stop * size, self.delta) if self.delta is not None else ()
+        return pairs + heads * sum(place + 1 for place in exact)
 
     def _corrected(self, out, lse, query, keys, values, scale, softcap) -> tuple:
         """Delta attention: every delta-th row is computed densely, and its rest is added to the rows up to the next.
@@ -138,13 +174,11 @@ class Sparse:
         Source: Willette et al. 2025, "Delta Attention", arXiv 2505.11254. There a fixed tail is dense as well: that is
         `last_rows_dense`.
         """
-        length, end = query.shape[2], keys.shape[2]
-        past, size = end - length, self.block
-        dense = self.dense_below // size * size
-        begin, stop = max(ceil(past / size) * size, dense) - past, end // size * size - past
-        if begin >= stop:
+        past, rows = keys.shape[2] - query.shape[2], self.sparse_blocks(query.shape[2], keys.shape[2])
+        if not rows:
             return out, lse
-        places = range(past + begin, past + stop, self.delta)
+        places = range(rows.start * self.block, rows.stop * self.block, self.delta)
+        begin, stop = places.start - past, places.stop - past
         right = attend_rows(query[:, :, begin : stop : self.delta], keys, values, list(places), scale, softcap)
         corrected = []
         for sparse, exact in zip((out, lse), right, strict=True):
@@ -152,6 +186,19 @@ class Sparse:
             rest = (exact - middle[:, :, :: self.delta]).repeat_interleave(self.delta, dim=2)
             corrected.append(torch.cat([sparse[:, :, :begin], middle + rest, sparse[:, :, stop:]], dim=2))
         return tuple(corrected)
+
+
+@contextmanager
+def _products(work):
+    """Count the multiply-adds of the matrix products inside as the estimator's."""
+    if work is None:
+        yield
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        yield
+    work.add("estimator", counter.get_total_flops() // 2, 0)
 
 
 def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Tensor:

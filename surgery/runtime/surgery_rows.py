@@ -69,22 +69,6 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
     return out
 
 
-def seen_pairs(visibility: Visibility, length: int, end: int) -> int:
-    """How many keys the last `length` of `end` tokens see, all together, in a row without padding."""
-    bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
-    most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
-    return sum(min(position + 1, most) for position in range(end - length, end))
-
-
-def count_whole(module, query, keys: int) -> None:
-    """Count an attention call that computed all rows."""
-    kinds, (batch, _, length, size) = module.surgery_heads, query.shape
-    sizes = [part.shape[1] for part in kinds.split_queries(query)]
-    each = zip(kinds.visibilities, sizes, strict=True)
-    pairs = batch * sum(count * seen_pairs(visibility, length, keys) for visibility, count in each)
-    module.surgery_call.work.add("attention", 2 * size * pairs, 2 * size * pairs)
-
-
 def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     """`attend` for one token: all heads of the KV heads that have one on, since they read the same keys.
 

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import linear
 
 from .surgery_gates import FIELDS, ROUTERS, Call, Gate, prepare
+from .surgery_heads import Visibility
 from .surgery_token import prepare_token
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
@@ -31,12 +32,14 @@ NONE = ()  # no token
 
 
 class Work:
-    """Multiply-adds of the layers that have a gate: what ran, and what runs without a gate.
+    """Multiply-adds of the layers that have a gate or sparse prefill: what ran, and what runs without it.
 
     Attributes:
-        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" -> a number.
+        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" of a gate,
+            "attention" and "estimator" of sparse prefill -> a number.
             Attention: of every row that was computed, all keys that it was multiplied with, for scores and for
-            values. Where all rows are computed, each counts the keys that it sees.
+            values. Where all rows are computed, each counts the keys that it sees; in sparse prefill, those of them
+            in the blocks that it reads. Estimator: its matrix products.
     """
 
     def __init__(self):
@@ -47,18 +50,32 @@ class Work:
         self.done[part] = self.done.get(part, 0) + done
         self.whole[part] = self.whole.get(part, 0) + whole
 
+    def add_seen(self, visibility: Visibility, query: torch.Tensor, end: int) -> None:
+        """Attention of heads of one visibility whose rows [batch, heads, n, d] were all computed, up to key `end`."""
+        batch, heads, length, size = query.shape
+        bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
+        most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
+        pairs = batch * heads * sum(min(position + 1, most) for position in range(end - length, end))
+        self.add("attention", 2 * size * pairs, 2 * size * pairs)
+
 
 @contextmanager
 def counted(model) -> Iterator[Work]:
     """Count the multiply-adds of every forward inside: `with counted(model) as work: model(...)`."""
-    work, calls = Work(), [module.surgery_call for module in model.modules() if hasattr(module, "surgery_call")]
+    names = ("surgery_call", "surgery_sparse")
+    modules = [module for module in model.modules() if any(getattr(module, name, None) for name in names)]
+    calls, work = [module.surgery_call for module in modules if hasattr(module, "surgery_call")], Work()
     try:
         for call in calls:
             call.work = work
+        for module in modules:
+            module.surgery_work = work
         yield work
     finally:
         for call in calls:
             call.work = None
+        for module in modules:
+            del module.surgery_work
 
 
 class _Projection(torch.nn.Linear):

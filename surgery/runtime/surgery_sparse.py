@@ -37,9 +37,11 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
         [batch, heads, n, head_dim] and the natural log-sum-exp [batch, heads, n].
     """
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    if query.device.type == "cuda" and (kernel := _kernel()) and not _trains(query, keys, values):
-        lists = kernel.BlockList.of(kept, block)
-        return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap)
+    first = (keys.shape[2] - query.shape[2]) // block
+    own = torch.arange(first, first + kept.shape[2], device=kept.device)[:, None]
+    kept = kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
+    if query.device.type == "cuda" and _kernel() and not _trains(query, keys, values):
+        return _by_kernel(query, keys, values, kept, block, scale, softcap)
     run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
     rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
     return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
@@ -81,6 +83,12 @@ def _kernel():
         return None
 
 
+def _by_kernel(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
+    """`attend_blocks` by the Triton kernel, or by its reference where it does not serve such tensors."""
+    lists = _kernel().BlockList.of(kept, block)
+    return _kernel().block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap)
+
+
 def _trains(*tensors) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -90,9 +98,14 @@ def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> t
     (heads, length, size), lists = query.shape, len(kept)
     past, group = keys.shape[1] - length, heads // lists
     first, whole = past // block, keys.shape[1] // block
-    if past == 0 and bool((kept | ~torch.ones_like(kept[0]).tril()).all()):
-        out, lse = fused(query[None], keys[None], values[None], scale, True, causal=True)
-        return out[0], lse[0]
+    lead = 0 if past else _causal_rows(kept)
+    if lead > 1:
+        end = min(lead * block, length)
+        early = fused(*(part[None, :, :end] for part in (query, keys, values)), scale, True, causal=True)
+        if end == length:
+            return early[0][0], early[1][0]
+        late = _gathered(query[:, end:], keys, values, kept[:, lead:], block, scale, softcap)
+        return tuple(torch.cat([one[0], other], dim=1) for one, other in zip(early, late, strict=True))
     out, lse = _own_blocks(query, keys, values, block, scale)
     folded = [
         tuple(part[head, : whole * block].contiguous().unflatten(0, (whole, block)) for part in (keys, values))
@@ -114,6 +127,12 @@ def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> t
         here.lerp_(more, torch.sigmoid(more_lse - here_lse)[..., None].to(out.dtype))
         torch.logaddexp(here_lse, more_lse, out=here_lse)
     return out, lse
+
+
+def _causal_rows(kept) -> int:
+    """How many query blocks, from the first of a prompt on, keep all that lies before them in every list."""
+    whole = (kept | ~torch.ones_like(kept[0]).tril()).all(-1).all(0)
+    return int(whole.cumprod(0).sum())
 
 
 def _lists(kept, first: int) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -158,8 +177,6 @@ def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -
     (heads, length, size), lists, end = query.shape, len(kept), keys.shape[1]
     past, group, device = end - length, heads // lists, query.device
     first, tokens, found = past // block, torch.arange(end, device=device), []
-    own = torch.arange(first, -(-end // block), device=device)[:, None]
-    kept = kept.scatter(2, own.expand(lists, -1, 1), True)
     for number, head_lists in enumerate(kept):
         pieces = []
         for row, blocks in enumerate(head_lists):

@@ -120,9 +120,12 @@ def _refuse_options(context: typer.Context, needles: bool, choices: bool, labell
 
 
 def bench(
+    context: typer.Context,
     out: OutName,
-    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The model it was made from.")],
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; 2k is 2000.")] = "512,2k",
+    base: Base = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens; 2k is 2000. Default 512,2k. Calibrate: candidates.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the models take turns.")] = 3,
     decode: Annotated[int, typer.Option(min=1, help="Tokens timed after each prompt.")] = 16,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Random weights: any length.")] = False,
@@ -130,6 +133,11 @@ def bench(
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Synthetic: share of streaming KV heads.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios against length.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Find the dense_below from which on sparse prefill pays here.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Calibrate: and give it to OUT.")] = False,
+    text: Annotated[str, typer.Option(help="Calibrate: builtin, or a UTF-8 text file.")] = "builtin",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -138,16 +146,42 @@ def bench(
     from ..display import progress_bar, results
     from ..evaluation import speed, timings
 
+    _refuse_of_bench(context, base, calibrate)
+    asked = None if lengths is None else speed.parse_lengths(lengths)
+    if calibrate:
+        return _calibrate(out, asked, rounds, text, device, write, as_json, quiet)
     chosen = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
     if plot:
         pictures.ready(plot)
     with progress_bar(quiet or as_json) as progress:
-        result = speed.bench(
-            out, base, lengths=speed.parse_lengths(lengths), **chosen, device=device, progress=progress
-        )
+        result = speed.bench(out, base, lengths=asked or (512, 2000), **chosen, device=device, progress=progress)
     if as_json:
         emit(result.to_dict())
     else:
         results.benchmark(result)
     if plot:
         timings.plot(result, plot)
+
+
+def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write: bool, as_json: bool, quiet: bool):
+    from ..display import calibration, progress_bar
+    from ..evaluation import calibrate
+
+    with progress_bar(quiet or as_json) as progress:
+        asked = {"candidates": candidates, "rounds": rounds, "text": text, "device": device}
+        found = calibrate.calibrate(out, **asked, progress=progress)
+    scored = calibrate.write(out, found) if write else None
+    if as_json:
+        return emit(found.to_dict() | {"written": write})
+    calibration.table(found, out, scored)
+
+
+def _refuse_of_bench(context: typer.Context, base: str | None, calibrate: bool) -> None:
+    """Options that the one kind of run would not look at."""
+    if base is None and not calibrate:
+        raise SurgeryError("bench compares with a base", fix="--base the model that it was made from")
+    others = ("decode", "synthetic", "layers", "ratio", "plot") if calibrate else ("write", "text")
+    for name in others:
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            what = f"--{name} is {'not for' if calibrate else 'for'} --calibrate{'' if calibrate else ' alone'}"
+            raise SurgeryError(what, fix="leave it out" if calibrate else "add --calibrate, or leave it out")

@@ -1,0 +1,47 @@
+"""What a calibration of sparse prefill found, as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from . import console
+
+
+def table(found, out: Path, report) -> None:
+    """Print a `Calibration`; `report`: of the checkpoint that was given the value, None: none was."""
+    from ..evaluation.calibrate import LIMIT
+
+    console().print(_rows(found))
+    told = console()
+    layers = ", ".join(map(str, found.layers))
+    told.print(f"attention of layers {layers} on {found.text}, ms a layer; sparse beyond the first dense_below tokens")
+    told.print(f"medians of {found.rounds} rounds, both in turn; {found.machine}")
+    before = " or ".join(f"{tokens:,}" for tokens in found.before)
+    result = f"dense_below: {found.dense_below:,} (now {before})"
+    if found.fits:
+        told.print(f"{result}: the smallest that stays within {LIMIT} of dense")
+    else:
+        longest = max(trial.length for trial in found.trials)
+        told.print(f"{result}: no candidate stays within {LIMIT} of dense in prompts of up to {longest:,} tokens,")
+        told.print("so that none should be sparse here")
+    if report is None:
+        told.print(f"write it to {out}: add --write; or make the checkpoint anew with dense_below={found.dense_below}")
+        return
+    told.print(f"written to {out}: config.json, surgery.json, README.md")
+    if report.data["evaluation"] is None and found.dense_below < max(found.before):
+        told.print("this model reads less than what was scored: its scores were taken out, score it again")
+
+
+def _rows(found) -> Table:
+    rows = Table("dense_below", "prompt", "dense, ms", "sparse, ms", "sparse / dense", box=None, pad_edge=False)
+    for column in rows.columns:
+        column.justify = "right"
+    last = None
+    for trial in found.trials:
+        times = (f"{seconds * 1e3:,.1f}" for seconds in (trial.dense, trial.sparse))
+        begin = f"{trial.dense_below:,}" if trial.dense_below != last else ""
+        rows.add_row(begin, f"{trial.length:,}", *times, f"{trial.ratio:.3f}")
+        last = trial.dense_below
+    return rows
