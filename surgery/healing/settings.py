@@ -91,7 +91,9 @@ class Heal(BaseModel):
     checkpoint_every: Count = Field(50, ge=0, description="Steps between checkpoints; 0: none.")
     keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
     keep_adapter: bool = Field(False, description="lora: save the adapter too, for the model as it was before.")
-    report_to: str = Field("none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...).")
+    report_to: str = Field(
+        "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
+    )
     seed: Count = Field(0, ge=0, description="Of data, text, adapters and dropout.")
 
     @model_validator(mode="after")
