@@ -106,10 +106,10 @@ def _projections(anatomy: Anatomy, parts: Iterable[str], table: Table) -> list[s
     for layer in anatomy.layers:
         for part in sorted(parts):
             module = layer.layout.qkv if layer.layout.qkv and part != "o" else getattr(layer.layout, part)
-            names += [f"{module}.weight", f"{module}.bias"]
+            own = [f"{module}.weight", f"{module}.bias"]
             if layer.norm_per_head and part in ("q", "k"):
-                names += norm_names(layer, f"{part}_norm", layer.heads if part == "q" else layer.kv_heads)
-            names[:] = [name if name.startswith(layer.path) else f"{layer.path}.{name}" for name in names]
+                own += norm_names(layer, f"{part}_norm", layer.heads if part == "q" else layer.kv_heads)
+            names += [f"{layer.path}.{name}" for name in own]
     return [name for name in dict.fromkeys(names) if name in table]
 
 
