@@ -65,7 +65,7 @@ class OutputFolder:
                     yield self.partial
                     self._finish()
             except SurgeryError as error:
-                if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
+                if self._begun and not error.resumable:  # nothing that --resume could mend
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
