@@ -64,6 +64,7 @@ def choose(
     table: Table,
     rewritten: frozenset[str],
     is_linear: Callable[[str], bool] = lambda path: True,
+    more: int = 0,
 ) -> Trained:
     """What trains by a method.
 
@@ -72,6 +73,7 @@ def choose(
         table: its parameters, tied ones once.
         rewritten: of `touched`.
         is_linear: whether the module at a path is one that can have a low-rank update.
+        more: numbers that the surgery will add, where the table is of a plan and does not name them.
 
     Raises:
         SurgeryError: method: parts, and the surgery added and rewrote nothing.
@@ -79,21 +81,26 @@ def choose(
     added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf != FIXED]
     if heal.method == "full":
         names = [name for name in table if not name.endswith(FIXED)]
-        return Trained(tuple(names), (), _count(names, table))
+        return Trained(tuple(names), (), _count(names, table) + more)
     if heal.method == "parts":
         names = added + _projections(anatomy, rewritten, table)
-        if not names:
+        if not names and not more:
             raise SurgeryError(
                 "method: parts trains what the surgery added or rewrote, and that is nothing here",
                 where="heal",
                 fix="heal.method=lora, or heal.method=full",
             )
-        return Trained(tuple(names), (), _count(names, table))
+        return Trained(tuple(names), (), _count(names, table) + more)
     names = added + _projections(anatomy, rewritten & {"k", "v"}, table)
     apart = {name.rpartition(".")[0] for name in names}
     adapted = [path for path in _linears(anatomy, table) if path not in apart and is_linear(path)]
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted)
-    return Trained(tuple(names), tuple(adapted), _count(names, table) + low_rank)
+    return Trained(tuple(names), tuple(adapted), _count(names, table) + more + low_rank)
+
+
+def summed_up(names: Iterable[str]) -> list[str]:
+    """Parameter names with the number of their layer as N, each once."""
+    return sorted({".".join("N" if step.isdigit() else step for step in name.split(".")) for name in names})
 
 
 def _count(names: Iterable[str], table: Table) -> int:

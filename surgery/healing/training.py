@@ -6,10 +6,10 @@ random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,62 +18,56 @@ from transformers import Trainer, TrainingArguments
 
 from ..errors import MachineError, TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
+from . import losses
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from .schedule import Clock, micro_rows, rate_at
+from .teacher import arguments as called_with
 from .trained import SURGERY
 
 if TYPE_CHECKING:
     from .settings import Heal
+    from .teacher import Teacher
 
 MICRO_TOKENS = 4096  # of one forward, at most
 # A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
 SCALAR_RATE = 10.0
 MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
-IGNORED = -100  # label of what is not predicted
-
-Objective = Callable[[Any, dict], tuple[torch.Tensor, dict[str, float]]]
 
 
 class HealTrainer(Trainer):
-    """A Trainer whose loss is an objective of outputs and batch, a mean over the tokens that are predicted.
+    """A Trainer whose loss is a teacher's, a mean over the tokens that a step predicts.
 
     Args:
         heal: the settings.
-        objective: (model's outputs, batch) -> loss, and its parts as numbers.
+        plain: the Transformers model, which adapters may be around.
+        teacher: gives the loss and its parts.
         clock: counts the seconds; ends the training where `heal.minutes` says so.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, heal: Heal, objective: Objective, clock: Clock, **kwargs):
+    def __init__(self, *args, heal: Heal, plain, teacher: Teacher, clock: Clock, **kwargs):
         super().__init__(*args, **kwargs)
-        self.heal, self.objective, self.clock = heal, objective, clock
+        self.heal, self.plain, self.teacher, self.clock = heal, plain, teacher, clock
         self.model_accepts_loss_kwargs = True  # else the Trainer would divide by the forwards of a step again
         self.routed = any("surgery_router" in name and p.requires_grad for name, p in self.model.named_parameters())
         self.sums: dict[str, float] = {}
         self.norm = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the tokens of a step, this forward's share of it."""
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            use_cache=False,
-            output_hidden_states=self.heal.hidden > 0,
-        )
-        loss, parts = self.objective(outputs, inputs)
+        """Mean loss over the tokens of a step: this forward's share of it."""
+        outputs = model(**called_with(self.plain, inputs, self.heal))
+        loss, parts = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
         if self.routed and self.heal.balance:
-            balance = load_balance_loss(self.accelerator.unwrap_model(model))
+            share = predicted(inputs["labels"]) / num_items_in_batch
+            balance = share * load_balance_loss(self.plain).to(loss.device)
             parts = parts | {"balance": balance.item()}
-            loss = loss + self.heal.balance * balance.to(loss.device)
+            loss = loss + self.heal.balance * balance
         if not loss.isfinite():
             self._stop("the loss is not a number")
-        here = predicted(inputs["labels"])
         for name, value in (parts | {"loss": loss.item()}).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * int(here)
-        self.sums["predicted"] = self.sums.get("predicted", 0.0) + int(here)
-        if num_items_in_batch is not None:  # gradients of several processes are averaged, and this is a sum
-            loss = loss * (here / num_items_in_batch) * self.accelerator.num_processes
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        loss = loss * self.accelerator.num_processes  # their gradients are averaged, and this is a part of a sum
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -82,13 +76,11 @@ class HealTrainer(Trainer):
         return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
 
     def step_means(self) -> dict[str, float]:
-        """Means over the tokens of the step that ended, over all processes."""
+        """Loss and its parts of the step that ended, means over its tokens in all processes."""
         names, values = zip(*sorted(self.sums.items()), strict=True)
         totals = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
-        found = dict(zip(names, totals.tolist(), strict=True))
         self.sums = {}
-        count = found.pop("predicted")
-        return {name: value / count for name, value in found.items()}
+        return dict(zip(names, totals.tolist(), strict=True))
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -160,8 +152,8 @@ class HealTrainer(Trainer):
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:
-    """How many tokens of [rows, length] are predicted: the first of a row never is."""
-    return (labels[:, 1:] != IGNORED).sum()
+    """How many tokens of [rows, length] are predicted."""
+    return losses.predicts(labels).sum()
 
 
 def parameter_groups(model, heal: Heal) -> list[dict]:

@@ -1,0 +1,283 @@
+"""One training from data to merged weights: what the folder-to-folder way and the way in memory have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, set_seed
+
+from ..anatomy import Anatomy
+from ..errors import SurgeryError, TrainingError
+from ..folder import model_table, read_json
+from ..output import write_json
+from ..quiet import quiet_transformers
+from ..scoring import load_model
+from .adapters import adapt, bare, freeze, merge
+from .checkpoints import facts_of, remove_cut_off, whole
+from .data import Packed, documents
+from .following import METRICS, Follow, read
+from .losses import cross_entropy
+from .schedule import Clock, Rows, micro_rows
+from .stored import store
+from .teacher import LiveTeacher, StoredTeacher, Teacher
+from .trained import Trained, choose, summed_up
+from .training import MICRO_TOKENS, HealTrainer, arguments, enough_memory, use_bfloat16
+from .watching import HeldOut
+
+if TYPE_CHECKING:
+    from ..recipe import Evaluate
+    from .settings import Heal
+
+RUN = "run.json"  # what a run is of, for --resume
+ENDLESS = 1_000_000  # steps, where the clock ends the training
+TEACHER = "teacher"  # folder of a stored one
+CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of
+
+
+@dataclass
+class Job:
+    """What is asked of a training besides the model.
+
+    Attributes:
+        base: folder of the unconverted model, or that model; None where nothing asks it.
+        rewritten: projections that the surgery rewrote (`trained.touched`).
+        run: folder of checkpoints and metrics.
+        identity: of settings, model and base; a run that goes on must have the same.
+        evaluate: text and limits of the recipe, for held-out scores while it trains.
+        adapter: where the adapter is kept, if `heal.keep_adapter`.
+    """
+
+    heal: Heal
+    base: Any
+    tokenizer: Any
+    rewritten: frozenset[str]
+    run: Path
+    identity: str = ""
+    evaluate: Evaluate | None = None
+    adapter: Path | None = None
+    progress: Callable[[int, int, str], None] | None = None
+    _base: list = field(default_factory=list)
+
+    def base_model(self):
+        """The base in memory, loaded once."""
+        if not self._base:
+            if isinstance(self.base, str | Path):
+                with quiet_transformers():
+                    dtype = torch.bfloat16 if use_bfloat16(self.heal) else torch.float32
+                    model = load_model(self.base, dtype=dtype)
+                self._base.append(model.to(PartialState().device).eval().requires_grad_(False))
+            else:
+                self._base.append(self.base)
+        return self._base[0]
+
+    def forget_base(self) -> None:
+        """Give its memory back."""
+        self._base.clear()
+
+
+def train(model, job: Job) -> dict:
+    """Heal a model in place, adapters merged; what was done, for the record.
+
+    Args:
+        model: converted, in float32.
+
+    Raises:
+        SurgeryError: data, settings or model are at fault.
+        TrainingError: NaN, or an unfinished run of something else; checkpoints are kept.
+        MachineError: disk or memory.
+    """
+    heal, began = job.heal, time.time()
+    refuse_vocabulary(model, job.base)
+    trained = trained_of(model, heal, job.rewritten)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    use_cache = model.config.use_cache
+    job.run.mkdir(parents=True, exist_ok=True)
+    with enough_memory(heal):
+        text, packed = _data(model, job)
+        set_seed(heal.seed)
+        student = _prepared(model, heal, trained)
+        watch = None
+        if heal.eval_every and job.base is not None and job.evaluate is not None:
+            watch = HeldOut(job.base_model(), job.tokenizer, job.evaluate, heal.stop_at_gate)
+        record = _loop(student, model, job, packed, watch)
+        record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
+        record["in_full"] = summed_up(trained.parameters)
+        model.config.use_cache = use_cache
+        if heal.method == "lora":
+            if heal.keep_adapter and job.adapter is not None and PartialState().is_main_process:
+                _keep_adapter(student, job)
+            model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
+    if heal.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    return record | {"wall_seconds": round(time.time() - began, 1)}
+
+
+def trained_of(model, heal: Heal, rewritten: frozenset[str]) -> Trained:
+    """What of a model in memory trains; see `trained.choose`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    def is_linear(path: str) -> bool:
+        return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
+
+    found = choose(heal, Anatomy.of(model), model_table(model), rewritten, is_linear)
+    if heal.keep_adapter and (names := bare(model, found)):
+        raise SurgeryError(
+            f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
+            where="heal",
+            fix="heal.keep_adapter=false: the merged model has them",
+        )
+    return found
+
+
+def refuse_vocabulary(model, base) -> None:
+    """Raise where a teacher knows other tokens."""
+    from ..scoring import read_config
+
+    if base is None:
+        return
+    ours, theirs = (config.get_text_config().vocab_size for config in (model.config, read_config(base)))
+    if ours != theirs:
+        raise SurgeryError(
+            f"the base has another vocabulary: {theirs} tokens, the model {ours}",
+            where="heal",
+            fix="name the model that it was made from: --base MODEL",
+        )
+
+
+def _data(model, job: Job) -> tuple[dict, Packed]:
+    """What is said of the data, and their rows; refused where the run's file knows others."""
+    heal, file = job.heal, job.run / RUN
+    known = read_json(file) if file.is_file() else {}
+    if known and known.get("identity") != job.identity:
+        raise TrainingError(
+            "the checkpoints are of another training (recipe, model or base differ)",
+            where=str(job.run),
+            fix="finish that one with its own command, or start anew with --overwrite",
+        )
+    rows = known.get("rows") or _rows_needed(model, heal)
+    with PartialState().main_process_first():
+        source = job.base if heal.data != "self" else job.base_model()
+        found = documents(
+            heal,
+            job.tokenizer,
+            model if source is None else source,
+            rows_needed=rows,
+            folder=job.run if heal.data == "self" else None,
+            progress=job.progress,
+        )
+        packed = Packed(found, heal.length)
+        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
+        if known and known.get("data") != facts["data"]:
+            raise TrainingError(
+                "the data are not those that the checkpoints were trained on",
+                where=f"heal.data: {heal.data}",
+                fix="put them back as they were, or start anew with --overwrite",
+            )
+        if not known and PartialState().is_main_process:
+            write_json(file, facts)
+    return found.facts | {"rows": len(packed)}, packed
+
+
+def _rows_needed(model, heal: Heal) -> int:
+    """Rows that the training will read; by the clock, as many as this machine could at most."""
+    if heal.planned_steps is not None:
+        return heal.planned_steps * heal.rows
+    rows = micro_rows(heal.rows, heal.length, MICRO_TOKENS)
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
+    batch = batch.to(PartialState().device)
+    model.to(PartialState().device).train()
+    for _ in range(2):  # the first is slower
+        began = time.monotonic()
+        cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).backward()
+        seconds = time.monotonic() - began
+    model.zero_grad()
+    steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
+    return steps * heal.rows
+
+
+def _prepared(model, heal: Heal, trained: Trained):
+    """The model with what trains set to train."""
+    if heal.gradient_checkpointing:
+        switch = getattr(model, "activation_checkpointing_enable", None)
+        settings = {"use_reentrant": False}  # or the gradient of what is worked out before a layer would be lost
+        switch(activation_checkpointing_kwargs=settings) if switch else model.gradient_checkpointing_enable(settings)
+    if heal.method == "lora":
+        return adapt(model, heal, trained)
+    freeze(model, trained.parameters)
+    return model
+
+
+def _teacher(job: Job, packed: Packed) -> Teacher:
+    """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
+    heal = job.heal
+    if heal.loss == "ce" and not heal.hidden:
+        return Teacher()
+    if heal.teacher == "live":
+        return LiveTeacher(job.base_model())
+    folder = job.run / TEACHER
+    with PartialState().main_process_first():
+        store(job.base_model(), packed, folder, heal.top_k, temperature=heal.temperature, progress=job.progress)
+    job.forget_base()
+    return StoredTeacher(folder)
+
+
+def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
+    heal, state, clock = job.heal, PartialState(), Clock(job.heal.minutes)
+    steps = heal.planned_steps or ENDLESS
+    with state.main_process_first():
+        if state.is_main_process:
+            remove_cut_off(job.run)
+        last = (whole(job.run) or [None])[-1]
+    earlier = facts_of(last)["seconds"] if last else 0.0
+    teacher = _teacher(job, packed)
+    progress = job.progress if state.is_main_process else None
+    follow = Follow(heal, job.run, heal.planned_steps, watch, earlier, progress)
+    with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
+        trainer = HealTrainer(
+            model=student,
+            args=arguments(heal, job.run, steps, state.num_processes),
+            train_dataset=Rows(packed, steps * heal.rows, heal.seed),
+            callbacks=[follow],
+            heal=heal,
+            plain=plain,
+            teacher=teacher,
+            clock=clock,
+        )
+        trainer.remove_callback(PrinterCallback)
+        follow.trainer = trainer
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    curve = [line["loss"] for line in read(job.run / METRICS)]
+    done = trainer.state.global_step
+    return {
+        "steps": done,
+        "step_tokens": heal.rows * heal.length,
+        "tokens": done * heal.rows * heal.length,
+        "minutes": round(clock.seconds / 60, 2),
+        "ended_by": follow.ended,
+        "loss": {"first": _mean(curve[:CURVE_ENDS]), "last": _mean(curve[-CURVE_ENDS:])},
+        "processes": state.num_processes,
+        "device": state.device.type,
+        "bfloat16": use_bfloat16(heal),
+        "resumed": last is not None,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _keep_adapter(student, job: Job) -> None:
+    for config in student.peft_config.values():
+        config.base_model_name_or_path = None  # a folder of this machine; the card says what it belongs to
+    student.save_pretrained(job.adapter)
