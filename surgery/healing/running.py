@@ -23,11 +23,12 @@ from .checkpoints import facts_of, remove_cut_off, whole
 from .data import Packed, documents
 from .following import METRICS, Follow, read
 from .losses import cross_entropy
-from .schedule import Clock, Rows, micro_rows
+from .planned import micro_rows
+from .schedule import Clock, Rows
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Trained, choose, summed_up
-from .training import MICRO_TOKENS, HealTrainer, arguments, enough_memory, use_bfloat16
+from .training import HealTrainer, arguments, enough_memory, use_bfloat16
 from .watching import HeldOut
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _rows_needed(model, heal: Heal) -> int:
     """Rows that the training will read; by the clock, as many as this machine could at most."""
     if heal.planned_steps is not None:
         return heal.planned_steps * heal.rows
-    rows = micro_rows(heal.rows, heal.length, MICRO_TOKENS)
+    rows = micro_rows(heal.rows, heal.length)
     vocabulary = model.config.get_text_config().vocab_size
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
     batch = batch.to(PartialState().device)

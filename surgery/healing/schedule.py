@@ -70,8 +70,3 @@ class Rows(torch.utils.data.Dataset):
             generator = torch.Generator().manual_seed(self.seed * 100_003 + this)
             self._round = (this, torch.randperm(len(self.packed), generator=generator).tolist())
         return self._round[1][place]
-
-
-def micro_rows(rows: int, length: int, limit: int) -> int:
-    """Rows of one forward: the most that divide those of a step and have at most `limit` tokens; at least one."""
-    return max(count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= limit or count == 1))

@@ -101,15 +101,15 @@ class Heal(BaseModel):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"it has {' and '.join(given)}" if given else "it has none of them"
-            raise _fault("one", f"heal names one of tokens, steps, minutes; {found}")
+            raise _fault(f"heal names one of tokens, steps, minutes; {found}")
         if self.batch_tokens < self.length:
-            raise _fault("batch", f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
+            raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
         if self.stop_at_gate and not self.eval_every:
-            raise _fault("eval", "heal.stop_at_gate needs heal.eval_every: steps between two scores")
+            raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
         if self.keep_adapter and self.method != "lora":
-            raise _fault("adapter", f"heal.keep_adapter is of method: lora, this is method: {self.method}")
+            raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
         if self.hidden and self.teacher == "stored":
-            raise _fault("hidden", "heal.hidden needs the base's hidden states, which teacher: stored does not keep")
+            raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
         return self
 
     @property
@@ -135,5 +135,5 @@ class Heal(BaseModel):
         return self.loss != "ce" or self.hidden > 0 or self.data == "self" or self.warm_start > 0
 
 
-def _fault(kind: str, text: str) -> PydanticCustomError:
-    return PydanticCustomError(f"heal_{kind}", "{text}", {"text": text})
+def _fault(text: str) -> PydanticCustomError:
+    return PydanticCustomError("heal", "{text}", {"text": text})

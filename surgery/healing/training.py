@@ -20,7 +20,8 @@ from ..errors import MachineError, TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
 from . import losses
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
-from .schedule import Clock, micro_rows, rate_at
+from .planned import micro_rows
+from .schedule import Clock, rate_at
 from .teacher import arguments as called_with
 from .trained import SURGERY
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .settings import Heal
     from .teacher import Teacher
 
-MICRO_TOKENS = 4096  # of one forward, at most
 # A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
 SCALAR_RATE = 10.0
 MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
@@ -186,7 +186,7 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int) -> TrainingArgu
             exists=f"batch_tokens {heal.batch_tokens}, length {heal.length}",
             fix=f"heal.batch_tokens={heal.length * processes * -(-heal.rows // processes)}",
         )
-    micro = micro_rows(rows, heal.length, MICRO_TOKENS)
+    micro = micro_rows(rows, heal.length)
     made = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
