@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
     from .errors import CheckError, GateError, MachineError, SurgeryError
+    from .healing.heal import heal
     from .operation import Change, Operation, WeightRewrite
     from .recipe import Recipe
     from .report import Report
@@ -31,6 +32,7 @@ _PUBLIC = {
     "evaluate": "api",
     "evaluate_choices": "api",
     "evaluate_needles": "api",
+    "heal": "healing.heal",
     "load": "api",
     "save": "api",
     "push": "api",
@@ -63,6 +65,7 @@ __all__ = [
     "evaluate",
     "evaluate_choices",
     "evaluate_needles",
+    "heal",
     "load",
     "plan",
     "push",

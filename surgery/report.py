@@ -204,7 +204,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
             "fingerprint": fingerprint,
             "note": source.note,
         },
-        "recipe": _published_recipe(plan.recipe.to_dict()),
+        "recipe": published_recipe(plan.recipe.to_dict()),
         "recipe_source": plan.recipe.source,
         "overrides": [_published_override(text) for text in overrides],
         "plan": plan.summary(),
@@ -229,7 +229,7 @@ def published(value: str) -> str:
     return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
 
 
-def _published_recipe(recipe: dict) -> dict:
+def published_recipe(recipe: dict) -> dict:
     """A recipe whose settings name no folder; its name and description are prose."""
 
     def without_folders(value):

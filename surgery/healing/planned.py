@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..errors import SurgeryError
 from .trained import Table, Trained, choose, summed_up
 
 if TYPE_CHECKING:
@@ -105,6 +106,13 @@ class HealPlan:
             "memory_bytes": self.memory_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
+
+
+def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
+    """Raise where a model cannot be trained here."""
+    if anatomy.composite:
+        what = "healing trains text models, and this one has other parts (vision + text)"
+        raise SurgeryError(what, where=where, fix="heal: null, and train it with a script of its own")
 
 
 def micro_rows(rows: int, length: int) -> int:
