@@ -118,6 +118,10 @@ def _damage_of_file(data: dict) -> str:
     for name, facts in data["files"].items():
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
+    if not isinstance(data.get("heal"), dict | None) or not isinstance(
+        (data.get("heal") or {}).get("settings", {}), dict
+    ):
+        return f"heal is {shown(data['heal'])}"
     gate, check, evaluation = data["gate"], data["check"], data["evaluation"]
     if not isinstance(gate.get("status"), str) or not isinstance(gate.get("limits"), dict):
         return "gate has no status and limits"

@@ -13,9 +13,11 @@ from ..conversion import convert
 from ..errors import SurgeryError
 from ..output import remove_own
 from ..report import Report, published_recipe
+from ..same_base import another_base
 from .heal import finish, heal_folder
 from .planned import refuse_unhealable
 from .ranks import Ranks
+from .reading import published
 
 
 def apply_and_heal(
@@ -39,7 +41,7 @@ def apply_and_heal(
 
     ranks, out = Ranks(), Path(os.path.abspath(output))
     unhealed = out.with_name(f"{out.name}.unhealed")
-    if resume and not overwrite and (done := _finished(out, unhealed, recipe)):
+    if resume and not overwrite and (done := _finished(out, unhealed, recipe, model)):
         return done
     if os.path.lexists(out) and not overwrite and not (resume and unhealed.exists()):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
@@ -80,9 +82,11 @@ def apply_and_heal(
     return healed
 
 
-def _finished(out: Path, unhealed: Path, recipe) -> Report | None:
-    """The report of an OUT that this very recipe made, if nothing is left to do."""
+def _finished(out: Path, unhealed: Path, recipe, model: str) -> Report | None:
+    """The report of an OUT that this very recipe made of this model, if nothing is left to do."""
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
-    return report if report.data["recipe"] == published_recipe(recipe.to_dict()) else None
+    asked = published_recipe(recipe.to_dict()) | {"heal": published(recipe.heal)}
+    same = report.data["recipe"] == asked and not another_base(report.data["base"], model)
+    return report if same else None
