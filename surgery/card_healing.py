@@ -49,13 +49,8 @@ def heal_commands(report: dict) -> list[str]:
     commands = []
     for number, step in enumerate(steps):
         names = ["OUT", *(f"HEALED{place + 1}" for place in range(len(steps) - 1)), "HEALED"]
-        given = [f"{key}={_shown(value)}" for key, value in step["settings"].items() if value is not None]
-        commands.append(shlex.join(["surgery", "heal", names[number], "-o", names[number + 1], *given]))
+        commands.append(shlex.join(["surgery", "heal", names[number], *step["overrides"], "-o", names[number + 1]]))
     return commands
-
-
-def _shown(value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _how(record: dict) -> list[str]:
@@ -63,7 +58,7 @@ def _how(record: dict) -> list[str]:
     what = {
         "full": "All weights were trained",
         "parts": "What the surgery added or rewrote was trained",
-        "lora": f"Low-rank updates (rank {settings['rank']}) of {record.get('adapted')} matrices were trained and merged",
+        "lora": f"Updates of rank {settings['rank']} to {record.get('adapted')} matrices were trained and merged",
     }[settings["method"]]
     if settings["method"] == "lora" and record.get("in_full"):
         what += f", and in full {', '.join(f'`{name}`' for name in record['in_full'])}"
@@ -71,8 +66,8 @@ def _how(record: dict) -> list[str]:
     where = f"{data.get('data')} (sha256 `{str(data.get('sha256'))[:12]}`, {data.get('tokens', 0):,} tokens)"
     machine = f"{record['processes']} process{'es' * (record['processes'] > 1)} on {record['device']}"
     lines.append(
-        f"{record['tokens']:,} tokens in {record['steps']:,} steps of {record['step_tokens']:,}, {record['minutes']:g} "
-        f"minutes with {machine}, on {where}"
+        f"{record['tokens']:,} tokens in {record['steps']:,} steps of {record['step_tokens']:,}, "
+        f"{record['minutes']:g} minutes with {machine}, on {where}"
     )
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
@@ -87,15 +82,10 @@ def _table(report: dict) -> str:
     if not before or evaluation.get("status") != "done":
         return ""
     base, out, kl = evaluation["base"], evaluation["out"], evaluation["kl"]
+    loss = [side["cross_entropy"] for side in (base, before, out)]
     rows = [
         ("perplexity", base["perplexity"], before["perplexity"], out["perplexity"], "{:,.4g}"),
-        (
-            "cross-entropy, nats per token",
-            base["cross_entropy"],
-            before["cross_entropy"],
-            out["cross_entropy"],
-            "{:.4f}",
-        ),
+        ("cross-entropy, nats per token", *loss, "{:.4f}"),
         ("KL from the base, mean", None, before["kl"], kl["mean"], "{:.4g}"),
         ("top-1 agreement with the base", None, before["top1_agreement"], evaluation["top1_agreement"], "{:.1%}"),
     ]

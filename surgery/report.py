@@ -118,10 +118,9 @@ def _damage_of_file(data: dict) -> str:
     for name, facts in data["files"].items():
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
-    if not isinstance(data.get("heal"), dict | None) or not isinstance(
-        (data.get("heal") or {}).get("settings", {}), dict
-    ):
-        return f"heal is {shown(data['heal'])}"
+    healing = data.get("heal")
+    if not isinstance(healing, dict | None) or (healing and not isinstance(healing.get("settings"), dict)):
+        return f"heal is {shown(healing)}"
     gate, check, evaluation = data["gate"], data["check"], data["evaluation"]
     if not isinstance(gate.get("status"), str) or not isinstance(gate.get("limits"), dict):
         return "gate has no status and limits"
@@ -210,7 +209,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
         },
         "recipe": published_recipe(plan.recipe.to_dict()),
         "recipe_source": plan.recipe.source,
-        "overrides": [_published_override(text) for text in overrides],
+        "overrides": [published_override(text) for text in overrides],
         "plan": plan.summary(),
         "operations": [
             {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
@@ -247,7 +246,7 @@ def published_recipe(recipe: dict) -> dict:
     return without_folders(recipe) | prose
 
 
-def _published_override(text: str) -> str:
+def published_override(text: str) -> str:
     key, _, value = text.partition("=")
     return text if key in ("name", "description") else f"{key}={published(value)}"
 

@@ -72,7 +72,7 @@ def _next(data: dict, folder: str, base: str) -> str:
     train = f"surgery heal {quoted} tokens=1e6 -o HEALED --base {model}"
     if damage(data["evaluation"]) and data.get("heal"):
         return (
-            "train it longer (heal.tokens=...), or choose a milder setting (surgery plan shows what one would change)"
+            "train it longer (heal.tokens=...), or choose a milder setting (surgery plan shows what it would change)"
         )
     if damage(data["evaluation"]):
         return f"{train}, or choose a milder setting (surgery plan shows what one would change)"

@@ -17,7 +17,8 @@ from ..carried import carry_files
 from ..checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint
 from ..errors import SurgeryError
 from ..output import OutputFolder, weight_files
-from ..report import Report
+from ..overrides import as_text
+from ..report import Report, published_override
 from . import record as records
 from .origin import base_folder, converted_model, of_memory, save_as_stored
 from .planned import HealPlan, refuse_unhealable
@@ -90,7 +91,7 @@ def heal(
         asked,
         judged_by,
         output,
-        overrides=[*overrides, *(f"{key}={value}" for key, value in fields.items())],
+        overrides=[*overrides, *(as_text(key, value) for key, value in fields.items())],
         resume=resume,
         overwrite=overwrite,
         progress=progress,
@@ -109,13 +110,16 @@ def heal_folder(
     judged_by: Evaluate | None,
     output: str | Path,
     *,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_plan=None,
 ) -> tuple[Report | None, Path | None]:
     """Train and write the healed folder; arguments as for `heal`.
+
+    Args:
+        overrides: as typed in a command of its own; None where the healing is a part of a recipe.
 
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
@@ -151,7 +155,9 @@ def heal_folder(
             adapter=partial / ADAPTER,
             progress=progress,
         )
-        facts = train(model, job) | {"overrides": list(overrides)}
+        facts = train(model, job)
+        if overrides is not None:
+            facts["overrides"] = [published_override(text) for text in overrides]
         if ranks.first:
             save_as_stored(model, partial, dtype)
             records.draw(partial / RUN)

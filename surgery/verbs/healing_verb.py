@@ -23,9 +23,7 @@ def heal(
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not check the result.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")] = False,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Score it, but let a failing gate pass.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in HEALED.partial.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace HEALED (when the new one is complete).")
     ] = False,
