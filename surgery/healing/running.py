@@ -3,83 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
-from ..errors import SurgeryError, TrainingError
+from ..errors import SurgeryError
 from ..folder import model_table, read_json
 from ..output import write_json
 from ..quiet import quiet_transformers
-from ..scoring import load_model
+from ..scoring import read_config
 from .adapters import adapt, bare, freeze, merge
 from .checkpoints import facts_of, remove_cut_off, whole
-from .data import Packed, documents
 from .following import METRICS, Follow, read
-from .losses import cross_entropy
-from .planned import micro_rows
+from .job import Job, rows_of
+from .packing import Packed
 from .schedule import Clock, Rows
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Trained, choose, summed_up
 from .training import HealTrainer, arguments, enough_memory, use_bfloat16
+from .warm_start import warm_start
 from .watching import HeldOut
 
 if TYPE_CHECKING:
-    from ..recipe import Evaluate
     from .settings import Heal
 
-RUN = "run.json"  # what a run is of, for --resume
 ENDLESS = 1_000_000  # steps, where the clock ends the training
+STARTED = "warm-start.json"
 TEACHER = "teacher"  # folder of a stored one
 CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of
-
-
-@dataclass
-class Job:
-    """What is asked of a training besides the model.
-
-    Attributes:
-        base: folder of the unconverted model, or that model; None where nothing asks it.
-        rewritten: projections that the surgery rewrote (`trained.touched`).
-        run: folder of checkpoints and metrics.
-        identity: of settings, model and base; a run that goes on must have the same.
-        evaluate: text and limits of the recipe, for held-out scores while it trains.
-        adapter: where the adapter is kept, if `heal.keep_adapter`.
-    """
-
-    heal: Heal
-    base: Any
-    tokenizer: Any
-    rewritten: frozenset[str]
-    run: Path
-    identity: str = ""
-    evaluate: Evaluate | None = None
-    adapter: Path | None = None
-    progress: Callable[[int, int, str], None] | None = None
-    _base: list = field(default_factory=list)
-
-    def base_model(self):
-        """The base in memory, loaded once."""
-        if not self._base:
-            if isinstance(self.base, str | Path):
-                with quiet_transformers():
-                    dtype = torch.bfloat16 if use_bfloat16(self.heal) else torch.float32
-                    model = load_model(self.base, dtype=dtype)
-                self._base.append(model.to(PartialState().device).eval().requires_grad_(False))
-            else:
-                self._base.append(self.base)
-        return self._base[0]
-
-    def forget_base(self) -> None:
-        """Give its memory back."""
-        self._base.clear()
 
 
 def train(model, job: Job) -> dict:
@@ -100,15 +54,16 @@ def train(model, job: Job) -> dict:
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
     with enough_memory(heal):
-        text, packed = _data(model, job)
+        text, packed = rows_of(model, job)
         set_seed(heal.seed)
+        started = _start(model, job, packed, trained)
         student = _prepared(model, heal, trained)
         watch = None
         if heal.eval_every and job.base is not None and job.evaluate is not None:
             watch = HeldOut(job.base_model(), job.tokenizer, job.evaluate, heal.stop_at_gate)
         record = _loop(student, model, job, packed, watch)
         record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
-        record["in_full"] = summed_up(trained.parameters)
+        record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
         model.config.use_cache = use_cache
         if heal.method == "lora":
             if heal.keep_adapter and job.adapter is not None and PartialState().is_main_process:
@@ -141,8 +96,6 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str]) -> Trained:
 
 def refuse_vocabulary(model, base) -> None:
     """Raise where a teacher knows other tokens."""
-    from ..scoring import read_config
-
     if base is None:
         return
     ours, theirs = (config.get_text_config().vocab_size for config in (model.config, read_config(base)))
@@ -154,56 +107,18 @@ def refuse_vocabulary(model, base) -> None:
         )
 
 
-def _data(model, job: Job) -> tuple[dict, Packed]:
-    """What is said of the data, and their rows; refused where the run's file knows others."""
-    heal, file = job.heal, job.run / RUN
-    known = read_json(file) if file.is_file() else {}
-    if known and known.get("identity") != job.identity:
-        raise TrainingError(
-            "the checkpoints are of another training (recipe, model or base differ)",
-            where=str(job.run),
-            fix="finish that one with its own command, or start anew with --overwrite",
-        )
-    rows = known.get("rows") or _rows_needed(model, heal)
-    with PartialState().main_process_first():
-        source = job.base if heal.data != "self" else job.base_model()
-        found = documents(
-            heal,
-            job.tokenizer,
-            model if source is None else source,
-            rows_needed=rows,
-            folder=job.run if heal.data == "self" else None,
-            progress=job.progress,
-        )
-        packed = Packed(found, heal.length)
-        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
-        if known and known.get("data") != facts["data"]:
-            raise TrainingError(
-                "the data are not those that the checkpoints were trained on",
-                where=f"heal.data: {heal.data}",
-                fix="put them back as they were, or start anew with --overwrite",
-            )
-        if not known and PartialState().is_main_process:
-            write_json(file, facts)
-    return found.facts | {"rows": len(packed)}, packed
-
-
-def _rows_needed(model, heal: Heal) -> int:
-    """Rows that the training will read; by the clock, as many as this machine could at most."""
-    if heal.planned_steps is not None:
-        return heal.planned_steps * heal.rows
-    rows = micro_rows(heal.rows, heal.length)
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
-    batch = batch.to(PartialState().device)
-    model.to(PartialState().device).train()
-    for _ in range(2):  # the first is slower
-        began = time.monotonic()
-        cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).backward()
-        seconds = time.monotonic() - began
-    model.zero_grad()
-    steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
-    return steps * heal.rows
+def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
+    """The layer-wise start, if one is asked for; after a kill its record, where a checkpoint has its weights already."""
+    file = job.run / STARTED
+    if not job.heal.warm_start:
+        return None
+    if whole(job.run) and file.is_file():
+        return read_json(file)
+    model.to(PartialState().device)
+    record = warm_start(model, job.base_model(), packed, job.heal, trained.parameters, job.progress)
+    if PartialState().is_main_process:
+        write_json(file, record)
+    return record
 
 
 def _prepared(model, heal: Heal, trained: Trained):
@@ -227,7 +142,8 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
         return LiveTeacher(job.base_model())
     folder = job.run / TEACHER
     with PartialState().main_process_first():
-        store(job.base_model(), packed, folder, heal.top_k, temperature=heal.temperature, progress=job.progress)
+        kept = {"top_k": heal.top_k, "temperature": heal.temperature}
+        store(job.base_model(), packed, folder, **kept, progress=job.progress)
     job.forget_base()
     return StoredTeacher(folder)
 

@@ -20,9 +20,9 @@ from ..errors import MachineError, TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
 from . import losses
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
+from .packing import arguments as called_with
 from .planned import micro_rows
 from .schedule import Clock, rate_at
-from .teacher import arguments as called_with
 from .trained import SURGERY
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the tokens of a step: this forward's share of it."""
-        outputs = model(**called_with(self.plain, inputs, self.heal))
+        outputs = model(**called_with(self.plain, inputs, self.heal.hidden > 0))
         loss, parts = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
         if self.routed and self.heal.balance:
             share = predicted(inputs["labels"]) / num_items_in_batch
