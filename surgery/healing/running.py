@@ -108,7 +108,7 @@ def refuse_vocabulary(model, base) -> None:
 
 
 def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
-    """The layer-wise start, if one is asked for; after a kill its record, where a checkpoint has its weights already."""
+    """The layer-wise start, if one is asked for; where a checkpoint has its weights already, its record alone."""
     file = job.run / STARTED
     if not job.heal.warm_start:
         return None

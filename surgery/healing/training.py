@@ -56,7 +56,7 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the tokens of a step: this forward's share of it."""
-        outputs = model(**called_with(self.plain, inputs, self.heal.hidden > 0))
+        outputs = model(**called_with(type(self.plain), inputs, self.heal.hidden > 0))
         loss, parts = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
         if self.routed and self.heal.balance:
             share = predicted(inputs["labels"]) / num_items_in_batch
