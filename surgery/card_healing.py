@@ -33,13 +33,17 @@ def healed(report: dict) -> list[str]:
         if None not in figures:
             line = "Cross-entropy: base {:.3f}, converted {:.3f}, healed {:.3f} nats a token".format(*figures)
             share = shares.get("cross_entropy")
-            found.append(line + (f": {share:.0%} of the loss came back" if share is not None else ""))
+            found.append(line + _came_back(share))
         kl = (before["kl"], evaluation["kl"]["mean"])
         if None not in kl:
-            share = shares.get("kl")
-            more = f": {share:.0%} came back" if share is not None else ""
-            found.append("KL to the base: converted {:.3f}, healed {:.3f}".format(*kl) + more)
+            found.append("KL to the base: converted {:.3f}, healed {:.3f}".format(*kl) + _came_back(shares.get("kl")))
     return found
+
+
+def _came_back(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f": {share:.0%} came back" if 0 < share < 1 else ": all came back" if share >= 1 else ": nothing came back"
 
 
 def heal_commands(report: dict) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import TEXT, edit_json, listing
-from families import one_thread, run_doors  # noqa: F401
+from families import one_thread  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +20,7 @@ from surgery.report import Report
 
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 SMALL = ("length=16", "batch_tokens=32", "steps=4", "learning_rate=0.01")
+QUICK = ("--no-check", "--no-gate", "-q")
 FAST = ("--no-check", "--no-eval", "-q")
 
 
@@ -28,7 +29,7 @@ def converted(surgery, model, text, tmp_path):
     """`apply RECIPE` of the tiny model, scored on its words."""
 
     def run(recipe="mqa", *more, out="out"):
-        done = surgery("apply", recipe, model, f"evaluate.text={text}", *SCORED, *more, "-o", out, "--no-gate", "-q")
+        done = surgery("apply", recipe, model, f"evaluate.text={text}", *SCORED, *more, "-o", out, *QUICK)
         assert done.code == 0, done.out + done.err
         return tmp_path / out
 
@@ -39,8 +40,8 @@ def converted(surgery, model, text, tmp_path):
 def heal(surgery, model, text, tmp_path):
     """`surgery heal` on the tiny text."""
 
-    def run(out, *more, to="healed", code=0):
-        asked = (f"data={text}", f"evaluate.text={text}", *SMALL)
+    def run(out, *more, to="healed", code=0, check=False):
+        asked = (f"data={text}", f"evaluate.text={text}", *SMALL, *["--no-check"] * (not check))
         done = surgery("heal", out, *asked, *more, "-o", to, "--base", model, "--no-gate")
         assert done.code == code, done.out + done.err
         done.folder = tmp_path / to
@@ -69,13 +70,12 @@ REST |= {f"model.layers.N.mlp.{part}_proj.weight" for part in ("gate", "up", "do
 @pytest.mark.parametrize(("method", "wanted"), [("parts", KEYS), ("lora", KEYS | REST), ("full", None)])
 def test_each_method_trains_its_own(converted, heal, method, wanted):
     out = converted()
-    done = heal(out, f"method={method}", "loss=distill")
+    done = heal(out, f"method={method}", "loss=distill", f"learning_rate={0.002 if method == 'full' else 0.01}")
     found = changed(out, done.folder)
     assert found == wanted or (wanted is None and found > KEYS | REST and "model.embed_tokens.weight" in found)
     config = json.loads((done.folder / "config.json").read_text())
     assert config == json.loads((out / "config.json").read_text()), "native, and stored as it was"
     report = Report.of(done.folder)
-    assert report.data["check"]["passed"], report.data["check"]
     record = report.data["heal"]
     assert (record["steps"], record["tokens"], record["step_tokens"]) == (4, 128, 32)
     assert record["settings"]["data"] == "words.txt", "no folder of this machine"
@@ -91,7 +91,7 @@ def test_each_method_trains_its_own(converted, heal, method, wanted):
 
 def test_what_came_back_is_told(converted, heal, tmp_path):
     out = converted()
-    done = heal(out, "method=full", "loss=both", "steps=12")
+    done = heal(out, "method=parts", "steps=12")
     report = Report.of(done.folder).data
     before, after, record = Report.of(out).data["evaluation"], report["evaluation"], report["heal"]
     kl = (before["kl"]["mean"], after["kl"]["mean"])
@@ -100,7 +100,7 @@ def test_what_came_back_is_told(converted, heal, tmp_path):
     assert kl[1] < kl[0]
     card = (done.folder / "README.md").read_text()
     assert "## Healing" in card
-    assert "All weights were trained" in card
+    assert "What the surgery added or rewrote was trained (2,304 parameters)" in card
     assert f"| KL from the base, mean |  | {kl[0]:.4g} | {kl[1]:.4g} |" in card
     assert "surgery heal OUT " in card
     assert str(tmp_path) not in card
@@ -112,7 +112,7 @@ def test_what_came_back_is_told(converted, heal, tmp_path):
 def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
     """Routers train, are saved, and load in a fresh process through both doors."""
     out = converted("moh", "calibration_samples=4", "calibration_length=8", "router=random", "shared_ratio=0")
-    done = heal(out, "method=lora", "loss=distill")
+    done = heal(out, "method=lora", "loss=distill", check=True)
     assert {name.rpartition(".")[2] for name in changed(out, done.folder)} > {"surgery_router", "surgery_router_bias"}
     report = Report.of(done.folder).data
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
@@ -127,6 +127,7 @@ def test_apply_heals_in_one_go(surgery, model, text, tmp_path):
     asked = (f"evaluate.text={text}", *SCORED, f"heal.data={text}", *(f"heal.{each}" for each in SMALL))
     done = surgery("apply", "mqa", model, *asked, "heal.method=parts", "-o", "out", "--no-gate")
     assert done.code == 0, done.out + done.err
+    assert Report.of(tmp_path / "out").data["check"]["passed"]
     assert "heal (parts): 2,304 parameters train" in done.out
     report = Report.of(tmp_path / "out").data
     assert report["heal"]["converted"]["kl"] > 0
@@ -158,12 +159,11 @@ def test_text_of_the_base_a_stored_teacher_and_a_layerwise_start(converted, heal
 
 def test_in_memory(tiny_llama, text):
     """In place, in the dtype that it has; the same weights as from folder to folder follow from the same start."""
-    tokenizer, base = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
-    edited = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer, edited = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
     report = package.apply("mqa", edited, tokenizer=tokenizer)
     settings = {"data": str(text), "length": 16, "batch_tokens": 32, "steps": 4, "method": "lora", "rank": 2}
     before = {name: tensor.clone() for name, tensor in edited.state_dict().items()}
-    healed = package.heal(edited, base, settings=settings, tokenizer=tokenizer)
+    healed = package.heal(edited, tiny_llama, settings=settings, tokenizer=tokenizer)
     assert healed.data["heal"]["steps"] == 4
     assert report.data["heal"] == healed.data["heal"], "the report that will be saved with the model"
     assert edited.state_dict().keys() == before.keys(), "no adapter is left"
@@ -273,7 +273,7 @@ def test_bad_settings(refuse, tmp_path):
     refuse("steps=0", says=["steps should be at least 1; it is 0"])
     refuse("tokens=5", "steps=5", "minutes=null", "tokens=0", says=["tokens should be at least 1; it is 0"])
     refuse("method=loar", says=["method should be 'lora', 'full' or 'parts'; it is 'loar'"])
-    refuse("stop_at_gate=true", "eval_every=1", says=["no limit that can be watched"])
+    refuse("stop_at_gate=true", "eval_every=1", "evaluate.max_kl=null", says=["no limit that can be watched"])
     refuse("length=4096", "batch_tokens=4096", says=["too short"])
 
 

@@ -195,6 +195,8 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _keep_adapter(student, job: Job) -> None:
-    for config in student.peft_config.values():
-        config.base_model_name_or_path = None  # a folder of this machine; the card says what it belongs to
+    """Save the adapter, without the folder of this machine that peft notes: the card says what it belongs to."""
     student.save_pretrained(job.adapter)
+    file = job.adapter / "adapter_config.json"
+    write_json(file, read_json(file) | {"base_model_name_or_path": None})
+    (job.adapter / "README.md").unlink(missing_ok=True)
