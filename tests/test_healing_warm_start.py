@@ -200,7 +200,7 @@ def test_routers_and_sinks(rows):
     gate = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 3}
     shapes = {"surgery_router": [6, 64], "surgery_router_bias": [6], "surgery_router_temperature": [1]}
     shapes |= {"surgery_shared_router": [2, 64], "surgery_balance": [2, 64]}
-    sinks = {"streaming": [0, 1, 2, 3], "sinks": 0, "window": 4, "parameters": {"surgery_logit": [8, 1]}}
+    sinks = {"streaming": [0, 1, 2, 3], "sinks": 0, "window": 4, "parameters": {"surgery_sink_logit": [8, 1]}}
     for entry in ({"gate": gate, "parameters": shapes}, sinks):
         student = surgical(base, entry)
         generator = torch.Generator().manual_seed(4)
