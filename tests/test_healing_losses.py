@@ -12,10 +12,11 @@ from surgery.healing import losses
 from surgery.healing.losses import cross_entropy, distillation, distillation_top_k, hidden_mse, predicts
 
 BATCH, LENGTH, VOCABULARY = 2, 7, 11
+F64 = torch.float64
 
 
 def draw(*shape, seed=0, scale=3.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def logits(seed=0, scale=3.0):
@@ -59,7 +60,7 @@ def test_cross_entropy_is_the_loop():
     kept = predicts(labels)
     want = mean_over(kept, lambda b, t: -math.log(softmax(student[b, t])[labels[b, t + 1]]))
     assert cross_entropy(student, labels).item() == pytest.approx(want, rel=1e-12)
-    assert cross_entropy(student, labels, count=100).item() == pytest.approx(want * kept.sum() / 100, rel=1e-12)
+    assert cross_entropy(student, labels, count=100).item() == pytest.approx(want * int(kept.sum()) / 100, rel=1e-12)
 
 
 def test_cross_entropy_is_torchs():
@@ -91,10 +92,8 @@ def top_k(teacher, k, temperature=1.0):
         values.append([math.log(p[i]) for i in order[:k]])
         indices.append(order[:k])
         rest.append(math.log(left) if left else -math.inf)
-    shape = BATCH, LENGTH
-    tensors = (torch.tensor(each) for each in (values, indices, rest))
-    values, indices, rest = (tensor.unflatten(0, shape) for tensor in tensors)
-    return values.double(), indices, rest.double()
+    tensors = (torch.tensor(each, dtype=dtype) for each, dtype in ((values, F64), (indices, None), (rest, F64)))
+    return tuple(tensor.unflatten(0, (BATCH, LENGTH)) for tensor in tensors)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -204,10 +203,11 @@ def test_a_factor_on_the_loss_is_one_on_the_gradient_also_the_second_time():
         assert (found - 0.5 * want).abs().max() < 1e-15
 
 
-def test_one_tensor_of_the_logits_size_is_made():
+def test_one_tensor_of_the_logits_size_is_made(monkeypatch):
     """Counted by the allocator: more would not fit where the logits are gigabytes."""
     from torch.profiler import ProfilerActivity, profile
 
+    monkeypatch.setitem(losses.CHUNK, "cpu", 1 << 14)
     labels = torch.randint(0, 4096, (1, 512))
     student, teacher = (torch.randn(1, 512, 4096, requires_grad=grad) for grad in (True, False))
     distillation(student, teacher, predicts(labels)).backward()  # what is made once
@@ -221,7 +221,7 @@ def test_one_tensor_of_the_logits_size_is_made():
         held += event.nbytes()
         peak = max(peak, held)
     size = student.numel() * 4
-    assert size <= peak < 1.3 * size + 4 * 4 * losses.CHUNK["cpu"]
+    assert size <= peak < 1.2 * size
     assert gradient.shape == student.shape
 
 

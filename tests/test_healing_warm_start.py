@@ -12,10 +12,18 @@ from families import TINY, attention_modules, one_thread  # noqa: F401 (one_thre
 import surgery
 from surgery.errors import SurgeryError
 from surgery.healing.packing import Packed
+from surgery.healing import warm_start as fitting
 from surgery.healing.warm_start import warm_start
 from surgery.runtime import modeling_surgery as runtime
 
 LENGTH = 24
+
+
+@pytest.fixture
+def quick_steps(monkeypatch):
+    """Many small steps: the default is for models that are not tiny."""
+    monkeypatch.setattr(fitting, "RATE", 1e-2)
+    monkeypatch.setattr(fitting, "STEP_TOKENS", 10 * LENGTH)
 
 
 def heal(tokens=20_000, seed=0):
@@ -89,6 +97,7 @@ def test_the_error_is_that_of_the_attention_on_the_bases_input(rows):
     assert errors(record, "after") == errors(record, "before")
 
 
+@pytest.mark.usefixtures("quick_steps")
 def test_it_brings_attention_nearer_and_changes_nothing_else(rows):
     base = TINY["llama"]()
     student = disturbed(base)
@@ -113,6 +122,7 @@ def test_it_brings_attention_nearer_and_changes_nothing_else(rows):
     assert record["tokens"] == seen[-1][0] == seen[-1][1] >= 20_000
 
 
+@pytest.mark.usefixtures("quick_steps")
 def test_it_finds_the_base_again(rows):
     """Only V is off: a linear fit that has a perfect answer."""
     base = TINY["llama"]()
@@ -121,7 +131,7 @@ def test_it_finds_the_base_again(rows):
         module.v_proj.weight.data += 0.05 * torch.randn(
             module.v_proj.weight.shape, generator=torch.Generator().manual_seed(2)
         )
-    record = warm_start(student, base, rows, heal(400_000), attention_names(student, ("v_proj.weight",)))
+    record = warm_start(student, base, rows, heal(60_000), attention_names(student, ("v_proj.weight",)))
     assert all(layer["after"] < 1e-3 * layer["before"] for layer in record["layers"])
 
 
@@ -175,6 +185,7 @@ def test_every_family(family, rows):
     assert all(layer["after"] < layer["before"] for layer in record["layers"]), record
 
 
+@pytest.mark.usefixtures("quick_steps")
 def test_fewer_kv_heads(rows):
     base = TINY["llama"]()
     student = copy.deepcopy(base)
@@ -182,10 +193,9 @@ def test_fewer_kv_heads(rows):
     assert (
         attention_modules(student)[0].k_proj.weight.shape[0] * 4 == attention_modules(base)[0].k_proj.weight.shape[0]
     )
-    record = warm_start(
-        student, base, rows, heal(60_000), attention_names(student, ("k_proj.weight", "v_proj.weight"))
-    )
-    assert all(layer["after"] < 0.9 * layer["before"] for layer in record["layers"]), record
+    record = warm_start(student, base, rows, heal(60_000), attention_names(student))
+    # Four heads that have nothing in common in one: what q and o cannot mend is lost.
+    assert all(layer["after"] < 0.8 * layer["before"] for layer in record["layers"]), record
 
 
 def surgical(base, entry: dict):
@@ -194,13 +204,14 @@ def surgical(base, entry: dict):
     return model
 
 
+@pytest.mark.usefixtures("quick_steps")
 def test_routers_and_sinks(rows):
     """What the surgery added trains: a gate's router, and learned sinks beside a window."""
     base = TINY["llama"]()
     gate = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 3}
     shapes = {"surgery_router": [6, 64], "surgery_router_bias": [6], "surgery_router_temperature": [1]}
     shapes |= {"surgery_shared_router": [2, 64], "surgery_balance": [2, 64]}
-    sinks = {"streaming": [0, 1, 2, 3], "sinks": 0, "window": 4, "parameters": {"surgery_logit": [8, 1]}}
+    sinks = {"streaming": [0, 1, 2, 3], "sinks": 0, "window": 4, "parameters": {"surgery_sink_logit": [8, 1]}}
     for entry in ({"gate": gate, "parameters": shapes}, sinks):
         student = surgical(base, entry)
         generator = torch.Generator().manual_seed(4)
@@ -209,7 +220,7 @@ def test_routers_and_sinks(rows):
             p = student.get_parameter(name)
             p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
         before = state(student)
-        record = warm_start(student, base, rows, heal(60_000), added)
+        record = warm_start(student, base, rows, heal(12_000), added)
         assert all(layer["after"] < layer["before"] for layer in record["layers"]), record
         changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
         assert changed <= added

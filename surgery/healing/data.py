@@ -205,8 +205,10 @@ def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
+        folder = Path(name).is_dir()
+        what = f"no {', '.join(PLAIN + LINES)} file in this folder" if folder else "no file or folder has this name"
         raise SurgeryError(
-            "data sets need the package datasets, and no file or folder has this name",
+            f"{what}, and other data sets are read with the package datasets, which is not installed",
             where=f"heal.data: {name}",
             fix='pip install "attention-surgery[data]"',
         ) from None
