@@ -19,9 +19,8 @@ from ..calibration.layerwise import Enough, ended
 from ..errors import SurgeryError
 from .packing import arguments
 
-
-# A token whose input is 0 (the embedding of a padding token, which a text of the base may hold) counts no more than one
-# with this share of the mean square.
+# A token whose input is 0 (the embedding of padding, which a text of the base may hold) counts no more than one with
+# this share of the mean square.
 SILENT = 1e-4
 
 
