@@ -354,3 +354,21 @@ def test_a_damaged_record(refuse, converted):
     folder = converted(out="odd")
     edit_json(folder / "surgery.json", heal=5)
     refuse(says=["surgery.json is damaged: heal is 5"], folder=folder)
+
+
+def test_a_trainers_own_checkpoints_carry_the_record(tiny_llama, tmp_path):
+    """With the user's Trainer: what it saves is known to surgery, and is what was saved."""
+    from transformers import Trainer, TrainingArguments
+
+    tokenizer, edited = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    report = package.apply("mqa", edited, tokenizer=tokenizer)
+    rows = [{"input_ids": torch.arange(4, 20), "labels": torch.arange(4, 20)}] * 4
+    settings = TrainingArguments(tmp_path / "run", max_steps=2, save_steps=1, report_to="none", disable_tqdm=True)
+    Trainer(edited, settings, train_dataset=rows, callbacks=[package.SurgeryCallback(report)]).train()
+    found = [Report.of(tmp_path / f"run/checkpoint-{step}").data for step in (1, 2)]
+    assert found[0]["files"] != found[1]["files"]
+    assert [each["in_memory"]["steps"] for each in found] == [1, 2]
+    assert (found[1]["evaluation"], found[1]["check"]) == (None, None)
+    assert found[1]["recipe"]["operations"][0]["op"] == "gqa"
+    card = (tmp_path / "run/checkpoint-2/README.md").read_text()
+    assert "KV heads 3 → 1 in 2 layers" in card

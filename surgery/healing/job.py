@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 
 from ..errors import TrainingError
 from ..folder import read_json
@@ -19,6 +18,7 @@ from ..scoring import load_model
 from .data import Packed, documents
 from .losses import cross_entropy
 from .planned import micro_rows
+from .ranks import processes
 from .training import use_bfloat16
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Job:
                 with quiet_transformers():
                     dtype = torch.bfloat16 if use_bfloat16(self.heal) else torch.float32
                     model = load_model(self.base, dtype=dtype)
-                self._base.append(model.to(PartialState().device).eval().requires_grad_(False))
+                self._base.append(model.to(processes().device).eval().requires_grad_(False))
             else:
                 self._base.append(self.base)
         return self._base[0]
@@ -78,7 +78,7 @@ def rows_of(model, job: Job) -> tuple[dict, Packed]:
         SurgeryError: of `documents`.
         TrainingError: the folder's checkpoints are of another run, or were trained on other data.
     """
-    heal, file, state = job.heal, job.run / RUN, PartialState()
+    heal, file, state = job.heal, job.run / RUN, processes()
     with state.main_process_first():  # the others find what it wrote: its file, and the base's text
         known = read_json(file) if file.is_file() else {}
         if known and known.get("identity") != job.identity:
@@ -116,8 +116,8 @@ def _rows_needed(model, heal: Heal) -> int:
     rows = micro_rows(heal.rows, heal.length)
     vocabulary = model.config.get_text_config().vocab_size
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
-    batch = batch.to(PartialState().device)
-    model.to(PartialState().device).train()
+    batch = batch.to(processes().device)
+    model.to(processes().device).train()
     for _ in range(2):  # the first is slower
         began = time.monotonic()
         cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).backward()

@@ -10,6 +10,20 @@ from pathlib import Path
 from ..output import OutputFolder
 
 
+def on_cpu() -> bool:
+    """Whether several processes share CPUs alone: they must be told so, or each would train by itself."""
+    import torch
+
+    return Ranks().several and not torch.accelerator.is_available()
+
+
+def processes():
+    """The state of all processes, `accelerate.PartialState`; the first call of a process connects it."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=True) if on_cpu() else PartialState()
+
+
 class Ranks:
     """Which process this is, by the launcher's environment; alone where there is no launcher."""
 
@@ -20,9 +34,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all processes are here."""
         if self.several:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+            processes().wait_for_everyone()
 
     @contextmanager
     def opened(self, out: OutputFolder, needed_bytes: int) -> Iterator[Path]:

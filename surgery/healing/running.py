@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
@@ -19,6 +18,7 @@ from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
 from .job import Job, rows_of
 from .packing import Packed
+from .ranks import processes
 from .schedule import Clock, Rows
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
@@ -66,7 +66,7 @@ def train(model, job: Job) -> dict:
         record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
         model.config.use_cache = use_cache
         if heal.method == "lora":
-            if heal.keep_adapter and job.adapter is not None and PartialState().is_main_process:
+            if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
                 _keep_adapter(student, job)
             model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
     if heal.gradient_checkpointing:
@@ -114,9 +114,9 @@ def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
         return None
     if whole(job.run) and file.is_file():
         return read_json(file)
-    model.to(PartialState().device)
+    model.to(processes().device)
     record = warm_start(model, job.base_model(), packed, job.heal, trained.parameters, job.progress)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         write_json(file, record)
     return record
 
@@ -141,7 +141,7 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     if heal.teacher == "live":
         return LiveTeacher(job.base_model())
     folder = job.run / TEACHER
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         kept = {"top_k": heal.top_k, "temperature": heal.temperature}
         store(job.base_model(), packed, folder, **kept, progress=job.progress)
     job.forget_base()
@@ -149,7 +149,7 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
 
 
 def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
-    heal, state, clock = job.heal, PartialState(), Clock(job.heal.minutes)
+    heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     steps = heal.planned_steps or ENDLESS
     with state.main_process_first():
         if state.is_main_process:

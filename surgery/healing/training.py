@@ -22,6 +22,7 @@ from . import losses
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from .packing import arguments as called_with
 from .planned import micro_rows
+from .ranks import on_cpu
 from .schedule import Clock, rate_at
 from .trained import SURGERY
 
@@ -195,6 +196,7 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int) -> TrainingArgu
         learning_rate=heal.rate,
         max_grad_norm=heal.clip,
         bf16=use_bfloat16(heal),
+        use_cpu=on_cpu(),
         logging_strategy="no" if heal.report_to == "none" else "steps",
         logging_steps=1,
         report_to=heal.report_to,
