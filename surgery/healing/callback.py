@@ -1,4 +1,4 @@
-"""For a user's own Trainer: checkpoints that carry the record of the surgery, so that `surgery check` and `push` work."""
+"""For a user's own Trainer: checkpoints that carry the record of the surgery, as `check` and `push` need it."""
 
 from __future__ import annotations
 
