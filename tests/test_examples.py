@@ -50,6 +50,14 @@ def test_in_a_training_script(tmp_path):
 
 
 @pytest.mark.slow
+def test_with_a_trainer(tiny_llama, tmp_path):
+    printed = run("with_a_trainer.py", str(tiny_llama), "-o", "out", cwd=tmp_path)
+    assert "KV heads 3 → 1" in printed
+    assert printed.splitlines()[-3:-1] == ["out passed", "checkpoint-4 passed"]
+    assert "a push would send" in printed
+
+
+@pytest.mark.slow
 def test_bench_streaming(tmp_path):
     printed = run("bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
     assert "RSS" in printed
