@@ -215,6 +215,25 @@ def test_disk_full_loses_no_checkpoint(healing, monkeypatch, tmp_path):
     assert same(tmp_path / "healed", tmp_path / "whole")
 
 
+def test_killed_when_all_steps_are_done(healing, monkeypatch, tmp_path):
+    """Between the last checkpoint and the model's own file; half of that file is there."""
+    from surgery.healing import heal
+
+    healing("whole", "method=lora")
+
+    def save(model, folder, dtype):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(heal, "save_as_stored", save)
+    with pytest.raises(Killed):
+        healing("healed", "method=lora")
+    monkeypatch.undo()
+    healing("healed", "method=lora", resume=True)
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
+
+
 def test_apply_goes_on_with_its_healing(surgery, model, text, stop, monkeypatch, tmp_path):
     asked = ("apply", "mqa", model, *(f"heal.{each}" for each in (*SETTINGS, "method=parts")), f"heal.data={text}")
     assert surgery(*asked, "-o", "whole", *QUICK).code == 0

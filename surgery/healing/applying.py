@@ -42,7 +42,7 @@ def apply_and_heal(
     ranks, out = Ranks(), Path(os.path.abspath(output))
     unhealed = out.with_name(f"{out.name}.unhealed")
     if resume and not overwrite and (done := _finished(out, unhealed, recipe, model)):
-        return done
+        return done if ranks.first else None
     if os.path.lexists(out) and not overwrite and not (resume and unhealed.exists()):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -140,9 +141,10 @@ def heal_folder(
     out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite)
     if source is not None:
         out.refuse_nesting(source)
-    if ranks.first and resume and not overwrite and out.holds_the_same():
-        return Report.of(out.out), source  # stopped while it was checked or scored
-    with ranks.opened(out, weights.size + plan.disk_bytes) as partial, _keeping(partial / RUN):
+    if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+        return (Report.of(out.out) if ranks.first else None), source
+    needed = weights.size + plan.disk_bytes - (_bytes_in(out.partial) if resume else 0)
+    with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
         model, dtype = converted_model(folder, anatomy)
         job = Job(
             asked,
@@ -153,7 +155,7 @@ def heal_folder(
             identity=identity,
             evaluate=judged_by,
             adapter=partial / ADAPTER,
-            progress=progress,
+            progress=progress if ranks.first else None,
         )
         facts = train(model, job)
         if overrides is not None:
@@ -183,6 +185,7 @@ def finish(
     from ..evaluation.judging import judge
     from ..evaluation.perplexity import evaluate
 
+    gc.collect()  # the trained model and the base beside it, which a cycle may hold
     if check:
         healed.data["check"] = to_dict(check_folder(healed.folder, None, progress=progress))
         healed.save()
@@ -257,6 +260,10 @@ def _identity(asked: Heal, report: Report, source: Path | None) -> str:
     base = Checkpoint(source).fingerprint() if source is not None else ""
     facts = {"heal": asked.model_dump(mode="json"), "files": files, "base": base, "version": __version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _files(weights: Checkpoint) -> set[str]:

@@ -53,6 +53,7 @@ class HealTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # else the Trainer would divide by the forwards of a step again
         self.routed = any("surgery_router" in name and p.requires_grad for name, p in self.model.named_parameters())
         self.sums: dict[str, float] = {}
+        self.means: dict[str, float] = {}
         self.norm = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -80,8 +81,8 @@ class HealTrainer(Trainer):
         """Loss and its parts of the step that ended, means over its tokens in all processes."""
         names, values = zip(*sorted(self.sums.items()), strict=True)
         totals = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
-        self.sums = {}
-        return dict(zip(names, totals.tolist(), strict=True))
+        self.sums, self.means = {}, dict(zip(names, totals.tolist(), strict=True))
+        return self.means
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -99,6 +100,9 @@ class HealTrainer(Trainer):
             fix=f"a lower heal.learning_rate (now {self.heal.rate:g}), heal.precision=float32, or other data; "
             "a changed setting begins anew: --overwrite",
         )
+
+    def log(self, logs, start_time=None) -> None:
+        super().log(logs | {name: mean for name, mean in self.means.items() if name != "loss"}, start_time)
 
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
