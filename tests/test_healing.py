@@ -213,19 +213,17 @@ def test_the_gate_ends_it_early(converted, heal):
     assert "It ended early" in (done.folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "more", [("gradient_checkpointing=true",), ("precision=bfloat16",), ("batch_tokens=5000", "length=8")]
-)
-def test_ways_to_compute(converted, heal, more, monkeypatch):
+@pytest.mark.parametrize("way", ["gradient_checkpointing=true", "precision=bfloat16", "small forwards"])
+def test_ways_to_compute(converted, heal, monkeypatch, way):
     """Gradient checkpointing and small forwards change no figure but by rounding; bfloat16 a little."""
     out = converted()
-    plain = heal(out, "method=lora", *more[1:], "batch_tokens=64", to="plain")
-    if "batch" in more[0]:
-        monkeypatch.setattr("surgery.healing.planned.MICRO_TOKENS", 16)
-        more = ("batch_tokens=64", "length=8")  # four forwards of two rows a step
-    other = heal(out, "method=lora", *more, "batch_tokens=64", to="other")
+    size = ("method=lora", "batch_tokens=64")
+    plain = heal(out, *size, to="plain")
+    if way == "small forwards":
+        monkeypatch.setattr("surgery.healing.planned.MICRO_TOKENS", 16)  # four forwards of a row, not one of four
+    other = heal(out, *size, *[way] * ("=" in way), to="other")
     one, two = (read(each.folder / "healing/metrics.jsonl") for each in (plain, other))
-    rough = 0.05 if "bfloat16" in more[0] else 1e-4
+    rough = 0.05 if "bfloat16" in way else 1e-4
     assert [line["kl"] for line in two] == pytest.approx([line["kl"] for line in one], rel=rough)
     assert Report.of(other.folder).data["heal"]["merge_moved_logits"] < 1e-4
 
