@@ -19,6 +19,10 @@ from ..calibration.layerwise import Enough, ended
 from ..errors import SurgeryError
 from .packing import arguments
 
+# A token whose input is 0 (the embedding of padding, which a text of the base may hold) counts no more than one with
+# this share of the mean square.
+SILENT = 1e-4
+
 
 @dataclass
 class Pair:
@@ -159,7 +163,8 @@ def error_of(output: torch.Tensor, wanted: torch.Tensor, loud: torch.Tensor) -> 
         loud: m [batch, length].
     """
     ours, theirs = wide(output).flatten(0, -2), wide(wanted).flatten(0, -2).to(output.device)
-    weights = 1 / loud.flatten().to(ours).clamp(min=torch.finfo(ours.dtype).tiny)
+    loud = loud.flatten().to(ours)
+    weights = 1 / loud.clamp(min=SILENT * loud.mean() + torch.finfo(ours.dtype).tiny)
     energy = (theirs.square().sum(-1) * weights).sum()
     return ((ours - theirs).square().sum(-1) * weights).sum() / energy.clamp(min=torch.finfo(ours.dtype).tiny)
 
