@@ -11,8 +11,8 @@ from families import TINY, attention_modules, one_thread  # noqa: F401 (one_thre
 
 import surgery
 from surgery.errors import SurgeryError
-from surgery.healing.packing import Packed
 from surgery.healing import warm_start as fitting
+from surgery.healing.packing import Packed
 from surgery.healing.warm_start import warm_start
 from surgery.runtime import modeling_surgery as runtime
 
