@@ -29,11 +29,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process: for a machine that has other work")
     parser.add_argument("--bfloat16", action="store_true", help="step: under autocast")
     args = parser.parse_args()
     import torch
 
     torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print(f"{args.model}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     step(args) if args.what == "step" else write(args)
 
@@ -94,7 +98,7 @@ def now(args) -> float:
 
     if args.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if args.cpu_time else time.perf_counter()
 
 
 def write(args) -> None:

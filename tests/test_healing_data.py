@@ -402,6 +402,28 @@ def test_self_is_a_source(tiny_llama, tokenizer, read):
     assert len(Packed(found, 16)) >= 4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "bloom", "mpt"])
+@torch.no_grad()
+def test_a_growing_cache_changes_nothing(family):
+    """Token by token the logits are those of the whole text, and the model is left as it was."""
+    model = TINY[family]()
+    writer = self_text.with_growing_cache(model)
+    known = family not in ("bloom", "mpt")  # the runtime's families
+    assert hasattr(writer, "make_cache") == known
+    assert not hasattr(model, "make_cache")
+    assert not hasattr(model.config, "surgery")
+    ours, theirs = (dict(each.named_parameters()) for each in (writer, model))
+    assert all(ours[name].data_ptr() == tensor.data_ptr() for name, tensor in theirs.items())
+    ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    out = writer(input_ids=ids[:, :1], use_cache=True)
+    logits = [out.logits]
+    for place in range(1, 20):
+        cache = {runtime.CACHE: out[runtime.CACHE]}
+        out = writer(input_ids=ids[:, place : place + 1], use_cache=True, **cache)
+        logits.append(out.logits)
+    assert (torch.cat(logits, 1) - model(input_ids=ids, use_cache=False).logits).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("family", ["bloom", "mpt", "gpt2", "falcon_alibi", "gemma3", "gpt_oss"])
 def test_every_kind_of_family_writes(family, tokenizer):
     model = TINY[family]()

@@ -14,20 +14,24 @@ Sources: Liu et al. 2023, "LLM-QAT", arXiv 2305.17888 (a random first token); Xu
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from ..anatomy import Anatomy
 from ..calibration.layer_files import LayerFiles
 from ..calibration.sequences import fitting_length
 from ..calibration.text import begin_of_text
 from ..errors import SurgeryError
+from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
 from .identity import fingerprint
 
-BATCH = 32  # samples at a time: more were hardly faster on two cores, and the cache grows with them
+BATCH = 32  # samples at a time
 MARK = "surgery-mark"
 
 
@@ -56,12 +60,12 @@ def sample(
     settings |= {"model": fingerprint(model)} if folder else {}
     kept = LayerFiles(folder, "self-text", settings)
     found: list[list[int]] = []
-    number = done = 0
+    number, done, writer = 0, 0, with_growing_cache(model)
     while done < tokens:
         known = kept.load(number)
         if known is None:
             generator = torch.Generator(device).manual_seed(_seed(heal.seed, number))
-            rows = _write(model, begin.draw(batch, generator), length, ends, generator).cpu()
+            rows = _write(writer, begin.draw(batch, generator), length, ends, generator).cpu()
             kept.save(number, {"ids": rows.int()}, {})
         else:
             rows = known[0]["ids"].long()
@@ -70,6 +74,23 @@ def sample(
         if progress:
             progress(min(done, tokens), tokens, "text of the base")
     return found
+
+
+def with_growing_cache(model):
+    """The same weights in a model whose cache is not copied as a whole for every token, where there is one.
+
+    That is the runtime of surgical checkpoints, with nothing that a surgery does. On one core 32 samples of 384 tokens
+    of SmolLM2-135M went on at 144 tokens a second in place of 77.
+    """
+    if hasattr(model, "make_cache") or Anatomy.of(model).runtime_problem() or hasattr(model, "hf_device_map"):
+        return model
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    try:
+        patch(copied, {"layers": [{}] * copied.config.num_hidden_layers})
+    except ValueError:  # what the runtime refuses is sampled as it is
+        return model
+    return copied.eval()
 
 
 @torch.no_grad()
