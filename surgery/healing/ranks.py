@@ -11,17 +11,18 @@ from ..output import OutputFolder
 
 
 def on_cpu() -> bool:
-    """Whether several processes share CPUs alone: they must be told so, or each would train by itself."""
+    """Whether CPUs train. accelerate and the Trainer must be told so: else each of several processes, which would be
+    looked for on accelerators, would train by itself, and bfloat16 would be refused."""
     import torch
 
-    return Ranks().several and not torch.accelerator.is_available()
+    return not torch.accelerator.is_available()
 
 
 def processes():
     """The state of all processes, `accelerate.PartialState`; the first call of a process connects it."""
     from accelerate import PartialState
 
-    return PartialState(cpu=True) if on_cpu() else PartialState()
+    return PartialState(cpu=on_cpu())
 
 
 class Ranks:

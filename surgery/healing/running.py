@@ -70,7 +70,7 @@ def train(model, job: Job) -> dict:
                 _keep_adapter(student, job)
             model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
     if heal.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
     return record | {"wall_seconds": round(time.time() - began, 1)}
