@@ -60,7 +60,8 @@ def heal(
 
     Args:
         model: the folder, or a model that `surgery.apply` edited.
-        base: what it was made from: folder, name, Hub id or loaded model; default what its record names.
+        base: what it was made from: folder, name, Hub id or loaded model (which is left frozen); default what its
+            record names.
         settings: as the `heal:` block of a recipe; default the block of its own recipe.
         overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
         tokenizer: of a model in memory.

@@ -57,14 +57,18 @@ def train(model, job: Job) -> dict:
         text, packed = rows_of(model, job)
         set_seed(heal.seed)
         started = _start(model, job, packed, trained)
+        watch = _watch(job)
         student = _prepared(model, heal, trained)
-        watch = None
-        if heal.eval_every and job.base is not None and job.evaluate is not None:
-            watch = HeldOut(job.base_model(), job.tokenizer, job.evaluate, heal.stop_at_gate)
-        record = _loop(student, model, job, packed, watch)
+        try:
+            record = _loop(student, model, job, packed, watch)
+        except BaseException:
+            if heal.method == "lora":  # a model in memory stays as it was, and can be used
+                student.unload()
+            raise
+        finally:
+            model.config.use_cache = use_cache
         record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
         record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
-        model.config.use_cache = use_cache
         if heal.method == "lora":
             if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
                 _keep_adapter(student, job)
@@ -105,6 +109,16 @@ def refuse_vocabulary(model, base) -> None:
             where="heal",
             fix="name the model that it was made from: --base MODEL",
         )
+
+
+def _watch(job: Job) -> HeldOut | None:
+    """The held-out text, if it is to be scored while the model trains."""
+    if not job.heal.eval_every:
+        return None
+    if job.base is None or job.evaluate is None:
+        missing = "its base: --base MODEL" if job.base is None else "a recipe that evaluates: evaluate.text=builtin"
+        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=f"name {missing}")
+    return HeldOut(job.base_model(), job.tokenizer, job.evaluate, job.heal.stop_at_gate)
 
 
 def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
