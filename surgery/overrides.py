@@ -40,11 +40,11 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
         raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
     if not places:
         known = _known_keys(steps, sections)
-        close = nearest(key, known)
+        close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
         raise SurgeryError(
             f"no field {key!r} in this recipe",
             where=where,
-            exists=", ".join(known),
+            exists=", ".join(name for name in known if heals or not name.startswith("heal.")),
             fix=f"did you mean {close!r}?" if close else "",
         )
     *path, last = places[0]
