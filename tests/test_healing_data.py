@@ -381,7 +381,8 @@ def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
             raise Killed
 
     with pytest.raises(Killed):
-        sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path, progress=stop)
+        sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path / "new", progress=stop)
+    tmp_path = tmp_path / "new"
     there = len(list(tmp_path.iterdir()))
     assert there >= 2
     written = []

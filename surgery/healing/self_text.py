@@ -27,6 +27,7 @@ from ..calibration.layer_files import LayerFiles
 from ..calibration.sequences import fitting_length
 from ..calibration.text import begin_of_text
 from ..errors import SurgeryError
+from ..output import machine_errors
 from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
 from .identity import fingerprint
@@ -52,6 +53,7 @@ def sample(
 
     Raises:
         SurgeryError: `heal.chat` and a tokenizer without a chat template; a vocabulary without words.
+        MachineError: the disk is full, or not ours to write on; what is there stays.
     """
     length, device = fitting_length(model, heal.length), model.device
     begin = _Begin.of(tokenizer, heal.chat, model.config.get_text_config().vocab_size)
@@ -66,7 +68,10 @@ def sample(
         if known is None:
             generator = torch.Generator(device).manual_seed(_seed(heal.seed, number))
             rows = _write(writer, begin.draw(batch, generator), length, ends, generator).cpu()
-            kept.save(number, {"ids": rows.int()}, {})
+            if folder:
+                with machine_errors(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    kept.save(number, {"ids": rows.int()}, {})
         else:
             rows = known[0]["ids"].long()
         some = [_document(row, len(begin.prefix), ends) for row in rows.tolist()]

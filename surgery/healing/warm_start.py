@@ -21,7 +21,10 @@ import torch
 from ..errors import SurgeryError
 from .forced import Pair, forced, pairs
 
-RATE = 1e-3
+# AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
+# the errors 0.64, 0.51, 0.80, 0.95 to 0.04, 0.11, 0.39, 0.50; at 1e-3 to 0.10, 0.16, 0.50, 0.59. Steps add up over the
+# inputs of a row, so wider rows take smaller ones (Yang et al. 2022, arXiv 2203.03466).
+RATE, WIDTH = 3e-3, 576
 STEP_TOKENS = 2048
 HELD = 8  # of so many rows one is held back
 MOST_HELD = 4096  # tokens held back at most
@@ -80,17 +83,19 @@ class Fit:
     def __init__(self, number: int, parameters: list[torch.nn.Parameter]):
         self.number, self.parameters = number, parameters
         self.first = [parameter.detach().clone() for parameter in parameters]
-        self.optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        self.rates = [RATE * min(1.0, WIDTH / p.shape[-1]) if p.dim() > 1 else RATE for p in parameters]
+        self.optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.0)
 
     def step(self, error: torch.Tensor, factor: float) -> None:
-        """One step of the optimiser down the gradient of `error`, at `factor` times the rate."""
+        """One step of the optimiser down the gradient of `error`, at `factor` times the rates."""
         if not error.isfinite():
             raise SurgeryError(
                 f"layer {self.number}'s attention gave numbers that are not finite",
                 where="heal.warm_start",
                 fix="heal.warm_start=0, or heal.precision=float32",
             )
-        self.optimizer.param_groups[0]["lr"] = RATE * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         found = torch.autograd.grad(error, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
