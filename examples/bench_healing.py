@@ -6,7 +6,7 @@
 
 step: one step of full training (forward, loss, backward, AdamW) of a model of the shape of MODEL with random weights,
 fewer layers and its whole vocabulary, the losses in turn, medians; each beside the step with our cross-entropy.
-stored: what a stored teacher loses by its k tokens and by their precision: KL to a student whose values are off by 30%,
+stored: what a stored teacher loses by its k tokens and by their precision: KL to a student whose V is off by 30%,
 and how far the gradient is from that of the whole distribution.
 write: tokens a second that MODEL writes, what a million tokens take, and how the samples begin.
 """
