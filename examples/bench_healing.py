@@ -1,10 +1,13 @@
 """What healing costs: a training step by its loss, and the text that the base writes itself.
 
     python examples/bench_healing.py step [MODEL] [--layers 6] [--rows 2] [--length 512]
+    python examples/bench_healing.py stored [MODEL]
     python examples/bench_healing.py write [MODEL] [--batches 8 32 64] [--dtypes float32 bfloat16]
 
 step: one step of full training (forward, loss, backward, AdamW) of a model of the shape of MODEL with random weights,
 fewer layers and its whole vocabulary, the losses in turn, medians; each beside the step with our cross-entropy.
+stored: what a stored teacher loses by its k tokens and by their precision: KL to a student whose V is off by 30%,
+and how far the gradient is from that of the whole distribution.
 write: tokens a second that MODEL writes, what a million tokens take, and how the samples begin.
 """
 
@@ -20,7 +23,7 @@ from surgery.hub import resolve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "write"])
+    parser.add_argument("what", choices=["step", "stored", "write"])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=2)
@@ -39,7 +42,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"{args.model}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    step(args) if args.what == "step" else write(args)
+    {"step": step, "stored": stored, "write": write}[args.what](args)
 
 
 def step(args) -> None:
@@ -91,6 +94,45 @@ def step(args) -> None:
     first = statistics.median(times["cross-entropy"])
     for name, each in times.items():
         print(f"| {name} | {1000 * statistics.median(each):.0f} | {statistics.median(each) / first:.2f} |")
+
+
+def stored(args) -> None:
+    import torch
+
+    from surgery.anatomy import Anatomy
+    from surgery.calibration.sequences import calibration_pieces
+    from surgery.healing.losses import distillation, distillation_top_k
+    from surgery.healing.stored import as_distribution, top_k_and_rest
+    from surgery.scoring import load_model, read_tokenizer
+
+    folder = resolve(args.model).path
+    model = load_model(folder).to(args.device).eval()
+    ids = calibration_pieces(model, read_tokenizer(folder), "builtin", args.length, 1).to(args.device)
+    with torch.no_grad():
+        base = model(input_ids=ids, use_cache=False).logits.float()
+        for layer in Anatomy.of(model).layers:
+            weight = model.get_parameter(f"{layer.path}.{layer.layout.v}.weight")
+            weight.mul_(1 + 0.3 * torch.randn(len(weight), 1, device=weight.device))
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    kept = torch.ones_like(ids, dtype=torch.bool)
+
+    def measured(function) -> tuple:
+        student = logits.clone().requires_grad_()
+        loss = function(student)
+        return loss.item(), torch.autograd.grad(loss, [student])[0]
+
+    whole, slope = measured(lambda student: distillation(student, base, kept))
+    print(f"{ids.shape[1]} tokens, KL of the whole distribution {whole:.4f} nats")
+    print("| tokens kept | precision | KL | gradient off by | bytes a token |\n| ---: | --- | ---: | ---: | ---: |")
+    for k in (16, 64, 256):
+        for dtype in (torch.float32, torch.float16):
+            values, indices, rest = top_k_and_rest(base[0], k, 1.0)
+            values, rest = as_distribution(values.to(dtype), rest.to(dtype))
+            three = (tensor[None] for tensor in (values, indices, rest))
+            kl, found = measured(lambda student, three=tuple(three): distillation_top_k(student, *three, kept))
+            size = (k + 1) * dtype.itemsize + k * (2 if base.shape[-1] <= 1 << 16 else 4)
+            off = ((found - slope).norm() / slope.norm()).item()
+            print(f"| {k} | {str(dtype).removeprefix('torch.')} | {kl:.5f} | {off:.4%} | {size} |", flush=True)
 
 
 def now(args) -> float:

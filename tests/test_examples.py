@@ -112,6 +112,24 @@ def test_bench_gates(tmp_path):
 
 @pytest.mark.slow
 @needs_demo
+def test_bench_healing(tmp_path):
+    def table(*args) -> list[list[str]]:
+        printed = run("bench_healing.py", *args, "--threads", "1", cwd=tmp_path)
+        lines = [line for line in printed.splitlines() if line.startswith("| ")][2:]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    step = table("step", "--layers", "1", "--rows", "1", "--length", "32", "--runs", "1")
+    assert [row[0] for row in step][::2] == ["cross-entropy", "distillation, live teacher", "both, live teacher"]
+    stored = table("stored", "--length", "64")
+    kl, off = ([float(row[column].rstrip("%")) for row in stored[1::2]] for column in (2, 3))
+    assert kl == sorted(kl)
+    assert off == sorted(off, reverse=True)
+    (written,) = table("write", "--batches", "4", "--length", "16")
+    assert written[:2] == ["float32", "4"]
+
+
+@pytest.mark.slow
+@needs_demo
 def test_bench_sparse(tmp_path):
     ways = ("pooled gamma=1.0 block=64", "streaming sinks=64 window=64 block=64")
     few = ("--lengths", "512", "--runs", "1", "--ways", *ways)

@@ -97,6 +97,13 @@ def top_k_and_rest(logits: torch.Tensor, top_k: int, temperature: float) -> tupl
     return values, indices, log_p.scatter_(1, indices, -math.inf).logsumexp(-1)
 
 
+def as_distribution(values: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounded logs of k probabilities [..., k] and of the rest [...], in float32, so that they sum to 1 again."""
+    values, rest = values.float(), rest.float()
+    total = torch.cat([values, rest[..., None]], dim=-1).logsumexp(-1)
+    return values - total[..., None], rest - total
+
+
 def keys_of(ids: torch.Tensor, positions: torch.Tensor) -> list[bytes]:
     """A hash of each row's tokens and positions [rows, length]."""
     both = torch.cat([ids, positions], dim=1).int().cpu().numpy()
@@ -106,8 +113,9 @@ def keys_of(ids: torch.Tensor, positions: torch.Tensor) -> list[bytes]:
 class TopK:
     """A stored teacher's rows, read as they are asked for.
 
-    float16 holds what is needed, at half the bytes of float32. What rounding makes of the mass is put right here: the
-    k + 1 outcomes sum to 1.
+    float16 holds what is needed, at half the bytes of float32: on SmolLM2-135M rounding turned the gradient by 0.06%,
+    where keeping 64 tokens turned it by 1.9% (examples/bench_healing.py stored). What rounding makes of the mass is
+    put right here.
     """
 
     def __init__(self, folder: Path):
@@ -148,9 +156,8 @@ class TopK:
             for name, parts in found.items():
                 parts.append(self._open[number].get_slice(name)[row])
         joined = {name: torch.stack(parts) for name, parts in found.items()}
-        values, rest = joined["values"].float(), joined["rest"].float()
-        total = torch.cat([values, rest[..., None]], dim=-1).logsumexp(-1)
-        return {"values": values - total[..., None], "indices": joined["indices"].int(), "rest": rest - total}
+        values, rest = as_distribution(joined["values"], joined["rest"])
+        return {"values": values, "indices": joined["indices"].int(), "rest": rest}
 
 
 def read_facts(folder: Path) -> dict | None:
