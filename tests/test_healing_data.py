@@ -332,6 +332,32 @@ def test_tokens_are_drawn_from_the_whole_distribution(writer, tokenizer):
     assert ((share - p).abs() <= 5 * error + 3 / len(seconds)).all()
 
 
+@pytest.mark.parametrize("growing", [True, False])
+@torch.no_grad()
+def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing):
+    """With logits so far apart that chance has no say, each row is what a loop over whole texts finds for it alone."""
+    model = TINY["llama"](vocab_size=64, tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e4
+    starts = torch.arange(4, 24)[:, None]
+    wanted = []
+    for start in starts.tolist():
+        row = list(start)
+        while len(row) < 16:
+            row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        wanted.append(row)
+    seconds = [row[1] for row in wanted]
+    ends = {max(seconds, key=seconds.count), wanted[0][5], wanted[1][8], wanted[2][3]}
+    writer, sizes = self_text.with_growing_cache(model) if growing else model, []
+    writer.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    rows = self_text._write(writer, starts, 16, ends, torch.Generator().manual_seed(0)).tolist()
+    found, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
+    assert found == want
+    assert len(set(map(len, want))) > 2
+    assert sizes[0] == 20
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 20
+
+
 def test_penalties_of_the_model_are_not_applied(writer, tokenizer):
     import copy
 
