@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
     from .errors import CheckError, GateError, MachineError, SurgeryError
+    from .healing.callback import SurgeryCallback
+    from .healing.heal import heal
     from .operation import Change, Operation, WeightRewrite
     from .recipe import Recipe
     from .report import Report
@@ -31,6 +33,8 @@ _PUBLIC = {
     "evaluate": "api",
     "evaluate_choices": "api",
     "evaluate_needles": "api",
+    "heal": "healing.heal",
+    "SurgeryCallback": "healing.callback",
     "load": "api",
     "save": "api",
     "push": "api",
@@ -55,6 +59,7 @@ __all__ = [
     "Operation",
     "Recipe",
     "Report",
+    "SurgeryCallback",
     "SurgeryError",
     "WeightRewrite",
     "__version__",
@@ -63,6 +68,7 @@ __all__ = [
     "evaluate",
     "evaluate_choices",
     "evaluate_needles",
+    "heal",
     "load",
     "plan",
     "push",

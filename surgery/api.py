@@ -116,6 +116,13 @@ def apply(
     from .evaluation.judging import judge, refuse_unscorable
 
     scored = resolved.evaluate if evaluate else None
+    refuse = None if scored is None else lambda folder: refuse_unscorable(folder, scored)
+    if resolved.heal is not None:
+        from .healing.applying import apply_and_heal
+
+        done = {"check": check, "evaluate": evaluate, "gate": gate, "refuse": refuse, "on_plan": on_plan}
+        how = {"engine": engine, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+        return apply_and_heal(resolved, str(model), output, **how, **done, progress=progress)
     report, base = convert(
         resolved,
         str(model),
@@ -127,7 +134,7 @@ def apply(
         allow_pickle=allow_pickle,
         progress=progress,
         on_plan=on_plan,
-        refuse=None if scored is None else lambda folder: refuse_unscorable(folder, scored),
+        refuse=refuse,
     )
     if check:
         _check(report, None, progress=progress)
@@ -246,9 +253,17 @@ def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan
 
     if not is_model(model):
         raise _no_model(model)
-    was = type(model).__name__
+    was, base = type(model).__name__, None
+    if recipe.heal is not None:
+        from .healing.origin import base_of_memory
+
+        base = base_of_memory(model, recipe.heal)
     report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
     note_origin(report, model, was)
+    if recipe.heal is not None:
+        from .healing.heal import heal
+
+        heal(model, base, settings=recipe.heal, tokenizer=tokenizer, progress=progress)
     return report
 
 

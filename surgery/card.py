@@ -9,6 +9,7 @@ import re
 
 import yaml
 
+from .card_healing import healing
 from .card_parts import (
     base_name,
     choices,
@@ -53,6 +54,7 @@ def render_card(report: dict, base_card: str | None) -> str:
         *_warnings(report),
         _summary(report),
         "## What it costs and what it saves\n\n" + _table(report),
+        *healing(report),
         "## How to load\n\n" + loading(report),
         "## Checks\n\n" + _checks(report),
         "## Limits\n\n" + limits(report),
@@ -131,7 +133,8 @@ def _warnings(report: dict) -> list[str]:
     gate, lines = get(report, "gate"), []
     status = gate.get("status") or "not run"
     if costs := damage(get(report, "evaluation")):
-        lines.append(f"> **Not usable before healing.** On the text named below, {' and '.join(costs)}.")
+        when = "even after healing" if report.get("heal") else "before healing"
+        lines.append(f"> **Not usable {when}.** On the text named below, {' and '.join(costs)}.")
     if status == "failed":
         lines.append(f"> **The quality gate failed.** {'; '.join(map(str, gate.get('reasons') or []))}".rstrip())
     elif status != "passed" and gate.get("limits"):  # without limits there is no gate that could be run
@@ -144,7 +147,9 @@ def _summary(report: dict) -> str:
     base, name = get(report, "base"), base_name(report)
     origin = f"[{name}](https://huggingface.co/{name})" if base.get("hub_id") else f"`{name}`"
     origin += f" ({base['note']})" if base.get("note") else ""
-    made = " ".join(f"{each}." for each in (f"Made from {origin} with attention-surgery: {what}", *searched(report)))
+    trained = [f"Then healed by training ({get(report, 'heal')['settings']['method']})"] if report.get("heal") else []
+    said = (f"Made from {origin} with attention-surgery: {what}", *searched(report), *trained)
+    made = " ".join(f"{each}." for each in said)
     return f"{made} {TIERS.get(str(report.get('tier')), '')}".rstrip()
 
 

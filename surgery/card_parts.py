@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from .card_healing import heal_commands
 from .errors import SurgeryError
 from .report import finite
 
@@ -134,8 +135,9 @@ def _how_again(report: dict, origin: str) -> str:
             f"{typed} `surgery apply FILE.yaml` with it in a file gives the same weights, on the same versions and "
             "machine."
         )
-    command = shlex.join(["surgery", "apply", source, origin, "-o", "OUT", *changes])
-    return f"The same command, versions and machine give the same weights:\n\n{fenced(command, '')}"
+    commands = [shlex.join(["surgery", "apply", source, origin, "-o", "OUT", *changes]), *heal_commands(report)]
+    one = "command, versions" if len(commands) == 1 else "commands, data, versions"
+    return f"The same {one} and machine give the same weights:\n\n{fenced(chr(10).join(commands), '')}"
 
 
 def licence(report: dict, base: dict) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import CheckError, GateError, MachineError, SurgeryError
-from .verbs import converting, looking, measuring, scoring_verb
+from .verbs import converting, healing_verb, looking, measuring, scoring_verb
 from .verbs.options import emit
 
 VERBS = {  # in the order in which `--help` lists them
@@ -22,6 +22,7 @@ VERBS = {  # in the order in which `--help` lists them
     "score": scoring_verb.score,
     "plan": converting.plan,
     "apply": converting.apply,
+    "heal": healing_verb.heal,
     "check": measuring.check,
     "eval": measuring.evaluate,
     "bench": measuring.bench,

@@ -37,6 +37,7 @@ class SurgeryError(Exception):
     """
 
     exit_code = 2
+    resumable = False  # whether what was written until then is kept for --resume
 
     def __init__(
         self,
@@ -84,6 +85,13 @@ class MachineError(SurgeryError):
     """Disk, network or permission: nothing in the recipe or the model is at fault."""
 
     exit_code = 5
+    resumable = True
+
+
+class TrainingError(SurgeryError):
+    """A training cannot go on as it was asked for; its checkpoints are kept."""
+
+    resumable = True
 
 
 def nearest(word: str, known) -> str:

@@ -103,6 +103,11 @@ class Operation(BaseModel):
         """Whether the new weights follow from the old ones alone, layer by layer (`WeightRewrite.rewrite`)."""
         return False
 
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """Which of the projections "q", "k", "v", "o" have other weights afterwards: healing in parts trains them."""
+        return ()
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
@@ -137,6 +142,10 @@ class WeightRewrite(Operation):
     @property
     def streams(self) -> bool:
         return True
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         """New weights of one layer.

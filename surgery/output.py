@@ -45,7 +45,7 @@ class OutputFolder:
         self.records: list[dict] | None = None
         self._begun = False
         if base is not None:
-            self._refuse_nesting(base)
+            self.refuse_nesting(base)
 
     @contextmanager
     def opened(self, needed_bytes: int):
@@ -65,7 +65,7 @@ class OutputFolder:
                     yield self.partial
                     self._finish()
             except SurgeryError as error:
-                if self._begun and not isinstance(error, MachineError):  # nothing that --resume could mend
+                if self._begun and not error.resumable:  # nothing that --resume could mend
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
@@ -89,7 +89,7 @@ class OutputFolder:
     def _note_progress(self) -> None:
         write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done, "records": self.records})
 
-    def _refuse_nesting(self, base: Path) -> None:
+    def refuse_nesting(self, base: Path) -> None:
         base = base.resolve()
         for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
             out = path.resolve()

@@ -9,6 +9,7 @@ import yaml
 
 from . import operations
 from .errors import SurgeryError, nearest
+from .healing.settings import BUDGETS
 from .yaml_lines import parse
 
 
@@ -18,13 +19,13 @@ def as_text(key: str, value: object) -> str:
     return f"{key}={shown.removesuffix(chr(10)).removesuffix('...').strip()}"
 
 
-def set_field(data: dict, text: str, settings: Collection[str]) -> tuple:
+def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tuple:
     """Set one field in place; the path that was set.
 
     Args:
         data: a recipe as plain data, not checked yet.
         text: "key=value" or "op.key=value".
-        settings: the keys of `evaluate`.
+        sections: the keys of `evaluate` and `heal`.
     """
     key, equals, value = text.partition("=")
     key, where = key.strip(), f"override {text!r}"
@@ -33,17 +34,17 @@ def set_field(data: dict, text: str, settings: Collection[str]) -> tuple:
     value, _ = parse(value, where, field=0)
     steps = data.get("operations")
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    places = _places(steps, key, settings)
+    places = _places(steps, key, sections)
     if len(places) > 1:
         names = [".".join(map(str, place)) for place in places]
         raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
     if not places:
-        known = _known_keys(steps, settings)
-        close = nearest(key, known)
+        known = _known_keys(steps, sections)
+        close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
         raise SurgeryError(
             f"no field {key!r} in this recipe",
             where=where,
-            exists=", ".join(known),
+            exists=", ".join(name for name in known if heals or not name.startswith("heal.")),
             fix=f"did you mean {close!r}?" if close else "",
         )
     *path, last = places[0]
@@ -54,17 +55,20 @@ def set_field(data: dict, text: str, settings: Collection[str]) -> tuple:
         target = target[step]
     if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
         target[last] = value
+        if path == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
+            for other in set(BUDGETS) - {last}:
+                target.pop(other, None)
     return places[0]
 
 
-def _places(steps: list[dict], key: str, settings: Collection[str]) -> list[tuple]:
+def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
     """Paths in the recipe that an override's key can mean."""
     head, _, tail = key.rpartition(".")
     if head.startswith("operations.") and head.split(".")[1].isdigit():
         index = int(head.split(".")[1])
         return [("operations", index, tail)] if index < len(steps) else []
-    if head == "evaluate" and tail in settings:
-        return [("evaluate", tail)]
+    if tail in sections.get(head, ()):
+        return [(head, tail)]
     if not head and key in ("name", "description", "evaluate", "heal"):
         return [(key,)]
     places = [
@@ -72,7 +76,7 @@ def _places(steps: list[dict], key: str, settings: Collection[str]) -> list[tupl
         for i, step in enumerate(steps)
         if (not head or step.get("op") == head) and tail in _fields(step)
     ]
-    if not head and tail in settings:
+    if not head and tail in sections["evaluate"]:  # those of heal share names with operations: by their full name
         places.append(("evaluate", tail))
     return places
 
@@ -84,6 +88,6 @@ def _fields(step: dict) -> list[str]:
         return [name for name in step if name != "op"]
 
 
-def _known_keys(steps: list[dict], settings: Collection[str]) -> list[str]:
+def _known_keys(steps: list[dict], sections: dict[str, Collection[str]]) -> list[str]:
     keys = [name for step in steps for name in _fields(step)]
-    return list(dict.fromkeys([*keys, *(f"evaluate.{name}" for name in settings)]))
+    return list(dict.fromkeys([*keys, *(f"{section}.{name}" for section in sections for name in sections[section])]))

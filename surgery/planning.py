@@ -12,6 +12,8 @@ from pathlib import Path
 from .anatomy import BYTES, Anatomy, LayerAnatomy
 from .checkpoint import stored_bytes
 from .errors import SurgeryError
+from .healing.planned import HealPlan, refuse_unhealable
+from .healing.trained import touched
 from .layers import packed_shapes, unpack
 from .operation import NATIVE, SURGICAL, Change, Operation
 from .recipe import Recipe
@@ -86,6 +88,16 @@ class Plan:
         return sum(step.change.parameters for step in self.steps) if self.before.tensors else 0
 
     @property
+    def heal(self) -> HealPlan | None:
+        """The training after the surgery; None where there is none, or only the config is known."""
+        if self.recipe.heal is None or not self.before.tensors:
+            return None
+        kept = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
+        table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
+        rewritten = touched(self.recipe.to_dict()["operations"])
+        return HealPlan.of(self.recipe.heal, self.after, table, rewritten, self._added, self.before.parameters)
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of weights that will be written."""
         kept = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
@@ -129,6 +141,7 @@ class Plan:
             "tier": self.tier,
             "engine": "streaming" if self.streams else "loaded",
             **self.summary(),
+            **({"heal": heal.to_dict()} if (heal := self.heal) else {}),
             "layers": [{"path": a.path, "before": heads(a), "after": heads(b)} for a, b in layers],
             "estimate": {
                 "output_bytes": self.output_bytes,
@@ -170,7 +183,11 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
         current = change.after
     shapes = new_shapes(anatomy, current)
     dtypes = {name: _dtype(name, anatomy) for name, shape in shapes.items() if shape is not None}
-    return Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes)
+    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes)
+    if recipe.heal is not None:
+        refuse_unhealable(current, source)
+        _ = plan.heal  # a method that would train nothing is refused now
+    return plan
 
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:

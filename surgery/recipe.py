@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from . import operations
 from .errors import SurgeryError, nearest, shown, wanted
+from .healing.settings import Heal
 from .operation import Operation
 from .overrides import as_text, set_field
 from .yaml_lines import MAX_BYTES, files_elsewhere, line_of, parse
@@ -44,6 +45,9 @@ class Evaluate(BaseModel):
         return self.model_dump(include=names, exclude_none=True)
 
 
+SECTIONS = {"evaluate": Evaluate, "heal": Heal}  # keys of a recipe whose value is a mapping of fields
+
+
 def _whole(value: object) -> object:
     """To Python, and so to a Literal, true and 1.0 equal 1."""
     if type(value) is not int:
@@ -60,7 +64,7 @@ class Recipe(BaseModel):
     name: str = Field(min_length=1, description="Name of the recipe.")
     description: str = Field("", description="One line on what it does.")
     operations: Annotated[list[Any], Field(min_length=1, description="What is done, in this order.")]
-    heal: None = Field(None, description="Training after the surgery; this version has none: null.")
+    heal: Heal | None = Field(None, description="Training after the surgery; null trains nothing.")
     evaluate: Evaluate | None = Field(Evaluate(), description="Text and gate; null evaluates nothing.")
 
     _source: str = PrivateAttr("data")
@@ -178,7 +182,7 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
         what = f"a recipe holds plain data only: {error.args[0]!s}"
         raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
     for override in changes:
-        place = set_field(data, override, list(Evaluate.model_fields))
+        place = set_field(data, override, {name: list(kind.model_fields) for name, kind in SECTIONS.items()})
         lines = {path: line for path, line in lines.items() if path[: len(place)] != place}
         lines[place] = f"override {override.strip()!r}"
     checked = _validate(data, lines, where)
@@ -231,29 +235,35 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
                 )
             )
         except ValidationError as error:
-            faults += _faults(error, lines, where, path, list(cls.model_fields))
+            faults += faults_of(error, lines, where, path, list(cls.model_fields))
     faults += files_elsewhere(data, lines, where)
     try:
         given = {"operations": steps or raw} if isinstance(raw, list) else {}
         recipe = Recipe.model_validate(data | given, context="load")
     except ValidationError as error:
-        faults = _faults(error, lines, where, (), list(Recipe.model_fields)) + faults
+        faults = faults_of(error, lines, where, (), list(Recipe.model_fields)) + faults
     if faults:
         first, *rest = sorted(faults, key=_line_number)
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
     return recipe
 
 
-def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:
-    """One sentence for each of pydantic's complaints; alternatives of one field are joined."""
+def faults_of(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:
+    """One sentence for each of pydantic's complaints; alternatives of one field are joined.
+
+    Args:
+        lines, where: as for `line_of`.
+        prefix: path of what was validated.
+        known: its keys.
+    """
     by_path: dict[tuple, list[dict]] = {}
     for item in error.errors(include_url=False):
         depth = next((n for n, step in enumerate(item["loc"]) if step in known), 0) + 1
-        loc = item["loc"] if item["loc"][:1] == ("evaluate",) else item["loc"][:depth]
+        loc = item["loc"] if item["loc"] and item["loc"][0] in SECTIONS else item["loc"][:depth]
         by_path.setdefault((*prefix, *loc), []).append(item)
     faults = []
     for path, items in by_path.items():
-        key, names = path[-1], list(Evaluate.model_fields) if path[:1] == ("evaluate",) else known
+        key, names = path[-1], list(SECTIONS[path[0]].model_fields) if len(path) > 1 and path[0] in SECTIONS else known
         at, kind = line_of(lines, path, where), items[0]["type"]
         if kind == "extra_forbidden":
             close = nearest(key, names)
@@ -261,9 +271,8 @@ def _faults(error: ValidationError, lines: dict, where: str, prefix: tuple, know
             faults.append(SurgeryError(f"unknown key {key!r}", where=at, exists=", ".join(names), fix=fix))
         elif kind == "missing":
             faults.append(SurgeryError(f"the key {key!r} is missing", where=at))
-        elif key == "heal":
-            fix = "write heal: null"
-            faults.append(SurgeryError("healing is not in this version", where=at, fix=fix))
+        elif kind == "heal":  # of its fields together, in words of its own
+            faults.append(SurgeryError(items[0]["msg"], where=at))
         else:
             faults.append(SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at))
     return faults

@@ -118,6 +118,9 @@ def _damage_of_file(data: dict) -> str:
     for name, facts in data["files"].items():
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
+    healing = data.get("heal")
+    if not isinstance(healing, dict | None) or (healing and not isinstance(healing.get("settings"), dict)):
+        return f"heal is {shown(healing)}"
     gate, check, evaluation = data["gate"], data["check"], data["evaluation"]
     if not isinstance(gate.get("status"), str) or not isinstance(gate.get("limits"), dict):
         return "gate has no status and limits"
@@ -204,9 +207,9 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
             "fingerprint": fingerprint,
             "note": source.note,
         },
-        "recipe": _published_recipe(plan.recipe.to_dict()),
+        "recipe": published_recipe(plan.recipe.to_dict()),
         "recipe_source": plan.recipe.source,
-        "overrides": [_published_override(text) for text in overrides],
+        "overrides": [published_override(text) for text in overrides],
         "plan": plan.summary(),
         "operations": [
             {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
@@ -229,7 +232,7 @@ def published(value: str) -> str:
     return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
 
 
-def _published_recipe(recipe: dict) -> dict:
+def published_recipe(recipe: dict) -> dict:
     """A recipe whose settings name no folder; its name and description are prose."""
 
     def without_folders(value):
@@ -243,7 +246,7 @@ def _published_recipe(recipe: dict) -> dict:
     return without_folders(recipe) | prose
 
 
-def _published_override(text: str) -> str:
+def published_override(text: str) -> str:
     key, _, value = text.partition("=")
     return text if key in ("name", "description") else f"{key}={published(value)}"
 

@@ -86,10 +86,12 @@ def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
     """A recipe file that somebody else wrote may not name files outside the working folder."""
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
+    if isinstance(heal := data.get("heal"), dict):
+        named["heal", "data"] = heal
     for number, step in enumerate(steps if isinstance(steps, list) else []):
         named |= {("operations", number, key): step for key in FILE_FIELDS if isinstance(step, dict)}
     for path, fields in named.items():
-        file, key = fields.get(path[-1]), "evaluate.text" if path[0] == "evaluate" else path[-1]
+        file, key = fields.get(path[-1]), path[-1] if path[0] == "operations" else ".".join(path)
         if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own
             try:
                 inside_folder(file, where)

@@ -17,6 +17,7 @@ FAST = ("--no-check", "--no-eval")
 SHIPPED = {"act", "duo-after-gqa", "duo-attention", "duo-with-sinks", "expand-kv", "gqa", "learned-sinks", "mae"}
 SHIPPED |= {"moh", "mqa", "prune-heads", "streaming", "zero-tuning", "sparse-prefill", "xattention", "flexprefill"}
 SHIPPED |= {"minference", "moba", "streaming-delta", "sparse-duo"}
+SHIPPED |= {"duo-heal", "gqa-distill", "gqa-uptrain", "learned-sinks-heal", "moh-heal"}
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 
 
@@ -66,7 +67,7 @@ def test_version_and_help(surgery):
     import surgery as package
 
     assert surgery("--version").out == f"{package.__version__}\n"
-    for command in ("ls", "cp", "schema", "inspect", "plan", "apply", "check", "eval", "push", "doctor"):
+    for command in ("ls", "cp", "schema", "inspect", "plan", "apply", "heal", "check", "eval", "push", "doctor"):
         assert command in surgery("--help").out
         shown = surgery(command, "--help")
         assert shown.code == 0
@@ -223,7 +224,7 @@ def test_what_comes_next_is_a_command_that_can_be_copied(surgery, model, text, t
     last = surgery("apply", "mqa", base, *scored, "-o", "b", "--no-eval").out.splitlines()[-1]
     assert last == f"next:    surgery eval b --base '{base}' --text words.txt --windows 1 --length 16"
     last = surgery("apply", "mqa", base, *scored, "-o", "c", "max_kl=0").out.splitlines()[-1]
-    assert last.startswith("next:    choose a milder setting, train c")
+    assert last.startswith("next:    choose a milder setting, surgery heal c tokens=1e6 -o HEALED --base '")
     last = surgery("apply", "mqa", base, *scored, "-o", "d").out.splitlines()[-1]
     assert last == 'next:    AutoModelForCausalLM.from_pretrained("d"), or surgery push d OWNER/NAME'
     heads = ("streaming_ratio=1", "window=6", "sinks=2")

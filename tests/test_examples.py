@@ -50,6 +50,14 @@ def test_in_a_training_script(tmp_path):
 
 
 @pytest.mark.slow
+def test_with_a_trainer(tiny_llama, tmp_path):
+    printed = run("with_a_trainer.py", str(tiny_llama), "-o", "out", cwd=tmp_path)
+    assert "KV heads 3 → 1" in printed
+    assert printed.splitlines()[-3:-1] == ["out passed", "checkpoint-4 passed"]
+    assert "a push would send" in printed
+
+
+@pytest.mark.slow
 def test_bench_streaming(tmp_path):
     printed = run("bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
     assert "RSS" in printed
@@ -100,6 +108,24 @@ def test_bench_gates(tmp_path):
         row = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
         assert row[0] == "512"
         assert float(row[5]) < 1 if not mode else float(row[5]) > 0
+
+
+@pytest.mark.slow
+@needs_demo
+def test_bench_healing(tmp_path):
+    def table(*args) -> list[list[str]]:
+        printed = run("bench_healing.py", *args, "--threads", "1", cwd=tmp_path)
+        lines = [line for line in printed.splitlines() if line.startswith("| ")][2:]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    step = table("step", "--layers", "1", "--rows", "1", "--length", "32", "--runs", "1")
+    assert [row[0] for row in step][::2] == ["cross-entropy", "distillation, live teacher", "both, live teacher"]
+    stored = table("stored", "--length", "64")
+    kl, off = ([float(row[column].rstrip("%")) for row in stored[1::2]] for column in (2, 3))
+    assert kl == sorted(kl)
+    assert off == sorted(off, reverse=True)
+    (written,) = table("write", "--batches", "4", "--length", "16")
+    assert written[:2] == ["float32", "4"]
 
 
 @pytest.mark.slow

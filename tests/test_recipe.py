@@ -47,7 +47,7 @@ FAULTS = {
     "1.0 is no whole number": (GOOD.replace("kv_heads: 1", "kv_heads: 1.0"), ["mine.yaml:5: kv_heads", "it is 1.0"]),
     "two errors at once": (
         GOOD.replace("method: mean", "metod: mean").replace("heal: null", "heal: {method: lora}"),
-        ["mine.yaml:6: unknown key 'metod'", "mine.yaml:7: healing is not in this version", "heal: null"],
+        ["mine.yaml:6: unknown key 'metod'", "mine.yaml:7: heal names one of tokens, steps, minutes; it has none"],
     ),
     "missing field": (GOOD.replace("    kv_heads: 1\n", ""), ["mine.yaml:4: the key 'kv_heads' is missing"]),
     "missing operations": ("version: 1\nname: x\n", ["the key 'operations' is missing"]),
@@ -82,8 +82,8 @@ FAULTS = {
     "text of Windows": (GOOD.replace("evaluate: null", "evaluate: {text: 'C:\\x'}"), ["mine.yaml:8: evaluate.text"]),
     "text at home": (GOOD.replace("evaluate: null", "evaluate: {text: ~/x}"), ["mine.yaml:8: evaluate.text"]),
     "healing": (
-        GOOD.replace("heal: null", "heal: {method: lora}"),
-        ["mine.yaml:7: healing is not in this version", "to fix: write heal: null"],
+        GOOD.replace("heal: null", "heal: lora"),
+        ["mine.yaml:7: heal should be a mapping of keys; it is 'lora'"],
     ),
     "duplicate key": (GOOD + "name: again\n", ["mine.yaml:9: 'name' is given twice"]),
     "alias bomb": (BOMB, ["mine.yaml:3: anchors and aliases", "not allowed"]),
@@ -127,12 +127,12 @@ def test_a_binary_file_is_no_recipe(refused, model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mqqa", ["unknown recipe 'mqqa'", "expand-kv, flexprefill, gqa, learned-sinks, mae", "did you mean 'mqa'?"]),
-        ("zzzzzz", ["unknown recipe 'zzzzzz'", "expand-kv, flexprefill, gqa, learned-sinks, mae", "ends in .yaml"]),
+        ("mqqa", ["unknown recipe 'mqqa'", "flexprefill, gqa-distill, gqa-uptrain, gqa", "did you mean 'mqa'?"]),
+        ("zzzzzz", ["unknown recipe 'zzzzzz'", "flexprefill, gqa-distill, gqa-uptrain, gqa", "ends in .yaml"]),
         ("none.yaml", ["none.yaml: the recipe file does not exist", "surgery cp NAME"]),
         ("model/none", ["model/none: the recipe file does not exist", "surgery cp NAME"]),
         ("folder.yaml", ["folder.yaml: the recipe file is a folder"]),
-        ("", ["unknown recipe ''", "expand-kv, flexprefill, gqa, learned-sinks, mae"]),
+        ("", ["unknown recipe ''", "flexprefill, gqa-distill, gqa-uptrain, gqa"]),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(refused, model, tmp_path, name, says):
@@ -164,7 +164,8 @@ def test_an_unknown_recipe_names_the_nearest(refused, model, tmp_path, name, say
         ("kv_heads=0x" + "f" * 5000, ["kv_heads", "so many digits"]),
         ("method=" + "x" * 5000, ["method should be", "'xxxxx", "..."]),
         ("evaluate=5", ["override 'evaluate=5': evaluate should be"]),
-        ("heal=lora", ["healing is not in this version", "heal: null"]),
+        ("heal=lora", ["override 'heal=lora': heal should be a mapping of keys; it is 'lora'"]),
+        ("heal.stpes=1", ["no field 'heal.stpes'", "did you mean 'heal.steps'?"]),
         ("operations.7.kv_heads=1", ["no field 'operations.7.kv_heads'"]),
     ],
 )

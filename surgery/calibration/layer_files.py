@@ -27,16 +27,17 @@ class LayerFiles:
         self.folder = folder
         self.name = f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
 
-    def _path(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
+        """The file of a layer, whether it is there or not."""
         return self.folder / f"{self.name}-{number:04}{SUFFIX}"
 
     def load(self, number: int) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Tensors and record of a layer, or None."""
         from safetensors import safe_open
 
-        if self.folder is None or not self._path(number).is_file():
+        if self.folder is None or not self.path(number).is_file():
             return None
-        with safe_open(self._path(number), "pt") as file:
+        with safe_open(self.path(number), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["record"])  # noqa: SIM118
 
     def save(self, number: int, tensors: dict[str, torch.Tensor], record: dict) -> None:
@@ -45,7 +46,7 @@ class LayerFiles:
         if self.folder is None:
             return
         given = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        path = self._path(number)
+        path = self.path(number)
         unfinished = path.with_name(f".{path.name}")
         unfinished.write_bytes(save(given, metadata={"record": json.dumps(record)}))
         os.replace(unfinished, path)

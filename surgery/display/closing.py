@@ -7,6 +7,7 @@ import shlex
 
 from rich.text import Text
 
+from ..card_healing import healed
 from ..card_parts import searched
 from ..operation import SURGICAL
 from ..report import damage
@@ -29,14 +30,17 @@ def summary(report, base: str) -> None:
     )
     for found in searched(data):
         out.print(f"found:   {found}")
+    for line in healed(data):
+        out.print(f"healed:  {line}")
     gate = data["gate"]
     verdict = ("gate ", (gate["status"], STATUS_STYLE.get(gate["status"], ""))) if gate["limits"] else ("no gate",)
-    out.print(Text.assemble("cost:    ", _cost(data["evaluation"]), ", ", *verdict))
+    out.print(Text.assemble("cost:    ", _cost(data), ", ", *verdict))
     folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
     out.print(f"next:    {_next(data, folder, base)}")
 
 
-def _cost(result: dict | None) -> str:
+def _cost(data: dict) -> str:
+    result = data["evaluation"]
     if not result:
         return "not measured"
     if result["status"] != "done":
@@ -44,7 +48,7 @@ def _cost(result: dict | None) -> str:
     new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
     if new is None or kl is None:
         return "the model gives NaN: not usable"
-    usable = ": not usable before healing" if damage(result) else ""
+    usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
     kept = (result.get("needles") or {}).get("kept") or {}
     needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
     both = [(result.get("choices") or {}).get(label) or {} for label in ("base", "out")]
@@ -65,10 +69,15 @@ def _next(data: dict, folder: str, base: str) -> str:
         return f"surgery eval {quoted} --base {model}{_as_asked(data)}"
     if data["evaluation"]["status"] != "done":
         return f"surgery eval {quoted} --base {model}{_as_asked(data)}, on a machine with more memory"
+    train = f"surgery heal {quoted} tokens=1e6 -o HEALED --base {model}"
+    if damage(data["evaluation"]) and data.get("heal"):
+        return (
+            "train it longer (heal.tokens=...), or choose a milder setting (surgery plan shows what it would change)"
+        )
     if damage(data["evaluation"]):
-        return f"train {quoted} before use, or choose a milder setting (surgery plan shows what one would change)"
+        return f"{train}, or choose a milder setting (surgery plan shows what one would change)"
     if data["gate"]["status"] == "failed":
-        return f"choose a milder setting, train {quoted}, or accept what it costs (--no-gate)"
+        return f"choose a milder setting, {train}, or accept what it costs (--no-gate)"
     auto = "AutoModelForImageTextToText" if data["base"].get("composite") else "AutoModelForCausalLM"
     loader = "surgery.load" if data["tier"] == SURGICAL else f"{auto}.from_pretrained"
     return f"{loader}({json.dumps(folder, ensure_ascii=False)}), or surgery push {quoted} OWNER/NAME"

@@ -117,6 +117,17 @@ def plan(work) -> None:
         else:
             out.print(f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory")
         out.print(f"check and eval load the model: about {loaded} of memory")
+    if heal := work.heal:
+        healing(heal)
+
+
+def healing(work) -> None:
+    """What will train, for how long, and what that takes."""
+    out = console()
+    for line in work.lines:
+        out.print(line)
+    kept = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
+    out.print(f"heal: about {size(work.memory_bytes)} of memory in each process{kept}")
 
 
 def _changes(before, after, known: bool) -> list[tuple]:

@@ -24,6 +24,10 @@ class Expand(WeightRewrite):
     op: Literal["expand"] = "expand"
     kv_heads: int | None = Field(None, ge=1, description="KV heads after; default: one for each query head (MHA).")
 
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("k", "v")
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.alike:
             return ["expand: the layers of this model have different heads; start from its base"]

@@ -84,6 +84,11 @@ class GQA(WeightRewrite):
     def streams(self) -> bool:
         return self.method != "closed_form"
 
+    @property
+    def touches(self) -> tuple[str, ...]:
+        refitted = self.refit if self.method == "closed_form" else ("q", "o") if self.align != "none" else ()
+        return tuple(part for part in "qkvo" if part in "kv" or part in refitted)
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.alike:
             return ["gqa: the layers of this model have different heads already; start from its base"]

@@ -43,7 +43,7 @@ class HeadMask(WeightRewrite):
     summary: ClassVar[str] = "A constant weight (gate) for each query head, by hand or from scores; 0 silences it."
     limits: ClassVar[tuple[str, ...]] = (
         "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
-        "heads for real.",
+        "heads for real. Healing may give a silenced head weight again.",
     )
     # A factor on what a head writes does not mix with what the head sees or how it weighs that.
     follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
@@ -58,6 +58,10 @@ class HeadMask(WeightRewrite):
     ratio: float | None = Field(None, ge=0, le=1, description="share of its heads, those that score lowest, that get")
     gate: Gate = Field(0.0, description="this gate.")
     protect_layers: list[Whole] = Field([], description="With scores: layers whose heads all keep gate 1.")
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("o",)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         return [f"head_mask: {problem}" for problem in self._problems(anatomy)]

@@ -54,6 +54,10 @@ class PruneHeads(Operation):
     calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
     seed: Whole = Field(0, description="Seed of scores: random.")
 
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("q", "o")
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         found, layers = [], len(anatomy.layers)
         given = [name for name in ("per_layer", "ratio", "heads") if getattr(self, name) is not None]

@@ -40,7 +40,7 @@ def apply(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a model: plan, rewrite, check, score against the base, write the card."""
+    """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
     from ..api import apply as run
     from ..display import closing, progress_bar, results
     from ..display import model as show
@@ -63,6 +63,8 @@ def apply(
             progress=progress,
             on_plan=None if as_json or quiet else show.plan,
         )
+    if report is None:  # one of several processes, and not the one that speaks
+        return
     if as_json:
         emit(report.to_dict())
     else:

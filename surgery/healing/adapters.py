@@ -1,0 +1,108 @@
+"""Low-rank adapters through peft: put on by explicit paths, merged in float32, and the merge looked at.
+
+Source: Hu et al. 2021, "LoRA", arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .settings import Heal
+    from .trained import Trained
+
+TOLERANCE = 1e-4  # of the logits, in float32
+PROBE = (2, 24)  # rows and tokens
+
+
+def freeze(model, names: tuple[str, ...]) -> None:
+    """Let these parameters train and no others."""
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+
+
+def adapt(model, heal: Heal, trained: Trained):
+    """The model with low-rank updates on the linears of `trained`, and in full what it names besides.
+
+    Whole modules are trained as copies that peft keeps with the adapter. The surgery's own parameters belong to the
+    attention module, which holds adapted linears: they train where they are.
+
+    Returns:
+        A `peft.PeftModel` around this very model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    # The last step is the parameter: what is a module of its own is trained as one.
+    own = [name for name in trained.parameters if _is_bare(model, name)]
+    modules = sorted({name.rpartition(".")[0] for name in trained.parameters if name not in own})
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=heal.rank,
+        lora_alpha=heal.alpha or 2 * heal.rank,
+        lora_dropout=heal.dropout,
+        target_modules=list(trained.adapted),
+        modules_to_save=modules or None,
+        fan_in_fan_out=_transposed(model, trained.adapted),
+    )
+    adapted = get_peft_model(model, config)
+    for name in own:
+        model.get_parameter(name).requires_grad_(True)
+    return adapted
+
+
+def bare(model, trained: Trained) -> list[str]:
+    """Parameters that an adapter file would not hold: those of the attention module itself."""
+    return [name for name in trained.parameters if _is_bare(model, name)]
+
+
+def merge(adapted, vocabulary: int):
+    """The model with its updates added to its weights, and by how much the logits of random tokens moved.
+
+    Args:
+        adapted: of `adapt`; its weights are in float32, since in bfloat16 a small update is rounded away.
+
+    Raises:
+        SurgeryError: the logits moved, or the updates hold NaN.
+    """
+    import torch
+
+    tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(adapted.device)
+    before = _logits(adapted, tokens)
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise SurgeryError(f"the adapters cannot be merged: {error}", where="heal") from error
+    after = _logits(model, tokens)
+    moved, spread = (after - before).abs().max().item(), before.std().item()
+    if not moved <= TOLERANCE * max(1.0, spread):
+        raise SurgeryError(
+            f"merging the adapters moved the logits by {moved:.3g} (their spread is {spread:.3g})",
+            where="heal",
+            fix="heal.method=full trains without adapters",
+        )
+    return model, moved
+
+
+def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _is_bare(model, name: str) -> bool:
+    """Whether a parameter belongs to a module that has modules inside."""
+    return any(True for _ in model.get_submodule(name.rpartition(".")[0]).children())
+
+
+def _transposed(model, paths: tuple[str, ...]) -> bool:
+    """Whether these linears keep their weights [in, out], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(model.get_submodule(path), Conv1D) for path in paths)

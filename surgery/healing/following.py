@@ -1,0 +1,113 @@
+"""What is seen of a training while it runs: metrics.jsonl, progress, held-out scores, and when it ends early."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+from ..output import write_text
+
+if TYPE_CHECKING:
+    from .settings import Heal
+    from .training import HealTrainer
+    from .watching import HeldOut
+
+METRICS = "metrics.jsonl"
+
+
+class Follow(TrainerCallback):
+    """Writes a line of metrics a step, reports progress, and stops at the clock or the gate.
+
+    Args:
+        folder: where metrics.jsonl is.
+        steps: planned; None where the clock ends the training.
+        watch: held-out text, or None.
+        earlier: seconds of training before a resume.
+        progress: called with done, total and a label.
+    """
+
+    def __init__(
+        self,
+        heal: Heal,
+        folder: Path,
+        steps: int | None,
+        watch: HeldOut | None,
+        earlier: float,
+        progress: Callable[[int, int, str], None] | None,
+    ):
+        self.heal, self.file, self.steps = heal, folder / METRICS, steps
+        self.watch, self.earlier, self.progress = watch, earlier, progress
+        self.trainer: HealTrainer | None = None  # given when it is there
+        self.rate, self.before, self.ended = 0.0, 0.0, "steps"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in read(self.file, state.global_step)))
+        self.trainer.clock.start(self.earlier)
+        self.before = time.monotonic()
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rate = optimizer.param_groups[0]["lr"]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        means = self.trainer.step_means()
+        tokens, now = self.heal.rows * self.heal.length, time.monotonic()
+        line = {"step": state.global_step, "tokens": state.global_step * tokens, "seconds": self.trainer.clock.seconds}
+        line |= means | {"learning_rate": self.rate, "gradient_norm": self.trainer.norm}
+        line["tokens_per_second"] = tokens / (now - self.before)
+        if self.watch and self._due(state.global_step):
+            scores = self.watch.measure(model)
+            line |= scores.figures
+            if self.heal.stop_at_gate and scores.passed:
+                self.ended, control.should_training_stop = "gate", True
+        if self._time_is_over():
+            self.ended, control.should_training_stop = "minutes", True
+        if state.is_world_process_zero:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self._show(line)
+        self.before = time.monotonic()  # a score and a checkpoint are no part of a step's time
+        return control
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = time.monotonic()
+
+    def _due(self, step: int) -> bool:
+        return bool(self.heal.eval_every) and step % self.heal.eval_every == 0
+
+    def _time_is_over(self) -> bool:
+        """Whether the clock says so in any process: all stop after the same step."""
+        clock = self.trainer.clock
+        if not clock.limit:
+            return False
+        over = torch.tensor(float(clock.fraction >= 1), device=self.trainer.args.device)
+        return self.trainer.accelerator.reduce(over, "sum").item() > 0
+
+    def _show(self, line: dict) -> None:
+        if not self.progress:
+            return
+        label = f"healing: loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+        if self.steps is not None:
+            self.progress(line["step"], self.steps, label)
+        else:
+            limit = self.trainer.clock.limit
+            self.progress(min(int(line["seconds"]), int(limit)), int(limit), label)
+
+
+def read(file: Path, last: int | None = None) -> list[dict]:
+    """The lines of a metrics file, up to a step; what a kill cut off is left out."""
+    lines = []
+    if file.is_file():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                if last is None or line["step"] <= last:
+                    lines.append(line)
+    return lines

@@ -1,0 +1,290 @@
+"""`surgery.heal`: from a converted folder to a healed one, or a converted model in memory, healed in place."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..anatomy import Anatomy
+from ..carried import carry_files
+from ..checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint
+from ..errors import SurgeryError
+from ..output import OutputFolder, weight_files
+from ..overrides import as_text
+from ..report import Report, published_override
+from . import record as records
+from .origin import base_folder, converted_model, of_memory, save_as_stored
+from .planned import HealPlan, refuse_unhealable
+from .reading import published
+from .reading import settings as read_settings
+from .trained import touched
+
+if TYPE_CHECKING:
+    from ..recipe import Evaluate
+    from .settings import Heal
+
+Progress = Callable[[int, int, str], None]
+RUN, ADAPTER = "healing", "adapter"  # folders in OUT
+KEPT = ("metrics.jsonl", "loss.png")  # of RUN, when the training is over
+
+
+def heal(
+    model,
+    base=None,
+    *,
+    output: str | Path | None = None,
+    settings: Heal | dict | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer=None,
+    check: bool = True,
+    evaluate: bool = True,
+    gate: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_plan: Callable[[HealPlan], None] | None = None,
+    **fields,
+) -> Report:
+    """Train a converted model, and say how much of the damage came back.
+
+    A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, scored beside base and converted model
+    on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it.
+
+    Args:
+        model: the folder, or a model that `surgery.apply` edited.
+        base: what it was made from: folder, name, Hub id or loaded model (which is left frozen); default what its
+            record names.
+        settings: as the `heal:` block of a recipe; default the block of its own recipe.
+        overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
+        tokenizer: of a model in memory.
+        check, evaluate, gate: what is done with the result.
+        resume: go on from the last whole checkpoint of an unfinished run of the same settings, data and models.
+        overwrite: replace OUT, and begin anew where an unfinished run is.
+        progress: called with done, total and a label.
+        on_plan: called with what will train before anything is done.
+
+    Raises:
+        SurgeryError: settings, data or models are at fault.
+        TrainingError: it cannot go on (NaN, other data than before); checkpoints are kept.
+        MachineError: disk or memory; `resume=True` goes on.
+    """
+    if not isinstance(model, str | Path):
+        given = {"output": output, "resume": resume, "overwrite": overwrite}
+        if names := [name for name in given if given[name]]:
+            raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
+        return _in_memory(model, base, settings, overrides, tokenizer, progress, on_plan, fields)
+    if output is None:
+        raise SurgeryError("no output folder was named", fix="output='healed'")
+    folder = Path(model)
+    report = Report.of(folder)
+    asked, judged_by = read_settings(report.data["recipe"], settings, overrides, **fields)
+    healed, source = heal_folder(
+        folder,
+        report,
+        base,
+        asked,
+        judged_by,
+        output,
+        overrides=[*overrides, *(as_text(key, value) for key, value in fields.items())],
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        on_plan=on_plan,
+    )
+    if healed is not None:
+        finish(healed, folder, source, judged_by if evaluate else None, check, gate, progress)
+    return healed
+
+
+def heal_folder(
+    folder: Path,
+    report: Report,
+    base,
+    asked: Heal,
+    judged_by: Evaluate | None,
+    output: str | Path,
+    *,
+    overrides: Sequence[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_plan=None,
+) -> tuple[Report | None, Path | None]:
+    """Train and write the healed folder; arguments as for `heal`.
+
+    Args:
+        overrides: as typed in a command of its own; None where the healing is a part of a recipe.
+
+    Returns:
+        The report, saved with the folder (None in all processes but the first), and the base's folder.
+    """
+    from ..scoring import read_tokenizer
+    from .ranks import Ranks
+    from .running import Job, train
+
+    ranks, weights = Ranks(), Checkpoint(folder)
+    source = base_folder(report.data, base, needed=asked.needs_base)
+    anatomy, rewritten = _refused(folder, weights), _rewritten(report.data)
+    table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
+    parameters = Anatomy.of(source).parameters if source is not None else 0
+    plan = HealPlan.of(asked, anatomy, table, rewritten, base=parameters)
+    if on_plan and ranks.first:
+        on_plan(plan)
+    identity = _identity(asked, report, source)
+    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite)
+    if source is not None:
+        out.refuse_nesting(source)
+    if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+        return (Report.of(out.out) if ranks.first else None), source
+    needed = weights.size + plan.disk_bytes - (_bytes_in(out.partial) if resume else 0)
+    with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
+        model, dtype = converted_model(folder, anatomy)
+        job = Job(
+            asked,
+            source,
+            read_tokenizer(folder),
+            rewritten,
+            partial / RUN,
+            identity=identity,
+            evaluate=judged_by,
+            adapter=partial / ADAPTER,
+            progress=progress if ranks.first else None,
+        )
+        facts = train(model, job)
+        if overrides is not None:
+            facts["overrides"] = [published_override(text) for text in overrides]
+        if ranks.first:
+            save_as_stored(model, partial, dtype)
+            records.draw(partial / RUN)
+            data = records.renewed(report.data, asked, judged_by) | {"plan_hash": identity}
+            data["heal"] = records.made(asked, facts, report.data.get("heal"))
+            data |= {"files": weight_files(partial), "left_behind": carry_files(folder, partial, _files(weights))}
+            Report(data, partial).save()
+            _tidy(partial / RUN)
+    return (Report.of(out.out) if ranks.first else None), source
+
+
+def finish(
+    healed: Report,
+    folder: Path,
+    base: Path | None,
+    judged_by: Evaluate | None,
+    check: bool,
+    gate: bool,
+    progress: Progress | None,
+) -> None:
+    """Check the healed folder, score it beside base and converted model, and write both into record and card."""
+    from ..checking import check_folder, to_dict
+    from ..evaluation.judging import judge
+    from ..evaluation.perplexity import evaluate
+
+    gc.collect()  # the trained model and the base beside it, which a cycle may hold
+    if check:
+        healed.data["check"] = to_dict(check_folder(healed.folder, None, progress=progress))
+        healed.save()
+    if judged_by is not None and base is not None and (not check or healed.data["check"]["passed"]):
+        judge(healed, base, judged_by, progress)
+        before, after = Report.of(folder).data["evaluation"], healed.data["evaluation"]
+        if not before or before.get("text") != after.get("text") or before.get("status") != "done":
+            size = {"windows": judged_by.windows, "length": judged_by.length}
+            before = evaluate(folder, base, text=judged_by.text, **size, progress=progress).to_dict()
+        healed.data["heal"] |= records.compared(before, after)
+    if not gate and healed.data["gate"]["limits"]:
+        healed.data["gate"]["status"] = "skipped"
+    healed.save()
+
+
+def _in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
+    from .running import Job, train, trained_of
+
+    report = of_memory(model)
+    asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)
+    if tokenizer is None:
+        raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
+    anatomy, rewritten = Anatomy.of(model), _rewritten(report.data)
+    refuse_unhealable(anatomy, type(model).__name__)
+    source = base if base is not None and not isinstance(base, str | Path) else None
+    if source is None:
+        source = base_folder(report.data, base, needed=asked.needs_base)
+    trained_of(model, asked, rewritten)
+    if on_plan:
+        table = {name: ("", tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+        on_plan(HealPlan.of(asked, anatomy, table, rewritten))
+    was, dtype = model.training, model.dtype
+    with tempfile.TemporaryDirectory(prefix="surgery-") as run:
+        job = Job(asked, source, tokenizer, rewritten, Path(run), evaluate=judged_by, progress=progress)
+        facts = train(model.float(), job)
+    model.to(dtype).train(was)
+    report.data["heal"] = records.made(asked, facts, report.data.get("heal"))
+    report.data["recipe"]["heal"] = published(asked)
+    return report
+
+
+def _refused(folder: Path, weights: Checkpoint) -> Anatomy:
+    """The anatomy of a folder; raises where it cannot be trained and saved as it was stored."""
+    anatomy = Anatomy.of(folder)
+    refuse_unhealable(anatomy, str(folder))
+    if (folder / "adapter_config.json").is_file():
+        what = "this folder carries adapters, which would no longer fit the new weights"
+        raise SurgeryError(
+            what, where=str(folder), fix="merge them first: model.merge_and_unload(), or move them away"
+        )
+    dtypes = sorted({info.dtype for info in weights.tensors.values()} & set(TORCH_NAMES))
+    if len(dtypes) != 1:
+        raise SurgeryError(
+            f"healing stores all weights in one dtype, and this checkpoint has {', '.join(dtypes) or 'none'}",
+            where=str(folder),
+            fix="store the model in one dtype first (from_pretrained(..., dtype=...), save_pretrained)",
+        )
+    return anatomy
+
+
+def _rewritten(data: dict) -> frozenset[str]:
+    """Which projections this surgery and those before it rewrote."""
+    recipes = [old.get("recipe") or {} for old in [*data["history"], data]]
+    return touched(step for recipe in recipes for step in recipe.get("operations") or [])
+
+
+def _identity(asked: Heal, report: Report, source: Path | None) -> str:
+    """What a run must share with one that it goes on from: settings, weights, base, version."""
+    from .. import __version__
+
+    files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
+    base = Checkpoint(source).fingerprint() if source is not None else ""
+    facts = {"heal": asked.model_dump(mode="json"), "files": files, "base": base, "version": __version__}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _files(weights: Checkpoint) -> set[str]:
+    return {shard.file for shard in weights.shards} | ({WEIGHT_INDEX} if weights.index else set())
+
+
+@contextmanager
+def _keeping(run: Path) -> Iterator[None]:
+    """Where there are checkpoints, no error takes them away: what is mended goes on with --resume."""
+    from .checkpoints import whole
+
+    try:
+        yield
+    except SurgeryError as error:
+        error.resumable = error.resumable or bool(whole(run))
+        raise
+
+
+def _tidy(run: Path) -> None:
+    """Of a training's folder, keep what a reader of the result may want."""
+    for path in run.iterdir():
+        if path.name not in KEPT:
+            shutil.rmtree(path) if path.is_dir() else os.remove(path)

@@ -1,0 +1,127 @@
+"""What is asked of a training, and the rows that it reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import TrainingError
+from ..folder import read_json
+from ..output import write_json
+from ..quiet import quiet_transformers
+from ..scoring import load_model
+from .data import Packed, documents
+from .losses import cross_entropy
+from .planned import micro_rows
+from .ranks import processes
+from .training import use_bfloat16
+
+if TYPE_CHECKING:
+    from ..recipe import Evaluate
+    from .settings import Heal
+
+SELF = "self"
+ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
+RUN = "run.json"  # what a run is of, for --resume
+
+
+@dataclass
+class Job:
+    """What is asked of a training besides the model.
+
+    Attributes:
+        base: folder of the unconverted model, or that model; None where nothing asks it.
+        rewritten: projections that the surgery rewrote (`trained.touched`).
+        run: folder of checkpoints and metrics.
+        identity: of settings, model and base; a run that goes on must have the same.
+        evaluate: text and limits of the recipe, for held-out scores while it trains.
+        adapter: where the adapter is kept, if `heal.keep_adapter`.
+    """
+
+    heal: Heal
+    base: Any
+    tokenizer: Any
+    rewritten: frozenset[str]
+    run: Path
+    identity: str = ""
+    evaluate: Evaluate | None = None
+    adapter: Path | None = None
+    progress: Callable[[int, int, str], None] | None = None
+    _base: list = field(default_factory=list)
+
+    def base_model(self):
+        """The base in memory, loaded once."""
+        if not self._base:
+            if isinstance(self.base, str | Path):
+                with quiet_transformers():
+                    dtype = torch.bfloat16 if use_bfloat16(self.heal) else torch.float32
+                    model = load_model(self.base, dtype=dtype)
+                self._base.append(model.to(processes().device).eval().requires_grad_(False))
+            else:
+                self._base.append(self.base)
+        return self._base[0]
+
+    def forget_base(self) -> None:
+        """Give its memory back."""
+        self._base.clear()
+
+
+def rows_of(model, job: Job) -> tuple[dict, Packed]:
+    """What is said of the data, and their rows.
+
+    Raises:
+        SurgeryError: of `documents`.
+        TrainingError: the folder's checkpoints are of another run, or were trained on other data.
+    """
+    heal, file, state = job.heal, job.run / RUN, processes()
+    with state.main_process_first():  # the others find what it wrote: its file, and the base's text
+        known = read_json(file) if file.is_file() else {}
+        if known and known.get("identity") != job.identity:
+            raise TrainingError(
+                "the checkpoints are of another training (recipe, model or base differ)",
+                where=str(job.run),
+                fix="finish that one with its own command, or start anew with --overwrite",
+            )
+        rows, source = known.get("rows") or _rows_needed(model, heal), job.base
+        found = documents(
+            heal,
+            job.tokenizer,
+            job.base_model() if heal.data == SELF else model if source is None else source,
+            rows_needed=rows,
+            folder=job.run if heal.data == SELF else None,
+            progress=job.progress,
+        )
+        packed = Packed(found, heal.length)
+        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
+        if known and known.get("data") != facts["data"]:
+            raise TrainingError(
+                "the data are not those that the checkpoints were trained on",
+                where=f"heal.data: {heal.data}",
+                fix="put them back as they were, or start anew with --overwrite",
+            )
+        if not known and state.is_main_process:
+            write_json(file, facts)
+    return found.facts | {"rows": len(packed)}, packed
+
+
+def _rows_needed(model, heal: Heal) -> int:
+    """Rows that the training will read; by the clock, as many as this machine could at most."""
+    if heal.planned_steps is not None:
+        return heal.planned_steps * heal.rows
+    rows = micro_rows(heal.rows, heal.length)
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
+    batch = batch.to(processes().device)
+    model.to(processes().device).train()
+    for _ in range(2):  # the first is slower
+        began = time.monotonic()
+        cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).backward()
+        seconds = time.monotonic() - began
+    model.zero_grad()
+    steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
+    return max(1, steps // (ROUNDS if heal.data == SELF else 1)) * heal.rows

@@ -1,0 +1,122 @@
+"""What a healing will do, worked out before it: what trains, how long, and the memory that it takes. Estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..errors import SurgeryError
+from .trained import Table, Trained, choose, summed_up
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+    from .settings import Heal
+
+WIDTHS = 16, 4  # activations that a layer keeps for its gradient: times hidden and times intermediate size
+MOMENTS = 2  # of AdamW
+MICRO_TOKENS = 4096  # of one forward, at most
+
+
+@dataclass(frozen=True)
+class HealPlan:
+    """A healing worked out for one model.
+
+    Attributes:
+        trained: what trains.
+        parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
+    """
+
+    heal: Heal
+    trained: Trained
+    parameters: int
+    base_parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, heal: Heal, anatomy: Anatomy, table: Table, rewritten: frozenset[str], more: int = 0, base: int = 0):
+        """The plan for a converted model; arguments as for `trained.choose`, `base`: parameters of the base."""
+        config = anatomy.config.get_text_config()
+        hidden = getattr(config, "hidden_size", 0) or 0
+        return cls(
+            heal,
+            choose(heal, anatomy, table, rewritten, more=more),
+            sum(prod(shape) for _, shape in table.values()) + more,
+            base if heal.needs_base else 0,
+            hidden,
+            getattr(config, "intermediate_size", None) or 4 * hidden,
+            len(anatomy.layers),
+            getattr(config, "vocab_size", 0) or 0,
+        )
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one forward in one process."""
+        return micro_rows(self.heal.rows, self.heal.length) * self.heal.length
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights in float32, gradients and moments of what trains, the base, activations, logits of both."""
+        weights = 4 * (self.parameters + self.base_parameters + (1 + MOMENTS) * self.trained.count)
+        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
+        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
+        logits = 4 * self.vocabulary * (3 if self.base_parameters else 2)
+        return weights + self.micro_tokens * (kept + logits)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 4 * (1 + MOMENTS) * self.trained.count
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints that are on the disk at once."""
+        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        heal = self.heal
+        towards = {"ce": "the text", "distill": "the base's probabilities", "both": "the text and the base"}[heal.loss]
+        how_long = (
+            f"{heal.planned_steps:,} steps of {heal.rows * heal.length:,} tokens"
+            if heal.planned_steps
+            else f"{heal.minutes:g} minutes"
+        )
+        low_rank = (
+            f", updates of rank {heal.rank} on {len(self.trained.adapted)} matrices" if self.trained.adapted else ""
+        )
+        share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
+        return [
+            f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
+            f"heal: towards {towards} ({heal.loss}), on {heal.data}, {how_long}, learning rate {heal.rate:g}",
+        ]
+
+    def to_dict(self) -> dict:
+        return {
+            "settings": self.heal.model_dump(mode="json"),
+            "parameters": self.trained.count,
+            "in_full": summed_up(self.trained.parameters),
+            "adapted": len(self.trained.adapted),
+            "steps": self.heal.planned_steps,
+            "step_tokens": self.heal.rows * self.heal.length,
+            "minutes": self.heal.minutes,
+            "memory_bytes": self.memory_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
+
+def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
+    """Raise where a model cannot be trained here."""
+    if anatomy.composite:
+        what = "healing trains text models, and this one has other parts (vision + text)"
+        raise SurgeryError(what, where=where, fix="heal: null, and train it with a script of its own")
+
+
+def micro_rows(rows: int, length: int) -> int:
+    """Rows of one forward: the most that divide those of a step and have at most MICRO_TOKENS; at least one."""
+    return max(
+        count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= MICRO_TOKENS or count == 1)
+    )

@@ -1,0 +1,216 @@
+"""One training from data to merged weights: what the folder-to-folder way and the way in memory have in common."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from transformers import PrinterCallback, set_seed
+
+from ..anatomy import Anatomy
+from ..errors import SurgeryError
+from ..folder import model_table, read_json
+from ..output import write_json
+from ..quiet import quiet_transformers
+from ..scoring import read_config
+from .adapters import adapt, bare, freeze, merge
+from .checkpoints import facts_of, remove_cut_off, whole
+from .following import METRICS, Follow, read
+from .job import Job, rows_of
+from .packing import Packed
+from .ranks import processes
+from .schedule import Clock, Rows
+from .stored import store
+from .teacher import LiveTeacher, StoredTeacher, Teacher
+from .trained import Trained, choose, summed_up
+from .training import HealTrainer, arguments, enough_memory, use_bfloat16
+from .warm_start import warm_start
+from .watching import HeldOut
+
+if TYPE_CHECKING:
+    from .settings import Heal
+
+ENDLESS = 1_000_000  # steps, where the clock ends the training
+STARTED = "warm-start.json"
+TEACHER = "teacher"  # folder of a stored one
+CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of
+
+
+def train(model, job: Job) -> dict:
+    """Heal a model in place, adapters merged; what was done, for the record.
+
+    Args:
+        model: converted, in float32.
+
+    Raises:
+        SurgeryError: data, settings or model are at fault.
+        TrainingError: NaN, or an unfinished run of something else; checkpoints are kept.
+        MachineError: disk or memory.
+    """
+    heal, began = job.heal, time.time()
+    refuse_vocabulary(model, job.base)
+    trained = trained_of(model, heal, job.rewritten)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    use_cache = model.config.use_cache
+    job.run.mkdir(parents=True, exist_ok=True)
+    with enough_memory(heal):
+        text, packed = rows_of(model, job)
+        set_seed(heal.seed)
+        started = _start(model, job, packed, trained)
+        watch = _watch(job)
+        student = _prepared(model, heal, trained)
+        try:
+            record = _loop(student, model, job, packed, watch)
+        except BaseException:
+            if heal.method == "lora":  # a model in memory stays as it was, and can be used
+                student.unload()
+            raise
+        finally:
+            model.config.use_cache = use_cache
+        record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
+        record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
+        if heal.method == "lora":
+            if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
+                _keep_adapter(student, job)
+            model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
+    if heal.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    return record | {"wall_seconds": round(time.time() - began, 1)}
+
+
+def trained_of(model, heal: Heal, rewritten: frozenset[str]) -> Trained:
+    """What of a model in memory trains; see `trained.choose`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    def is_linear(path: str) -> bool:
+        return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
+
+    found = choose(heal, Anatomy.of(model), model_table(model), rewritten, is_linear)
+    if heal.keep_adapter and (names := bare(model, found)):
+        raise SurgeryError(
+            f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
+            where="heal",
+            fix="heal.keep_adapter=false: the merged model has them",
+        )
+    return found
+
+
+def refuse_vocabulary(model, base) -> None:
+    """Raise where a teacher knows other tokens."""
+    if base is None:
+        return
+    ours, theirs = (config.get_text_config().vocab_size for config in (model.config, read_config(base)))
+    if ours != theirs:
+        raise SurgeryError(
+            f"the base has another vocabulary: {theirs} tokens, the model {ours}",
+            where="heal",
+            fix="name the model that it was made from: --base MODEL",
+        )
+
+
+def _watch(job: Job) -> HeldOut | None:
+    """The held-out text, if it is to be scored while the model trains."""
+    if not job.heal.eval_every:
+        return None
+    if job.base is None or job.evaluate is None:
+        missing = "its base: --base MODEL" if job.base is None else "a recipe that evaluates: evaluate.text=builtin"
+        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=f"name {missing}")
+    return HeldOut(job.base_model(), job.tokenizer, job.evaluate, job.heal.stop_at_gate)
+
+
+def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
+    """The layer-wise start, if one is asked for; where a checkpoint has its weights already, its record alone."""
+    file = job.run / STARTED
+    if not job.heal.warm_start:
+        return None
+    if whole(job.run) and file.is_file():
+        return read_json(file)
+    model.to(processes().device)
+    record = warm_start(model, job.base_model(), packed, job.heal, trained.parameters, job.progress)
+    if processes().is_main_process:
+        write_json(file, record)
+    return record
+
+
+def _prepared(model, heal: Heal, trained: Trained):
+    """The model with what trains set to train."""
+    if heal.gradient_checkpointing:
+        switch = getattr(model, "activation_checkpointing_enable", None)
+        settings = {"use_reentrant": False}  # or the gradient of what is worked out before a layer would be lost
+        switch(activation_checkpointing_kwargs=settings) if switch else model.gradient_checkpointing_enable(settings)
+    if heal.method == "lora":
+        return adapt(model, heal, trained)
+    freeze(model, trained.parameters)
+    return model
+
+
+def _teacher(job: Job, packed: Packed) -> Teacher:
+    """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
+    heal = job.heal
+    if heal.loss == "ce" and not heal.hidden:
+        return Teacher()
+    if heal.teacher == "live":
+        return LiveTeacher(job.base_model())
+    folder = job.run / TEACHER
+    with processes().main_process_first():
+        kept = {"top_k": heal.top_k, "temperature": heal.temperature}
+        store(job.base_model(), packed, folder, **kept, progress=job.progress)
+    job.forget_base()
+    return StoredTeacher(folder)
+
+
+def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
+    heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
+    steps = heal.planned_steps or ENDLESS
+    with state.main_process_first():
+        if state.is_main_process:
+            remove_cut_off(job.run)
+        last = (whole(job.run) or [None])[-1]
+    earlier = facts_of(last)["seconds"] if last else 0.0
+    teacher = _teacher(job, packed)
+    progress = job.progress if state.is_main_process else None
+    follow = Follow(heal, job.run, heal.planned_steps, watch, earlier, progress)
+    with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
+        trainer = HealTrainer(
+            model=student,
+            args=arguments(heal, job.run, steps, state.num_processes),
+            train_dataset=Rows(packed, steps * heal.rows, heal.seed),
+            callbacks=[follow],
+            heal=heal,
+            plain=plain,
+            teacher=teacher,
+            clock=clock,
+        )
+        trainer.remove_callback(PrinterCallback)
+        follow.trainer = trainer
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    curve = [line["loss"] for line in read(job.run / METRICS)]
+    done = trainer.state.global_step
+    return {
+        "steps": done,
+        "step_tokens": heal.rows * heal.length,
+        "tokens": done * heal.rows * heal.length,
+        "minutes": round(clock.seconds / 60, 2),
+        "ended_by": follow.ended,
+        "loss": {"first": _mean(curve[:CURVE_ENDS]), "last": _mean(curve[-CURVE_ENDS:])},
+        "processes": state.num_processes,
+        "device": state.device.type,
+        "bfloat16": use_bfloat16(heal),
+        "resumed": last is not None,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _keep_adapter(student, job: Job) -> None:
+    """Save the adapter, without the folder of this machine that peft notes: the card says what it belongs to."""
+    student.save_pretrained(job.adapter)
+    file = job.adapter / "adapter_config.json"
+    write_json(file, read_json(file) | {"base_model_name_or_path": None})
+    (job.adapter / "README.md").unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""How a converted model is healed: the `heal:` block of a recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+# Where the recipe names none. A new rank-r factor starts from zero and bears more than weights that are right already.
+LEARNING_RATES = {"full": 2e-4, "lora": 5e-4, "parts": 5e-4}
+BUDGETS = ("tokens", "steps", "minutes")
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 1e6 and 5e-4 as text; people mean numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _count(value: object) -> object:
+    """1e6 is a whole number here; 1.5 and true are none."""
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Heal(BaseModel):
+    """Training after the surgery: what trains, on what text, towards what, for how long."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    method: Literal["lora", "full", "parts"] = Field(
+        "lora",
+        description="lora: low-rank updates of attention and MLP, and in full what the surgery made anew; full: all "
+        "weights; parts: only what the surgery added or rewrote.",
+    )
+    loss: Literal["ce", "distill", "both"] = Field(
+        "distill", description="ce: the text's next token; distill: the base's probabilities (KL); both: a mixture."
+    )
+    mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
+    temperature: Number = Field(1.0, gt=0, description="Temperature of the distillation.")
+    hidden: Number = Field(0.0, ge=0, description="Weight of the distance of hidden states to the base's; 0: none.")
+    balance: Number = Field(0.01, ge=0, description="Weight of the load-balance loss of routers that train.")
+    teacher: Literal["live", "stored"] = Field(
+        "live", description="live: the base runs beside; stored: once before, its likeliest tokens kept on disk."
+    )
+    top_k: Count = Field(64, ge=1, description="Tokens that a stored teacher keeps of each distribution.")
+
+    data: str = Field(
+        "self",
+        min_length=1,
+        description="self: text that the base writes; builtin: the calibration part of the built-in text; a text or "
+        "JSONL file, a folder of them, or a data set of the Hub.",
+    )
+    column: str | None = Field(None, min_length=1, description="Column of the text; default text.")
+    chat: bool = Field(False, description="Rows are conversations, written out by the chat template.")
+    length: Count = Field(512, ge=8, description="Tokens of a row; documents are packed into rows.")
+    batch_tokens: Count = Field(4096, ge=8, description="Tokens of one step, over all processes.")
+    tokens: Count | None = Field(None, ge=1, description="Train on so many tokens (or steps, or minutes).")
+    steps: Count | None = Field(None, ge=1, description="Train so many steps.")
+    minutes: Number | None = Field(None, gt=0, description="Train so long.")
+
+    rank: Count = Field(16, ge=1, description="lora: rank of the updates.")
+    alpha: Number | None = Field(None, gt=0, description="lora: updates count alpha / rank; default 2 * rank.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="lora: dropout before the updates.")
+    learning_rate: Number | None = Field(
+        None, gt=0, description="Highest learning rate; default 5e-4 for lora and parts, 2e-4 for full."
+    )
+    warmup: Number = Field(0.05, ge=0, lt=1, description="Share of the training in which the rate rises.")
+    weight_decay: Number = Field(0.0, ge=0, description="Of AdamW; not of biases, norms and surgery parameters.")
+    clip: Number = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the products; the weights that train are float32. auto: bfloat16 on a GPU that has it."
+    )
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
+    warm_start: Count = Field(
+        0, ge=0, description="Tokens on which each layer's attention is first fitted to the base's."
+    )
+
+    eval_every: Count = Field(0, ge=0, description="Score a little held-out text every so many steps; 0: never.")
+    stop_at_gate: bool = Field(False, description="Stop when that score passes the recipe's gate.")
+    checkpoint_every: Count = Field(50, ge=0, description="Steps between checkpoints; 0: none.")
+    keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
+    keep_adapter: bool = Field(False, description="lora: save the adapter too, for the model as it was before.")
+    report_to: str = Field(
+        "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
+    )
+    seed: Count = Field(0, ge=0, description="Of data, text, adapters and dropout.")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Heal:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"it has {' and '.join(given)}" if given else "it has none of them"
+            raise _fault(f"heal names one of tokens, steps, minutes; {found}")
+        if self.batch_tokens < self.length:
+            raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
+        if self.stop_at_gate and not self.eval_every:
+            raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
+        if self.keep_adapter and self.method != "lora":
+            raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
+        if self.hidden and self.teacher == "stored":
+            raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of one step, over all processes."""
+        return self.batch_tokens // self.length
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the training; None where the clock ends it."""
+        if self.tokens is not None:
+            return math.ceil(self.tokens / (self.rows * self.length))
+        return self.steps
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return self.learning_rate or LEARNING_RATES[self.method]
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the training itself asks the base something."""
+        return self.loss != "ce" or self.hidden > 0 or self.data == "self" or self.warm_start > 0
+
+
+def _fault(text: str) -> PydanticCustomError:
+    return PydanticCustomError("heal", "{text}", {"text": text})

@@ -1,0 +1,457 @@
+"""Data of healing: every source, what is wrong with it, packing, and text that the base writes itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import TEXT, WORDS
+from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
+from transformers import AutoTokenizer
+
+from surgery.calibration.text import load_text
+from surgery.errors import SurgeryError
+from surgery.healing import data, self_text
+from surgery.healing.data import Packed, documents
+from surgery.healing.packing import arguments
+from surgery.healing.self_text import sample
+from surgery.runtime import modeling_surgery as runtime
+
+TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"
+
+
+def heal(**fields):
+    return SimpleNamespace(**({"data": "builtin", "column": None, "chat": False, "length": 16, "seed": 0} | fields))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny_llama):
+    """One that begins a text with BOS and ends it with EOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = AutoTokenizer.from_pretrained(tiny_llama)
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return made
+
+
+@pytest.fixture
+def read(tiny_llama, tokenizer):
+    def run(source, *, rows=10_000, tokenizer=tokenizer, **fields):
+        return documents(heal(data=str(source), **fields), tokenizer, tiny_llama, rows_needed=rows)
+
+    return run
+
+
+def ids_of(text: str) -> list[int]:
+    """By hand: `tiny_llama`'s tokenizer."""
+    return [4 + WORDS.index(word) for word in text.split()]
+
+
+def lines(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_one_document(read, text):
+    found = read(text)
+    assert list(found) == [ids_of(TEXT)]
+    assert found.begin == []
+    raw = TEXT.encode()
+    want = hashlib.sha256(f"{len(raw)}\0".encode() + raw).hexdigest()
+    assert found.facts == {"data": "words.txt", "sha256": want, "documents": 1, "tokens": 400}
+
+
+def test_builtin_is_the_calibration_part(read, tokenizer):
+    found = read("builtin")
+    part = load_text("builtin", "calibration")
+    assert list(found) == [tokenizer(part.text)["input_ids"]]
+    assert found.title == part.title
+
+
+def test_lines_are_documents(read, tmp_path):
+    texts = [" ".join(WORDS[i : i + 9]) for i in range(5)]
+    lines(tmp_path / "rows.jsonl", [{"text": text, "other": 1} for text in texts])
+    assert list(read(tmp_path / "rows.jsonl")) == [ids_of(text) for text in texts]
+    lines(tmp_path / "rows.jsonl", [{"body": text, "text": None} for text in [*texts, " "]])
+    assert list(read(tmp_path / "rows.jsonl", column="body")) == [ids_of(text) for text in texts]
+
+
+def test_a_folder_is_its_files_in_order(read, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    (folder / "b.txt").write_text("cat " * 20)
+    (folder / "below" / "c.md").write_text("dogs " * 20)
+    lines(folder / "a.jsonl", [{"text": "rain " * 3}, {"text": "mat"}])
+    (folder / "picture.png").write_bytes(b"\0\1")
+    want = [ids_of(text) for text in ("rain " * 3, "mat", "cat " * 20, "dogs " * 20)]
+    assert list(read(folder)) == want
+
+
+def test_chats_are_written_by_the_template(read, tmp_path, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    turns = [{"role": "cat", "content": "the mat"}, {"role": "dogs", "content": "ran past"}]
+    lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 3)
+    (one, *_) = found = read(tmp_path / "chats.jsonl", chat=True, tokenizer=tokenizer)
+    assert one == [1, *ids_of("cat the mat"), 2, *ids_of("dogs ran past"), 2]
+    assert len(found) == 3
+
+
+def test_no_more_is_read_than_is_needed(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOGETHER", 2)
+    lines(tmp_path / "rows.jsonl", [{"text": "cat " * 10}] * 50)
+    found = read(tmp_path / "rows.jsonl", rows=2)
+    assert len(found) == 4  # 2 rows of 16 tokens are in 4 documents of 10, read 2 by 2
+    assert found.sha256 != read(tmp_path / "rows.jsonl").sha256
+
+
+def test_bos_and_eos_are_the_tokenizers(read, text, with_bos):
+    found = read(text, tokenizer=with_bos)
+    assert list(found) == [[1, *ids_of(TEXT), 2]]
+    assert found.begin == [1]
+
+
+class FakeDatasets(ModuleType):
+    """`datasets.load_dataset` as we call it."""
+
+    def __init__(self, rows):
+        super().__init__("datasets")
+        self.rows, self.asked = rows, []
+
+    def load_dataset(self, name, config, split, streaming):
+        self.asked.append((name, config, split, streaming))
+        if name == "nobody/nothing":
+            raise FileNotFoundError("no such data set\nand more lines")
+        return iter(self.rows)
+
+
+def test_a_data_set_is_a_stream(read, monkeypatch, tmp_path):
+    fake = FakeDatasets({"text": "cat " * 10} for _ in iter(int, 1))  # without end
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = read("owner/name:config", rows=8)
+    assert fake.asked == [("owner/name", "config", "train", True)]
+    assert found.tokens >= 8 * 16
+    assert found.title == "owner/name:config"
+    with pytest.raises(SurgeryError, match="cannot be read: no such data set") as told:
+        read("nobody/nothing")
+    assert "and more lines" not in str(told.value)
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "part.parquet").write_bytes(b"PAR1")
+    read(folder, rows=1)
+    assert fake.asked[-1] == (str(folder), None, "train", True)
+
+
+def test_a_real_data_set_on_disk(read, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["cat " * 10, "dogs " * 10]}).to_parquet(str(folder / "train.parquet"))
+    assert list(read(folder)) == [ids_of("cat " * 10), ids_of("dogs " * 10)]
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------
+
+
+def test_data_that_cannot_be_used_is_refused(read, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    write = {
+        "empty.txt": b"",
+        "short.txt": b"cat " * 9,
+        "binary.txt": b"cat\0" * 100,
+        "latin.txt": b"caf\xe9 " * 100,
+        "words.txt": b"cat " * 99,
+        "bad.jsonl": b'{"text": "cat"}\n{"text": \n',
+        "list.jsonl": b"[1]\n",
+        "number.jsonl": b'{"text": 3}\n',
+        "turns.jsonl": b'{"text": [{"role": "user"}]}\n',
+        "named.jsonl": b'{"body": "cat", "id": 3}\n',
+        "blank.jsonl": b'{"text": " "}\n{"text": ""}\n',
+    }
+    for name, raw in write.items():
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "nothing").mkdir()
+    cases = [
+        ("empty.txt", {}, ["empty"]),
+        ("short.txt", {}, ["too short", "has 9 tokens, one row has 16", "heal.length=9"]),
+        ("binary.txt", {}, ["a binary file"]),
+        ("latin.txt", {}, ["not UTF-8"]),
+        ("missing.txt", {}, ["no such text file", "self"]),
+        ("word.txt", {}, ["no such text file", "there is: words.txt"]),
+        ("bad.jsonl", {}, ["not a line of JSON", "bad.jsonl:2"]),
+        ("list.jsonl", {}, ["no JSON object", "list.jsonl:1"]),
+        ("number.jsonl", {}, ["column 'text' holds no text"]),
+        ("turns.jsonl", {}, ["column 'text' holds no text", "heal.chat=true"]),
+        ("named.jsonl", {}, ["no column 'text'", "there is: body, id", "heal.column=body"]),
+        ("named.jsonl", {"column": "boby"}, ["no column 'boby'", "heal.column=body"]),
+        ("named.jsonl", {"chat": True}, ["no column 'messages'"]),
+        ("named.jsonl", {"chat": True, "column": "body"}, ["no chat template"]),
+        ("blank.jsonl", {}, ["there is no text in it"]),
+        ("words.txt", {"column": "body"}, ["heal.column: body needs rows with columns"]),
+        ("words.txt", {"chat": True}, ["heal.chat: true needs rows with columns"]),
+        ("nothing", {}, [".jsonl, .ndjson file in this folder", "attention-surgery[data]"]),
+    ]
+    for name, fields, says in cases:
+        with pytest.raises(SurgeryError) as told:
+            read(tmp_path / name, **fields)
+        assert not [word for word in says if word not in str(told.value)], f"{name}: {told.value}"
+    for name in ("owner/name", "wikitext"):
+        with pytest.raises(SurgeryError, match=r"no file or folder has this name(.|\n)*attention-surgery\[data\]"):
+            read(name)
+    with pytest.raises(SurgeryError, match="no such text file, folder or data set"):
+        read("a name with spaces")
+    with pytest.raises(SurgeryError, match="needs rows with columns"):
+        read("builtin", column="body")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, text):
+    model = TINY["llama"](vocab_size=10)
+    with pytest.raises(SurgeryError, match=r"gives token \d+, the model knows 10"):
+        documents(heal(data=str(text)), tokenizer, model, rows_needed=1)
+
+
+def test_a_broken_template_is_said(read, tmp_path, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "cat"}]}])
+    with pytest.raises(SurgeryError, match="does not take column 'messages': roles must alternate"):
+        read(tmp_path / "chats.jsonl", chat=True, tokenizer=tokenizer)
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_full_and_positions_start_anew():
+    rows = Packed([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]], 5)
+    assert rows.ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    assert rows.positions.tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]
+    assert rows[0]["labels"].tolist() == [-100, 2, 3, -100, -100]
+    assert rows[1]["labels"].tolist() == [-100, 7, 8, 9, 10]
+    assert all(tensor.dtype == torch.long for tensor in rows[0].values())
+
+
+def test_what_goes_on_in_the_next_row_begins_as_a_document_does():
+    class Begun(list):
+        begin = (1,)
+
+    rows = Packed(Begun([[1, 20, 21, 22, 23, 24, 25, 26], [1, 30, 31, 32, 33]]), 4)
+    assert rows.ids.tolist() == [[1, 20, 21, 22], [1, 23, 24, 25], [1, 26, 1, 30], [1, 31, 32, 33]]
+    assert rows.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("begin", [(), (1,)])
+def test_no_token_is_lost(begin):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (50,), generator=generator).tolist()
+    made = [[*begin, *torch.randint(3, 99, (n,), generator=generator).tolist()] for n in lengths]
+    held = type("Held", (list,), {"begin": begin})(made)
+    rows = Packed(held, 16)
+    flat = [token for row in rows.ids.tolist() for token in row if token not in begin]
+    want = [token for document in made for token in document if token not in begin]
+    assert flat == want[: len(flat)]
+    assert len(want) - len(flat) < 16
+
+
+def test_too_little_is_no_row():
+    assert len(Packed([[1, 2, 3]], 4)) == 0
+
+
+def test_the_hash_is_of_tokens_and_borders():
+    made = [Packed(each, 4).sha256 for each in ([[1, 2, 3, 4]], [[1, 2], [3, 4]], [[1, 2, 3, 5]], [[1, 2, 3, 4, 5]])]
+    assert len(set(made)) == 3  # what does not fill a row is not part of it
+    assert made[0] == made[3]
+
+
+def split_heads(base):
+    """A surgical model: each layer has a head that sees 2 sinks and a window of 4."""
+    runtime.patch(base, {"layers": [{"streaming": [layer], "sinks": 2, "window": 4} for layer in (0, 1)]})
+    return base
+
+
+@pytest.mark.parametrize("surgical", [False, True])
+@torch.no_grad()
+def test_a_packed_row_is_its_documents_by_themselves(surgical):
+    model = TINY["llama"]()
+    model = split_heads(model) if surgical else model
+    documents = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 1, 22)]
+    rows = Packed(documents, 32)
+    batch = {name: tensor[None] for name, tensor in rows[0].items()}
+    packed = model(**arguments(model, batch, hidden=False)).logits[0]
+    alone = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in documents]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-4
+    crossing = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+    assert (packed - crossing).abs().max() > 0.1  # without positions they see each other
+
+
+# --- text of the base ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A model of `tiny_llama`'s vocabulary, that ends a text now and then."""
+    model = TINY["llama"](vocab_size=64, tie_word_embeddings=False)
+    model.lm_head.weight.data *= 0.5
+    return model
+
+
+def test_the_base_writes_what_is_needed(writer, tokenizer):
+    found = sample(writer, tokenizer, heal(), 600, batch=8)
+    assert 600 <= sum(map(len, found)) < 600 + 8 * 16
+    assert all(2 <= len(each) <= 16 for each in found)
+    words = {tokenizer.convert_tokens_to_ids(word) for word in WORDS}
+    assert {each[0] for each in found} <= words
+    assert len({each[0] for each in found}) > 8
+    assert not any(2 in each[:-1] for each in found)  # EOS ends a document
+    assert all(each[-1] == 2 for each in found if len(each) < 16)
+    assert any(each[-1] == 2 for each in found)
+    assert len({tuple(each) for each in found}) == len(found)
+
+
+def test_tokens_are_drawn_from_the_whole_distribution(writer, tokenizer):
+    """Of many samples the share of each second token, given the first, against the model's probabilities."""
+    found = sample(writer, tokenizer, heal(length=3), 3 * 30_000, batch=3000)
+    first = max({each[0] for each in found}, key=lambda token: sum(each[0] == token for each in found))
+    seconds = torch.tensor([each[1] for each in found if each[0] == first])
+    with torch.no_grad():
+        p = writer(input_ids=torch.tensor([[first]])).logits[0, 0].softmax(-1)
+    share = torch.bincount(seconds, minlength=64) / len(seconds)
+    error = (p * (1 - p) / len(seconds)).sqrt()
+    assert ((share - p).abs() <= 5 * error + 3 / len(seconds)).all()
+
+
+@pytest.mark.parametrize("growing", [True, False])
+@torch.no_grad()
+def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing):
+    """With logits so far apart that chance has no say, each row is what a loop over whole texts finds for it alone."""
+    model = TINY["llama"](vocab_size=64, tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e4
+    starts = torch.arange(4, 24)[:, None]
+    wanted = []
+    for start in starts.tolist():
+        row = list(start)
+        while len(row) < 16:
+            row.append(int(model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+        wanted.append(row)
+    seconds = [row[1] for row in wanted]
+    ends = {max(seconds, key=seconds.count), wanted[0][5], wanted[1][8], wanted[2][3]}
+    writer, sizes = self_text.with_growing_cache(model) if growing else model, []
+    writer.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    rows = self_text._write(writer, starts, 16, ends, torch.Generator().manual_seed(0)).tolist()
+    found, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
+    assert found == want
+    assert len(set(map(len, want))) > 2
+    assert sizes[0] == 20
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 20
+
+
+def test_penalties_of_the_model_are_not_applied(writer, tokenizer):
+    import copy
+
+    fussy = copy.deepcopy(writer)
+    fussy.generation_config.update(repetition_penalty=9.0, top_k=1, temperature=0.1)
+    plain = sample(writer, tokenizer, heal(), 200, batch=8)
+    assert sample(fussy, tokenizer, heal(), 200, batch=8) == plain
+
+
+def test_seeds_give_other_texts_and_the_same_seed_the_same(writer, tokenizer):
+    one, again, other = (sample(writer, tokenizer, heal(seed=seed), 300, batch=4) for seed in (1, 1, 2))
+    assert one == again
+    assert not {tuple(each) for each in one} & {tuple(each) for each in other}
+
+
+def test_the_callers_random_numbers_are_left_alone(writer, tokenizer):
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    sample(writer, tokenizer, heal(), 100, batch=4)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_a_tokenizer_with_bos_begins_from_it_alone(writer, with_bos):
+    found = sample(writer, with_bos, heal(), 600, batch=16)
+    assert {each[0] for each in found} == {1}
+    assert len({each[1] for each in found}) > 8
+
+
+def test_a_chat_begins_with_the_users_turn(writer, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(SurgeryError, match="no chat template"):
+        sample(writer, tokenizer, heal(chat=True), 100)
+    tokenizer.chat_template = "<s>{% for m in messages %} cat {{ m.content }} </s>{% endfor %}"
+    found = sample(writer, tokenizer, heal(chat=True), 300, batch=8)
+    assert {tuple(each[:2]) for each in found} == {(1, *ids_of("cat"))}
+
+
+def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
+    whole = sample(writer, tokenizer, heal(), 600, batch=8)
+
+    class Killed(BaseException):
+        pass
+
+    def stop(done, *_):
+        if done > 200:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path / "new", progress=stop)
+    tmp_path = tmp_path / "new"
+    there = len(list(tmp_path.iterdir()))
+    assert there >= 2
+    written = []
+    real = self_text._write
+    monkeypatch.setattr(self_text, "_write", lambda *args: written.append(1) or real(*args))
+    assert sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path) == whole
+    assert len(written) == len(list(tmp_path.iterdir())) - there
+    before = len(written)
+    sample(writer, tokenizer, heal(seed=1), 100, batch=8, folder=tmp_path)
+    assert len(written) > before  # another seed finds nothing of it
+
+
+def test_self_is_a_source(tiny_llama, tokenizer, read):
+    found = read("self", rows=4)
+    assert found.tokens >= 64
+    assert found.facts["data"] == "text that the base wrote itself"
+    assert found.sha256 == read("self", rows=4).sha256
+    assert len(Packed(found, 16)) >= 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "bloom", "mpt"])
+@torch.no_grad()
+def test_a_growing_cache_changes_nothing(family):
+    """Token by token the logits are those of the whole text, and the model is left as it was."""
+    model = TINY[family]()
+    writer = self_text.with_growing_cache(model)
+    known = family not in ("bloom", "mpt")  # the runtime's families
+    assert hasattr(writer, "make_cache") == known
+    assert not hasattr(model, "make_cache")
+    assert not hasattr(model.config, "surgery")
+    ours, theirs = (dict(each.named_parameters()) for each in (writer, model))
+    assert all(ours[name].data_ptr() == tensor.data_ptr() for name, tensor in theirs.items())
+    ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    out = writer(input_ids=ids[:, :1], use_cache=True)
+    logits = [out.logits]
+    for place in range(1, 20):
+        cache = {runtime.CACHE: out[runtime.CACHE]}
+        out = writer(input_ids=ids[:, place : place + 1], use_cache=True, **cache)
+        logits.append(out.logits)
+    assert (torch.cat(logits, 1) - model(input_ids=ids, use_cache=False).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gpt2", "falcon_alibi", "gemma3", "gpt_oss"])
+def test_every_kind_of_family_writes(family, tokenizer):
+    model = TINY[family]()
+    assert sum(map(len, sample(model, tokenizer, heal(), 64, batch=4))) >= 64

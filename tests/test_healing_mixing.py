@@ -1,0 +1,102 @@
+"""Weighted GQA: the mixed weights against a loop, their gradients, and that folding changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import TINY, TOKENS, attention_modules, difference, get_head, logits_of, one_thread  # noqa: F401
+
+import surgery
+from surgery.errors import SurgeryError
+from surgery.healing.mixing import add_mixing, fold
+
+
+def converted(family: str, kv_heads: int = 2):
+    base = TINY[family]()
+    student = copy.deepcopy(base)
+    surgery.apply("gqa", student, kv_heads=kv_heads, method="mean")
+    return base, student
+
+
+@pytest.mark.parametrize("per", ["head", "channel"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "starcoder2"])
+def test_weights_are_the_conversions_and_the_weighted_heads(family, per):
+    base, student = converted(family)
+    before = logits_of(student)
+    names = add_mixing(student, base, per)
+    assert len(names) == 2 * 2  # K and V of two layers
+    assert torch.equal(logits_of(student), before)  # all 0: the conversion's own
+    own = [copy.deepcopy(module) for module in attention_modules(converted(family)[1])]
+    generator = torch.Generator().manual_seed(0)
+    mixed = {}
+    for name in names:
+        p = student.get_parameter(name)
+        p.data = torch.randn(p.shape, generator=generator)
+        mixed[name] = p.detach().double()
+    changed = logits_of(student)
+    assert difference(changed, before) > 0.1
+    assert fold(student) in (4, 8)  # with biases 8
+    assert difference(logits_of(student), changed) < 1e-5
+    assert set(student.state_dict()) == set(converted(family)[1].state_dict())
+    for layer, (module, first, old) in enumerate(
+        zip(attention_modules(student), own, attention_modules(base), strict=True)
+    ):
+        for part in "kv":
+            weights = next(w for name, w in mixed.items() if f".{layer}." in name and f"{part}_proj" in name)
+            for head in range(2):
+                want = get_head(student, first, part, head)
+                for member in range(2):
+                    want = want + weights[head, member].view(-1, 1) * get_head(base, old, part, 2 * head + member)
+                assert (get_head(student, module, part, head) - want).abs().max() < 1e-5
+
+
+def test_the_weights_train_and_find_a_mixture():
+    """The student is to have the mixture 0.8, 0.2 of the base's heads; from their mean it gets there."""
+    base, student = converted("llama")
+    wanted = copy.deepcopy(student)
+    names = add_mixing(wanted, base)
+    for name in names:
+        wanted.get_parameter(name).data[..., 0, 0] = 0.3
+        wanted.get_parameter(name).data[..., 1, 0] = -0.3
+    fold(wanted)
+    target = logits_of(wanted).float()
+    student.requires_grad_(False)
+    trained = [student.get_parameter(name).requires_grad_(True) for name in add_mixing(student, base)]
+    optimizer = torch.optim.Adam(trained, lr=0.03)
+    losses = []
+    for _ in range(150):
+        loss = (student(input_ids=TOKENS).logits - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 1e-3 * losses[0]
+    assert all((p[:, 0, 0] - 0.3).abs().max() < 0.05 for p in trained)
+
+
+def test_an_order_of_heads_is_followed():
+    base, student = converted("llama")
+    orders = [[0, 3, 1, 2], [2, 0, 3, 1]]
+    name = add_mixing(student, base, orders=orders)[0]
+    first = copy.deepcopy(attention_modules(converted("llama")[1])[0])
+    student.get_parameter(name).data[1, 0] = 1.0
+    fold(student)
+    found = get_head(student, attention_modules(student)[0], "k", 1) - get_head(student, first, "k", 1)
+    assert (found - get_head(base, attention_modules(base)[0], "k", 1)).abs().max() < 1e-6
+
+
+def test_checkpoints_hold_no_head_of_the_base():
+    base, student = converted("llama")
+    add_mixing(student, base)
+    assert not any("heads" in name for name in student.state_dict())
+
+
+def test_what_cannot_be_mixed_is_refused():
+    base = TINY["llama"]()
+    with pytest.raises(SurgeryError, match="there is nothing to mix"):
+        add_mixing(copy.deepcopy(base), base)
+    base, student = converted("phi3")
+    with pytest.raises(SurgeryError, match="in one matrix"):
+        add_mixing(student, base)

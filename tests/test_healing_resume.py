@@ -1,0 +1,305 @@
+"""A training that is stopped in any way goes on to the same weights, bit for bit; what cannot go on says why."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import listing
+from families import one_thread  # noqa: F401
+from safetensors.torch import load_file
+
+from surgery.errors import MachineError, SurgeryError, TrainingError
+from surgery.healing import checkpoints, training
+from surgery.healing.following import Follow, read
+from surgery.healing.heal import heal as run_heal
+
+SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01", "dropout=0.1")
+QUICK = ("--no-check", "--no-eval", "-q")
+
+
+class Killed(BaseException):
+    """What stops a run in its process, as a signal would: nothing of ours catches it."""
+
+
+@pytest.fixture
+def out(surgery, model, tmp_path):
+    assert surgery("apply", "mqa", model, "-o", "out", *QUICK).code == 0
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def healing(out, model, text, tmp_path):
+    def run(to="healed", *more, **options):
+        settings = [*SETTINGS, f"data={text}", *more]
+        quick = {"check": False, "evaluate": False}
+        return run_heal(out, model, output=tmp_path / to, overrides=settings, **quick | options)
+
+    return run
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Stop the training after a step, in the middle of the line of metrics that is written then."""
+
+    def after(step: int, error: BaseException):
+        begun = Follow.on_step_begin
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                with open(self.file, "a") as file:
+                    file.write('{"step": 99, "lo')
+                raise error
+            return begun(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(Follow, "on_step_begin", on_step_begin)
+
+    return after
+
+
+def same(one, two) -> bool:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def curve(folder) -> list[tuple]:
+    return [(line["step"], line["loss"], line["learning_rate"]) for line in read(folder / "healing/metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("step", [1, 5])
+def test_it_goes_on_to_the_same_weights(healing, stop, monkeypatch, tmp_path, method, step):
+    """Dropout draws random numbers in every step of lora."""
+    more = (f"method={method}",)
+    healing("whole", *more)
+    stop(step, Killed())
+    with pytest.raises(Killed):
+        healing("healed", *more)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "healed").exists()
+    report = healing("healed", *more, resume=True)
+    assert report.data["heal"]["resumed"] == (step == 5)  # the first checkpoint is of step 2
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
+    assert [step for step, *_ in curve(tmp_path / "healed")] == list(range(1, 9)), "no line twice"
+
+
+def cut_off(partial, how: str) -> None:
+    last = sorted((partial / "healing").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1]
+    assert last.name == "checkpoint-4"
+    if how == "unmarked":
+        (last / checkpoints.COMPLETE).unlink()
+    else:
+        with open(last / checkpoints.WEIGHTS, "r+b") as file:
+            file.truncate(100)
+
+
+@pytest.mark.parametrize("how", ["unmarked", "short"])
+def test_a_checkpoint_that_was_cut_off_counts_as_none(healing, stop, monkeypatch, tmp_path, how):
+    healing("whole", "method=parts")
+    stop(5, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=parts")
+    monkeypatch.undo()
+    cut_off(tmp_path / "healed.partial", how)
+    healing("healed", "method=parts", resume=True)  # from step 2
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    assert [step for step, *_ in curve(tmp_path / "healed")] == list(range(1, 9))
+
+
+def test_checkpoints_are_kept_so_many_deep(healing, stop, tmp_path):
+    stop(7, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=parts", "keep_checkpoints=2")
+    run = tmp_path / "healed.partial/healing"
+    assert [path.name for path in checkpoints.whole(run)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_another_run_does_not_go_on(healing, stop, monkeypatch, text, tmp_path):
+    stop(3, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=parts")
+    before = listing(tmp_path / "healed.partial")
+    monkeypatch.undo()
+    for more in (("method=full",), ("method=parts", "steps=9")):
+        with pytest.raises(SurgeryError, match="of another conversion"):
+            healing("healed", *more, resume=True)
+    with pytest.raises(SurgeryError, match="an unfinished run left"):
+        healing("healed", "method=parts")
+    words = text.read_text()
+    text.write_text(words.replace("cat", "mat"))
+    with pytest.raises(TrainingError, match="the data are not those that the checkpoints were trained on"):
+        healing("healed", "method=parts", resume=True)
+    text.unlink()
+    with pytest.raises(SurgeryError, match="no such text file"):
+        healing("healed", "method=parts", resume=True)
+    after = listing(tmp_path / "healed.partial")
+    assert {name: hash for name, hash in after.items() if "checkpoint" in name} == {
+        name: hash for name, hash in before.items() if "checkpoint" in name
+    }, "no error takes checkpoints away"
+    text.write_text(words)
+    healing("healed", "method=parts", resume=True)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(healing, monkeypatch, tmp_path):
+    whole = training.HealTrainer.compute_loss
+
+    def poisoned(self, model, *args, **kwargs):
+        if self.state.global_step == 4:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+        return whole(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(training.HealTrainer, "compute_loss", poisoned)
+    with pytest.raises(TrainingError) as caught:
+        healing("healed", "method=parts", "checkpoint_every=3")
+    error = caught.value
+    assert error.what == "the loss is not a number in step 5"
+    assert error.exists == f"the last good checkpoint is {tmp_path / 'healed.partial/healing/checkpoint-3'}"
+    assert "heal.learning_rate (now 0.01)" in error.fix
+    state = load_file(tmp_path / "healed.partial/healing/checkpoint-3" / checkpoints.WEIGHTS)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(healing, monkeypatch, tmp_path):
+    whole = training.HealTrainer._clip_grad_norm
+
+    def poisoned(self, model):
+        if self.state.global_step == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+        return whole(self, model)
+
+    monkeypatch.setattr(training.HealTrainer, "_clip_grad_norm", poisoned)
+    with pytest.raises(TrainingError, match="the gradient is not a number in step 4"):
+        healing("healed", "method=parts")
+
+
+def test_out_of_memory_names_three_knobs(healing, monkeypatch, tmp_path):
+    def full(self, *args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(training.HealTrainer, "compute_loss", full)
+    with pytest.raises(MachineError) as caught:
+        healing("healed", "method=parts")
+    assert not [knob for knob in ("batch_tokens", "gradient_checkpointing", "length") if knob not in caught.value.fix]
+
+
+def test_disk_full_loses_no_checkpoint(healing, monkeypatch, tmp_path):
+    healing("whole", "method=parts")
+    whole, calls = training.save_file, []
+
+    def full(tensors, path, **kwargs):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(tensors, path, **kwargs)
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(MachineError) as caught:
+        healing("healed", "method=parts")
+    assert "the disk is full" in caught.value.what
+    assert caught.value.exists == "the last whole checkpoint is checkpoint-4"
+    assert "--resume" in caught.value.fix
+    assert not (tmp_path / "healed.partial/healing/checkpoint-6").exists()
+    monkeypatch.undo()
+    healing("healed", "method=parts", resume=True)
+    assert same(tmp_path / "healed", tmp_path / "whole")
+
+
+def test_killed_when_all_steps_are_done(healing, monkeypatch, tmp_path):
+    """Between the last checkpoint and the model's own file; half of that file is there."""
+    from surgery.healing import heal
+
+    healing("whole", "method=lora")
+
+    def save(model, folder, dtype):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(heal, "save_as_stored", save)
+    with pytest.raises(Killed):
+        healing("healed", "method=lora")
+    monkeypatch.undo()
+    healing("healed", "method=lora", resume=True)
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
+
+
+def test_apply_goes_on_with_its_healing(surgery, model, text, stop, monkeypatch, tmp_path):
+    asked = ("apply", "mqa", model, *(f"heal.{each}" for each in (*SETTINGS, "method=parts")), f"heal.data={text}")
+    assert surgery(*asked, "-o", "whole", *QUICK).code == 0
+    stop(5, Killed())
+    with pytest.raises(Killed):
+        _main(*asked, "-o", "out", *QUICK)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("out")} == {"out.partial", "out.unhealed"}
+    again = surgery(*asked, "-o", "out", *QUICK)
+    assert again.code == 2
+    assert "--resume" in again.err
+    assert surgery(*asked, "-o", "out", *QUICK, "--resume").code == 0
+    assert same(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.unhealed").exists()
+    assert surgery(*asked, "-o", "out", *QUICK, "--resume").code == 0, "nothing is left to do"
+
+
+def _main(*args) -> None:
+    from surgery.cli import app
+
+    app([str(arg) for arg in args], standalone_mode=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a signal that cannot be caught")
+def test_killed_ten_times(out, model, text, tmp_path):
+    """A process of its own, killed at random moments until it is through."""
+    settings = [*SETTINGS, "steps=60", "checkpoint_every=1", f"data={text}", "method=lora"]
+    command = [sys.executable, "-m", "surgery", "heal", str(out), *settings, "--base", str(model), *QUICK, "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    healed, draw, kills, inside = tmp_path / "healed", random.Random(0), 0, 0
+    partial = tmp_path / "healed.partial/healing"
+    while kills < 10:
+        options = ["--resume"] if (tmp_path / "healed.partial").exists() else []
+        run = subprocess.Popen([*command, str(healed), *options])
+        begin = len(checkpoints.whole(partial))
+        while run.poll() is None and len(checkpoints.whole(partial)) <= begin and not partial.exists():
+            time.sleep(0.01)
+        deadline = time.monotonic() + draw.uniform(0, 1.5)
+        last = _newest(partial)
+        while run.poll() is None and (time.monotonic() < deadline or _newest(partial) == last):
+            time.sleep(0.002)
+        if kills % 2 and run.poll() is None:  # inside a write: a checkpoint is there that is not whole
+            until = time.monotonic() + 5
+            while run.poll() is None and time.monotonic() < until and not _unfinished(partial):
+                pass
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGKILL)
+            kills += 1
+        run.wait()
+        inside += bool(_unfinished(partial))
+        if healed.exists():
+            break
+    if not healed.exists():
+        subprocess.run([*command, str(healed), "--resume"], check=True)
+    assert kills >= 5
+    assert inside >= 1
+    assert same(healed, tmp_path / "whole")
+    assert [step for step, *_ in curve(healed)] == list(range(1, 61))
+
+
+def _newest(run) -> str:
+    found = checkpoints._all(run) if run.exists() else []
+    return found[-1].name if found else ""
+
+
+def _unfinished(run) -> list:
+    return [path for path in checkpoints._all(run) if checkpoints.facts_of(path) is None] if run.exists() else []
