@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ENDLESS = 1_000_000  # steps, where the clock ends the training
 STARTED = "warm-start.json"
 TEACHER = "teacher"  # folder of a stored one
-CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of
+CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of; a quarter of them at most
 
 
 def train(model, job: Job) -> dict:
@@ -189,14 +189,14 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     curve = [line["loss"] for line in read(job.run / METRICS)]
-    done = trainer.state.global_step
+    ends, done = max(1, min(CURVE_ENDS, len(curve) // 4)), trainer.state.global_step
     return {
         "steps": done,
         "step_tokens": heal.rows * heal.length,
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
         "ended_by": follow.ended,
-        "loss": {"first": _mean(curve[:CURVE_ENDS]), "last": _mean(curve[-CURVE_ENDS:])},
+        "loss": {"first": _mean(curve[:ends]), "last": _mean(curve[-ends:])},
         "processes": state.num_processes,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
