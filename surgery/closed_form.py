@@ -153,7 +153,7 @@ def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> Shared:
     return Shared(gather.reshape(d, m * d) @ flat, spread, float(lost), float(energy))
 
 
-def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, stride: int = 4) -> tuple[float, float]:
+def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, stride: int = 8) -> tuple[float, float]:
     """What a calibration takes: floating-point operations, and bytes beyond the model.
 
     Args:
@@ -164,14 +164,15 @@ def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, st
 
     The text goes through the base and through the converted model; a fit makes some seven products with its Hessian.
     In memory, in float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs,
-    the base's queries and keys, and the attention of every `stride`-th row of both.
+    the base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input.
     """
     layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
+    inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
     width, tokens = layer.heads * layer.head_dim, samples * length
     product = width * (4 * hidden + 5 * length) / stride
     flops = 4 * anatomy.parameters + len(anatomy.layers) * 12 * width * length + merged * 7 * fits * product
     keys = width + layer.kv_heads * layer.head_dim
-    return tokens * flops, 4 * tokens * (5 * hidden + width + keys + 2 * layer.heads * length / stride)
+    return tokens * flops, 4 * tokens * (6 * hidden + inner + width + keys + 2 * layer.heads * length / stride)
 
 
 class Ridge(NamedTuple):

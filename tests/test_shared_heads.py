@@ -26,6 +26,7 @@ import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration.layer_files import LayerFiles
 from surgery.calibration.layer_seen import Settings
+from surgery.calibration.mlp_output import projection_of
 from surgery.calibration.shared_layer import SharedLayer
 from surgery.calibration.sharing import Sharing
 from surgery.errors import SurgeryError
@@ -52,6 +53,11 @@ def numbers(tmp_path):
     """A text of 12 x 24 tokens that `Tokens` reads."""
     (tmp_path / "numbers.txt").write_text(" ".join(map(str, SEQUENCES.flatten().tolist())), "utf-8")
     return tmp_path / "numbers.txt"
+
+
+def one_text(numbers) -> None:
+    """The text becomes one sequence twelve times: what is held back is what is fitted, so that every fit is kept."""
+    numbers.write_text(" ".join(map(str, SEQUENCES[0].repeat(12).tolist())), "utf-8")
 
 
 def recipe(*steps: dict) -> dict:
@@ -83,7 +89,7 @@ def test_the_command(surgery, model, text):
     plan = surgery("plan", "gqa", model, *small)
     assert plan.code == 0
     assert "KV heads 3 → 1 in 2 layers (closed form)" in plan.out
-    assert "measured on 256 tokens of text; refitted after the merge: q, k, v and o" in plan.out
+    assert "measured on 256 tokens of text; refitted after the merge: q, k, v, o and mlp" in plan.out
     done = surgery("apply", "gqa", model, "-o", "out", *small, "--no-eval")
     assert done.code == 0, done.err
     report = json.loads(Path("out/surgery.json").read_text(encoding="utf-8"))
@@ -98,6 +104,7 @@ def test_the_command(surgery, model, text):
             record["values_fit"],
             record["output_lost"][:2],
             record["output_lost"][2:],
+            record["mlp_fit"],
         ):
             assert losses == sorted(losses, reverse=True)
         assert 0 < record["keys_lost"] < 1
@@ -124,7 +131,7 @@ def same(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def states_of_the_last_layer(model) -> tuple[torch.Tensor, torch.Tensor]:
+def states_of_the_last_layer(model, sequences=SEQUENCES) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states before and after it."""
     block, seen = model.get_submodule(Anatomy.of(model).layers[-1].path.rpartition(".")[0]), []
 
@@ -133,7 +140,7 @@ def states_of_the_last_layer(model) -> tuple[torch.Tensor, torch.Tensor]:
 
     handle = block.register_forward_hook(hook, with_kwargs=True)
     with torch.no_grad():
-        model(input_ids=SEQUENCES, use_cache=False)
+        model(input_ids=sequences, use_cache=False)
     handle.remove()
     return tuple(seen)
 
@@ -151,26 +158,27 @@ def test_the_streams_are_those_of_the_base_and_of_the_converted_model(name, numb
     assert same(before, weights(model))
     package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
     _, after = states_of_the_last_layer(base(name))
-    before, _ = states_of_the_last_layer(model)
-    for states, want in ((run.streams.base, after), (run.streams.converted, before)):
+    reached = states_of_the_last_layer(model)[name != "gpt_oss"]  # behind the last layer, if its MLP is refitted
+    for states, want in ((run.streams.base, after), (run.streams.converted, reached)):
         assert (torch.cat(states) - want).abs().max() <= 2e-4 * want.abs().max()
     assert (torch.cat(run.streams.base) - torch.cat(run.streams.converted)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "qwen3"])
 def test_half_precision_is_measured_in_float32_and_left_as_it_was(name, numbers):
+    step = closed(numbers, 2, refit=["q", "k", "v"])  # in others a rounding decides here whether a ridge is kept
     model = copy.deepcopy(base(name)).to(torch.bfloat16)
     before = weights(model)
     with pytest.raises(Stopped):
-        package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens(), progress=stop)
+        package.apply(recipe(step), model, tokenizer=Tokens(), progress=stop)
     assert same(before, weights(model))
-    package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
+    package.apply(recipe(step), model, tokenizer=Tokens())
     after = weights(model)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
-    heads = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
-    assert all(torch.equal(before[n], tensor) for n, tensor in after.items() if not any(h in n for h in heads))
+    fitted = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+    assert all(torch.equal(before[n], tensor) for n, tensor in after.items() if not any(f in n for f in fitted))
     wide = copy.deepcopy(base(name)).to(torch.bfloat16).float()  # the same weights, stored in float32
-    package.apply(recipe(closed(numbers, 2)), wide, tokenizer=Tokens())
+    package.apply(recipe(step), wide, tokenizer=Tokens())
     assert difference(logits_of(model.float()), logits_of(wide)) < 0.15
 
 
@@ -229,7 +237,7 @@ def test_all_kv_heads_is_the_base_and_needs_no_text():
 
 def test_settings_change_what_is_fitted(numbers):
     """Without refits queries are only scaled and turned; every refit changes its own projection."""
-    numbers.write_text(" ".join(map(str, SEQUENCES[0].repeat(12).tolist())), "utf-8")  # held back is what is fitted
+    one_text(numbers)
     found = {}
     for refit in ([], ["o"], ["q"], ["k"], ["k", "q"]):
         model = copy.deepcopy(base("llama"))
@@ -244,16 +252,72 @@ def test_settings_change_what_is_fitted(numbers):
     new = plain.q_proj.weight.double().view(8, 2, 4, -1)
     ratio = torch.complex(new[:, 0], new[:, 1]) / torch.complex(old[:, 0], old[:, 1])
     assert (ratio - ratio.mean(-1, keepdim=True)).abs().max() <= 1e-3 * ratio.abs().max()
-    alone = copy.deepcopy(base("llama"))
-    package.apply(recipe(closed(numbers, 1, sequential=False)), alone, tokenizer=Tokens())
-    both = copy.deepcopy(base("llama"))
-    package.apply(recipe(closed(numbers, 1)), both, tokenizer=Tokens())
+    alone, both = copy.deepcopy(base("llama")), copy.deepcopy(base("llama"))
+    package.apply(recipe(closed(numbers, 1)), alone, tokenizer=Tokens())
+    package.apply(recipe(closed(numbers, 1, sequential=True)), both, tokenizer=Tokens())
     first, second = zip(*(attention_modules(model) for model in (alone, both)), strict=True)
     assert same(first[0].state_dict(), first[1].state_dict()), "the first layer's input is the base's either way"
     assert not torch.equal(second[0].o_proj.weight, second[1].o_proj.weight)
+    plain = copy.deepcopy(base("llama"))
+    package.apply(recipe(closed(numbers, 1, refit=["q", "k", "v", "o"])), plain, tokenizer=Tokens())
+    changed = {name for name, tensor in weights(alone).items() if not torch.equal(tensor, weights(plain)[name])}
+    assert changed == {f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1)}, "attention is the same"
     fixed = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, ridge=0.25)), fixed, tokenizer=Tokens())
     assert {record["ridge"] for record in report.data["operations"][0]["record"].values()} <= {0.25, None}
+
+
+def mlp_output(model):
+    names = ("down_proj", "fc2", "c_proj")
+    return [module for name, module in model.named_modules() if "mlp" in name and name.endswith(names)][-1]
+
+
+def states_at_the_mlp(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the last layer, first sequence: what its MLP gives its output projection, what that writes, the state."""
+    seen = []
+    handle = mlp_output(model).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    state = states_of_the_last_layer(model, SEQUENCES[:1])[1]
+    handle.remove()
+    return seen[0].double(), seen[1].double(), state.double()
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "starcoder2", "granite", "phi"])
+def test_the_refit_of_the_mlp_is_least_squares_on_the_models_own_states(name, numbers):
+    """Its last layer against `lstsq`: rows that say what the base's state lacks, and rows that pull to the old one."""
+    one_text(numbers)
+    old, model = base(name), copy.deepcopy(base(name))
+    report = package.apply(recipe(closed(numbers, 2, ridge=0.01)), model, tokenizer=Tokens())
+    assert list(report.data["operations"][0]["record"].values())[-1]["mlp_ridge"] == 0.01
+    z, written, state = states_at_the_mlp(model)
+    target = states_of_the_last_layer(old, SEQUENCES[:1])[1].double()
+    module, before = mlp_output(model), mlp_output(old)
+    lacks = (target - state) / getattr(model.config, "residual_multiplier", 1.0)
+    wanted = lacks + written - (0 if module.bias is None else module.bias.double())
+    weight = 1 / target.square().mean(-1)
+    weight[:, 0] *= 20
+    root = weight.sqrt().unsqueeze(-1)
+    left, right = (root * z).flatten(0, 1), (root * wanted).flatten(0, 1)
+    pull = (0.01 * left.square().sum(0).mean()).sqrt() * torch.eye(z.shape[-1], dtype=torch.float64)
+    want = torch.linalg.lstsq(torch.cat([left, pull]), torch.cat([right, pull @ before.weight.double().T])).solution.T
+    assert (want - before.weight).abs().max() > 0.05 * want.abs().max()
+    assert (module.weight - want).abs().max() <= 2e-3 * want.abs().max()
+
+
+def test_a_layer_whose_mlp_writes_through_a_norm_keeps_its_mlp(numbers):
+    model = copy.deepcopy(base("gemma2"))
+    report = package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
+    assert all("mlp_fit" not in record for record in report.data["operations"][0]["record"].values())
+    old, new = weights(base("gemma2")), weights(model)
+    assert all(torch.equal(old[name], tensor) for name, tensor in new.items() if "mlp" in name)
+
+
+def test_experts_are_no_plain_mlp():
+    for name, found in (("mixtral", None), ("llama", "mlp.down_proj"), ("phi", "mlp.fc2"), ("gpt2", "mlp.c_proj")):
+        model = base(name)
+        layer = Anatomy.of(model).layers[0]
+        block = model.get_submodule(layer.path.rpartition(".")[0])
+        module = model.get_submodule(layer.path)
+        assert projection_of(block, module, module.get_submodule(layer.layout.o)) == found
 
 
 def test_refusals(numbers):

@@ -18,9 +18,10 @@ class Settings:
     """What is fitted, and how.
 
     Attributes:
-        refit: which weights are refitted to the base's attention after the merge: "q", "k", "v", "o".
+        refit: which weights are refitted after the merge: "q", "k", "v", "o" to the base's attention, and "mlp", the
+            MLP's output projection, to the base's hidden states behind the layer.
         rounds: how often queries and keys are refitted in turn.
-        sequential: statistics from the converted model's activations, not the base's.
+        sequential: attention is fitted to the inputs that converted layers give it, not the base's.
         ridges: of the output projection, to choose from.
         ridge, steps: of the queries and keys, see `score_fit.solve`.
         stride: of the queries every so many rows count, in each sequence from another one on.
@@ -29,13 +30,13 @@ class Settings:
         weighted: keys are weighted by the energy of their queries.
     """
 
-    refit: tuple[str, ...] = ("q", "k", "v", "o")
+    refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
     rounds: int = 1
-    sequential: bool = True
+    sequential: bool = False
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     ridge: float = 1e-3
     steps: int = 6
-    stride: int = 4
+    stride: int = 8
     received: float = 0.5
     weighted: bool = True
 

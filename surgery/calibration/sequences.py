@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -51,9 +53,40 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
-def calibration_pieces(model, tokenizer, text: str, length: int, samples: int) -> torch.Tensor:
-    """Pieces of a text's calibration part, long [samples, length]; the length is cut to the model's positions."""
-    return windows(load_text(text, "calibration"), tokenizer, fitting_length(model, length), samples)
+def calibration_pieces(
+    model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
+) -> torch.Tensor:
+    """Pieces of a calibration text, long [samples, length]; the length is cut to the model's positions.
+
+    Args:
+        text: "builtin" (its calibration part) or a file; "self": what the model writes, in its own mixture of kinds of
+            text; "mixed": half of them from each of the two.
+        folder: keeps what the model wrote, so that a run that was stopped need not write it again.
+        progress: called with done, total and a label.
+    """
+    length = fitting_length(model, length)
+    own = {"self": samples, "mixed": samples // 2}.get(text, 0)
+    pieces = [_written(model, tokenizer, length, own, folder, progress)] if own else []
+    if own < samples:
+        source = load_text("builtin" if text == "mixed" else text, "calibration")
+        pieces.insert(0, windows(source, tokenizer, length, samples - own))
+    return torch.cat(pieces)
+
+
+def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
+    """Pieces of text that the model wrote, [samples, length]; texts that end early stand one after the other."""
+    from ..healing.self_text import sample  # which stands on this package
+
+    training = model.training
+    try:
+        asked = SimpleNamespace(length=length, chat=False, seed=0)
+        documents = sample(
+            model.eval(), tokenizer, asked, samples * length, folder=folder, batch=min(64, samples), progress=progress
+        )
+    finally:
+        model.train(training)
+    tokens = [token for document in documents for token in document]
+    return torch.tensor(tokens[: samples * length]).view(samples, length)
 
 
 def calibration(

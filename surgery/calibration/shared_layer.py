@@ -13,6 +13,7 @@ from ..score_fit import Fit, Turn, solve
 from ..value_fit import ValuePiece, ValueProblem
 from .layer_seen import TURNS, Seen, Settings, apart, held_back, project, scale_of, share
 from .statistics import Moments, Regression, with_ones
+from .two_streams import Call
 from .watching import Watched, attention_weights
 
 
@@ -50,6 +51,11 @@ class SharedLayer:
         if "o" in settings.refit:
             new = self._with_output(new, o, record)
         return new, record
+
+    def meet(self, place: int, call: Call) -> None:
+        """From here on the layer's input of a sequence is that of this call."""
+        self.seen.x[place], self.seen.calls[place] = with_ones(call.x, self.layer.q_bias is not None), call
+        self._heads.pop(place, None)
 
     def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
         """What the heads of the finished layer give on a sequence: [T, H, d]; W_O may change yet."""

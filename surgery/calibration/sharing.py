@@ -1,8 +1,9 @@
 """KV heads shared in closed form, layer after layer, on a calibration text: `closed_form` and `score_fit` put to work.
 
-In a layer, with the converted model's input x and the base's attention as the goal: shared keys (complex PCA), queries
-and keys refitted in turn to the base's scores, shared values (low rank), output projection refitted to what the base's
-attention wrote. Every sixth sequence is held back: it chooses ridges and stops the solvers.
+In a layer, with the base's attention as the goal: shared keys (complex PCA), queries and keys refitted in turn to the
+base's scores, shared values (low rank), values and output projection refitted to what the base's attention wrote. Then
+the converted model's own states go through the layer, and the MLP's output projection is refitted to bring them back
+to the base's. Every sixth sequence is held back: it chooses ridges and stops the solvers.
 
 Memory beyond the model: `closed_form.cost`.
 """
@@ -20,11 +21,14 @@ from ..operation import Context
 from ..score_fit import Piece
 from .layer_files import LayerFiles
 from .layer_seen import Scores, Seen, Settings
+from .mlp_output import MLPOutput, projection_of
 from .sequences import calibration_pieces
 from .shared_layer import SharedLayer
 from .statistics import with_ones
 from .two_streams import TwoStreams
 from .watching import Watched, watched
+
+MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
 
 
 def share_kv_heads(
@@ -42,7 +46,7 @@ def share_kv_heads(
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
-    sequences = calibration_pieces(model, tokenizer, *text)
+    sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
     layers = [_layer_of(model, facts) for facts in before.layers]
     records: list[dict] = [{} for _ in layers]
     if orders:
@@ -58,11 +62,15 @@ def share_kv_heads(
         results, found = run.layers(context.progress)
         for tensors, layer in zip(results, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
+        refuse_non_finite(run.mlps, "model")
     except BaseException:
         if orders:
             write_layers(model, before, before, [pack(layer) for layer in layers])
         raise
     write_layers(model, before, after, results)
+    for name, weight in run.mlps.items():
+        old = model.get_parameter(name).data
+        old.copy_(weight if weight.shape == old.shape else weight.T)
     both = zip(before.layers, records, found, strict=True)
     return {layer.path: record | fitted for layer, record, fitted in both if fitted}
 
@@ -91,9 +99,10 @@ class Sharing:
         self.known: Callable = known or (lambda number: None)
         self.found: Callable = found or (lambda number, tensors, record: None)
         self.streams = TwoStreams(model, sequences)
+        self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
-        """Packed tensors and a record of each layer."""
+        """Packed tensors and a record of each layer; what the MLPs become is in `mlps`, by parameter name."""
         results, records = [], []
         with watched(self.model, self.streams.attention) as watch, torch.no_grad():
             self.watch: Watched = watch
@@ -117,7 +126,7 @@ class Sharing:
             with self.streams.layer(number):
                 for place in places if number < self.last else ():
                     self.streams.base_step(number, place)
-                    self._follow(number, place, None)
+                    self._pass(number, place)
             return pack(layer), {}
         earlier = self.known(number)
         with self.streams.layer(number):
@@ -125,20 +134,70 @@ class Sharing:
             work = SharedLayer(self.settings, layer, target, seen, self.watch)
             if earlier is None:
                 new, record = work.convert()
-                self.found(number, new.tensors(), record)
+                weight, mended = self._follow(number, work, new)
+                record |= mended
+                self.found(number, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
             else:
-                new, record = layer.replace(facts=target, **earlier[0]), earlier[1]
+                (tensors, record), weight = earlier, earlier[0].pop(MLP, None)
+                new = layer.replace(facts=target, **tensors)
                 work.key_heads = record.get("key_heads", [])
-            with self.streams.output(number, new.o.flatten(1)):
-                for place in places if number < self.last else ():
-                    self._follow(number, place, work.heads(new, place))
+                self._follow(number, work, new, weight, known=True)
+        if weight is not None:
+            self.mlps[self._mlp(number)[0]] = weight
         return pack(new), record
 
-    def _follow(self, number: int, place: int, heads: torch.Tensor | None) -> None:
-        if self.settings.sequential:
-            self.streams.converted_step(number, place, heads)
+    @property
+    def _two(self) -> bool:
+        """Whether anything is fitted to the converted model's activations."""
+        return self.settings.sequential or "mlp" in self.settings.refit
+
+    def _pass(self, number: int, place: int) -> None:
+        """The converted stream through a layer that stays."""
+        if self._two:
+            self.streams.converted_step(number, place, None)
         else:
             self.streams.converted[place] = self.streams.base[place]
+
+    def _mlp(self, number: int) -> tuple[str, torch.nn.Module] | None:
+        """Name of the weight by which a layer's MLP writes, and the module."""
+        run, module = self.streams.run, self.watch.modules[number]
+        block = run.blocks[number]
+        name = projection_of(block, module, run.outputs[number])
+        path = self.watch.anatomy.layers[number].path.rpartition(".")[0]
+        return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
+
+    def _follow(self, number: int, work: SharedLayer, new: AttentionLayer, weight=None, known: bool = False):
+        """The converted stream through a converted layer; the MLP's output projection is refitted on the way.
+
+        Args:
+            weight: of the MLP, where an earlier run found what it becomes (`known`).
+
+        Returns:
+            That weight [D, n], or None, and a record.
+        """
+        streams, places = self.streams, range(len(self.sequences))
+        mlp = self._mlp(number) if "mlp" in self.settings.refit else None
+        if not self._two:
+            streams.converted = list(streams.base)
+            return None, {}
+        if mlp is None and number >= self.last:
+            return None, {}
+
+        def step(place: int) -> None:
+            if not self.settings.sequential:
+                work.meet(place, streams.inputs(number, place))
+            streams.converted_step(number, place, work.heads(new, place))
+
+        with streams.output(number, new.o.flatten(1)):
+            if mlp is None:
+                for place in places:
+                    step(place)
+                return None, {}
+            writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
+            if known:
+                writer.follow(weight)
+                return weight, {}
+            return writer.mend(list(self.settings.ridges)) or (None, {})
 
     def _look(self, number: int, layer: AttentionLayer, enough: bool) -> Seen:
         seen, module = Seen(), self.watch.modules[number]

@@ -42,8 +42,8 @@ class GQA(WeightRewrite):
 
     summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
     limits: ClassVar[tuple[str, ...]] = (
-        "method: closed_form fits weights to its calibration text (built in: Python's language reference); text of "
-        "another kind loses more.",
+        "method: closed_form fits weights to its calibration text (by default half Python's language reference, half "
+        "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
     )
 
@@ -64,21 +64,28 @@ class GQA(WeightRewrite):
         "neighbours", description="similarity: reorder the heads so that like ones share a group."
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
-    refit: list[Literal["q", "k", "v", "o"]] = Field(
-        ["q", "k", "v", "o"],
-        description="closed_form: projections that are refitted to the base's attention after the merge.",
+    refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
+        ["q", "k", "v", "o", "mlp"],
+        description="closed_form: projections that are refitted after the merge: those of attention to the base's "
+        "attention; the MLP's output (mlp) to the base's states behind each layer.",
     )
-    sequential: bool = Field(True, description="closed_form: each layer is fitted to what the converted ones give it.")
+    sequential: bool = Field(
+        False, description="closed_form: attention is fitted to what the converted layers give it, not the base's."
+    )
     ridge: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "auto",
         description="closed_form: pull of the output projection to the merge, relative to the heads' energy; auto: of "
         "each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        32, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
+        48, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
-    calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
+    calibration_text: str = Field(
+        "mixed",
+        description="builtin (the calibration part of Python's language reference), self (what the model writes), "
+        "mixed (half of each), or a UTF-8 text file.",
+    )
 
     @property
     def streams(self) -> bool:
@@ -199,7 +206,9 @@ class GQA(WeightRewrite):
         fitted = " and ".join(filter(None, [", ".join(self.refit[:-1]), *self.refit[-1:]])) or "nothing"
         tokens = self.calibration_samples * self.calibration_length
         _, needed = self._cost(anatomy, len(anatomy.layers))
-        yield f"measured on {tokens:,} tokens of text; refitted after the merge: {fitted}"
+        kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
+        text = kind.get(self.calibration_text, "text")
+        yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
