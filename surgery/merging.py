@@ -77,3 +77,23 @@ def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, 
     if bias is None:
         return {part: heads.to(weight.dtype)}
     return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}
+
+
+def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict[str, Tensor]:
+    """Normal weights with the root mean square of the old ones, zero biases: heads that know nothing."""
+    import torch
+
+    parts = {}
+    for number, (name, old) in enumerate(layer.tensors().items()):
+        if not name.startswith(("k", "v")):
+            continue
+        shape = (target.kv_heads, *old.shape[1:])
+        if name == "k_norm":  # a scale, not a direction: its mean is the neutral choice
+            new = old.double().mean(0).expand(shape)
+        elif name.endswith("_bias"):
+            new = torch.zeros(shape)
+        else:
+            generator = torch.Generator().manual_seed((seed * 100_003 + layer.facts.index) * 101 + number)
+            new = torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
+        parts[name] = new.to(old.dtype)
+    return parts

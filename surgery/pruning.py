@@ -194,3 +194,19 @@ def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = 
     whole = energy(old.double(), moments)
     lost = energy(old.double() - new.double(), moments if left is None else left)
     return max(lost, 0.0) / whole if whole else 0.0
+
+
+def change_lines(anatomy: Anatomy, removed: list[list[int]], how: str, known: bool):
+    """What a pruning changes, for people: `removed` of each layer, `how` they are chosen, `known`: already."""
+    before = sum(layer.heads for layer in anatomy.layers)
+    after = [facts_without(layer, gone) for layer, gone in zip(anatomy.layers, removed, strict=True)]
+    kinds = {
+        (old.heads, old.kv_heads, new.heads, new.kv_heads) for old, new in zip(anatomy.layers, after, strict=True)
+    }
+    if len(kinds) == 1:
+        heads, kv_heads, left, kv_left = kinds.pop()
+        kv = f", KV heads {kv_heads} → {kv_left}" if kv_left != kv_heads else ""
+        yield f"query heads {heads} → {left}{kv} in {len(after)} layers ({how})"
+    else:
+        where = f", in {sum(map(bool, removed))} of {len(after)} layers" if known else ""
+        yield f"{sum(map(len, removed))} of {before} query heads go{where} ({how})"

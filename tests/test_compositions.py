@@ -152,6 +152,8 @@ def test_heads_are_scored_and_the_output_refitted_with_the_terms_at_work(family)
         assert (fits[layer].weight.flatten(1) - fitted).abs().max() < 1e-3 * fitted.abs().max()
         module.weight.data.zero_()
         module.weight.data[:, kept] = fitted
+        if module.bias is not None:
+            module.bias.data += old @ mean - fitted @ mean[kept]
 
 
 @pytest.mark.parametrize("method", ["zero_tuning", "learned", "kv_bias"])

@@ -21,14 +21,13 @@ from ..merging import (
     mean_head,
     mean_square_ratio,
     permute_kv_heads,
+    random_heads,
     stacked,
     with_bias,
 )
 from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..anatomy import Anatomy, LayerAnatomy
     from ..layers import AttentionLayer
 
@@ -243,7 +242,7 @@ class GQA(WeightRewrite):
             if order != sorted(order):
                 layer, record = permute_kv_heads(layer, order), {"kv_head_order": order}
         if self.method == "random":
-            return layer.replace(facts=target, **self._random_heads(layer, target)), record
+            return layer.replace(facts=target, **random_heads(layer, target, self.seed)), record
         return self._merged(layer, target), record
 
     def _merged(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
@@ -285,24 +284,3 @@ class GQA(WeightRewrite):
         distances = head_distances(keys, phased if align_keys else plain_inner)
         distances += head_distances(values, turned_inner if aligned else plain_inner)
         return [head for group in partition(distances, groups) for head in group]
-
-    def _random_heads(self, layer: AttentionLayer, target: LayerAnatomy) -> dict[str, Tensor]:
-        """Normal weights with the root mean square of the old ones, zero biases: heads that know nothing."""
-        import torch
-
-        parts = {}
-        for number, (name, old) in enumerate(layer.tensors().items()):
-            if not name.startswith(("k", "v")):
-                continue
-            shape = (target.kv_heads, *old.shape[1:])
-            if name == "k_norm":  # a scale, not a direction: its mean is the neutral choice
-                new = old.double().mean(0).expand(shape)
-            elif name.endswith("_bias"):
-                new = torch.zeros(shape)
-            else:
-                generator = torch.Generator().manual_seed((self.seed * 100_003 + layer.facts.index) * 101 + number)
-                new = (
-                    torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
-                )
-            parts[name] = new.to(old.dtype)
-        return parts

@@ -14,7 +14,16 @@ from ..calibration.head_importance import METHODS, importance, is_method, random
 from ..calibration.head_scores import HeadScores, load_scores
 from ..errors import SurgeryError
 from ..operation import NATIVE, SURGICAL, Change, Context, Operation
-from ..pruning import biased_output, choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
+from ..pruning import (
+    biased_output,
+    change_lines,
+    choose_removed,
+    facts_without,
+    groups_of,
+    query_names,
+    shown_names,
+    without_heads,
+)
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -157,7 +166,7 @@ class PruneHeads(Operation):
         how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
         return Change(
             after,
-            tuple(_lines(anatomy, removed, f"{how}; {refit}", known)),
+            tuple(change_lines(anatomy, removed, f"{how}; {refit}", known)),
             tier,
             tuple(notes),
             measured=not known and (streaming or not alike),
@@ -286,19 +295,3 @@ class PruneHeads(Operation):
 def _index(layer, name: int) -> int:
     """The place of a query head that the base calls by this number."""
     return layer.query_numbers.index(name) if layer.query_numbers else name
-
-
-def _lines(anatomy: Anatomy, removed: list[list[int]], how: str, known: bool):
-    """What changes, for people."""
-    before = sum(layer.heads for layer in anatomy.layers)
-    after = [facts_without(layer, gone) for layer, gone in zip(anatomy.layers, removed, strict=True)]
-    kinds = {
-        (old.heads, old.kv_heads, new.heads, new.kv_heads) for old, new in zip(anatomy.layers, after, strict=True)
-    }
-    if len(kinds) == 1:
-        heads, kv_heads, left, kv_left = kinds.pop()
-        kv = f", KV heads {kv_heads} → {kv_left}" if kv_left != kv_heads else ""
-        yield f"query heads {heads} → {left}{kv} in {len(after)} layers ({how})"
-    else:
-        where = f", in {sum(map(bool, removed))} of {len(after)} layers" if known else ""
-        yield f"{sum(map(len, removed))} of {before} query heads go{where} ({how})"
