@@ -73,7 +73,7 @@ class MLPOutput:
             for place in range(len(self.base)):
                 self.step(place)
             return None
-        sums, kept = [Regression(), Regression()], []
+        sums, kept = [Regression(exact=False), Regression(exact=False)], []
         for place in range(len(self.base)):
             rest, z = self._apart(place)
             state = self.base[place][0]
