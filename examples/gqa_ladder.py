@@ -17,19 +17,17 @@ import surgery
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
 
-ALONE = {"method": "closed_form", "sequential": False}
 CLOSED = {"method": "closed_form"}
 RUNGS = {
     "mean": {"method": "mean"},
     "Procrustes, mean": {"method": "mean", "align": "procrustes"},
-    "closed form (complex PCA, low-rank V)": ALONE | {"refit": []},
-    "+ W_O": ALONE | {"refit": ["o"]},
-    "+ W_O, W_Q": ALONE | {"refit": ["q", "o"]},
-    "+ W_O, W_Q, W_K": ALONE | {"refit": ["q", "k", "o"]},
-    "closed form, layer after layer": CLOSED | {"refit": []},
-    "layer after layer, + W_O": CLOSED | {"refit": ["o"]},
-    "layer after layer, + W_O, W_Q": CLOSED | {"refit": ["q", "o"]},
-    "layer after layer, + W_O, W_Q, W_K": CLOSED,
+    "closed form (complex PCA, low-rank V)": CLOSED | {"refit": []},
+    "+ W_O": CLOSED | {"refit": ["o"]},
+    "+ W_O, W_Q": CLOSED | {"refit": ["q", "o"]},
+    "+ W_O, W_Q, W_K": CLOSED | {"refit": ["q", "k", "o"]},
+    "+ W_O, W_Q, W_K, W_V": CLOSED | {"refit": ["q", "k", "v", "o"]},
+    "+ the MLP's output (default)": CLOSED,
+    "all, attention fitted to the converted layers": CLOSED | {"sequential": True},
 }
 CHOICES = ("out", "rungs", "samples")  # arguments that say which rows there are
 

@@ -32,7 +32,7 @@ def test_gqa_table(tmp_path):
 @pytest.mark.slow
 @needs_demo
 def test_gqa_ladder(tmp_path):
-    few = ("--samples", "8", "--length", "256", "--windows", "2", "--rungs", "0", "2", "9", "--out", "rows.json")
+    few = ("--samples", "8", "--length", "256", "--windows", "2", "--rungs", "0", "2", "7", "--out", "rows.json")
     printed = run("gqa_ladder.py", *few, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("| ")]
     base, mean, merged, refitted = (float(cells[2]) for cells in rows if cells[1] not in ("method", "---"))

@@ -27,6 +27,7 @@ from surgery.anatomy import Anatomy
 from surgery.calibration.layer_files import LayerFiles
 from surgery.calibration.layer_seen import Settings
 from surgery.calibration.mlp_output import projection_of
+from surgery.calibration.sequences import calibration_pieces
 from surgery.calibration.shared_layer import SharedLayer
 from surgery.calibration.sharing import Sharing
 from surgery.errors import SurgeryError
@@ -318,6 +319,21 @@ def test_experts_are_no_plain_mlp():
         block = model.get_submodule(layer.path.rpartition(".")[0])
         module = model.get_submodule(layer.path)
         assert projection_of(block, module, module.get_submodule(layer.layout.o)) == found
+
+
+def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
+    """The first half is the built-in text's calibration part, the second what the model writes, kept for --resume."""
+    from transformers import AutoTokenizer
+
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
+    loaded.train()
+    builtin = calibration_pieces(loaded, tokenizer, "builtin", 32, 3)
+    own = calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path)
+    assert own.shape == builtin.shape == (3, 32)
+    assert loaded.training
+    assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
+    monkeypatch.setattr("surgery.healing.self_text._write", None)  # what is kept is not written again
+    assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
 
 
 def test_refusals(numbers):
