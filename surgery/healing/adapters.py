@@ -5,6 +5,7 @@ Source: Hu et al. 2021, "LoRA", arXiv 2106.09685.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from ..errors import SurgeryError
@@ -49,7 +50,9 @@ def adapt(model, heal: Heal, trained: Trained):
         modules_to_save=modules or None,
         fan_in_fan_out=_transposed(model, trained.adapted),
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft reads names that Transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config)
     for name in own:
         model.get_parameter(name).requires_grad_(True)
     return adapted
