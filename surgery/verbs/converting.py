@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SurgeryError
-from .options import Json, ModelName, OutName, Overrides, Quiet, RecipeName, emit
+from .options import Json, ModelName, NoCheck, NoEval, NoGate, OutName, Overrides, Quiet, RecipeName, emit
 
 
 def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -28,9 +28,9 @@ def apply(
     model: ModelName,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not check the result.")] = False,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")] = False,
-    no_gate: Annotated[bool, typer.Option("--no-gate", help="Score it, but let a failing gate pass.")] = False,
+    no_check: NoCheck = False,
+    no_eval: NoEval = False,
+    no_gate: NoGate = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an unfinished OUT.partial.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT (when the new one is complete).")

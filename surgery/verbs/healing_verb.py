@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SurgeryError
-from .options import Base, Json, OutName, Quiet, emit
+from .options import Base, Json, NoCheck, NoEval, NoGate, OutName, Quiet, emit
 
 
 def heal(
@@ -20,9 +20,9 @@ def heal(
         Path | None, typer.Option("--output", "-o", metavar="HEALED", help="The folder to make.")
     ] = None,
     base: Base = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not check the result.")] = False,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")] = False,
-    no_gate: Annotated[bool, typer.Option("--no-gate", help="Score it, but let a failing gate pass.")] = False,
+    no_check: NoCheck = False,
+    no_eval: NoEval = False,
+    no_gate: NoGate = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace HEALED (when the new one is complete).")

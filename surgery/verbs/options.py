@@ -19,6 +19,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not check the result.")]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Score it, but let a failing gate pass.")]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="The model it was made from.")]
 
 
