@@ -25,7 +25,7 @@ from .mlp_output import MLPOutput, projection_of
 from .sequences import calibration_pieces
 from .shared_layer import SharedLayer
 from .statistics import with_ones
-from .two_streams import TwoStreams
+from .two_streams import Call, TwoStreams
 from .watching import Watched, watched
 
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
@@ -185,7 +185,7 @@ class Sharing:
 
         def step(place: int) -> None:
             if not self.settings.sequential:
-                work.meet(place, streams.inputs(number, place))
+                work.meet(place, self._inputs(number, place))
             streams.converted_step(number, place, work.heads(new, place))
 
         with streams.output(number, new.o.flatten(1)):
@@ -199,16 +199,21 @@ class Sharing:
                 return weight, {}
             return writer.mend(list(self.settings.ridges)) or (None, {})
 
+    def _inputs(self, number: int, place: int) -> Call:
+        """What a layer's attention is given in the converted model."""
+        call = self.streams.inputs(number, place)
+        if self.watch.anatomy.layers[number].qk_norm is None:
+            call.query = call.key = None  # of the old weights: only what a norm keeps is used again
+        return call
+
     def _look(self, number: int, layer: AttentionLayer, enough: bool) -> Seen:
         seen, module = Seen(), self.watch.modules[number]
         for place in range(len(self.sequences)):
             state = self.streams.base[place][0]
             seen.loud.append(state.float().square().mean(-1).sqrt())
             seen.base.append(call := self.streams.base_step(number, place))
-            own = self.streams.inputs(number, place) if self.settings.sequential else call
+            own = self._inputs(number, place) if self.settings.sequential else call
             seen.x.append(with_ones(own.x, layer.q_bias is not None))
-            if own is not call and self.watch.anatomy.layers[number].qk_norm is None:
-                own.query = own.key = None  # of the old weights: only what a norm keeps is used again
             seen.calls.append(own)
             if enough:
                 continue
