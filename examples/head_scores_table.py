@@ -5,12 +5,14 @@
 Each score file is one that `surgery score MODEL --method ... -o FILE` wrote. Of the needles that the base answers and
 that lie outside of sinks and window, the share that the split model answers too is printed with its 95 % interval;
 `inverse` keeps the heads with the lowest scores of the first file, `random` rows draw the heads (once where the ratio
-is 0.25: there anything passes). Prompt and answer are one forward without a cache. A row is printed as
-soon as it is measured, and `--out` holds what was measured so far: the same command goes on from there.
+is 0.25: there anything passes). Prompt and answer are one forward without a cache. `--perplexity WINDOWS LENGTH` adds,
+for each of `--texts` ("builtin", its held-out part, or a file), the perplexity as a share of the base's. A row is
+printed as soon as it is measured, and `--out` holds what was measured so far: the same command goes on from there.
 """
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -19,12 +21,13 @@ import torch
 import surgery
 from surgery.anatomy import Anatomy
 from surgery.calibration.head_scores import choose_streaming, load_scores
+from surgery.calibration.text import load_text, windows
 from surgery.evaluation.haystack import make_needles
 from surgery.evaluation.in_turn import wilson
 from surgery.evaluation.needles import run_needles
 from surgery.hub import resolve
 from surgery.runtime.modeling_surgery import patch
-from surgery.scoring import read_tokenizer
+from surgery.scoring import read_tokenizer, score_window
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
@@ -37,6 +40,8 @@ parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])
 parser.add_argument("--samples", nargs="+", type=int, default=[34, 2, 1], help="in each cell, for each length")
 parser.add_argument("--depths", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--perplexity", nargs=2, type=int, metavar=("WINDOWS", "LENGTH"))
+parser.add_argument("--texts", nargs="+", default=["builtin"], help="builtin, or files")
 parser.add_argument("--out", type=Path, required=True)
 
 
@@ -60,6 +65,14 @@ def needles_of(tokenizer, options) -> list:
     return found
 
 
+def cross_entropies(model, texts: dict[str, torch.Tensor]) -> list[float]:
+    """Nats per token on the windows [count, length] of each text."""
+    each = [
+        [score_window(model, piece, None, 1)["loss"].mean().item() for piece in pieces] for pieces in texts.values()
+    ]
+    return [math.fsum(losses) / len(losses) for losses in each]
+
+
 def main() -> None:
     options = parser.parse_args()
     folder = resolve(options.model).path
@@ -69,12 +82,17 @@ def main() -> None:
     done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "results": {}}
     if done["settings"] != json.loads(json.dumps(settings)):
         raise SystemExit(f"{options.out} is of other settings: another --out")
+    count, length = options.perplexity or (0, 0)
+    texts = {text: windows(load_text(text), tokenizer, length, count) for text in options.texts if count}
     if "base" not in done:
         outcomes = run_needles(model, needles, cached=False)
         done["base"] = [[outcome.hit, outcome.nll] for outcome in outcomes]
+        done["base_losses"] = cross_entropies(model, texts)
         options.out.write_text(json.dumps(done))
     asked = [needle for needle, (hit, _) in zip(needles, done["base"], strict=True) if hit]
     print(f"base: {len(asked)} of {len(needles)} needles outside of sinks + window answered", flush=True)
+    for text, loss in zip(texts, done["base_losses"], strict=True):
+        print(f"base: perplexity {math.exp(loss):.3f} on {count} windows of {length} tokens of {text}", flush=True)
     for ratio in options.ratios:
         for name, scores in rows.items():
             if ratio < 0.5 and name.startswith("random") and name != "random 0":
@@ -85,13 +103,15 @@ def main() -> None:
                 patch(model, {"layers": layers})
                 outcomes = run_needles(model, asked, cached=False)
                 nll = sum(outcome.nll for outcome in outcomes) / len(outcomes)
-                done["results"][f"{name} {ratio}"] = [sum(outcome.hit for outcome in outcomes), nll]
+                losses = cross_entropies(model, texts)
+                done["results"][f"{name} {ratio}"] = [sum(outcome.hit for outcome in outcomes), nll, losses]
                 options.out.write_text(json.dumps(done))
-            kept, nll = done["results"][f"{name} {ratio}"]
+            kept, nll, losses = done["results"][f"{name} {ratio}"]
+            ratios = [math.exp(loss - base) for loss, base in zip(losses, done["base_losses"], strict=True)]
             low, high = wilson(kept, len(asked))
             print(
                 f"| {ratio:.2f} | {name} | {kept}/{len(asked)} | {kept / len(asked):.1%} ({low:.1%} to {high:.1%}) | "
-                f"{nll:.3f} |",
+                f"{nll:.3f} |" + "".join(f" {x:.4f} |" for x in ratios),
                 flush=True,
             )
 
