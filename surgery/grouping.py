@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from .merging import with_bias
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .layers import AttentionLayer
 
 ENUMERATE_UP_TO = 8
 
@@ -111,3 +116,17 @@ def _swap(parts: list[list[int]], cost) -> list[list[int]]:
                     else:
                         parts[a][i], parts[b][j] = parts[b][j], parts[a][i]
     return parts
+
+
+def similar_order(layer: AttentionLayer, groups: int, aligned: bool) -> list[int]:
+    """Order of a layer's KV heads that puts like ones next to each other, keys and values counting alike.
+
+    Args:
+        groups: of equal size, to be shared.
+        aligned: heads that the merge may turn towards each other are as near as they can be turned.
+    """
+    facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
+    phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
+    distances = head_distances(keys, phased if aligned and not facts.qk_norm else plain_inner)
+    distances += head_distances(values, turned_inner if aligned else plain_inner)
+    return [head for group in partition(distances, groups) for head in group]

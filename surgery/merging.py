@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING
+
+from .alignment import key_turns, orthogonal_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,3 +100,40 @@ def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict
             new = torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
         parts[name] = new.to(old.dtype)
     return parts
+
+
+def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned: bool) -> AttentionLayer:
+    """A layer whose KV heads are merged group by group, from the weights alone.
+
+    Args:
+        merge: makes one head of several, given their numbers of readers: `mean_head`, `first_head`.
+        turned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
+    """
+    facts = layer.facts
+    k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
+    if turned:  # queries and outputs change only then; in float64 they are the largest part
+        q, o = with_bias(layer, "q"), layer.o.double()
+    for group in group_members(facts, target.kv_heads):
+        sources, counts = list(group), [len(queries) for queries in group.values()]
+        keys, values = k[sources], v[sources]
+        if turned:
+            turns = orthogonal_turns(values)
+            values = turns @ values
+            for turn, queries in zip(turns, group.values(), strict=True):
+                o[:, queries] = o[:, queries] @ turn.T
+        if turned and not facts.qk_norm:
+            turns = key_turns(keys, facts.rotary, facts.positions)
+            keys = turns @ keys
+            for turn, queries in zip(turns, group.values(), strict=True):
+                q[queries] = turn @ q[queries]
+        new["k"].append(merge(keys, counts))
+        new["v"].append(merge(values, counts))
+        if layer.k_norm is not None:
+            new["k_norm"].append(merge(layer.k_norm[sources].double(), counts))
+    parts = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
+    if layer.k_norm is not None:
+        scale = mean_square_ratio(new["k"], k) if facts.qk_norm == "whole" else 1.0
+        parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
+    if turned:
+        parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
+    return layer.replace(facts=target, **parts)

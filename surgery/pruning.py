@@ -176,7 +176,11 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
     if not weight:  # the heads say nothing on this text: nothing can be fitted
         return old
     system = moments + weight * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
-    return torch.linalg.solve(system, (cross.double() + weight * old).T).T
+    wanted = (cross.double() + weight * old).T
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # a pull so weak that rounding leaves the system indefinite
+        return torch.linalg.solve(system, wanted).T
+    return torch.cholesky_solve(wanted, factor).T
 
 
 def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = None) -> float:

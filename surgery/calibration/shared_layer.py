@@ -120,7 +120,7 @@ class SharedLayer:
 
     def _inputs(self) -> Moments:
         """Of the layer's inputs, as keys see them."""
-        moments, share = Moments(), self.settings.received
+        moments, share = Moments(exact=False), self.settings.received
         for x, piece in zip(self.seen.x, self.seen.pieces, strict=True):
             received = piece.weights.sum((0, 1))
             received = received * (len(x) / received.sum())
@@ -132,7 +132,7 @@ class SharedLayer:
 
         Every fourth of the rows is enough.
         """
-        moments = Moments()
+        moments = Moments(exact=False)
         for x, piece, loud in zip(self.seen.x, self.seen.pieces, self.seen.loud, strict=True):
             rows = piece.rows[::4]
             read = (piece.weights[:, ::4] @ x).flatten(0, 1)
@@ -215,7 +215,7 @@ class SharedLayer:
             o: the old one [D, H, d], float64.
             seen: the layer's attention weights of the rows of the pieces, which are then fitted; else all rows are.
         """
-        sums = [Regression(), Regression()]
+        sums = [Regression(exact=False), Regression(exact=False)]
         for place, call in enumerate(self.seen.base):
             loud = _weights(self.seen.loud[place])
             if seen is None:

@@ -28,17 +28,27 @@ from .statistics import with_ones
 from .two_streams import Call, TwoStreams
 from .watching import Watched, watched
 
+import os
+
+MEND_KEPT = os.environ.get("MEND") == "1"
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
 
 
 def share_kv_heads(
-    model, context: Context, text: tuple[str, int, int], settings: Settings, orders: list[Callable] | None = None
+    model,
+    context: Context,
+    text: tuple[str, int, int],
+    settings: Settings,
+    orders: list[Callable] | None = None,
+    kept: int = 0,
 ) -> dict:
     """Convert a loaded model, in place, to the KV heads that `context.change` plans.
 
     Args:
         text: source, length and number of calibration pieces.
         orders: for each layer what gives the order of its KV heads, to be brought about first; None: they stay.
+        kept: so many layers keep their KV heads: those that lose most by the conversion when it is theirs alone. Which
+            they are is said in `context.after`.
 
     Returns:
         A record of each layer, by its path.
@@ -47,7 +57,7 @@ def share_kv_heads(
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
     sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
-    layers = [_layer_of(model, facts) for facts in before.layers]
+    layers = [layer_of(model, facts) for facts in before.layers]
     records: list[dict] = [{} for _ in layers]
     if orders:
         records = [{"kv_head_order": order(layer)} for layer, order in zip(layers, orders, strict=True)]
@@ -55,10 +65,25 @@ def share_kv_heads(
             permute_kv_heads(layer, record["kv_head_order"]) for layer, record in zip(layers, records, strict=True)
         ]
         write_layers(model, before, before, [pack(layer) for layer in moved])
-    counts = [layer.kv_heads for layer in after.layers]
-    files = LayerFiles(context.folder, "gqa", [settings, counts, records, sequences.tolist()])
+
+    def files(name: str) -> LayerFiles:
+        counts = [layer.kv_heads for layer in after.layers]
+        return LayerFiles(context.folder, name, [settings, counts, records, sequences.tolist()])
+
+    alone: dict[int, tuple] = {}
+    losses: list[dict] = [{} for _ in layers]
     try:
-        run = Sharing(model, after.layers, sequences, settings, files.load, files.save)
+        if kept:
+            from .layer_losses import LayerLosses, spared
+
+            after = before.with_kv_heads(min(layer.kv_heads for layer in after.layers))
+            known = files("gqa-alone")
+            trial = LayerLosses(model, after.layers, sequences, settings, known.load, known.save)
+            lost, alone = trial.measure(context.progress), trial.fits
+            losses = [{"lost_alone": round(each, 6)} for each in lost]
+            after = context.after = spared(before, after, lost, kept)
+        known = files("gqa")
+        run = Sharing(model, after.layers, sequences, settings, known.load, known.save, alone.get)
         results, found = run.layers(context.progress)
         for tensors, layer in zip(results, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)
@@ -71,11 +96,11 @@ def share_kv_heads(
     for name, weight in run.mlps.items():
         old = model.get_parameter(name).data
         old.copy_(weight if weight.shape == old.shape else weight.T)
-    both = zip(before.layers, records, found, strict=True)
-    return {layer.path: record | fitted for layer, record, fitted in both if fitted}
+    each = zip(before.layers, records, losses, found, strict=True)
+    return {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
 
 
-def _layer_of(model, facts) -> AttentionLayer:
+def layer_of(model, facts) -> AttentionLayer:
     """A copy of a layer's weights."""
     module = model.get_submodule(facts.path)
     tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
@@ -92,11 +117,13 @@ class Sharing:
         sequences: tokens, long [samples, T], of one length, without padding.
         known: of a layer's number what an earlier run found (`AttentionLayer` parts and record), or None.
         found: called with what this run finds.
+        fitted: as `known`, of its attention alone: the MLP is still to be fitted.
     """
 
-    def __init__(self, model, targets, sequences, settings: Settings, known=None, found=None):
+    def __init__(self, model, targets, sequences, settings: Settings, known=None, found=None, fitted=None):
         self.model, self.targets, self.sequences, self.settings = model, targets, sequences, settings
         self.known: Callable = known or (lambda number: None)
+        self.fitted: Callable = fitted or (lambda number: None)
         self.found: Callable = found or (lambda number, tensors, record: None)
         self.streams = TwoStreams(model, sequences)
         self.mlps: dict[str, torch.Tensor] = {}
@@ -110,7 +137,8 @@ class Sharing:
             changed = [
                 old.kv_heads != new.kv_heads for old, new in zip(watch.anatomy.layers, self.targets, strict=True)
             ]
-            self.last = max((number for number, change in enumerate(changed) if change), default=-1)
+            numbers = [number for number, change in enumerate(changed) if change]
+            self.first, self.last = min(numbers, default=0), max(numbers, default=-1)
             for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
                 tensors, record = self._layer(facts, target)
                 results.append(tensors)
@@ -120,46 +148,72 @@ class Sharing:
         return results, records
 
     def _layer(self, facts, target):
-        layer = _layer_of(self.model, facts)
-        number, places = facts.index, range(len(self.sequences))
-        if target.kv_heads == facts.kv_heads:
-            with self.streams.layer(number):
-                for place in places if number < self.last else ():
-                    self.streams.base_step(number, place)
-                    self._pass(number, place)
+        layer, number = layer_of(self.model, facts), facts.index
+        if target.kv_heads == facts.kv_heads and number >= self.last:
             return pack(layer), {}
         earlier = self.known(number)
+        weight, known = earlier[0].pop(MLP, None) if earlier else None, earlier is not None
         with self.streams.layer(number):
-            seen = self._look(number, layer, enough=earlier is not None)
-            work = SharedLayer(self.settings, layer, target, seen, self.watch)
-            if earlier is None:
-                new, record = work.convert()
-                weight, mended = self._follow(number, work, new)
-                record |= mended
-                self.found(number, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
+            if target.kv_heads == facts.kv_heads:
+                new, (weight, record) = layer, self._pass(number, weight, known)
             else:
-                (tensors, record), weight = earlier, earlier[0].pop(MLP, None)
-                new = layer.replace(facts=target, **tensors)
-                work.key_heads = record.get("key_heads", [])
-                self._follow(number, work, new, weight, known=True)
+                work, new, record, _ = self._attention(number, layer, target, earlier or self.fitted(number))
+                weight, mended = self._follow(number, work, new, weight, known)
+                record = record | mended
+        if not known:
+            tensors = {} if new is layer else new.tensors()
+            self.found(number, tensors | ({MLP: weight} if weight is not None else {}), record)
         if weight is not None:
             self.mlps[self._mlp(number)[0]] = weight
         return pack(new), record
+
+    def _attention(self, number: int, layer: AttentionLayer, target, known: tuple[dict, dict] | None):
+        """The base's sequences through a layer, and its attention with shared heads.
+
+        Args:
+            known: tensors and record of an earlier fit.
+
+        Returns:
+            The conversion, the new layer, its record, whether it was known.
+        """
+        seen = self._look(number, layer, enough=known is not None)
+        work = SharedLayer(self.settings, layer, target, seen, self.watch)
+        if known is None:
+            return work, *work.convert(), False
+        tensors, record = known
+        work.key_heads = record.get("key_heads", [])
+        return work, layer.replace(facts=target, **tensors), record, True
 
     @property
     def _two(self) -> bool:
         """Whether anything is fitted to the converted model's activations."""
         return self.settings.sequential or "mlp" in self.settings.refit
 
-    def _pass(self, number: int, place: int) -> None:
-        """The converted stream through a layer that stays."""
-        if self._two:
-            self.streams.converted_step(number, place, None)
-        else:
-            self.streams.converted[place] = self.streams.base[place]
+    def _pass(self, number: int, weight, known: bool):
+        """Both streams through a layer that stays; behind a converted one its MLP helps to mend.
+
+        Args, and what it returns: as for `_mend`.
+        """
+        streams, places = self.streams, range(len(self.sequences))
+        for place in places:
+            streams.base_step(number, place)
+        if not self._two or number < self.first:
+            streams.converted = list(streams.base)
+            return None, {}
+
+        def step(place):
+            streams.converted_step(number, place, None)
+
+        if not MEND_KEPT:
+            for place in places:
+                step(place)
+            return None, {}
+        return self._mend(number, step, weight, known)
 
     def _mlp(self, number: int) -> tuple[str, torch.nn.Module] | None:
-        """Name of the weight by which a layer's MLP writes, and the module."""
+        """Name of the weight by which a layer's MLP writes, and the module; None where it is not refitted."""
+        if "mlp" not in self.settings.refit:
+            return None
         run, module = self.streams.run, self.watch.modules[number]
         block = run.blocks[number]
         name = projection_of(block, module, run.outputs[number])
@@ -167,20 +221,15 @@ class Sharing:
         return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
 
     def _follow(self, number: int, work: SharedLayer, new: AttentionLayer, weight=None, known: bool = False):
-        """The converted stream through a converted layer; the MLP's output projection is refitted on the way.
+        """The converted stream through a converted layer; its MLP's output projection is refitted on the way.
 
-        Args:
-            weight: of the MLP, where an earlier run found what it becomes (`known`).
-
-        Returns:
-            That weight [D, n], or None, and a record.
+        Args, and what it returns: as for `_mend`.
         """
-        streams, places = self.streams, range(len(self.sequences))
-        mlp = self._mlp(number) if "mlp" in self.settings.refit else None
+        streams = self.streams
         if not self._two:
             streams.converted = list(streams.base)
             return None, {}
-        if mlp is None and number >= self.last:
+        if number >= self.last and self._mlp(number) is None:
             return None, {}
 
         def step(place: int) -> None:
@@ -189,15 +238,28 @@ class Sharing:
             streams.converted_step(number, place, work.heads(new, place))
 
         with streams.output(number, new.o.flatten(1)):
-            if mlp is None:
-                for place in places:
-                    step(place)
-                return None, {}
-            writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
-            if known:
-                writer.follow(weight)
-                return weight, {}
-            return writer.mend(list(self.settings.ridges)) or (None, {})
+            return self._mend(number, step, weight, known)
+
+    def _mend(self, number: int, step: Callable[[int], None], weight=None, known: bool = False):
+        """The converted stream through a layer, by sequence; its MLP's output projection is refitted on the way.
+
+        Args:
+            weight: of the MLP, where an earlier run found what it becomes (`known`).
+
+        Returns:
+            That weight [D, n], or None, and a record.
+        """
+        streams = self.streams
+        mlp = self._mlp(number)
+        if mlp is None:
+            for place in range(len(self.sequences)):
+                step(place)
+            return None, {}
+        writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
+        if known:
+            writer.follow(weight)
+            return weight, {}
+        return writer.mend(list(self.settings.ridges)) or (None, {})
 
     def _inputs(self, number: int, place: int) -> Call:
         """What a layer's attention is given in the converted model."""

@@ -9,17 +9,21 @@ class Moments:
     """Σ ω x xᵀ and Σ ω x over rows, in float64.
 
     Memory: one matrix [n, n], whatever the length of the text (4096 channels: 134 MB).
+
+    Args:
+        exact: as for `Regression`.
     """
 
-    def __init__(self):
-        self.total, self.sum, self.weight = None, None, 0.0
+    def __init__(self, exact: bool = True):
+        self.total, self.sum, self.weight, self.exact = None, None, 0.0, exact
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Rows [r, n], each with its weight ω [r], default 1."""
-        wide = rows.double()
-        scaled = wide if weights is None else wide * weights.double().unsqueeze(-1)
-        self.total = scaled.T @ wide if self.total is None else self.total.addmm_(scaled.T, wide)
-        self.sum = scaled.sum(0) if self.sum is None else self.sum + scaled.sum(0)
+        wide = rows.double() if self.exact else rows
+        scaled = wide if weights is None else wide * weights.to(wide).unsqueeze(-1)
+        product, column = (scaled.T @ wide).double(), scaled.double().sum(0)
+        self.total = product if self.total is None else self.total + product
+        self.sum = column if self.sum is None else self.sum + column
         self.weight += len(rows) if weights is None else float(weights.double().sum())
 
     @property

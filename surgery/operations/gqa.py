@@ -12,19 +12,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..alignment import key_turns, orthogonal_turns
 from ..closed_form import cost
-from ..grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
-from ..merging import (
-    first_head,
-    group_members,
-    mean_head,
-    mean_square_ratio,
-    permute_kv_heads,
-    random_heads,
-    stacked,
-    with_bias,
-)
+from ..grouping import similar_order
+from ..merging import first_head, mean_head, merged, permute_kv_heads, random_heads
 from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
 
 if TYPE_CHECKING:
@@ -61,6 +51,13 @@ class GQA(WeightRewrite):
     )
     grouping: Literal["neighbours", "similarity"] = Field(
         "neighbours", description="similarity: reorder the heads so that like ones share a group."
+    )
+    keep_layers: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="closed_form: share of the layers that keep their KV heads, those where sharing them costs most on "
+        "the calibration text (surgical tier).",
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -104,11 +101,24 @@ class GQA(WeightRewrite):
         found = [problem for target in dict.fromkeys(targets) for problem in self._problems(anatomy, target)]
         if len(set(targets)) > 1 and (reason := anatomy.shapes_problem()):
             found.append(f"gqa: {reason}: give one number of KV heads for all layers")
+        if self.keep_layers and isinstance(self.kv_heads, list):
+            found.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
+        elif self.keep_layers and self.method != "closed_form":
+            found.append(
+                f"gqa: keep_layers is measured by method: closed_form, and method: {self.method} measures none"
+            )
         return list(dict.fromkeys(found))
 
     def _targets(self, anatomy: Anatomy) -> list[int]:
-        """KV heads after, for each layer."""
-        return self.kv_heads if isinstance(self.kv_heads, list) else [self.kv_heads] * len(anatomy.layers)
+        """KV heads after, for each layer; which of them keep their heads (`keep_layers`) is not known yet."""
+        if isinstance(self.kv_heads, list):
+            return self.kv_heads
+        kept, heads = self._kept(anatomy), [layer.kv_heads for layer in anatomy.layers]
+        return heads[:kept] + [self.kv_heads] * (len(heads) - kept)
+
+    def _kept(self, anatomy: Anatomy) -> int:
+        """How many layers keep their KV heads by `keep_layers`."""
+        return round(self.keep_layers * len(anatomy.layers))
 
     def _problems(self, anatomy: Anatomy, target: int) -> list[str]:
         """Why no layer can have so many KV heads."""
@@ -178,9 +188,10 @@ class GQA(WeightRewrite):
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
         seconds = len(merged) * flops / 25e9 if self.align != "none" else 0.0
         if self.method == "closed_form":
-            seconds = self._cost(anatomy, len(merged))[0] / FLOPS
+            seconds = self._cost(anatomy, len(targets) if self._kept(anatomy) else len(merged))[0] / FLOPS
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
-        return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds)
+        measured = self._kept(anatomy) > 0
+        return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]):
         layer = anatomy.layers[0]
@@ -208,6 +219,8 @@ class GQA(WeightRewrite):
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
         yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
+        if kept := self._kept(anatomy):
+            yield f"{kept} of {len(anatomy.layers)} layers keep their KV heads: where sharing costs most, each tried alone"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
@@ -231,56 +244,20 @@ class GQA(WeightRewrite):
         ridges = {} if self.ridge == "auto" else {"ridges": (self.ridge,)}
         settings = Settings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
         asked = self.calibration_text, self.calibration_length, self.calibration_samples
-        return share_kv_heads(model, context, asked, settings, orders)
+        return share_kv_heads(model, context, asked, settings, orders, self._kept(before))
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         if target.kv_heads == layer.facts.kv_heads:
             return layer, {}
         record = {}
         if self.grouping == "similarity":
-            order = self._order(layer, target.kv_heads)
+            order = self._order(layer, groups=target.kv_heads)
             if order != sorted(order):
                 layer, record = permute_kv_heads(layer, order), {"kv_head_order": order}
         if self.method == "random":
             return layer.replace(facts=target, **random_heads(layer, target, self.seed)), record
-        return self._merged(layer, target), record
-
-    def _merged(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
-        facts, merge = layer.facts, first_head if self.method == "first" else mean_head
-        k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
-        if self.align == "procrustes":  # queries and outputs change only then; in float64 they are the largest part
-            q, o = with_bias(layer, "q"), layer.o.double()
-        for group in group_members(facts, target.kv_heads):
-            sources, counts = list(group), [len(queries) for queries in group.values()]
-            keys, values = k[sources], v[sources]
-            if self.align == "procrustes":
-                turns = orthogonal_turns(values)
-                values = turns @ values
-                for turn, queries in zip(turns, group.values(), strict=True):
-                    o[:, queries] = o[:, queries] @ turn.T
-            if self.align == "procrustes" and not facts.qk_norm:
-                turns = key_turns(keys, facts.rotary, facts.positions)
-                keys = turns @ keys
-                for turn, queries in zip(turns, group.values(), strict=True):
-                    q[queries] = turn @ q[queries]
-            new["k"].append(merge(keys, counts))
-            new["v"].append(merge(values, counts))
-            if layer.k_norm is not None:
-                new["k_norm"].append(merge(layer.k_norm[sources].double(), counts))
-        parts = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
-        if layer.k_norm is not None:
-            scale = mean_square_ratio(new["k"], k) if facts.qk_norm == "whole" else 1.0
-            parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
-        if self.align == "procrustes":
-            parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
-        return layer.replace(facts=target, **parts)
+        merge = first_head if self.method == "first" else mean_head
+        return merged(layer, target, merge, turned=self.align == "procrustes"), record
 
     def _order(self, layer: AttentionLayer, groups: int) -> list[int]:
-        """Order of KV heads that puts like ones next to each other, keys and values counting alike."""
-        facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
-        aligned = self.align == "procrustes" or self.method == "closed_form"
-        align_keys = aligned and not facts.qk_norm
-        phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
-        distances = head_distances(keys, phased if align_keys else plain_inner)
-        distances += head_distances(values, turned_inner if aligned else plain_inner)
-        return [head for group in partition(distances, groups) for head in group]
+        return similar_order(layer, groups, self.align == "procrustes" or self.method == "closed_form")

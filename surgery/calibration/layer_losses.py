@@ -1,0 +1,78 @@
+"""What the model loses when the KV heads of one layer alone are shared: where KV heads are worth their bytes.
+
+Every layer is fitted on the base's inputs, as `sharing` does it; then a few texts that were held back go through the
+base with this one layer converted. Losses of single layers add up well enough to rank them: those that lose most keep
+their heads. MLPs stay as they are here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..anatomy import Anatomy
+from .ablation import kl, replayed
+from .layer_seen import held_back
+from .sharing import Sharing, layer_of
+from .watching import watched
+
+TEXTS = 4  # on which a layer is judged
+
+
+def spared(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:
+    """What results when the `kept` layers that lose most stay as they were; of equal losses the earlier layer."""
+    worst = sorted(range(len(losses)), key=lambda number: -losses[number])[:kept]
+    heads = [(before if number in worst else shared).layers[number].kv_heads for number in range(len(losses))]
+    return before.with_kv_heads_by_layer(heads)
+
+
+class LayerLosses(Sharing):
+    """Sharing of every layer by itself. `fits`: of its number what each one's attention becomes, and a record."""
+
+    def __init__(self, model, targets, sequences, settings, known=None, found=None):
+        super().__init__(model, targets, sequences, replace(settings, sequential=False), known, found)
+        self.fits: dict[int, tuple[dict, dict]] = {}
+
+    def measure(self, progress=None) -> list[float]:
+        """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
+        with watched(self.model, self.streams.attention) as watch, torch.no_grad():
+            self.watch = watch
+            self.streams.begin(watch)
+            count = len(self.sequences)
+            held = [place for place in range(count) if held_back(place, count)]
+            self.places = held[:: -(-len(held) // TEXTS)]
+            self.whole = [self._log_probabilities(place) for place in self.places]
+            losses = []
+            for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
+                losses.append(self._alone(facts, target))
+                if progress:
+                    progress(facts.index + 1, len(self.targets), "layers tried alone")
+        return losses
+
+    def _alone(self, facts, target) -> float:
+        """A layer's loss; the base's states are behind it afterwards."""
+        number, streams = facts.index, self.streams
+        layer, before = layer_of(self.model, facts), list(streams.base)
+        with streams.layer(number):
+            work, new, record, known = self._attention(number, layer, target, self.known(number))
+            self.fits[number] = new.tensors(), record
+            if not known:
+                self.found(number, *self.fits[number])
+            with streams.output(number, new.o.flatten(1)):
+                for place in self.places:
+                    streams.converted[place] = before[place]
+                    streams.converted_step(number, place, work.heads(new, place))
+        return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
+
+    def _lost(self, number: int, place: int, whole: torch.Tensor) -> float:
+        """KL to the base where the layers behind this one, as they are, go on from the converted state."""
+        block = self.streams.run.blocks[: number + 1]
+        state = self.streams.converted[place].to(self.model.dtype)
+        with replayed(block, dict.fromkeys(block, state)):
+            return kl(whole, self._log_probabilities(place)) / len(self.places)
+
+    def _log_probabilities(self, place: int) -> torch.Tensor:
+        """Of the next token in a text [T, vocabulary], in float32."""
+        ids = self.sequences[place][None].to(self.model.device)
+        return self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
