@@ -13,7 +13,7 @@ the heads say on a text:
   there is left out: it adds the same number to every score of a row.
 
 All three are one problem (`shared_channels`), solved in float64. Pure functions of tensors; where the moments come
-from: `calibration/sharing.py`. Related: Jin et al. 2024, arXiv 2412.20677 (phases alone); Meng et al. 2025,
+from: `calibration/shared_model.py`. Related: Jin et al. 2024, arXiv 2412.20677 (phases alone); Meng et al. 2025,
 "TransMLA", arXiv 2502.07864 (a real joint PCA of keys).
 """
 

@@ -18,7 +18,7 @@ from surgery.calibration.gates import MixedAttention, answer_states, gates, sche
 from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
 from surgery.calibration.retrieval import copies
 from surgery.calibration.scorers import METHODS, is_method, score, settings_of
-from surgery.calibration.sequences import Recall, passkeys
+from surgery.calibration.sequences import Recall, passkeys, plain_pieces
 from surgery.calibration.text import Text
 from surgery.calibration.watching import answer_logits, attention_weights, watched
 from surgery.errors import SurgeryError
@@ -212,27 +212,37 @@ def test_retrieval_against_eager_attention(tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
-    """Against models patched one KV head at a time, run whole."""
+    """Against models patched one KV head at a time, run whole, on passkeys and on plain text twice as long."""
     model = tiny(family)
     got = score(model, tokenizer, "ablation", **PASSKEYS, text=WORDS)
-    sequences, heads = passkeys(WORDS, tokenizer, **PASSKEYS), model.config.num_key_value_heads
+    heads, far = model.config.num_key_value_heads, REACH["sinks"] + REACH["window"]
+    answers = [(each.ids, each.rows) for each in passkeys(WORDS, tokenizer, **PASSKEYS)]
+    length = min(2 * LENGTH, model.config.max_position_embeddings)
+    pieces = plain_pieces(WORDS, tokenizer, length, PASSKEYS["samples"], PASSKEYS["seed"])
+    plain = [(ids, torch.arange(far, length, 2)) for ids in pieces]
 
-    def answers(streaming):
+    def run(streaming, sequences):
         patched = copy.deepcopy(model)
         runtime.patch(patched, {"layers": [{"streaming": s, **REACH} for s in streaming]})
         with torch.no_grad():
             return [
-                patched(input_ids=s.ids[None], use_cache=False).logits[0, s.rows].double().log_softmax(-1)
-                for s in sequences
+                patched(input_ids=ids[None], use_cache=False).logits[0, rows].double().log_softmax(-1)
+                for ids, rows in sequences
             ]
 
-    whole = answers([[], []])
-    for layer in range(2):
-        for head in range(heads):
-            other = answers([[head] if here == layer else [] for here in range(2)])
-            kl = sum((a.exp() * (a - b)).sum(-1).mean() for a, b in zip(whole, other, strict=True)) / len(sequences)
-            assert got.scores[layer][head] == pytest.approx(float(kl), rel=1e-3, abs=1e-7)
-    assert max(map(max, got.scores)) > 1e-5
+    want = torch.zeros(2, 2, heads, dtype=torch.float64)  # kind, layer, head
+    for kind, sequences in enumerate((answers, plain)):
+        whole = run([[], []], sequences)
+        for layer in range(2):
+            for head in range(heads):
+                other = run([[head] if here == layer else [] for here in range(2)], sequences)
+                each = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(whole, other, strict=True)]
+                want[kind, layer, head] = torch.stack(each).mean()
+    totals = want.sum((1, 2))
+    assert totals.min() > 1e-5
+    assert list(got.origin["lost"].values()) == pytest.approx(totals.tolist(), rel=1e-3)
+    shares = (want / totals.view(2, 1, 1)).sum(0)
+    assert torch.allclose(torch.tensor(got.scores, dtype=torch.float64), shares, rtol=1e-3, atol=1e-5)
 
 
 def test_only_the_rows_that_are_looked_at_go_through_the_head(tokenizer):

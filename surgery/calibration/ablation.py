@@ -1,7 +1,9 @@
-"""ablation: what the model's answers lose when one KV head alone sees sinks + window.
+"""ablation: what the model loses when one KV head alone sees sinks + window, on answers and on plain text.
 
-The score is the KL divergence to the model as it is, mean over the rows where passkeys are repeated. Every KV head
-costs a forward, so sequences are short and few. What comes before the changed layer is not computed again.
+Passkeys that are asked for tell which heads fetch things from afar; plain text tells which heads' far past its next
+words need. A split by the answers alone costs perplexity on long texts, one by plain text alone loses passkeys. Both
+are KL divergences to the model as it is, each taken as a share of what all heads lose, and added. Every KV head costs
+a forward, so sequences are few. What comes before the changed layer is not computed again.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from contextlib import contextmanager
 import torch
 
 from .head_scores import HeadScores
-from .sequences import calibration
-from .text import BUILTIN
-from .watching import answer_logits, watched
+from .sequences import calibration, fitting_length, plain_pieces
+from .text import BUILTIN, load_text
+from .watching import row_logits, watched
 
 
 def ablation(
@@ -30,32 +32,48 @@ def ablation(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """KL to the whole model in nats per answer token when a KV head streams, all others full.
+    """A KV head's share in the KL to the whole model when it alone streams: share in answers + share in plain text.
 
-    Args: as for `far_mass`.
+    Args: as for `far_mass`; pieces of plain text are twice as long as the sequences with passkeys, and as many.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
-    sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
+    recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
+    plain = plain_pieces(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
+    kinds = [[(each.ids, each.rows) for each in recalls], [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
     with watched(model) as seen, torch.no_grad():
-        table = [[0.0] * heads for heads in seen.kv_heads]
-        done, total = 0, samples * (sum(seen.kv_heads) + 1)
-        paths = {module: path for path, module in model.named_modules()}
-        blocks = [model.get_submodule(paths[module].rpartition(".")[0]) for module in seen.modules]
-        for sequence in sequences:
-            with recorded(blocks) as outputs:
-                whole = answer_logits(model, sequence).log_softmax(-1)
-            for layer, heads in enumerate(seen.kv_heads):
-                with replayed(blocks[:layer], outputs):
-                    for head in range(heads):
-                        seen.look(layer, [head], sinks, window)
-                        other = answer_logits(model, sequence).log_softmax(-1)
-                        table[layer][head] += kl(whole, other) / samples
-                        done += 1
-                        if progress:
-                            progress(done, total, "head scores")
-                seen.look(layer)
-            done += 1
-    return HeadScores("ablation", table, origin)
+        total = sum(map(len, kinds)) * sum(seen.kv_heads)
+        done, tables = 0, []
+        for kind in kinds:
+            tables.append([[0.0] * heads for heads in seen.kv_heads])
+            for ids, rows in kind:
+                for layer, head, lost in _each_alone(model, seen, ids, rows, sinks, window):
+                    tables[-1][layer][head] += lost / len(kind)
+                    done += 1
+                    if progress:
+                        progress(done, total, "head scores")
+    lost = [sum(map(sum, table)) for table in tables]
+    tables = [[[x / (whole or 1.0) for x in row] for row in table] for table, whole in zip(tables, lost, strict=True)]
+    scores = [[sum(shares) for shares in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+    return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), lost, strict=True))})
+
+
+def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
+    """Every second of the rows that have a far past: positions, long [r]; of a short text the last row."""
+    return torch.arange(min(sinks + window, length - 1), length, 2)
+
+
+def _each_alone(model, seen, ids: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> Iterator[tuple]:
+    """(layer, KV head, KL to the whole model in nats, mean over the rows) as each head streams alone."""
+    paths = {module: path for path, module in model.named_modules()}
+    blocks = [model.get_submodule(paths[module].rpartition(".")[0]) for module in seen.modules]
+    with recorded(blocks) as outputs:
+        whole = row_logits(model, ids, rows).log_softmax(-1)
+    for layer, heads in enumerate(seen.kv_heads):
+        with replayed(blocks[:layer], outputs):
+            for head in range(heads):
+                seen.look(layer, [head], sinks, window)
+                yield layer, head, kl(whole, row_logits(model, ids, rows).log_softmax(-1))
+        seen.look(layer)
 
 
 def kl(whole: torch.Tensor, other: torch.Tensor) -> float:

@@ -31,7 +31,7 @@ METHODS = {
     "far-mass": Method("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
     "retrieval": Method("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
     "gates": Method("gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
-    "ablation": Method("ablation", "ablation", "KL of the answers when one KV head alone streams"),
+    "ablation": Method("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
 }
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from ..errors import SurgeryError
-from .text import Text, load_text, windows
+from .text import Text, begin_of_text, load_text, windows
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -154,6 +154,12 @@ def passkeys(
         plain = pieces[number % len(pieces)][: length - made_of].tolist()
         made.append(_assemble(plain, depths, intros[:count], answers[:count], close, questions[:count]))
     return made
+
+
+def plain_pieces(text: Text, tokenizer, length: int, samples: int, seed: int) -> torch.Tensor:
+    """At most `samples` windows of a text [samples, length], drawn from all that it has; a shorter text is one."""
+    length = min(length, len(_ids(tokenizer, text.text)) + len(begin_of_text(tokenizer)))
+    return _pieces(text, tokenizer, length, samples, random.Random(seed))
 
 
 def _assemble(plain, depths, intros, answers, close, questions) -> Recall:

@@ -10,94 +10,23 @@ Memory beyond the model: `closed_form.cost`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 
-from ..engines import refuse_non_finite, write_layers
+from ..engines import refuse_non_finite
 from ..layers import AttentionLayer, pack, unpack
-from ..merging import permute_kv_heads
-from ..operation import Context
 from ..score_fit import Piece
-from .layer_files import LayerFiles
 from .layer_seen import Scores, Seen, Settings
 from .mlp_output import MLPOutput, projection_of
-from .sequences import calibration_pieces
 from .shared_layer import SharedLayer
 from .statistics import with_ones
 from .two_streams import Call, TwoStreams
 from .watching import Watched, watched
 
-import os
-
 MEND_KEPT = os.environ.get("MEND") == "1"
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
-
-
-def share_kv_heads(
-    model,
-    context: Context,
-    text: tuple[str, int, int],
-    settings: Settings,
-    orders: list[Callable] | None = None,
-    kept: int = 0,
-) -> dict:
-    """Convert a loaded model, in place, to the KV heads that `context.change` plans.
-
-    Args:
-        text: source, length and number of calibration pieces.
-        orders: for each layer what gives the order of its KV heads, to be brought about first; None: they stay.
-        kept: so many layers keep their KV heads: those that lose most by the conversion when it is theirs alone. Which
-            they are is said in `context.after`.
-
-    Returns:
-        A record of each layer, by its path.
-    """
-    what = "method: closed_form needs the tokenizer, for its calibration text"
-    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
-    before, after = context.before, context.change.after
-    sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
-    layers = [layer_of(model, facts) for facts in before.layers]
-    records: list[dict] = [{} for _ in layers]
-    if orders:
-        records = [{"kv_head_order": order(layer)} for layer, order in zip(layers, orders, strict=True)]
-        moved = [
-            permute_kv_heads(layer, record["kv_head_order"]) for layer, record in zip(layers, records, strict=True)
-        ]
-        write_layers(model, before, before, [pack(layer) for layer in moved])
-
-    def files(name: str) -> LayerFiles:
-        counts = [layer.kv_heads for layer in after.layers]
-        return LayerFiles(context.folder, name, [settings, counts, records, sequences.tolist()])
-
-    alone: dict[int, tuple] = {}
-    losses: list[dict] = [{} for _ in layers]
-    try:
-        if kept:
-            from .layer_losses import LayerLosses, spared
-
-            after = before.with_kv_heads(min(layer.kv_heads for layer in after.layers))
-            known = files("gqa-alone")
-            trial = LayerLosses(model, after.layers, sequences, settings, known.load, known.save)
-            lost, alone = trial.measure(context.progress), trial.fits
-            losses = [{"lost_alone": round(each, 6)} for each in lost]
-            after = context.after = spared(before, after, lost, kept)
-        known = files("gqa")
-        run = Sharing(model, after.layers, sequences, settings, known.load, known.save, alone.get)
-        results, found = run.layers(context.progress)
-        for tensors, layer in zip(results, after.layers, strict=True):
-            refuse_non_finite(tensors, layer.path)
-        refuse_non_finite(run.mlps, "model")
-    except BaseException:
-        if orders:
-            write_layers(model, before, before, [pack(layer) for layer in layers])
-        raise
-    write_layers(model, before, after, results)
-    for name, weight in run.mlps.items():
-        old = model.get_parameter(name).data
-        old.copy_(weight if weight.shape == old.shape else weight.T)
-    each = zip(before.layers, records, losses, found, strict=True)
-    return {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
 
 
 def layer_of(model, facts) -> AttentionLayer:

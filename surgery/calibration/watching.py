@@ -162,8 +162,15 @@ def attention_weights(
 
 def answer_logits(model, sequence: Recall) -> torch.Tensor:
     """Logits of the next token on the rows of a sequence's answers: [r, vocabulary], float32 or wider."""
-    rows, length = sequence.rows, len(sequence.ids)
-    last = length - int(rows.min())  # a model's head is costly, and earlier rows are not looked at
-    logits = model(input_ids=sequence.ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
-    logits = logits[(rows - length).to(logits.device)]
+    return row_logits(model, sequence.ids, sequence.rows)
+
+
+def row_logits(model, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of the next token on some rows of a sequence, ids [n]: [r, vocabulary], float32 or wider.
+
+    A model's head is costly: what comes before the first of the rows does not go through it.
+    """
+    last = len(ids) - int(rows.min())
+    logits = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
+    logits = logits[(rows - len(ids)).to(logits.device)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,7 +2,7 @@
 
 Source: Ainslie et al. 2023, "GQA", arXiv 2305.13245 (mean pooling; "first" and "random" are its controls);
 Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similarity). The closed form is ours: see
-`closed_form.py`, `score_fit.py` and `calibration/sharing.py`.
+`closed_form.py`, `score_fit.py` and `calibration/shared_model.py`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class GQA(WeightRewrite):
         0.0,
         ge=0,
         lt=1,
-        description="closed_form: share of the layers that keep their KV heads, those where sharing them costs most on "
-        "the calibration text (surgical tier).",
+        description="closed_form: share of the layers that keep their KV heads, those where sharing costs most on the "
+        "calibration text (surgical tier).",
     )
     seed: int = Field(0, ge=0, strict=True, description="Seed of method: random.")
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -220,7 +220,8 @@ class GQA(WeightRewrite):
         text = kind.get(self.calibration_text, "text")
         yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept := self._kept(anatomy):
-            yield f"{kept} of {len(anatomy.layers)} layers keep their KV heads: where sharing costs most, each tried alone"
+            layers = len(anatomy.layers)
+            yield f"{kept} of {layers} layers keep their KV heads: where sharing costs most, each tried alone"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
@@ -233,14 +234,16 @@ class GQA(WeightRewrite):
     def apply(self, model, context: Context) -> dict:
         if self.streams:
             return super().apply(model, context)
-        from ..calibration.sharing import Settings, share_kv_heads
+        from ..calibration.layer_seen import Settings
+        from ..calibration.shared_model import share_kv_heads
 
         before, targets = context.before, self._targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:
             return {}
         orders = None
         if self.grouping == "similarity":
-            orders = [partial(self._order, groups=target) for target in targets]
+            shared = [self.kv_heads] * len(targets) if self._kept(before) else targets
+            orders = [partial(self._order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else {"ridges": (self.ridge,)}
         settings = Settings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
         asked = self.calibration_text, self.calibration_length, self.calibration_samples

@@ -1,0 +1,108 @@
+"""KV heads of a loaded model shared in closed form: text, order of heads, which layers keep theirs, the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..anatomy import Anatomy
+from ..engines import refuse_non_finite, write_layers
+from ..layers import pack
+from ..merging import permute_kv_heads
+from ..operation import Context
+from .layer_files import LayerFiles
+from .layer_losses import LayerLosses, spared
+from .layer_seen import Settings
+from .sequences import calibration_pieces
+from .sharing import Sharing, layer_of
+
+
+def share_kv_heads(
+    model,
+    context: Context,
+    text: tuple[str, int, int],
+    settings: Settings,
+    orders: list[Callable] | None = None,
+    kept: int = 0,
+) -> dict:
+    """Convert a loaded model, in place, to the KV heads that `context.change` plans.
+
+    Args:
+        text: source, length and number of calibration pieces.
+        orders: for each layer what gives the order of its KV heads, to be brought about first; None: they stay.
+        kept: so many layers keep their KV heads: those that lose most by the conversion when it is theirs alone. Which
+            they are is said in `context.after`.
+
+    Returns:
+        A record of each layer, by its path.
+    """
+    what = "method: closed_form needs the tokenizer, for its calibration text"
+    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
+    before, after = context.before, context.change.after
+    sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
+    heads = Heads(model, before, orders)
+
+    def files(name: str) -> LayerFiles:
+        counts = [layer.kv_heads for layer in after.layers]
+        return LayerFiles(context.folder, name, [settings, counts, heads.records, sequences.tolist()])
+
+    alone: dict[int, tuple] = {}
+    losses: list[dict] = [{} for _ in before.layers]
+    try:
+        heads.move()
+        if kept:
+            after = before.with_kv_heads(min(layer.kv_heads for layer in after.layers))
+            known = files("gqa-alone")
+            trial = LayerLosses(model, after.layers, sequences, settings, known.load, known.save)
+            lost, alone = trial.measure(context.progress), trial.fits
+            losses = [{"lost_alone": round(each, 6)} for each in lost]
+            after = context.after = spared(before, after, lost, kept)
+            heads.leave(after)
+        known = files("gqa")
+        run = Sharing(model, after.layers, sequences, settings, known.load, known.save, alone.get)
+        results, found = run.layers(context.progress)
+        for tensors, layer in zip(results, after.layers, strict=True):
+            refuse_non_finite(tensors, layer.path)
+        refuse_non_finite(run.mlps, "model")
+    except BaseException:
+        heads.leave()
+        raise
+    write_layers(model, before, after, results)
+    for name, weight in run.mlps.items():
+        old = model.get_parameter(name).data
+        old.copy_(weight if weight.shape == old.shape else weight.T)
+    each = zip(before.layers, heads.records, losses, found, strict=True)
+    return {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
+
+
+class Heads:
+    """The KV heads of a model's layers, in the order in which they are to be shared.
+
+    Args:
+        orders: what gives the order of a layer's heads, for each; None: they are where they should be.
+
+    Attributes:
+        records: of each layer the new order.
+    """
+
+    def __init__(self, model, anatomy: Anatomy, orders: list[Callable] | None):
+        self.model, self.anatomy = model, anatomy
+        self.layers = [layer_of(model, facts) for facts in anatomy.layers]
+        self.moved = orders is not None
+        self.records: list[dict] = [{} for _ in self.layers]
+        for record, order, layer in zip(self.records, orders or [], self.layers, strict=bool(orders)):
+            record["kv_head_order"] = order(layer)
+
+    def move(self) -> None:
+        """Bring every layer's heads in its order; a layer without one gets the weights that it had."""
+        if self.moved:
+            both = zip(self.layers, self.records, strict=True)
+            ordered = [permute_kv_heads(old, to["kv_head_order"]) if to else old for old, to in both]
+            write_layers(self.model, self.anatomy, self.anatomy, [pack(layer) for layer in ordered])
+
+    def leave(self, after: Anatomy | None = None) -> None:
+        """Undo it in layers that keep their number of heads; without an argument in all."""
+        layers = zip(self.anatomy.layers, (after or self.anatomy).layers, strict=True)
+        for number, (old, new) in enumerate(layers):
+            if old.kv_heads == new.kv_heads:
+                self.records[number] = {}
+        self.move()

@@ -1,0 +1,111 @@
+"""gqa's keep_layers: layers that lose most by sharing keep their KV heads."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from families import attention_modules, base, check_both_doors, difference, logits_of
+from test_families import planted
+from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same  # noqa: F401
+
+import surgery as package
+from surgery.anatomy import Anatomy
+from surgery.calibration.layer_losses import spared
+from surgery.calibration.shared_layer import SharedLayer
+from surgery.errors import SurgeryError
+
+
+def copies_in(layer: int, name: str = "llama"):
+    """The family's model, with KV heads that are turned copies of others in one layer alone."""
+    model, source = copy.deepcopy(base(name)), planted(name)
+    attention_modules(model)[layer].load_state_dict(attention_modules(source)[layer].state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
+    """Of two layers one has heads that are copies: it shares them without loss, and the other keeps its own."""
+    models = {}
+    for layer in range(2):
+        old = copies_in(layer, name)
+        model = copy.deepcopy(old)
+        asked = recipe(closed(numbers, 2, keep_layers=0.5, grouping="similarity"))
+        plan = package.plan(asked, old)
+        assert "1 of 2 layers keep their KV heads" in " ".join(plan.notes)
+        report = package.apply(asked, model, tokenizer=Tokens())
+        assert report.data["tier"] == "surgical"
+        heads = [facts.kv_heads for facts in Anatomy.of(model).layers]
+        assert heads == ([2, 4] if layer == 0 else [4, 2])
+        kept = [attention_modules(each)[1 - layer].state_dict() for each in (model, old)]
+        assert same(*kept)
+        losses = [each["lost_alone"] for each in report.data["operations"][0]["record"].values()]
+        assert losses[layer] <= 1e-6 < 1e-3 < losses[1 - layer]
+        assert difference(logits_of(model), logits_of(old)) <= 1e-3
+        models[tmp_path / f"{layer}"] = model
+    check_both_doors(models, tmp_path)
+
+
+def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F811
+    """Against the layer converted alone by a list, its logits and the base's in float64."""
+    model = copy.deepcopy(base("llama"))
+    report = package.apply(recipe(closed(numbers, 1, keep_layers=0.5)), model, tokenizer=Tokens())
+    losses = [each["lost_alone"] for each in report.data["operations"][0]["record"].values()]
+    held = SEQUENCES[[5, 11]]
+    whole = logits_of(base("llama"), held).double().log_softmax(-1)
+    for layer, counts in enumerate(([1, 4], [4, 1])):
+        alone = copy.deepcopy(base("llama"))
+        package.apply(recipe(closed(numbers, counts, refit=["q", "k", "v", "o"])), alone, tokenizer=Tokens())
+        out = logits_of(alone, held).double().log_softmax(-1)
+        assert losses[layer] == pytest.approx((whole.exp() * (whole - out)).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_who_is_spared():
+    before = Anatomy.of(base("llama"))
+    shared = before.with_kv_heads(1)
+    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.2], 1).layers] == [1, 4]
+    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.1], 1).layers] == [4, 1]
+
+
+def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
+    """Stopped while layers are tried: those that were are not fitted again, and the result has the same bytes."""
+    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    given |= {"keep_layers": 0.5, "check": False, "evaluate": False}
+
+    def stop(done, total, label):
+        raise Stopped
+
+    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+    fitted, convert = [], SharedLayer.convert
+    monkeypatch.setattr(SharedLayer, "convert", lambda work: (fitted.append(work.layer.facts.index), convert(work))[1])
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    assert fitted == [1], "the layer that shares is not fitted a second time, either"
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert out.read_bytes() == whole.read_bytes()
+    report = json.loads((tmp_path / "out" / "surgery.json").read_text("utf-8"))
+    assert report["tier"] == "surgical"
+
+
+def test_refusals(numbers):  # noqa: F811
+    cases = [
+        ("llama", closed(numbers, [2, 4], keep_layers=0.5), "drop keep_layers, or give kv_heads one number"),
+        ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers is measured by method: closed_form"),
+        ("phi3", closed(numbers, 2, keep_layers=0.5), "give one number of KV heads for all layers"),
+    ]
+    for name, step, says in cases:
+        with pytest.raises(SurgeryError, match=says):
+            package.plan(recipe(step), base(name))
+
+
+def test_no_layer_kept_is_the_plain_merge(numbers):  # noqa: F811
+    models = []
+    for fields in ({}, {"keep_layers": 0.0}, {"keep_layers": 0.2}):  # 0.2 of 2 layers is none
+        model = copy.deepcopy(base("llama"))
+        report = package.apply(recipe(closed(numbers, 2) | fields), model, tokenizer=Tokens())
+        assert report.data["tier"] == "native"
+        models.append(model.state_dict())
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
