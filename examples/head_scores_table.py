@@ -91,6 +91,8 @@ def main() -> None:
         options.out.write_text(json.dumps(done))
     asked = [needle for needle, (hit, _) in zip(needles, done["base"], strict=True) if hit]
     print(f"base: {len(asked)} of {len(needles)} needles outside of sinks + window answered", flush=True)
+    if not asked:
+        raise SystemExit("the base answers none: more --samples, or shorter --lengths")
     for text, loss in zip(texts, done["base_losses"], strict=True):
         print(f"base: perplexity {math.exp(loss):.3f} on {count} windows of {length} tokens of {text}", flush=True)
     for ratio in options.ratios:

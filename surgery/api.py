@@ -255,9 +255,13 @@ def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan
         raise _no_model(model)
     was, base = type(model).__name__, None
     if recipe.heal is not None:
+        from .healing.beforehand import refuse_early
         from .healing.origin import base_of_memory
 
         base = base_of_memory(model, recipe.heal)
+        if tokenizer is None:
+            raise SurgeryError("healing needs the tokenizer", fix="surgery.apply(recipe, model, tokenizer=tokenizer)")
+        refuse_early(recipe.heal, model, tokenizer)
     report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
     note_origin(report, model, was)
     if recipe.heal is not None:

@@ -31,7 +31,7 @@ LEFT = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
     "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
 ]  # fmt: skip
-NOT_PUSHED = ["*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*"]
+NOT_PUSHED = ["*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*", "healing/runs/*"]
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 

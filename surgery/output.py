@@ -217,11 +217,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weight_files(folder: Path) -> dict[str, dict]:
-    """File name -> sha256 and size of the safetensors files of a folder."""
+def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
+    """Path in a folder -> sha256 and size of its safetensors files, or of those in a folder below it."""
     return {
-        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.glob("*.safetensors"))
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted((folder / below).glob("*.safetensors"))
     }
 
 

@@ -169,6 +169,7 @@ def test_in_memory(tiny_llama, text):
     assert edited.state_dict().keys() == before.keys(), "no adapter is left"
     assert all(parameter.requires_grad for parameter in edited.parameters())
     assert edited.dtype == torch.bfloat16
+    assert edited.model.rotary_emb.inv_freq.dtype == torch.float32, "positions are not rounded"
     assert edited.config.use_cache
     again = AutoModelForCausalLM.from_pretrained(tiny_llama)
     package.apply(
@@ -191,6 +192,12 @@ def test_an_adapter_kept_gives_the_merged_model(converted, heal, model):
     with torch.no_grad():
         apart = (adapted(tokens).logits - merged(tokens).logits).abs().max()
     assert apart < 0.05, "the merged weights were rounded to bfloat16"
+    (done.folder / "healing/runs").mkdir()
+    (done.folder / "healing/runs/events.of-this-machine").touch()
+    edit_json(done.folder / "surgery.json", check={"passed": True, "items": []})
+    sent = [file["name"] for file in package.push(done.folder, "me/x", dry_run=True)["files"]]
+    assert "adapter/adapter_model.safetensors" in sent
+    assert not [name for name in sent if "runs" in name]
     assert str(out.parent) not in (done.folder / "adapter/adapter_config.json").read_text()
 
 
@@ -289,7 +296,10 @@ def test_bad_settings(refuse, tmp_path):
     refuse("tokens=5", "steps=5", "minutes=null", "tokens=0", says=["tokens should be at least 1; it is 0"])
     refuse("method=loar", says=["method should be 'lora', 'full' or 'parts'; it is 'loar'"])
     refuse("stop_at_gate=true", "eval_every=1", "evaluate.max_kl=null", says=["no limit that can be watched"])
-    refuse("length=4096", "batch_tokens=4096", says=["too short"])
+    refuse("length=512", "batch_tokens=512", says=["too short"])
+    refuse("length=2048", "batch_tokens=2048", says=["longer than the model, which has 1024 positions"])
+    refuse("report_to=tensorbord", says=["cannot report to 'tensorbord'", "did you mean 'tensorboard'?"])
+    refuse("evaluate.text=nope.txt", says=["nope.txt: no such text file"])
 
 
 def test_another_base(refuse, tmp_path, model, surgery):

@@ -164,6 +164,9 @@ def test_rows_of_a_forward():
     assert micro_rows(24, 512) == 8  # the most that fit and divide
     assert micro_rows(7, 1024) == 1  # 4 would fit; 7 is prime
     assert micro_rows(3, 2 * MICRO_TOKENS) == 1
+    assert micro_rows(8, 512, 49_152) == 8
+    assert micro_rows(8, 512, 262_144) == 2  # logits of 1 GiB
+    assert micro_rows(8, 512, 1 << 30) == 1
 
 
 def test_the_plan_counts():

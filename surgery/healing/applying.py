@@ -14,6 +14,7 @@ from ..errors import SurgeryError
 from ..output import remove_own
 from ..report import Report, published_recipe
 from ..same_base import another_base
+from .beforehand import refuse_early
 from .heal import finish, heal_folder
 from .planned import refuse_unhealable
 from .ranks import Ranks
@@ -43,6 +44,12 @@ def apply_and_heal(
     unhealed = out.with_name(f"{out.name}.unhealed")
     if resume and not overwrite and (done := _finished(out, unhealed, recipe, model)):
         return done if ranks.first else None
+
+    def refuse_all(folder: Path) -> None:
+        if refuse:
+            refuse(folder)
+        refuse_early(recipe.heal, folder)
+
     if os.path.lexists(out) and not overwrite and not (resume and unhealed.exists()):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
@@ -65,7 +72,7 @@ def apply_and_heal(
             allow_pickle=allow_pickle,
             progress=progress,
             on_plan=announce,
-            refuse=refuse,
+            refuse=refuse_all,
         )
         if evaluate and recipe.evaluate is not None and converted.data["evaluation"] is None:
             judge(converted, base, recipe.evaluate, progress, allow_pickle)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +14,19 @@ from typing import TYPE_CHECKING
 
 from ..anatomy import Anatomy
 from ..carried import carry_files
-from ..checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint
+from ..checkpoint import WEIGHT_INDEX, Checkpoint
+from ..conversion import stored_dtypes
 from ..errors import SurgeryError
+from ..evaluation.judging import judge, refuse_unscorable
 from ..output import OutputFolder, weight_files
 from ..overrides import as_text
 from ..report import Report, published_override
 from . import record as records
-from .origin import base_folder, converted_model, of_memory, save_as_stored
+from .beforehand import refuse_settings
+from .in_memory import heal_in_memory
+from .origin import base_folder, converted_model, rewritten_by, save_as_stored
 from .planned import HealPlan, refuse_unhealable
-from .reading import published
 from .reading import settings as read_settings
-from .trained import touched
 
 if TYPE_CHECKING:
     from ..recipe import Evaluate
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
-KEPT = ("metrics.jsonl", "loss.png")  # of RUN, when the training is over
+KEPT = ("metrics.jsonl", "loss.png", "runs")  # of RUN, when the training is over; runs: tensorboard's, never pushed
 
 
 def heal(
@@ -80,7 +81,7 @@ def heal(
         given = {"output": output, "resume": resume, "overwrite": overwrite}
         if names := [name for name in given if given[name]]:
             raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
-        return _in_memory(model, base, settings, overrides, tokenizer, progress, on_plan, fields)
+        return heal_in_memory(model, base, settings, overrides, tokenizer, progress, on_plan, fields)
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='healed'")
     folder = Path(model)
@@ -98,6 +99,7 @@ def heal(
         overwrite=overwrite,
         progress=progress,
         on_plan=on_plan,
+        refuse=(lambda source: refuse_unscorable(source, judged_by)) if evaluate and judged_by is not None else None,
     )
     if healed is not None:
         finish(healed, folder, source, judged_by if evaluate else None, check, gate, progress)
@@ -117,11 +119,13 @@ def heal_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
     on_plan=None,
+    refuse=None,
 ) -> tuple[Report | None, Path | None]:
     """Train and write the healed folder; arguments as for `heal`.
 
     Args:
         overrides: as typed in a command of its own; None where the healing is a part of a recipe.
+        refuse: called with the base's folder, where there is one, before anything is written; may raise.
 
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
@@ -132,8 +136,11 @@ def heal_folder(
 
     ranks, weights = Ranks(), Checkpoint(folder)
     source = base_folder(report.data, base, needed=asked.needs_base)
-    anatomy, rewritten = _refused(folder, weights), _rewritten(report.data)
+    if refuse and source is not None:
+        refuse(source)
+    anatomy, rewritten = _refused(folder), rewritten_by(report.data)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
+    refuse_settings(asked, anatomy.config)
     parameters = Anatomy.of(source).parameters if source is not None else 0
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=parameters)
     if on_plan and ranks.first:
@@ -166,7 +173,8 @@ def heal_folder(
             records.draw(partial / RUN)
             data = records.renewed(report.data, asked, judged_by) | {"plan_hash": identity}
             data["heal"] = records.made(asked, facts, report.data.get("heal"))
-            data |= {"files": weight_files(partial), "left_behind": carry_files(folder, partial, _files(weights))}
+            files = weight_files(partial) | weight_files(partial, ADAPTER)
+            data |= {"files": files, "left_behind": carry_files(folder, partial, _files(weights))}
             Report(data, partial).save()
             _tidy(partial / RUN)
     return (Report.of(out.out) if ranks.first else None), source
@@ -183,7 +191,6 @@ def finish(
 ) -> None:
     """Check the healed folder, score it beside base and converted model, and write both into record and card."""
     from ..checking import check_folder, to_dict
-    from ..evaluation.judging import judge
     from ..evaluation.perplexity import evaluate
 
     gc.collect()  # the trained model and the base beside it, which a cycle may hold
@@ -202,33 +209,7 @@ def finish(
     healed.save()
 
 
-def _in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
-    from .running import Job, train, trained_of
-
-    report = of_memory(model)
-    asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)
-    if tokenizer is None:
-        raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
-    anatomy, rewritten = Anatomy.of(model), _rewritten(report.data)
-    refuse_unhealable(anatomy, type(model).__name__)
-    source = base if base is not None and not isinstance(base, str | Path) else None
-    if source is None:
-        source = base_folder(report.data, base, needed=asked.needs_base)
-    trained_of(model, asked, rewritten)
-    if on_plan:
-        table = {name: ("", tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-        on_plan(HealPlan.of(asked, anatomy, table, rewritten))
-    was, dtype = model.training, model.dtype
-    with tempfile.TemporaryDirectory(prefix="surgery-") as run:
-        job = Job(asked, source, tokenizer, rewritten, Path(run), evaluate=judged_by, progress=progress)
-        facts = train(model.float(), job)
-    model.to(dtype).train(was)
-    report.data["heal"] = records.made(asked, facts, report.data.get("heal"))
-    report.data["recipe"]["heal"] = published(asked)
-    return report
-
-
-def _refused(folder: Path, weights: Checkpoint) -> Anatomy:
+def _refused(folder: Path) -> Anatomy:
     """The anatomy of a folder; raises where it cannot be trained and saved as it was stored."""
     anatomy = Anatomy.of(folder)
     refuse_unhealable(anatomy, str(folder))
@@ -237,7 +218,7 @@ def _refused(folder: Path, weights: Checkpoint) -> Anatomy:
         raise SurgeryError(
             what, where=str(folder), fix="merge them first: model.merge_and_unload(), or move them away"
         )
-    dtypes = sorted({info.dtype for info in weights.tensors.values()} & set(TORCH_NAMES))
+    dtypes = stored_dtypes(anatomy)
     if len(dtypes) != 1:
         raise SurgeryError(
             f"healing stores all weights in one dtype, and this checkpoint has {', '.join(dtypes) or 'none'}",
@@ -245,12 +226,6 @@ def _refused(folder: Path, weights: Checkpoint) -> Anatomy:
             fix="store the model in one dtype first (from_pretrained(..., dtype=...), save_pretrained)",
         )
     return anatomy
-
-
-def _rewritten(data: dict) -> frozenset[str]:
-    """Which projections this surgery and those before it rewrote."""
-    recipes = [old.get("recipe") or {} for old in [*data["history"], data]]
-    return touched(step for recipe in recipes for step in recipe.get("operations") or [])
 
 
 def _identity(asked: Heal, report: Report, source: Path | None) -> str:

@@ -24,6 +24,7 @@ from .training import use_bfloat16
 if TYPE_CHECKING:
     from ..recipe import Evaluate
     from .settings import Heal
+    from .trained import Trained
 
 SELF = "self"
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
@@ -71,7 +72,7 @@ class Job:
         self._base.clear()
 
 
-def rows_of(model, job: Job) -> tuple[dict, Packed]:
+def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
     """What is said of the data, and their rows.
 
     Raises:
@@ -87,7 +88,7 @@ def rows_of(model, job: Job) -> tuple[dict, Packed]:
                 where=str(job.run),
                 fix="finish that one with its own command, or start anew with --overwrite",
             )
-        rows, source = known.get("rows") or _rows_needed(model, heal), job.base
+        rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
         found = documents(
             heal,
             job.tokenizer,
@@ -109,19 +110,22 @@ def rows_of(model, job: Job) -> tuple[dict, Packed]:
     return found.facts | {"rows": len(packed)}, packed
 
 
-def _rows_needed(model, heal: Heal) -> int:
+def _rows_needed(model, heal: Heal, trained: Trained) -> int:
     """Rows that the training will read; by the clock, as many as this machine could at most."""
     if heal.planned_steps is not None:
         return heal.planned_steps * heal.rows
-    rows = micro_rows(heal.rows, heal.length)
     vocabulary = model.config.get_text_config().vocab_size
+    rows = micro_rows(heal.rows, heal.length, vocabulary)
+    # Gradients of what trains, not of all weights: nobody has planned the memory of those.
+    names = trained.parameters or [f"{trained.adapted[0]}.weight"]
+    wanted = [model.get_parameter(name).requires_grad_() for name in names]
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
     batch = batch.to(processes().device)
     model.to(processes().device).train()
     for _ in range(2):  # the first is slower
         began = time.monotonic()
-        cross_entropy(model(input_ids=batch, use_cache=False).logits, batch).backward()
+        loss = cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
+        torch.autograd.grad(loss, wanted, allow_unused=True)
         seconds = time.monotonic() - began
-    model.zero_grad()
     steps = max(1, int(60 * heal.minutes / seconds * rows / heal.rows))
     return max(1, steps // (ROUNDS if heal.data == SELF else 1)) * heal.rows

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import TORCH_NAMES
 from ..errors import SurgeryError
 from ..report import Report
+from .trained import touched
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -55,6 +56,12 @@ def converted_model(folder: Path, anatomy: Anatomy):
     with quiet_transformers():
         model = load_model(folder, dtype=torch.float32)
     return model, getattr(torch, TORCH_NAMES[anatomy.dtype])
+
+
+def rewritten_by(data: dict) -> frozenset[str]:
+    """Which projections this surgery and those before it rewrote; `data`: of surgery.json."""
+    recipes = [old.get("recipe") or {} for old in [*data["history"], data]]
+    return touched(step for recipe in recipes for step in recipe.get("operations") or [])
 
 
 def base_of_memory(model, asked: Heal) -> str | None:

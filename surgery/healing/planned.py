@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, TrainingError
 from .trained import Table, Trained, choose, summed_up
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WIDTHS = 16, 4  # activations that a layer keeps for its gradient: times hidden and times intermediate size
 MOMENTS = 2  # of AdamW
 MICRO_TOKENS = 4096  # of one forward, at most
+# Values of its logits, at most: 1 GiB in float32. Their gradient and a teacher's logits are as large.
+MICRO_LOGITS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class HealPlan:
     @property
     def micro_tokens(self) -> int:
         """Tokens of one forward in one process."""
-        return micro_rows(self.heal.rows, self.heal.length) * self.heal.length
+        return micro_rows(self.heal.rows, self.heal.length, self.vocabulary) * self.heal.length
 
     @property
     def memory_bytes(self) -> int:
@@ -115,8 +117,25 @@ def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
         raise SurgeryError(what, where=where, fix="heal: null, and train it with a script of its own")
 
 
-def micro_rows(rows: int, length: int) -> int:
-    """Rows of one forward: the most that divide those of a step and have at most MICRO_TOKENS; at least one."""
-    return max(
-        count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= MICRO_TOKENS or count == 1)
-    )
+def rows_each(heal: Heal, processes: int) -> int:
+    """Rows of a step in each process.
+
+    Raises:
+        TrainingError: the rows of a step cannot be shared evenly by the processes.
+    """
+    rows, left = divmod(heal.rows, processes)
+    if left or not rows:
+        raise TrainingError(
+            f"{processes} processes cannot share the {heal.rows} rows of a step evenly",
+            where="heal",
+            exists=f"batch_tokens {heal.batch_tokens}, length {heal.length}",
+            fix=f"heal.batch_tokens={heal.length * processes * -(-heal.rows // processes)}",
+        )
+    return rows
+
+
+def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:
+    """Rows of one forward: the most that divide those of a step, have at most MICRO_TOKENS, and logits of at most
+    MICRO_LOGITS; at least one. How a step is cut into forwards changes its sums by rounding alone."""
+    most = min(MICRO_TOKENS, MICRO_LOGITS // vocabulary if vocabulary else MICRO_TOKENS)
+    return max(count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= most or count == 1))

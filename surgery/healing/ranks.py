@@ -29,7 +29,8 @@ class Ranks:
     """Which process this is, by the launcher's environment; alone where there is no launcher."""
 
     def __init__(self):
-        self.several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.several = self.count > 1
         self.first = not self.several or int(os.environ.get("RANK", "0")) == 0
 
     def wait(self) -> None:

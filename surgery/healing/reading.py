@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, shown
 from ..overrides import as_text
 from ..recipe import Evaluate, faults_of
 from ..yaml_lines import parse
@@ -30,6 +30,8 @@ def settings(
         SurgeryError: with every fault at once.
     """
     given = given.model_dump() if isinstance(given, Heal) else given
+    if not isinstance(given, dict | None):
+        raise SurgeryError(f"settings is {shown(given)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
     data = {"heal": dict(given if given is not None else known.get("heal") or {}), "evaluate": known.get("evaluate")}
     faults: list[SurgeryError] = []
     lines: dict = {}

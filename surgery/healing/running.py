@@ -23,7 +23,7 @@ from .schedule import Clock, Rows
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Trained, choose, summed_up
-from .training import HealTrainer, arguments, enough_memory, use_bfloat16
+from .training import HealTrainer, arguments, enough_memory, use_bfloat16, without_attention_dropout
 from .warm_start import warm_start
 from .watching import HeldOut
 
@@ -53,11 +53,11 @@ def train(model, job: Job) -> dict:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
-    with enough_memory(heal):
-        text, packed = rows_of(model, job)
+    with enough_memory(heal), without_attention_dropout(model):
+        watch = _watch(job)  # before a text is written, which takes longest: it may refuse
+        text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         started = _start(model, job, packed, trained)
-        watch = _watch(job)
         student = _prepared(model, heal, trained)
         try:
             record = _loop(student, model, job, packed, watch)
@@ -151,6 +151,7 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
     heal = job.heal
     if heal.loss == "ce" and not heal.hidden:
+        job.forget_base()  # it may have written the text
         return Teacher()
     if heal.teacher == "live":
         return LiveTeacher(job.base_model())
@@ -176,7 +177,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
     with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
-            args=arguments(heal, job.run, steps, state.num_processes),
+            args=arguments(heal, job.run, steps, state.num_processes, plain.config.get_text_config().vocab_size),
             train_dataset=Rows(packed, steps * heal.rows, heal.seed),
             callbacks=[follow],
             heal=heal,
@@ -186,8 +187,10 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         )
         trainer.remove_callback(PrinterCallback)
         follow.trainer = trainer
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     curve = [line["loss"] for line in read(job.run / METRICS)]
     ends, done = max(1, min(CURVE_ENDS, len(curve) // 4)), trainer.state.global_step
     return {

@@ -143,7 +143,7 @@ class _Begin:
     @classmethod
     def of(cls, tokenizer, chat: bool, vocabulary: int) -> _Begin:
         if chat:
-            return cls(_user_turn(tokenizer), ())
+            return cls(user_turn(tokenizer), ())
         bos = tuple(begin_of_text(tokenizer))
         return cls(bos, () if bos else _words(tokenizer, vocabulary))
 
@@ -158,7 +158,8 @@ class _Begin:
         return torch.cat([prefix, words[drawn]], dim=1)
 
 
-def _user_turn(tokenizer) -> tuple[int, ...]:
+def user_turn(tokenizer) -> tuple[int, ...]:
+    """How the chat template begins a user's turn, as tokens; raises where there is no template."""
     if not tokenizer.chat_template:
         raise SurgeryError("this tokenizer has no chat template", where="heal.chat", fix="heal.chat=false")
     turn = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
+from ..anatomy import Anatomy
 from ..errors import MachineError, TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
 from . import losses
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from .packing import arguments as called_with
-from .planned import micro_rows
+from .planned import micro_rows, rows_each
 from .ranks import on_cpu
 from .schedule import Clock, rate_at
 from .trained import SURGERY
@@ -58,7 +59,12 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the tokens of a step: this forward's share of it."""
-        outputs = model(**called_with(type(self.plain), inputs, self.heal.hidden > 0))
+        try:
+            outputs = model(**called_with(type(self.plain), inputs, self.heal.hidden > 0))
+        except ValueError as error:  # a router is worked out from what was NaN before the loss is
+            if "not finite" not in str(error):
+                raise
+            self._stop(str(error).partition(":")[0])
         loss, parts = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
         if self.routed and self.heal.balance:
             share = predicted(inputs["labels"]) / num_items_in_batch
@@ -177,21 +183,10 @@ def parameter_groups(model, heal: Heal) -> list[dict]:
     return [{"params": params} | settings[name] for name, params in groups.items() if params]
 
 
-def arguments(heal: Heal, run: Path, steps: int, processes: int) -> TrainingArguments:
-    """The Trainer's arguments.
-
-    Raises:
-        TrainingError: the rows of a step cannot be shared evenly by the processes.
-    """
-    rows, left = divmod(heal.rows, processes)
-    if left or not rows:
-        raise TrainingError(
-            f"{processes} processes cannot share the {heal.rows} rows of a step evenly",
-            where="heal",
-            exists=f"batch_tokens {heal.batch_tokens}, length {heal.length}",
-            fix=f"heal.batch_tokens={heal.length * processes * -(-heal.rows // processes)}",
-        )
-    micro = micro_rows(rows, heal.length)
+def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int = 0) -> TrainingArguments:
+    """The Trainer's arguments; raises as `rows_each`."""
+    rows = rows_each(heal, processes)
+    micro = micro_rows(rows, heal.length, vocabulary)
     made = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
@@ -221,6 +216,28 @@ def use_bfloat16(heal: Heal) -> bool:
     if heal.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return heal.precision == "bfloat16"
+
+
+@contextmanager
+def without_attention_dropout(model) -> Iterator[None]:
+    """The attention of a surgical model without the dropout that its base was trained with, which the runtime refuses.
+
+    Adapters come later and keep their own.
+    """
+    found = []
+    if hasattr(model.config, "surgery"):
+        for layer in Anatomy.of(model).layers:
+            for module in model.get_submodule(layer.path).modules():
+                names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "dropout" in n]
+                found += [(module, name, getattr(module, name)) for name in names]
+    found = [(module, name, rate) for module, name, rate in found if isinstance(rate, float)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
 
 
 @contextmanager

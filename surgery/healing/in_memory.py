@@ -1,0 +1,70 @@
+"""Healing of a converted model in memory, in place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..anatomy import Anatomy
+from ..errors import SurgeryError
+from ..report import Report
+from . import record as records
+from .beforehand import refuse_settings
+from .origin import base_folder, of_memory, rewritten_by
+from .planned import HealPlan, refuse_unhealable
+from .reading import settings as read_settings
+
+
+def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
+    """As `surgery.heal` of a loaded model."""
+    from .running import Job, train, trained_of
+
+    report = of_memory(model)
+    asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)
+    if not callable(tokenizer):
+        raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
+    anatomy, rewritten = Anatomy.of(model), rewritten_by(report.data)
+    refuse_unhealable(anatomy, type(model).__name__)
+    refuse_settings(asked, model.config)
+    source = base if base is not None and not isinstance(base, str | Path) else None
+    if source is None:
+        source = base_folder(report.data, base, needed=asked.needs_base)
+    trained_of(model, asked, rewritten)
+    if on_plan:
+        table = {name: ("", tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+        on_plan(HealPlan.of(asked, anatomy, table, rewritten))
+    run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
+    with in_float32(model), tempfile.TemporaryDirectory(prefix="surgery-") as run:
+        job = Job(run_settings, source, tokenizer, rewritten, Path(run), evaluate=judged_by, progress=progress)
+        facts = train(model, job)
+    earlier = report.data.get("heal")
+    # What was checked and measured was the model before.
+    report.data.update(records.renewed(report.data, asked, judged_by))
+    report.data["heal"] = records.made(asked, facts, earlier)
+    return report
+
+
+@contextmanager
+def in_float32(model) -> Iterator[None]:
+    """The model in float32 while it trains; afterwards, also after an error, in the dtypes and modes that it had.
+
+    Buffers are put back as they were, not cast: RoPE's frequencies are float32 in a bfloat16 model.
+    """
+    parameters = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    buffers = [(module, *each) for module in model.modules() for each in module.named_buffers(recurse=False)]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.float()
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, wanted = parameters.get(name, (parameter.dtype, True))
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(wanted)
+        for module, name, tensor in buffers:
+            module.register_buffer(name, tensor.to(model.device), name not in module._non_persistent_buffers_set)
+        for module, mode in modes:
+            module.training = mode

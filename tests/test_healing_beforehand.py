@@ -1,0 +1,162 @@
+"""What is refused before hours of work, and a model in memory that is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import edit_tensors
+from families import TINY, one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import surgery as package
+from surgery.errors import SurgeryError
+from surgery.healing import beforehand, job, running, training
+from surgery.healing.heal import _refused, _tidy
+from surgery.healing.origin import of_memory
+from surgery.healing.reading import settings
+from surgery.healing.settings import Heal
+from surgery.healing.trained import Trained
+
+SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
+
+
+@pytest.fixture
+def tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture
+def edited(tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    package.apply("mqa", model, tokenizer=tokenizer)
+    return model
+
+
+def test_a_failed_healing_in_memory_leaves_the_model_as_it_was(edited, tiny_llama, tokenizer, text, monkeypatch):
+    before = {name: tensor.clone() for name, tensor in (*edited.named_parameters(), *edited.named_buffers())}
+    asked = SMALL | {"data": str(text), "method": "parts", "checkpoint_every": 1}
+
+    def broken(self, *args, **kwargs):
+        assert self.args.save_strategy != "steps", "nobody could go on from a temporary folder"
+        self._stop("the loss is not a number")
+
+    monkeypatch.setattr(training.HealTrainer, "compute_loss", broken)
+    with pytest.raises(SurgeryError, match="not a number in step 1"):
+        package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked)
+    after = dict((*edited.named_parameters(), *edited.named_buffers()))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    assert all(parameter.requires_grad for parameter in edited.parameters())
+    assert not edited.training
+
+
+def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokenizer, text):
+    report = of_memory(edited)
+    report.data |= {"evaluation": {"status": "done"}, "check": {"passed": True, "items": []}}
+    healed = package.heal(edited, tiny_llama, tokenizer=tokenizer, data=str(text), method="parts", loss="ce", **SMALL)
+    assert healed.data is report.data
+    assert (healed.data["evaluation"], healed.data["check"]) == (None, None)
+    assert healed.data["seeds"]["heal"] == 0
+
+
+def test_in_memory_it_is_refused_before_the_model_is_edited(tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    recipe = {"version": 1, "name": "x", "operations": [{"op": "gqa", "kv_heads": 1}]}
+    for data, given, says in (("nope.txt", tokenizer, "no such text file"), ("builtin", None, "needs the tokenizer")):
+        with pytest.raises(SurgeryError, match=says):
+            package.apply(recipe | {"heal": SMALL | {"data": data}}, model, tokenizer=given)
+    assert model.config.num_key_value_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("heal.data=nope.txt", ["nope.txt", "no such text file"]),
+        ("heal.report_to=paper", ["cannot report to 'paper'"]),
+        ("heal.chat=true", ["no chat template"]),
+        ("heal.length=2000", ["rows of 2000 tokens are longer than the model"]),
+    ],
+)
+def test_a_recipe_is_refused_before_it_converts(refused, model, setting, says):
+    """`refused` sees that no file was written."""
+    refused("apply", "mqa", model, "heal.steps=1", setting, "-o", "out", "--no-check", "--no-eval", says=says)
+
+
+def test_who_is_reported_to_must_be_there(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
+    config = TINY["llama"]().config
+    beforehand.refuse_settings(Heal(steps=1, length=16, report_to="wandb"), config)
+    with pytest.raises(SurgeryError, match="trackio is not installed"):
+        beforehand.refuse_settings(Heal(steps=1, length=16, report_to="trackio"), config)
+
+
+def test_what_watches_is_looked_at_before_a_text_is_written(edited, tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr("surgery.healing.data.sample", None)
+    watched = SMALL | {"eval_every": 1, "stop_at_gate": True}
+    with pytest.raises(SurgeryError, match="no limit that can be watched"):
+        package.heal(edited, tiny_llama, tokenizer=tokenizer, overrides=["evaluate.max_kl=null"], **watched)
+
+
+def test_settings_of_another_kind():
+    with pytest.raises(SurgeryError, match="settings is 'parts'"):
+        settings({}, "parts")
+
+
+def test_a_rope_table_of_an_old_checkpoint_is_no_second_dtype(model):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(model, lambda tensors: tensors.update({name: torch.ones(4)}))
+    _refused(model)
+    edit_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.ones(72)}))
+    with pytest.raises(SurgeryError, match="in one dtype, and this checkpoint has BF16, F32"):
+        _refused(model)
+
+
+# --- while it trains ----------------------------------------------------------------------------------------
+
+
+def test_attention_dropout_of_a_surgical_models_base(tokenizer, text):
+    """GPT-2 has it in its config, and the surgical attention refuses it."""
+    model, base = TINY["gpt2"](vocab_size=64), TINY["gpt2"](vocab_size=64)
+    package.apply("duo-attention", model, tokenizer=tokenizer, streaming_ratio=0.5, sinks=2, window=8)
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert max(rates) > 0
+    healed = package.heal(model, base, tokenizer=tokenizer, data=str(text), method="full", **SMALL)
+    assert healed.data["heal"]["steps"] == 2
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == rates
+
+
+def test_a_router_of_nan_is_said(tiny_llama, tokenizer, text):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    package.apply("moh", model, tokenizer=tokenizer, router="zero", shared_ratio=0)
+    model.model.layers[1].self_attn.surgery_router.data[0] = float("nan")
+    with pytest.raises(SurgeryError, match="the router of layer 1 gave numbers that are not finite in step 1"):
+        package.heal(model, tiny_llama, tokenizer=tokenizer, data=str(text), loss="ce", method="parts", **SMALL)
+
+
+def test_by_the_clock_only_what_trains_gets_gradients():
+    model, seen = TINY["llama"](), []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda _, name=name: seen.append(name))
+    heal = Heal(minutes=0.001, length=16, batch_tokens=32)
+    names = ("model.layers.1.self_attn.k_proj.weight",)
+    assert job._rows_needed(model, heal, Trained(names, (), 0)) >= 2
+    assert set(seen) == set(names)
+    job._rows_needed(model, heal, Trained((), ("model.layers.0.mlp.up_proj",), 0))
+    assert set(seen) == {*names, "model.layers.0.mlp.up_proj.weight"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_base_that_only_wrote_the_text_is_let_go(tmp_path):
+    made = job.Job(Heal(steps=1, loss="ce"), None, None, frozenset(), tmp_path)
+    made._base.append("the base")
+    running._teacher(made, None)
+    assert not made._base
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    for name in ("runs/host/events.1", "checkpoint-2/complete.json", "teacher/teacher.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "metrics.jsonl").touch()
+    _tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]
