@@ -33,7 +33,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model")
 parser.add_argument("--scores", nargs="+", type=Path, required=True)
 parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75])
-parser.add_argument("--random", type=int, default=5, help="random splits at each ratio")
+parser.add_argument("--random", type=int, default=5, help="random splits at each ratio; 0: neither them nor the inverse")
 parser.add_argument("--sinks", type=int, default=16)
 parser.add_argument("--window", type=int, default=240)
 parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])
@@ -50,7 +50,8 @@ def splits(model, options) -> dict[str, list[list[list[float]]]]:
     anatomy = Anatomy.of(model)
     rows = {path.stem: load_scores(path, anatomy).scores for path in options.scores}
     first = next(iter(rows))
-    rows[f"inverse {first}"] = [[-x for x in layer] for layer in rows[first]]
+    if options.random:
+        rows[f"inverse {first}"] = [[-x for x in layer] for layer in rows[first]]
     for number in range(options.random):
         draw = random.Random(f"{options.seed} {number}")
         rows[f"random {number}"] = [[draw.random() for _ in range(layer.kv_heads)] for layer in anatomy.layers]
