@@ -17,6 +17,7 @@ from ..anatomy import Anatomy
 from ..carried import carry_files
 from ..checkpoint import TORCH_NAMES, WEIGHT_INDEX, Checkpoint
 from ..errors import SurgeryError
+from ..folder import model_table
 from ..output import OutputFolder, weight_files
 from ..overrides import as_text
 from ..report import Report, published_override
@@ -134,8 +135,8 @@ def heal_folder(
     source = base_folder(report.data, base, needed=asked.needs_base)
     anatomy, rewritten = _refused(folder, weights), _rewritten(report.data)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
-    parameters = Anatomy.of(source).parameters if source is not None else 0
-    plan = HealPlan.of(asked, anatomy, table, rewritten, base=parameters)
+    before = Anatomy.of(source) if source is not None else None
+    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if on_plan and ranks.first:
         on_plan(plan)
     identity = _identity(asked, report, source)
@@ -153,6 +154,7 @@ def heal_folder(
             read_tokenizer(folder),
             rewritten,
             partial / RUN,
+            operations=report.data["operations"],
             identity=identity,
             evaluate=judged_by,
             adapter=partial / ADAPTER,
@@ -214,13 +216,16 @@ def _in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fiel
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
         source = base_folder(report.data, base, needed=asked.needs_base)
-    trained_of(model, asked, rewritten)
+    operations = report.data["operations"]
+    before = Anatomy.of(source) if source is not None else None
+    plan = HealPlan.of(asked, anatomy, model_table(model), rewritten, base=before, operations=operations)
+    trained_of(model, asked, rewritten, plan.mixing)
     if on_plan:
-        table = {name: ("", tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-        on_plan(HealPlan.of(asked, anatomy, table, rewritten))
+        on_plan(plan)
     was, dtype = model.training, model.dtype
     with tempfile.TemporaryDirectory(prefix="surgery-") as run:
-        job = Job(asked, source, tokenizer, rewritten, Path(run), evaluate=judged_by, progress=progress)
+        more = {"operations": operations, "evaluate": judged_by, "progress": progress}
+        job = Job(asked, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model.float(), job)
     model.to(dtype).train(was)
     report.data["heal"] = records.made(asked, facts, report.data.get("heal"))

@@ -38,6 +38,7 @@ class Job:
         base: folder of the unconverted model, or that model; None where nothing asks it.
         rewritten: projections that the surgery rewrote (`trained.touched`).
         run: folder of checkpoints and metrics.
+        operations: of the surgery, with their records; what mixing weights must know of it.
         identity: of settings, model and base; a run that goes on must have the same.
         evaluate: text and limits of the recipe, for held-out scores while it trains.
         adapter: where the adapter is kept, if `heal.keep_adapter`.
@@ -48,6 +49,7 @@ class Job:
     tokenizer: Any
     rewritten: frozenset[str]
     run: Path
+    operations: list[dict] = field(default_factory=list)
     identity: str = ""
     evaluate: Evaluate | None = None
     adapter: Path | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ class HealPlan:
     Attributes:
         trained: what trains.
         parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
+        mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
+            heads that they mix, in memory while it trains.
     """
 
     heal: Heal
@@ -35,21 +38,43 @@ class HealPlan:
     intermediate: int
     layers: int
     vocabulary: int
+    mixing: Table = field(default_factory=dict)
+    mixed: int = 0
 
     @classmethod
-    def of(cls, heal: Heal, anatomy: Anatomy, table: Table, rewritten: frozenset[str], more: int = 0, base: int = 0):
-        """The plan for a converted model; arguments as for `trained.choose`, `base`: parameters of the base."""
+    def of(
+        cls,
+        heal: Heal,
+        anatomy: Anatomy,
+        table: Table,
+        rewritten: frozenset[str],
+        more: int = 0,
+        base: Anatomy | None = None,
+        operations: Sequence[dict] = (),
+    ) -> HealPlan:
+        """The plan for a converted model; arguments as for `trained.choose`.
+
+        Args:
+            base: of the model before the surgery; None where it is not known.
+            operations: of the surgery, those of its record or of its recipe.
+
+        Raises:
+            SurgeryError: of `choose`, and of `mixing.merges`.
+        """
         config = anatomy.config.get_text_config()
+        mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
         return cls(
             heal,
-            choose(heal, anatomy, table, rewritten, more=more),
+            choose(heal, anatomy, table | mixing, rewritten, more=more),
             sum(prod(shape) for _, shape in table.values()) + more,
-            base if heal.needs_base else 0,
+            base.parameters if base is not None and heal.needs_base else 0,
             hidden,
             getattr(config, "intermediate_size", None) or 4 * hidden,
             len(anatomy.layers),
             getattr(config, "vocab_size", 0) or 0,
+            mixing,
+            mixed,
         )
 
     @property
@@ -60,7 +85,7 @@ class HealPlan:
     @property
     def memory_bytes(self) -> int:
         """Weights in float32, gradients and moments of what trains, the base, activations, logits of both."""
-        weights = 4 * (self.parameters + self.base_parameters + (1 + MOMENTS) * self.trained.count)
+        weights = 4 * (self.parameters + self.base_parameters + self.mixed + (1 + MOMENTS) * self.trained.count)
         layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
         kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
         logits = 4 * self.vocabulary * (3 if self.base_parameters else 2)
@@ -89,8 +114,15 @@ class HealPlan:
             f", updates of rank {heal.rank} on {len(self.trained.adapted)} matrices" if self.trained.adapted else ""
         )
         share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
+        mixing = []
+        if self.mixing:
+            count = sum(prod(shape) for _, shape in self.mixing.values())
+            mixing.append(
+                f"heal: {count:,} of them mix the base's K and V heads (one for each {heal.mixing}), folded after"
+            )
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
+            *mixing,
             f"heal: towards {towards} ({heal.loss}), on {heal.data}, {how_long}, learning rate {heal.rate:g}",
         ]
 
@@ -106,6 +138,19 @@ class HealPlan:
             "memory_bytes": self.memory_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
+
+
+def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequence[dict]) -> tuple[Table, int]:
+    """Table of the mixing weights, and how many numbers of the base's heads they mix."""
+    if heal.mixing == "none" or base is None:
+        return {}, 0
+    from .mixing import merges, orders_of, planned
+
+    orders_of(operations, anatomy)
+    found = merges(anatomy, base)
+    hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
+    heads = sum(len(members) for _, _, groups in found for members in groups)
+    return planned(found, heal.mixing), 2 * heads * found[0][1].head_dim * hidden
 
 
 def refuse_unhealable(anatomy: Anatomy, where: str) -> None:

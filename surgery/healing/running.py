@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, set_seed
@@ -17,12 +18,13 @@ from .adapters import adapt, bare, freeze, merge
 from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
 from .job import Job, rows_of
+from .mixing import add_mixing, folded, inside, merges, orders_of, planned, unmix
 from .packing import Packed
 from .ranks import processes
 from .schedule import Clock, Rows
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
-from .trained import Trained, choose, summed_up
+from .trained import Table, Trained, choose, summed_up
 from .training import HealTrainer, arguments, enough_memory, use_bfloat16
 from .warm_start import warm_start
 from .watching import HeldOut
@@ -49,26 +51,34 @@ def train(model, job: Job) -> dict:
     """
     heal, began = job.heal, time.time()
     refuse_vocabulary(model, job.base)
-    trained = trained_of(model, heal, job.rewritten)
+    mixing, orders = _mixing(model, job)
+    trained = trained_of(model, heal, job.rewritten, mixing)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
     with enough_memory(heal):
         text, packed = rows_of(model, job)
         set_seed(heal.seed)
-        started = _start(model, job, packed, trained)
-        watch = _watch(job)
-        student = _prepared(model, heal, trained)
+        record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
+        record |= {"in_full": summed_up(trained.parameters)}
+        student = None
         try:
-            record = _loop(student, model, job, packed, watch)
+            if mixing:
+                add_mixing(model, job.base, heal.mixing, orders)
+                trained = replace(trained, parameters=inside(model, trained.parameters))
+            record["warm_start"] = _start(model, job, packed, trained)
+            watch = _watch(job)
+            student = _prepared(model, heal, trained)
+            record |= _loop(student, model, job, packed, watch)
         except BaseException:
-            if heal.method == "lora":  # a model in memory stays as it was, and can be used
+            if heal.method == "lora" and student is not None:  # a model in memory can be used as it was
                 student.unload()
+            unmix(model)
             raise
         finally:
             model.config.use_cache = use_cache
-        record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
-        record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
+        if mixing:
+            record["mixing"] = folded(model)
         if heal.method == "lora":
             if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
                 _keep_adapter(student, job)
@@ -80,15 +90,24 @@ def train(model, job: Job) -> dict:
     return record | {"wall_seconds": round(time.time() - began, 1)}
 
 
-def trained_of(model, heal: Heal, rewritten: frozenset[str]) -> Trained:
-    """What of a model in memory trains; see `trained.choose`."""
+def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
+    """The mixing weights that are asked for, and the order of the base's heads in the groups."""
+    if job.heal.mixing == "none":
+        return {}, None
+    ours = Anatomy.of(model)
+    orders = orders_of(job.operations, ours)
+    return planned(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
+
+
+def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> Trained:
+    """What of a model in memory trains; see `trained.choose`. `mixing`: weights that it does not have yet."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     def is_linear(path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
-    found = choose(heal, Anatomy.of(model), model_table(model), rewritten, is_linear)
+    found = choose(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
     if heal.keep_adapter and (names := bare(model, found)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
