@@ -3,11 +3,11 @@
     W_K' = W_K + Σ_h w_h W_K^h        and the same for V, with weights of their own
 
 W_K is the shared head as the conversion made it, frozen or trained beside; the sum is over the base's heads of its
-group. All w_h begin at 0, so the start is the conversion's, whichever it was. The mean is w_h = 1 / group in the paper's
-spelling. The closed form has none: it turns each head's RoPE pairs by angles of their own before it sums them, takes the
-best values of lower rank and refits both, so it is W_K here, and the heads that are added to it are the base's as they
-stand there, not turned. A number for each head trains, or one for each of its channels, and W_K' costs nothing once it
-is folded.
+group. All w_h begin at 0, so the start is the conversion's, whichever it was. The mean is w_h = 1 / group in the
+paper's spelling. The closed form has none: it turns each head's RoPE pairs by angles of their own before it sums them,
+takes the best values of lower rank and refits both. So it is W_K here, and the heads that are added to it are the
+base's as they stand there, not turned. A number for each head trains, or one for each of its channels, and W_K' costs
+nothing once it is folded.
 
 Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in Transformers", arXiv 2407.10855.
 """
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from .trained import Table
 
 Per = Literal["head", "channel"]
-Merge = tuple[
-    "LayerAnatomy", "LayerAnatomy", list[list[int]]
-]  # a layer, the base's, the base's KV heads of each group
+# A layer, the base's, and the base's KV heads of each group.
+Merge = tuple["LayerAnatomy", "LayerAnatomy", list[list[int]]]
 REGROUPING = ("gqa", "expand", "prune_heads")  # operations after which a KV head is not the base's of that number
 
 

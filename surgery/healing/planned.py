@@ -130,7 +130,8 @@ class HealPlan:
         return {
             "settings": self.heal.model_dump(mode="json"),
             "parameters": self.trained.count,
-            "in_full": summed_up(self.trained.parameters),
+            "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
+            "mixing": sum(prod(shape) for _, shape in self.mixing.values()),
             "adapted": len(self.trained.adapted),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,

@@ -60,7 +60,7 @@ def train(model, job: Job) -> dict:
         text, packed = rows_of(model, job)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
-        record |= {"in_full": summed_up(trained.parameters)}
+        record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
         student = None
         try:
             if mixing:
