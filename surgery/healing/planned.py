@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ..errors import SurgeryError
+from .sharding import Engine
 from .trained import Table, Trained, choose, summed_up
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class HealPlan:
     Attributes:
         trained: what trains.
         parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
+        engine: that the processes are of.
         mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
             heads that they mix, in memory while it trains.
     """
@@ -40,6 +42,7 @@ class HealPlan:
     vocabulary: int
     mixing: Table = field(default_factory=dict)
     mixed: int = 0
+    engine: Engine = field(default_factory=Engine)
 
     @classmethod
     def of(
@@ -51,12 +54,14 @@ class HealPlan:
         more: int = 0,
         base: Anatomy | None = None,
         operations: Sequence[dict] = (),
+        engine: Engine | None = None,
     ) -> HealPlan:
         """The plan for a converted model; arguments as for `trained.choose`.
 
         Args:
             base: of the model before the surgery; None where it is not known.
             operations: of the surgery, those of its record or of its recipe.
+            engine: default the one that launched this process.
 
         Raises:
             SurgeryError: of `choose`, and of `mixing.merges`.
@@ -75,21 +80,33 @@ class HealPlan:
             getattr(config, "vocab_size", 0) or 0,
             mixing,
             mixed,
+            engine or Engine.here(),
         )
 
     @property
     def micro_tokens(self) -> int:
         """Tokens of one forward in one process."""
-        return micro_rows(self.heal.rows, self.heal.length) * self.heal.length
+        return micro_rows(max(1, self.heal.rows // self.engine.processes), self.heal.length) * self.heal.length
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes in each process: a part of what its engine shares out, the rest whole; all in float32."""
+        part = self.engine.part
+        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
+        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
+        return {
+            "weights": -(-4 * self.parameters // part("weights")) + 4 * self.mixed,
+            "gradients": -(-4 * self.trained.count // part("gradients")),
+            "optimizer": -(-4 * MOMENTS * self.trained.count // part("optimizer")),
+            "base": 4 * self.base_parameters,
+            "activations": self.micro_tokens * kept,
+            "logits": self.micro_tokens * 4 * self.vocabulary * (3 if self.base_parameters else 2),
+        }
 
     @property
     def memory_bytes(self) -> int:
-        """Weights in float32, gradients and moments of what trains, the base, activations, logits of both."""
-        weights = 4 * (self.parameters + self.base_parameters + self.mixed + (1 + MOMENTS) * self.trained.count)
-        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
-        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
-        logits = 4 * self.vocabulary * (3 if self.base_parameters else 2)
-        return weights + self.micro_tokens * (kept + logits)
+        """Of one process."""
+        return sum(self.memory.values())
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -136,7 +153,10 @@ class HealPlan:
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
+            "processes": self.engine.processes,
+            "engine": self.engine.name,
             "memory_bytes": self.memory_bytes,
+            "memory": self.memory,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
 

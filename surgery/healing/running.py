@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
-from ..errors import SurgeryError
+from ..errors import SurgeryError, TrainingError
 from ..folder import model_table, read_json
 from ..output import write_json
 from ..quiet import quiet_transformers
@@ -22,6 +23,7 @@ from .mixing import add_mixing, folded, inside, merges, orders_of, planned, unmi
 from .packing import Packed
 from .ranks import processes
 from .schedule import Clock, Rows
+from .sharding import Engine, put, training
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Table, Trained, choose, summed_up
@@ -183,15 +185,25 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
 
 def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
+    engine, original = Engine.here(), student
+    if "weights" in engine.shared:  # what is shared out is a copy: this model gets the whole tensors at the end
+        student, plain = copy.deepcopy((student.cpu(), plain))
     steps = heal.planned_steps or ENDLESS
     with state.main_process_first():
         if state.is_main_process:
             remove_cut_off(job.run)
         last = (whole(job.run) or [None])[-1]
-    earlier = facts_of(last)["seconds"] if last else 0.0
+    facts = facts_of(last) if last else {"seconds": 0.0, "shared": list(engine.shared)}
+    if facts.get("shared", []) != list(engine.shared):
+        raise TrainingError(
+            "the checkpoint's optimizer is stored as another engine shares it out",
+            where=str(last),
+            exists=f"shared out there: {', '.join(facts.get('shared', [])) or 'nothing'}",
+            fix="the accelerate config that it began with, or start anew with --overwrite",
+        )
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
-    follow = Follow(heal, job.run, heal.planned_steps, watch, earlier, progress)
+    follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
     with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
@@ -206,7 +218,10 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         trainer.remove_callback(PrinterCallback)
         follow.trainer = trainer
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if student is not original:
+        for name, tensor in training(trained):
+            put(original.get_parameter(name), tensor)
     curve = [line["loss"] for line in read(job.run / METRICS)]
     ends, done = max(1, min(CURVE_ENDS, len(curve) // 4)), trainer.state.global_step
     return {
@@ -217,6 +232,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         "ended_by": follow.ended,
         "loss": {"first": _mean(curve[:ends]), "last": _mean(curve[-ends:])},
         "processes": state.num_processes,
+        "engine": engine.name,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,
