@@ -177,7 +177,9 @@ def test_two_processes_train_as_one(both, how):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
-@pytest.mark.parametrize("settings", [("method=full",), ("method=lora",), ("method=parts", "mixing=head")])
+@pytest.mark.parametrize(
+    "settings", [("method=full",), ("method=lora",), ("method=parts", "mixing=head")], ids=["full", "lora", "mixing"]
+)
 def test_shared_out_weights_train_as_whole_ones(both, settings):
     """torch's FSDP2, on CPUs."""
     report = both("fsdp", *settings)

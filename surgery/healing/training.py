@@ -211,6 +211,7 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int) -> TrainingArgu
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,  # they are alike everywhere, and the heads that are mixed are large
         label_names=["labels"],
     )
     made._n_gpu = min(1, made.n_gpu)  # several GPUs of one process would run copies of the model, whose gates are lost
