@@ -129,15 +129,17 @@ def test_configs_are_accelerates(file):
 
 @pytest.fixture
 def both(surgery, model, text, tmp_path):
-    """Heal in one process and in two; folders of both."""
+    """Heal in one process and in two, which may be stopped and go on; what the two said, and their report."""
 
-    def run(how: str, *more, steps: int = 20):
+    def run(how: str, *more, steps: int = 20, stop: int | None = None):
         if not (tmp_path / "out").exists():
             assert surgery("apply", "mqa", model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
         settings = [f"data={text}", "length=16", "batch_tokens=64", f"steps={steps}", "learning_rate=0.003", *more]
         asked = ["heal", "out", *settings, "loss=both", "--base", str(model), "--no-eval", "-q", "-o"]
         assert surgery(*asked, "one", "--no-check").code == 0
-        done = two(how, [*asked, "two"], tmp_path)
+        if stop is not None:
+            two(how, [*asked, "two"], tmp_path, code=1, STOP_AT=str(stop))
+        done = two(how, [*asked, "two", *["--resume"] * (stop is not None)], tmp_path)
         assert done.stdout.decode().count("changed:") == 1, "one process speaks"
         one, two_ = (read(tmp_path / name / "healing/metrics.jsonl") for name in ("one", "two"))
         assert [line["step"] for line in two_] == list(range(1, steps + 1))
@@ -155,13 +157,13 @@ def both(surgery, model, text, tmp_path):
         assert all(torch.isfinite(tensor.float()).all() for tensor in theirs.values())
         assert not list(tmp_path.glob("two.*"))
         assert not checkpoints.whole(tmp_path / "two/healing")
-        return report
+        return report, done.stdout.decode()
 
     return run
 
 
-def two(how: str, asked: list[str], folder: Path, code: int = 0):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def two(how: str, asked: list[str], folder: Path, code: int = 0, **more):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     done = subprocess.run([sys.executable, *LAUNCH[how], *asked], cwd=folder, env=env, capture_output=True)
     assert done.returncode == code, done.stdout.decode()[-2000:] + done.stderr.decode()[-4000:]
     return done
@@ -171,16 +173,24 @@ def two(how: str, asked: list[str], folder: Path, code: int = 0):
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
 @pytest.mark.parametrize("how", ["torchrun", "accelerate"])
 def test_two_processes_train_as_one(both, how):
-    report = both(how, "method=lora", steps=50 if how == "torchrun" else 20)
+    report, _ = both(how, "method=lora", steps=50 if how == "torchrun" else 20)
     assert report.data["heal"]["engine"] == "copies (DDP)"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
 @pytest.mark.parametrize(
-    "settings", [("method=full",), ("method=lora",), ("method=parts", "mixing=head")], ids=["full", "lora", "mixing"]
+    ("settings", "stop"),
+    [
+        (("method=full",), None),
+        (("method=lora",), None),
+        (("method=parts", "mixing=head", "checkpoint_every=8"), 13),
+    ],
+    ids=["full", "lora", "mixing, stopped"],
 )
-def test_shared_out_weights_train_as_whole_ones(both, settings):
+def test_shared_out_weights_train_as_whole_ones(both, settings, stop):
     """torch's FSDP2, on CPUs."""
-    report = both("fsdp", *settings)
+    report, said = both("fsdp", *settings, stop=stop)
+    assert said.count("shared out: True") == 2
     assert report.data["heal"]["engine"] == "FSDP"
+    assert report.data["heal"]["resumed"] == (stop is not None)
