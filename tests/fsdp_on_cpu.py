@@ -30,7 +30,7 @@ def begin(self, cpu=False, sagemaker_dp=False, backend=None):
 
 
 def whole(parameter, known=sharding.whole):
-    shared.append(hasattr(parameter, "full_tensor") and parameter.to_local().numel() < parameter.numel())
+    shared.append(hasattr(parameter, "full_tensor") and all(each.is_shard() for each in parameter.placements))
     return known(parameter)
 
 
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     finally:
-        print(f"shared out: {any(shared)}", flush=True)
+        print(f"shared out: {bool(shared) and all(shared)}", flush=True)
