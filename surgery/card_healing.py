@@ -64,6 +64,11 @@ def _how(record: dict) -> list[str]:
         "parts": "What the surgery added or rewrote was trained",
         "lora": f"Updates of rank {settings['rank']} to {record.get('adapted')} matrices were trained and merged",
     }[settings["method"]]
+    mixing = record.get("mixing")
+    if mixing and settings["method"] == "parts" and mixing["weights"] == record["parameters"]:
+        what = "Weights that mix the base's K and V heads were trained and folded (WGQA)"
+    elif mixing:
+        what += f", {mixing['weights']:,} weights that mix the base's K and V heads among it, folded (WGQA)"
     if settings["method"] == "lora" and record.get("in_full"):
         what += f", and in full {', '.join(f'`{name}`' for name in record['in_full'])}"
     lines = [f"{what} ({record['parameters']:,} parameters), towards {TOWARDS[settings['loss']]}"]

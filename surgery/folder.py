@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from .checkpoint import STORED_NAMES, Checkpoint
 from .errors import SurgeryError
 
 MAX_CONFIG_BYTES = 16 << 20
+PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
 
 def read_json(path: Path) -> dict:
@@ -57,10 +59,14 @@ def tensor_table(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def model_table(model) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every parameter of a loaded model (tied ones once)."""
+    """Name -> (dtype, shape) of every parameter of a loaded model (tied ones once).
+
+    A weight that torch's parametrize works out of several has the name that it has without.
+    """
 
     def spelled(dtype):
         name = str(dtype).removeprefix("torch.")
         return STORED_NAMES.get(name, name)
 
-    return {name: (spelled(p.dtype), tuple(p.shape)) for name, p in model.named_parameters()}
+    parameters = ((PARAMETRIZED.sub(r".\1", name), p) for name, p in model.named_parameters())
+    return {name: (spelled(p.dtype), tuple(p.shape)) for name, p in parameters}

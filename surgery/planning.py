@@ -94,8 +94,9 @@ class Plan:
             return None
         kept = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
         table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
-        rewritten = touched(self.recipe.to_dict()["operations"])
-        return HealPlan.of(self.recipe.heal, self.after, table, rewritten, self._added, self.before.parameters)
+        operations = self.recipe.to_dict()["operations"]
+        heal, added = self.recipe.heal, self._added
+        return HealPlan.of(heal, self.after, table, touched(operations), added, self.before, operations)
 
     @property
     def output_bytes(self) -> int:

@@ -179,7 +179,7 @@ def test_the_plan_counts():
     assert plan.checkpoint_bytes == 12 * count
     assert plan.base_parameters == 0  # nothing asks it
     assert "40 steps of 256 tokens" in plan.lines[1]
-    beside = HealPlan.of(heal.model_copy(update={"loss": "distill"}), anatomy, table, frozenset("kv"), base=count)
+    beside = HealPlan.of(heal.model_copy(update={"loss": "distill"}), anatomy, table, frozenset("kv"), base=anatomy)
     assert beside.memory_bytes > plan.memory_bytes + 4 * count
 
 

@@ -127,7 +127,16 @@ def healing(work) -> None:
     for line in work.lines:
         out.print(line)
     kept = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
-    out.print(f"heal: about {size(work.memory_bytes)} of memory in each process{kept}")
+    engine, parts = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
+    where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
+    out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{kept}")
+    out.print(f"heal: of it {parts}")
+    if not engine.shared:
+        states = work.memory["gradients"] + work.memory["optimizer"]
+        out.print(
+            f"heal: several processes hold as much each; ZeRO-2 shares {size(states)} of it out among them, "
+            f"FSDP and ZeRO-3 {size(states + work.memory['weights'])}"
+        )
 
 
 def _changes(before, after, known: bool) -> list[tuple]:

@@ -75,18 +75,16 @@ def merge(adapted, vocabulary: int):
     Raises:
         TrainingError: the logits moved, or the updates hold NaN; checkpoints are kept.
     """
-    import torch
-
-    tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(adapted.device)
+    tokens = probe(adapted, vocabulary)
     before = _wide_logits(adapted, tokens)
     wide = before is not None
     if not wide:
-        before = _logits(adapted, tokens)
+        before = logits(adapted, tokens)
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise TrainingError(f"the adapters cannot be merged: {error}", where="heal") from error
-    after = _logits(model, tokens)
+    after = logits(model, tokens)
     model.float()
     moved, spread = (after - before).abs().max().item(), before.std().item()
     if not moved <= (TOLERANCE if wide else ROUNDING) * max(1.0, spread):
@@ -106,13 +104,21 @@ def _wide_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
     if parameters[0].device.type != "cpu" or too_big(0, extra=6 * sum(p.numel() for p in parameters)):
         return None
     try:
-        return _logits(model.double(), tokens)
+        return logits(model.double(), tokens)
     except RuntimeError:  # experts' grouped product has no float64
         model.float()
         return None
 
 
-def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+def probe(model, vocabulary: int) -> torch.Tensor:
+    """Random tokens [rows, tokens] on the model's device."""
+    import torch
+
+    return torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens; the model is left in eval mode."""
     import torch
 
     model.eval()
@@ -121,8 +127,8 @@ def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bare(model, name: str) -> bool:
-    """Whether a parameter belongs to a module that has modules inside."""
-    return any(True for _ in model.get_submodule(name.rpartition(".")[0]).children())
+    """Whether a parameter belongs to a module that has modules inside, or to a weight that is worked out of more."""
+    return ".parametrizations." in name or any(True for _ in model.get_submodule(name.rpartition(".")[0]).children())
 
 
 def _transposed(model, paths: tuple[str, ...]) -> bool:

@@ -141,8 +141,8 @@ def heal_folder(
     anatomy, rewritten = _refused(folder), rewritten_by(report.data)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(asked, anatomy.config)
-    parameters = Anatomy.of(source).parameters if source is not None else 0
-    plan = HealPlan.of(asked, anatomy, table, rewritten, base=parameters)
+    before = Anatomy.of(source) if source is not None else None
+    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if on_plan and ranks.first:
         on_plan(plan)
     identity = _identity(asked, report, source)
@@ -160,6 +160,7 @@ def heal_folder(
             read_tokenizer(folder),
             rewritten,
             partial / RUN,
+            operations=report.data["operations"],
             identity=identity,
             evaluate=judged_by,
             adapter=partial / ADAPTER,

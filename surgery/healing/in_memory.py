@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..anatomy import Anatomy
 from ..errors import SurgeryError
+from ..folder import model_table
 from ..report import Report
 from . import record as records
 from .beforehand import refuse_settings
@@ -31,13 +32,16 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
         source = base_folder(report.data, base, needed=asked.needs_base)
-    trained_of(model, asked, rewritten)
+    operations, table = report.data["operations"], model_table(model)
+    before = Anatomy.of(source) if source is not None else None
+    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
+    trained_of(model, asked, rewritten, plan.mixing)
     if on_plan:
-        table = {name: ("", tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-        on_plan(HealPlan.of(asked, anatomy, table, rewritten))
+        on_plan(plan)
     run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
     with in_float32(model), tempfile.TemporaryDirectory(prefix="surgery-") as run:
-        job = Job(run_settings, source, tokenizer, rewritten, Path(run), evaluate=judged_by, progress=progress)
+        more = {"operations": operations, "evaluate": judged_by, "progress": progress}
+        job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)
     earlier = report.data.get("heal")
     # What was checked and measured was the model before.

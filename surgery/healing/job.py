@@ -39,6 +39,7 @@ class Job:
         base: folder of the unconverted model, or that model; None where nothing asks it.
         rewritten: projections that the surgery rewrote (`trained.touched`).
         run: folder of checkpoints and metrics.
+        operations: of the surgery, with their records; what mixing weights must know of it.
         identity: of settings, model and base; a run that goes on must have the same.
         evaluate: text and limits of the recipe, for held-out scores while it trains.
         adapter: where the adapter is kept, if `heal.keep_adapter`.
@@ -49,6 +50,7 @@ class Job:
     tokenizer: Any
     rewritten: frozenset[str]
     run: Path
+    operations: list[dict] = field(default_factory=list)
     identity: str = ""
     evaluate: Evaluate | None = None
     adapter: Path | None = None
@@ -117,8 +119,11 @@ def _rows_needed(model, heal: Heal, trained: Trained) -> int:
     vocabulary = model.config.get_text_config().vocab_size
     rows = micro_rows(heal.rows, heal.length, vocabulary)
     # Gradients of what trains, not of all weights: nobody has planned the memory of those.
-    names = trained.parameters or [f"{trained.adapted[0]}.weight"]
-    wanted = [model.get_parameter(name).requires_grad_() for name in names]
+    there = dict(model.named_parameters())  # mixing weights are not yet
+    names = [name for name in trained.parameters if name in there] or [
+        f"{name}.weight" for name in trained.adapted[:1]
+    ]
+    wanted = [there[name].requires_grad_() for name in names or list(there)[-1:]]
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
     batch = batch.to(processes().device)
     model.to(processes().device).train()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
 from ..errors import SurgeryError, TrainingError
+from .sharding import Engine
 from .trained import Table, Trained, choose, summed_up
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ class HealPlan:
     Attributes:
         trained: what trains.
         parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
+        engine: that the processes are of.
+        mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
+            heads that they mix, in memory while it trains.
     """
 
     heal: Heal
@@ -37,36 +42,74 @@ class HealPlan:
     intermediate: int
     layers: int
     vocabulary: int
+    mixing: Table = field(default_factory=dict)
+    mixed: int = 0
+    engine: Engine = field(default_factory=Engine)
 
     @classmethod
-    def of(cls, heal: Heal, anatomy: Anatomy, table: Table, rewritten: frozenset[str], more: int = 0, base: int = 0):
-        """The plan for a converted model; arguments as for `trained.choose`, `base`: parameters of the base."""
+    def of(
+        cls,
+        heal: Heal,
+        anatomy: Anatomy,
+        table: Table,
+        rewritten: frozenset[str],
+        more: int = 0,
+        base: Anatomy | None = None,
+        operations: Sequence[dict] = (),
+        engine: Engine | None = None,
+    ) -> HealPlan:
+        """The plan for a converted model; arguments as for `trained.choose`.
+
+        Args:
+            base: of the model before the surgery; None where it is not known.
+            operations: of the surgery, those of its record or of its recipe.
+            engine: default the one that launched this process.
+
+        Raises:
+            SurgeryError: of `choose`, and of `mixing.merges`.
+        """
         config = anatomy.config.get_text_config()
+        mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
         return cls(
             heal,
-            choose(heal, anatomy, table, rewritten, more=more),
+            choose(heal, anatomy, table | mixing, rewritten, more=more),
             sum(prod(shape) for _, shape in table.values()) + more,
-            base if heal.needs_base else 0,
+            base.parameters if base is not None and heal.needs_base else 0,
             hidden,
             getattr(config, "intermediate_size", None) or 4 * hidden,
             len(anatomy.layers),
             getattr(config, "vocab_size", 0) or 0,
+            mixing,
+            mixed,
+            engine or Engine.here(),
         )
 
     @property
     def micro_tokens(self) -> int:
         """Tokens of one forward in one process."""
-        return micro_rows(self.heal.rows, self.heal.length, self.vocabulary) * self.heal.length
+        rows = max(1, self.heal.rows // self.engine.processes)
+        return micro_rows(rows, self.heal.length, self.vocabulary) * self.heal.length
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes in each process: a part of what its engine shares out, the rest whole; all in float32."""
+        part = self.engine.part
+        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
+        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
+        return {
+            "weights": -(-4 * self.parameters // part("weights")) + 4 * self.mixed,
+            "gradients": -(-4 * self.trained.count // part("gradients")),
+            "optimizer": -(-4 * MOMENTS * self.trained.count // part("optimizer")),
+            "base": 4 * self.base_parameters,
+            "activations": self.micro_tokens * kept,
+            "logits": self.micro_tokens * 4 * self.vocabulary * (3 if self.base_parameters else 2),
+        }
 
     @property
     def memory_bytes(self) -> int:
-        """Weights in float32, gradients and moments of what trains, the base, activations, logits of both."""
-        weights = 4 * (self.parameters + self.base_parameters + (1 + MOMENTS) * self.trained.count)
-        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
-        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
-        logits = 4 * self.vocabulary * (3 if self.base_parameters else 2)
-        return weights + self.micro_tokens * (kept + logits)
+        """Of one process."""
+        return sum(self.memory.values())
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -91,8 +134,15 @@ class HealPlan:
             f", updates of rank {heal.rank} on {len(self.trained.adapted)} matrices" if self.trained.adapted else ""
         )
         share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
+        mixing = []
+        if self.mixing:
+            count = sum(prod(shape) for _, shape in self.mixing.values())
+            mixing.append(
+                f"heal: {count:,} of them mix the base's K and V heads (one for each {heal.mixing}), folded after"
+            )
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
+            *mixing,
             f"heal: towards {towards} ({heal.loss}), on {heal.data}, {how_long}, learning rate {heal.rate:g}",
         ]
 
@@ -100,14 +150,31 @@ class HealPlan:
         return {
             "settings": self.heal.model_dump(mode="json"),
             "parameters": self.trained.count,
-            "in_full": summed_up(self.trained.parameters),
+            "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
+            "mixing": sum(prod(shape) for _, shape in self.mixing.values()),
             "adapted": len(self.trained.adapted),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
+            "processes": self.engine.processes,
+            "engine": self.engine.name,
             "memory_bytes": self.memory_bytes,
+            "memory": self.memory,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
+
+
+def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequence[dict]) -> tuple[Table, int]:
+    """Table of the mixing weights, and how many numbers of the base's heads they mix."""
+    if heal.mixing == "none" or base is None:
+        return {}, 0
+    from .mixing import merges, orders_of, planned
+
+    orders_of(operations, anatomy)
+    found = merges(anatomy, base)
+    hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
+    heads = sum(len(members) for _, _, groups in found for members in groups)
+    return planned(found, heal.mixing), 2 * heads * found[0][1].head_dim * hidden
 
 
 def refuse_unhealable(anatomy: Anatomy, where: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
-from ..errors import SurgeryError
+from ..errors import SurgeryError, TrainingError
 from ..folder import model_table, read_json
 from ..output import write_json
 from ..quiet import quiet_transformers
@@ -17,12 +19,14 @@ from .adapters import adapt, bare, freeze, merge
 from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
 from .job import Job, rows_of
+from .mixing import add_mixing, folded, inside, merges, orders_of, planned, unmix
 from .packing import Packed
 from .ranks import processes
 from .schedule import Clock, Rows
+from .sharding import Engine, put, training
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
-from .trained import Trained, choose, summed_up
+from .trained import Table, Trained, choose, summed_up
 from .training import HealTrainer, arguments, enough_memory, use_bfloat16, without_attention_dropout
 from .warm_start import warm_start
 from .watching import HeldOut
@@ -49,7 +53,8 @@ def train(model, job: Job) -> dict:
     """
     heal, began = job.heal, time.time()
     refuse_vocabulary(model, job.base)
-    trained = trained_of(model, heal, job.rewritten)
+    mixing, orders = _mixing(model, job)
+    trained = trained_of(model, heal, job.rewritten, mixing)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
@@ -57,18 +62,25 @@ def train(model, job: Job) -> dict:
         watch = _watch(job)  # before a text is written, which takes longest: it may refuse
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
-        started = _start(model, job, packed, trained)
-        student = _prepared(model, heal, trained)
+        record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
+        record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
+        student = None
         try:
-            record = _loop(student, model, job, packed, watch)
+            if mixing:
+                add_mixing(model, job.base, heal.mixing, orders)
+                trained = replace(trained, parameters=inside(model, trained.parameters))
+            record["warm_start"] = _start(model, job, packed, trained)
+            student = _prepared(model, heal, trained)
+            record |= _loop(student, model, job, packed, watch)
         except BaseException:
-            if heal.method == "lora":  # a model in memory stays as it was, and can be used
+            if heal.method == "lora" and student is not None:  # a model in memory can be used as it was
                 student.unload()
+            unmix(model)
             raise
         finally:
             model.config.use_cache = use_cache
-        record |= {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
-        record |= {"in_full": summed_up(trained.parameters), "warm_start": started}
+        if mixing:
+            record["mixing"] = folded(model)
         if heal.method == "lora":
             if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
                 _keep_adapter(student, job)
@@ -80,15 +92,24 @@ def train(model, job: Job) -> dict:
     return record | {"wall_seconds": round(time.time() - began, 1)}
 
 
-def trained_of(model, heal: Heal, rewritten: frozenset[str]) -> Trained:
-    """What of a model in memory trains; see `trained.choose`."""
+def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
+    """The mixing weights that are asked for, and the order of the base's heads in the groups."""
+    if job.heal.mixing == "none":
+        return {}, None
+    ours = Anatomy.of(model)
+    orders = orders_of(job.operations, ours)
+    return planned(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
+
+
+def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> Trained:
+    """What of a model in memory trains; see `trained.choose`. `mixing`: weights that it does not have yet."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     def is_linear(path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
-    found = choose(heal, Anatomy.of(model), model_table(model), rewritten, is_linear)
+    found = choose(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
     if heal.keep_adapter and (names := bare(model, found)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
@@ -165,15 +186,25 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
 
 def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
+    engine, original = Engine.here(), student
+    if "weights" in engine.shared:  # what is shared out is a copy: this model gets the whole tensors at the end
+        student, plain = copy.deepcopy((student.cpu(), plain))
     steps = heal.planned_steps or ENDLESS
     with state.main_process_first():
         if state.is_main_process:
             remove_cut_off(job.run)
         last = (whole(job.run) or [None])[-1]
-    earlier = facts_of(last)["seconds"] if last else 0.0
+    facts = facts_of(last) if last else {"seconds": 0.0, "shared": list(engine.shared)}
+    if facts.get("shared", []) != list(engine.shared):
+        raise TrainingError(
+            "the checkpoint's optimizer is stored as another engine shares it out",
+            where=str(last),
+            exists=f"shared out there: {', '.join(facts.get('shared', [])) or 'nothing'}",
+            fix="the accelerate config that it began with, or start anew with --overwrite",
+        )
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
-    follow = Follow(heal, job.run, heal.planned_steps, watch, earlier, progress)
+    follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
     with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
@@ -190,7 +221,10 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    if student is not original:
+        for name, tensor in training(trained):
+            put(original.get_parameter(name), tensor)
     curve = [line["loss"] for line in read(job.run / METRICS)]
     ends, done = max(1, min(CURVE_ENDS, len(curve) // 4)), trainer.state.global_step
     return {
@@ -201,6 +235,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         "ended_by": follow.ended,
         "loss": {"first": _mean(curve[:ends]), "last": _mean(curve[-ends:])},
         "processes": state.num_processes,
+        "engine": engine.name,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,

@@ -49,6 +49,12 @@ class Heal(BaseModel):
     mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
     temperature: Number = Field(1.0, gt=0, description="Temperature of the distillation.")
     hidden: Number = Field(0.0, ge=0, description="Weight of the distance of hidden states to the base's; 0: none.")
+    mixing: Literal["none", "head", "channel"] = Field(
+        "none",
+        description="head: merged KV heads are trained as sums of the base's heads with a weight for each (WGQA), and "
+        "are plain weights afterwards; channel: a weight for each of their channels. With parts, K and V themselves "
+        "stay as merged; with lora and full they train beside.",
+    )
     balance: Number = Field(0.01, ge=0, description="Weight of the load-balance loss of routers that train.")
     teacher: Literal["live", "stored"] = Field(
         "live", description="live: the base runs beside; stored: once before, its likeliest tokens kept on disk."
@@ -108,6 +114,8 @@ class Heal(BaseModel):
             raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
         if self.keep_adapter and self.method != "lora":
             raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
+        if self.keep_adapter and self.mixing != "none":
+            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
         if self.hidden and self.teacher == "stored":
             raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
         return self
@@ -132,7 +140,8 @@ class Heal(BaseModel):
     @property
     def needs_base(self) -> bool:
         """Whether the training itself asks the base something."""
-        return self.loss != "ce" or self.hidden > 0 or self.data == "self" or self.warm_start > 0
+        asked = self.hidden > 0 or self.warm_start > 0 or self.mixing != "none"
+        return asked or self.loss != "ce" or self.data == "self"
 
 
 def _fault(text: str) -> PydanticCustomError:

@@ -68,9 +68,11 @@ def choose(
 ) -> Trained:
     """What trains by a method.
 
+    Where heads are mixed, method: parts leaves K and V themselves as they were merged.
+
     Args:
         anatomy: of the converted model.
-        table: its parameters, tied ones once.
+        table: its parameters, tied ones once, mixing weights among them.
         rewritten: of `touched`.
         is_linear: whether the module at a path is one that can have a low-rank update.
         more: numbers that the surgery will add, where the table is of a plan and does not name them.
@@ -83,7 +85,7 @@ def choose(
         names = [name for name in table if not name.endswith(FIXED)]
         return Trained(tuple(names), (), _count(names, table) + more)
     if heal.method == "parts":
-        names = added + _projections(anatomy, rewritten, table)
+        names = added + _projections(anatomy, rewritten - {"k", "v"} if heal.mixing != "none" else rewritten, table)
         if not names and not more:
             raise SurgeryError(
                 "method: parts trains what the surgery added or rewrote, and that is nothing here",

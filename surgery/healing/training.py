@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from ..anatomy import Anatomy
 from ..errors import MachineError, TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
-from . import losses
+from . import losses, sharding
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from .packing import arguments as called_with
 from .planned import micro_rows, rows_each
@@ -92,7 +92,9 @@ class HealTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self.norm = float(norm)
+        if norm is None:  # DeepSpeed knows it after the step
+            return norm
+        self.norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not torch.isfinite(torch.tensor(self.norm)):  # the next step would spoil every weight
             self._stop("the gradient is not a number")
         return norm
@@ -130,15 +132,14 @@ class HealTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # `Rows` has shuffled them
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        if state_dict:  # gathered from the processes that hold a share of it each
-            tensors = {name: state_dict[name] for name in tensors}
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(output_dir) / WEIGHTS)
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """What trains, of whatever engine: where processes hold a part each, all of them give theirs."""
+        tensors = {
+            name: each.contiguous() for name, each in sharding.training(self.accelerator.unwrap_model(self.model))
+        }
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, Path(output_dir) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         model = self.accelerator.unwrap_model(model or self.model)
@@ -147,9 +148,8 @@ class HealTrainer(Trainer):
         if stored.keys() != known.keys():
             what = "the checkpoint holds other parameters than those that train"
             raise TrainingError(what, where=str(resume_from_checkpoint), fix="start anew with --overwrite")
-        with torch.no_grad():
-            for name, tensor in stored.items():
-                known[name].copy_(tensor)
+        for name, tensor in stored.items():
+            sharding.put(known[name], tensor)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -157,7 +157,8 @@ class HealTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                complete(folder, step=self.state.global_step, seconds=self.clock.seconds)
+                shared = sharding.Engine.here().shared
+                complete(folder, step=self.state.global_step, seconds=self.clock.seconds, shared=list(shared))
         if self.args.should_save:
             keep_newest(folder.parent, self.heal.keep_checkpoints)
 
@@ -205,6 +206,7 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,  # they are alike everywhere, and the heads that are mixed are large
         label_names=["labels"],
     )
     made._n_gpu = min(1, made.n_gpu)  # several GPUs of one process would run copies of the model, whose gates are lost

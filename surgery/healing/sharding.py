@@ -1,0 +1,121 @@
+"""What an engine of accelerate shares out among the processes of a training, and how whole tensors come back.
+
+The launcher says by its environment which engine it is (`accelerate launch --config_file ...`; examples/accelerate).
+DDP gives every process all; ZeRO-1 shares out the optimiser, ZeRO-2 gradients too, FSDP and ZeRO-3 weights too.
+
+The base of a distillation is shared out by none: every process holds it whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+ZERO = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Processes of a training, and what they share out.
+
+    Attributes:
+        name: for people.
+        shared: of "weights", "gradients", "optimizer" those of which a process holds a part.
+    """
+
+    name: str = ""
+    processes: int = 1
+    shared: tuple[str, ...] = ()
+
+    @classmethod
+    def here(cls) -> Engine:
+        """The engine that launched this process.
+
+        Raises:
+            SurgeryError: its settings would train something else than was asked.
+        """
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if _says("ACCELERATE_USE_FSDP"):
+            _refuse_fsdp()
+            return cls("FSDP", processes, ZERO[3])
+        if _says("ACCELERATE_USE_DEEPSPEED"):
+            stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+            if _says("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+                raise SurgeryError(
+                    "zero3_init_flag would share out models while they are read, the base and the model to save too",
+                    where="accelerate's config",
+                    fix="zero3_init_flag: false",
+                )
+            return cls(f"ZeRO-{stage}", processes, ZERO.get(stage, ()))
+        return cls("copies (DDP)" if processes > 1 else "", processes)
+
+    def part(self, what: str) -> int:
+        """Of how many processes one holds its part."""
+        return self.processes if what in self.shared else 1
+
+
+def _says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _refuse_fsdp() -> None:
+    import torch
+
+    where = "accelerate's config"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise SurgeryError("FSDP's first version is not supported", where=where, fix="fsdp_version: 2")
+    if _says("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise SurgeryError(
+            "fsdp_cpu_ram_efficient_loading leaves the models of all processes but the first empty, the base's too",
+            where=where,
+            fix="fsdp_cpu_ram_efficient_loading: false",
+        )
+    if not torch.accelerator.is_available():
+        raise SurgeryError(
+            "accelerate knows FSDP on accelerators alone: on CPUs it would train whole copies (DDP) without a word",
+            where=where,
+            fix="distributed_type: MULTI_GPU with use_cpu: true (examples/accelerate/cpu.yaml), which says so",
+        )
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's whole tensor, in every process; all must ask."""
+    if hasattr(parameter, "full_tensor"):  # FSDP: a DTensor
+        return parameter.detach().full_tensor()
+    with _gathered(parameter):
+        return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+
+
+def _gathered(parameter):
+    if not hasattr(parameter, "ds_id"):  # ZeRO-3
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
+
+
+def put(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Write a whole tensor into a parameter, of which this process may hold a part."""
+    import torch
+
+    with torch.no_grad():
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+        parameter.copy_(tensor)
+
+
+def training(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole tensors of what trains, on the CPU; every process must ask for all of them."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, whole(parameter).cpu()
