@@ -168,9 +168,8 @@ def answer_logits(model, sequence: Recall) -> torch.Tensor:
 def row_logits(model, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Logits of the next token on some rows of a sequence, ids [n]: [r, vocabulary], float32 or wider.
 
-    A model's head is costly: what comes before the first of the rows does not go through it.
+    A model's head is costly: other rows do not go through it.
     """
-    last = len(ids) - int(rows.min())
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=last).logits[0]
-    logits = logits[(rows - len(ids)).to(logits.device)]
+    given = {"input_ids": ids[None].to(model.device), "logits_to_keep": rows.to(model.device)}
+    logits = model(**given, use_cache=False).logits[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
