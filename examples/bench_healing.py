@@ -146,7 +146,7 @@ def now(args) -> float:
 def write(args) -> None:
     import torch
 
-    from surgery.healing.self_text import sample
+    from surgery.calibration.self_text import sample
     from surgery.scoring import load_model, read_tokenizer
 
     folder = resolve(args.model).path

@@ -33,7 +33,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model")
 parser.add_argument("--scores", nargs="+", type=Path, required=True)
 parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75])
-parser.add_argument("--random", type=int, default=5, help="random splits at each ratio; 0: neither them nor the inverse")
+parser.add_argument("--random", type=int, default=5, help="random splits at each ratio; 0: no controls")
 parser.add_argument("--sinks", type=int, default=16)
 parser.add_argument("--window", type=int, default=240)
 parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])

@@ -117,25 +117,13 @@ def apply(
 
     scored = resolved.evaluate if evaluate else None
     refuse = None if scored is None else lambda folder: refuse_unscorable(folder, scored)
+    how = {"engine": engine, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+    how |= {"progress": progress, "on_plan": on_plan, "refuse": refuse}
     if resolved.heal is not None:
         from .healing.applying import apply_and_heal
 
-        done = {"check": check, "evaluate": evaluate, "gate": gate, "refuse": refuse, "on_plan": on_plan}
-        how = {"engine": engine, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-        return apply_and_heal(resolved, str(model), output, **how, **done, progress=progress)
-    report, base = convert(
-        resolved,
-        str(model),
-        output,
-        overrides=resolved.overrides,
-        engine=engine,
-        resume=resume,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        progress=progress,
-        on_plan=on_plan,
-        refuse=refuse,
-    )
+        return apply_and_heal(resolved, str(model), output, **how, check=check, evaluate=evaluate, gate=gate)
+    report, base = convert(resolved, str(model), output, overrides=resolved.overrides, **how)
     if check:
         _check(report, None, progress=progress)
         report.save()

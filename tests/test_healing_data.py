@@ -13,12 +13,13 @@ from conftest import TEXT, WORDS
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AutoTokenizer
 
+from surgery.calibration import self_text
+from surgery.calibration.self_text import sample
 from surgery.calibration.text import load_text
 from surgery.errors import SurgeryError
-from surgery.healing import data, self_text
+from surgery.healing import data
 from surgery.healing.data import Packed, documents
 from surgery.healing.packing import arguments
-from surgery.healing.self_text import sample
 from surgery.runtime import modeling_surgery as runtime
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"

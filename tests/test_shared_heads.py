@@ -332,7 +332,7 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
     assert own.shape == builtin.shape == (3, 32)
     assert loaded.training
     assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
-    monkeypatch.setattr("surgery.healing.self_text._write", None)  # what is kept is not written again
+    monkeypatch.setattr("surgery.calibration.self_text._write", None)  # what is kept is not written again
     assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
 
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 
 from .head_scores import HeadScores
-from .sequences import calibration, fitting_length, plain_pieces
-from .text import BUILTIN, load_text
+from .sequences import calibration, plain_pieces
+from .text import BUILTIN, fitting_length, load_text
 from .watching import row_logits, watched
 
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 
 from ..errors import SurgeryError
-from .text import Text, begin_of_text, load_text, windows
+from .self_text import sample
+from .text import Text, begin_of_text, fitting_length, load_text, windows
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -48,11 +49,6 @@ class Recall:
         return torch.tensor([span for span, (first, end) in each for _ in range(end - first)])
 
 
-def fitting_length(model, length: int) -> int:
-    """`length`, cut to the positions that the model has."""
-    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
-
-
 def calibration_pieces(
     model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
 ) -> torch.Tensor:
@@ -75,8 +71,6 @@ def calibration_pieces(
 
 def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
     """Pieces of text that the model wrote, [samples, length]; texts that end early stand one after the other."""
-    from ..healing.self_text import sample  # which stands on this package
-
     training = model.training
     try:
         asked = SimpleNamespace(length=length, chat=False, seed=0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .sequences import fitting_length
 from .sink_map import SinkMap, sink_map
-from .text import BUILTIN, begin_of_text, load_text, windows
+from .text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 
 
 def survey_sinks(

@@ -112,6 +112,11 @@ def _shorter(tokens: int, body: int) -> str:
     return f"use a longer text, or at most {fits} windows" if fits else "use a longer text, or shorter windows"
 
 
+def fitting_length(model, length: int) -> int:
+    """`length`, cut to the positions that the model has."""
+    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
 def begin_of_text(tokenizer) -> list[int]:
     """[BOS] if the tokenizer begins a text with it unasked, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)

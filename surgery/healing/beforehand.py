@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.self_text import user_turn
 from ..errors import SurgeryError, nearest
 from .planned import rows_each
 from .ranks import Ranks
-from .self_text import user_turn
 
 if TYPE_CHECKING:
     from .settings import Heal

@@ -1,6 +1,6 @@
 """The text that healing trains on, as documents of token ids: the base's own, the built-in text, files, a data set.
 
-    self       text that the base writes (self_text.py)
+    self       text that the base writes (calibration/self_text.py)
     builtin    the calibration part of the built-in text, one document; the held-out part is for scores
     FILE       a text file is one document (long ones are cut into rows anyway); of a .jsonl file each line is one
     FOLDER     its .txt, .md and .jsonl files, those in folders below it too, in the order of their paths
@@ -22,11 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..calibration.self_text import sample
 from ..calibration.text import BUILTIN, begin_of_text, load_text
 from ..errors import SurgeryError, nearest
 from ..scoring import loaded, read_config
 from .packing import Packed
-from .self_text import sample
 
 __all__ = ["Documents", "Packed", "documents"]
 

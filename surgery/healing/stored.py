@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.fingerprint import fingerprint
 from ..calibration.layer_files import LayerFiles
 from ..errors import SurgeryError
 from ..output import machine_errors, write_json
-from .identity import fingerprint
 from .packing import arguments
 
 FACTS, FORMAT, NAME = "teacher.json", 1, "teacher"

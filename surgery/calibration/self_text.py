@@ -1,4 +1,4 @@
-"""Text that the base writes itself: healing without a data set, on what the base knows and in its own mixture.
+"""Text that a model writes itself: calibration and healing without a data set, on what it knows, in its own mixture.
 
 How a sample begins. A model that was trained with a BOS token before every text begins from it alone: that samples the
 model's own distribution. Others know no begin of a text; theirs is one token drawn at random from the words of the
@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 
 from ..anatomy import Anatomy
-from ..calibration.layer_files import LayerFiles
-from ..calibration.sequences import fitting_length
-from ..calibration.text import begin_of_text
 from ..errors import SurgeryError
 from ..output import machine_errors
 from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
-from .identity import fingerprint
+from .fingerprint import fingerprint
+from .layer_files import LayerFiles
+from .text import begin_of_text, fitting_length
 
 # Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
 # (examples/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
