@@ -28,6 +28,7 @@ RUNGS = {
     "+ W_O, W_Q, W_K, W_V": CLOSED | {"refit": ["q", "k", "v", "o"]},
     "+ the MLP's output (default)": CLOSED,
     "all, attention fitted to the converted layers": CLOSED | {"sequential": True},
+    "default, the half of the layers that loses most keeps its heads": CLOSED | {"keep_layers": 0.5},
 }
 CHOICES = ("out", "rungs", "samples")  # arguments that say which rows there are
 

@@ -2,8 +2,9 @@
 
 Passkeys that are asked for tell which heads fetch things from afar; plain text tells which heads' far past its next
 words need. A split by the answers alone costs perplexity on long texts, one by plain text alone loses passkeys. Both
-are KL divergences to the model as it is, each taken as a share of what all heads lose, and added. Every KV head costs
-a forward, so sequences are few. What comes before the changed layer is not computed again.
+are KL divergences to the model as it is; a head's score is the mean of its ranks in the two (their sizes cannot be
+compared: a few heads lose nearly all of the answers). Every KV head costs a forward, so sequences are few. What comes
+before the changed layer is not computed again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def ablation(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """A KV head's share in the KL to the whole model when it alone streams: share in answers + share in plain text.
+    """A KV head's rank by the KL to the whole model when it alone streams, all others full: the mean of two ranks.
+
+    The KLs themselves, in nats a token, are in the scores' origin: `lost`, [layers][KV heads] of each kind.
 
     Args: as for `far_mass`; pieces of plain text are twice as long as the sequences with passkeys, and as many.
     """
@@ -51,10 +54,18 @@ def ablation(
                     done += 1
                     if progress:
                         progress(done, total, "head scores")
-    lost = [sum(map(sum, table)) for table in tables]
-    tables = [[[x / (whole or 1.0) for x in row] for row in table] for table, whole in zip(tables, lost, strict=True)]
-    scores = [[sum(shares) for shares in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
-    return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), lost, strict=True))})
+    orders = [ranks(table) for table in tables]
+    scores = [[sum(each) / 2 for each in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]
+    return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), tables, strict=True))})
+
+
+def ranks(table: list[list[float]]) -> list[list[float]]:
+    """The share of all other heads that lie below each, 0 to 1; equal ones by layer and head."""
+    order = sorted((x, layer, head) for layer, row in enumerate(table) for head, x in enumerate(row))
+    found = [[0.0] * len(row) for row in table]
+    for place, (_, layer, head) in enumerate(order):
+        found[layer][head] = place / max(1, len(order) - 1)
+    return found
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:

@@ -55,9 +55,10 @@ class LayerLosses(Sharing):
         number, streams = facts.index, self.streams
         layer, before = layer_of(self.model, facts), list(streams.base)
         with streams.layer(number):
-            work, new, record, known = self._attention(number, layer, target, self.known(number))
+            earlier = self.known(number)
+            work, new, record = self._attention(number, layer, target, earlier)
             self.fits[number] = new.tensors(), record
-            if not known:
+            if earlier is None:
                 self.found(number, *self.fits[number])
             with streams.output(number, new.o.flatten(1)):
                 for place in self.places:

@@ -53,7 +53,8 @@ def share_kv_heads(
             after = before.with_kv_heads(min(layer.kv_heads for layer in after.layers))
             known = files("gqa-alone")
             trial = LayerLosses(model, after.layers, sequences, settings, known.load, known.save)
-            lost, alone = trial.measure(context.progress), trial.fits
+            lost = trial.measure(context.progress)
+            alone = {} if settings.sequential else trial.fits
             losses = [{"lost_alone": round(each, 6)} for each in lost]
             after = context.after = spared(before, after, lost, kept)
             heads.leave(after)

@@ -10,7 +10,6 @@ Memory beyond the model: `closed_form.cost`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -25,7 +24,6 @@ from .statistics import with_ones
 from .two_streams import Call, TwoStreams
 from .watching import Watched, watched
 
-MEND_KEPT = os.environ.get("MEND") == "1"
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
 
 
@@ -66,8 +64,7 @@ class Sharing:
             changed = [
                 old.kv_heads != new.kv_heads for old, new in zip(watch.anatomy.layers, self.targets, strict=True)
             ]
-            numbers = [number for number, change in enumerate(changed) if change]
-            self.first, self.last = min(numbers, default=0), max(numbers, default=-1)
+            self.last = max((number for number, change in enumerate(changed) if change), default=-1)
             for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
                 tensors, record = self._layer(facts, target)
                 results.append(tensors)
@@ -78,20 +75,20 @@ class Sharing:
 
     def _layer(self, facts, target):
         layer, number = layer_of(self.model, facts), facts.index
-        if target.kv_heads == facts.kv_heads and number >= self.last:
+        if target.kv_heads == facts.kv_heads:
+            with self.streams.layer(number):
+                for place in range(len(self.sequences)) if number < self.last else ():
+                    self.streams.base_step(number, place)
+                    self._pass(number, place)
             return pack(layer), {}
         earlier = self.known(number)
         weight, known = earlier[0].pop(MLP, None) if earlier else None, earlier is not None
         with self.streams.layer(number):
-            if target.kv_heads == facts.kv_heads:
-                new, (weight, record) = layer, self._pass(number, weight, known)
-            else:
-                work, new, record, _ = self._attention(number, layer, target, earlier or self.fitted(number))
-                weight, mended = self._follow(number, work, new, weight, known)
-                record = record | mended
+            work, new, record = self._attention(number, layer, target, earlier or self.fitted(number))
+            weight, mended = self._follow(number, work, new, weight, known)
         if not known:
-            tensors = {} if new is layer else new.tensors()
-            self.found(number, tensors | ({MLP: weight} if weight is not None else {}), record)
+            record = record | mended
+            self.found(number, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
         if weight is not None:
             self.mlps[self._mlp(number)[0]] = weight
         return pack(new), record
@@ -103,41 +100,27 @@ class Sharing:
             known: tensors and record of an earlier fit.
 
         Returns:
-            The conversion, the new layer, its record, whether it was known.
+            The conversion, the new layer, its record.
         """
         seen = self._look(number, layer, enough=known is not None)
         work = SharedLayer(self.settings, layer, target, seen, self.watch)
         if known is None:
-            return work, *work.convert(), False
+            return work, *work.convert()
         tensors, record = known
         work.key_heads = record.get("key_heads", [])
-        return work, layer.replace(facts=target, **tensors), record, True
+        return work, layer.replace(facts=target, **tensors), record
 
     @property
     def _two(self) -> bool:
         """Whether anything is fitted to the converted model's activations."""
         return self.settings.sequential or "mlp" in self.settings.refit
 
-    def _pass(self, number: int, weight, known: bool):
-        """Both streams through a layer that stays; behind a converted one its MLP helps to mend.
-
-        Args, and what it returns: as for `_mend`.
-        """
-        streams, places = self.streams, range(len(self.sequences))
-        for place in places:
-            streams.base_step(number, place)
-        if not self._two or number < self.first:
-            streams.converted = list(streams.base)
-            return None, {}
-
-        def step(place):
-            streams.converted_step(number, place, None)
-
-        if not MEND_KEPT:
-            for place in places:
-                step(place)
-            return None, {}
-        return self._mend(number, step, weight, known)
+    def _pass(self, number: int, place: int) -> None:
+        """The converted stream through a layer that stays."""
+        if self._two:
+            self.streams.converted_step(number, place, None)
+        else:
+            self.streams.converted[place] = self.streams.base[place]
 
     def _mlp(self, number: int) -> tuple[str, torch.nn.Module] | None:
         """Name of the weight by which a layer's MLP writes, and the module; None where it is not refitted."""
@@ -152,13 +135,17 @@ class Sharing:
     def _follow(self, number: int, work: SharedLayer, new: AttentionLayer, weight=None, known: bool = False):
         """The converted stream through a converted layer; its MLP's output projection is refitted on the way.
 
-        Args, and what it returns: as for `_mend`.
+        Args:
+            weight: of the MLP, where an earlier run found what it becomes (`known`).
+
+        Returns:
+            That weight [D, n], or None, and a record.
         """
-        streams = self.streams
+        streams, mlp = self.streams, self._mlp(number)
         if not self._two:
             streams.converted = list(streams.base)
             return None, {}
-        if number >= self.last and self._mlp(number) is None:
+        if mlp is None and number >= self.last:
             return None, {}
 
         def step(place: int) -> None:
@@ -167,28 +154,15 @@ class Sharing:
             streams.converted_step(number, place, work.heads(new, place))
 
         with streams.output(number, new.o.flatten(1)):
-            return self._mend(number, step, weight, known)
-
-    def _mend(self, number: int, step: Callable[[int], None], weight=None, known: bool = False):
-        """The converted stream through a layer, by sequence; its MLP's output projection is refitted on the way.
-
-        Args:
-            weight: of the MLP, where an earlier run found what it becomes (`known`).
-
-        Returns:
-            That weight [D, n], or None, and a record.
-        """
-        streams = self.streams
-        mlp = self._mlp(number)
-        if mlp is None:
-            for place in range(len(self.sequences)):
-                step(place)
-            return None, {}
-        writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
-        if known:
-            writer.follow(weight)
-            return weight, {}
-        return writer.mend(list(self.settings.ridges)) or (None, {})
+            if mlp is None:
+                for place in range(len(self.sequences)):
+                    step(place)
+                return None, {}
+            writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
+            if known:
+                writer.follow(weight)
+                return weight, {}
+            return writer.mend(list(self.settings.ridges)) or (None, {})
 
     def _inputs(self, number: int, place: int) -> Call:
         """What a layer's attention is given in the converted model."""
