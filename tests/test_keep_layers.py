@@ -33,7 +33,7 @@ def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
         model = copy.deepcopy(old)
         asked = recipe(closed(numbers, 2, keep_layers=0.5, grouping="similarity"))
         plan = package.plan(asked, old)
-        assert "1 of 2 layers keep their KV heads" in " ".join(plan.notes)
+        assert "which 1 of 2 layers keep their KV heads is measured" in " ".join(plan.notes)
         report = package.apply(asked, model, tokenizer=Tokens())
         assert report.data["tier"] == "surgical"
         heads = [facts.kv_heads for facts in Anatomy.of(model).layers]

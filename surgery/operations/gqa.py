@@ -221,7 +221,10 @@ class GQA(WeightRewrite):
         yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept := self._kept(anatomy):
             layers = len(anatomy.layers)
-            yield f"{kept} of {layers} layers keep their KV heads: where sharing costs most, each tried alone"
+            yield (
+                f"which {kept} of {layers} layers keep their KV heads is measured: where sharing costs most, each "
+                "tried alone; they are shown as if they were the first"
+            )
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
