@@ -10,10 +10,12 @@ are kept in a file, and a second run goes on from there.
 
 import argparse
 import json
+import random
 import tempfile
 from pathlib import Path
 
 import surgery
+from surgery.anatomy import Anatomy
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
 
@@ -29,6 +31,8 @@ RUNGS = {
     "+ the MLP's output (default)": CLOSED,
     "all, attention fitted to the converted layers": CLOSED | {"sequential": True},
     "default, the half of the layers that loses most keeps its heads": CLOSED | {"keep_layers": 0.5},
+    "default, a half of the layers, drawn (seed 0), keeps its heads": CLOSED | {"drawn": 0},
+    "default, a half of the layers, drawn (seed 1), keeps its heads": CLOSED | {"drawn": 1},
 }
 CHOICES = ("out", "rungs", "samples")  # arguments that say which rows there are
 
@@ -40,6 +44,13 @@ def mixed(files: list[str], folder: str) -> str:
     path = Path(folder, "calibration.txt")
     path.write_text("\n\n".join(parts), encoding="utf-8")
     return str(path)
+
+
+def drawn(model, kv_heads: int, seed: int) -> list[int]:
+    """KV heads of each layer where a half of the layers, drawn, keeps them: as many bytes as `keep_layers: 0.5`."""
+    layers = Anatomy.of(model).layers
+    keep = random.Random(seed).sample(range(len(layers)), int(0.5 * len(layers) + 0.5))
+    return [layer.kv_heads if layer.index in keep else kv_heads for layer in layers]
 
 
 def main() -> None:
@@ -70,7 +81,9 @@ def main() -> None:
         if label not in kept["rows"]:
             model = surgery.load(base)
             given = fields | text_of(fields, calibration)
-            surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=args.kv_heads, **given)
+            seed = given.pop("drawn", None)
+            heads = args.kv_heads if seed is None else drawn(model, args.kv_heads, seed)
+            surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=heads, **given)
             asked = {"tokenizer": tokenizer, "windows": args.windows, "length": args.length}
             found = [surgery.evaluate(model, base, text=text, **asked).to_dict() for text in args.texts]
             kept["rows"][label] = [

@@ -57,6 +57,7 @@ def searched(report: dict) -> list[str]:
     found = []
     for each in report.get("operations") or []:
         record = get(each, "record")
+        found += _spared(str(each.get("op")), record)
         if "kept" not in record:
             continue
         name = " ".join(filter(None, (str(each.get("op")), record.get("method"))))
@@ -73,6 +74,21 @@ def searched(report: dict) -> list[str]:
             why = f"{told}: a gain of two standard errors is asked" if told else none
             found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
     return found
+
+
+def _spared(op: str, record: dict) -> list[str]:
+    """Which layers keep their KV heads, where each was tried alone."""
+    tried = [
+        facts for facts in record.values() if isinstance(facts, dict) and {"lost_alone", "kv_heads"} <= facts.keys()
+    ]
+    most = max((facts["kv_heads"] for facts in tried), default=0)
+    kept = [number for number, facts in enumerate(tried) if facts["kv_heads"] == most]
+    if not kept or len(kept) == len(tried):
+        return []
+    sides = ([facts["lost_alone"] for facts in tried if (facts["kv_heads"] == most) == side] for side in (True, False))
+    cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
+    names = ", ".join(map(str, kept))
+    return [f"{op}: layers {names} keep their KV heads: sharing each alone costs {cost} nats (KL), the others {rest}"]
 
 
 def limits(report: dict) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .anatomy import Anatomy
 
+TRIED = 4  # texts on which layers are tried alone
 FLOOR = 1e-12  # of the largest weight: a channel that nobody reads must not be divided by zero
 
 
@@ -155,7 +156,9 @@ def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> Shared:
     return Shared(gather.reshape(d, m * d) @ flat, spread, float(lost), float(energy))
 
 
-def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, stride: int = 8) -> tuple[float, float]:
+def cost(
+    anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, stride: int = 8, tried: int = 0
+) -> tuple[float, float]:
     """What a calibration takes: floating-point operations, and bytes beyond the model.
 
     Args:
@@ -163,10 +166,12 @@ def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, st
         samples, length: pieces of text, and tokens in each.
         fits: of queries, keys and values.
         stride: of the rows that they count.
+        tried: texts on which each layer is first tried alone.
 
     The text goes through the base and through the converted model; a fit makes some seven products with its Hessian.
     In memory, in float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs,
-    the base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input.
+    the base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input. A trial
+    puts the text through the base once more, its texts from every layer on, and holds their log-probabilities.
     """
     layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
     inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
@@ -174,7 +179,12 @@ def cost(anatomy: Anatomy, merged: int, samples: int, length: int, fits: int, st
     product = width * (4 * hidden + 5 * length) / stride
     flops = 4 * anatomy.parameters + len(anatomy.layers) * 12 * width * length + merged * 7 * fits * product
     keys = width + layer.kv_heads * layer.head_dim
-    return tokens * flops, 4 * tokens * (6 * hidden + inner + width + keys + 2 * layer.heads * length / stride)
+    memory = 4 * tokens * (6 * hidden + inner + width + keys + 2 * layer.heads * length / stride)
+    flops *= tokens
+    if tried:
+        flops += anatomy.parameters * (2 * tokens + len(anatomy.layers) * tried * length)
+        memory += 4 * tokens * hidden + 4 * (tried + 3) * length * (getattr(anatomy.config, "vocab_size", None) or 0)
+    return flops, memory
 
 
 class Ridge(NamedTuple):

@@ -87,6 +87,11 @@ def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
     assert out.read_bytes() == whole.read_bytes()
     report = json.loads((tmp_path / "out" / "surgery.json").read_text("utf-8"))
     assert report["tier"] == "surgical"
+    facts = list(report["operations"][0]["record"].values())
+    spared = [number for number, each in enumerate(facts) if each["kv_heads"] == 3]
+    assert len(spared) == 1
+    assert facts[spared[0]]["lost_alone"] >= facts[1 - spared[0]]["lost_alone"]
+    assert f"layers {spared[0]} keep their KV heads" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def test_refusals(numbers):  # noqa: F811
@@ -94,6 +99,9 @@ def test_refusals(numbers):  # noqa: F811
         ("llama", closed(numbers, [2, 4], keep_layers=0.5), "drop keep_layers, or give kv_heads one number"),
         ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers is measured by method: closed_form"),
         ("phi3", closed(numbers, 2, keep_layers=0.5), "give one number of KV heads for all layers"),
+        ("llama", closed(numbers, 2, keep_layers=0.2), "0.2 of 2 layers is none of them"),
+        ("llama", closed(numbers, 2, keep_layers=0.9), "0.9 of 2 layers is all of them"),
+        ("llama", closed(numbers, 3, keep_layers=0.5), "4 KV heads on 8 query heads cannot become 3"),
     ]
     for name, step, says in cases:
         with pytest.raises(SurgeryError, match=says):
@@ -102,10 +110,9 @@ def test_refusals(numbers):  # noqa: F811
 
 def test_no_layer_kept_is_the_plain_merge(numbers):  # noqa: F811
     models = []
-    for fields in ({}, {"keep_layers": 0.0}, {"keep_layers": 0.2}):  # 0.2 of 2 layers is none
+    for fields in ({}, {"keep_layers": 0.0}):
         model = copy.deepcopy(base("llama"))
         report = package.apply(recipe(closed(numbers, 2) | fields), model, tokenizer=Tokens())
         assert report.data["tier"] == "native"
         models.append(model.state_dict())
     assert same(models[0], models[1])
-    assert same(models[0], models[2])

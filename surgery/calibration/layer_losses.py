@@ -1,8 +1,8 @@
 """What the model loses when the KV heads of one layer alone are shared: where KV heads are worth their bytes.
 
-Every layer is fitted on the base's inputs, as `sharing` does it; then a few texts that were held back go through the
-base with this one layer converted. Losses of single layers add up well enough to rank them: those that lose most keep
-their heads. MLPs stay as they are here.
+Every layer is fitted on the base's inputs, as `sharing` does it; then a few texts go through the base with this one
+layer converted: texts that chose its ridges (and joined the last fit of W_O with them). Losses of single layers add up
+well enough to rank them: those that lose most keep their heads. MLPs stay as they are here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import replace
 import torch
 
 from ..anatomy import Anatomy
+from ..closed_form import TRIED
 from .ablation import kl, replayed
 from .layer_seen import held_back
 from .sharing import Sharing, layer_of
 from .watching import watched
-
-TEXTS = 4  # on which a layer is judged
 
 
 def spared(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:
@@ -41,7 +40,7 @@ class LayerLosses(Sharing):
             self.streams.begin(watch)
             count = len(self.sequences)
             held = [place for place in range(count) if held_back(place, count)]
-            self.places = held[:: -(-len(held) // TEXTS)]
+            self.places = held[:: -(-len(held) // TRIED)]
             self.whole = [self._log_probabilities(place) for place in self.places]
             losses = []
             for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
@@ -64,6 +63,7 @@ class LayerLosses(Sharing):
                 for place in self.places:
                     streams.converted[place] = before[place]
                     streams.converted_step(number, place, work.heads(new, place))
+        del work, before  # the rest needs memory for log-probabilities
         return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
 
     def _lost(self, number: int, place: int, whole: torch.Tensor) -> float:

@@ -55,8 +55,10 @@ def share_kv_heads(
             trial = LayerLosses(model, after.layers, sequences, settings, known.load, known.save)
             lost = trial.measure(context.progress)
             alone = {} if settings.sequential else trial.fits
-            losses = [{"lost_alone": round(each, 6)} for each in lost]
+            del trial  # with its streams and log-probabilities
             after = context.after = spared(before, after, lost, kept)
+            counts = [layer.kv_heads for layer in after.layers]
+            losses = [{"lost_alone": round(x, 6), "kv_heads": n} for x, n in zip(lost, counts, strict=True)]
             heads.leave(after)
         known = files("gqa")
         run = Sharing(model, after.layers, sequences, settings, known.load, known.save, alone.get)

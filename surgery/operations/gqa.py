@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..closed_form import cost
+from ..closed_form import TRIED, cost
 from ..grouping import similar_order
 from ..merging import first_head, mean_head, merged, permute_kv_heads, random_heads
 from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
@@ -98,11 +98,17 @@ class GQA(WeightRewrite):
         targets = self._targets(anatomy)
         if len(targets) != len(anatomy.layers):
             return [f"gqa: kv_heads lists {len(targets)} layers, the model has {len(anatomy.layers)}"]
-        found = [problem for target in dict.fromkeys(targets) for problem in self._problems(anatomy, target)]
+        asked = targets if isinstance(self.kv_heads, list) else [self.kv_heads]
+        found = [problem for target in dict.fromkeys(asked) for problem in self._problems(anatomy, target)]
         if len(set(targets)) > 1 and (reason := anatomy.shapes_problem()):
             found.append(f"gqa: {reason}: give one number of KV heads for all layers")
         if self.keep_layers and isinstance(self.kv_heads, list):
             found.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
+        elif self.keep_layers and (kept := self._kept(anatomy)) in (0, len(targets)):
+            share = "none" if kept == 0 else "all"
+            found.append(
+                f"gqa: keep_layers: {self.keep_layers} of {len(targets)} layers is {share} of them; 0 keeps none"
+            )
         elif self.keep_layers and self.method != "closed_form":
             found.append(
                 f"gqa: keep_layers is measured by method: closed_form, and method: {self.method} measures none"
@@ -118,7 +124,7 @@ class GQA(WeightRewrite):
 
     def _kept(self, anatomy: Anatomy) -> int:
         """How many layers keep their KV heads by `keep_layers`."""
-        return round(self.keep_layers * len(anatomy.layers))
+        return int(self.keep_layers * len(anatomy.layers) + 0.5)
 
     def _problems(self, anatomy: Anatomy, target: int) -> list[str]:
         """Why no layer can have so many KV heads."""
@@ -210,7 +216,8 @@ class GQA(WeightRewrite):
     def _cost(self, anatomy: Anatomy, merged: int) -> tuple[float, float]:
         fits = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
         fits += "v" in self.refit
-        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits)
+        tried = TRIED if self._kept(anatomy) else 0
+        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits, tried=tried)
 
     def _closed_form_notes(self, anatomy: Anatomy):
         fitted = " and ".join(filter(None, [", ".join(self.refit[:-1]), *self.refit[-1:]])) or "nothing"
@@ -220,11 +227,8 @@ class GQA(WeightRewrite):
         text = kind.get(self.calibration_text, "text")
         yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept := self._kept(anatomy):
-            layers = len(anatomy.layers)
-            yield (
-                f"which {kept} of {layers} layers keep their KV heads is measured: where sharing costs most, each "
-                "tried alone; they are shown as if they were the first"
-            )
+            which = f"which {kept} of {len(anatomy.layers)} layers keep their KV heads is measured"
+            yield f"{which}: those where sharing, each tried alone, costs most"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if anatomy.layers[0].qk_norm:
             yield (
