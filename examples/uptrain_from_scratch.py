@@ -36,7 +36,7 @@ from surgery.quiet import quiet_transformers
 
 HEADS, WARMUP, ENDLESS = 8, 0.05, 1_000_000
 STARTS = {"mean": "C0", "first": "C1", "random": "C3"}  # method -> colour
-LINES = ["-", "--", ":", "-."]  # by KV heads
+SHAPES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"})
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, required=True)
@@ -186,12 +186,16 @@ def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
 
 
 def draw(done: dict, options, title: str) -> None:
-    rows, lines, styles = done["rows"], {}, {}
-    for number, heads in enumerate(options.kv_heads):
+    lines, styles = {}, {}
+
+    def add(label: str, key: str, **style) -> None:
+        lines[label] = (options.shares, [done["rows"][f"{key} {share:g}"] for share in options.shares])
+        styles[label] = {"markersize": 4} | style
+
+    for heads, shape in zip(options.kv_heads, SHAPES, strict=False):
         for start, colour in STARTS.items():
-            label = f"{heads} KV head{'s' * (heads > 1)}, {start}"
-            lines[label] = (options.shares, [rows[f"{heads} {start} {share:g}"] for share in options.shares])
-            styles[label] = {"color": colour, "linestyle": LINES[number % len(LINES)]}
+            add(f"{heads} KV head{'s' * (heads > 1)}, {start}", f"{heads} {start}", color=colour, **shape)
+    add("base, trained on", f"{HEADS} none", color="0.6", marker=".")
     curves(
         options.out.with_suffix(".png"),
         lines,

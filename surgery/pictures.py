@@ -90,7 +90,7 @@ def curves(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, handlelength=3)
     return _write(plt, figure, path, title)
 
 
