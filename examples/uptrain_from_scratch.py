@@ -181,7 +181,7 @@ def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
     cases = []
     for heads, share in wrong:
         losses = ", ".join(f"{value:.4f}" for value in found[heads, share])
-        cases.append(f"{heads} KV heads, {share:g}% ({losses})")
+        cases.append(f"{heads} KV head{'s' * (heads > 1)}, {share:g}% ({losses})")
     return f"{text}; not at {'; '.join(cases)}"
 
 
