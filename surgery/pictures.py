@@ -62,13 +62,16 @@ def curves(
     title: str = "",
     log_x: bool = False,
     reference: float | None = None,
+    reference_label: str | None = None,
+    styles: dict[str, dict] | None = None,
 ) -> Path:
     """Curves in one picture.
 
     Args:
         path: the file to write, .png.
         lines: label -> (x, y).
-        reference: height of a dashed line (1.0 for ratios).
+        reference: height of a dashed line (1.0 for ratios), and what the legend calls it.
+        styles: label -> matplotlib's settings of that curve (color, linestyle, marker, ...).
 
     Raises:
         as `heat_maps`.
@@ -76,9 +79,9 @@ def curves(
     plt = _pyplot(path)
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for label, (x, y) in lines.items():
-        axis.plot(x, y, marker="o" if len(x) < 40 else "", label=label)
+        axis.plot(x, y, **{"marker": "o" if len(x) < 40 else "", "label": label} | (styles or {}).get(label, {}))
     if reference is not None:
-        axis.axhline(reference, color="0.5", linestyle="--", linewidth=1)
+        axis.axhline(reference, color="0.5", linestyle="--", linewidth=1, label=reference_label)
     if log_x:
         ticks = sorted({value for x, _ in lines.values() for value in x})
         axis.set_xscale("log", base=2)
@@ -87,7 +90,7 @@ def curves(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, handlelength=3)
     return _write(plt, figure, path, title)
 
 

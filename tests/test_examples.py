@@ -1,6 +1,8 @@
 """Every example runs as its docstring says."""
 
 import importlib.util
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +120,14 @@ def test_bench_healing(tmp_path):
         lines = [line for line in printed.splitlines() if line.startswith("| ")][2:]
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
-    step = table("step", "--layers", "1", "--rows", "1", "--length", "32", "--runs", "1")
-    assert [row[0] for row in step][::2] == ["cross-entropy", "distillation, live teacher", "both, live teacher"]
+    small = ("--layers", "1", "--rows", "1", "--length", "32", "--runs", "1")
+    step = table("step", *small)
+    assert [row[0] for row in step[::5]] == ["full", "lora", "parts"]
+    losses = ["cross-entropy", "distillation, live teacher", "both, live teacher"]
+    assert [row[1] for row in step[:5:2]] == losses
+    assert [row[4] for row in step[5:10]] == ["", "", "1.9", "1.2", ""]
+    bare, ours, ratio = table("loop", *small, "--steps", "3")
+    assert float(ratio[1]) == pytest.approx(float(ours[1]) / float(bare[1]), rel=0.2)  # one round
     stored = table("stored", "--length", "64")
     kl, off = ([float(row[column].rstrip("%")) for row in stored[1::2]] for column in (2, 3))
     assert kl == sorted(kl)
@@ -158,3 +166,36 @@ def test_sparse_table(tmp_path):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     again = run("sparse_table.py", *few, "--out", "t.json", cwd=tmp_path)
     assert again == printed, "the second time all is known"
+
+
+@pytest.mark.slow
+def test_uptrain_from_scratch(tmp_path):
+    few = (
+        "--steps",
+        "40",
+        "--hidden",
+        "32",
+        "--layers",
+        "1",
+        "--context",
+        "32",
+        "--windows",
+        "8",
+        "--shares",
+        "0",
+        "50",
+    )
+    command = ("uptrain_from_scratch.py", *few, "--threads", "1", "--out", "rows.json")
+    printed = run(*command, cwd=tmp_path)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = {(heads, start): [float(loss) for loss in losses] for heads, start, *losses in table[2:]}
+    assert rows.keys() == {("8", "none")} | {(g, how) for g in "21" for how in ("mean", "first", "random")}
+    (base,) = re.findall(r"^base: ([\d.]+) nats", printed, re.MULTILINE)
+    assert rows["8", "none"][0] == float(base), "no merge, no training: the base"
+    assert float(base) < math.log(256), "it learned"
+    for before, after in rows.values():
+        assert after < before
+    held = sum(rows[g, "mean"][i] < rows[g, "first"][i] < rows[g, "random"][i] for g in "21" for i in (0, 1))
+    assert printed.splitlines()[-1].startswith(f"mean < first < random: at {held} of 4 points")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*command, cwd=tmp_path) == printed, "the second time all is known"

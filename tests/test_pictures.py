@@ -37,6 +37,14 @@ def test_curves(tmp_path):
     assert pixels(path).std() > 0.02
 
 
+def test_curves_in_colours_of_ones_own(tmp_path):
+    lines, axes = {"a": ([1, 2], [1, 2]), "b": ([1, 2], [2, 1])}, {"x_label": "", "y_label": ""}
+    path = curves(tmp_path / "c.png", lines, styles={"b": {"color": "#ff0000", "marker": ""}}, **axes)
+    shown = pixels(path)
+    red = (shown[..., 0] > 0.9) & (shown[..., 1:3] < 0.1).all(-1)
+    assert red.sum() > 300, "b's line"
+
+
 def test_a_name_that_is_not_png_and_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(SurgeryError, match="PNG"):
         heat_maps(tmp_path / "x.pdf", {"base": GRID}, **AXES)
