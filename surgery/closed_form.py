@@ -183,7 +183,7 @@ def cost(
     flops *= tokens
     if tried:
         flops += anatomy.parameters * (2 * tokens + len(anatomy.layers) * tried * length)
-        memory += 4 * tokens * hidden + 4 * (tried + 3) * length * (getattr(anatomy.config, "vocab_size", None) or 0)
+        memory += 4 * (tried + 3) * length * (getattr(anatomy.config, "vocab_size", None) or 0)
     return flops, memory
 
 

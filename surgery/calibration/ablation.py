@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from .head_scores import HeadScores
+from .layerwise import decoder_layers
 from .sequences import calibration, plain_pieces
 from .text import BUILTIN, fitting_length, load_text
 from .watching import row_logits, watched
@@ -69,14 +70,13 @@ def ranks(table: list[list[float]]) -> list[list[float]]:
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
-    """Every second of the rows that have a far past: positions, long [r]; of a short text the last row."""
-    return torch.arange(min(sinks + window, length - 1), length, 2)
+    """Every second of the rows that have a far past: positions, long [r]."""
+    return torch.arange(sinks + window, length, 2)
 
 
 def _each_alone(model, seen, ids: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> Iterator[tuple]:
     """(layer, KV head, KL to the whole model in nats, mean over the rows) as each head streams alone."""
-    paths = {module: path for path, module in model.named_modules()}
-    blocks = [model.get_submodule(paths[module].rpartition(".")[0]) for module in seen.modules]
+    blocks = decoder_layers(model, seen.anatomy)
     with recorded(blocks) as outputs:
         whole = row_logits(model, ids, rows).log_softmax(-1)
     for layer, heads in enumerate(seen.kv_heads):

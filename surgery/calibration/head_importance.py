@@ -117,8 +117,9 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     import torch
 
     from .ablation import kl, recorded, replayed
+    from .layerwise import decoder_layers
 
-    blocks = [model.get_submodule(layer.path.rpartition(".")[0]) for layer in anatomy.layers]
+    blocks = decoder_layers(model, anatomy)
     table = [[0.0] * layer.heads for layer in anatomy.layers]
     done, total = 0, len(sequences) * sum(layer.heads for layer in anatomy.layers)
 

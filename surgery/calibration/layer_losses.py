@@ -52,7 +52,7 @@ class LayerLosses(Sharing):
     def _alone(self, facts, target) -> float:
         """A layer's loss; the base's states are behind it afterwards."""
         number, streams = facts.index, self.streams
-        layer, before = layer_of(self.model, facts), list(streams.base)
+        layer, before = layer_of(self.model, facts), {place: streams.base[place] for place in self.places}
         with streams.layer(number):
             earlier = self.known(number)
             work, new, record = self._attention(number, layer, target, earlier)
@@ -61,9 +61,9 @@ class LayerLosses(Sharing):
                 self.found(number, *self.fits[number])
             with streams.output(number, new.o.flatten(1)):
                 for place in self.places:
-                    streams.converted[place] = before[place]
+                    streams.converted[place] = before.pop(place)
                     streams.converted_step(number, place, work.heads(new, place))
-        del work, before  # the rest needs memory for log-probabilities
+        del work  # the rest needs memory for log-probabilities
         return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
 
     def _lost(self, number: int, place: int, whole: torch.Tensor) -> float:

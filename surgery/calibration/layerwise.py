@@ -20,6 +20,11 @@ class Enough(Exception):
     """Ends a forward early: what was wanted of it is known."""
 
 
+def decoder_layers(model, anatomy: Anatomy) -> list[torch.nn.Module]:
+    """The modules that hold the attention modules, one a layer."""
+    return [model.get_submodule(layer.path.rpartition(".")[0]) for layer in anatomy.layers]
+
+
 class Layerwise:
     """Decoder layers to be called by number, and the hidden states before the next one.
 
@@ -31,7 +36,7 @@ class Layerwise:
 
     def __init__(self, model, anatomy: Anatomy, sequences: torch.Tensor):
         self.outputs = [model.get_submodule(f"{layer.path}.{layer.layout.o}") for layer in anatomy.layers]
-        self.blocks = [model.get_submodule(layer.path.rpartition(".")[0]) for layer in anatomy.layers]
+        self.blocks = decoder_layers(model, anatomy)
         self.states: list[torch.Tensor] = []
         self._calls: list[tuple] = [((), {})] * len(self.blocks)
         for number, sequence in enumerate(sequences):

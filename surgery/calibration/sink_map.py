@@ -17,6 +17,7 @@ import torch
 
 from ..errors import SurgeryError
 from ..runtime.surgery_attention import surgery_attention
+from .layerwise import decoder_layers
 from .watching import Watched, watched
 
 ALPHA, MAGNITUDE, RATIO = 5.0, 100.0, 1000.0
@@ -217,7 +218,7 @@ class _Residual:
 
     @contextmanager
     def watch(self, model, seen: Watched):
-        blocks = [model.get_submodule(layer.path.rpartition(".")[0]) for layer in seen.anatomy.layers]
+        blocks = decoder_layers(model, seen.anatomy)
         hooks = [block.register_forward_hook(self._hook(number)) for number, block in enumerate(blocks)]
         try:
             yield

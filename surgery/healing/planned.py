@@ -86,6 +86,11 @@ class HealPlan:
         )
 
     @property
+    def mixing_count(self) -> int:
+        """Numbers of the mixing weights."""
+        return sum(prod(shape) for _, shape in self.mixing.values())
+
+    @property
     def micro_tokens(self) -> int:
         """Tokens of one forward in one process."""
         rows = max(1, self.heal.rows // self.engine.processes)
@@ -136,10 +141,8 @@ class HealPlan:
         share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
         mixing = []
         if self.mixing:
-            count = sum(prod(shape) for _, shape in self.mixing.values())
-            mixing.append(
-                f"heal: {count:,} of them mix the base's K and V heads (one for each {heal.mixing}), folded after"
-            )
+            each = f"one for each {heal.mixing}"
+            mixing.append(f"heal: {self.mixing_count:,} of them mix the base's K and V heads ({each}), folded after")
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
             *mixing,
@@ -151,7 +154,7 @@ class HealPlan:
             "settings": self.heal.model_dump(mode="json"),
             "parameters": self.trained.count,
             "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
-            "mixing": sum(prod(shape) for _, shape in self.mixing.values()),
+            "mixing": self.mixing_count,
             "adapted": len(self.trained.adapted),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
