@@ -90,9 +90,8 @@ def step(args) -> None:
             limits = dict(zip(LIMITED, AT_MOST[method], strict=True))
             for name, each in times.items():
                 ratio, limit = statistics.median(each) / first, limits.get(name, "")
-                print(
-                    f"| {method} | {name} | {1000 * statistics.median(each):.0f} | {ratio:.2f} | {limit} |", flush=True
-                )
+                milliseconds = f"{1000 * statistics.median(each):.0f}"
+                print(f"| {method} | {name} | {milliseconds} | {ratio:.2f} | {limit} |", flush=True)
 
 
 def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str, list[float]]:
@@ -107,7 +106,7 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
 
     plain = copy.deepcopy(base).requires_grad_(True)
     report, heal = surgery.apply(MERGE, plain), Heal(method=method, steps=1)
-    trained = trained_of(plain, heal, rewritten_by(report.data))
+    trained = trained_of(plain, heal, rewritten_by(report.data), {})
     student = adapt(plain, heal, trained) if method == "lora" else plain
     if method != "lora":
         freeze(plain, trained.parameters)

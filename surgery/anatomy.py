@@ -216,7 +216,7 @@ class Anatomy:
         if self.guess:
             return f"{self.model_type} is not a known family"
         if not self.layers[0].layout.interface:
-            return f"{self.model_type} does not use Transformers' attention interface"
+            return f"{self.model_type} does not use the attention interface of the installed Transformers"
         return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""
 
     def shapes_problem(self) -> str:

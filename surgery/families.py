@@ -9,6 +9,7 @@ Falcons) is settled in anatomy.py from the config and the tensors that are reall
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Family:
     interface: bool = True
 
 
+TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
 GPT2 = {"layers": "transformer.h", "attn": "attn", "kv_field": None, "head_dim": False}
 BLOOM = {"attn": "self_attention", "qkv": "query_key_value", "o": "dense", "head_dim": False, "interface": False}
 
@@ -93,7 +95,7 @@ FAMILIES: dict[str, Family] = {
         head_dim=False,
     ),
     "gpt2": Family(**GPT2, qkv="c_attn", o="c_proj", layout="rows", conv1d=True, positions="learned"),
-    "gptj": Family(**GPT2, o="out_proj", positions="interleaved"),
+    "gptj": Family(**GPT2, o="out_proj", positions="interleaved", interface=TRANSFORMERS >= (5, 24)),
     "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
     "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
     "mpt": Family(

@@ -128,6 +128,10 @@ WITHOUT_KV_FIELD: dict[str, Callable[..., PreTrainedModel]] = {
     "mpt": maker("Mpt", IDS, vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=QUERIES, max_seq_len=64),
 }
 TINY = CONVERTIBLE | WITHOUT_KV_FIELD
+# Not on Transformers' attention interface: these never, gptj since 5.24 only.
+OFF_THE_INTERFACE = {name for name in TINY if name.startswith(("falcon", "bloom", "mpt"))}
+if not hasattr(transformers.models.gptj.modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+    OFF_THE_INTERFACE.add("gptj")
 BASES: dict[str, PreTrainedModel] = {}
 
 

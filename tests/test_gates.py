@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from dense import batch, chunked, difference, given
-from families import TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
+from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.runtime import modeling_surgery as runtime
@@ -20,11 +20,7 @@ from surgery.runtime.surgery_gates import Call, Gate, load_balance, load_balance
 from surgery.runtime.surgery_skipping import counted
 from surgery.runtime.surgery_token import prepare_token
 
-INTERFACE = sorted(
-    name
-    for name, make in TINY.items()
-    if name not in ("bloom", "mpt") and "falcon" not in name and "image" not in name
-)
+INTERFACE = sorted(name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name)
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"]
 
 

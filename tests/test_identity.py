@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 from dense import LENGTH, batch, chunked, difference, given
-from families import TINY, TOKENS, logits_of, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from families import (
+    OFF_THE_INTERFACE,
+    TINY,
+    TOKENS,
+    logits_of,
+    one_thread,  # noqa: F401 (a fixture)
+    open_doors,
+)
 
 import surgery
 from surgery.anatomy import Anatomy
@@ -31,9 +38,7 @@ REFUSED = {
     ("starcoder2", "sparse_prefill, gamma 1"),
 }
 STOCK = ("gqa", "expand", "prune_heads", "head_mask")  # what changes no weight leaves a stock model
-FAMILIES = [
-    name for name in TINY if not (anatomy := Anatomy.of(TINY[name]())).composite and anatomy.layers[0].layout.interface
-]
+FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE and not Anatomy.of(TINY[name]()).composite]
 
 
 def sinks(method: str, **fields) -> dict:

@@ -7,17 +7,15 @@ import copy
 import pytest
 import torch
 from dense import LENGTH, PADS, batch, chunked, dense_logits, difference, given
-from families import TINY, maker
+from families import OFF_THE_INTERFACE, TINY, maker
 from transformers import DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_attention as attention
 
 SINKS, WINDOW = 3, 5
-NOT_ON_THE_INTERFACE = {"falcon", "bloom", "mpt"}
-FAMILIES = [name for name in TINY if not any(name.startswith(word) for word in NOT_ON_THE_INTERFACE)]
 COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
-FAMILIES = [name for name in FAMILIES if name not in COMPOSITES]
+FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]
 
 
 def kv_heads(model) -> int:

@@ -339,7 +339,7 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
 def test_refusals(numbers):
     cases = [
         ("olmo2", {}, "the QK-norm of olmo2 spans all heads: use method: mean"),
-        ("falcon_old", {"kv_heads": 1}, "does not use Transformers' attention interface"),
+        ("falcon_old", {"kv_heads": 1}, "does not use the attention interface"),
         ("llama", {"align": "procrustes"}, "drop align"),
         ("llama", {"refit": ["o", "o"]}, "refit names a projection twice: o, o"),
     ]

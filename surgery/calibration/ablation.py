@@ -9,7 +9,8 @@ before the changed layer is not computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -61,12 +62,10 @@ def ablation(
 
 
 def ranks(table: list[list[float]]) -> list[list[float]]:
-    """The share of all other heads that lie below each, 0 to 1; equal ones by layer and head."""
-    order = sorted((x, layer, head) for layer, row in enumerate(table) for head, x in enumerate(row))
-    found = [[0.0] * len(row) for row in table]
-    for place, (_, layer, head) in enumerate(order):
-        found[layer][head] = place / max(1, len(order) - 1)
-    return found
+    """The share of all other heads that lie below each, 0 to 1; of those equal to it, half."""
+    order = sorted(x for row in table for x in row)
+    others = max(1, len(order) - 1)
+    return [[(bisect_left(order, x) + bisect_right(order, x) - 1) / 2 / others for x in row] for row in table]
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
@@ -77,14 +76,25 @@ def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
 def _each_alone(model, seen, ids: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> Iterator[tuple]:
     """(layer, KV head, KL to the whole model in nats, mean over the rows) as each head streams alone."""
     blocks = decoder_layers(model, seen.anatomy)
-    with recorded(blocks) as outputs:
-        whole = row_logits(model, ids, rows).log_softmax(-1)
-    for layer, heads in enumerate(seen.kv_heads):
-        with replayed(blocks[:layer], outputs):
-            for head in range(heads):
-                seen.look(layer, [head], sinks, window)
-                yield layer, head, kl(whole, row_logits(model, ids, rows).log_softmax(-1))
+    for layer, lost in each_layer(blocks, lambda: row_logits(model, ids, rows).log_softmax(-1)):
+        for head in range(seen.kv_heads[layer]):
+            seen.look(layer, [head], sinks, window)
+            yield layer, head, lost()
         seen.look(layer)
+
+
+def each_layer(blocks: list, answer: Callable[[], torch.Tensor]) -> Iterator[tuple[int, Callable[[], float]]]:
+    """(layer, what a change of this layer loses) for each layer; layers before it are not computed again.
+
+    Args:
+        answer: the log-probabilities [rows, vocabulary] of one text. What is lost is their KL to the first ones,
+            in nats, and is measured at each call.
+    """
+    with recorded(blocks) as outputs:
+        whole = answer()
+    for layer in range(len(blocks)):
+        with replayed(blocks[:layer], outputs):
+            yield layer, lambda: kl(whole, answer())
 
 
 def kl(whole: torch.Tensor, other: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import random as numbers
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +117,7 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     """KL to the whole model, mean over the last `ROWS` tokens of each sequence."""
     import torch
 
-    from .ablation import kl, recorded, replayed
+    from .ablation import each_layer
     from .layerwise import decoder_layers
 
     blocks = decoder_layers(model, anatomy)
@@ -130,18 +131,15 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     with torch.no_grad():
         for sequence in sequences:
             ids = sequence[None].to(model.device)
-            with recorded(blocks) as outputs:
-                whole = answer(ids)
-            for facts in anatomy.layers:
-                with replayed(blocks[: facts.index], outputs):
-                    for head in range(facts.heads):
-                        mask = torch.ones(facts.heads, device=model.device)
-                        mask[head] = 0
-                        with masked(model, anatomy, {facts.index: mask}):
-                            table[facts.index][head] += kl(whole, answer(ids)) / len(sequences)
-                        done += 1
-                        if progress:
-                            progress(done, total, "heads silenced")
+            for layer, lost in each_layer(blocks, partial(answer, ids)):
+                for head in range(len(table[layer])):
+                    mask = torch.ones(len(table[layer]), device=model.device)
+                    mask[head] = 0
+                    with masked(model, anatomy, {layer: mask}):
+                        table[layer][head] += lost() / len(sequences)
+                    done += 1
+                    if progress:
+                        progress(done, total, "heads silenced")
     return table
 
 

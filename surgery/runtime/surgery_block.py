@@ -29,7 +29,7 @@ from .surgery_heads import HeadKinds, base_windows, kinds_of_heads, query_groups
 from .surgery_parts import FILES, OF_LAYERS, part
 
 NAME, FORMAT = "surgery", 1
-TRANSFORMERS = ((5, 20), (6, 0))  # from, before
+TRANSFORMERS = ((5, 21), (6, 0))  # from, before; 5.20 drops the soft-cap of gemma2 under SDPA
 KEYS = {"streaming", "sinks", "window", "num_attention_heads", "num_key_value_heads", "query_groups", "shapes"}
 KEYS |= {"query_numbers", "kv_numbers", "parameters", "stand_in", "gate", "sparse"}
 # Parameters of terms -> the value that changes nothing; not -inf, which would give gradients that are no numbers.
@@ -74,7 +74,7 @@ def validate(config) -> list[dict]:
     """
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.20 and < 6, this is {version}")
+        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.21 and < 6, this is {version}")
     block = getattr(config, NAME, None)
     if not isinstance(block, dict) or block.get("format") != FORMAT:
         found = block.get("format") if isinstance(block, dict) else block
