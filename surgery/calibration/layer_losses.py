@@ -62,7 +62,8 @@ class LayerLosses(Sharing):
             with streams.output(number, new.o.flatten(1)):
                 for place in self.places:
                     streams.converted[place] = before.pop(place)
-                    streams.converted_step(number, place, work.heads(new, place))
+                    given = work.heads(new, place)
+                    streams.converted_step(number, place, lambda _, given=given: given)
         del work  # the rest needs memory for log-probabilities
         return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
 

@@ -149,9 +149,12 @@ class Sharing:
             return None, {}
 
         def step(place: int) -> None:
-            if not self.settings.sequential:
-                work.meet(place, self._inputs(number, place))
-            streams.converted_step(number, place, work.heads(new, place))
+            def heads(call: Call) -> torch.Tensor:
+                if not self.settings.sequential:  # else it has met it
+                    work.meet(place, self._kept(number, call))
+                return work.heads(new, place)
+
+            streams.converted_step(number, place, heads)
 
         with streams.output(number, new.o.flatten(1)):
             if mlp is None:
@@ -164,11 +167,10 @@ class Sharing:
                 return weight, {}
             return writer.mend(list(self.settings.ridges)) or (None, {})
 
-    def _inputs(self, number: int, place: int) -> Call:
-        """What a layer's attention is given in the converted model."""
-        call = self.streams.inputs(number, place)
+    def _kept(self, number: int, call: Call) -> Call:
+        """Of what a layer's attention is given in the converted model, what is used again."""
         if self.watch.anatomy.layers[number].qk_norm is None:
-            call.query = call.key = None  # of the old weights: only what a norm keeps is used again
+            call.query = call.key = None  # of the old weights: only what a norm keeps
         return call
 
     def _look(self, number: int, layer: AttentionLayer, enough: bool) -> Seen:
@@ -177,7 +179,7 @@ class Sharing:
             state = self.streams.base[place][0]
             seen.loud.append(state.float().square().mean(-1).sqrt())
             seen.base.append(call := self.streams.base_step(number, place))
-            own = self._inputs(number, place) if self.settings.sequential else call
+            own = self._kept(number, self.streams.inputs(number, place)) if self.settings.sequential else call
             seen.x.append(with_ones(own.x, layer.q_bias is not None))
             seen.calls.append(own)
             if enough:

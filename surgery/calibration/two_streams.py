@@ -9,7 +9,7 @@ the model changes while it is measured. Memory: the hidden states of all sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class TwoStreams:
 
     def __init__(self, model, sequences: torch.Tensor):
         self.model, self.sequences = model, sequences
-        self._given: torch.Tensor | None = None  # heads' outputs [T, H, d] to be used in place of the module's own
+        self._heads: Callable[[Call], torch.Tensor] | None = None  # gives what stands in place of the module's own
         self._stop, self._call = False, Call(torch.empty(0))
 
     def begin(self, watch: Watched) -> None:
@@ -60,9 +60,9 @@ class TwoStreams:
 
     def attention(self, module, query, key, value, mask, **settings):
         """In place of the model's attention function."""
-        if self._given is not None:
-            return self._given[None].to(query), None
         self._call.query, self._call.key, self._call.settings = query[0], key[0], settings
+        if self._heads is not None:
+            return self._heads(self._call)[None].to(query), None
         if self._stop:
             raise Enough
         return surgery_attention(module, query, key, value, mask, **settings)
@@ -109,17 +109,18 @@ class TwoStreams:
             self._stop = False
         return self._call
 
-    def converted_step(self, number: int, place: int, heads: torch.Tensor | None) -> None:
+    def converted_step(self, number: int, place: int, heads: Callable[[Call], torch.Tensor] | None) -> None:
         """Put a sequence through the converted layer.
 
         Args:
-            heads: [T, H, d], what its heads give; None: the layer is the base's.
+            heads: what its heads give, [T, H, d], by what its attention is given; None: the layer is the base's.
         """
-        self._given = heads
+        self._heads = heads
         try:
-            self.converted[place] = self.run.call(number, self.converted[place])
+            with self._watched(number):
+                self.converted[place] = self.run.call(number, self.converted[place])
         finally:
-            self._given = None
+            self._heads = None
 
     @contextmanager
     def output(self, number: int, weight: torch.Tensor) -> Iterator[None]:
