@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from ..errors import SurgeryError
-from .self_text import sample
+from .self_text import BATCH, sample
 from .text import Text, begin_of_text, fitting_length, load_text, windows
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -74,8 +74,9 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     training = model.training
     try:
         asked = SimpleNamespace(length=length, chat=False, seed=0)
+        batch = min(BATCH, samples + samples // 2)  # some end early: one batch should do
         documents = sample(
-            model.eval(), tokenizer, asked, samples * length, folder=folder, batch=min(64, samples), progress=progress
+            model.eval(), tokenizer, asked, samples * length, folder=folder, batch=batch, progress=progress
         )
     finally:
         model.train(training)
