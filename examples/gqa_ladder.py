@@ -84,17 +84,7 @@ def main() -> None:
             seed = given.pop("drawn", None)
             heads = args.kv_heads if seed is None else drawn(model, args.kv_heads, seed)
             surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=heads, **given)
-            asked = {"tokenizer": tokenizer, "windows": args.windows, "length": args.length}
-            found = [surgery.evaluate(model, base, text=text, **asked).to_dict() for text in args.texts]
-            kept["rows"][label] = [
-                {
-                    "text": f["text"],
-                    "base": f["base"]["cross_entropy"],
-                    "ce": f["out"]["cross_entropy"],
-                    "kl": f["kl"]["mean"],
-                }
-                for f in found
-            ]
+            kept["rows"][label] = judged(model, base, tokenizer, args)
             if args.out:
                 args.out.write_text(json.dumps(kept, indent=1))
         return kept["rows"][label]
@@ -118,6 +108,16 @@ def main() -> None:
                     printed = True
                 cells = (f"{f['ce']:.3f} | {f['ce'] - f['base']:+.3f} | {f['kl']:.3f}" for f in found)
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def judged(model, base: str, tokenizer, args) -> list[dict]:
+    """Of each held-out text: what it is, the base's and the model's cross-entropy in nats, the KL to the base."""
+    asked = {"tokenizer": tokenizer, "windows": args.windows, "length": args.length}
+    found = [surgery.evaluate(model, base, text=text, **asked).to_dict() for text in args.texts]
+    return [
+        {"text": f["text"], "base": f["base"]["cross_entropy"], "ce": f["out"]["cross_entropy"], "kl": f["kl"]["mean"]}
+        for f in found
+    ]
 
 
 def header(args, found: list[dict]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from .common import (  # isort: skip
     capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
-    said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
+    said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
 NAME = "block_sparse_prefill"
@@ -101,8 +101,12 @@ def block_sparse_prefill(
         if bias.shape[1] not in (1, heads):
             raise ValueError(f"{NAME}: a bias is of 1 or {heads} heads, not {bias.shape[1]}")
     scale = size**-0.5 if scale is None else scale
-    if said_once(NAME, supports(query, blocks.block), query.device):
+
+    def by_pytorch():
         return put(reference(query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias), out, lse)
+
+    if said_once(NAME, supports(query, blocks.block), query.device):
+        return by_pytorch()
     out, lse = outputs(query, out, lse)
     if out.numel() == 0:
         return out, lse
@@ -114,16 +118,21 @@ def block_sparse_prefill(
     parts, shift = -(-block * pack // rows), -(-length // block)
     spanned = (length - 1) // block - (length - n) // block if pad is None else (n - 1) // block + 1
     factor, cap = factors(scale, softcap)
-    with on_device(query):
-        _attend[((spanned + 1) * parts, blocks.heads, batch)](
-            query, key, value, out, lse, blocks.offsets, blocks.ids, pad, bias,
-            *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(),
-            *((0, 0, 0) if bias is None else bias.stride()),
-            n, length, blocks.heads, blocks.rows, parts, shift, factor, cap,
-            GROUP=group, PACK=pack, D=size, BLOCK=block, BM=rows, BN=keys, BD=padded_size(size),
-            CAPPED=softcap is not None, PADDED=pad is not None, BIAS=0 if bias is None else bias.shape[1],
-            UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+
+    def launch():
+        with on_device(query):
+            _attend[((spanned + 1) * parts, blocks.heads, batch)](
+                query, key, value, out, lse, blocks.offsets, blocks.ids, pad, bias,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *lse.stride(),
+                *((0, 0, 0) if bias is None else bias.stride()),
+                n, length, blocks.heads, blocks.rows, parts, shift, factor, cap,
+                GROUP=group, PACK=pack, D=size, BLOCK=block, BM=rows, BN=keys, BD=padded_size(size),
+                CAPPED=softcap is not None, PADDED=pad is not None, BIAS=0 if bias is None else bias.shape[1],
+                UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+
+    if not started(NAME, query.device, launch):
+        return by_pytorch()
     return out, lse
 
 

@@ -46,7 +46,7 @@ TILES = {
     ("hip", "float32", 128): (32, 32, 4, 1),
     ("hip", "float32", 256): (16, 16, 4, 1),
 }
-_warned = set()
+_warned, _broken = set(), set()
 
 
 def jit(function):
@@ -114,6 +114,27 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
         _warned.add((kernel, reason))
         warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=3)
     return reason is not None
+
+
+def started(kernel: str, device, launch) -> bool:
+    """Launch a kernel; False, with a warning, where it cannot be: the reference must run, here and from then on.
+
+    A compiler that is missing or fails, or a tile that this GPU has no room for, must not cost a prompt. When a kernel is
+    interpreted its errors are its own, for tests to see.
+    """
+    place = kernel, str(device)
+    if place in _broken:
+        return False
+    try:
+        launch()
+    except Exception as error:  # Triton, a C compiler and a driver raise what they like
+        if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _broken.add(place)
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=3)
+        return False
+    return True
 
 
 def check(kernel: str, query, key, value, pad=None):

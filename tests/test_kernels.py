@@ -151,6 +151,37 @@ def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch,
     assert len(recwarn) == (says is not None)
 
 
+def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, recwarn):
+    """The compiler fails as on a GPU machine without one: one warning, right values, no second try."""
+    from surgery.kernels import block_sparse_prefill as module
+    from surgery.kernels import common
+
+    tries = []
+
+    class Broken:
+        def __getitem__(self, grid):
+            tries.append(grid)
+            raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(module, "_attend", Broken())
+    monkeypatch.setattr(common, "_broken", set())
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(module, "supports", lambda query, block: None)
+    monkeypatch.setattr(module, "target", lambda device: "interpreter")
+    query, key, value = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
+    blocks = module.BlockList.of(torch.ones(1, 2, 3, 3, dtype=torch.bool), 16)
+    want = module.reference(query, key, value, blocks, 0.25)
+    out, lse = torch.full_like(query, torch.nan), torch.full((1, 4, 40), torch.nan)
+    for given in ({}, {"out": out, "lse": lse}):
+        got = module.block_sparse_prefill(query, key, value, blocks, 0.25, **given)
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert torch.equal(out, want[0])
+    assert len(tries) == 1
+    assert [str(each.message).split(": ", 1)[1] for each in recwarn] == [
+        "PyTorch runs in place of the kernel: RuntimeError: Failed to find C compiler."
+    ]
+
+
 def test_an_old_triton_gets_the_reference(monkeypatch):
     from surgery.kernels import common
 
