@@ -4,9 +4,9 @@
 
 Kinds: prose (--prose), code (Python's standard library), chat (what MODEL writes as user and assistant, by its chat
 template; written for every seed), mixed (the recipe's default, which has no seed). A seed shuffles a text's
-paragraphs (of code: files) before it is cut into pieces. Each row converts the model in memory to --kv-heads and scores
-it on held-out texts, which the calibration must not have seen. A row of 8,192 tokens takes some minutes on one core, more
-tokens in proportion; the rows that are done are kept in --out, and the same command goes on from there.
+paragraphs (of code: files) before it is cut into pieces. Each row converts the model in memory to --kv-heads and
+scores it on held-out texts, which the calibration must not have seen. A row of 8,192 tokens takes some minutes on one
+core, more tokens in proportion; rows that are done are kept in --out, and the same command goes on from there.
 """
 
 import argparse

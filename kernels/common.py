@@ -119,8 +119,8 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
 def started(kernel: str, device, launch) -> bool:
     """Launch a kernel; False, with a warning, where it cannot be: the reference must run, here and from then on.
 
-    A compiler that is missing or fails, or a tile that this GPU has no room for, must not cost a prompt. When a kernel is
-    interpreted its errors are its own, for tests to see.
+    A compiler that is missing or fails, or a tile that this GPU has no room for, must not cost a prompt. Interpreted,
+    a kernel's errors are its own, for tests to see.
     """
     place = kernel, str(device)
     if place in _broken:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TEXT
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 needs_demo = pytest.mark.skipif(
@@ -199,3 +200,38 @@ def test_uptrain_from_scratch(tmp_path):
     assert printed.splitlines()[-1].startswith(f"mean < first < random: at {held} of 4 points")
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
+
+
+@pytest.mark.slow
+def test_gqa_robustness(tiny_llama, tmp_path):
+    (tmp_path / "prose.txt").write_text("\n\n".join([TEXT] * 8))
+    few = (
+        str(tiny_llama),
+        "--prose",
+        "prose.txt",
+        "--texts",
+        "held.txt",
+        "--kinds",
+        "prose",
+        "code",
+        "--seeds",
+        "0",
+        "1",
+    )
+    (tmp_path / "held.txt").write_text(TEXT)
+    command = ("gqa_robustness.py", *few, "--tokens", "96", "--length", "16", "--windows", "2", "--out", "rows.json")
+    printed = run(*command, cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-4:]]
+    assert [row[:3] for row in rows] == [[kind, "96", seed] for kind in ("prose", "code") for seed in "01"]
+    assert len({row[3] for row in rows}) > 1, "another text, another result"
+    assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
+
+
+@pytest.mark.slow
+@needs_demo
+def test_generated_text(tmp_path):
+    printed = run("generated_text.py", "smollm2-135m", "smollm2-135m", "--tokens", "4", cwd=tmp_path)
+    blocks = [block.splitlines() for block in printed.strip().split("\n\n")]
+    assert len(blocks) == 10
+    for _, base, converted in blocks:
+        assert base.split(maxsplit=1)[1:] == converted.split(maxsplit=1)[1:], "the same model, the same text"
