@@ -254,8 +254,13 @@ class Anatomy:
         """This anatomy with so many KV heads in each layer; where they differ, the surgical tier alone has them."""
         if len(set(kv_heads)) == 1:
             return self.with_kv_heads(kv_heads[0])
-        layers = zip(self.layers, kv_heads, strict=True)
-        return replace(self, layers=tuple(replace(layer, kv_heads=heads) for layer, heads in layers))
+        pairs = list(zip(self.layers, kv_heads, strict=True))
+        numbers = [layer.kv_numbers if heads == layer.kv_heads else () for layer, heads in pairs]
+        layers = tuple(
+            replace(layer, kv_heads=heads, kv_numbers=kept)
+            for (layer, heads), kept in zip(pairs, numbers, strict=True)
+        )
+        return replace(self, layers=layers)
 
     def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
         """This anatomy with other heads; `stock`: all layers alike, and the config says so."""

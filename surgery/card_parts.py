@@ -57,7 +57,7 @@ def searched(report: dict) -> list[str]:
     found = []
     for each in report.get("operations") or []:
         record = get(each, "record")
-        found += _spared(str(each.get("op")), record)
+        found += _calibrated(str(each.get("op")), record) + _spared(str(each.get("op")), record)
         if "kept" not in record:
             continue
         name = " ".join(filter(None, (str(each.get("op")), record.get("method"))))
@@ -74,6 +74,15 @@ def searched(report: dict) -> list[str]:
             why = f"{told}: a gain of two standard errors is asked" if told else none
             found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
     return found
+
+
+def _calibrated(op: str, record: dict) -> list[str]:
+    """The text that weights were fitted to."""
+    facts = get(record, "calibration")
+    if not facts.get("text"):
+        return []
+    digest = f" (sha256 {facts['sha256']})" if facts.get("sha256") else ""
+    return [f"{op}: fitted to {facts.get('tokens', 0):,} tokens: {facts['text']}{digest}"]
 
 
 def _spared(op: str, record: dict) -> list[str]:

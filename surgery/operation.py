@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .layers import AttentionLayer
 
 NATIVE, SURGICAL = "native", "surgical"
+TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ class Context:
             fix = f"surgery.apply(recipe, model, tokenizer=tokenizer){otherwise}"
             raise SurgeryError(what, where=where, fix=fix)
         return self.tokenizer
+
+
+def missing_texts(operation: Operation) -> list[str]:
+    """The calibration text that an operation names, if it is no file and none of the words that stand for one."""
+    found = []
+    for field in ("text", "calibration_text"):
+        named = getattr(operation, field, None)
+        if isinstance(named, str) and named not in TEXTS and not Path(named).is_file():
+            words = "; ".join((*TEXTS, "a UTF-8 text file"))
+            found.append(f"{operation.op}: {field}: there is no file {named!r} (what it may be: {words})")
+    return found
 
 
 class Operation(BaseModel):

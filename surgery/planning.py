@@ -15,7 +15,7 @@ from .errors import SurgeryError
 from .healing.planned import HealPlan, refuse_unhealable
 from .healing.trained import touched
 from .layers import packed_shapes, unpack
-from .operation import NATIVE, SURGICAL, Change, Operation
+from .operation import NATIVE, SURGICAL, Change, Operation, missing_texts
 from .recipe import Recipe
 from .yaml_lines import FILE_FIELDS
 
@@ -174,7 +174,8 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
     """
     steps, current = [], anatomy
     for operation in recipe.operations:
-        if problems := conflicts(operation, steps, anatomy) or operation.problems(current):
+        problems = conflicts(operation, steps, anatomy) or missing_texts(operation) or operation.problems(current)
+        if problems:
             first, *rest = (SurgeryError(problem, where=source) for problem in problems)
             raise SurgeryError(first.what, where=source, others=tuple(rest))
         change = operation.plan(current)

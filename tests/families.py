@@ -335,6 +335,12 @@ def check_both_doors(models: dict[Path, PreTrainedModel], scratch: Path) -> None
         assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
 
 
+def layers_of(report: dict) -> dict[str, dict]:
+    """What the first operation of a report noted of each layer, by its path."""
+    record = report["operations"][0]["record"]
+    return {path: facts for path, facts in record.items() if path != "calibration"}
+
+
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from families import attention_modules, base, check_both_doors, difference, logits_of
+from families import attention_modules, base, check_both_doors, difference, layers_of, logits_of
 from test_families import planted
 from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same  # noqa: F401
 
@@ -40,7 +40,7 @@ def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
         assert heads == ([2, 4] if layer == 0 else [4, 2])
         kept = [attention_modules(each)[1 - layer].state_dict() for each in (model, old)]
         assert same(*kept)
-        losses = [each["lost_alone"] for each in report.data["operations"][0]["record"].values()]
+        losses = [each["lost_alone"] for each in layers_of(report.data).values()]
         assert losses[layer] <= 1e-6 < 1e-3 < losses[1 - layer]
         assert difference(logits_of(model), logits_of(old)) <= 1e-3
         models[tmp_path / f"{layer}"] = model
@@ -51,7 +51,7 @@ def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F
     """Against the layer converted alone by a list, its logits and the base's in float64."""
     model = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, keep_layers=0.5)), model, tokenizer=Tokens())
-    losses = [each["lost_alone"] for each in report.data["operations"][0]["record"].values()]
+    losses = [each["lost_alone"] for each in layers_of(report.data).values()]
     held = SEQUENCES[[5, 11]]
     whole = logits_of(base("llama"), held).double().log_softmax(-1)
     for layer, counts in enumerate(([1, 4], [4, 1])):
@@ -87,7 +87,7 @@ def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
     assert out.read_bytes() == whole.read_bytes()
     report = json.loads((tmp_path / "out" / "surgery.json").read_text("utf-8"))
     assert report["tier"] == "surgical"
-    facts = list(report["operations"][0]["record"].values())
+    facts = list(layers_of(report).values())
     spared = [number for number, each in enumerate(facts) if each["kv_heads"] == 3]
     assert len(spared) == 1
     assert facts[spared[0]]["lost_alone"] >= facts[1 - spared[0]]["lost_alone"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from families import (
     check_both_doors,
     difference,
     kv_heads_of,
+    layers_of,
     logits_of,
     one_thread,  # noqa: F401
 )
@@ -97,6 +99,7 @@ def test_the_command(surgery, model, text):
     assert report["engine"] == "loaded"
     assert report["check"]["passed"]
     records = report["operations"][0]["record"]
+    assert records.pop("calibration")["sha256"] == hashlib.sha256(Path(text).read_bytes()).hexdigest()[:12]
     assert len(records) == 2
     for record in records.values():
         # Of every fit before and after, on text held back: none may make it worse.
@@ -225,14 +228,14 @@ def test_a_list_of_kv_heads_through_both_doors(numbers, tmp_path):
         assert report.data["tier"] == "surgical"
         kept, old = attention_modules(model)[1], attention_modules(base(name))[1]
         assert same(kept.state_dict(), old.state_dict())
-        assert len(report.data["operations"][0]["record"]) == 1
+        assert len(layers_of(report.data)) == 1
         models[tmp_path / name] = model
     check_both_doors(models, tmp_path)
 
 
 def test_all_kv_heads_is_the_base_and_needs_no_text():
     model = copy.deepcopy(base("llama"))
-    package.apply(recipe(closed("none.txt", kv_heads_of(model))), model)
+    package.apply(recipe(closed("builtin", kv_heads_of(model))), model)
     assert same(weights(model), weights(base("llama")))
 
 
@@ -243,7 +246,7 @@ def test_settings_change_what_is_fitted(numbers):
     for refit in ([], ["o"], ["q"], ["k"], ["k", "q"]):
         model = copy.deepcopy(base("llama"))
         report = package.apply(recipe(closed(numbers, 1, refit=refit)), model, tokenizer=Tokens())
-        found[tuple(refit)] = attention_modules(model)[0], report.data["operations"][0]["record"]
+        found[tuple(refit)] = attention_modules(model)[0], layers_of(report.data)
     plain, _ = found[()]
     for refit, (module, _) in found.items():
         assert torch.equal(module.v_proj.weight, plain.v_proj.weight)
@@ -265,7 +268,7 @@ def test_settings_change_what_is_fitted(numbers):
     assert changed == {f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1)}, "attention is the same"
     fixed = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, ridge=0.25)), fixed, tokenizer=Tokens())
-    assert {record["ridge"] for record in report.data["operations"][0]["record"].values()} <= {0.25, None}
+    assert {record["ridge"] for record in layers_of(report.data).values()} <= {0.25, None}
 
 
 def mlp_output(model):
@@ -288,7 +291,7 @@ def test_the_refit_of_the_mlp_is_least_squares_on_the_models_own_states(name, nu
     one_text(numbers)
     old, model = base(name), copy.deepcopy(base(name))
     report = package.apply(recipe(closed(numbers, 2, ridge=0.01)), model, tokenizer=Tokens())
-    assert list(report.data["operations"][0]["record"].values())[-1]["mlp_ridge"] == 0.01
+    assert list(layers_of(report.data).values())[-1]["mlp_ridge"] == 0.01
     z, written, state = states_at_the_mlp(model)
     target = states_of_the_last_layer(old, SEQUENCES[:1])[1].double()
     module, before = mlp_output(model), mlp_output(old)
@@ -307,7 +310,7 @@ def test_the_refit_of_the_mlp_is_least_squares_on_the_models_own_states(name, nu
 def test_a_layer_whose_mlp_writes_through_a_norm_keeps_its_mlp(numbers):
     model = copy.deepcopy(base("gemma2"))
     report = package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
-    assert all("mlp_fit" not in record for record in report.data["operations"][0]["record"].values())
+    assert all("mlp_fit" not in record for record in layers_of(report.data).values())
     old, new = weights(base("gemma2")), weights(model)
     assert all(torch.equal(old[name], tensor) for name, tensor in new.items() if "mlp" in name)
 
@@ -372,7 +375,7 @@ def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path,
     package.apply("gqa", str(model), output=tmp_path / "whole", **given)
     with pytest.raises(Stopped):
         package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
-    assert len([*(tmp_path / "out.partial").glob("gqa-*.state")]) == 1
+    assert len([*(tmp_path / "out.partial").glob("0-gqa-*.state")]) == 1
     converted, convert = [], SharedLayer.convert
     monkeypatch.setattr(
         SharedLayer, "convert", lambda work: (converted.append(work.layer.facts.index), convert(work))[1]

@@ -40,7 +40,7 @@ MARK = "surgery-mark"
 def sample(
     model, tokenizer, heal, tokens: int, *, folder: Path | None = None, batch: int = BATCH, progress=None
 ) -> list[list[int]]:
-    """Documents that the model wrote, at least `tokens` tokens in all, each of `heal.length` at most.
+    """Documents that the model wrote, of `heal.length` at most; at least `tokens` tokens in all are its own.
 
     A document ends where the model ends it (its EOS is kept), or at that length. Every batch has a seed of its own, so
     that a run that was stopped and goes on finds what it would have found.
@@ -76,7 +76,8 @@ def sample(
         else:
             rows = known[0]["ids"].long()
         some = [_document(row, len(begin.prefix), ends) for row in rows.tolist()]
-        found, done, number = found + some, done + sum(map(len, some)), number + 1
+        own = sum(len(document) - len(begin.prefix) for document in some)
+        found, done, number = found + some, done + own, number + 1
         if progress:
             progress(min(done, tokens), tokens, "text of the base")
     return found
@@ -179,8 +180,8 @@ def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:
     if not letters:
         raise SurgeryError(
             "the tokenizer has no words that a text of the base could begin with",
-            where="heal.data: self",
-            fix="heal.data=FILE, or builtin",
+            where="text that the model writes",
+            fix="name a text file, or builtin",
         )
     return tuple(sorted(first or letters))
 

@@ -69,8 +69,21 @@ def calibration_pieces(
     return torch.cat(pieces)
 
 
+def calibration_source(text: str) -> dict:
+    """What a record says of such a text: what it is and, unless the model wrote all of it, its sha256."""
+    if text == "self":
+        return {"text": "what the model writes"}
+    source = load_text("builtin" if text == "mixed" else text, "calibration")
+    half = ", and as much that the model writes" if text == "mixed" else ""
+    return {"text": source.title + half, "sha256": source.sha256[:12]}
+
+
 def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
-    """Pieces of text that the model wrote, [samples, length]; texts that end early stand one after the other."""
+    """Pieces of text that the model wrote, [samples, length]; texts that end early stand one after the other.
+
+    Each piece begins as `windows` begin, with BOS where the tokenizer begins texts with it: models of that kind make a
+    sink of what stands first.
+    """
     training = model.training
     try:
         asked = SimpleNamespace(length=length, chat=False, seed=0)
@@ -80,8 +93,10 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
         )
     finally:
         model.train(training)
-    tokens = [token for document in documents for token in document]
-    return torch.tensor(tokens[: samples * length]).view(samples, length)
+    start = begin_of_text(tokenizer)
+    tokens = [token for document in documents for token in document[len(start) :]]
+    bodies = torch.tensor(tokens[: samples * (length - len(start))]).view(samples, -1)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(samples, -1), bodies], dim=1)
 
 
 def calibration(

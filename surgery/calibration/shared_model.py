@@ -12,7 +12,7 @@ from ..operation import Context
 from .layer_files import LayerFiles
 from .layer_losses import LayerLosses, spared
 from .layer_seen import Settings
-from .sequences import calibration_pieces
+from .sequences import calibration_pieces, calibration_source
 from .sharing import Sharing, layer_of
 
 
@@ -33,7 +33,7 @@ def share_kv_heads(
             they are is said in `context.after`.
 
     Returns:
-        A record of each layer, by its path.
+        A record of each layer, by its path, and of the text.
     """
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
@@ -43,6 +43,7 @@ def share_kv_heads(
 
     def files(name: str) -> LayerFiles:
         counts = [layer.kv_heads for layer in after.layers]
+        name = f"{context.number}-{name}"
         return LayerFiles(context.folder, name, [settings, counts, heads.records, sequences.tolist()])
 
     alone: dict[int, tuple] = {}
@@ -74,7 +75,8 @@ def share_kv_heads(
         old = model.get_parameter(name).data
         old.copy_(weight if weight.shape == old.shape else weight.T)
     each = zip(before.layers, heads.records, losses, found, strict=True)
-    return {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
+    told = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
+    return told | {"calibration": calibration_source(text[0]) | {"tokens": sequences.numel()}}
 
 
 class Heads:
@@ -89,9 +91,9 @@ class Heads:
 
     def __init__(self, model, anatomy: Anatomy, orders: list[Callable] | None):
         self.model, self.anatomy = model, anatomy
-        self.layers = [layer_of(model, facts) for facts in anatomy.layers]
         self.moved = orders is not None
-        self.records: list[dict] = [{} for _ in self.layers]
+        self.layers = [layer_of(model, facts) for facts in anatomy.layers] if orders else []  # copies
+        self.records: list[dict] = [{} for _ in anatomy.layers]
         for record, order, layer in zip(self.records, orders or [], self.layers, strict=bool(orders)):
             record["kv_head_order"] = order(layer)
 

@@ -156,16 +156,17 @@ class Sharing:
 
             streams.converted_step(number, place, heads)
 
+        left = {"mlp": "left as it is"} if "mlp" in self.settings.refit else {}
         with streams.output(number, new.o.flatten(1)):
             if mlp is None:
                 for place in range(len(self.sequences)):
                     step(place)
-                return None, {}
+                return None, left
             writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
             if known:
                 writer.follow(weight)
                 return weight, {}
-            return writer.mend(list(self.settings.ridges)) or (None, {})
+            return writer.mend(list(self.settings.ridges)) or (None, left)
 
     def _kept(self, number: int, call: Call) -> Call:
         """Of what a layer's attention is given in the converted model, what is used again."""

@@ -80,12 +80,17 @@ def plan(work) -> None:
     """The old → new tree."""
     before, after = work.before, work.after
     # Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
-    known = not any(step.change.measured for step in work.steps)
+    measured = [step for step in work.steps if step.change.measured]
+    known, placed = not measured, all(_alike(step.change.after) or not _alike(step.before) for step in measured)
     tree = Tree(Text.assemble((work.recipe.name, "bold"), f" on {work.source} ({before.model_type}): {work.tier}"))
-    for old, new, last in _changes(before.layers, after.layers, known):
+    for old, new, last in _changes(before.layers, after.layers, known, placed):
         where = old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
         branch = tree.add(where)
         branch.add(f"query heads {_arrow(old.heads, new.heads)}, of {old.head_dim}")
+        if not placed:
+            counts = " or ".join(map(str, sorted({layer.kv_heads for layer in after.layers})))
+            branch.add(f"KV heads {old.kv_heads} → {counts}: which layers get which is measured")
+            continue
         branch.add(
             f"KV heads {_arrow(old.kv_heads, new.kv_heads)}, {_arrow(_readers(old), _readers(new))} query heads each"
         )
@@ -115,7 +120,10 @@ def plan(work) -> None:
                 f"{work.seconds:.0f} s"
             )
         else:
-            out.print(f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory")
+            time = f"; some {work.seconds / 60:.0f} minutes on a laptop" if work.seconds > 90 else ""
+            out.print(
+                f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory{time}"
+            )
         out.print(f"check and eval load the model: about {loaded} of memory")
     if heal := work.heal:
         healing(heal)
@@ -139,12 +147,20 @@ def healing(work) -> None:
         )
 
 
-def _changes(before, after, known: bool) -> list[tuple]:
-    """(old layer, new layer, number of the last) of neighbouring layers that change alike."""
+def _alike(anatomy) -> bool:
+    return len({layer.kv_heads for layer in anatomy.layers}) == 1
+
+
+def _changes(before, after, known: bool, placed: bool) -> list[tuple]:
+    """(old layer, new layer, number of the last) of neighbouring layers that change alike.
+
+    Args:
+        known: which heads change; placed: which layers have how many.
+    """
     runs: list[tuple] = []
     facts = None
     for old, new in zip(before, after, strict=True):
-        here = (_facts(old), _facts(new) if known else new.kv_heads)
+        here = (_facts(old), _facts(new) if known else new.kv_heads if placed else None)
         if here == facts:
             runs[-1] = (*runs[-1][:2], old.index)
         else:

@@ -217,10 +217,16 @@ class GQA(WeightRewrite):
         fits = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
         fits += "v" in self.refit
         tried = TRIED if self._kept(anatomy) else 0
-        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits, tried=tried)
+        own = {"self": 1.0, "mixed": 0.5}.get(self.calibration_text, 0.0)
+        given = {"tried": tried, "mlp": "mlp" in self.refit, "copied": self.grouping == "similarity"}
+        given["written"] = int(own * self.calibration_samples * self.calibration_length)
+        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits, **given)
 
     def _closed_form_notes(self, anatomy: Anatomy):
-        fitted = " and ".join(filter(None, [", ".join(self.refit[:-1]), *self.refit[-1:]])) or "nothing"
+        norm = anatomy.layers[0].qk_norm
+        parts = [part for part in self.refit if not (norm and part in "qk")]
+        fitted = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "nothing"
+        fitted += ", this where an MLP has one output that is added as it is" if "mlp" in parts else ""
         tokens = self.calibration_samples * self.calibration_length
         _, needed = self._cost(anatomy, len(anatomy.layers))
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
@@ -230,10 +236,10 @@ class GQA(WeightRewrite):
             which = f"which {kept} of {len(anatomy.layers)} layers keep their KV heads is measured"
             yield f"{which}: those where sharing, each tried alone, costs most"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
-        if anatomy.layers[0].qk_norm:
+        if norm:
             yield (
-                "a norm stands between keys and RoPE and has no scale for a head, so keys cannot be mixed: of each "
-                "group one key head stays as it is, queries too; values and output projection are fitted"
+                "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "
+                "is, queries too; values and output projection are fitted"
             )
         if anatomy.layers[0].soft_cap:
             yield "scores are fitted before their soft-cap, as if there were none"
