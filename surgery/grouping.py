@@ -118,13 +118,75 @@ def _swap(parts: list[list[int]], cost) -> list[list[int]]:
     return parts
 
 
-def similar_order(layer: AttentionLayer, groups: int, aligned: bool) -> list[int]:
+def merge_losses(layer: AttentionLayer) -> Tensor:
+    """What merging two KV heads in closed form would lose if the layer's inputs were white: [G, G].
+
+    Of keys and of values, each a share of what all heads say to their readers. What the closed form undoes costs
+    nothing: a complex factor for each frequency of keys, any invertible map of values.
+    """
+    import torch
+
+    from .alignment import pair_channels
+
+    facts, (keys, values, queries) = layer.facts, (with_bias(layer, part) for part in "kvq")
+    outputs = layer.o.double().transpose(0, 1)
+    readers, power = (
+        (x.mT @ x).unflatten(0, (len(values), -1)).sum(1) for x in (outputs, queries.mT)
+    )  # Σ Oᵀ O and Σ q qᵀ of the query heads of each, [G, d, d]
+    losses = _pair_losses(_products(values), readers)
+    if facts.qk_norm:  # keys are not mixed
+        return losses + head_distances(keys, plain_inner)
+    lost, energy = torch.zeros_like(losses), 0.0
+    if facts.rotary:
+        real, imag = pair_channels(facts.rotary, facts.positions)
+        rows = torch.complex(keys[:, real], keys[:, imag]).transpose(0, 1)  # [F, G, n]
+        weights = (power[:, real, real] + power[:, imag, imag]).T[..., None, None].to(rows.dtype)
+        lost, energy = _pair_losses((rows @ rows.mH)[:, :, None, :, None], weights, shares=False)
+    if facts.rotary < facts.head_dim:
+        free = slice(facts.rotary, None)
+        more = _pair_losses(_products(keys[:, free]), power[:, free, free], shares=False)
+        lost, energy = lost + more[0], energy + more[1]
+    return losses + (lost / energy if energy else lost)
+
+
+def _products(heads: Tensor) -> Tensor:
+    """[G, d, G, d] of heads [G, d, n]."""
+    flat = heads.flatten(0, 1)
+    return (flat @ flat.T).reshape(*heads.shape[:2], *heads.shape[:2])
+
+
+def _pair_losses(moments: Tensor, weights: Tensor, shares: bool = True):
+    """Of every pair of heads what `closed_form.shared_channels` loses by one in place of both, [G, G].
+
+    Args:
+        moments: [..., G, e, G, e]; weights: [..., G, e, e]; losses are summed over what stands before.
+        shares: of all heads' energy; else losses and that energy.
+    """
+    import torch
+
+    from .closed_form import shared_channels
+
+    count = weights.shape[-3]
+    lost = torch.zeros(count, count, dtype=torch.float64)
+    for pair in combinations(range(count), 2):
+        pair = list(pair)
+        found = shared_channels(moments[..., pair, :, :, :][..., pair, :], weights[..., pair, :, :])[2]
+        lost[pair, pair[::-1]] = float(found.sum())
+    own = moments.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., G, e, e]
+    energy = float((own * weights.mT).sum().real)
+    return (lost / energy if energy else lost) if shares else (lost, energy)
+
+
+def similar_order(layer: AttentionLayer, groups: int, aligned: bool, closed_form: bool = False) -> list[int]:
     """Order of a layer's KV heads that puts like ones next to each other, keys and values counting alike.
 
     Args:
         groups: of equal size, to be shared.
         aligned: heads that the merge may turn towards each other are as near as they can be turned.
+        closed_form: heads are as near as little is lost by the merge in closed form.
     """
+    if closed_form:
+        return [head for group in partition(merge_losses(layer), groups) for head in group]
     facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
     phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
     distances = head_distances(keys, phased if aligned and not facts.qk_norm else plain_inner)

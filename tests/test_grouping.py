@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations, permutations
 
 import pytest
 import torch
-from families import legal_turn, one_thread, orthogonal  # noqa: F401
+from families import attention_modules, base, get_head, legal_turn, one_thread, orthogonal, set_head  # noqa: F401
 
-from surgery.grouping import head_distances, partition, phased_inner, plain_inner, turned_inner
+from surgery.anatomy import Anatomy
+from surgery.calibration.sharing import layer_of
+from surgery.closed_form import merge_keys, merge_values
+from surgery.grouping import (
+    head_distances,
+    merge_losses,
+    partition,
+    phased_inner,
+    plain_inner,
+    similar_order,
+    turned_inner,
+)
+from surgery.merging import with_bias
 
 
 def random_table(size: int, seed: int) -> torch.Tensor:
@@ -122,3 +135,53 @@ def test_inner_products_after_the_best_turn(rotary, positions):
     assert phased_inner(a, legal_turn(Facts, generator) @ a, rotary, positions).item() == pytest.approx(
         plain_inner(a, a).item(), rel=1e-10
     )
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "stablelm", "starcoder2", "phi"])
+def test_losses_of_pairs_are_what_the_closed_form_says_of_white_inputs(name):
+    """Whole and partial RoPE, biases; of keys and values each a share of what all heads say to their readers."""
+    model = base(name)
+    facts = Anatomy.of(model).layers[0]
+    layer = layer_of(model, facts)
+    keys, values, queries = (with_bias(layer, part) for part in "kvq")
+    heads, group = len(keys), facts.group
+    white = torch.eye(keys.shape[-1], dtype=torch.float64)
+    mine = [range(g * group, (g + 1) * group) for g in range(heads)]
+    out = layer.o.double()
+    readers = torch.stack([sum(out[:, h].T @ out[:, h] for h in own) for own in mine])
+    power = torch.stack([sum(queries[h] @ queries[h].T for h in own) for own in mine])
+    given = {"rotary": facts.rotary, "positions": facts.positions}
+    wholes = [merge_keys(keys, white, power, **given).energy, merge_values(values, white, readers).energy]
+    want = torch.zeros(heads, heads, dtype=torch.float64)
+    for a, b in combinations(range(heads), 2):
+        pair = [a, b]
+        lost = [merge_keys(keys[pair], white, power[pair], **given), merge_values(values[pair], white, readers[pair])]
+        want[a, b] = want[b, a] = sum(each.lost / whole for each, whole in zip(lost, wholes, strict=True))
+    assert torch.allclose(merge_losses(layer), want, atol=1e-10)
+    assert want.max() > 0.1
+
+
+def test_the_closed_form_groups_heads_that_it_can_tell_from_one():
+    """2 and 3 are multiples of 0 and 1, four times as large; 1 is 0 with noise, to which turns alone are nearer."""
+    model, draw = copy.deepcopy(base("llama")), torch.Generator().manual_seed(0)
+    for module, facts in zip(attention_modules(model), Anatomy.of(model).layers, strict=True):
+        size = facts.head_dim
+        for part in "kv":
+            first = get_head(model, module, part, 0)
+            noise = torch.randn(first.shape, generator=draw, dtype=torch.float64)
+            set_head(model, module, part, 1, first + 0.5 * first.std() * noise)
+            for head, source in ((2, 0), (3, 1)):
+                if part == "v":
+                    mix = torch.randn(size, size, generator=draw, dtype=torch.float64)
+                else:
+                    factor = torch.polar(
+                        0.5 + torch.rand(size // 2, generator=draw, dtype=torch.float64),
+                        6.28 * torch.rand(size // 2, generator=draw, dtype=torch.float64),
+                    )
+                    real, imag = factor.real.diag(), factor.imag.diag()
+                    mix = torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)])
+                set_head(model, module, part, head, 4 * mix @ get_head(model, module, part, source))
+        layer = layer_of(model, facts)
+        assert similar_order(layer, 2, aligned=False, closed_form=True) == [0, 2, 1, 3]
+        assert similar_order(layer, 2, aligned=True) == [0, 1, 2, 3]
+        assert float(merge_losses(layer)[[0, 1], [2, 3]].max()) < 1e-9

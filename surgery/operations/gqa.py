@@ -276,4 +276,4 @@ class GQA(WeightRewrite):
         return merged(layer, target, merge, turned=self.align == "procrustes"), record
 
     def _order(self, layer: AttentionLayer, groups: int) -> list[int]:
-        return similar_order(layer, groups, self.align == "procrustes" or self.method == "closed_form")
+        return similar_order(layer, groups, self.align == "procrustes", self.method == "closed_form")
