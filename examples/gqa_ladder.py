@@ -1,11 +1,12 @@
 """From the mean of the heads to the closed form, one rung after the other: what each step is worth, in one table.
 
-    python examples/gqa_ladder.py [MODEL] [--kv-heads 1] [--mix FILE] [--texts builtin FILE ...] [--out FILE]
+    python examples/gqa_ladder.py [MODEL] [--kv-heads 1] [--mix FILE ...] [--texts builtin FILE ...] [--out FILE]
 
 Every row converts the model in memory, without training, and scores it against the base on held-out texts: `builtin`
-(its held-out half) and files, which the calibration must not have seen. `--mix` adds as many characters of a file to
-the built-in calibration text. Cost: a row of 32 x 512 tokens is some minutes on two cores; with `--out` finished rows
-are kept in a file, and a second run goes on from there.
+(its held-out half) and files, which the calibration must not have seen. The calibration text is that of the recipe
+(half the built-in one, half what the model writes) or, with `--mix`, the built-in one and as many characters of each
+file. Cost: a row of 48 x 512 tokens is some minutes on two cores; with `--out` finished rows are kept in a file, and a
+second run goes on from there.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--mix", nargs="*", default=[], help="files that join the calibration text")
     parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts")
     parser.add_argument(
-        "--samples", type=int, nargs="+", default=[32], help="calibration pieces, a row for each number"
+        "--samples", type=int, nargs="+", default=[48], help="calibration pieces, a row for each number"
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a piece, and of a held-out window")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows")
@@ -95,7 +96,7 @@ def main() -> None:
         return {"calibration_text": calibration, "calibration_length": args.length}
 
     with tempfile.TemporaryDirectory() as folder:
-        calibration = mixed(args.mix, folder) if args.mix else "builtin"
+        calibration = mixed(args.mix, folder) if args.mix else "mixed"
         printed = False
         for number in args.rungs:
             name, fields = list(RUNGS.items())[number]

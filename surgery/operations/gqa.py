@@ -89,8 +89,8 @@ class GQA(WeightRewrite):
 
     @property
     def touches(self) -> tuple[str, ...]:
-        refitted = self.refit if self.method == "closed_form" else ("q", "o") if self.align != "none" else ()
-        return tuple(part for part in "qkvo" if part in "kv" or part in refitted)
+        absorbs = self.method == "closed_form" or self.align != "none"  # by queries and outputs
+        return ("q", "k", "v", "o") if absorbs else ("k", "v")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.alike:
