@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .errors import MachineError, SurgeryError
 
+COLOURS = 10  # that matplotlib gives curves before it begins again
+
 
 def heat_maps(
     path: str | Path,
@@ -77,9 +79,12 @@ def curves(
         as `heat_maps`.
     """
     plt = _pyplot(path)
-    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for label, (x, y) in lines.items():
-        axis.plot(x, y, **{"marker": "o" if len(x) < 40 else "", "label": label} | (styles or {}).get(label, {}))
+    many = len(lines) > COLOURS
+    figure, axis = plt.subplots(figsize=(8.6 if many else 6.4, 4.0), layout="constrained")
+    for number, (label, (x, y)) in enumerate(lines.items()):
+        own = {"marker": "os^D"[number // COLOURS % 4] if len(x) < 40 else "", "label": label}
+        own["linestyle"] = ("-", "--", ":", "-.")[number // COLOURS % 4]  # colours begin again
+        axis.plot(x, y, **own | (styles or {}).get(label, {}))
     if reference is not None:
         axis.axhline(reference, color="0.5", linestyle="--", linewidth=1, label=reference_label)
     if log_x:
@@ -90,7 +95,8 @@ def curves(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axis.legend(fontsize=8, handlelength=3)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+        axis.legend(fontsize=8, handlelength=3, **beside)
     return _write(plt, figure, path, title)
 
 
