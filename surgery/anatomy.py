@@ -207,9 +207,8 @@ class Anatomy:
         return ""
 
     def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
-        layer = self.layers[0]
-        edits = {"num_attention_heads": heads, "head_dim": layer.head_dim}
-        return edits | ({layer.layout.kv_field: kv_heads} if layer.layout.kv_field else {})
+        size, field = self.layers[0].head_dim, self.layers[0].layout.kv_field
+        return {"num_attention_heads": heads, "head_dim": size} | ({field: kv_heads} if field else {})
 
     def runtime_problem(self) -> str:
         """Why the surgical tier cannot serve this model; "" if it can."""
@@ -254,13 +253,9 @@ class Anatomy:
         """This anatomy with so many KV heads in each layer; where they differ, the surgical tier alone has them."""
         if len(set(kv_heads)) == 1:
             return self.with_kv_heads(kv_heads[0])
-        pairs = list(zip(self.layers, kv_heads, strict=True))
-        numbers = [layer.kv_numbers if heads == layer.kv_heads else () for layer, heads in pairs]
-        layers = tuple(
-            replace(layer, kv_heads=heads, kv_numbers=kept)
-            for (layer, heads), kept in zip(pairs, numbers, strict=True)
-        )
-        return replace(self, layers=layers)
+        pairs = zip(self.layers, kv_heads, strict=True)
+        made = (old if old.kv_heads == n else replace(old, kv_heads=n, kv_numbers=()) for old, n in pairs)
+        return replace(self, layers=tuple(made))
 
     def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
         """This anatomy with other heads; `stock`: all layers alike, and the config says so."""
