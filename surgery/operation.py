@@ -91,7 +91,7 @@ def missing_texts(operation: Operation) -> list[str]:
         named = getattr(operation, field, None)
         if isinstance(named, str) and named not in TEXTS and not Path(named).is_file():
             words = "; ".join((*TEXTS, "a UTF-8 text file"))
-            found.append(f"{operation.op}: {field}: there is no file {named!r} (what it may be: {words})")
+            found.append(f"{operation.op}: {field}: no such text file: {named!r} (there is: {words})")
     return found
 
 

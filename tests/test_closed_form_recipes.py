@@ -82,14 +82,14 @@ def test_pieces_that_the_model_wrote_begin_as_those_of_a_file(tiny_llama, text, 
 
 
 def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
-    says = ["calibration_text: there is no file 'nope.txt'", "mixed"]
+    says = ["calibration_text: no such text file: 'nope.txt'", "mixed"]
     refused("plan", "gqa", tiny_llama, "calibration_text=nope.txt", says=says, has_json=False)
     refused(
         "plan",
         "zero-tuning",
         tiny_llama,
         "sink_calibration.text=nope.txt",
-        says=["text: there is no file"],
+        says=["text: no such text file"],
         has_json=False,
     )
 
