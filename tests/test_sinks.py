@@ -139,9 +139,16 @@ def test_values_against_explicit_weights(bases, family, kind, sinks):
     ids, mask = batch(base)
     want = dense_logits(base, entries(base, sinks, tensors, stand_in), ids, mask, tensors)
     model = operated(base, sinks, tensors, stand_in)
-    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
+    # What ACT leaves of a row that sinks have nearly all of is a difference of near equals: in float32 some digits are
+    # lost, how many depends on the processor. In float64 it is exact.
+    wide = [{name: tensor.double() for name, tensor in layer.items()} for layer in tensors]
+    exact = operated(double(base), sinks, wide, stand_in)
+    bound = 1e-3 if kind == "act" else 1e-4
+    assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= bound
     for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
-        assert difference(chunked(model, ids, mask, chunks), want, mask) <= 1e-4
+        assert difference(chunked(model, ids, mask, chunks), want, mask) <= bound
+        apart = (chunked(exact, ids, mask, chunks).double() - want.double()) * mask[..., None]
+        assert apart.abs().max() <= 1e-9
     without = operated(base, sinks, [{}, {}])(**given(base, ids, mask), use_cache=False).logits
     if not (stand_in and sinks):
         assert difference(without, want, mask) > 1e-3, "the term changes nothing here: the test has no power"
