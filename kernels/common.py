@@ -112,8 +112,13 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
     """Whether the reference must run; on a GPU the reason is a warning, the first time it is met."""
     if reason is not None and torch.device(device).type == "cuda" and (kernel, reason) not in _warned:
         _warned.add((kernel, reason))
-        warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=3)
+        _warn(kernel, reason)
     return reason is not None
+
+
+def _warn(kernel: str, reason: str) -> None:
+    """To the caller of the kernel, two calls further out."""
+    warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=4)
 
 
 def started(kernel: str, device, launch) -> bool:
@@ -131,8 +136,8 @@ def started(kernel: str, device, launch) -> bool:
         if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
             raise
         _broken.add(place)
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=3)
+        first = next(iter(str(error).strip().splitlines()), "")
+        _warn(kernel, f"{type(error).__name__}: {first}")
         return False
     return True
 

@@ -148,6 +148,7 @@ def healing(work) -> None:
 
 
 def _alike(anatomy) -> bool:
+    """Whether all layers have as many KV heads; `Anatomy.alike` asks for their readers too, which pruning changes."""
     return len({layer.kv_heads for layer in anatomy.layers}) == 1
 
 
