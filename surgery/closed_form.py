@@ -28,9 +28,7 @@ from .alignment import pair_channels
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .anatomy import Anatomy
 
-TRIED = 4  # texts on which layers are tried alone
 FLOOR = 1e-12  # of the largest weight: a channel that nobody reads must not be divided by zero
 
 
@@ -154,59 +152,6 @@ def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> Shared:
     joint = (flat @ moments @ flat.T).reshape(m, d, m, d)
     gather, spread, lost, energy = shared_channels(joint, readers)
     return Shared(gather.reshape(d, m * d) @ flat, spread, float(lost), float(energy))
-
-
-def cost(
-    anatomy: Anatomy,
-    merged: int,
-    samples: int,
-    length: int,
-    fits: int,
-    stride: int = 8,
-    tried: int = 0,
-    mlp: bool = True,
-    copied: bool = False,
-    written: int = 0,
-) -> tuple[float, float]:
-    """What a calibration takes: floating-point operations, and bytes beyond the model.
-
-    Args:
-        merged: layers that are converted.
-        samples, length: pieces of text, and tokens in each.
-        fits: of queries, keys and values.
-        stride: of the rows that they count.
-        tried: texts on which each layer is first tried alone.
-        mlp: the output projections of MLPs are refitted.
-        copied: heads are put in another order first, and the old weights kept.
-        written: tokens that the model writes first.
-
-    The text goes through the base and through the converted model; a fit makes some seven products with its Hessian.
-    In memory, in float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs,
-    the base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input. A trial
-    puts the text through the base once more, its texts from every layer on, and holds their log-probabilities.
-
-    Beside these: new weights of all layers, which are written when all are known; one layer in float32; and for the
-    widest projection that is refitted five square matrices in float64 (two sums, and three of the solver).
-    """
-    from .anatomy import BYTES
-
-    layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
-    inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
-    width, tokens = layer.heads * layer.head_dim, samples * length
-    product = width * (4 * hidden + 5 * length) / stride
-    flops = 4 * anatomy.parameters + len(anatomy.layers) * 12 * width * length + merged * 7 * fits * product
-    keys = width + layer.kv_heads * layer.head_dim
-    memory = 4 * tokens * (6 * hidden + inner + width + keys + 2 * layer.heads * length / stride)
-    flops = flops * tokens + 3 * anatomy.parameters * written
-    attention, projection = 2 * hidden * (width + layer.kv_heads * layer.head_dim), hidden * inner * mlp
-    held = merged * (attention * (1 + copied + bool(tried)) + projection)
-    memory += BYTES.get(anatomy.dtype, 2) * held + 4 * (anatomy.parameters / len(anatomy.layers))
-    wide = inner if mlp else width
-    memory += 8 * (5 * wide**2 + 3 * wide * hidden)
-    if tried:
-        flops += anatomy.parameters * (2 * tokens + len(anatomy.layers) * tried * length)
-        memory += 4 * (tried + 3) * length * (getattr(anatomy.config, "vocab_size", None) or 0)
-    return flops, memory
 
 
 class Ridge(NamedTuple):

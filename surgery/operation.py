@@ -62,11 +62,15 @@ class Context:
     folder: Path | None = None
     number: int = 0
 
+    def state_name(self, name: str) -> str:
+        """What this operation calls a file of that kind: two operations of a recipe have files of their own."""
+        return f"{self.number}-{name}"
+
     def state_file(self, name: str) -> Path | None:
         """The file of that kind for this operation; None where nothing is kept."""
         from .calibration.resumable import SUFFIX
 
-        return self.folder and self.folder / f"{self.number}-{name}{SUFFIX}"
+        return self.folder and self.folder / f"{self.state_name(name)}{SUFFIX}"
 
     def tokenizer_for(self, what: str, where: str, otherwise: str = "") -> Any:
         """The tokenizer.

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import surgery as package
 from surgery.anatomy import Anatomy
 from surgery.calibration.sequences import calibration_pieces
-from surgery.closed_form import cost
+from surgery.closed_form_cost import Calibration
 from surgery.operations.gqa import GQA
 
 SMALL = {"kv_heads": 1, "method": "closed_form", "calibration_samples": 12, "calibration_length": 24}
@@ -112,11 +112,9 @@ def test_memory_of_a_plan_holds_weights_and_sums():
 
     config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=24, num_attention_heads=8)
     anatomy = Anatomy.of(config)
-    operation = GQA(op="gqa", **SMALL)
-    short = operation._cost(anatomy, 24)[1]
+    short = GQA(op="gqa", **SMALL)._calibration(anatomy).memory(anatomy, 24)
     weights = 24 * (4 * 512 * 512 + 512 * 1376) * 2
     assert short > weights + 5 * 8 * 1376**2
-    flops, memory = cost(anatomy, 24, 12, 24, 5)
-    more_flops, more_memory = cost(anatomy, 24, 24, 24, 5)
-    assert more_flops == pytest.approx(2 * flops)
-    assert memory < more_memory < 1.2 * memory
+    less, more = Calibration(12, 24, 5), Calibration(24, 24, 5)
+    assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
+    assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)

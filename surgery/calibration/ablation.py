@@ -10,13 +10,12 @@ before the changed layer is not computed again.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 
 from .head_scores import HeadScores
-from .layerwise import decoder_layers
+from .layerwise import decoder_layers, each_layer
 from .sequences import calibration, plain_pieces
 from .text import BUILTIN, fitting_length, load_text
 from .watching import row_logits, watched
@@ -81,50 +80,3 @@ def _each_alone(model, seen, ids: torch.Tensor, rows: torch.Tensor, sinks: int, 
             seen.look(layer, [head], sinks, window)
             yield layer, head, lost()
         seen.look(layer)
-
-
-def each_layer(blocks: list, answer: Callable[[], torch.Tensor]) -> Iterator[tuple[int, Callable[[], float]]]:
-    """(layer, what a change of this layer loses) for each layer; layers before it are not computed again.
-
-    Args:
-        answer: the log-probabilities [rows, vocabulary] of one text. What is lost is their KL to the first ones,
-            in nats, and is measured at each call.
-    """
-    with recorded(blocks) as outputs:
-        whole = answer()
-    for layer in range(len(blocks)):
-        with replayed(blocks[:layer], outputs):
-            yield layer, lambda: kl(whole, answer())
-
-
-def kl(whole: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(whole || other) in nats, mean over the rows of two tables of log-probabilities."""
-    return float((whole.exp() * (whole - other)).sum(-1).mean())
-
-
-@contextmanager
-def recorded(blocks: list) -> Iterator[dict]:
-    """What each block gives in the forward that runs inside: block -> output."""
-    outputs: dict = {}
-    hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def replayed(blocks: list, outputs: dict) -> Iterator[None]:
-    """These blocks give what was recorded, and compute nothing."""
-    before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets one of its own
-    try:
-        for block in blocks:
-            block.forward = lambda *_, output=outputs[block], **__: output
-        yield
-    finally:
-        for block, forward in before:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward

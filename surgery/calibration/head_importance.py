@@ -117,8 +117,7 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     """KL to the whole model, mean over the last `ROWS` tokens of each sequence."""
     import torch
 
-    from .ablation import each_layer
-    from .layerwise import decoder_layers
+    from .layerwise import decoder_layers, each_layer
 
     blocks = decoder_layers(model, anatomy)
     table = [[0.0] * layer.heads for layer in anatomy.layers]

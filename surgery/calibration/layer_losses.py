@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 
 from ..anatomy import Anatomy
-from ..closed_form import TRIED
-from .ablation import kl, replayed
+from ..closed_form_cost import TRIED
 from .layer_seen import held_back
+from .layerwise import kl, replayed
 from .sharing import Sharing, layer_of
 from .watching import watched
 

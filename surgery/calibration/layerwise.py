@@ -127,3 +127,50 @@ def ended(block) -> Iterator[None]:
         pass
     finally:
         hook.remove()
+
+
+def each_layer(blocks: list, answer: Callable[[], torch.Tensor]) -> Iterator[tuple[int, Callable[[], float]]]:
+    """(layer, what a change of this layer loses) for each layer; layers before it are not computed again.
+
+    Args:
+        answer: the log-probabilities [rows, vocabulary] of one text. What is lost is their KL to the first ones,
+            in nats, and is measured at each call.
+    """
+    with recorded(blocks) as outputs:
+        whole = answer()
+    for layer in range(len(blocks)):
+        with replayed(blocks[:layer], outputs):
+            yield layer, lambda: kl(whole, answer())
+
+
+def kl(whole: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(whole || other) in nats, mean over the rows of two tables of log-probabilities."""
+    return float((whole.exp() * (whole - other)).sum(-1).mean())
+
+
+@contextmanager
+def recorded(blocks: list) -> Iterator[dict]:
+    """What each block gives in the forward that runs inside: block -> output."""
+    outputs: dict = {}
+    hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replayed(blocks: list, outputs: dict) -> Iterator[None]:
+    """These blocks give what was recorded, and compute nothing."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets one of its own
+    try:
+        for block in blocks:
+            block.forward = lambda *_, output=outputs[block], **__: output
+        yield
+    finally:
+        for block, forward in before:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

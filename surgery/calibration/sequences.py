@@ -16,7 +16,7 @@ import torch
 
 from ..errors import SurgeryError
 from .self_text import BATCH, sample
-from .text import Text, begin_of_text, fitting_length, load_text, windows
+from .text import Text, begin_of_text, fitting_length, load_text, windows, written_pieces
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -61,7 +61,7 @@ def calibration_pieces(
         progress: called with done, total and a label.
     """
     length = fitting_length(model, length)
-    own = {"self": samples, "mixed": samples // 2}.get(text, 0)
+    own = written_pieces(text, samples)
     pieces = [_written(model, tokenizer, length, own, folder, progress)] if own else []
     if own < samples:
         source = load_text("builtin" if text == "mixed" else text, "calibration")

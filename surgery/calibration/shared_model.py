@@ -43,8 +43,8 @@ def share_kv_heads(
 
     def files(name: str) -> LayerFiles:
         counts = [layer.kv_heads for layer in after.layers]
-        name = f"{context.number}-{name}"
-        return LayerFiles(context.folder, name, [settings, counts, heads.records, sequences.tolist()])
+        facts = [settings, counts, heads.records, sequences.tolist()]
+        return LayerFiles(context.folder, context.state_name(name), facts)
 
     alone: dict[int, tuple] = {}
     losses: list[dict] = [{} for _ in before.layers]

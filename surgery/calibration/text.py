@@ -117,6 +117,11 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
+def written_pieces(text: str, samples: int) -> int:
+    """How many pieces of a calibration text of that name the model writes itself."""
+    return {"self": samples, "mixed": samples // 2}.get(text, 0)
+
+
 def begin_of_text(tokenizer) -> list[int]:
     """[BOS] if the tokenizer begins a text with it unasked, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)

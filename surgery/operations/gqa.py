@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..closed_form import TRIED, cost
+from ..calibration.text import written_pieces
+from ..closed_form_cost import TRIED, Calibration
 from ..grouping import similar_order
 from ..merging import first_head, mean_head, merged, permute_kv_heads, random_heads
 from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
@@ -194,7 +195,8 @@ class GQA(WeightRewrite):
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
         seconds = len(merged) * flops / 25e9 if self.align != "none" else 0.0
         if self.method == "closed_form":
-            seconds = self._cost(anatomy, len(targets) if self._kept(anatomy) else len(merged))[0] / FLOPS
+            fitted = len(targets) if self._kept(anatomy) else len(merged)
+            seconds = self._calibration(anatomy).flops(anatomy, fitted) / FLOPS
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         measured = self._kept(anatomy) > 0
         return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
@@ -213,25 +215,28 @@ class GQA(WeightRewrite):
         if layer.qk_norm == "whole":
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
-    def _cost(self, anatomy: Anatomy, merged: int) -> tuple[float, float]:
-        fits = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
-        fits += "v" in self.refit
-        tried = TRIED if self._kept(anatomy) else 0
-        own = {"self": 1.0, "mixed": 0.5}.get(self.calibration_text, 0.0)
-        given = {"tried": tried, "mlp": "mlp" in self.refit, "copied": self.grouping == "similarity"}
-        given["written"] = int(own * self.calibration_samples * self.calibration_length)
-        return cost(anatomy, merged, self.calibration_samples, self.calibration_length, fits, **given)
+    def _calibration(self, anatomy: Anatomy) -> Calibration:
+        scores = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
+        return Calibration(
+            self.calibration_samples,
+            self.calibration_length,
+            scores + ("v" in self.refit),
+            written=written_pieces(self.calibration_text, self.calibration_samples) * self.calibration_length,
+            tried=TRIED if self._kept(anatomy) else 0,
+            mlp="mlp" in self.refit,
+            copied=self.grouping == "similarity",
+        )
 
     def _closed_form_notes(self, anatomy: Anatomy):
         norm = anatomy.layers[0].qk_norm
         parts = [part for part in self.refit if not (norm and part in "qk")]
         fitted = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "nothing"
         fitted += ", this where an MLP has one output that is added as it is" if "mlp" in parts else ""
-        tokens = self.calibration_samples * self.calibration_length
-        _, needed = self._cost(anatomy, len(anatomy.layers))
+        calibration = self._calibration(anatomy)
+        needed = calibration.memory(anatomy, len(anatomy.layers))
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
-        yield f"measured on {tokens:,} tokens of {text}; refitted after the merge: {fitted}"
+        yield f"measured on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept := self._kept(anatomy):
             which = f"which {kept} of {len(anatomy.layers)} layers keep their KV heads is measured"
             yield f"{which}: those where sharing, each tried alone, costs most"

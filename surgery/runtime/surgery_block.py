@@ -74,7 +74,10 @@ def validate(config) -> list[dict]:
     """
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        raise ValueError(f"this checkpoint's code is made for Transformers >= 5.21 and < 6, this is {version}")
+        least, below = (".".join(map(str, bound)) for bound in TRANSFORMERS)
+        raise ValueError(
+            f"this checkpoint's code is made for Transformers >= {least} and < {below}, this is {version}"
+        )
     block = getattr(config, NAME, None)
     if not isinstance(block, dict) or block.get("format") != FORMAT:
         found = block.get("format") if isinstance(block, dict) else block

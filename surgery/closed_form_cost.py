@@ -1,0 +1,76 @@
+"""What merging KV heads in closed form takes on a machine: an estimate for `plan`, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .anatomy import BYTES
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+TRIED = 4  # texts on which layers are tried alone
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured and fitted.
+
+    Attributes:
+        samples, length: pieces of text, and tokens in each.
+        fits: of queries, keys and values, one after the other.
+        written: tokens that the model writes first.
+        tried: texts on which each layer is first tried alone.
+        mlp: the output projections of MLPs are refitted.
+        copied: heads are put in another order first, and the old weights kept.
+        stride: of the rows that a fit counts.
+    """
+
+    samples: int
+    length: int
+    fits: int
+    written: int = 0
+    tried: int = 0
+    mlp: bool = True
+    copied: bool = False
+    stride: int = 8
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    def flops(self, anatomy: Anatomy, merged: int) -> float:
+        """Floating-point operations for so many merged layers.
+
+        The text goes through the base and through the converted model; a fit makes some seven products with its
+        Hessian. A trial puts the text through the base once more, and its texts from every layer on.
+        """
+        layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
+        width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
+        product = width * (4 * hidden + 5 * self.length) / self.stride
+        each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * 7 * self.fits * product
+        trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
+        return each * self.tokens + 3 * anatomy.parameters * self.written + trials
+
+    def memory(self, anatomy: Anatomy, merged: int) -> float:
+        """Bytes beyond the model for so many merged layers.
+
+        In float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs, the
+        base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input. A trial
+        holds log-probabilities of its texts. Beside these: new weights of all layers, which are written when all are
+        known; one layer in float32; and for the widest projection that is refitted five square matrices in float64
+        (two sums, and three of the solver).
+        """
+        layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
+        inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
+        width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        a_token = 6 * hidden + inner + 2 * width + keys + 2 * layer.heads * self.length / self.stride
+        attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
+        held = merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
+        wide = inner if self.mlp else width
+        solver = 8 * (5 * wide**2 + 3 * wide * hidden)
+        one_layer = 4 * anatomy.parameters / len(anatomy.layers)
+        vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
+        trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
+        return 4 * self.tokens * a_token + BYTES.get(anatomy.dtype, 2) * held + one_layer + solver + trials
