@@ -9,7 +9,7 @@ and every way run in turn on the same queries, keys and values: medians of the r
 
     error     |sparse - dense| / |dense| of a row of the layer's output, after the output projection, the mean over the
               rows beyond `dense_below` and over the layers; each layer gets what the dense model gives it
-    read      blocks that were read, as a share of those that causal attention reads
+    read      pairs of a query and a key that were multiplied, as a share of those of causal attention
 
 `--whole` runs the model as a user would, stock and sparse, and prints seconds of the prompt and the KL of the logits
 (every 16th row beyond `dense_below`) in place of the table of layers.
@@ -25,16 +25,18 @@ import yaml
 from surgery.hub import resolve
 
 WAYS = [
-    *(f"pooled block=64 density={density}" for density in (0.1, 0.2, 0.4)),
-    *(f"xattention density={density}" for density in (0.1, 0.2, 0.4)),
-    "pooled block=64 gamma=0.95",
-    "max_threshold block=64",
-    "block_topk block=64 top=16",
-    "hierarchical block=64 top=16",
-    "vertical_slash vertical=256 slash=1024",
-    "flexprefill gamma=0.9 min_budget=256",
-    "streaming sinks=64 window=1024",
-    "streaming sinks=64 window=1024 delta=64",
+    "sampled block=64 gamma=0.7 dense_below=1024",
+    "sampled block=64 gamma=0.8 dense_below=1024",
+    "sampled block=64 gamma=0.9 dense_below=1024",
+    "sampled block=128 gamma=0.8 dense_below=1024",
+    "pooled block=64 gamma=0.8 dense_below=1024",
+    "xattention block=64 gamma=0.8 dense_below=1024",
+    "streaming block=64 sinks=64 window=1024 dense_below=1024",
+    "streaming block=64 sinks=64 window=1024 delta=16 dense_below=1024",
+    "block_topk block=64 top=16 dense_below=1024",
+    "hierarchical block=64 top=16 dense_below=1024",
+    "vertical_slash vertical=256 slash=1024 dense_below=1024",
+    "flexprefill gamma=0.9 min_budget=256 dense_below=1024",
 ]
 
 
@@ -92,7 +94,7 @@ def layers(args, path, length: int, tokens) -> None:
         kept = way.kept(query, key, scaling)
         out, _, _ = way.attend(query, key, value, None, scaling, None)
         row["error"].append(error(module, out, right, way.dense_below))
-        row["read"].append(share_read(kept))
+        row["read"].append(share_read(way, kept, query))
         row["estimator"].append(statistics.median(times))
         row["all"].append(seconds)
 
@@ -142,10 +144,13 @@ def whole(args, path, length: int, tokens) -> None:
             print(f"| {way} | {ours:.1f} (stock {base:.1f}) | {base / ours:.2f} | {kl:.4f} |", flush=True)
 
 
-def share_read(kept) -> float:
-    """Blocks that are read, of those that causal attention reads, in a prompt in one piece."""
-    read = kept.float().mean((0, 1))
-    return (read.sum() / read.new_ones(read.shape).tril().sum()).item()
+def share_read(way, kept, query) -> float:
+    """Pairs of a query and a key that are multiplied, of those of causal attention, in a prompt in one piece.
+
+    Delta's dense rows count: they are read besides the blocks.
+    """
+    heads, length = query.shape[1:3]
+    return way.pairs(kept, heads, length, length) / (heads * length * (length + 1) / 2)
 
 
 def error(module, out, right, first: int) -> float:

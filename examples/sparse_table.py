@@ -72,9 +72,10 @@ def watch(model, tokens, layers: list[int]) -> list[tuple]:
 
 
 def mean_read(entry: dict, seen: list[tuple]) -> float:
-    """The share of blocks that is read, the mean over the layers."""
+    """The share of the pairs of a query and a key that is multiplied, the mean over the layers."""
     way = Sparse.of(entry)
-    return statistics.mean(share_read(way.kept(query, key, scaling)) for _, query, key, _, scaling, _ in seen)
+    each = (share_read(way, way.kept(query, key, scaling), query) for _, query, key, _, scaling, _ in seen)
+    return statistics.mean(each)
 
 
 def sought(name: str, target: float, options, seen) -> dict:

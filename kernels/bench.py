@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .block_sparse_prefill import BlockList, block_sparse_prefill
-from .common import executor
 from .estimators import antidiagonal_mass, block_means, pooled_mass
 from .gathered_heads import gathered_heads
 from .split_decode import Ring, head_table, split_decode
 from .streaming_prefill import streaming_prefill
+from .surgery_triton import executor, failed
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 128  # the attention of Llama-3.1-8B and many others
 SINKS, WINDOW = 64, 256
@@ -120,6 +120,8 @@ def main() -> None:
             for times in (prefill, decode):
                 for what, taken, dense in times(length, torch.bfloat16):
                     print(f"| {length} | {what} | {taken:.3f} | {dense:.3f} | {dense / taken:.2f} |", flush=True)
+    if broken := failed():
+        raise SystemExit(f"these figures are PyTorch's: no kernel could be launched for {'; '.join(broken)}")
 
 
 if __name__ == "__main__":

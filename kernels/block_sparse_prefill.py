@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from .common import (  # isort: skip
+from .surgery_triton import (  # isort: skip
     capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
     said_once, softmax_end, softmax_step, started, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
@@ -69,8 +69,9 @@ def supports(query, block: int) -> str | None:
 
 
 def block_sparse_prefill(
-    query, key, value, blocks: BlockList, scale=None, *, pad=None, softcap=None, bias=None, out=None, lse=None
-):
+    query, key, value, blocks: BlockList, scale=None, *, pad=None, softcap=None, bias=None, out=None, lse=None,
+    fallback=None,
+):  # fmt: skip
     """Causal attention of every query to the keys of the blocks that its query block keeps.
 
     Args:
@@ -82,6 +83,7 @@ def block_sparse_prefill(
         softcap: scores become softcap * tanh(score / softcap).
         bias: [batch or 1, heads or 1, N], added to the scores of a key after the soft-cap.
         out, lse: where to put the results, of any strides.
+        fallback: gives the results where the kernel cannot run; default: `reference`, which multiplies all keys.
 
     Returns:
         The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n]: 0 and
@@ -103,7 +105,12 @@ def block_sparse_prefill(
     scale = size**-0.5 if scale is None else scale
 
     def by_pytorch():
-        return put(reference(query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias), out, lse)
+        made = (
+            fallback()
+            if fallback
+            else reference(query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias)
+        )
+        return put(made, out, lse)
 
     if said_once(NAME, supports(query, blocks.block), query.device):
         return by_pytorch()
@@ -111,9 +118,9 @@ def block_sparse_prefill(
     if out.numel() == 0:
         return out, lse
     name, block = target(query.device), blocks.block
-    rows, keys, warps, stages = tiles(size, query.dtype, name)
     group = heads // kv_heads
     pack = group if blocks.heads == kv_heads else 1
+    rows, keys, warps, stages = _tile(size, query.dtype, name, pack == 1 or (bias is not None and bias.shape[1] > 1))
     rows, keys = min(rows, padded_size(block * pack)), min(keys, block & -block)  # a tile's keys divide the block
     parts, shift = -(-block * pack // rows), -(-length // block)
     spanned = (length - 1) // block - (length - n) // block if pad is None else (n - 1) // block + 1
@@ -131,7 +138,8 @@ def block_sparse_prefill(
                 UPCAST=upcast(query.dtype), PRECISION=precision(query.dtype, name), num_warps=warps, num_stages=stages,
             )  # fmt: skip
 
-    if not started(NAME, query.device, launch):
+    kind = f"{query.dtype} {size} {block} {pack} {softcap is not None} {pad is not None}"
+    if not started(NAME, query.device, launch, kind):
         return by_pytorch()
     return out, lse
 
@@ -203,20 +211,34 @@ def _attend(
     tl.store(LSE + batch * l_b + head * l_h + row.to(tl.int64) * l_n, found, mask=live)
 
 
+def _tile(head_dim: int, dtype: torch.dtype, name: str, single: bool) -> tuple | None:
+    """The tile of this kernel; `single`: of lists or a bias of each query head, which take some registers more."""
+    tile = tiles(head_dim, dtype, name)
+    if tile and single and name.startswith("sm_") and dtype != torch.float32 and padded_size(head_dim) == 128:
+        tile = (64, *tile[1:])
+    return tile
+
+
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
-    if (tile := tiles(head_dim, dtype, name)) is None:
+    if (tile := _tile(head_dim, dtype, name, False)) is None:
         return {}
     rows, keys, warps, stages = tile
+    single = {"BM": _tile(head_dim, dtype, name, True)[0]}
     types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32", "OFFSETS": "*i64", "IDS": "*i32"}
     fixed = {"D": head_dim, "BLOCK": 128, "BM": rows, "BN": keys, "BD": padded_size(head_dim), "UPCAST": False}
     fixed["PRECISION"] = precision(dtype, name)
     plain = {"GROUP": 3, "PACK": 3, "CAPPED": False, "PADDED": False, "BIAS": 0, "PAD": None, "BIASES": None}
     full = {"GROUP": 3, "PACK": 3, "CAPPED": True, "PADDED": True, "BIAS": 1}
+    small = {"BLOCK": 64, "BM": min(single["BM"], 64), "BN": min(keys, 64)}
     options = {"num_warps": warps, "num_stages": stages}
+    both = types | {"PAD": "*i64", "BIASES": "*fp32"}
     return {
         "plain": (_attend, types, fixed | plain, options),
-        "pad, soft-cap, bias": (_attend, types | {"PAD": "*i64", "BIASES": "*fp32"}, fixed | full, options),
+        "a list per head": (_attend, types, fixed | plain | single | {"PACK": 1}, options),
+        "a list per head, blocks of 64": (_attend, types, fixed | plain | {"PACK": 1} | small, options),
+        "pad, soft-cap, bias": (_attend, both, fixed | full, options),
+        "pad, soft-cap, bias per head": (_attend, both, fixed | full | single | {"BIAS": 3}, options),
     }
 
 

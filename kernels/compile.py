@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .common import INTERPRETED, SHARED, triton
+from .surgery_triton import INTERPRETED, SHARED, triton
 
 KERNELS = ("block_sparse_prefill", "streaming_prefill", "split_decode", "gathered_heads", "estimators")
 TARGETS = ("sm_80", "sm_90", "gfx942")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import (  # isort: skip
+from .surgery_triton import (  # isort: skip
     LOG2E, jit, load_tile, on_device, padded_size, precision, said_once, target, tiles, tl, unsupported, upcast,
 )  # fmt: skip
 
@@ -47,7 +47,14 @@ def supports(query, block: int = 128, stride: int = 1) -> str | None:
     side = block // stride
     if reason is None and stride > 1 and (block % stride or side & (side - 1) or side > 32):
         reason = f"a block of {block} is not 1, 2, 4, ..., 32 groups of {stride}"
+    if reason is None and stride > 1 and side > 16 and query.dtype == torch.float32 and _spills(target(query.device)):
+        reason = f"{side} groups of float32 need more registers than there are"
     return reason
+
+
+def _spills(name: str) -> bool:
+    """Whether 32 rows of float32 spill on a target: three products of tf32 do on NVIDIA's."""
+    return name.startswith("sm_")
 
 
 def block_means(key, block: int):
@@ -353,7 +360,14 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     )
     keys, crossed_warps, crossed_stages = _crossed_tile(head_dim, dtype, name)
     crossed = fixed | {"BM": 16, "BN": keys, "UPCAST": False, "PRECISION": precision(dtype, name)}
-    return {
+    stride_4 = (
+        _antidiagonal,
+        {"Q": dtype, "K": dtype, "MASS": "*fp32"},
+        crossed | {"STRIDE": 4, "SIDE": 32, "BM": 32},
+        {"num_warps": crossed_warps, "num_stages": crossed_stages},
+    )
+    some = {} if dtype == torch.float32 and _spills(name) else {"antidiagonal, stride 4": stride_4}
+    return some | {
         "means": (_means, {"K": dtype, "MEANS": "*fp32"}, {"D": head_dim, "BD": size, "BN": 16}, {"num_warps": 4}),
         "pooled, log-sum-exp": (_pooled_lse, types, pooled, options),
         "pooled, each": (_pooled_sum, types, pooled | {"EACH": True}, options),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .common import (  # isort: skip
+from .surgery_triton import (  # isort: skip
     capped, check, factors, jit, load_tile, masked_softmax, on_device, outputs, padded_size, precision, put,
     said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip
@@ -255,6 +255,7 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
     options = {"num_warps": warps, "num_stages": stages}
     return {
         "plain": (_attend, types, fixed | {"CAPPED": False}, options),
+        "groups of 32": (_attend, types, fixed | {"CAPPED": False, "BM": 32}, options),
         "soft-cap": (_attend, types, fixed | {"CAPPED": True}, options),
         "merge": (
             _merge,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import (  # isort: skip
+from .surgery_triton import (  # isort: skip
     capped, check, factors, jit, load_tile, masked_softmax, of_prefill, on_device, outputs, padded_size, precision,
     put, said_once, softmax_end, softmax_step, target, tile_scores, tiles, tl, unsupported, upcast,
 )  # fmt: skip

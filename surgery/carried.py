@@ -20,7 +20,8 @@ CARRIED = (
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
 REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json"}
-RUNTIME = ("modeling_surgery.py", "surgery_*.py")  # of a base that is surgical already: OUT has this version's
+# Of a base that is surgical already: OUT has this version's.
+RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
 
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -115,11 +116,32 @@ def _kernels() -> dict[str, str]:
     """What computes each operation's attention here, on the GPU where there is one."""
     import torch
 
-    from .kernels.common import executor
+    from .kernels.surgery_triton import executor
 
-    runs = executor("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    runs = executor("cuda" if gpu else "cpu")
+    if gpu and (broken := _not_launched("cuda")):
+        runs = f"PyTorch: it cannot be launched ({'; '.join(broken)})"
     found = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
     return found | {operation: f"PyTorch (surgery.kernels.{name} is not called)" for operation, name in APART.items()}
+
+
+def _not_launched(device: str) -> list[str]:
+    """What fails when the kernel that models call is launched once: a compiler may be missing, or a driver too old."""
+    import torch
+
+    from .kernels.block_sparse_prefill import NAME, BlockList, block_sparse_prefill
+    from .kernels.surgery_triton import failed
+
+    try:
+        query = torch.zeros(1, 2, 32, 64, dtype=torch.float16, device=device)
+        kept = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is said here
+            block_sparse_prefill(query, query, query, BlockList.of(kept, 32))[0].sum().item()  # waits for it
+    except Exception as error:  # a GPU that is full, taken or broken raises what it likes
+        return [f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"]
+    return failed(NAME)
 
 
 def _problems() -> list[str]:

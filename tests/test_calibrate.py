@@ -127,6 +127,17 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
     assert later["overrides"] == report["overrides"]
 
 
+def test_a_value_that_was_not_tried_is_not_written(surgery, out, monkeypatch):
+    """No candidate fits, and the model has positions for longer prompts: what was measured is shown, and no more."""
+    monkeypatch.setattr(calibrate, "_seconds", made_up(10_000))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = surgery("bench", "out", "--calibrate", "--lengths", "32,64", "--rounds", "2", "--write")
+    assert done.code == 2
+    assert "no candidate stays within 1.02 of dense in prompts of up to 128 tokens" in done.out
+    assert "nothing was written" in done.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_refused(refused, surgery, out, model):
     refused("bench", "out", says=("bench compares with a base", "--base"))
     refused("bench", "out", "--base", "model", "--write", says=("--write is for --calibrate alone",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from surgery.runtime.surgery_estimators import METHODS
 from surgery.runtime.surgery_gates import Gate
 
 HERE = Path(runtime.__file__).parent
-ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"}
+KERNEL = {"surgery_triton.py", "block_sparse_prefill.py"}  # of sparse prefill, from the package's kernels
+ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL
 CORE = {"modeling_surgery.py"} | {
     f"surgery_{name}.py" for name in ("attention", "block", "cache", "heads", "masks", "parts", "softmax", "stores")
 }
@@ -64,6 +66,9 @@ for job in json.load(sys.stdin):
         model = AutoModelForCausalLM.from_pretrained(job["name"], trust_remote_code=True).eval()
         with torch.no_grad():
             torch.save(model(input_ids=torch.tensor(job["ids"])).logits, job["logits"])
+        package = type(model).__module__.rpartition(".")[0]
+        if sparse := sys.modules.get(f"{package}.surgery_sparse"):  # its own kernel, which a GPU would run
+            assert sparse._kernel().__name__ == f"{package}.block_sparse_prefill"
         model.save_pretrained(job["again"])
         answers.append("")
     except (ValueError, OSError) as error:
@@ -139,6 +144,7 @@ def test_a_checkpoint_carries_what_it_uses(opened, name):
     root, models, answers, _ = opened
     assert answers[name] == ""
     wanted = CORE | {f"surgery_{part}.py" for part in CASES[name][1]}
+    wanted |= KERNEL if "prefill" in CASES[name][1] else set()
     code = code_in(root / name)
     assert set(code) == wanted
     assert code_in(root / f"{name}-own") == code == code_in(root / f"{name}-again")
@@ -163,6 +169,18 @@ def test_from_the_hub_all_that_is_carried_is_fetched(opened):
     assert code_in(root / "hub-again") == code_in(root / "all")
 
 
+def test_code_of_the_base_takes_the_place_of_none(tiny_llama, tmp_path):
+    """A base that was sparse by another version brings files of the same names."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    for name in ("surgery_sparse.py", *KERNEL):
+        (base / name).write_text("# of another version\n")
+    given = {"check": False, "evaluate": False, "overrides": ["every=8", "block=16"]}
+    surgery.apply("sparse-prefill", str(base), output=tmp_path / "out", **given)
+    code = code_in(tmp_path / "out")
+    assert {*KERNEL} < set(code)
+    assert not any(content.startswith(b"# of another version") for content in code.values())
+
+
 def test_code_that_did_not_come_along_is_named(opened):
     answer = opened[2]["lacking"]
     assert "surgery_skipping.py did not come with this checkpoint" in answer
@@ -175,7 +193,7 @@ def test_every_file_is_the_cores_or_a_parts():
         found |= set(surgery_parts.code_of([name]))
     assert found == ALL
     assert set(surgery_parts.code_of([])) == CORE
-    assert set(METHODS) - {"by_head"} == set(surgery_parts.FILES) - {"terms", "sinks", "gate", "sparse"}
+    assert set(METHODS) - {"by_head"} == set(surgery_parts.FILES) - {"terms", "sinks", "gate", "sparse", "kernel"}
 
 
 def test_a_split_alone_carries_less_than_half(opened):

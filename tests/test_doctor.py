@@ -47,11 +47,12 @@ def test_another_package_of_that_name(monkeypatch):
 def test_it_says_what_runs_each_operation(monkeypatch):
     import torch
 
-    from surgery.kernels import common
+    from surgery.kernels import surgery_triton as common
 
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common, "executor", lambda device: asked.append(device) or "Triton 3.9.0, compiled for sm_90")
+    monkeypatch.setattr(doctor, "_not_launched", lambda device: [])
     runs = doctor._kernels()
     assert asked == ["cuda"]
     assert runs["sparse_prefill"] == "block_sparse_prefill: Triton 3.9.0, compiled for sm_90"
@@ -59,3 +60,28 @@ def test_it_says_what_runs_each_operation(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "PyTorch: " in doctor._kernels()["sparse_prefill"]
+
+
+def test_a_kernel_that_cannot_be_launched_is_said(monkeypatch):
+    """As on a GPU machine without a compiler; the launch itself runs here, by PyTorch."""
+    import torch
+
+    from surgery.kernels import block_sparse_prefill as module
+    from surgery.kernels import surgery_triton as common
+
+    monkeypatch.setattr(common, "_broken", {})
+    assert doctor._not_launched("cpu") == []
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(module, "_attend", Broken())
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(module, "supports", lambda query, block: None)
+    monkeypatch.setattr(module, "target", lambda device: "interpreter")
+    assert len(doctor._not_launched("cpu")) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "executor", lambda device: "Triton")
+    monkeypatch.setattr(doctor, "_not_launched", lambda device: ["block_sparse_prefill cuda"])
+    assert "PyTorch: it cannot be launched" in doctor._kernels()["sparse_prefill"]

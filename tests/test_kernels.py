@@ -68,7 +68,7 @@ def test_everything_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import surgery.kernels, torch\n"
-        "from surgery.kernels import common, compile, bench\n"
+        "from surgery.kernels import surgery_triton as common, compile, bench\n"
         "from surgery.kernels.block_sparse_prefill import *\n"
         "import surgery.kernels.streaming_prefill, surgery.kernels.split_decode, surgery.kernels.gathered_heads\n"
         "import surgery.kernels.estimators\n"
@@ -139,7 +139,7 @@ def test_a_list_of_blocks_goes_there_and_back():
 )
 def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch, recwarn, name, says):
     """Asked as if there were a GPU of that name."""
-    from surgery.kernels import common
+    from surgery.kernels import surgery_triton as common
 
     monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.9.0"))
     monkeypatch.setattr(common, "target", lambda device: name)
@@ -154,7 +154,7 @@ def test_a_gpu_that_is_not_known_gets_the_reference_and_one_warning(monkeypatch,
 def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, recwarn):
     """The compiler fails as on a GPU machine without one: one warning, right values, no second try."""
     from surgery.kernels import block_sparse_prefill as module
-    from surgery.kernels import common
+    from surgery.kernels import surgery_triton as common
 
     tries = []
 
@@ -164,7 +164,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
             raise RuntimeError("Failed to find C compiler.\nmore")
 
     monkeypatch.setattr(module, "_attend", Broken())
-    monkeypatch.setattr(common, "_broken", set())
+    monkeypatch.setattr(common, "_broken", {})
     monkeypatch.setattr(common, "INTERPRETED", False)
     monkeypatch.setattr(module, "supports", lambda query, block: None)
     monkeypatch.setattr(module, "target", lambda device: "interpreter")
@@ -176,6 +176,10 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
         got = module.block_sparse_prefill(query, key, value, blocks, 0.25, **given)
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
     assert torch.equal(out, want[0])
+    mine = torch.ones_like(want[0]), torch.ones_like(want[1])
+    got = module.block_sparse_prefill(query, key, value, blocks, 0.25, fallback=lambda: mine)
+    assert all(torch.equal(one, other) for one, other in zip(got, mine, strict=True))
+    assert common.failed("block_sparse_prefill") == common.failed() != []
     assert len(tries) == 1
     assert [str(each.message).split(": ", 1)[1] for each in recwarn] == [
         "PyTorch runs in place of the kernel: RuntimeError: Failed to find C compiler."
@@ -183,7 +187,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
 
 
 def test_an_old_triton_gets_the_reference(monkeypatch):
-    from surgery.kernels import common
+    from surgery.kernels import surgery_triton as common
 
     monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.2.0"))
     assert common.unsupported("cuda", torch.float16, 64) == "triton 3.2.0 is older than 3.3"
@@ -199,7 +203,7 @@ def test_an_old_triton_gets_the_reference(monkeypatch):
     ],
 )
 def test_what_no_kernel_serves(monkeypatch, dtype, head_dim, says):
-    from surgery.kernels import common
+    from surgery.kernels import surgery_triton as common
 
     monkeypatch.setattr(common, "triton", SimpleNamespace(__version__="3.9.0"))
     monkeypatch.setattr(common, "target", lambda device: "sm_80")

@@ -67,7 +67,7 @@ def test_every_type_and_head_size(kernel):
 
 def test_a_tile_that_does_not_fit_is_seen():
     """The check itself: a program with a tile far too large is reported, though triton compiles it without a word."""
-    before = "from surgery.kernels.common import TILES; TILES['hip', 'float32', 128] = (128, 64, 8, 3)"
+    before = "from surgery.kernels.surgery_triton import TILES; TILES['hip', 'float32', 128] = (128, 64, 8, 3)"
     what = "targets=['gfx942'], dtypes=[torch.float32], head_dims=[128], kernels=['streaming_prefill']"
     rows = compiled(f"compile_all({what})", before)
     assert rows

@@ -6,16 +6,21 @@ import pytest
 import torch
 from kernel_cases import BF16, CASES, FP32, brute, causal, made, ratio, seen_blocks
 
+from surgery.runtime.surgery_estimators import METHODS
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 5e-3, "bf16": 1e-2}
 
 
 @pytest.fixture(autouse=True)
 def served():
-    from surgery.kernels.common import unsupported
+    from surgery.kernels import surgery_triton as common
 
-    if reason := unsupported("cuda", torch.float16, 64):
+    if reason := common.unsupported("cuda", torch.float16, 64):
         pytest.skip(reason)
+    common._broken.clear()
+    yield
+    assert not common.failed(), "PyTorch ran in place of a kernel"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,3 +73,16 @@ def test_float32_is_not_tf32():
     query, key, value = (made(i, 1, 4, 512, 64, dtype=FP32, device="cuda") for i in (1, 2, 3))
     out, _ = streaming_prefill(query, key, value, 0, 512)
     assert ratio(out, brute(query, key, value, causal(512, 512, None, 1, "cuda"))[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"by_head"}))
+def test_the_runtime_on_a_gpu_is_that_on_a_cpu(method):
+    """Estimator, lists and attention, in float32."""
+    from surgery.runtime.surgery_prefill import Sparse
+
+    query, key, value = (made(i, 1, heads, 700, 64, dtype=FP32) for i, heads in ((1, 6), (2, 3), (3, 3)))
+    sparse = Sparse(method, 64, 128)
+    with torch.no_grad():
+        want = sparse.attend(query, key, value, None, 0.125, None)[0]
+        got = sparse.attend(*(part.cuda() for part in (query, key, value)), None, 0.125, None)[0].cpu()
+    assert ratio(got, want) <= 1e-3

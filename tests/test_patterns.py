@@ -36,7 +36,10 @@ def test_weight_and_cost_are_those_of_the_kept_blocks_entry_by_entry():
         settings = {name: value for name, value in pattern.items() if name != "method"}
         kept = choose(pattern["method"], query, key, 0.5, 16, settings)[0]
         for head in range(4):
-            own = kept[head if len(kept) == 4 else head // 2]
+            own = kept[head if len(kept) == 4 else head // 2].clone()
+            for row in range(6):  # what would read most of a row, and the block that is cut, read all of it
+                if own[row].sum() > 0.6 * (row + 1) or row == 5:
+                    own[row, : row + 1] = True
             total = 0.0
             for i in rows.tolist():
                 shares = (key[0, head // 2, : i + 1] @ query[0, head, i] * 0.5).softmax(0)
@@ -96,8 +99,9 @@ def test_every_candidate_is_valid_and_they_reach_from_cheap_to_dense():
         rows = torch.tensor([length - 1])
         _, cost = measure(query, query, attention_weights(query, query, rows), rows, 0.5, block, among)
         assert cost.max() == 1
-        blocks = -(-length // block)  # the cheapest reads the first block and the diagonal one
-        assert cost.min().item() == pytest.approx((2 * blocks - 1) / (blocks * (blocks + 1) / 2))
+        blocks = -(-length // block)  # the cheapest reads the first block and the diagonal one, of few blocks all
+        read = [rows if 0.6 * rows < 2 or rows * block > length else 2 for rows in range(1, blocks + 1)]
+        assert cost.min().item() == pytest.approx(sum(read) / (blocks * (blocks + 1) / 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
@@ -105,8 +109,8 @@ def test_a_model_is_searched_and_left_as_it_was(family, tokenizer, text):
     model = base(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     implementation = model.config._attn_implementation
-    found = search_patterns(model, tokenizer, density=0.7, block=16, samples=2, length=60, rows=8, text=text)
-    again = search_patterns(model, tokenizer, density=0.7, block=16, samples=2, length=60, rows=8, text=text)
+    found = search_patterns(model, tokenizer, density=0.85, block=16, samples=2, length=64, rows=8, text=text)
+    again = search_patterns(model, tokenizer, density=0.85, block=16, samples=2, length=64, rows=8, text=text)
     assert found.to_dict() == again.to_dict()
     assert model.config._attn_implementation == implementation
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -116,7 +120,7 @@ def test_a_model_is_searched_and_left_as_it_was(family, tokenizer, text):
     for patterns, held, cost in zip(found.layers, found.recovered, found.cost, strict=True):
         assert len(patterns) == len(held) == len(cost)
         assert all(0 < share <= 1 + 1e-6 for share in held)
-        assert all(share <= 0.7 * 1.02 for share in cost)
+        assert all(share <= 0.85 * 1.02 for share in cost)
         if patterns:
             assert settings_problems("by_head", {"patterns": patterns}, 16, heads) == []
 

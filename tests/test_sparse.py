@@ -502,6 +502,10 @@ def test_the_operation_knows_every_method_and_setting():
         ({"layers": []}, "must not be empty"),
         ({"per_layer": {9: {"block": 64}}}, r"per_layer \[9\]: there are layers 0 to 1"),
         ({"per_layer": {0: {"density": 3}}}, "per_layer 0: density of pooled is 3"),
+        (
+            {"method": "by_head", "density": 0.5, "per_layer": {1: {"block": 128}}},
+            "per_layer 1: patterns are searched for all layers at once, and block would be for this one alone",
+        ),
         ({"per_layer": {0: {"bock": 64}}}, "per_layer 0: there is no field 'bock'"),
         ({"per_layer": {1: {"block": 64}}, "layers": [0]}, r"per_layer \[1\]: sparse prefill is for layers \[0\]"),
         ({"density": 0.3, "gamma": 0.9}, "one of gamma, density, alpha; here it is gamma and density"),

@@ -96,6 +96,14 @@ def test_leading_rows_that_read_all_are_one_causal_product(lead, length, monkeyp
     assert len(calls) <= 2 * most
 
 
+def by_kernel(*row) -> tuple:
+    """What a GPU's row is handed to."""
+    kernel = executor._kernel()
+    query, key, value, kept = (each[None] for each in row[:4])
+    found = kernel.block_sparse_prefill(query, key, value, kernel.BlockList.of(kept, row[4]), row[5], softcap=row[6])
+    return tuple(part[0] for part in found)
+
+
 @torch.no_grad()
 def test_the_kernels_lists_mean_what_the_executor_means():
     """A list without the queries' own block, a chunk that begins inside a block, and none of the later blocks."""
@@ -104,12 +112,10 @@ def test_the_kernels_lists_mean_what_the_executor_means():
         count = -(-length // BLOCK)
         kept = torch.rand(1, 3, count - (length - n) // BLOCK, count, generator=torch.Generator().manual_seed(3)) < 0.4
         found = {}
-        for name in ("_gathered", "_by_kernel"):
+        for name in ("_gathered", "kernel"):
             with pytest.MonkeyPatch.context() as patch:
-                if name == "_by_kernel":
-                    patch.setattr(executor, "_gathered", lambda *row: tuple(
-                        part[0] for part in executor._by_kernel(*(each[None] for each in row[:4]), *row[4:])
-                    ))  # fmt: skip
+                if name == "kernel":
+                    patch.setattr(executor, "_gathered", by_kernel)
                 found[name] = executor.attend_blocks(query, key, value, kept, BLOCK, 0.3)
         want = written_out(query, key, value, kept, BLOCK, 0.3)
         for pair in found.values():

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from ..errors import SurgeryError
 from ..runtime.surgery_attention import surgery_attention
-from ..runtime.surgery_estimators import choose, settings_problems
+from ..runtime.surgery_estimators import settings_problems
+from ..runtime.surgery_prefill import Sparse
 from .sequences import calibration_pieces
 from .text import BUILTIN, load_text
 from .watching import watched
@@ -148,8 +149,7 @@ def measure(query, key, weights, rows, scale: float, block: int, among: list[dic
     blocks = in_blocks.shape[-1]
     held, cost = [], []
     for pattern in among:
-        settings = {name: value for name, value in pattern.items() if name != "method"}
-        kept = choose(pattern["method"], query, key, scale, block, settings)
+        kept = Sparse.of(pattern | {"block": block}).kept(query, key, scale)
         kept = kept.repeat_interleave(heads // kept.shape[1], dim=1)
         own = kept[:, :, rows.to(kept.device) // block]
         held.append((in_blocks * own).sum(-1).mean((0, 2)))

@@ -9,8 +9,8 @@ from rich.table import Table
 from . import console
 
 
-def table(found, out: Path, report) -> None:
-    """Print a `Calibration`; `report`: of the checkpoint that was given the value, None: none was."""
+def table(found) -> None:
+    """Print a `Calibration`."""
     from ..evaluation.calibrate import LIMIT
 
     console().print(_rows(found))
@@ -23,9 +23,16 @@ def table(found, out: Path, report) -> None:
     if found.fits:
         told.print(f"{result}: the smallest that stays within {LIMIT} of dense")
     else:
-        longest = max(trial.length for trial in found.trials)
-        told.print(f"{result}: no candidate stays within {LIMIT} of dense in prompts of up to {longest:,} tokens,")
-        told.print("so that none should be sparse here")
+        told.print(f"{result}: no candidate stays within {LIMIT} of dense in prompts of up to {found.tried:,} tokens,")
+        rest = "; longer ones were not tried" if found.tried < found.dense_below else ""
+        told.print(f"so that none of these should be sparse here{rest}")
+
+
+def closing(found, out: Path, report) -> None:
+    """What became of it; `report`: of the checkpoint that was given the value, None: none was."""
+    told = console()
+    if report is None and not found.fits:
+        return
     if report is None:
         told.print(f"write it to {out}: add --write; or make the checkpoint anew with dense_below={found.dense_below}")
         return

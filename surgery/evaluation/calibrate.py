@@ -62,6 +62,11 @@ class Calibration:
     layers: list[int]
     rounds: int
 
+    @property
+    def tried(self) -> int:
+        """Tokens of the longest prompt that was timed."""
+        return max(trial.length for trial in self.trials)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -199,11 +204,21 @@ def write(folder: str | Path, found: Calibration):
 
     Returns:
         The `Report`, saved.
+
+    Raises:
+        SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
     """
     from ..folder import read_json
     from ..output import machine_errors, write_json
     from ..report import Report
 
+    if not found.fits and found.tried < found.dense_below:
+        raise SurgeryError(
+            f"nothing was written: no prompt of up to {found.tried:,} tokens should be sparse here, and longer ones "
+            f"(the model has {found.dense_below:,} positions) were not tried",
+            where=str(folder),
+            fix="give a longer --text and larger --lengths, or convert the base with a dense_below of yours",
+        )
     folder = Path(folder)
     report, config = Report.of(folder), read_json(folder / "config.json")
     value, data = found.dense_below, report.data

@@ -58,7 +58,7 @@ class SparsePrefill(Operation):
     op: Literal["sparse_prefill"] = "sparse_prefill"
     method: Literal[METHODS] = Field("pooled", description="Which blocks are read; a method's own settings are below.")
     block: Annotated[int, Field(ge=16, strict=True)] = Field(128, description="Tokens in a block, a power of two.")
-    dense_below: Whole = Field(1024, description="Up to this position every query reads all keys.")
+    dense_below: Whole = Field(1024, description="Blocks of queries that end by this position read all keys.")
     last_rows_dense: Whole = Field(0, description="So do the last queries of a prompt, so many (whole blocks).")
     delta: FromOne | None = Field(
         None, description="Correct outputs from every so-manieth row, computed densely (Delta attention); null: no."
@@ -120,7 +120,7 @@ class SparsePrefill(Operation):
         None, description="flexprefill: a head nearer than this to its pooled guess adds pooled blocks."
     )
     min_budget: Whole | None = Field(None, description="flexprefill: least tokens of columns, and of diagonals.")
-    max_budget: Whole | None = Field(None, description="flexprefill: most tokens of them; null: no limit.")
+    max_budget: FromOne | None = Field(None, description="flexprefill: most tokens of them; null: no limit.")
     patterns: list[dict[str, Any]] | None = Field(
         None,
         description="by_head: for each query head in order a method and its settings, {method: ..., ...}; null: the "
@@ -141,6 +141,8 @@ class SparsePrefill(Operation):
                 return [f"{name} {wrong}: there are layers 0 to {count - 1}"]
         if self.layers == []:
             return ["layers must not be empty; leave them out for all"]
+        if narrow := [i for i in self.layers or [] if anatomy.layers[i].window is not None]:
+            return [f"layers {narrow} see a sliding window of the base's own: there is nothing to make sparse in them"]
         if wrong := sorted(set(self.per_layer) - self.term_layers(anatomy)):
             return [f"per_layer {wrong}: sparse prefill is for layers {sorted(self.term_layers(anatomy))} here"]
         if not self.term_layers(anatomy):
@@ -163,6 +165,12 @@ class SparsePrefill(Operation):
         for layer, changes in sorted(self.per_layer.items()):
             for name in sorted(set(changes) - known):
                 found.append(f"per_layer {layer}: there is no field {name!r}; there is: {', '.join(sorted(known))}")
+            searched = self._searches and changes.get("method", self.method) == "by_head"
+            if searched and (fixed := sorted({"density", "block", "patterns"} & set(changes))):
+                found.append(
+                    f"per_layer {layer}: patterns are searched for all layers at once, and {', '.join(fixed)} would "
+                    "be for this one alone: drop it, or give patterns for all"
+                )
         for layer in sorted(self.term_layers(anatomy)) if not found else []:
             where = f"per_layer {layer}: " if layer in self.per_layer else ""
             entry, heads = self._entry(self.per_layer.get(layer, {})), anatomy.layers[layer].heads

@@ -38,7 +38,7 @@ PREFIX = "Surgery"
 
 # The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
 # or another version: the name tells them apart, so that a model calls the functions it was loaded with.
-_FILES = [Path(__file__), *sorted(Path(__file__).parent.glob("surgery_*.py"))]
+_FILES = [Path(__file__), *sorted(Path(__file__).parent.glob("[bs]*_*.py"))]
 _CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)

@@ -141,7 +141,7 @@ def parts_of(layers: list[dict]) -> set[str]:
         used |= _attached(layer)
         used |= {"sinks"} if "surgery_log_beta" in layer.get("parameters", {}) else set()
         if sparse := layer.get("sparse"):
-            used |= {each["method"] for each in (sparse, *sparse.get("patterns", ()))} & set(FILES)
+            used |= {"kernel", *(each["method"] for each in (sparse, *sparse.get("patterns", ())))} & set(FILES)
     return used
 
 

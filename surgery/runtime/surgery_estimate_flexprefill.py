@@ -50,7 +50,7 @@ def flexprefill(
     last = by_group(widen(query[:, :, -block:]).mean(2, keepdim=True), kv_heads)
     guess = (last @ means[:, :, None].mT * scale + bias).softmax(-1).flatten(1, 2)[:, :, 0]
     aware = divergence(guess, by_block(columns, block)).sqrt() < tau  # [batch, heads]
-    least, most = (-(-tokens // block) for tokens in (min_budget, max_budget or blocks.keys))
+    least, most = (-(-tokens // block) for tokens in (min_budget, blocks.keys if max_budget is None else max_budget))
     chosen = []
     for values in (columns, diagonals):
         budget = -(-keep_by_coverage(values, gamma, values < 0).sum(-1) // block)

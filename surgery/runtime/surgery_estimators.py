@@ -96,8 +96,8 @@ METHODS = {
 }
 RULES = ("gamma", "density", "alpha")  # of the methods that weigh blocks: one of them decides
 STEPS = ("stride", "every")  # they divide the block
-FROM_ONE = ("local", "first", "window", "top", "last")
-FROM_NONE = ("sinks", "nearest", "vertical", "slash", "min_budget", "max_budget")
+FROM_ONE = ("local", "first", "window", "top", "last", "max_budget")
+FROM_NONE = ("sinks", "nearest", "vertical", "slash", "min_budget")
 # Setting -> what it may be, in words, and whether a value is.
 ALLOWED = {
     **dict.fromkeys(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -22,6 +23,7 @@ FILES = {
     "sinks": "surgery_sinks",
     "gate": "surgery_skipping",
     "sparse": "surgery_prefill",
+    "kernel": "block_sparse_prefill",  # of the package's kernels; with "sparse"
     # The ways to choose blocks in sparse prefill. `by_head`, which uses others, comes with "sparse".
     "block_topk": "surgery_estimate_block_topk",
     "flexprefill": "surgery_estimate_flexprefill",
@@ -47,6 +49,8 @@ def part(name: str):
     if name not in FILES:
         raise ValueError(f"there is no part {name!r} of a surgery; there is: {', '.join(FILES)}")
     try:
+        if name == "kernel" and _home(FILES[name]) != Path(__file__).parent:
+            return import_module(f"surgery.kernels.{FILES[name]}")
         return import_module(f".{FILES[name]}", __package__)
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.{FILES[name]}":
@@ -57,10 +61,19 @@ def part(name: str):
         ) from None
 
 
+def _home(file: str) -> Path:
+    """The folder of a file of code: a checkpoint has all beside this one, the package its kernels elsewhere."""
+    here = Path(__file__).parent
+    if (here / f"{file}.py").exists() or find_spec("surgery") is None:
+        return here
+    found = find_spec(f"surgery.kernels.{file}")
+    return here if found is None else Path(found.origin).parent
+
+
 def code_of(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
-    here, files = Path(__file__).parent, sorted({FILES[name] for name in parts})
-    roots = [here / f"{name}.py" for name in (ENTRY, *files)]
+    files = sorted({FILES[name] for name in parts})
+    roots = [_home(name) / f"{name}.py" for name in (ENTRY, *files)]
     found = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
     code = {path.name: path.read_bytes() for path in sorted(found)}
     own = Path(__file__).name

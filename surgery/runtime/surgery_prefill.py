@@ -118,7 +118,7 @@ class Sparse:
         if work is not None:
             (heads, length, size), end = query.shape[1:], keys.shape[2]
             seen = heads * (length * (end - length) + length * (length + 1) // 2)
-            work.add("attention", 2 * size * self._pairs(kept, heads, length, end), 2 * size * seen)
+            work.add("attention", 2 * size * self.pairs(kept, heads, length, end), 2 * size * seen)
         return out, lse, kept
 
     def sparse_blocks(self, length: int, end: int) -> range:
@@ -149,7 +149,7 @@ class Sparse:
         kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
         return kept
 
-    def _pairs(self, kept, heads: int, length: int, end: int) -> int:
+    def pairs(self, kept, heads: int, length: int, end: int) -> int:
         """Pairs of a query and a key that are multiplied in a row, over all heads.
 
         Args:

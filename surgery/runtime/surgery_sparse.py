@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from .surgery_parts import part
 from .surgery_softmax import explicit, fused, written_out
 
 ROWS = 32  # rows far from one another that read their keys together, up to the last one's
@@ -40,11 +41,16 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
     first = (keys.shape[2] - query.shape[2]) // block
     own = torch.arange(first, first + kept.shape[2], device=kept.device)[:, None]
     kept = kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
-    if query.device.type == "cuda" and _kernel() and not _trains(query, keys, values):
-        return _by_kernel(query, keys, values, kept, block, scale, softcap)
     run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
-    rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
-    return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
+
+    def by_pytorch() -> tuple:
+        rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
+        return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
+
+    if query.device.type != "cuda" or _trains(query, keys, values) or (kernel := _kernel()) is None:
+        return by_pytorch()
+    lists = kernel.BlockList.of(kept, block)
+    return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap, fallback=by_pytorch)
 
 
 def attend_rows(query, keys, values, places: list[int], scale: float, softcap=None) -> tuple:
@@ -74,19 +80,11 @@ def attend_rows(query, keys, values, places: list[int], scale: float, softcap=No
 
 @lru_cache
 def _kernel():
-    """The package's Triton kernel, or None: an exported checkpoint does without."""
+    """The module of the Triton kernel, or None where it cannot be had: PyTorch does the same."""
     try:
-        from surgery.kernels import block_sparse_prefill
-
-        return block_sparse_prefill
-    except ImportError:
+        return part("kernel")
+    except (ValueError, ImportError):
         return None
-
-
-def _by_kernel(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
-    """`attend_blocks` by the Triton kernel, or by its reference where it does not serve such tensors."""
-    lists = _kernel().BlockList.of(kept, block)
-    return _kernel().block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap)
 
 
 def _trains(*tensors) -> bool:

@@ -170,10 +170,17 @@ def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write
     with progress_bar(quiet or as_json) as progress:
         asked = {"candidates": candidates, "rounds": rounds, "text": text, "device": device}
         found = calibrate.calibrate(out, **asked, progress=progress)
-    scored = calibrate.write(out, found) if write else None
+    if not as_json:
+        calibration.table(found)
+    try:
+        scored = calibrate.write(out, found) if write else None
+    except SurgeryError:
+        if as_json:  # what took minutes is not lost
+            emit(found.to_dict() | {"written": False})
+        raise
     if as_json:
         return emit(found.to_dict() | {"written": write})
-    calibration.table(found, out, scored)
+    calibration.closing(found, out, scored)
 
 
 def _refuse_of_bench(context: typer.Context, base: str | None, calibrate: bool) -> None:

@@ -46,7 +46,8 @@ TILES = {
     ("hip", "float32", 128): (32, 32, 4, 1),
     ("hip", "float32", 256): (16, 16, 4, 1),
 }
-_warned, _broken = set(), set()
+_warned: set[tuple] = set()
+_broken: dict[tuple, str] = {}  # what could not be launched, and why
 
 
 def jit(function):
@@ -121,13 +122,16 @@ def _warn(kernel: str, reason: str) -> None:
     warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=4)
 
 
-def started(kernel: str, device, launch) -> bool:
+def started(kernel: str, device, launch, kind: str = "") -> bool:
     """Launch a kernel; False, with a warning, where it cannot be: the reference must run, here and from then on.
 
     A compiler that is missing or fails, or a tile that this GPU has no room for, must not cost a prompt. Interpreted,
     a kernel's errors are its own, for tests to see.
+
+    Args:
+        kind: what else decides what is compiled (dtype, sizes): another kind may still start.
     """
-    place = kernel, str(device)
+    place = kernel, str(device), kind
     if place in _broken:
         return False
     try:
@@ -135,11 +139,16 @@ def started(kernel: str, device, launch) -> bool:
     except Exception as error:  # Triton, a C compiler and a driver raise what they like
         if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
             raise
-        _broken.add(place)
         first = next(iter(str(error).strip().splitlines()), "")
-        _warn(kernel, f"{type(error).__name__}: {first}")
+        _broken[place] = f"{type(error).__name__}: {first}"
+        _warn(kernel, _broken[place])
         return False
     return True
+
+
+def failed(kernel: str = "") -> list[str]:
+    """What could not be launched in this process, of one kernel or of all: PyTorch ran in its place."""
+    return [f"{' '.join(place)}: {why}" for place, why in sorted(_broken.items()) if kernel in ("", place[0])]
 
 
 def check(kernel: str, query, key, value, pad=None):
