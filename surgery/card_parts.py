@@ -101,7 +101,8 @@ def _spared(op: str, record: dict) -> list[str]:
 
 
 def limits(report: dict) -> str:
-    lines = [line for op in dict.fromkeys(operations_of(report)) for line in _limits_of(op)]
+    operations = get(report, "recipe").get("operations") or []
+    lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
     if report.get("tier") == "surgical":
         lines.append(
             "A stock class by its name (`LlamaForCausalLM.from_pretrained`) loads this folder without an error and "
@@ -112,14 +113,18 @@ def limits(report: dict) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _limits_of(op: str) -> tuple[str, ...]:
+def _limits_of(fields: dict) -> tuple[str, ...]:
     """What an operation says of itself; one that is not installed here says nothing."""
     from . import operations
 
     try:
-        return operations.find(op).limits
+        found = operations.find(str(fields["op"]))
     except SurgeryError:
         return ()
+    try:
+        return found.model_validate(fields).caveats()
+    except ValueError:  # another version's fields
+        return found.limits
 
 
 def provenance(report: dict) -> str:

@@ -114,6 +114,10 @@ class Operation(BaseModel):
 
     follows_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 
+    def caveats(self) -> tuple[str, ...]:
+        """Those of `limits` that hold with these settings."""
+        return self.limits
+
     @property
     def streams(self) -> bool:
         """Whether the new weights follow from the old ones alone, layer by layer (`WeightRewrite.rewrite`)."""

@@ -189,7 +189,8 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
                 logits = logits + score(query @ named["surgery_key"].repeat_interleave(group, 0).mT)
             if "surgery_value" in named:
                 more = named["surgery_value"].repeat_interleave(group, 0)
-            add(logits, more, ~sees_first if entry.get("stand_in") else torch.tensor(True))
+            lost = ~sees_first & (i - first < (limit or length))  # to the split, not to the base's own window
+            add(logits, more, lost if entry.get("stand_in") else torch.tensor(True))
         if s_aux is not None:
             add(s_aux.double()[:, None, None], value.new_zeros(heads, 1, value.shape[-1]), torch.tensor(True))
         scores = torch.cat(columns, -1).masked_fill(~torch.cat(visible, -1), -1e300)

@@ -318,7 +318,7 @@ def test_the_shipped_recipe_plans(surgery, model):
         (["beta=1.5"], ["beta should be at most 1"]),
         (["threshold=0"], ["threshold"]),
         (["gamma=2"], ["gamma is for method: zero_tuning, not act"]),
-        (["method=zero_tuning", "beta=0.5"], ["beta and threshold are for method: act, not zero_tuning"]),
+        (["method=zero_tuning", "beta=0.5"], ["beta is for method: act, not zero_tuning"]),
     ],
 )
 def test_bad_fields(refused, model, overrides, says):

@@ -319,9 +319,14 @@ def test_a_status_measured_is_shown():
 def test_limits_are_the_operations_own(monkeypatch):
     from surgery.operations.gqa import GQA
 
-    monkeypatch.setattr(GQA, "limits", ("It limits this.", "And that."))
-    card = render_card(REPORT, None)
-    assert "- It limits this.\n- And that.\n" in card
+    mean, fitted = ({"operations": [{"op": "gqa", "kv_heads": 2, "method": how}]} for how in ("mean", "closed_form"))
+    cards = [render_card(changed(recipe=REPORT["recipe"] | ops), None) for ops in (mean, fitted)]
+    assert ["closed_form fits weights to its calibration text" in card for card in cards] == [False, True]
+    assert all("Fewer KV heads save KV-cache memory" in card for card in cards)
+    monkeypatch.setattr(GQA, "limits", ("Of the closed form.", "It limits this.", "And that."))
+    assert "- It limits this.\n- And that.\n" in render_card(changed(recipe=REPORT["recipe"] | mean), None)
+    other = {"operations": [{"op": "gqa", "kv_heads": 2, "of_another_version": 1}]}
+    assert "- Of the closed form.\n- It limits this.\n" in render_card(changed(recipe=REPORT["recipe"] | other), None)
 
 
 @pytest.mark.parametrize(

@@ -519,11 +519,14 @@ def test_figures_of_other_settings_are_measured_anew(tmp_path):
     ("overrides", "says"),
     [
         (["labelled=none.jsonl"], ["labelled: none.jsonl: no such text file"]),
-        (["labelled=few.jsonl"], ["few.jsonl has 7 questions; at least 8"]),
+        (["labelled=few.jsonl"], ["few.jsonl has 7 different questions; at least 8"]),
         (["labelled=wrong.jsonl"], ["wrong.jsonl:2: answer should be", "wrong.jsonl:3: this is not JSON"]),
         (["labelled=q.jsonl", "objective=entropy"], ["with objective: ce"]),
-        (["labelled=q.jsonl", "gamma=2"], ["whose gamma is searched"]),
-        (["labelled=q.jsonl", "method=learned", "start=identity"], ["whose gamma is searched"]),
+        (["labelled=q.jsonl", "gamma=2"], ["for a gamma that is searched"]),
+        (
+            ["labelled=q.jsonl", "method=learned", "start=identity"],
+            ["labelled is for method: zero_tuning, not learned"],
+        ),
     ],
 )
 def test_what_cannot_be_searched_on_is_refused_by_plan(refused, model, tmp_path, overrides, says):
@@ -539,9 +542,8 @@ def test_a_recipe_file_names_no_questions_elsewhere(refused, model, tmp_path):
 
 
 def test_questions_too_long_for_the_model_leave_it_as_it_was(model, tmp_path):
-    (tmp_path / "q.jsonl").write_text(
-        "\n".join([json.dumps({"prompt": "the cat " * 600, "choices": ["sat", "ran"], "answer": 0})] * 8)
-    )
+    asked = [{"prompt": f"{i} " + "the cat " * 600, "choices": ["sat", "ran"], "answer": 0} for i in range(8)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     loaded = load_model(model)
     with pytest.raises(SurgeryError, match="has 1024 positions"):
         package.apply(

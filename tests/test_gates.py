@@ -13,6 +13,7 @@ from dense import batch, chunked, difference, given
 from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from surgery.calibration.first_token import first_tokens
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_rows as rows
 from surgery.runtime import surgery_skipping as skipping
@@ -713,3 +714,57 @@ def test_parameters_that_do_not_fit_their_gate_are_refused(bases, parameters, sa
         runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [right | {"parameters": named}, {}]})
     with pytest.raises(ValueError, match=r"without a gate|other parameters"):
         runtime.patch(copy.deepcopy(bases["llama"]), {"layers": [{"parameters": named}, {}]})
+
+
+# --- what must not meet what is left out ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_autocast_of_skipped_work(bases, path):
+    model = gated(bases["llama"], [moh([1], 3), moh([], 5)])
+    ids, _ = batch(model, (0,))
+    want = model(input_ids=ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(input_ids=ids).logits
+    assert got.isfinite().all()
+    assert (got.float() - want).abs().median() < 0.2 * want.std()
+
+
+@torch.no_grad()
+def test_measuring_a_gated_model_sees_every_query(bases, monkeypatch):
+    """The queries of heads that are off are not zero when attention itself is measured."""
+    model = gated(bases["llama"], [moh([], 3), moh([], 3)])
+    pieces, _ = batch(model, (0,))
+    want = first_tokens(model, pieces, [0, 0])
+    monkeypatch.setattr(skipping, "ROWS", 1)
+    for found, expected in zip(first_tokens(model, pieces, [0, 0]), want, strict=True):
+        assert torch.allclose(found.score, expected.score, atol=1e-5)
+    assert not any(hasattr(module, "surgery_whole") for module in runtime.attention_modules(model))
+
+
+@torch.no_grad()
+def test_a_forward_that_an_error_ended_leaves_nothing(bases, monkeypatch):
+    model = gated(bases["llama"], [moh([], 3), moh([], 3)])
+    ids, _ = batch(model, (0,))
+    long = torch.cat([ids, ids[:, 1:]], dim=1)
+    monkeypatch.setattr(skipping, "ROWS", long.shape[1])  # the shorter one computes all
+    want = model(input_ids=ids, use_cache=False).logits
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    hook = runtime.attention_modules(model)[0].o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=long, use_cache=False)
+    hook.remove()
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
+
+
+@pytest.mark.parametrize("name", ["surgery_shared_router", "surgery_balance", "surgery_router_temperature"])
+@pytest.mark.parametrize("length", [1, 9])
+@torch.no_grad()
+def test_weights_that_are_no_numbers_are_an_error(bases, name, length):
+    model = gated(bases["llama"], [moh([1], 3), moh([1], 3)])
+    getattr(runtime.attention_modules(model)[1], name)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"router of layer 1 .* NaN or inf"):
+        model(input_ids=TOKENS[:1, :length])

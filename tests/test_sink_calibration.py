@@ -353,6 +353,11 @@ def test_recipes(surgery, model, name):
         (["method=learned"], ["these heads see it", "sinks: 0"]),
         (["method=kv_bias", "gamma=2"], ["gamma is for method: zero_tuning"]),
         (["method=kv_bias", "logit=2"], ["logit is for method: learned"]),
+        (["method=act", "groups=uniform"], ["groups is for method: zero_tuning, not act"]),
+        (["method=kv_bias", "objective=entropy"], ["objective is for method: zero_tuning or act, not kv_bias"]),
+        (["start=identity"], ["start is for method: learned or kv_bias, not zero_tuning"]),
+        (["gamma=2", "grid=[1.5]"], ["grid, groups and objective are for a gamma that is searched"]),
+        (["method=learned", "logit=0", "value=zero"], ["logit takes the place of a fit"]),
         (["calibration_samples=2"], ["calibration_samples"]),
         (["calibration_samples=100000"], ["too short"]),
     ],
@@ -421,6 +426,35 @@ def test_a_window_as_long_as_the_models_positions_is_refused(refused, model, met
 def test_families_outside_the_interface_are_refused():
     with pytest.raises(SurgeryError, match="attention interface"):
         package.plan(recipe(sink("zero_tuning", gamma=2.0)), TINY["bloom"]())
+
+
+@pytest.mark.parametrize(("method", "refused"), [("act", True), ("zero_tuning", False)])
+def test_unequal_query_groups_are_refused_where_attention_is_measured(method, refused):
+    """At plan: after pruning it would be too late, and a model in memory half changed."""
+    prune = {"op": "prune_heads", "granularity": "head", "heads": [[0, 3], [2, 7]], "scores": "magnitude"}
+    steps = recipe(prune | {"refit": False}, sink(method))
+    if not refused:
+        assert package.plan(steps, TINY["llama"]()).tier == "surgical"
+        return
+    with pytest.raises(SurgeryError, match="unequally many query heads"):
+        package.plan(steps, TINY["llama"]())
+
+
+def test_copies_of_a_question_count_once(tmp_path):
+    from surgery.evaluation.choices import faults_of
+
+    lines = [json.dumps({"prompt": f"a {i}", "choices": ["b", "c"], "answer": 0}) for i in range(8)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines[:7] * 2))
+    assert "has 7 different questions" in faults_of(tmp_path / "q.jsonl")[0]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    assert not faults_of(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(("fields", "count"), [({"gamma": 2.0}, 0), ({}, 1)])
+def test_the_card_says_only_what_holds(fields, count):
+    from surgery.operations.sink_calibration import SinkCalibration
+
+    assert len(SinkCalibration(**sink("zero_tuning", **fields)).caveats()) == count
 
 
 def test_measuring_needs_a_tokenizer():

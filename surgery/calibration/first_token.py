@@ -30,7 +30,7 @@ class FirstToken:
 
     Attributes:
         key, value: [KV heads, head_dim] of the first token; the key as attention gets it, at position 0.
-        score: [heads], scaled and capped, of the queries at positions from `reach` on with it.
+        score: [heads], scaled and capped, of the queries with it that are at positions from `reach` on, and see it.
     """
 
     key: torch.Tensor
@@ -50,13 +50,14 @@ def first_tokens(model, pieces: torch.Tensor, reach: list[int], progress=None) -
     def attention(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
         layer = module.layer_idx
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        first = scores(query[:, :, reach[layer] :], key[:, :, :1], scale, softcap, torch.float32)
+        counted = slice(reach[layer], seen.windows[layer])  # behind the base's own window nobody saw it
+        first = scores(query[:, :, counted], key[:, :, :1], scale, softcap, torch.float32)
         found = key[0, :, 0], value[0, :, 0], first.mean(dim=(0, 2, 3))
         sums[layer] = [old + new.double() for old, new in zip(sums[layer], found, strict=True)]
         return surgery_attention(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
 
     sums = [[0.0, 0.0, 0.0] for _ in reach]
-    with watched(model, attention, split=True), torch.no_grad():
+    with watched(model, attention, split=True) as seen, torch.no_grad():
         for number, piece in enumerate(pieces):
             model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
             if progress:
@@ -244,3 +245,31 @@ def parameters_of(model, name: str) -> dict[int, torch.nn.Parameter]:
     """The parameter of this name of every attention module that has it, by layer."""
     found = {module.layer_idx: getattr(module, name, None) for module in attention_modules(model)}
     return {layer: parameter for layer, parameter in found.items() if parameter is not None}
+
+
+def weigh_first_token(model, asked, targets: dict[int, list[int]], pieces, context) -> dict:
+    """Set gamma in the query heads `targets` (by layer) as a `SinkCalibration` asks, or search it; a record."""
+    found = parameters_of(model, "surgery_log_gamma")
+    masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
+    for layer, heads in targets.items():
+        masks[layer][heads] = 1.0
+    record = {}
+    if asked.gamma is not None:
+        with torch.no_grad():
+            for layer, mask in masks.items():
+                found[layer].copy_(mask.to(found[layer]) * math.log(asked.gamma))
+    else:
+        parameters = [found[layer] for layer in targets]
+        aim, told = (LABELLED, pieces) if asked.labelled else (asked.objective, pieces.tolist())
+        state = Found(context.state_file("sink-calibration"), [aim, asked.groups, asked.grid, targets, told])
+        trial = Trial(model, parameters, pieces[::2], pieces[1::2], aim, state)
+        with frozen(model, parameters):
+            record = search_gammas(trial, list(masks.values()), asked.grid, asked.groups, context.progress)
+    gammas = {
+        str(layer): {
+            str(context.before.layers[layer].query_name(head)): round(x, 6)
+            for head, x in enumerate(found[layer].detach().exp().tolist())
+        }
+        for layer in targets
+    }
+    return {"method": asked.method, **record, "gamma": gammas}

@@ -161,7 +161,8 @@ def route(
                     moments = _measure(model, facts, run, planned[facts.index].gate, score)
                     gate, parameters, record = _route_layer(planned[facts.index], moments, router, draw)
                     made = found[facts.index] = (gate, parameters)
-                    records.append({"layer": facts.index, "shared": list(gate.shared)} | record)
+                    name = facts.query_name if gate.units == facts.heads else facts.kv_name
+                    records.append({"layer": facts.index, "shared": [*map(name, gate.shared)]} | record)
                 if facts.index < max(planned):
                     _advance(model, facts, run, made)
                 if progress:

@@ -16,7 +16,7 @@ from ..runtime.modeling_surgery import attention_modules
 from ..runtime.surgery_attention import surgery_attention
 from ..runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
 from ..runtime.surgery_masks import surgery_mask
-from .head_scores import unsupported
+from .head_scores import UNEQUAL, unsupported
 from .sequences import Recall
 
 NAME = "surgery_watch"
@@ -69,7 +69,8 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
             full until `Watched.look` says otherwise. Default: that function itself.
         split: a model whose heads are split already is taken, too: it is measured with all heads full.
 
-    Sparse prefill is off: what is measured is the model whose prefill it approximates.
+    Sparse prefill is off, and a gate leaves nothing out: what is measured are the queries and the attention of the
+    model whose work they save.
 
     The model is left as it was: weights, modes, requires_grad, gradients, attention implementation, attributes.
 
@@ -82,7 +83,7 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
     if not split and any(layer.streaming for layer in anatomy.layers):
         reason = "the heads of this model are split already: measure its base"
     if any(layer.query_groups for layer in anatomy.layers):
-        reason = "KV heads that are read by unequally many query heads cannot be measured in this version"
+        reason = UNEQUAL
     if not reason and not all(hasattr(sys.modules[type(m).__module__], "ALL_ATTENTION_FUNCTIONS") for m in modules):
         reason = f"{anatomy.model_type} does not use the attention interface in this version of Transformers"
     if reason:
@@ -100,7 +101,7 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
     try:
         for layer, module in enumerate(modules):
             module.surgery_watch = attention
-            module.surgery_sparse = None
+            module.surgery_sparse, module.surgery_whole = None, True
             found.look(layer)
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -113,7 +114,7 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
         for parameter in frozen:
             parameter.requires_grad_(True)
         for module, held in zip(modules, own, strict=True):
-            for attribute in ("surgery_watch", *names):
+            for attribute in ("surgery_watch", "surgery_whole", *names):
                 module.__dict__.pop(attribute, None)
             vars(module).update(held)
 

@@ -159,11 +159,12 @@ def read_questions(file: str | Path) -> list[Question]:
 def faults_of(file: str | Path, fewest: int = 8) -> list[str]:
     """Why a file of questions cannot be searched on, a sentence each: its faults, or that it has fewer than these."""
     try:
-        count = len(read_questions(file))
+        count = len({*read_questions(file)})
     except SurgeryError as error:
         faults = [f"labelled: {fault.where}: {fault.what}" for fault in (error, *error.others)]
         return ["; ".join(filter(None, (faults[0], error.fix))), *faults[1:]]
-    return [f"labelled: {file} has {count} questions; at least {fewest} are needed"] if count < fewest else []
+    few = f"labelled: {file} has {count} different questions; at least {fewest} are needed"
+    return [few] if count < fewest else []
 
 
 def _question(line: str) -> Question:

@@ -260,8 +260,8 @@ def refuse_unfit(configs: dict, items: Sequence[Choice]) -> None:
 
 
 def fitting_questions(file: str | Path, tokenizer, model) -> list[Choice]:
-    """The questions of a file for a loaded model; raises as `read_questions`, `encode` and `refuse_unfit`."""
-    questions = encode(tokenizer, read_questions(file))
+    """A file's different questions for a loaded model; raises as `read_questions`, `encode` and `refuse_unfit`."""
+    questions = encode(tokenizer, list(dict.fromkeys(read_questions(file))))
     refuse_unfit({type(model).__name__: model.config}, questions)
     return questions
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..calibration.router import Planned
     from ..runtime.surgery_gates import Gate
 
+FITTED = "The router was fitted on one text, without training."
 Whole = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -43,6 +44,9 @@ class Gated(Operation):
     @property
     def _measures(self) -> bool:
         return self.router in ("fit", "static")
+
+    def caveats(self) -> tuple[str, ...]:
+        return tuple(line for line in self.limits if self._measures or not line.startswith(FITTED))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := unsupported(anatomy):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ..operation import SURGICAL, Change, Context
-from ._gated import Gated
+from ._gated import FITTED, Gated
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy, LayerAnatomy
@@ -25,7 +25,7 @@ class Mae(Gated):
     limits: ClassVar[tuple[str, ...]] = (
         "Soft weights skip no work, and hard ones one head's, which is left out only where a layer has four heads or "
         "fewer: of more it costs less to compute all. The cache is as large as before.",
-        "The router was fitted on the calibration part of one text, without training.",
+        FITTED,
     )
 
     op: Literal["mae"] = "mae"

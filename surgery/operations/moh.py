@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ..operation import SURGICAL, Change, Context
-from ._gated import Gated
+from ._gated import FITTED, Gated
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy, LayerAnatomy
@@ -25,8 +25,7 @@ class Moh(Gated):
     summary: ClassVar[str] = "Mixture of heads (MoH): a router turns heads on for each token."
     limits: ClassVar[tuple[str, ...]] = (
         "Keys and values are still made and kept for every token: the cache is as large as before.",
-        "The router was fitted on the calibration part of one text, without training. Heads that only rare text needs "
-        "may be off when it comes.",
+        FITTED + " Heads that only rare text needs may be off when it comes.",
         "Work is skipped without gradients: in prompts from 512 tokens on; in decoding on a CPU by projections of "
         "wide models, and after 2k tokens by attention, of KV heads without any head that is on. Attention on a GPU, "
         "or of a batch with padding, computes all heads.",

@@ -6,6 +6,7 @@ on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are 
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -37,8 +38,9 @@ class PruneHeads(Operation):
 
     summary: ClassVar[str] = "Remove heads: whole KV groups alike in all layers (stock checkpoint), or any heads."
     limits: ClassVar[tuple[str, ...]] = (
-        "Heads are gone for good. Which ones matter was judged on a text: what only rare inputs need (recall over a "
-        "long distance, other languages) may be lost without a change in perplexity.",
+        "Heads are gone for good.",
+        "Which ones matter was judged on a text: what only rare inputs need (recall over a long distance, other "
+        "languages) may be lost without a change in perplexity.",
         "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
         "text of another kind it may win back less.",
     )
@@ -66,6 +68,12 @@ class PruneHeads(Operation):
     @property
     def touches(self) -> tuple[str, ...]:
         return ("q", "o")
+
+    def caveats(self) -> tuple[str, ...]:
+        return tuple(compress(self.limits, (True, self._judges(), self.refit)))
+
+    def _judges(self) -> bool:
+        return self.heads is None and self.scores in MEASURED
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         found, layers = [], len(anatomy.layers)
@@ -160,9 +168,7 @@ class PruneHeads(Operation):
         what = "output projections and their biases" if biased_output(anatomy) else "output projections"
         refit = f"{what} refitted, ridge {self.ridge}" if self.refit else "no refit"
         if self.refit and not biased_output(anatomy):
-            notes.append(
-                "output projections have no bias here that could take over what heads that go write on average"
-            )
+            notes.append("output projections have no bias here to take over what heads that go write on average")
         how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
         return Change(
             after,
@@ -236,9 +242,7 @@ class PruneHeads(Operation):
             return self._choose(anatomy, load_scores(self.scores, anatomy, per="heads"))
         if self.scores == "random":
             return self._choose(anatomy, HeadScores("random", random_table(anatomy, self.seed)))
-        table = [
-            [-float(place) for group in groups_of(layer) for place in range(len(group))] for layer in anatomy.layers
-        ]
+        table = [[-float(at) for group in groups_of(one) for at in range(len(group))] for one in anatomy.layers]
         return self._choose(anatomy, HeadScores("none", table))
 
     def _choose(self, anatomy: Anatomy, scores: HeadScores | None) -> list[list[int]]:
@@ -273,8 +277,7 @@ class PruneHeads(Operation):
         """Calibration tokens [samples, length], None where none are needed."""
         from ..calibration.sequences import calibration_pieces
 
-        scored = self.heads is None and self.scores in MEASURED
-        if not (self.refit or scored):
+        if not (self.refit or self._judges()):
             return None
         otherwise = "; or scores: magnitude with refit: false"
         tokenizer = context.tokenizer_for("measuring heads and refitting need the tokenizer", self.op, otherwise)

@@ -7,12 +7,13 @@ arXiv 2402.17762 (kv_bias: explicit k' and v').
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..calibration.head_scores import unsupported
+from ..calibration.head_scores import UNEQUAL, unsupported
 from ..errors import SurgeryError
 from ..operation import SURGICAL, Change, Context, Operation
 from ..pruning import groups_of, query_names, shown_names
@@ -25,6 +26,9 @@ Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
 BETA, THRESHOLD = 0.4, 5.0  # ACT's own
+USED_BY = dict.fromkeys(("gamma", "groups", "grid", "labelled"), ("zero_tuning",))  # of the fields, by methods
+USED_BY |= {"beta": ("act",), "threshold": ("act",), "objective": ("zero_tuning", "act")}
+USED_BY |= {"logit": ("learned",), "value": ("learned",), "start": ("learned", "kv_bias")}
 
 
 class SinkCalibration(Operation):
@@ -34,8 +38,8 @@ class SinkCalibration(Operation):
         "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
     limits: ClassVar[tuple[str, ...]] = (
-        "The sink was calibrated on the calibration part of one text; a setting is kept only where its gain on text "
-        "held back from the search is more than two standard errors (over its pieces), and the record in surgery.json "
+        "The sink was calibrated on one text or set of questions; a setting is kept only where its gain on text "
+        "held back from the search is more than two standard errors, and the record in surgery.json "
         "says what was found.",
     )
 
@@ -97,6 +101,9 @@ class SinkCalibration(Operation):
         open_setting = {"zero_tuning": self.gamma is None, "act": self.beta != 1}
         return open_setting.get(self.method, self._fits)
 
+    def caveats(self) -> tuple[str, ...]:
+        return self.limits if self._measures else ()
+
     def problems(self, anatomy: Anatomy) -> list[str]:
         from ..evaluation.choices import faults_of
 
@@ -119,19 +126,29 @@ class SinkCalibration(Operation):
             found.append(f"exclude {wrong}: there are no such layers and query heads")
         if not found and not any(map(self._heads, chosen)):
             found.append("exclude leaves no head")
-        if self.gamma is not None and self.method != "zero_tuning":
-            found.append(f"gamma is for method: zero_tuning, not {self.method}")
-        if (self.beta, self.threshold) != (None, None) and self.method != "act":
-            found.append(f"beta and threshold are for method: act, not {self.method}")
-        if self.logit is not None and (self.method != "learned" or self.start == "identity"):
-            found.append("logit is for method: learned with start: fit alone")
+        found += self._unused()
         if self.labelled is not None:
             found += faults_of(self.labelled)
-            if self.method != "zero_tuning" or self.gamma is not None or self.objective != "ce":
-                found.append("labelled is for method: zero_tuning whose gamma is searched, with objective: ce")
+            if self.gamma is not None or self.objective != "ce":
+                found.append("labelled is for a gamma that is searched, with objective: ce")
+        if self._measures and self.method != "zero_tuning" and any(layer.query_groups for layer in anatomy.layers):
+            found.append(f"{self.method}: {UNEQUAL}: calibrate before pruning, or prune whole KV groups")
         if not found:
             found += self._problems_of_visibility(anatomy)
         return [f"sink_calibration: {problem}" for problem in found]
+
+    def _unused(self) -> Iterator[str]:
+        """Fields that were given and would do nothing."""
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        for name in given:
+            if self.method not in (methods := USED_BY.get(name, (self.method,))):
+                yield f"{name} is for method: {' or '.join(methods)}, not {self.method}"
+        if self.gamma is not None and {"grid", "groups", "objective"} & {*given}:
+            yield "grid, groups and objective are for a gamma that is searched: drop them, or gamma"
+        if self.start == "identity" and {"logit", "value"} & {*given}:
+            yield "logit and value are for start: fit"
+        if self.logit is not None and "value" in given:
+            yield "value is fitted, and logit takes the place of a fit: drop one of them"
 
     def problems_later(self, after: Anatomy) -> list[str]:
         if self.method != "zero_tuning" or not (found := self._problems_of_visibility(after)):
@@ -218,13 +235,14 @@ class SinkCalibration(Operation):
 
     def apply(self, model, context: Context) -> dict:
         from ..anatomy import Anatomy
+        from ..calibration.first_token import weigh_first_token
         from ..calibration.other_sinks import calibrate_sinks
         from ..calibration.virtual_keys import fit_virtual_keys, set_logit
         from ..runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
-        if problems := self._problems_of_visibility(anatomy):
-            raise SurgeryError(f"sink_calibration: {problems[0]}", where=type(model).__name__)
+        if problems := self.problems(anatomy):
+            raise SurgeryError(problems[0], where=type(model).__name__)
         targets = self._targets(anatomy)
         pieces = self._pieces(model, context) if self._measures else None
         try:
@@ -232,12 +250,14 @@ class SinkCalibration(Operation):
         except ValueError as error:
             raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
         if self.method == "zero_tuning":
-            return self._weigh(model, targets, pieces, context)
+            return weigh_first_token(model, self, targets, pieces, context)
         if self.method == "act":
             record = {"method": self.method, "beta": self.beta or BETA, "threshold": self.threshold or THRESHOLD}
             if pieces is not None:  # else beta is 1
                 given = {"beta": record["beta"], "alpha": record["threshold"], "objective": self.objective}
                 record |= calibrate_sinks(model, targets, pieces, **given, progress=context.progress)
+                for layer, heads in record["heads"].items():
+                    heads[:] = map(anatomy.layers[int(layer)].query_name, heads)
             return record
         record = {"method": self.method, "start": self.start}
         if self._fits:
@@ -271,30 +291,3 @@ class SinkCalibration(Operation):
         if self.method == "kv_bias":
             shapes["surgery_key"] = [layer.kv_heads, 1, layer.head_dim]
         return {"parameters": shapes} | ({"stand_in": True} if self._fits else {})
-
-    def _weigh(self, model, targets: dict[int, list[int]], pieces, context: Context) -> dict:
-        """Set or search gamma; a record."""
-        import torch
-
-        from ..calibration.first_token import LABELLED, Trial, frozen, parameters_of, search_gammas
-        from ..calibration.resumable import Found
-
-        found = parameters_of(model, "surgery_log_gamma")
-        masks = {layer: torch.zeros(len(found[layer])) for layer in targets}
-        for layer, heads in targets.items():
-            masks[layer][heads] = 1.0
-        if self.gamma is not None:
-            with torch.no_grad():
-                for layer, mask in masks.items():
-                    found[layer].copy_(mask.to(found[layer]) * torch.tensor(self.gamma).log())
-            record = {}
-        else:
-            parameters = [found[layer] for layer in targets]
-            aim, told = (LABELLED, pieces) if self.labelled else (self.objective, pieces.tolist())
-            settings = [aim, self.groups, self.grid, targets, told]
-            state = Found(context.state_file("sink-calibration"), settings)
-            trial = Trial(model, parameters, pieces[::2], pieces[1::2], aim, state)
-            with frozen(model, parameters):
-                record = search_gammas(trial, list(masks.values()), self.grid, self.groups, context.progress)
-        gammas = {str(layer): [round(x, 6) for x in found[layer].detach().exp().tolist()] for layer in targets}
-        return {"method": self.method, **record, "gamma": gammas}

@@ -218,7 +218,8 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
         logits = gate.logits(wide, parameters)
         chosen = gate.chosen(logits)
         weights = gate.weights(wide, logits, chosen, parameters)
-    finite, says = logits.isfinite().all(), NOT_FINITE.format(module.layer_idx)
+    finite = logits.isfinite().all() & weights.isfinite().all()
+    says = NOT_FINITE.format(module.layer_idx)
     if torch.compiler.is_compiling() or hidden.device.type != "cpu":
         torch._assert_async(finite, says)
     elif not finite:

@@ -15,16 +15,18 @@ class Visibility:
     Attributes:
         window: None for a full head.
         limit: the base model's own sliding window in this layer, or None.
+        of_base: the window is the base's own.
     """
 
     sinks: int = 0
     window: int | None = None
     limit: int | None = None
+    of_base: bool = False
 
     def simplified(self) -> Visibility:
         """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
         if self.limit is not None and (self.window is None or self.window >= self.limit):
-            return Visibility(0, self.limit, None)
+            return Visibility(0, self.limit, None, of_base=True)
         return self
 
 
@@ -40,6 +42,7 @@ class HeadKinds:
 
     def __init__(self, groups: list[int], kinds: list[tuple[Visibility, list[int]]]):
         self.visibilities = [visibility for visibility, _ in kinds]
+        self.facts = (groups, kinds)  # equal ones split heads alike
         first = [sum(groups[:head]) for head in range(len(groups))]
         self._keys = _Order([heads for _, heads in kinds])
         self._queries = _Order([[first[h] + i for h in heads for i in range(groups[h])] for _, heads in kinds])
@@ -129,6 +132,7 @@ def base_windows(config) -> list[int | None]:
     """The base model's own sliding window in each layer, None for full attention."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    layers = range(text.num_hidden_layers)
-    return [window if kinds is None or kinds[i] == "sliding_attention" else None for i in layers]
+    window, layers = getattr(text, "sliding_window", None), range(text.num_hidden_layers)
+    if kinds:  # which the base's masks follow, whatever the switch says
+        return [window if kinds[i] == "sliding_attention" else None for i in layers]
+    return [window if getattr(text, "use_sliding_window", True) else None for _ in layers]

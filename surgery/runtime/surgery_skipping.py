@@ -5,8 +5,8 @@ projection computes their rows and leaves zeros elsewhere, so that norms and RoP
 on the gathered rows (surgery_rows.py), and the output projection multiplies them. Keys and values are made for all
 tokens: later ones need them. Nothing is approximated.
 
-Only without gradients. Whether this costs less than computing all and multiplying by 0 is decided by the constants
-below: for projections and prefill in `before`, for attention of a single token in `surgery_rows.pays`.
+Only without gradients and autocast. Whether this costs less than computing all and multiplying by 0 is decided by the
+constants below: for projections and prefill in `before`, for attention of a single token in `surgery_rows.pays`.
 """
 
 from __future__ import annotations
@@ -221,9 +221,11 @@ def before(module, args, kwargs) -> None:
     if not hasattr(module, "surgery_gate"):
         return
     gate, call, hidden = module.surgery_gate, module.surgery_call, args[0] if args else kwargs["hidden_states"]
+    call.clear()  # of a forward that an error ended
     batch, length = hidden.shape[:2]
-    saves = gate.on <= SHARE * gate.units
+    saves = gate.on <= SHARE * gate.units and not getattr(module, "surgery_whole", False)
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+    saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # which weighs the queries of all heads
     if saves and batch * length == 1 and hidden.device.type == "cpu":
         units = prepare_token(module, hidden[0, 0])

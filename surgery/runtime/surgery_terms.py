@@ -59,7 +59,8 @@ class Terms:
         key, value: [KV heads, m, head_dim]. A virtual key is scored against the query as it comes, after RoPE: it
             stands at position 0, and its score drifts with distance as that of the first token does. Without keys
             the logit is the score; without values they are 0.
-        stand_in: the virtual keys are seen only by queries that do not see their row's first token (any more).
+        stand_in: the virtual keys are seen only by queries that lost their row's first token to a narrower window than
+            the base's own.
         scale_sinks: of surgery_sinks.py, where there is a log_beta.
     """
 
@@ -94,7 +95,7 @@ class Terms:
                 logits = logits + score(query, self.key[None])
             logits = logits.expand(*lse.shape, -1)
             if self.stand_in:
-                logits = logits.masked_fill(first.seen[..., None], -torch.inf)
+                logits = logits.masked_fill((first.seen | ~first.reached)[..., None], -torch.inf)
             value = self.value
             if value is not None:
                 value = value.repeat_interleave(query.shape[1] // len(value), dim=0)
@@ -164,6 +165,7 @@ class _FirstToken:
     Attributes:
         key, value: [batch, KV heads, 1, head_dim]; of a row that lost the token, anything.
         seen: [1 or batch, 1, n], which queries see it.
+        reached: as `seen`, for which queries the base's own sliding window does not end before it.
     """
 
     def __init__(self, view: KeyValues, pad: torch.Tensor | None, length: int):
@@ -177,8 +179,8 @@ class _FirstToken:
             index = index[:, None, None, None].expand(*view.keys.shape[:2], 1, view.keys.shape[3])
             self.key, self.value = view.keys.gather(2, index), view.values.gather(2, index)
         position = torch.arange(view.end - length, view.end, device=device) - start[:, None]
-        seen = position >= 0
-        bounds = (visibility.limit, None if visibility.sinks else visibility.window)
-        for bound in bounds:
-            seen = seen if bound is None else seen & (position < bound)
-        self.seen = seen[:, None]
+        every = torch.ones_like(position, dtype=torch.bool)
+        own = visibility.window if visibility.of_base else visibility.limit
+        reached = every if own is None else position < own
+        kept = every if visibility.sinks or visibility.window is None else position < visibility.window
+        self.reached, self.seen = reached[:, None], ((position >= 0) & reached & kept)[:, None]

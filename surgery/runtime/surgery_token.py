@@ -22,7 +22,7 @@ def prepare_token(module, hidden: torch.Tensor) -> list:
     gate, call = module.surgery_gate, module.surgery_call
     weight, bias, temperature = _packed(module)
     numbers = torch.addmv(bias, weight, hidden.to(weight.dtype)).tolist()
-    if not math.isfinite(sum(numbers)):
+    if not math.isfinite(sum(numbers) + temperature):
         raise ValueError(NOT_FINITE.format(module.layer_idx))
     values, on = gate_of_token(gate, numbers, temperature)
     if gate.units < sum(gate.groups):
