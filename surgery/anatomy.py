@@ -192,18 +192,17 @@ class Anatomy:
 
     def heads_problem(self, heads: int, kv_heads: int) -> str:
         """Why a stock checkpoint of this family cannot have so many heads of the size they have; "" if it can."""
-        layer = self.layers[0]
-        if self.guess or not layer.layout.head_dim:
+        if self.guess or not self.layers[0].layout.head_dim:
             reason = "is not a known family" if self.guess else "divides its hidden size by its heads"
             return f"{self.model_type} {reason}: a head's size cannot be kept when heads go"
-        if layer.qk_norm == "shared" and self.model_type == "phi":
+        if self.layers[0].qk_norm == "shared" and self.model_type == "phi":
             return "phi makes its QK-norm as wide as its hidden size divided by its heads"
         try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
             config = type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
             getattr(config, "validate", bool)()  # of a surgical model, making it does not
         except Exception as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            return f"the config of {self.model_type} refuses {heads} query heads ({reason})"
+            last = str(error).strip().splitlines()[-1].strip()
+            return f"the config of {self.model_type} refuses {heads} query heads ({last})"
         return ""
 
     def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
@@ -214,8 +213,9 @@ class Anatomy:
         """Why the surgical tier cannot serve this model; "" if it can."""
         if self.guess:
             return f"{self.model_type} is not a known family"
-        if not self.layers[0].layout.interface:
-            return f"{self.model_type} does not use the attention interface of the installed Transformers"
+        if not (layout := self.layers[0].layout).interface:
+            since = layout.since and f" (from version {layout.since} on it does)"
+            return f"{self.model_type} does not use the attention interface of the installed Transformers{since}"
         return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""
 
     def shapes_problem(self) -> str:

@@ -35,6 +35,7 @@ class Family:
         head_dim: the forward takes the head size from the config's `head_dim` where there is one; else it divides the
             hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.
         interface: attention goes through Transformers' attention interface.
+        since: from this version of Transformers on; "": from the first that this package takes, or never.
     """
 
     layers: str = "model.layers"
@@ -54,6 +55,7 @@ class Family:
     sinks: str | None = None
     head_dim: bool = True
     interface: bool = True
+    since: str = ""
 
 
 TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
@@ -95,7 +97,7 @@ FAMILIES: dict[str, Family] = {
         head_dim=False,
     ),
     "gpt2": Family(**GPT2, qkv="c_attn", o="c_proj", layout="rows", conv1d=True, positions="learned"),
-    "gptj": Family(**GPT2, o="out_proj", positions="interleaved", interface=TRANSFORMERS >= (5, 24)),
+    "gptj": Family(**GPT2, o="out_proj", positions="interleaved", interface=TRANSFORMERS >= (5, 24), since="5.24"),
     "opt": Family(layers="model.decoder.layers", o="out_proj", positions="learned", kv_field=None, head_dim=False),
     "bloom": Family(layers="transformer.h", layout="grouped", positions="alibi", kv_field=None, **BLOOM),
     "mpt": Family(

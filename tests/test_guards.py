@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from dense import batch
 from families import TINY
 from test_runtime import WINDOW, kv_heads, operated, random_split
 
+from surgery.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime import surgery_block
 from surgery.runtime.surgery_block import head_kinds
 from surgery.runtime.surgery_cache import SurgeryCache
+from surgery.runtime.surgery_heads import base_windows
 
 
 @pytest.fixture
@@ -103,6 +107,63 @@ def test_a_model_that_runs_its_checkpoints_own_code(split, monkeypatch):
     assert registry[model.config._attn_implementation].__module__.startswith("transformers_modules")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "stablelm"])
+def test_attention_weights_are_refused(name):
+    """Some models take the flag for themselves: their attention would not see it."""
+    model = all_streaming(TINY[name]().eval())
+    ids = batch(model, (0,))[0]
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=ids, output_attentions=True)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_split_is_refused():
+    base = TINY["llama"]().eval()
+    one, other, same = (operated(base, split) for split in ([[0], []], [[1], []], [[0], []]))
+    ids = batch(base, (0,))[0]
+    cache = one(input_ids=ids[:, :-1])[runtime.CACHE]
+    with pytest.raises(ValueError, match="split otherwise"):
+        other(input_ids=ids[:, -1:], **{runtime.CACHE: cache})
+    got = same(input_ids=ids[:, -1:], **{runtime.CACHE: cache}).logits
+    assert torch.allclose(got, one(input_ids=ids, use_cache=False).logits[:, -1:], atol=1e-5)
+
+
+def test_gradients_of_values_alone_are_not_lost():
+    model = all_streaming(TINY["llama"]())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1.self_attn.v_proj" in name)
+    ids = batch(model, (0,))[0]
+    cache = model(input_ids=ids[:, :5], use_cache=True)[runtime.CACHE]
+    with pytest.raises(ValueError, match="gradients do not flow"):
+        model(input_ids=ids[:, 5:], **{runtime.CACHE: cache})
+
+
+@torch.no_grad()
+def test_layer_types_rule_over_the_switch():
+    """SmolLM3's masks follow `layer_types`, whatever `use_sliding_window` says."""
+    kinds = ["sliding_attention", "full_attention"]
+    given = {"layer_types": kinds, "sliding_window": 6, "use_sliding_window": False, "no_rope_layers": [1, 0]}
+    base = TINY["smollm3"](**given).eval()
+    model = operated(base, [[], []])
+    ids = batch(base, (0,))[0]
+    assert torch.allclose(
+        model(input_ids=ids, use_cache=False).logits, base(input_ids=ids, use_cache=False).logits, atol=1e-5
+    )
+    assert base_windows(base.config) == [layer.window for layer in Anatomy.of(base).layers] == [6, None]
+
+
+def test_one_floor_of_transformers(monkeypatch):
+    """The package's metadata and the code that travels with a checkpoint name the same versions."""
+    low, high = (".".join(map(str, bound)) for bound in surgery_block.TRANSFORMERS)
+    metadata = Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    assert f'"transformers>={low},<{high.split(".")[0]}"' in metadata
+    model = operated(TINY["llama"](), [[0], []])
+    for version in ("5.20.3", "6.0.0"):
+        monkeypatch.setattr(surgery_block.transformers, "__version__", version)
+        with pytest.raises(ValueError, match=rf">= {low} and < {high}, this is \({version[0]}"):
+            surgery_block.validate(model.config)
+
+
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_gradients_of_a_first_call_with_a_cache(length):
     model = all_streaming(TINY["llama"]()).train()
@@ -141,6 +202,28 @@ def test_a_cache_that_is_offloaded_between_the_layers(prompt):
     got = model(input_ids=ids[:, prompt:], **{runtime.CACHE: cache}).logits
     want = model(input_ids=ids, use_cache=False).logits[:, -1:]
     assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [1, WINDOW + 9])
+@torch.no_grad()
+def test_sinks_of_an_offloaded_cache_are_written_where_they_are_now(prompt):
+    """Tensors move to other memory between the layers: what is written to the old place must not be read."""
+
+    class Away(SurgeryCache):
+        def update(self, keys, values, index, *args, **kwargs):
+            views = super().update(keys, values, index, *args, **kwargs)
+            for store in self.layers[index].stores:
+                store.tensors = {name: tensor.clone() for name, tensor in store.tensors.items()}
+            return views
+
+    base = TINY["llama"]().eval()
+    model = operated(base, random_split(base, 1))
+    ids = batch(model, (0,), prompt + 12)[0]
+    cache = Away(head_kinds(model.config))
+    got = [model(input_ids=ids[:, :prompt], **{runtime.CACHE: cache}).logits]
+    got += [model(input_ids=ids[:, i : i + 1], **{runtime.CACHE: cache}).logits for i in range(prompt, ids.shape[1])]
+    want = model(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(torch.cat(got, dim=1), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])

@@ -13,6 +13,7 @@ from families import TINY, double
 
 from surgery.anatomy import Anatomy
 from surgery.calibration import gates as gates_module
+from surgery.calibration.ablation import ranks
 from surgery.calibration.far_mass import mass_outside
 from surgery.calibration.gates import MixedAttention, answer_states, gates, schedule
 from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
@@ -429,6 +430,21 @@ def test_what_cannot_be_scored(tokenizer):
 
 
 # --- files and choice -------------------------------------------------------------------------------------------
+
+
+def test_equal_heads_get_equal_ranks():
+    assert ranks([[1.0, 0.0], [0.0, 2.0, 0.0]]) == [[0.75, 0.25], [0.25, 1.0, 0.25]]
+    assert ranks([[7.0]]) == [[0.0]]
+    assert ranks([[3.0, 3.0]]) == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("method", ["ablation", "far-mass"])
+def test_scores_that_are_no_numbers_are_refused(method, tokenizer):
+    model = tiny("llama")
+    weight = model.lm_head.weight if method == "ablation" else model.model.layers[0].self_attn.q_proj.weight
+    weight.data[5] = float("nan")
+    with pytest.raises(SurgeryError, match="no numbers"):
+        score(model, tokenizer, method, **PASSKEYS, text=WORDS)
 
 
 def test_the_lowest_scores_stream():

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .head_scores import HeadScores
+from .head_scores import HeadScores, refuse_not_finite
 from .layerwise import decoder_layers, each_layer
 from .sequences import calibration, plain_pieces
 from .text import BUILTIN, fitting_length, load_text
@@ -55,6 +55,7 @@ def ablation(
                     done += 1
                     if progress:
                         progress(done, total, "head scores")
+    refuse_not_finite(tables, "ablation")
     orders = [ranks(table) for table in tables]
     scores = [[sum(each) / 2 for each in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]
     return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), tables, strict=True))})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SurgeryError, nearest
-from .head_scores import HeadScores
+from .head_scores import HeadScores, refuse_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,7 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
         function = {"gradient": gradient_table, "ablation": ablation_table}[method]
         with _quiet(model):
             table = function(model, anatomy, sequences, progress)
+    refuse_not_finite([table], method)
     return HeadScores(method, table)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -181,6 +182,18 @@ def model_name(config) -> str:
     """What a model was loaded as; of a local path only the folder's own name, since score files are shared."""
     name = getattr(config, "_name_or_path", "") or ""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
+    """Raise a SurgeryError if a measured table [layers][heads] holds what is no number: it would pass for a rank."""
+    if not all(math.isfinite(x) for table in tables for row in table for x in row):
+        raise SurgeryError(
+            f"the heads' scores are no numbers ({method}): the model gives NaN or inf on its calibration text",
+            fix="load it in bfloat16 or float32; if that does not help, look for damaged weights (surgery check)",
+        )
+
+
+UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
 
 
 def unsupported(anatomy: Anatomy) -> str:

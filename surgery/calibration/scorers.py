@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import SurgeryError, nearest
-from .head_scores import HeadScores, model_facts, model_name
+from .head_scores import HeadScores, model_facts, model_name, refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
     if unknown := [key for key in given if key not in known]:
         raise SurgeryError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
     found = function(model, tokenizer, progress=progress, **given)
+    refuse_not_finite([found.scores], method)
     facts = model_facts(Anatomy.of(model), name or model_name(model.config))
     return HeadScores(found.method, found.scores, {"model": facts} | found.origin)
 

@@ -97,11 +97,16 @@ class DuoAttention(Operation):
             # The heads are not known before the model is measured; their number is, unless a threshold decides.
             streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
             known = "up to " if self.threshold is not None else ""
-            if self.streaming_ratio not in (0.0, 1.0):
+            if self._needs_scores:
                 notes.append(f"which heads stream is measured on the model ({self.scores})")
         else:
             streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
-        line = f"{known}{sum(map(len, streaming))} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
+        count = sum(map(len, streaming))
+        if self.streaming_ratio is not None and count < (wanted := round(self.streaming_ratio * total)):
+            notes.append(
+                f"streaming_ratio asks for {wanted}: protect_layers and per_layer_min_retrieval leave {count}"
+            )
+        line = f"{known}{count} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
         return Change(
             anatomy.with_streaming(streaming, self.sinks, self.window),
             (line,),
@@ -124,8 +129,12 @@ class DuoAttention(Operation):
         named = [[x.kv_name(head) for head in s] for x, s in zip(context.before.layers, streaming, strict=True)]
         return {"streaming": named, "scores": scores.to_dict()}
 
+    @property
+    def _needs_scores(self) -> bool:
+        return self.streaming_ratio not in (0.0, 1.0) or self.per_layer_min_retrieval > 0
+
     def _measure(self, model, context: Context) -> HeadScores:
-        if self.streaming_ratio in (0.0, 1.0) and not self.per_layer_min_retrieval:
+        if not self._needs_scores:
             return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
         tokenizer = context.tokenizer_for(
             "measuring heads needs the tokenizer", self.op, ", or a score file (scores: FILE)"

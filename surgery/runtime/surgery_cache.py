@@ -48,7 +48,7 @@ class SurgeryLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        grad = torch.is_grad_enabled() and key_states.requires_grad
+        grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if grad and self.get_seq_length() and any(isinstance(store, RingStore) for store in self.stores):
             raise ValueError("gradients do not flow through a surgical cache: use torch.no_grad(), or one call")
         if not torch.is_inference_mode_enabled():  # tensors made in inference mode cannot be written outside it
@@ -128,6 +128,15 @@ class SurgeryCache(Cache):
 
     def __init__(self, layers: list[HeadKinds], offloading: bool = False):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
+        self.fits: dict | None = None  # the last surgery block that was found to be of these heads
+
+    def refuse_other(self, config) -> None:
+        """Raise a ValueError if the heads of such a model are not split as they are here."""
+        block = getattr(config, "surgery", None)
+        if block is not self.fits:
+            if [layer.heads.facts for layer in self.layers] != [heads.facts for heads in head_kinds(config)]:
+                raise ValueError("this cache was made by a model whose heads are split otherwise: begin a new one")
+            self.fits = block
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, in every layer or, if one cannot, in none."""
@@ -157,6 +166,8 @@ def give_cache(module, args, kwargs):
     if not module.config._attn_implementation.startswith(f"{NAME}_"):
         name = module.config._attn_implementation
         raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
+    if kwargs.get("output_attentions"):  # some models take it for themselves: attention would not see it
+        raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
     if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
         given = kwargs["past_key_values"]
         kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
@@ -165,6 +176,8 @@ def give_cache(module, args, kwargs):
     cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
         refuse_cache(cache)
+        if isinstance(cache, SurgeryCache):
+            cache.refuse_other(module.config)
         return args, kwargs
     asked = kwargs.get("use_cache")
     if asked is None and module.training and torch.is_grad_enabled():

@@ -7,6 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_masks import bias
 
+# Before torch 2.9 this kernel knows no groups of query heads, and reads other memory without an error.
+OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
+
 
 def written_out(query, keys, values) -> bool:
     """Whether no kernel gives the log-sum-exp here: the CPU's does, and has no gradient for it."""
@@ -21,6 +24,8 @@ def fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen
         gqa = query.shape[1] != keys.shape[1]
         return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
+    if OLD and (group := query.shape[1] // keys.shape[1]) > 1:
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, keys, values, 0.0, causal, attn_mask=bias(seen, query.dtype), scale=scale)
 
