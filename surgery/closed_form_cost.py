@@ -57,7 +57,8 @@ class Calibration:
         """Bytes beyond the model for so many merged layers.
 
         In float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs, the
-        base's queries and keys, the attention of every `stride`-th row of both, and the MLP's state and input. A trial
+        base's queries and keys, the attention of every `stride`-th row of both and their mean, and the MLP's state and
+        input. A trial
         holds log-probabilities of its texts. Beside these: new weights of all layers, which are written when all are
         known; one layer in float32; and for the widest projection that is refitted five square matrices in float64
         (two sums, and three of the solver).
@@ -65,7 +66,7 @@ class Calibration:
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
         width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        a_token = 6 * hidden + inner + 2 * width + keys + 2 * layer.heads * self.length / self.stride
+        a_token = 6 * hidden + inner + 2 * width + keys + 3 * layer.heads * self.length / self.stride
         attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
         held = merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
         wide = inner if self.mlp else width

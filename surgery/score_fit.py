@@ -5,6 +5,9 @@ base's weights p of the error of the scores (softmax does not see a constant):
 
     L = ½ Σ_t Σ_h Var_{s ~ p_hts}[ c q̃_ht·k̃_s − score_hts ],      q̃ = RoPE(W_Q x_t),  k̃ = RoPE(W_K x_s)
 
+It does not see a key that the base hardly looks at and the new model does: from the second fit on p is the mean of the
+base's and the new weights (`calibration.layer_seen.Settings.risen`).
+
 It is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
 head, so they are solved by conjugate gradients: a product with the Hessian is what attention itself costs.
 

@@ -234,6 +234,28 @@ def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
     assert gradient(new, True) >= 1e-2 * gradient(merged, True)
 
 
+@pytest.mark.parametrize("risen", [True, False])
+def test_from_the_second_fit_on_a_key_counts_by_what_it_has_and_had(risen, monkeypatch):
+    """Keys are weighted by the mean of the base's attention and of that with the queries that were just fitted."""
+    model, asked, solved = uneven("llama"), [], []
+    merged, _ = shared(model, 2, refit=(), stride=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_layer, "Fit", lambda pieces, *rest: asked.append(pieces) or Fit(pieces, *rest))
+        patch.setattr(shared_layer, "solve", lambda *given, **more: solved.append(solve(*given, **more)) or solved[-1])
+        shared(model, 2, refit=("q", "k"), stride=2, risen=risen)
+    for head in range(8):
+        set_head(merged, attention_modules(merged)[0], "q", head, solved[0].weight[head])
+    base_seen, new_seen = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0]
+    assert (base_seen.p - new_seen.p).abs().max() > 1e-3
+    for turn, (old, new) in enumerate([(1.0, 0.0), (0.5, 0.5) if risen else (1.0, 0.0)]):
+        pieces = [*asked[2 * turn], *asked[2 * turn + 1]]  # to fit, and held back
+        assert len(pieces) == len(SEQUENCES)
+        for piece in pieces:
+            place = next(i for i, x in enumerate(base_seen.x) if near(x, piece.x))
+            want = old * base_seen.p[place] + new * new_seen.p[place]
+            assert near(piece.weights, want[:, piece.rows])
+
+
 @pytest.mark.parametrize(("part", "groups"), product("qk", (1, 2)))
 def test_the_pull_of_the_score_fit_is_a_ridge(part, groups):
     """The dense solution of L + ½ λ <δ, δ M>: Hessian column by column, λ a tenth of each head's mean curvature."""

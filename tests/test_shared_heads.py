@@ -104,7 +104,7 @@ def test_the_command(surgery, model, text):
     for record in records.values():
         # Of every fit before and after, on text held back: none may make it worse.
         for losses in (
-            record["scores_lost"],
+            *record["scores_lost"],
             record["values_fit"],
             record["output_lost"][:2],
             record["output_lost"][2:],

@@ -28,6 +28,8 @@ class Settings:
         received: by how much a token counts in the moments for the attention that it gets: with weight
             1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
         weighted: keys are weighted by the energy of their queries.
+        risen: from the second fit of scores on, a key counts by the mean of what the base's attention and the new
+            one give it, so that one which wrongly rose is seen; else by the base's alone.
     """
 
     refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
@@ -39,6 +41,7 @@ class Settings:
     stride: int = 8
     received: float = 0.5
     weighted: bool = True
+    risen: bool = True
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..alignment import pair_channels
@@ -9,7 +11,7 @@ from ..closed_form import fit_output, merge_keys, merge_values
 from ..errors import SurgeryError
 from ..layers import AttentionLayer
 from ..merging import group_members, stacked, with_bias
-from ..score_fit import Fit, Turn, solve
+from ..score_fit import Fit, Piece, Turn, solve
 from ..value_fit import ValuePiece, ValueProblem
 from .layer_seen import TURNS, Seen, Settings, apart, held_back, project, scale_of, share
 from .statistics import Moments, Regression, with_ones
@@ -73,9 +75,12 @@ class SharedLayer:
 
     def _attention(self, layer: AttentionLayer, place: int, rows: torch.Tensor) -> torch.Tensor:
         """The new layer's attention weights [H, r, T] of some rows of a sequence."""
-        call = self.seen.base[place]
         query, key = self._turned(layer, place)
-        limit = self.watch.windows[layer.facts.index]
+        return self._weights_of(query, key, place, rows)
+
+    def _weights_of(self, query: torch.Tensor, key: torch.Tensor, place: int, rows: torch.Tensor) -> torch.Tensor:
+        """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d] as attention gets them."""
+        call, limit = self.seen.base[place], self.watch.windows[self.layer.facts.index]
         named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
         rows = rows.to(query.device)
         return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **named)[0]
@@ -85,11 +90,12 @@ class SharedLayer:
         if layer.facts.qk_norm:
             call = self.seen.calls[place]
             return call.query, call.key[self.key_heads]
+        return self._projected(with_bias(layer, "q"), with_bias(layer, "k"), place)
+
+    def _projected(self, q: torch.Tensor, k: torch.Tensor, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [H, T, d] and keys [G', T, d] of weights [H, d, n] and [G', d, n], turned."""
         x = self.seen.x[place]
-        return (
-            self.turn_q.to(x.dtype)(project(with_bias(layer, "q"), x)),
-            self.turn_k.to(x.dtype)(project(with_bias(layer, "k"), x)),
-        )
+        return self.turn_q.to(x.dtype)(project(q, x)), self.turn_k.to(x.dtype)(project(k, x))
 
     def _turn(self, part: str) -> Turn:
         """RoPE of this layer, measured: by what the model's own queries or keys differ from their projection."""
@@ -161,13 +167,14 @@ class SharedLayer:
         """Queries and keys in turn, nearest to the base's scores."""
         settings, call = self.settings, self.seen.base[0]
         dtype = self.seen.x[0].dtype
-        fit, held = (
-            Fit(pieces, scale_of(call), self.turn_q.to(dtype), self.turn_k.to(dtype), len(k))
-            for pieces in apart(self.seen.pieces)
-        )
         given = {"steps": settings.steps, "ridge": settings.ridge}
         record["scores_lost"] = []
+        pieces = self.seen.pieces
         for turn in range(settings.rounds * len(refit) + (len(refit) - 1)):
+            if turn and settings.risen:
+                pieces = [self._with_risen(q, k, place) for place in range(len(pieces))]
+            turns = self.turn_q.to(dtype), self.turn_k.to(dtype)
+            fit, held = (Fit(some, scale_of(call), *turns, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
             if part == "q":
                 found = solve(fit.query_problem(k), held.query_problem(k), q, **given)
@@ -175,9 +182,15 @@ class SharedLayer:
             else:
                 found = solve(fit.key_problem(q), held.key_problem(q), k, **given)
                 k = found.weight
-            record["scores_lost"] += [] if record["scores_lost"] else [round(found.before, 6)]
-            record["scores_lost"].append(round(found.after, 6))
+            record["scores_lost"].append([round(found.before, 6), round(found.after, 6)])
         return q, k
+
+    def _with_risen(self, q, k, place: int) -> Piece:
+        """A piece whose keys count by the mean of what the base's attention and that of these weights gives them."""
+        piece = self.seen.pieces[place]
+        new = self._weights_of(*self._projected(q, k, place), place, piece.rows)
+        both = ((piece.weights + new) / 2).masked_fill(piece.weights == 0, 0.0)
+        return replace(piece, weights=both)
 
     def _values(self, v, o, moments: Moments, record: dict):
         new, lost, energy, second = [], 0.0, 0.0, moments.second.cpu()

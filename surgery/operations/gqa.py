@@ -35,6 +35,8 @@ class GQA(WeightRewrite):
         "method: closed_form fits weights to its calibration text (by default half Python's language reference, half "
         "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
+        "Perplexity does not show whether the model still copies from its prompt: `surgery eval --needles` does, and "
+        "layers that keep their KV heads (keep_layers) keep more of that.",
     )
 
     op: Literal["gqa"] = "gqa"
@@ -83,6 +85,9 @@ class GQA(WeightRewrite):
         description="builtin (the calibration part of Python's language reference), self (what the model writes), "
         "mixed (half of each), or a UTF-8 text file.",
     )
+
+    def caveats(self) -> tuple[str, ...]:
+        return self.limits[self.streams :]
 
     @property
     def streams(self) -> bool:
