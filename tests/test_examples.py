@@ -235,3 +235,21 @@ def test_generated_text(tmp_path):
     assert len(blocks) == 10
     for _, base, converted in blocks:
         assert base.split(maxsplit=1)[1:] == converted.split(maxsplit=1)[1:], "the same model, the same text"
+
+
+@pytest.mark.slow
+@needs_demo
+def test_heal_routes(tmp_path):
+    import surgery
+
+    surgery.apply("mqa", "smollm2-135m", output=tmp_path / "mean", check=False, evaluate=False)
+    few = ("mean", "smollm2-135m", "--steps", "2", "--batch-tokens", "1024", "--every", "1", "--windows", "1")
+    command = ("heal_routes.py", *few, "--routes", "ce", "layers first", "--first", "1024", "--out", "routes.json")
+    printed = run(*command, cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["base", "start", "ce", "layers first"]
+    base, start, ce, fitted = (float(row[3]) for row in rows[2:])
+    assert base < fitted < ce < start
+    for name in ("minutes", "tokens"):
+        assert (tmp_path / f"routes-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*command, cwd=tmp_path) == printed, "the second time all is known"

@@ -1,0 +1,98 @@
+"""The ways to heal beside one another: how far does each bring a converted model back in the same time?
+
+    python examples/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json [--texts builtin FILE]
+
+START is a folder that `surgery apply` wrote from BASE. Each route trains it anew for the same minutes (or `--steps`)
+on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
+The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
+command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
+tokens; the time that this takes comes on top.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import surgery
+from surgery.pictures import curves
+
+ROUTES = {
+    "ce": {"method": "full", "loss": "ce"},
+    "full": {"method": "full", "loss": "distill"},
+    "both": {"method": "full", "loss": "both"},
+    "lora": {"method": "lora", "loss": "distill"},
+    "parts": {"method": "parts", "loss": "distill"},
+    "layers first": {"method": "lora", "loss": "distill"},
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("start", type=Path)
+parser.add_argument("base")
+parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), self, a file")
+parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
+parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
+parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
+parser.add_argument("--batch-tokens", type=int, default=2048)
+parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
+parser.add_argument("--every", type=int, default=8, help="steps between two points of a curve")
+parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
+parser.add_argument("--windows", type=int, default=8)
+parser.add_argument("--out", type=Path, required=True)
+
+
+def score(folder, options) -> list[float]:
+    """Nats a token on each held-out text."""
+    found = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
+    return [one.out["cross_entropy"] for one in found]
+
+
+def run(route: str, options) -> dict:
+    """Train a route; its scores and its curve."""
+    folder = options.out.with_name(f"{options.out.stem}-{route.replace(' ', '-')}")
+    budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
+    asked = ROUTES[route] | budget | {"data": options.data, "batch_tokens": options.batch_tokens}
+    asked |= {"eval_every": options.every, "checkpoint_every": 0}
+    asked |= {"warm_start": options.first} if route == "layers first" else {}
+    report = surgery.heal(
+        options.start, options.base, output=folder, settings=asked, check=False, evaluate=False, overwrite=True
+    )
+    lines = map(json.loads, (folder / "healing" / "metrics.jsonl").read_text().splitlines())
+    curve = [[line["tokens"], line["seconds"], line["held_out_loss"]] for line in lines if "held_out_loss" in line]
+    facts = report.data["heal"]
+    return {"scores": score(folder, options), "tokens": facts["tokens"], "minutes": facts["minutes"], "curve": curve}
+
+
+def main() -> None:
+    options = parser.parse_args()
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "routes")}
+    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "routes": {}}
+    if done["settings"] != settings:
+        raise SystemExit(f"{options.out} is of other settings: another --out")
+    if "base" not in done:
+        done["base"], done["start"] = score(options.base, options), score(options.start, options)
+        options.out.write_text(json.dumps(done))
+    print(f"| route | tokens | minutes | {' | '.join(options.texts)} | won back |")
+    print("| --- | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
+    print(f"| base | | | {' | '.join(f'{x:.3f}' for x in done['base'])} | |")
+    print(f"| start | | | {' | '.join(f'{x:.3f}' for x in done['start'])} | 0% |", flush=True)
+    for route in options.routes:
+        if route not in done["routes"]:
+            done["routes"][route] = run(route, options)
+            options.out.write_text(json.dumps(done))
+        found = done["routes"][route]
+        sides = zip(done["base"], done["start"], found["scores"], strict=True)
+        won = ", ".join(f"{(start - now) / (start - base):.0%}" for base, start, now in sides)
+        scores = " | ".join(f"{x:.3f}" for x in found["scores"])
+        print(f"| {route} | {found['tokens']:,} | {found['minutes']:.1f} | {scores} | {won} |", flush=True)
+    for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
+        lines = {
+            route: ([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
+            for route, found in done["routes"].items()
+            if found["curve"]
+        }
+        picture = options.out.with_name(f"{options.out.stem}-{name}.png")
+        curves(picture, lines, x_label=name, y_label="nats a token, held out", title="ways to heal")
+
+
+if __name__ == "__main__":
+    main()
