@@ -90,12 +90,11 @@ class SharedLayer:
         if layer.facts.qk_norm:
             call = self.seen.calls[place]
             return call.query, call.key[self.key_heads]
-        return self._projected(with_bias(layer, "q"), with_bias(layer, "k"), place)
-
-    def _projected(self, q: torch.Tensor, k: torch.Tensor, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [H, T, d] and keys [G', T, d] of weights [H, d, n] and [G', d, n], turned."""
         x = self.seen.x[place]
-        return self.turn_q.to(x.dtype)(project(q, x)), self.turn_k.to(x.dtype)(project(k, x))
+        return (
+            self.turn_q.to(x.dtype)(project(with_bias(layer, "q"), x)),
+            self.turn_k.to(x.dtype)(project(with_bias(layer, "k"), x)),
+        )
 
     def _turn(self, part: str) -> Turn:
         """RoPE of this layer, measured: by what the model's own queries or keys differ from their projection."""
@@ -187,8 +186,12 @@ class SharedLayer:
 
     def _with_risen(self, q, k, place: int) -> Piece:
         """A piece whose keys count by the mean of what the base's attention and that of these weights gives them."""
-        piece = self.seen.pieces[place]
-        new = self._weights_of(*self._projected(q, k, place), place, piece.rows)
+        piece, x = self.seen.pieces[place], self.seen.x[place]
+        key, query = self.turn_k.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
+        query[:, piece.rows] = self.turn_q.to(x.dtype)(
+            project(q, x[piece.rows]), piece.rows
+        )  # others are not asked for
+        new = self._weights_of(query, key, place, piece.rows)
         both = ((piece.weights + new) / 2).masked_fill(piece.weights == 0, 0.0)
         return replace(piece, weights=both)
 
