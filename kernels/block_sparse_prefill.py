@@ -11,6 +11,7 @@ The softmax over tiles is the online one of FlashAttention (Dao et al., 2022), w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -104,13 +105,10 @@ def block_sparse_prefill(
             raise ValueError(f"{NAME}: a bias is of 1 or {heads} heads, not {bias.shape[1]}")
     scale = size**-0.5 if scale is None else scale
 
+    fallback = fallback or partial(reference, query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias)
+
     def by_pytorch():
-        made = (
-            fallback()
-            if fallback
-            else reference(query, key, value, blocks, scale, pad=pad, softcap=softcap, bias=bias)
-        )
-        return put(made, out, lse)
+        return put(fallback(), out, lse)
 
     if said_once(NAME, supports(query, blocks.block), query.device):
         return by_pytorch()

@@ -139,11 +139,14 @@ def started(kernel: str, device, launch, kind: str = "") -> bool:
     except Exception as error:  # Triton, a C compiler and a driver raise what they like
         if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
             raise
-        first = next(iter(str(error).strip().splitlines()), "")
-        _broken[place] = f"{type(error).__name__}: {first}"
+        _broken[place] = in_a_line(error)
         _warn(kernel, _broken[place])
         return False
     return True
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def failed(kernel: str = "") -> list[str]:

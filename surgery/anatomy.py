@@ -201,8 +201,8 @@ class Anatomy:
             config = type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
             getattr(config, "validate", bool)()  # of a surgical model, making it does not
         except Exception as error:
-            last = str(error).strip().splitlines()[-1].strip()
-            return f"the config of {self.model_type} refuses {heads} query heads ({last})"
+            reason = str(error).strip().splitlines()[-1].strip()
+            return f"the config of {self.model_type} refuses {heads} query heads ({reason})"
         return ""
 
     def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:

@@ -58,10 +58,9 @@ class Calibration:
 
         In float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs, the
         base's queries and keys, the attention of every `stride`-th row of both and their mean, and the MLP's state and
-        input. A trial
-        holds log-probabilities of its texts. Beside these: new weights of all layers, which are written when all are
-        known; one layer in float32; and for the widest projection that is refitted five square matrices in float64
-        (two sums, and three of the solver).
+        input. A trial holds log-probabilities of its texts. Beside these: new weights of all layers, which are written
+        when all are known; one layer in float32; and for the widest projection that is refitted five square matrices
+        in float64 (two sums, and three of the solver).
         """
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden

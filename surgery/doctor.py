@@ -131,7 +131,7 @@ def _not_launched(device: str) -> list[str]:
     import torch
 
     from .kernels.block_sparse_prefill import NAME, BlockList, block_sparse_prefill
-    from .kernels.surgery_triton import failed
+    from .kernels.surgery_triton import failed, in_a_line
 
     try:
         query = torch.zeros(1, 2, 32, 64, dtype=torch.float16, device=device)
@@ -140,7 +140,7 @@ def _not_launched(device: str) -> list[str]:
             warnings.simplefilter("ignore")  # it is said here
             block_sparse_prefill(query, query, query, BlockList.of(kept, 32))[0].sum().item()  # waits for it
     except Exception as error:  # a GPU that is full, taken or broken raises what it likes
-        return [f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"]
+        return [in_a_line(error)]
     return failed(NAME)
 
 

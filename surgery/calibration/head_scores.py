@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 FORMAT = 1
+UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
 ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # what a head's far sight depends on
 
 
@@ -191,9 +192,6 @@ def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
             f"the heads' scores are no numbers ({method}): the model gives NaN or inf on its calibration text",
             fix="load it in bfloat16 or float32; if that does not help, look for damaged weights (surgery check)",
         )
-
-
-UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
 
 
 def unsupported(anatomy: Anatomy) -> str:

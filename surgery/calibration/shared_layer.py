@@ -188,9 +188,8 @@ class SharedLayer:
         """A piece whose keys count by the mean of what the base's attention and that of these weights gives them."""
         piece, x = self.seen.pieces[place], self.seen.x[place]
         key, query = self.turn_k.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
-        query[:, piece.rows] = self.turn_q.to(x.dtype)(
-            project(q, x[piece.rows]), piece.rows
-        )  # others are not asked for
+        asked = project(q, x[piece.rows])  # no other rows are looked at
+        query[:, piece.rows] = self.turn_q.to(x.dtype)(asked, piece.rows)
         new = self._weights_of(query, key, place, piece.rows)
         both = ((piece.weights + new) / 2).masked_fill(piece.weights == 0, 0.0)
         return replace(piece, weights=both)

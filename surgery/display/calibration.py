@@ -31,10 +31,10 @@ def table(found) -> None:
 def closing(found, out: Path, report) -> None:
     """What became of it; `report`: of the checkpoint that was given the value, None: none was."""
     told = console()
-    if report is None and not found.fits:
-        return
     if report is None:
-        told.print(f"write it to {out}: add --write; or make the checkpoint anew with dense_below={found.dense_below}")
+        if found.fits:
+            anew = f"make the checkpoint anew with dense_below={found.dense_below}"
+            told.print(f"write it to {out}: add --write; or {anew}")
         return
     told.print(f"written to {out}: config.json, surgery.json, README.md")
     if report.data["evaluation"] is None and found.dense_below < max(found.before):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..calibration.head_scores import HeadScores, choose_streaming, load_scores, unsupported
+from ..calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from ..calibration.scorers import METHODS, is_method, score
 from ..errors import SurgeryError
 from ..operation import SURGICAL, Change, Context, Operation
@@ -61,10 +61,7 @@ class DuoAttention(Operation):
         if not found:
             try:
                 if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
-                    found.append(
-                        "duo_attention: KV heads that are read by unequally many query heads cannot be measured: put "
-                        "it before prune_heads, or give a score file"
-                    )
+                    found.append(f"duo_attention: {UNEQUAL}: put it before prune_heads, or give a score file")
                 if not is_method(self.scores):
                     load_scores(self.scores, anatomy)
             except SurgeryError as error:

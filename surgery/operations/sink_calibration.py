@@ -241,8 +241,6 @@ class SinkCalibration(Operation):
         from ..runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
-        if problems := self.problems(anatomy):
-            raise SurgeryError(problems[0], where=type(model).__name__)
         targets = self._targets(anatomy)
         pieces = self._pieces(model, context) if self._measures else None
         try:

@@ -32,13 +32,14 @@ from .surgery_block import FORMAT, IDENTITY, NAME, TERMS, head_kinds, parts_of, 
 from .surgery_cache import CACHE, SurgeryCache, give_cache
 from .surgery_heads import query_groups
 from .surgery_masks import surgery_mask
-from .surgery_parts import ENTRY, OF_LAYERS, carry, part
+from .surgery_parts import ENTRY, FILES, OF_LAYERS, carry, part
 
 PREFIX = "Surgery"
 
 # The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
 # or another version: the name tells them apart, so that a model calls the functions it was loaded with.
-_FILES = [Path(__file__), *sorted(Path(__file__).parent.glob("[bs]*_*.py"))]
+_OTHERS = ("surgery_*.py", f"{FILES['kernel']}.py")
+_FILES = [Path(__file__), *(file for name in _OTHERS for file in sorted(Path(__file__).parent.glob(name)))]
 _CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
 AttentionInterface.register(ATTENTION, surgery_attention)
@@ -198,7 +199,7 @@ class _ModelMixin:
 
     def make_cache(self, **kwargs) -> SurgeryCache:
         """An empty cache for this model."""
-        return SurgeryCache(head_kinds(self.config), **kwargs)
+        return SurgeryCache.of(self.config, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         kind = generation_config.cache_implementation

@@ -130,6 +130,13 @@ class SurgeryCache(Cache):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
         self.fits: dict | None = None  # the last surgery block that was found to be of these heads
 
+    @classmethod
+    def of(cls, config, **kwargs) -> SurgeryCache:
+        """The cache of a surgical model with this config."""
+        cache = cls(head_kinds(config), **kwargs)
+        cache.fits = config.surgery
+        return cache
+
     def refuse_other(self, config) -> None:
         """Raise a ValueError if the heads of such a model are not split as they are here."""
         block = getattr(config, "surgery", None)
@@ -186,7 +193,7 @@ def give_cache(module, args, kwargs):
     checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
     if not use_cache or checkpointing or len(args) > position:
         return args, kwargs
-    return args, kwargs | {CACHE: SurgeryCache(head_kinds(module.config))}
+    return args, kwargs | {CACHE: SurgeryCache.of(module.config)}
 
 
 @lru_cache

@@ -48,32 +48,24 @@ def part(name: str):
     """
     if name not in FILES:
         raise ValueError(f"there is no part {name!r} of a surgery; there is: {', '.join(FILES)}")
-    try:
-        if name == "kernel" and _home(FILES[name]) != Path(__file__).parent:
-            return import_module(f"surgery.kernels.{FILES[name]}")
-        return import_module(f".{FILES[name]}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.{FILES[name]}":
-            raise
+    if (spec := _spec(FILES[name])) is None:
         raise ValueError(
             f"the surgery block uses {name!r}, and its code {FILES[name]}.py did not come with this checkpoint: load "
             "it with surgery.load and save it again"
-        ) from None
+        )
+    return import_module(spec.name)
 
 
-def _home(file: str) -> Path:
-    """The folder of a file of code: a checkpoint has all beside this one, the package its kernels elsewhere."""
-    here = Path(__file__).parent
-    if (here / f"{file}.py").exists() or find_spec("surgery") is None:
-        return here
-    found = find_spec(f"surgery.kernels.{file}")
-    return here if found is None else Path(found.origin).parent
+def _spec(file: str):
+    """Where a file of code is: a checkpoint has all beside this one, the package its kernels elsewhere; or None."""
+    here = find_spec(f".{file}", __package__)
+    return here or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
 
 
 def code_of(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
     files = sorted({FILES[name] for name in parts})
-    roots = [_home(name) / f"{name}.py" for name in (ENTRY, *files)]
+    roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
     found = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
     code = {path.name: path.read_bytes() for path in sorted(found)}
     own = Path(__file__).name
