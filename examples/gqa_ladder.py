@@ -5,7 +5,7 @@
 Every row converts the model in memory, without training, and scores it against the base on held-out texts: `builtin`
 (its held-out half) and files, which the calibration must not have seen. The calibration text is that of the recipe
 (half the built-in one, half what the model writes) or, with `--mix`, the built-in one and as many characters of each
-file. Cost: a row of 48 x 512 tokens is some minutes on two cores; with `--out` finished rows are kept in a file, and a
+file. Cost: a row of 40 x 512 tokens is some minutes on two cores; with `--out` finished rows are kept in a file, and a
 second run goes on from there.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--mix", nargs="*", default=[], help="files that join the calibration text")
     parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts")
     parser.add_argument(
-        "--samples", type=int, nargs="+", default=[48], help="calibration pieces, a row for each number"
+        "--samples", type=int, nargs="+", default=[40], help="calibration pieces, a row for each number"
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of a piece, and of a held-out window")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows")

@@ -163,7 +163,13 @@ class Ridge(NamedTuple):
     after: float
 
 
-def fit_output(old: Tensor, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], ridges: list[float]) -> Ridge:
+def fit_output(
+    old: Tensor,
+    fit: tuple[Tensor, Tensor],
+    held: tuple[Tensor, Tensor],
+    ridges: list[float],
+    every_row: bool = True,
+) -> Ridge:
     """The output projection nearest to the outputs that are wanted, its ridge chosen on rows held back.
 
         minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
@@ -175,7 +181,8 @@ def fit_output(old: Tensor, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tens
         old: W_0 [D, n], what the merge gives.
         fit, held: Σ r zᵀ [D, n] and Σ z zᵀ [n, n] of the rows to fit on, and of those held back.
         ridges: what to try, from the middle on to where the loss falls; it has one valley in practice. If none beats
-            W_0 on the rows held back, W_0 stays; else all rows are used for the fit.
+            W_0 on the rows held back, W_0 stays.
+        every_row: once the ridge is chosen, those held back are fitted as well. False where they judge what follows.
 
     Returns:
         W float64; `before` and `after` are Σ ||W z||² − 2 r·W z on the rows held back, of W_0 and of the choice.
@@ -199,7 +206,9 @@ def fit_output(old: Tensor, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tens
         here = nearest
     if not tried(here) < before:
         return Ridge(old, None, before, before)
-    weight = refit_output(old, cross + cross_held, moments + moments_held, ridges[here])
+    if every_row:
+        cross, moments = cross + cross_held, moments + moments_held
+    weight = refit_output(old, cross, moments, ridges[here])
     return Ridge(weight, ridges[here], before, tried(here))
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 TRIED = 4  # texts on which layers are tried alone
+STRIDE = 4  # of the queries of a text every so many rows are fitted
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Calibration:
         tried: texts on which each layer is first tried alone.
         mlp: the output projections of MLPs are refitted.
         copied: heads are put in another order first, and the old weights kept.
-        stride: of the rows that a fit counts.
+        stride: of the queries every so many rows are fitted.
     """
 
     samples: int
@@ -34,7 +35,7 @@ class Calibration:
     tried: int = 0
     mlp: bool = True
     copied: bool = False
-    stride: int = 8
+    stride: int = STRIDE
 
     @property
     def tokens(self) -> int:

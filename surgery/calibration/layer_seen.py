@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..closed_form_cost import STRIDE
 from ..score_fit import Piece
 from .two_streams import Call
 
@@ -38,7 +39,7 @@ class Settings:
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     ridge: float = 1e-3
     steps: int = 6
-    stride: int = 8
+    stride: int = STRIDE
     received: float = 0.5
     weighted: bool = True
     risen: bool = True

@@ -238,7 +238,8 @@ class SharedLayer:
             else:
                 rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
             sums[held_back(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], loud[rows])
-        found = fit_output(o.flatten(1).to(sums[0].cross), sums[0].pair, sums[1].pair, list(self.settings.ridges))
+        pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
+        found = fit_output(o.flatten(1).to(sums[0].cross), *pairs, ridges, every_row=seen is None)
         record["ridge"], whole = found.ridge, sums[1].energy
         lost = [share(whole + error, whole) for error in (found.before, found.after)]
         record["output_lost"] = record.get("output_lost", []) + lost

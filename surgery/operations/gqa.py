@@ -77,7 +77,7 @@ class GQA(WeightRewrite):
         "each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        48, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
+        40, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(
