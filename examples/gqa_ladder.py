@@ -17,6 +17,7 @@ from pathlib import Path
 
 import surgery
 from surgery.anatomy import Anatomy
+from surgery.calibration.layer_seen import Settings
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
 
@@ -73,7 +74,7 @@ def main() -> None:
 
     base = resolve(args.model).path
     tokenizer = AutoTokenizer.from_pretrained(base)
-    told = {key: str(value) for key, value in vars(args).items() if key not in CHOICES}
+    told = {key: str(value) for key, value in vars(args).items() if key not in CHOICES} | {"fit": repr(Settings())}
     kept = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {"settings": told, "rows": {}}
     if kept["settings"] != told:
         parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from gqa_ladder import judged
 
 import surgery
+from surgery.calibration.layer_seen import Settings
 from surgery.calibration.self_text import sample
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
@@ -45,6 +46,7 @@ def main() -> None:
     base = str(resolve(args.model).path)
     tokenizer = read_tokenizer(base)
     told = {name: str(getattr(args, name)) for name in ("model", "prose", "texts", "kv_heads", "length", "windows")}
+    told["fit"] = repr(Settings())
     kept = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": told, "rows": {}}
     if kept["settings"] != told:
         parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")

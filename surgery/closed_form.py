@@ -168,7 +168,7 @@ def fit_output(
     fit: tuple[Tensor, Tensor],
     held: tuple[Tensor, Tensor],
     ridges: list[float],
-    every_row: bool = True,
+    with_held: bool = True,
 ) -> Ridge:
     """The output projection nearest to the outputs that are wanted, its ridge chosen on rows held back.
 
@@ -182,7 +182,8 @@ def fit_output(
         fit, held: Σ r zᵀ [D, n] and Σ z zᵀ [n, n] of the rows to fit on, and of those held back.
         ridges: what to try, from the middle on to where the loss falls; it has one valley in practice. If none beats
             W_0 on the rows held back, W_0 stays.
-        every_row: once the ridge is chosen, those held back are fitted as well. False where they judge what follows.
+        with_held: once the ridge is chosen, the rows held back are fitted as well. False where they are to judge
+            another fit on top of this one.
 
     Returns:
         W float64; `before` and `after` are Σ ||W z||² − 2 r·W z on the rows held back, of W_0 and of the choice.
@@ -206,7 +207,7 @@ def fit_output(
         here = nearest
     if not tried(here) < before:
         return Ridge(old, None, before, before)
-    if every_row:
+    if with_held:
         cross, moments = cross + cross_held, moments + moments_held
     weight = refit_output(old, cross, moments, ridges[here])
     return Ridge(weight, ridges[here], before, tried(here))

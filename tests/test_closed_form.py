@@ -225,7 +225,7 @@ def test_the_ridge_is_chosen_on_what_is_held_back():
     assert found.after - found.before == pytest.approx(
         loss_of_ridge(old, fit, found.ridge, held) - loss(old, held), rel=1e-9
     )
-    apart = fit_output(old, sums(*fit), sums(*held), [found.ridge], every_row=False)
+    apart = fit_output(old, sums(*fit), sums(*held), [found.ridge], with_held=False)
     assert loss(apart.weight, held) - loss(old, held) == pytest.approx(apart.after - apart.before, rel=1e-9)
     assert loss(found.weight, held) < loss(apart.weight, held), "the rows held back are fitted as well"
     worse = (held[0], held[0] @ old.T)  # W_0 is right there: nothing can beat it

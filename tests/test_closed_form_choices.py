@@ -30,10 +30,11 @@ from surgery.anatomy import Anatomy
 from surgery.calibration import shared_layer
 from surgery.calibration.layer_seen import Settings
 from surgery.calibration.sharing import Sharing
-from surgery.closed_form import merge_keys, merge_values
+from surgery.closed_form import fit_output, merge_keys, merge_values
 from surgery.engines import write_layers
 from surgery.merging import with_bias
 from surgery.score_fit import Fit, solve
+from surgery.value_fit import ValueProblem
 
 
 def uneven(name: str):
@@ -232,6 +233,28 @@ def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
 
     assert gradient(new, False) <= 1e-5 * gradient(merged, False)
     assert gradient(new, True) >= 1e-2 * gradient(merged, True)
+
+
+def test_texts_held_back_do_not_fit_the_output_under_which_they_judge_values(monkeypatch):
+    """Of two fits of W_O the first leaves them out, and the values are then fitted with what it gave."""
+    model, asked, found = uneven("llama"), [], []
+
+    def fit(*given, with_held):
+        asked.append(with_held)
+        found.append(fit_output(*given, with_held=with_held))
+        return found[-1]
+
+    def problem(pieces, output, groups):
+        assert near(output.flatten(1), found[-1].weight)
+        return ValueProblem(pieces, output, groups)
+
+    monkeypatch.setattr(shared_layer, "fit_output", fit)
+    shared(model, 2, refit=("o",), stride=2)
+    assert asked == [True, True]
+    asked.clear()
+    monkeypatch.setattr(shared_layer, "ValueProblem", problem)
+    shared(model, 2, refit=("v", "o"), stride=2)
+    assert asked == [False, True] * 2
 
 
 @pytest.mark.parametrize("risen", [True, False])

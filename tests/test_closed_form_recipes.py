@@ -116,5 +116,8 @@ def test_memory_of_a_plan_holds_weights_and_sums():
     weights = 24 * (4 * 512 * 512 + 512 * 1376) * 2
     assert short > weights + 5 * 8 * 1376**2
     less, more = Calibration(12, 24, 5), Calibration(24, 24, 5)
+    fewer = Calibration(24, 24, 5, stride=8)
+    assert fewer.flops(anatomy, 24) < more.flops(anatomy, 24)
+    assert fewer.memory(anatomy, 24) < more.memory(anatomy, 24)
     assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
     assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)

@@ -12,7 +12,7 @@ from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recip
 
 import surgery as package
 from surgery.anatomy import Anatomy
-from surgery.calibration.layer_losses import spared
+from surgery.calibration.layer_losses import spared, tried
 from surgery.calibration.shared_layer import SharedLayer
 from surgery.errors import SurgeryError
 
@@ -59,6 +59,14 @@ def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F
         package.apply(recipe(closed(numbers, counts, refit=["q", "k", "v", "o"])), alone, tokenizer=Tokens())
         out = logits_of(alone, held).double().log_softmax(-1)
         assert losses[layer] == pytest.approx((whole.exp() * (whole - out)).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_texts_of_both_halves_are_tried():
+    """Of mixed text the second half is the model's own."""
+    assert tried(40) == [5, 11, 23, 29]
+    assert tried(48) == [5, 17, 29, 41]
+    assert tried(12) == [5, 11]
+    assert tried(4) == [3]
 
 
 def test_who_is_spared():

@@ -26,6 +26,13 @@ def spared(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> 
     return before.with_kv_heads_by_layer(heads)
 
 
+def tried(count: int) -> list[int]:
+    """Of so many texts those that are held back, at most TRIED, evenly spaced: all kinds of text have their part."""
+    held = [place for place in range(count) if held_back(place, count)]
+    some = min(TRIED, len(held))
+    return [held[number * len(held) // some] for number in range(some)]
+
+
 class LayerLosses(Sharing):
     """Sharing of every layer by itself. `fits`: of its number what each one's attention becomes, and a record."""
 
@@ -38,9 +45,7 @@ class LayerLosses(Sharing):
         with watched(self.model, self.streams.attention) as watch, torch.no_grad():
             self.watch = watch
             self.streams.begin(watch)
-            count = len(self.sequences)
-            held = [place for place in range(count) if held_back(place, count)]
-            self.places = held[:: -(-len(held) // TRIED)]
+            self.places = tried(len(self.sequences))
             self.whole = [self._log_probabilities(place) for place in self.places]
             losses = []
             for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):

@@ -229,6 +229,7 @@ class SharedLayer:
         Args:
             o: the old one [D, H, d], float64.
             seen: the layer's attention weights of the rows of the pieces, which are then fitted; else all rows are.
+                Texts held back are then not fitted either: they are to judge the values.
         """
         sums = [Regression(exact=False), Regression(exact=False)]
         for place, call in enumerate(self.seen.base):
@@ -239,7 +240,7 @@ class SharedLayer:
                 rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
             sums[held_back(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], loud[rows])
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
-        found = fit_output(o.flatten(1).to(sums[0].cross), *pairs, ridges, every_row=seen is None)
+        found = fit_output(o.flatten(1).to(sums[0].cross), *pairs, ridges, with_held=seen is None)
         record["ridge"], whole = found.ridge, sums[1].energy
         lost = [share(whole + error, whole) for error in (found.before, found.after)]
         record["output_lost"] = record.get("output_lost", []) + lost
