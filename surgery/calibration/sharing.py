@@ -3,8 +3,8 @@
 In a layer, with the base's attention as the goal: shared keys (complex PCA), queries and keys refitted in turn to the
 base's scores, shared values (low rank), values and output projection refitted to what the base's attention wrote. Then
 the converted model's own states go through the layer, and the MLP's output projection is refitted to bring them back
-to the base's. Every sixth sequence is held back: it chooses ridges and stops the solvers; the last
-fits of both output projections then count it, too.
+to the base's. Every sixth sequence is held back: it chooses ridges and stops the solvers; the last fits of both output
+projections then count it, too.
 
 Memory beyond the model: `closed_form_cost.Calibration`.
 """

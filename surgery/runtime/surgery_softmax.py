@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .surgery_masks import bias
 
-# Before torch 2.9 this kernel knows no groups of query heads, and reads other memory without an error.
+# Before torch 2.9 at least, this kernel knows no groups of query heads, and reads other memory without an error.
 OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
 
 
