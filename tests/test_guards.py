@@ -114,6 +114,9 @@ def test_attention_weights_are_refused(name):
     ids = batch(model, (0,))[0]
     with pytest.raises(ValueError, match="output_attentions"):
         model(input_ids=ids, output_attentions=True)
+    model.config._output_attentions = True  # as a config.json says it, before attention is chosen
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=ids)
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from .layer_seen import Settings
 from .sequences import calibration_pieces, calibration_source
 from .sharing import Sharing, layer_of
 
+REVISION = 1  # of the fit: raised when the same settings give other weights, so that a resumed run mixes no two
+
 
 def share_kv_heads(
     model,
@@ -43,7 +45,7 @@ def share_kv_heads(
 
     def files(name: str) -> LayerFiles:
         counts = [layer.kv_heads for layer in after.layers]
-        facts = [settings, counts, heads.records, sequences.tolist()]
+        facts = [REVISION, settings, counts, heads.records, sequences.tolist()]
         return LayerFiles(context.folder, context.state_name(name), facts)
 
     alone: dict[int, tuple] = {}
