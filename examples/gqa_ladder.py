@@ -10,14 +10,17 @@ second run goes on from there.
 """
 
 import argparse
-import json
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
+
+from measured import Measured
 
 import surgery
 from surgery.anatomy import Anatomy
 from surgery.calibration.layer_seen import Settings
+from surgery.calibration.shared_model import REVISION
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
 
@@ -74,22 +77,16 @@ def main() -> None:
 
     base = resolve(args.model).path
     tokenizer = AutoTokenizer.from_pretrained(base)
-    told = {key: str(value) for key, value in vars(args).items() if key not in CHOICES} | {"fit": repr(Settings())}
-    kept = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {"settings": told, "rows": {}}
-    if kept["settings"] != told:
-        parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")
+    settings = {key: value for key, value in vars(args).items() if key not in CHOICES} | fit()
+    measured = Measured(args.out, settings)
 
-    def row(label: str, fields: dict, calibration: str) -> list[dict]:
-        if label not in kept["rows"]:
-            model = surgery.load(base)
-            given = fields | text_of(fields, calibration)
-            seed = given.pop("drawn", None)
-            heads = args.kv_heads if seed is None else drawn(model, args.kv_heads, seed)
-            surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=heads, **given)
-            kept["rows"][label] = judged(model, base, tokenizer, args)
-            if args.out:
-                args.out.write_text(json.dumps(kept, indent=1))
-        return kept["rows"][label]
+    def row(fields: dict, calibration: str) -> list[dict]:
+        model = surgery.load(base)
+        given = fields | text_of(fields, calibration)
+        seed = given.pop("drawn", None)
+        heads = args.kv_heads if seed is None else drawn(model, args.kv_heads, seed)
+        surgery.apply("gqa", model, tokenizer=tokenizer, kv_heads=heads, **given)
+        return judged(model, base, tokenizer, args)
 
     def text_of(fields: dict, calibration: str) -> dict:
         if fields["method"] != "closed_form":
@@ -104,12 +101,17 @@ def main() -> None:
             for samples in args.samples if fields["method"] == "closed_form" else [0]:
                 label = f"{name}, {samples * args.length:,} tokens" if samples else name
                 given = fields | ({"calibration_samples": samples} if samples else {})
-                found = row(label, given, calibration)
+                found = measured.once(label, partial(row, given, calibration))
                 if not printed:
                     header(args, found)
                     printed = True
                 cells = (f"{f['ce']:.3f} | {f['ce'] - f['base']:+.3f} | {f['kl']:.3f}" for f in found)
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def fit() -> dict:
+    """The fit's own settings."""
+    return {"fit": f"{Settings()}, revision {REVISION}"}
 
 
 def judged(model, base: str, tokenizer, args) -> list[dict]:

@@ -10,17 +10,17 @@ core, more tokens in proportion; rows that are done are kept in --out, and the s
 """
 
 import argparse
-import json
 import random
 import sysconfig
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from gqa_ladder import judged
+from gqa_ladder import fit, judged
+from measured import Measured
 
 import surgery
-from surgery.calibration.layer_seen import Settings
 from surgery.calibration.self_text import sample
 from surgery.calibration.text import load_text
 from surgery.hub import resolve
@@ -45,11 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     base = str(resolve(args.model).path)
     tokenizer = read_tokenizer(base)
-    told = {name: str(getattr(args, name)) for name in ("model", "prose", "texts", "kv_heads", "length", "windows")}
-    told["fit"] = repr(Settings())
-    kept = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": told, "rows": {}}
-    if kept["settings"] != told:
-        parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")
+    names = ("model", "prose", "texts", "kv_heads", "length", "windows")
+    measured = Measured(args.out, {name: getattr(args, name) for name in names} | fit())
     print(f"{args.model}, KV heads → {args.kv_heads}, no training. Nats above the base on {', '.join(args.texts)}.\n")
     print(
         f"| calibration | tokens | seed |{'|'.join(' + ' for _ in args.texts)}|\n|{' --- |' * (3 + len(args.texts))}"
@@ -57,11 +54,9 @@ def main() -> None:
     for tokens in args.tokens:
         for kind in args.kinds:
             for seed in args.seeds if kind != "mixed" else [0]:
-                label = f"{kind}/{tokens}/{seed}"
-                if label not in kept["rows"]:
-                    kept["rows"][label] = row(base, tokenizer, kind, tokens, seed, args)
-                    args.out.write_text(json.dumps(kept, indent=1))
-                above = " | ".join(f"{each['ce'] - each['base']:+.3f}" for each in kept["rows"][label])
+                measure = partial(row, base, tokenizer, kind, tokens, seed, args)
+                found = measured.once(f"{kind}/{tokens}/{seed}", measure)
+                above = " | ".join(f"{each['ce'] - each['base']:+.3f}" for each in found)
                 print(f"| {kind} | {tokens:,} | {seed} | {above} |", flush=True)
 
 

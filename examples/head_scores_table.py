@@ -11,12 +11,13 @@ printed as soon as it is measured, and `--out` holds what was measured so far: t
 """
 
 import argparse
-import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
+from measured import Measured
 
 import surgery
 from surgery.anatomy import Anatomy
@@ -80,41 +81,40 @@ def main() -> None:
     model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
     rows, needles = splits(model, options), needles_of(tokenizer, options)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "scores", "ratios", "random")}
-    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "results": {}}
-    if done["settings"] != json.loads(json.dumps(settings)):
-        raise SystemExit(f"{options.out} is of other settings: another --out")
+    measured = Measured(options.out, settings)
     count, length = options.perplexity or (0, 0)
     texts = {text: windows(load_text(text), tokenizer, length, count) for text in options.texts if count}
-    if "base" not in done:
-        outcomes = run_needles(model, needles, cached=False)
-        done["base"] = [[outcome.hit, outcome.nll] for outcome in outcomes]
-        done["base_losses"] = cross_entropies(model, texts)
-        options.out.write_text(json.dumps(done))
-    asked = [needle for needle, (hit, _) in zip(needles, done["base"], strict=True) if hit]
+
+    def base() -> dict:
+        hits = [outcome.hit for outcome in run_needles(model, needles, cached=False)]
+        return {"hits": hits, "losses": cross_entropies(model, texts)}
+
+    def row(scores: list[list[float]], ratio: float) -> dict:
+        streaming = choose_streaming(scores, ratio=ratio)
+        layers = [{"streaming": s, "sinks": options.sinks, "window": options.window} for s in streaming]
+        patch(model, {"layers": layers})
+        outcomes = run_needles(model, asked, cached=False)
+        nll = sum(outcome.nll for outcome in outcomes) / len(outcomes)
+        kept = sum(outcome.hit for outcome in outcomes)
+        return {"kept": kept, "nll": nll, "losses": cross_entropies(model, texts)}
+
+    known = measured.once("base", base)
+    asked = [needle for needle, hit in zip(needles, known["hits"], strict=True) if hit]
     print(f"base: {len(asked)} of {len(needles)} needles outside of sinks + window answered", flush=True)
     if not asked:
         raise SystemExit("the base answers none: more --samples, or shorter --lengths")
-    for text, loss in zip(texts, done["base_losses"], strict=True):
+    for text, loss in zip(texts, known["losses"], strict=True):
         print(f"base: perplexity {math.exp(loss):.3f} on {count} windows of {length} tokens of {text}", flush=True)
     for ratio in options.ratios:
         for name, scores in rows.items():
             if ratio < 0.5 and name.startswith("random") and name != "random 0":
                 continue
-            if f"{name} {ratio}" not in done["results"]:
-                streaming = choose_streaming(scores, ratio=ratio)
-                layers = [{"streaming": s, "sinks": options.sinks, "window": options.window} for s in streaming]
-                patch(model, {"layers": layers})
-                outcomes = run_needles(model, asked, cached=False)
-                nll = sum(outcome.nll for outcome in outcomes) / len(outcomes)
-                losses = cross_entropies(model, texts)
-                done["results"][f"{name} {ratio}"] = [sum(outcome.hit for outcome in outcomes), nll, losses]
-                options.out.write_text(json.dumps(done))
-            kept, nll, losses = done["results"][f"{name} {ratio}"]
-            ratios = [math.exp(loss - base) for loss, base in zip(losses, done["base_losses"], strict=True)]
-            low, high = wilson(kept, len(asked))
+            found = measured.once(f"{name} {ratio}", partial(row, scores, ratio))
+            ratios = [math.exp(loss - old) for loss, old in zip(found["losses"], known["losses"], strict=True)]
+            kept, (low, high) = found["kept"], wilson(found["kept"], len(asked))
             print(
                 f"| {ratio:.2f} | {name} | {kept}/{len(asked)} | {kept / len(asked):.1%} ({low:.1%} to {high:.1%}) | "
-                f"{nll:.3f} |" + "".join(f" {x:.4f} |" for x in ratios),
+                f"{found['nll']:.3f} |" + "".join(f" {x:.4f} |" for x in ratios),
                 flush=True,
             )
 

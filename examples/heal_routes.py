@@ -11,7 +11,10 @@ tokens; the time that this takes comes on top.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
+
+from measured import Measured
 
 import surgery
 from surgery.pictures import curves
@@ -64,31 +67,24 @@ def run(route: str, options) -> dict:
 
 def main() -> None:
     options = parser.parse_args()
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "routes")}
-    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "routes": {}}
-    if done["settings"] != settings:
-        raise SystemExit(f"{options.out} is of other settings: another --out")
-    if "base" not in done:
-        done["base"], done["start"] = score(options.base, options), score(options.start, options)
-        options.out.write_text(json.dumps(done))
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "routes")}
+    measured = Measured(options.out, settings)
+    base, start = (measured.once(name, partial(score, getattr(options, name), options)) for name in ("base", "start"))
     print(f"| route | tokens | minutes | {' | '.join(options.texts)} | won back |")
     print("| --- | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
-    print(f"| base | | | {' | '.join(f'{x:.3f}' for x in done['base'])} | |")
-    print(f"| start | | | {' | '.join(f'{x:.3f}' for x in done['start'])} | 0% |", flush=True)
+    print(f"| base | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
+    print(f"| start | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
     for route in options.routes:
-        if route not in done["routes"]:
-            done["routes"][route] = run(route, options)
-            options.out.write_text(json.dumps(done))
-        found = done["routes"][route]
-        sides = zip(done["base"], done["start"], found["scores"], strict=True)
-        won = ", ".join(f"{(start - now) / (start - base):.0%}" for base, start, now in sides)
+        found = measured.once(route, partial(run, route, options))
+        sides = zip(base, start, found["scores"], strict=True)
+        won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
         scores = " | ".join(f"{x:.3f}" for x in found["scores"])
         print(f"| {route} | {found['tokens']:,} | {found['minutes']:.1f} | {scores} | {won} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
         lines = {
             route: ([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
-            for route, found in done["routes"].items()
-            if found["curve"]
+            for route in ROUTES
+            if (found := measured.get(route)) and found["curve"]
         }
         picture = options.out.with_name(f"{options.out.stem}-{name}.png")
         curves(picture, lines, x_label=name, y_label="nats a token, held out", title="ways to heal")

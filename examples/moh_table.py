@@ -9,8 +9,10 @@ in a file, and a second run goes on from there.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
+
+from measured import Measured
 
 import surgery
 from surgery.hub import resolve
@@ -51,38 +53,27 @@ def main() -> None:
 
     path = resolve(args.model).path
     tokenizer = AutoTokenizer.from_pretrained(path)
-    told = {key: str(value) for key, value in vars(args).items() if key not in ROWS}
-    kept = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {"settings": told, "rows": {}}
-    if kept["settings"] != told:
-        parser.error(f"{args.out} holds rows of other settings: {kept['settings']}")
+    measured = Measured(args.out, {key: value for key, value in vars(args).items() if key not in ROWS})
 
-    def row(label: str, name: str, fields: dict) -> dict:
-        if label not in kept["rows"]:
-            model, explained = surgery.load(path), None
-            if name:
-                shared = {"shared_ratio": min(args.shared, fields["active_ratio"] / 2)} if name == "moh" else {}
-                more = {"calibration_samples": args.samples, "calibration_length": args.length}
-                report = surgery.apply(name, model, tokenizer=tokenizer, **fields, **shared, **more)
-                layers = report.data["operations"][0]["record"]["layers"]
-                found = [layer["explained"] for layer in layers if "explained" in layer]
-                explained = sum(found) / len(found) if found else None
-            counts = {"windows": args.windows, "length": args.length}
-            result = surgery.evaluate(model, None, text=args.text, tokenizer=tokenizer, **counts).to_dict()
-            kept["rows"][label] = {
-                "ce": result["out"]["cross_entropy"],
-                "explained": explained,
-                "text": result["text"],
-            }
-            if args.out:
-                args.out.write_text(json.dumps(kept, indent=1))
-        return kept["rows"][label]
+    def row(name: str, fields: dict) -> dict:
+        model, explained = surgery.load(path), None
+        if name:
+            shared = {"shared_ratio": min(args.shared, fields["active_ratio"] / 2)} if name == "moh" else {}
+            more = {"calibration_samples": args.samples, "calibration_length": args.length}
+            report = surgery.apply(name, model, tokenizer=tokenizer, **fields, **shared, **more)
+            layers = report.data["operations"][0]["record"]["layers"]
+            found = [layer["explained"] for layer in layers if "explained" in layer]
+            explained = sum(found) / len(found) if found else None
+        counts = {"windows": args.windows, "length": args.length}
+        result = surgery.evaluate(model, None, text=args.text, tokenizer=tokenizer, **counts).to_dict()
+        return {"ce": result["out"]["cross_entropy"], "explained": explained, "text": result["text"]}
 
-    base = row("base", "", {})
+    base = measured.once("base", partial(row, "", {}))
     print(f"{args.model}: {base['text']['tokens']:,} tokens of {base['text']['title']} ({base['text']['sha256']})\n")
     print("| gate | cross-entropy, nats | + | variance explained |\n| --- | ---: | ---: | ---: |")
     print(f"| base | {base['ce']:.4f} | | |", flush=True)
     for label, name, fields in settings(args):
-        found = row(label, name, fields)
+        found = measured.once(label, partial(row, name, fields))
         explained = "" if found["explained"] is None else f"{found['explained']:.0%}"
         print(f"| {label} | {found['ce']:.4f} | {found['ce'] - base['ce']:+.4f} | {explained} |", flush=True)
 

@@ -14,12 +14,12 @@ measured, and `--out` holds what was measured so far: the same command goes on f
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import get_args
 
 import torch
+from measured import Measured
 
 import surgery
 from surgery.calibration.text import load_text, windows
@@ -131,9 +131,7 @@ def main() -> None:
     tokenizer, tables = read_tokenizer(folder), recipes(options)
     names = ("model", "window", "lengths", "windows", "samples", "search_length", "fit_length")
     settings = {name: getattr(options, name) for name in names}
-    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "results": {}}
-    if done["settings"] != settings:
-        raise SystemExit(f"{options.out} is of other settings: another --out")
+    measured = Measured(options.out, settings)
     held, fit = (load_text("builtin", part) for part in ("held-out", "calibration"))
     print(f"{options.model}, {held.title}, sha256 {held.sha256[:12]}")
     begun = set(windows(fit, tokenizer, options.fit_length, options.samples)[::2, 0].tolist())
@@ -153,9 +151,9 @@ def main() -> None:
         print(f"\n{titles}\n|{' --- |' * (titles.count('|') - 1)}")
         known: dict[str, dict] = {}
         for name, steps in asked.items():
-            known[name] = done["results"].setdefault(name, {"record": {}, "losses": {}, "right": {}})
+            known[name] = measured.setdefault(name, {"record": {}, "losses": {}, "right": {}})
             measure(known[name], steps, folder, tokenizer, pieces, questions, key)
-            options.out.write_text(json.dumps(done))
+            measured.keep()
             print(line(name, known, bool(streaming), new, key), flush=True)
 
 

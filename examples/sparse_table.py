@@ -18,13 +18,13 @@ there.
 """
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
 
 import torch
 from bench_sparse import error, share_read, timed
+from measured import Measured
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -140,18 +140,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="error against time, FILE.png")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "plot", "methods")}
-    del settings["densities"]
-    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "rows": {}}
-    if done["settings"] != settings:
-        raise SystemExit(f"{options.out} is of other settings: another --out")
+    choices = ("out", "plot", "methods", "densities")
+    measured = Measured(options.out, {key: value for key, value in vars(options).items() if key not in choices})
     with torch.no_grad():
-        measure(options, done)
+        measure(options, measured)
     if options.plot:
-        draw(done["rows"], options)
+        draw({key: row for key, row in measured.items() if key != "base"}, options)
 
 
-def measure(options, done: dict) -> None:
+def measure(options, measured: Measured) -> None:
     folder = resolve(options.model).path
     tokenizer, text = read_tokenizer(folder), load_text(options.text, part="held-out")
     ids = windows(text, tokenizer, options.length, options.windows)
@@ -159,39 +156,39 @@ def measure(options, done: dict) -> None:
     needles = make_needles(
         tokenizer, lengths=[options.needle_length], depths=[0.15, 0.4, 0.65], samples=-(-options.needles // 3)
     )
-    if "base" not in done:
+
+    def as_it_is() -> dict:
         hits = [outcome.hit for outcome in run_needles(stock, needles)]
-        done["base"] = {"loss": loss(stock, ids, options.dense_below), "hits": hits}
-        options.out.write_text(json.dumps(done))
-    asked = [needle for needle, hit in zip(needles, done["base"]["hits"], strict=True) if hit]
+        return {"loss": loss(stock, ids, options.dense_below), "hits": hits}
+
+    def row(name: str, density: float) -> dict:
+        entry = sought(name, density, options, seen)
+        found = {"entry": entry, "read": mean_read(entry, seen), **of_layers(entry, seen, options)}
+        patch(model, {"layers": [{"sparse": entry}] * model.config.num_hidden_layers})
+        found["nats"] = loss(model, ids, options.dense_below) - base["loss"]
+        outcomes = run_needles(model, asked)
+        found["needles"] = [sum(outcome.hit for outcome in outcomes), len(asked)]
+        return found | {"answers": statistics.mean(outcome.nll for outcome in outcomes)}
+
+    base = measured.once("base", as_it_is)
+    asked = [needle for needle, hit in zip(needles, base["hits"], strict=True) if hit]
     seen = watch(stock, ids[:1], options.layers)
     print(
         f"{options.model}, {options.length:,} tokens of {text.title}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}\nbase: {done['base']['loss']:.4f} nats, {len(asked)} of {len(needles)} needles\n\n"
+        f"{torch.__version__}\nbase: {base['loss']:.4f} nats, {len(asked)} of {len(needles)} needles\n\n"
         "| asked | method | setting | read | times as fast | estimator, share of dense | error | + nats | needles | "
         "loss of answers |\n| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         flush=True,
     )
     for density in options.densities:
         for name in options.methods:
-            key = f"{density} {name}"
-            if key not in done["rows"]:
-                entry = sought(name, density, options, seen)
-                row = {"entry": entry, "read": mean_read(entry, seen), **of_layers(entry, seen, options)}
-                patch(model, {"layers": [{"sparse": entry}] * model.config.num_hidden_layers})
-                row["nats"] = loss(model, ids, options.dense_below) - done["base"]["loss"]
-                outcomes = run_needles(model, asked)
-                row["needles"] = [sum(outcome.hit for outcome in outcomes), len(asked)]
-                row["answers"] = statistics.mean(outcome.nll for outcome in outcomes)
-                done["rows"][key] = row
-                options.out.write_text(json.dumps(done))
-            row = done["rows"][key]
+            found = measured.once(f"{density} {name}", partial(row, name, density))
             setting = KNOBS[name][0]
-            hits, of = row["needles"]
+            hits, of = found["needles"]
             print(
-                f"| {density:g} | {name} | {setting} {row['entry'][setting]:.3g} | {row['read']:.1%} | "
-                f"{row['times as fast']:.2f} | {row['estimator']:.1%} | {row['error']:.1%} | {row['nats']:.4f} | "
-                f"{hits}/{of} | {row['answers']:.3f} |",
+                f"| {density:g} | {name} | {setting} {found['entry'][setting]:.3g} | {found['read']:.1%} | "
+                f"{found['times as fast']:.2f} | {found['estimator']:.1%} | {found['error']:.1%} | "
+                f"{found['nats']:.4f} | {hits}/{of} | {found['answers']:.3f} |",
                 flush=True,
             )
 

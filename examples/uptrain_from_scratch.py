@@ -19,12 +19,13 @@ its loss on the text that it trained on tells.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from measured import Measured
 
 import surgery
 from surgery.calibration.text import BUILTIN, Text, load_text
@@ -185,11 +186,11 @@ def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
     return f"{text}; not at {'; '.join(cases)}"
 
 
-def draw(done: dict, options, title: str) -> None:
+def draw(measured: Measured, options, title: str) -> None:
     lines, styles = {}, {}
 
     def add(label: str, key: str, **style) -> None:
-        lines[label] = (options.shares, [done["rows"][f"{key} {share:g}"] for share in options.shares])
+        lines[label] = (options.shares, [measured[f"{key} {share:g}"] for share in options.shares])
         styles[label] = {"markersize": 4} | style
 
     for heads, shape in zip(options.kv_heads, SHAPES, strict=False):
@@ -203,7 +204,7 @@ def draw(done: dict, options, title: str) -> None:
         x_label="uptraining, % of the original steps",
         y_label="cross-entropy on held-out text, nats a byte",
         title=title,
-        reference=done["base"]["loss"],
+        reference=measured["base"]["loss"],
         reference_label=f"base, {HEADS} KV heads",
     )
 
@@ -218,16 +219,16 @@ def main() -> None:
     text, held = load_text(options.text, "calibration"), load_text(options.held_out, "held-out")
     names = ("minutes", "steps", "hidden", "layers", "context", "rows", "rate", "windows", "seed")
     settings = {name: getattr(options, name) for name in names} | {"text": text.sha256, "held_out": held.sha256}
-    done = json.loads(options.out.read_text()) if options.out.is_file() else {"settings": settings, "rows": {}}
-    if done["settings"] != settings:
-        raise SystemExit(f"{options.out} is of other settings: another --out")
-    tokenizer = byte_tokenizer()
-    if "base" not in done:
-        done["base"] = make_base(text, tokenizer, options)
-        options.out.write_text(json.dumps(done))
-    elif not base_folder(options).is_dir():
+    measured, tokenizer = Measured(options.out, settings), byte_tokenizer()
+    base = measured.once("base", partial(make_base, text, tokenizer, options))
+    if not base_folder(options).is_dir():
         raise SystemExit(f"the base is gone: {base_folder(options)}; another --out begins anew")
-    base = done["base"]
+
+    def row(heads: int, start: str, share: float) -> float:
+        steps = max(1, round(share / 100 * base["steps"])) if share else 0
+        model = uptrained(heads, start, steps, tokenizer, options, show)
+        return loss(model, tokenizer, options.held_out, options)
+
     title = f"Llama of {base['parameters'] / 1e6:.1f}M parameters, {base['steps']:,} steps of "
     title += f"{options.rows * options.context:,} bytes"
     print(f"{title}\ntrained on {text.title}, sha256 {text.sha256[:12]}, {len(text.text.encode()):,} bytes")
@@ -237,16 +238,13 @@ def main() -> None:
     print(f"| ---: | --- |{' ---: |' * len(options.shares)}")
     for heads in (HEADS, *options.kv_heads):
         for start in STARTS if heads != HEADS else ("none",):
+            cells = []
             for share in options.shares:
-                if (key := f"{heads} {start} {share:g}") not in done["rows"]:
-                    steps = max(1, round(share / 100 * base["steps"])) if share else 0
-                    model = uptrained(heads, start, steps, tokenizer, options, show)
-                    done["rows"][key] = loss(model, tokenizer, options.held_out, options)
-                    options.out.write_text(json.dumps(done))
-            found = (f"{done['rows'][f'{heads} {start} {share:g}']:.4f}" for share in options.shares)
-            print(f"| {heads} | {start} | {' | '.join(found)} |", flush=True)
-    draw(done, options, title)
-    print(f"\n{options.out.with_suffix('.png')}\n{order(done['rows'], options.kv_heads, options.shares)}")
+                found = measured.once(f"{heads} {start} {share:g}", partial(row, heads, start, share))
+                cells.append(f"{found:.4f}")
+            print(f"| {heads} | {start} | {' | '.join(cells)} |", flush=True)
+    draw(measured, options, title)
+    print(f"\n{options.out.with_suffix('.png')}\n{order(measured, options.kv_heads, options.shares)}")
 
 
 def make_base(text: Text, tokenizer, options) -> dict:

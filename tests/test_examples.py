@@ -1,5 +1,6 @@
 """Every example runs as its docstring says."""
 
+import importlib
 import importlib.util
 import math
 import re
@@ -21,6 +22,24 @@ def run(name: str, *args: str, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_what_was_measured_is_kept(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    measured = importlib.import_module("measured").Measured
+    path, settings = tmp_path / "t.json", {"model": Path("m"), "lengths": (1, 2)}
+    first = measured(path, settings)
+    assert [first.once("row", lambda: [number, None]) for number in (1, 2)] == [[1, None]] * 2
+    again = measured(path, settings)
+    assert again == first == {"row": [1, None]}
+    again.once("other", dict)
+    assert measured(path, settings).once("other", lambda: 1 / 0) == {}
+    with pytest.raises(SystemExit, match=r"of other settings \(lengths, seed\): another --out"):
+        measured(path, {"model": "m", "lengths": [1], "seed": 0})
+    with pytest.raises(SystemExit, match="no folder"):
+        measured(tmp_path / "nowhere" / "t.json", settings)
+    assert measured(None, settings).once("row", lambda: 3) == 3
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.slow
