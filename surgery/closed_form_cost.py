@@ -44,13 +44,13 @@ class Calibration:
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations for so many merged layers.
 
-        The text goes through the base and through the converted model; a fit makes some seven products with its
-        Hessian. A trial puts the text through the base once more, and its texts from every layer on.
+        The text goes through the base and through the converted model; a fit makes some fourteen products with
+        its Hessian. A trial puts the text through the base once more, and its texts from every layer on.
         """
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         product = width * (4 * hidden + 5 * self.length) / self.stride
-        each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * 7 * self.fits * product
+        each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * 14 * self.fits * product
         trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
         return each * self.tokens + 3 * anatomy.parameters * self.written + trials
 

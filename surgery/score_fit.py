@@ -11,13 +11,14 @@ base's and the new weights (`calibration.layer_seen.Settings.risen`).
 It is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
 head, so they are solved by conjugate gradients: a product with the Hessian is what attention itself costs.
 
-What is summed over the text is in the dtype of the activations, text by text; the solver works in float64.
+What is summed over the text is in the dtype of the activations; the solver works in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .alignment import pair_channels
@@ -80,6 +81,11 @@ class Piece:
     weights: Tensor
     scores: Callable[[], Tensor]
 
+    @cached_property
+    def asking(self) -> Tensor:
+        """[r, n], inputs of the queries that count."""
+        return self.x[self.rows]
+
 
 class Fit:
     """The loss L as a function of W_Q or of W_K; both are a sum over pieces.
@@ -96,7 +102,7 @@ class Fit:
 
     def queries(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, H / groups * r, d] of W [H, d, n]: heads that share a key head lie one after the other."""
-        x = piece.x[piece.rows]
+        x = piece.asking
         z = self.turn_q((x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1), piece.rows)
         return z.reshape(self.groups, -1, z.shape[-1])
 
@@ -111,7 +117,7 @@ class Fit:
 
         fixed = []
         for piece in self.pieces:
-            keys = self.keys(key_weight, piece)
+            keys = self.keys(key_weight, piece) * self.scale
             fixed.append((keys, self._grouped(piece.weights) @ keys))  # k̃ and its mean under p
 
         def add(total: Tensor, weighted: Tensor, piece: Piece, place: int) -> None:
@@ -119,17 +125,17 @@ class Fit:
             keys, means = fixed[place]
             grad = weighted @ keys - weighted.sum(-1, keepdim=True) * means
             grad = self.turn_q.adjoint(grad.reshape(total.shape[0], -1, total.shape[1]), piece.rows)
-            total += torch.einsum("hrd,rn->hdn", grad, piece.x[piece.rows]).to(total) * self.scale
+            total += torch.einsum("hrd,rn->hdn", grad, piece.asking)
 
         def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
-            return self.scale * self.queries(weight, piece) @ fixed[place][0].mT
+            return self.queries(weight, piece) @ fixed[place][0].mT
 
         def preconditioner(shape) -> tuple[Tensor, Tensor]:
             left, right = torch.zeros(shape[:2], dtype=torch.float64), 0.0
             for piece, (keys, means) in zip(self.pieces, fixed, strict=True):
                 spread = self._grouped(piece.weights) @ keys.square() - means.square()
-                left += spread.double().reshape(shape[0], -1, shape[1]).sum(1).cpu() * self.scale**2
-                x = piece.x[piece.rows].double()
+                left += spread.double().reshape(shape[0], -1, shape[1]).sum(1).cpu()
+                x = piece.asking.double()
                 right = right + x.T @ x
             count = sum(len(piece.rows) for piece in self.pieces)
             return self._by_pairs(left / count, self.turn_q), right
@@ -140,21 +146,21 @@ class Fit:
         """The quadratic problem in W_K [groups, d, n] for these queries W_Q [H, d, n]."""
         import torch
 
-        fixed = [self.queries(query_weight, piece) for piece in self.pieces]
+        fixed = [self.queries(query_weight, piece) * self.scale for piece in self.pieces]
 
         def add(total: Tensor, weighted: Tensor, piece: Piece, place: int) -> None:
             queries = fixed[place]
             grad = weighted.mT @ queries
             grad = grad - self._grouped(piece.weights).mT @ (weighted.sum(-1, keepdim=True) * queries)
-            total += torch.einsum("gtd,tn->gdn", self.turn_k.adjoint(grad), piece.x).to(total) * self.scale
+            total += torch.einsum("gtd,tn->gdn", self.turn_k.adjoint(grad), piece.x)
 
         def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
-            return self.scale * fixed[place] @ self.keys(weight, piece).mT
+            return fixed[place] @ self.keys(weight, piece).mT
 
         def preconditioner(shape) -> tuple[Tensor, Tensor]:
             left, right, count = torch.zeros(shape[:2], dtype=torch.float64), 0.0, 0
             for piece, queries in zip(self.pieces, fixed, strict=True):
-                left += queries.double().square().sum(1).cpu() * self.scale**2
+                left += queries.double().square().sum(1).cpu()
                 received = piece.weights.sum((0, 1)).double()
                 x = piece.x.double()
                 right = right + (x.T * received) @ x
@@ -182,22 +188,23 @@ class Problem:
 
     def product(self, weight: Tensor) -> Tensor:
         """H W."""
-        total = weight.new_zeros(weight.shape)
+        given = weight.to(self.fit.pieces[0].x)
+        total = given.new_zeros(given.shape)
         for place, piece in enumerate(self.fit.pieces):
-            found = self.errors(weight, piece, place)
+            found = self.errors(given, piece, place)
             self.add(total, found.mul_(self.fit._grouped(piece.weights)), piece, place)
-        return total
+        return total.to(weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """b, of W's shape, and c = Σ Var[score]."""
-        total, constant = weight.new_zeros(weight.shape), 0.0
+        total, constant = self.fit.pieces[0].x.new_zeros(weight.shape), 0.0
         for place, piece in enumerate(self.fit.pieces):
             scores = piece.scores()
             weighted = scores * piece.weights
             means = weighted.sum(-1)
             constant += float((weighted * scores).double().sum() - means.double().square().sum())
             self.add(total, self.fit._grouped(weighted), piece, place)
-        return total, constant
+        return total.to(weight), constant
 
 
 @dataclass
@@ -210,31 +217,29 @@ class Solved:
     steps: int
 
 
-def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, ridge: float) -> Solved:
-    """Conjugate gradients from `start` on L + ½ λ ||W − start||², the best iterate by L on pieces held back.
+def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, damping: float) -> Solved:
+    """Conjugate gradients on L from `start`, the best iterate by L on pieces held back.
+
+    Nothing but the early end keeps the weight near `start`. So the steps must first go where the text says most: the
+    preconditioner, a Kronecker product of a number for each head and channel and (M + damping · mean eigenvalue · I)⁻¹
+    with M the moments of x, leaves the weak directions of x for last. The inverse of M itself would mend all at once,
+    and from a few thousand rows the weak ones are mostly noise.
 
     Args:
         problem: to fit; `held`: the same of pieces held back.
         start: W_0 [heads, d, n], float64.
         steps: at most so many.
-        ridge: λ of a head is this share of its mean curvature, in the metric of its inputs.
-
-    The pull and the preconditioner are Kronecker products: a number for each head and channel times the moments of x.
+        damping: above 0.
     """
     import torch
 
     left, right = problem.preconditioner(start.shape)
     values, vectors = torch.linalg.eigh(right.cpu())
-    values = values.clamp(min=0) + 1e-6 * float(values.mean())  # inputs that the text does not have stay as they are
-    right, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
-    pull = ridge * left.mean(1, keepdim=True)
-    scale = (left + pull + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
+    inverse = (vectors / (values.clamp(min=0) + damping * float(values.mean()))) @ vectors.T
+    scale = (left + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
         return gradient / scale @ inverse
-
-    def product(weight: Tensor) -> Tensor:
-        return problem.product(weight) + pull.unsqueeze(-1) * (weight @ right)
 
     goal, constant = held.target(start)
 
@@ -252,7 +257,7 @@ def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, ridge: 
         if now <= 1e-28 * first:  # solved, to the last bits
             break
         direction = better if direction is None else better + now / size * direction
-        size, curved = now, product(direction)
+        size, curved = now, problem.product(direction)
         curvature = float((direction * curved).sum())
         if curvature <= 0:  # rounding: there is no direction left
             break

@@ -44,22 +44,22 @@ class ValueProblem:
 
     def product(self, weight: Tensor) -> Tensor:
         """H W."""
-        total = weight.new_zeros(weight.shape)
+        given = weight.to(self.pieces[0].x)
+        total = given.new_zeros(given.shape)
         for piece in self.pieces:
-            x, grouped = piece.x, self._grouped(piece.weights)
-            values = (x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
-            heads = (grouped @ values).view(len(piece.weights), -1, weight.shape[1])
-            written = heads.transpose(0, 1).flatten(1) @ self.output.to(x).flatten(1).T
+            values = (piece.x @ given.flatten(0, 1).T).unflatten(1, given.shape[:2]).transpose(0, 1)
+            heads = (self._grouped(piece.weights) @ values).view(len(piece.weights), -1, given.shape[1])
+            written = heads.transpose(0, 1).flatten(1) @ self.output.to(given).flatten(1).T
             self._add(total, written, piece)
-        return total
+        return total.to(weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """b, of W's shape, and Σ ω |r|²."""
-        total, constant = weight.new_zeros(weight.shape), 0.0
+        total, constant = self.pieces[0].x.new_zeros(weight.shape), 0.0
         for piece in self.pieces:
             self._add(total, piece.wanted, piece)
             constant += float((piece.wanted.double().square().sum(-1) * piece.loud.double()).sum())
-        return total, constant
+        return total.to(weight), constant
 
     def preconditioner(self, shape) -> tuple[Tensor, Tensor]:
         import torch
@@ -80,7 +80,7 @@ class ValueProblem:
 
         back = (written * piece.loud.to(written).unsqueeze(-1)) @ self.output.to(written).flatten(1)
         back = back.unflatten(1, self.output.shape[1:]).transpose(0, 1).reshape(self.groups, -1, total.shape[1])
-        total += torch.einsum("gtd,tn->gdn", self._grouped(piece.weights).mT @ back, piece.x).to(total)
+        total += torch.einsum("gtd,tn->gdn", self._grouped(piece.weights).mT @ back, piece.x)
 
     def _grouped(self, weights: Tensor) -> Tensor:
         return weights.reshape(self.groups, -1, weights.shape[-1])

@@ -24,7 +24,7 @@ class Settings:
         rounds: how often queries and keys are refitted in turn.
         sequential: attention is fitted to the inputs that converted layers give it, not the base's.
         ridges: of the output projection, to choose from.
-        ridge, steps: of the queries and keys, see `score_fit.solve`.
+        steps, damping: of the queries, keys and values, see `score_fit.solve`.
         stride: of the queries every so many rows count, in each sequence from another one on.
         received: by how much a token counts in the moments for the attention that it gets: with weight
             1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
@@ -37,8 +37,8 @@ class Settings:
     rounds: int = 1
     sequential: bool = False
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    ridge: float = 1e-3
-    steps: int = 6
+    steps: int = 12
+    damping: float = 1.0
     stride: int = STRIDE
     received: float = 0.5
     weighted: bool = True

@@ -166,7 +166,7 @@ class SharedLayer:
         """Queries and keys in turn, nearest to the base's scores."""
         settings, call = self.settings, self.seen.base[0]
         dtype = self.seen.x[0].dtype
-        given = {"steps": settings.steps, "ridge": settings.ridge}
+        given = {"steps": settings.steps, "damping": settings.damping}
         record["scores_lost"] = []
         pieces = self.seen.pieces
         for turn in range(settings.rounds * len(refit) + (len(refit) - 1)):
@@ -219,7 +219,7 @@ class SharedLayer:
             wanted, loud = self.seen.base[place].output[piece.rows], self.seen.loud[place][piece.rows]
             pieces.append(ValuePiece(piece.x, weights, wanted, _weights(loud)))
         fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in apart(pieces))
-        found = solve(fit, held, v, steps=self.settings.steps, ridge=self.settings.ridge)
+        found = solve(fit, held, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
         return new.replace(**stacked(new, "v", list(found.weight)))
 
