@@ -27,7 +27,9 @@ class Measured(dict[str, Any]):
             raise SystemExit(f"there is no folder {path.parent} to write {path.name} to")
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
-            if (old := known.get("settings", {})) != self.settings or "measured" not in known:
+            if "measured" not in known:
+                raise SystemExit(f"{path} is not of this version: another --out begins anew")
+            if (old := known["settings"]) != self.settings:
                 names = [name for name in {**old, **self.settings} if old.get(name) != self.settings.get(name)]
                 raise SystemExit(f"{path} is of other settings ({', '.join(names)}): another --out begins anew")
             self.update(known["measured"])
@@ -35,7 +37,7 @@ class Measured(dict[str, Any]):
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """The figures of that name; they are measured and kept if they are not known yet."""
         if name not in self:
-            self[name] = measure()
+            self[name] = json.loads(json.dumps(measure()))
             self.keep()
         return self[name]
 

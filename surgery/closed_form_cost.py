@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TRIED = 4  # texts on which layers are tried alone
 STRIDE = 4  # of the queries of a text every so many rows are fitted
+STEPS = 12  # of a solver, for each fit
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class Calibration:
     def flops(self, anatomy: Anatomy, merged: int) -> float:
         """Floating-point operations for so many merged layers.
 
-        The text goes through the base and through the converted model; a fit makes some fourteen products with
-        its Hessian. A trial puts the text through the base once more, and its texts from every layer on.
+        The text goes through the base and through the converted model; a fit makes a product with its Hessian for
+        each step, for its start and for its goal. A trial puts the text through the base once more, and its texts from
+        every layer on.
         """
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
         product = width * (4 * hidden + 5 * self.length) / self.stride
-        each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * 14 * self.fits * product
+        each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * (STEPS + 2) * self.fits * product
         trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
         return each * self.tokens + 3 * anatomy.parameters * self.written + trials
 

@@ -117,7 +117,7 @@ class Fit:
 
         fixed = []
         for piece in self.pieces:
-            keys = self.keys(key_weight, piece) * self.scale
+            keys = self.keys(key_weight, piece) * self.scale  # c k̃: the factor is in them from here on
             fixed.append((keys, self._grouped(piece.weights) @ keys))  # k̃ and its mean under p
 
         def add(total: Tensor, weighted: Tensor, piece: Piece, place: int) -> None:
@@ -222,8 +222,8 @@ def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, damping
 
     Nothing but the early end keeps the weight near `start`. So the steps must first go where the text says most: the
     preconditioner, a Kronecker product of a number for each head and channel and (M + damping · mean eigenvalue · I)⁻¹
-    with M the moments of x, leaves the weak directions of x for last. The inverse of M itself would mend all at once,
-    and from a few thousand rows the weak ones are mostly noise.
+    with M the moments of x, weighted as x is read, leaves the weak directions of x for last. The inverse of M itself
+    would mend all at once, and from a few thousand rows the weak ones are mostly noise.
 
     Args:
         problem: to fit; `held`: the same of pieces held back.

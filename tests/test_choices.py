@@ -431,8 +431,8 @@ def test_a_stopped_search_goes_on_and_ends_as_if_it_had_not(
     surgery, model, text, tmp_path, monkeypatch, groups, labelled
 ):
     (tmp_path / "q.jsonl").write_text(questions())
-    fields = SEARCH if labelled else {"grid": [1.5, 3.0], "text": "words.txt"}
-    step = sink("zero_tuning", groups=groups, calibration_samples=4, calibration_length=48, **fields)
+    of_text = {"grid": [1.5, 3.0], "text": "words.txt", "calibration_samples": 4, "calibration_length": 48}
+    step = sink("zero_tuning", groups=groups, **(SEARCH if labelled else of_text))
     (tmp_path / "r.yaml").write_text(json.dumps(recipe(step)))
     measured, whole = [], first_token.Trial.measure
     stop_at = math.inf

@@ -307,6 +307,23 @@ def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
     assert loss(found.weight) < 0.95 * loss(start)
 
 
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(part):
+    pieces, turn, q, k = score_problem(2, 1, seed=7)
+    floats = [Piece(p.x.float(), p.rows, p.weights.float(), lambda p=p: p.scores().float()) for p in pieces]
+    found, start = [], q if part == "q" else k
+    for given, turned in ((pieces, turn), (floats, turn.to(torch.float32))):
+        fit = Fit(given, 0.5, turned, turned, 2)
+        problem = fit.query_problem(k) if part == "q" else fit.key_problem(q)
+        goal, constant = problem.target(start)
+        solved = solve(problem, problem, start, steps=8, damping=1.0)
+        assert {goal.dtype, problem.product(start).dtype, solved.weight.dtype} == {torch.float64}
+        found.append([problem.product(start), goal, solved.weight, torch.full((), constant, dtype=torch.float64)])
+    for exact, rounded in zip(*found, strict=True):
+        assert not torch.equal(exact, rounded)
+        assert (exact - rounded).abs().max() <= 1e-5 * exact.abs().max()
+
+
 def test_the_score_fit_keeps_the_start_that_is_better_on_what_is_held_back():
     pieces, turn, q, k = score_problem(1, 1, seed=9)
     own = []

@@ -159,8 +159,9 @@ def test_heads_are_scored_and_the_output_refitted_with_the_terms_at_work(family)
 @pytest.mark.parametrize("method", ["zero_tuning", "learned", "kv_bias"])
 def test_four_operations_in_one_recipe_through_the_command(surgery, model, tmp_path, method):
     """Fitted terms; what is pruned in one recipe is what is pruned later, and both doors agree."""
-    fit = {"calibration_samples": 4, "calibration_length": 64}
-    fit |= {"gamma": 2.0, "heads": [0, 4, 8]} if method == "zero_tuning" else {"start": "fit"}
+    fit = {"start": "fit", "calibration_samples": 4, "calibration_length": 64}
+    if method == "zero_tuning":
+        fit = {"gamma": 2.0, "heads": [0, 4, 8]}
     sinks = 2 if method == "zero_tuning" else 0
     removed = [[0, 5], [1]]
     steps = [

@@ -32,14 +32,19 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     assert first.once("row", lambda: [1, None]) == first.once("row", lambda: 1 / 0) == [1, None]
     again = measured(path, settings)
     assert again == first == {"row": [1, None]}
-    again.once("other", dict)
-    assert measured(path, settings).once("other", lambda: 1 / 0) == {}
+    assert again.once("other", lambda: {1: (2, 3)}) == {"1": [2, 3]}
+    assert measured(path, settings).once("other", lambda: 1 / 0) == {"1": [2, 3]}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", None)  # killed before it
+        with pytest.raises(TypeError):
+            again.once("third", dict)
+    assert set(measured(path, settings)) == {"row", "other"}, "what was written stays"
     with pytest.raises(SystemExit, match=r"of other settings \(lengths, seed\): another --out"):
         measured(path, {"model": "m", "lengths": [1], "seed": 0})
     with pytest.raises(SystemExit, match="no folder"):
         measured(tmp_path / "nowhere" / "t.json", settings)
     assert measured(None, settings).once("row", lambda: 3) == 3
-    assert [*tmp_path.iterdir()] == [path]
+    assert {*tmp_path.iterdir()} == {path, path.with_name(".t.json")}
 
 
 @pytest.mark.slow

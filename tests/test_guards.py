@@ -115,8 +115,10 @@ def test_attention_weights_are_refused(name):
     with pytest.raises(ValueError, match="output_attentions"):
         model(input_ids=ids, output_attentions=True)
     model.config._output_attentions = True  # as a config.json says it, before attention is chosen
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(input_ids=ids)
+    for given in ({}, {"output_attentions": None}):
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(input_ids=ids, **given)
+    assert "output_attentions: true" in Anatomy.of(model).runtime_problem()
 
 
 @torch.no_grad()

@@ -382,6 +382,13 @@ def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path,
     )
     package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
     assert converted == [1]
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "new", progress=stop, **given)
+    converted.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.calibration.shared_model.REVISION", "of another version")
+        package.apply("gqa", str(model), output=tmp_path / "new", resume=True, **given)
+    assert converted == [0, 1], "no layer of another version's fit"
     weights_of = "model.safetensors"
     assert (tmp_path / "out" / weights_of).read_bytes() == (tmp_path / "whole" / weights_of).read_bytes()
     records = [

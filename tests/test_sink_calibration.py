@@ -359,7 +359,7 @@ def test_recipes(surgery, model, name):
         (["gamma=2", "grid=[1.5]"], ["grid, groups and objective are for a gamma that is searched"]),
         (["method=learned", "logit=0", "value=zero"], ["logit takes the place of a fit"]),
         (["calibration_samples=2"], ["calibration_samples"]),
-        (["gamma=2", "calibration_length=64"], ["calibration_length is of the calibration text, and nothing is meas"]),
+        (["gamma=2", "calibration_length=64"], ["nothing is measured here: drop calibration_length"]),
         (["calibration_samples=100000"], ["too short"]),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..closed_form_cost import STRIDE
+from ..closed_form_cost import STEPS, STRIDE
 from ..score_fit import Piece
 from .two_streams import Call
 
@@ -37,7 +37,7 @@ class Settings:
     rounds: int = 1
     sequential: bool = False
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    steps: int = 12
+    steps: int = STEPS
     damping: float = 1.0
     stride: int = STRIDE
     received: float = 0.5

@@ -221,11 +221,11 @@ class GQA(WeightRewrite):
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
-        scores = 0 if anatomy.layers[0].qk_norm else 2 * len({"q", "k"} & set(self.refit))
+        of_scores = len({"q", "k"} & set(self.refit)) if not anatomy.layers[0].qk_norm else 0
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
-            scores + ("v" in self.refit),
+            max(0, 2 * of_scores - 1) + ("v" in self.refit),  # queries twice, where keys are fitted, too
             written=written_pieces(self.calibration_text, self.calibration_samples) * self.calibration_length,
             tried=TRIED if self._kept(anatomy) else 0,
             mlp="mlp" in self.refit,

@@ -28,8 +28,8 @@ Beta = Annotated[float, Field(gt=0, le=1)]
 BETA, THRESHOLD = 0.4, 5.0  # ACT's own
 USED_BY = dict.fromkeys(("gamma", "groups", "grid", "labelled"), ("zero_tuning",))  # of the fields, by methods
 USED_BY |= {"beta": ("act",), "threshold": ("act",), "objective": ("zero_tuning", "act")}
-OF_TEXT = ("text", "calibration_samples", "calibration_length")
 USED_BY |= {"logit": ("learned",), "value": ("learned",), "start": ("learned", "kv_bias")}
+OF_TEXT = ("text", "calibration_samples", "calibration_length")
 
 
 class SinkCalibration(Operation):
@@ -152,7 +152,7 @@ class SinkCalibration(Operation):
             yield "value is fitted, and logit takes the place of a fit: drop one of them"
         if (of_text := [name for name in OF_TEXT if name in given]) and (self.labelled or not self._measures):
             why = "labelled takes its place" if self.labelled else "nothing is measured here"
-            yield f"{' and '.join(of_text)} {'is' if len(of_text) == 1 else 'are'} of the calibration text, and {why}"
+            yield f"calibration text, and {why}: drop {' and '.join(of_text)}"
 
     def problems_later(self, after: Anatomy) -> list[str]:
         if self.method != "zero_tuning" or not (found := self._problems_of_visibility(after)):
