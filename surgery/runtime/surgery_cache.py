@@ -174,8 +174,8 @@ def give_cache(module, args, kwargs):
         name = module.config._attn_implementation
         raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
     # Some models take it for themselves, and none hands on what its config says: attention would not see it.
-    asked = kwargs.get("output_attentions")
-    if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+    weights = kwargs.get("output_attentions")
+    if weights or (weights is None and getattr(module.config, "output_attentions", False)):
         raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
     if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
         given = kwargs["past_key_values"]
