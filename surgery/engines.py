@@ -6,9 +6,10 @@ from collections import OrderedDict
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from .anatomy import Anatomy, LayerAnatomy
+from .anatomy import Anatomy
 from .checkpoint import stored_dtype
 from .errors import SurgeryError
+from .layer_anatomy import LayerAnatomy
 from .layers import AttentionLayer, pack, part_shapes, unpack
 from .pruning import kept_heads
 from .surgical import PER_KV_HEAD, layer_entries

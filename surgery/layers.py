@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .anatomy import LayerAnatomy
+    from .layer_anatomy import LayerAnatomy
 
 
 @dataclass(frozen=True)

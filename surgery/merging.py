@@ -11,7 +11,7 @@ from .alignment import key_turns, orthogonal_turns
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .anatomy import LayerAnatomy
+    from .layer_anatomy import LayerAnatomy
     from .layers import AttentionLayer
 
 

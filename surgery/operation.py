@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from .errors import SurgeryError
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy, LayerAnatomy
+    from .anatomy import Anatomy
+    from .layer_anatomy import LayerAnatomy
     from .layers import AttentionLayer
 
 NATIVE, SURGICAL = "native", "surgical"

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .anatomy import BYTES, Anatomy
 from .checkpoint import stored_bytes
 from .errors import SurgeryError
 from .healing.planned import HealPlan, refuse_unhealable
 from .healing.trained import touched
+from .layer_anatomy import LayerAnatomy
 from .layers import packed_shapes, unpack
 from .operation import NATIVE, SURGICAL, Change, Operation, missing_texts
 from .recipe import Recipe

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .anatomy import Anatomy, LayerAnatomy
+    from .anatomy import Anatomy
+    from .layer_anatomy import LayerAnatomy
     from .layers import AttentionLayer
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .anatomy import BYTES, Anatomy, LayerAnatomy
+from .anatomy import BYTES, Anatomy
 from .checkpoint import STORED_NAMES
 from .errors import SurgeryError
 from .families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+from .layer_anatomy import LayerAnatomy
 from .surgical import check_block
 
 # Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.

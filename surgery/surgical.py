@@ -13,7 +13,8 @@ from .errors import SurgeryError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .anatomy import Anatomy, LayerAnatomy
+    from .anatomy import Anatomy
+    from .layer_anatomy import LayerAnatomy
 
 PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
 

@@ -105,7 +105,12 @@ def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
 def test_refusals(numbers):  # noqa: F811
     cases = [
         ("llama", closed(numbers, [2, 4], keep_layers=0.5), "drop keep_layers, or give kv_heads one number"),
-        ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers is measured by method: closed_form"),
+        ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers: read by method: closed_form alone"),
+        (
+            "llama",
+            {"op": "gqa", "kv_heads": 2, "ridge": 0.1, "calibration_text": "self"},
+            "ridge, calibration_text: read",
+        ),
         ("phi3", closed(numbers, 2, keep_layers=0.5), "give one number of KV heads for all layers"),
         ("llama", closed(numbers, 2, keep_layers=0.2), "0.2 of 2 layers is none of them"),
         ("llama", closed(numbers, 2, keep_layers=0.9), "0.9 of 2 layers is all of them"),

@@ -29,7 +29,7 @@ from ..merging import group_members
 from .adapters import TOLERANCE, logits, probe
 
 if TYPE_CHECKING:
-    from ..anatomy import LayerAnatomy
+    from ..layer_anatomy import LayerAnatomy
     from .trained import Table
 
 Per = Literal["head", "channel"]

@@ -17,7 +17,8 @@ from ..errors import SurgeryError
 from ..layers import norm_names
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
     from .settings import Heal
 
 SURGERY = "surgery_"

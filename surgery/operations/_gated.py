@@ -12,8 +12,9 @@ from ..errors import SurgeryError
 from ..operation import Context, Operation
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
     from ..calibration.router import Planned
+    from ..layer_anatomy import LayerAnatomy
     from ..runtime.surgery_gates import Gate
 
 FITTED = "The router was fitted on one text, without training."

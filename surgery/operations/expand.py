@@ -9,7 +9,8 @@ from pydantic import Field
 from ..operation import Change, WeightRewrite
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
     from ..layers import AttentionLayer
 
 

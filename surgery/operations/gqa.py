@@ -19,11 +19,16 @@ from ..merging import first_head, mean_head, merged, permute_kv_heads, random_he
 from ..operation import NATIVE, SURGICAL, Change, Context, WeightRewrite
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
     from ..layers import AttentionLayer
 
 
 Heads = Annotated[int, Field(ge=1, strict=True)]
+OF_CLOSED_FORM = (
+    *("keep_layers", "refit", "sequential", "ridge"),
+    *("calibration_samples", "calibration_length", "calibration_text"),
+)
 FLOPS = 100e9  # a second, of a laptop's cores in float32
 
 
@@ -115,10 +120,10 @@ class GQA(WeightRewrite):
             found.append(
                 f"gqa: keep_layers: {self.keep_layers} of {len(targets)} layers is {share} of them; 0 keeps none"
             )
-        elif self.keep_layers and self.method != "closed_form":
-            found.append(
-                f"gqa: keep_layers is measured by method: closed_form, and method: {self.method} measures none"
-            )
+        fields = type(self).model_fields
+        given = [name for name in OF_CLOSED_FORM if getattr(self, name) != fields[name].get_default()]
+        if given and self.method != "closed_form":
+            found.append(f"gqa: {', '.join(given)}: read by method: closed_form alone, not by {self.method}")
         return list(dict.fromkeys(found))
 
     def _targets(self, anatomy: Anatomy) -> list[int]:

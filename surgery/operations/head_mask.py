@@ -18,7 +18,8 @@ from ..operation import Change, WeightRewrite
 from ..pruning import groups_of, query_names, shown_names
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
     from ..layers import AttentionLayer
 
 Whole = Annotated[int, Field(ge=0, strict=True)]

@@ -15,7 +15,8 @@ from ..operation import SURGICAL, Change, Context
 from ._gated import FITTED, Gated
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
     from ..runtime.surgery_gates import Gate
 
 

@@ -19,7 +19,8 @@ from ..operation import SURGICAL, Change, Context, Operation
 from ..pruning import groups_of, query_names, shown_names
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy, LayerAnatomy
+    from ..anatomy import Anatomy
+    from ..layer_anatomy import LayerAnatomy
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
