@@ -31,13 +31,20 @@ def healed(report: dict) -> list[str]:
         base, out = evaluation["base"], evaluation["out"]
         figures = (base["cross_entropy"], before["cross_entropy"], out["cross_entropy"])
         if None not in figures:
-            line = "Cross-entropy: base {:.3f}, converted {:.3f}, healed {:.3f} nats a token".format(*figures)
+            line = "Cross-entropy: base {:.3f}, {} {:.3f}, healed {:.3f} nats a token"
+            line = line.format(figures[0], _before(record), *figures[1:])
             share = shares.get("cross_entropy")
             found.append(line + _came_back(share))
         kl = (before["kl"], evaluation["kl"]["mean"])
         if None not in kl:
-            found.append("KL to the base: converted {:.3f}, healed {:.3f}".format(*kl) + _came_back(shares.get("kl")))
+            line = "KL to the base: {} {:.3f}, healed {:.3f}".format(_before(record), *kl)
+            found.append(line + _came_back(shares.get("kl")))
     return found
+
+
+def _before(record: dict) -> str:
+    """What the model is called that this training began with."""
+    return "healed before" if record.get("earlier") else "converted"
 
 
 def _came_back(share: float | None) -> str:
@@ -78,6 +85,16 @@ def _how(record: dict) -> list[str]:
         f"{record['tokens']:,} tokens in {record['steps']:,} steps of {record['step_tokens']:,}, "
         f"{record['minutes']:g} minutes with {machine}, on {where}"
     )
+    if (rounds := record["tokens"] / max(1, data.get("rows", 0) * settings["length"])) > 1.5 and data.get("rows"):
+        lines.append(f"It read these texts {rounds:.1f} times")
+    for earlier in record.get("earlier") or []:
+        asked = earlier["settings"]
+        lines.append(
+            f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
+            f"({asked['method']}, {asked['loss']})"
+        )
+    if record.get("adapter_of"):
+        lines.append(f"The updates alone are in `adapter/`; they load on the model before, `{record['adapter_of']}`")
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
     if None not in (loss.get("first"), loss.get("last")):
@@ -98,7 +115,7 @@ def _table(report: dict) -> str:
         ("KL from the base, mean", None, before["kl"], kl["mean"], "{:.4g}"),
         ("top-1 agreement with the base", None, before["top1_agreement"], evaluation["top1_agreement"], "{:.1%}"),
     ]
-    lines = ["| | base | converted | healed |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| | base | {_before(report['heal'])} | healed |", "| --- | ---: | ---: | ---: |"]
     for name, *values, form in rows:
         lines.append(f"| {name} | {' | '.join('' if value is None else form.format(value) for value in values)} |")
     return "\n".join(lines)

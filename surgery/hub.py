@@ -31,7 +31,8 @@ LEFT = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
     "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
 ]  # fmt: skip
-NOT_PUSHED = ["*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*", "healing/runs/*"]
+TRAINERS = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json"]
+NOT_PUSHED = [*TRAINERS, "*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*", "healing/runs/*"]
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 

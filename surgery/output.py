@@ -19,6 +19,8 @@ from .errors import MachineError, SurgeryError
 PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
 BASE_CARD = "base-card.md"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL = ("No space left", "failed writing file", "Disk quota")  # how torch and safetensors say it
 
 
 class OutputFolder:
@@ -28,6 +30,8 @@ class OutputFolder:
         out: the final folder.
         base: the model folder that is read, if any; OUT may be neither it nor inside it, nor hold it.
         plan_hash: identity of the conversion, for `resume`.
+        spared: files below OUT.partial, as a pattern, that `overwrite` leaves where they are: they took long to make,
+            and name what they were made of.
 
     Raises:
         SurgeryError: OUT or OUT.partial exists and neither `overwrite` nor `resume` says what to do with it.
@@ -35,12 +39,19 @@ class OutputFolder:
     """
 
     def __init__(
-        self, out: str | Path, base: Path | None, plan_hash: str, *, resume: bool = False, overwrite: bool = False
+        self,
+        out: str | Path,
+        base: Path | None,
+        plan_hash: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        spared: str = "",
     ):
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.replaced = self.out.with_name(self.out.name + ".replaced")
-        self.plan_hash, self.resume, self.overwrite = plan_hash, resume, overwrite
+        self.plan_hash, self.resume, self.overwrite, self.spared = plan_hash, resume, overwrite, spared
         self.done: dict[str, dict] = {}
         self.records: list[dict] | None = None
         self._begun = False
@@ -160,7 +171,7 @@ class OutputFolder:
                 if (self.partial / file).is_file() and sha256(self.partial / file) == facts["sha256"]
             }
         elif self.overwrite:
-            remove_own(self.partial)
+            remove_own(self.partial, self.spared)
         else:
             raise SurgeryError(
                 "an unfinished run left OUT.partial",
@@ -201,15 +212,28 @@ def refuse_foreign(folder: Path) -> None:
     )
 
 
-def remove_own(path: Path) -> None:
-    """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours."""
+def remove_own(path: Path, spared: str = "") -> None:
+    """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours.
+
+    Args:
+        spared: pattern of files in it that are left; where there are some, so are their folders.
+    """
     if path.is_dir() and not path.is_symlink():
         (path / PROGRESS).touch()
-        for inner in [inner for inner in path.iterdir() if inner.name != PROGRESS]:
-            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
-        shutil.rmtree(path)
+        files = list(path.glob(spared)) if spared else []
+        left = {above for file in files for above in (file, *file.parents)} | {path / PROGRESS}
+        for folder in {above for file in files for above in file.parents if above.is_relative_to(path)} | {path}:
+            _empty(folder, left)
+        if not files:
+            shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
+
+
+def _empty(folder: Path, left: set[Path]) -> None:
+    """Remove all in a folder but what is named."""
+    for inner in [inner for inner in folder.iterdir() if inner not in left]:
+        shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -250,13 +274,20 @@ def parent_folder(path: Path):
                 parent.rmdir()
 
 
+def disk_full(error: Exception) -> bool:
+    """Whether this says so, an error of the system or one of the libraries that write weights."""
+    return getattr(error, "errno", None) in NO_SPACE or any(word in str(error) for word in FULL)
+
+
 @contextmanager
 def machine_errors(where: Path, partial: Path | None = None):
     """Turn what the operating system refuses into a `MachineError` that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, SurgeryError) or not (isinstance(error, OSError) or disk_full(error)):
+            raise
+        if disk_full(error):
             what, fix = "the disk is full", "free some space"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             what, fix = "no permission here", "choose another folder (-o), or make this readable and writable"
@@ -266,4 +297,4 @@ def machine_errors(where: Path, partial: Path | None = None):
             what, fix = f"the system refused: {error.strerror or error}", ""
         if partial is not None and partial.exists():
             fix += f"{', then ' if fix else ''}run the same command with --resume"
-        raise MachineError(what, where=str(error.filename or where), fix=fix) from error
+        raise MachineError(what, where=str(getattr(error, "filename", None) or where), fix=fix) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -199,6 +200,17 @@ def test_an_adapter_kept_gives_the_merged_model(converted, heal, model):
     assert "adapter/adapter_model.safetensors" in sent
     assert not [name for name in sent if "runs" in name]
     assert str(out.parent) not in (done.folder / "adapter/adapter_config.json").read_text()
+    assert "they load on the model before, `out`" in (done.folder / "README.md").read_text()
+
+
+def test_an_adapter_kept_by_a_recipe_has_its_model(surgery, model, text, tmp_path):
+    from peft import PeftModel
+
+    asked = (f"heal.data={text}", *(f"heal.{each}" for each in (*SMALL, "rank=2", "keep_adapter=true")))
+    assert surgery("apply", "mqa", model, *asked, "-o", "out", *FAST).code == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out.unhealed", dtype=torch.float32)
+    PeftModel.from_pretrained(stock, tmp_path / "out/adapter")
+    assert "load on the model before, `out.unhealed`" in (tmp_path / "out/README.md").read_text()
 
 
 def test_healed_twice(converted, heal):
@@ -210,6 +222,8 @@ def test_healed_twice(converted, heal):
     assert [each["settings"]["method"] for each in record["earlier"]] == ["parts"]
     card = (twice / "README.md").read_text()
     assert card.index("surgery heal OUT ") < card.index("surgery heal HEALED1 ")
+    assert "| | base | healed before | healed |" in card
+    assert "Before that it was trained on 128 tokens of words.txt (parts, distill)" in card
 
 
 def test_the_gate_ends_it_early(converted, heal):
@@ -218,6 +232,21 @@ def test_the_gate_ends_it_early(converted, heal):
     record = Report.of(done.folder).data["heal"]
     assert (record["ended_by"], record["steps"]) == ("gate", 1)
     assert "It ended early" in (done.folder / "README.md").read_text()
+
+
+def test_gradient_checkpointing_computes_again(converted, heal, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    out, calls, forward = converted(), [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or forward(self, x))
+    counts = []
+    for way in ("false", "true"):
+        calls.clear()
+        heal(out, "method=full", "loss=ce", f"gradient_checkpointing={way}", to=f"healed-{way}")
+        counts.append(sum(calls))
+    # Four steps of two layers: with checkpointing a layer runs without a gradient first, or twice with one.
+    assert counts[0] == 8
+    assert (counts[1], len(calls)) != (counts[0], counts[0])
 
 
 @pytest.mark.parametrize("way", ["gradient_checkpointing=true", "precision=bfloat16", "small forwards"])
@@ -232,6 +261,9 @@ def test_ways_to_compute(converted, heal, monkeypatch, way):
     one, two = (read(each.folder / "healing/metrics.jsonl") for each in (plain, other))
     rough = 0.05 if "bfloat16" in way else 1e-4
     assert [line["kl"] for line in two] == pytest.approx([line["kl"] for line in one], rel=rough)
+    rounded = [line["kl"] for line in two] != [line["kl"] for line in one]
+    assert rounded == ("bfloat16" in way or "small" in way), "it is another way to compute"
+    assert Report.of(other.folder).data["heal"]["bfloat16"] == ("bfloat16" in way)
     assert Report.of(other.folder).data["heal"]["merge_moved_logits"] < 1e-4
 
 
@@ -240,7 +272,19 @@ def test_the_clock_ends_it(converted, heal):
     record = Report.of(done.folder).data["heal"]
     assert record["ended_by"] == "minutes"
     assert record["steps"] >= 1
-    assert read(done.folder / "healing/metrics.jsonl")[-1]["learning_rate"] < 0.01
+    rates = [line["learning_rate"] for line in read(done.folder / "healing/metrics.jsonl")]
+    assert rates[-1] < 0.01
+
+
+def test_what_is_made_before_the_training_is_not_in_its_time(converted, heal, monkeypatch):
+    """The rate rises from the first step on, however long it took to ask a stored teacher."""
+    from surgery.healing import running
+
+    whole = running.store
+    monkeypatch.setattr(running, "store", lambda *args, **kwargs: time.sleep(1.5) or whole(*args, **kwargs))
+    done = heal(converted(), "method=parts", "steps=null", "minutes=0.05", "teacher=stored", "warmup=0.5")
+    rates = [line["learning_rate"] for line in read(done.folder / "healing/metrics.jsonl")]
+    assert rates[0] < 0.25 * 0.01  # a fraction of 1.5 s is half of the time
 
 
 # --- schedule -----------------------------------------------------------------------------------------------
@@ -399,3 +443,8 @@ def test_a_trainers_own_checkpoints_carry_the_record(tiny_llama, tmp_path):
     assert found[1]["recipe"]["operations"][0]["op"] == "gqa"
     card = (tmp_path / "run/checkpoint-2/README.md").read_text()
     assert "KV heads 3 → 1 in 2 layers" in card
+    folder = tmp_path / "run/checkpoint-2"
+    edit_json(folder / "surgery.json", check={"passed": True, "items": []})
+    sent = {file["name"] for file in package.push(folder, "me/x", dry_run=True)["files"]}
+    assert "model.safetensors" in sent
+    assert not [name for name in sent if name.startswith(("optimizer", "scheduler", "rng_state", "training_args"))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import edit_tensors
@@ -32,17 +34,28 @@ def edited(tiny_llama, tokenizer):
     return model
 
 
-def test_a_failed_healing_in_memory_leaves_the_model_as_it_was(edited, tiny_llama, tokenizer, text, monkeypatch):
+WAYS = [{"method": way} for way in ("parts", "full", "lora")]
+WAYS += [{"mixing": "head"}, {"method": "parts", "warm_start": 64}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_failed_healing_in_memory_leaves_the_model_as_it_was(edited, tiny_llama, tokenizer, text, monkeypatch, way):
+    """In the third step, when weights have changed."""
     before = {name: tensor.clone() for name, tensor in (*edited.named_parameters(), *edited.named_buffers())}
-    asked = SMALL | {"data": str(text), "method": "parts", "checkpoint_every": 1}
+    asked = SMALL | {"data": str(text), "steps": 4, "checkpoint_every": 1, "learning_rate": 0.1} | way
+    whole = training.HealTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
         assert self.args.save_strategy != "steps", "nobody could go on from a temporary folder"
-        self._stop("the loss is not a number")
+        if self.state.global_step == 2:
+            self._stop("the loss is not a number")
+        return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(training.HealTrainer, "compute_loss", broken)
-    with pytest.raises(SurgeryError, match="not a number in step 1"):
+    with pytest.raises(SurgeryError, match="not a number in step 3") as told:
         package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked)
+    assert not [word for word in ("checkpoint", "--overwrite") if word in str(told.value)]
+    monkeypatch.undo()
     after = dict((*edited.named_parameters(), *edited.named_buffers()))
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
@@ -57,6 +70,34 @@ def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokeni
     assert healed.data is report.data
     assert (healed.data["evaluation"], healed.data["check"]) == (None, None)
     assert healed.data["seeds"]["heal"] == 0
+
+
+def test_a_base_that_is_none(edited, tiny_llama, tokenizer, text, tmp_path):
+    with pytest.raises(SurgeryError, match="the base is this very model"):
+        package.heal(edited, edited, tokenizer=tokenizer, data=str(text), **SMALL)
+    package.apply("mqa", tiny_llama, output=tmp_path / "out", check=False, evaluate=False)
+    with pytest.raises(SurgeryError, match="base is a loaded LlamaForCausalLM, and a folder is healed beside"):
+        package.heal(tmp_path / "out", edited, output=tmp_path / "healed", data=str(text), **SMALL)
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_a_launchers_precision_is_not_ours(edited, tiny_llama, tokenizer, text, monkeypatch, asked):
+    """accelerate launch sets this; what heal says is what is done and written down."""
+    seen, name = [], "ACCELERATE_MIXED_PRECISION"
+    monkeypatch.setenv(name, "no" if asked == "bfloat16" else "bf16")
+    whole = training.HealTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        seen.append((self.accelerator.mixed_precision, torch.is_autocast_enabled("cpu")))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.HealTrainer, "compute_loss", watched)
+    settings = SMALL | {"data": str(text), "method": "parts", "precision": asked}
+    healed = package.heal(edited, tiny_llama, tokenizer=tokenizer, **settings)
+    rough = asked == "bfloat16"
+    assert healed.data["heal"]["bfloat16"] == rough
+    assert {precision for precision, _ in seen} == {"bf16" if rough else "no"}
+    assert os.environ[name] == ("no" if rough else "bf16")
 
 
 def test_in_memory_it_is_refused_before_the_model_is_edited(tiny_llama, tokenizer):

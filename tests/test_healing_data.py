@@ -19,7 +19,7 @@ from surgery.calibration.text import load_text
 from surgery.errors import SurgeryError
 from surgery.healing import data
 from surgery.healing.data import Packed, documents
-from surgery.healing.packing import arguments
+from surgery.healing.packing import IGNORED, arguments, reads_apart
 from surgery.runtime import modeling_surgery as runtime
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"
@@ -99,6 +99,22 @@ def test_a_folder_is_its_files_in_order(read, tmp_path):
     (folder / "picture.png").write_bytes(b"\0\1")
     want = [ids_of(text) for text in ("rain " * 3, "mat", "cat " * 20, "dogs " * 20)]
     assert list(read(folder)) == want
+
+
+def test_a_folders_own_papers_are_no_text(read, tmp_path):
+    """A data set's folder has a README; training on that would be no error and no use."""
+    datasets, folder = pytest.importorskip("datasets"), tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    for name in ("README.md", "LICENSE.txt", ".cache/left.txt"):
+        (folder / name).write_text("mat " * 50)
+    datasets.Dataset.from_dict({"text": ["cat " * 10, "dogs " * 10]}).to_parquet(str(folder / "data/train.parquet"))
+    assert list(read(folder)) == [ids_of("cat " * 10), ids_of("dogs " * 10)]
+    (folder / "more.txt").write_text("rain " * 20)
+    with pytest.raises(SurgeryError, match=r"both text \(more.txt\) and tables \(data.train.parquet\)"):
+        read(folder)
+    (folder / "data/train.parquet").unlink()
+    assert list(read(folder)) == [ids_of("rain " * 20)]
 
 
 def test_chats_are_written_by_the_template(read, tmp_path, tiny_llama):
@@ -212,6 +228,8 @@ def test_data_that_cannot_be_used_is_refused(read, tmp_path, monkeypatch):
     for name in ("owner/name", "wikitext"):
         with pytest.raises(SurgeryError, match=r"no file or folder has this name(.|\n)*attention-surgery\[data\]"):
             read(name)
+    with pytest.raises(SurgeryError, match="did you mean builtin"):
+        read("buildin")
     with pytest.raises(SurgeryError, match="no such text file, folder or data set"):
         read("a name with spaces")
     with pytest.raises(SurgeryError, match="needs rows with columns"):
@@ -295,6 +313,33 @@ def test_a_packed_row_is_its_documents_by_themselves(surgical):
     assert (packed - torch.cat(alone)).abs().max() < 1e-4
     crossing = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
     assert (packed - crossing).abs().max() > 0.1  # without positions they see each other
+
+
+ONE_TEXT = {"gpt_oss", "opt", "bloom", "mpt"}  # whose forwards keep positions from their masks
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+@torch.no_grad()
+def test_a_row_is_what_the_model_takes_it_for(family):
+    """Its documents by themselves, or one text from its first token to its last."""
+    model = TINY[family]().eval()
+    documents = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 15)]
+    rows = Packed(documents, 24, reads_apart(model))
+    batch = {name: tensor[None] for name, tensor in rows[0].items()}
+    packed = model(**arguments(model, batch, hidden=False)).logits[0]
+    texts = [documents[0] + documents[1]] if family in ONE_TEXT else documents
+    alone = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in texts]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-4 * max(1, packed.abs().max())
+    assert [place for place, label in enumerate(batch["labels"][0].tolist()) if label == IGNORED] == [0, 9]
+
+
+def test_some_rows():
+    rows = Packed([list(range(3, 60))], 8)
+    some = rows.some([5, 2])
+    assert len(some) == 2
+    assert [some[n]["input_ids"].tolist() for n in (0, 1)] == [rows[n]["input_ids"].tolist() for n in (5, 2)]
+    assert len(rows) == 7
+    assert some.sha256 != rows.sha256
 
 
 # --- text of the base ---------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from families import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
 from surgery.errors import MachineError, SurgeryError, TrainingError
+from surgery.folder import read_json
 from surgery.healing import checkpoints, training
 from surgery.healing.following import Follow, read
 from surgery.healing.heal import heal as run_heal
 
-SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01", "dropout=0.1")
+SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01")
 QUICK = ("--no-check", "--no-eval", "-q")
 
 
@@ -77,7 +78,7 @@ def curve(folder) -> list[tuple]:
 @pytest.mark.parametrize("step", [1, 5])
 def test_it_goes_on_to_the_same_weights(healing, stop, monkeypatch, tmp_path, method, step):
     """Dropout draws random numbers in every step of lora."""
-    more = (f"method={method}",)
+    more = (f"method={method}", *["dropout=0.1"] * (method == "lora"))
     healing("whole", *more)
     stop(step, Killed())
     with pytest.raises(Killed):
@@ -234,6 +235,70 @@ def test_killed_when_all_steps_are_done(healing, monkeypatch, tmp_path):
     assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
 
 
+def test_what_the_gate_ended_is_not_trained_on(healing, monkeypatch, tmp_path):
+    """Its last step is a checkpoint, whatever checkpoint_every says, and the run that goes on has nothing to train."""
+    from surgery.healing import heal
+
+    asked = ("method=parts", "eval_every=3", "stop_at_gate=true", "evaluate.max_kl=100", "checkpoint_every=50")
+    asked += (f"evaluate.text={tmp_path / 'words.txt'}", "evaluate.windows=1", "evaluate.length=16")
+    assert healing("whole", *asked).data["heal"]["ended_by"] == "gate"
+    error = Exception("I/O error: No space left on device (os error 28)")  # as safetensors says it
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(heal, "save_as_stored", full)
+    with pytest.raises(MachineError, match=r"the disk is full(.|\n)*--resume"):
+        healing("healed", *asked)
+    assert [path.name for path in checkpoints.whole(tmp_path / "healed.partial/healing")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    record = healing("healed", *asked, resume=True).data["heal"]
+    assert (record["ended_by"], record["steps"], record["resumed"]) == ("gate", 3, True)
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    assert curve(tmp_path / "healed") == curve(tmp_path / "whole")
+
+
+def test_what_the_base_wrote_outlives_a_failure_and_another_setting(healing, monkeypatch, tmp_path):
+    """It takes hours with a real model."""
+    from surgery.calibration import self_text
+    from surgery.healing import running
+
+    def broken(*_):
+        raise SurgeryError("models of different depth")
+
+    asked = ("method=parts", "data=self")
+    monkeypatch.setattr(running, "warm_start", broken)
+    with pytest.raises(SurgeryError, match="different depth"):
+        healing("healed", *asked, "warm_start=64")
+    monkeypatch.undo()
+    written, write = [], self_text._write
+    monkeypatch.setattr(self_text, "_write", lambda *args: written.append(1) or write(*args))
+    texts = {path: path.stat().st_ino for path in (tmp_path / "healed.partial/healing").glob("self-text-*")}
+    assert texts
+    with pytest.raises(SurgeryError, match="an unfinished run left"):
+        healing("healed", *asked)
+    report = healing("healed", *asked, overwrite=True)
+    assert not written
+    assert not report.data["heal"]["resumed"]
+    assert sorted(path.name for path in (tmp_path / "healed/healing").iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_stored_teacher_is_asked_about_the_rows_that_are_read(healing, stop, tmp_path):
+    """16 of the 25 of this text; a run to its end finds all that it asks for."""
+    stop(5, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=parts", "teacher=stored")
+    facts = read_json(tmp_path / "healed.partial/healing/teacher/teacher.json")
+    assert facts["rows"] == 16
+
+
+def test_a_layerwise_start_that_has_nothing_to_fit_is_refused_first(surgery, refused, model, text, tmp_path):
+    assert surgery("apply", "streaming", model, "-o", "split", *QUICK).code == 0
+    asked = ("heal", "split", *SETTINGS, f"data={text}", "warm_start=64", "--base", model, "-o", "healed")
+    refused(*asked, says=["a layer-wise start has nothing to train", "heal.warm_start=0"])
+    assert not list(tmp_path.glob("healed*"))
+
+
 def test_apply_goes_on_with_its_healing(surgery, model, text, stop, monkeypatch, tmp_path):
     asked = ("apply", "mqa", model, *(f"heal.{each}" for each in (*SETTINGS, "method=parts")), f"heal.data={text}")
     assert surgery(*asked, "-o", "whole", *QUICK).code == 0
@@ -262,7 +327,7 @@ def _main(*args) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="a signal that cannot be caught")
 def test_killed_ten_times(out, model, text, tmp_path):
     """A process of its own, killed at random moments, ten times."""
-    settings = [*SETTINGS, "steps=100", "checkpoint_every=1", f"data={text}", "method=lora"]
+    settings = [*SETTINGS, "steps=100", "checkpoint_every=1", f"data={text}", "method=lora", "dropout=0.1"]
     command = [sys.executable, "-m", "surgery", "heal", str(out), *settings, "--base", str(model), *QUICK, "-o"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     healed, draw, kills, inside = tmp_path / "healed", random.Random(0), 0, 0

@@ -46,6 +46,15 @@ def test_numbers_as_yaml_reads_them():
         ({"steps": 1, "length": 512, "batch_tokens": 511}, "batch_tokens 511 holds no row of heal.length 512"),
         ({"steps": 1, "stop_at_gate": True}, "needs heal.eval_every"),
         ({"steps": 1, "method": "full", "keep_adapter": True}, "is of method: lora, this is method: full"),
+        (
+            {"steps": 1, "method": "full", "alpha": 7},
+            "alpha is read by method: lora, this is method: full: drop it, or write null",
+        ),
+        ({"steps": 1, "mix": 0.9}, "mix is read with loss: both, this is loss: distill"),
+        ({"steps": 1, "loss": "ce", "temperature": 3}, "temperature is read by distillation"),
+        ({"steps": 1, "loss": "ce", "teacher": "stored"}, "teacher is read where a teacher is asked"),
+        ({"steps": 1, "top_k": 3}, "top_k is read with teacher: stored"),
+        ({"steps": 1, "column": "body"}, "column is read of rows with columns, this is data: self"),
         ({"steps": 1, "hidden": 0.5, "teacher": "stored"}, "does not keep"),
         ({"steps": 1, "learning_rate": float("nan")}, "finite number"),
         ({"steps": 1, "loss": "mse"}, "'ce', 'distill' or 'both'"),
@@ -58,8 +67,8 @@ def test_refused(fields, says):
 
 def test_a_recipe_with_heal(tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    loaded = recipes.load(tmp_path / "mine.yaml", ["heal.rank=4", "heal.minutes=2.5"])
-    assert loaded.heal == Heal(method="full", minutes=2.5, rank=4)  # minutes stand in place of its tokens
+    loaded = recipes.load(tmp_path / "mine.yaml", ["heal.warmup=0.1", "heal.minutes=2.5"])
+    assert loaded.heal == Heal(method="full", minutes=2.5, warmup=0.1)  # minutes stand in place of its tokens
     assert recipes.load(loaded.to_dict()).heal == loaded.heal
     assert recipes.load("gqa", ["heal.steps=3"]).heal == Heal(steps=3)  # where the recipe has none
     assert recipes.load(tmp_path / "mine.yaml", ["heal=null"]).heal is None
@@ -85,8 +94,8 @@ def test_faults_name_their_line(tmp_path, line, says):
 
 def test_settings_of_a_command():
     known = {"heal": {"method": "full", "tokens": 1000}, "evaluate": {"max_kl": 1.0}}
-    heal, judged = settings(known, overrides=["steps=3", "heal.loss=ce", "evaluate.windows=2"], rank=4)
-    assert heal == Heal(method="full", steps=3, loss="ce", rank=4)
+    heal, judged = settings(known, overrides=["steps=3", "heal.loss=ce", "evaluate.windows=2"], warmup=0.1)
+    assert heal == Heal(method="full", steps=3, loss="ce", warmup=0.1)
     assert (judged.windows, judged.max_kl) == (2, 1.0)
     assert settings(known, {"steps": 2})[0] == Heal(steps=2)
     assert settings(known, Heal(steps=2, rank=3))[0] == Heal(steps=2, rank=3)
@@ -134,7 +143,7 @@ def test_what_trains(family):
     }
 
     def chosen(method):
-        heal = Heal(steps=1, method=method, rank=2)
+        heal = Heal(steps=1, method=method, rank=2 if method == "lora" else 16)
         is_linear = lambda path: isinstance(model.get_submodule(path), nn.Linear)  # noqa: E731
         return choose(heal, anatomy, table, frozenset("kv"), is_linear)
 

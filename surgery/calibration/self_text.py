@@ -29,7 +29,7 @@ from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
 from .fingerprint import fingerprint
 from .layer_files import LayerFiles
-from .text import begin_of_text, fitting_length
+from .text import SELF_TEXT, begin_of_text, fitting_length
 
 # Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
 # (examples/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
@@ -61,7 +61,7 @@ def sample(
     ends = _ends(model, tokenizer)
     settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin, "ends": sorted(ends)}
     settings |= {"model": fingerprint(model)} if folder else {}
-    kept = LayerFiles(folder, "self-text", settings)
+    kept = LayerFiles(folder, SELF_TEXT, settings)
     found: list[list[int]] = []
     number, done, writer = 0, 0, with_growing_cache(model)
     while done < tokens:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 BUILTIN = "builtin"
+SELF_TEXT = "self-text"  # files of what a model wrote itself (self_text.py)
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
 
 _OWN_FILE = "give a UTF-8 text file of your own: --text FILE"

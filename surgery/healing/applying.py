@@ -1,6 +1,7 @@
 """A recipe with a `heal:` block, from folder to folder: convert, score, heal, check, score again, in one go.
 
-The converted model stands in OUT.unhealed until OUT is complete: a run that was stopped goes on from there.
+The converted model stands in OUT.unhealed until OUT is complete: a run that was stopped goes on from there. It stays
+where an adapter is kept, which loads on it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def apply_and_heal(
     healed, source = heal_folder(unhealed, converted, named, recipe.heal, recipe.evaluate, out, **settings)
     if healed is not None:
         finish(healed, unhealed, source, recipe.evaluate if evaluate else None, check, gate, progress)
-        remove_own(unhealed)
+        if not recipe.heal.keep_adapter:
+            remove_own(unhealed)
     return healed
 
 

@@ -6,7 +6,6 @@ lists the others with their sizes. A folder without it, or with a file of anothe
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -15,12 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import MachineError
-from ..output import write_json
+from ..output import disk_full, write_json
 
 COMPLETE = "complete.json"
 WEIGHTS = "trainable.safetensors"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-FULL = ("No space left", "failed writing file", "Disk quota")  # how torch and safetensors say it
 
 
 def complete(folder: Path, **facts) -> None:
@@ -77,7 +74,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
-        full = getattr(error, "errno", None) in NO_SPACE or any(word in str(error) for word in FULL)
+        full = disk_full(error)
         if not full and not isinstance(error, OSError):
             raise
         kept = whole(folder.parent)

@@ -3,7 +3,8 @@
     self       text that the base writes (calibration/self_text.py)
     builtin    the calibration part of the built-in text, one document; the held-out part is for scores
     FILE       a text file is one document (long ones are cut into rows anyway); of a .jsonl file each line is one
-    FOLDER     its .txt, .md and .jsonl files, those in folders below it too, in the order of their paths
+    FOLDER     its .txt, .md and .jsonl files, those in folders below it too, in the order of their paths; not README,
+               LICENSE and what begins with a dot
     OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its parts. A
                folder of other files (parquet, ...) is read in the same way.
 
@@ -34,6 +35,8 @@ SELF, TEXT, MESSAGES = "self", "text", "messages"
 LINES = (".jsonl", ".ndjson")
 PLAIN = (".txt", ".md", ".text")
 TOGETHER = 64  # texts that are tokenised at a time
+ABOUT = ("readme", "license", "licence", "notice", "changelog")  # of a folder's files, not its text
+TABLES = (".parquet", ".arrow")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -150,7 +153,13 @@ def _source(heal, tokenizer) -> Source:
     if path.is_file():
         return Source(path.name, name, _file(path, heal, tokenizer))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in LINES + PLAIN and file.is_file())
+        files = _texts_in(path)
+        if files and (table := next((file for end in TABLES for file in path.rglob(f"*{end}")), None)):
+            raise SurgeryError(
+                f"this folder holds both text ({files[0].relative_to(path)}) and tables ({table.relative_to(path)})",
+                where=f"heal.data: {name}",
+                fix="name the file that is meant, or a folder with one kind alone",
+            )
         if files:
             return Source(path.resolve().name, name, (text for file in files for text in _file(file, heal, tokenizer)))
         return Source(path.resolve().name, name, _data_set(str(path), None, heal, tokenizer))
@@ -164,8 +173,25 @@ def _source(heal, tokenizer) -> Source:
             exists=close,
             fix="check the path, or use self (text that the base writes) or builtin",
         )
+    if close := nearest(name, [SELF, BUILTIN]):
+        raise SurgeryError(
+            "no file, folder or data set of the Hub is meant by this, it seems",
+            where=f"heal.data: {name}",
+            fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
+        )
     repository, _, config = name.partition(":")
     return Source(name, name, _data_set(repository, config or None, heal, tokenizer))
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The files of a folder that are its text."""
+
+    def is_text(file: Path) -> bool:
+        hidden = any(step.startswith(".") for step in file.relative_to(folder).parts)
+        about = file.suffix.lower() in PLAIN and file.stem.lower() in ABOUT
+        return file.suffix.lower() in LINES + PLAIN and not hidden and not about and file.is_file()
+
+    return sorted(file for file in folder.rglob("*") if is_text(file))
 
 
 def _beside(path: Path) -> list[Path]:

@@ -66,9 +66,12 @@ class Follow(TrainerCallback):
             scores = self.watch.measure(model)
             line |= scores.figures
             if self.heal.stop_at_gate and scores.passed:
-                self.ended, control.should_training_stop = "gate", True
+                self.ended = "gate"
         if self._time_is_over():
-            self.ended, control.should_training_stop = "minutes", True
+            self.ended = "minutes"
+        if self.ended != "steps":  # nothing is lost of what comes after it: the result is made from this checkpoint
+            control.should_training_stop, control.should_save = True, bool(self.heal.checkpoint_every)
+            self.trainer.ended = self.ended
         if state.is_world_process_zero:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -129,7 +129,7 @@ def _led(layer: Pair, seen: Seen, then: Callable[[Pair, torch.Tensor], None]) ->
         if layer.runs:
             with suppress(Enough):
                 own(*args, **kwargs)
-        return seen.result
+        return _as(seen.result, layer.output.weight.dtype)  # a base in bfloat16 beside a student in float32
 
     def after_output(_, __, output):
         found.append(output)
@@ -153,6 +153,13 @@ def _led(layer: Pair, seen: Seen, then: Callable[[Pair, torch.Tensor], None]) ->
             layer.block.forward = own
         else:
             del layer.block.forward
+
+
+def _as(result, dtype: torch.dtype):
+    """What a layer gave, a tensor or a tuple with some in it, in another dtype."""
+    if isinstance(result, tuple):
+        return tuple(_as(each, dtype) for each in result)
+    return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 def error_of(output: torch.Tensor, wanted: torch.Tensor, loud: torch.Tensor) -> torch.Tensor:

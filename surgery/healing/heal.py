@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..anatomy import Anatomy
+from ..calibration.text import SELF_TEXT
 from ..carried import carry_files
 from ..checkpoint import WEIGHT_INDEX, Checkpoint
 from ..conversion import stored_dtypes
@@ -61,8 +62,8 @@ def heal(
 
     Args:
         model: the folder, or a model that `surgery.apply` edited.
-        base: what it was made from: folder, name, Hub id or loaded model (which is left frozen); default what its
-            record names.
+        base: what it was made from: folder, name or Hub id, or of a loaded model a loaded one (which is left frozen);
+            default what its record names.
         settings: as the `heal:` block of a recipe; default the block of its own recipe.
         overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
         tokenizer: of a model in memory.
@@ -82,6 +83,11 @@ def heal(
         if names := [name for name in given if given[name]]:
             raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
         return heal_in_memory(model, base, settings, overrides, tokenizer, progress, on_plan, fields)
+    if base is not None and not isinstance(base, str | Path):
+        raise SurgeryError(
+            f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
+            fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
+        )
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='healed'")
     folder = Path(model)
@@ -99,6 +105,7 @@ def heal(
         overwrite=overwrite,
         progress=progress,
         on_plan=on_plan,
+        scored=evaluate and judged_by is not None,
         refuse=(lambda source: refuse_unscorable(source, judged_by)) if evaluate and judged_by is not None else None,
     )
     if healed is not None:
@@ -117,6 +124,7 @@ def heal_folder(
     overrides: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    scored: bool = True,
     progress: Progress | None = None,
     on_plan=None,
     refuse=None,
@@ -125,6 +133,7 @@ def heal_folder(
 
     Args:
         overrides: as typed in a command of its own; None where the healing is a part of a recipe.
+        scored: whether the result is to be scored beside the base, where that is known.
         refuse: called with the base's folder, where there is one, before anything is written; may raise.
 
     Returns:
@@ -135,7 +144,7 @@ def heal_folder(
     from .running import Job, train
 
     ranks, weights = Ranks(), Checkpoint(folder)
-    source = base_folder(report.data, base, needed=asked.needs_base)
+    source = base_folder(report.data, base, needed=asked.needs_base, wanted=scored or bool(asked.eval_every))
     if refuse and source is not None:
         refuse(source)
     anatomy, rewritten = _refused(folder), rewritten_by(report.data)
@@ -146,7 +155,7 @@ def heal_folder(
     if on_plan and ranks.first:
         on_plan(plan)
     identity = _identity(asked, report, source)
-    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite)
+    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, spared=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
     if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
@@ -173,6 +182,7 @@ def heal_folder(
             save_as_stored(model, partial, dtype)
             records.draw(partial / RUN)
             data = records.renewed(report.data, asked, judged_by) | {"plan_hash": identity}
+            facts |= {"adapter_of": folder.name} if asked.keep_adapter else {}
             data["heal"] = records.made(asked, facts, report.data.get("heal"))
             files = weight_files(partial) | weight_files(partial, ADAPTER)
             data |= {"files": files, "left_behind": carry_files(folder, partial, _files(weights))}
@@ -249,13 +259,14 @@ def _files(weights: Checkpoint) -> set[str]:
 
 @contextmanager
 def _keeping(run: Path) -> Iterator[None]:
-    """Where there are checkpoints, no error takes them away: what is mended goes on with --resume."""
+    """No error takes away checkpoints, text of the base or a stored teacher: what is mended goes on with --resume."""
     from .checkpoints import whole
+    from .running import TEACHER
 
     try:
         yield
     except SurgeryError as error:
-        error.resumable = error.resumable or bool(whole(run))
+        error.resumable = error.resumable or any((whole(run), (run / TEACHER).exists(), *run.glob(f"{SELF_TEXT}-*")))
         raise
 
 

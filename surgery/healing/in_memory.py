@@ -31,7 +31,13 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     refuse_settings(asked, model.config)
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
-        source = base_folder(report.data, base, needed=asked.needs_base)
+        source = base_folder(report.data, base, needed=asked.needs_base, wanted=bool(asked.eval_every))
+    elif source is model:
+        raise SurgeryError(
+            "the base is this very model, which was edited in place",
+            where=type(model).__name__,
+            fix="load it again: AutoModelForCausalLM.from_pretrained(BASE)",
+        )
     operations, table = report.data["operations"], model_table(model)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
@@ -40,7 +46,7 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
         on_plan(plan)
     run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
     with in_float32(model), tempfile.TemporaryDirectory(prefix="surgery-") as run:
-        more = {"operations": operations, "evaluate": judged_by, "progress": progress}
+        more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
         job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)
     earlier = report.data.get("heal")

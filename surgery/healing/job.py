@@ -17,6 +17,7 @@ from ..quiet import quiet_transformers
 from ..scoring import load_model
 from .data import Packed, documents
 from .losses import cross_entropy
+from .packing import reads_apart
 from .planned import micro_rows
 from .ranks import processes
 from .training import use_bfloat16
@@ -43,6 +44,7 @@ class Job:
         identity: of settings, model and base; a run that goes on must have the same.
         evaluate: text and limits of the recipe, for held-out scores while it trains.
         adapter: where the adapter is kept, if `heal.keep_adapter`.
+        in_memory: the model is the user's: an error leaves it as it was, and there is no run to go on from.
     """
 
     heal: Heal
@@ -54,6 +56,7 @@ class Job:
     identity: str = ""
     evaluate: Evaluate | None = None
     adapter: Path | None = None
+    in_memory: bool = False
     progress: Callable[[int, int, str], None] | None = None
     _base: list = field(default_factory=list)
 
@@ -99,7 +102,7 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
             folder=job.run if heal.data == SELF else None,
             progress=job.progress,
         )
-        packed = Packed(found, heal.length)
+        packed = Packed(found, heal.length, apart=reads_apart(model))
         facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
         if known and known.get("data") != facts["data"]:
             raise TrainingError(

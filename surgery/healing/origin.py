@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .settings import Heal
 
 
-def base_folder(data: dict, base, *, needed: bool) -> Path | None:
-    """The folder of the base.
+def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path | None:
+    """The folder of the base; None where it is not known, or nobody asks for it.
 
     Args:
         data: of surgery.json.
         base: what the user named, or None: then what the record names, if it is the demo model or on the Hub.
         needed: whether the training asks the base something.
+        wanted: whether anything else does: else it is not looked for, which may be a download.
 
     Raises:
         SurgeryError: it is needed and unknown, or what was named is another model than the record's.
@@ -30,6 +31,8 @@ def base_folder(data: dict, base, *, needed: bool) -> Path | None:
     from ..same_base import another_base
 
     known = data["base"]
+    if base is None and not needed and not wanted:
+        return None
     if base is None:
         name = f"{known['hub_id']}@{known['revision']}" if known.get("hub_id") and known.get("revision") else None
         name = DEMO if known.get("name") == DEMO else name

@@ -71,9 +71,16 @@ class HealPlan:
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
+        trained, inside = choose(heal, anatomy, table | mixing, rewritten, more=more), [x.path for x in anatomy.layers]
+        if heal.warm_start and not more and not any(name.startswith(tuple(inside)) for name in trained.parameters):
+            raise SurgeryError(
+                "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
+                where="heal.warm_start",
+                fix="heal.warm_start=0, or heal.method=full",
+            )
         return cls(
             heal,
-            choose(heal, anatomy, table | mixing, rewritten, more=more),
+            trained,
             sum(prod(shape) for _, shape in table.values()) + more,
             base.parameters if base is not None and heal.needs_base else 0,
             hidden,
@@ -117,13 +124,22 @@ class HealPlan:
         return sum(self.memory.values())
 
     @property
+    def teacher_bytes(self) -> int:
+        """Of a stored teacher on disk; how many rows the clock's training will read is not known here."""
+        heal = self.heal
+        if heal.teacher != "stored" or heal.loss == "ce" or not heal.planned_steps:
+            return 0
+        return heal.planned_steps * heal.rows * heal.length * token_bytes(heal.top_k, self.vocabulary)
+
+    @property
     def checkpoint_bytes(self) -> int:
         return 4 * (1 + MOMENTS) * self.trained.count
 
     @property
     def disk_bytes(self) -> int:
-        """Checkpoints that are on the disk at once."""
-        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        """Checkpoints that are on the disk at once, and a stored teacher."""
+        kept = self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        return kept + self.teacher_bytes
 
     @property
     def lines(self) -> list[str]:
@@ -164,6 +180,7 @@ class HealPlan:
             "memory_bytes": self.memory_bytes,
             "memory": self.memory,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "teacher_bytes": self.teacher_bytes,
         }
 
 
@@ -204,8 +221,15 @@ def rows_each(heal: Heal, processes: int) -> int:
     return rows
 
 
+def token_bytes(top_k: int, vocabulary: int) -> int:
+    """What `stored.py` keeps of one token: probabilities of k tokens and of the rest in float16, and k numbers."""
+    kept = min(top_k, vocabulary)
+    return 2 * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
+
+
 def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:
     """Rows of one forward: the most that divide those of a step, have at most MICRO_TOKENS, and logits of at most
-    MICRO_LOGITS; at least one. How a step is cut into forwards changes its sums by rounding alone."""
+    MICRO_LOGITS; at least one. How a step is cut into forwards changes its sums by rounding alone, but
+    for the load-balance loss of routers: that is of a forward's tokens, and the mean of such is not the whole's."""
     most = min(MICRO_TOKENS, MICRO_LOGITS // vocabulary if vocabulary else MICRO_TOKENS)
     return max(count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= most or count == 1))

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
@@ -27,7 +28,14 @@ from .sharding import Engine, put, training
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Table, Trained, choose, summed_up
-from .training import HealTrainer, arguments, enough_memory, use_bfloat16, without_attention_dropout
+from .training import (
+    HealTrainer,
+    arguments,
+    enough_memory,
+    own_precision,
+    use_bfloat16,
+    without_attention_dropout,
+)
 from .warm_start import warm_start
 from .watching import HeldOut
 
@@ -58,13 +66,13 @@ def train(model, job: Job) -> dict:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
-    with enough_memory(heal), without_attention_dropout(model):
+    with enough_memory(heal, job.in_memory), own_precision(heal), without_attention_dropout(model):
         watch = _watch(job)  # before a text is written, which takes longest: it may refuse
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
         record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
-        student = None
+        student, first = None, _copies(model, trained) if job.in_memory else {}
         try:
             if mixing:
                 add_mixing(model, job.base, heal.mixing, orders)
@@ -73,9 +81,10 @@ def train(model, job: Job) -> dict:
             student = _prepared(model, heal, trained)
             record |= _loop(student, model, job, packed, watch)
         except BaseException:
-            if heal.method == "lora" and student is not None:  # a model in memory can be used as it was
+            if heal.method == "lora" and student is not None:
                 student.unload()
             unmix(model)
+            _put_back(model, first)
             raise
         finally:
             model.config.use_cache = use_cache
@@ -90,6 +99,17 @@ def train(model, job: Job) -> dict:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
     return record | {"wall_seconds": round(time.time() - began, 1)}
+
+
+def _copies(model, trained: Trained) -> dict[str, torch.Tensor]:
+    """What trains, as it is before: a model in memory can be used as it was when the training fails."""
+    there = dict(model.named_parameters())  # mixing weights are not yet
+    return {name: there[name].detach().to("cpu", copy=True) for name in trained.parameters if name in there}
+
+
+def _put_back(model, first: dict[str, torch.Tensor]) -> None:
+    for name, tensor in first.items():
+        model.get_parameter(name).data.copy_(tensor)
 
 
 def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
@@ -179,9 +199,17 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     folder = job.run / TEACHER
     with processes().main_process_first():
         kept = {"top_k": heal.top_k, "temperature": heal.temperature}
-        store(job.base_model(), packed, folder, **kept, progress=job.progress)
+        store(job.base_model(), _read_rows(packed, heal), folder, **kept, progress=job.progress)
     job.forget_base()
     return StoredTeacher(folder)
+
+
+def _read_rows(packed: Packed, heal: Heal) -> Packed:
+    """The rows that a training of so many steps will read: of a long text these may be few."""
+    if not heal.planned_steps or (count := heal.planned_steps * heal.rows) >= len(packed):
+        return packed
+    rows = Rows(packed, count, heal.seed)
+    return packed.some(sorted(rows.place(number) for number in range(count)))
 
 
 def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
@@ -195,6 +223,8 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
             remove_cut_off(job.run)
         last = (whole(job.run) or [None])[-1]
     facts = facts_of(last) if last else {"seconds": 0.0, "shared": list(engine.shared)}
+    if facts.get("ended"):  # by the clock or the gate: nothing is left to train
+        steps = facts["step"]
     if facts.get("shared", []) != list(engine.shared):
         raise TrainingError(
             "the checkpoint's optimizer is stored as another engine shares it out",
@@ -205,6 +235,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
+    follow.ended = facts.get("ended") or follow.ended
     with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
@@ -215,9 +246,11 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
             plain=plain,
             teacher=teacher,
             clock=clock,
+            in_memory=job.in_memory,
         )
         trainer.remove_callback(PrinterCallback)
         follow.trainer = trainer
+        clock.start(facts["seconds"])  # the first rate is made before the training begins
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
@@ -247,7 +280,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _keep_adapter(student, job: Job) -> None:
-    """Save the adapter, without the folder of this machine that peft notes: the card says what it belongs to."""
+    """Save the adapter, without the folder of this machine that peft notes: the card says what it loads on."""
     student.save_pretrained(job.adapter)
     file = job.adapter / "adapter_config.json"
     write_json(file, read_json(file) | {"base_model_name_or_path": None})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -55,7 +57,11 @@ class Heal(BaseModel):
         "are plain weights afterwards; channel: a weight for each of their channels. With parts, K and V themselves "
         "stay as merged; with lora and full they train beside.",
     )
-    balance: Number = Field(0.01, ge=0, description="Weight of the load-balance loss of routers that train.")
+    balance: Number = Field(
+        0.01,
+        ge=0,
+        description="Weight of the load-balance loss of routers that train; it is of the tokens of one forward.",
+    )
     teacher: Literal["live", "stored"] = Field(
         "live", description="live: the base runs beside; stored: once before, its likeliest tokens kept on disk."
     )
@@ -82,7 +88,9 @@ class Heal(BaseModel):
         None, gt=0, description="Highest learning rate; default 5e-4 for lora and parts, 2e-4 for full."
     )
     warmup: Number = Field(0.05, ge=0, lt=1, description="Share of the training in which the rate rises.")
-    weight_decay: Number = Field(0.0, ge=0, description="Of AdamW; not of biases, norms and surgery parameters.")
+    weight_decay: Number = Field(
+        0.0, ge=0, description="Of AdamW, on matrices (routers among them); not on biases, norms, sinks and gates."
+    )
     clip: Number = Field(1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the products; the weights that train are float32. auto: bfloat16 on a GPU that has it."
@@ -96,7 +104,11 @@ class Heal(BaseModel):
     stop_at_gate: bool = Field(False, description="Stop when that score passes the recipe's gate.")
     checkpoint_every: Count = Field(50, ge=0, description="Steps between checkpoints; 0: none.")
     keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
-    keep_adapter: bool = Field(False, description="lora: save the adapter too, for the model as it was before.")
+    keep_adapter: bool = Field(
+        False,
+        description="lora: save the adapter too; it loads on the model as it was before (of apply: OUT.unhealed). "
+        "It stays.",
+    )
     report_to: str = Field(
         "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
     )
@@ -104,6 +116,7 @@ class Heal(BaseModel):
 
     @model_validator(mode="after")
     def _fitting(self) -> Heal:
+        fields = type(self).model_fields
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"it has {' and '.join(given)}" if given else "it has none of them"
@@ -116,9 +129,22 @@ class Heal(BaseModel):
             raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
         if self.keep_adapter and self.mixing != "none":
             raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
+        for names, there, which in self._unread():
+            if there and (given := [name for name in names if getattr(self, name) != fields[name].get_default()]):
+                default = json.dumps(fields[given[0]].get_default())
+                raise _fault(f"heal.{given[0]} is read {which}: drop it, or write {default}")
         if self.hidden and self.teacher == "stored":
             raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
         return self
+
+    def _unread(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+        """Fields, whether nobody would read them, and who does."""
+        yield ("rank", "alpha", "dropout"), self.method != "lora", f"by method: lora, this is method: {self.method}"
+        yield ("mix",), self.loss != "both", f"with loss: both, this is loss: {self.loss}"
+        yield ("temperature",), self.loss == "ce", "by distillation, this is loss: ce"
+        yield ("teacher",), self.loss == "ce" and not self.hidden, "where a teacher is asked, loss: ce asks none"
+        yield ("top_k",), self.teacher != "stored", f"with teacher: stored, this is teacher: {self.teacher}"
+        yield ("column",), self.data in ("self", "builtin"), f"of rows with columns, this is data: {self.data}"
 
     @property
     def rows(self) -> int:

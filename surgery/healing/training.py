@@ -6,6 +6,7 @@ random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
 SCALAR_RATE = 10.0
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
 
 
@@ -44,13 +46,15 @@ class HealTrainer(Trainer):
         plain: the Transformers model, which adapters may be around.
         teacher: gives the loss and its parts.
         clock: counts the seconds; ends the training where `heal.minutes` says so.
+        in_memory: there is no run that could be begun anew.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, heal: Heal, plain, teacher: Teacher, clock: Clock, **kwargs):
+    def __init__(self, *args, heal: Heal, plain, teacher: Teacher, clock: Clock, in_memory: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.heal, self.plain, self.teacher, self.clock = heal, plain, teacher, clock
+        self.heal, self.plain, self.teacher, self.clock, self.in_memory = heal, plain, teacher, clock, in_memory
+        self.ended = ""  # by what, before its last step
         self.model_accepts_loss_kwargs = True  # else the Trainer would divide by the forwards of a step again
         self.routed = any("surgery_router" in name and p.requires_grad for name, p in self.model.named_parameters())
         self.sums: dict[str, float] = {}
@@ -101,12 +105,13 @@ class HealTrainer(Trainer):
 
     def _stop(self, what: str) -> None:
         kept = whole(Path(self.args.output_dir))
+        there = "" if self.in_memory else "no checkpoint yet"
         raise TrainingError(
             f"{what} in step {self.state.global_step + 1}",
             where="heal",
-            exists=f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint yet",
-            fix=f"a lower heal.learning_rate (now {self.heal.rate:g}), heal.precision=float32, or other data; "
-            "a changed setting begins anew: --overwrite",
+            exists=f"the last good checkpoint is {kept[-1]}" if kept else there,
+            fix=f"a lower heal.learning_rate (now {self.heal.rate:g}), heal.precision=float32, or other data"
+            + anew(self.in_memory),
         )
 
     def log(self, logs, start_time=None) -> None:
@@ -158,7 +163,8 @@ class HealTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 shared = sharding.Engine.here().shared
-                complete(folder, step=self.state.global_step, seconds=self.clock.seconds, shared=list(shared))
+                facts = {"step": self.state.global_step, "seconds": self.clock.seconds, "ended": self.ended}
+                complete(folder, **facts, shared=list(shared))
         if self.args.should_save:
             keep_newest(folder.parent, self.heal.keep_checkpoints)
 
@@ -216,8 +222,22 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
 def use_bfloat16(heal: Heal) -> bool:
     """Whether products are computed in bfloat16: on a GPU that has it, a CPU is slower with it than without."""
     if heal.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return heal.precision == "bfloat16"
+
+
+@contextmanager
+def own_precision(heal: Heal) -> Iterator[None]:
+    """What a launcher says of precision (accelerate's own variable) is what `heal.precision` says."""
+    before = os.environ.get(PRECISION)
+    os.environ[PRECISION] = "bf16" if use_bfloat16(heal) else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PRECISION]
+        else:
+            os.environ[PRECISION] = before
 
 
 @contextmanager
@@ -242,8 +262,13 @@ def without_attention_dropout(model) -> Iterator[None]:
             setattr(module, name, rate)
 
 
+def anew(in_memory: bool) -> str:
+    """What else an error's remedy needs, where it changes a setting."""
+    return "" if in_memory else "; a changed setting begins anew: --overwrite"
+
+
 @contextmanager
-def enough_memory(heal: Heal) -> Iterator[None]:
+def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
     """Out of memory as an error that names what can be turned."""
     try:
         yield
@@ -256,6 +281,6 @@ def enough_memory(heal: Heal) -> Iterator[None]:
             where="heal",
             exists=f"batch_tokens {heal.batch_tokens}, gradient_checkpointing {heal.gradient_checkpointing}, "
             f"length {heal.length}",
-            fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length; "
-            "a changed setting begins anew: --overwrite",
+            fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length"
+            + anew(in_memory),
         ) from error
