@@ -142,8 +142,8 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
 def loop(args) -> None:
     from transformers import AutoModelForCausalLM
 
+    from surgery.healing.around import use_bfloat16
     from surgery.healing.settings import Heal
-    from surgery.healing.training import use_bfloat16
     from surgery.scoring import read_tokenizer
 
     tokenizer, merged = read_tokenizer(resolve(args.model).path), random_model(args)
@@ -186,10 +186,10 @@ def bare_loop(model, tokenizer, heal, args) -> float:
     """Tokens a second of Transformers' Trainer as it comes, on rows of the same text, as many in a forward."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+    from surgery.healing.around import use_bfloat16
     from surgery.healing.data import Packed, documents
     from surgery.healing.planned import micro_rows
     from surgery.healing.ranks import on_cpu
-    from surgery.healing.training import use_bfloat16
     from surgery.quiet import quiet_transformers
 
     ends = []  # of the steps

@@ -87,14 +87,15 @@ def _how(record: dict) -> list[str]:
     )
     if (rounds := record["tokens"] / max(1, data.get("rows", 0) * settings["length"])) > 1.5 and data.get("rows"):
         lines.append(f"It read these texts {rounds:.1f} times")
-    for earlier in record.get("earlier") or []:
+    for earlier in reversed(record.get("earlier") or []):
         asked = earlier["settings"]
         lines.append(
             f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
             f"({asked['method']}, {asked['loss']})"
         )
-    if record.get("adapter_of"):
-        lines.append(f"The updates alone are in `adapter/`; they load on the model before, `{record['adapter_of']}`")
+    if settings["keep_adapter"]:
+        before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
+        lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
     if None not in (loss.get("first"), loss.get("last")):

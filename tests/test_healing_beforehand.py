@@ -72,6 +72,23 @@ def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokeni
     assert healed.data["seeds"]["heal"] == 0
 
 
+@pytest.mark.parametrize(
+    "way", [{"method": "lora"}, {"mixing": "head", "method": "parts"}, {"mixing": "head"}], ids=str
+)
+def test_a_failed_merge_in_memory_leaves_the_model_as_it_was(edited, tiny_llama, tokenizer, text, monkeypatch, way):
+    """The training is through: what was merged or folded is taken back, whatever of it was done."""
+    before = {name: tensor.clone() for name, tensor in edited.named_parameters()}
+    monkeypatch.setattr("surgery.healing.adapters.TOLERANCE", -1.0)
+    monkeypatch.setattr("surgery.healing.mixing.TOLERANCE", -1.0 if way.get("method") == "parts" else 1.0)
+    asked = SMALL | {"data": str(text), "gradient_checkpointing": True, "learning_rate": 0.1} | way
+    with pytest.raises(SurgeryError, match="moved the logits"):
+        package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked)
+    after = dict(edited.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not edited.is_gradient_checkpointing
+
+
 def test_a_base_that_is_none(edited, tiny_llama, tokenizer, text, tmp_path):
     with pytest.raises(SurgeryError, match="the base is this very model"):
         package.heal(edited, edited, tokenizer=tokenizer, data=str(text), **SMALL)

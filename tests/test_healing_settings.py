@@ -48,13 +48,16 @@ def test_numbers_as_yaml_reads_them():
         ({"steps": 1, "method": "full", "keep_adapter": True}, "is of method: lora, this is method: full"),
         (
             {"steps": 1, "method": "full", "alpha": 7},
-            "alpha is read by method: lora, this is method: full: drop it, or write null",
+            "alpha is read by method: lora, and this is full: drop it, or write null",
         ),
-        ({"steps": 1, "mix": 0.9}, "mix is read with loss: both, this is loss: distill"),
+        (
+            {"steps": 1, "mix": 0.9, "top_k": 3},
+            "mix is read with loss: both, .* heal.top_k is read",
+        ),
         ({"steps": 1, "loss": "ce", "temperature": 3}, "temperature is read by distillation"),
         ({"steps": 1, "loss": "ce", "teacher": "stored"}, "teacher is read where a teacher is asked"),
         ({"steps": 1, "top_k": 3}, "top_k is read with teacher: stored"),
-        ({"steps": 1, "column": "body"}, "column is read of rows with columns, this is data: self"),
+        ({"steps": 1, "column": "body"}, "column is read of data with columns .*, not of self"),
         ({"steps": 1, "hidden": 0.5, "teacher": "stored"}, "does not keep"),
         ({"steps": 1, "learning_rate": float("nan")}, "finite number"),
         ({"steps": 1, "loss": "mse"}, "'ce', 'distill' or 'both'"),
@@ -63,6 +66,18 @@ def test_numbers_as_yaml_reads_them():
 def test_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         Heal(**fields)
+
+
+def test_what_another_method_leaves_unread_goes_with_it():
+    """A second healing begins with the block of the first, whole."""
+    known = Heal(steps=3, rank=8, dropout=0.1, loss="both", mix=0.3, teacher="stored", top_k=32, temperature=2.0)
+    known = {"heal": known.model_dump(), "evaluate": None}
+    found, _ = settings(known, overrides=["method=parts", "loss=ce", "teacher=live"])
+    assert found == Heal(steps=3, method="parts", loss="ce")
+    found, _ = settings(known, overrides=["loss=distill"])
+    assert found == Heal(steps=3, rank=8, dropout=0.1, teacher="stored", top_k=32, temperature=2.0)
+    with pytest.raises(SurgeryError, match="rank is read by method: lora"):
+        settings(known, overrides=["method=parts", "rank=4"])
 
 
 def test_a_recipe_with_heal(tmp_path):

@@ -135,7 +135,7 @@ def healing(work) -> None:
     for line in work.lines:
         out.print(line)
     kept = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
-    kept += f", a stored teacher of {size(work.teacher_bytes)}" if work.teacher_bytes else ""
+    kept += f", a stored teacher of at most {size(work.teacher_bytes)}" if work.teacher_bytes else ""
     engine, parts = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
     where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
     out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{kept}")

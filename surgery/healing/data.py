@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ SELF, TEXT, MESSAGES = "self", "text", "messages"
 LINES = (".jsonl", ".ndjson")
 PLAIN = (".txt", ".md", ".text")
 TOGETHER = 64  # texts that are tokenised at a time
-ABOUT = ("readme", "license", "licence", "notice", "changelog")  # of a folder's files, not its text
-TABLES = (".parquet", ".arrow")
+ABOUT = ("readme", "license", "licence", "changelog")  # of a folder's files, not its text
+TABLES = (".parquet", ".arrow", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -153,11 +154,12 @@ def _source(heal, tokenizer) -> Source:
     if path.is_file():
         return Source(path.name, name, _file(path, heal, tokenizer))
     if path.is_dir():
-        files = _texts_in(path)
-        if files and (table := next((file for end in TABLES for file in path.rglob(f"*{end}")), None)):
+        files, tables = _files_in(path, LINES + PLAIN), _files_in(path, TABLES)
+        if files and tables:
             raise SurgeryError(
-                f"this folder holds both text ({files[0].relative_to(path)}) and tables ({table.relative_to(path)})",
+                "this folder holds both text and tables",
                 where=f"heal.data: {name}",
+                exists=f"{files[0].relative_to(path)}, {tables[0].relative_to(path)}",
                 fix="name the file that is meant, or a folder with one kind alone",
             )
         if files:
@@ -173,25 +175,25 @@ def _source(heal, tokenizer) -> Source:
             exists=close,
             fix="check the path, or use self (text that the base writes) or builtin",
         )
-    if close := nearest(name, [SELF, BUILTIN]):
+    if close := get_close_matches(name, [SELF, BUILTIN], n=1, cutoff=0.75):  # no OWNER/NAME is
         raise SurgeryError(
-            "no file, folder or data set of the Hub is meant by this, it seems",
+            "there is no file or folder of this name",
             where=f"heal.data: {name}",
-            fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
+            fix=f"did you mean {close[0]}? (a data set of that name: write OWNER/NAME)",
         )
     repository, _, config = name.partition(":")
     return Source(name, name, _data_set(repository, config or None, heal, tokenizer))
 
 
-def _texts_in(folder: Path) -> list[Path]:
-    """The files of a folder that are its text."""
+def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The data in a folder: files with these endings that are neither hidden nor about the others."""
 
-    def is_text(file: Path) -> bool:
+    def is_data(file: Path) -> bool:
         hidden = any(step.startswith(".") for step in file.relative_to(folder).parts)
         about = file.suffix.lower() in PLAIN and file.stem.lower() in ABOUT
-        return file.suffix.lower() in LINES + PLAIN and not hidden and not about and file.is_file()
+        return file.suffix.lower() in endings and not hidden and not about and file.is_file()
 
-    return sorted(file for file in folder.rglob("*") if is_text(file))
+    return sorted(file for file in folder.rglob("*") if is_data(file))
 
 
 def _beside(path: Path) -> list[Path]:

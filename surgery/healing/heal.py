@@ -58,7 +58,8 @@ def heal(
     """Train a converted model, and say how much of the damage came back.
 
     A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, scored beside base and converted model
-    on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it.
+    on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it. If that
+    fails it is left as it was, by a copy in main memory of what trains and of what low-rank updates are merged into.
 
     Args:
         model: the folder, or a model that `surgery.apply` edited.
@@ -69,7 +70,7 @@ def heal(
         tokenizer: of a model in memory.
         check, evaluate, gate: what is done with the result.
         resume: go on from the last whole checkpoint of an unfinished run of the same settings, data and models.
-        overwrite: replace OUT, and begin anew where an unfinished run is.
+        overwrite: replace OUT, and begin anew where an unfinished run is; text that the base wrote for it is used.
         progress: called with done, total and a label.
         on_plan: called with what will train before anything is done.
 
@@ -154,7 +155,7 @@ def heal_folder(
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if on_plan and ranks.first:
         on_plan(plan)
-    identity = _identity(asked, report, source)
+    identity = _identity(asked, report, source if asked.needs_base or asked.eval_every else None)
     out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, spared=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
@@ -182,7 +183,6 @@ def heal_folder(
             save_as_stored(model, partial, dtype)
             records.draw(partial / RUN)
             data = records.renewed(report.data, asked, judged_by) | {"plan_hash": identity}
-            facts |= {"adapter_of": folder.name} if asked.keep_adapter else {}
             data["heal"] = records.made(asked, facts, report.data.get("heal"))
             files = weight_files(partial) | weight_files(partial, ADAPTER)
             data |= {"files": files, "left_behind": carry_files(folder, partial, _files(weights))}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..anatomy import Anatomy
@@ -12,6 +10,7 @@ from ..errors import SurgeryError
 from ..folder import model_table
 from ..report import Report
 from . import record as records
+from .around import in_float32, put_back
 from .beforehand import refuse_settings
 from .origin import base_folder, of_memory, rewritten_by
 from .planned import HealPlan, refuse_unhealable
@@ -41,11 +40,15 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     operations, table = report.data["operations"], model_table(model)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
-    trained_of(model, asked, rewritten, plan.mixing)
+    trained = trained_of(model, asked, rewritten, plan.mixing)
     if on_plan:
         on_plan(plan)
     run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
-    with in_float32(model), tempfile.TemporaryDirectory(prefix="surgery-") as run:
+    with (
+        put_back(model, trained, bool(plan.mixing)),
+        in_float32(model),
+        tempfile.TemporaryDirectory(prefix="surgery-") as run,
+    ):
         more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
         job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)
@@ -54,27 +57,3 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     report.data.update(records.renewed(report.data, asked, judged_by))
     report.data["heal"] = records.made(asked, facts, earlier)
     return report
-
-
-@contextmanager
-def in_float32(model) -> Iterator[None]:
-    """The model in float32 while it trains; afterwards, also after an error, in the dtypes and modes that it had.
-
-    Buffers are put back as they were, not cast: RoPE's frequencies are float32 in a bfloat16 model.
-    """
-    parameters = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-    buffers = [(module, *each) for module in model.modules() for each in module.named_buffers(recurse=False)]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.float()
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            dtype, wanted = parameters.get(name, (parameter.dtype, True))
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(wanted)
-        for module, name, tensor in buffers:
-            module.register_buffer(name, tensor.to(model.device), name not in module._non_persistent_buffers_set)
-        for module, mode in modes:
-            module.training = mode

@@ -15,12 +15,12 @@ from ..folder import read_json
 from ..output import write_json
 from ..quiet import quiet_transformers
 from ..scoring import load_model
+from .around import use_bfloat16
 from .data import Packed, documents
 from .losses import cross_entropy
 from .packing import reads_apart
 from .planned import micro_rows
 from .ranks import processes
-from .training import use_bfloat16
 
 if TYPE_CHECKING:
     from ..recipe import Evaluate

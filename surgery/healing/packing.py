@@ -2,7 +2,7 @@
 
 Positions start anew at every document: Transformers' masks and the surgical runtime find packed rows by that, if the
 model is called without an attention mask and with `use_cache=False`. No token is padding. Some families (gpt_oss, opt,
-bloom, mpt with Transformers 5) do not pass positions on to their masks: to them a row is one text, positions and all.
+bloom, mpt with Transformers 5) do not pass positions to their masks: to them a row is one text, positions and all.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class HealPlan:
 
     @property
     def teacher_bytes(self) -> int:
-        """Of a stored teacher on disk; how many rows the clock's training will read is not known here."""
+        """Of a stored teacher on disk, at most: rows that are read twice are stored once. Unknown by the clock: 0."""
         heal = self.heal
         if heal.teacher != "stored" or heal.loss == "ce" or not heal.planned_steps:
             return 0
@@ -137,9 +137,8 @@ class HealPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Checkpoints that are on the disk at once, and a stored teacher."""
-        kept = self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
-        return kept + self.teacher_bytes
+        """Checkpoints that are on the disk at once."""
+        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
 
     @property
     def lines(self) -> list[str]:

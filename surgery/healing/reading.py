@@ -10,7 +10,7 @@ from ..errors import SurgeryError, shown
 from ..overrides import as_text
 from ..recipe import Evaluate, faults_of
 from ..yaml_lines import parse
-from .settings import BUDGETS, Heal
+from .settings import BUDGETS, Heal, unread
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
@@ -47,6 +47,9 @@ def settings(
         lines[section, name] = f"override {text.strip()!r}"
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
+    typed = {name for section, name in lines if section == "heal"} | (set(given) if given is not None else set())
+    for name in unread(data["heal"]).keys() - typed:  # of the recipe's own, what another method or loss leaves unread
+        del data["heal"][name]
     found: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
         if data[section] is None:

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import PrinterCallback, set_seed
 
 from ..anatomy import Anatomy
@@ -17,6 +16,7 @@ from ..output import write_json
 from ..quiet import quiet_transformers
 from ..scoring import read_config
 from .adapters import adapt, bare, freeze, merge
+from .around import checkpointed, enough_memory, own_precision, use_bfloat16, without_attention_dropout
 from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
 from .job import Job, rows_of
@@ -28,14 +28,7 @@ from .sharding import Engine, put, training
 from .stored import store
 from .teacher import LiveTeacher, StoredTeacher, Teacher
 from .trained import Table, Trained, choose, summed_up
-from .training import (
-    HealTrainer,
-    arguments,
-    enough_memory,
-    own_precision,
-    use_bfloat16,
-    without_attention_dropout,
-)
+from .training import HealTrainer, arguments
 from .warm_start import warm_start
 from .watching import HeldOut
 
@@ -66,13 +59,18 @@ def train(model, job: Job) -> dict:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
-    with enough_memory(heal, job.in_memory), own_precision(heal), without_attention_dropout(model):
+    with (
+        enough_memory(heal, job.in_memory),
+        own_precision(heal),
+        without_attention_dropout(model),
+        checkpointed(model, heal.gradient_checkpointing),
+    ):
         watch = _watch(job)  # before a text is written, which takes longest: it may refuse
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
         record |= {"in_full": summed_up(set(trained.parameters) - mixing.keys())}
-        student, first = None, _copies(model, trained) if job.in_memory else {}
+        student = None
         try:
             if mixing:
                 add_mixing(model, job.base, heal.mixing, orders)
@@ -80,36 +78,22 @@ def train(model, job: Job) -> dict:
             record["warm_start"] = _start(model, job, packed, trained)
             student = _prepared(model, heal, trained)
             record |= _loop(student, model, job, packed, watch)
-        except BaseException:
+            if mixing:
+                record["mixing"] = folded(model)
+            if heal.method == "lora":
+                if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
+                    _keep_adapter(student, job)
+                model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
+        except BaseException:  # a model in memory is a plain one again
             if heal.method == "lora" and student is not None:
                 student.unload()
             unmix(model)
-            _put_back(model, first)
             raise
         finally:
             model.config.use_cache = use_cache
-        if mixing:
-            record["mixing"] = folded(model)
-        if heal.method == "lora":
-            if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
-                _keep_adapter(student, job)
-            model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
-    if heal.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
     return record | {"wall_seconds": round(time.time() - began, 1)}
-
-
-def _copies(model, trained: Trained) -> dict[str, torch.Tensor]:
-    """What trains, as it is before: a model in memory can be used as it was when the training fails."""
-    there = dict(model.named_parameters())  # mixing weights are not yet
-    return {name: there[name].detach().to("cpu", copy=True) for name in trained.parameters if name in there}
-
-
-def _put_back(model, first: dict[str, torch.Tensor]) -> None:
-    for name, tensor in first.items():
-        model.get_parameter(name).data.copy_(tensor)
 
 
 def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
@@ -178,10 +162,6 @@ def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
 
 def _prepared(model, heal: Heal, trained: Trained):
     """The model with what trains set to train."""
-    if heal.gradient_checkpointing:
-        switch = getattr(model, "activation_checkpointing_enable", None)
-        settings = {"use_reentrant": False}  # or the gradient of what is worked out before a layer would be lost
-        switch(activation_checkpointing_kwargs=settings) if switch else model.gradient_checkpointing_enable(settings)
     if heal.method == "lora":
         return adapt(model, heal, trained)
     freeze(model, trained.parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -60,7 +59,8 @@ class Heal(BaseModel):
     balance: Number = Field(
         0.01,
         ge=0,
-        description="Weight of the load-balance loss of routers that train; it is of the tokens of one forward.",
+        description="Weight of the load-balance loss of routers that train. It is of one forward's tokens, so that "
+        "batch_tokens and processes change it a little.",
     )
     teacher: Literal["live", "stored"] = Field(
         "live", description="live: the base runs beside; stored: once before, its likeliest tokens kept on disk."
@@ -116,7 +116,6 @@ class Heal(BaseModel):
 
     @model_validator(mode="after")
     def _fitting(self) -> Heal:
-        fields = type(self).model_fields
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"it has {' and '.join(given)}" if given else "it has none of them"
@@ -129,22 +128,11 @@ class Heal(BaseModel):
             raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
         if self.keep_adapter and self.mixing != "none":
             raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
-        for names, there, which in self._unread():
-            if there and (given := [name for name in names if getattr(self, name) != fields[name].get_default()]):
-                default = json.dumps(fields[given[0]].get_default())
-                raise _fault(f"heal.{given[0]} is read {which}: drop it, or write {default}")
+        if found := unread(self.model_dump()):
+            raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in found.items()))
         if self.hidden and self.teacher == "stored":
             raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
         return self
-
-    def _unread(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
-        """Fields, whether nobody would read them, and who does."""
-        yield ("rank", "alpha", "dropout"), self.method != "lora", f"by method: lora, this is method: {self.method}"
-        yield ("mix",), self.loss != "both", f"with loss: both, this is loss: {self.loss}"
-        yield ("temperature",), self.loss == "ce", "by distillation, this is loss: ce"
-        yield ("teacher",), self.loss == "ce" and not self.hidden, "where a teacher is asked, loss: ce asks none"
-        yield ("top_k",), self.teacher != "stored", f"with teacher: stored, this is teacher: {self.teacher}"
-        yield ("column",), self.data in ("self", "builtin"), f"of rows with columns, this is data: {self.data}"
 
     @property
     def rows(self) -> int:
@@ -168,6 +156,27 @@ class Heal(BaseModel):
         """Whether the training itself asks the base something."""
         asked = self.hidden > 0 or self.warm_start > 0 or self.mixing != "none"
         return asked or self.loss != "ce" or self.data == "self"
+
+
+def unread(fields: dict) -> dict[str, tuple[str, str]]:
+    """Fields whose values nobody would read: name -> who reads it, and what to do.
+
+    Args:
+        fields: of a `Heal`; those that are not there have their defaults.
+    """
+    known = {name: field.get_default() for name, field in Heal.model_fields.items()}
+    method, loss, teacher, data, hidden = (
+        (known | fields)[x] for x in ("method", "loss", "teacher", "data", "hidden")
+    )
+    lora, rows = f"by method: lora, and this is {method}", f"of data with columns (.jsonl, data sets), not of {data}"
+    idle = dict.fromkeys(("rank", "alpha", "dropout"), lora) if method != "lora" else {}
+    idle |= {"mix": f"with loss: both, and this is {loss}"} if loss != "both" else {}
+    idle |= {"temperature": "by distillation, and this is loss: ce"} if loss == "ce" else {}
+    idle |= {"teacher": "where a teacher is asked, and loss: ce asks none"} if loss == "ce" and not hidden else {}
+    idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
+    idle |= {"column": rows} if data in ("self", "builtin") else {}
+    given = [name for name in idle if fields.get(name, known[name]) != known[name]]
+    return {name: (idle[name], f"drop it, or write {json.dumps(known[name])}") for name in given}
 
 
 def _fault(text: str) -> PydanticCustomError:

@@ -6,9 +6,6 @@ random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
-from ..anatomy import Anatomy
-from ..errors import MachineError, TrainingError
+from ..errors import TrainingError
 from ..runtime.surgery_gates import ROUTERS, load_balance_loss
 from . import losses, sharding
+from .around import anew, use_bfloat16
 from .checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from .packing import arguments as called_with
 from .planned import micro_rows, rows_each
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
 
 # A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
 SCALAR_RATE = 10.0
-PRECISION = "ACCELERATE_MIXED_PRECISION"
 MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
 
 
@@ -217,70 +213,3 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
     )
     made._n_gpu = min(1, made.n_gpu)  # several GPUs of one process would run copies of the model, whose gates are lost
     return made
-
-
-def use_bfloat16(heal: Heal) -> bool:
-    """Whether products are computed in bfloat16: on a GPU that has it, a CPU is slower with it than without."""
-    if heal.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return heal.precision == "bfloat16"
-
-
-@contextmanager
-def own_precision(heal: Heal) -> Iterator[None]:
-    """What a launcher says of precision (accelerate's own variable) is what `heal.precision` says."""
-    before = os.environ.get(PRECISION)
-    os.environ[PRECISION] = "bf16" if use_bfloat16(heal) else "no"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[PRECISION]
-        else:
-            os.environ[PRECISION] = before
-
-
-@contextmanager
-def without_attention_dropout(model) -> Iterator[None]:
-    """The attention of a surgical model without the dropout that its base was trained with, which the runtime refuses.
-
-    Adapters come later and keep their own.
-    """
-    found = []
-    if hasattr(model.config, "surgery"):
-        for layer in Anatomy.of(model).layers:
-            for module in model.get_submodule(layer.path).modules():
-                names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "dropout" in n]
-                found += [(module, name, getattr(module, name)) for name in names]
-    found = [(module, name, rate) for module, name, rate in found if isinstance(rate, float)]
-    try:
-        for module, name, _ in found:
-            setattr(module, name, 0.0)
-        yield
-    finally:
-        for module, name, rate in found:
-            setattr(module, name, rate)
-
-
-def anew(in_memory: bool) -> str:
-    """What else an error's remedy needs, where it changes a setting."""
-    return "" if in_memory else "; a changed setting begins anew: --overwrite"
-
-
-@contextmanager
-def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
-    """Out of memory as an error that names what can be turned."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise
-        raise MachineError(
-            "out of memory",
-            where="heal",
-            exists=f"batch_tokens {heal.batch_tokens}, gradient_checkpointing {heal.gradient_checkpointing}, "
-            f"length {heal.length}",
-            fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length"
-            + anew(in_memory),
-        ) from error

@@ -123,7 +123,9 @@ class GQA(WeightRewrite):
         fields = type(self).model_fields
         given = [name for name in OF_CLOSED_FORM if getattr(self, name) != fields[name].get_default()]
         if given and self.method != "closed_form":
-            found.append(f"gqa: {', '.join(given)}: read by method: closed_form alone, not by {self.method}")
+            found.append(
+                f"gqa: {', '.join(given)}: read by method: closed_form alone, not by {self.method}; drop this"
+            )
         return list(dict.fromkeys(found))
 
     def _targets(self, anatomy: Anatomy) -> list[int]:
