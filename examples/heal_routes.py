@@ -6,7 +6,7 @@ START is a folder that `surgery apply` wrote from BASE. Each route trains it ane
 on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
 The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
 command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
-tokens; the time that this takes comes on top.
+tokens (of what trains: K and V), "layers first, full" the same with all weights; the time that this takes comes on top.
 """
 
 import argparse
@@ -26,6 +26,7 @@ ROUTES = {
     "lora": {"method": "lora", "loss": "distill"},
     "parts": {"method": "parts", "loss": "distill"},
     "layers first": {"method": "lora", "loss": "distill"},
+    "layers first, full": {"method": "full", "loss": "distill"},
 }
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,11 +52,11 @@ def score(folder, options) -> list[float]:
 
 def run(route: str, options) -> dict:
     """Train a route; its scores and its curve."""
-    folder = options.out.with_name(f"{options.out.stem}-{route.replace(' ', '-')}")
+    folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
     asked = ROUTES[route] | budget | {"data": options.data, "batch_tokens": options.batch_tokens}
     asked |= {"eval_every": options.every, "checkpoint_every": 0}
-    asked |= {"warm_start": options.first} if route == "layers first" else {}
+    asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
     report = surgery.heal(
         options.start, options.base, output=folder, settings=asked, check=False, evaluate=False, overwrite=True
     )
