@@ -6,7 +6,7 @@ START is a folder that `surgery apply` wrote from BASE. Each route trains it ane
 on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
 The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
 command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
-tokens (of what trains: K and V), "layers first, full" the same with all weights; the time that this takes comes on top.
+tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top.
 """
 
 import argparse
