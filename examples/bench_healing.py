@@ -232,6 +232,7 @@ def stored(args) -> None:
     from surgery.anatomy import Anatomy
     from surgery.calibration.sequences import calibration_pieces
     from surgery.healing.losses import distillation, distillation_top_k
+    from surgery.healing.planned import token_bytes
     from surgery.healing.stored import as_distribution, top_k_and_rest
     from surgery.scoring import load_model, read_tokenizer
 
@@ -260,7 +261,7 @@ def stored(args) -> None:
             values, rest = as_distribution(values.to(dtype), rest.to(dtype))
             three = (tensor[None] for tensor in (values, indices, rest))
             kl, found = measured(lambda student, three=tuple(three): distillation_top_k(student, *three, kept))
-            size = (k + 1) * dtype.itemsize + k * (2 if base.shape[-1] <= 1 << 16 else 4)
+            size = token_bytes(k, base.shape[-1], dtype.itemsize)
             off = ((found - slope).norm() / slope.norm()).item()
             print(f"| {k} | {str(dtype).removeprefix('torch.')} | {kl:.5f} | {off:.4%} | {size} |", flush=True)
 

@@ -85,7 +85,7 @@ def _how(record: dict) -> list[str]:
         f"{record['tokens']:,} tokens in {record['steps']:,} steps of {record['step_tokens']:,}, "
         f"{record['minutes']:g} minutes with {machine}, on {where}"
     )
-    if (rounds := record["tokens"] / max(1, data.get("rows", 0) * settings["length"])) > 1.5 and data.get("rows"):
+    if data.get("rows") and (rounds := record["tokens"] / (data["rows"] * settings["length"])) > 1.5:
         lines.append(f"It read these texts {rounds:.1f} times")
     for earlier in reversed(record.get("earlier") or []):
         asked = earlier["settings"]

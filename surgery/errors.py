@@ -94,11 +94,11 @@ class TrainingError(SurgeryError):
     resumable = True
 
 
-def nearest(word: str, known) -> str:
-    """The known word closest to `word`, or "" if none is close."""
+def nearest(word: str, known, cutoff: float = 0.5) -> str:
+    """The known word closest to `word`, or "" if none is as close as `cutoff` (1: equal)."""
     from difflib import get_close_matches
 
-    match = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    match = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=cutoff)
     return match[0] if match else ""
 
 

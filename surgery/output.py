@@ -19,7 +19,6 @@ from .errors import MachineError, SurgeryError
 PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
 BASE_CARD = "base-card.md"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FULL = ("No space left", "failed writing file", "Disk quota")  # how torch and safetensors say it
 
 
@@ -220,20 +219,21 @@ def remove_own(path: Path, spared: str = "") -> None:
     """
     if path.is_dir() and not path.is_symlink():
         (path / PROGRESS).touch()
-        files = list(path.glob(spared)) if spared else []
-        left = {above for file in files for above in (file, *file.parents)} | {path / PROGRESS}
-        for folder in {above for file in files for above in file.parents if above.is_relative_to(path)} | {path}:
-            _empty(folder, left)
-        if not files:
+        left = [*path.glob(spared)] if spared else []
+        _empty(path, [path / PROGRESS, *left])
+        if not left:
             shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
 
 
-def _empty(folder: Path, left: set[Path]) -> None:
-    """Remove all in a folder but what is named."""
+def _empty(folder: Path, left: list[Path]) -> None:
+    """Remove all in a folder but these files, and the folders that they are in."""
     for inner in [inner for inner in folder.iterdir() if inner not in left]:
-        shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+        if any(inner in file.parents for file in left):
+            _empty(inner, left)
+        else:
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -276,7 +276,7 @@ def parent_folder(path: Path):
 
 def disk_full(error: Exception) -> bool:
     """Whether this says so, an error of the system or one of the libraries that write weights."""
-    return getattr(error, "errno", None) in NO_SPACE or any(word in str(error) for word in FULL)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in FULL)
 
 
 @contextmanager

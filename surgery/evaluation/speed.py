@@ -167,15 +167,12 @@ def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
     Decodes a token afterwards, so that all has run once.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from ..runtime.modeling_surgery import CACHE
     from ..runtime.surgery_skipping import counted
 
     with torch.no_grad():
-        with FlopCounterMode(display=False):  # its first use loads modules, which are not the prompt's memory
-            _ = ids.new_ones(1, 1).float() @ ids.new_ones(1, 1).float()
-        with counted(model) as work, PeakMemory(place) as peak:
+        with PeakMemory(place) as peak, counted(model) as work:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
     return peak.bytes, {part: [done, work.whole[part]] for part, done in work.done.items()}

@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,11 +174,11 @@ def _source(heal, tokenizer) -> Source:
             exists=close,
             fix="check the path, or use self (text that the base writes) or builtin",
         )
-    if close := get_close_matches(name, [SELF, BUILTIN], n=1, cutoff=0.75):  # no OWNER/NAME is
+    if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is
         raise SurgeryError(
             "there is no file or folder of this name",
             where=f"heal.data: {name}",
-            fix=f"did you mean {close[0]}? (a data set of that name: write OWNER/NAME)",
+            fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
         )
     repository, _, config = name.partition(":")
     return Source(name, name, _data_set(repository, config or None, heal, tokenizer))

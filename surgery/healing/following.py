@@ -45,7 +45,7 @@ class Follow(TrainerCallback):
         self.heal, self.file, self.steps = heal, folder / METRICS, steps
         self.watch, self.earlier, self.progress = watch, earlier, progress
         self.trainer: HealTrainer | None = None  # given when it is there
-        self.rate, self.before, self.ended = 0.0, 0.0, "steps"
+        self.rate, self.before = 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -66,12 +66,11 @@ class Follow(TrainerCallback):
             scores = self.watch.measure(model)
             line |= scores.figures
             if self.heal.stop_at_gate and scores.passed:
-                self.ended = "gate"
+                self.trainer.ended = "gate"
         if self._time_is_over():
-            self.ended = "minutes"
-        if self.ended != "steps":  # nothing is lost of what comes after it: the result is made from this checkpoint
+            self.trainer.ended = "minutes"
+        if self.trainer.ended:  # nothing is lost of what comes after it: the result is made from this checkpoint
             control.should_training_stop, control.should_save = True, bool(self.heal.checkpoint_every)
-            self.trainer.ended = self.ended
         if state.is_world_process_zero:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -106,7 +106,6 @@ def heal(
         overwrite=overwrite,
         progress=progress,
         on_plan=on_plan,
-        scored=evaluate and judged_by is not None,
         refuse=(lambda source: refuse_unscorable(source, judged_by)) if evaluate and judged_by is not None else None,
     )
     if healed is not None:
@@ -125,7 +124,6 @@ def heal_folder(
     overrides: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    scored: bool = True,
     progress: Progress | None = None,
     on_plan=None,
     refuse=None,
@@ -134,8 +132,8 @@ def heal_folder(
 
     Args:
         overrides: as typed in a command of its own; None where the healing is a part of a recipe.
-        scored: whether the result is to be scored beside the base, where that is known.
-        refuse: called with the base's folder, where there is one, before anything is written; may raise.
+        refuse: called with the base's folder, where there is one, before anything is written; may raise. None: the
+            result is not scored beside it.
 
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
@@ -145,7 +143,9 @@ def heal_folder(
     from .running import Job, train
 
     ranks, weights = Ranks(), Checkpoint(folder)
-    source = base_folder(report.data, base, needed=asked.needs_base, wanted=scored or bool(asked.eval_every))
+    source = base_folder(
+        report.data, base, needed=asked.needs_base, wanted=refuse is not None or bool(asked.eval_every)
+    )
     if refuse and source is not None:
         refuse(source)
     anatomy, rewritten = _refused(folder), rewritten_by(report.data)

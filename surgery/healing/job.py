@@ -16,7 +16,7 @@ from ..output import write_json
 from ..quiet import quiet_transformers
 from ..scoring import load_model
 from .around import use_bfloat16
-from .data import Packed, documents
+from .data import SELF, Packed, documents
 from .losses import cross_entropy
 from .packing import reads_apart
 from .planned import micro_rows
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .settings import Heal
     from .trained import Trained
 
-SELF = "self"
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
 RUN = "run.json"  # what a run is of, for --resume
 

@@ -127,7 +127,7 @@ class HealPlan:
     def teacher_bytes(self) -> int:
         """Of a stored teacher on disk, at most: rows that are read twice are stored once. Unknown by the clock: 0."""
         heal = self.heal
-        if heal.teacher != "stored" or heal.loss == "ce" or not heal.planned_steps:
+        if heal.teacher != "stored" or not heal.planned_steps:
             return 0
         return heal.planned_steps * heal.rows * heal.length * token_bytes(heal.top_k, self.vocabulary)
 
@@ -220,10 +220,10 @@ def rows_each(heal: Heal, processes: int) -> int:
     return rows
 
 
-def token_bytes(top_k: int, vocabulary: int) -> int:
-    """What `stored.py` keeps of one token: probabilities of k tokens and of the rest in float16, and k numbers."""
+def token_bytes(top_k: int, vocabulary: int, each: int = 2) -> int:
+    """What `stored.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
     kept = min(top_k, vocabulary)
-    return 2 * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
+    return each * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
 
 
 def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:

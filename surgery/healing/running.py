@@ -215,7 +215,6 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
-    follow.ended = facts.get("ended") or follow.ended
     with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
@@ -229,7 +228,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
             in_memory=job.in_memory,
         )
         trainer.remove_callback(PrinterCallback)
-        follow.trainer = trainer
+        follow.trainer, trainer.ended = trainer, facts.get("ended", "")
         clock.start(facts["seconds"])  # the first rate is made before the training begins
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -245,7 +244,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         "step_tokens": heal.rows * heal.length,
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
-        "ended_by": follow.ended,
+        "ended_by": trainer.ended or "steps",
         "loss": {"first": _mean(curve[:ends]), "last": _mean(curve[-ends:])},
         "processes": state.num_processes,
         "engine": engine.name,

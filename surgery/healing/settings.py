@@ -106,8 +106,8 @@ class Heal(BaseModel):
     keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
     keep_adapter: bool = Field(
         False,
-        description="lora: save the adapter too; it loads on the model as it was before (of apply: OUT.unhealed). "
-        "It stays.",
+        description="lora: save the adapter too; it loads on the model as it was before (apply keeps it: "
+        "OUT.unhealed).",
     )
     report_to: str = Field(
         "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."

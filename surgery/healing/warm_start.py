@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import TrainingError
+from ..errors import SurgeryError
 from .forced import Pair, forced, pairs
 
 # AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
@@ -47,8 +47,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
         train are not in it.
 
     Raises:
-        SurgeryError: models of different depth.
-        TrainingError: nothing to train, too few rows, an error that is not finite.
+        SurgeryError: nothing to train, too few rows, models of different depth, an error that is not finite.
     """
     layers, length = pairs(student, base), rows.ids.shape[1]
     fits = _fits(student, layers, trainable)
@@ -90,7 +89,7 @@ class Fit:
     def step(self, error: torch.Tensor, factor: float) -> None:
         """One step of the optimiser down the gradient of `error`, at `factor` times the rates."""
         if not error.isfinite():
-            raise TrainingError(
+            raise SurgeryError(
                 f"layer {self.number}'s attention gave numbers that are not finite",
                 where="heal.warm_start",
                 fix="heal.warm_start=0, or heal.precision=float32",
@@ -118,7 +117,7 @@ def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, 
         if parameters:
             found[layer.number] = Fit(layer.number, parameters)
     if not found:
-        raise TrainingError(
+        raise SurgeryError(
             "a layer-wise start has nothing to train: no attention parameter is among those that train",
             where="heal.warm_start",
             fix="heal.warm_start=0, or another heal.method",
@@ -131,7 +130,7 @@ def _rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator[int]]
     held = list(range(0, count, HELD))[: max(1, MOST_HELD // length)]
     others = [row for row in range(count) if row not in set(held)]
     if not others:
-        raise TrainingError(
+        raise SurgeryError(
             f"a layer-wise start needs 2 rows at least, there is {count}", where="heal.warm_start", fix="use more data"
         )
     generator = torch.Generator().manual_seed(seed)
