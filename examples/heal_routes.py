@@ -4,6 +4,7 @@
 
 START is a folder that `surgery apply` wrote from BASE. Each route trains it anew for the same minutes (or `--steps`)
 on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
+Text of the base itself (`--data self`) is written once, `--write` tokens, for all routes.
 The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
 command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
 tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top.
@@ -14,10 +15,15 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
 from measured import Measured
 
 import surgery
+from surgery.calibration.self_text import sample
+from surgery.healing.settings import Heal
+from surgery.hub import resolve
 from surgery.pictures import curves
+from surgery.scoring import load_model, read_tokenizer
 
 ROUTES = {
     "ce": {"method": "full", "loss": "ce"},
@@ -36,7 +42,9 @@ parser.add_argument("--data", default="builtin", help="text to train on: builtin
 parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
 parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
 parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
+parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
 parser.add_argument("--batch-tokens", type=int, default=2048)
+parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
 parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
 parser.add_argument("--every", type=int, default=8, help="steps between two points of a curve")
 parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
@@ -50,12 +58,26 @@ def score(folder, options) -> list[float]:
     return [one.out.cross_entropy for one in found]
 
 
-def run(route: str, options) -> dict:
+def written(options) -> Path:
+    """Text of the base, in a file beside `--out`."""
+    file, heal = options.out.with_name(f"{options.out.stem}-text.jsonl"), Heal(steps=1)
+    if not file.is_file():
+        folder = resolve(options.base).path
+        tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
+        kept = options.out.with_name(f"{options.out.stem}-text")  # batch by batch, for a run that is stopped
+        texts = tokenizer.batch_decode(
+            sample(model, tokenizer, heal, options.write, folder=kept), skip_special_tokens=True
+        )
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+def run(route: str, data: str, options) -> dict:
     """Train a route; its scores and its curve."""
     folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
-    asked = ROUTES[route] | budget | {"data": options.data, "batch_tokens": options.batch_tokens}
-    asked |= {"eval_every": options.every, "checkpoint_every": 0}
+    asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens}
+    asked |= {"learning_rate": options.rate, "eval_every": options.every, "checkpoint_every": 0}
     asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
     report = surgery.heal(
         options.start, options.base, output=folder, settings=asked, check=False, evaluate=False, overwrite=True
@@ -75,8 +97,9 @@ def main() -> None:
     print("| --- | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
     print(f"| base | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
     print(f"| start | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
+    data = str(written(options)) if options.data == "self" else options.data
     for route in options.routes:
-        found = measured.once(route, partial(run, route, options))
+        found = measured.once(route, partial(run, route, data, options))
         sides = zip(base, start, found["scores"], strict=True)
         won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
         scores = " | ".join(f"{x:.3f}" for x in found["scores"])

@@ -39,6 +39,14 @@ class Ran:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """Trainings of this process compute in float32 on every CPU, if they are not asked for bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:  # one that no test undoes
+        patch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture
 def surgery(capsys, monkeypatch, tmp_path):
     """`surgery ARGS` in-process, from inside `tmp_path`."""

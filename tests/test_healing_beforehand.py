@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import surgery as package
 from surgery.errors import SurgeryError
 from surgery.healing import beforehand, job, running, training
+from surgery.healing.around import use_bfloat16
 from surgery.healing.heal import _refused, _tidy
 from surgery.healing.origin import of_memory
 from surgery.healing.reading import settings
@@ -115,6 +116,15 @@ def test_a_launchers_precision_is_not_ours(edited, tiny_llama, tokenizer, text, 
     assert healed.data["heal"]["bfloat16"] == rough
     assert {precision for precision, _ in seen} == {"bf16" if rough else "no"}
     assert os.environ[name] == ("no" if rough else "bf16")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without an accelerator")
+@pytest.mark.parametrize("known", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_a_cpu_with_bfloat16_computes_in_it(known, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known, raising=False)
+    assert use_bfloat16(Heal(steps=1)) == any(known.values())
+    assert not use_bfloat16(Heal(steps=1, precision="float32"))
+    assert use_bfloat16(Heal(steps=1, precision="bfloat16"))
 
 
 def test_in_memory_it_is_refused_before_the_model_is_edited(tiny_llama, tokenizer):

@@ -134,7 +134,8 @@ def both(surgery, model, text, tmp_path):
     def run(how: str, *more, steps: int = 20, stop: int | None = None):
         if not (tmp_path / "out").exists():
             assert surgery("apply", "mqa", model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
-        settings = [f"data={text}", "length=16", "batch_tokens=64", f"steps={steps}", "learning_rate=0.003", *more]
+        settings = [f"data={text}", "length=16", "batch_tokens=64", f"steps={steps}", "learning_rate=0.003"]
+        settings += ["precision=float32", *more]
         asked = ["heal", "out", *settings, "loss=both", "--base", str(model), "--no-eval", "-q", "-o"]
         assert surgery(*asked, "one", "--no-check").code == 0
         if stop is not None:

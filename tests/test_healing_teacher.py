@@ -20,7 +20,9 @@ LENGTH = 16
 
 
 def heal(**fields):
-    return SimpleNamespace(**({"loss": "distill", "mix": 0.5, "temperature": 1.0, "hidden": 0.0} | fields))
+    return SimpleNamespace(
+        **({"loss": "distill", "mix": 0.5, "temperature": 1.0, "hidden": 0.0, "precision": "float32"} | fields)
+    )
 
 
 def packed(seed=0, count=30):

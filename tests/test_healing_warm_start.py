@@ -26,8 +26,8 @@ def quick_steps(monkeypatch):
     monkeypatch.setattr(fitting, "STEP_TOKENS", 10 * LENGTH)
 
 
-def heal(tokens=20_000, seed=0):
-    return SimpleNamespace(warm_start=tokens, seed=seed, length=LENGTH)
+def heal(tokens=20_000, seed=0, precision="float32"):
+    return SimpleNamespace(warm_start=tokens, seed=seed, length=LENGTH, precision=precision)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,19 @@ def test_it_brings_attention_nearer_and_changes_nothing_else(rows):
     assert "forward" not in vars(student.model.layers[0])
     assert not any(module._forward_hooks for model in (student, base) for module in model.modules())
     assert record["tokens"] == seen[-1][0] == seen[-1][1] >= 20_000
+
+
+@pytest.mark.usefixtures("quick_steps")
+def test_in_bfloat16_it_comes_as_near(rows):
+    """Each step with the weights of the one before: autocast keeps what it has rounded."""
+    base, found = TINY["llama"](), []
+    for precision in ("float32", "bfloat16"):
+        student = disturbed(base)
+        record = warm_start(student, base, rows, heal(6000, precision=precision), attention_names(student))
+        found.append(sum(errors(record, "after")) / sum(errors(record, "before")))
+    assert found[0] != found[1], "it is another way to compute"
+    assert found[1] < 0.5
+    assert found[1] == pytest.approx(found[0], rel=0.2)
 
 
 @pytest.mark.usefixtures("quick_steps")

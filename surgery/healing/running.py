@@ -16,7 +16,14 @@ from ..output import write_json
 from ..quiet import quiet_transformers
 from ..scoring import read_config
 from .adapters import adapt, bare, freeze, merge
-from .around import checkpointed, enough_memory, own_precision, use_bfloat16, without_attention_dropout
+from .around import (
+    checkpointed,
+    enough_memory,
+    own_precision,
+    products,
+    use_bfloat16,
+    without_attention_dropout,
+)
 from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
 from .job import Job, rows_of
@@ -179,7 +186,8 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     folder = job.run / TEACHER
     with processes().main_process_first():
         kept = {"top_k": heal.top_k, "temperature": heal.temperature}
-        store(job.base_model(), _read_rows(packed, heal), folder, **kept, progress=job.progress)
+        with products(heal):
+            store(job.base_model(), _read_rows(packed, heal), folder, **kept, progress=job.progress)
     job.forget_base()
     return StoredTeacher(folder)
 

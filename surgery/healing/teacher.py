@@ -11,6 +11,7 @@ import torch
 
 from ..errors import SurgeryError
 from . import losses
+from .around import products
 from .packing import arguments
 from .stored import TopK
 
@@ -65,7 +66,8 @@ class LiveTeacher(Teacher):
     def ask(self, logits, batch, heal):
         device = self.model.device
         given = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
-        outputs = self.model(**arguments(self.model, given, heal.hidden > 0))
+        with products(heal):
+            outputs = self.model(**arguments(self.model, given, heal.hidden > 0))
         refuse_vocabulary(logits.shape[-1], outputs.logits.shape[-1])
         states = outputs.hidden_states[1:] if heal.hidden else None
         return losses.to_teacher(outputs.logits, heal.temperature), states

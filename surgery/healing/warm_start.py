@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import SurgeryError
+from .around import products
 from .forced import Pair, forced, pairs
 
 # AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
@@ -36,7 +37,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     Args:
         student, base: in memory; not wrapped by peft. Both are left in the mode they were in, base unchanged.
         rows: a `Packed` data set; every eighth row is held back.
-        heal: warm_start (tokens), seed and length are read.
+        heal: warm_start (tokens), seed, length and precision are read.
         trainable: parameters that may change, as `student.named_parameters()` calls them; those outside of
             attention do not.
         progress: called as progress(done, total, label), in tokens.
@@ -55,14 +56,15 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     each = max(1, STEP_TOKENS // length)  # rows of a step
     steps = math.ceil(heal.warm_start / (each * length))
     with _prepared(student, base, fits):
-        before = _errors(student, base, layers, rows, held, each)
+        before = _errors(student, base, layers, rows, held, each, heal)
         for step in range(steps):
             batch = _batch(rows, [next(order) for _ in range(each)], student.device)
             factor = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            forced(student, base, layers, batch, lambda at, error, by=factor: fits[at.number].step(error, by))
+            with products(heal):  # of each step anew: it remembers what it rounded
+                forced(student, base, layers, batch, lambda at, error, by=factor: fits[at.number].step(error, by))
             if progress:
                 progress((step + 1) * each * length, steps * each * length, "layer-wise start")
-        after = _errors(student, base, layers, rows, held, each)
+        after = _errors(student, base, layers, rows, held, each, heal)
     records = []
     for number, fit in fits.items():
         kept = not after[number] < before[number]
@@ -167,7 +169,7 @@ def _prepared(student, base, fits: dict[int, Fit]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int) -> dict[int, float]:
+def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int, heal) -> dict[int, float]:
     """The error of each layer that runs, on some rows."""
     sums: dict[int, float] = {}
     for first in range(0, len(held), each):
@@ -176,5 +178,6 @@ def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int)
         def add(layer: Pair, error: torch.Tensor, share=len(some) / len(held)) -> None:
             sums[layer.number] = sums.get(layer.number, 0.0) + float(error) * share
 
-        forced(student, base, layers, _batch(rows, some, student.device), add)
+        with products(heal):
+            forced(student, base, layers, _batch(rows, some, student.device), add)
     return sums
