@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_attention as attention
+from surgery.runtime.surgery_softmax import fused
 
 SINKS, WINDOW = 3, 5
 COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
@@ -359,6 +361,29 @@ def test_many_blocks_without_padding(base, block, monkeypatch):
         want = dense_logits(base, entries(split), ids, mask)
         assert difference(chunked(model, ids, mask, chunks), want, mask) < 1e-4, (length, chunks)
         assert difference(model(**given(base, ids, mask), use_cache=False).logits, want, mask) < 1e-4, length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_one_query_of_each_head(dtype, with_lse, kv_heads):
+    """Output and log-sum-exp of a decoding step, against the softmax in float64, head by head."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(2, heads, length, 16, generator=generator).to(dtype)
+        for heads, length in ((6, 1), (kv_heads, 37), (kv_heads, 37))
+    )
+    out, lse = fused(query, keys, values, 0.3, with_lse)
+    assert out.shape == query.shape
+    assert out.dtype == dtype
+    rough = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for row, head in itertools.product(range(2), range(6)):
+        k, v = (part[row, head * kv_heads // 6].double() for part in (keys, values))
+        scores = 0.3 * k @ query[row, head, 0].double()
+        torch.testing.assert_close(out[row, head, 0].double(), scores.softmax(0) @ v, **rough)
+        if with_lse:
+            torch.testing.assert_close(lse[row, head, 0].double(), scores.logsumexp(0), **rough)
+    assert (lse is not None) == with_lse
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen3", "mistral", "gpt_oss", "gemma2"])
