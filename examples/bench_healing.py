@@ -114,7 +114,8 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     optimizer = torch.optim.AdamW([each for each in student.parameters() if each.requires_grad], lr=1e-6)
 
     def asked(loss: str) -> SimpleNamespace:
-        return SimpleNamespace(loss=loss, mix=0.5, temperature=1.0, hidden=0.0)
+        precision = "bfloat16" if args.bfloat16 else "float32"
+        return SimpleNamespace(loss=loss, mix=0.5, temperature=1.0, hidden=0.0, precision=precision)
 
     kinds = {
         "cross-entropy": lambda outputs: live.loss(outputs, batch, asked("ce"))[0],
@@ -130,8 +131,8 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
         for name, loss_of in kinds.items():
             begin = now(args)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-                loss = loss_of(student(**arguments(plain, batch, hidden=False)))
-            loss.backward()
+                outputs = student(**arguments(plain, batch, hidden=False))
+            loss_of(outputs).backward()
             optimizer.step()
             optimizer.zero_grad()
             if run:  # the first makes what is made once

@@ -12,6 +12,7 @@ tokens (of what trains: K and V), "layers first, full" is `full` after the same;
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from measured import Measured
 
 import surgery
 from surgery.calibration.self_text import sample
+from surgery.calibration.text import begin_of_text
 from surgery.healing.settings import Heal
 from surgery.hub import resolve
 from surgery.pictures import curves
@@ -59,17 +61,18 @@ def score(folder, options) -> list[float]:
 
 
 def written(options) -> Path:
-    """Text of the base, in a file beside `--out`."""
-    file, heal = options.out.with_name(f"{options.out.stem}-text.jsonl"), Heal(steps=1)
-    if not file.is_file():
-        folder = resolve(options.base).path
-        tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
-        kept = options.out.with_name(f"{options.out.stem}-text")  # batch by batch, for a run that is stopped
-        texts = tokenizer.batch_decode(
-            sample(model, tokenizer, heal, options.write, folder=kept), skip_special_tokens=True
-        )
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    """Text of the base, in a file beside `--out`; its batches are kept in a folder, for a run that is stopped."""
+    folder, file = resolve(options.base).path, options.out.with_name(f"{options.out.stem}-text.jsonl")
+    tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
+    documents = sample(model, tokenizer, Heal(steps=1), options.write, folder=file.with_suffix(""), progress=said)
+    begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
+    texts = tokenizer.batch_decode([document[begin:] for document in documents])
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
+
+
+def said(done: int, total: int, label: str) -> None:
+    print(f"{label}: {done:,} of {total:,}", file=sys.stderr)
 
 
 def run(route: str, data: str, options) -> dict:

@@ -148,6 +148,7 @@ def uptrained(kv_heads: int, start: str, steps: int, tokenizer, options, progres
     if steps:
         size = {"length": options.context, "batch_tokens": options.rows * options.context, "steps": steps}
         how = {"method": "full", "loss": "ce", "data": options.text, "seed": options.seed + 1}
+        how |= {"precision": "float32"}  # as the base was trained
         how |= {"learning_rate": options.rate, "warmup": WARMUP}
         label = f"{kv_heads} KV heads, {start}"
         surgery.heal(

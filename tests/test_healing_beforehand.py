@@ -118,6 +118,35 @@ def test_a_launchers_precision_is_not_ours(edited, tiny_llama, tokenizer, text, 
     assert os.environ[name] == ("no" if rough else "bf16")
 
 
+@pytest.mark.parametrize("method", ["full", "parts", "lora"])
+def test_mixed_precision_leaves_the_models_forward(edited, tiny_llama, tokenizer, text, method):
+    ids = torch.tensor([[1, 5, 9]])
+    package.heal(edited, tiny_llama, tokenizer=tokenizer, **SMALL, method=method, data=str(text), precision="bfloat16")
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(edited).keys()
+    assert isinstance(edited(ids, return_dict=False), tuple)
+    assert edited(ids).logits.dtype == edited.dtype
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_every_model_that_runs_computes_in_the_same_precision(tiny_llama, edited, tokenizer, text, monkeypatch, asked):
+    """Clock, layer-wise start, teacher beside or stored, student, held-out text: both models."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    seen, whole = [], LlamaModel.forward
+
+    def watched(self, *args, **kwargs):
+        seen.append((self.embed_tokens.weight.dtype, torch.is_autocast_enabled("cpu")))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    monkeypatch.setattr(job, "reads_apart", lambda model: True)  # which compares what rounding would hide
+    asked_for = SMALL | {"data": str(text), "precision": asked, "warm_start": 64, "method": "parts"}
+    of_memory(edited).data["recipe"]["evaluate"] = {"text": str(text), "length": 16, "windows": 2}
+    for way in ({"teacher": "stored"}, {"eval_every": 1}, {"steps": None, "minutes": 0.01}):
+        package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked_for | way)
+    assert set(seen) == {(torch.float32, asked == "bfloat16")}
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without an accelerator")
 @pytest.mark.parametrize("known", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
 def test_a_cpu_with_bfloat16_computes_in_it(known, monkeypatch):

@@ -131,7 +131,7 @@ def test_configs_are_accelerates(file):
 def both(surgery, model, text, tmp_path):
     """Heal in one process and in two, which may be stopped and go on; what the two said, and their report."""
 
-    def run(how: str, *more, steps: int = 20, stop: int | None = None):
+    def run(how: str, *more, steps: int = 20, stop: int | None = None, rough: float = 1e-3):
         if not (tmp_path / "out").exists():
             assert surgery("apply", "mqa", model, "-o", "out", "--no-check", "--no-eval", "-q").code == 0
         settings = [f"data={text}", "length=16", "batch_tokens=64", f"steps={steps}", "learning_rate=0.003"]
@@ -144,9 +144,9 @@ def both(surgery, model, text, tmp_path):
         assert done.stdout.decode().count("changed:") == 1, "one process speaks"
         one, two_ = (read(tmp_path / name / "healing/metrics.jsonl") for name in ("one", "two"))
         assert [line["step"] for line in two_] == list(range(1, steps + 1))
-        assert [line["loss"] for line in two_] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+        assert [line["loss"] for line in two_] == pytest.approx([line["loss"] for line in one], rel=rough)
         assert [line["gradient_norm"] for line in two_] == pytest.approx(
-            [line["gradient_norm"] for line in one], rel=2e-2
+            [line["gradient_norm"] for line in one], rel=20 * rough
         )
         report = Report.of(tmp_path / "two")
         assert report.data["heal"]["processes"] == 2
@@ -176,6 +176,13 @@ def two(how: str, asked: list[str], folder: Path, code: int = 0, **more):
 def test_two_processes_train_as_one(both, how):
     report, _ = both(how, "method=lora", steps=50 if how == "torchrun" else 20)
     assert report.data["heal"]["engine"] == "copies (DDP)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
+def test_two_processes_in_bfloat16(both):
+    report, _ = both("torchrun", "method=full", "precision=bfloat16", rough=1e-2)
+    assert report.data["heal"]["bfloat16"]
 
 
 @pytest.mark.slow

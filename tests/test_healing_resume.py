@@ -93,6 +93,27 @@ def test_it_goes_on_to_the_same_weights(healing, stop, monkeypatch, tmp_path, me
     assert [step for step, *_ in curve(tmp_path / "healed")] == list(range(1, 9)), "no line twice"
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_it_goes_on_in_its_precision_on_another_machine(healing, stop, monkeypatch, tmp_path, begun):
+    """`auto` is settled where the training begins."""
+
+    def on(bfloat16: bool) -> None:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": bfloat16}, raising=False)
+
+    on(begun)
+    healing("whole", "method=full")
+    stop(5, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=full")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    on(not begun)
+    assert healing("healed", "method=full", resume=True).data["heal"]["bfloat16"] == begun
+    assert same(tmp_path / "healed", tmp_path / "whole")
+    healing("other", "method=full")
+    assert not same(tmp_path / "other", tmp_path / "whole"), "the precision changes something"
+
+
 def cut_off(partial, how: str) -> None:
     last = sorted((partial / "healing").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1]
     assert last.name == "checkpoint-4"

@@ -198,16 +198,18 @@ def test_every_family(family, rows):
     assert all(layer["after"] < layer["before"] for layer in record["layers"]), record
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_a_base_in_bfloat16(family, rows):
-    """As on a GPU: the student trains in float32, and its errors are those beside the base in float32, roughly."""
+def test_a_base_in_bfloat16(family, precision, rows):
+    """The student's weights are float32; errors are those beside the base in float32, roughly. On a GPU: bfloat16."""
     base = TINY[family]()
     student, rounded = disturbed(base), copy.deepcopy(base).bfloat16()
     names = attention_names(student)
-    exact, rough = (errors(warm_start(student, each, rows, heal(0), names), "before") for each in (base, rounded))
+    asked = [(base, heal(0)), (rounded, heal(0, precision=precision))]
+    exact, rough = (errors(warm_start(student, each, rows, how, names), "before") for each, how in asked)
     assert rough == pytest.approx(exact, rel=0.1)
     assert rough != exact
-    record = warm_start(student, rounded, rows, heal(4000), names)
+    record = warm_start(student, rounded, rows, heal(4000, precision=precision), names)
     assert all(layer["after"] < layer["before"] for layer in record["layers"]), record
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..anatomy import Anatomy
 from ..errors import MachineError
-from .ranks import on_cpu, processes
+from .ranks import on_cpu
 
 if TYPE_CHECKING:
     from .settings import Heal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 LEAVES = ("weight", "bias")
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
@@ -29,15 +30,32 @@ def use_bfloat16(heal: Heal) -> bool:
     """
     if heal.precision != "auto":
         return heal.precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not on_cpu():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
-    return on_cpu() and any(known.get(name) for name in CPU_BFLOAT16)
+    return any(known.get(name) for name in CPU_BFLOAT16)
 
 
-def products(heal: Heal):
-    """A context in which a model in float32 computes its products as `heal.precision` says."""
-    return torch.autocast(processes().device.type, torch.bfloat16, enabled=use_bfloat16(heal))
+def products(heal: Heal, device: torch.device):
+    """A context in which a model on that device computes its products as `heal.precision` says.
+
+    Nothing that was rounded is kept: weights change between forwards.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(heal), cache_enabled=False)
+
+
+@contextmanager
+def unprepared(model) -> Iterator[None]:
+    """The model without what accelerate leaves on it: a part of its `forward` for mixed precision, and the mark of one
+    that is prepared, by which a second training would run in float32."""
+    before = {name: vars(model).get(name) for name in PREPARED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            vars(model).pop(name, None)
+            if value is not None:
+                setattr(model, name, value)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .trained import Trained
 
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
+PRECISION = "precision"
 RUN = "run.json"  # what a run is of, for --resume
 
 
@@ -81,6 +82,14 @@ class Job:
         self._base.clear()
 
 
+def settled(job: Job) -> Heal:
+    """The settings with the precision that this run has, also on another machine that goes on with it."""
+    file = job.run / RUN
+    known = read_json(file).get(PRECISION) if file.is_file() else None
+    here = "bfloat16" if use_bfloat16(job.heal) else "float32"
+    return job.heal.model_copy(update={PRECISION: known or here})
+
+
 def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
     """What is said of the data, and their rows.
 
@@ -108,6 +117,7 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
         )
         packed = Packed(found, heal.length, apart=reads_apart(model))
         facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
+        facts |= {PRECISION: heal.precision}
         if known and known.get("data") != facts["data"]:
             raise TrainingError(
                 "the data are not those that the checkpoints were trained on",
@@ -136,7 +146,7 @@ def _rows_needed(model, heal: Heal, trained: Trained) -> int:
     model.to(processes().device).train()
     for _ in range(2):  # the first is slower
         began = time.monotonic()
-        with products(heal):
+        with products(heal, model.device):
             loss = cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
         torch.autograd.grad(loss, wanted, allow_unused=True)
         seconds = time.monotonic() - began

@@ -105,7 +105,11 @@ class HealPlan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes in each process: a part of what its engine shares out, the rest whole; all in float32."""
+        """Bytes in each process: a part of what its engine shares out, the rest whole; as of float32.
+
+        In bfloat16 activations take half, and the rounded copies of frozen weights, which a backward pass reads, half
+        of what these weights take.
+        """
         part = self.engine.part
         layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
         kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers

@@ -21,12 +21,13 @@ from .around import (
     enough_memory,
     own_precision,
     products,
+    unprepared,
     use_bfloat16,
     without_attention_dropout,
 )
 from .checkpoints import facts_of, remove_cut_off, whole
 from .following import METRICS, Follow, read
-from .job import Job, rows_of
+from .job import Job, rows_of, settled
 from .mixing import add_mixing, folded, inside, merges, orders_of, planned, unmix
 from .packing import Packed
 from .ranks import processes
@@ -59,7 +60,8 @@ def train(model, job: Job) -> dict:
         TrainingError: NaN, or an unfinished run of something else; checkpoints are kept.
         MachineError: disk or memory.
     """
-    heal, began = job.heal, time.time()
+    job.heal, began = settled(job), time.time()
+    heal = job.heal
     refuse_vocabulary(model, job.base)
     mixing, orders = _mixing(model, job)
     trained = trained_of(model, heal, job.rewritten, mixing)
@@ -150,7 +152,9 @@ def _watch(job: Job) -> HeldOut | None:
     if job.base is None or job.evaluate is None:
         missing = "its base: --base MODEL" if job.base is None else "a recipe that evaluates: evaluate.text=builtin"
         raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=f"name {missing}")
-    return HeldOut(job.base_model(), job.tokenizer, job.evaluate, job.heal.stop_at_gate)
+    base = job.base_model()
+    with products(job.heal, base.device):  # as the student, while it trains
+        return HeldOut(base, job.tokenizer, job.evaluate, job.heal.stop_at_gate)
 
 
 def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
@@ -186,8 +190,9 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     folder = job.run / TEACHER
     with processes().main_process_first():
         kept = {"top_k": heal.top_k, "temperature": heal.temperature}
-        with products(heal):
-            store(job.base_model(), _read_rows(packed, heal), folder, **kept, progress=job.progress)
+        base = job.base_model()
+        within = products(heal, base.device)
+        store(base, _read_rows(packed, heal), folder, **kept, progress=job.progress, within=within)
     job.forget_base()
     return StoredTeacher(folder)
 
@@ -223,7 +228,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
-    with quiet_transformers():  # what the Trainer would say is in metrics.jsonl
+    with quiet_transformers(), unprepared(student):  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
             args=arguments(heal, job.run, steps, state.num_processes, plain.config.get_text_config().vocab_size),

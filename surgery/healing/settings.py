@@ -94,7 +94,8 @@ class Heal(BaseModel):
     clip: Number = Field(1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Of the products; the weights that train are float32. auto: bfloat16 on a GPU or CPU that has it.",
+        description="Of the products; the weights that train are float32. auto: bfloat16 on a GPU "
+        "that has it, and on an x86 CPU that multiplies it (avx512_bf16, amx_bf16).",
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
     warm_start: Count = Field(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +30,15 @@ LOGITS = 1 << 27  # values of the logits of a forward
 
 
 def store(
-    model, rows, folder: str | Path, *, top_k: int = 64, temperature: float = 1.0, dtype=torch.float16, progress=None
+    model,
+    rows,
+    folder: str | Path,
+    *,
+    top_k: int = 64,
+    temperature: float = 1.0,
+    dtype=torch.float16,
+    progress=None,
+    within=nullcontext(),
 ):
     """Keep what the base says of every row; files that are there already are left as they are.
 
@@ -40,6 +49,7 @@ def store(
         temperature: of the distillation.
         dtype: of the log-probabilities on disk; float16 is right (see `TopK`).
         progress: called as progress(done, total, label), in rows.
+        within: a context that the model is run in.
 
     Raises:
         SurgeryError: the folder holds what another base, or another data set, gave.
@@ -60,7 +70,7 @@ def store(
             for number in range(math.ceil(len(rows) / ROWS)):
                 if not files.path(number).is_file():
                     some = slice(number * ROWS, (number + 1) * ROWS)
-                    kept = ask(model, rows.ids[some].long(), rows.positions[some].long(), facts)
+                    kept = ask(model, rows.ids[some].long(), rows.positions[some].long(), facts, within)
                     files.save(number, kept, {})
                 if progress:
                     progress(min((number + 1) * ROWS, len(rows)), len(rows), "teacher")
@@ -69,7 +79,7 @@ def store(
 
 
 @torch.no_grad()
-def ask(model, ids: torch.Tensor, positions: torch.Tensor, facts: dict) -> dict[str, torch.Tensor]:
+def ask(model, ids: torch.Tensor, positions: torch.Tensor, facts: dict, within) -> dict[str, torch.Tensor]:
     """What a model says of some rows [r, length]: `values`, `indices` [r, length, k], `rest` [r, length], `keys`."""
     step = max(1, LOGITS // (ids.shape[1] * facts["vocabulary"]))
     small = torch.uint16 if facts["vocabulary"] <= 1 << 16 else torch.int32
@@ -77,7 +87,9 @@ def ask(model, ids: torch.Tensor, positions: torch.Tensor, facts: dict) -> dict[
     for first in range(0, len(ids), step):
         batch = {"input_ids": ids[first : first + step], "position_ids": positions[first : first + step]}
         given = arguments(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden=False)
-        for row in model(**given).logits:  # one at a time: [length, V] in float32 is the most that is made
+        with within:
+            logits = model(**given).logits
+        for row in logits:  # one at a time: [length, V] in float32 is the most that is made
             found = top_k_and_rest(row, facts["top_k"], facts["temperature"])
             for name, tensor in zip(parts, found, strict=True):
                 parts[name].append(tensor.to(small if name == "indices" else getattr(torch, facts["dtype"])).cpu())

@@ -66,7 +66,7 @@ class LiveTeacher(Teacher):
     def ask(self, logits, batch, heal):
         device = self.model.device
         given = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
-        with products(heal):
+        with products(heal, device):
             outputs = self.model(**arguments(self.model, given, heal.hidden > 0))
         refuse_vocabulary(logits.shape[-1], outputs.logits.shape[-1])
         states = outputs.hidden_states[1:] if heal.hidden else None

@@ -60,7 +60,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
         for step in range(steps):
             batch = _batch(rows, [next(order) for _ in range(each)], student.device)
             factor = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            with products(heal):  # of each step anew: it remembers what it rounded
+            with products(heal, student.device):
                 forced(student, base, layers, batch, lambda at, error, by=factor: fits[at.number].step(error, by))
             if progress:
                 progress((step + 1) * each * length, steps * each * length, "layer-wise start")
@@ -98,7 +98,8 @@ class Fit:
             )
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        found = torch.autograd.grad(error, self.parameters, allow_unused=True)
+        with torch.autocast(error.device.type, enabled=False):
+            found = torch.autograd.grad(error, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, found, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
@@ -178,6 +179,6 @@ def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int,
         def add(layer: Pair, error: torch.Tensor, share=len(some) / len(held)) -> None:
             sums[layer.number] = sums.get(layer.number, 0.0) + float(error) * share
 
-        with products(heal):
+        with products(heal, student.device):
             forced(student, base, layers, _batch(rows, some, student.device), add)
     return sums
