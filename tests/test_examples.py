@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -295,3 +296,15 @@ def test_heal_routes(tmp_path):
     for name in ("minutes", "tokens"):
         assert (tmp_path / f"routes-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
+
+
+def test_heal_routes_on_text_of_the_base(tiny_llama, tmp_path):
+    import surgery
+
+    surgery.apply("mqa", tiny_llama, output=tmp_path / "mean", check=False, evaluate=False)
+    few = ("mean", str(tiny_llama), "--steps", "1", "--batch-tokens", "512", "--windows", "1", "--rate", "1e-3")
+    own = ("--data", "self", "--write", "700", "--routes", "parts", "--out", "routes.json")
+    printed = run("heal_routes.py", *few, *own, cwd=tmp_path)
+    assert printed.splitlines()[-1].startswith("| parts | 512 |")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "routes-text.jsonl").read_text().splitlines()]
+    assert sum(len(text.split()) for text in texts) >= 700
