@@ -210,6 +210,7 @@ def bare_loop(model, tokenizer, heal, args) -> float:
             gradient_accumulation_steps=heal.rows // micro,
             learning_rate=heal.rate,
             bf16=use_bfloat16(heal),
+            use_cpu=on_cpu(),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
