@@ -63,8 +63,8 @@ class Job:
     def base_model(self):
         """The base in memory, loaded once.
 
-        In float32 on a CPU, where `products` rounds as it goes: with weights in bfloat16 a text is written at a
-        quarter of the speed, by torch's attention of single tokens.
+        In float32 on a CPU, where `products` rounds as it goes: for heads that share no keys, torch's attention of
+        single tokens is slow in bfloat16. (Grouped heads write faster in it: 251 tokens a second, not 137.)
         """
         if not self._base:
             if isinstance(self.base, str | Path):
