@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .trained import Trained
 
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
-PRECISION = "precision"
 RUN = "run.json"  # what a run is of, for --resume
 
 
@@ -85,9 +84,9 @@ class Job:
 def settled(job: Job) -> Heal:
     """The settings with the precision that this run has, also on another machine that goes on with it."""
     file = job.run / RUN
-    known = read_json(file).get(PRECISION) if file.is_file() else None
+    known = read_json(file).get("precision") if file.is_file() else None
     here = "bfloat16" if use_bfloat16(job.heal) else "float32"
-    return job.heal.model_copy(update={PRECISION: known or here})
+    return job.heal.model_copy(update={"precision": known or here})
 
 
 def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
@@ -116,8 +115,7 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
             progress=job.progress,
         )
         packed = Packed(found, heal.length, apart=reads_apart(model))
-        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows}
-        facts |= {PRECISION: heal.precision}
+        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows, "precision": heal.precision}
         if known and known.get("data") != facts["data"]:
             raise TrainingError(
                 "the data are not those that the checkpoints were trained on",

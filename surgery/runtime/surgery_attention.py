@@ -201,10 +201,9 @@ def _in_pieces(query, keys, values, scale) -> tuple:
     threads = torch.get_num_threads()
     pieces = min(threads // gcd(kv_heads, threads), length // SHORTEST)
     size = length // pieces
-    rows = query.reshape(kv_heads, 1, -1, query.shape[-1])
     if pieces == 1:
-        out, lse = fused(rows.transpose(0, 1), keys, values, scale, True)
-        return out.reshape(query.shape), lse.reshape(query.shape[:3])
+        return fused(query, keys, values, scale, True)
+    rows = query.reshape(kv_heads, 1, -1, query.shape[-1])
     parts = (part[0, :, : pieces * size].unflatten(1, (pieces, size)) for part in (keys, values))
     out, lse = fused(rows.expand(-1, pieces, -1, -1), *parts, scale, True)
     if rest := length - pieces * size:
