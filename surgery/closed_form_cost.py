@@ -51,7 +51,7 @@ class Calibration:
         """
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
-        product = width * (4 * hidden + 5 * self.length) / self.stride
+        product = width * (4 * hidden + 2.5 * self.length) / self.stride
         each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * (STEPS + 2) * self.fits * product
         trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
         return each * self.tokens + 3 * anatomy.parameters * self.written + trials

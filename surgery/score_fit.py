@@ -16,15 +16,20 @@ What is summed over the text is in the dtype of the activations; the solver work
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from .alignment import pair_channels
+from .side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Found = TypeVar("Found")
+
+
+PARTS = 4  # of the rows of a piece
 
 
 @dataclass
@@ -57,12 +62,16 @@ class Turn:
     def to(self, dtype) -> Turn:
         return Turn(self.cos.to(dtype), self.sin.to(dtype), self.swap)
 
-    def __call__(self, z: Tensor, rows=slice(None)) -> Tensor:
-        """z [..., r, d] of the positions `rows`, turned."""
-        return self.cos[rows] * z + self.sin[rows] * z[..., self.swap]
+    def at(self, rows) -> Turn:
+        """What turns these positions alone."""
+        return Turn(self.cos[rows], self.sin[rows], self.swap)
 
-    def adjoint(self, z: Tensor, rows=slice(None)) -> Tensor:
-        return self.cos[rows] * z - self.sin[rows] * z[..., self.swap]
+    def __call__(self, z: Tensor) -> Tensor:
+        """z [..., length, d], turned."""
+        return (self.cos * z).addcmul_(self.sin, z[..., self.swap])
+
+    def adjoint(self, z: Tensor) -> Tensor:
+        return (self.cos * z).addcmul_(self.sin, z[..., self.swap], value=-1)
 
 
 @dataclass
@@ -71,8 +80,8 @@ class Piece:
 
     Attributes:
         x: [T, n], the layer's input in the converted model; the last column 1 where the projections have a bias.
-        rows: positions of the queries that count, long [r].
-        weights: p [H, r, T], the base's attention of these rows.
+        rows: positions of the queries that count, long [r], rising.
+        weights: p [H, r, T], the base's attention of these rows; 0 for keys behind the query.
         scores: [H, r, T], the base's scores before softmax; anything finite where p is 0. They are read once.
     """
 
@@ -81,10 +90,27 @@ class Piece:
     weights: Tensor
     scores: Callable[[], Tensor]
 
-    @cached_property
-    def asking(self) -> Tensor:
-        """[r, n], inputs of the queries that count."""
-        return self.x[self.rows]
+
+class Part(NamedTuple):
+    """Rows of a piece that lie together, and see no key from `end` on: products stop there."""
+
+    own: slice  # among the rows of the piece
+    rows: slice  # among the rows of all pieces
+    end: int
+
+
+def causal_parts(pieces: list) -> list[list[Part]]:
+    """The rows of each piece, `Piece` or `ValuePiece`, in parts: a few, so that products stay large."""
+    found, before = [], 0
+    for piece in pieces:
+        parts, begin = [], 0
+        for rows in piece.rows.chunk(PARTS):
+            end = begin + len(rows)
+            parts.append(Part(slice(begin, end), slice(before + begin, before + end), int(rows[-1]) + 1))
+            begin = end
+        found.append(parts)
+        before += begin
+    return found
 
 
 class Fit:
@@ -98,174 +124,174 @@ class Fit:
     """
 
     def __init__(self, pieces: list[Piece], scale: float, turn_q: Turn, turn_k: Turn, groups: int):
-        self.pieces, self.scale, self.turn_q, self.turn_k, self.groups = pieces, scale, turn_q, turn_k, groups
+        import torch
 
-    def queries(self, weight: Tensor, piece: Piece) -> Tensor:
-        """[groups, H / groups * r, d] of W [H, d, n]: heads that share a key head lie one after the other."""
-        x = piece.asking
-        z = self.turn_q((x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1), piece.rows)
-        return z.reshape(self.groups, -1, z.shape[-1])
+        self.pieces, self.scale, self.turn_q, self.turn_k, self.groups = pieces, scale, turn_q, turn_k, groups
+        self.parts = causal_parts(pieces)
+        self.asking = torch.cat([piece.x[piece.rows] for piece in pieces])  # [R, n], inputs of all queries that count
+
+    def each(self, work: Callable[[int, Piece], Found]) -> Iterator[Found]:
+        """What `work` gives of each piece and its number."""
+        return side_by_side(work, range(len(self.pieces)), self.pieces, device=self.asking.device)
 
     def keys(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, T, d] of W [groups, d, n]."""
-        z = (piece.x @ weight.to(piece.x).flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
-        return self.turn_k(z)
+        return self.turn_k(_projected(weight, piece.x).transpose(0, 1))
+
+    def grouped(self, heads: Tensor) -> Tensor:
+        """[groups, H / groups * r, ...] of [H, r, ...]: heads that share a key head lie one after the other."""
+        return heads.reshape(self.groups, -1, heads.shape[-1])
 
     def query_problem(self, key_weight: Tensor) -> Problem:
         """The quadratic problem in W_Q [H, d, n] for these keys W_K [groups, d, n]."""
-        import torch
-
-        fixed = []
-        for piece in self.pieces:
-            keys = self.keys(key_weight, piece) * self.scale  # c k̃: the factor is in them from here on
-            fixed.append((keys, self._grouped(piece.weights) @ keys))  # k̃ and its mean under p
-
-        def add(total: Tensor, weighted: Tensor, piece: Piece, place: int) -> None:
-            """Add the adjoint of p * (error − mean error): `weighted` is p * error [groups, n r, T]."""
-            keys, means = fixed[place]
-            grad = weighted @ keys - weighted.sum(-1, keepdim=True) * means
-            grad = self.turn_q.adjoint(grad.reshape(total.shape[0], -1, total.shape[1]), piece.rows)
-            total += torch.einsum("hrd,rn->hdn", grad, piece.asking)
-
-        def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
-            return self.queries(weight, piece) @ fixed[place][0].mT
-
-        def preconditioner(shape) -> tuple[Tensor, Tensor]:
-            left, right = torch.zeros(shape[:2], dtype=torch.float64), 0.0
-            for piece, (keys, means) in zip(self.pieces, fixed, strict=True):
-                spread = self._grouped(piece.weights) @ keys.square() - means.square()
-                left += spread.double().reshape(shape[0], -1, shape[1]).sum(1).cpu()
-                x = piece.asking.double()
-                right = right + x.T @ x
-            count = sum(len(piece.rows) for piece in self.pieces)
-            return self._by_pairs(left / count, self.turn_q), right
-
-        return Problem(self, errors, add, preconditioner)
+        return QueryProblem(self, key_weight)
 
     def key_problem(self, query_weight: Tensor) -> Problem:
         """The quadratic problem in W_K [groups, d, n] for these queries W_Q [H, d, n]."""
-        import torch
-
-        fixed = [self.queries(query_weight, piece) * self.scale for piece in self.pieces]
-
-        def add(total: Tensor, weighted: Tensor, piece: Piece, place: int) -> None:
-            queries = fixed[place]
-            grad = weighted.mT @ queries
-            grad = grad - self._grouped(piece.weights).mT @ (weighted.sum(-1, keepdim=True) * queries)
-            total += torch.einsum("gtd,tn->gdn", self.turn_k.adjoint(grad), piece.x)
-
-        def errors(weight: Tensor, piece: Piece, place: int) -> Tensor:
-            return fixed[place] @ self.keys(weight, piece).mT
-
-        def preconditioner(shape) -> tuple[Tensor, Tensor]:
-            left, right, count = torch.zeros(shape[:2], dtype=torch.float64), 0.0, 0
-            for piece, queries in zip(self.pieces, fixed, strict=True):
-                left += queries.double().square().sum(1).cpu()
-                received = piece.weights.sum((0, 1)).double()
-                x = piece.x.double()
-                right = right + (x.T * received) @ x
-                count += queries.shape[1]
-            return self._by_pairs(left / count, self.turn_k), right
-
-        return Problem(self, errors, add, preconditioner)
-
-    def _by_pairs(self, curvature: Tensor, turn: Turn) -> Tensor:
-        """Of the channels of a pair, which RoPE mixes, the mean."""
-        return (curvature + curvature[:, turn.swap.cpu()]) / 2
-
-    def _grouped(self, weights: Tensor) -> Tensor:
-        return weights.reshape(self.groups, -1, weights.shape[-1])
+        return KeyProblem(self, query_weight)
 
 
-@dataclass
+def _projected(weight: Tensor, x: Tensor) -> Tensor:
+    """[T, heads, d] of W [heads, d, n] and x [T, n]."""
+    return (x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+
+
 class Problem:
-    """L as a quadratic function of one weight: ½ <W, H W> − <b, W> + ½ c, never built."""
+    """L as a quadratic function of one weight: ½ <W, H W> − <b, W> + ½ c, never built; see `least_squares.Quadratic`.
 
-    fit: Fit
-    errors: Callable
-    add: Callable
-    preconditioner: Callable
+    A kind says what the weight makes of the inputs (`moved`), the scores [groups, n r, end] of a part's rows with it,
+    and the way back: what is given back to it (`nothing` at first, `add` a part's), and the gradient of that.
+    """
+
+    def __init__(self, fit: Fit):
+        self.fit = fit
 
     def product(self, weight: Tensor) -> Tensor:
         """H W."""
-        given = weight.to(self.fit.pieces[0].x)
-        total = given.new_zeros(given.shape)
-        for place, piece in enumerate(self.fit.pieces):
-            found = self.errors(given, piece, place)
-            self.add(total, found.mul_(self.fit._grouped(piece.weights)), piece, place)
-        return total.to(weight)
+        moved, back = self.moved(weight), self.nothing()
+
+        def add(place: int, piece: Piece) -> None:
+            for part in self.fit.parts[place]:
+                errors = self.scores(moved, place, part)
+                self.add(back, self._seen(errors, piece.weights, part), place, part)
+
+        list(self.fit.each(add))
+        return self.gradient(back).to(weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """b, of W's shape, and c = Σ Var[score]."""
-        total, constant = self.fit.pieces[0].x.new_zeros(weight.shape), 0.0
-        for place, piece in enumerate(self.fit.pieces):
+        back = self.nothing()
+
+        def add(place: int, piece: Piece) -> float:
             scores = piece.scores()
             weighted = scores * piece.weights
             means = weighted.sum(-1)
-            constant += float((weighted * scores).double().sum() - means.double().square().sum())
-            self.add(total, self.fit._grouped(weighted), piece, place)
-        return total.to(weight), constant
+            for part in self.fit.parts[place]:
+                there = self.fit.grouped(scores[:, part.own, : part.end].contiguous())
+                self.add(back, self._seen(there, piece.weights, part), place, part)
+            return float((weighted * scores).double().sum() - means.double().square().sum())
+
+        constant = sum(self.fit.each(add))
+        return self.gradient(back).to(weight), constant
+
+    def _seen(self, errors: Tensor, weights: Tensor, part: Part) -> Tensor:
+        """p * error, in place of the errors [groups, n r, end]."""
+        heads = errors.view(len(weights), -1, part.end)
+        return heads.mul_(weights[:, part.own, : part.end]).view_as(errors)
+
+    def by_pairs(self, curvature: Tensor, turn: Turn) -> Tensor:
+        """Of the channels of a pair, which RoPE mixes, the mean."""
+        return (curvature + curvature[:, turn.swap.cpu()]) / 2
 
 
-@dataclass
-class Solved:
-    """What `solve` found: the weight, and twice L as a share of the scores' variance before and after (held back)."""
+class QueryProblem(Problem):
+    """In W_Q, the keys fixed."""
 
-    weight: Tensor
-    before: float
-    after: float
-    steps: int
+    def __init__(self, fit: Fit, key_weight: Tensor):
+        super().__init__(fit)
+        # c k̃: the factor is in them from here on. And their mean under p, [H, r, d].
+        self.keys = list(fit.each(lambda _, piece: fit.keys(key_weight, piece) * fit.scale))
+        self.means = list(fit.each(lambda place, piece: self._mean(piece, self.keys[place])))
+
+    def _mean(self, piece: Piece, keys: Tensor) -> Tensor:
+        """[H, r, d], of something of keys [groups, T, d] under p."""
+        return (self.fit.grouped(piece.weights) @ keys).view(*piece.weights.shape[:2], -1)
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """Queries before RoPE, [R, H, d]."""
+        return _projected(weight, self.fit.asking)
+
+    def nothing(self) -> Tensor:
+        heads, _, size = self.means[0].shape
+        return self.fit.asking.new_empty(len(self.fit.asking), heads, size)  # each row is given once
+
+    def scores(self, queries: Tensor, place: int, part: Part) -> Tensor:
+        queries = self._turn(place, part)(queries[part.rows].transpose(0, 1))
+        return self.fit.grouped(queries) @ self.keys[place][:, : part.end].mT
+
+    def add(self, back: Tensor, weighted: Tensor, place: int, part: Part) -> None:
+        """Add the adjoint of p * (error − mean error)."""
+        means = self.fit.grouped(self.means[place][:, part.own])
+        found = weighted @ self.keys[place][:, : part.end] - weighted.sum(-1, keepdim=True) * means
+        found = found.view(back.shape[1], -1, back.shape[2])
+        back[part.rows] = self._turn(place, part).adjoint(found).transpose(0, 1)
+
+    def gradient(self, back: Tensor) -> Tensor:
+        return (back.flatten(1).T @ self.fit.asking).unflatten(0, back.shape[1:])
+
+    def preconditioner(self) -> tuple[Tensor, Tensor]:
+        def spread(place: int, piece: Piece) -> Tensor:
+            return (self._mean(piece, self.keys[place].square()) - self.means[place].square()).double().sum(1)
+
+        wide = self.fit.asking.double()
+        left = sum(self.fit.each(spread)).cpu() / len(wide)
+        return self.by_pairs(left, self.fit.turn_q), wide.T @ wide
+
+    def _turn(self, place: int, part: Part) -> Turn:
+        return self.fit.turn_q.at(self.fit.pieces[place].rows[part.own])
 
 
-def solve(problem: Problem, held: Problem, start: Tensor, *, steps: int, damping: float) -> Solved:
-    """Conjugate gradients on L from `start`, the best iterate by L on pieces held back.
+class KeyProblem(Problem):
+    """In W_K, the queries fixed."""
 
-    Nothing but the early end keeps the weight near `start`. So the steps must first go where the text says most: the
-    preconditioner, a Kronecker product of a number for each head and channel and (M + damping · mean eigenvalue · I)⁻¹
-    with M the moments of x, weighted as x is read, leaves the weak directions of x for last. The inverse of M itself
-    would mend all at once, and from a few thousand rows the weak ones are mostly noise.
+    def __init__(self, fit: Fit, query_weight: Tensor):
+        super().__init__(fit)
+        raw = _projected(query_weight, fit.asking)
+        self.queries = [  # of each piece, [H, r, d]
+            fit.turn_q.at(piece.rows)(raw[parts[0].rows.start : parts[-1].rows.stop].transpose(0, 1)) * fit.scale
+            for piece, parts in zip(fit.pieces, fit.parts, strict=True)
+        ]
 
-    Args:
-        problem: to fit; `held`: the same of pieces held back.
-        start: W_0 [heads, d, n], float64.
-        steps: at most so many.
-        damping: above 0.
-    """
-    import torch
+    def moved(self, weight: Tensor) -> list[Tensor]:
+        """Keys, [groups, T, d] of each piece."""
+        return list(self.fit.each(lambda _, piece: self.fit.keys(weight, piece)))
 
-    left, right = problem.preconditioner(start.shape)
-    values, vectors = torch.linalg.eigh(right.cpu())
-    inverse = (vectors / (values.clamp(min=0) + damping * float(values.mean()))) @ vectors.T
-    scale = (left + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
+    def nothing(self) -> list[Tensor]:
+        size = self.queries[0].shape[-1]
+        return [piece.x.new_zeros(self.fit.groups, len(piece.x), size) for piece in self.fit.pieces]
 
-    def precondition(gradient: Tensor) -> Tensor:
-        return gradient / scale @ inverse
+    def scores(self, keys: list[Tensor], place: int, part: Part) -> Tensor:
+        return self.fit.grouped(self.queries[place][:, part.own]) @ keys[place][:, : part.end].mT
 
-    goal, constant = held.target(start)
+    def add(self, back: list[Tensor], weighted: Tensor, place: int, part: Part) -> None:
+        """Add the adjoint of p * (error − mean error)."""
+        p = self.fit.pieces[place].weights[:, part.own, : part.end]
+        weighted = weighted.view(len(p), -1, part.end)
+        weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+        queries = self.fit.grouped(self.queries[place][:, part.own])
+        back[place][:, : part.end] += self.fit.grouped(weighted).mT @ queries
 
-    def loss(weight: Tensor) -> float:
-        return float(((held.product(weight) - 2 * goal) * weight).sum()) + constant
+    def gradient(self, back: list[Tensor]) -> Tensor:
+        def of(place: int, piece: Piece) -> Tensor:
+            keys = self.fit.turn_k.adjoint(back[place]).transpose(0, 1)
+            return (keys.flatten(1).T @ piece.x).unflatten(0, keys.shape[1:])
 
-    before = loss(start)
-    best, lowest, taken = start, before, 0
-    weight, residual = start, problem.target(start)[0] - problem.product(start)
-    direction, size, first = None, 1.0, 0.0
-    for step in range(steps):
-        better = precondition(residual)
-        now = float((residual * better).sum())
-        first = first or now
-        if now <= 1e-28 * first:  # solved, to the last bits
-            break
-        direction = better if direction is None else better + now / size * direction
-        size, curved = now, problem.product(direction)
-        curvature = float((direction * curved).sum())
-        if curvature <= 0:  # rounding: there is no direction left
-            break
-        length = size / curvature
-        weight, residual = weight + length * direction, residual - length * curved
-        here = loss(weight)
-        if here < lowest:
-            best, lowest, taken = weight, here, step + 1
-        elif here > lowest * (1 + 1e-3):
-            break
-    return Solved(best, before / constant if constant else 0.0, lowest / constant if constant else 0.0, taken)
+        return sum(self.fit.each(of))
+
+    def preconditioner(self) -> tuple[Tensor, Tensor]:
+        fit, left, right = self.fit, 0.0, 0.0
+        for piece, queries in zip(fit.pieces, self.queries, strict=True):
+            left = left + fit.grouped(queries).double().square().sum(1)
+            right = right + ((piece.x.T * piece.weights.sum((0, 1))) @ piece.x).double()
+        heads = len(self.queries[0])
+        return self.by_pairs(left.cpu() / (len(fit.asking) * heads // fit.groups), fit.turn_k), right

@@ -9,7 +9,8 @@ import torch
 from families import one_thread  # noqa: F401
 
 from surgery.closed_form import fit_output, merge_keys, merge_values, shared_channels
-from surgery.score_fit import Fit, Piece, Turn, solve
+from surgery.least_squares import solve
+from surgery.score_fit import Fit, Piece, Turn
 from surgery.value_fit import ValuePiece, ValueProblem
 
 D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
@@ -344,12 +345,12 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    pieces = [
-        ValuePiece(
-            draw(12, 5), draw(2, 6, 12).softmax(-1), draw(6, 7), torch.rand(6, generator=generator).double() + 0.1
-        )
-        for _ in range(3)
-    ]
+    rows, pieces = torch.tensor([1, 2, 4, 5, 8, 11]), []
+    for _ in range(3):
+        unseen = torch.arange(12) > rows[:, None]
+        weights = draw(2, 6, 12).masked_fill(unseen, -math.inf).softmax(-1)
+        loud = torch.rand(6, generator=generator).double() + 0.1
+        pieces.append(ValuePiece(draw(12, 5), rows, weights, draw(6, 7), loud))
     output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
 
     def loss(weight):

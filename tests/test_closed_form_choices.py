@@ -32,8 +32,9 @@ from surgery.calibration.layer_seen import Settings
 from surgery.calibration.sharing import Sharing
 from surgery.closed_form import fit_output, merge_keys, merge_values
 from surgery.engines import write_layers
+from surgery.least_squares import solve
 from surgery.merging import with_bias
-from surgery.score_fit import Fit, solve
+from surgery.score_fit import Fit
 from surgery.value_fit import ValueProblem
 
 

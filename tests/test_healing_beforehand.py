@@ -135,7 +135,8 @@ def test_every_model_that_runs_computes_in_the_same_precision(tiny_llama, edited
     seen, whole = [], LlamaModel.forward
 
     def watched(self, *args, **kwargs):
-        seen.append((self.embed_tokens.weight.dtype, torch.is_autocast_enabled("cpu")))
+        weight = self.embed_tokens.weight
+        seen.append((self.config.num_key_value_heads, weight.dtype, torch.is_autocast_enabled("cpu")))
         return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
@@ -144,7 +145,8 @@ def test_every_model_that_runs_computes_in_the_same_precision(tiny_llama, edited
     of_memory(edited).data["recipe"]["evaluate"] = {"text": str(text), "length": 16, "windows": 2}
     for way in ({"teacher": "stored"}, {"eval_every": 1}, {"steps": None, "minutes": 0.01}):
         package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked_for | way)
-    assert set(seen) == {(torch.float32, asked == "bfloat16")}
+    teacher, rough = getattr(torch, asked), asked == "bfloat16"
+    assert set(seen) == {(1, torch.float32, rough), (3, teacher, rough)}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without an accelerator")

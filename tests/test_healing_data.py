@@ -393,7 +393,7 @@ def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing):
         wanted.append(row)
     seconds = [row[1] for row in wanted]
     ends = {max(seconds, key=seconds.count), wanted[0][5], wanted[1][8], wanted[2][3]}
-    writer, sizes = self_text.with_growing_cache(model) if growing else model, []
+    writer, sizes = self_text.writing(model) if growing else model, []
     writer.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
     rows = self_text._write(writer, starts, 16, ends, torch.Generator().manual_seed(0)).tolist()
     found, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
@@ -480,7 +480,7 @@ def test_self_is_a_source(tiny_llama, tokenizer, read):
 def test_a_growing_cache_changes_nothing(family):
     """Token by token the logits are those of the whole text, and the model is left as it was."""
     model = TINY[family]()
-    writer = self_text.with_growing_cache(model)
+    writer = self_text.writing(model)
     known = family not in ("bloom", "mpt")  # the runtime's families
     assert hasattr(writer, "make_cache") == known
     assert not hasattr(model, "make_cache")
@@ -497,7 +497,29 @@ def test_a_growing_cache_changes_nothing(family):
     assert (torch.cat(logits, 1) - model(input_ids=ids, use_cache=False).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3", "phi3"])
+@torch.no_grad()
+def test_where_the_processor_has_bfloat16_it_writes_in_it(family, tokenizer, monkeypatch):
+    """Weights are rounded, tied ones once; frequencies are not, and the model is left as it was."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    model = TINY[family]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    writer = self_text.writing(model)
+    ours, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (writer, model))
+    assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in theirs.items())
+    assert len({id(p) for p in ours.values()}) == len({id(p) for p in theirs.values()})
+    kept = dict(model.named_buffers())
+    assert all(tensor.dtype == kept[name].dtype for name, tensor in writer.named_buffers() if name in kept)
+    ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    exact, rounded = (each(input_ids=ids, use_cache=False).logits for each in (model, writer))
+    assert 0 < (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()  # an expert may change
+    assert sum(map(len, sample(model, tokenizer, heal(), 64, batch=4))) >= 64
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("family", ["bloom", "mpt", "gpt2", "falcon_alibi", "gemma3", "gpt_oss"])
-def test_every_kind_of_family_writes(family, tokenizer):
+def test_every_kind_of_family_writes(family, bfloat16, tokenizer, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": bfloat16}, raising=False)
     model = TINY[family]()
     assert sum(map(len, sample(model, tokenizer, heal(), 64, batch=4))) >= 64

@@ -24,7 +24,7 @@ class Settings:
         rounds: how often queries and keys are refitted in turn.
         sequential: attention is fitted to the inputs that converted layers give it, not the base's.
         ridges: of the output projection, to choose from.
-        steps, damping: of the queries, keys and values, see `score_fit.solve`.
+        steps, damping: of the queries, keys and values, see `least_squares.solve`.
         stride: of the queries every so many rows count, in each sequence from another one on.
         received: by how much a token counts in the moments for the attention that it gets: with weight
             1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.

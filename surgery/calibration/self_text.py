@@ -25,6 +25,7 @@ import torch
 from ..anatomy import Anatomy
 from ..errors import SurgeryError
 from ..output import machine_errors
+from ..processor import fast_in_bfloat16
 from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
 from .fingerprint import fingerprint
@@ -63,7 +64,7 @@ def sample(
     settings |= {"model": fingerprint(model)} if folder else {}
     kept = LayerFiles(folder, SELF_TEXT, settings)
     found: list[list[int]] = []
-    number, done, writer = 0, 0, with_growing_cache(model)
+    number, done, writer = 0, 0, writing(model)
     while done < tokens:
         known = kept.load(number)
         if known is None:
@@ -83,21 +84,33 @@ def sample(
     return found
 
 
-def with_growing_cache(model):
-    """The same weights in a model whose cache is not copied as a whole for every token, where there is one.
+def writing(model):
+    """The model as it writes fastest here: with a cache that is not copied as a whole for every token, and on a CPU
+    that computes in bfloat16 with its weights in that.
 
-    That is the runtime of surgical checkpoints, with nothing that a surgery does. On one core 32 samples of 384 tokens
-    of SmolLM2-135M went on at 144 tokens a second in place of 77.
+    The cache is that of surgical checkpoints, with nothing that a surgery does: on one core 32 samples of 384 tokens
+    of SmolLM2-135M went on at 144 tokens a second in place of 77. On two cores 64 samples of 512 tokens were written
+    at 251 a second in bfloat16, at 137 in float32.
+
+    Returns:
+        A model of its own. It has the weights of this one, if they are not rounded. Where the runtime knows no such
+        cache, this one.
     """
     if hasattr(model, "make_cache") or Anatomy.of(model).runtime_problem() or hasattr(model, "hf_device_map"):
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    if model.device.type == "cpu" and fast_in_bfloat16():  # not the buffers: frequencies of RoPE must be exact
+        shared |= {id(tensor): _rounded(tensor) for tensor in model.parameters() if tensor.dtype == torch.float32}
     copied = copy.deepcopy(model, shared)
     try:
         patch(copied, {"layers": [{}] * copied.config.num_hidden_layers})
     except ValueError:  # what the runtime refuses is sampled as it is
         return model
     return copied.eval()
+
+
+def _rounded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
 
 
 @torch.no_grad()

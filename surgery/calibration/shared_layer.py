@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,8 +12,10 @@ from ..alignment import pair_channels
 from ..closed_form import fit_output, merge_keys, merge_values
 from ..errors import SurgeryError
 from ..layers import AttentionLayer
+from ..least_squares import solve
 from ..merging import group_members, stacked, with_bias
-from ..score_fit import Fit, Piece, Turn, solve
+from ..score_fit import Fit, Piece, Turn
+from ..side_by_side import side_by_side
 from ..value_fit import ValuePiece, ValueProblem
 from .layer_seen import TURNS, Seen, Settings, apart, held_back, project, scale_of, share
 from .statistics import Moments, Regression, with_ones
@@ -46,13 +50,17 @@ class SharedLayer:
         v, o = self._values(v, o, self._read(), record)
         new = layer.replace(facts=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
         if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the pieces
-            seen = [self._attention(new, place, piece.rows) for place, piece in enumerate(self.seen.pieces)]
+            seen = list(self._each(lambda place: self._attention(new, place, self.seen.pieces[place].rows)))
             if "o" in settings.refit:
                 new = self._with_output(new, o, record, seen)
             new, o = self._with_values(new, v, seen, record), new.o.double()
         if "o" in settings.refit:
             new = self._with_output(new, o, record)
         return new, record
+
+    def _each(self, work: Callable) -> Iterator:
+        """What `work` gives of each piece's number."""
+        return side_by_side(work, range(len(self.seen.pieces)), device=self.seen.x[0].device)
 
     def meet(self, place: int, call: Call) -> None:
         """From here on the layer's input of a sequence is that of this call."""
@@ -171,7 +179,7 @@ class SharedLayer:
         pieces = self.seen.pieces
         for turn in range(settings.rounds * len(refit) + (len(refit) - 1)):
             if turn and settings.risen:
-                pieces = [self._with_risen(q, k, place) for place in range(len(pieces))]
+                pieces = list(self._each(partial(self._with_risen, q, k)))
             turns = self.turn_q.to(dtype), self.turn_k.to(dtype)
             fit, held = (Fit(some, scale_of(call), *turns, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
@@ -189,7 +197,7 @@ class SharedLayer:
         piece, x = self.seen.pieces[place], self.seen.x[place]
         key, query = self.turn_k.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
         asked = project(q, x[piece.rows])  # no other rows are looked at
-        query[:, piece.rows] = self.turn_q.to(x.dtype)(asked, piece.rows)
+        query[:, piece.rows] = self.turn_q.to(x.dtype).at(piece.rows)(asked)
         new = self._weights_of(query, key, place, piece.rows)
         both = ((piece.weights + new) / 2).masked_fill(piece.weights == 0, 0.0)
         return replace(piece, weights=both)
@@ -217,7 +225,7 @@ class SharedLayer:
         pieces = []
         for place, (piece, weights) in enumerate(zip(self.seen.pieces, seen, strict=True)):
             wanted, loud = self.seen.base[place].output[piece.rows], self.seen.loud[place][piece.rows]
-            pieces.append(ValuePiece(piece.x, weights, wanted, _weights(loud)))
+            pieces.append(ValuePiece(piece.x, piece.rows, weights, wanted, _weights(loud)))
         fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in apart(pieces))
         found = solve(fit, held, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
@@ -232,6 +240,8 @@ class SharedLayer:
                 Texts held back are then not fitted either: they are to judge the values.
         """
         sums = [Regression(exact=False), Regression(exact=False)]
+        if seen is None:
+            list(self._each(partial(self.heads, new)))  # kept
         for place, call in enumerate(self.seen.base):
             loud = _weights(self.seen.loud[place])
             if seen is None:

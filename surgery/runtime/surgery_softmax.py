@@ -21,12 +21,15 @@ def written_out(query, keys, values) -> bool:
 def fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen=None) -> tuple:
     """Output and log-sum-exp (None if not asked for) by one kernel; seen: mask or bias [batch or 1, 1, n, keys]."""
     gqa = query.shape[1] != keys.shape[1]
-    if gqa and query.shape[2] == 1 and seen is None and not causal and query.device.type == "cpu":
+    decoding = query.shape[2] == 1 and seen is None and not causal and query.device.type == "cpu"
+    if decoding and gqa:
         # One query of each head: as rows of one head a group reads its keys once. 32 heads, 8 KV heads, 4,000 keys,
         # one core: 8.6 -> 3.9 ms; in bfloat16, whose keys the kernel converts for each head anew, 19.5 -> 1.8 ms.
         rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
         out, lse = fused(rows, keys, values, scale, with_lse)
         return out.reshape(*query.shape[:3], -1), None if lse is None else lse.reshape(query.shape[:3])
+    if decoding and query.dtype == keys.dtype == values.dtype == torch.bfloat16:  # 8 heads, 2,048 keys: 5.7 -> 0.9 ms
+        return explicit(query, keys, values, None, scale, None, with_lse)
     if not with_lse:
         return sdpa(query, keys, values, attn_mask=seen, scale=scale, is_causal=causal, enable_gqa=gqa), None
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ

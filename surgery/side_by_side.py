@@ -1,0 +1,40 @@
+"""Work on many small pieces side by side: on a CPU each thread takes a piece, where a product alone is too small.
+
+SmolLM2's products over one text of 512 tokens gained a third from a second thread; two texts at a time nearly double.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    Found = TypeVar("Found")
+
+
+def side_by_side(work: Callable[..., Found], *pieces: Iterable, device: torch.device) -> Iterator[Found]:
+    """What `work` gives of each piece, without gradients: in their order, and the same on any number of threads.
+
+    Args:
+        work: of one piece; what it writes to must be its own.
+        pieces: `work` is called with one of each.
+        device: of the tensors.
+    """
+    import torch
+
+    def alone(each: tuple) -> Found:
+        with torch.no_grad():  # which is of a thread
+            return work(*each)
+
+    given, threads = list(zip(*pieces, strict=True)), torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(given)) < 2:
+        yield from map(alone, given)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(alone, given)
+    finally:
+        torch.set_num_threads(threads)
