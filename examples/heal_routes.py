@@ -7,7 +7,7 @@ on the same text, and is scored on held-out texts; on the way a little of the bu
 Text of the base itself (`--data self`) is written once, `--write` tokens, for all routes.
 The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
 command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
-tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top.
+tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top ("in all").
 """
 
 import argparse
@@ -88,7 +88,8 @@ def run(route: str, data: str, options) -> dict:
     lines = map(json.loads, (folder / "healing" / "metrics.jsonl").read_text().splitlines())
     curve = [[line["tokens"], line["seconds"], line["held_out_loss"]] for line in lines if "held_out_loss" in line]
     facts = report.data["heal"]
-    return {"scores": score(folder, options), "tokens": facts["tokens"], "minutes": facts["minutes"], "curve": curve}
+    times = {"minutes": facts["minutes"], "in_all": facts["wall_seconds"] / 60}  # with the layer-wise start
+    return {"scores": score(folder, options), "tokens": facts["tokens"], "curve": curve} | times
 
 
 def main() -> None:
@@ -96,17 +97,18 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "routes")}
     measured = Measured(options.out, settings)
     base, start = (measured.once(name, partial(score, getattr(options, name), options)) for name in ("base", "start"))
-    print(f"| route | tokens | minutes | {' | '.join(options.texts)} | won back |")
-    print("| --- | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
-    print(f"| base | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
-    print(f"| start | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
+    print(f"| route | tokens | minutes | in all | {' | '.join(options.texts)} | won back |")
+    print("| --- | ---: | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
+    print(f"| base | | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
+    print(f"| start | | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
     data = str(written(options)) if options.data == "self" else options.data
     for route in options.routes:
         found = measured.once(route, partial(run, route, data, options))
         sides = zip(base, start, found["scores"], strict=True)
         won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
         scores = " | ".join(f"{x:.3f}" for x in found["scores"])
-        print(f"| {route} | {found['tokens']:,} | {found['minutes']:.1f} | {scores} | {won} |", flush=True)
+        took = f"{found['minutes']:.1f} | {found['in_all']:.1f}"
+        print(f"| {route} | {found['tokens']:,} | {took} | {scores} | {won} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
         lines = {
             route: ([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])

@@ -22,9 +22,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 @contextmanager
 def readable(base: Path, output: str | Path, allow_pickle: bool):
     """A folder with the base's weights in safetensors: the base itself, or a temporary one beside OUT."""
-    has_safetensors = (base / SINGLE_FILE).is_file() or (base / WEIGHT_INDEX).is_file()
-    has_pickle = (base / PICKLE).is_file() or (base / PICKLE_INDEX).is_file()
-    if has_safetensors or not (allow_pickle and has_pickle):
+    if not (allow_pickle and only_pickled(base)):
         yield base  # Checkpoint() names what is wrong, if anything is
         return
     with (
@@ -34,6 +32,12 @@ def readable(base: Path, output: str | Path, allow_pickle: bool):
     ):
         _unpickle(base, Path(folder))
         yield Path(folder)
+
+
+def only_pickled(base: Path) -> bool:
+    """Whether the weights of a folder are pickles, and in no safe format beside."""
+    safe = (base / SINGLE_FILE).is_file() or (base / WEIGHT_INDEX).is_file()
+    return not safe and ((base / PICKLE).is_file() or (base / PICKLE_INDEX).is_file())
 
 
 def _unpickle(base: Path, folder: Path) -> None:
@@ -53,8 +57,6 @@ def _unpickle(base: Path, folder: Path) -> None:
                 own[name] = tensor.contiguous()
         weight_map |= dict.fromkeys(own, target)
         save_file(own, folder / target, metadata={"format": "pt"})
-        times = (base / file).stat()  # kept, so that --resume knows the base again
-        os.utime(folder / target, ns=(times.st_atime_ns, times.st_mtime_ns))
     if index is not None:
         write_json(folder / WEIGHT_INDEX, {"metadata": {}, "weight_map": weight_map})
 

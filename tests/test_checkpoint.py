@@ -13,6 +13,8 @@ import torch
 from conftest import edit_json, edit_tensors, listing
 from safetensors.torch import load, load_file, save, save_file
 
+from surgery.checkpoint import Checkpoint
+
 FAST = ("--no-check", "--no-eval")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -251,6 +253,23 @@ def test_a_pickle_is_refused_and_the_flag_named(refused, model):
     pickled(model)
     says = ["no model.safetensors", "pytorch_model.bin", "pickle, which can run code", "--allow-pickle"]
     refused("apply", "mqa", model, "-o", "new/out", *FAST, says=says)
+
+
+def test_a_pickle_that_is_to_be_healed_is_refused_before_the_conversion(refused, model, tmp_path):
+    pickled(model)
+    says = ["the base's weights are a pickle, and healing loads the base again", "save it as safetensors first"]
+    refused("apply", "gqa-distill", model, "-o", "out", "--allow-pickle", says=says)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_copy_has_the_fingerprint_and_any_other_weights_have_not(model, tmp_path):
+    copied = shutil.copytree(model, tmp_path / "copied", copy_function=shutil.copyfile)
+    one = Checkpoint(model).fingerprint()
+    assert Checkpoint(copied).fingerprint() == one
+    tensors = load_file(copied / WEIGHTS)
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor + 1}, copied / WEIGHTS, {"format": "pt"})
+        assert Checkpoint(copied).fingerprint() != one
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])

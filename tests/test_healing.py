@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TEXT, edit_json, listing
-from families import one_thread  # noqa: F401
+from families import TINY, TOKENS, one_thread, open_doors  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,6 +204,24 @@ def test_an_adapter_kept_gives_the_merged_model(converted, heal, model):
     assert "they load on the model as it was before them." in (done.folder / "README.md").read_text()
 
 
+def test_stock_transformers_finds_the_adapted_model_in_the_merged_one(converted, heal, model, tmp_path):
+    """In a process without `surgery`, from what was stored."""
+    from peft import PeftModel
+
+    TINY["llama"]().save_pretrained(model)  # in float32
+    out = converted()
+    done = heal(out, "method=lora", "keep_adapter=true", "rank=2")
+    (tmp_path / "doors").mkdir()
+    stored = open_doors([done.folder], tmp_path / "doors")[done.folder]
+    assert "error" not in stored, stored
+    before = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        plain = before(TOKENS).logits
+        adapted = PeftModel.from_pretrained(before, done.folder / "adapter").eval()(TOKENS).logits
+    assert (adapted - stored["logits"]).abs().max() <= 1e-4
+    assert (plain - stored["logits"]).abs().max() > 1e-2
+
+
 def test_an_adapter_kept_by_a_recipe_has_its_model(surgery, model, text, tmp_path):
     from peft import PeftModel
 
@@ -272,6 +290,7 @@ def test_the_clock_ends_it(converted, heal):
     assert record["ended_by"] == "minutes"
     assert record["steps"] >= 1
     rates = [line["learning_rate"] for line in read(done.folder / "healing/metrics.jsonl")]
+    assert rates[0] > 0
     assert rates[-1] < 0.01
 
 

@@ -29,6 +29,10 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file"]
 LAUNCH = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "surgery"],
     "accelerate": [*ACCELERATE, str(CONFIGS / "cpu.yaml"), "-m", "surgery"],
+    "memory": [
+        *["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+        str(Path(__file__).with_name("heal_in_memory.py")),
+    ],
     "fsdp": [
         *[*ACCELERATE, str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--main_process_port", "0"],
         str(Path(__file__).with_name("fsdp_on_cpu.py")),
@@ -174,8 +178,17 @@ def two(how: str, asked: list[str], folder: Path, code: int = 0, **more):
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
 @pytest.mark.parametrize("how", ["torchrun", "accelerate"])
 def test_two_processes_train_as_one(both, how):
-    report, _ = both(how, "method=lora", steps=50 if how == "torchrun" else 20)
+    report, _ = both(how, "method=lora", steps=50)
     assert report.data["heal"]["engine"] == "copies (DDP)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun")
+def test_two_processes_heal_one_model_in_memory(model, tmp_path):
+    """By the clock and on text of the base, which the first of them writes: both end with the same weights."""
+    said = two("memory", [str(model)], tmp_path).stdout.decode()
+    ours, theirs = (line for line in said.splitlines() if line.startswith("healed 2 "))
+    assert ours == theirs
 
 
 @pytest.mark.slow

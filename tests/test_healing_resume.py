@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import listing
 from families import one_thread  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from surgery.errors import MachineError, SurgeryError, TrainingError
 from surgery.folder import read_json
@@ -41,7 +42,7 @@ def healing(out, model, text, tmp_path):
     def run(to="healed", *more, **options):
         settings = [*SETTINGS, f"data={text}", *more]
         quick = {"check": False, "evaluate": False}
-        return run_heal(out, model, output=tmp_path / to, overrides=settings, **quick | options)
+        return run_heal(out, options.pop("base", model), output=tmp_path / to, overrides=settings, **quick | options)
 
     return run
 
@@ -112,6 +113,24 @@ def test_it_goes_on_in_its_precision_on_another_machine(healing, stop, monkeypat
     assert same(tmp_path / "healed", tmp_path / "whole")
     healing("other", "method=full")
     assert not same(tmp_path / "other", tmp_path / "whole"), "the precision changes something"
+
+
+def test_it_goes_on_beside_a_copy_of_the_base(healing, stop, monkeypatch, model, tmp_path):
+    """Another machine has other times of change, and another path. Another model is refused."""
+    healing("whole", "method=full")
+    stop(5, Killed())
+    with pytest.raises(Killed):
+        healing("healed", "method=full")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    copied = shutil.copytree(model, tmp_path / "copied", copy_function=shutil.copyfile)
+    other = shutil.copytree(copied, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SurgeryError, match="this is not the base it was made from"):
+        healing("healed", "method=full", resume=True, base=other)
+    assert healing("healed", "method=full", resume=True, base=copied).data["heal"]["resumed"]
+    assert same(tmp_path / "healed", tmp_path / "whole")
 
 
 def cut_off(partial, how: str) -> None:
@@ -192,16 +211,19 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(healing, monkeypatch, tmp_
 
 
 def test_a_gradient_that_is_no_number_changes_nothing(healing, monkeypatch, tmp_path):
-    whole = training.HealTrainer._clip_grad_norm
+    whole, held = training.HealTrainer._clip_grad_norm, []
 
     def poisoned(self, model):
         if self.state.global_step == 3:
+            held.extend((p, p.detach().clone()) for p in model.parameters() if p.requires_grad)
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
         return whole(self, model)
 
     monkeypatch.setattr(training.HealTrainer, "_clip_grad_norm", poisoned)
     with pytest.raises(TrainingError, match="the gradient is not a number in step 4"):
         healing("healed", "method=parts")
+    assert held
+    assert all(torch.equal(parameter, before) for parameter, before in held)
 
 
 def test_out_of_memory_names_three_knobs(healing, monkeypatch, tmp_path):
@@ -386,4 +408,10 @@ def _newest(run) -> int:
 
 
 def _unfinished(run) -> list:
-    return [path for path in checkpoints._all(run) if checkpoints.facts_of(path) is None] if run.exists() else []
+    """Checkpoints that were being written; of one that was being removed, a newer one is whole."""
+    if not run.exists():
+        return []
+    found, marks = checkpoints._all(run), []
+    for path in found:
+        marks = [*marks, path] if checkpoints.facts_of(path) is None else []
+    return marks

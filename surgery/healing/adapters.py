@@ -66,8 +66,8 @@ def bare(model, trained: Trained) -> list[str]:
 def merge(adapted, vocabulary: int):
     """The model with its updates added to its weights, and by how much the logits of random tokens moved.
 
-    Merged and looked at in float64, where there is memory for it: in float32 the logits of a model with massive
-    activations move by a thousandth from rounding alone.
+    Merged and looked at in float64 on the CPU, where there is memory for it: in float32 the logits of a model with
+    massive activations move by a thousandth from rounding alone.
 
     Args:
         adapted: of `adapt`; its weights are in float32, since in bfloat16 a small update is rounded away.
@@ -75,8 +75,15 @@ def merge(adapted, vocabulary: int):
     Raises:
         TrainingError: the logits moved, or the updates hold NaN; checkpoints are kept.
     """
+    from ..scoring import too_big
+
+    parameters = list(adapted.parameters())
+    device, numbers = parameters[0].device, sum(parameter.numel() for parameter in parameters)
+    fits = not too_big(0, extra=(6 if device.type == "cpu" else 10) * numbers)
+    if fits:
+        adapted.cpu()  # not every other device has float64
     tokens = probe(adapted, vocabulary)
-    before = _wide_logits(adapted, tokens)
+    before = _wide_logits(adapted, tokens) if fits else None
     wide = before is not None
     if not wide:
         before = logits(adapted, tokens)
@@ -85,7 +92,7 @@ def merge(adapted, vocabulary: int):
     except ValueError as error:
         raise TrainingError(f"the adapters cannot be merged: {error}", where="heal") from error
     after = logits(model, tokens)
-    model.float()
+    model.float().to(device)
     moved, spread = (after - before).abs().max().item(), before.std().item()
     if not moved <= (TOLERANCE if wide else ROUNDING) * max(1.0, spread):
         raise TrainingError(
@@ -97,12 +104,7 @@ def merge(adapted, vocabulary: int):
 
 
 def _wide_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits in float64, the model left in it; None, and as it was, where that does not fit or a kernel is missing."""
-    from ..scoring import too_big
-
-    parameters = list(model.parameters())
-    if parameters[0].device.type != "cpu" or too_big(0, extra=6 * sum(p.numel() for p in parameters)):
-        return None
+    """Logits in float64, the model left in it; None, and as it was, where a kernel is missing."""
     try:
         return logits(model.double(), tokens)
     except RuntimeError:  # experts' grouped product has no float64

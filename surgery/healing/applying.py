@@ -13,6 +13,7 @@ from pathlib import Path
 from ..conversion import convert
 from ..errors import SurgeryError
 from ..output import remove_own
+from ..pickled import only_pickled
 from ..report import Report, published_recipe
 from ..same_base import another_base
 from .beforehand import refuse_early
@@ -49,6 +50,12 @@ def apply_and_heal(
     def refuse_all(folder: Path) -> None:
         if refuse:
             refuse(folder)
+        if allow_pickle and only_pickled(folder):
+            raise SurgeryError(
+                "the base's weights are a pickle, and healing loads the base again",
+                where=str(folder),
+                fix="save it as safetensors first (from_pretrained, save_pretrained), and name that folder",
+            )
         refuse_early(recipe.heal, folder)
 
     if os.path.lexists(out) and not overwrite and not (resume and unhealed.exists()):

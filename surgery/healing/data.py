@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,14 +54,14 @@ class Documents:
 
     title: str
     sha256: str
-    ids: list[list[int]]
+    ids: list[Sequence[int]]
     begin: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.ids)
+        return map(list, self.ids)
 
     @property
     def tokens(self) -> int:
@@ -108,15 +109,16 @@ def documents(
     while tokens < wanted and (some := list(islice(texts, TOGETHER))):
         _update(digest, some)
         # Chat templates write BOS themselves.
-        ids += tokenizer(some, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
-        tokens = sum(map(len, ids))
+        new = tokenizer(some, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
+        ids += [array("i", each) for each in new]  # a list would take eight times as much
+        tokens += sum(map(len, new))
         if progress:
             progress(min(tokens, wanted), wanted, "data")
     _refuse(ids, source, heal, read_config(base).get_text_config().vocab_size)
     return Documents(source.title, digest.hexdigest(), ids, begin)
 
 
-def _refuse(ids: list[list[int]], source: Source, heal, vocabulary: int) -> None:
+def _refuse(ids: list[Sequence[int]], source: Source, heal, vocabulary: int) -> None:
     tokens, largest = sum(map(len, ids)), max((max(each) for each in ids if each), default=0)
     if not tokens:
         raise SurgeryError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..output import write_text
+from .schedule import rate_at
 
 if TYPE_CHECKING:
     from .settings import Heal
@@ -45,7 +46,7 @@ class Follow(TrainerCallback):
         self.heal, self.file, self.steps = heal, folder / METRICS, steps
         self.watch, self.earlier, self.progress = watch, earlier, progress
         self.trainer: HealTrainer | None = None  # given when it is there
-        self.rate, self.before = 0.0, 0.0
+        self.rate, self.before, self.begun = 0.0, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -54,6 +55,10 @@ class Follow(TrainerCallback):
         self.before = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.trainer.clock.limit:  # the rate is that of the middle of the step, which nobody knew when it began
+            middle = self._of_all((self.begun + self.trainer.clock.fraction) / 2, "mean")
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_at(middle, self.heal.warmup)
         self.rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -65,7 +70,7 @@ class Follow(TrainerCallback):
         if self.watch and self._due(state.global_step):
             scores = self.watch.measure(model)
             line |= scores.figures
-            if self.heal.stop_at_gate and scores.passed:
+            if self.heal.stop_at_gate and self._of_all(float(scores.passed), "sum"):
                 self.trainer.ended = "gate"
         if self._time_is_over():
             self.trainer.ended = "minutes"
@@ -80,6 +85,7 @@ class Follow(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.before = time.monotonic()
+        self.begun = self.trainer.clock.fraction if self.trainer.clock.limit else 0.0
 
     def _due(self, step: int) -> bool:
         return bool(self.heal.eval_every) and step % self.heal.eval_every == 0
@@ -87,15 +93,18 @@ class Follow(TrainerCallback):
     def _time_is_over(self) -> bool:
         """Whether the clock says so in any process: all stop after the same step."""
         clock = self.trainer.clock
-        if not clock.limit:
-            return False
-        over = torch.tensor(float(clock.fraction >= 1), device=self.trainer.args.device)
-        return self.trainer.accelerator.reduce(over, "sum").item() > 0
+        return bool(clock.limit) and self._of_all(float(clock.fraction >= 1), "sum") > 0
+
+    def _of_all(self, value: float, how: str) -> float:
+        """The sum or mean over all processes, which must do the same."""
+        value = torch.tensor(value, device=self.trainer.args.device)
+        return self.trainer.accelerator.reduce(value, how).item()
 
     def _show(self, line: dict) -> None:
         if not self.progress:
             return
-        label = f"healing: loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+        kl = f", KL {line['kl']:.3f}" if line.get("kl", line["loss"]) != line["loss"] else ""
+        label = f"healing: loss {line['loss']:.3f}{kl}, {line['tokens_per_second']:,.0f} tokens/s"
         if self.steps is not None:
             self.progress(line["step"], self.steps, label)
         else:

@@ -161,7 +161,7 @@ def heal_folder(
         out.refuse_nesting(source)
     if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
         return (Report.of(out.out) if ranks.first else None), source
-    needed = weights.size + plan.disk_bytes - (_bytes_in(out.partial) if resume else 0)
+    needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
         model, dtype = converted_model(folder, anatomy)
         job = Job(

@@ -19,6 +19,9 @@ from .reading import settings as read_settings
 
 def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
     """As `surgery.heal` of a loaded model."""
+    from accelerate.utils import broadcast_object_list
+
+    from .ranks import processes
     from .running import Job, train, trained_of
 
     report = of_memory(model)
@@ -47,11 +50,13 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     with (
         put_back(model, trained, bool(plan.mixing)),
         in_float32(model),
-        tempfile.TemporaryDirectory(prefix="surgery-") as run,
+        tempfile.TemporaryDirectory(prefix="surgery-") as own,
     ):
+        run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own  # one for all processes
         more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
         job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)
+        processes().wait_for_everyone()  # or the first would take the folder away from the others
     earlier = report.data.get("heal")
     # What was checked and measured was the model before.
     report.data.update(records.renewed(report.data, asked, judged_by))

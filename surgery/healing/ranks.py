@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from ..output import OutputFolder
+
+PATIENCE = timedelta(days=7)
 
 
 def on_cpu() -> bool:
@@ -19,10 +22,14 @@ def on_cpu() -> bool:
 
 
 def processes():
-    """The state of all processes, `accelerate.PartialState`; the first call of a process connects it."""
+    """The state of all processes, `accelerate.PartialState`; the first call of a process connects it.
+
+    The others wait for as long as the first converts, lets the base write or asks a teacher: hours, where torch would
+    give up after minutes.
+    """
     from accelerate import PartialState
 
-    return PartialState(cpu=on_cpu())
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
 
 
 class Ranks:

@@ -42,7 +42,7 @@ class Heal(BaseModel):
     method: Literal["lora", "full", "parts"] = Field(
         "lora",
         description="lora: low-rank updates of attention and MLP, and in full what the surgery made anew; full: all "
-        "weights; parts: only what the surgery added or rewrote.",
+        "weights; parts: only what the surgery added, and the projections of attention that it rewrote.",
     )
     loss: Literal["ce", "distill", "both"] = Field(
         "distill", description="ce: the text's next token; distill: the base's probabilities (KL); both: a mixture."
