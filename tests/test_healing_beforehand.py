@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 
 import pytest
 import torch
 from conftest import edit_tensors
 from families import TINY, one_thread  # noqa: F401
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
@@ -62,6 +65,21 @@ def test_a_failed_healing_in_memory_leaves_the_model_as_it_was(edited, tiny_llam
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
     assert all(parameter.requires_grad for parameter in edited.parameters())
     assert not edited.training
+
+
+def test_a_foreign_tokenizer_is_refused_and_more_words_are_not(edited, tiny_llama, tokenizer, text):
+    """A base in a folder, in memory, and none but the one that the model came from."""
+    given = SMALL | {"data": str(text), "method": "parts", "loss": "ce"}
+    foreign, larger = (copy.deepcopy(tokenizer) for _ in range(2))
+    order = json.loads(foreign.backend_tokenizer.to_str())
+    words = order["model"]["vocab"]
+    words["cat"], words["dogs"] = words["dogs"], words["cat"]
+    foreign = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(order)))
+    for base in (tiny_llama, AutoModelForCausalLM.from_pretrained(tiny_llama), None):
+        with pytest.raises(SurgeryError, match="another tokenizer than the base's: 2 of its"):
+            package.heal(edited, base, tokenizer=foreign, **given)
+    larger.add_tokens(["zebra"])
+    package.heal(edited, tiny_llama, tokenizer=larger, **given)
 
 
 def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokenizer, text):

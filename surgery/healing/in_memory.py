@@ -9,6 +9,7 @@ from ..anatomy import Anatomy
 from ..errors import SurgeryError
 from ..folder import model_table
 from ..report import Report
+from ..scoring import read_tokenizer
 from . import record as records
 from .around import in_float32, put_back
 from .beforehand import refuse_settings
@@ -40,6 +41,7 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
             where=type(model).__name__,
             fix="load it again: AutoModelForCausalLM.from_pretrained(BASE)",
         )
+    _refuse_tokenizer(tokenizer, source if source is not None else model)
     operations, table = report.data["operations"], model_table(model)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
@@ -62,3 +64,26 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     report.data.update(records.renewed(report.data, asked, judged_by))
     report.data["heal"] = records.made(asked, facts, earlier)
     return report
+
+
+def _refuse_tokenizer(tokenizer, known) -> None:
+    """Raise where words have other numbers than in the base's own tokenizer, where that is on this machine.
+
+    Args:
+        known: folder of the base, or a loaded model.
+    """
+    folder = Path(known if isinstance(known, Path) else getattr(known.config, "_name_or_path", "") or "nowhere")
+    if not folder.is_dir():
+        return
+    try:
+        base = read_tokenizer(folder).get_vocab()
+    except SurgeryError:  # it has none
+        return
+    ours = tokenizer.get_vocab()
+    other = sum(ours.get(word) != number for word, number in base.items())
+    if other:
+        raise SurgeryError(
+            f"this is another tokenizer than the base's: {other:,} of its {len(base):,} words have other numbers",
+            where=type(tokenizer).__name__,
+            fix=f"AutoTokenizer.from_pretrained({str(folder)!r})",
+        )
