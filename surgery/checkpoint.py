@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
 MAX_HEADER = 100 << 20  # the format's own limit
+BY_CONTENT = "content:"  # of a fingerprint; those of earlier versions had the times of files in them
 SAMPLES, SAMPLE = 4, 1024  # of each tensor for a fingerprint: places, and bytes
 WEIGHT_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BITS = {
@@ -138,7 +139,7 @@ class Checkpoint:
                     for part in range(SAMPLES):
                         file.seek(info.start + part * max(0, info.size - SAMPLE) // max(1, SAMPLES - 1))
                         digest.update(file.read(min(SAMPLE, info.size)))
-        return digest.hexdigest()
+        return BY_CONTENT + digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .anatomy import BYTES
+from .side_by_side import WORKERS
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -61,9 +63,10 @@ class Calibration:
 
         In float32: of all tokens the hidden states twice, layer inputs twice, wanted outputs, heads' outputs, the
         base's queries and keys, the attention of every `stride`-th row of both and their mean, and the MLP's state and
-        input. A trial holds log-probabilities of its texts. Beside these: new weights of all layers, which are written
-        when all are known; one layer in float32; and for the widest projection that is refitted five square matrices
-        in float64 (two sums, and three of the solver).
+        input; of the texts that are worked on side by side the attention of all rows. A trial holds log-probabilities
+        of its texts. Beside these: new weights of all layers, which are written when all are known; one layer in
+        float32; and for the widest projection that is refitted five square matrices in float64 (two sums, and three of
+        the solver). Before all that, a float32 model writes in bfloat16 where a CPU is faster in it: a second copy.
         """
         layer, hidden = anatomy.layers[0], getattr(anatomy.config, "hidden_size", 0)
         inner = getattr(anatomy.config, "intermediate_size", None) or 4 * hidden
@@ -76,4 +79,6 @@ class Calibration:
         one_layer = 4 * anatomy.parameters / len(anatomy.layers)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
         trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
-        return 4 * self.tokens * a_token + BYTES.get(anatomy.dtype, 2) * held + one_layer + solver + trials
+        beside = 4 * 4 * layer.heads * self.length**2 * min(WORKERS, os.cpu_count() or 1)
+        rest = 4 * self.tokens * a_token + BYTES.get(anatomy.dtype, 2) * held + one_layer + solver + trials + beside
+        return max(rest, 2.0 * anatomy.parameters if self.written else 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import Checkpoint
+from .checkpoint import BY_CONTENT, Checkpoint
 from .errors import SurgeryError
 
 
@@ -16,6 +16,11 @@ def unrecordable(data: dict, base, settings: dict) -> str:
     if any(asked.get(key) != value for key, value in settings.items()):
         return "text, windows or length are not those of its recipe"
     return another_base(data["base"], base)
+
+
+def comparable(known: dict) -> bool:
+    """Whether a record of a base has a fingerprint that another folder's can be held against."""
+    return (known.get("fingerprint") or "").startswith(BY_CONTENT)
 
 
 def another_base(known: dict, base) -> str:
@@ -30,6 +35,8 @@ def another_base(known: dict, base) -> str:
         return "" if same else f"it was made from {known['hub_id']}@{known['revision']}, not from this base"
     if not known.get("fingerprint"):
         return "it was made from a model in memory, so no base on disk is known to be its own"
+    if not comparable(known):
+        return "it was made by an earlier version, which knew a base by the times of its files"
     try:
         same = Checkpoint(source.path).fingerprint() == known["fingerprint"]
     except SurgeryError as error:

@@ -187,7 +187,7 @@ class Problem:
             weighted = scores * piece.weights
             means = weighted.sum(-1)
             for part in self.fit.parts[place]:
-                there = self.fit.grouped(scores[:, part.own, : part.end].contiguous())
+                there = self.fit.grouped(scores[:, part.own, : part.end].clone())
                 self.add(back, self._seen(there, piece.weights, part), place, part)
             return float((weighted * scores).double().sum() - means.double().square().sum())
 

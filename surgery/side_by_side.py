@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
+WORKERS = 8  # at most: each holds what a piece takes
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def side_by_side(work: Callable[..., Found], *pieces: Iterable, device: torch.device) -> Iterator[Found]:
-    """What `work` gives of each piece, without gradients: in their order, and the same on any number of threads.
+    """What `work` gives of each piece, without gradients, in their order; the same on any two numbers of threads.
 
     Args:
         work: of one piece; what it writes to must be its own.
@@ -32,11 +34,11 @@ def side_by_side(work: Callable[..., Found], *pieces: Iterable, device: torch.de
             return work(*each)
 
     given, threads = list(zip(*pieces, strict=True)), torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(given)) < 2:
+    if device.type != "cpu" or min(threads, len(given)) < 2:  # one piece has all threads
         yield from map(alone, given)
         return
     try:
-        yield from _workers(threads, os.getpid()).map(alone, given)
+        yield from _workers(min(threads, WORKERS), os.getpid()).map(alone, given)
     finally:
         torch.set_num_threads(threads)
 
@@ -46,4 +48,8 @@ def _workers(threads: int, _process: int) -> ThreadPoolExecutor:
     """Kept: threads that begin anew take a quarter of such work's time. A forked process has none of them."""
     import torch
 
-    return ThreadPoolExecutor(threads, "side by side", initializer=torch.set_num_threads, initargs=(1,))
+    def alone() -> None:
+        torch.get_num_threads()  # or the thread would take the process's number when it first computes
+        torch.set_num_threads(1)
+
+    return ThreadPoolExecutor(threads, "side by side", initializer=alone)

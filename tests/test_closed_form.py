@@ -308,6 +308,29 @@ def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
     assert loss(found.weight) < 0.95 * loss(start)
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_two_threads_find_what_one_finds(part):
+    """Also the tenth time: no thread writes where another does."""
+    pieces, turn, q, k = score_problem(2, 1, seed=7)
+    fit, output = Fit(pieces * 4, 0.5, turn, turn, 2), torch.randn(7, 2, SMALL).double()
+    more = [ValuePiece(p.x, p.rows, p.weights, torch.randn(len(p.rows), 7).double(), p.rows + 1.0) for p in pieces * 4]
+
+    def found() -> list[torch.Tensor]:
+        kinds = {"q": lambda: fit.query_problem(k), "k": lambda: fit.key_problem(q)}
+        problem = kinds.get(part, lambda: ValueProblem(more, output, 2))()
+        start = q if part == "q" else k
+        goal, constant = problem.target(start)
+        return [goal, torch.tensor(constant), problem.product(start), *problem.preconditioner()]
+
+    alone = found()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            assert all(torch.allclose(*both, rtol=1e-12, atol=0) for both in zip(alone, found(), strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(part):
     pieces, turn, q, k = score_problem(2, 1, seed=7)

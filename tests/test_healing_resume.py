@@ -115,6 +115,21 @@ def test_it_goes_on_in_its_precision_on_another_machine(healing, stop, monkeypat
     assert not same(tmp_path / "other", tmp_path / "whole"), "the precision changes something"
 
 
+def test_its_precision_is_known_before_the_base_writes(healing, monkeypatch, tmp_path):
+    """Which may take hours, and its text is of the base in that precision."""
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr("surgery.healing.job.documents", killed)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with pytest.raises(Killed):
+        healing("healed", "method=full", "data=self")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert healing("healed", "method=full", "data=self", resume=True).data["heal"]["bfloat16"]
+
+
 def test_it_goes_on_beside_a_copy_of_the_base(healing, stop, monkeypatch, model, tmp_path):
     """Another machine has other times of change, and another path. Another model is refused."""
     healing("whole", "method=full")

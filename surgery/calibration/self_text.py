@@ -60,11 +60,13 @@ def sample(
     length, device = fitting_length(model, heal.length), model.device
     begin = _Begin.of(tokenizer, heal.chat, model.config.get_text_config().vocab_size)
     ends = _ends(model, tokenizer)
+    writer = writing(model)
     settings = {"length": length, "batch": batch, "seed": heal.seed, "begin": begin, "ends": sorted(ends)}
+    settings["dtype"] = str(next(writer.parameters()).dtype)
     settings |= {"model": fingerprint(model)} if folder else {}
     kept = LayerFiles(folder, SELF_TEXT, settings)
     found: list[list[int]] = []
-    number, done, writer = 0, 0, writing(model)
+    number, done = 0, 0
     while done < tokens:
         known = kept.load(number)
         if known is None:

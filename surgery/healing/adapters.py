@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
+from .ranks import processes
 
 if TYPE_CHECKING:
     import torch
@@ -77,22 +78,26 @@ def merge(adapted, vocabulary: int):
     """
     from ..scoring import too_big
 
-    parameters = list(adapted.parameters())
+    parameters, several = list(adapted.parameters()), processes().num_processes
     device, numbers = parameters[0].device, sum(parameter.numel() for parameter in parameters)
-    fits = not too_big(0, extra=(6 if device.type == "cpu" else 10) * numbers)
-    if fits:
-        adapted.cpu()  # not every other device has float64
-    tokens = probe(adapted, vocabulary)
-    before = _wide_logits(adapted, tokens) if fits else None
-    wide = before is not None
-    if not wide:
-        before = logits(adapted, tokens)
+    here = device.type == "cpu"
+    fits = (here or several == 1) and not too_big(0, extra=(6 if here else 10) * numbers * several)
     try:
-        model = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise TrainingError(f"the adapters cannot be merged: {error}", where="heal") from error
-    after = logits(model, tokens)
-    model.float().to(device)
+        if fits:
+            adapted.cpu()  # not every other device has float64
+        tokens = probe(adapted, vocabulary)
+        before = _wide_logits(adapted, tokens) if fits else None
+        wide = before is not None
+        if not wide:
+            tokens = tokens.to(adapted.to(device).device)
+            before = logits(adapted, tokens)
+        try:
+            model = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise TrainingError(f"the adapters cannot be merged: {error}", where="heal") from error
+        after = logits(model, tokens)
+    finally:
+        adapted.float().to(device)
     moved, spread = (after - before).abs().max().item(), before.std().item()
     if not moved <= (TOLERANCE if wide else ROUNDING) * max(1.0, spread):
         raise TrainingError(

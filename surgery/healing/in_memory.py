@@ -54,7 +54,8 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
         in_float32(model),
         tempfile.TemporaryDirectory(prefix="surgery-") as own,
     ):
-        run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own  # one for all processes
+        # One folder for all processes; they are of one machine.
+        run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own
         more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
         job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)

@@ -60,7 +60,7 @@ class Job:
     _base: list = field(default_factory=list)
 
     def base_model(self):
-        """The base in memory, loaded once: in bfloat16 where products are."""
+        """The base in memory. From a folder it is loaded once, in bfloat16 where products are."""
         if not self._base:
             if isinstance(self.base, str | Path):
                 with quiet_transformers():
@@ -101,6 +101,9 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
                 fix="finish that one with its own command, or start anew with --overwrite",
             )
         rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
+        facts = {"identity": job.identity, "rows": rows, "precision": heal.precision}
+        if not known and state.is_main_process:  # the base may write for hours now
+            write_json(file, facts)
         found = documents(
             heal,
             job.tokenizer,
@@ -110,14 +113,14 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
             progress=job.progress,
         )
         packed = Packed(found, heal.length, apart=reads_apart(model))
-        facts = {"identity": job.identity, "data": packed.sha256, "rows": rows, "precision": heal.precision}
-        if known and known.get("data") != facts["data"]:
+        facts["data"] = packed.sha256
+        if known.get("data", facts["data"]) != facts["data"]:
             raise TrainingError(
                 "the data are not those that the checkpoints were trained on",
                 where=f"heal.data: {heal.data}",
                 fix="put them back as they were, or start anew with --overwrite",
             )
-        if not known and state.is_main_process:
+        if "data" not in known and state.is_main_process:
             write_json(file, facts)
     return found.facts | {"rows": len(packed)}, packed
 

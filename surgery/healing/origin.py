@@ -28,7 +28,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
         SurgeryError: it is needed and unknown, or what was named is another model than the record's.
     """
     from ..hub import DEMO, resolve
-    from ..same_base import another_base
+    from ..same_base import another_base, comparable
 
     known = data["base"]
     if base is None and not needed and not wanted:
@@ -44,7 +44,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
             )
         return resolve(name).path if name else None
     path = resolve(str(base)).path
-    if known.get("fingerprint") and (reason := another_base(known, base)):
+    if comparable(known) and (reason := another_base(known, base)):
         raise SurgeryError(reason, where=f"--base {base}", fix="name the model that it was made from")
     return path
 

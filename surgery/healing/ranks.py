@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..output import OutputFolder
 
-PATIENCE = timedelta(days=7)
+PATIENCE = timedelta(days=2)
 
 
 def on_cpu() -> bool:
@@ -25,7 +25,7 @@ def processes():
     """The state of all processes, `accelerate.PartialState`; the first call of a process connects it.
 
     The others wait for as long as the first converts, lets the base write or asks a teacher: hours, where torch would
-    give up after minutes.
+    give up after minutes. (Where a script has connected them before, by an Accelerator of its own, its timeout holds.)
     """
     from accelerate import PartialState
 

@@ -242,6 +242,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         )
         trainer.remove_callback(PrinterCallback)
         follow.trainer, trainer.ended = trainer, facts.get("ended", "")
+        clock.start(facts["seconds"])  # the first rate is made before the training begins
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:

@@ -124,7 +124,8 @@ class HealTrainer(Trainer):
             steps, heal, clock = num_training_steps, self.heal, self.clock
 
             def factor(step: int) -> float:
-                return 1.0 if clock.limit else rate_at((step + 0.5) / steps, heal.warmup)  # by the clock: `Follow`
+                # By the clock, what is known when the step begins; `Follow` knows better before it ends.
+                return rate_at(clock.fraction if clock.limit else (step + 0.5) / steps, heal.warmup)
 
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
