@@ -7,7 +7,8 @@ on the same text, and is scored on held-out texts; on the way a little of the bu
 Text of the base itself (`--data self`) is written once, `--write` tokens, for all routes.
 The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
 command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
-tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top ("in all").
+tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top
+("in all").
 """
 
 import argparse

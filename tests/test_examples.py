@@ -290,7 +290,8 @@ def test_heal_routes(tmp_path):
     printed = run(*command, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == ["base", "start", "ce", "layers first"]
-    base, start, ce, fitted = (float(row[3]) for row in rows[2:])
+    base, start, ce, fitted = (float(row[4]) for row in rows[2:])
+    assert float(rows[4][3]) >= float(rows[4][2]), "in all is more than the training"
     assert base < min(ce, fitted)
     assert max(ce, fitted) < start
     for name in ("minutes", "tokens"):
