@@ -136,7 +136,7 @@ class Fit:
 
     def keys(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, T, d] of W [groups, d, n]."""
-        return self.turn_k(_projected(weight, piece.x).transpose(0, 1))
+        return self.turn_k(project(weight, piece.x))
 
     def grouped(self, heads: Tensor) -> Tensor:
         """[groups, H / groups * r, ...] of [H, r, ...]: heads that share a key head lie one after the other."""
@@ -151,9 +151,9 @@ class Fit:
         return KeyProblem(self, query_weight)
 
 
-def _projected(weight: Tensor, x: Tensor) -> Tensor:
-    """[T, heads, d] of W [heads, d, n] and x [T, n]."""
-    return (x @ weight.to(x).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+def project(heads: Tensor, x: Tensor) -> Tensor:
+    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
+    return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
 
 
 class Problem:
@@ -219,7 +219,7 @@ class QueryProblem(Problem):
 
     def moved(self, weight: Tensor) -> Tensor:
         """Queries before RoPE, [R, H, d]."""
-        return _projected(weight, self.fit.asking)
+        return project(weight, self.fit.asking).transpose(0, 1)
 
     def nothing(self) -> Tensor:
         heads, _, size = self.means[0].shape
@@ -256,9 +256,9 @@ class KeyProblem(Problem):
 
     def __init__(self, fit: Fit, query_weight: Tensor):
         super().__init__(fit)
-        raw = _projected(query_weight, fit.asking)
+        raw = project(query_weight, fit.asking)
         self.queries = [  # of each piece, [H, r, d]
-            fit.turn_q.at(piece.rows)(raw[parts[0].rows.start : parts[-1].rows.stop].transpose(0, 1)) * fit.scale
+            fit.turn_q.at(piece.rows)(raw[:, parts[0].rows.start : parts[-1].rows.stop]) * fit.scale
             for piece, parts in zip(fit.pieces, fit.parts, strict=True)
         ]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from .score_fit import Part, causal_parts
+from .score_fit import Part, causal_parts, project
 from .side_by_side import side_by_side
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ValueProblem:
         given, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.loud), heads, size)
 
         def mix(piece: ValuePiece, parts: list[Part], weights: list[Tensor]) -> None:
-            values = (piece.x @ given.flatten(0, 1).T).unflatten(1, given.shape[:2]).transpose(0, 1)
+            values = project(given, piece.x)
             for part, p in zip(parts, weights, strict=True):
                 mixed[part.rows] = (p @ values[:, : part.end]).view(heads, -1, size).transpose(0, 1)
 

@@ -83,11 +83,6 @@ def scale_of(call: Call) -> float:
     return call.query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def project(heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
-    return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
-
-
 def held_back(place: int, count: int) -> bool:
     """Whether a sequence is held back: every sixth, of few the last."""
     return place % HELD == HELD - 1 or (count < HELD and place == count - 1)

@@ -14,10 +14,10 @@ from ..errors import SurgeryError
 from ..layers import AttentionLayer
 from ..least_squares import solve
 from ..merging import group_members, stacked, with_bias
-from ..score_fit import Fit, Piece, Turn
+from ..score_fit import Fit, Piece, Turn, project
 from ..side_by_side import side_by_side
 from ..value_fit import ValuePiece, ValueProblem
-from .layer_seen import TURNS, Seen, Settings, apart, held_back, project, scale_of, share
+from .layer_seen import TURNS, Seen, Settings, apart, held_back, scale_of, share
 from .statistics import Moments, Regression, with_ones
 from .two_streams import Call
 from .watching import Watched, attention_weights
