@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LLAMA, edit_json
+from conftest import LLAMA, edit_json, edit_tensors
 from families import one_thread  # noqa: F401 (autouse)
 
 from surgery.errors import MachineError, SurgeryError
@@ -319,7 +319,9 @@ def test_a_device_that_is_not_there(refused, model, split):
 def test_another_base_is_refused_or_noted(refused, surgery, model, split):
     args = ("bench", split, "--base", model, "--lengths", "40", "--rounds", "1")
     assert surgery(*args, "--json").json["notes"] == []
-    (model / "model.safetensors").touch()
+    (model / "model.safetensors").touch()  # a copy of the base, say
+    assert surgery(*args, "--json").json["notes"] == []
+    edit_tensors(model, lambda tensors: tensors["model.norm.weight"].add_(1))
     assert "this is not the base it was made from" in surgery(*args, "--json").json["notes"][0]
     (split / "surgery.json").unlink()
     assert "it is not known which base" in surgery(*args, "--json").json["notes"][0]
