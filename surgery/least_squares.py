@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .side_by_side import go_on
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -69,6 +71,7 @@ def solve(problem: Quadratic, held: Quadratic, start: Tensor, *, steps: int, dam
     weight, residual = start, problem.target(start)[0] - problem.product(start)
     direction, size, first, done, over = None, 1.0, 0.0, 0, False
     while done < steps and not over:
+        go_on()
         better = precondition(residual)
         now = float((residual * better).sum())
         first = first or now

@@ -6,9 +6,10 @@ SmolLM2's products over one text of 512 tokens gained a third from a second thre
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 WORKERS = 8  # at most: each holds what a piece takes
@@ -18,38 +19,78 @@ if TYPE_CHECKING:
 
     Found = TypeVar("Found")
 
+_here = threading.local()  # of a thread: the workers that it keeps, and whether what it works on was given up
 
-def side_by_side(work: Callable[..., Found], *pieces: Iterable, device: torch.device) -> Iterator[Found]:
-    """What `work` gives of each piece, without gradients, in their order; the same on any two numbers of threads.
+
+def side_by_side(
+    work: Callable[..., Found], *pieces: Iterable, device: torch.device, at_once: int = WORKERS
+) -> Iterator[Found]:
+    """What `work` gives of each piece, without gradients, in their order.
 
     Args:
-        work: of one piece; what it writes to must be its own.
+        work: of one piece; what it writes to must be its own. Long work calls `go_on` now and then.
         pieces: `work` is called with one of each.
         device: of the tensors.
+        at_once: at most so many pieces, which share the threads; a piece may put its own work side by side.
     """
     import torch
+
+    given_up = threading.Event()
 
     def alone(each: tuple) -> Found:
         with torch.no_grad():  # which is of a thread
             return work(*each)
 
+    def beside(each: tuple) -> Found:
+        _here.given_up = given_up
+        return alone(each)
+
     given, threads = list(zip(*pieces, strict=True)), torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(given)) < 2:  # one piece has all threads
+    if device.type != "cpu" or min(threads, len(given), at_once) < 2:  # one piece has all threads
         yield from map(alone, given)
         return
     try:
-        yield from _workers(min(threads, WORKERS), os.getpid()).map(alone, given)
+        yield from _workers(min(threads, at_once), threads).map(beside, given)
     finally:
+        given_up.set()
         torch.set_num_threads(threads)
 
 
-@cache
-def _workers(threads: int, _process: int) -> ThreadPoolExecutor:
+def go_on() -> None:
+    """Raise where nobody waits any more for what this thread works on: after an error elsewhere, or Ctrl-C."""
+    given_up = getattr(_here, "given_up", None)
+    if given_up is not None and given_up.is_set():
+        raise CancelledError
+
+
+class Turns:
+    """A part of the work on each piece that is done in the order of the pieces, whoever does it."""
+
+    def __init__(self):
+        self._next, self._passed = 0, threading.Condition()
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        """Wait for the turn of a piece, 0 the first; it passes to the next one unless an error ends it."""
+        with self._passed:
+            while self._next != number:
+                self._passed.wait(0.1)
+                go_on()
+        yield
+        with self._passed:
+            self._next = number + 1
+            self._passed.notify_all()
+
+
+def _workers(count: int, threads: int) -> ThreadPoolExecutor:
     """Kept: threads that begin anew take a quarter of such work's time. A forked process has none of them."""
     import torch
 
-    def alone() -> None:
+    def begin() -> None:
         torch.get_num_threads()  # or the thread would take the process's number when it first computes
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads // count)
 
-    return ThreadPoolExecutor(threads, "side by side", initializer=alone)
+    kept, name = _here.__dict__.setdefault("kept", {}), (count, threads, os.getpid())
+    if name not in kept:
+        kept[name] = ThreadPoolExecutor(count, "side by side", initializer=begin)
+    return kept[name]

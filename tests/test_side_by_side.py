@@ -1,9 +1,13 @@
 """Pieces of work on the threads that torch has."""
 
+import threading
+import time
+from concurrent.futures import CancelledError
+
 import pytest
 import torch
 
-from surgery.side_by_side import side_by_side
+from surgery.side_by_side import go_on, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -52,3 +56,39 @@ def test_who_leaves_early_has_the_threads_again(threads):
 
 def test_one_piece_may_use_all_threads(threads):
     assert list(side_by_side(lambda _: torch.get_num_threads(), [0], device=CPU)) == [threads]
+
+
+def test_pieces_share_the_threads_and_may_divide_their_share():
+    before = torch.get_num_threads()
+
+    def work(number):
+        inner = side_by_side(lambda letter: (letter, torch.get_num_threads()), "abc", device=CPU)
+        return torch.get_num_threads(), list(inner), torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(4)
+        found = list(side_by_side(work, range(3), device=CPU, at_once=2))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert found == [(2, [("a", 1), ("b", 1), ("c", 1)], 2)] * 3
+
+
+def test_long_work_ends_where_nobody_waits_for_it(threads):
+    ended = threading.Event()
+
+    def work(number):
+        if number == 0:
+            raise KeyboardInterrupt
+        try:
+            for _ in range(3000):  # half a minute
+                go_on()
+                time.sleep(0.01)
+        except CancelledError:
+            ended.set()
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side(work, range(2), device=CPU))
+    assert threads == 1 or ended.wait(60)
+    go_on()  # who asked for it goes on

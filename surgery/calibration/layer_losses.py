@@ -7,6 +7,7 @@ well enough to rank them: those that lose most keep their heads. MLPs stay as th
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from ..anatomy import Anatomy
 from ..closed_form_cost import TRIED
 from .layer_seen import held_back
 from .layerwise import kl, replayed
-from .sharing import Sharing, layer_of
+from .sharing import Attended, Sharing
 from .watching import watched
 
 
@@ -39,38 +40,36 @@ class LayerLosses(Sharing):
     def __init__(self, model, targets, sequences, settings, known=None, found=None):
         super().__init__(model, targets, sequences, replace(settings, sequential=False), known, found)
         self.fits: dict[int, tuple[dict, dict]] = {}
+        self.alone = threading.Lock()  # the whole model is asked what one layer loses
 
     def measure(self, progress=None) -> list[float]:
         """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
         with watched(self.model, self.streams.attention) as watch, torch.no_grad():
-            self.watch = watch
-            self.streams.begin(watch)
+            self._begin(watch)
             self.places = tried(len(self.sequences))
             self.whole = [self._log_probabilities(place) for place in self.places]
-            losses = []
-            for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
-                losses.append(self._alone(facts, target))
-                if progress:
-                    progress(facts.index + 1, len(self.targets), "layers tried alone")
-        return losses
+            self.before: dict[int, dict[int, torch.Tensor]] = {}
+            return self._each_layer(self._alone, "layers tried alone", progress)
+
+    def _look_at(self, facts, target) -> Attended:
+        self.before[facts.index] = {place: self.streams.base[place] for place in self.places}
+        return super()._look_at(facts, target)
 
     def _alone(self, facts, target) -> float:
-        """A layer's loss; the base's states are behind it afterwards."""
-        number, streams = facts.index, self.streams
-        layer, before = layer_of(self.model, facts), {place: streams.base[place] for place in self.places}
-        with streams.layer(number):
-            earlier = self.known(number)
-            work, new, record = self._attention(number, layer, target, earlier)
+        """A layer's loss."""
+        layer, streams, number = self._attended(facts, target), self.streams, facts.index
+        new, record = layer.found
+        with self.ends.of(number), self.alone:
             self.fits[number] = new.tensors(), record
-            if earlier is None:
+            if not layer.known:
                 self.found(number, *self.fits[number])
-            with streams.output(number, new.o.flatten(1)):
-                for place in self.places:
-                    streams.converted[place] = before.pop(place)
-                    given = work.heads(new, place)
+            with streams.layer(number), streams.output(number, new.o.flatten(1)):
+                for place, state in self.before.pop(number).items():
+                    streams.converted[place] = state
+                    given = layer.work.heads(new, place)
                     streams.converted_step(number, place, lambda _, given=given: given)
-        del work  # the rest needs memory for log-probabilities
-        return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
+            del layer  # the rest needs memory for log-probabilities
+            return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
 
     def _lost(self, number: int, place: int, whole: torch.Tensor) -> float:
         """KL to the base where the layers behind this one, as they are, go on from the converted state."""

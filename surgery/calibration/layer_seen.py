@@ -23,8 +23,8 @@ class Settings:
             MLP's output projection, to the base's hidden states behind the layer.
         rounds: how often queries and keys are refitted in turn.
         sequential: attention is fitted to the inputs that converted layers give it, not the base's.
-        ridges: of the output projection, to choose from.
-        steps, damping: of the queries, keys and values, see `least_squares.solve`.
+        ridges, mlp_ridges: of attention's output projection and of the MLP's, to choose from.
+        steps, damping: of the values, and on average of queries and keys, see `least_squares.solve`.
         stride: of the queries every so many rows count, in each sequence from another one on.
         received: by how much a token counts in the moments for the attention that it gets: with weight
             1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
@@ -37,6 +37,7 @@ class Settings:
     rounds: int = 1
     sequential: bool = False
     ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    mlp_ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     steps: int = STEPS
     damping: float = 1.0
     stride: int = STRIDE

@@ -81,7 +81,8 @@ class MLPOutput:
             loud[0] *= FIRST
             sums[held_back(place, len(self.base))].add(z, (state - rest) / self.scale, loud)
             kept.append((rest, z))
-        found = fit_output(self.weight.to(sums[0].cross), sums[0].pair, sums[1].pair, ridges)
+        fit, held = sums[0].pair, sums[1].pair
+        found = fit_output(self.weight.to(fit[0]), fit, held, ridges)
         whole = sums[1].energy
         record = {"mlp_fit": [share(whole + lost, whole) for lost in (found.before, found.after)]}
         weight = found.weight.to(self.weight.dtype)

@@ -87,7 +87,7 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     training = model.training
     try:
         asked = SimpleNamespace(length=length, chat=False, seed=0)
-        batch = min(BATCH, samples + samples // 4)  # some end early: one batch should do
+        batch = min(BATCH, samples + 2 * samples // 5)  # some end early: one batch should do
         documents = sample(
             model.eval(), tokenizer, asked, samples * length, folder=folder, batch=batch, progress=progress
         )

@@ -22,6 +22,8 @@ from .statistics import Moments, Regression, with_ones
 from .two_streams import Call
 from .watching import Watched, attention_weights
 
+EARLY = 0.25  # of a solver's steps the first fit of scores takes, where others follow it
+
 
 class SharedLayer:
     """One layer's conversion."""
@@ -171,18 +173,20 @@ class SharedLayer:
         return q, torch.stack(new)
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
-        """Queries and keys in turn, nearest to the base's scores."""
+        """Queries and keys in turn, nearest to the base's scores: in more and more steps, as early ones are undone."""
         settings, call = self.settings, self.seen.base[0]
         dtype = self.seen.x[0].dtype
-        given = {"steps": settings.steps, "damping": settings.damping}
         record["scores_lost"] = []
         pieces = self.seen.pieces
-        for turn in range(settings.rounds * len(refit) + (len(refit) - 1)):
+        turns = settings.rounds * len(refit) + (len(refit) - 1)
+        for turn in range(turns):
             if turn and settings.risen:
                 pieces = list(self._each(partial(self._with_risen, q, k)))
-            turns = self.turn_q.to(dtype), self.turn_k.to(dtype)
-            fit, held = (Fit(some, scale_of(call), *turns, len(k)) for some in apart(pieces))
+            rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
+            fit, held = (Fit(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
+            share = EARLY + turn / (turns - 1) if turns > 1 else 1.0
+            given = {"steps": round(share * settings.steps), "damping": settings.damping}
             if part == "q":
                 found = solve(fit.query_problem(k), held.query_problem(k), q, **given)
                 q = found.weight
@@ -250,7 +254,7 @@ class SharedLayer:
                 rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
             sums[held_back(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], loud[rows])
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
-        found = fit_output(o.flatten(1).to(sums[0].cross), *pairs, ridges, with_held=seen is None)
+        found = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_held=seen is None)
         record["ridge"], whole = found.ridge, sums[1].energy
         lost = [share(whole + error, whole) for error in (found.before, found.after)]
         record["output_lost"] = record.get("output_lost", []) + lost

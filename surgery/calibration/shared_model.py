@@ -15,7 +15,7 @@ from .layer_seen import Settings
 from .sequences import calibration_pieces, calibration_source
 from .sharing import Sharing, layer_of
 
-REVISION = 1  # of the fit: raised when the same settings give other weights, so that a resumed run mixes no two
+REVISION = 2  # of the fit: raised when the same settings give other weights, so that a resumed run mixes no two
 
 
 def share_kv_heads(

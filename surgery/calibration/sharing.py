@@ -12,12 +12,16 @@ Memory beyond the model: `closed_form_cost.Calibration`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from ..closed_form_cost import LAYERS
 from ..engines import refuse_non_finite
 from ..layers import AttentionLayer, pack, unpack
 from ..score_fit import Piece
+from ..side_by_side import Turns, side_by_side
 from .layer_seen import Scores, Seen, Settings
 from .mlp_output import MLPOutput, projection_of
 from .shared_layer import SharedLayer
@@ -34,6 +38,27 @@ def layer_of(model, facts) -> AttentionLayer:
     tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
     refuse_non_finite(tensors, facts.path)
     return unpack(facts, tensors).copy()
+
+
+@dataclass
+class Attended:
+    """A layer whose attention is converted, or is to be.
+
+    Attributes:
+        number: of the layer.
+        behind: the base's hidden states behind it, one [1, T, D] a sequence.
+        work: its conversion; None where it stays as it is.
+        found: the layer with its new attention, and a record.
+        known: whether an earlier run had finished it.
+        mlp: what that run found for its MLP's output projection.
+    """
+
+    number: int
+    behind: list[torch.Tensor]
+    work: SharedLayer | None = None
+    found: tuple[AttentionLayer, dict] | None = None
+    known: bool = False
+    mlp: torch.Tensor | None = None
 
 
 class Sharing:
@@ -54,74 +79,96 @@ class Sharing:
         self.fitted: Callable = fitted or (lambda number: None)
         self.found: Callable = found or (lambda number, tensors, record: None)
         self.streams = TwoStreams(model, sequences)
+        self.looks, self.ends = Turns(), Turns()  # the base's text goes through the layers in order, and the converted
+        self.alone: AbstractContextManager = nullcontext()  # held while a layer is prepared and looked at
         self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
         """Packed tensors and a record of each layer; what the MLPs become is in `mlps`, by parameter name."""
-        results, records = [], []
         with watched(self.model, self.streams.attention) as watch, torch.no_grad():
-            self.watch: Watched = watch
-            self.streams.begin(watch)
-            changed = [
-                old.kv_heads != new.kv_heads for old, new in zip(watch.anatomy.layers, self.targets, strict=True)
-            ]
-            self.last = max((number for number, change in enumerate(changed) if change), default=-1)
-            for facts, target in zip(watch.anatomy.layers, self.targets, strict=True):
-                tensors, record = self._layer(facts, target)
-                results.append(tensors)
-                records.append(record)
-                if progress:
-                    progress(facts.index + 1, len(self.targets), "layers converted")
-        return results, records
+            self._begin(watch)
+            found = self._each_layer(self._layer, "layers converted", progress)
+        return [tensors for tensors, _ in found], [record for _, record in found]
 
-    def _layer(self, facts, target):
+    def _begin(self, watch: Watched) -> None:
+        self.watch = watch
+        self.streams.begin(watch)
+        pairs = zip(watch.anatomy.layers, self.targets, strict=True)
+        changed = [old.kv_heads != new.kv_heads for old, new in pairs]
+        self.last = max((number for number, change in enumerate(changed) if change), default=-1)
+
+    def _each_layer(self, work: Callable, label: str, progress) -> list:
+        """What `work` gives of each layer, by what it is and is to be.
+
+        Layers that are fitted to the base's inputs know them ahead: a CPU works on some side by side.
+        """
+        found, device = [], self.model.device
+        at_once = 1 if self.settings.sequential else LAYERS
+        for each in side_by_side(work, self.watch.anatomy.layers, self.targets, device=device, at_once=at_once):
+            found.append(each)
+            if progress:
+                progress(len(found), len(self.targets), label)
+        return found
+
+    def _layer(self, facts, target) -> tuple[dict[str, torch.Tensor], dict]:
+        layer = self._attended(facts, target)
+        with self.ends.of(layer.number):
+            return self._finish(layer)
+
+    def _attended(self, facts, target) -> Attended:
+        with self.looks.of(facts.index), self.alone:
+            layer = self._look_at(facts, target)
+        if layer.work and layer.found is None:
+            layer.found = layer.work.convert()
+        return layer
+
+    def _look_at(self, facts, target) -> Attended:
+        """Put the base's sequences through a layer: all that its conversion needs, or what was found of it before."""
         layer, number = layer_of(self.model, facts), facts.index
         if target.kv_heads == facts.kv_heads:
             with self.streams.layer(number):
                 for place in range(len(self.sequences)) if number < self.last else ():
                     self.streams.base_step(number, place)
-                    self._pass(number, place)
-            return pack(layer), {}
-        earlier = self.known(number)
-        weight, known = earlier[0].pop(MLP, None) if earlier else None, earlier is not None
+            return Attended(number, list(self.streams.base), found=(layer, {}))
+        known = self.known(number)
+        mlp = known[0].pop(MLP, None) if known else None
+        fitted = known or self.fitted(number)
         with self.streams.layer(number):
-            work, new, record = self._attention(number, layer, target, earlier or self.fitted(number))
-            weight, mended = self._follow(number, work, new, weight, known)
-        if not known:
+            seen = self._look(number, layer, enough=fitted is not None)
+        work = SharedLayer(self.settings, layer, target, seen, self.watch)
+        found = None
+        if fitted is not None:
+            work.key_heads = fitted[1].get("key_heads", [])
+            found = layer.replace(facts=target, **fitted[0]), fitted[1]
+        return Attended(number, list(self.streams.base), work, found, known is not None, mlp)
+
+    def _finish(self, layer: Attended) -> tuple[dict[str, torch.Tensor], dict]:
+        """The converted model's sequences through a layer, its MLP mended: packed tensors and a record."""
+        number, (new, record) = layer.number, layer.found
+        with self.streams.layer(number):
+            if layer.work is None:
+                for place in range(len(self.sequences)) if number < self.last else ():
+                    self._pass(layer, place)
+                return pack(new), {}
+            weight, mended = self._follow(layer)
+        if not layer.known:
             record = record | mended
             self.found(number, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
         if weight is not None:
             self.mlps[self._mlp(number)[0]] = weight
         return pack(new), record
 
-    def _attention(self, number: int, layer: AttentionLayer, target, known: tuple[dict, dict] | None):
-        """The base's sequences through a layer, and its attention with shared heads.
-
-        Args:
-            known: tensors and record of an earlier fit.
-
-        Returns:
-            The conversion, the new layer, its record.
-        """
-        seen = self._look(number, layer, enough=known is not None)
-        work = SharedLayer(self.settings, layer, target, seen, self.watch)
-        if known is None:
-            return work, *work.convert()
-        tensors, record = known
-        work.key_heads = record.get("key_heads", [])
-        return work, layer.replace(facts=target, **tensors), record
-
     @property
     def _two(self) -> bool:
         """Whether anything is fitted to the converted model's activations."""
         return self.settings.sequential or "mlp" in self.settings.refit
 
-    def _pass(self, number: int, place: int) -> None:
+    def _pass(self, layer: Attended, place: int) -> None:
         """The converted stream through a layer that stays."""
         if self._two:
-            self.streams.converted_step(number, place, None)
+            self.streams.converted_step(layer.number, place, None)
         else:
-            self.streams.converted[place] = self.streams.base[place]
+            self.streams.converted[place] = layer.behind[place]
 
     def _mlp(self, number: int) -> tuple[str, torch.nn.Module] | None:
         """Name of the weight by which a layer's MLP writes, and the module; None where it is not refitted."""
@@ -133,18 +180,16 @@ class Sharing:
         path = self.watch.anatomy.layers[number].path.rpartition(".")[0]
         return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
 
-    def _follow(self, number: int, work: SharedLayer, new: AttentionLayer, weight=None, known: bool = False):
+    def _follow(self, layer: Attended) -> tuple[torch.Tensor | None, dict]:
         """The converted stream through a converted layer; its MLP's output projection is refitted on the way.
-
-        Args:
-            weight: of the MLP, where an earlier run found what it becomes (`known`).
 
         Returns:
             That weight [D, n], or None, and a record.
         """
-        streams, mlp = self.streams, self._mlp(number)
+        number, work, (new, _), streams = layer.number, layer.work, layer.found, self.streams
+        mlp = self._mlp(number)
         if not self._two:
-            streams.converted = list(streams.base)
+            streams.converted = list(layer.behind)
             return None, {}
         if mlp is None and number >= self.last:
             return None, {}
@@ -163,11 +208,11 @@ class Sharing:
                 for place in range(len(self.sequences)):
                     step(place)
                 return None, left
-            writer = MLPOutput(mlp[1], streams.base, streams.converted, step)
-            if known:
-                writer.follow(weight)
-                return weight, {}
-            return writer.mend(list(self.settings.ridges)) or (None, left)
+            writer = MLPOutput(mlp[1], layer.behind, streams.converted, step)
+            if layer.known:
+                writer.follow(layer.mlp)
+                return layer.mlp, {}
+            return writer.mend(list(self.settings.mlp_ridges)) or (None, left)
 
     def _kept(self, number: int, call: Call) -> Call:
         """Of what a layer's attention is given in the converted model, what is used again."""

@@ -9,6 +9,7 @@ the model changes while it is measured. Memory: the hidden states of all sequenc
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ class Call:
     output: torch.Tensor | None = None
 
 
+class _Now(threading.local):
+    """What a thread is at: layers may be worked on side by side.
+
+    Attributes:
+        heads: gives what stands in place of the module's own heads, by the call.
+        stop: the call is cut short once its queries and keys are known.
+    """
+
+    def __init__(self):
+        self.heads: Callable[[Call], torch.Tensor] | None = None
+        self.stop = False
+        self.call = Call(torch.empty(0))
+
+
 class TwoStreams:
     """Hidden states of the base and of the converted model before the next layer, one [1, T, D] a sequence.
 
@@ -48,8 +63,7 @@ class TwoStreams:
 
     def __init__(self, model, sequences: torch.Tensor):
         self.model, self.sequences = model, sequences
-        self._heads: Callable[[Call], torch.Tensor] | None = None  # gives what stands in place of the module's own
-        self._stop, self._call = False, Call(torch.empty(0))
+        self._now = _Now()
 
     def begin(self, watch: Watched) -> None:
         """Record the first layer's inputs, and what each layer is given beside them."""
@@ -60,10 +74,10 @@ class TwoStreams:
 
     def attention(self, module, query, key, value, mask, **settings):
         """In place of the model's attention function."""
-        self._call.query, self._call.key, self._call.settings = query[0], key[0], settings
-        if self._heads is not None:
-            return self._heads(self._call)[None].to(query), None
-        if self._stop:
+        self._now.call.query, self._now.call.key, self._now.call.settings = query[0], key[0], settings
+        if self._now.heads is not None:
+            return self._now.heads(self._now.call)[None].to(query), None
+        if self._now.stop:
             raise Enough
         return surgery_attention(module, query, key, value, mask, **settings)
 
@@ -87,7 +101,7 @@ class TwoStreams:
 
         def after(_, __, out):
             bias = getattr(projection, "bias", None)
-            self._call.output = (out if bias is None else out - bias)[0]
+            self._now.call.output = (out if bias is None else out - bias)[0]
 
         hook = projection.register_forward_hook(after)
         try:
@@ -95,19 +109,19 @@ class TwoStreams:
                 self.base[place] = self.run.call(number, self.base[place])
         finally:
             hook.remove()
-        return self._call
+        return self._now.call
 
     def inputs(self, number: int, place: int) -> Call:
         """What the layer's attention is given in the converted model (its keys and queries: of the old weights)."""
-        self._stop = True
+        self._now.stop = True
         try:
             with self._watched(number):
                 self.run.call(number, self.converted[place])
         except Enough:
             pass
         finally:
-            self._stop = False
-        return self._call
+            self._now.stop = False
+        return self._now.call
 
     def converted_step(self, number: int, place: int, heads: Callable[[Call], torch.Tensor] | None) -> None:
         """Put a sequence through the converted layer.
@@ -115,12 +129,12 @@ class TwoStreams:
         Args:
             heads: what its heads give, [T, H, d], by what its attention is given; None: the layer is the base's.
         """
-        self._heads = heads
+        self._now.heads = heads
         try:
             with self._watched(number):
                 self.converted[place] = self.run.call(number, self.converted[place])
         finally:
-            self._heads = None
+            self._now.heads = None
 
     @contextmanager
     def output(self, number: int, weight: torch.Tensor) -> Iterator[None]:
@@ -135,10 +149,10 @@ class TwoStreams:
 
     @contextmanager
     def _watched(self, number: int) -> Iterator[None]:
-        self._call = Call(torch.empty(0))
+        self._now.call = Call(torch.empty(0))
 
         def before(_, args, kwargs):
-            self._call.x = (args[0] if args else kwargs["hidden_states"])[0]
+            self._now.call.x = (args[0] if args else kwargs["hidden_states"])[0]
 
         hook = self.watch.modules[number].register_forward_pre_hook(before, with_kwargs=True)
         try:

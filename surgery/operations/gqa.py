@@ -78,11 +78,11 @@ class GQA(WeightRewrite):
     )
     ridge: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "auto",
-        description="closed_form: pull of the output projection to the merge, relative to the heads' energy; auto: of "
-        "each layer what is best on text held back.",
+        description="closed_form: pull of output projections to what they were, relative to their inputs' energy; "
+        "auto: of each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        40, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back."
+        26, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back. More lose less."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(
@@ -237,6 +237,7 @@ class GQA(WeightRewrite):
             tried=TRIED if self._kept(anatomy) else 0,
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
+            ahead=not self.sequential,
         )
 
     def _closed_form_notes(self, anatomy: Anatomy):
@@ -274,7 +275,7 @@ class GQA(WeightRewrite):
         if self.grouping == "similarity":
             shared = [self.kv_heads] * len(targets) if self._kept(before) else targets
             orders = [partial(self._order, groups=target) for target in shared]
-        ridges = {} if self.ridge == "auto" else {"ridges": (self.ridge,)}
+        ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = Settings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
         asked = self.calibration_text, self.calibration_length, self.calibration_samples
         return share_kv_heads(model, context, asked, settings, orders, self._kept(before))
