@@ -396,3 +396,17 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
     assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
     assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
     assert loss(found.weight) < 0.95 * loss(start)
+
+
+@pytest.mark.parametrize("pieces", [1, 8, 19])
+def test_products_in_float32_are_summed_in_float64(pieces):
+    from surgery.calibration.statistics import Products
+
+    generator, sums, exact = torch.Generator().manual_seed(0), Products(), torch.zeros(5, 3, dtype=torch.float64)
+    for _ in range(pieces):
+        a, b = torch.randn(5, 7, generator=generator), torch.randn(7, 3, generator=generator)
+        sums.add(a, b)
+        exact += a.double() @ b.double()
+    assert sums.total.dtype == torch.float64
+    torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)  # asked for twice, counted once

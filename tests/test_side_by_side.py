@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
-from surgery.side_by_side import go_on, side_by_side
+from surgery.side_by_side import Turns, go_on, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -92,3 +92,26 @@ def test_long_work_ends_where_nobody_waits_for_it(threads):
         list(side_by_side(work, range(2), device=CPU))
     assert threads == 1 or ended.wait(60)
     go_on()  # who asked for it goes on
+
+
+def test_turns_are_taken_in_order_whoever_is_first(threads):
+    turns, order = Turns(), []
+
+    def work(number):
+        time.sleep(0.02 * (number % 2 == 0))  # the second of two is ready first
+        with turns.of(number):
+            order.append(number)
+
+    list(side_by_side(work, range(6), device=CPU, at_once=2))
+    assert order == list(range(6))
+
+
+def test_who_waits_for_a_turn_that_an_error_ended_ends_too(threads):
+    turns = Turns()
+
+    def work(number):
+        with turns.of(number):
+            raise ValueError(f"piece {number}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        list(side_by_side(work, range(4), device=CPU, at_once=2))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from surgery.calibration import text as module
 from surgery.calibration.text import Text, load_text, plain, windows
@@ -152,3 +153,15 @@ def test_windows_that_just_fit():
 def test_bos_begins_every_window_if_the_tokenizer_adds_it():
     pieces = windows("abcdefgh", Letters(bos=True), length=5, count=2)
     assert pieces.tolist() == [[1, *map(ord, "abcd")], [1, *map(ord, "efgh")]]
+
+
+def test_tokens_are_drawn_by_their_probability():
+    from surgery.calibration.self_text import _drawn
+
+    probabilities, count = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]), 20_000
+    rows = probabilities.log().expand(count, -1)
+    drawn = _drawn(rows, torch.Generator().manual_seed(0))
+    assert drawn.shape == (count, 1)
+    found = torch.bincount(drawn[:, 0], minlength=6) / count
+    assert (found[probabilities == 0] == 0).all()
+    assert (found - probabilities).abs().max() < 4 * (0.25 / count) ** 0.5
