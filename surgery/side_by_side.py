@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,10 +50,17 @@ def side_by_side(
     if device.type != "cpu" or min(threads, len(given), at_once) < 2:  # one piece has all threads
         yield from map(alone, given)
         return
+    workers = _workers(min(threads, at_once), threads)
+    waiting = deque(workers.submit(beside, each) for each in given)
     try:
-        yield from _workers(min(threads, at_once), threads).map(beside, given)
+        while waiting:
+            waiting[0].result()  # Ctrl-C while it works: it is among those to wait for
+            yield waiting.popleft().result()
     finally:
         given_up.set()
+        for future in waiting:
+            future.cancel()
+        wait(waiting)  # none may still be at what the caller now puts back
         torch.set_num_threads(threads)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import one_thread  # noqa: F401
 
+from surgery.calibration.statistics import Products
 from surgery.closed_form import fit_output, merge_keys, merge_values, shared_channels
 from surgery.least_squares import solve
 from surgery.score_fit import Fit, Piece, Turn
@@ -400,8 +401,6 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
 
 @pytest.mark.parametrize("pieces", [1, 8, 19])
 def test_products_in_float32_are_summed_in_float64(pieces):
-    from surgery.calibration.statistics import Products
-
     generator, sums, exact = torch.Generator().manual_seed(0), Products(), torch.zeros(5, 3, dtype=torch.float64)
     for _ in range(pieces):
         a, b = torch.randn(5, 7, generator=generator), torch.randn(7, 3, generator=generator)

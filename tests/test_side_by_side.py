@@ -90,7 +90,7 @@ def test_long_work_ends_where_nobody_waits_for_it(threads):
 
     with pytest.raises(KeyboardInterrupt):
         list(side_by_side(work, range(2), device=CPU))
-    assert threads == 1 or ended.wait(60)
+    assert threads == 1 or ended.is_set()  # before the error comes out
     go_on()  # who asked for it goes on
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from surgery.calibration import text as module
+from surgery.calibration.self_text import _drawn
 from surgery.calibration.text import Text, load_text, plain, windows
 from surgery.errors import SurgeryError
 
@@ -156,8 +157,6 @@ def test_bos_begins_every_window_if_the_tokenizer_adds_it():
 
 
 def test_tokens_are_drawn_by_their_probability():
-    from surgery.calibration.self_text import _drawn
-
     probabilities, count = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]), 20_000
     rows = probabilities.log().expand(count, -1)
     drawn = _drawn(rows, torch.Generator().manual_seed(0))

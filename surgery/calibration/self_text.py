@@ -149,8 +149,9 @@ def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     One random number a row: `multinomial` draws one for each token, which took a fifth of the time of a step.
     """
-    below = logits.double().softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS does not have
+    below = logits.to(wide).softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=wide)
     return torch.searchsorted(below, drawn * below[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 

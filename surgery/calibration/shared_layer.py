@@ -185,8 +185,8 @@ class SharedLayer:
             rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
             fit, held = (Fit(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
-            share = EARLY + turn / (turns - 1) if turns > 1 else 1.0
-            given = {"steps": round(share * settings.steps), "damping": settings.damping}
+            effort = EARLY + turn / (turns - 1) if turns > 1 else 1.0
+            given = {"steps": round(effort * settings.steps), "damping": settings.damping}
             if part == "q":
                 found = solve(fit.query_problem(k), held.query_problem(k), q, **given)
                 q = found.weight

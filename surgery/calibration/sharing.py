@@ -118,7 +118,7 @@ class Sharing:
     def _attended(self, facts, target) -> Attended:
         with self.looks.of(facts.index), self.alone:
             layer = self._look_at(facts, target)
-        if layer.work and layer.found is None:
+        if layer.found is None:
             layer.found = layer.work.convert()
         return layer
 

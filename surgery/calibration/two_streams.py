@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..runtime.surgery_attention import surgery_attention
+from ..side_by_side import go_on
 from .layerwise import Enough, Layerwise
 from .watching import Watched
 
@@ -149,6 +150,7 @@ class TwoStreams:
 
     @contextmanager
     def _watched(self, number: int) -> Iterator[None]:
+        go_on()
         self._now.call = Call(torch.empty(0))
 
         def before(_, args, kwargs):
