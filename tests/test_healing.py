@@ -154,9 +154,9 @@ def test_text_of_the_base_a_stored_teacher_and_a_layerwise_start(converted, heal
     assert record["warm_start"]["tokens"] >= 64
     curve = read(done.folder / "healing/metrics.jsonl")
     assert ["held_out_kl" in line for line in curve] == [False, True, False, True]
-    live = heal(out, *ways, "teacher=live", to="live")  # all 64 tokens were kept, in float16
+    live = heal(out, *ways, "teacher=live", to="live")  # all 64 tokens were kept, in float16: logs in steps of 2⁻⁸
     one, two = (read(each.folder / "healing/metrics.jsonl") for each in (done, live))
-    assert [line["kl"] for line in one] == pytest.approx([line["kl"] for line in two], rel=2e-3)
+    assert [line["kl"] for line in one] == pytest.approx([line["kl"] for line in two], abs=1e-3)
 
 
 def test_in_memory(tiny_llama, text):
