@@ -176,7 +176,8 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
     weight = ridge * moments.diagonal().mean()
     if not weight:  # the heads say nothing on this text: nothing can be fitted
         return old
-    system = moments + weight * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    system = moments.clone()
+    system.diagonal().add_(weight)
     wanted = (cross.double() + weight * old).T
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:  # a pull so weak that rounding leaves the system indefinite

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,8 +51,10 @@ def side_by_side(
         yield from map(alone, given)
         return
     workers = _workers(min(threads, at_once), threads)
-    waiting = deque(workers.submit(beside, each) for each in given)
+    waiting: deque = deque()
     try:
+        for each in given:
+            waiting.append(workers.submit(beside, each))
         while waiting:
             waiting[0].result()  # Ctrl-C while it works: it is among those to wait for
             yield waiting.popleft().result()
@@ -60,8 +62,21 @@ def side_by_side(
         given_up.set()
         for future in waiting:
             future.cancel()
-        wait(waiting)  # none may still be at what the caller now puts back
+        _end(waiting)
         torch.set_num_threads(threads)
+
+
+def _end(futures: Iterable[Future]) -> None:
+    """Wait until nobody works on these: none may still be at what the caller now puts back, also after two Ctrl-C."""
+    again = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except KeyboardInterrupt as pressed:
+            again = pressed
+    if again:
+        raise again
 
 
 def go_on() -> None:

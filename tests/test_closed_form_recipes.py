@@ -106,18 +106,23 @@ def test_the_card_names_the_text(surgery, tiny_llama, text):
     assert f"gqa: fitted to 256 tokens: {Path(text).name} (sha256 " in Path("out/README.md").read_text()
 
 
-def test_memory_of_a_plan_holds_weights_and_sums():
+def test_memory_of_a_plan_holds_weights_and_sums(monkeypatch):
     """What grows with neither the text nor its length: new weights, one layer in float32, sums of the MLP's input."""
     from transformers import LlamaConfig
 
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=24, num_attention_heads=8)
     anatomy = Anatomy.of(config)
     short = GQA(op="gqa", **SMALL)._calibration(anatomy).memory(anatomy, 24)
     weights = 24 * (4 * 512 * 512 + 512 * 1376) * 2
     assert short > weights + 5 * 8 * 1376**2
-    less, more = Calibration(12, 24, 5), Calibration(24, 24, 5)
-    fewer = Calibration(24, 24, 5, stride=8)
+    less, more = (Calibration(samples, 24, 3, mlp=False) for samples in (12, 24))
+    fewer = Calibration(24, 24, 3, mlp=False, stride=8)
     assert fewer.flops(anatomy, 24) < more.flops(anatomy, 24)
     assert fewer.memory(anatomy, 24) < more.memory(anatomy, 24)
     assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
     assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)
+    whole = Calibration(24, 24, 3)
+    solved = 24 * 5 * 2 * (1376**3 / 3 + 4 * 1376**2 * 512)  # five ridges in float64: Cholesky, solution, loss
+    moments = 24 * 24 * 24 * 2 * 1376 * (1376 + 512)
+    assert whole.flops(anatomy, 24) - more.flops(anatomy, 24) == pytest.approx(solved + moments)

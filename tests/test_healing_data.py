@@ -14,7 +14,7 @@ from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AutoTokenizer
 
 from surgery.calibration import self_text
-from surgery.calibration.self_text import sample
+from surgery.calibration.self_text import _drawn, sample
 from surgery.calibration.text import load_text
 from surgery.errors import SurgeryError
 from surgery.healing import data
@@ -376,6 +376,14 @@ def test_tokens_are_drawn_from_the_whole_distribution(writer, tokenizer):
     share = torch.bincount(seconds, minlength=64) / len(seconds)
     error = (p * (1 - p) / len(seconds)).sqrt()
     assert ((share - p).abs() <= 5 * error + 3 / len(seconds)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_model_that_overflows_writes_nothing(value):
+    logits = torch.zeros(3, 64)
+    logits[1, :] = value
+    with pytest.raises(SurgeryError, match="no probabilities for its next token"):
+        _drawn(logits, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("growing", [True, False])

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from families import attention_modules, base, check_both_doors, difference, layers_of, logits_of
+from families import attention_modules, base, check_both_doors, difference, layers_of, logits_of, one_thread  # noqa: F401
 from test_families import planted
 from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same  # noqa: F401
 

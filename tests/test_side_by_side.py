@@ -75,11 +75,13 @@ def test_pieces_share_the_threads_and_may_divide_their_share():
 
 
 def test_long_work_ends_where_nobody_waits_for_it(threads):
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def work(number):
         if number == 0:
+            assert threads == 1 or begun.wait(60)
             raise KeyboardInterrupt
+        begun.set()
         try:
             for _ in range(3000):  # half a minute
                 go_on()

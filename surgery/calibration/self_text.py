@@ -151,6 +151,12 @@ def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS does not have
     below = logits.to(wide).softmax(-1).cumsum(-1)
+    if not below[:, -1].isfinite().all():
+        raise SurgeryError(
+            f"the model gives no probabilities for its next token: logits that are infinite or NaN, in {logits.dtype}",
+            where="text of the base",
+            fix="load the model in float32, or name a text",
+        )
     drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=wide)
     return torch.searchsorted(below, drawn * below[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 

@@ -10,6 +10,7 @@ import torch
 
 from ..alignment import pair_channels
 from ..closed_form import fit_output, merge_keys, merge_values
+from ..closed_form_cost import efforts
 from ..errors import SurgeryError
 from ..layers import AttentionLayer
 from ..least_squares import solve
@@ -21,8 +22,6 @@ from .layer_seen import TURNS, Seen, Settings, apart, held_back, scale_of, share
 from .statistics import Moments, Regression, with_ones
 from .two_streams import Call
 from .watching import Watched, attention_weights
-
-EARLY = 0.25  # of a solver's steps the first fit of scores takes, where others follow it
 
 
 class SharedLayer:
@@ -179,13 +178,12 @@ class SharedLayer:
         record["scores_lost"] = []
         pieces = self.seen.pieces
         turns = settings.rounds * len(refit) + (len(refit) - 1)
-        for turn in range(turns):
+        for turn, effort in enumerate(efforts(turns)):
             if turn and settings.risen:
                 pieces = list(self._each(partial(self._with_risen, q, k)))
             rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
             fit, held = (Fit(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
-            effort = EARLY + turn / (turns - 1) if turns > 1 else 1.0
             given = {"steps": round(effort * settings.steps), "damping": settings.damping}
             if part == "q":
                 found = solve(fit.query_problem(k), held.query_problem(k), q, **given)

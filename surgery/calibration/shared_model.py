@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..anatomy import Anatomy
 from ..engines import refuse_non_finite, write_layers
+from ..errors import SurgeryError
 from ..layers import pack
 from ..merging import permute_kv_heads
 from ..operation import Context
@@ -40,6 +41,12 @@ def share_kv_heads(
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
+    if model.device.type == "mps":
+        raise SurgeryError(
+            "method: closed_form sums in float64, which MPS does not have",
+            where=type(model).__name__,
+            fix='model.to("cpu") for the conversion, or method: mean',
+        )
     sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
     heads = Heads(model, before, orders)
 

@@ -123,6 +123,11 @@ def written_pieces(text: str, samples: int) -> int:
     return {"self": samples, "mixed": samples // 2}.get(text, 0)
 
 
+def begun(pieces: int) -> int:
+    """Samples that a model begins to write so many pieces: some end early, and one batch should do."""
+    return pieces + 2 * pieces // 5
+
+
 def begin_of_text(tokenizer) -> list[int]:
     """[BOS] if the tokenizer begins a text with it unasked, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)

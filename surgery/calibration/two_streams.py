@@ -4,7 +4,7 @@ Later layers of the converted model meet what the earlier ones really give, and 
 base's own activations: errors are mended, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
 
 The new layer is never built: its heads' outputs are given to the old module in place of its own, so that no shape in
-the model changes while it is measured. Memory: the hidden states of all sequences, twice, and one layer in float32.
+the model changes while it is measured. Memory: `closed_form_cost.Calibration`.
 """
 
 from __future__ import annotations

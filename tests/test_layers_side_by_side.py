@@ -1,0 +1,141 @@
+"""method: closed_form where threads fit two layers at a time: the same weights, errors, stops, what a plan says."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from families import TINY, randomise
+from test_shared_heads import SEQUENCES, Stopped, same, stop, weights
+
+from surgery.anatomy import Anatomy
+from surgery.calibration.layer_files import LayerFiles
+from surgery.calibration.layer_losses import LayerLosses
+from surgery.calibration.layer_seen import Settings
+from surgery.calibration.shared_layer import SharedLayer
+from surgery.calibration.sharing import Sharing
+from surgery.closed_form_cost import Calibration, efforts
+
+LAYERS = 5
+
+
+@pytest.fixture
+def threads():
+    """Sets how many torch has, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def deep(name: str):
+    model = TINY[name](num_hidden_layers=LAYERS).eval()
+    randomise(model, 3)
+    return model
+
+
+def sharing(model, *files) -> Sharing:
+    return Sharing(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings(), *files)
+
+
+def near(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Up to the order in which threads add."""
+    return bool((one - two).abs().max() <= 1e-4 * two.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_any_number_of_threads_finds_the_same(name, threads):
+    model, found, lost = deep(name), [], []
+    before = weights(model)
+    for count in (1, 2, 3, 4):
+        threads(count)
+        run = sharing(model)
+        found.append((run.layers(), run.mlps))
+        trial = LayerLosses(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings())
+        lost.append(trial.measure())
+        assert torch.get_num_threads() == count
+        assert same(before, weights(model))
+    (tensors, _), mlps = found[0]
+    for (others, _), others_mlps in found[1:]:
+        for one, two in zip([*tensors, mlps], [*others, others_mlps], strict=True):
+            assert one.keys() == two.keys()
+            assert all(near(tensor, two[name]) for name, tensor in one.items())
+    for other in lost[1:]:
+        assert other == pytest.approx(lost[0], rel=1e-5, abs=1e-7)
+
+
+def test_two_layers_are_at_work_at_a_time(threads, monkeypatch):
+    """The first two meet in the middle of their fits, which one after the other never would."""
+    both, convert = threading.Barrier(2), SharedLayer.convert
+
+    def meeting(work):
+        if work.layer.facts.index < 2:
+            both.wait(60)
+        return convert(work)
+
+    monkeypatch.setattr(SharedLayer, "convert", meeting)
+    threads(2)
+    sharing(deep("llama")).layers()
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_an_error_in_one_layer_comes_out_and_leaves_the_model(layer, threads, monkeypatch):
+    model, convert = deep("llama"), SharedLayer.convert
+    before, hooks = weights(model), sum(len(module._forward_hooks) for module in model.modules())
+
+    def failing(work):
+        if work.layer.facts.index == layer:
+            raise ValueError(f"layer {layer}")
+        return convert(work)
+
+    monkeypatch.setattr(SharedLayer, "convert", failing)
+    threads(2)
+    with pytest.raises(ValueError, match=f"layer {layer}"):
+        sharing(model).layers()
+    assert torch.get_num_threads() == 2
+    assert same(before, weights(model))
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+
+
+def test_a_stop_loses_no_layer_that_was_through(threads, tmp_path):
+    model, made = deep("llama"), []
+
+    def run(files, progress=None):
+        def found(number, *given):
+            made.append(number)
+            files.save(number, *given)
+
+        return sharing(model, files.load, found).layers(progress)
+
+    threads(2)
+    whole, records = run(LayerFiles(None, "x", 0))
+    made.clear()
+    with pytest.raises(Stopped):
+        run(LayerFiles(tmp_path, "x", 0), stop)
+    assert 0 in made
+    again, known = run(LayerFiles(tmp_path, "x", 0))
+    assert sorted(made) == list(range(LAYERS)), "each once, before the stop or after it"
+    assert known == records
+    assert all(same(one, two) for one, two in zip(whole, again, strict=True))
+
+
+def test_what_a_plan_says_of_them(monkeypatch):
+    from transformers import LlamaConfig
+
+    size = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
+    anatomy = Anatomy.of(LlamaConfig(num_hidden_layers=24, **size))
+    asked, needed = Calibration(64, 512, 3), {}
+    for count in (1, 2, 16):
+        monkeypatch.setattr("os.cpu_count", lambda count=count: count)
+        needed[count] = asked.memory(anatomy, 24)
+        alone = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
+        assert asked.memory(anatomy, 1) < needed[count], "a second layer that is not there"
+        assert (alone == needed[count]) == (count == 1)
+    a_second = 4 * 64 * 512 * (3 * 512 + 2 * 512 + 512 + 3 * 8 * 512 / 4 + 512)  # of its tokens, by the docstring
+    assert needed[2] - needed[1] > a_second
+    assert needed[16] - needed[2] < 14 * 5 * 4 * 8 * 512**2, "only the texts that are worked on at a time"
+
+
+@pytest.mark.parametrize(("fits", "wanted"), [(0, []), (1, [1.0]), (3, [0.25, 0.75, 1.25]), (2, [0.25, 1.25])])
+def test_fits_of_scores_take_more_and_more_steps(fits, wanted):
+    assert efforts(fits) == wanted
