@@ -1,11 +1,11 @@
 """What `plan` says that the closed form costs, beside what it costs: time and memory, for a model of some shape.
 
-    python examples/gqa_cost.py [--layers 2] [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
+    python examples/gqa_cost.py [--layers 1] [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
 
 The model is a Llama of random bfloat16 weights, made in memory with a few layers of the shape (the default is Llama 2
 7B's), and its words are those of --tokenizer. Printed: the plan for these layers, what their conversion took, and the
-plan for --whole layers. Two layers are as many as are worked on at a time; memory is the peak of the resident set
-beyond the model, so Linux only.
+plan for --whole layers, which of this width are worked on one at a time. Memory is the peak of the resident set beyond
+the model, so Linux only.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def forget() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 2, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32, "to": 8}.items():
+    for name, default in {"layers": 1, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32, "to": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--samples", type=int, default=28, help="calibration pieces")

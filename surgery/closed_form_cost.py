@@ -18,10 +18,19 @@ TRIED = 4  # texts on which layers are tried alone
 STRIDE = 4  # of the queries of a text every so many rows are fitted
 STEPS = 12  # of a solver, for each fit
 EARLY = 0.25  # of a solver's steps the first fit of scores takes, where others follow it
-LAYERS = 2  # are fitted side by side on a CPU, where their inputs are the base's
+LAYERS, NARROW = 2, 2048  # layers of fewer channels are fitted side by side on a CPU, if their inputs are the base's
 RIDGES = 5  # that are solved for an output projection, the last fit with them; it is a few more or less
 KERNELS = 0.6e9  # bytes: in bfloat16 a CPU's attention to one query keeps compiled products of all lengths
 UNUSED = 1.15  # times the memory in use: what the allocator holds beside it
+
+
+def layers_at_a_time(anatomy: Anatomy) -> int:
+    """How many layers are fitted side by side, where there are threads for it.
+
+    Of wide ones a product alone keeps all threads busy; and the solver of one MLP, whose end the next layer awaits,
+    would have a share of the threads and take longer than that layer's fits: minutes at 7B's shape.
+    """
+    return LAYERS if _widths(anatomy)[0] < NARROW else 1
 
 
 def efforts(fits: int) -> list[float]:
@@ -41,7 +50,7 @@ class Calibration:
         tried: texts on which each layer is first tried alone.
         mlp: the output projections of MLPs are refitted.
         copied: heads are put in another order first, and the old weights kept.
-        ahead: layers are fitted to the base's inputs, LAYERS of them side by side where there are threads for it.
+        ahead: layers are fitted to the base's inputs, and may be so side by side (`layers_at_a_time`).
         stride: of the queries every so many rows are fitted.
     """
 
@@ -97,7 +106,7 @@ class Calibration:
         width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         a_layer = 3 * hidden + 2 * width + keys + 3 * layer.heads * self.length / self.stride
         threads = os.cpu_count() or 1
-        together = max(1, min(LAYERS, threads, merged)) if self.ahead else 1
+        together = max(1, min(layers_at_a_time(anatomy), threads, merged)) if self.ahead else 1
         a_token = (2 + together) * hidden + inner + together * a_layer
         attention, projection = 2 * hidden * (width + keys), hidden * inner * self.mlp
         held = merged * (attention * (1 + self.copied + bool(self.tried)) + projection)
@@ -105,11 +114,12 @@ class Calibration:
         solver = 8 * (5 * wide**2 + 8 * wide * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
         one_layer = 4 * (anatomy.parameters - vocabulary * hidden) / len(anatomy.layers)
-        one_layer += 8 * (3 * hidden**2 + 3 * width**2 + 10 * hidden * width)
+        fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * hidden * width)
+        solvers = together * one_layer + max(solver, fits) + (together - 1) * fits
         trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
-        beside = 4 * 4 * layer.heads * self.length**2 * min(LAYERS * WORKERS, threads)
-        rest = 4 * self.tokens * a_token + BYTES.get(anatomy.dtype, 2) * held + solver + trials + beside
-        rest = UNUSED * (rest + together * one_layer)
+        beside = 4 * 4 * layer.heads * self.length**2 * min(together * WORKERS, threads)
+        rest = 4 * self.tokens * a_token + BYTES.get(anatomy.dtype, 2) * held + solvers + trials + beside
+        rest *= UNUSED
         if not self.written:
             return rest
         rows, fast = begun(self.written // self.length), fast_in_bfloat16()

@@ -131,6 +131,8 @@ def test_what_a_plan_says_of_them(monkeypatch):
         alone = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
         assert asked.memory(anatomy, 1) < needed[count], "a second layer that is not there"
         assert (alone == needed[count]) == (count == 1)
+    wide = Anatomy.of(LlamaConfig(num_hidden_layers=24, **size | {"hidden_size": 2048}))
+    assert asked.memory(wide, 24) == Calibration(64, 512, 3, ahead=False).memory(wide, 24), "one at a time"
     a_second = 4 * 64 * 512 * (3 * 512 + 2 * 512 + 512 + 3 * 8 * 512 / 4 + 512)  # of its tokens, by the docstring
     assert needed[2] - needed[1] > a_second
     assert needed[16] - needed[2] < 14 * 5 * 4 * 8 * 512**2, "only the texts that are worked on at a time"

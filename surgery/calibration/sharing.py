@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form_cost import LAYERS
+from ..closed_form_cost import layers_at_a_time
 from ..engines import refuse_non_finite
 from ..layers import AttentionLayer, pack, unpack
 from ..score_fit import Piece
@@ -103,7 +103,7 @@ class Sharing:
         Layers that are fitted to the base's inputs know them ahead: a CPU works on some side by side.
         """
         found, device = [], self.model.device
-        at_once = 1 if self.settings.sequential else LAYERS
+        at_once = 1 if self.settings.sequential else layers_at_a_time(self.watch.anatomy)
         for each in side_by_side(work, self.watch.anatomy.layers, self.targets, device=device, at_once=at_once):
             found.append(each)
             if progress:
