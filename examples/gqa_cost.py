@@ -1,6 +1,7 @@
 """What `plan` says that the closed form costs, beside what it costs: time and memory, for a model of some shape.
 
-    python examples/gqa_cost.py [--layers 1] [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
+    python examples/gqa_cost.py [--layers 1] [--whole 32] [--samples 28] [--tokenizer MODEL]
+        [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
 
 The model is a Llama of random bfloat16 weights, made in memory with a few layers of the shape (the default is Llama 2
 7B's), and its words are those of --tokenizer. Printed: the plan for these layers, what their conversion took, and the

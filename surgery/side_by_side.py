@@ -59,18 +59,23 @@ def side_by_side(
             waiting[0].result()  # Ctrl-C while it works: it is among those to wait for
             yield waiting.popleft().result()
     finally:
-        given_up.set()
-        for future in waiting:
-            future.cancel()
-        _end(waiting)
-        torch.set_num_threads(threads)
+        try:
+            _end(waiting, given_up)
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _end(futures: Iterable[Future]) -> None:
-    """Wait until nobody works on these: none may still be at what the caller now puts back, also after two Ctrl-C."""
+def _end(futures: Iterable[Future], given_up: threading.Event) -> None:
+    """Give up what is not done, and return when nobody is at it: the caller puts back what they work on.
+
+    A second Ctrl-C waits, too.
+    """
     again = None
     while True:
         try:
+            given_up.set()
+            for future in futures:
+                future.cancel()
             wait(futures)
             break
         except KeyboardInterrupt as pressed:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import TINY, randomise
 from test_shared_heads import SEQUENCES, Stopped, same, stop, weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.anatomy import Anatomy
 from surgery.calibration.layer_files import LayerFiles
 from surgery.calibration.layer_losses import LayerLosses
 from surgery.calibration.layer_seen import Settings
 from surgery.calibration.shared_layer import SharedLayer
+from surgery.calibration.shared_model import share_kv_heads
 from surgery.calibration.sharing import Sharing
 from surgery.closed_form_cost import Calibration, efforts
+from surgery.errors import SurgeryError
 
 LAYERS = 5
 
@@ -34,8 +38,8 @@ def deep(name: str):
     return model
 
 
-def sharing(model, *files) -> Sharing:
-    return Sharing(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings(), *files)
+def sharing(model, *files, **settings) -> Sharing:
+    return Sharing(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings(**settings), *files)
 
 
 def near(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -49,7 +53,7 @@ def test_any_number_of_threads_finds_the_same(name, threads):
     before = weights(model)
     for count in (1, 2, 3, 4):
         threads(count)
-        run = sharing(model)
+        run = sharing(model, ridges=(0.01,), mlp_ridges=(1.0,))  # a rounding chooses none
         found.append((run.layers(), run.mlps))
         trial = LayerLosses(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings())
         lost.append(trial.measure())
@@ -65,7 +69,7 @@ def test_any_number_of_threads_finds_the_same(name, threads):
 
 
 def test_two_layers_are_at_work_at_a_time(threads, monkeypatch):
-    """The first two meet in the middle of their fits, which one after the other never would."""
+    """The first two meet before their fits, which one after the other never would."""
     both, convert = threading.Barrier(2), SharedLayer.convert
 
     def meeting(work):
@@ -74,6 +78,22 @@ def test_two_layers_are_at_work_at_a_time(threads, monkeypatch):
         return convert(work)
 
     monkeypatch.setattr(SharedLayer, "convert", meeting)
+    threads(2)
+    sharing(deep("llama")).layers()
+
+
+def test_wide_layers_are_fitted_one_at_a_time(threads, monkeypatch):
+    free, convert = threading.Lock(), SharedLayer.convert
+
+    def alone(work):
+        assert free.acquire(blocking=False), "another layer is at work"
+        try:
+            return convert(work)
+        finally:
+            free.release()
+
+    monkeypatch.setattr(SharedLayer, "convert", alone)
+    monkeypatch.setattr("surgery.closed_form_cost.NARROW", 1)
     threads(2)
     sharing(deep("llama")).layers()
 
@@ -120,10 +140,13 @@ def test_a_stop_loses_no_layer_that_was_through(threads, tmp_path):
 
 
 def test_what_a_plan_says_of_them(monkeypatch):
-    from transformers import LlamaConfig
+    size = {"intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 24}
 
-    size = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
-    anatomy = Anatomy.of(LlamaConfig(num_hidden_layers=24, **size))
+    def anatomy_of(hidden):
+        with torch.device("meta"):
+            return Anatomy.of(LlamaForCausalLM(LlamaConfig(hidden_size=hidden, **size)))
+
+    anatomy, wide = anatomy_of(512), anatomy_of(2048)
     asked, needed = Calibration(64, 512, 3), {}
     for count in (1, 2, 16):
         monkeypatch.setattr("os.cpu_count", lambda count=count: count)
@@ -131,11 +154,27 @@ def test_what_a_plan_says_of_them(monkeypatch):
         alone = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
         assert asked.memory(anatomy, 1) < needed[count], "a second layer that is not there"
         assert (alone == needed[count]) == (count == 1)
-    wide = Anatomy.of(LlamaConfig(num_hidden_layers=24, **size | {"hidden_size": 2048}))
     assert asked.memory(wide, 24) == Calibration(64, 512, 3, ahead=False).memory(wide, 24), "one at a time"
     a_second = 4 * 64 * 512 * (3 * 512 + 2 * 512 + 512 + 3 * 8 * 512 / 4 + 512)  # of its tokens, by the docstring
     assert needed[2] - needed[1] > a_second
     assert needed[16] - needed[2] < 14 * 5 * 4 * 8 * 512**2, "only the texts that are worked on at a time"
+
+
+def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
+    """Of 7B's shape with as many keys as queries: 512 KB a token, and 64 samples of 512 at most."""
+    monkeypatch.setattr("surgery.closed_form_cost.fast_in_bfloat16", lambda: False)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=1000)).to(torch.bfloat16)
+    anatomy = Anatomy.of(model)
+    written = [Calibration(2, 512, 3, mlp=False, written=count * 512).memory(anatomy, 1) for count in (20, 46, 1000)]
+    assert written[1] == written[2] == pytest.approx(64 * (512 * 2**19 + 3 * 8 * 1000))
+    assert written[0] == pytest.approx(28 * (512 * 2**19 + 3 * 8 * 1000))
+
+
+def test_mps_is_refused_before_a_text_is_written():
+    model = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(SurgeryError, match="float64, which MPS does not have"):
+        share_kv_heads(model, None, ("self", 8, 2), Settings())
 
 
 @pytest.mark.parametrize(("fits", "wanted"), [(0, []), (1, [1.0]), (3, [0.25, 0.75, 1.25]), (2, [0.25, 1.25])])

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -94,6 +94,41 @@ def test_long_work_ends_where_nobody_waits_for_it(threads):
         list(side_by_side(work, range(2), device=CPU))
     assert threads == 1 or ended.is_set()  # before the error comes out
     go_on()  # who asked for it goes on
+
+
+def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
+    """The second one comes while the first one waits: work has ended, and other threads begin with all of them."""
+    before, begun, ended, waited = torch.get_num_threads(), threading.Event(), threading.Event(), []
+
+    def work(number):
+        if number == 0:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        try:
+            for _ in range(3000):
+                go_on()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def interrupted(futures):
+        waited.append(len(futures))
+        if len(waited) == 1:
+            raise KeyboardInterrupt("again")
+        return wait(futures)
+
+    monkeypatch.setattr("surgery.side_by_side.wait", interrupted)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="again"):
+            list(side_by_side(work, range(2), device=CPU))
+        assert ended.is_set()
+        assert len(waited) == 2
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_turns_are_taken_in_order_whoever_is_first(threads):

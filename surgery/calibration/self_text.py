@@ -31,11 +31,8 @@ from ..runtime.modeling_surgery import patch
 from ..runtime.surgery_cache import CACHE
 from .fingerprint import fingerprint
 from .layer_files import LayerFiles
-from .text import SELF_TEXT, begin_of_text, fitting_length
+from .text import BATCH, SELF_TEXT, begin_of_text, fitting_length
 
-# Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
-# (examples/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
-BATCH = 64
 MARK = "surgery-mark"
 REVISION = 1  # raised when the same settings give another text
 
@@ -153,9 +150,9 @@ def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     below = logits.to(wide).softmax(-1).cumsum(-1)
     if not below[:, -1].isfinite().all():
         raise SurgeryError(
-            f"the model gives no probabilities for its next token: logits that are infinite or NaN, in {logits.dtype}",
+            f"the model gives no probabilities for its next token: its logits ({logits.dtype}) are infinite or NaN",
             where="text of the base",
-            fix="load the model in float32, or name a text",
+            fix="name a text (calibration_text=FILE, heal.data=FILE); float16 may overflow: load in float32",
         )
     drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=wide)
     return torch.searchsorted(below, drawn * below[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from ..errors import SurgeryError
-from .self_text import BATCH, sample
+from .self_text import sample
 from .text import Text, begin_of_text, begun, fitting_length, load_text, windows, written_pieces
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -87,7 +87,7 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     training = model.training
     try:
         asked = SimpleNamespace(length=length, chat=False, seed=0)
-        batch = min(BATCH, begun(samples))
+        batch = begun(samples)
         documents = sample(
             model.eval(), tokenizer, asked, samples * length, folder=folder, batch=batch, progress=progress
         )

@@ -38,15 +38,15 @@ def share_kv_heads(
     Returns:
         A record of each layer, by its path, and of the text.
     """
-    what = "method: closed_form needs the tokenizer, for its calibration text"
-    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
-    before, after = context.before, context.change.after
     if model.device.type == "mps":
         raise SurgeryError(
             "method: closed_form sums in float64, which MPS does not have",
             where=type(model).__name__,
             fix='model.to("cpu") for the conversion, or method: mean',
         )
+    what = "method: closed_form needs the tokenizer, for its calibration text"
+    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
+    before, after = context.before, context.change.after
     sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
     heads = Heads(model, before, orders)
 

@@ -29,7 +29,7 @@ OF_CLOSED_FORM = (
     *("keep_layers", "refit", "sequential", "ridge"),
     *("calibration_samples", "calibration_length", "calibration_text"),
 )
-FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 pieces took five minutes on two cores
+FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 pieces took five minutes on two slow cores
 
 
 class GQA(WeightRewrite):
@@ -82,7 +82,10 @@ class GQA(WeightRewrite):
         "auto: of each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        28, ge=2, strict=True, description="closed_form: pieces of text; every sixth is held back. More lose less."
+        28,
+        ge=2,
+        strict=True,
+        description="closed_form: pieces of text; a sixth is held back. To some 40, more lose less.",
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(
