@@ -82,10 +82,7 @@ class GQA(WeightRewrite):
         "auto: of each layer what is best on text held back.",
     )
     calibration_samples: int = Field(
-        28,
-        ge=2,
-        strict=True,
-        description="closed_form: pieces of text; a sixth is held back. To some 40, more lose less.",
+        28, ge=2, strict=True, description="closed_form: pieces of text; a sixth is held back. More, to 40, lose less."
     )
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     calibration_text: str = Field(
