@@ -83,11 +83,9 @@ class Calibration:
         products = sum(round(effort * STEPS) + 2 for effort in efforts(self.scores)) + (STEPS + 2) * self.values
         product = width * (4 * hidden + 2.5 * self.length) / self.stride
         each = 4 * anatomy.parameters + layers * 12 * width * self.length + merged * products * product
-        if self.mlp:
-            each += merged * 2 * inner * (inner + hidden)
-            solved = merged * RIDGES * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
-        else:
-            solved = 0
+        mended = merged * self.mlp
+        each += mended * 2 * inner * (inner + hidden)
+        solved = mended * RIDGES * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
         trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
         return each * self.tokens + solved + 3 * anatomy.parameters * self.written + trials
 
@@ -114,8 +112,8 @@ class Calibration:
         wide = inner if self.mlp else width
         solver = 8 * (5 * wide**2 + 8 * wide * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
-        one_layer = max(anatomy.parameters - 2 * vocabulary * hidden, 0) / len(anatomy.layers)
-        one_layer = 4 * max(one_layer, attention + 3 * hidden * inner)
+        known = (anatomy.parameters - 2 * vocabulary * hidden) / len(anatomy.layers)  # of a config alone none are
+        one_layer = 4 * max(known, attention + 3 * hidden * inner)
         fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * hidden * width)
         solvers = together * one_layer + max(solver, fits) + (together - 1) * fits
         trials = 4 * (self.tried + 3) * self.length * vocabulary if self.tried else 0
