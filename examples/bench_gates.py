@@ -14,7 +14,7 @@ import statistics
 import time
 
 import surgery
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 
 def block(config, active: float | None, unit: str, shared: float):

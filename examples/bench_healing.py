@@ -24,7 +24,7 @@ import time
 from types import SimpleNamespace
 
 import surgery
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 LIMITED = "distillation, live teacher", "distillation, stored top 64"
 AT_MOST = {"full": (1.6, 1.2), "lora": (1.9, 1.2), "parts": (1.9, 1.2)}  # of a step with cross-entropy
@@ -71,8 +71,8 @@ def random_model(args):
 def step(args) -> None:
     import torch
 
-    from surgery.healing.packing import Packed
-    from surgery.healing.stored import store
+    from surgery.data.packing import Packed
+    from surgery.healing.teacher_cache import store
     from surgery.healing.teacher import LiveTeacher, StoredTeacher
 
     base = random_model(args).to(args.device)
@@ -98,11 +98,11 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     """Seconds of each step of a method, by its loss."""
     import torch
 
-    from surgery.healing.adapters import adapt, freeze
-    from surgery.healing.origin import rewritten_by
-    from surgery.healing.packing import arguments
-    from surgery.healing.running import trained_of
-    from surgery.healing.settings import Heal
+    from surgery.healing.lora import adapt, freeze
+    from surgery.healing.source import rewritten_by
+    from surgery.data.packing import arguments
+    from surgery.healing.run import trained_of
+    from surgery.config.heal import Heal
 
     plain = copy.deepcopy(base).requires_grad_(True)
     report, heal = surgery.apply(MERGE, plain), Heal(method=method, steps=1)
@@ -143,9 +143,9 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
 def loop(args) -> None:
     from transformers import AutoModelForCausalLM
 
-    from surgery.healing.around import use_bfloat16
-    from surgery.healing.settings import Heal
-    from surgery.scoring import read_tokenizer
+    from surgery.healing.contexts import use_bfloat16
+    from surgery.config.heal import Heal
+    from surgery.io.loading import read_tokenizer
 
     tokenizer, merged = read_tokenizer(resolve(args.model).path), random_model(args)
     surgery.apply(MERGE, merged)
@@ -187,11 +187,11 @@ def bare_loop(model, tokenizer, heal, args) -> float:
     """Tokens a second of Transformers' Trainer as it comes, on rows of the same text, as many in a forward."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from surgery.healing.around import use_bfloat16
-    from surgery.healing.data import Packed, documents
-    from surgery.healing.planned import micro_rows
-    from surgery.healing.ranks import on_cpu
-    from surgery.quiet import quiet_transformers
+    from surgery.healing.contexts import use_bfloat16
+    from surgery.data.documents import Packed, documents
+    from surgery.healing.plan import micro_rows
+    from surgery.healing.processes import on_cpu
+    from surgery.machine.transformers_logging import quiet_transformers
 
     ends = []  # of the steps
 
@@ -231,12 +231,12 @@ def speed_of(ends: list[float], heal) -> float:
 def stored(args) -> None:
     import torch
 
-    from surgery.anatomy import Anatomy
-    from surgery.calibration.sequences import calibration_pieces
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.data.passkeys import calibration_pieces
     from surgery.healing.losses import distillation, distillation_top_k
-    from surgery.healing.planned import token_bytes
-    from surgery.healing.stored import as_distribution, top_k_and_rest
-    from surgery.scoring import load_model, read_tokenizer
+    from surgery.healing.plan import token_bytes
+    from surgery.healing.teacher_cache import as_distribution, top_k_and_rest
+    from surgery.io.loading import load_model, read_tokenizer
 
     folder = resolve(args.model).path
     model = load_model(folder).to(args.device).eval()
@@ -279,8 +279,8 @@ def now(args) -> float:
 def write(args) -> None:
     import torch
 
-    from surgery.calibration.self_text import sample
-    from surgery.scoring import load_model, read_tokenizer
+    from surgery.data.generated import sample
+    from surgery.io.loading import load_model, read_tokenizer
 
     folder = resolve(args.model).path
     tokenizer = read_tokenizer(folder)

@@ -22,7 +22,7 @@ from functools import partial
 
 import yaml
 
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 WAYS = [
     "sampled block=64 gamma=0.7 dense_below=1024",
@@ -66,7 +66,7 @@ def layers(args, path, length: int, tokens) -> None:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from surgery.calibration.watching import watched
+    from surgery.calibration.attention_hook import watched
     from surgery.runtime.surgery_prefill import Sparse
 
     ways = {way: Sparse.of({"block": 128, **setting(way)}) for way in args.ways}
@@ -185,7 +185,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from surgery.calibration.text import load_text, windows
+    from surgery.data.text import load_text, windows
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -11,8 +11,8 @@ import textwrap
 import torch
 
 import surgery
-from surgery.hub import resolve
-from surgery.scoring import read_tokenizer
+from surgery.io.hub import resolve
+from surgery.io.loading import read_tokenizer
 
 PROMPTS = (
     "The capital of France is",

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import surgery
-from surgery.hub import resolve
-from surgery.scoring import read_tokenizer
+from surgery.io.hub import resolve
+from surgery.io.loading import read_tokenizer
 
 GB = 1e9
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from measured import Measured
 
 import surgery
-from surgery.anatomy import Anatomy
-from surgery.calibration.layer_seen import Settings
-from surgery.calibration.shared_model import REVISION
-from surgery.calibration.text import load_text
-from surgery.hub import resolve
+from surgery.architecture.anatomy import Anatomy
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.closed_form import REVISION
+from surgery.data.text import load_text
+from surgery.io.hub import resolve
 
 CLOSED = {"method": "closed_form"}
 RUNGS = {

@@ -21,10 +21,10 @@ from gqa_ladder import fit, judged
 from measured import Measured
 
 import surgery
-from surgery.calibration.self_text import sample
-from surgery.calibration.text import load_text
-from surgery.hub import resolve
-from surgery.scoring import read_tokenizer
+from surgery.data.generated import sample
+from surgery.data.text import load_text
+from surgery.io.hub import resolve
+from surgery.io.loading import read_tokenizer
 
 KINDS = ("prose", "code", "chat", "mixed")
 SPARE = 8  # characters that are written for a token that is asked for

@@ -8,7 +8,7 @@ Every row converts the model in memory and scores it against the base on held-ou
 import argparse
 
 import surgery
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 SETTINGS = {
     "mean": {"method": "mean"},

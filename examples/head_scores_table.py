@@ -20,15 +20,15 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.head_scores import choose_streaming, load_scores
-from surgery.calibration.text import load_text, windows
-from surgery.evaluation.haystack import make_needles
-from surgery.evaluation.in_turn import wilson
+from surgery.data.text import load_text, windows
+from surgery.data.haystack import make_needles
+from surgery.evaluation.paired import wilson
 from surgery.evaluation.needles import run_needles
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 from surgery.runtime.modeling_surgery import patch
-from surgery.scoring import read_tokenizer, score_window
+from surgery.io.loading import read_tokenizer, score_window
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")

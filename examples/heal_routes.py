@@ -21,12 +21,12 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.calibration.self_text import sample
-from surgery.calibration.text import begin_of_text
-from surgery.healing.settings import Heal
-from surgery.hub import resolve
-from surgery.pictures import curves
-from surgery.scoring import load_model, read_tokenizer
+from surgery.data.generated import sample
+from surgery.data.text import begin_of_text
+from surgery.config.heal import Heal
+from surgery.io.hub import resolve
+from surgery.report.plots import curves
+from surgery.io.loading import load_model, read_tokenizer
 
 ROUTES = {
     "ce": {"method": "full", "loss": "ce"},

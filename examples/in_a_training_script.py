@@ -10,8 +10,8 @@ import argparse
 import torch
 
 import surgery
-from surgery.calibration.text import load_text, windows
-from surgery.hub import resolve
+from surgery.data.text import load_text, windows
+from surgery.io.hub import resolve
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from measured import Measured
 
 import surgery
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 ROWS = ("out", "active", "scores", "routers", "mae")  # arguments that say which rows there are
 

@@ -12,7 +12,7 @@ import argparse
 import time
 
 import surgery
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 
 CASES = {"one KV group": {"granularity": "kv_group"}, "one query head": {"granularity": "head"}}
 

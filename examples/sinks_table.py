@@ -22,13 +22,13 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.calibration.text import load_text, windows
-from surgery.evaluation.choices import make_choices
-from surgery.evaluation.choosing import ask
-from surgery.evaluation.in_turn import wilson
-from surgery.hub import resolve
-from surgery.operations.sink_calibration import SinkCalibration
-from surgery.scoring import read_tokenizer, score_window
+from surgery.data.text import load_text, windows
+from surgery.data.questions import make_choices
+from surgery.evaluation.multiple_choice import ask
+from surgery.evaluation.paired import wilson
+from surgery.io.hub import resolve
+from surgery.operations.sink_calibration.operation import SinkCalibration
+from surgery.io.loading import read_tokenizer, score_window
 
 REFERENCES = ("base", "full attention", "window")  # rows that others are compared with
 

@@ -29,14 +29,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import surgery
-from surgery.calibration.text import load_text, windows
-from surgery.calibration.watching import watched
-from surgery.evaluation.haystack import make_needles
+from surgery.data.text import load_text, windows
+from surgery.calibration.attention_hook import watched
+from surgery.data.haystack import make_needles
 from surgery.evaluation.needles import run_needles
-from surgery.hub import resolve
+from surgery.io.hub import resolve
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_prefill import Sparse
-from surgery.scoring import read_tokenizer
+from surgery.io.loading import read_tokenizer
 
 # Method -> (the setting that is sought, whether it is a whole number, least, most, settings that stay).
 KNOBS = {
@@ -194,7 +194,7 @@ def measure(options, measured: Measured) -> None:
 
 
 def draw(rows: dict, options) -> None:
-    from surgery.pictures import curves
+    from surgery.report.plots import curves
 
     lines = {}
     for name in options.methods:

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import surgery
-from surgery.calibration.text import load_text, windows
-from surgery.hub import resolve
+from surgery.data.text import load_text, windows
+from surgery.io.hub import resolve
 
 
 def main() -> None:

@@ -14,15 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
-    from .api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
-    from .errors import CheckError, GateError, MachineError, SurgeryError
-    from .healing.callback import SurgeryCallback
-    from .healing.heal import heal
-    from .operation import Change, Operation, WeightRewrite
-    from .recipe import Recipe
-    from .report import Report
-    from .runtime import register
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
+    from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+    from surgery.healing.trainer_callback import SurgeryCallback
+    from surgery.healing.heal import heal
+    from surgery.operations.base import Change, Operation, WeightRewrite
+    from surgery.config.recipe import Recipe
+    from surgery.report.report import Report
+    from surgery.runtime import register
 
 __version__ = "0.1.0"
 
@@ -34,17 +34,17 @@ _PUBLIC = {
     "evaluate_choices": "api",
     "evaluate_needles": "api",
     "heal": "healing.heal",
-    "SurgeryCallback": "healing.callback",
+    "SurgeryCallback": "healing.trainer_callback",
     "load": "api",
     "save": "api",
     "push": "api",
     "register": "runtime",
-    "Anatomy": "anatomy",
-    "Report": "report",
-    "Recipe": "recipe",
-    "Operation": "operation",
-    "WeightRewrite": "operation",
-    "Change": "operation",
+    "Anatomy": "architecture.anatomy",
+    "Report": "report.report",
+    "Recipe": "config.recipe",
+    "Operation": "operations.base",
+    "WeightRewrite": "operations.base",
+    "Change": "operations.base",
     "SurgeryError": "errors",
     "GateError": "errors",
     "CheckError": "errors",

@@ -1,3 +1,3 @@
-from .cli import main
+from surgery.cli.main import main
 
 main()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import recipe as recipes
-from .anatomy import Anatomy
-from .checkpoint import header_table
-from .errors import SurgeryError
-from .planning import Plan, make_plan
-from .report import FILE as REPORT
-from .report import Report, published
+from surgery.config import recipe as recipes
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.safetensors import header_table
+from surgery.errors import SurgeryError
+from surgery.conversion.plan import Plan, make_plan
+from surgery.report.report import FILE as REPORT
+from surgery.report.report import Report, published
 
 Progress = Callable[[int, int, str], None]
 
@@ -30,7 +30,7 @@ def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequen
     resolved = recipes.load(recipe, overrides, **fields)
     if not isinstance(model, str | Path):
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
-    from .hub import resolve
+    from surgery.io.hub import resolve
 
     source = resolve(str(model), weights=False)
     return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name)
@@ -42,7 +42,7 @@ def anatomy_of(model) -> Anatomy:
         if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
             raise _no_model(model)
         return Anatomy.of(model)
-    from .hub import resolve
+    from surgery.io.hub import resolve
 
     source = resolve(str(model), weights=False)
     return Anatomy.of(source.path, header_table(source.headers))
@@ -112,15 +112,15 @@ def apply(
         raise SurgeryError("no output folder was named", fix="output='out'")
     if engine not in ("auto", "streaming", "loaded"):
         raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
-    from .conversion import convert
-    from .evaluation.judging import judge, refuse_unscorable
+    from surgery.conversion.convert import convert
+    from surgery.evaluation.run import judge, refuse_unscorable
 
     scored = resolved.evaluate if evaluate else None
     refuse = None if scored is None else lambda folder: refuse_unscorable(folder, scored)
     how = {"engine": engine, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
     how |= {"progress": progress, "on_plan": on_plan, "refuse": refuse}
     if resolved.heal is not None:
-        from .healing.applying import apply_and_heal
+        from surgery.pipeline import apply_and_heal
 
         return apply_and_heal(resolved, str(model), output, **how, check=check, evaluate=evaluate, gate=gate)
     report, base = convert(resolved, str(model), output, overrides=resolved.overrides, **how)
@@ -169,8 +169,8 @@ def evaluate(
     Returns:
         An `evaluation.Evaluation`.
     """
-    from .evaluation.perplexity import evaluate as measure
-    from .same_base import unrecordable
+    from surgery.evaluation.perplexity import evaluate as measure
+    from surgery.report.lineage import unrecordable
 
     if model is None:
         raise _no_model(model)
@@ -189,7 +189,7 @@ def evaluate(
 
 def evaluate_needles(model, base=None, **settings):
     """Which hidden secrets a model finds, alone or beside its base; settings and result: see `evaluation.needles`."""
-    from .evaluation.needles import evaluate_needles as measure
+    from surgery.evaluation.needles import evaluate_needles as measure
 
     if model is None:
         raise _no_model(model)
@@ -198,7 +198,7 @@ def evaluate_needles(model, base=None, **settings):
 
 def evaluate_choices(model, base=None, **settings):
     """Which of several answers a model chooses, alone or beside its base; settings, result: `evaluation.choosing`."""
-    from .evaluation.choosing import evaluate_choices as measure
+    from surgery.evaluation.multiple_choice import evaluate_choices as measure
 
     if model is None:
         raise _no_model(model)
@@ -207,7 +207,7 @@ def evaluate_choices(model, base=None, **settings):
 
 def load(folder: str | Path, **kwargs):
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
-    from .scoring import load_model
+    from surgery.io.loading import load_model
 
     return load_model(_folder_of(folder), **kwargs)
 
@@ -223,28 +223,28 @@ def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite
     Raises:
         SurgeryError: the report is plainly of another model (class, family, layers or heads differ).
     """
-    from .saving import save_model
+    from surgery.conversion.in_memory import save_model
 
     return save_model(model, folder, report, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs) -> dict:
     """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it."""
-    from .hub import push as send
+    from surgery.io.hub import push as send
 
     return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
 
 
 def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan) -> Report:
-    from .conversion import edit_model
-    from .saving import is_model, note_origin
+    from surgery.conversion.convert import edit_model
+    from surgery.conversion.in_memory import is_model, note_origin
 
     if not is_model(model):
         raise _no_model(model)
     was, base = type(model).__name__, None
     if recipe.heal is not None:
-        from .healing.beforehand import refuse_early
-        from .healing.origin import base_of_memory
+        from surgery.healing.validate import refuse_early
+        from surgery.healing.source import base_of_memory
 
         base = base_of_memory(model, recipe.heal)
         if tokenizer is None:
@@ -253,7 +253,7 @@ def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan
     report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
     note_origin(report, model, was)
     if recipe.heal is not None:
-        from .healing.heal import heal
+        from surgery.healing.heal import heal
 
         heal(model, base, settings=recipe.heal, tokenizer=tokenizer, progress=progress)
     return report
@@ -279,12 +279,12 @@ def _folder_of(model):
         if model is not None and not hasattr(model, "config"):
             raise _no_model(model)
         return model
-    from .hub import resolve
+    from surgery.io.hub import resolve
 
     return resolve(str(model)).path
 
 
 def _check(report: Report, base: Path | None, memory: int | None = None, progress=None) -> None:
-    from .checking import check_folder, to_dict
+    from surgery.evaluation.check import check_folder, to_dict
 
     report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))

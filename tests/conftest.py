@@ -50,7 +50,7 @@ def float32_products():
 @pytest.fixture
 def surgery(capsys, monkeypatch, tmp_path):
     """`surgery ARGS` in-process, from inside `tmp_path`."""
-    from surgery.cli import main
+    from surgery.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)

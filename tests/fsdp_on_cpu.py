@@ -16,8 +16,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from surgery.cli import main
-from surgery.healing import following, sharding
+from surgery.cli.main import main
+from surgery.healing import callbacks as following, sharding
 
 shared = []
 

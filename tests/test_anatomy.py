@@ -25,9 +25,9 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.families import FAMILIES
+from surgery.architecture.families import FAMILIES
 
 QK_NORM = {"qwen3": "shared", "qwen3_moe": "shared", "gemma3": "shared", "gemma3_image_text": "shared"}
 QK_NORM |= {"phi_qk_layernorm": "shared", "olmo2": "whole", "cohere_qk_norm": "per head"}

@@ -47,7 +47,7 @@ def test_keywords_are_overrides_on_the_card(model, tmp_path):
 
 
 def test_a_recipe_of_ones_own_has_no_command(model, tmp_path):
-    from surgery.recipe import shipped
+    from surgery.config.recipe import shipped
 
     shutil.copyfile(shipped()["mqa"], tmp_path / "mine.yaml")
     surgery.apply(tmp_path / "mine.yaml", model, output=tmp_path / "out", check=False, evaluate=False)
@@ -130,7 +130,7 @@ def test_settings_of_folders_are_refused_for_a_model(loaded, given):
 
 
 def test_no_folder_is_published(model, text, tmp_path):
-    from surgery.report import published
+    from surgery.report.report import published
 
     assert published("../secret/words.txt") == published("/home/me/words.txt") == "words.txt"
     assert published("~/words.txt") == published("C:\\Users\\me\\words.txt") == "words.txt"

@@ -9,7 +9,7 @@ from conftest import edit_json
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.evaluation import calibrate
+from surgery.evaluation.benchmark import dense_below as calibrate
 from surgery.runtime.modeling_surgery import attention_modules
 
 SCORES = {

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from surgery.card import render_card, split_card
+from surgery.report.card import render_card, split_card
 
 SIDE = {"cross_entropy": 2.588, "kv_bytes_per_token": 23040, "load_bytes": 269_060_552}
 REPORT = {
@@ -262,7 +262,7 @@ def test_backticks_in_a_recipe_stay_inside():
 
 def test_imports_nothing_heavy():
     code = (
-        "import sys, json, surgery.card as card\n"
+        "import sys, json, surgery.report.card as card\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         "card.render_card(json.load(sys.stdin), '# base')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
@@ -317,7 +317,7 @@ def test_a_status_measured_is_shown():
 
 
 def test_limits_are_the_operations_own(monkeypatch):
-    from surgery.operations.gqa import GQA
+    from surgery.operations.gqa.operation import GQA
 
     mean, fitted = ({"operations": [{"op": "gqa", "kv_heads": 2, "method": how}]} for how in ("mean", "closed_form"))
     cards = [render_card(changed(recipe=REPORT["recipe"] | ops), None) for ops in (mean, fitted)]

@@ -14,14 +14,15 @@ from families import TINY, one_thread  # noqa: F401
 from families import base as tiny
 
 import surgery
-from surgery import checking, scoring
-from surgery.anatomy import Anatomy
-from surgery.checking import Item, passed
-from surgery.checkpoint import Checkpoint
+from surgery.evaluation import check as checking
+from surgery.io import loading as scoring
+from surgery.architecture.anatomy import Anatomy
+from surgery.evaluation.check import Item, passed
+from surgery.io.safetensors import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.evaluation.perplexity import evaluate
 from surgery.runtime.modeling_surgery import patch
-from surgery.structure import compare_shapes, names_in_memory, run_layers
+from surgery.evaluation.check_layers import compare_shapes, names_in_memory, run_layers
 
 EVIL = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"
 
@@ -177,7 +178,7 @@ def test_names_without_the_base_prefix_are_compared(saved, tmp_path):
 
 
 def test_nothing_compared_is_not_passed(model, monkeypatch):
-    monkeypatch.setattr("surgery.structure.names_in_memory", lambda stored, wanted: {})
+    monkeypatch.setattr("surgery.evaluation.check_layers.names_in_memory", lambda stored, wanted: {})
     status, detail = compare_shapes(model, Anatomy.of(model), Checkpoint(model))
     assert status == "not run"
     assert "only 0 of" in detail

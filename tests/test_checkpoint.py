@@ -13,7 +13,7 @@ import torch
 from conftest import edit_json, edit_tensors, listing
 from safetensors.torch import load, load_file, save, save_file
 
-from surgery.checkpoint import Checkpoint
+from surgery.io.safetensors import Checkpoint
 
 FAST = ("--no-check", "--no-eval")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

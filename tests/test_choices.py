@@ -16,16 +16,16 @@ from test_needles import byte_tokenizer
 from test_sink_calibration import log_gammas, recipe, sink
 
 import surgery as package
-from surgery.calibration import first_token
-from surgery.calibration.resumable import Found
-from surgery.calibration.text import Text, load_text
-from surgery.display import choices as display
+from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.io.resume import Found
+from surgery.data.text import Text, load_text
+from surgery.cli.render import choices as display
 from surgery.errors import SurgeryError
-from surgery.evaluation.choices import Choice, Question, encode, make_choices, read_questions
-from surgery.evaluation.choosing import ChoiceResult, Chosen, ask, choice_logps, evaluate_choices
-from surgery.evaluation.in_turn import wilson
+from surgery.data.questions import Choice, Question, encode, make_choices, read_questions
+from surgery.evaluation.multiple_choice import ChoiceResult, Chosen, ask, choice_logps, evaluate_choices
+from surgery.evaluation.paired import wilson
 from surgery.runtime.modeling_surgery import CACHE, patch
-from surgery.scoring import load_model, read_tokenizer
+from surgery.io.loading import load_model, read_tokenizer
 
 SMALL = {"items": 12, "context": 60, "ending": 20}
 

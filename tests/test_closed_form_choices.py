@@ -26,16 +26,16 @@ from test_closed_form import score_loss, score_problem
 from test_shared_heads import SEQUENCES, Tokens, closed, numbers, recipe  # noqa: F401
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration import shared_layer
-from surgery.calibration.layer_seen import Settings
-from surgery.calibration.sharing import Sharing
-from surgery.closed_form import fit_output, merge_keys, merge_values
-from surgery.engines import write_layers
-from surgery.least_squares import solve
-from surgery.merging import with_bias
-from surgery.score_fit import Fit
-from surgery.value_fit import ValueProblem
+from surgery.architecture.anatomy import Anatomy
+from surgery.operations.gqa import layer as shared_layer
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.streams import Sharing
+from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
+from surgery.conversion.loaded import write_layers
+from surgery.operations.gqa.conjugate_gradient import solve
+from surgery.operations.gqa.merge import with_bias
+from surgery.operations.gqa.fit_scores import Fit
+from surgery.operations.gqa.fit_values import ValueProblem
 
 
 def uneven(name: str):

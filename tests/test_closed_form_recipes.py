@@ -12,10 +12,10 @@ from test_shared_heads import Tokens, closed, numbers, recipe  # noqa: F401
 from transformers import AutoTokenizer
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration.sequences import calibration_pieces
-from surgery.closed_form_cost import Calibration
-from surgery.operations.gqa import GQA
+from surgery.architecture.anatomy import Anatomy
+from surgery.data.passkeys import calibration_pieces
+from surgery.operations.gqa.cost import Calibration
+from surgery.operations.gqa.operation import GQA
 
 SMALL = {"kv_heads": 1, "method": "closed_form", "calibration_samples": 12, "calibration_length": 24}
 

@@ -13,9 +13,9 @@ from families import TINY, VOCAB, logits_of, one_thread, open_doors  # noqa: F40
 from safetensors import safe_open
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration.head_importance import importance
-from surgery.calibration.refit import refit
+from surgery.architecture.anatomy import Anatomy
+from surgery.operations.prune_heads.importance import importance
+from surgery.operations.prune_heads.refit import refit
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
 

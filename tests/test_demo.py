@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import surgery.demo as demo
+import surgery.io.demo_model as demo
 from surgery.errors import MachineError, SurgeryError
 
 needs_package = pytest.mark.skipif(

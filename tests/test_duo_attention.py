@@ -9,7 +9,7 @@ import torch
 
 import surgery
 from surgery.calibration.head_scores import HeadScores
-from surgery.checking import run_doors
+from surgery.evaluation.check import run_doors
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_parts import code_of
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
 import surgery
-from surgery import shards
-from surgery.anatomy import Anatomy
-from surgery.checkpoint import Checkpoint, stored_bytes
+from surgery.conversion import streaming as shards
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.safetensors import Checkpoint, stored_bytes
 from surgery.errors import SurgeryError
-from surgery.operation import Change, WeightRewrite
+from surgery.operations.base import Change, WeightRewrite
 from surgery.operations.expand import Expand
-from surgery.planning import make_plan
-from surgery.recipe import Recipe
+from surgery.conversion.plan import make_plan
+from surgery.config.recipe import Recipe
 
 FAST = ("--no-check", "--no-eval")
 WEIGHTS = "model.safetensors"
@@ -73,7 +73,7 @@ def odd(fault: str, *before) -> Recipe:
 @pytest.fixture
 def foreign(monkeypatch):
     """Recipes with `Odd`, as an entry point would bring it."""
-    monkeypatch.setattr("surgery.recipe.load", lambda recipe, *args, **kwargs: recipe)
+    monkeypatch.setattr("surgery.config.recipe.load", lambda recipe, *args, **kwargs: recipe)
     monkeypatch.setattr(
         Recipe, "to_dict", lambda self: {"name": self.name, "evaluate": None, "operations": [str(self.operations)]}
     )

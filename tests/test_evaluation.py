@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery import scoring
-from surgery.calibration.text import Text, load_text, windows
+from surgery.io import loading as scoring
+from surgery.data.text import Text, load_text, windows
 from surgery.errors import SurgeryError
 from surgery.evaluation import perplexity as evaluation
-from surgery.evaluation.gate import gate
+from surgery.report.gate import gate
 from surgery.evaluation.perplexity import Evaluation, evaluate
 
 VOCABULARY = 300

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 
 TOLERANCE, LOSSY = 1e-4, 1e-2
 TURNED = {"align": "procrustes", "grouping": "similarity"}

@@ -13,7 +13,7 @@ from dense import batch, chunked, difference, given
 from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from surgery.calibration.first_token import first_tokens
+from surgery.operations.sink_calibration.zero_tuning import first_tokens
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_rows as rows
 from surgery.runtime import surgery_skipping as skipping

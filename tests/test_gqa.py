@@ -32,10 +32,10 @@ from families import (
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.layers import unpack
-from surgery.merging import mean_head, permute_kv_heads
+from surgery.architecture.weights import unpack
+from surgery.operations.gqa.merge import mean_head, permute_kv_heads
 
 K_NAME, V_NAME = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
 
@@ -162,7 +162,7 @@ def test_random_heads_know_nothing_and_keep_the_scale():
 )
 def test_permuted_heads_are_the_same_model(name):
     """Grouping moves query heads, output columns, biases, norms and sinks with their KV heads."""
-    from surgery.layers import pack
+    from surgery.architecture.weights import pack
 
     old, model = base(name), copy_of(base(name))
     for facts in Anatomy.of(model).layers:

@@ -15,7 +15,7 @@ from dense import batch
 from families import TINY
 from test_runtime import WINDOW, kv_heads, operated, random_split
 
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_block
 from surgery.runtime.surgery_block import head_kinds

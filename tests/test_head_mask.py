@@ -22,7 +22,7 @@ from families import (
 from safetensors.torch import load_file
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.head_scores import HeadScores, model_facts
 from surgery.errors import SurgeryError
 
@@ -274,7 +274,7 @@ def test_a_gate_that_overflows_leaves_the_model_as_it_was():
 
 def test_a_recipe_written_out_is_the_same_recipe(tmp_path):
     """Keys of a JSON mapping are texts: layers and heads come back as numbers."""
-    from surgery.recipe import load
+    from surgery.config.recipe import load
 
     first = load(recipe(mask(values=VALUES)))
     again = load(json.loads(json.dumps(first.to_dict())))

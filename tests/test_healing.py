@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
 from surgery.errors import SurgeryError
-from surgery.healing.following import read
+from surgery.healing.callbacks import read
 from surgery.healing.schedule import Rows, rate_at
-from surgery.healing.stored import store
-from surgery.report import Report
+from surgery.healing.teacher_cache import store
+from surgery.report.report import Report
 
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 SMALL = ("length=16", "batch_tokens=32", "steps=4", "learning_rate=0.01")
@@ -275,7 +275,7 @@ def test_ways_to_compute(converted, heal, monkeypatch, way):
     size = ("method=lora", "batch_tokens=64")
     plain = heal(out, *size, to="plain")
     if way == "small forwards":
-        monkeypatch.setattr("surgery.healing.planned.MICRO_TOKENS", 16)  # four forwards of a row, not one of four
+        monkeypatch.setattr("surgery.healing.plan.MICRO_TOKENS", 16)  # four forwards of a row, not one of four
     other = heal(out, *size, *[way] * ("=" in way), to="other")
     one, two = (read(each.folder / "healing/metrics.jsonl") for each in (plain, other))
     rough = 0.05 if "bfloat16" in way else 1e-4
@@ -298,7 +298,7 @@ def test_the_clock_ends_it(converted, heal):
 
 def test_what_is_made_before_the_training_is_not_in_its_time(converted, heal, monkeypatch):
     """The first rate is that of the training's begin, whatever asking a stored teacher took."""
-    from surgery.healing import running, schedule
+    from surgery.healing import run as running, schedule
 
     whole, later = running.store, []
     monkeypatch.setattr(running, "store", lambda *args, **kwargs: later.append(1200) or whole(*args, **kwargs))

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
 from surgery.errors import SurgeryError
-from surgery.healing import beforehand, job, running, training
-from surgery.healing.around import use_bfloat16
+from surgery.healing import validate as beforehand, job, run as running, trainer as training
+from surgery.healing.contexts import use_bfloat16
 from surgery.healing.heal import _refused, _tidy
-from surgery.healing.origin import of_memory
-from surgery.healing.reading import settings
-from surgery.healing.settings import Heal
-from surgery.healing.trained import Trained
+from surgery.healing.source import of_memory
+from surgery.config.heal_overrides import settings
+from surgery.config.heal import Heal
+from surgery.healing.parameters import Trained
 
 SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
 
@@ -97,8 +97,8 @@ def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokeni
 def test_a_failed_merge_in_memory_leaves_the_model_as_it_was(edited, tiny_llama, tokenizer, text, monkeypatch, way):
     """The training is through: what was merged or folded is taken back, whatever of it was done."""
     before = {name: tensor.clone() for name, tensor in edited.named_parameters()}
-    monkeypatch.setattr("surgery.healing.adapters.TOLERANCE", -1.0)
-    monkeypatch.setattr("surgery.healing.mixing.TOLERANCE", -1.0 if way.get("method") == "parts" else 1.0)
+    monkeypatch.setattr("surgery.healing.lora.TOLERANCE", -1.0)
+    monkeypatch.setattr("surgery.healing.weighted_gqa.TOLERANCE", -1.0 if way.get("method") == "parts" else 1.0)
     asked = SMALL | {"data": str(text), "gradient_checkpointing": True, "learning_rate": 0.1} | way
     with pytest.raises(SurgeryError, match="moved the logits"):
         package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked)
@@ -208,7 +208,7 @@ def test_who_is_reported_to_must_be_there(monkeypatch):
 
 
 def test_what_watches_is_looked_at_before_a_text_is_written(edited, tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("surgery.healing.data.sample", None)
+    monkeypatch.setattr("surgery.data.documents.sample", None)
     watched = SMALL | {"eval_every": 1, "stop_at_gate": True}
     with pytest.raises(SurgeryError, match="no limit that can be watched"):
         package.heal(edited, tiny_llama, tokenizer=tokenizer, overrides=["evaluate.max_kl=null"], **watched)

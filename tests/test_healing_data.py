@@ -13,13 +13,13 @@ from conftest import TEXT, WORDS
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AutoTokenizer
 
-from surgery.calibration import self_text
-from surgery.calibration.self_text import _drawn, sample
-from surgery.calibration.text import load_text
+from surgery.data import generated as self_text
+from surgery.data.generated import _drawn, sample
+from surgery.data.text import load_text
 from surgery.errors import SurgeryError
-from surgery.healing import data
-from surgery.healing.data import Packed, documents
-from surgery.healing.packing import IGNORED, arguments, reads_apart
+from surgery.data import documents as data
+from surgery.data.documents import Packed, documents
+from surgery.data.packing import IGNORED, arguments, reads_apart
 from surgery.runtime import modeling_surgery as runtime
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"

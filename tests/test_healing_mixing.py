@@ -10,7 +10,7 @@ from families import TINY, TOKENS, attention_modules, difference, get_head, logi
 
 import surgery
 from surgery.errors import SurgeryError
-from surgery.healing.mixing import add_mixing, fold
+from surgery.healing.weighted_gqa import add_mixing, fold
 
 
 def converted(family: str, kv_heads: int = 2):

@@ -13,16 +13,16 @@ import yaml
 from families import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError, TrainingError
-from surgery.folder import tensor_table
+from surgery.io.model_folder import tensor_table
 from surgery.healing import checkpoints
-from surgery.healing.following import read
-from surgery.healing.planned import HealPlan
-from surgery.healing.settings import Heal
+from surgery.healing.callbacks import read
+from surgery.healing.plan import HealPlan
+from surgery.config.heal import Heal
 from surgery.healing.sharding import Engine
-from surgery.healing.training import arguments
-from surgery.report import Report
+from surgery.healing.trainer import arguments
+from surgery.report.report import Report
 
 CONFIGS = Path(__file__).parents[1] / "examples/accelerate"
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file"]

@@ -18,9 +18,9 @@ from families import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import MachineError, SurgeryError, TrainingError
-from surgery.folder import read_json
-from surgery.healing import checkpoints, training
-from surgery.healing.following import Follow, read
+from surgery.io.model_folder import read_json
+from surgery.healing import checkpoints, trainer as training
+from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
 
 SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01")
@@ -318,8 +318,8 @@ def test_what_the_gate_ended_is_not_trained_on(healing, monkeypatch, tmp_path):
 
 def test_what_the_base_wrote_outlives_a_failure_and_another_setting(healing, monkeypatch, tmp_path):
     """It takes hours with a real model."""
-    from surgery.calibration import self_text
-    from surgery.healing import running
+    from surgery.data import generated as self_text
+    from surgery.healing import run as running
 
     def broken(*_):
         raise SurgeryError("models of different depth")
@@ -376,7 +376,7 @@ def test_apply_goes_on_with_its_healing(surgery, model, text, stop, monkeypatch,
 
 
 def _main(*args) -> None:
-    from surgery.cli import app
+    from surgery.cli.main import app
 
     app([str(arg) for arg in args], standalone_mode=False)
 

@@ -11,9 +11,9 @@ from families import TINY, attention_modules, one_thread  # noqa: F401 (one_thre
 
 import surgery
 from surgery.errors import SurgeryError
-from surgery.healing import warm_start as fitting
-from surgery.healing.packing import Packed
-from surgery.healing.warm_start import warm_start
+from surgery.healing import layerwise_distillation as fitting
+from surgery.data.packing import Packed
+from surgery.healing.layerwise_distillation import warm_start
 from surgery.runtime import modeling_surgery as runtime
 
 LENGTH = 24

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.folder import model_table
+from surgery.io.model_folder import model_table
 from surgery.healing import checkpoints
-from surgery.healing.following import Follow, read
+from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
-from surgery.healing.mixing import add_mixing, inside, merges, orders_of, planned
-from surgery.healing.planned import HealPlan
-from surgery.healing.settings import Heal
-from surgery.healing.trained import choose
+from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned
+from surgery.healing.plan import HealPlan
+from surgery.config.heal import Heal
+from surgery.healing.parameters import choose
 from surgery.operations import find
-from surgery.report import Report
+from surgery.report.report import Report
 
 SMALL = ("length=16", "batch_tokens=32", "steps=4", "learning_rate=0.01")
 FAST = ("--no-check", "--no-eval", "-q")

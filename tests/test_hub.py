@@ -15,7 +15,7 @@ import pytest
 from fake_hub import BAD, GOOD, READ_ONLY, FakeHub
 
 from surgery.errors import SurgeryError
-from surgery.hub import DEMO, hub_errors, push, resolve
+from surgery.io.hub import DEMO, hub_errors, push, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNER = """

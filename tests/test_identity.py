@@ -17,7 +17,7 @@ from families import (
 )
 
 import surgery
-from surgery.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy
 
 IDENTITIES = {
     "gqa, all KV heads": lambda layer: {"op": "gqa", "kv_heads": layer.kv_heads},

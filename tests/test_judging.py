@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from surgery.card import render_card
-from surgery.evaluation import judging
-from surgery.evaluation.choices import Choice
-from surgery.evaluation.choosing import ChoiceResult, Chosen
-from surgery.evaluation.gate import gate
-from surgery.evaluation.haystack import Needle
+from surgery.report.card import render_card
+from surgery.evaluation import run as judging
+from surgery.data.questions import Choice
+from surgery.evaluation.multiple_choice import ChoiceResult, Chosen
+from surgery.report.gate import gate
+from surgery.data.haystack import Needle
 from surgery.evaluation.needles import NeedleResult, Outcome
 
 DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
@@ -94,7 +94,7 @@ def test_a_tokenizer_that_cannot_write_the_secret_leaves_the_gate_not_run(surger
 
 
 def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeypatch, tmp_path):
-    from surgery.recipe import Evaluate
+    from surgery.config.recipe import Evaluate
 
     asked = {}
 

@@ -11,9 +11,9 @@ from test_families import planted
 from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same  # noqa: F401
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration.layer_losses import spared, tried
-from surgery.calibration.shared_layer import SharedLayer
+from surgery.architecture.anatomy import Anatomy
+from surgery.operations.gqa.choose_layers import spared, tried
+from surgery.operations.gqa.layer import SharedLayer
 from surgery.errors import SurgeryError
 
 

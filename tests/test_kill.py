@@ -260,7 +260,7 @@ def test_ctrl_c(bench, options):
 def test_stopped_between_the_two_renames_of_overwrite(bench, monkeypatch, error):
     """The one moment without OUT: the old one is OUT.replaced, and comes back."""
     import surgery
-    from surgery import output
+    from surgery.io import output_folder as output
 
     work = bench(1, MQA)
     assert work.start().wait() == 0

@@ -16,8 +16,8 @@ from families import (
     text_config,
 )
 
-from surgery.anatomy import Anatomy
-from surgery.layers import pack, packed_shapes, unpack
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.weights import pack, packed_shapes, unpack
 
 
 def layers_of(name: str):

@@ -11,14 +11,14 @@ from families import TINY, randomise
 from test_shared_heads import SEQUENCES, Stopped, same, stop, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery.anatomy import Anatomy
-from surgery.calibration.layer_files import LayerFiles
-from surgery.calibration.layer_losses import LayerLosses
-from surgery.calibration.layer_seen import Settings
-from surgery.calibration.shared_layer import SharedLayer
-from surgery.calibration.shared_model import share_kv_heads
-from surgery.calibration.sharing import Sharing
-from surgery.closed_form_cost import Calibration, efforts
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.layer_files import LayerFiles
+from surgery.operations.gqa.choose_layers import LayerLosses
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.closed_form import share_kv_heads
+from surgery.operations.gqa.streams import Sharing
+from surgery.operations.gqa.cost import Calibration, efforts
 from surgery.errors import SurgeryError
 
 LAYERS = 5
@@ -93,7 +93,7 @@ def test_wide_layers_are_fitted_one_at_a_time(threads, monkeypatch):
             free.release()
 
     monkeypatch.setattr(SharedLayer, "convert", alone)
-    monkeypatch.setattr("surgery.closed_form_cost.NARROW", 1)
+    monkeypatch.setattr("surgery.operations.gqa.cost.NARROW", 1)
     threads(2)
     sharing(deep("llama")).layers()
 
@@ -162,7 +162,7 @@ def test_what_a_plan_says_of_them(monkeypatch):
 
 def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
     """Of 7B's shape with as many keys as queries: 512 KB a token, and 64 samples of 512 at most."""
-    monkeypatch.setattr("surgery.closed_form_cost.fast_in_bfloat16", lambda: False)
+    monkeypatch.setattr("surgery.operations.gqa.cost.fast_in_bfloat16", lambda: False)
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1000)).to(torch.bfloat16)
     anatomy = Anatomy.of(model)

@@ -12,13 +12,13 @@ from dense import batch, chunked, difference, given
 from families import TINY, VOCAB, one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration.router import Moments, Planned, ridge, route, worth
+from surgery.architecture.anatomy import Anatomy
+from surgery.operations.moh.router import Moments, Planned, ridge, route, worth
 from surgery.errors import SurgeryError
 from surgery.operations import find
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_gates import Gate
-from surgery.scoring import load_model, read_tokenizer
+from surgery.io.loading import load_model, read_tokenizer
 
 QUICK = {"calibration_samples": 8, "calibration_length": 64}
 

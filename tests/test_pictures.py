@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from surgery.errors import MachineError, SurgeryError
-from surgery.pictures import curves, heat_maps
+from surgery.report.plots import curves, heat_maps
 
 GRID = [[0.0, 1.0, float("nan")], [0.5, 0.25, 0.75]]
 AXES = {"rows": [0, 1], "columns": ["a", "b", "c"], "row_label": "layer", "column_label": "head", "value_label": "x"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from surgery import recipe as recipes
+from surgery.config import recipe as recipes
 from surgery.errors import SurgeryError
 
 GOOD = """\

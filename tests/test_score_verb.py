@@ -7,8 +7,8 @@ import json
 import pytest
 
 from surgery.calibration.head_scores import HeadScores
-from surgery.calibration.scorers import METHODS
-from surgery.display.heads import HeadMap, tenth_of
+from surgery.operations.duo_attention.scorers import METHODS
+from surgery.cli.render.heads import HeadMap, tenth_of
 
 SPLIT = ("--no-check", "--no-eval", "sinks=2", "window=6")
 
@@ -64,7 +64,7 @@ def test_a_file_is_not_replaced_unasked(score, tmp_path):
 
 
 def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
-    from surgery.calibration import gates
+    from surgery.operations.duo_attention import learned_gates as gates
 
     gates_of = ("--method", "gates", "--steps", 5)
     assert score(*gates_of, "-o", "whole.json").code == 0
@@ -192,7 +192,7 @@ def test_a_surgical_model_is_not_scored(refused, surgery, model, tmp_path):
 
 
 def test_many_layers_are_cut_into_lines(capsys):
-    from surgery.display.heads import show
+    from surgery.cli.render.heads import show
 
     show(HeadMap("big", [[0, 1]] * 70, [[0]] * 70, "4 sinks + 8 tokens"))
     lines = capsys.readouterr().out.splitlines()[1:]

@@ -25,13 +25,13 @@ from families import (
 from test_families import planted
 
 import surgery as package
-from surgery.anatomy import Anatomy
-from surgery.calibration.layer_files import LayerFiles
-from surgery.calibration.layer_seen import Settings
-from surgery.calibration.mlp_output import projection_of
-from surgery.calibration.sequences import calibration_pieces
-from surgery.calibration.shared_layer import SharedLayer
-from surgery.calibration.sharing import Sharing
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.layer_files import LayerFiles
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.fit_mlp import projection_of
+from surgery.data.passkeys import calibration_pieces
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.streams import Sharing
 from surgery.errors import SurgeryError
 
 SEQUENCES = torch.randint(3, VOCAB, (12, 24), generator=torch.Generator().manual_seed(1))
@@ -335,7 +335,7 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
     assert own.shape == builtin.shape == (3, 32)
     assert loaded.training
     assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
-    monkeypatch.setattr("surgery.calibration.self_text._write", None)  # what is kept is not written again
+    monkeypatch.setattr("surgery.data.generated._write", None)  # what is kept is not written again
     assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
 
 
@@ -386,7 +386,7 @@ def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path,
         package.apply("gqa", str(model), output=tmp_path / "new", progress=stop, **given)
     converted.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.calibration.shared_model.REVISION", "of another version")
+        patch.setattr("surgery.operations.gqa.closed_form.REVISION", "of another version")
         package.apply("gqa", str(model), output=tmp_path / "new", resume=True, **given)
     assert converted == [0, 1], "no layer of another version's fit"
     weights_of = "model.safetensors"

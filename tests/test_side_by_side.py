@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 import pytest
 import torch
 
-from surgery.side_by_side import Turns, go_on, side_by_side
+from surgery.machine.parallel import Turns, go_on, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
             raise KeyboardInterrupt("again")
         return wait(futures)
 
-    monkeypatch.setattr("surgery.side_by_side.wait", interrupted)
+    monkeypatch.setattr("surgery.machine.parallel.wait", interrupted)
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyboardInterrupt, match="again"):

@@ -14,10 +14,10 @@ from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.calibration import first_token, virtual_keys
-from surgery.calibration.first_token import Trial, first_tokens, search_gammas
+from surgery.operations.sink_calibration import zero_tuning as first_token, virtual_keys
+from surgery.operations.sink_calibration.zero_tuning import Trial, first_tokens, search_gammas
 from surgery.errors import SurgeryError
-from surgery.scoring import load_model, read_tokenizer
+from surgery.io.loading import load_model, read_tokenizer
 
 QUICK = {"calibration_samples": 4, "calibration_length": 64}
 NO_SINKS = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 0, "window": 6}
@@ -401,7 +401,7 @@ def test_a_split_without_sinks_after_a_weight_for_the_first_token_is_refused(sur
 
 def test_a_split_that_is_measured_is_looked_at_when_it_is_known(model, monkeypatch):
     from surgery.calibration.head_scores import HeadScores
-    from surgery.operations.duo_attention import DuoAttention
+    from surgery.operations.duo_attention.operation import DuoAttention
 
     weigh = sink("zero_tuning", gamma=2.0, layers=[1], heads=[8])
     split = {"op": "duo_attention", "sinks": 0, "window": 6, "streaming_ratio": 0.17}  # planned: head 0 of layer 0
@@ -442,7 +442,7 @@ def test_unequal_query_groups_are_refused_where_attention_is_measured(method, re
 
 
 def test_copies_of_a_question_count_once(tmp_path):
-    from surgery.evaluation.choices import faults_of
+    from surgery.data.questions import faults_of
 
     lines = [json.dumps({"prompt": f"a {i}", "choices": ["b", "c"], "answer": 0}) for i in range(8)]
     (tmp_path / "q.jsonl").write_text("\n".join(lines[:7] * 2))
@@ -453,7 +453,7 @@ def test_copies_of_a_question_count_once(tmp_path):
 
 @pytest.mark.parametrize(("fields", "count"), [({"gamma": 2.0}, 0), ({}, 1)])
 def test_the_card_says_only_what_holds(fields, count):
-    from surgery.operations.sink_calibration import SinkCalibration
+    from surgery.operations.sink_calibration.operation import SinkCalibration
 
     assert len(SinkCalibration(**sink("zero_tuning", **fields)).caveats()) == count
 

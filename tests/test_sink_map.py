@@ -10,8 +10,8 @@ from families import TINY, base, one_thread  # noqa: F401 (a fixture)
 from test_sink_calibration import recipe, sink
 
 import surgery as package
-from surgery.calibration.sink_map import other_sinks, sink_map
-from surgery.display import sinks as display
+from surgery.calibration.sinks import other_sinks, sink_map
+from surgery.cli.render import sinks as display
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import CACHE
 

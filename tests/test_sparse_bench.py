@@ -8,10 +8,10 @@ import pytest
 import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
-from surgery.calibration.text import load_text
-from surgery.evaluation.pair import sparse_facts
-from surgery.evaluation.prompts import RANDOM, make_prompts
-from surgery.evaluation.timings import SPLIT, STOCK
+from surgery.data.text import load_text
+from surgery.evaluation.benchmark.models import sparse_facts
+from surgery.evaluation.benchmark.prompts import RANDOM, make_prompts
+from surgery.evaluation.benchmark.result import SPLIT, STOCK
 
 WINDOW = ("method=streaming", "block=16", "gamma=null", "dense_below=32", "sinks=1", "window=1")
 

@@ -10,11 +10,12 @@ from conftest import LLAMA, edit_json, edit_tensors
 from families import one_thread  # noqa: F401 (autouse)
 
 from surgery.errors import MachineError, SurgeryError
-from surgery.evaluation import peak_memory, speed
-from surgery.evaluation.peak_memory import PeakMemory
-from surgery.evaluation.speed import FULL, SPLIT, STOCK, bench, parse_lengths
-from surgery.evaluation.synthetic import even_split, spaced_layers, synthetic_config
-from surgery.evaluation.timings import Benchmark, Timing, plot
+from surgery.machine import peak_memory
+from surgery.evaluation.benchmark import run as speed
+from surgery.machine.peak_memory import PeakMemory
+from surgery.evaluation.benchmark.run import FULL, SPLIT, STOCK, bench, parse_lengths
+from surgery.evaluation.benchmark.synthetic import even_split, spaced_layers, synthetic_config
+from surgery.evaluation.benchmark.result import Benchmark, Timing, plot
 
 ELEMENT, LAYERS, KV_HEADS, HEAD = 2, 2, 3, 8  # bytes of a bfloat16, and the tiny Llama's sizes
 PER_TOKEN = LAYERS * 2 * KV_HEADS * HEAD * ELEMENT  # keys and values
@@ -78,7 +79,7 @@ def test_the_picture_has_the_curves_that_were_measured(fake, tmp_path, monkeypat
     def curves(path, lines, **options):
         drawn.update(lines=lines, **options)
 
-    monkeypatch.setattr("surgery.pictures.curves", curves)
+    monkeypatch.setattr("surgery.report.plots.curves", curves)
     plot(fake, tmp_path / "x.png")
     lines = {label.split(",")[0] + " " + label.rsplit(" ", 1)[1]: line for label, line in drawn["lines"].items()}
     assert lines["prefill base"] == ([100, 200], [2.0, 2.0])

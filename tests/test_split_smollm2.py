@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.calibration.text import load_text
-from surgery.hub import resolve
+from surgery.data.text import load_text
+from surgery.io.hub import resolve
 from surgery.runtime import modeling_surgery as runtime
 
 PROMPTS, NEW, CLOSE = 16, 24, 1e-3

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from surgery.calibration import text as module
-from surgery.calibration.self_text import _drawn
-from surgery.calibration.text import Text, load_text, plain, windows
+from surgery.data import text as module
+from surgery.data.generated import _drawn
+from surgery.data.text import Text, load_text, plain, windows
 from surgery.errors import SurgeryError
 
 
@@ -37,7 +37,7 @@ def test_parts_do_not_overlap():
 
 
 def test_same_text_in_another_process():
-    code = "from surgery.calibration.text import load_text as t; print(t().sha256, t(part='calibration').sha256)"
+    code = "from surgery.data.text import load_text as t; print(t().sha256, t(part='calibration').sha256)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [load_text().sha256, load_text(part="calibration").sha256]
 

@@ -1,7 +1,7 @@
 """Which KV heads need the far past: a table of scores, higher = keep the whole cache. Its file, and the choice by it.
 
 A table is [layers][KV heads] with its origin, saved as JSON and reusable; heads have the base's numbers.
-`surgery.calibration.scorers` measures one.
+`surgery.operations.duo_attention.scorers` measures one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SurgeryError
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from surgery.architecture.anatomy import Anatomy
 
 FORMAT = 1
 UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
@@ -43,7 +43,7 @@ class HeadScores:
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        from ..output import machine_errors, write_json
+        from surgery.io.output_folder import machine_errors, write_json
 
         with machine_errors(Path(path)):
             write_json(Path(path), self.to_dict())
@@ -118,8 +118,8 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
     """What a checkpoint's surgery.json holds of its heads' scores, if anything of this shape [layers][counts]."""
-    from ..folder import read_json
-    from ..report import FILE
+    from surgery.io.model_folder import read_json
+    from surgery.report.report import FILE
 
     if not (folder / FILE).is_file():
         return None

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..anatomy import Anatomy
-from ..errors import SurgeryError
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
 
 
 class Enough(Exception):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .sink_map import SinkMap, sink_map
-from .text import BUILTIN, begin_of_text, fitting_length, load_text, windows
+from surgery.calibration.sinks import SinkMap, sink_map
+from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 
 
 def survey_sinks(
@@ -23,9 +23,9 @@ def survey_sinks(
     Raises:
         SurgeryError: the model or the text cannot be read or measured.
     """
-    from ..hub import resolve
-    from ..quiet import quiet_transformers
-    from ..scoring import load_model, read_tokenizer
+    from surgery.io.hub import resolve
+    from surgery.machine.transformers_logging import quiet_transformers
+    from surgery.io.loading import load_model, read_tokenizer
 
     source, text = resolve(name), load_text(text, part="calibration")
     with quiet_transformers():

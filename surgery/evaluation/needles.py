@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.text import BUILTIN, Text, load_text
-from ..scoring import loaded, read_config, read_tokenizer
-from .haystack import Needle, chance, form_for, make_needles
-from .in_turn import ask_in_turn, last_logits, refuse_other_tokenizer, refuse_too_long, wilson
-from .perplexity import LABELS, finite
+from surgery.data.text import BUILTIN, Text, load_text
+from surgery.io.loading import loaded, read_config, read_tokenizer
+from surgery.data.haystack import Needle, chance, form_for, make_needles
+from surgery.evaluation.paired import ask_in_turn, last_logits, refuse_other_tokenizer, refuse_too_long, wilson
+from surgery.evaluation.perplexity import LABELS, finite
 
 if TYPE_CHECKING:
-    from ..scoring import Source
+    from surgery.io.loading import Source
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _decoded(model, needle: Needle):
     """Logits of each of the answer's tokens, one by one through the cache."""
     import torch
 
-    from ..runtime.modeling_surgery import CACHE
+    from surgery.runtime.modeling_surgery import CACHE
 
     given, cache = list(needle.prompt), {}
     for token in needle.answer:

@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.text import Text, load_text
-from ..calibration.text import windows as cut
-from ..checkpoint import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
-from ..errors import MachineError, SurgeryError
-from ..scoring import read_config, read_tokenizer, refuse_pickle, score_model, too_big
+from surgery.data.text import Text, load_text
+from surgery.data.text import windows as cut
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
+from surgery.errors import MachineError, SurgeryError
+from surgery.io.loading import read_config, read_tokenizer, refuse_pickle, score_model, too_big
 
 if TYPE_CHECKING:
     import torch
 
-    from ..scoring import Source
+    from surgery.io.loading import Source
 
 LABELS = ("base", "out")
 
@@ -102,7 +102,7 @@ def evaluate(
 
     Args:
         out, base: model folder, or loaded model. A loaded model stays where and as it is.
-        text: see `surgery.calibration.text.load_text`; of the built-in text the held-out part.
+        text: see `surgery.data.text.load_text`; of the built-in text the held-out part.
         windows, length: pieces of the text, and tokens in each; `length - 1` tokens of each are scored.
         top_k: base tokens kept for the KL.
         tokenizer: needed where no folder is given; otherwise taken from base, or from out without a base.
@@ -177,7 +177,7 @@ def tokens_to_score(
 
 def measure_at_rest(source: Source, label: str, notes: list[str]) -> Side:
     """What can be said of a model without running it."""
-    from ..anatomy import Anatomy
+    from surgery.architecture.anatomy import Anatomy
 
     side = Side(load_bytes=_bytes(source))
     try:

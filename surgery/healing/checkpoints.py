@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import MachineError
-from ..output import disk_full, write_json
+from surgery.errors import MachineError
+from surgery.io.output_folder import disk_full, write_json
 
 COMPLETE = "complete.json"
 WEIGHTS = "trainable.safetensors"

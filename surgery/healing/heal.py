@@ -12,26 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..anatomy import Anatomy
-from ..calibration.text import SELF_TEXT
-from ..carried import carry_files
-from ..checkpoint import WEIGHT_INDEX, Checkpoint
-from ..conversion import stored_dtypes
-from ..errors import SurgeryError
-from ..evaluation.judging import judge, refuse_unscorable
-from ..output import OutputFolder, weight_files
-from ..overrides import as_text
-from ..report import Report, published_override
-from . import record as records
-from .beforehand import refuse_settings
-from .in_memory import heal_in_memory
-from .origin import base_folder, converted_model, rewritten_by, save_as_stored
-from .planned import HealPlan, refuse_unhealable
-from .reading import settings as read_settings
+from surgery.architecture.anatomy import Anatomy
+from surgery.data.text import SELF_TEXT
+from surgery.io.carried_files import carry_files
+from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
+from surgery.conversion.convert import stored_dtypes
+from surgery.errors import SurgeryError
+from surgery.evaluation.run import judge, refuse_unscorable
+from surgery.io.output_folder import OutputFolder, weight_files
+from surgery.config.overrides import as_text
+from surgery.report.report import Report, published_override
+from surgery.healing import record as records
+from surgery.healing.validate import refuse_settings
+from surgery.healing.in_memory import heal_in_memory
+from surgery.healing.source import base_folder, converted_model, rewritten_by, save_as_stored
+from surgery.healing.plan import HealPlan, refuse_unhealable
+from surgery.config.heal_overrides import settings as read_settings
 
 if TYPE_CHECKING:
-    from ..recipe import Evaluate
-    from .settings import Heal
+    from surgery.config.recipe import Evaluate
+    from surgery.config.heal import Heal
 
 Progress = Callable[[int, int, str], None]
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
@@ -138,9 +138,9 @@ def heal_folder(
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
-    from ..scoring import read_tokenizer
-    from .ranks import Ranks
-    from .running import Job, train
+    from surgery.io.loading import read_tokenizer
+    from surgery.healing.processes import Ranks
+    from surgery.healing.run import Job, train
 
     ranks, weights = Ranks(), Checkpoint(folder)
     source = base_folder(
@@ -201,8 +201,8 @@ def finish(
     progress: Progress | None,
 ) -> None:
     """Check the healed folder, score it beside base and converted model, and write both into record and card."""
-    from ..checking import check_folder, to_dict
-    from ..evaluation.perplexity import evaluate
+    from surgery.evaluation.check import check_folder, to_dict
+    from surgery.evaluation.perplexity import evaluate
 
     gc.collect()  # the trained model and the base beside it, which a cycle may hold
     if check:
@@ -241,7 +241,7 @@ def _refused(folder: Path) -> Anatomy:
 
 def _identity(asked: Heal, report: Report, source: Path | None) -> str:
     """What a run must share with one that it goes on from: settings, weights, base, version."""
-    from .. import __version__
+    from surgery import __version__
 
     files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
     base = Checkpoint(source).fingerprint() if source is not None else ""
@@ -260,8 +260,8 @@ def _files(weights: Checkpoint) -> set[str]:
 @contextmanager
 def _keeping(run: Path) -> Iterator[None]:
     """No error takes away checkpoints, text of the base or a stored teacher: what is mended goes on with --resume."""
-    from .checkpoints import whole
-    from .running import TEACHER
+    from surgery.healing.checkpoints import whole
+    from surgery.healing.run import TEACHER
 
     try:
         yield

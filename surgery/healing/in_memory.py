@@ -5,25 +5,25 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from ..anatomy import Anatomy
-from ..errors import SurgeryError
-from ..folder import model_table
-from ..report import Report
-from ..scoring import read_tokenizer
-from . import record as records
-from .around import in_float32, put_back
-from .beforehand import refuse_settings
-from .origin import base_folder, of_memory, rewritten_by
-from .planned import HealPlan, refuse_unhealable
-from .reading import settings as read_settings
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
+from surgery.io.model_folder import model_table
+from surgery.report.report import Report
+from surgery.io.loading import read_tokenizer
+from surgery.healing import record as records
+from surgery.healing.contexts import in_float32, put_back
+from surgery.healing.validate import refuse_settings
+from surgery.healing.source import base_folder, of_memory, rewritten_by
+from surgery.healing.plan import HealPlan, refuse_unhealable
+from surgery.config.heal_overrides import settings as read_settings
 
 
 def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
     """As `surgery.heal` of a loaded model."""
     from accelerate.utils import broadcast_object_list
 
-    from .ranks import processes
-    from .running import Job, train, trained_of
+    from surgery.healing.processes import processes
+    from surgery.healing.run import Job, train, trained_of
 
     report = of_memory(model)
     asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)

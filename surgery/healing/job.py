@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import TrainingError
-from ..folder import read_json
-from ..output import write_json
-from ..quiet import quiet_transformers
-from ..scoring import load_model
-from .around import products, use_bfloat16
-from .data import SELF, Packed, documents
-from .losses import cross_entropy
-from .packing import reads_apart
-from .planned import micro_rows
-from .ranks import processes
+from surgery.errors import TrainingError
+from surgery.io.model_folder import read_json
+from surgery.io.output_folder import write_json
+from surgery.machine.transformers_logging import quiet_transformers
+from surgery.io.loading import load_model
+from surgery.healing.contexts import products, use_bfloat16
+from surgery.data.documents import SELF, Packed, documents
+from surgery.healing.losses import cross_entropy
+from surgery.data.packing import reads_apart
+from surgery.healing.plan import micro_rows
+from surgery.healing.processes import processes
 
 if TYPE_CHECKING:
-    from ..recipe import Evaluate
-    from .settings import Heal
-    from .trained import Trained
+    from surgery.config.recipe import Evaluate
+    from surgery.config.heal import Heal
+    from surgery.healing.parameters import Trained
 
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
 RUN = "run.json"  # what a run is of, for --resume

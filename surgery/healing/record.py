@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SurgeryError
-from ..report import finite, versions
-from .following import METRICS, read
-from .reading import published
+from surgery.errors import SurgeryError
+from surgery.report.report import finite, versions
+from surgery.healing.callbacks import METRICS, read
+from surgery.config.heal_overrides import published
 
 if TYPE_CHECKING:
-    from ..recipe import Evaluate
-    from .settings import Heal
+    from surgery.config.recipe import Evaluate
+    from surgery.config.heal import Heal
 
 LEAST_GAP = 0.01  # nats: of a smaller one no share is told
 CURVE = "loss.png"
@@ -81,7 +81,7 @@ def _share(base, converted, healed) -> float | None:
 
 def draw(run: Path) -> None:
     """The curve as a picture, where matplotlib is installed."""
-    from ..pictures import curves
+    from surgery.report.plots import curves
 
     lines = read(run / METRICS)
     if len(lines) < 2:

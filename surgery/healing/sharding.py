@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import SurgeryError
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import SurgeryError
-from . import losses
-from .around import products
-from .packing import arguments
-from .stored import TopK
+from surgery.errors import SurgeryError
+from surgery.healing import losses
+from surgery.healing.contexts import products
+from surgery.data.packing import arguments
+from surgery.healing.teacher_cache import TopK
 
 
 class Teacher:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from importlib import import_module, metadata
-from pkgutil import iter_modules
 
 from pydantic import PydanticUserError
 
-from ..errors import SurgeryError, nearest
-from ..operation import Operation
+from surgery.errors import SurgeryError, nearest
+from surgery.operations.base import Operation
 
 GROUP = "surgery.operations"
+BUILTIN = {  # op -> module of this package
+    "duo_attention": "duo_attention.operation",
+    "expand": "expand",
+    "gqa": "gqa.operation",
+    "head_mask": "head_mask",
+    "mae": "moh.mae",
+    "moh": "moh.operation",
+    "prune_heads": "prune_heads.operation",
+    "sink_calibration": "sink_calibration.operation",
+    "sparse_prefill": "sparse_prefill.operation",
+}
 
 
 def builtin_names() -> list[str]:
-    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(BUILTIN)
 
 
 def third_party() -> dict[str, metadata.EntryPoint]:
@@ -29,7 +39,7 @@ def find(op: str) -> type[Operation]:
         SurgeryError: no such operation, or a third-party one that does not load.
     """
     if op in builtin_names():
-        module = import_module(f"{__name__}.{op}")
+        module = import_module(f"{__name__}.{BUILTIN[op]}")
         return next(
             value
             for value in vars(module).values()

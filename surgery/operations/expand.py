@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ..operation import Change, WeightRewrite
+from surgery.operations.base import Change, WeightRewrite
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
-    from ..layer_anatomy import LayerAnatomy
-    from ..layers import AttentionLayer
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.weights import AttentionLayer
 
 
 class Expand(WeightRewrite):

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ..calibration.head_scores import choose_streaming, load_scores, read_scores
-from ..errors import SurgeryError
-from ..operation import Change, WeightRewrite
-from ..pruning import groups_of, query_names, shown_names
+from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
+from surgery.errors import SurgeryError
+from surgery.operations.base import Change, WeightRewrite
+from surgery.operations.prune_heads.select import groups_of, query_names, shown_names
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
-    from ..layer_anatomy import LayerAnatomy
-    from ..layers import AttentionLayer
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.weights import AttentionLayer
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]

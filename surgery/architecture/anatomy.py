@@ -1,0 +1,219 @@
+"""Where attention is in a model: the facts every operation plans with.
+
+`Anatomy.of(x)` reads a checkpoint folder (its config and the safetensors headers, no weight), a loaded model
+or a bare config. What it does not understand it names: zero matches and partial matches are errors, a family
+that is only *like* a known one is said to be a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from surgery.io.safetensors import DTYPE_BITS, TORCH_NAMES
+from surgery.errors import SurgeryError
+from surgery.architecture.layer_anatomy import LayerAnatomy
+
+BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in TORCH_NAMES}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The attention of one model.
+
+    Attributes:
+        model_type: of the (text) model, `composite` the model_type of the whole where it has other parts.
+        layers: one entry a layer.
+        guess: the family is unknown and was understood by its shape.
+        edits: what differs from the config as read, text config field -> value.
+        tensors: every stored tensor, name -> (dtype, shape); empty if only a config was given.
+    """
+
+    model_type: str
+    layers: tuple[LayerAnatomy, ...]
+    guess: bool = False
+    composite: str | None = None
+    dtype: str = ""
+    config: Any = None
+    edits: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source, tensors: dict | None = None) -> Anatomy:
+        """Anatomy of a checkpoint folder, a loaded model or a config.
+
+        Args:
+            source: folder path, `PreTrainedModel` or `PreTrainedConfig`.
+            tensors: name -> (dtype, shape) where the caller already knows them.
+
+        Raises:
+            SurgeryError: no attention found, only part of it, or of a form that is not understood.
+        """
+        from surgery.io import model_folder as folder
+        from surgery.architecture.detect import read_anatomy
+
+        if isinstance(source, str | Path):
+            config, where = folder.load_config(Path(source)), str(source)
+            tensors = tensors if tensors is not None else folder.tensor_table(Path(source))
+        elif hasattr(source, "named_parameters"):
+            config, where, tensors = source.config, type(source).__name__, folder.model_table(source)
+        else:
+            config, where, tensors = source, type(source).__name__, tensors or {}
+        return read_anatomy(config, tensors, where)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values by which the cache grows with each token, in the checkpoint's dtype."""
+        size = BYTES.get(self.dtype, 2)
+        return sum(2 * (layer.kv_heads - len(layer.streaming)) * layer.head_dim * size for layer in self.layers)
+
+    @property
+    def kv_bytes_fixed(self) -> int:
+        """Bytes of sinks and windows of streaming heads: what the cache holds however long the text is."""
+        streams = (2 * len(x.streaming) * (x.sinks + x.streaming_window) * x.head_dim for x in self.layers)
+        return BYTES.get(self.dtype, 2) * sum(streams)
+
+    @property
+    def surgical(self) -> bool:
+        """Whether this is a checkpoint with a `surgery` block."""
+        return getattr(self.config, "surgery", None) is not None
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have the same heads, each KV head read by equally many."""
+        shapes = {(layer.heads, layer.kv_heads, layer.query_groups) for layer in self.layers}
+        return len(shapes) == 1 and not self.layers[0].query_groups
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values (tied tensors once); 0 if only the config is known."""
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+    def kv_heads_problem(self, kv_heads: int) -> str:
+        """Why a stock checkpoint of this family cannot have `kv_heads` KV heads; "" if it can."""
+        layer = self.layers[0]
+        if layer.layout.kv_field is None:
+            return (
+                f"{self.model_type} has no KV-head number: its config accepts num_key_value_heads and the forward "
+                f"ignores it, so every stock {self.model_type} has {layer.heads} KV heads"
+            )
+        old_falcon = layer.layout.kv_field == "falcon" and not self.config.new_decoder_architecture
+        if old_falcon and kv_heads not in (1, layer.heads):
+            return (
+                f"this falcon (old decoder) has a switch, multi_query, and no number: 1 KV head or {layer.heads} "
+                f"are possible, {kv_heads} are not"
+            )
+        return ""
+
+    def heads_problem(self, heads: int, kv_heads: int) -> str:
+        """Why a stock checkpoint of this family cannot have so many heads of the size they have; "" if it can."""
+        if self.guess or not self.layers[0].layout.head_dim:
+            reason = "is not a known family" if self.guess else "divides its hidden size by its heads"
+            return f"{self.model_type} {reason}: a head's size cannot be kept when heads go"
+        if self.layers[0].qk_norm == "shared" and self.model_type == "phi":
+            return "phi makes its QK-norm as wide as its hidden size divided by its heads"
+        try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
+            config = type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
+            getattr(config, "validate", bool)()  # of a surgical model, making it does not
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            return f"the config of {self.model_type} refuses {heads} query heads ({reason})"
+        return ""
+
+    def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
+        size, field = self.layers[0].head_dim, self.layers[0].layout.kv_field
+        return {"num_attention_heads": heads, "head_dim": size} | ({field: kv_heads} if field else {})
+
+    def runtime_problem(self) -> str:
+        """Why the surgical tier cannot serve this model; "" if it can."""
+        if self.guess:
+            return f"{self.model_type} is not a known family"
+        if not (layout := self.layers[0].layout).interface:
+            since = layout.since and f" (from version {layout.since} on it does)"
+            return f"{self.model_type} does not use the attention interface of the installed Transformers{since}"
+        if getattr(self.config, "output_attentions", False):
+            return "output_attentions: true, as its config says, asks for weights that the surgical tier never holds"
+        return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""
+
+    def shapes_problem(self) -> str:
+        """Why the layers of this model cannot differ in their heads, even on the surgical tier; "" if they can."""
+        layout = self.layers[0].layout
+        if reason := self.runtime_problem():
+            return reason
+        counted = layout.qkv or not layout.head_dim or layout.kv_field != "num_key_value_heads"
+        if counted or self.layers[0].norm_per_head:
+            return f"the forward of {self.model_type} counts heads by its config, one number for all layers"
+        return ""
+
+    def with_kv_heads(self, kv_heads: int) -> Anatomy:
+        """This anatomy with `kv_heads` KV heads in every layer, and the config edits that say so.
+
+        Raises:
+            SurgeryError: the family's config has no number for it (an operation asks `kv_heads_problem` first).
+        """
+        layout = self.layers[0].layout
+        if layout.kv_field is None and kv_heads != self.layers[0].kv_heads:
+            raise SurgeryError(self.kv_heads_problem(kv_heads))
+        if layout.kv_field is None:
+            return self
+        edits = {layout.kv_field: kv_heads}
+        if layout.kv_field == "falcon":
+            edits = {"num_kv_heads": kv_heads}
+            if not self.config.new_decoder_architecture:
+                multi = kv_heads == 1 and self.layers[0].heads > 1
+                layout = replace(layout, layout="rows" if multi else "grouped")
+                edits = {"multi_query": multi, "num_kv_heads": self.layers[0].heads}
+        layers = tuple(replace(layer, kv_heads=kv_heads, kv_numbers=(), layout=layout) for layer in self.layers)
+        return replace(self, layers=layers, edits=self.edits | edits)
+
+    def with_kv_heads_by_layer(self, kv_heads: list[int]) -> Anatomy:
+        """This anatomy with so many KV heads in each layer; where they differ, the surgical tier alone has them."""
+        if len(set(kv_heads)) == 1:
+            return self.with_kv_heads(kv_heads[0])
+        pairs = zip(self.layers, kv_heads, strict=True)
+        made = (old if old.kv_heads == n else replace(old, kv_heads=n, kv_numbers=()) for old, n in pairs)
+        return replace(self, layers=tuple(made))
+
+    def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
+        """This anatomy with other heads; `stock`: all layers alike, and the config says so."""
+        first = layers[0]
+        edits = self._heads_edits(first.heads, first.kv_heads) if stock else {}
+        return replace(self, layers=tuple(layers), edits=self.edits | edits)
+
+    def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
+        """This anatomy with these KV heads of each layer seeing sinks + window."""
+        layers = tuple(
+            replace(layer, streaming=tuple(heads), sinks=sinks, streaming_window=window)
+            for layer, heads in zip(self.layers, streaming, strict=True)
+        )
+        return replace(self, layers=layers)
+
+    def to_dict(self) -> dict:
+        """Plain data, for `--json`."""
+        keys = (
+            "index", "path", "heads", "kv_heads", "head_dim", "rotary", "positions", "qk_norm", "window", "soft_cap",
+        )  # fmt: skip
+        layers = [
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype", "sparse")}
+            | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts, "query_groups": layer.query_groups}
+            for layer in self.layers
+        ]
+        return {
+            "model_type": self.model_type,
+            "composite": self.composite,
+            "guess": self.guess,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_fixed": self.kv_bytes_fixed,
+            "interface": self.layers[0].layout.interface,
+            "layers": layers,
+        }
+
+    def edit_config(self, raw: dict) -> dict:
+        """A config.json with this anatomy's edits, everything else as it stands."""
+        if self.composite and "text_config" in raw:
+            return raw | {"text_config": raw["text_config"] | self.edits}
+        return raw | self.edits

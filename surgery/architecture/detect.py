@@ -1,0 +1,299 @@
+"""From a config and a table of tensors to an `Anatomy`: every fact is read once, here, and checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from surgery.architecture.anatomy import BYTES, Anatomy
+from surgery.io.safetensors import STORED_NAMES
+from surgery.errors import SurgeryError
+from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+from surgery.architecture.layer_anatomy import LayerAnatomy
+from surgery.architecture.surgery_block import check_block
+
+# Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
+FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # of a composite: never the language model
+DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
+    """The anatomy that a config and a table of tensors describe.
+
+    Args:
+        config: a Transformers config.
+        tensors: name -> (dtype, shape); empty if unknown, then the config is believed.
+        where: what to call the model in errors.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model_type = getattr(text, "model_type", "") or ""
+    check_block(config, where)
+    family, guess, prefix = FAMILIES.get(model_type), False, ""
+    if differ := sorted(FIELDS & set(getattr(text, "per_layer_attributes", None) or ())):
+        raise SurgeryError(
+            f"the layers of this {model_type} differ in {', '.join(differ)}",
+            where=where,
+            fix="this version converts models whose attention layers have one shape",
+        )
+    if family is None:
+        family, prefix = _guess(config, tensors, where)
+        guess = True
+    count = _number(text, "num_hidden_layers", where)
+    heads = _number(text, "num_attention_heads", where)
+    kv_heads = _kv_heads(text, family, heads, where)
+    head_dim = getattr(text, "head_dim", None) or _number(text, "hidden_size", where) // heads
+    if heads % kv_heads:
+        raise SurgeryError(
+            f"config.json has {heads} query heads on {kv_heads} KV heads",
+            where=where,
+            fix="num_key_value_heads must divide num_attention_heads",
+        )
+    family = _settle_falcon(text, family)
+    prefix = prefix or _find_layers(family, tensors, count, config, where)
+    layers = []
+    for i in range(count):
+        own = _surgery(config, i)
+        path = f"{prefix}.{i}.{family.attn}"
+        layer = LayerAnatomy(
+            index=i,
+            path=path,
+            heads=own.get("num_attention_heads", heads),
+            kv_heads=own.get("num_key_value_heads", kv_heads),
+            head_dim=head_dim,
+            rotary=_rotary(text, family, head_dim, i, guess),
+            positions=_positions(text, family, i, guess),
+            qk_norm=_qk_norm(text, family, tensors, path, (heads, head_dim), guess),
+            window=_window(text, i),
+            soft_cap=getattr(text, "attn_logit_softcapping", None),
+            biases=_biases(family, tensors, path),
+            dtype=_dtype(family, tensors, path),
+            layout=family,
+            query_groups=tuple(own.get("query_groups", ())) if len({*own.get("query_groups", ())}) > 1 else (),
+            query_numbers=tuple(own.get("query_numbers", ())),
+            kv_numbers=tuple(own.get("kv_numbers", ())),
+            streaming=tuple(own.get("streaming", ())),
+            sinks=own.get("sinks", 0),
+            streaming_window=own.get("window", 0),
+            sparse=own.get("sparse"),
+        )
+        if tensors:
+            _verify(layer, tensors, config, where)
+            if guess:
+                _refuse_extras(layer, tensors, where)
+        layers.append(layer)
+    composite = config.model_type if text is not config else None
+    dtype = layers[0].dtype or _config_dtype(text) or _config_dtype(config)
+    return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
+
+
+def _surgery(config, i: int) -> dict:
+    """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
+    block = getattr(config, "surgery", None)
+    return block["layers"][i] if block else {}
+
+
+def _number(config, name: str, where: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or value < 1:
+        raise SurgeryError(f"the config has no usable {name} (found {value!r})", where=where)
+    return value
+
+
+def _kv_heads(text, family: Family, heads: int, where: str) -> int:
+    if family.kv_field is None:
+        return heads
+    if family.kv_field == "falcon":
+        if text.new_decoder_architecture:
+            return text.num_kv_heads
+        return 1 if text.multi_query else heads
+    number = getattr(text, family.kv_field, None)
+    return heads if number is None else _number(text, family.kv_field, where)
+
+
+def _settle_falcon(text, family: Family) -> Family:
+    if family.layout != "falcon":
+        return family
+    rows = text.multi_query and not text.new_decoder_architecture
+    return replace(family, layout="rows" if rows else "grouped")
+
+
+def _find_layers(family: Family, tensors: dict, count: int, config, where: str) -> str:
+    """Path of the layer list in this file or model."""
+    if not tensors:
+        return family.layers
+    tail = f"{family.attn}.{family.o}.weight"
+    found = {path: sum(f"{path}.{i}.{tail}" in tensors for i in range(count)) for path in LAYER_PATHS[family.layers]}
+    path = max(found, key=found.get)
+    if found[path] == 0:
+        _refuse_packed(config, tensors, where)
+        raise SurgeryError(
+            f"no attention weights found under {' or '.join(found)}",
+            where=where,
+            exists=_attention_names(tensors),
+        )
+    if found[path] < count:
+        lost = next(i for i in range(count) if f"{path}.{i}.{tail}" not in tensors)
+        raise SurgeryError(
+            f"{path}.{lost}.{tail} is missing",
+            where=where,
+            exists=f"{found[path]} of the {count} layers that config.json promises",
+        )
+    return path
+
+
+def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
+    """Family and layer path of an unknown model that has the common q_proj/k_proj/v_proj/o_proj form."""
+    model_type = getattr(config, "model_type", "") or "(no model_type)"
+    classes = getattr(config, "architectures", None) or []
+    if getattr(config, "is_encoder_decoder", False) or (
+        classes and not any(c.endswith(DECODER_HEADS) for c in classes)
+    ):
+        raise SurgeryError(
+            f"{model_type} is not a decoder language model (architectures: {', '.join(classes) or 'none'})",
+            where=where,
+            exists=f"known families: {', '.join(FAMILIES)}",
+            fix="surgery converts causal language models, not encoders, vision models or encoder-decoders",
+        )
+    forms: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, (re.match(COMMON_FORM, name) for name in tensors)):
+        if any(tower in match["layers"] for tower in TOWERS):
+            continue
+        forms.setdefault((match["layers"], match["attn"]), set()).add(match["p"])
+    for (layers, attn), found in forms.items():
+        outputs = found & {"o_proj", "out_proj"}
+        if {"q_proj", "k_proj", "v_proj"} <= found and len(outputs) == 1:
+            text = config.get_text_config() if hasattr(config, "get_text_config") else config
+            alias = "num_key_value_heads" in (getattr(text, "attribute_map", None) or {})  # Whisper's is the encoder's
+            honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) and not alias else None
+            return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
+    _refuse_packed(config, tensors, where)
+    raise SurgeryError(
+        f"attention of model type {model_type} is of a form that is not understood",
+        where=where,
+        exists=_attention_names(tensors) or f"known families: {', '.join(FAMILIES)}",
+        fix="a family is one row in surgery/families.py; unknown ones need q_proj, k_proj, v_proj and o_proj",
+    )
+
+
+def _attention_names(tensors: dict) -> str:
+    """Module names of one layer that look like attention, for an error."""
+    names = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if any(w in name for w in ATTENTION_WORDS)}
+    shown = sorted(names)[:8]
+    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _positions(text, family: Family, i: int, guess: bool) -> str:
+    if guess or family.positions in ("learned", "unknown"):
+        return family.positions
+    if getattr(text, "alibi", False) is True:
+        return "alibi"
+    no_rope = getattr(text, "no_rope_layers", None)  # SmolLM3: 1 = this layer does use RoPE
+    return "none" if no_rope and not no_rope[i] else family.positions
+
+
+def _rotary(text, family: Family, head_dim: int, i: int, guess: bool) -> int:
+    if _positions(text, family, i, guess) not in ("half", "interleaved"):
+        return 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
+        rope = rope.get((getattr(text, "layer_types", None) or [""])[i], {})
+    share = rope.get("partial_rotary_factor", 1.0)
+    return getattr(text, "rotary_dim", None) or int(head_dim * share)
+
+
+def _qk_norm(text, family: Family, tensors: dict, path: str, size: tuple[int, int], guess: bool) -> str | None:
+    kind, (heads, head_dim) = family.qk_norm, size
+    if guess:
+        shape = tensors.get(f"{path}.{family.q_norm}.weight", ("", ()))[1]
+        kind = {(heads * head_dim,): "whole", (heads, head_dim): "per head", (head_dim,): "shared"}.get(shape)
+    if kind is None:
+        return None
+    if tensors:
+        return kind if any(name.startswith(f"{path}.{family.k_norm}.") for name in tensors) else None
+    switches = [getattr(text, name, None) for name in ("use_qk_norm", "qk_layernorm")]
+    return None if False in switches else kind
+
+
+def _window(text, i: int) -> int | None:
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return window if kinds[i] == "sliding_attention" else None
+    return window if getattr(text, "use_sliding_window", True) else None
+
+
+def _biases(family: Family, tensors: dict, path: str) -> str:
+    if family.qkv:
+        fused = "qkv" if f"{path}.{family.qkv}.bias" in tensors else ""
+    else:
+        fused = "".join(p for p in "qkv" if f"{path}.{getattr(family, p)}.bias" in tensors)
+    return fused + ("o" if f"{path}.{family.o}.bias" in tensors else "")
+
+
+def _dtype(family: Family, tensors: dict, path: str) -> str:
+    return tensors.get(f"{path}.{family.o}.weight", ("",))[0]
+
+
+def _config_dtype(text) -> str:
+    name = str(getattr(text, "dtype", None) or "").removeprefix("torch.")
+    return STORED_NAMES.get(name, "")
+
+
+def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
+    """Every tensor of the layer is there, unquantised, and of the shape that the config promises."""
+    layout, rows = layer.layout, {"q": layer.heads, "k": layer.kv_heads, "v": layer.kv_heads}
+    wanted = {layout.qkv: sum(rows.values())} if layout.qkv else {getattr(layout, p): n for p, n in rows.items()}
+    quantised = getattr(config, "quantization_config", None)
+    for name in layer.tensor_names:
+        full = f"{layer.path}.{name}"
+        if full not in tensors or tensors[full][0] not in BYTES:
+            if quantised or full in tensors:
+                _refuse_quantised(config, full, tensors.get(full), where)
+            raise SurgeryError(f"{full} is missing", where=where, exists=_attention_names(tensors))
+    for name, heads in wanted.items():
+        shape = tensors[f"{layer.path}.{name}.weight"][1]
+        if (shape[1] if layout.conv1d else shape[0]) != heads * layer.head_dim:
+            raise SurgeryError(
+                f"{layer.path}.{name}.weight has shape {list(shape)}, which does not fit the config",
+                where=where,
+                exists=f"{layer.heads} query heads, {layer.kv_heads} KV heads, head size {layer.head_dim}",
+                fix="the config and the weights are of different models; fused layouts of other frameworks "
+                "(Megatron's interleave, for one) must be converted to Hugging Face's first",
+            )
+
+
+def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
+    """A guessed family may have nothing else in its attention whose shape could depend on the heads."""
+    known = {*layer.tensor_names, f"{layer.layout.o}.bias"}
+    for name, (_, shape) in tensors.items():
+        rest = name.removeprefix(f"{layer.path}.")
+        harmless = "rotary" in rest or ("norm" in rest and shape == (layer.head_dim,))
+        if rest != name and rest not in known and not harmless:
+            raise SurgeryError(
+                f"{name} {list(shape)} is not understood: it may follow the heads",
+                where=where,
+                fix="an unknown family is converted only where its attention holds q, k, v and o projections and "
+                "norms of the queries and keys; a family is one row in surgery/families.py",
+            )
+
+
+def _refuse_packed(config, tensors: dict, where: str) -> None:
+    """No projection is stored as a matrix: say so, if that is since integers stand in for them (GPTQ, AWQ)."""
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in BYTES and any(word in name for word in ATTENTION_WORDS):
+            _refuse_quantised(config, name, (dtype, shape), where)
+
+
+def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> None:
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method") or (found[0] if found else "an unknown method")
+    base = getattr(config, "_name_or_path", "") or ""
+    stored = found[0] if found else "not stored as a matrix"
+    known = f"convert {base}, the unquantised model that the config names" if "/" in base else ""
+    raise SurgeryError(
+        f"the attention projections are quantised ({method}): {name} is {stored}",
+        where=where,
+        fix=known or "convert the unquantised model and quantise the result; weight rewrites need real matrices",
+    )

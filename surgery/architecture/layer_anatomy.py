@@ -1,0 +1,91 @@
+"""The facts of one attention layer, as plain as its family's row and its checkpoint say them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.architecture.families import Family
+from surgery.architecture.weights import norm_names
+
+
+@dataclass(frozen=True)
+class LayerAnatomy:
+    """One attention layer.
+
+    Attributes:
+        index, path: the layer's number and its attention module's path in this file or model.
+        heads, kv_heads, head_dim: query heads, KV heads, channels of one head.
+        rotary: channels that RoPE turns (0: none; less than head_dim: partial).
+        positions: "half", "interleaved", "learned", "alibi", "none" or "unknown" (a guessed family).
+        qk_norm: None, "shared", "per head", "modules" or "whole" (see families.py).
+        window: sliding window in tokens, or None for full attention.
+        soft_cap: cap on the scores, or None.
+        biases: which of "q", "k", "v", "o" have a bias (letters in that order).
+        dtype: of the projections, in safetensors' spelling; "" when only the config is known.
+        layout: the family's row, with Falcon's variants settled.
+        query_groups: query heads that read each KV head, where they are not equally many; else ().
+        query_numbers, kv_numbers: what the base calls these heads, where some of its heads are gone; else ().
+        streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
+        sparse: settings of sparse prefill, as in the `surgery` block; None: prefill is dense.
+    """
+
+    index: int
+    path: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    positions: str
+    qk_norm: str | None
+    window: int | None
+    soft_cap: float | None
+    biases: str
+    dtype: str
+    layout: Family
+    query_groups: tuple[int, ...] = ()
+    query_numbers: tuple[int, ...] = ()
+    kv_numbers: tuple[int, ...] = ()
+    streaming: tuple[int, ...] = ()
+    sinks: int = 0
+    streaming_window: int = 0
+    sparse: dict[str, Any] | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head, where they are equally many for each."""
+        return self.heads // self.kv_heads
+
+    def query_name(self, head: int) -> int:
+        """The base's number of a query head."""
+        return self.query_numbers[head] if self.query_numbers else head
+
+    def kv_name(self, head: int) -> int:
+        """The base's number of a KV head."""
+        return self.kv_numbers[head] if self.kv_numbers else head
+
+    @property
+    def split_facts(self) -> dict | None:
+        """The head split as plain data, heads by the base's numbers; None where all heads are full."""
+        if not self.streaming:
+            return None
+        return {
+            "kv_heads": [self.kv_name(head) for head in self.streaming],
+            "sinks": self.sinks,
+            "window": self.streaming_window,
+        }
+
+    @property
+    def norm_per_head(self) -> bool:
+        return self.qk_norm in ("per head", "modules", "whole")
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Stored tensors of this layer that follow its heads, relative to the attention module."""
+        layout = self.layout
+        projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
+        names = [f"{name}.weight" for name in [*projections, layout.o]]
+        names += [f"{name}.bias" for name, part in projections.items() if part[0] in self.biases]
+        if self.norm_per_head:
+            names += norm_names(self, "q_norm", self.heads) + norm_names(self, "k_norm", self.kv_heads)
+        return [*names, layout.sinks] if layout.sinks else names

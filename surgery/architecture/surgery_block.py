@@ -1,0 +1,108 @@
+"""Checkpoints whose layers no stock class can have: their entry in the `surgery` block, their config.json and code.
+
+`save_pretrained` of a surgical model writes the same files; `export` is for the streaming engine, which builds no
+model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+
+PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
+
+
+def check_block(config, where: str) -> dict | None:
+    """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
+    if not hasattr(config, "surgery"):
+        return None
+    from surgery.runtime.surgery_block import validate
+
+    try:
+        validate(config)
+    except ValueError as error:
+        fix = "convert the base again, or put config.json back as it was written"
+        raise SurgeryError(f"config.json: {error}", where=where, fix=fix) from None
+    return config.surgery
+
+
+def layer_entries(
+    anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]], *, needed: bool = False
+) -> list[dict] | None:
+    """Each layer's entry in the `surgery` block; None where the config says it all.
+
+    What a block that is there already says of a layer stays, and follows the layer's heads.
+
+    Args:
+        anatomy: of the model as it will be; its config is that of the model as it is.
+        shapes: for each layer, parameter name within the attention module -> shape.
+        needed: the model becomes a surgical one: entries even where the config says it all.
+    """
+    config, edits, entries = anatomy.config, anatomy.edits, []
+    block = getattr(config, "surgery", None)
+    if anatomy.alike and not needed and block is None:
+        return None
+    heads = edits.get("num_attention_heads", config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # families without the field: one for each
+    stock = (heads, edits.get("num_key_value_heads", kv_heads))
+    earlier = block["layers"] if block else [{}] * len(anatomy.layers)
+    for layer, named, old in zip(anatomy.layers, shapes, earlier, strict=True):
+        entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
+        for name in ("query_groups", "query_numbers", "kv_numbers"):
+            entry |= {name: list(getattr(layer, name))} if getattr(layer, name) else {}
+        if (layer.heads, layer.kv_heads) != stock:
+            entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
+        entries.append(old | _following(old, layer) | entry)
+    return entries
+
+
+def _following(old: dict, layer: LayerAnatomy) -> dict:
+    """What an entry says of a layer's heads, said of those that the layer has now."""
+    now = {
+        "query_groups": [layer.group] * layer.kv_heads,
+        "query_numbers": [],
+        "kv_numbers": [],
+        "shapes": {},
+        "streaming": list(layer.streaming),
+        "sparse": layer.sparse,
+        "parameters": {
+            name: [layer.kv_heads if name in PER_KV_HEAD else layer.heads, *shape[1:]]
+            for name, shape in old.get("parameters", {}).items()
+        },
+    }
+    return {name: value for name, value in now.items() if name in old}
+
+
+def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:
+    """The config.json of a surgical checkpoint; its code is copied into the folder.
+
+    Args:
+        raw: the base's config.json, with what changes for all layers alike.
+        entries: of `layer_entries`.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from surgery.runtime import modeling_surgery as runtime
+    from surgery.runtime.surgery_block import parts_of
+    from surgery.runtime.surgery_parts import carry
+
+    kind = anatomy.model_type
+    config, model = (
+        runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    )
+    carry(parts_of(entries), folder)
+    return raw | {
+        "model_type": runtime.NAME,
+        "architectures": [model],
+        "auto_map": runtime.auto_map(config, model),
+        runtime.NAME: raw.get(runtime.NAME, {})
+        | {"format": runtime.FORMAT, "base_model_type": kind, "layers": entries},
+    }

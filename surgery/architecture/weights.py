@@ -1,0 +1,199 @@
+"""One layer's attention weights in one canonical form, whatever the file's layout.
+
+`unpack` turns the tensors of any layout of `families.py` (separate, fused by block, interleaved per head or
+group, Conv1D-transposed) into an `AttentionLayer`; `pack` is its exact inverse. Weight rewrites are written
+once, against the canonical form.
+
+Shapes: H query heads, G KV heads, d head size, D hidden size. Query head h reads KV head h // (H // G).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention weights of one layer.
+
+    Attributes:
+        facts: heads, KV heads, head size, RoPE and norms of this layer.
+        q [H, d, D], k [G, d, D], v [G, d, D], o [D, H, d]: projections.
+        q_bias [H, d], k_bias [G, d], v_bias [G, d]: biases, or None. The output bias belongs to no head and
+            is left where it is.
+        q_norm [H, d], k_norm [G, d]: weights of norms that have one row per head, or None. A norm weight
+            that all heads share [d] is untouched by any change of heads and not listed here.
+        sinks [H]: learned sink logits, or None.
+    """
+
+    facts: LayerAnatomy
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Part name -> tensor, for the parts that this layer has."""
+        parts = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "facts")
+        return {name: tensor for name, tensor in parts if tensor is not None}
+
+    def replace(self, **parts) -> AttentionLayer:
+        return replace(self, **parts)
+
+    def copy(self) -> AttentionLayer:
+        """Every part in fresh contiguous memory on the CPU.
+
+        Both engines compute on such a copy: the last bits of a sum depend on how memory is aligned.
+        """
+        import torch
+
+        def fresh(tensor):
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+        return replace(self, **{name: fresh(tensor) for name, tensor in self.tensors().items()})
+
+
+def unpack(facts: LayerAnatomy, tensors: dict[str, Tensor]) -> AttentionLayer:
+    """Canonical form of one layer.
+
+    Args:
+        facts: the layer's anatomy.
+        tensors: name relative to the attention module ("q_proj.weight") -> tensor, as stored.
+    """
+    layout = facts.layout
+    parts: dict[str, Tensor] = {}
+    if layout.qkv is None:
+        for part, heads in _heads(facts).items():
+            name = getattr(layout, part)
+            weight = _rows_first(layout, tensors[f"{name}.weight"])
+            parts[part] = weight.reshape(heads, facts.head_dim, -1)
+            if f"{name}.bias" in tensors:
+                parts[f"{part}_bias"] = tensors[f"{name}.bias"].reshape(heads, facts.head_dim)
+    else:
+        parts |= _split(facts, _rows_first(layout, tensors[f"{layout.qkv}.weight"]), "")
+        if f"{layout.qkv}.bias" in tensors:
+            parts |= _split(facts, tensors[f"{layout.qkv}.bias"], "_bias")
+    parts["o"] = _rows_first(layout, tensors[f"{layout.o}.weight"]).reshape(-1, facts.heads, facts.head_dim)
+    if facts.norm_per_head:
+        for part, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
+            names = norm_names(facts, part, heads)
+            weights = [tensors[name] for name in names]
+            stacked = weights[0] if len(weights) == 1 else _stack(weights)
+            parts[part] = stacked.reshape(heads, facts.head_dim)
+    if layout.sinks:
+        parts["sinks"] = tensors[layout.sinks]
+    return AttentionLayer(facts, **parts)
+
+
+def pack(layer: AttentionLayer) -> dict[str, Tensor]:
+    """The stored tensors of one layer: the inverse of `unpack`, for the layout in `layer.facts`."""
+    facts, layout = layer.facts, layer.facts.layout
+    tensors: dict[str, Tensor] = {}
+    if layout.qkv is None:
+        for part in ("q", "k", "v"):
+            name, weight, bias = getattr(layout, part), getattr(layer, part), getattr(layer, f"{part}_bias")
+            tensors[f"{name}.weight"] = _rows_first(layout, weight.flatten(0, 1))
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.flatten()
+    else:
+        joined = _join(facts, layer.q, layer.k, layer.v)
+        tensors[f"{layout.qkv}.weight"] = _rows_first(layout, joined)
+        if layer.q_bias is not None:
+            tensors[f"{layout.qkv}.bias"] = _join(facts, layer.q_bias, layer.k_bias, layer.v_bias)
+    tensors[f"{layout.o}.weight"] = _rows_first(layout, layer.o.flatten(1))
+    for part, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
+        weight = getattr(layer, part)
+        if weight is not None:
+            names = norm_names(facts, part, heads)
+            if facts.qk_norm == "modules":
+                tensors |= dict(zip(names, weight.unbind(0), strict=True))
+            else:
+                tensors[names[0]] = weight.flatten() if facts.qk_norm == "whole" else weight
+    if layer.sinks is not None:
+        tensors[layout.sinks] = layer.sinks
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def part_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that a layer of `facts` must have; `like` tells which parts there are, and the hidden size."""
+    hidden = like.q.shape[-1]
+    shapes = {
+        "q": (facts.heads, facts.head_dim, hidden),
+        "k": (facts.kv_heads, facts.head_dim, hidden),
+        "v": (facts.kv_heads, facts.head_dim, hidden),
+        "o": (like.o.shape[0], facts.heads, facts.head_dim),
+        "q_bias": (facts.heads, facts.head_dim),
+        "k_bias": (facts.kv_heads, facts.head_dim),
+        "v_bias": (facts.kv_heads, facts.head_dim),
+        "q_norm": (facts.heads, facts.head_dim),
+        "k_norm": (facts.kv_heads, facts.head_dim),
+        "sinks": (facts.heads,),
+    }
+    return {part: shapes[part] for part in like.tensors()}
+
+
+def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that `pack` will give for `facts`, without any data; `like` tells which parts there are."""
+    import torch
+
+    empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(facts, like).items()}
+    packed = pack(AttentionLayer(facts, **empty))
+    return {name: tuple(tensor.shape) for name, tensor in packed.items()}
+
+
+def norm_names(facts: LayerAnatomy, part: str, heads: int) -> list[str]:
+    """Names of the tensors of a norm with one row per head, relative to the attention module."""
+    name = getattr(facts.layout, part)
+    if facts.qk_norm == "modules":
+        return [f"{name}.norms.{head}.weight" for head in range(heads)]
+    return [f"{name}.weight"]
+
+
+def _heads(facts: LayerAnatomy) -> dict[str, int]:
+    return {"q": facts.heads, "k": facts.kv_heads, "v": facts.kv_heads}
+
+
+def _rows_first(layout, weight: Tensor) -> Tensor:
+    """nn.Linear stores [out, in], Conv1D [in, out]: both directions of the change are the transpose."""
+    return weight.T if layout.conv1d else weight
+
+
+def _stack(weights: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.stack(weights)
+
+
+def _split(facts: LayerAnatomy, fused: Tensor, suffix: str) -> dict[str, Tensor]:
+    """Fused rows [(H + 2G) d, ...] -> q [H, d, ...], k and v [G, d, ...]."""
+    heads, groups = facts.heads, facts.kv_heads
+    fused = fused.reshape(heads + 2 * groups, facts.head_dim, *fused.shape[1:])
+    if facts.layout.layout == "rows":
+        q, k, v = fused.split([heads, groups, groups])
+    else:
+        grouped = fused.reshape(groups, heads // groups + 2, *fused.shape[1:])
+        q, k, v = grouped[:, :-2].flatten(0, 1), grouped[:, -2], grouped[:, -1]
+    return {f"q{suffix}": q, f"k{suffix}": k, f"v{suffix}": v}
+
+
+def _join(facts: LayerAnatomy, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The inverse of `_split`."""
+    import torch
+
+    if facts.layout.layout == "rows":
+        return torch.cat([q, k, v]).flatten(0, 1)
+    groups = facts.kv_heads
+    q = q.reshape(groups, facts.heads // groups, *q.shape[1:])
+    return torch.cat([q, k.unsqueeze(1), v.unsqueeze(1)], dim=1).flatten(0, 2)

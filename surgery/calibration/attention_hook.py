@@ -1,0 +1,176 @@
+"""Every attention call of a model through a function of ours, for as long as it is measured; then as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
+from surgery.runtime.modeling_surgery import attention_modules
+from surgery.runtime.surgery_attention import surgery_attention
+from surgery.runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
+from surgery.runtime.surgery_masks import surgery_mask
+from surgery.calibration.head_scores import UNEQUAL, unsupported
+from surgery.data.passkeys import Recall
+
+NAME = "surgery_watch"
+
+
+@dataclass
+class Watched:
+    """A model whose attention calls come to us.
+
+    Attributes:
+        anatomy: the model's.
+        modules: its attention modules, one a layer.
+        groups: of each layer, how many query heads read each KV head.
+        windows: the base's own sliding window of each layer, or None.
+    """
+
+    anatomy: Anatomy
+    modules: list
+    groups: list[list[int]]
+    windows: list[int | None]
+
+    @property
+    def kv_heads(self) -> list[int]:
+        """KV heads of each layer."""
+        return [layer.kv_heads for layer in self.anatomy.layers]
+
+    def look(self, layer: int, streaming: Sequence[int] = (), sinks: int = 0, window: int = 1) -> None:
+        """Let these KV heads of a layer see sinks + window, and its other heads all."""
+        kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
+        self.modules[layer].surgery_heads = kinds
+
+    def largest_of_groups(self, totals: list[torch.Tensor]) -> list[list[float]]:
+        """Of numbers for each query head, [heads] a layer, the largest in each KV head's group."""
+        pairs = zip(totals, self.kv_heads, strict=True)
+        return [total.view(heads, -1).amax(-1).tolist() for total, heads in pairs]
+
+    def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
+        """`attention_weights` of a call that `attention` was given, with its keyword arguments."""
+        limit = self.windows[module.layer_idx]
+        rows = rows.to(query.device)
+        return attention_weights(query, key, rows, scale=scaling, limit=limit, softcap=softcap, s_aux=s_aux)
+
+
+@contextmanager
+def watched(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[Watched]:
+    """The model in eval mode, weights frozen, every attention call made by `attention`.
+
+    Args:
+        attention: takes and gives what `surgery_attention` does, which reads `module.surgery_heads`; all heads are
+            full until `Watched.look` says otherwise. Default: that function itself.
+        split: a model whose heads are split already is taken, too: it is measured with all heads full.
+
+    Sparse prefill is off, and a gate leaves nothing out: what is measured are the queries and the attention of the
+    model whose work they save.
+
+    The model is left as it was: weights, modes, requires_grad, gradients, attention implementation, attributes.
+
+    Raises:
+        SurgeryError: this model's heads cannot be measured so.
+    """
+    anatomy = Anatomy.of(model)
+    modules = attention_modules(model)
+    reason = unsupported(anatomy)
+    if not split and any(layer.streaming for layer in anatomy.layers):
+        reason = "the heads of this model are split already: measure its base"
+    if any(layer.query_groups for layer in anatomy.layers):
+        reason = UNEQUAL
+    if not reason and not all(hasattr(sys.modules[type(m).__module__], "ALL_ATTENTION_FUNCTIONS") for m in modules):
+        reason = f"{anatomy.model_type} does not use the attention interface in this version of Transformers"
+    if reason:
+        raise SurgeryError(reason, where=type(model).__name__)
+    block = getattr(model.config, "surgery", None)  # of layers of different shape
+    groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
+    found = Watched(anatomy, modules, groups, base_windows(model.config))
+    before, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
+    own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One function serves every model and measurement: the registry is global, and would keep what a closure holds.
+    AttentionInterface.register(NAME, _dispatch)
+    AttentionMaskInterface.register(NAME, surgery_mask)
+    try:
+        for layer, module in enumerate(modules):
+            module.surgery_watch = attention
+            module.surgery_sparse, module.surgery_whole = None, True
+            found.look(layer)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        model.eval().config._attn_implementation = NAME  # a surgical model's setter would refuse
+        yield found
+    finally:
+        model.config._attn_implementation = before
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for module, held in zip(modules, own, strict=True):
+            for attribute in ("surgery_watch", "surgery_whole", *names):
+                module.__dict__.pop(attribute, None)
+            vars(module).update(held)
+
+
+def _dispatch(module, query, key, value, mask, **kwargs):
+    return module.surgery_watch(module, query, key, value, mask, **kwargs)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    scale: float | None = None,
+    limit: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention weights of some rows of a sequence, all heads full.
+
+    Args:
+        query: [batch, heads, n, head_dim], after norms and RoPE.
+        key: [batch, KV heads, n, head_dim].
+        rows: positions of the queries, long [r].
+        scale: factor on q.k, default head_dim ** -0.5.
+        limit: the base's own sliding window.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+        s_aux: [heads], the logit of a learned sink, which takes weight from the keys (gpt_oss).
+
+    Returns:
+        [batch, heads, r, n], float32 or wider; a row sums to 1 less the learned sink's share.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
+    scores = query[:, :, rows].to(wide) @ keys.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = rows[:, None] - torch.arange(query.shape[2], device=query.device)
+    scores = scores.masked_fill((distance < 0) | (distance >= (limit or query.shape[2])), float("-inf"))
+    if s_aux is None:
+        return scores.softmax(-1)
+    sink = s_aux.to(wide)[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+def answer_logits(model, sequence: Recall) -> torch.Tensor:
+    """Logits of the next token on the rows of a sequence's answers: [r, vocabulary], float32 or wider."""
+    return row_logits(model, sequence.ids, sequence.rows)
+
+
+def row_logits(model, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of the next token on some rows of a sequence, ids [n]: [r, vocabulary], float32 or wider.
+
+    A model's head is costly: other rows do not go through it.
+    """
+    given = {"input_ids": ids[None].to(model.device), "logits_to_keep": rows.to(model.device)}
+    logits = model(**given, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

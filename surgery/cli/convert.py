@@ -1,0 +1,91 @@
+"""Verbs that carry a recipe out: plan, apply, push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.errors import SurgeryError
+from surgery.cli.options import Json, ModelName, NoCheck, NoEval, NoGate, OutName, Overrides, Quiet, RecipeName, emit
+
+
+def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a recipe would change; touches no weight."""
+    from surgery.api import plan as make
+
+    work = make(recipe, model, overrides=overrides or [])
+    if as_json:
+        return emit(work.to_dict())
+    from surgery.cli.render import model as show
+
+    show.plan(work)
+
+
+def apply(
+    recipe: RecipeName,
+    model: ModelName,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")] = None,
+    no_check: NoCheck = False,
+    no_eval: NoEval = False,
+    no_gate: NoGate = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an unfinished OUT.partial.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT (when the new one is complete).")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="streaming, loaded or auto.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
+    from surgery.api import apply as run
+    from surgery.cli.render import summary as closing, progress_bar, tables as results
+    from surgery.cli.render import model as show
+
+    if output is None:
+        raise SurgeryError("no output folder was named", fix="add -o OUT")
+    with progress_bar(quiet or as_json) as progress:
+        report = run(
+            recipe,
+            model,
+            output=output,
+            overrides=overrides or [],
+            engine=engine,
+            check=not no_check,
+            evaluate=not no_eval,
+            gate=not no_gate,
+            resume=resume,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            progress=progress,
+            on_plan=None if as_json or quiet else show.plan,
+        )
+    if report is None:  # one of several processes, and not the one that speaks
+        return
+    if as_json:
+        emit(report.to_dict())
+    else:
+        if report.data["check"] and not quiet:
+            results.checks(report.data["check"]["items"])
+        closing.summary(report, model)
+    report.raise_faults()
+
+
+def push(
+    out: OutName,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a checked checkpoint on the Hub: private by default, one commit, repeat to resume."""
+    from surgery.api import push as send
+    from surgery.cli.render import tables as results
+
+    facts = send(out, repo, public=public, dry_run=dry_run)
+    if as_json:
+        return emit(facts)
+    results.pushed(facts)

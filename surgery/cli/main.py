@@ -1,0 +1,92 @@
+"""The command line: the verbs of surgery/verbs/ as one program, whose errors are messages and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+from surgery.cli import convert as converting, heal as healing_verb, inspect as looking, measure as measuring, score as scoring_verb
+from surgery.cli.options import emit
+
+VERBS = {  # in the order in which `--help` lists them
+    "ls": looking.ls,
+    "cp": looking.cp,
+    "schema": looking.schema,
+    "inspect": looking.inspect,
+    "score": scoring_verb.score,
+    "plan": converting.plan,
+    "apply": converting.apply,
+    "heal": healing_verb.heal,
+    "check": measuring.check,
+    "eval": measuring.evaluate,
+    "bench": measuring.bench,
+    "push": converting.push,
+    "doctor": looking.doctor,
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Rewrite the attention of a pretrained Hugging Face checkpoint from a recipe, check it, save it.",
+)
+
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from surgery import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+for verb, run in VERBS.items():
+    app.command(verb)(run)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command `surgery`: a user's mistake is one message and an exit code, never a traceback."""
+    args = sys.argv[1:] if args is None else args
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe on Windows takes no arrows: print "?" rather than fail
+            stream.reconfigure(errors="replace")
+    try:
+        sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
+    except SurgeryError as error:
+        _fail(error, args)
+    except BrokenPipeError:
+        from surgery.cli.render import reader_left
+
+        reader_left()
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
+            _fail(SurgeryError(error.format_message(), fix="see `surgery --help`"), args)
+        if getattr(error, "errno", None) in MACHINE:
+            _fail(MachineError(f"the system refused: {error.strerror}", where=str(error.filename or "")), args)
+        traceback.print_exc()
+        bug = SurgeryError("this is a bug in surgery; please report the lines above")
+        bug.exit_code = 1
+        _fail(bug, args)
+
+
+def _fail(error: SurgeryError, args: list[str]) -> None:
+    """Print an error, on stdout as an object where JSON was asked for, and end with its exit code."""
+    if "--json" in args and not isinstance(error, (GateError, CheckError)):  # those follow a printed report
+        emit(error.to_dict())
+    else:
+        typer.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

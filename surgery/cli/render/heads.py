@@ -1,0 +1,186 @@
+"""The KV heads of a model as a map, layer by layer: what each scored, and which of them stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from surgery.errors import SurgeryError
+from surgery.cli.render import console
+
+if TYPE_CHECKING:
+    from surgery.calibration.head_scores import HeadScores
+
+FULL, STREAMING, NONE = "#", "·", " "
+LAYERS = 60  # in one line, so that the map of a large model fits a terminal
+SHADES = ("grey35", "grey42", "grey50", "grey58", "grey66", "dark_goldenrod", "gold3", "orange3", "dark_orange", "red")
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """What is known of a model's KV heads.
+
+    Attributes:
+        name: of the model.
+        numbers: KV heads of each layer, by the base's numbers, in the order in which they are stored.
+        streaming: those of each layer that see sinks + window, or None where no split was made.
+        sees: "16 sinks + 240 tokens", or "".
+        scores: what they scored, in the order of `numbers`, or None.
+    """
+
+    name: str
+    numbers: list[list[int]]
+    streaming: list[list[int]] | None = None
+    sees: str = ""
+    scores: HeadScores | None = None
+
+    @classmethod
+    def of_scores(cls, scores: HeadScores) -> HeadMap:
+        """A score file's map."""
+        name = (scores.origin.get("model") or {}).get("name") or ""
+        return cls(name, [list(range(len(row))) for row in scores.scores], scores=scores)
+
+    @classmethod
+    def of_model(cls, model: str, file: Path | None = None) -> HeadMap:
+        """The map of a model by name: its split, and what its heads scored by a file or by its surgery.json.
+
+        Raises:
+            SurgeryError: there is neither a split nor a score.
+        """
+        from surgery.architecture.anatomy import Anatomy
+        from surgery.calibration.head_scores import load_scores, recorded_scores
+        from surgery.io.safetensors import header_table
+        from surgery.io.hub import resolve
+
+        source = resolve(model, weights=False)
+        anatomy = Anatomy.of(source.path, header_table(source.headers))
+        numbers = [[layer.kv_name(head) for head in range(layer.kv_heads)] for layer in anatomy.layers]
+        scores = load_scores(file, anatomy) if file else recorded_scores(source.path, [*map(len, numbers)])
+        if not anatomy.surgical and scores is None:
+            raise SurgeryError(
+                "this model's heads are not split, and no scores of them are known",
+                where=source.name,
+                fix=f"surgery score {model} -o scores.json, then --scores scores.json",
+            )
+        streaming = None
+        if anatomy.surgical:
+            streaming = [[layer.kv_name(head) for head in layer.streaming] for layer in anatomy.layers]
+        sees = {(layer.sinks, layer.streaming_window) for layer in anatomy.layers if layer.streaming}
+        words = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
+        return cls(source.name, numbers, streaming, words, scores)
+
+    def to_dict(self) -> dict:
+        """Plain data, for `--json`."""
+        layers = []
+        for layer, numbers in enumerate(self.numbers):
+            facts = {"layer": layer, "kv_heads": len(numbers), "numbers": numbers}
+            if self.streaming is not None:
+                facts["streaming"] = self.streaming[layer]
+            if self.scores is not None:
+                facts["scores"] = self.scores.scores[layer]
+            layers.append(facts)
+        origin = {"method": self.scores.method, "origin": self.scores.origin} if self.scores else {}
+        return {"model": self.name, **({"sees": self.sees} if self.sees else {}), **origin, "layers": layers}
+
+
+def show(shown: HeadMap) -> None:
+    """Print the map: a column for each layer, a row for each KV head."""
+    out, total = console(), sum(map(len, shown.numbers))
+    if shown.streaming is not None:
+        count = sum(map(len, shown.streaming))
+        out.print(f"{count} of {total} KV heads stream ({STREAMING}: {shown.sees or 'none do'}), {FULL} see all")
+        cells = {
+            (layer, head): (STREAMING, "cyan") if head in shown.streaming[layer] else (FULL, "bold")
+            for layer, heads in enumerate(shown.numbers)
+            for head in heads
+        }
+        _grid(out, len(shown.numbers), cells)
+    if shown.scores is not None:
+        out.print(
+            f"{shown.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
+            "9 highest"
+        )
+        tenths = tenth_of(shown.scores.scores)
+        cells = {(i, shown.numbers[i][place]): (str(n), SHADES[n]) for (i, place), n in tenths.items()}
+        _grid(out, len(shown.numbers), cells)
+        _facts(out, shown.scores)
+
+
+def tenth_of(scores: list[list[float]]) -> dict[tuple[int, int], int]:
+    """(layer, head) -> 0 to 9: which tenth of all heads it is in, ordered as `choose_streaming` orders them."""
+    order = sorted((x, layer, head) for layer, row in enumerate(scores) for head, x in enumerate(row))
+    return {(layer, head): 10 * rank // len(order) for rank, (_, layer, head) in enumerate(order)}
+
+
+def _facts(out, scores: HeadScores) -> None:
+    flat = sorted(x for row in scores.scores for x in row)
+    out.print(f"scores from {flat[0]:.4g} to {flat[-1]:.4g}, median {flat[len(flat) // 2]:.4g}")
+    origin = scores.origin
+    if "undecided" in origin:
+        out.print(f"gates between 0.1 and 0.9 at the end: {origin['undecided']:.0%} (their rounding is arbitrary)")
+    if "answered" in origin:
+        out.print(f"the model's own answers: {origin['answered']:.0%} of the tokens right")
+
+
+def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> None:
+    """Print (layer, head) -> sign and style, for `count` layers; heads that are gone are left blank."""
+    for first in range(0, count, LAYERS):
+        layers = range(first, min(first + LAYERS, count))
+        ticks = "".join(f"{layer:<10}" for layer in layers if layer % 10 == 0)
+        out.print(f"{'layer':<9}{ticks[: len(layers)]}".rstrip())
+        for head in range(1 + max(head for layer, head in cells if layer in layers)):
+            line = Text(f"head {head:<4}")
+            for layer in layers:
+                line.append(*cells.get((layer, head), (NONE, "")))
+            out.print(line)
+
+
+def draw(shown: HeadMap, path: Path) -> list[Path]:
+    """Draw the map as a heat map, and the loss of `gates` beside it as FILE-loss.png.
+
+    Returns:
+        The files written.
+    """
+    from surgery.report.plots import curves, heat_maps
+
+    table = shown.scores.scores if shown.scores else [[1.0] * len(heads) for heads in shown.numbers]
+    width = 1 + max(max(heads) for heads in shown.numbers)
+    rows = [dict(zip(*pair, strict=True)) for pair in zip(shown.numbers, table, strict=True)]  # by number
+    panels = {"scores": [[row.get(h, math.nan) for h in range(width)] for row in rows]} if shown.scores else {}
+    if shown.streaming is not None:  # grey: it streams
+        panels["full heads (grey: streaming)"] = [
+            [math.nan if head in heads else row.get(head, math.nan) for head in range(width)]
+            for row, heads in zip(rows, shown.streaming, strict=True)
+        ]
+    method = shown.scores.method if shown.scores else "full"
+    written = [
+        heat_maps(
+            path,
+            panels,
+            rows=range(len(shown.numbers)),
+            columns=range(width),
+            row_label="layer",
+            column_label="KV head",
+            value_label=method,
+            title=shown.name,
+        )
+    ]
+    losses = shown.scores.origin.get("losses") if shown.scores else None
+    if losses:
+        steps = range(1, len(losses) + 1)
+        lines = {
+            "distance of the answers' hidden states": (steps, [loss[0] for loss in losses]),
+            "mean gate": (steps, [loss[1] for loss in losses]),
+        }
+        beside = path.with_name(f"{path.stem}-loss.png")
+        written.append(curves(beside, lines, x_label="step", y_label="", title=f"{shown.name}: gates"))
+    return written
+
+
+def written(files: list[Path]) -> None:
+    for file in files:
+        console().print(f"wrote {file}")

@@ -1,0 +1,202 @@
+"""A model's attention, and what a plan would make of it, as tables and trees."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from surgery.conversion.plan import terms_held
+from surgery.cli.render import console, size
+
+LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
+
+
+def anatomy(facts) -> None:
+    """The anatomy as a table; equal layers are shown once."""
+    out, first = console(), facts.layers[0]
+    name = f"{facts.composite} ({facts.model_type})" if facts.composite else facts.model_type
+    out.print(
+        f"{name}{', a guess' if facts.guess else ''}: {len(facts.layers)} attention layers, {facts.dtype or '?'}"
+    )
+    table = Table(box=None, pad_edge=False)
+    split = any(layer.streaming for layer in facts.layers)
+    for column in (
+        "layers",
+        "query heads",
+        "KV heads",
+        *["streaming"] * split,
+        "head size",
+        "positions",
+        "QK-norm",
+        "window",
+        "biases",
+    ):
+        table.add_column(column)
+    for run in _runs(facts.layers):
+        layer = run[0]
+        label = f"{layer.index}-{run[-1].index}" if len(run) > 1 else str(layer.index)
+        turned = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
+        streaming = [len(layer.streaming)] * split
+        cells = (
+            layer.heads,
+            layer.kv_heads,
+            *streaming,
+            layer.head_dim,
+            layer.positions + turned,
+            layer.qk_norm or "none",
+        )
+        table.add_row(label, *map(str, cells), str(layer.window or "none"), layer.biases or "none")
+    out.print(table)
+    kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
+    out.print(f"projections: {kind}, {first.path.replace('.0.', '.N.')}")
+    extra = [f"soft-cap {first.soft_cap}"] if first.soft_cap else []
+    extra += ["learned sinks"] if first.layout.sinks else []
+    extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]
+    if extra:
+        out.print("also: " + ", ".join(extra))
+    fixed = f", and {facts.kv_bytes_fixed:,} bytes of sinks and windows" if facts.kv_bytes_fixed else ""
+    out.print(f"KV cache: {facts.kv_bytes_per_token:,} bytes per token{fixed}")
+    for layer in (each for each in facts.layers if each.streaming):
+        out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
+        break
+    if held := terms_held(facts):
+        what = ", ".join(f"{term} in {len(layers)} of {len(facts.layers)} layers" for term, layers in held.items())
+        out.print(f"set by a surgery: {what}")
+    if sparse := [layer for layer in facts.layers if layer.sparse]:
+        ways = dict.fromkeys(layer.sparse["method"] for layer in sparse)
+        out.print(f"sparse prefill: {', '.join(ways)}, in {len(sparse)} of {len(facts.layers)} layers")
+
+
+def applicable(rows: dict[str, list[str]]) -> None:
+    """Which recipes fit the model: name -> reasons against it."""
+    out, width = console(), max(map(len, rows), default=0) + 2
+    for name, problems in rows.items():
+        mark = Text("can be applied  ", style="green") if not problems else Text("cannot be  ", style="yellow")
+        out.print(Text.assemble((f"{name:<{width}}", "bold"), mark, "; ".join(problems)))
+
+
+def plan(work) -> None:
+    """The old → new tree."""
+    before, after = work.before, work.after
+    # Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
+    measured = [step for step in work.steps if step.change.measured]
+    known, placed = not measured, all(_alike(step.change.after) or not _alike(step.before) for step in measured)
+    tree = Tree(Text.assemble((work.recipe.name, "bold"), f" on {work.source} ({before.model_type}): {work.tier}"))
+    for old, new, last in _changes(before.layers, after.layers, known, placed):
+        where = old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
+        branch = tree.add(where)
+        branch.add(f"query heads {_arrow(old.heads, new.heads)}, of {old.head_dim}")
+        if not placed:
+            counts = " or ".join(map(str, sorted({layer.kv_heads for layer in after.layers})))
+            branch.add(f"KV heads {old.kv_heads} → {counts}: which layers get which is measured")
+            continue
+        branch.add(
+            f"KV heads {_arrow(old.kv_heads, new.kv_heads)}, {_arrow(_readers(old), _readers(new))} query heads each"
+        )
+        if known and (old.streaming or new.streaming):
+            branch.add(f"streaming KV heads {_arrow(len(old.streaming), len(new.streaming))}")
+        for name in new.tensor_names:
+            full = f"{old.path}.{name}"
+            old_shape = before.tensors.get(full, ("", None))[1]
+            new_shape = work.shapes.get(full, old_shape)
+            if old_shape != new_shape:
+                branch.add(f"{name} {_arrow(_shape(old_shape), _shape(new_shape))}")
+    for change in work.changes:
+        tree.add(Text(change, style="bold"))
+    for note in work.notes:
+        tree.add(Text(f"note: {note}", style="yellow"))
+    out = console()
+    out.print(tree)
+    out.print(f"KV cache per token: {_arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes")
+    if before.kv_bytes_fixed or after.kv_bytes_fixed:
+        out.print(f"KV cache of sinks and windows: {_arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed")
+    if before.tensors:
+        out.print(f"parameters: {_arrow(before.parameters, work.parameters_after)}")
+        loaded = size(work.output_bytes * LOADED)
+        if work.streams:
+            out.print(
+                f"rewriting: {size(work.output_bytes)} of output, about {size(work.memory_bytes)} of memory, "
+                f"{work.seconds:.0f} s"
+            )
+        else:
+            time = f"; some {work.seconds / 60:.0f} minutes on a laptop" if work.seconds > 90 else ""
+            out.print(
+                f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory{time}"
+            )
+        out.print(f"check and eval load the model: about {loaded} of memory")
+    if heal := work.heal:
+        healing(heal)
+
+
+def healing(work) -> None:
+    """What will train, for how long, and what that takes."""
+    out = console()
+    for line in work.lines:
+        out.print(line)
+    kept = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
+    kept += f", a stored teacher of at most {size(work.teacher_bytes)}" if work.teacher_bytes else ""
+    engine, parts = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
+    where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
+    out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{kept}")
+    out.print(f"heal: of it {parts}")
+    if not engine.shared:
+        states = work.memory["gradients"] + work.memory["optimizer"]
+        out.print(
+            f"heal: several processes hold as much each; ZeRO-2 shares {size(states)} of it out among them, "
+            f"FSDP and ZeRO-3 {size(states + work.memory['weights'])}"
+        )
+
+
+def _alike(anatomy) -> bool:
+    """Whether all layers have as many KV heads; `Anatomy.alike` asks for their readers too, which pruning changes."""
+    return len({layer.kv_heads for layer in anatomy.layers}) == 1
+
+
+def _changes(before, after, known: bool, placed: bool) -> list[tuple]:
+    """(old layer, new layer, number of the last) of neighbouring layers that change alike.
+
+    Args:
+        known: which heads change; placed: which layers have how many.
+    """
+    runs: list[tuple] = []
+    facts = None
+    for old, new in zip(before, after, strict=True):
+        here = (_facts(old), _facts(new) if known else new.kv_heads if placed else None)
+        if here == facts:
+            runs[-1] = (*runs[-1][:2], old.index)
+        else:
+            runs.append((old, new, old.index))
+        facts = here
+    return runs
+
+
+def _runs(layers) -> list[list]:
+    """Neighbouring layers that differ in nothing but their number."""
+    runs: list[list] = []
+    for layer in layers:
+        if runs and _facts(runs[-1][0]) == _facts(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def _facts(layer) -> tuple:
+    facts = vars(layer) | {"streaming": len(layer.streaming)}  # their number: which ones is --json's
+    return tuple(value for name, value in facts.items() if name not in ("index", "path"))
+
+
+def _readers(layer) -> int | str:
+    """Query heads that read a KV head."""
+    sizes = layer.query_groups
+    return f"{min(sizes)} to {max(sizes)}" if sizes else layer.group
+
+
+def _arrow(old, new) -> str:
+    shown = [f"{value:,}" if isinstance(value, int) else str(value) for value in (old, new)]
+    return shown[0] if shown[0] == shown[1] else " → ".join(shown)
+
+
+def _shape(shape) -> str:
+    return "none" if shape is None else str(list(shape))

@@ -1,0 +1,91 @@
+"""The lines that `apply` ends with: what changed, what a search found, what it cost, what to type next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from rich.text import Text
+
+from surgery.report.card_healing import healed
+from surgery.report.card_sections import searched
+from surgery.operations.base import SURGICAL
+from surgery.report.report import damage
+from surgery.cli.render import STATUS_STYLE, console
+
+
+def summary(report, base: str) -> None:
+    """Print them.
+
+    Args:
+        report: of a folder that was just written.
+        base: the model as the user typed it, for a command to copy.
+    """
+    data, out = report.data, console()
+    kv, fixed = data["plan"]["kv_bytes_per_token"], (data["plan"].get("kv_bytes_fixed") or {}).get("after")
+    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
+    out.print(
+        f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
+        + also
+    )
+    for found in searched(data):
+        out.print(f"found:   {found}")
+    for line in healed(data):
+        out.print(f"healed:  {line}")
+    gate = data["gate"]
+    verdict = ("gate ", (gate["status"], STATUS_STYLE.get(gate["status"], ""))) if gate["limits"] else ("no gate",)
+    out.print(Text.assemble("cost:    ", _cost(data), ", ", *verdict))
+    folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
+    out.print(f"next:    {_next(data, folder, base)}")
+
+
+def _cost(data: dict) -> str:
+    result = data["evaluation"]
+    if not result:
+        return "not measured"
+    if result["status"] != "done":
+        return f"not measured ({result.get('reason', '')})"
+    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
+    if new is None or kl is None:
+        return "the model gives NaN: not usable"
+    usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
+    kept = (result.get("needles") or {}).get("kept") or {}
+    needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+    both = [(result.get("choices") or {}).get(label) or {} for label in ("base", "out")]
+    choices = ", choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
+    return (
+        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}"
+        f"{needles}{choices}{usable}"
+    )
+
+
+def _next(data: dict, folder: str, base: str) -> str:
+    quoted, model = shlex.quote(folder), shlex.quote(base)
+    if data["check"] is None:
+        return f"surgery check {quoted} --base {model}"
+    if not data["check"]["passed"]:
+        return f"surgery check {quoted} names the fault; the base is untouched"
+    if data["evaluation"] is None:
+        return f"surgery eval {quoted} --base {model}{_as_asked(data)}"
+    if data["evaluation"]["status"] != "done":
+        return f"surgery eval {quoted} --base {model}{_as_asked(data)}, on a machine with more memory"
+    train = f"surgery heal {quoted} tokens=1e6 -o HEALED --base {model}"
+    if damage(data["evaluation"]) and data.get("heal"):
+        return (
+            "train it longer (heal.tokens=...), or choose a milder setting (surgery plan shows what it would change)"
+        )
+    if damage(data["evaluation"]):
+        return f"{train}, or choose a milder setting (surgery plan shows what one would change)"
+    if data["gate"]["status"] == "failed":
+        return f"choose a milder setting, {train}, or accept what it costs (--no-gate)"
+    auto = "AutoModelForImageTextToText" if data["base"].get("composite") else "AutoModelForCausalLM"
+    loader = "surgery.load" if data["tier"] == SURGICAL else f"{auto}.from_pretrained"
+    return f"{loader}({json.dumps(folder, ensure_ascii=False)}), or surgery push {quoted} OWNER/NAME"
+
+
+def _as_asked(data: dict) -> str:
+    """The options of `eval` that make its result the one that the recipe asks for."""
+    asked, usual = data["recipe"].get("evaluate") or {}, {"text": "builtin", "windows": 8, "length": 512}
+    return "".join(
+        f" --{key} {shlex.quote(str(asked[key]))}" for key in usual if asked.get(key, usual[key]) != usual[key]
+    )

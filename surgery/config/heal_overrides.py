@@ -1,0 +1,72 @@
+"""Settings of a healing from what a user gave: a block of a recipe, keywords, "key=value" texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from surgery.errors import SurgeryError, shown
+from surgery.config.overrides import as_text
+from surgery.config.recipe import Evaluate, faults_of
+from surgery.config.yaml import parse
+from surgery.config.heal import BUDGETS, Heal, unread
+
+SECTIONS = {"heal": Heal, "evaluate": Evaluate}
+
+
+def settings(
+    known: dict, given: Heal | dict | None = None, overrides: tuple[str, ...] | list[str] = (), **fields
+) -> tuple[Heal, Evaluate | None]:
+    """How to heal, and what to judge by.
+
+    Args:
+        known: the recipe that the checkpoint was made with; what is given stands over its `heal`.
+        given: settings in place of the recipe's.
+        overrides: "key=value" texts: fields of `heal`, with or without the prefix, or "evaluate.key=value".
+        fields: the same as keywords.
+
+    Raises:
+        SurgeryError: with every fault at once.
+    """
+    given = given.model_dump() if isinstance(given, Heal) else given
+    if not isinstance(given, dict | None):
+        raise SurgeryError(f"settings is {shown(given)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
+    data = {"heal": dict(given if given is not None else known.get("heal") or {}), "evaluate": known.get("evaluate")}
+    faults: list[SurgeryError] = []
+    lines: dict = {}
+    for text in [*overrides, *(as_text(key, value) for key, value in fields.items())]:
+        key, equals, value = text.partition("=")
+        section, _, name = key.strip().rpartition(".")
+        section = section or "heal"
+        if not equals or section not in SECTIONS or not name:
+            raise SurgeryError(
+                "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
+            )
+        data[section] = {**(data[section] or {}), name: parse(value, repr(text), field=0)[0]}
+        lines[section, name] = f"override {text.strip()!r}"
+        if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
+            data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
+    typed = {name for section, name in lines if section == "heal"} | (set(given) if given is not None else set())
+    for name in unread(data["heal"]).keys() - typed:  # of the recipe's own, what another method or loss leaves unread
+        del data["heal"][name]
+    found: dict = {"evaluate": None}
+    for section, kind in SECTIONS.items():
+        if data[section] is None:
+            continue
+        try:
+            found[section] = kind.model_validate(data[section])
+        except ValidationError as error:
+            faults += faults_of(error, lines, section, (section,), list(kind.model_fields))
+    if faults:
+        first, *rest = faults
+        raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
+    return found["heal"], found["evaluate"]
+
+
+def published(heal: Heal) -> dict:
+    """The settings as they may be published: data by its own name, since folders say who made it, and where."""
+    from surgery.report.report import published as short
+
+    data = heal.data
+    return heal.model_dump(mode="json") | {"data": short(data) if Path(data).exists() else data}

@@ -1,0 +1,93 @@
+"""Overrides of a recipe: "key=value" texts, as typed or as made from keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import yaml
+
+from surgery import operations
+from surgery.errors import SurgeryError, nearest
+from surgery.config.heal import BUDGETS
+from surgery.config.yaml import parse
+
+
+def as_text(key: str, value: object) -> str:
+    """A keyword as the override that a person would type."""
+    shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return f"{key}={shown.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
+def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tuple:
+    """Set one field in place; the path that was set.
+
+    Args:
+        data: a recipe as plain data, not checked yet.
+        text: "key=value" or "op.key=value".
+        sections: the keys of `evaluate` and `heal`.
+    """
+    key, equals, value = text.partition("=")
+    key, where = key.strip(), f"override {text!r}"
+    if not equals or not key:
+        raise SurgeryError("an override is written key=value", where=where)
+    value, _ = parse(value, where, field=0)
+    steps = data.get("operations")
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    places = _places(steps, key, sections)
+    if len(places) > 1:
+        names = [".".join(map(str, place)) for place in places]
+        raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
+    if not places:
+        known = _known_keys(steps, sections)
+        close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
+        raise SurgeryError(
+            f"no field {key!r} in this recipe",
+            where=where,
+            exists=", ".join(name for name in known if heals or not name.startswith("heal.")),
+            fix=f"did you mean {close!r}?" if close else "",
+        )
+    *path, last = places[0]
+    target: Any = data
+    for step in path:
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[step]
+    if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+        target[last] = value
+        if path == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
+            for other in set(BUDGETS) - {last}:
+                target.pop(other, None)
+    return places[0]
+
+
+def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
+    """Paths in the recipe that an override's key can mean."""
+    head, _, tail = key.rpartition(".")
+    if head.startswith("operations.") and head.split(".")[1].isdigit():
+        index = int(head.split(".")[1])
+        return [("operations", index, tail)] if index < len(steps) else []
+    if tail in sections.get(head, ()):
+        return [(head, tail)]
+    if not head and key in ("name", "description", "evaluate", "heal"):
+        return [(key,)]
+    places = [
+        ("operations", i, tail)
+        for i, step in enumerate(steps)
+        if (not head or step.get("op") == head) and tail in _fields(step)
+    ]
+    if not head and tail in sections["evaluate"]:  # those of heal share names with operations: by their full name
+        places.append(("evaluate", tail))
+    return places
+
+
+def _fields(step: dict) -> list[str]:
+    try:
+        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
+    except SurgeryError:
+        return [name for name in step if name != "op"]
+
+
+def _known_keys(steps: list[dict], sections: dict[str, Collection[str]]) -> list[str]:
+    keys = [name for step in steps for name in _fields(step)]
+    return list(dict.fromkeys([*keys, *(f"{section}.{name}" for section in sections for name in sections[section])]))

@@ -1,0 +1,104 @@
+"""YAML that is data and nothing else, with the line of every key.
+
+No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, a size limit. Keys are
+text; inside the value of an operation's field, where they can number layers and heads, whole numbers too.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from surgery.io.safetensors import inside_folder
+from surgery.errors import SurgeryError, shown
+
+MAX_BYTES = 256 << 10
+FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # of an operation: may name a file
+MAX_DIGITS = 40
+FIELD = 3  # steps from a recipe's top to the value of an operation's field
+Path = tuple[str | int, ...]
+
+
+def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path, int]]:
+    """Plain data, and the line (from 1) of every key and item by its path.
+
+    Args:
+        field: steps from the top of this text to the value of a field; 0: the text is one.
+
+    Raises:
+        SurgeryError: not YAML, too large, or using what recipes may not use.
+    """
+    if len(text) > MAX_BYTES:
+        raise SurgeryError(
+            f"the file has {len(text):,} characters; a recipe has fewer than {MAX_BYTES:,}", where=where
+        )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise SurgeryError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
+            if getattr(event, "tag", None):
+                raise SurgeryError(f"the tag {event.tag} is not allowed in a recipe", where=f"{where}:{line}")
+        node = yaml.compose(text, Loader=loader)
+        data = yaml.load(text, Loader=loader)  # a safe loader: plain data only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{where}:{mark.line + 1}" if mark else where
+        raise SurgeryError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise SurgeryError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
+    lines: dict[Path, int] = {}
+    if node is not None:
+        _walk(node, (), lines, where, field)
+    return data, lines
+
+
+def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            numbered = len(path) >= field and key.value.isdecimal() and str(int(key.value)) == key.value
+            if key.tag != "tag:yaml.org,2002:str" and not numbered:
+                line = key.start_mark.line + 1
+                raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
+            here = (*path, str(key.value))
+            if here in lines:
+                raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, where, field)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _walk(value, (*path, i), lines, where, field)
+    elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+        raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
+
+
+def line_of(lines: dict, path: tuple, where: str) -> str:
+    """File and line of a path, or of its nearest ancestor; an override names itself."""
+    for end in range(len(path), -1, -1):
+        line = lines.get(path[:end])
+        if line is not None:
+            return line if isinstance(line, str) else f"{where}:{line}"
+    return where
+
+
+def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
+    """A recipe file that somebody else wrote may not name files outside the working folder."""
+    settings, steps, faults = data.get("evaluate"), data.get("operations"), []
+    named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
+    if isinstance(heal := data.get("heal"), dict):
+        named["heal", "data"] = heal
+    for number, step in enumerate(steps if isinstance(steps, list) else []):
+        named |= {("operations", number, key): step for key in FILE_FIELDS if isinstance(step, dict)}
+    for path, fields in named.items():
+        file, key = fields.get(path[-1]), path[-1] if path[0] == "operations" else ".".join(path)
+        if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own
+            try:
+                inside_folder(file, where)
+                outside = file.startswith("~")
+            except SurgeryError:
+                outside = True
+            what = f"{key} of a recipe file may not be absolute or hold ..; it is {shown(file)}"
+            error = SurgeryError(what, where=line_of(lines, path, where), fix=f"name it in the command: {key}=FILE")
+            faults += [error] if outside else []
+    return faults

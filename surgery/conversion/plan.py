@@ -1,0 +1,265 @@
+"""What a recipe would do to a model: worked out from the config and the headers, no weight is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from surgery.architecture.anatomy import BYTES, Anatomy
+from surgery.io.safetensors import stored_bytes
+from surgery.errors import SurgeryError
+from surgery.healing.plan import HealPlan, refuse_unhealable
+from surgery.healing.parameters import touched
+from surgery.architecture.layer_anatomy import LayerAnatomy
+from surgery.architecture.weights import packed_shapes, unpack
+from surgery.operations.base import NATIVE, SURGICAL, Change, Operation, missing_texts
+from surgery.config.recipe import Recipe
+from surgery.config.yaml import FILE_FIELDS
+
+BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation with the anatomy that it meets and the change that it plans."""
+
+    operation: Operation
+    before: Anatomy
+    change: Change
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe worked out for one model.
+
+    Attributes:
+        recipe, source: what is applied to what (the name that the user gave).
+        steps: the operations in order.
+        shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
+        dtypes: stored name -> dtype, for the tensors that are rewritten and stay or are new.
+    """
+
+    recipe: Recipe
+    source: str
+    before: Anatomy
+    steps: tuple[Step, ...]
+    shapes: dict[str, tuple[int, ...] | None]
+    dtypes: dict[str, str]
+
+    @property
+    def after(self) -> Anatomy:
+        return self.steps[-1].change.after
+
+    @property
+    def tier(self) -> str:
+        surgical = self.before.surgical or any(step.change.tier == SURGICAL for step in self.steps)
+        return SURGICAL if surgical else NATIVE
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights can be rewritten layer by layer, without building the model."""
+        return all(step.operation.streams for step in self.steps)
+
+    @property
+    def changes(self) -> list[str]:
+        return [line for step in self.steps for line in step.change.lines]
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [note for step in self.steps for note in step.change.notes]
+        if self.before.guess:
+            notes.append(
+                f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
+            )
+        return notes
+
+    @property
+    def parameters_after(self) -> int:
+        old = {name: prod(self.before.tensors[name][1]) for name in self.shapes if name in self.before.tensors}
+        new = sum(prod(shape) for shape in self.shapes.values() if shape is not None)
+        return self.before.parameters - sum(old.values()) + new + self._added
+
+    @property
+    def _added(self) -> int:
+        """Parameters of the surgery itself; 0 if only the config is known."""
+        return sum(step.change.parameters for step in self.steps) if self.before.tensors else 0
+
+    @property
+    def heal(self) -> HealPlan | None:
+        """The training after the surgery; None where there is none, or only the config is known."""
+        if self.recipe.heal is None or not self.before.tensors:
+            return None
+        kept = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
+        table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
+        operations = self.recipe.to_dict()["operations"]
+        heal, added = self.recipe.heal, self._added
+        return HealPlan.of(heal, self.after, table, touched(operations), added, self.before, operations)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of weights that will be written."""
+        kept = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
+        new = ((dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items())
+        return sum(stored_bytes(dtype, shape) for dtype, shape in (*kept, *new, (self.before.dtype, (self._added,))))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the weights while streaming: a layer as stored, twice, and in float64, twice."""
+        layer = self.before.layers[0]
+        values = (
+            sum(prod(self.before.tensors[f"{layer.path}.{n}"][1]) for n in layer.tensor_names) if self.shapes else 0
+        )
+        return values * (2 * BYTES.get(self.before.dtype, 2) + 16) + (64 << 20)
+
+    @property
+    def seconds(self) -> float:
+        computed = sum(step.change.seconds for step in self.steps)
+        return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers) + computed
+
+    def summary(self) -> dict:
+        """What surgery.json keeps of the plan."""
+        return {
+            "changes": self.changes,
+            "notes": self.notes,
+            "parameters": {"before": self.before.parameters, "after": self.parameters_after},
+            "kv_bytes_per_token": {
+                "before": self.before.kv_bytes_per_token,
+                "after": self.after.kv_bytes_per_token,
+            },
+            "kv_bytes_fixed": {"before": self.before.kv_bytes_fixed, "after": self.after.kv_bytes_fixed},
+        }
+
+    def to_dict(self) -> dict:
+        layers = zip(self.before.layers, self.after.layers, strict=True)
+        return {
+            "recipe": self.recipe.to_dict(),
+            "model": self.source,
+            "model_type": self.before.model_type,
+            "guess": self.before.guess,
+            "tier": self.tier,
+            "engine": "streaming" if self.streams else "loaded",
+            **self.summary(),
+            **({"heal": heal.to_dict()} if (heal := self.heal) else {}),
+            "layers": [{"path": a.path, "before": heads(a), "after": heads(b)} for a, b in layers],
+            "estimate": {
+                "output_bytes": self.output_bytes,
+                "memory_bytes": self.memory_bytes,
+                "seconds": round(self.seconds, 1),
+            },
+        }
+
+    def hash(self, fingerprint: str) -> str:
+        """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
+        from surgery import __version__
+
+        named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
+        paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        facts = {"recipe": self.recipe.to_dict(), "files": files, "base": fingerprint, "version": __version__}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def heads(layer: LayerAnatomy) -> dict[str, int]:
+    return {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
+
+
+def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
+    """Work a recipe out for a model.
+
+    Raises:
+        SurgeryError: with every problem of the first operation that cannot be applied.
+    """
+    steps, current = [], anatomy
+    for operation in recipe.operations:
+        problems = conflicts(operation, steps, anatomy) or missing_texts(operation) or operation.problems(current)
+        if problems:
+            first, *rest = (SurgeryError(problem, where=source) for problem in problems)
+            raise SurgeryError(first.what, where=source, others=tuple(rest))
+        change = operation.plan(current)
+        if problems := problems_later(steps, change.after):
+            raise SurgeryError(problems[0], where=source)
+        steps.append(Step(operation, current, change))
+        current = change.after
+    shapes = new_shapes(anatomy, current)
+    dtypes = {name: _dtype(name, anatomy) for name, shape in shapes.items() if shape is not None}
+    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes)
+    if recipe.heal is not None:
+        refuse_unhealable(current, source)
+        _ = plan.heal  # a method that would train nothing is refused now
+    return plan
+
+
+def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
+    """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
+    held, own = terms_held(anatomy), operation.term_layers(anatomy)
+    if operation.term is None:
+        if blocking := [term for term in held if term not in operation.follows_terms]:
+            reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
+            return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
+    elif shared := own & held.get(operation.term, set()):
+        reason = f"sets the {operation.term} already{_where(shared, anatomy)}"
+        return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
+    for step in steps:
+        name, term = step.operation.op, step.operation.term
+        if operation.term is None and term not in (None, *operation.follows_terms):
+            return [f"{operation.op}: weight rewrites come before {name} in a recipe"]
+        shared = own & step.operation.term_layers(anatomy) if term is not None and term == operation.term else None
+        if shared:
+            what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
+            return [f"{what}; a layer's {term} is set by one operation"]
+    return operation.problems_of_checkpoint(anatomy)
+
+
+def problems_later(steps: Sequence[Step], after: Anatomy) -> list[str]:
+    """Why what these operations have set cannot stand in a model that another has made into `after`."""
+    return [problem for step in steps for problem in step.operation.problems_later(after)]
+
+
+def _where(layers: set[int], anatomy: Anatomy) -> str:
+    return "" if len(layers) == len(anatomy.layers) else f", in layers {', '.join(map(str, sorted(layers)))}"
+
+
+def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
+    """The terms of the equation that a checkpoint sets already, and in which layers."""
+    block = getattr(anatomy.config, "surgery", None) or {}
+    held: dict[str, set[int]] = {}
+    for layer, entry in zip(anatomy.layers, block.get("layers", []), strict=False):
+        named = entry.get("parameters", {})
+        terms = {
+            "visibility": layer.streaming,
+            "visibility in prefill": layer.sparse,
+            "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
+            "virtual keys": "surgery_sink_logit" in named,
+            "gate": "gate" in entry,
+        }
+        for term in (term for term, there in terms.items() if there):
+            held.setdefault(term, set()).add(layer.index)
+    return held
+
+
+def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:
+    """Stored name -> shape after, for the tensors of every attention layer that is rewritten; None: it goes."""
+    import torch
+
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    if not before.tensors:
+        return shapes
+    for old, new in zip(before.layers, after.layers, strict=True):
+        names = {name: f"{old.path}.{name}" for name in old.tensor_names}
+        empty = {name: torch.empty(before.tensors[full][1], device="meta") for name, full in names.items()}
+        packed = packed_shapes(new, unpack(old, empty))
+        shapes |= {full: packed.get(name) for name, full in names.items()}
+        shapes |= {f"{old.path}.{name}": shape for name, shape in packed.items()}
+    return shapes
+
+
+def _dtype(name: str, before: Anatomy) -> str:
+    """A tensor keeps its dtype; a new one (the norm of an added head) has that of its siblings."""
+    if name in before.tensors:
+        return before.tensors[name][0]
+    siblings = name.rsplit(".", 2)[0] + "."
+    return next((dtype for old, (dtype, _) in before.tensors.items() if old.startswith(siblings)), before.dtype)

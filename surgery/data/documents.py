@@ -1,0 +1,285 @@
+"""The text that healing trains on, as documents of token ids: the base's own, the built-in text, files, a data set.
+
+    self       text that the base writes (calibration/self_text.py)
+    builtin    the calibration part of the built-in text, one document; the held-out part is for scores
+    FILE       a text file is one document (long ones are cut into rows anyway); of a .jsonl file each line is one
+    FOLDER     its .txt, .md and .jsonl files, those in folders below it too, in the order of their paths; not README,
+               LICENSE and what begins with a dot
+    OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its parts. A
+               folder of other files (parquet, ...) is read in the same way.
+
+Tokens are the tokenizer's own for a text of its own, so BOS and EOS are where it puts them. No more is read than the
+rows that are wanted need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from surgery.data.generated import sample
+from surgery.data.text import BUILTIN, begin_of_text, load_text
+from surgery.errors import SurgeryError, nearest
+from surgery.io.loading import loaded, read_config
+from surgery.data.packing import Packed
+
+__all__ = ["Documents", "Packed", "documents"]
+
+SELF, TEXT, MESSAGES = "self", "text", "messages"
+LINES = (".jsonl", ".ndjson")
+PLAIN = (".txt", ".md", ".text")
+TOGETHER = 64  # texts that are tokenised at a time
+ABOUT = ("readme", "license", "licence", "changelog")  # of a folder's files, not its text
+TABLES = (".parquet", ".arrow", ".csv")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of each document.
+
+    Attributes:
+        title: where they are from.
+        sha256: of the texts that were read, or of the tokens that the base wrote.
+        ids: the documents.
+        begin: what the tokenizer begins a text with: [BOS] or [].
+    """
+
+    title: str
+    sha256: str
+    ids: list[Sequence[int]]
+    begin: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def facts(self) -> dict:
+        """For the record."""
+        return {"data": self.title, "sha256": self.sha256, "documents": len(self), "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts, and how they are named in messages and in the record."""
+
+    title: str
+    where: str
+    texts: Iterator[str]
+
+
+def documents(
+    heal, tokenizer, base: str | Path | Any, *, rows_needed: int, folder: Path | None = None, progress=None
+) -> Documents:
+    """The documents of `heal.data`, enough for `rows_needed` rows of `heal.length` tokens where there is so much.
+
+    Args:
+        heal: the settings; data, column, chat, length and seed are read.
+        tokenizer: the base's.
+        base: its folder, or the loaded model; only `data: self` runs it.
+        folder: where the base's own text is kept, so that a run that was stopped goes on; None keeps nothing.
+        progress: called as progress(done, total, label), in tokens.
+
+    Raises:
+        SurgeryError: missing, empty, binary, too short for one row, without the column; ids that the model lacks.
+    """
+    wanted, begin = rows_needed * heal.length, begin_of_text(tokenizer)
+    if heal.data == SELF:
+        with loaded(base) as model:
+            found = sample(model, tokenizer, heal, wanted, folder=folder, progress=progress)
+        digest = hashlib.sha256(repr(found).encode())
+        return Documents("text that the base wrote itself", digest.hexdigest(), found, begin)
+    source = _source(heal, tokenizer)
+    digest, ids, tokens = hashlib.sha256(), [], 0
+    texts = (text for text in source.texts if text.strip())
+    while tokens < wanted and (some := list(islice(texts, TOGETHER))):
+        _update(digest, some)
+        # Chat templates write BOS themselves.
+        new = tokenizer(some, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
+        ids += [array("i", each) for each in new]  # a list would take eight times as much
+        tokens += sum(map(len, new))
+        if progress:
+            progress(min(tokens, wanted), wanted, "data")
+    _refuse(ids, source, heal, read_config(base).get_text_config().vocab_size)
+    return Documents(source.title, digest.hexdigest(), ids, begin)
+
+
+def _refuse(ids: list[Sequence[int]], source: Source, heal, vocabulary: int) -> None:
+    tokens, largest = sum(map(len, ids)), max((max(each) for each in ids if each), default=0)
+    if not tokens:
+        raise SurgeryError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")
+    if largest >= vocabulary:
+        raise SurgeryError(
+            f"the tokenizer gives token {largest}, the model knows {vocabulary}",
+            where=source.where,
+            fix="use the tokenizer of this model",
+        )
+    if tokens < heal.length:
+        raise SurgeryError(
+            f"the text is too short: it has {tokens} tokens, one row has {heal.length}",
+            where=source.where,
+            fix=f"name longer data, or heal.length={tokens}" if tokens >= 8 else "name longer data",
+        )
+
+
+def _update(digest, texts: Iterable[str]) -> None:
+    for text in texts:
+        raw = text.encode("utf-8")
+        digest.update(f"{len(raw)}\0".encode() + raw)
+
+
+# --- where texts are from -----------------------------------------------------------------------------------
+
+
+def _source(heal, tokenizer) -> Source:
+    name = heal.data
+    if name == BUILTIN:
+        _refuse_columns(heal, name)
+        text = load_text(BUILTIN, "calibration")
+        return Source(text.title, name, iter([text.text]))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Source(path.name, name, _file(path, heal, tokenizer))
+    if path.is_dir():
+        files, tables = _files_in(path, LINES + PLAIN), _files_in(path, TABLES)
+        if files and tables:
+            raise SurgeryError(
+                "this folder holds both text and tables",
+                where=f"heal.data: {name}",
+                exists=f"{files[0].relative_to(path)}, {tables[0].relative_to(path)}",
+                fix="name the file that is meant, or a folder with one kind alone",
+            )
+        if files:
+            return Source(path.resolve().name, name, (text for file in files for text in _file(file, heal, tokenizer)))
+        return Source(path.resolve().name, name, _data_set(str(path), None, heal, tokenizer))
+    endings = (*LINES, *PLAIN, ".json", ".csv", ".parquet")
+    file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
+    if file or not HUB_NAME.fullmatch(name):
+        close = nearest(path.name, [each.name for each in _beside(path)])
+        raise SurgeryError(
+            "no such text file, folder or data set",
+            where=f"heal.data: {name}",
+            exists=close,
+            fix="check the path, or use self (text that the base writes) or builtin",
+        )
+    if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is
+        raise SurgeryError(
+            "there is no file or folder of this name",
+            where=f"heal.data: {name}",
+            fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
+        )
+    repository, _, config = name.partition(":")
+    return Source(name, name, _data_set(repository, config or None, heal, tokenizer))
+
+
+def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The data in a folder: files with these endings that are neither hidden nor about the others."""
+
+    def is_data(file: Path) -> bool:
+        hidden = any(step.startswith(".") for step in file.relative_to(folder).parts)
+        about = file.suffix.lower() in PLAIN and file.stem.lower() in ABOUT
+        return file.suffix.lower() in endings and not hidden and not about and file.is_file()
+
+    return sorted(file for file in folder.rglob("*") if is_data(file))
+
+
+def _beside(path: Path) -> list[Path]:
+    try:
+        return list(path.parent.iterdir())
+    except OSError:
+        return []
+
+
+def _file(path: Path, heal, tokenizer) -> Iterator[str]:
+    text = load_text(path).text  # refuses what is missing, empty, binary or not UTF-8
+    if path.suffix.lower() not in LINES:
+        _refuse_columns(heal, str(path))
+        yield text
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SurgeryError(f"not a line of JSON: {error}", where=where, fix="one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise SurgeryError("this line holds no JSON object", where=where, fix='lines look like {"text": "..."}')
+        yield _text_of(row, heal, tokenizer, where)
+
+
+def _refuse_columns(heal, where: str) -> None:
+    if heal.chat or heal.column:
+        asked = "heal.chat: true" if heal.chat else f"heal.column: {heal.column}"
+        raise SurgeryError(f"{asked} needs rows with columns, a text has none", where=where, fix="name a .jsonl file")
+
+
+def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
+    """Rows of the split "train", one after the other; nothing is downloaded before it is needed."""
+    try:
+        import datasets
+    except ImportError:
+        folder = Path(name).is_dir()
+        what = f"no {', '.join(PLAIN + LINES)} file in this folder" if folder else "no file or folder has this name"
+        raise SurgeryError(
+            f"{what}, and other data sets are read with the package datasets, which is not installed",
+            where=f"heal.data: {name}",
+            fix='pip install "attention-surgery[data]"',
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        for number, row in enumerate(rows):
+            yield _text_of(row, heal, tokenizer, f"{name}, row {number}")
+    except SurgeryError:
+        raise
+    except Exception as error:  # of a dozen kinds, network and formats among them
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SurgeryError(
+            f"the data set cannot be read: {first}",
+            where=f"heal.data: {name}",
+            fix="check its name on the Hub (OWNER/NAME, or OWNER/NAME:CONFIG), or name a local file or folder",
+        ) from error
+
+
+def _text_of(row: dict, heal, tokenizer, where: str) -> str:
+    column = heal.column or (MESSAGES if heal.chat else TEXT)
+    if column not in row:
+        close = nearest(column, row)
+        raise SurgeryError(
+            f"no column {column!r}",
+            where=where,
+            exists=", ".join(map(str, row)),
+            fix=f"heal.column={close or next(iter(row), 'NAME')}",
+        )
+    value = row[column]
+    if not heal.chat:
+        if not isinstance(value, str):
+            fix = "heal.chat=true" if isinstance(value, list) else "name a column that holds text: heal.column=NAME"
+            raise SurgeryError(f"column {column!r} holds no text", where=where, fix=fix)
+        return value
+    if not tokenizer.chat_template:
+        raise SurgeryError("this tokenizer has no chat template", where=where, fix="heal.chat=false")
+    try:
+        return tokenizer.apply_chat_template(value, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SurgeryError(
+            f"the chat template does not take column {column!r}: {first}",
+            where=where,
+            fix='messages look like [{"role": "user", "content": "..."}, ...]',
+        ) from None

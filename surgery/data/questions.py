@@ -1,0 +1,227 @@
+"""Questions with several answers to choose from: made from any text, or read from a file.
+
+Made from a text, a question is: which of four endings continues this passage? The passage ends where a sentence ends,
+the right ending is what follows, and the wrong ones begin at other sentences of the same text. All endings of a
+question have the same number of tokens and follow the same space or empty line, so that neither tells which is right.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
+from surgery.errors import SurgeryError, shown
+from surgery.data.haystack import SENTENCE_START, WORD_START, common
+
+FORMAT = '{"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}'
+SHOWN = 20  # wrong lines of a file that are told one by one
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as text; `answer` is the index of the right one of its `choices`."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question as tokens.
+
+    Attributes:
+        prompt: token ids, BOS included where the tokenizer begins a text with it; at least one.
+        choices: token ids of each choice as they follow the prompt; at least one each.
+        answer: index of the right one.
+    """
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    answer: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest choice."""
+        return len(self.prompt) + max(map(len, self.choices))
+
+
+def make_choices(
+    tokenizer,
+    *,
+    items: int = 320,
+    context: int = 96,
+    ending: int = 16,
+    wrong: int = 3,
+    seed: int = 0,
+    text: str | Path | Text = BUILTIN,
+) -> list[Choice]:
+    """Questions which ending continues a passage; the same ones for the same arguments.
+
+    Args:
+        items: how many questions, each at another place of the text.
+        context: tokens of a passage, BOS not counted.
+        ending: tokens of each ending, right or wrong.
+        wrong: wrong endings; they begin at sentences outside of passage and right ending, drawn from the whole text.
+        seed: of places, wrong endings and their order.
+        text: see `surgery.data.text.load_text`; of the built-in text the held-out part. One that has too few
+            sentences is cut at words.
+
+    Raises:
+        SurgeryError: an argument makes no sense, or the text is too short for so many questions.
+    """
+    if min(items, context, ending, wrong) < 1:
+        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="--choice-items 320")
+    words = load_text(text, part="held-out")
+    made: list[Choice] = []
+    for pattern in (SENTENCE_START, WORD_START):
+        made = _Maker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
+        if len(made) == items:
+            return made
+    raise SurgeryError(
+        f"the text has room for {len(made)} questions of {context} + {ending} tokens, not for {items}",
+        where=words.title,
+        fix="a longer text, or fewer questions (--choice-items)",
+    )
+
+
+class _Maker:
+    """One tokenizer and one text, cut at one kind of place."""
+
+    def __init__(self, tokenizer, text: Text, pattern, context: int, ending: int, wrong: int, seed: int):
+        self.ids, self.context, self.ending, self.wrong = _reader(tokenizer), context, ending, wrong
+        self.bos, self.text = begin_of_text(tokenizer), text.text.strip()
+        self.draw = random.Random(f"{seed} {context} {ending} {wrong}")  # a text seeds the same in every Python
+        # A place is where a sentence starts, and what stands between it and the one before.
+        self.places = [(m.end(), m[0]) for m in pattern.finditer(self.text)]
+        per_token = len(self.text) / max(1, len(self.ids(self.text)))
+        self.before, self.after = (int(3 * n * per_token) + 40 for n in (context, ending))  # letters, with room
+
+    def make(self, items: int) -> list[Choice]:
+        """As many as there is room for, at most `items`."""
+        found: list[Choice] = []
+        for place in self.draw.sample(self.places, len(self.places)):
+            if len(found) == items:
+                break
+            if made := self._at(*place):
+                found.append(made)
+        return found
+
+    def _at(self, place: int, gap: str) -> Choice | None:
+        passage = self.text[max(0, place - self.before) : place].rstrip()
+        right = self.text[place : place + self.after]
+        others = [
+            self.text[other : other + self.after]
+            for other, between in self.draw.sample(self.places, min(len(self.places), 8 * self.wrong))
+            if between == gap and not place - self.before <= other < place + self.after
+        ]
+        plain = self.ids(passage)
+        wholes = [self.ids(passage + gap + ending) for ending in (right, *others)]
+        cut = min(common(plain, whole) for whole in wholes)
+        endings = [tuple(whole[cut : cut + self.ending]) for whole in wholes]
+        kept = list(dict.fromkeys(ending for ending in endings if len(ending) == self.ending))[: 1 + self.wrong]
+        if cut < self.context or len(kept) <= self.wrong or kept[0] != endings[0]:
+            return None
+        order = self.draw.sample(kept, len(kept))
+        return Choice((*self.bos, *plain[cut - self.context : cut]), tuple(order), order.index(kept[0]))
+
+
+def read_questions(file: str | Path) -> list[Question]:
+    """Questions of a JSONL file: one object a line, with `prompt`, `choices` and `answer`; other keys are let be.
+
+    The answer is the index of the right choice, from 0, or its text. Empty lines are skipped.
+
+    Raises:
+        SurgeryError: no such file, no questions, or lines that are none: all of them at once, the first 20 with what
+            is wrong.
+    """
+    questions, faults = [], []
+    for number, line in enumerate(load_text(Path(file)).text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(line))
+        except ValueError as error:
+            faults.append(SurgeryError(str(error), where=f"{file}:{number}"))
+    if faults:
+        first, *rest = faults[:SHOWN]
+        more = len(faults) - SHOWN
+        rest += [SurgeryError(f"and {more:,} more lines that are no questions", where=str(file))] * (more > 0)
+        raise SurgeryError(first.what, where=first.where, fix=f"a line is {FORMAT}", others=tuple(rest))
+    return questions
+
+
+def faults_of(file: str | Path, fewest: int = 8) -> list[str]:
+    """Why a file of questions cannot be searched on, a sentence each: its faults, or that it has fewer than these."""
+    try:
+        count = len({*read_questions(file)})
+    except SurgeryError as error:
+        faults = [f"labelled: {fault.where}: {fault.what}" for fault in (error, *error.others)]
+        return ["; ".join(filter(None, (faults[0], error.fix))), *faults[1:]]
+    few = f"labelled: {file} has {count} different questions; at least {fewest} are needed"
+    return [few] if count < fewest else []
+
+
+def _question(line: str) -> Question:
+    """A line's question; a ValueError says what it lacks."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this is not JSON: {getattr(error, 'msg', 'too deep')}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"a question is an object, this is {shown(data)}")
+    if missing := [key for key in ("prompt", "choices", "answer") if key not in data]:
+        raise ValueError(f"the key {missing[0]!r} is missing; there is: {', '.join(data) or 'none'}")
+    prompt, choices, answer = data["prompt"], data["choices"], data["answer"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt should be text, it is {shown(prompt)}")
+    if not isinstance(choices, list) or not all(isinstance(each, str) and each.strip() for each in choices):
+        raise ValueError(f"choices should be a list of texts, it is {shown(choices)}")
+    if len({each.strip() for each in choices}) != len(choices) or len(choices) < 2:
+        raise ValueError(f"choices should be two or more that differ, it is {shown(choices)}")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer should be 0 to {len(choices) - 1} or one of the choices, it is {shown(answer)}")
+    return Question(prompt, tuple(choices), answer)
+
+
+def encode(tokenizer, questions: Sequence[Question]) -> list[Choice]:
+    """Questions as tokens.
+
+    A space is put between prompt and choice where neither brings one, unless they meet in a script that is written
+    without spaces. What prompt and choice share of a token belongs to the choices, of all of them alike.
+
+    Raises:
+        SurgeryError: a prompt or a choice of which the tokenizer leaves nothing.
+    """
+    ids, bos = _reader(tokenizer), begin_of_text(tokenizer)
+    made = []
+    for number, question in enumerate(questions, 1):
+        plain = bos + ids(question.prompt)
+        wholes = [bos + ids(_joined(question.prompt, choice)) for choice in question.choices]
+        cut = min(common(plain, whole) for whole in wholes)
+        choices = tuple(tuple(whole[cut:]) for whole in wholes)
+        if not cut or not all(choices):
+            what = "prompt" if not cut else "choice"
+            raise SurgeryError(
+                f"the tokenizer leaves nothing of a {what} of question {number}: {shown(question.prompt)}",
+                fix=f"a longer {what}",
+            )
+        made.append(Choice(tuple(plain[:cut]), choices, question.answer))
+    return made
+
+
+def _joined(prompt: str, choice: str) -> str:
+    end, begin = prompt[-1], choice[0]
+    spaced = end.isspace() or begin.isspace() or {"W", "F"} & set(map(unicodedata.east_asian_width, (end, begin)))
+    return prompt + choice if spaced else f"{prompt} {choice}"
+
+
+def _reader(tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,275 @@
+"""Text to measure a model on: Python's own language reference, or the user's file.
+
+Built in is `pydoc_data.topics` of the standard library: what `help("with")` prints, some 300 KB of English
+with code after the repeats and the mark-up are out. Nothing is downloaded and nothing is shipped. It differs
+between Python versions, so every figure names the text by title and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+BUILTIN = "builtin"
+SELF_TEXT = "self-text"  # files of what a model wrote itself (self_text.py)
+# Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
+# (examples/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
+BATCH = 64
+PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
+
+_OWN_FILE = "give a UTF-8 text file of your own: --text FILE"
+_SHORT = 40  # characters; a paragraph shorter than this may stand in both parts ("Changed in version 3.8.")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and its name.
+
+    Attributes:
+        title: what a figure measured on it is labelled with.
+        sha256: of `text` in UTF-8, 64 hex digits.
+        text: the text itself.
+    """
+
+    title: str
+    sha256: str
+    text: str
+
+
+def load_text(source: str | Path | Text = BUILTIN, part: str = "held-out") -> Text:
+    """The built-in text, or a file.
+
+    Args:
+        source: "builtin"; or the path of a UTF-8 text file; or a `Text`, which is returned as it is.
+        part: "calibration" (two thirds) or "held-out" (one third) of the built-in text. The parts share no
+            topic, and no paragraph of 40 characters or more. A file is always taken whole: who calibrates on
+            a file should evaluate on another.
+
+    Raises:
+        SurgeryError: unknown part; no `pydoc_data` in this Python; a file that is missing, empty or not text.
+    """
+    if part not in PARTS:
+        raise SurgeryError(
+            f"no part {part!r} of the text",
+            exists=", ".join(PARTS),
+            fix=f"use {nearest(part, PARTS) or 'held-out'}",
+        )
+    if isinstance(source, Text):
+        return source
+    if source == BUILTIN:
+        import platform
+
+        major, minor, _ = platform.python_version_tuple()
+        title = f"Python {major}.{minor} language reference (pydoc_data.topics), {part} part"
+        return _named(title, _builtin()[part])
+    return _named(Path(source).name, _read(Path(source)))
+
+
+def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> torch.Tensor:
+    """Non-overlapping pieces of a text, spread evenly over all of it.
+
+    No special token is added, except that a tokenizer which by itself begins a text with BOS gets it as the
+    first token of every window (models of that kind are lost without it).
+
+    Args:
+        text: what to cut.
+        tokenizer: a Transformers tokenizer.
+        length: tokens in a window, BOS included; at least 2.
+        count: number of windows; at least 1.
+
+    Returns:
+        LongTensor [count, length].
+
+    Raises:
+        SurgeryError: the text is too short; `length` or `count` makes no sense.
+    """
+    import torch
+
+    if length < 2 or count < 1:
+        raise SurgeryError(
+            f"{count} windows of {length} tokens cannot be measured", fix="use at least 1 window of 2 tokens"
+        )
+    words = text.text if isinstance(text, Text) else text
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    start = begin_of_text(tokenizer)
+    body = length - len(start)
+    if len(ids) < count * body:
+        raise SurgeryError(
+            f"the text is too short: it has {len(ids)} tokens, {count} windows of {length} need {count * body}",
+            where=text.title if isinstance(text, Text) else "",
+            fix=_shorter(len(ids), body),
+        )
+    firsts = [number * len(ids) // count for number in range(count)]
+    return torch.tensor([start + ids[first : first + body] for first in firsts], dtype=torch.long)
+
+
+def _shorter(tokens: int, body: int) -> str:
+    fits = tokens // body
+    return f"use a longer text, or at most {fits} windows" if fits else "use a longer text, or shorter windows"
+
+
+def fitting_length(model, length: int) -> int:
+    """`length`, cut to the positions that the model has."""
+    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def written_pieces(text: str, samples: int) -> int:
+    """How many pieces of a calibration text of that name the model writes itself."""
+    return {"self": samples, "mixed": samples // 2}.get(text, 0)
+
+
+def begun(pieces: int) -> int:
+    """Samples that a model begins at a time to write so many pieces: some end early, and one batch should do."""
+    return min(BATCH, pieces + 2 * pieces // 5)
+
+
+def begin_of_text(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer begins a text with it unasked, else []."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    added, plain = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
+    return [bos] if bos is not None and added[:1] == [bos] and plain[:1] != [bos] else []
+
+
+def _named(title: str, text: str) -> Text:
+    return Text(title=title, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(), text=text)
+
+
+def _read(path: Path) -> str:
+    """The text of a file, line ends as \\n; every way in which it is no text is a SurgeryError."""
+    where = str(path)
+    if path.is_dir():
+        raise SurgeryError("this is a folder, not a text file", where=where, fix="name one UTF-8 text file")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise SurgeryError("no such text file", where=where, fix=f"check the path, or use {BUILTIN}") from error
+    except OSError as error:
+        raise SurgeryError(f"cannot read the text file: {error}", where=where) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SurgeryError(
+            f"not UTF-8 text (byte {error.start})", where=where, fix="save it as UTF-8, or name another file"
+        ) from error
+    if "\0" in text:
+        raise SurgeryError("a binary file, not text", where=where, fix="name a UTF-8 text file")
+    if not text.strip():
+        raise SurgeryError("the text file is empty", where=where, fix="name a file with text in it")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- the built-in text --------------------------------------------------------------------------------------
+
+
+def _builtin() -> dict[str, str]:
+    """The parts of Python's language reference, each a plain text; the same on every run of one Python."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:  # some Linux packages of Python leave it out
+        raise SurgeryError("this Python has no pydoc_data, the built-in text", fix=_OWN_FILE) from error
+    return _split(_without_repeats({name: plain(text) for name, text in topics.items()}))
+
+
+def _without_repeats(topics: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Topics whose long paragraphs occur once in all of them together.
+
+    "with" is a topic of its own and a section of "compound": the longest topic keeps what several share,
+    since there it stands in its context.
+    """
+    seen: set[str] = set()
+    kept = {}
+    for name in sorted(topics, key=lambda name: (-sum(map(len, topics[name])), name)):
+        kept[name] = []
+        for paragraph in topics[name]:
+            # Compared without spaces, marks and digits: copies differ in indentation and footnote numbers.
+            key = "".join(re.findall(r"[^\W\d_]+", paragraph.lower()))
+            if len(paragraph) < _SHORT or key not in seen:
+                kept[name].append(paragraph)
+            seen.add(key)
+    # What is left of a topic that was mostly a copy are headings and scraps.
+    return {name: rest for name, rest in sorted(kept.items()) if sum(map(len, rest)) >= 500}
+
+
+def _split(topics: dict[str, list[str]]) -> dict[str, str]:
+    """Deal whole topics to the parts, the longest first, each to the part that is furthest behind its share."""
+    size = dict.fromkeys(PARTS, 0)
+    names: dict[str, list[str]] = {part: [] for part in PARTS}
+    for name in sorted(topics, key=lambda name: (-sum(map(len, topics[name])), name)):
+        part = min(PARTS, key=lambda part: size[part] / PARTS[part])
+        size[part] += sum(map(len, topics[name]))
+        names[part].append(name)
+    return {
+        part: "\n\n".join(paragraph for name in sorted(chosen) for paragraph in topics[name]) + "\n"
+        for part, chosen in names.items()
+    }
+
+
+def plain(text: str) -> list[str]:
+    """A help topic as paragraphs of plain text, mark-up taken out.
+
+    Prose is joined to one line a paragraph; code keeps its lines and its inner indentation. Underlines,
+    grammar rules, tables, directives, role names, emphasis, footnote marks and cross-reference lines are
+    dropped.
+    """
+    paragraphs: list[str] = []
+    code_at = None  # indentation of the code block that we are in
+    before, before_at = "", 0  # the prose block before this one, and its indentation
+    for block in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs(4)):
+        lines = [line.rstrip() for line in block.split("\n") if not _is_markup(line)]
+        if not lines or any("::=" in line for line in lines):
+            continue
+        at = min(len(line) - len(line.lstrip()) for line in lines)
+        if code_at is None or at < code_at:
+            code_at = at if _begins_code(lines, at, before, before_at) else None
+        if code_at is not None:
+            paragraphs.append("\n".join("    " + line[code_at:] for line in lines))
+            if at <= before_at:  # code that stands as far left as the prose ends with its block
+                code_at = None
+            continue
+        before, before_at = _prose(lines), at
+        if before not in ("Note:", "See also:", "Warning:"):
+            paragraphs.append(before)
+    return paragraphs
+
+
+def _is_markup(line: str) -> bool:
+    """Underlines, table rows, directives, the footnote heading, lists of cross references, empty lines."""
+    line = line.strip()
+    return not line or bool(
+        re.fullmatch(r"([*=\-~^#\"+])\1{2,}", line)
+        or re.match(r"[+|].*[+|]$|\.\. |-\[.*\]-$|:\w+:( |$)|Related help topics:", line)
+    )
+
+
+def _begins_code(lines: list[str], at: int, before: str, before_at: int) -> bool:
+    """Whether a block is code: it looks like it, or is indented under a sentence that announces it."""
+    if re.match(r"\s*(>>> |\$ |> \S+\.py|(def|class|for|while|with|if) .*:( pass)?$)", lines[0]):
+        return True
+    if at < before_at + 3 or before in ("Note:", "See also:", "Warning:"):
+        return False
+    # "is equivalent to" announces code without a colon; a signature above its description has fewer words.
+    unfinished = len(re.findall(r"\b[a-z]{2,}\b", before)) >= 4 and before[-1] not in ".)"
+    return before.endswith((":", "::")) or unfinished
+
+
+def _prose(lines: list[str]) -> str:
+    """The lines of a paragraph as one, without inline mark-up."""
+    joined = ""
+    for line in lines:
+        # "quote-" at the end of a line goes on without a space.
+        gap = "" if not joined or re.search(r"\w-$", joined) else " "
+        joined += gap + line.strip()
+    joined = re.sub(r":\w+(?::\w+)?:`([^`]*)`", r"\1", joined)  # :ref:`name`
+    joined = re.sub(r"`+([^`]+)`+_?", r"\1", joined)
+    joined = re.sub(r"(?<![\w*\"'])(\*\*?)(?=[^\s*])([^*\"]*[^\s*\"])\1(?![\w*])", r"\2", joined)  # *emphasis*
+    joined = re.sub(r"^\[\d+\]\s+|\s+\[\d+\](?=[\s.,;:)]|$)", "", joined)  # footnote marks, not "a[0]"
+    joined = re.sub(r"^[*•] ", "- ", joined)
+    return re.sub(r"\s+", " ", joined).strip()

@@ -1,0 +1,254 @@
+"""From which position on sparse prefill pays on this machine: its `dense_below`, measured.
+
+What a layer's attention is given on a text is kept, and that attention is timed on it in turn: dense, and sparse from
+a candidate on. A candidate fits if neither a prompt that is a quarter longer nor one that is twice as long takes more
+than `LIMIT` of dense's time: every block beyond saves more than the one before. The smallest that fits is taken. The
+attention alone is timed: of a whole prompt its share grows with the length, so a prompt as a whole loses less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import SurgeryError
+
+CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+LIMIT = 1.02
+LAYERS = 4  # that are timed, evenly spaced among those whose prefill is sparse
+SHORTEST = 0.05  # seconds that a timing lasts at least; a shorter call is repeated
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt whose first `dense_below` positions are dense.
+
+    Attributes:
+        dense, sparse: seconds of one layer's attention, mean over the layers, median over the rounds.
+        ratio: sparse to dense, median over the rounds.
+    """
+
+    dense_below: int
+    length: int
+    dense: float
+    sparse: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and what follows.
+
+    Attributes:
+        dense_below: the value; the model's positions where no candidate fits: then no prompt is sparse.
+        before: the values that its layers have.
+        fits: whether a candidate fits.
+        trials: in the order in which they were run.
+        machine, text: what they were run on.
+        layers: that were timed.
+        rounds: repetitions.
+    """
+
+    dense_below: int
+    before: list[int]
+    fits: bool
+    trials: list[Trial]
+    machine: str
+    text: str
+    layers: list[int]
+    rounds: int
+
+    @property
+    def tried(self) -> int:
+        """Tokens of the longest prompt that was timed."""
+        return max(trial.length for trial in self.trials)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibrate(
+    out: str | Path,
+    *,
+    candidates: tuple[int, ...] | None = None,
+    rounds: int = 5,
+    text: str = "builtin",
+    device: str = "cpu",
+    progress=None,
+) -> Calibration:
+    """Find the `dense_below` of a checkpoint with sparse prefill on this machine.
+
+    Args:
+        out: its folder.
+        candidates: in tokens; each needs a text and positions for twice as many. Default: `CANDIDATES`.
+        rounds: repetitions of every timing.
+        text: see `load_text`; of the built-in text the calibration part.
+        device: "cpu" or "cuda".
+        progress: called as progress(candidates done, candidates, "calibrate").
+
+    Raises:
+        SurgeryError: no layer's prefill is sparse, no candidate can be tried, the text is too short.
+    """
+    from surgery.data.text import load_text, windows
+    from surgery.io.loading import load_model, read_tokenizer
+    from surgery.evaluation.benchmark.run import device_of, machine_name
+    from surgery.evaluation.benchmark.synthetic import spaced_layers
+
+    place, loaded = device_of(device), load_text(text, "calibration")
+    model = load_model(Path(out)).to(place).eval()
+    entries = [layer.get("sparse") for layer in (getattr(model.config, "surgery", None) or {"layers": []})["layers"]]
+    sparse = [number for number, entry in enumerate(entries) if entry]
+    if not sparse:
+        fix = "surgery apply sparse-prefill MODEL -o OUT"
+        raise SurgeryError("no layer of this checkpoint has a sparse prefill to calibrate", where=str(out), fix=fix)
+    layers = [sparse[place] for place in spaced_layers(len(sparse), min(LAYERS, len(sparse)))]
+    block = max(entries[number]["block"] for number in sparse)
+    tokenizer, trials, value = read_tokenizer(Path(out)), [], None
+    tokens = len(tokenizer(loaded.text, add_special_tokens=False, verbose=False)["input_ids"])
+    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    longest = min(positions, tokens)
+    tried = [n for n in sorted(set(candidates or CANDIDATES)) if block <= n <= longest // 2]
+    if not tried:
+        raise SurgeryError(
+            f"no candidate can be tried: they are from a block ({block}) to half of {longest:,} tokens, which is what "
+            f"the model's {positions:,} positions and the {tokens:,} tokens of the text allow",
+            where=str(out),
+            fix="other --lengths, or a longer --text",
+        )
+    ids = windows(loaded, tokenizer, 2 * tried[-1], 1).to(place)
+    for number, candidate in enumerate(tried):
+        calls = _calls(model, ids[:, : 2 * candidate], layers)
+        for length in sorted({max(candidate * 5 // 4, candidate + block), 2 * candidate}):
+            trials.append(_trial(calls, candidate, length, rounds))
+        if progress:
+            progress(number + 1, len(tried), "calibrate")
+        if max(trial.ratio for trial in trials if trial.dense_below == candidate) <= LIMIT:
+            value = candidate
+            break
+    before = sorted({entries[number].get("dense_below", 0) for number in sparse})
+    facts = (trials, machine_name(place), loaded.title, layers, rounds)
+    return Calibration(positions if value is None else value, before, value is not None, *facts)
+
+
+def _calls(model, ids, layers: list[int]) -> list[tuple]:
+    """What the attention of some layers is given in a prompt: (module, query, key, value, other arguments)."""
+    import torch
+
+    from surgery.calibration.attention_hook import watched
+    from surgery.runtime.surgery_attention import surgery_attention
+
+    found = []
+
+    def attention(module, query, key, value, mask, **kwargs):
+        if module.layer_idx in layers:
+            found.append((module, query, key, value, kwargs))
+        return surgery_attention(module, query, key, value, mask, **kwargs)
+
+    with watched(model, attention, split=True), torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    return found
+
+
+def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> Trial:
+    """Both ways in turn; a round's time is that of all layers."""
+    repeats, times = 1, []
+    for number in range(rounds + 1):  # the first counts for nothing but the number of repeats
+        dense, sparse = (
+            sum(_seconds(call, length, below, repeats) for call in calls) for below in (None, dense_below)
+        )
+        if number:
+            times.append((dense, sparse))
+        else:
+            repeats = max(1, round(SHORTEST * len(calls) / dense))
+    dense, sparse = (statistics.median(column) / len(calls) for column in zip(*times, strict=True))
+    return Trial(dense_below, length, dense, sparse, statistics.median(one / other for other, one in times))
+
+
+def _seconds(call: tuple, length: int, dense_below: int | None, repeats: int) -> float:
+    """Seconds of a layer's attention on the first `length` tokens; dense_below None: dense throughout."""
+    import torch
+
+    from surgery.runtime.surgery_attention import surgery_attention
+    from surgery.evaluation.benchmark.run import wait
+
+    module, *tensors, others = call
+    parts = [tensor[:, :, :length] for tensor in tensors]
+    with torch.no_grad(), _dense_below(module, dense_below):
+        wait(parts[0].device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            surgery_attention(module, *parts, None, **others)
+        wait(parts[0].device)
+        return (time.perf_counter() - begin) / repeats
+
+
+@contextmanager
+def _dense_below(module, tokens: int | None):
+    own = module.surgery_sparse
+    module.surgery_sparse = tokens if tokens is None else [one and replace(one, dense_below=tokens) for one in own]
+    try:
+        yield
+    finally:
+        module.surgery_sparse = own
+
+
+def write(folder: str | Path, found: Calibration):
+    """Give a checkpoint the `dense_below` that was found: config.json, surgery.json and the card.
+
+    A larger value reads more than what was scored: the scores stay, and the card says of which value they are. With a
+    smaller one they say nothing any more, and are taken out.
+
+    Returns:
+        The `Report`, saved.
+
+    Raises:
+        SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
+    """
+    from surgery.io.model_folder import read_json
+    from surgery.io.output_folder import machine_errors, write_json
+    from surgery.report.report import Report
+
+    if not found.fits and found.tried < found.dense_below:
+        raise SurgeryError(
+            f"nothing was written: no prompt of up to {found.tried:,} tokens should be sparse here, and longer ones "
+            f"(the model has {found.dense_below:,} positions) were not tried",
+            where=str(folder),
+            fix="give a longer --text and larger --lengths, or convert the base with a dense_below of yours",
+        )
+    folder = Path(folder)
+    report, config = Report.of(folder), read_json(folder / "config.json")
+    value, data = found.dense_below, report.data
+    for entry in (layer["sparse"] for layer in config["surgery"]["layers"] if "sparse" in layer):
+        entry["dense_below"] = value
+    steps = [step for step in data["recipe"]["operations"] if step.get("op") == "sparse_prefill"]
+    for step in steps:
+        step["dense_below"] = value
+        for changes in (step.get("per_layer") or {}).values():
+            changes.pop("dense_below", None)
+    if [value] != found.before:
+        _note_change(data, found)
+    data["calibration"] = found.to_dict()
+    with machine_errors(folder):
+        write_json(folder / "config.json", config)
+        report.save()
+    return report
+
+
+def _note_change(data: dict, found: Calibration) -> None:
+    """Say in a record that `dense_below` is another one now."""
+    value, before = found.dense_below, " or ".join(f"{tokens:,}" for tokens in found.before)
+    plan, scored = data["plan"], data["evaluation"] is not None
+    for old in found.before:
+        words = [f"prompts beyond {tokens:,} tokens" for tokens in (old, value)]
+        plan["changes"] = [line.replace(*words) for line in plan["changes"]]
+    plan["notes"].append(f"dense_below was {before} and became {value:,} by calibration on {found.machine}")
+    data["overrides"].append(f"sparse_prefill.dense_below={value}")
+    if value < max(found.before):
+        data["evaluation"] = None
+        data["gate"] = {"status": "not run", "limits": data["gate"]["limits"]}
+    elif scored:
+        plan["notes"].append(f"the scores are of dense_below {before}: this model reads more than that")

@@ -1,0 +1,176 @@
+"""Base and patched model for a benchmark: loaded, or random ones of their shape; what does not belong together is
+refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import MachineError, SurgeryError
+from surgery.evaluation.benchmark.synthetic import even_split, random_model, spaced_layers, synthetic_config
+
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+
+
+def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]:
+    """Whether two models can be compared at all, by their configs and the record in `out`.
+
+    Returns:
+        Notes: why it is not sure that `out` was made from this base.
+
+    Raises:
+        SurgeryError: models of different shape; attention may differ, the rest not.
+    """
+    from surgery.report.report import FILE, Report
+    from surgery.report.lineage import another_base
+
+    for name in SHAPE:
+        theirs, ours = (getattr(config.get_text_config(), name, None) for config in (base, out))
+        if theirs != ours:
+            raise SurgeryError(
+                f"not made from this base: its {name} is {ours}, the base's is {theirs}",
+                where=str(out_name),
+                fix="--base the model that it was made from",
+            )
+    if not (Path(out_name) / FILE).is_file():
+        return [f"no {FILE} in {out_name}: it is not known which base it was made from"]
+    reason = another_base(Report.of(out_name).data["base"], base_name)
+    return [f"the base: {reason}"] if reason else []
+
+
+def loaded_pair(base, out, base_folder: Path, out_folder: Path, positions: int) -> tuple[Any, Any, dict]:
+    """Both models with their own weights, and no facts to add.
+
+    Raises:
+        SurgeryError: more positions asked for than the base has.
+        MachineError: not enough memory.
+    """
+    from surgery.io.loading import load_model
+
+    longest = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if longest and positions > longest:
+        raise SurgeryError(
+            f"{positions} tokens with those decoded are beyond the base's {longest} positions",
+            fix="shorter --lengths, or --synthetic (random weights of the same shape)",
+        )
+    weights = sum(file.stat().st_size for folder in (base_folder, out_folder) for file in folder.glob("*.safetensors"))
+    _refuse_too_big(weights, base, positions)
+    return load_model(base_folder), load_model(out_folder), {}
+
+
+def random_pair(base, out, positions: int, layers: int | None, ratio: float | None) -> tuple[Any, Any, dict]:
+    """Both models with random weights and `positions` positions.
+
+    Args:
+        layers: how many; None for all.
+        ratio: share of streaming KV heads, at random over all layers; None for the split of `out`.
+
+    Returns:
+        Both, and which layers they stand for.
+
+    Raises:
+        SurgeryError: layers or ratio out of range, a composite, a ratio where `out` has no head split.
+        MachineError: not enough memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if base.get_text_config() is not base:
+        raise SurgeryError("composites (vision + text) have no synthetic counterpart", fix="leave out --synthetic")
+    depth = base.num_hidden_layers
+    kept = spaced_layers(depth, layers)
+    stock, patched = (synthetic_config(config, kept, positions) for config in (base, out))
+    block = getattr(patched, "surgery", None)
+    if ratio is not None:
+        if not block:
+            raise SurgeryError("a ratio needs a checkpoint with a head split", where="--ratio", fix="leave it out")
+        patched.surgery = {**block, "layers": even_split(block["layers"], _kv_heads(patched), ratio)}
+    weights = 0
+    for config in (stock, patched):
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        weights += sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+    _refuse_too_big(weights, stock, positions)
+    facts = {"layers_of_the_base": depth, "layers_kept": kept, "ratio_asked": ratio}
+    models = random_model(stock), random_model(patched)
+    _random_routers(models[1])
+    return *models, facts
+
+
+def _random_routers(model) -> None:
+    """A router of zeros, as a new one is, turns on the same heads for all tokens."""
+    import torch
+
+    for module in model.modules():
+        if (router := getattr(module, "surgery_router", None)) is not None:
+            generator = torch.Generator().manual_seed(module.layer_idx)
+            router.data.copy_(torch.randn(router.shape, generator=generator) * router.shape[1] ** -0.5)
+
+
+def split_facts(config) -> dict[str, Any] | None:
+    """The head split of a config in figures; None for a native model."""
+    block = getattr(config, "surgery", None)
+    if not block:
+        return None
+    per_layer = [len(layer.get("streaming", [])) for layer in block["layers"]]
+    heads = sum(_kv_heads(config))
+    reach = {(layer["sinks"], layer["window"]) for layer in block["layers"] if layer.get("streaming")}
+    return {
+        "streaming": sum(per_layer),
+        "kv_heads": heads,
+        "ratio": sum(per_layer) / heads,
+        "streaming_per_layer": per_layer,
+        "sinks_and_windows": sorted(map(list, reach)),
+    }
+
+
+def gate_facts(config) -> dict[str, Any] | None:
+    """The gates of a config in figures; None where no layer has one."""
+    from surgery.runtime.surgery_gates import Gate
+    from surgery.runtime.surgery_heads import query_groups
+
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    gates = [Gate.of(layer["gate"], query_groups(config, layer)) for layer in layers if "gate" in layer]
+    if not gates:
+        return None
+    kinds = sorted({gate.kind for gate in gates})
+    return {"layers": len(gates), "kinds": kinds, "on": sum(gate.on / gate.units for gate in gates) / len(gates)}
+
+
+def sparse_facts(config) -> dict[str, Any] | None:
+    """The sparse prefill of a config in figures; None where no layer has one.
+
+    `by_text`: how many blocks are read follows from text and weights, not from the settings alone.
+    """
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    if not (entries := [layer["sparse"] for layer in layers if "sparse" in layer]):
+        return None
+    by_text = any("density" not in entry and entry["method"] not in ("streaming", "tri_shape") for entry in entries)
+    below = sorted({entry.get("dense_below", 0) for entry in entries})
+    methods = sorted({entry["method"] for entry in entries})
+    return {"layers": len(entries), "methods": methods, "dense_below": below, "by_text": by_text}
+
+
+def _kv_heads(config) -> list[int]:
+    """KV heads of each layer of a surgical config."""
+    from surgery.runtime.surgery_heads import query_groups
+
+    return [len(query_groups(config, layer)) for layer in config.surgery["layers"]]
+
+
+def _refuse_too_big(weights: int, config, positions: int) -> None:
+    """An estimate: weights of both models, and for the longest prompt the base's cache, while a layer of it is copied,
+    and four tensors of a layer's width."""
+    from surgery.io.loading import too_big
+
+    text = config.get_text_config()
+    size = getattr(getattr(config, "dtype", None), "itemsize", None) or 4
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    cache = 2 * heads * head * (text.num_hidden_layers + 1)
+    width = max(getattr(text, "intermediate_size", None) or 0, text.hidden_size)
+    if reason := too_big(weights, extra=positions * size * (cache + 4 * width)):
+        raise MachineError(
+            f"the benchmark {reason}", fix="shorter --lengths, or --synthetic --layers N (fewer layers)"
+        )

@@ -1,0 +1,277 @@
+"""How long prefill and decoding take and what memory they need: base and patched model, interleaved in one run.
+
+A surgery is credited only with what it does beyond our own plainest version: the patched model is compared with
+the stock model on `DynamicCache`, and with itself with all heads full and on, on the block-growing cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import MachineError, SurgeryError
+from surgery.evaluation.benchmark.models import compare, gate_facts, loaded_pair, random_pair, sparse_facts, split_facts
+from surgery.machine.peak_memory import PeakMemory
+from surgery.evaluation.benchmark.prompts import make_prompts
+from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
+
+# What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
+SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model under a name, and the `surgery` block to give it before it runs, if any."""
+
+    name: str
+    model: Any
+    block: dict | None = None
+
+    def ready(self):
+        from surgery.runtime.modeling_surgery import attach
+
+        if self.block:
+            self.model.config.surgery = self.block
+            attach(self.model)
+        return self.model
+
+
+def bench(
+    out: str | Path,
+    base: str | Path,
+    *,
+    lengths: tuple[int, ...] = (512, 2048, 8000),
+    rounds: int = 3,
+    decode: int = 16,
+    synthetic: bool = False,
+    layers: int | None = None,
+    ratio: float | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Benchmark:
+    """Time a checkpoint against its base on text (random tokens where weights are random), batch 1.
+
+    Before the rounds of a length every model runs once untimed: its peak memory is taken then.
+
+    Args:
+        out: checkpoint with a head split; one without gives two rows, base and patched.
+        base: folder, name or Hub id of the model it was made from.
+        lengths: prompt lengths in tokens.
+        rounds: repetitions; the models take turns, and another one begins each round.
+        decode: tokens timed after each prompt. One more goes before them, in which a cache makes room.
+        synthetic: random weights, and as many positions as the lengths need.
+        layers: of a synthetic model; fewer than the base's are evenly spaced among them, with their head split.
+        ratio: of a synthetic model: this share of the KV heads streams, chosen at random, instead of `out`'s split.
+        device: "cpu" or "cuda".
+        progress: called as progress(tokens done, tokens in all, "bench").
+
+    Raises:
+        SurgeryError: settings out of range, a length beyond the base's positions, models of different shape.
+        MachineError: no such device, too little memory.
+    """
+    from surgery.io.hub import resolve
+    from surgery.io.loading import read_config
+
+    _refuse(lengths, rounds, decode, synthetic, layers, ratio)
+    lengths, place = tuple(dict.fromkeys(lengths)), device_of(device)
+    folder, positions = resolve(str(base), weights=not synthetic).path, max(lengths) + 1 + decode
+    configs = read_config(folder), read_config(out)
+    notes = compare(*configs, base, out)
+    if synthetic:
+        stock, model, facts = random_pair(*configs, positions, layers, ratio)
+    else:
+        stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
+    block = getattr(model.config, "surgery", None)
+    split, gate, sparse = split_facts(model.config), gate_facts(model.config), sparse_facts(model.config)
+    contenders = [Contender(STOCK, stock), Contender(SPLIT, model, block)]
+    if block:
+        full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
+        contenders.insert(1, Contender(FULL, model, {**block, "layers": full}))
+    text = stock.config.get_text_config()
+    facts = {
+        "layers": text.num_hidden_layers,
+        "dtype": str(stock.dtype).removeprefix("torch."),
+        "base_attention": text._attn_implementation,
+        "base_cache": "its own cache" if getattr(stock.config, "surgery", None) else "DynamicCache",
+        "synthetic": synthetic,
+        **facts,
+    }
+    prompts, facts["prompts"], reason = make_prompts(None if synthetic else folder, text.vocab_size, lengths)
+    notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
+    if sparse and sparse["by_text"] and (synthetic or reason):
+        notes.append(
+            "how many blocks the sparse prefill reads follows from text and weights: random ones have it read far "
+            "more. A density is kept in any case (a recipe with density=0.2 gamma=null)"
+        )
+    with _out_of_memory(place):
+        for each in (stock, model):
+            _touch(each.to(place).eval())
+        with _short_collections():
+            timings = _all_rounds(contenders, prompts, rounds, decode, place, progress)
+    return Benchmark(machine_name(place), facts, split, gate, rounds, decode, timings, notes, sparse)
+
+
+def _all_rounds(contenders, prompts, rounds, decode, place, progress) -> list[Timing]:
+    done, total, timings = 0, sum(prompts) * (rounds + 1) * len(contenders), []
+    for length, ids in prompts.items():
+        ids = ids.to(place)
+        samples: dict[str, list] = {each.name: [] for each in contenders}
+        peaks: dict[str, tuple[int | None, dict]] = {}
+        for turn in range(rounds + 1):
+            first = turn % len(contenders)
+            for each in contenders[first:] + contenders[:first]:
+                if turn == 0:
+                    peaks[each.name] = _peak(each.ready(), ids, place)
+                else:
+                    samples[each.name].append(_run(each.ready(), ids, decode))
+                done += length
+                if progress:
+                    progress(done, total, "bench")
+        for name, values in samples.items():
+            prefill, token, *held = zip(*values, strict=True)
+            timings.append(Timing(name, length, prefill, token, *map(max, held), *peaks[name]))
+    return timings
+
+
+def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
+    """Seconds of a prefill and of one decoded token, bytes held by the cache after the prompt and at the end."""
+    import torch
+
+    from surgery.runtime.modeling_surgery import CACHE
+
+    seconds, given = [], {"input_ids": ids, "logits_to_keep": 1}
+    gc.collect()
+    with torch.no_grad():
+        for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, those that count
+            wait(ids.device)
+            begin = time.perf_counter()
+            out = model(**given, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            wait(ids.device)
+            seconds.append(time.perf_counter() - begin)
+            if len(seconds) == 1:
+                held = cache_bytes(out[CACHE])
+            given = {"input_ids": token, CACHE: out[CACHE]}
+    return seconds[0], statistics.median(seconds[2:]), held, cache_bytes(out[CACHE])
+
+
+def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
+    """Most bytes that a prefill takes beyond the weights, and its multiply-adds as `Timing.work` has them.
+
+    Decodes a token afterwards, so that all has run once.
+    """
+    import torch
+
+    from surgery.runtime.modeling_surgery import CACHE
+    from surgery.runtime.surgery_skipping import counted
+
+    with torch.no_grad():
+        with PeakMemory(place) as peak, counted(model) as work:
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
+    return peak.bytes, {part: [done, work.whole[part]] for part, done in work.done.items()}
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of the tensors that a cache really holds."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    tensors = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """ "512,2k,8k" as numbers of tokens (k: thousands).
+
+    Raises:
+        SurgeryError: not positive whole numbers.
+    """
+    try:
+        lengths = tuple(int(part.strip().lower().replace("k", "000")) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="--lengths 512,2k")
+    return lengths
+
+
+def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
+    for name, value in (("rounds", rounds), ("decode", decode), *(("lengths", length) for length in lengths)):
+        if type(value) is not int or value < 1:
+            raise SurgeryError(f"{name} must be whole numbers from 1, not {value!r}", where="bench")
+    if not lengths:
+        raise SurgeryError("no length to measure", where="bench", fix="lengths=(512, 2048)")
+    if not synthetic and (layers is not None or ratio is not None):
+        raise SurgeryError("layers and ratio are of random models", where="bench", fix="add --synthetic")
+
+
+def device_of(name: str):
+    import torch
+
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise SurgeryError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"PyTorch sees no such device: {name}", where="--device", fix="--device cpu")
+    return place
+
+
+@contextmanager
+def _out_of_memory(place):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for GPUs alone
+        known = ("out of memory", "allocate memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+            raise
+        what = (str(error) or "no more to be had").splitlines()[0]
+        raise MachineError(f"out of memory: {what}", where=str(place), fix="shorter --lengths") from error
+
+
+@contextmanager
+def _short_collections():
+    """Leave what is in memory now out of Python's garbage collections: one of all of Transformers' objects takes half
+    a second, at a moment of its own choice."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _touch(model) -> None:
+    """Read every page of the weights, which may be mapped from a file: that is part of no prompt's time or memory."""
+    for parameter in model.parameters():
+        parameter.detach().flatten()[::512].sum()
+
+
+def wait(place) -> None:
+    if place.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(place)
+
+
+def machine_name(place) -> str:
+    import platform
+
+    import torch
+
+    if place.type == "cuda":
+        return f"{torch.cuda.get_device_name(place)}, torch {torch.__version__}"
+    name = f"{platform.machine()} CPU"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"

@@ -1,0 +1,59 @@
+"""Whose code is in a surgical folder: only this version's own, byte for byte, is run when a checkpoint is checked."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from surgery.io.carried_files import RUNTIME
+from surgery.io.model_folder import load_config, read_json
+from surgery.io.output_folder import REPORT, sha256
+from surgery.evaluation.check_layers import FAILED, NOTED, PASSED
+
+FOREIGN = "the code in the folder is not this version's"
+
+
+def look_at_code(folder: Path) -> tuple[str, str]:
+    """What the code in a surgical folder is.
+
+    With trust, Transformers runs what `auto_map` names, what that imports, and `custom_generate/generate.py`. Other
+    .py files beside them, carried from the base, are never run.
+
+    Returns:
+        (status, detail): PASSED, it is what this version writes; NOTED, it is another version's, and as it was
+        written; else FAILED.
+    """
+    from surgery.runtime.surgery_block import parts_of
+    from surgery.runtime.surgery_parts import ENTRY, code_of
+
+    config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
+    named = read_json(folder / "config.json").get("auto_map") or {}
+    named = [entry for value in named.values() for entry in (value if isinstance(value, list) else [value])]
+    if other := [entry for entry in named if str(entry).partition(".")[0] != ENTRY]:
+        return FAILED, f"{FOREIGN}: auto_map names {other[0]}"
+    if (folder / "custom_generate").exists():
+        return FAILED, f"{FOREIGN}: it has custom_generate"
+    own = code_of(parts_of(config.surgery["layers"]))
+    fault = ""
+    for name, content in own.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            fault = f"{name} {'differs' if (folder / name).is_file() else 'is missing'}"
+            break
+    if not fault:
+        return PASSED, f"{len(own)} files, byte for byte this version's"
+    if version := _recorded(folder):
+        return NOTED, f"another version's ({version}), as it was written: {fault}; surgery.load runs this version's"
+    return FAILED, f"{FOREIGN}: {fault}"
+
+
+def _recorded(folder: Path) -> str:
+    """The version that wrote the code of a folder, "" where surgery.json does not know this code."""
+    if not (folder / REPORT).is_file():
+        return ""
+    report = read_json(folder / REPORT)
+    code, versions = report.get("code"), report.get("versions")
+    there = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in RUNTIME)}
+    if not isinstance(code, dict) or not isinstance(versions, dict) or there - set(code):
+        return ""
+    same = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in code.items())
+    return f"surgery {versions.get('surgery')}" if same else ""

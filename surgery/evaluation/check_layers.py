@@ -1,0 +1,188 @@
+"""A checkpoint held against its own config, without loading it: shapes, and attention layers one at a time.
+
+Both work on the model without memory (the meta device) and need to know which of its tensors each stored one is:
+names on disk differ from those in memory by a prefix, which `names_in_memory` finds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.safetensors import Checkpoint
+from surgery.errors import SurgeryError
+from surgery.architecture.families import LAYER_PATHS
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+NOTED = "noted"  # no fault, and to be known
+PROBE = 16  # tokens of the random input of a layer
+# What may stand before a module's own name: the parents of the layer lists of families.py, the longest first.
+_PARENTS = {path.rpartition(".")[0] for paths in LAYER_PATHS.values() for path in paths}
+PREFIXES = sorted((f"{parent}." if parent else "" for parent in _PARENTS), key=len, reverse=True)
+
+
+class NotRun(Exception):
+    """A check that says nothing about this checkpoint, with the reason."""
+
+
+def names_in_memory(stored, wanted) -> dict[str, str]:
+    """Stored name -> the model's name, for those that differ by a known prefix alone.
+
+    Args:
+        stored: names on disk.
+        wanted: the model's names.
+    """
+    found = {}
+    for name in stored:
+        if name in wanted:
+            found[name] = name
+            continue
+        tails = [name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)]
+        candidates = (prefix + tail for tail in tails for prefix in PREFIXES)
+        if match := next((candidate for candidate in candidates if candidate in wanted), None):
+            found[name] = match
+    taken = list(found.values())  # two stored tensors cannot be one: then neither is known
+    return {name: match for name, match in found.items() if name == match or taken.count(match) == 1}
+
+
+def compare_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Every stored tensor has the shape that the config gives its module: a status and its detail.
+
+    Attention was verified when the anatomy was read. Names that Transformers renames on load (experts that it
+    fuses) are counted, not compared: loading compares those.
+    """
+    layer, total = anatomy.layers[0], len(checkpoint.tensors)
+    try:
+        wanted = {key: tuple(tensor.shape) for key, tensor in empty_model(folder).state_dict().items()}
+    except NotRun as reason:
+        return NOT_RUN, str(reason)
+    except Exception as error:  # a config that Transformers accepts and its model class does not
+        return FAILED, f"no model can be made from this config: {error}"[:500]
+    known = names_in_memory(checkpoint.tensors, wanted)
+    for key, match in known.items():
+        if checkpoint.tensors[key].shape != wanted[match]:
+            return FAILED, f"{key} has shape {list(checkpoint.tensors[key].shape)}, the config says " + str(
+                list(wanted[match])
+            )
+    if 2 * len(known) < total or not known:
+        return NOT_RUN, f"Transformers renames on load: only {len(known)} of {total} tensors have the model's names"
+    heads = (
+        f"{len(anatomy.layers)} layers, {layer.heads} query heads, KV heads {layer.kv_heads}, size {layer.head_dim}"
+    )
+    return PASSED, f"{len(known)} of {total} tensors compared; {heads}"
+
+
+def empty_model(folder: Path):
+    """The folder's model on the meta device: shapes and code, no memory.
+
+    Raises:
+        NotRun: Transformers has no class for it.
+    """
+    import torch
+
+    from surgery.io.model_folder import load_config
+    from surgery.io.loading import auto_class, no_class
+
+    if reason := no_class(folder):
+        raise NotRun(reason)
+    with torch.device("meta"):
+        return auto_class(folder).from_config(load_config(folder), trust_remote_code=False)
+
+
+def run_layers(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Run every attention layer alone, one in memory at a time, on random input: a status and its detail.
+
+    Weights that do not fit their module and values that are not finite are faults; an attention module that cannot be
+    called alone is not: a sound model may only be too large for this machine.
+    """
+    try:
+        model = empty_model(folder)
+    except NotRun as reason:
+        return NOT_RUN, str(reason)
+    except Exception as error:
+        return FAILED, f"no model can be made from this config: {error}"[:500]
+    try:
+        known = names_in_memory(checkpoint.tensors, dict.fromkeys(model.state_dict()))
+        for layer in anatomy.layers:
+            path = _path_in_memory(layer, known)
+            module = model.get_submodule(path)
+            arguments = _arguments(model, module, path, anatomy.config, layer.index)
+            if set(dict(module.named_buffers())) - set(module.state_dict()):
+                raise NotRun(f"{anatomy.model_type}'s attention computes tensors when it is made")
+            module.to_empty(device="cpu")
+            prefix = f"{layer.path}."
+            state = {n[len(prefix) :]: checkpoint.read(n) for n in checkpoint.tensors if n.startswith(prefix)}
+            try:
+                missing = module.load_state_dict(state, strict=False).missing_keys
+            except RuntimeError as error:
+                return FAILED, f"layer {layer.index}: {' '.join(str(error).split())}"[:500]
+            if missing:
+                return FAILED, f"layer {layer.index}: {', '.join(missing[:3])} missing"
+            finite, dtype = _forward(module, arguments, anatomy.model_type)
+            if not finite:
+                return FAILED, f"layer {layer.index} gives NaN or infinite values"
+            module.to("meta")
+    except NotRun as reason:
+        return NOT_RUN, str(reason)
+    except SurgeryError as error:
+        return FAILED, str(error)
+    except Exception as error:  # no module where it was expected: nothing is known of the weights
+        return NOT_RUN, f"{type(error).__name__}: {error}"[:500]
+    return PASSED, f"{len(anatomy.layers)} attention layers run in fp32 (stored as {dtype})"
+
+
+def _path_in_memory(layer, known: dict[str, str]) -> str:
+    """The attention module's path in the model, by the name that its output projection has there."""
+    stored = f"{layer.path}.{layer.layout.o}.weight"
+    if stored not in known:
+        raise NotRun(f"no module of the model is {layer.path}")
+    return known[stored].removesuffix(f".{layer.layout.o}.weight")
+
+
+def _arguments(model, module, path: str, config, index: int) -> dict:
+    """Keyword arguments to call an attention module with, those alone that its forward takes."""
+    import torch
+
+    accepted = inspect.signature(module.forward).parameters
+    x = torch.randn(1, PROBE, config.hidden_size, generator=torch.Generator().manual_seed(index))
+    positions = torch.arange(PROBE)[None]
+    given = {"hidden_states": x, "attention_mask": None, "position_ids": positions, "alibi": None}
+    if "position_embeddings" in accepted:
+        given["position_embeddings"] = _embeddings(model, path, config, x, positions, index)
+    required = {
+        name
+        for name, parameter in accepted.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    if lacking := sorted(required - set(given)):
+        raise NotRun(f"{config.model_type}'s attention needs {', '.join(lacking)} and does not run on its own")
+    return {name: value for name, value in given.items() if name in accepted}
+
+
+def _embeddings(model, path: str, config, x, positions, index: int):
+    """RoPE's cosines and sines from a rotary module beside the layer list, made anew; None where there is none."""
+    owner = model.get_submodule(re.sub(rf"\.?\w+\.{index}\.\w+$", "", path))
+    if getattr(owner, "rotary_emb", None) is None:
+        return None
+    rotary = type(owner.rotary_emb)(config)
+    kinds = getattr(config, "layer_types", None)
+    extra = [kinds[index]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
+    return rotary(x, positions, *extra)
+
+
+def _forward(module, arguments: dict, model_type: str) -> tuple[bool, object]:
+    """Whether the output is finite, and the dtype in which the weights are stored."""
+    import torch
+
+    dtype = next(module.parameters()).dtype
+    module.to(torch.float32)
+    try:
+        with torch.no_grad():
+            out = module(**arguments)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotRun(f"{model_type}'s attention does not run on its own ({reason})"[:300]) from None
+    out = out[0] if isinstance(out, tuple) else out
+    return bool(out.isfinite().all()), dtype

@@ -1,0 +1,178 @@
+"""What is set while a model trains, and as it was before when that is over, in whatever way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import MachineError
+from surgery.machine.device import fast_in_bfloat16
+from surgery.healing.processes import on_cpu
+
+if TYPE_CHECKING:
+    from surgery.config.heal import Heal
+    from surgery.healing.parameters import Trained
+
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+LEAVES = ("weight", "bias")
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def use_bfloat16(heal: Heal) -> bool:
+    """Whether products are computed in bfloat16: on a GPU or CPU that has instructions for them, others are slower."""
+    if heal.precision != "auto":
+        return heal.precision == "bfloat16"
+    if not on_cpu():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return fast_in_bfloat16()
+
+
+def products(heal: Heal, device: torch.device):
+    """A context in which a model on that device computes its products as `heal.precision` says.
+
+    Nothing that was rounded is kept: weights change between forwards.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(heal), cache_enabled=False)
+
+
+@contextmanager
+def unprepared(model) -> Iterator[None]:
+    """The model without what accelerate leaves on it: a part of its `forward` for mixed precision, and the mark of one
+    that is prepared, by which a second training would run in float32."""
+    before = {name: vars(model).get(name) for name in PREPARED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            vars(model).pop(name, None)
+            if value is not None:
+                setattr(model, name, value)
+
+
+@contextmanager
+def put_back(model, trained: Trained, mixing: bool) -> Iterator[None]:
+    """After an error or an interruption the weights are those from before: a copy of what may change is kept.
+
+    Args:
+        trained: what trains; low-rank updates are merged into others.
+        mixing: mixing weights are folded into K and V.
+    """
+    there = dict(model.named_parameters())  # mixing weights are not yet
+    names = [*trained.parameters, *(f"{path}.weight" for path in trained.adapted)]
+    for layer in Anatomy.of(model).layers if mixing else ():
+        names += [f"{layer.path}.{part}.{leaf}" for part in (layer.layout.k, layer.layout.v) for leaf in LEAVES]
+    first = {name: there[name].detach().to("cpu", copy=True) for name in names if name in there}
+    try:
+        yield
+    except BaseException:
+        for name, tensor in first.items():
+            model.get_parameter(name).data.copy_(tensor)
+        raise
+
+
+@contextmanager
+def in_float32(model) -> Iterator[None]:
+    """The model in float32 while it trains; afterwards, also after an error, in the dtypes and modes that it had.
+
+    Buffers are put back as they were, not cast: RoPE's frequencies are float32 in a bfloat16 model.
+    """
+    parameters = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    buffers = [(module, *each) for module in model.modules() for each in module.named_buffers(recurse=False)]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.float()
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, wanted = parameters.get(name, (parameter.dtype, True))
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(wanted)
+        for module, name, tensor in buffers:
+            module.register_buffer(name, tensor.to(model.device), name not in module._non_persistent_buffers_set)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def own_precision(heal: Heal) -> Iterator[None]:
+    """What a launcher says of precision (accelerate's own variable) is what `heal.precision` says."""
+    before = os.environ.get(PRECISION)
+    os.environ[PRECISION] = "bf16" if use_bfloat16(heal) else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PRECISION]
+        else:
+            os.environ[PRECISION] = before
+
+
+@contextmanager
+def checkpointed(model, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing, where it is wanted and not on already; both names of Transformers 5."""
+    on = getattr(model, "is_activation_checkpointing", None)
+    on = model.is_gradient_checkpointing if on is None else on
+    if not wanted or on:
+        yield
+        return
+    settings = {"use_reentrant": False}  # or the gradient of what is worked out before a layer would be lost
+    if switch := getattr(model, "activation_checkpointing_enable", None):
+        switch(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
+    try:
+        yield
+    finally:
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+
+@contextmanager
+def without_attention_dropout(model) -> Iterator[None]:
+    """The attention of a surgical model without the dropout that its base was trained with, which the runtime refuses.
+
+    Adapters come later and keep their own.
+    """
+    found = []
+    if hasattr(model.config, "surgery"):
+        for layer in Anatomy.of(model).layers:
+            for module in model.get_submodule(layer.path).modules():
+                names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "dropout" in n]
+                found += [(module, name, getattr(module, name)) for name in names]
+    found = [(module, name, rate) for module, name, rate in found if isinstance(rate, float)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
+
+
+def anew(in_memory: bool) -> str:
+    """What else an error's remedy needs, where it changes a setting."""
+    return "" if in_memory else "; a changed setting begins anew: --overwrite"
+
+
+@contextmanager
+def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
+    """Out of memory as an error that names what can be turned."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        raise MachineError(
+            "out of memory",
+            where="heal",
+            exists=f"batch_tokens {heal.batch_tokens}, gradient_checkpointing {heal.gradient_checkpointing}, "
+            f"length {heal.length}",
+            fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length"
+            + anew(in_memory),
+        ) from error

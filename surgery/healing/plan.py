@@ -1,0 +1,238 @@
+"""What a healing will do, worked out before it: what trains, how long, and the memory that it takes. Estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, TrainingError
+from surgery.healing.sharding import Engine
+from surgery.healing.parameters import Table, Trained, choose, summed_up
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.config.heal import Heal
+
+WIDTHS = 16, 4  # activations that a layer keeps for its gradient: times hidden and times intermediate size
+MOMENTS = 2  # of AdamW
+MICRO_TOKENS = 4096  # of one forward, at most
+# Values of its logits, at most: 1 GiB in float32. Their gradient and a teacher's logits are as large.
+MICRO_LOGITS = 1 << 28
+
+
+@dataclass(frozen=True)
+class HealPlan:
+    """A healing worked out for one model.
+
+    Attributes:
+        trained: what trains.
+        parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
+        engine: that the processes are of.
+        mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
+            heads that they mix, in memory while it trains.
+    """
+
+    heal: Heal
+    trained: Trained
+    parameters: int
+    base_parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    mixing: Table = field(default_factory=dict)
+    mixed: int = 0
+    engine: Engine = field(default_factory=Engine)
+
+    @classmethod
+    def of(
+        cls,
+        heal: Heal,
+        anatomy: Anatomy,
+        table: Table,
+        rewritten: frozenset[str],
+        more: int = 0,
+        base: Anatomy | None = None,
+        operations: Sequence[dict] = (),
+        engine: Engine | None = None,
+    ) -> HealPlan:
+        """The plan for a converted model; arguments as for `trained.choose`.
+
+        Args:
+            base: of the model before the surgery; None where it is not known.
+            operations: of the surgery, those of its record or of its recipe.
+            engine: default the one that launched this process.
+
+        Raises:
+            SurgeryError: of `choose`, and of `mixing.merges`.
+        """
+        config = anatomy.config.get_text_config()
+        mixing, mixed = _mixing(heal, anatomy, base, operations)
+        hidden = getattr(config, "hidden_size", 0) or 0
+        trained, inside = choose(heal, anatomy, table | mixing, rewritten, more=more), [x.path for x in anatomy.layers]
+        if heal.warm_start and not more and not any(name.startswith(tuple(inside)) for name in trained.parameters):
+            raise SurgeryError(
+                "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
+                where="heal.warm_start",
+                fix="heal.warm_start=0, or heal.method=full",
+            )
+        return cls(
+            heal,
+            trained,
+            sum(prod(shape) for _, shape in table.values()) + more,
+            base.parameters if base is not None and heal.needs_base else 0,
+            hidden,
+            getattr(config, "intermediate_size", None) or 4 * hidden,
+            len(anatomy.layers),
+            getattr(config, "vocab_size", 0) or 0,
+            mixing,
+            mixed,
+            engine or Engine.here(),
+        )
+
+    @property
+    def mixing_count(self) -> int:
+        """Numbers of the mixing weights."""
+        return sum(prod(shape) for _, shape in self.mixing.values())
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one forward in one process."""
+        rows = max(1, self.heal.rows // self.engine.processes)
+        return micro_rows(rows, self.heal.length, self.vocabulary) * self.heal.length
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes in each process: a part of what its engine shares out, the rest whole; as of float32.
+
+        In bfloat16 activations take half, and the rounded copies of frozen weights, which a backward pass reads, half
+        of what these weights take.
+        """
+        part = self.engine.part
+        layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
+        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
+        return {
+            "weights": -(-4 * self.parameters // part("weights")) + 4 * self.mixed,
+            "gradients": -(-4 * self.trained.count // part("gradients")),
+            "optimizer": -(-4 * MOMENTS * self.trained.count // part("optimizer")),
+            "base": 4 * self.base_parameters,
+            "activations": self.micro_tokens * kept,
+            "logits": self.micro_tokens * 4 * self.vocabulary * (3 if self.base_parameters else 2),
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one process."""
+        return sum(self.memory.values())
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of a stored teacher on disk, at most: rows that are read twice are stored once. Unknown by the clock: 0."""
+        heal = self.heal
+        if heal.teacher != "stored" or not heal.planned_steps:
+            return 0
+        return heal.planned_steps * heal.rows * heal.length * token_bytes(heal.top_k, self.vocabulary)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 4 * (1 + MOMENTS) * self.trained.count
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints that are on the disk at once."""
+        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        heal = self.heal
+        towards = {"ce": "the text", "distill": "the base's probabilities", "both": "the text and the base"}[heal.loss]
+        how_long = (
+            f"{heal.planned_steps:,} steps of {heal.rows * heal.length:,} tokens"
+            if heal.planned_steps
+            else f"{heal.minutes:g} minutes"
+        )
+        low_rank = (
+            f", updates of rank {heal.rank} on {len(self.trained.adapted)} matrices" if self.trained.adapted else ""
+        )
+        share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
+        mixing = []
+        if self.mixing:
+            each = f"one for each {heal.mixing}"
+            mixing.append(f"heal: {self.mixing_count:,} of them mix the base's K and V heads ({each}), folded after")
+        return [
+            f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
+            *mixing,
+            f"heal: towards {towards} ({heal.loss}), on {heal.data}, {how_long}, learning rate {heal.rate:g}",
+        ]
+
+    def to_dict(self) -> dict:
+        return {
+            "settings": self.heal.model_dump(mode="json"),
+            "parameters": self.trained.count,
+            "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
+            "mixing": self.mixing_count,
+            "adapted": len(self.trained.adapted),
+            "steps": self.heal.planned_steps,
+            "step_tokens": self.heal.rows * self.heal.length,
+            "minutes": self.heal.minutes,
+            "processes": self.engine.processes,
+            "engine": self.engine.name,
+            "memory_bytes": self.memory_bytes,
+            "memory": self.memory,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "teacher_bytes": self.teacher_bytes,
+        }
+
+
+def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequence[dict]) -> tuple[Table, int]:
+    """Table of the mixing weights, and how many numbers of the base's heads they mix."""
+    if heal.mixing == "none" or base is None:
+        return {}, 0
+    from surgery.healing.weighted_gqa import merges, orders_of, planned
+
+    orders_of(operations, anatomy)
+    found = merges(anatomy, base)
+    hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
+    heads = sum(len(members) for _, _, groups in found for members in groups)
+    return planned(found, heal.mixing), 2 * heads * found[0][1].head_dim * hidden
+
+
+def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
+    """Raise where a model cannot be trained here."""
+    if anatomy.composite:
+        what = "healing trains text models, and this one has other parts (vision + text)"
+        raise SurgeryError(what, where=where, fix="heal: null, and train it with a script of its own")
+
+
+def rows_each(heal: Heal, processes: int) -> int:
+    """Rows of a step in each process.
+
+    Raises:
+        TrainingError: the rows of a step cannot be shared evenly by the processes.
+    """
+    rows, left = divmod(heal.rows, processes)
+    if left or not rows:
+        raise TrainingError(
+            f"{processes} processes cannot share the {heal.rows} rows of a step evenly",
+            where="heal",
+            exists=f"batch_tokens {heal.batch_tokens}, length {heal.length}",
+            fix=f"heal.batch_tokens={heal.length * processes * -(-heal.rows // processes)}",
+        )
+    return rows
+
+
+def token_bytes(top_k: int, vocabulary: int, each: int = 2) -> int:
+    """What `stored.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
+    kept = min(top_k, vocabulary)
+    return each * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
+
+
+def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:
+    """Rows of one forward: the most that divide those of a step, have at most MICRO_TOKENS, and logits of at most
+    MICRO_LOGITS; at least one. How a step is cut into forwards changes its sums by rounding alone, but
+    for the load-balance loss of routers: that is of a forward's tokens, and the mean of such is not the whole's."""
+    most = min(MICRO_TOKENS, MICRO_LOGITS // vocabulary if vocabulary else MICRO_TOKENS)
+    return max(count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= most or count == 1))

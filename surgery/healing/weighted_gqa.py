@@ -1,0 +1,238 @@
+"""Weighted GQA: a shared KV head learns how much of each head of the base is in it, and is a plain weight afterwards.
+
+    W_K' = W_K + Σ_h w_h W_K^h        and the same for V, with weights of their own
+
+W_K is the shared head as the conversion made it, frozen or trained beside; the sum is over the base's heads of its
+group. All w_h begin at 0, so the start is the conversion's, whichever it was. The mean is w_h = 1 / group in the
+paper's spelling. The closed form has none: it turns each head's RoPE pairs by angles of their own before it sums them,
+takes the best values of lower rank and refits both. So it is W_K here, and the heads that are added to it are the
+base's as they stand there, not turned. A number for each head trains, or one for each of its channels, and W_K' costs
+nothing once it is folded.
+
+Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in Transformers", arXiv 2407.10855.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.utils import parametrize
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.io.safetensors import Checkpoint
+from surgery.errors import SurgeryError, TrainingError
+from surgery.architecture.weights import unpack
+from surgery.operations.gqa.merge import group_members
+from surgery.healing.lora import TOLERANCE, logits, probe
+
+if TYPE_CHECKING:
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.healing.parameters import Table
+
+Per = Literal["head", "channel"]
+# A layer, the base's, and the base's KV heads of each group.
+Merge = tuple["LayerAnatomy", "LayerAnatomy", list[list[int]]]
+REGROUPING = ("gqa", "expand", "prune_heads")  # operations after which a KV head is not the base's of that number
+
+
+class Mixing(torch.nn.Module):
+    """Adds the weighted heads of each group to a projection's weight or bias; for `torch.nn.utils.parametrize`.
+
+    Args:
+        heads: of the base: [groups, r, d, n] for a weight, [groups, r, d] for a bias. They stay out of checkpoints.
+        weights: w [groups, r, 1 or d], shared by a projection's weight and bias; called `surgery_mixing`.
+        transposed: the weight is stored [in, out] (GPT-2).
+    """
+
+    def __init__(self, heads: torch.Tensor, weights: torch.nn.Parameter, transposed: bool = False):
+        super().__init__()
+        self.register_buffer("heads", heads.detach().clone(), persistent=False)
+        self.surgery_mixing, self.transposed = weights, transposed
+
+    def forward(self, own: torch.Tensor) -> torch.Tensor:
+        weights = self.surgery_mixing.to(self.heads)
+        mixed = ((weights if self.heads.dim() == 3 else weights[..., None]) * self.heads).sum(1).flatten(0, 1)
+        return own + (mixed.T if self.transposed else mixed).to(own)
+
+
+def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None) -> list[Merge]:
+    """The layers that have fewer KV heads than the base's, and which of the base's are in each group.
+
+    Args:
+        ours, theirs: anatomies of the base after GQA, and of the base.
+        orders: of each layer, the base's KV heads in the order in which they were grouped; default as they stand.
+
+    Raises:
+        SurgeryError: fused projections; a model that is not the base after GQA.
+    """
+    if len(ours.layers) != len(theirs.layers):
+        raise SurgeryError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
+    found = []
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        if mine.layout.qkv:
+            raise SurgeryError(
+                f"{ours.model_type} has q, k and v in one matrix: its shared heads cannot be mixed yet",
+                where="heal.mixing",
+                fix="heal.mixing=none: the matrix trains as it is",
+            )
+        if mine.heads != other.heads or mine.head_dim != other.head_dim or mine.kv_heads > other.kv_heads:
+            raise SurgeryError(
+                f"layer {mine.index} has {mine.heads} query heads on {mine.kv_heads} KV heads, the base {other.heads} "
+                f"on {other.kv_heads}: this is not the base after gqa",
+                where="heal.mixing",
+                fix="heal.mixing=none",
+            )
+        if mine.kv_heads < other.kv_heads:
+            order = orders[mine.index] if orders else list(range(other.kv_heads))
+            groups = group_members(other, mine.kv_heads)
+            found.append((mine, other, [[order[head] for head in group] for group in groups]))
+    if not found:
+        raise SurgeryError(
+            f"every layer has the base's {ours.layers[0].kv_heads} KV heads: there is nothing to mix",
+            where="heal.mixing",
+            fix="convert the base with gqa to fewer KV heads, or heal.mixing=none",
+        )
+    return found
+
+
+def planned(found: list[Merge], per: Per) -> Table:
+    """The weights that `add_mixing` will add: name -> (dtype, shape)."""
+    return {
+        f"{mine.path}.{getattr(mine.layout, part)}.parametrizations.weight.0.surgery_mixing": ("F32", size)
+        for mine, _, groups in found
+        if (size := _size(mine, groups, per))
+        for part in "kv"
+    }
+
+
+def orders_of(operations: Iterable[dict], anatomy: Anatomy) -> list[list[int]] | None:
+    """Of each layer, the order of heads that `gqa` noted; None where they stayed as they stood.
+
+    Args:
+        operations: of a recipe, or with their records, of surgery.json.
+
+    Raises:
+        SurgeryError: heads were regrouped otherwise than by one `gqa`.
+    """
+    regrouping = [step for step in operations if step.get("op") in REGROUPING]
+    if [step["op"] for step in regrouping] != ["gqa"]:
+        names = ", ".join(step["op"] for step in regrouping) or "none"
+        raise SurgeryError(
+            "mixing weights are for KV heads that one gqa has merged",
+            where="heal.mixing",
+            exists=f"operations that change heads here: {names}",
+            fix="heal.mixing=none, or a recipe whose one such operation is gqa",
+        )
+    record = regrouping[0].get("record") or {}
+    orders = [record.get(layer.path, {}).get("kv_head_order") for layer in anatomy.layers]
+    if not any(orders):
+        return None
+    count = max(len(order) for order in orders if order)
+    return [order or list(range(count)) for order in orders]
+
+
+def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None = None) -> list[str]:
+    """Give the shared K and V heads of a converted model their mixing weights, all 0.
+
+    Args:
+        student: the base after GQA, in memory.
+        base: in memory, or its folder.
+        per: one weight for each head, or one for each of its channels.
+        orders: as for `merges`.
+
+    Returns:
+        The names of the new parameters.
+
+    Raises:
+        SurgeryError: of `merges`.
+    """
+    added, read = set(), _reader(base)
+    for mine, other, groups in merges(Anatomy.of(student), Anatomy.of(base), orders):
+        module = student.get_submodule(mine.path)
+        heads = unpack(other, {name: read(f"{other.path}.{name}") for name in other.tensor_names})
+        for part in "kv":
+            projection = module.get_submodule(getattr(mine.layout, part))
+            first = next(projection.parameters())
+            size = _size(mine, groups, per)
+            weights = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
+            added.add(id(weights))
+            for name, each in (("weight", getattr(heads, part)), ("bias", getattr(heads, f"{part}_bias"))):
+                if each is not None:
+                    transposed = mine.layout.conv1d and name == "weight"
+                    mixing = Mixing(_stacked(each, groups).to(first), weights, transposed)
+                    parametrize.register_parametrization(projection, name, mixing)
+    return [name for name, p in student.named_parameters() if id(p) in added]
+
+
+def inside(student, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of parameters as they are called while heads are mixed: a mixed weight is the `original` of a sum."""
+    mixed = {(id(projection), name) for projection, name in _mixed(student)}
+
+    def called(name: str) -> str:
+        path, _, leaf = name.rpartition(".")
+        if (id(student.get_submodule(path)), leaf) in mixed:
+            return f"{path}.parametrizations.{leaf}.original"
+        return name
+
+    return tuple(map(called, names))
+
+
+def folded(student) -> dict:
+    """Fold, and look whether the logits moved.
+
+    Returns:
+        A record: "weights", the "largest" of them, and by how much the logits of random tokens "moved".
+
+    Raises:
+        TrainingError: they moved; checkpoints are kept.
+    """
+    weights = [p.detach().abs().max().item() for name, p in student.named_parameters() if name.endswith("_mixing")]
+    count = sum(p.numel() for name, p in student.named_parameters() if name.endswith("_mixing"))
+    tokens = probe(student, student.config.get_text_config().vocab_size)
+    before = logits(student, tokens)
+    fold(student)
+    moved = (logits(student, tokens) - before).abs().max().item()
+    if not moved <= TOLERANCE * max(1.0, before.std().item()):
+        raise TrainingError(f"folding the mixing weights moved the logits by {moved:.3g}", where="heal.mixing")
+    return {"weights": count, "largest": max(weights), "moved_logits": moved}
+
+
+def fold(student) -> int:
+    """Make plain weights of mixed ones, in place; how many were mixed."""
+    found = list(_mixed(student))
+    for projection, name in found:
+        parametrize.remove_parametrizations(projection, name, leave_parametrized=True)
+    return len(found)
+
+
+def unmix(student) -> None:
+    """Take mixing weights away again, as if there had been none."""
+    for projection, name in list(_mixed(student)):
+        parametrize.remove_parametrizations(projection, name, leave_parametrized=False)
+
+
+def _reader(base) -> Callable[[str], torch.Tensor]:
+    return Checkpoint(base).read if isinstance(base, str | Path) else base.get_parameter
+
+
+def _size(mine: LayerAnatomy, groups: list[list[int]], per: Per) -> tuple[int, int, int]:
+    """[groups, r, 1 or d]; r: heads of the largest group."""
+    return len(groups), max(map(len, groups)), mine.head_dim if per == "channel" else 1
+
+
+def _stacked(heads: torch.Tensor, members: list[list[int]]) -> torch.Tensor:
+    """Heads [G, d, ...] of each group [groups, r, d, ...]; groups with fewer than r are filled with zeros."""
+    room = heads.new_zeros(len(members), max(map(len, members)), *heads.shape[1:])
+    for number, group in enumerate(members):
+        room[number, : len(group)] = heads[group]
+    return room
+
+
+def _mixed(student) -> Iterator[tuple[torch.nn.Module, str]]:
+    for module in student.modules():
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            if any(isinstance(each, Mixing) for each in chain):
+                yield module, name

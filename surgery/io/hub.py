@@ -1,0 +1,300 @@
+"""The Hub: where a model comes from (`resolve`) and where a result goes (`push`).
+
+A model is a local folder, `smollm2-135m`, or a Hub id with an optional `@revision`, resolved to a commit once.
+Only data is fetched (safetensors, never pickles); a repository's own `.py` files are carried, not run.
+huggingface_hub is imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from surgery.io.safetensors import SINGLE_FILE, inside_folder
+from surgery.errors import MachineError, SurgeryError, nearest
+from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
+from surgery.io.output_folder import sha256
+
+DEMO, DEMO_BASE = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+INDEX = "model.safetensors.index.json"
+FETCHED = [
+    "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges*", "spiece*", "*.py",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp",
+]  # fmt: skip
+# `*` also matches `/` in these patterns; weights in subfolders are training checkpoints or other formats.
+LEFT = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
+    "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
+]  # fmt: skip
+TRAINERS = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json"]
+NOT_PUSHED = [*TRAINERS, "*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*", "healing/runs/*"]
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model found: a folder on this machine, and what is known of its origin.
+
+    Attributes:
+        path: the folder.
+        name: what the user typed; of a local path only the folder's own name, since it is published.
+        hub_id: `org/name` if it came from the Hub.
+        revision: the Hub commit, 40 hex digits.
+        note: a fact that belongs beside every number ("dequantised Q4_1 weights").
+        base_model: the Hub id to record as the base, if there is one.
+        headers: file -> safetensors header as on disk (`{tensor: {dtype, shape, data_offsets}}`) where the
+            weights were not asked for and are not on this machine; otherwise None, and `path` has the files.
+    """
+
+    path: Path
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    note: str | None = None
+    base_model: str | None = None
+    headers: dict[str, dict] | None = None
+
+
+def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> Source:
+    """Find a model. An existing folder wins, then the demo model's name, then the Hub.
+
+    Args:
+        model: folder, `smollm2-135m`, `org/name`, `name`, or a Hub id with `@revision` (branch, tag, commit).
+        weights: if False and the weights are not cached, their names and shapes come back in `headers`
+            instead (range requests of some kilobytes).
+        cached_only: use the Hub's local cache and no network.
+
+    Raises:
+        SurgeryError: no such folder, repository or revision, or one without safetensors.
+        MachineError: no network, access or space, or not in the cache when nothing else may be used.
+    """
+    model = str(model).strip()
+    if not model:
+        raise SurgeryError("no model was named", exists=f"a folder, a Hub id, `{DEMO}`")
+    path, (repo, _, revision) = Path(os.path.expanduser(model)), model.partition("@")
+    if os.path.isdir(path):  # os.path: no error where the user may not look, or on a name too long
+        return Source(path, path.resolve().name)
+    if os.path.exists(path):
+        raise SurgeryError("a file, not a folder", where=model, fix="give the folder that holds config.json")
+    if model == DEMO:
+        from surgery.io.demo_model import demo_model
+
+        return Source(Path(demo_model()), DEMO, note="dequantised Q4_1 weights", base_model=DEMO_BASE)
+    pathlike = re.match(r"[.~/\\]|[A-Za-z]:[\\/]|.*\\", model) or repo.count("/") > 1 or repo.endswith("/")
+    # `runs/exp1` where runs/ exists is a typo in a path, unless `@revision` says that the Hub is meant.
+    if pathlike or ("/" in repo and not revision and os.path.isdir(os.path.dirname(repo))):
+        close = nearest(path.name, folders(path.parent))
+        exists = model.rstrip("/\\").removesuffix(path.name) + close if close else ""
+        fix = "give an existing folder or a Hub id" if pathlike else f"to mean the Hub, write `{repo}@main`"
+        raise SurgeryError("no such folder", where=model, exists=exists, fix=fix)
+    try:
+        return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
+    except MachineError as error:
+        if "/" in repo or revision:
+            raise
+        # A bare name may be a slip for a folder or for the demo model: say that there is none.
+        close = nearest(repo, [DEMO, *folders(Path())])
+        what = f"there is no folder `{repo}` here, and {error.what}"
+        raise MachineError(what, where=error.where, exists=close, fix=error.fix) from error
+
+
+def _valid_id(repo: str) -> str:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise SurgeryError(f"not a Hub id: {brief(error)}", where=repo, fix="write `owner/name`") from None
+    return repo
+
+
+def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached_only: bool) -> Source:
+    from huggingface_hub import snapshot_download
+
+    wanted = FETCHED + ["*.safetensors"] * weights
+    with hub_errors(repo, revision):
+        # One call resolves the branch, notes it for offline use, and fetches that commit and no other.
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=LEFT, local_files_only=cached_only
+        )
+    path, headers = Path(folder), None
+    here = [p.name for p in path.glob("*.safetensors") if not _left(p.name)]
+    names = [SINGLE_FILE] if SINGLE_FILE in here else _indexed(path) or here
+    if not names or not all((path / name).is_file() for name in names):
+        if not cached_only:
+            headers = _headers(repo, path.name, path)  # says so where the repository has no safetensors
+        if headers is None or weights:  # a snapshot cached earlier without its weights; the Hub is away now
+            what = f"the weights of `{repo}` are not all in the Hub cache"
+            raise MachineError(what, fix="allow the network once")
+    return Source(path, model, hub_id=repo, revision=path.name, base_model=repo, headers=headers)
+
+
+def _indexed(path: Path) -> list[str]:
+    """The shards that the weight index names; none where there is no index."""
+    file = path / INDEX
+    if not file.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [inside_folder(name, INDEX) for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise SurgeryError("this weight index cannot be read", where=INDEX) from None
+
+
+def _left(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in LEFT)
+
+
+def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
+    """Every safetensors header of a commit by range requests, in the form that it has on disk."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+
+    def header(name: str) -> dict:
+        found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
+        tensors = {
+            key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for key, info in found.tensors.items()
+        }
+        return ({"__metadata__": found.metadata} if found.metadata else {}) | tensors
+
+    with hub_errors(repo, commit):
+        files = sorted(api.list_repo_files(repo, revision=commit))
+        there = [name for name in files if name.endswith(".safetensors") and not _left(name)]
+        names = [SINGLE_FILE] if SINGLE_FILE in there else _indexed(path) or there  # as Transformers chooses
+        if not names:
+            others = ", ".join([name for name in files if name.endswith(WEIGHTS)][:8]) or "no weight file"
+            fix = "choose a repository that has model.safetensors"
+            raise SurgeryError(f"`{repo}` has no safetensors weights", exists=others, fix=fix)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return dict(zip(names, pool.map(header, names), strict=True))
+
+
+def push(
+    out: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    revision: str | None = None,
+) -> dict:
+    """Put a checked output folder on the Hub as one commit, private unless `public`.
+
+    Files that the Hub has already (compared by hash before anything is sent) are not sent again: running the
+    same command after an interruption is the resume. It is one `create_commit` and not `upload_folder`, which
+    may split a large folder over several commits, so nobody loads half a model. Weight files of an earlier
+    push that this folder no longer has go in the same commit: Transformers might load those instead.
+
+    Args:
+        out: a folder that `surgery check` has passed, unchanged since.
+        repo: `owner/name`, or `name` for your own namespace.
+        public: make a new repository public. An existing one keeps its visibility, which is reported.
+        dry_run: list what would be sent; needs neither token nor network.
+        message: commit message.
+        revision: branch to push to, made if missing; default `main`.
+
+    Returns:
+        `repo`, `visibility`, `files` (name, bytes), `bytes`, `metadata` (of the card), `warnings`, `dry_run`;
+        when pushed also `url`, `commit`, `created`, `removed`. Never a token.
+
+    Raises:
+        SurgeryError: not our output, unchecked or changed since, a bad name, no token.
+        MachineError: network, a refused token, no right to write.
+    """
+    from surgery.report.card import split_card
+
+    out = Path(out)
+    try:
+        report, files = _checked(out)
+    except OSError as error:
+        raise MachineError(f"cannot be read: {error.strerror}", where=str(out)) from None
+    gate, recipe, base = (report.get(key) or {} for key in ("gate", "recipe", "base"))
+    card = out / "README.md"
+    facts = {
+        "repo": _valid_id(repo),
+        "visibility": "public" if public else "private",
+        "dry_run": dry_run,
+        "files": files,
+        "bytes": sum(file["bytes"] for file in files),
+        "metadata": split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.is_file() else {},
+        "warnings": [],
+    }
+    judged = gate.get("limits") or gate.get("status") not in (None, "not run")  # a recipe may have no gate
+    if judged and gate.get("status") != "passed":
+        facts["warnings"].append(f"the quality gate of this model: {gate.get('status') or 'not run'}")
+    if not facts["metadata"]:
+        facts["warnings"].append("the card has no metadata: the Hub will show neither base model nor licence")
+    if dry_run:
+        return facts
+    if not (token := hub_token()):
+        raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
+    origin = base.get("hub_id") or base.get("name") or "a base"
+    message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
+    return facts | _send(out, facts, token, public, message, revision)
+
+
+def _send(out: Path, facts: dict, token: str, public: bool, message: str, revision: str | None) -> dict:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    repo, names, warnings = facts["repo"], [file["name"] for file in facts["files"]], list(facts["warnings"])
+    with hub_errors(repo, revision, writing=True):
+        api = HfApi(token=token)
+        repo = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+        existed = api.repo_exists(repo)
+        there = api.list_repo_files(repo) if existed else []
+        ours = "surgery.json" in there or not any(name.endswith(WEIGHTS) for name in there)
+        if not ours and revision is None:  # a slip that would replace somebody's model
+            fix = "choose another name, or push to a branch of it (revision)"
+            raise SurgeryError("this repository holds a model that is not ours", where=repo, fix=fix)
+        url = str(api.create_repo(repo, private=not public, exist_ok=True))
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        private = bool(api.model_info(repo).private)
+        if private == public:
+            stays = "private" if private else "PUBLIC"
+            warnings.append(f"the repository existed and stays {stays}; see {url}/settings")
+        there = api.list_repo_files(repo, revision=revision)
+        stale = [n for n in there if "/" not in n and n.endswith((".safetensors", INDEX)) and n not in names]
+        operations = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, str(out / name)) for name in names]
+        done = api.create_commit(repo, operations, commit_message=message, revision=revision)
+    visibility = "private" if private else "public"
+    pushed = {"repo": repo, "visibility": visibility, "url": url, "commit": done.oid, "created": not existed}
+    return pushed | {"removed": stale, "warnings": warnings}
+
+
+def _checked(out: Path) -> tuple[dict, list[dict]]:
+    """surgery.json and the files to send, of a folder that passed `check` and was not changed since."""
+    fix = f"run `surgery check {out.name}`"
+    try:
+        report = json.loads((out / "surgery.json").read_text(encoding="utf-8"))
+        passed = (report["check"] or {}).get("passed") is True
+        sums = {inside_folder(n, "surgery.json"): (int(f["bytes"]), f["sha256"]) for n, f in report["files"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        what = "this folder was not made by surgery: it has no surgery.json"
+        raise SurgeryError(what, where=str(out), fix="push the folder that `surgery apply` wrote") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise SurgeryError("surgery.json is damaged", where=str(out), fix=fix) from None
+    if not passed:
+        raise SurgeryError("this folder has not passed `surgery check`", where=str(out), fix=fix)
+    found = sorted(p for p in out.rglob("*") if p.is_symlink() or p.is_file())
+    files = {p.relative_to(out).as_posix(): p for p in found}
+    files = {n: p for n, p in files.items() if not any(fnmatch(n, pattern) for pattern in NOT_PUSHED)}
+    if links := [name for name, path in files.items() if path.is_symlink()]:
+        raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")
+    changed = [name for name in files if name.endswith(WEIGHTS) and name not in sums]
+    changed += [n for n, (size, _) in sums.items() if n not in files or files[n].stat().st_size != size]
+    changed = changed or [name for name, (_, digest) in sums.items() if sha256(files[name]) != digest]
+    if changed or not any(name.endswith(".safetensors") for name in sums):
+        names = ", ".join(changed[:4]) or "no weights are recorded"
+        raise SurgeryError(f"changed since it was checked: {names}", where=str(out), fix=fix)
+    return report, [{"name": name, "bytes": path.stat().st_size} for name, path in files.items()]

@@ -1,0 +1,102 @@
+"""What the Hub, its client library and the disk can answer, each as one sentence and a remedy. No token gets out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import MachineError, SurgeryError, nearest
+
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub, its HTTP client and the disk raise into one sentence and a remedy."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        reason: BaseException = error
+        while isinstance(reason, (LocalEntryNotFoundError, RuntimeError)) and reason.__cause__:
+            reason = reason.__cause__  # wrapped by the library
+        if translated := _translate(reason, repo, revision or "main", writing):
+            raise translated from error
+        raise
+
+
+def _translate(error: BaseException, repo: str, revision: str, writing: bool) -> SurgeryError | None:
+    from huggingface_hub import constants, errors
+
+    from surgery.io.demo_model import NAME as DEMO_NAME
+
+    url, cache, again = f"{constants.ENDPOINT}/{repo}", constants.HF_HUB_CACHE, "run the same command again"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if isinstance(error, errors.GatedRepoError):
+        fix = f"accept its terms at {url} and log in with `hf auth login`"
+        return MachineError(f"`{repo}` is gated, and this machine has no access to it", fix=fix)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SurgeryError(f"`{repo}` has no revision `{revision}`", fix=f"see its branches at {url}")
+    # Without a token the Hub answers 401 for a missing repository; with a bad one, for everything.
+    if status == 401 and (writing or hub_token()):
+        return MachineError("the Hub does not accept this token", fix=LOGIN)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        cached = [n[8:].replace("--", "/", 1) for n in folders(Path(cache)) if n.startswith("models--")]
+        close = nearest(repo, [*cached, *folders(Path()), DEMO_NAME])
+        fix = f"check the spelling; if it is private, {LOGIN}"
+        return SurgeryError(f"the Hub has no model `{repo}`, or it is private", exists=close, fix=fix)
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        what = "nothing can be pushed" if writing else f"`{repo}` at `{revision}` is not all in the Hub cache"
+        if constants.HF_HUB_OFFLINE:
+            return MachineError(f"HF_HUB_OFFLINE is set, and {what}", fix="unset HF_HUB_OFFLINE")
+        return MachineError(what, where=cache, fix="allow the network once")
+    if status in (401, 403):
+        what = f"you may not {'write to' if writing else 'read'} `{repo}`"
+        return MachineError(what, fix=f"use a token that has this right; {LOGIN}")
+    if isinstance(error, json.JSONDecodeError):  # a proxy's login page
+        return MachineError(
+            "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {again}"
+        )
+    if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
+        return SurgeryError(f"the Hub refused the request: {brief(error)}", where=repo)
+    if status is not None:
+        return MachineError(f"the Hub answered {status}", where=url, fix=f"{again} later")
+    if getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return MachineError("the disk is full", where=cache, fix="free space, or set HF_HOME")
+    if isinstance(error, PermissionError):
+        return MachineError("no permission", where=str(error.filename or cache))
+    clients = {"httpx", "httpx2", "requests", "urllib3"}
+    if isinstance(error, (ConnectionError, TimeoutError)) or libraries & clients:
+        what, fix = f"the Hub cannot be reached ({type(error).__name__})", f"check network and proxy, then {again}"
+        return MachineError(what, where=constants.ENDPOINT, fix=fix)
+    if "huggingface_hub" in libraries or isinstance(error, (OSError, RuntimeError)):
+        return MachineError(f"the transfer failed: {brief(error)}", where=url, fix=again)
+    return None
+
+
+def hub_token() -> str | None:
+
+    from huggingface_hub import get_token
+
+    return get_token()  # HF_TOKEN, then the file that `hf auth login` wrote; we keep none of our own
+
+
+def brief(error: BaseException) -> str:
+    """The start of a foreign message on one line, with nothing in it that is or looks like a token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text.replace(hub_token() or "\0", "***"))[:240]
+
+
+def folders(parent: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in parent.iterdir() if p.is_dir())
+    except OSError:
+        return []

@@ -1,0 +1,300 @@
+"""The output folder: complete or absent.
+
+Everything is written to OUT.partial, which becomes OUT by one rename. A run that was killed leaves OUT.partial
+with a list of its finished files; `--resume` goes on from there if it is the same conversion (by hash).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from surgery.errors import MachineError, SurgeryError
+
+PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
+SPARE_BYTES = 64 << 20
+BASE_CARD = "base-card.md"
+FULL = ("No space left", "failed writing file", "Disk quota")  # how torch and safetensors say it
+
+
+class OutputFolder:
+    """OUT while it is being made.
+
+    Args:
+        out: the final folder.
+        base: the model folder that is read, if any; OUT may be neither it nor inside it, nor hold it.
+        plan_hash: identity of the conversion, for `resume`.
+        spared: files below OUT.partial, as a pattern, that `overwrite` leaves where they are: they took long to make,
+            and name what they were made of.
+
+    Raises:
+        SurgeryError: OUT or OUT.partial exists and neither `overwrite` nor `resume` says what to do with it.
+        MachineError: not writable, disk too small, or another run is writing the same OUT.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        base: Path | None,
+        plan_hash: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        spared: str = "",
+    ):
+        self.out = Path(os.path.abspath(out))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.replaced = self.out.with_name(self.out.name + ".replaced")
+        self.plan_hash, self.resume, self.overwrite, self.spared = plan_hash, resume, overwrite, spared
+        self.done: dict[str, dict] = {}
+        self.records: list[dict] | None = None
+        self._begun = False
+        if base is not None:
+            self.refuse_nesting(base)
+
+    @contextmanager
+    def opened(self, needed_bytes: int):
+        """The partial folder, locked; on success it has become OUT, on a machine's fault it waits for --resume."""
+        import filelock
+
+        with parent_folder(self.out):
+            lock = filelock.FileLock(str(self.out.with_name(f".{self.out.name}.lock")))
+            with machine_errors(self.out):
+                try:
+                    lock.acquire(timeout=0)
+                except filelock.Timeout:
+                    raise MachineError("another run is writing this folder", where=str(self.out)) from None
+            try:
+                with machine_errors(self.out, self.partial):
+                    self._prepare(needed_bytes)
+                    yield self.partial
+                    self._finish()
+            except SurgeryError as error:
+                if self._begun and not error.resumable:  # nothing that --resume could mend
+                    with suppress(OSError):
+                        remove_own(self.partial)
+                raise
+            finally:
+                lock.release()
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink()
+
+    def finished(self, file: str, facts: dict, records: list[dict]) -> None:
+        """Note that one file is complete, and what the operations recorded until then."""
+        self.done[file], self.records = facts, records
+        self._note_progress()
+
+    def holds_the_same(self) -> bool:
+        """Whether OUT is complete and the result of this very conversion."""
+        with suppress(OSError, ValueError):
+            report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
+            return isinstance(report, dict) and report.get("plan_hash") == self.plan_hash
+        return False
+
+    def _note_progress(self) -> None:
+        write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done, "records": self.records})
+
+    def refuse_nesting(self, base: Path) -> None:
+        base = base.resolve()
+        for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
+            out = path.resolve()
+            if out == base or base in out.parents or out in base.parents:
+                raise SurgeryError(
+                    "OUT (with its .partial and .replaced) may not be the model folder, lie in it or hold it",
+                    where=str(self.out),
+                    fix="choose another folder (-o)",
+                )
+
+    def _progress(self) -> dict:
+        with suppress(OSError, ValueError):
+            progress = json.loads((self.partial / PROGRESS).read_text(encoding="utf-8"))
+            if isinstance(progress, dict):
+                return progress
+        return {}
+
+    def _prepare(self, needed_bytes: int) -> None:
+        if os.path.lexists(self.replaced):
+            refuse_foreign(self.replaced)
+            if not os.path.lexists(self.out) and is_whole(self.replaced):  # killed between the renames of _finish
+                os.rename(self.replaced, self.out)
+        if os.path.lexists(self.out) and not self.overwrite:
+            resume = "--resume to go on with its check and scores, or " if self.holds_the_same() else ""
+            raise SurgeryError(
+                "OUT exists", where=str(self.out), fix=f"choose another name, or add {resume}--overwrite"
+            )
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
+            raise SurgeryError(
+                "--overwrite replaces what surgery wrote, and this folder has no surgery.json",
+                where=str(self.out),
+                fix="choose another name, or remove the folder yourself",
+            )
+        if os.path.lexists(self.partial):
+            self._take_over()
+        present = sum(facts.get("bytes", 0) for facts in self.done.values())
+        free = shutil.disk_usage(self.out.parent).free
+        if needed_bytes - present + SPARE_BYTES > free:
+            raise MachineError(
+                f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+                where=str(self.out.parent),
+                fix="free some space or write elsewhere (-o)",
+            )
+        self.partial.mkdir(exist_ok=True)
+        self._begun = True
+        self._note_progress()
+
+    def _unnoted(self) -> bool:
+        """Whether OUT.partial is of a run that was killed before its first note or after it removed the last."""
+        names = {path.name for path in self.partial.iterdir()}
+        return names <= {f"{PROGRESS}.unfinished"} or (REPORT in names and PROGRESS not in names)
+
+    def _take_over(self) -> None:
+        """Continue or remove what an earlier run left."""
+        refuse_foreign(self.partial)
+        progress = self._progress()
+        if self.resume:
+            if progress.get("plan") != self.plan_hash and not self._unnoted():
+                raise SurgeryError(
+                    "OUT.partial is of another conversion (recipe, base or version differ)",
+                    where=str(self.partial),
+                    fix="finish that one with its own command, or start anew with --overwrite",
+                )
+            self.records = progress.get("records")
+            self.done = {
+                file: facts
+                for file, facts in progress.get("done", {}).items()
+                if (self.partial / file).is_file() and sha256(self.partial / file) == facts["sha256"]
+            }
+        elif self.overwrite:
+            remove_own(self.partial, self.spared)
+        else:
+            raise SurgeryError(
+                "an unfinished run left OUT.partial",
+                where=str(self.partial),
+                fix="add --resume to go on from it, or --overwrite to start anew",
+            )
+
+    def _finish(self) -> None:
+        (self.partial / PROGRESS).unlink()
+        if os.path.lexists(self.out):
+            remove_own(self.replaced)
+            os.rename(self.out, self.replaced)
+        try:
+            os.rename(self.partial, self.out)
+        except OSError:
+            if os.path.lexists(self.replaced):
+                os.rename(self.replaced, self.out)
+            self._note_progress()
+            raise
+        remove_own(self.replaced)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether surgery finished writing this folder, and did not begin to remove it."""
+    return (folder / REPORT).is_file() and not (folder / PROGRESS).exists()
+
+
+def refuse_foreign(folder: Path) -> None:
+    """OUT.partial and OUT.replaced are ours by what they hold, not by their name: it may be a user's own folder."""
+    if folder.is_dir() and not folder.is_symlink():
+        names = {path.name for path in folder.iterdir()}
+        if names & {PROGRESS, REPORT} or names <= {f"{PROGRESS}.unfinished"}:
+            return
+    raise SurgeryError(
+        "surgery needs this name while it writes OUT, and did not write what is there",
+        where=str(folder),
+        fix="move it away, or choose another OUT (-o)",
+    )
+
+
+def remove_own(path: Path, spared: str = "") -> None:
+    """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours.
+
+    Args:
+        spared: pattern of files in it that are left; where there are some, so are their folders.
+    """
+    if path.is_dir() and not path.is_symlink():
+        (path / PROGRESS).touch()
+        left = [*path.glob(spared)] if spared else []
+        _empty(path, [path / PROGRESS, *left])
+        if not left:
+            shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def _empty(folder: Path, left: list[Path]) -> None:
+    """Remove all in a folder but these files, and the folders that they are in."""
+    for inner in [inner for inner in folder.iterdir() if inner not in left]:
+        if any(inner in file.parents for file in left):
+            _empty(inner, left)
+        else:
+            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
+    """Path in a folder -> sha256 and size of its safetensors files, or of those in a folder below it."""
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted((folder / below).glob("*.safetensors"))
+    }
+
+
+def write_json(path: Path, data: dict) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def parent_folder(path: Path):
+    """The folder that `path` lies in, made if need be; folders that were made and stayed empty go again."""
+    made = [parent for parent in path.parents if not os.path.exists(parent)]
+    with machine_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path.parent
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether this says so, an error of the system or one of the libraries that write weights."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in FULL)
+
+
+@contextmanager
+def machine_errors(where: Path, partial: Path | None = None):
+    """Turn what the operating system refuses into a `MachineError` that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SurgeryError) or not (isinstance(error, OSError) or disk_full(error)):
+            raise
+        if disk_full(error):
+            what, fix = "the disk is full", "free some space"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, fix = "no permission here", "choose another folder (-o), or make this readable and writable"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            what, fix = "a part of this path is a file, not a folder", "choose another folder (-o)"
+        else:
+            what, fix = f"the system refused: {error.strerror or error}", ""
+        if partial is not None and partial.exists():
+            fix += f"{', then ' if fix else ''}run the same command with --resume"
+        raise MachineError(what, where=str(getattr(error, "filename", None) or where), fix=fix) from error

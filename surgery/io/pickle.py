@@ -1,0 +1,78 @@
+"""Old checkpoints in pickle files (.bin): refused, unless the user says --allow-pickle.
+
+Even then they are read with `weights_only=True`, which builds tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
+from surgery.errors import SurgeryError
+from surgery.io.output_folder import machine_errors, parent_folder, write_json
+
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+@contextmanager
+def readable(base: Path, output: str | Path, allow_pickle: bool):
+    """A folder with the base's weights in safetensors: the base itself, or a temporary one beside OUT."""
+    if not (allow_pickle and only_pickled(base)):
+        yield base  # Checkpoint() names what is wrong, if anything is
+        return
+    with (
+        parent_folder(Path(os.path.abspath(output))) as parent,
+        machine_errors(parent),
+        tempfile.TemporaryDirectory(dir=parent, prefix=".unpickled-") as folder,
+    ):
+        _unpickle(base, Path(folder))
+        yield Path(folder)
+
+
+def only_pickled(base: Path) -> bool:
+    """Whether the weights of a folder are pickles, and in no safe format beside."""
+    safe = (base / SINGLE_FILE).is_file() or (base / WEIGHT_INDEX).is_file()
+    return not safe and ((base / PICKLE).is_file() or (base / PICKLE_INDEX).is_file())
+
+
+def _unpickle(base: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    index = read_index(base / PICKLE_INDEX) if (base / PICKLE_INDEX).is_file() else None
+    files = [PICKLE] if index is None else sorted(set(index["weight_map"].values()))
+    weight_map = {}
+    for number, file in enumerate(files, 1):
+        state = _plain_tensors(base, file)
+        target = SINGLE_FILE if index is None else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        own, seen = {}, {}
+        for name in sorted(state, key=lambda name: -name.count(".")):  # of tied tensors the embedding, not lm_head
+            tensor = state[name]
+            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if seen.setdefault(place, name) == name:  # tied tensors are stored once, as save_pretrained does
+                own[name] = tensor.contiguous()
+        weight_map |= dict.fromkeys(own, target)
+        save_file(own, folder / target, metadata={"format": "pt"})
+    if index is not None:
+        write_json(folder / WEIGHT_INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def _plain_tensors(base: Path, file: str) -> dict:
+    """Name -> tensor of one pickle; an old one, which is no zip, cannot be mapped and is read whole."""
+    import torch
+
+    try:
+        state = torch.load(base / file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(base / file))
+    except FileNotFoundError:
+        raise SurgeryError(f"the index names {file}, which is not there", where=str(base)) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SurgeryError(f"{file} cannot be read as plain tensors: {reason}", where=str(base)) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise SurgeryError(f"{file} holds more than tensors", where=str(base))
+    return state

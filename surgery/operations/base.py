@@ -1,0 +1,186 @@
+"""What an operation is: pydantic fields (the YAML keys), plus problems, plan and a rewrite or an apply.
+
+A new weight rewrite is one file: a subclass of `WeightRewrite` in surgery/operations/<op>.py, or in a package of
+yours under the entry-point group `surgery.operations`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.weights import AttentionLayer
+
+NATIVE, SURGICAL = "native", "surgical"
+TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one operation will do.
+
+    Attributes:
+        after: the anatomy that results.
+        lines: what changes, for people ("KV heads 3 → 1 in 30 layers, mean").
+        tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
+        notes: what is lost, guessed or worth knowing.
+        seconds: rough time of the computation on a laptop, beyond reading and writing.
+        measured: what each layer becomes is known only when the model was measured; `after` has the right totals.
+        parameters: numbers that the surgery adds to the weights (routers, gammas, virtual keys).
+    """
+
+    after: Anatomy
+    lines: tuple[str, ...]
+    tier: str = NATIVE
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    measured: bool = False
+    parameters: int = 0
+
+
+@dataclass
+class Context:
+    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
+
+    An operation that finds only when it measures what results says so in `after`, which the next one meets.
+    `folder`: where a long measurement may keep files that end in ".state", from which a run that was stopped goes on.
+    `number`: which operation of the recipe this is, from 0: two of a kind keep files of their own.
+    """
+
+    change: Change
+    before: Anatomy
+    progress: Any = None
+    tokenizer: Any = None
+    after: Anatomy | None = None
+    folder: Path | None = None
+    number: int = 0
+
+    def state_name(self, name: str) -> str:
+        """What this operation calls a file of that kind: two operations of a recipe have files of their own."""
+        return f"{self.number}-{name}"
+
+    def state_file(self, name: str) -> Path | None:
+        """The file of that kind for this operation; None where nothing is kept."""
+        from surgery.io.resume import SUFFIX
+
+        return self.folder and self.folder / f"{self.state_name(name)}{SUFFIX}"
+
+    def tokenizer_for(self, what: str, where: str, otherwise: str = "") -> Any:
+        """The tokenizer.
+
+        Args:
+            what: the error where there is none: what needs it.
+            otherwise: what works without it, in words after the way to give it.
+
+        Raises:
+            SurgeryError: there is none.
+        """
+        if self.tokenizer is None:
+            fix = f"surgery.apply(recipe, model, tokenizer=tokenizer){otherwise}"
+            raise SurgeryError(what, where=where, fix=fix)
+        return self.tokenizer
+
+
+def missing_texts(operation: Operation) -> list[str]:
+    """The calibration text that an operation names, if it is no file and none of the words that stand for one."""
+    found = []
+    for field in ("text", "calibration_text"):
+        named = getattr(operation, field, None)
+        if isinstance(named, str) and named not in TEXTS and not Path(named).is_file():
+            words = "; ".join((*TEXTS, "a UTF-8 text file"))
+            found.append(f"{operation.op}: {field}: no such text file: {named!r} (there is: {words})")
+    return found
+
+
+class Operation(BaseModel):
+    """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints.
+
+    Values are taken as YAML gives them (strict): true and '16' are no numbers, 9.0 is no whole number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    op: str
+    summary: ClassVar[str] = ""
+    limits: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
+    term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
+
+    follows_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
+
+    def caveats(self) -> tuple[str, ...]:
+        """Those of `limits` that hold with these settings."""
+        return self.limits
+
+    @property
+    def streams(self) -> bool:
+        """Whether the new weights follow from the old ones alone, layer by layer (`WeightRewrite.rewrite`)."""
+        return False
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """Which of the projections "q", "k", "v", "o" have other weights afterwards: healing in parts trains them."""
+        return ()
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        """Why this cannot be applied to such a model, in words that say what would work."""
+        return []
+
+    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
+        """Why this does not go with a surgery that the checkpoint has from before this recipe."""
+        return []
+
+    def problems_later(self, after: Anatomy) -> list[str]:
+        """Why what this has set cannot stand in a model that a later operation has made into `after`."""
+        return []
+
+    def term_layers(self, anatomy: Anatomy) -> set[int]:
+        """The layers whose `term` it sets: two operations may set one term, in different layers."""
+        return set(range(len(anatomy.layers)))
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        """What changes, before -> after. Called only when there are no problems."""
+        raise TypeError(f"operation {self.op} defines no plan")
+
+    def apply(self, model, context: Context) -> dict:
+        """Edit a loaded model in place; return a record of what was done."""
+        raise TypeError(f"operation {self.op} defines no apply")
+
+
+class WeightRewrite(Operation):
+    """An operation whose new weights follow from the old ones alone: it streams, and its result is native.
+
+    One that has settings for which this does not hold says so in `streams`, and has an `apply` for them.
+    """
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
+
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+        """New weights of one layer.
+
+        Args:
+            layer: the old weights, on the CPU in memory of their own.
+            target: the anatomy that the result must have.
+
+        Returns:
+            The new layer (its `facts` are `target`) and a record of choices worth keeping, or {}.
+        """
+        raise TypeError(f"operation {self.op} defines no rewrite")
+
+    def apply(self, model, context: Context) -> dict:
+        from surgery.conversion.loaded import rewrite_model
+
+        return rewrite_model(model, self, context)

@@ -1,0 +1,72 @@
+"""far-mass: how much attention falls outside sinks + window where passkeys are repeated. No gradient, no optimisation.
+
+On those rows a head that copies from the past must look at the passkey's first occurrence. Rows that repeat ordinary
+text tell less: the model foresees it anyway, and heads that look everywhere alike come out on top. A KV head's score
+is the largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from surgery.runtime.surgery_attention import surgery_attention
+from surgery.calibration.head_scores import HeadScores
+from surgery.data.passkeys import calibration
+from surgery.data.text import BUILTIN
+from surgery.calibration.attention_hook import watched
+
+
+def far_mass(
+    model,
+    tokenizer,
+    *,
+    sinks: int,
+    window: int,
+    samples: int = 8,
+    length: int = 1024,
+    keys: int = 4,
+    seed: int = 0,
+    text=BUILTIN,
+    progress=None,
+) -> HeadScores:
+    """Mean attention mass outside sinks + window on the rows where passkeys are repeated, the largest of a group.
+
+    Args:
+        model, tokenizer: in memory; the model is left as it was.
+        sinks, window: of the streaming heads that are planned.
+        samples, length: sequences, and tokens in each (cut to the model's positions).
+        keys: passkeys in a sequence.
+        seed: of the text's pieces, the passkeys and their places.
+        text: see `load_text`; of the built-in text the calibration part.
+        progress: called with done, total and a label.
+    """
+    settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
+
+    def attention(module, query, key, value, mask, **kwargs):
+        weights = seen.weights(module, query, key, sequence.rows, **kwargs)
+        totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).double().cpu()
+        return surgery_attention(module, query, key, value, mask, **kwargs)
+
+    with watched(model, attention) as seen, torch.no_grad():
+        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
+        for number, sequence in enumerate(sequences):
+            model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
+            if progress:
+                progress(number + 1, samples, "head scores")
+        table = seen.largest_of_groups([total / samples for total in totals])
+    return HeadScores("far-mass", table, origin)
+
+
+def mass_outside(weights: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """Mean over the rows of the attention mass on keys outside sinks + window.
+
+    Args:
+        weights: [1, heads, r, n], of queries at the positions `rows`, long [r].
+
+    Returns:
+        [heads].
+    """
+    position = torch.arange(weights.shape[-1], device=weights.device)
+    far = (position >= sinks) & (rows.to(weights.device)[:, None] - position >= window)
+    return (weights * far).sum(-1).mean(-1)[0]

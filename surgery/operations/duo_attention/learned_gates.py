@@ -1,0 +1,178 @@
+"""gates: DuoAttention's optimisation. A gate a in [0, 1] for each KV head, the weights frozen.
+
+The output of a KV head's group is a * (all it can see) + (1 - a) * (sinks + window). The loss is the mean squared
+difference of the last hidden states, on the rows where passkeys are repeated, to those of the whole model, plus
+weight * mean |a|: a gate that the answers do not need falls to 0.
+
+Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819, and its code (MIT): AdamW without decay, all gates 1 at
+first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Unlike
+there: sinks, window and visibility are the deployment's; both parts of the mix are of the same, mixed, hidden states;
+gates are float32; the difference is relative to the size of the hidden states, and the weight is 0.12 of that (there
+0.05 of the plain square, which left most gates of SmolLM2-135M undecided); 60 steps at a rate of 0.05 (there 2,000
+at 0.02), which is minutes on a CPU for a model of that size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from surgery.errors import SurgeryError
+from surgery.runtime.surgery_attention import surgery_attention
+from surgery.calibration.head_scores import HeadScores, model_facts
+from surgery.data.passkeys import Recall, calibration
+from surgery.data.text import BUILTIN
+from surgery.calibration.attention_hook import Watched, watched
+
+UNDECIDED = (0.1, 0.9)
+
+
+def gates(
+    model,
+    tokenizer,
+    *,
+    sinks: int,
+    window: int,
+    samples: int = 8,
+    length: int = 768,
+    keys: int = 4,
+    steps: int = 60,
+    rate: float = 0.05,
+    weight: float = 0.12,
+    seed: int = 0,
+    text=BUILTIN,
+    state: str | Path | None = None,
+    progress=None,
+) -> HeadScores:
+    """The gates after optimisation.
+
+    Args: as for `far_mass`, and
+        keys: passkeys in a sequence.
+        steps: of the optimiser, each on one sequence, in turn.
+        rate, weight: learning rate; weight of the gates' mean in the loss.
+        state: a file that is replaced after every step, and from which a run with the same settings goes on.
+
+    Raises:
+        SurgeryError: the state file is of other settings.
+    """
+    drawn = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **drawn)
+    settings |= {"steps": steps, "rate": rate, "weight": weight}
+    mixed = MixedAttention(sinks, window)
+    with watched(model, mixed) as seen:
+        mixed.watched = seen
+        run = _Run(sum(seen.kv_heads), model.device, rate, settings | {"model": model_facts(seen.anatomy)["hash"]})
+        if state is not None and Path(state).is_file():
+            run.load(Path(state))
+        wholes: dict[int, torch.Tensor] = {}
+        for step in range(len(run.losses), steps):
+            number = step % samples
+            if number not in wholes:
+                mixed.gates = None
+                with torch.no_grad():
+                    wholes[number] = answer_states(model, sequences[number])
+            mixed.gates = run.gates
+            distance = apart(answer_states(model, sequences[number]), wholes[number])
+            run.step(distance, weight, schedule(step, steps))
+            if state is not None:
+                run.save(Path(state))
+            if progress:
+                progress(step + 1, steps, "gates")
+        table = [part.tolist() for part in run.gates.detach().cpu().split(seen.kv_heads)]
+    flat = [gate for row in table for gate in row]
+    undecided = sum(UNDECIDED[0] < gate < UNDECIDED[1] for gate in flat) / len(flat)
+    return HeadScores("gates", table, settings | {"undecided": round(undecided, 4), "losses": run.losses})
+
+
+class MixedAttention:
+    """An attention function for `watched`: every KV head's group mixed by its gate.
+
+    Attributes:
+        watched: set inside the context.
+        gates: [KV heads of all layers], or None: all heads see all.
+    """
+
+    def __init__(self, sinks: int, window: int):
+        self.sinks, self.window = sinks, window
+        self.watched: Watched
+        self.gates: torch.Tensor | None = None
+
+    def __call__(self, module, query, key, value, mask, **kwargs):
+        layer, counts = module.layer_idx, self.watched.kv_heads
+        self.watched.look(layer)
+        full, _ = surgery_attention(module, query, key, value, mask, **kwargs)  # [batch, n, heads, head_dim]
+        if self.gates is None:
+            return full, None
+        self.watched.look(layer, range(counts[layer]), self.sinks, self.window)
+        near, _ = surgery_attention(module, query, key, value, mask, **kwargs)
+        own = self.gates.split(counts)[layer].repeat_interleave(query.shape[1] // counts[layer])
+        gate = own.clamp(0, 1).to(full)[None, None, :, None]
+        return gate * full + (1 - gate) * near, None
+
+
+def answer_states(model, sequence: Recall) -> torch.Tensor:
+    """The hidden states that the model's head is given, on the answers' rows: [r, hidden], float32 or wider."""
+    hidden = model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False).last_hidden_state[0]
+    hidden = hidden[sequence.rows.to(hidden.device)]
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def apart(states: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference, relative to the mean square of `whole`: a weight means the same in every model."""
+    return (states - whole).square().mean() / whole.square().mean()
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: up over the first fifth, down over the last, never below 0.1."""
+    slope = max(1, steps // 5)
+    return min(1.0, max((step + 1) / slope, 0.1), max((steps - step) / slope, 0.1))
+
+
+class _Run:
+    """Gates and their optimiser, as they are kept between steps."""
+
+    def __init__(self, count: int, device, rate: float, settings: dict):
+        self.gates = torch.ones(count, device=device, requires_grad=True)
+        self.optimizer = torch.optim.AdamW([self.gates], lr=rate, weight_decay=0.0)
+        self.rate, self.settings = rate, settings
+        self.losses: list[list[float]] = []  # of each step: distance, mean gate
+
+    def step(self, distance: torch.Tensor, weight: float, factor: float) -> None:
+        self.losses.append([distance.item(), self.gates.mean().item()])
+        loss = distance + weight * self.gates.abs().mean()
+        (self.gates.grad,) = torch.autograd.grad(loss, [self.gates])
+        self.optimizer.param_groups[0]["lr"] = self.rate * factor
+        self.optimizer.step()
+        with torch.no_grad():
+            self.gates.clamp_(0, 1)
+
+    def save(self, file: Path) -> None:
+        """JSON keeps every bit of a float32."""
+        from surgery.io.output_folder import machine_errors, write_json
+
+        moments = self.optimizer.state[self.gates]
+        kept = {name: moments[name].tolist() for name in ("exp_avg", "exp_avg_sq")}
+        with machine_errors(file):
+            write_json(
+                file,
+                {"settings": self.settings, "gates": self.gates.tolist(), "losses": self.losses, **kept},
+            )
+
+    def load(self, file: Path) -> None:
+        from surgery.io.model_folder import read_json
+
+        kept = read_json(file)
+        if kept.get("settings") != self.settings:
+            theirs = kept.get("settings") or {}
+            differ = ", ".join(key for key in self.settings if theirs.get(key) != self.settings[key])
+            raise SurgeryError(
+                f"the unfinished run has another {differ}",
+                where=str(file),
+                fix="finish it with its own settings, or remove the file (--overwrite) to start anew",
+            )
+        self.losses = kept["losses"]
+        with torch.no_grad():
+            self.gates.copy_(torch.tensor(kept["gates"]))
+        moments = {name: torch.tensor(kept[name], device=self.gates.device) for name in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.state[self.gates] = {"step": torch.tensor(float(len(self.losses))), **moments}

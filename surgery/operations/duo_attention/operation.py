@@ -1,0 +1,163 @@
+"""Split the heads: retrieval heads keep the whole past, streaming heads keep a few sinks and a window.
+
+Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819 (the split); Xiao et al. 2023, "StreamingLLM", arXiv
+2309.17453 (sinks + window). Unlike the released code, visibility is a set of positions here: prefill in one piece, in
+chunks and decoding give the same result, and a streaming head sees sinks + window in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
+from surgery.operations.duo_attention.scorers import METHODS, is_method, score
+from surgery.errors import SurgeryError
+from surgery.operations.base import SURGICAL, Change, Context, Operation
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+Whole = Annotated[int, Field(ge=0, strict=True)]
+
+
+class DuoAttention(Operation):
+    """Give the KV heads with the lowest scores the visibility sinks + window."""
+
+    summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
+    limits: ClassVar[tuple[str, ...]] = (
+        "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
+        "the other heads. Needles, where the card has them, test it with literal answers alone.",
+        "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
+        "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
+    )
+    term: ClassVar[str | None] = "visibility"
+
+    op: Literal["duo_attention"] = "duo_attention"
+    streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of the KV heads that stream.")
+    threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
+    sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
+    window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
+    scores: str = Field(
+        "far-mass",
+        description=f"{', '.join(METHODS)} (measured here); or a score file, sought from the working folder.",
+    )
+    calibration_samples: int | None = Field(None, ge=1, description="Calibration sequences; null: the method's own.")
+    calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")
+    per_layer_min_retrieval: Whole = Field(0, description="KV heads that every layer keeps full.")
+    protect_layers: list[Whole] = Field([], description="Layers whose heads all stay full.")
+    seed: Whole = Field(0, description="Seed of the calibration sequences.")
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        found = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
+        if (self.streaming_ratio is None) == (self.threshold is None):
+            found.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
+        if wrong := [i for i in self.protect_layers if i >= len(anatomy.layers)]:
+            found.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
+        fewest = min(layer.kv_heads for layer in anatomy.layers)
+        if self.per_layer_min_retrieval > fewest:
+            found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
+        if not found:
+            try:
+                if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
+                    found.append(f"duo_attention: {UNEQUAL}: put it before prune_heads, or give a score file")
+                if not is_method(self.scores):
+                    load_scores(self.scores, anatomy)
+            except SurgeryError as error:
+                facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+                found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
+        return found
+
+    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
+        """It weighs the first token of some heads, which heads that stream without sinks would lose."""
+        entries = (getattr(anatomy.config, "surgery", None) or {}).get("layers", [])
+        weighed = {i for i, entry in enumerate(entries) if "surgery_log_gamma" in entry.get("parameters", {})}
+        weighed -= {*self.protect_layers, *self._local(anatomy)}
+        if self.sinks or self.streaming_ratio == 0 or not weighed:
+            return []
+        return [
+            f"duo_attention: this checkpoint weighs the first token (zero_tuning) in layers {sorted(weighed)}, and "
+            "heads that stream without sinks lose it: sinks from 1, or protect_layers"
+        ]
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        local, measured = self._local(anatomy), is_method(self.scores)
+        total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
+        notes, known = [], ""
+        if local:
+            notes.append(
+                f"{len(local)} of {len(anatomy.layers)} layers see no farther than {self.window} tokens by the base's "
+                "own window: they stay as they are, and the ratio is of the others"
+            )
+        if measured:
+            # The heads are not known before the model is measured; their number is, unless a threshold decides.
+            streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
+            known = "up to " if self.threshold is not None else ""
+            if self._needs_scores:
+                notes.append(f"which heads stream is measured on the model ({self.scores})")
+        else:
+            streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
+        count = sum(map(len, streaming))
+        if self.streaming_ratio is not None and count < (wanted := round(self.streaming_ratio * total)):
+            notes.append(
+                f"streaming_ratio asks for {wanted}: protect_layers and per_layer_min_retrieval leave {count}"
+            )
+        line = f"{known}{count} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
+        return Change(
+            anatomy.with_streaming(streaming, self.sinks, self.window),
+            (line,),
+            SURGICAL,
+            tuple(notes),
+            measured=measured,
+        )
+
+    def apply(self, model, context: Context) -> dict:
+        from surgery.runtime.modeling_surgery import patch
+
+        measured = is_method(self.scores)
+        scores = self._measure(model, context) if measured else load_scores(self.scores, context.before)
+        streaming = self._choose(scores.scores, context.before)
+        layers = [{"streaming": s, "sinks": self.sinks, "window": self.window} for s in streaming]
+        try:
+            patch(model, {"layers": layers})
+        except ValueError as error:
+            raise SurgeryError(f"duo_attention: {error}", where=type(model).__name__) from None
+        named = [[x.kv_name(head) for head in s] for x, s in zip(context.before.layers, streaming, strict=True)]
+        return {"streaming": named, "scores": scores.to_dict()}
+
+    @property
+    def _needs_scores(self) -> bool:
+        return self.streaming_ratio not in (0.0, 1.0) or self.per_layer_min_retrieval > 0
+
+    def _measure(self, model, context: Context) -> HeadScores:
+        if not self._needs_scores:
+            return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
+        tokenizer = context.tokenizer_for(
+            "measuring heads needs the tokenizer", self.op, ", or a score file (scores: FILE)"
+        )
+        return score(
+            model,
+            tokenizer,
+            self.scores,
+            sinks=self.sinks,
+            window=self.window,
+            samples=self.calibration_samples,
+            length=self.calibration_length,
+            seed=self.seed,
+            progress=context.progress,
+        )
+
+    def _local(self, anatomy: Anatomy) -> list[int]:
+        """Layers that the split would not change: the base's own window is no wider than ours."""
+        return [layer.index for layer in anatomy.layers if layer.window is not None and layer.window <= self.window]
+
+    def _choose(self, scores: list[list[float]], anatomy: Anatomy) -> list[list[int]]:
+        return choose_streaming(
+            scores,
+            ratio=self.streaming_ratio,
+            threshold=self.threshold,
+            min_retrieval=self.per_layer_min_retrieval,
+            protect=self.protect_layers,
+            local=self._local(anatomy),
+        )

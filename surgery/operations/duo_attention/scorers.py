@@ -1,0 +1,156 @@
+"""The ways to measure which KV heads need the far past, by name.
+
+A new one is one file with one function `(model, tokenizer, *, sinks, window, ..., progress) -> HeadScores`, whose
+keyword arguments are its settings, and a line in `METHODS`. Nothing heavy is imported before one is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from surgery.errors import SurgeryError, nearest
+from surgery.calibration.head_scores import HeadScores, model_facts, model_name, refuse_not_finite
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scorer: the module of this package and the function in it, and one line on what it measures."""
+
+    module: str
+    function: str
+    summary: str
+
+    def load(self):
+        return getattr(import_module(f".{self.module}", __package__), self.function)
+
+
+METHODS = {
+    "far-mass": Method("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
+    "retrieval": Method("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
+    "gates": Method("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
+    "ablation": Method("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
+}
+
+
+def score(model, tokenizer, method: str, *, name: str = "", progress=None, **settings) -> HeadScores:
+    """Measure a model's KV heads.
+
+    Args:
+        model, tokenizer: in memory; the model is left as it was.
+        method: a name in `METHODS`.
+        name: of the model, for the file; default what it was loaded as.
+        progress: called with done, total and a label.
+        settings: of the method; what is None is left to it. `settings_of` lists them.
+
+    Raises:
+        SurgeryError: no such method, a setting it does not take, or a model that cannot be measured so.
+    """
+    from surgery.architecture.anatomy import Anatomy
+
+    function = method_named(method).load()
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = settings_of(method)
+    if unknown := [key for key in given if key not in known]:
+        raise SurgeryError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
+    found = function(model, tokenizer, progress=progress, **given)
+    refuse_not_finite([found.scores], method)
+    facts = model_facts(Anatomy.of(model), name or model_name(model.config))
+    return HeadScores(found.method, found.scores, {"model": facts} | found.origin)
+
+
+def method_named(method: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    if method not in METHODS:
+        close = nearest(method, METHODS)
+        raise SurgeryError(
+            f"no method {method!r} to score heads",
+            exists=", ".join(METHODS),
+            fix=f"did you mean {close!r}?" if close else "",
+        )
+    return METHODS[method]
+
+
+def settings_of(method: str) -> list[str]:
+    """The names of a method's settings."""
+    parameters = inspect.signature(method_named(method).load()).parameters
+    return [name for name in parameters if name not in ("model", "tokenizer", "progress")]
+
+
+def is_method(scores: str) -> bool:
+    """Whether a recipe's `scores` is a method, and not a file.
+
+    Raises:
+        SurgeryError: it is neither, nor looks like a file.
+    """
+    if scores in METHODS or Path(scores).is_file():
+        return scores in METHODS
+    if Path(scores).suffix or len(Path(scores).parts) > 1:  # a file that is not there: `load_scores` says so
+        return False
+    close = nearest(scores, METHODS)
+    raise SurgeryError(
+        f"scores: {scores!r} is neither a method nor a file",
+        exists=", ".join(METHODS),
+        fix=f"did you mean {close!r}?" if close else "a score file, which `surgery score MODEL -o FILE` writes",
+    )
+
+
+def score_to_file(
+    model: str,
+    output: str | Path,
+    method: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress=None,
+    **settings,
+) -> HeadScores:
+    """Measure a model by name and save the scores; arguments as for `score`.
+
+    Args:
+        model: a folder, `smollm2-135m` or a Hub id.
+        output: the file; an existing one is refused without `overwrite`.
+        resume: go on from `output` + ".state", which a method with steps leaves when it is stopped.
+
+    Raises:
+        SurgeryError: as `score`; the file exists, or an unfinished run's, and nothing says what to do with it.
+        MachineError: the file cannot be written.
+    """
+    from surgery.io.hub import resolve
+    from surgery.io.output_folder import parent_folder
+    from surgery.machine.transformers_logging import quiet_transformers
+    from surgery.io.loading import load_model, read_config, read_tokenizer
+    from surgery.architecture.surgery_block import check_block
+
+    output = Path(output)
+    state = output.with_name(output.name + ".state")
+    resumable = "state" in settings_of(method)
+    if resume and not resumable:
+        raise SurgeryError(f"{method} has no steps to go on from", fix="leave out --resume")
+    if output.exists() and not overwrite:
+        raise SurgeryError("the score file exists", where=str(output), fix="another name (-o), or --overwrite")
+    if output.is_dir():
+        raise SurgeryError("this is a folder, not a score file", where=str(output), fix="-o FILE.json")
+    if state.exists() and not (resume or overwrite):
+        fix = "add --resume to go on from it, or --overwrite to start anew"
+        raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix)
+    source = resolve(model)
+    block = check_block(read_config(source.path), source.name)
+    if block and any(layer.get("streaming") for layer in block["layers"]):
+        raise SurgeryError("the heads of this model are split already: measure its base", where=source.name)
+    with parent_folder(output):
+        if not resume:
+            state.unlink(missing_ok=True)
+        with quiet_transformers():
+            loaded, tokenizer = load_model(source.path), read_tokenizer(source.path)
+        given = settings | ({"state": state} if resumable else {})
+        found = score(loaded, tokenizer, method, name=source.name, progress=progress, **given)
+        found.save(output)
+        state.unlink(missing_ok=True)
+    return found

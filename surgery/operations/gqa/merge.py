@@ -1,0 +1,139 @@
+"""What every merge of KV heads is made of: who shares with whom, and weights with their biases as one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import TYPE_CHECKING
+
+from surgery.operations.gqa.procrustes import key_turns, orthogonal_turns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.weights import AttentionLayer
+
+
+def group_members(facts: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
+    """For each new KV head, the old KV heads it replaces, each with the query heads that read it there.
+
+    Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
+    """
+    size = facts.heads // groups
+    members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
+    for query in range(facts.heads):
+        members[query // size].setdefault(query // facts.group, []).append(query)
+    return members
+
+
+def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
+    """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
+    shared = gcd(*counts)
+    weights = [count // shared for count in counts]
+    first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
+    apart = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
+    return first + apart / sum(weights)
+
+
+def first_head(heads: Tensor, counts: list[int]) -> Tensor:
+    return heads[0]
+
+
+def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
+    """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
+    facts = layer.facts
+    queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
+    moved = {}
+    for name, tensor in layer.tensors().items():
+        if name == "o":
+            moved[name] = tensor[:, queries]
+        else:
+            moved[name] = tensor[order if name.startswith(("k", "v")) else queries]
+    return layer.replace(**moved)
+
+
+def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
+    """Root mean square of merged keys over that of the old ones, as white inputs would give it.
+
+    A norm over the whole projection divides by this number, so its weight is multiplied by it.
+    """
+    import torch
+
+    energy = old.square().mean()
+    return float((torch.stack(new).square().mean() / energy).sqrt()) if energy else 1.0
+
+
+def with_bias(layer: AttentionLayer, part: str) -> Tensor:
+    """q, k or v in float64, the bias as one more input column: [heads, d, D] or [heads, d, D + 1]."""
+    import torch
+
+    weight, bias = getattr(layer, part).double(), getattr(layer, f"{part}_bias")
+    return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
+
+
+def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, Tensor]:
+    """The inverse of `with_bias`, rounded once to the stored dtype."""
+    import torch
+
+    heads, weight, bias = torch.stack(heads), getattr(layer, part), getattr(layer, f"{part}_bias", None)
+    if bias is None:
+        return {part: heads.to(weight.dtype)}
+    return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}
+
+
+def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict[str, Tensor]:
+    """Normal weights with the root mean square of the old ones, zero biases: heads that know nothing."""
+    import torch
+
+    parts = {}
+    for number, (name, old) in enumerate(layer.tensors().items()):
+        if not name.startswith(("k", "v")):
+            continue
+        shape = (target.kv_heads, *old.shape[1:])
+        if name == "k_norm":  # a scale, not a direction: its mean is the neutral choice
+            new = old.double().mean(0).expand(shape)
+        elif name.endswith("_bias"):
+            new = torch.zeros(shape)
+        else:
+            generator = torch.Generator().manual_seed((seed * 100_003 + layer.facts.index) * 101 + number)
+            new = torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
+        parts[name] = new.to(old.dtype)
+    return parts
+
+
+def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned: bool) -> AttentionLayer:
+    """A layer whose KV heads are merged group by group, from the weights alone.
+
+    Args:
+        merge: makes one head of several, given their numbers of readers: `mean_head`, `first_head`.
+        turned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
+    """
+    facts = layer.facts
+    k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
+    if turned:  # queries and outputs change only then; in float64 they are the largest part
+        q, o = with_bias(layer, "q"), layer.o.double()
+    for group in group_members(facts, target.kv_heads):
+        sources, counts = list(group), [len(queries) for queries in group.values()]
+        keys, values = k[sources], v[sources]
+        if turned:
+            turns = orthogonal_turns(values)
+            values = turns @ values
+            for turn, queries in zip(turns, group.values(), strict=True):
+                o[:, queries] = o[:, queries] @ turn.T
+        if turned and not facts.qk_norm:
+            turns = key_turns(keys, facts.rotary, facts.positions)
+            keys = turns @ keys
+            for turn, queries in zip(turns, group.values(), strict=True):
+                q[queries] = turn @ q[queries]
+        new["k"].append(merge(keys, counts))
+        new["v"].append(merge(values, counts))
+        if layer.k_norm is not None:
+            new["k_norm"].append(merge(layer.k_norm[sources].double(), counts))
+    parts = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
+    if layer.k_norm is not None:
+        scale = mean_square_ratio(new["k"], k) if facts.qk_norm == "whole" else 1.0
+        parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
+    if turned:
+        parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
+    return layer.replace(facts=target, **parts)

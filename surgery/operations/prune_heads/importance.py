@@ -1,0 +1,182 @@
+"""What a query head is worth to a model: a score for each, higher = keep. For `prune_heads`.
+
+    magnitude  ||W_O^h W_V^g||_F, from the weights alone
+    gradient   mean over sequences of |d loss / d mask_h|, each layer's scores divided by their l2 norm
+               (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv 1905.10650)
+    ablation   KL to the whole model, in nats per token, when the head alone is silenced
+    random     a control
+
+A mask multiplies what the head gives to the output projection. Ablation costs a forward for every head and sequence;
+layers below the head's are not computed again.
+"""
+
+from __future__ import annotations
+
+import random as numbers
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, nearest
+from surgery.calibration.head_scores import HeadScores, refuse_not_finite
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.architecture.anatomy import Anatomy
+
+METHODS = ("magnitude", "gradient", "ablation", "random")
+ROWS = 64  # tokens whose log-probabilities over the vocabulary are kept at once
+
+
+def is_method(scores: str) -> bool:
+    """Whether a recipe's `scores` is a method, and not a file.
+
+    Raises:
+        SurgeryError: it is neither, nor looks like a file.
+    """
+    if scores in METHODS or Path(scores).is_file():
+        return scores in METHODS
+    if Path(scores).suffix or len(Path(scores).parts) > 1:
+        return False
+    close = nearest(scores, METHODS)
+    raise SurgeryError(
+        f"scores: {scores!r} is neither a method nor a file",
+        exists=", ".join(METHODS),
+        fix=f"did you mean {close!r}?" if close else "a table of numbers, one row of query heads for each layer",
+    )
+
+
+def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0, progress=None) -> HeadScores:
+    """Scores [layers][query heads] of a model in memory, which is left as it was.
+
+    Args:
+        sequences: tokens, long [samples, length], for the methods that measure.
+        seed: of `random`.
+    """
+    from surgery.architecture.anatomy import Anatomy
+
+    anatomy = Anatomy.of(model)
+    if method == "random":
+        table = random_table(anatomy, seed)
+    elif method == "magnitude":
+        table = magnitude_table(model, anatomy)
+    else:
+        function = {"gradient": gradient_table, "ablation": ablation_table}[method]
+        with _quiet(model):
+            table = function(model, anatomy, sequences, progress)
+    refuse_not_finite([table], method)
+    return HeadScores(method, table)
+
+
+def random_table(anatomy: Anatomy, seed: int) -> list[list[float]]:
+    draw = numbers.Random(seed)
+    return [[draw.random() for _ in range(layer.heads)] for layer in anatomy.layers]
+
+
+def magnitude_table(model, anatomy: Anatomy) -> list[list[float]]:
+    from surgery.architecture.weights import unpack
+    from surgery.operations.prune_heads.select import magnitudes
+
+    table = []
+    for facts in anatomy.layers:
+        module = model.get_submodule(facts.path)
+        tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
+        table.append(magnitudes(unpack(facts, tensors)))
+    return table
+
+
+def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
+    """Mean |d loss / d mask| over sequences; the loss is the cross-entropy of a sequence, in nats per token."""
+    import torch
+
+    sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in anatomy.layers]
+    for number, sequence in enumerate(sequences):
+        masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
+        with torch.enable_grad(), masked(model, anatomy, masks):
+            loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
+            found = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
+        for total, gradient in zip(sums, found, strict=True):
+            total += gradient.abs().double().cpu()
+        if progress:
+            progress(number + 1, len(sequences), "gradients of heads")
+    return [(total / (total.norm() or 1)).tolist() for total in sums]
+
+
+def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the next token in nats; logits [length, vocabulary]."""
+    import torch
+    from torch.nn.functional import cross_entropy as loss
+
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return loss(logits[:-1].to(wide), sequence[1:].to(logits.device))
+
+
+def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
+    """KL to the whole model, mean over the last `ROWS` tokens of each sequence."""
+    import torch
+
+    from surgery.calibration.layerwise import decoder_layers, each_layer
+
+    blocks = decoder_layers(model, anatomy)
+    table = [[0.0] * layer.heads for layer in anatomy.layers]
+    done, total = 0, len(sequences) * sum(layer.heads for layer in anatomy.layers)
+
+    def answer(ids):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ROWS).logits[0, -ROWS:]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = sequence[None].to(model.device)
+            for layer, lost in each_layer(blocks, partial(answer, ids)):
+                for head in range(len(table[layer])):
+                    mask = torch.ones(len(table[layer]), device=model.device)
+                    mask[head] = 0
+                    with masked(model, anatomy, {layer: mask}):
+                        table[layer][head] += lost() / len(sequences)
+                    done += 1
+                    if progress:
+                        progress(done, total, "heads silenced")
+    return table
+
+
+@contextmanager
+def masked(model, anatomy: Anatomy, masks) -> Iterator[None]:
+    """What each head gives to the output projection is multiplied by its mask.
+
+    Args:
+        masks: layer -> [query heads]; layers that it lacks are left alone.
+    """
+    chosen = masks.items() if isinstance(masks, dict) else enumerate(masks)
+    with ExitStack() as stack:
+        for number, mask in chosen:
+            facts = anatomy.layers[number]
+
+            def before(_, args, mask=mask, size=facts.head_dim):
+                z = args[0]
+                return ((z.unflatten(-1, (-1, size)) * mask.to(z)[:, None]).flatten(-2), *args[1:])
+
+            output = model.get_submodule(facts.path).get_submodule(facts.layout.o)
+            hook = output.register_forward_pre_hook(before)
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _quiet(model) -> Iterator[None]:
+    """The model in eval mode with frozen weights, then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,291 @@
+"""Take heads out of a model: really smaller projections, and output projections refitted to make up for them.
+
+Sources: Michel et al. 2019, arXiv 1905.10650 (gradient scores, and that many heads can go); the refit is least squares
+on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are named by the base's numbers throughout.
+"""
+
+from __future__ import annotations
+
+from itertools import compress
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
+from surgery.calibration.head_scores import HeadScores, load_scores
+from surgery.errors import SurgeryError
+from surgery.operations.base import NATIVE, SURGICAL, Change, Context, Operation
+from surgery.operations.prune_heads.select import biased_output, change_lines, choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+Whole = Annotated[int, Field(ge=0, strict=True)]
+MEASURED = ("gradient", "ablation")  # scores that need text
+
+
+class PruneHeads(Operation):
+    """Remove the query heads, or whole KV groups, that the model needs least."""
+
+    summary: ClassVar[str] = "Remove heads: whole KV groups alike in all layers (stock checkpoint), or any heads."
+    limits: ClassVar[tuple[str, ...]] = (
+        "Heads are gone for good.",
+        "Which ones matter was judged on a text: what only rare inputs need (recall over a long distance, other "
+        "languages) may be lost without a change in perplexity.",
+        "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
+        "text of another kind it may win back less.",
+    )
+    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
+
+    op: Literal["prune_heads"] = "prune_heads"
+    granularity: Literal["head", "kv_group"] = Field(
+        "kv_group", description="kv_group: a KV head with all its query heads. head: query heads one by one."
+    )
+    per_layer: Whole | None = Field(None, description="Heads (or KV groups) to remove from every layer; or")
+    ratio: float | None = Field(
+        None, ge=0, lt=1, description="share of all heads (or groups), ranked over all layers; or"
+    )
+    heads: list[list[Whole]] | None = Field(None, description="the query heads to remove, a list for each layer.")
+    scores: str = Field("gradient", description=f"{', '.join(METHODS)}; or a file [layers][query heads].")
+    refit: bool = Field(True, description="Fit the output projections of the heads that stay, on calibration text.")
+    ridge: float = Field(0.01, gt=0, description="Pull to the old output projection, relative to the heads' energy.")
+    protect_layers: list[Whole] = Field([], description="Layers that keep all their heads.")
+    calibration_samples: int = Field(32, ge=1, strict=True, description="Calibration sequences of the refit.")
+    score_samples: int = Field(8, ge=1, strict=True, description="Those of them on which heads are scored.")
+    calibration_length: int = Field(512, ge=2, strict=True, description="Tokens in each.")
+    calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
+    seed: Whole = Field(0, description="Seed of scores: random.")
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        return ("q", "o")
+
+    def caveats(self) -> tuple[str, ...]:
+        return tuple(compress(self.limits, (True, self._judges(), self.refit)))
+
+    def _judges(self) -> bool:
+        return self.heads is None and self.scores in MEASURED
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        found, layers = [], len(anatomy.layers)
+        given = [name for name in ("per_layer", "ratio", "heads") if getattr(self, name) is not None]
+        if len(given) != 1:
+            which = " and ".join(given) or "none of them"
+            found.append(f"prune_heads: give one of per_layer, ratio and heads (null for the others), not {which}")
+        if wrong := [i for i in self.protect_layers if i >= layers]:
+            found.append(f"prune_heads: protect_layers {wrong}: there are layers 0 to {layers - 1}")
+        if any(layer.qk_norm == "whole" for layer in anatomy.layers):
+            found.append(
+                f"prune_heads: the QK-norm of {anatomy.model_type} spans all heads: without some, the others change"
+            )
+        found += [] if found else self._problems_of_choice(anatomy)
+        if not found and is_method(self.scores) is False and self.heads is None:
+            try:
+                load_scores(self.scores, anatomy, per="heads")
+            except SurgeryError as error:
+                facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+                found.append("prune_heads: " + "; ".join(fact for fact in facts if fact))
+        if not found and self._removes_something(anatomy):
+            found += self._problems_of_tier(anatomy)
+        return found
+
+    def _problems_of_choice(self, anatomy: Anatomy) -> list[str]:
+        """Heads that do not exist, layers that would have none, KV groups that would go in part."""
+        if self.heads is not None:
+            return [f"prune_heads: {fault}" for fault in self._faults_of_heads(anatomy)]
+        open_layers = [layer for layer in anatomy.layers if layer.index not in self.protect_layers]
+        unit = "query heads" if self.granularity == "head" else "KV groups"
+        counts = [len(units) for units in self._units(anatomy)]
+        fewest = min((counts[layer.index] for layer in open_layers), default=1)
+        if self.per_layer is not None and self.per_layer >= fewest and open_layers:
+            return [f"prune_heads: per_layer {self.per_layer}: a layer has {fewest} {unit}, and one must stay"]
+        wanted, most = round((self.ratio or 0) * sum(counts)), sum(counts[layer.index] - 1 for layer in open_layers)
+        if wanted > most:
+            return [
+                f"prune_heads: ratio {self.ratio} removes {wanted} of {sum(counts)} {unit}, and only {most} can go"
+            ]
+        try:
+            is_method(self.scores)
+        except SurgeryError as error:
+            return [f"prune_heads: {'; '.join(filter(None, (error.what, error.exists, error.fix)))}"]
+        return []
+
+    def _faults_of_heads(self, anatomy: Anatomy):
+        if len(self.heads) != len(anatomy.layers):
+            yield f"heads lists {len(self.heads)} layers, the model has {len(anatomy.layers)}"
+            return
+        for layer, named in zip(anatomy.layers, self.heads, strict=True):
+            there = query_names(layer)
+            if wrong := [head for head in named if head not in there]:
+                yield f"heads: layer {layer.index} has no query heads {wrong}; it has {shown_names(there)}"
+            elif len({*named}) < len(named):
+                yield f"heads: layer {layer.index} names a head twice: {named}"
+            elif len(named) == layer.heads:
+                yield f"heads: layer {layer.index} would have no head left"
+            elif layer.index in self.protect_layers and named:
+                yield f"heads: layer {layer.index} is protected (protect_layers)"
+            elif self.granularity == "kv_group":
+                for number, group in enumerate(groups_of(layer)):
+                    names = [layer.query_name(head) for head in group]
+                    if left := [name for name in names if name not in named] if {*names} & {*named} else []:
+                        yield (
+                            f"heads: layer {layer.index}: KV group {layer.kv_name(number)} cannot go while its query "
+                            f"heads {left} stay: name them too, or granularity: head"
+                        )
+
+    def _problems_of_tier(self, anatomy: Anatomy) -> list[str]:
+        after, tier = self._after(anatomy, self._nominal(anatomy))
+        if tier == NATIVE:
+            return []
+        if reason := anatomy.shapes_problem():
+            stock = self._stock_problem(anatomy, after)
+            stock = stock or "a stock checkpoint has the same number of whole KV groups in every layer"
+            return [f"prune_heads: {stock}; and on the surgical tier {reason}"]
+        return []
+
+    def plan(self, anatomy: Anatomy) -> Change:
+        if not self._removes_something(anatomy):
+            return Change(anatomy, ("nothing: no head is to go",))
+        removed = self._nominal(anatomy)
+        after, tier = self._after(anatomy, removed)
+        known = self._known_choice(anatomy)
+        streaming = any(layer.streaming for layer in anatomy.layers)
+        alike = self.granularity == "kv_group" and self.per_layer is not None
+        notes = [] if known else [f"which heads go is measured on the model ({self.scores})"]
+        if tier == SURGICAL and (reason := self._stock_problem(anatomy, after)) and after.alike:
+            notes.append(f"surgical, since {reason}")
+        if not known and not alike and self._may_empty_groups(anatomy):
+            notes.append("a KV head whose query heads all go goes with them: parameters and KV bytes may be fewer")
+        what = "output projections and their biases" if biased_output(anatomy) else "output projections"
+        refit = f"{what} refitted, ridge {self.ridge}" if self.refit else "no refit"
+        if self.refit and not biased_output(anatomy):
+            notes.append("output projections have no bias here to take over what heads that go write on average")
+        how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
+        return Change(
+            after,
+            tuple(change_lines(anatomy, removed, f"{how}; {refit}", known)),
+            tier,
+            tuple(notes),
+            measured=not known and (streaming or not alike),
+        )
+
+    def apply(self, model, context: Context) -> dict:
+        from surgery.operations.prune_heads.refit import refit
+        from surgery.conversion.loaded import refuse_non_finite, write_layers
+        from surgery.architecture.weights import pack, unpack
+
+        before = context.before
+        if not self._removes_something(before):
+            return {}
+        sequences = self._sequences(model, context)
+        scores = self._scores(model, before, sequences, context.progress)
+        removed = self._choose(before, scores)
+        after, tier = self._after(before, removed)
+        if context.change.tier == SURGICAL:  # as planned, should the heads that were found happen to be alike
+            after, tier = before.with_layers(list(after.layers), stock=False), SURGICAL
+        fits = [None] * len(removed)
+        if self.refit:
+            fits = refit(model, before, removed, sequences, self.ridge, context.progress)
+        results = []
+        for facts, target, gone, fit in zip(before.layers, after.layers, removed, fits, strict=True):
+            module = model.get_submodule(facts.path)
+            tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
+            refuse_non_finite(tensors, facts.path)
+            results.append(pack(without_heads(unpack(facts, tensors), target, gone, fit and fit.weight)))
+        for tensors, layer in zip(results, after.layers, strict=True):
+            refuse_non_finite(tensors, layer.path)
+        write_layers(model, before, after, results, surgical=tier == SURGICAL)
+        for layer, fit in zip(after.layers, fits, strict=True):
+            if fit and fit.shift is not None:
+                bias = model.get_submodule(f"{layer.path}.{layer.layout.o}").bias
+                bias.data.add_(fit.shift.to(bias))
+        context.after = after
+        named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
+        record = {"removed": named, "importance": scores.to_dict() if scores else None}
+        if not self.refit:
+            return record
+        lost = [fit.lost if fit else {} for fit in fits]
+        return record | {"lost_share": lost, "output_bias": "refitted" if biased_output(before) else "none"}
+
+    def _may_empty_groups(self, anatomy: Anatomy) -> bool:
+        """Whether single query heads may go until a KV head has none left."""
+        sizes = [len(group) for layer in anatomy.layers for group in groups_of(layer)]
+        return self.granularity == "head" and max(sizes) > 1 and (self.per_layer or max(sizes)) >= min(sizes)
+
+    def _units(self, anatomy: Anatomy) -> list[list]:
+        """What goes as one, in each layer."""
+        one_by_one = self.granularity == "head"
+        return [list(range(layer.heads)) if one_by_one else groups_of(layer) for layer in anatomy.layers]
+
+    def _removes_something(self, anatomy: Anatomy) -> bool:
+        if self.heads is not None:
+            return any(self.heads)
+        return bool(self.per_layer or round((self.ratio or 0) * sum(map(len, self._units(anatomy)))))
+
+    def _known_choice(self, anatomy: Anatomy) -> bool:
+        return self.heads is not None or self.scores == "random" or not is_method(self.scores)
+
+    def _nominal(self, anatomy: Anatomy) -> list[list[int]]:
+        """The heads that go, as far as is known without the model: else so many, taken from all KV heads alike."""
+        if self.heads is not None:
+            return [[_index(layer, h) for h in named] for layer, named in zip(anatomy.layers, self.heads, strict=True)]
+        if not is_method(self.scores):
+            return self._choose(anatomy, load_scores(self.scores, anatomy, per="heads"))
+        if self.scores == "random":
+            return self._choose(anatomy, HeadScores("random", random_table(anatomy, self.seed)))
+        table = [[-float(at) for group in groups_of(one) for at in range(len(group))] for one in anatomy.layers]
+        return self._choose(anatomy, HeadScores("none", table))
+
+    def _choose(self, anatomy: Anatomy, scores: HeadScores | None) -> list[list[int]]:
+        if scores is None:
+            return self._nominal(anatomy)
+        return choose_removed(
+            scores.scores,
+            [groups_of(layer) for layer in anatomy.layers],
+            whole_groups=self.granularity == "kv_group",
+            per_layer=self.per_layer,
+            ratio=self.ratio,
+            protect=self.protect_layers,
+        )
+
+    def _after(self, anatomy: Anatomy, removed: list[list[int]]) -> tuple[Anatomy, str]:
+        """The anatomy that results, and its tier: native where a stock config can say it."""
+        layers = [facts_without(layer, gone) for layer, gone in zip(anatomy.layers, removed, strict=True)]
+        after = anatomy.with_layers(layers, stock=False)
+        if self._stock_problem(anatomy, after):
+            return after, SURGICAL
+        return anatomy.with_layers(layers, stock=True), NATIVE
+
+    def _stock_problem(self, anatomy: Anatomy, after: Anatomy) -> str:
+        """Why no stock checkpoint can be so; "" if one can."""
+        loose = self.granularity == "head" and any(layer.group > 1 for layer in anatomy.layers)
+        if not after.alike or (loose and not self._known_choice(anatomy)):
+            return "a stock checkpoint has the same number of whole KV groups in every layer"
+        first = after.layers[0]
+        return anatomy.heads_problem(first.heads, first.kv_heads)
+
+    def _sequences(self, model, context: Context):
+        """Calibration tokens [samples, length], None where none are needed."""
+        from surgery.data.passkeys import calibration_pieces
+
+        if not (self.refit or self._judges()):
+            return None
+        otherwise = "; or scores: magnitude with refit: false"
+        tokenizer = context.tokenizer_for("measuring heads and refitting need the tokenizer", self.op, otherwise)
+        count = self.calibration_samples if self.refit else self.score_samples
+        return calibration_pieces(model, tokenizer, self.calibration_text, self.calibration_length, count)
+
+    def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
+        if self.heads is not None:
+            return None
+        if not is_method(self.scores):
+            return load_scores(self.scores, anatomy, per="heads")
+        if sequences is not None:  # spread over the text as all of them are
+            count = min(self.score_samples, len(sequences))
+            sequences = sequences[[number * len(sequences) // count for number in range(count)]]
+        return importance(model, self.scores, sequences, self.seed, progress)
+
+
+def _index(layer, name: int) -> int:
+    """The place of a query head that the base calls by this number."""
+    return layer.query_numbers.index(name) if layer.query_numbers else name

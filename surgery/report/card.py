@@ -1,0 +1,199 @@
+"""The model card: what was changed, what it cost, how to load it, and the base's own card below.
+
+`render_card` takes surgery.json as a dict. A missing piece is no error: what was not measured is said to be so.
+"""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from surgery.report.card_healing import healing
+from surgery.report.card_sections import base_name, choices, fenced, get, licence, limits, loading, needles, operations_of, provenance, searched
+from surgery.report.report import damage, finite
+
+# Tags of the base that speak of formats, engines or scores which this folder does not have.
+STALE_TAGS = {
+    "gguf", "onnx", "mlx", "openvino", "coreml", "tflite", "tf", "jax", "rust", "pytorch", "transformers.js",
+    "exl2", "gptq", "awq", "model-index", "eval-results", "leaderboard", "autotrain_compatible",
+    "endpoints_compatible", "text-generation-inference", "custom_code",
+}  # fmt: skip
+TIERS = {
+    "native": "The result is **native**: a stock checkpoint that Transformers loads, with no extra code.",
+    "surgical": "The result is **surgical**: it needs the code in this folder, or the `attention-surgery` package.",
+}
+
+
+def render_card(report: dict, base_card: str | None) -> str:
+    """README.md of an output folder.
+
+    Args:
+        report: the content of surgery.json; `evaluation`, `check`, `gate` and most other keys may be missing or None.
+        base_card: README.md of the base, with its metadata, or None.
+
+    Returns:
+        Markdown with a metadata block that the Hub accepts.
+    """
+    metadata, text = split_card(base_card or "")
+    recipe = yaml.safe_dump(get(report, "recipe"), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"# {_title(report)}",
+        *_warnings(report),
+        _summary(report),
+        "## What it costs and what it saves\n\n" + _table(report),
+        *healing(report),
+        "## How to load\n\n" + loading(report),
+        "## Checks\n\n" + _checks(report),
+        "## Limits\n\n" + limits(report),
+        "## Recipe\n\n" + fenced(recipe, "yaml"),
+        "## How it was made\n\n" + provenance(report),
+        "## Licence\n\n" + licence(report, metadata),
+    ]
+    if text.strip():
+        whose = "*Written for the base model. Every score in it is the base's, not this model's.*"
+        parts.append(f"## The base model's card\n\n{whose}\n\n{text.strip()}")
+    return f"---\n{_metadata(report, metadata)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def split_card(card: str) -> tuple[dict, str]:
+    """Metadata and body of a card. Unreadable metadata comes back as {}: a base's card is not ours to mend."""
+    from huggingface_hub import ModelCard
+
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not (block := re.match(r"---[ \t]*\n(.*?\n)?---[ \t]*(\n|$)", card, re.DOTALL)):
+        return {}, card
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict(), card[block.end() :]
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return {}, card[block.end() :]
+
+
+def _metadata(report: dict, base: dict) -> str:
+    from huggingface_hub import ModelCardData
+
+    def listed(value: object) -> list[str]:
+        values = value if isinstance(value, list) else [value]
+        # `no`, the code of Norwegian, is false to YAML.
+        return ["no" if each is False else str(each) for each in values if each is not None]
+
+    tags = ["attention-surgery", *operations_of(report), *["custom_code"] * (report.get("tier") == "surgical")]
+    tags += [tag for tag in listed(base.get("tags")) if tag.lower() not in STALE_TAGS and ":" not in tag]
+    task = "image-text-to-text" if get(report, "base").get("composite") else "text-generation"
+    languages, base_model = listed(base.get("language")), _base_model(report)
+    # All else of the base's metadata stays behind: scores, widgets, gating prompts, formats.
+    data = ModelCardData(
+        base_model=base_model,
+        language=(languages if len(languages) > 1 else languages[0]) if languages else None,
+        library_name="transformers",
+        license=base.get("license") or get(report, "base").get("license"),
+        license_name=base.get("license_name"),
+        license_link=base.get("license_link"),
+        pipeline_tag=base.get("pipeline_tag") or task,
+        tags=list(dict.fromkeys(tags)),
+        **({"base_model_relation": "finetune"} if base_model else {}),  # the nearest: there is no "converted"
+    )
+    return data.to_yaml().strip()
+
+
+def _base_model(report: dict) -> str | None:
+    """The Hub id of the base, or of the nearest ancestor that has one. The Hub rejects anything else."""
+    for each in [report, *reversed(report.get("history") or [])]:
+        for known in (get(each, "base").get("hub_id"), get(each, "base").get("base_model")):
+            if known and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(known)):
+                return str(known)
+    return None
+
+
+def _title(report: dict) -> str:
+    base = str(get(report, "base").get("base_model") or base_name(report))
+    return f"{base.rsplit('/', 1)[-1]}, {' + '.join(operations_of(report)) or 'attention surgery'}"
+
+
+def _done(report: dict) -> dict:
+    """The evaluation, if it was run."""
+    evaluation = get(report, "evaluation")
+    return evaluation if evaluation.get("status", "done") == "done" else {}
+
+
+def _warnings(report: dict) -> list[str]:
+    """The first lines of the card, where the model is not fit for use or nobody knows."""
+    gate, lines = get(report, "gate"), []
+    status = gate.get("status") or "not run"
+    if costs := damage(get(report, "evaluation")):
+        when = "even after healing" if report.get("heal") else "before healing"
+        lines.append(f"> **Not usable {when}.** On the text named below, {' and '.join(costs)}.")
+    if status == "failed":
+        lines.append(f"> **The quality gate failed.** {'; '.join(map(str, gate.get('reasons') or []))}".rstrip())
+    elif status != "passed" and gate.get("limits"):  # without limits there is no gate that could be run
+        lines.append(f"> **The quality gate: {status}.** Measure this model before you rely on it.")
+    return ["\n>\n".join(lines)] if lines else []
+
+
+def _summary(report: dict) -> str:
+    what = "; ".join(map(str, get(report, "plan").get("changes") or [])) or "attention changed by the recipe below"
+    base, name = get(report, "base"), base_name(report)
+    origin = f"[{name}](https://huggingface.co/{name})" if base.get("hub_id") else f"`{name}`"
+    origin += f" ({base['note']})" if base.get("note") else ""
+    trained = [f"Then healed by training ({get(report, 'heal')['settings']['method']})"] if report.get("heal") else []
+    said = (f"Made from {origin} with attention-surgery: {what}", *searched(report), *trained)
+    made = " ".join(f"{each}." for each in said)
+    return f"{made} {TIERS.get(str(report.get('tier')), '')}".rstrip()
+
+
+def _table(report: dict) -> str:
+    """Before and after, and the text that it was measured on. A figure that is not known is left empty."""
+    known, evaluation, plan = get(report, "evaluation"), _done(report), get(report, "plan")
+    base, out = get(known, "base"), get(known, "out")  # cache and load size are known without a run
+    fixed = get(plan, "kv_bytes_fixed")  # of streaming heads alone
+    window = ("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")
+    kl, cache, sizes = get(evaluation, "kl"), get(plan, "kv_bytes_per_token"), get(plan, "parameters")
+    kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
+    rows = [
+        ("perplexity", base.get("perplexity"), out.get("perplexity"), "{:,.4g}"),
+        ("cross-entropy, nats per token", base.get("cross_entropy"), out.get("cross_entropy"), "{:.4f}"),
+        ("KL from the base, mean, nats per token", None, kl.get("mean"), "{:.4g}"),
+        ("KL from the base, 99th percentile", None, kl.get("p99"), "{:.4g}"),
+        ("top-1 agreement with the base", None, evaluation.get("top1_agreement"), "{:.1%}"),
+        ("KV cache, bytes per token", *kv, "{:,.0f}"),
+        *[window] * bool(fixed.get("before") or fixed.get("after")),
+        ("weights, bytes", base.get("load_bytes"), out.get("load_bytes"), "{:,.0f}"),
+        ("parameters", sizes.get("before"), sizes.get("after"), "{:,.0f}"),
+    ]
+    lines = ["| | base | this model | ratio |", "| --- | ---: | ---: | ---: |"]
+    for name, before, after, form in rows:
+        cells = [form.format(value) if finite(value) else "" for value in (before, after)]
+        both = all(cells) and before > 0 and not name.startswith("cross-entropy")
+        if any(cells):
+            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {f'{after / before:.3g}' if both else ''} |")
+    why = known.get("reason") or known.get("status") or "no evaluation was asked for"
+    said = _measured_on(evaluation) if evaluation else f"Quality was **not measured**: {why}."
+    note = get(report, "base").get("note")
+    notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in known.get("notes") or []]
+    found = [each for each in (needles(evaluation), choices(evaluation)) if each]
+    return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + found + [" ".join([said, *notes])])
+
+
+def _measured_on(evaluation: dict) -> str:
+    text, top_k = get(evaluation, "text"), get(evaluation, "kl").get("top_k")
+    if not text:
+        return "The text that it was measured on was not recorded."
+    facts = [f"sha256 `{str(text['sha256'])[:12]}`"] if text.get("sha256") else []
+    facts += [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
+    facts += [f"{text['windows']} windows of {text.get('length')}"] if text.get("windows") else []
+    line = f"Measured on *{text.get('title') or 'an untitled text'}* ({', '.join(facts)}), base and result alike."
+    return line + (
+        f" KL is over the base's {top_k} likeliest tokens, the rest as one: a lower bound." if top_k else ""
+    )
+
+
+def _checks(report: dict) -> str:
+    check, gate = get(report, "check"), get(report, "gate")
+    lines = [(str(item.get("name")), item.get("status"), item.get("detail")) for item in check.get("items") or []]
+    passed = {True: "passed", False: "failed"}.get(check.get("passed"), "not run")
+    lines = lines or [("`surgery check`", passed, "")]
+    bounds = ", ".join(f"{key} {value}" for key, value in get(gate, "limits").items())
+    reasons = "; ".join(map(str, gate.get("reasons") or []))
+    verdict = gate.get("status") or "not run"
+    lines.append((f"quality gate, {bounds}", verdict, reasons) if bounds else ("quality gate", "none", "no limits"))
+    return "\n".join(f"- {name}: **{status}**{f' ({detail})' if detail else ''}" for name, status, detail in lines)

@@ -1,0 +1,226 @@
+"""Parts of the model card: how to load, limits, how it was made, licence."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from surgery.report.card_healing import heal_commands
+from surgery.errors import SurgeryError
+from surgery.report.report import finite
+
+HERE = '"this repository or folder"'
+# For operations whose class has no `limits` yet.
+
+
+def get(report: dict, key: str) -> dict:
+    return report.get(key) or {}
+
+
+def operations_of(report: dict) -> list[str]:
+    return [str(op["op"]) for op in get(report, "recipe").get("operations") or [] if op.get("op")]
+
+
+def base_name(report: dict) -> str:
+    """The Hub id, or the last part of a name: a card is published, and a path says where its author lives."""
+    base = get(report, "base")
+    name = str(base.get("name") or base.get("base_model") or "an unnamed base").replace("\\", "/")
+    return str(base.get("hub_id") or name.rstrip("/").rsplit("/", 1)[-1])
+
+
+def loading(report: dict) -> str:
+    """Code that loads the folder: the class that fits, and both doors of a surgical one."""
+    composite, surgical = get(report, "base").get("composite"), report.get("tier") == "surgical"
+    model = "AutoModelForImageTextToText" if composite else "AutoModelForCausalLM"
+    reader = "AutoProcessor" if composite else "AutoTokenizer"
+    lines, flags = [f"from transformers import {model}, {reader}", ""], ""
+    if surgical:
+        flags = ", trust_remote_code=True, revision=revision"
+        lines.append('revision = "the commit whose code you have read"')
+    lines.append(f"model = {model}.from_pretrained({HERE}{flags})")
+    lines.append(f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({HERE}{flags})")
+    stock = fenced("\n".join(lines), "python")
+    if not surgical:
+        return stock
+    ours = fenced(f"import surgery\n\nmodel = surgery.load({HERE})", "python")
+    code = "; ".join(f"`{name}` sha256 `{digest}`" for name, digest in get(report, "code").items())
+    pinned = "Pin `revision` to a full commit hash: a branch can be given other code later, which would then run."
+    return (
+        f"With the package:\n\n{ours}\n\nWithout it; this runs code from the repository, so read it first:\n\n{stock}"
+        f"\n\n{pinned}" + (f" The code as it was written: {code}." if code else "")
+    )
+
+
+def searched(report: dict) -> list[str]:
+    """What the operations that search for a setting found, a sentence each: a plan says only what is looked for."""
+    names = {"ce": "cross-entropy", "entropy": "entropy of the predictions", "labelled": "loss of the right choices"}
+    found = []
+    for each in report.get("operations") or []:
+        record = get(each, "record")
+        found += _calibrated(str(each.get("op")), record) + _spared(str(each.get("op")), record)
+        if "kept" not in record:
+            continue
+        name = " ".join(filter(None, (str(each.get("op")), record.get("method"))))
+        figures = [record.get(key) for key in ("held_back_before", "held_back_change", "standard_error")]
+        aim = names.get(record.get("objective"), "objective")
+        told = ""
+        if all(map(finite, figures)):
+            told = "{} on what was held back {:.4f}, change {:+.4f} ± {:.4f}".format(aim, *figures)
+        if record["kept"]:
+            found.append(f"{name}: a setting was kept ({told}: a gain of over two standard errors)")
+        else:
+            alike = "what was held back is one piece, or copies of one, so that a gain has no standard error"
+            none = alike if finite(figures[1]) else f"none that was tried lowers the {aim}"
+            why = f"{told}: a gain of two standard errors is asked" if told else none
+            found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
+    return found
+
+
+def _calibrated(op: str, record: dict) -> list[str]:
+    """The text that weights were fitted to."""
+    facts = get(record, "calibration")
+    if not facts.get("text"):
+        return []
+    digest = f" (sha256 {facts['sha256']})" if facts.get("sha256") else ""
+    return [f"{op}: fitted to {facts.get('tokens', 0):,} tokens: {facts['text']}{digest}"]
+
+
+def _spared(op: str, record: dict) -> list[str]:
+    """Which layers keep their KV heads, where each was tried alone."""
+    tried = [
+        facts for facts in record.values() if isinstance(facts, dict) and {"lost_alone", "kv_heads"} <= facts.keys()
+    ]
+    most = max((facts["kv_heads"] for facts in tried), default=0)
+    kept = [number for number, facts in enumerate(tried) if facts["kv_heads"] == most]
+    if not kept or len(kept) == len(tried):
+        return []
+    sides = ([facts["lost_alone"] for facts in tried if (facts["kv_heads"] == most) == side] for side in (True, False))
+    cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
+    names = ", ".join(map(str, kept))
+    return [f"{op}: layers {names} keep their KV heads: sharing each alone costs {cost} nats (KL), the others {rest}"]
+
+
+def limits(report: dict) -> str:
+    operations = get(report, "recipe").get("operations") or []
+    lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
+    if report.get("tier") == "surgical":
+        lines.append(
+            "A stock class by its name (`LlamaForCausalLM.from_pretrained`) loads this folder without an error and "
+            "runs the base's *unchanged* attention: use the lines above."
+        )
+    lines += [f"{str(note)[:1].upper()}{str(note)[1:]}." for note in get(report, "plan").get("notes") or []]
+    lines.append("The table is one text on one machine. Other tasks, languages and lengths were not measured.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _limits_of(fields: dict) -> tuple[str, ...]:
+    """What an operation says of itself; one that is not installed here says nothing."""
+    from surgery import operations
+
+    try:
+        found = operations.find(str(fields["op"]))
+    except SurgeryError:
+        return ()
+    try:
+        return found.model_validate(fields).caveats()
+    except ValueError:  # another version's fields
+        return found.limits
+
+
+def provenance(report: dict) -> str:
+    base, files = get(report, "base"), get(report, "files")
+    pinned = base.get("hub_id") and base.get("revision")
+    origin = f"{base_name(report)}@{base['revision']}" if pinned else base_name(report)
+    earlier = [f"{' + '.join(operations_of(old))} on {base_name(old)}" for old in report.get("history") or []]
+    facts = {
+        "base": f"`{origin}`",
+        "note on the base": base.get("note"),
+        "model type": base.get("model_type"),
+        "fingerprint of the base": base.get("fingerprint"),
+        "earlier surgeries": "; ".join(earlier),
+        "engine": report.get("engine"),
+        "made": report.get("created"),
+        "versions": ", ".join(f"{name} {version}" for name, version in get(report, "versions").items()),
+        "threads": report.get("threads"),
+        "seeds": ", ".join(f"{name} {seed}" for name, seed in get(report, "seeds").items()),
+        "files of the base left behind": ", ".join(f"`{name}`" for name in report.get("left_behind") or []),
+    }
+    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact not in (None, "")]
+    lines += [f"- `{name}`: sha256 `{get(files, name).get('sha256')}`" for name in files]
+    return f"{_how_again(report, origin)}\n\n" + "\n".join(lines)
+
+
+def _how_again(report: dict, origin: str) -> str:
+    """The command that gives the same weights, where there is one."""
+    source, changes = str(report.get("recipe_source") or "data"), [str(each) for each in report.get("overrides") or []]
+    if report.get("in_memory"):
+        return (
+            "It was made from a model in memory (`surgery.apply(recipe, model)`): no command repeats it. The "
+            "recipe is the one above; whatever was done to the model before or after is not known here."
+        )
+    if source in ("file", "data"):
+        typed = f" It was given with {', '.join(f'`{each}`' for each in changes)}." * bool(changes)
+        return (
+            "The recipe was its author's own, and no command can name it: the one above has every setting written out."
+            f"{typed} `surgery apply FILE.yaml` with it in a file gives the same weights, on the same versions and "
+            "machine."
+        )
+    commands = [shlex.join(["surgery", "apply", source, origin, "-o", "OUT", *changes]), *heal_commands(report)]
+    one = "command, versions" if len(commands) == 1 else "commands, data, versions"
+    return f"The same {one} and machine give the same weights:\n\n{fenced(chr(10).join(commands), '')}"
+
+
+def licence(report: dict, base: dict) -> str:
+    name = base.get("license_name") or base.get("license") or get(report, "base").get("license")
+    unnamed = "its card does not name it" if base else "its card is not here to name it"
+    name = f"**{', '.join(name) if isinstance(name, list) else name}**" if name else unnamed
+    holds = f"This model is under the base's licence: {name}"
+    holds += f" ({base['license_link']})" if base.get("license_link") else ""
+    if files := report.get("notices"):
+        carried = f"The base's licence and notice files are in this folder: {', '.join(f'`{file}`' for file in files)}"
+    else:
+        carried = "This folder holds no licence or notice file of the base"
+        carried += "; add them from the base before you share it" if report.get("in_memory") else ""
+    return f"{holds}. {carried}. The weights were modified as said above."
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def choices(evaluation: dict) -> str:
+    """How many questions are answered right, before and after; "" where none were asked."""
+    facts = get(evaluation, "choices")
+    if not facts:
+        return ""
+    if facts.get("status") != "done":
+        return f"Multiple choice was **not run**: {facts.get('reason') or 'no reason was recorded'}."
+    (base, out), paired = (get(facts, key) for key in ("base", "out")), get(facts, "paired")
+    right = [f"{of['right']} of {of['of']} ({of['low']:.1%} to {of['high']:.1%})" for of in (base, out)]
+    return (
+        "Multiple choice (which ending continues a passage of that text; guessing gets "
+        f"{facts['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
+        f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
+    )
+
+
+def needles(evaluation: dict) -> str:
+    """How many hidden secrets are found, before and after; "" where none were asked for."""
+    facts = get(evaluation, "needles")
+    if not facts:
+        return ""
+    if facts.get("status") != "done":
+        return (
+            f"Needles (secrets hidden in a text) were **not run**: {facts.get('reason') or 'no reason was recorded'}."
+        )
+    settings, base, out, kept = (get(facts, key) for key in ("settings", "base", "out", "kept"))
+    lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
+    line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
+    line += f"the base finds {base.get('hits')} of {base.get('of')}, this model {out.get('hits')} of {out.get('of')}."
+    if not kept.get("of"):
+        return line
+    where = " and that lie outside sinks and window" if facts.get("streaming") else ""
+    interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
+    return f"{line} Of those that the base finds{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."

@@ -1,0 +1,273 @@
+"""What was done to a checkpoint and what it cost: surgery.json, as an object."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from surgery.errors import CheckError, GateError, SurgeryError, shown
+from surgery.operations.base import SURGICAL
+from surgery.io.output_folder import BASE_CARD, sha256, write_json, write_text
+
+FORMAT, FILE = 1, "surgery.json"
+DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
+NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+# The parts that are read again after a report was written, and what each must be.
+PARTS = {
+    "base": dict, "recipe": dict, "plan": dict, "gate": dict, "files": dict, "check": dict | None,
+    "evaluation": dict | None, "history": list, "overrides": list, "operations": list,
+}  # fmt: skip
+
+
+@dataclass
+class Report:
+    """The record of one surgery.
+
+    Attributes:
+        data: exactly what surgery.json holds.
+        folder: the checkpoint, if it was saved.
+    """
+
+    data: dict[str, Any]
+    folder: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.data
+
+    @property
+    def gate(self) -> str:
+        """ "passed", "failed", "skipped" or "not run"."""
+        return self.data["gate"]["status"]
+
+    def save(self) -> None:
+        """Write surgery.json and the card that follows from it."""
+        if self.folder is None:
+            raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
+        from surgery.report.card import render_card
+
+        # What is said to travel with the weights is what is there; code is hashed once, when it was written.
+        names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        self.data["notices"] = [name for name in names if name.upper().startswith(NOTICES)]
+        if self.data.get("tier") == SURGICAL and not self.data.get("code"):
+            self.data["code"] = {name: sha256(self.folder / name) for name in names if name.endswith(".py")}
+        write_json(self.folder / FILE, self.data)
+        write_text(self.folder / "README.md", render_card(self.data, base_card(self.folder)))
+
+    def record_evaluation(self, result: dict) -> None:
+        """Keep a score, and hold it against the recipe's gate."""
+        from surgery.report.gate import gate
+
+        self.data["evaluation"] = result
+        if limits := self.data["gate"]["limits"]:
+            status, reasons = gate(result, limits)
+            self.data["gate"] |= {"status": status, "reasons": reasons}
+
+    def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
+        """Raise what the report holds against the checkpoint: a failed check, else a failed gate.
+
+        Args:
+            kind: only faults of this class.
+        """
+        folder, checked = str(self.folder), self.data["check"]
+        if checked and not checked["passed"] and issubclass(CheckError, kind):
+            faults = [item for item in checked["items"] if item["status"] == "failed"]
+            what = "; ".join(f"{item['name']}: {item['detail']}" for item in faults)
+            raise CheckError(f"the check found a fault: {what}", where=folder)
+        if self.gate == "failed" and issubclass(GateError, kind):
+            raise GateError(
+                f"the quality gate failed: {'; '.join(self.data['gate'].get('reasons', []))}",
+                where=folder,
+                fix="the folder is kept and marked `gate: failed`; train it, choose a milder setting, raise the limit "
+                "(evaluate.max_kl=...), or accept the damage with --no-gate",
+            )
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Report:
+        """The report of a saved checkpoint."""
+        from surgery.io.model_folder import read_json
+
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise SurgeryError(
+                "no surgery.json: not a checkpoint that surgery wrote",
+                where=str(folder),
+                fix="`surgery apply RECIPE MODEL -o OUT` writes one",
+            )
+        data = read_json(folder / FILE)
+        if data.get("format") != FORMAT:
+            raise SurgeryError(f"surgery.json has format {data.get('format')!r}; known: {FORMAT}", where=str(folder))
+        if fault := _damage_of_file(data):
+            fix = "take surgery.json from the folder as it was written, or convert again (surgery apply)"
+            raise SurgeryError(f"surgery.json is damaged: {fault}", where=str(folder), fix=fix)
+        return cls(data, folder)
+
+
+def _damage_of_file(data: dict) -> str:
+    """What makes a surgery.json unfit to be read by what is done with it here, or ""."""
+    for name, kind in PARTS.items():
+        if name not in data:
+            return f"it has no {name}"
+        if not isinstance(data[name], kind):
+            return f"{name} is {shown(data[name])}"
+    for name, facts in data["files"].items():
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
+            return f"the entry of {name} has no bytes and sha256"
+    healing = data.get("heal")
+    if not isinstance(healing, dict | None) or (healing and not isinstance(healing.get("settings"), dict)):
+        return f"heal is {shown(healing)}"
+    gate, check, evaluation = data["gate"], data["check"], data["evaluation"]
+    if not isinstance(gate.get("status"), str) or not isinstance(gate.get("limits"), dict):
+        return "gate has no status and limits"
+    if check is not None:
+        items = check.get("items")
+        keys = {"name", "status", "detail"}
+        sound = isinstance(items, list) and all(isinstance(item, dict) and keys <= set(item) for item in items)
+        if not sound or not isinstance(check.get("passed"), bool):
+            return "check has no passed and items"
+    steps = data["recipe"].get("operations")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return "recipe has no operations"
+    parts = {"evaluation": evaluation or {}, "plan": data["plan"], "recipe": data["recipe"]}
+    inner = {
+        "evaluation": ("text", "base", "out", "kl"),
+        "plan": ("parameters", "kv_bytes_per_token", "kv_bytes_fixed"),
+        "recipe": ("evaluate",),
+    }
+    for part, names in inner.items():
+        for name in names:
+            if not isinstance(parts[part].get(name), dict | None):
+                return f"{part}.{name} is {shown(parts[part][name])}"
+    return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
+
+
+def damage(evaluation: dict | None) -> list[str]:
+    """What makes a model useless as it is: perplexity more than doubled, mean KL above 1, or NaN.
+
+    Args:
+        evaluation: `Evaluation.to_dict()`; where there is none, or it was not run, nothing is known: [].
+    """
+    if not evaluation or evaluation.get("status", "done") != "done":
+        return []
+    base, out, kl = (evaluation.get(key) or {} for key in ("base", "out", "kl"))
+    before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
+    # JSON has null for NaN, which is not the same as a figure that is not there.
+    if "perplexity" in out and not finite(after):
+        costs.append("its perplexity is not a number")
+    elif finite(before) and finite(after) and before > 0 and after / before > DAMAGE_RATIO:
+        costs.append(f"its perplexity is {after / before:.3g} times the base's")
+    if "mean" in kl and not finite(mean):
+        costs.append("its KL to the base is not a number")
+    elif finite(mean) and mean > DAMAGE_KL:
+        costs.append(f"its mean KL to the base is {mean:.3g} nats per token")
+    return costs
+
+
+def finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def base_card(folder: Path) -> str | None:
+    """The base model's card, kept beside ours."""
+    path = folder / BASE_CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, records: list[dict]) -> dict[str, Any]:
+    """The data of a report, before anything was checked or scored.
+
+    Args:
+        plan: the `Plan` that was carried out.
+        source: the `hub.Source` of the base.
+        overrides: what the user changed in the recipe, as typed.
+        engine: "streaming" or "loaded".
+        fingerprint: of the base's weight files.
+        records: what each operation noted, in order.
+    """
+    import torch
+
+    return {
+        "format": FORMAT,
+        "surgery_version": versions()["surgery"],
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "tier": plan.tier,
+        "engine": engine,
+        "base": {
+            "name": source.name,
+            "hub_id": source.hub_id,
+            "base_model": source.base_model,
+            "revision": source.revision,
+            "model_type": plan.before.composite or plan.before.model_type,
+            "composite": plan.before.composite is not None,
+            "fingerprint": fingerprint,
+            "note": source.note,
+        },
+        "recipe": published_recipe(plan.recipe.to_dict()),
+        "recipe_source": plan.recipe.source,
+        "overrides": [published_override(text) for text in overrides],
+        "plan": plan.summary(),
+        "operations": [
+            {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
+        ],
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "seeds": {step.operation.op: step.operation.seed for step in plan.steps if hasattr(step.operation, "seed")},
+        "files": {},
+        "left_behind": [],
+        "check": None,
+        "evaluation": None,
+        "gate": {"status": "not run", "limits": plan.recipe.evaluate.limits if plan.recipe.evaluate else {}},
+        "history": [],
+    }
+
+
+def published(value: str) -> str:
+    """A setting as it may be published: of a path its last part, since the folders say who made it, and where."""
+    path = value.strip(" \"'")
+    return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
+
+
+def published_recipe(recipe: dict) -> dict:
+    """A recipe whose settings name no folder; its name and description are prose."""
+
+    def without_folders(value):
+        if isinstance(value, dict):
+            return {key: without_folders(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [without_folders(item) for item in value]
+        return published(value) if isinstance(value, str) else value
+
+    prose = {key: recipe[key] for key in ("name", "description")}
+    return without_folders(recipe) | prose
+
+
+def published_override(text: str) -> str:
+    key, _, value = text.partition("=")
+    return text if key in ("name", "description") else f"{key}={published(value)}"
+
+
+def history_of(base: Path) -> list[dict]:
+    """Earlier surgeries of this base, oldest first."""
+    if not (base / FILE).is_file():
+        return []
+    try:
+        earlier = json.loads((base / FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    if not isinstance(earlier, dict):
+        return []
+    return [*earlier.pop("history", []), earlier]
+
+
+def versions() -> dict[str, str]:
+    from surgery import __version__
+
+    found = {"surgery": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors"):
+        found[name] = metadata.version(name)
+    return found
