@@ -72,8 +72,8 @@ def step(args) -> None:
     import torch
 
     from surgery.data.packing import Packed
-    from surgery.healing.teacher_cache import store
     from surgery.healing.teacher import LiveTeacher, StoredTeacher
+    from surgery.healing.teacher_cache import store
 
     base = random_model(args).to(args.device)
     vocabulary = base.config.vocab_size
@@ -98,11 +98,11 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     """Seconds of each step of a method, by its loss."""
     import torch
 
-    from surgery.healing.lora import adapt, freeze
-    from surgery.healing.source import rewritten_by
-    from surgery.data.packing import arguments
-    from surgery.healing.run import trained_of
     from surgery.config.heal import Heal
+    from surgery.data.packing import arguments
+    from surgery.healing.lora import adapt, freeze
+    from surgery.healing.run import trained_of
+    from surgery.healing.source import rewritten_by
 
     plain = copy.deepcopy(base).requires_grad_(True)
     report, heal = surgery.apply(MERGE, plain), Heal(method=method, steps=1)
@@ -143,8 +143,8 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
 def loop(args) -> None:
     from transformers import AutoModelForCausalLM
 
-    from surgery.healing.contexts import use_bfloat16
     from surgery.config.heal import Heal
+    from surgery.healing.contexts import use_bfloat16
     from surgery.io.loading import read_tokenizer
 
     tokenizer, merged = read_tokenizer(resolve(args.model).path), random_model(args)
@@ -187,8 +187,8 @@ def bare_loop(model, tokenizer, heal, args) -> float:
     """Tokens a second of Transformers' Trainer as it comes, on rows of the same text, as many in a forward."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from surgery.healing.contexts import use_bfloat16
     from surgery.data.documents import Packed, documents
+    from surgery.healing.contexts import use_bfloat16
     from surgery.healing.plan import micro_rows
     from surgery.healing.processes import on_cpu
     from surgery.machine.transformers_logging import quiet_transformers

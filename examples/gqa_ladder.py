@@ -19,10 +19,10 @@ from measured import Measured
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.gqa.layer_inputs import Settings
-from surgery.operations.gqa.closed_form import REVISION
 from surgery.data.text import load_text
 from surgery.io.hub import resolve
+from surgery.operations.gqa.closed_form import REVISION
+from surgery.operations.gqa.layer_inputs import Settings
 
 CLOSED = {"method": "closed_form"}
 RUNGS = {

@@ -21,12 +21,12 @@ import torch
 from measured import Measured
 
 import surgery
+from surgery.config.heal import Heal
 from surgery.data.generated import sample
 from surgery.data.text import begin_of_text
-from surgery.config.heal import Heal
 from surgery.io.hub import resolve
-from surgery.report.plots import curves
 from surgery.io.loading import load_model, read_tokenizer
+from surgery.report.plots import curves
 
 ROUTES = {
     "ce": {"method": "full", "loss": "ce"},

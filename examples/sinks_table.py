@@ -22,13 +22,13 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.data.text import load_text, windows
+from surgery.calibration.choice_scoring import ask
 from surgery.data.questions import make_choices
-from surgery.evaluation.multiple_choice import ask
+from surgery.data.text import load_text, windows
 from surgery.evaluation.paired import wilson
 from surgery.io.hub import resolve
-from surgery.operations.sink_calibration.operation import SinkCalibration
 from surgery.io.loading import read_tokenizer, score_window
+from surgery.operations.sink_calibration.operation import SinkCalibration
 
 REFERENCES = ("base", "full attention", "window")  # rows that others are compared with
 

@@ -29,14 +29,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import surgery
-from surgery.data.text import load_text, windows
 from surgery.calibration.attention_hook import watched
 from surgery.data.haystack import make_needles
+from surgery.data.text import load_text, windows
 from surgery.evaluation.needles import run_needles
 from surgery.io.hub import resolve
+from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_prefill import Sparse
-from surgery.io.loading import read_tokenizer
 
 # Method -> (the setting that is sought, whether it is a whole number, least, most, settings that stay).
 KNOBS = {

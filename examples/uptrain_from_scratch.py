@@ -28,12 +28,12 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.data.text import BUILTIN, Text, load_text
 from surgery.data.packing import Packed
+from surgery.data.text import BUILTIN, Text, load_text
 from surgery.healing.processes import on_cpu
 from surgery.healing.schedule import Clock, rate_at
-from surgery.report.plots import curves, ready
 from surgery.machine.transformers_logging import quiet_transformers
+from surgery.report.plots import curves, ready
 
 HEADS, WARMUP, ENDLESS = 8, 0.05, 1_000_000
 STARTS = {"mean": "C0", "first": "C1", "random": "C3"}  # method -> colour

@@ -14,17 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
     from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
-    from surgery.errors import CheckError, GateError, MachineError, SurgeryError
-    from surgery.healing.trainer_callback import SurgeryCallback
-    from surgery.healing.heal import heal
-    from surgery.operations.base import Change, Operation, WeightRewrite
+    from surgery.architecture.anatomy import Anatomy
     from surgery.config.recipe import Recipe
+    from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+    from surgery.healing.heal import heal
+    from surgery.healing.trainer_callback import SurgeryCallback
+    from surgery.operations.base import Change, Operation, WeightRewrite
     from surgery.report.report import Report
     from surgery.runtime import register
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _PUBLIC = {
     "plan": "api",

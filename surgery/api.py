@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from surgery.config import recipe as recipes
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.safetensors import header_table
-from surgery.errors import SurgeryError
+from surgery.config import recipe as recipes
 from surgery.conversion.plan import Plan, make_plan
+from surgery.errors import SurgeryError
+from surgery.io.files import published
+from surgery.io.safetensors import header_table
 from surgery.report.report import FILE as REPORT
-from surgery.report.report import Report, published
+from surgery.report.report import Report
 
 Progress = Callable[[int, int, str], None]
 
@@ -237,14 +238,15 @@ def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool =
 
 def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan) -> Report:
     from surgery.conversion.convert import edit_model
-    from surgery.conversion.in_memory import is_model, note_origin
+    from surgery.conversion.in_memory import note_origin
+    from surgery.io.loading import is_model
 
     if not is_model(model):
         raise _no_model(model)
     was, base = type(model).__name__, None
     if recipe.heal is not None:
-        from surgery.healing.validate import refuse_early
         from surgery.healing.source import base_of_memory
+        from surgery.healing.validate import refuse_early
 
         base = base_of_memory(model, recipe.heal)
         if tokenizer is None:

@@ -10,17 +10,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.config.heal_overrides import published
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
-from surgery.io.output_folder import remove_own
-from surgery.io.pickle import only_pickled
-from surgery.report.report import Report, published_recipe
-from surgery.report.lineage import another_base
-from surgery.healing.validate import refuse_early
 from surgery.healing.heal import finish, heal_folder
 from surgery.healing.plan import refuse_unhealable
 from surgery.healing.processes import Ranks
-from surgery.config.heal_overrides import published
+from surgery.healing.validate import refuse_early
+from surgery.io.files import published_recipe
+from surgery.io.output_folder import remove_own
+from surgery.io.pickle import only_pickled
+from surgery.report.lineage import another_base
+from surgery.report.report import Report
 
 
 def apply_and_heal(

@@ -17,7 +17,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from surgery.cli.main import main
-from surgery.healing import callbacks as following, sharding
+from surgery.healing import callbacks as following
+from surgery.healing import sharding
 
 shared = []
 

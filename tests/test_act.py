@@ -16,14 +16,14 @@ from test_sinks import FAMILIES, SPLITS, entries, operated, random_attention
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.sink_calibration import zero_tuning as first_token
-from surgery.operations.sink_calibration import act as calibration
-from surgery.operations.sink_calibration.zero_tuning import Trial, gradients
-from surgery.operations.sink_calibration.act import agreement, best_cut, choose_heads, set_probes
 from surgery.errors import SurgeryError
+from surgery.io.loading import load_model, read_tokenizer
+from surgery.operations.sink_calibration import act as calibration
+from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.operations.sink_calibration.act import agreement, best_cut, choose_heads, set_probes
+from surgery.operations.sink_calibration.zero_tuning import Trial, gradients
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_sinks import MOST, scale_share
-from surgery.io.loading import load_model, read_tokenizer
 
 # --- the closed form ------------------------------------------------------------------------------------------------
 

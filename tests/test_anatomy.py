@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
 from surgery.architecture.families import FAMILIES
+from surgery.errors import SurgeryError
 
 QK_NORM = {"qwen3": "shared", "qwen3_moe": "shared", "gemma3": "shared", "gemma3_image_text": "shared"}
 QK_NORM |= {"phi_qk_layernorm": "shared", "olmo2": "whole", "cohere_qk_norm": "per head"}

@@ -130,7 +130,7 @@ def test_settings_of_folders_are_refused_for_a_model(loaded, given):
 
 
 def test_no_folder_is_published(model, text, tmp_path):
-    from surgery.report.report import published
+    from surgery.io.files import published
 
     assert published("../secret/words.txt") == published("/home/me/words.txt") == "words.txt"
     assert published("~/words.txt") == published("C:\\Users\\me\\words.txt") == "words.txt"

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from surgery.report.card import render_card, split_card
+from surgery.io.files import split_card
+from surgery.report.card import render_card
 
 SIDE = {"cross_entropy": 2.588, "kv_bytes_per_token": 23040, "load_bytes": 269_060_552}
 REPORT = {

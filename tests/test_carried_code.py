@@ -16,7 +16,7 @@ from families import stranger
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import surgery
-from surgery.io.output_folder import sha256
+from surgery.io.files import sha256
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_parts
 from surgery.runtime.surgery_estimators import METHODS

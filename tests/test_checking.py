@@ -14,15 +14,15 @@ from families import TINY, one_thread  # noqa: F401
 from families import base as tiny
 
 import surgery
-from surgery.evaluation import check as checking
-from surgery.io import loading as scoring
 from surgery.architecture.anatomy import Anatomy
-from surgery.evaluation.check import Item, passed
-from surgery.io.safetensors import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.evaluation.perplexity import evaluate
-from surgery.runtime.modeling_surgery import patch
+from surgery.evaluation import check as checking
+from surgery.evaluation.check import Item, passed
 from surgery.evaluation.check_layers import compare_shapes, names_in_memory, run_layers
+from surgery.evaluation.perplexity import evaluate
+from surgery.io import loading as scoring
+from surgery.io.safetensors import Checkpoint
+from surgery.runtime.modeling_surgery import patch
 
 EVIL = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"
 

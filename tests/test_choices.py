@@ -16,16 +16,17 @@ from test_needles import byte_tokenizer
 from test_sink_calibration import log_gammas, recipe, sink
 
 import surgery as package
-from surgery.operations.sink_calibration import zero_tuning as first_token
-from surgery.io.resume import Found
-from surgery.data.text import Text, load_text
+from surgery.calibration.choice_scoring import Chosen, ask, choice_logps
 from surgery.cli.render import choices as display
-from surgery.errors import SurgeryError
 from surgery.data.questions import Choice, Question, encode, make_choices, read_questions
-from surgery.evaluation.multiple_choice import ChoiceResult, Chosen, ask, choice_logps, evaluate_choices
+from surgery.data.text import Text, load_text
+from surgery.errors import SurgeryError
+from surgery.evaluation.multiple_choice import ChoiceResult, evaluate_choices
 from surgery.evaluation.paired import wilson
-from surgery.runtime.modeling_surgery import CACHE, patch
 from surgery.io.loading import load_model, read_tokenizer
+from surgery.io.resume import Found
+from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.runtime.modeling_surgery import CACHE, patch
 
 SMALL = {"items": 12, "context": 60, "ending": 20}
 

@@ -9,10 +9,10 @@ import torch
 from families import one_thread  # noqa: F401
 
 from surgery.calibration.moments import Products
-from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.fit_scores import Fit, Piece, Turn
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
+from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
 
 D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
 

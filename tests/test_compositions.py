@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
 from surgery.operations.prune_heads.importance import importance
 from surgery.operations.prune_heads.refit import refit
-from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from importlib import metadata
 
-from surgery.evaluation import check as checking
 from surgery.cli import doctor
+from surgery.evaluation import check as checking
 
 
 def test_doors_are_opened(capfd):

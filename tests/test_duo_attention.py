@@ -9,8 +9,8 @@ import torch
 
 import surgery
 from surgery.calibration.head_scores import HeadScores
-from surgery.evaluation.check import run_doors
 from surgery.errors import SurgeryError
+from surgery.evaluation.check import run_doors
 from surgery.runtime.surgery_parts import code_of
 
 SPLIT = (

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
 import surgery
-from surgery.conversion import streaming as shards
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.safetensors import Checkpoint, stored_bytes
+from surgery.config.recipe import Recipe
+from surgery.conversion import streaming as shards
+from surgery.conversion.plan import make_plan
 from surgery.errors import SurgeryError
+from surgery.io.safetensors import Checkpoint, stored_bytes
 from surgery.operations.base import Change, WeightRewrite
 from surgery.operations.expand import Expand
-from surgery.conversion.plan import make_plan
-from surgery.config.recipe import Recipe
 
 FAST = ("--no-check", "--no-eval")
 WEIGHTS = "model.safetensors"

@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery.io import loading as scoring
 from surgery.data.text import Text, load_text, windows
 from surgery.errors import SurgeryError
 from surgery.evaluation import perplexity as evaluation
-from surgery.report.gate import gate
 from surgery.evaluation.perplexity import Evaluation, evaluate
+from surgery.io import loading as scoring
+from surgery.report.gate import gate
 
 VOCABULARY = 300
 SIZE = {"windows": 3, "length": 40}

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
 from surgery.architecture.weights import unpack
+from surgery.errors import SurgeryError
 from surgery.operations.gqa.merge import mean_head, permute_kv_heads
 
 K_NAME, V_NAME = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"

@@ -10,10 +10,18 @@ import torch
 from families import attention_modules, base, get_head, legal_turn, one_thread, orthogonal, set_head  # noqa: F401
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.gqa.streams import layer_of
+from surgery.operations.gqa.grouping import (
+    head_distances,
+    merge_losses,
+    partition,
+    phased_inner,
+    plain_inner,
+    similar_order,
+    turned_inner,
+)
 from surgery.operations.gqa.low_rank import merge_keys, merge_values
-from surgery.operations.gqa.grouping import head_distances, merge_losses, partition, phased_inner, plain_inner, similar_order, turned_inner
 from surgery.operations.gqa.merge import with_bias
+from surgery.operations.gqa.streams import layer_of
 
 
 def random_table(size: int, seed: int) -> torch.Tensor:

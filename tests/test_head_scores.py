@@ -12,17 +12,17 @@ from conftest import TEXT
 from families import TINY, double
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.attention_hook import answer_logits, attention_weights, watched
+from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
+from surgery.data.passkeys import Recall, passkeys, plain_pieces
+from surgery.data.text import Text
+from surgery.errors import SurgeryError
 from surgery.operations.duo_attention import learned_gates as gates_module
 from surgery.operations.duo_attention.ablation import ranks
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.operations.duo_attention.learned_gates import MixedAttention, answer_states, gates, schedule
-from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
 from surgery.operations.duo_attention.retrieval import copies
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
-from surgery.data.passkeys import Recall, passkeys, plain_pieces
-from surgery.data.text import Text
-from surgery.calibration.attention_hook import answer_logits, attention_weights, watched
-from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss")

@@ -298,7 +298,8 @@ def test_the_clock_ends_it(converted, heal):
 
 def test_what_is_made_before_the_training_is_not_in_its_time(converted, heal, monkeypatch):
     """The first rate is that of the training's begin, whatever asking a stored teacher took."""
-    from surgery.healing import run as running, schedule
+    from surgery.healing import run as running
+    from surgery.healing import schedule
 
     whole, later = running.store, []
     monkeypatch.setattr(running, "store", lambda *args, **kwargs: later.append(1200) or whole(*args, **kwargs))

@@ -9,12 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
-from surgery.io.model_folder import model_table
-from surgery.healing.lora import adapt, freeze, merge
 from surgery.config.heal import Heal
+from surgery.errors import SurgeryError
+from surgery.healing.lora import adapt, freeze, merge
 from surgery.healing.parameters import choose
 from surgery.healing.trainer import SCALAR_RATE, parameter_groups
+from surgery.io.model_folder import model_table
 
 LORA = Heal(steps=1, rank=2)
 FAMILIES = ["llama", "llama_bias", "qwen3", "phi3", "olmo2", "mixtral", "falcon_new", "gpt2", "gemma2"]

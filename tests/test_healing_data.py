@@ -13,13 +13,13 @@ from conftest import TEXT, WORDS
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AutoTokenizer
 
+from surgery.data import documents as data
 from surgery.data import generated as self_text
+from surgery.data.documents import Packed, documents
 from surgery.data.generated import _drawn, sample
+from surgery.data.packing import IGNORED, arguments, reads_apart
 from surgery.data.text import load_text
 from surgery.errors import SurgeryError
-from surgery.data import documents as data
-from surgery.data.documents import Packed, documents
-from surgery.data.packing import IGNORED, arguments, reads_apart
 from surgery.runtime import modeling_surgery as runtime
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"

@@ -14,14 +14,14 @@ from families import one_thread  # noqa: F401
 from safetensors.torch import load_file
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.config.heal import Heal
 from surgery.errors import SurgeryError, TrainingError
-from surgery.io.model_folder import tensor_table
 from surgery.healing import checkpoints
 from surgery.healing.callbacks import read
 from surgery.healing.plan import HealPlan
-from surgery.config.heal import Heal
 from surgery.healing.sharding import Engine
 from surgery.healing.trainer import arguments
+from surgery.io.model_folder import tensor_table
 from surgery.report.report import Report
 
 CONFIGS = Path(__file__).parents[1] / "examples/accelerate"

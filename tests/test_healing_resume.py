@@ -18,10 +18,11 @@ from families import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import MachineError, SurgeryError, TrainingError
-from surgery.io.model_folder import read_json
-from surgery.healing import checkpoints, trainer as training
+from surgery.healing import checkpoints
+from surgery.healing import trainer as training
 from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
+from surgery.io.files import read_json
 
 SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01")
 QUICK = ("--no-check", "--no-eval", "-q")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from families import CONVERTIBLE, one_thread  # noqa: F401
 
-from surgery.config import recipe as recipes
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
-from surgery.io.model_folder import model_table
-from surgery.healing.plan import MICRO_TOKENS, HealPlan, micro_rows
-from surgery.config.heal_overrides import settings
+from surgery.config import recipe as recipes
 from surgery.config.heal import Heal
+from surgery.config.heal_overrides import settings
+from surgery.errors import SurgeryError
 from surgery.healing.parameters import choose, touched
+from surgery.healing.plan import MICRO_TOKENS, HealPlan, micro_rows
+from surgery.io.model_folder import model_table
 
 RECIPE = """version: 1
 name: mine

@@ -9,12 +9,12 @@ import pytest
 import torch
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 
+from surgery.data.packing import Packed, arguments
 from surgery.errors import MachineError, SurgeryError
 from surgery.healing import teacher_cache as stored
 from surgery.healing.losses import cross_entropy, distillation, distillation_top_k, hidden_mse, predicts
-from surgery.data.packing import Packed, arguments
-from surgery.healing.teacher_cache import store
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher
+from surgery.healing.teacher_cache import store
 
 LENGTH = 16
 

@@ -10,9 +10,9 @@ import torch
 from families import TINY, attention_modules, one_thread  # noqa: F401 (one_thread: a fixture)
 
 import surgery
+from surgery.data.packing import Packed
 from surgery.errors import SurgeryError
 from surgery.healing import layerwise_distillation as fitting
-from surgery.data.packing import Packed
 from surgery.healing.layerwise_distillation import warm_start
 from surgery.runtime import modeling_surgery as runtime
 

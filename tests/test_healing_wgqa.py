@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
-from surgery.io.model_folder import model_table
 from surgery.healing import checkpoints
 from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
-from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned
-from surgery.healing.plan import HealPlan
-from surgery.config.heal import Heal
 from surgery.healing.parameters import choose
+from surgery.healing.plan import HealPlan
+from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned
+from surgery.io.model_folder import model_table
 from surgery.operations import find
 from surgery.report.report import Report
 

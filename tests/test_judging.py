@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from surgery.report.card import render_card
-from surgery.evaluation import run as judging
-from surgery.data.questions import Choice
-from surgery.evaluation.multiple_choice import ChoiceResult, Chosen
-from surgery.report.gate import gate
+from surgery.calibration.choice_scoring import Chosen
 from surgery.data.haystack import Needle
+from surgery.data.questions import Choice
+from surgery.evaluation import run as judging
+from surgery.evaluation.multiple_choice import ChoiceResult
 from surgery.evaluation.needles import NeedleResult, Outcome
+from surgery.report.card import render_card
+from surgery.report.gate import gate
 
 DONE = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}, "kl": {"mean": 0.0}}
 

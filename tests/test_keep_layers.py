@@ -12,9 +12,9 @@ from test_shared_heads import SEQUENCES, Stopped, Tokens, closed, numbers, recip
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
 from surgery.operations.gqa.choose_layers import spared, tried
 from surgery.operations.gqa.layer import SharedLayer
-from surgery.errors import SurgeryError
 
 
 def copies_in(layer: int, name: str = "llama"):

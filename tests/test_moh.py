@@ -13,12 +13,12 @@ from families import TINY, VOCAB, one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.moh.router import Moments, Planned, ridge, route, worth
 from surgery.errors import SurgeryError
+from surgery.io.loading import load_model, read_tokenizer
 from surgery.operations import find
+from surgery.operations.moh.router import Moments, Planned, ridge, route, worth
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_gates import Gate
-from surgery.io.loading import load_model, read_tokenizer
 
 QUICK = {"calibration_samples": 8, "calibration_length": 64}
 

@@ -10,13 +10,13 @@ from families import one_thread  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery.io import loading as scoring
-from surgery.data.text import Text
 from surgery.cli.render import needles as display
-from surgery.errors import SurgeryError
 from surgery.data.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
-from surgery.evaluation.paired import wilson
+from surgery.data.text import Text
+from surgery.errors import SurgeryError
 from surgery.evaluation.needles import NeedleResult, Outcome, evaluate_needles, run_needles
+from surgery.evaluation.paired import wilson
+from surgery.io import loading as scoring
 from surgery.runtime.modeling_surgery import CACHE, patch
 
 CHAT = (

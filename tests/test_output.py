@@ -16,8 +16,8 @@ import pytest
 from conftest import edit_tensors, listing
 from safetensors.torch import load_file, save_file
 
-from surgery.io import output_folder as output
 from surgery.conversion import streaming as shards
+from surgery.io import output_folder as output
 
 FAST = ("--no-check", "--no-eval")
 NAMES = ("a-1.safetensors", "a-2.safetensors", "a-3.safetensors")

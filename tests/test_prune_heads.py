@@ -27,12 +27,14 @@ from families import (
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.prune_heads.importance import importance
+from surgery.architecture.layer_anatomy import groups_of
 from surgery.calibration.layerwise import Layerwise
-from surgery.operations.prune_heads.refit import moments_of, refit
+from surgery.calibration.moments import refit_output
 from surgery.errors import SurgeryError
+from surgery.operations.prune_heads.importance import importance
 from surgery.operations.prune_heads.operation import PruneHeads
-from surgery.operations.prune_heads.select import choose_removed, facts_without, groups_of, refit_output
+from surgery.operations.prune_heads.refit import moments_of, refit
+from surgery.operations.prune_heads.select import choose_removed, facts_without
 
 PLAIN = {"scores": "random", "refit": False}
 # 8 query heads on 4 KV heads: two groups go for 4 on 2, which divides the hidden size (llama's config wants that)

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from surgery.calibration.head_scores import HeadScores
-from surgery.operations.duo_attention.scorers import METHODS
 from surgery.cli.render.heads import HeadMap, tenth_of
+from surgery.operations.duo_attention.scorers import METHODS
 
 SPLIT = ("--no-check", "--no-eval", "sinks=2", "window=6")
 

@@ -26,13 +26,13 @@ from test_families import planted
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.layer_files import LayerFiles
-from surgery.operations.gqa.layer_inputs import Settings
-from surgery.operations.gqa.fit_mlp import projection_of
 from surgery.data.passkeys import calibration_pieces
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.streams import Sharing
 from surgery.errors import SurgeryError
+from surgery.io.layer_files import LayerFiles
+from surgery.operations.gqa.fit_mlp import projection_of
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.streams import Sharing
 
 SEQUENCES = torch.randint(3, VOCAB, (12, 24), generator=torch.Generator().manual_seed(1))
 FAMILIES = [

@@ -14,10 +14,11 @@ from dense import batch, chunked, dense_logits, difference, given
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.operations.sink_calibration import zero_tuning as first_token, virtual_keys
-from surgery.operations.sink_calibration.zero_tuning import Trial, first_tokens, search_gammas
 from surgery.errors import SurgeryError
 from surgery.io.loading import load_model, read_tokenizer
+from surgery.operations.sink_calibration import virtual_keys
+from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.operations.sink_calibration.zero_tuning import Trial, first_tokens, search_gammas
 
 QUICK = {"calibration_samples": 4, "calibration_length": 64}
 NO_SINKS = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 0, "window": 6}

@@ -12,9 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from surgery.io.safetensors import DTYPE_BITS, TORCH_NAMES
-from surgery.errors import SurgeryError
 from surgery.architecture.layer_anatomy import LayerAnatomy
+from surgery.errors import SurgeryError
+from surgery.io.safetensors import DTYPE_BITS, TORCH_NAMES
 
 BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in TORCH_NAMES}
 
@@ -51,8 +51,8 @@ class Anatomy:
         Raises:
             SurgeryError: no attention found, only part of it, or of a form that is not understood.
         """
-        from surgery.io import model_folder as folder
         from surgery.architecture.detect import read_anatomy
+        from surgery.io import model_folder as folder
 
         if isinstance(source, str | Path):
             config, where = folder.load_config(Path(source)), str(source)
@@ -217,3 +217,9 @@ class Anatomy:
         if self.composite and "text_config" in raw:
             return raw | {"text_config": raw["text_config"] | self.edits}
         return raw | self.edits
+
+
+def stored_dtypes(anatomy: Anatomy) -> list[str]:
+    """The floating-point dtypes of the stored weights, sorted; RoPE tables of old checkpoints are not loaded."""
+    names = {dtype for name, (dtype, _) in anatomy.tensors.items() if not name.endswith(".inv_freq")}
+    return sorted(names & set(TORCH_NAMES))

@@ -6,11 +6,10 @@ import re
 from dataclasses import replace
 
 from surgery.architecture.anatomy import BYTES, Anatomy
-from surgery.io.safetensors import STORED_NAMES
-from surgery.errors import SurgeryError
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
 from surgery.architecture.layer_anatomy import LayerAnatomy
-from surgery.architecture.surgery_block import check_block
+from surgery.errors import SurgeryError
+from surgery.io.safetensors import STORED_NAMES
 
 # Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
 FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
@@ -297,3 +296,17 @@ def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> Non
         where=where,
         fix=known or "convert the unquantised model and quantise the result; weight rewrites need real matrices",
     )
+
+
+def check_block(config, where: str) -> dict | None:
+    """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
+    if not hasattr(config, "surgery"):
+        return None
+    from surgery.runtime.surgery_block import validate
+
+    try:
+        validate(config)
+    except ValueError as error:
+        fix = "convert the base again, or put config.json back as it was written"
+        raise SurgeryError(f"config.json: {error}", where=where, fix=fix) from None
+    return config.surgery

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.architecture.families import Family
-from surgery.architecture.weights import norm_names
 
 
 @dataclass(frozen=True)
@@ -89,3 +88,28 @@ class LayerAnatomy:
         if self.norm_per_head:
             names += norm_names(self, "q_norm", self.heads) + norm_names(self, "k_norm", self.kv_heads)
         return [*names, layout.sinks] if layout.sinks else names
+
+
+def groups_of(facts: LayerAnatomy) -> list[list[int]]:
+    """The query heads that read each KV head of a layer."""
+    sizes = facts.query_groups or [facts.group] * facts.kv_heads
+    firsts = [sum(sizes[:head]) for head in range(len(sizes))]
+    return [list(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
+
+
+def query_names(facts: LayerAnatomy) -> list[int]:
+    """The base's numbers of a layer's query heads, in the order in which they are stored."""
+    return [facts.query_name(head) for head in range(facts.heads)]
+
+
+def shown_names(names: list[int]) -> str:
+    """Heads for people: "0 to 8", or the list where some are gone."""
+    return f"0 to {names[-1]}" if names == list(range(len(names))) else ", ".join(map(str, names))
+
+
+def norm_names(facts: LayerAnatomy, part: str, heads: int) -> list[str]:
+    """Names of the tensors of a norm with one row per head, relative to the attention module."""
+    name = getattr(facts.layout, part)
+    if facts.qk_norm == "modules":
+        return [f"{name}.norms.{head}.weight" for head in range(heads)]
+    return [f"{name}.weight"]

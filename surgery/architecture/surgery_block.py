@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,20 +15,6 @@ if TYPE_CHECKING:
     from surgery.architecture.layer_anatomy import LayerAnatomy
 
 PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
-
-
-def check_block(config, where: str) -> dict | None:
-    """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
-    if not hasattr(config, "surgery"):
-        return None
-    from surgery.runtime.surgery_block import validate
-
-    try:
-        validate(config)
-    except ValueError as error:
-        fix = "convert the base again, or put config.json back as it was written"
-        raise SurgeryError(f"config.json: {error}", where=where, fix=fix) from None
-    return config.surgery
 
 
 def layer_entries(

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from surgery.architecture.layer_anatomy import norm_names
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -151,14 +153,6 @@ def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[
     empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(facts, like).items()}
     packed = pack(AttentionLayer(facts, **empty))
     return {name: tuple(tensor.shape) for name, tensor in packed.items()}
-
-
-def norm_names(facts: LayerAnatomy, part: str, heads: int) -> list[str]:
-    """Names of the tensors of a norm with one row per head, relative to the attention module."""
-    name = getattr(facts.layout, part)
-    if facts.qk_norm == "modules":
-        return [f"{name}.norms.{head}.weight" for head in range(heads)]
-    return [f"{name}.weight"]
 
 
 def _heads(facts: LayerAnatomy) -> dict[str, int]:

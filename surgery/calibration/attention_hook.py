@@ -11,13 +11,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.head_scores import UNEQUAL, unsupported
+from surgery.data.passkeys import Recall
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
 from surgery.runtime.surgery_masks import surgery_mask
-from surgery.calibration.head_scores import UNEQUAL, unsupported
-from surgery.data.passkeys import Recall
 
 NAME = "surgery_watch"
 

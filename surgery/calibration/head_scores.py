@@ -43,7 +43,8 @@ class HeadScores:
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        from surgery.io.output_folder import machine_errors, write_json
+        from surgery.io.files import write_json
+        from surgery.io.output_folder import machine_errors
 
         with machine_errors(Path(path)):
             write_json(Path(path), self.to_dict())
@@ -118,8 +119,8 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
     """What a checkpoint's surgery.json holds of its heads' scores, if anything of this shape [layers][counts]."""
-    from surgery.io.model_folder import read_json
-    from surgery.report.report import FILE
+    from surgery.io.files import read_json
+    from surgery.io.output_folder import REPORT as FILE
 
     if not (folder / FILE).is_file():
         return None

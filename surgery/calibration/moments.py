@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AT_ONCE = 8  # products of pieces are summed in their own precision, before the sum is widened
 
@@ -105,3 +110,37 @@ class Regression:
 def with_ones(x: torch.Tensor, bias: bool) -> torch.Tensor:
     """x [.., n], with a last column of ones where a bias is fitted like a weight."""
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if bias else x
+
+
+def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> Tensor:
+    """The output projection that, from the kept heads, comes nearest to what all heads wrote.
+
+        minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
+        W = (Σ r zᵀ + λ W_0) (Σ z zᵀ + λ I)⁻¹
+
+    With the means taken off z and r it is the best W beside a free bias r̄ − W z̄.
+
+    The ridge pulls to the old columns: the larger it is, the more this is plain pruning.
+
+    Args:
+        old: W_0 [D, n], the columns of the kept heads.
+        cross: Σ r zᵀ [D, n], with r the output that is wanted.
+        moments: Σ z zᵀ [n, n], of the kept heads' outputs.
+        ridge: > 0, relative to the mean square of z.
+
+    Returns:
+        W [D, n], float64.
+    """
+    import torch
+
+    moments, old = moments.double(), old.double()
+    weight = ridge * moments.diagonal().mean()
+    if not weight:  # the heads say nothing on this text: nothing can be fitted
+        return old
+    system = moments.clone()
+    system.diagonal().add_(weight)
+    wanted = (cross.double() + weight * old).T
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # a pull so weak that rounding leaves the system indefinite
+        return torch.linalg.solve(system, wanted).T
+    return torch.cholesky_solve(wanted, factor).T

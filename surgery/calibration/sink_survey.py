@@ -24,8 +24,8 @@ def survey_sinks(
         SurgeryError: the model or the text cannot be read or measured.
     """
     from surgery.io.hub import resolve
-    from surgery.machine.transformers_logging import quiet_transformers
     from surgery.io.loading import load_model, read_tokenizer
+    from surgery.machine.transformers_logging import quiet_transformers
 
     source, text = resolve(name), load_text(text, part="calibration")
     with quiet_transformers():

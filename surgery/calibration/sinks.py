@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from surgery.calibration.attention_hook import Watched, watched
+from surgery.calibration.layerwise import decoder_layers
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.calibration.layerwise import decoder_layers
-from surgery.calibration.attention_hook import Watched, watched
 
 ALPHA, MAGNITUDE, RATIO = 5.0, 100.0, 1000.0
 BLOCK = 128  # queries whose weights are held at once

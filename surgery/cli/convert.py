@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.errors import SurgeryError
 from surgery.cli.options import Json, ModelName, NoCheck, NoEval, NoGate, OutName, Overrides, Quiet, RecipeName, emit
+from surgery.errors import SurgeryError
 
 
 def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -42,8 +42,10 @@ def apply(
 ) -> None:
     """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
     from surgery.api import apply as run
-    from surgery.cli.render import summary as closing, progress_bar, tables as results
     from surgery.cli.render import model as show
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import summary as closing
+    from surgery.cli.render import tables as results
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o OUT")

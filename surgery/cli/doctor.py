@@ -21,9 +21,9 @@ def examine() -> dict:
     """Facts for `surgery doctor`, plain data."""
     import torch
 
-    from surgery import __version__
     from surgery.io.demo_model import cache_folder
     from surgery.io.loading import free_memory
+    from surgery.version import __version__
 
     return {
         "surgery": __version__,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.errors import SurgeryError
 from surgery.cli.options import Base, Json, NoCheck, NoEval, NoGate, OutName, Quiet, emit
+from surgery.errors import SurgeryError
 
 
 def heal(
@@ -31,8 +31,10 @@ def heal(
     quiet: Quiet = False,
 ) -> None:
     """Train a converted model to win back what the surgery took: tokens=1e6 method=lora loss=distill data=self."""
-    from surgery.cli.render import summary as closing, progress_bar, tables as results
     from surgery.cli.render import model as show
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import summary as closing
+    from surgery.cli.render import tables as results
     from surgery.healing.heal import heal as run
 
     if output is None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.errors import SurgeryError
 from surgery.cli.options import Json, ModelName, Quiet, RecipeName, emit
+from surgery.errors import SurgeryError
 
 
 def ls(as_json: Json = False) -> None:
@@ -92,8 +92,8 @@ def inspect(
 
 
 def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: bool) -> None:
-    from surgery.report import plots as pictures
     from surgery.cli.render import heads
+    from surgery.report import plots as pictures
 
     if plot:
         pictures.ready(plot)
@@ -106,9 +106,9 @@ def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: 
 
 
 def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, quiet: bool) -> None:
-    from surgery.report import plots as pictures
     from surgery.cli.render import heads, progress_bar
     from surgery.cli.render import sinks as show
+    from surgery.report import plots as pictures
 
     if plot:
         pictures.ready(plot)
@@ -125,8 +125,8 @@ def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, 
 
 def doctor(as_json: Json = False) -> None:
     """Say what works here: versions, devices, disk, doors, kernels."""
-    from surgery.cli.render import tables as results
     from surgery.cli.doctor import examine
+    from surgery.cli.render import tables as results
 
     facts = examine()
     if as_json:

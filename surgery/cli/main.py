@@ -10,9 +10,13 @@ from typing import Annotated
 
 import typer
 
-from surgery.errors import CheckError, GateError, MachineError, SurgeryError
-from surgery.cli import convert as converting, heal as healing_verb, inspect as looking, measure as measuring, score as scoring_verb
+from surgery.cli import convert as converting
+from surgery.cli import heal as healing_verb
+from surgery.cli import inspect as looking
+from surgery.cli import measure as measuring
+from surgery.cli import score as scoring_verb
 from surgery.cli.options import emit
+from surgery.errors import CheckError, GateError, MachineError, SurgeryError
 
 VERBS = {  # in the order in which `--help` lists them
     "ls": looking.ls,
@@ -43,7 +47,7 @@ MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from surgery import __version__
+        from surgery.version import __version__
 
         typer.echo(__version__)
         raise typer.Exit

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.errors import CheckError, SurgeryError
 from surgery.cli.options import Base, Json, ModelName, OutName, Quiet, emit
+from surgery.errors import CheckError, SurgeryError
 
 
 def check(
@@ -20,7 +20,8 @@ def check(
 ) -> None:
     """Check a saved checkpoint: hashes, values, shapes, loading in a fresh process, generating."""
     from surgery.api import check as run
-    from surgery.cli.render import progress_bar, tables as results
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as results
 
     with progress_bar(quiet or as_json) as progress:
         report = run(out, base, memory=None if memory is None else int(memory * 2**30), progress=progress)
@@ -56,7 +57,8 @@ def evaluate(
 ) -> None:
     """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles, or choices."""
     from surgery.api import evaluate as run
-    from surgery.cli.render import progress_bar, tables as results
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as results
 
     _refuse_options(context, needles, choices, labelled is not None)
     if choices:
@@ -73,10 +75,10 @@ def evaluate(
 
 
 def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_json: bool, quiet: bool, drawn: dict):
-    from surgery.report import plots as pictures
     from surgery.api import evaluate_needles
     from surgery.cli.render import needles, progress_bar
     from surgery.evaluation.benchmark.run import parse_lengths
+    from surgery.report import plots as pictures
 
     if plot:
         pictures.ready(plot)
@@ -142,9 +144,11 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time prefill and decoding beside the base, interleaved; count the cache's bytes and the peak of memory."""
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as results
+    from surgery.evaluation.benchmark import result as timings
+    from surgery.evaluation.benchmark import run as speed
     from surgery.report import plots as pictures
-    from surgery.cli.render import progress_bar, tables as results
-    from surgery.evaluation.benchmark import run as speed, result as timings
 
     _refuse_of_bench(context, base, calibrate)
     asked = None if lengths is None else speed.parse_lengths(lengths)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from surgery.operations.duo_attention.scorers import METHODS
-from surgery.errors import SurgeryError
 from surgery.cli.options import Json, ModelName, Quiet, emit
+from surgery.errors import SurgeryError
+from surgery.operations.duo_attention.scorers import METHODS
 
 
 def score(
@@ -32,9 +32,9 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Measure which KV heads need the far past; the file serves `surgery apply duo-attention ... scores=FILE`."""
-    from surgery.report import plots as pictures
-    from surgery.operations.duo_attention.scorers import score_to_file
     from surgery.cli.render import heads, progress_bar
+    from surgery.operations.duo_attention.scorers import score_to_file
+    from surgery.report import plots as pictures
 
     if output is None:
         raise SurgeryError("no score file was named", fix="add -o scores.json")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from surgery.errors import SurgeryError, shown
+from surgery.config.heal import BUDGETS, Heal, unread
 from surgery.config.overrides import as_text
 from surgery.config.recipe import Evaluate, faults_of
 from surgery.config.yaml import parse
-from surgery.config.heal import BUDGETS, Heal, unread
+from surgery.errors import SurgeryError, shown
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
@@ -66,7 +66,7 @@ def settings(
 
 def published(heal: Heal) -> dict:
     """The settings as they may be published: data by its own name, since folders say who made it, and where."""
-    from surgery.report.report import published as short
+    from surgery.io.files import published as short
 
     data = heal.data
     return heal.model_dump(mode="json") | {"data": short(data) if Path(data).exists() else data}

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from surgery import operations
-from surgery.errors import SurgeryError, nearest
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
+from surgery.errors import SurgeryError, nearest
 
 
 def as_text(key: str, value: object) -> str:

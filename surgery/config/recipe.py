@@ -10,11 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from surgery import operations
-from surgery.errors import SurgeryError, nearest, shown, wanted
 from surgery.config.heal import Heal
-from surgery.operations.base import Operation
 from surgery.config.overrides import as_text, set_field
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
+from surgery.errors import SurgeryError, nearest, shown, wanted
+from surgery.operations.base import Operation
 
 SUFFIXES = (".yaml", ".yml")
 

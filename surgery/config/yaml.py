@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import yaml
 
-from surgery.io.safetensors import inside_folder
 from surgery.errors import SurgeryError, shown
+from surgery.io.safetensors import inside_folder
 
 MAX_BYTES = 256 << 10
 FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # of an operation: may name a file

@@ -7,20 +7,21 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from surgery.architecture.anatomy import Anatomy
-from surgery.io.resume import SUFFIX
-from surgery.io.carried_files import carry_files
-from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
-from surgery.conversion.loaded import LayerStream, rewrite_steps
-from surgery.errors import SurgeryError
-from surgery.io.model_folder import read_json
-from surgery.operations.base import Context
-from surgery.io.output_folder import OutputFolder, weight_files, write_text
-from surgery.io.pickle import readable
-from surgery.conversion.plan import Plan, Step, make_plan, problems_later
-from surgery.report.report import Report, history_of, new_report
-from surgery.conversion.streaming import convert_shards
+from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.surgery_block import export, layer_entries
+from surgery.conversion.plan import Plan, Step, make_plan, problems_later
+from surgery.conversion.streaming import LayerStream, convert_shards
+from surgery.errors import SurgeryError
+from surgery.io.carried_files import carry_files
+from surgery.io.files import read_json, write_text
+from surgery.io.loading import refuse_wrapped
+from surgery.io.output_folder import OutputFolder, weight_files
+from surgery.io.pickle import readable
+from surgery.io.resume import SUFFIX
+from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
+from surgery.operations.base import Context
+from surgery.operations.rewrite import rewrite_steps
+from surgery.report.report import Report, history_of, new_report
 
 
 def convert(
@@ -123,12 +124,6 @@ def streams(plan: Plan, engine: str) -> bool:
     return streaming
 
 
-def stored_dtypes(anatomy: Anatomy) -> list[str]:
-    """The floating-point dtypes of the stored weights, sorted; RoPE tables of old checkpoints are not loaded."""
-    names = {dtype for name, (dtype, _) in anatomy.tensors.items() if not name.endswith(".inv_freq")}
-    return sorted(names & set(TORCH_NAMES))
-
-
 def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokenizer=None) -> Report:
     """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`.
 
@@ -154,31 +149,6 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
     return Report(new_report(plan, source, overrides=overrides, engine="loaded", fingerprint="", records=records))
 
 
-def refuse_wrapped(model) -> None:
-    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
-    adapters = hasattr(model, "peft_config") or any(
-        type(module).__module__.startswith("peft.") for module in model.modules()
-    )
-    if adapters:
-        raise SurgeryError(
-            "the model carries adapters, which would no longer fit the new weights",
-            where=type(model).__name__,
-            fix="merge them first: model = model.merge_and_unload()",
-        )
-    if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
-        raise SurgeryError(
-            "this is not a plain Transformers model",
-            where=type(model).__name__,
-            fix="pass the model inside the wrapper",
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SurgeryError(
-            "some weights are not in memory (offloaded, or never loaded)",
-            where=type(model).__name__,
-            fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",
-        )
-
-
 def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
     stream = LayerStream(plan, checkpoint, out.records)
 
@@ -193,8 +163,8 @@ def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: 
 def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
     import torch
 
-    from surgery.machine.transformers_logging import quiet_in_pipes
     from surgery.io.loading import load_model, read_tokenizer
+    from surgery.machine.transformers_logging import quiet_in_pipes
 
     dtype = getattr(torch, TORCH_NAMES[stored_dtypes(plan.before)[0]])  # config.json may name another
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already

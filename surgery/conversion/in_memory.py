@@ -7,15 +7,10 @@ from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
+from surgery.io.loading import DONE, is_model
 from surgery.io.output_folder import BASE_CARD, OutputFolder, weight_files
 from surgery.machine.transformers_logging import quiet_in_pipes
 from surgery.report.report import NOTICES, Report, history_of
-
-DONE = "_surgery_reports"  # attribute of a model: the reports of what was done to it in this process
-
-
-def is_model(model) -> bool:
-    return hasattr(model, "named_parameters") and hasattr(model, "config")
 
 
 def note_origin(report: Report, model, was: str) -> None:

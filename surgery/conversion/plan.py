@@ -10,15 +10,15 @@ from math import prod
 from pathlib import Path
 
 from surgery.architecture.anatomy import BYTES, Anatomy
-from surgery.io.safetensors import stored_bytes
-from surgery.errors import SurgeryError
-from surgery.healing.plan import HealPlan, refuse_unhealable
-from surgery.healing.parameters import touched
 from surgery.architecture.layer_anatomy import LayerAnatomy
 from surgery.architecture.weights import packed_shapes, unpack
-from surgery.operations.base import NATIVE, SURGICAL, Change, Operation, missing_texts
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
+from surgery.errors import SurgeryError
+from surgery.healing.parameters import touched
+from surgery.healing.plan import HealPlan, refuse_unhealable
+from surgery.io.safetensors import stored_bytes
+from surgery.operations.base import NATIVE, SURGICAL, Change, Operation, missing_texts
 
 BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
 
@@ -154,7 +154,7 @@ class Plan:
 
     def hash(self, fingerprint: str) -> str:
         """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
-        from surgery import __version__
+        from surgery.version import __version__
 
         named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
         paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]

@@ -10,20 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING
 
-from surgery.io.safetensors import PIECE, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes
+from surgery.architecture.edit import refuse_non_finite
+from surgery.architecture.weights import pack, unpack
+from surgery.errors import SurgeryError
+from surgery.io.safetensors import PIECE, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
+from surgery.operations.rewrite import run_rewrite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.conversion.loaded import LayerStream
     from surgery.conversion.plan import Plan
+    from surgery.io.safetensors import Checkpoint
 
 SHARDS_AT_ONCE = 2  # as many are lost by a kill
 WORTH_THREADS = 128 << 20  # bytes; smaller checkpoints are written in order
@@ -175,3 +180,63 @@ def _write_index(folder: Path, checkpoint: Checkpoint, weight_map: dict[str, str
         metadata["total_parameters"] = plan.parameters_after
     index = dict(checkpoint.index) | {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (folder / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+LAYERS_KEPT = 2  # a layer whose tensors lie far apart in the file is computed again, not kept
+
+
+class LayerStream:
+    """New attention tensors by name, computed a layer at a time from a checkpoint on disk; for several threads.
+
+    Args:
+        records: what an earlier run noted of the layers that it finished.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, records: list[dict] | None = None):
+        self.plan, self.checkpoint = plan, checkpoint
+        self._records: list[dict] = records or [{} for _ in plan.steps]
+        self._lock = Lock()
+        self._layer_of = {
+            f"{layer.path}.{name}": layer.index
+            for anatomy in (plan.before, plan.after)
+            for layer in anatomy.layers
+            for name in layer.tensor_names
+        }
+        self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def tensor(self, name: str) -> Tensor:
+        """The new tensor of this stored name."""
+        index = self._layer_of[name]
+        with self._lock:
+            if index not in self._ready:
+                while len(self._ready) >= LAYERS_KEPT:
+                    self._ready.popitem(last=False)
+                self._ready[index] = self._compute(index)
+            self._ready.move_to_end(index)
+            return self._ready[index][name]
+
+    @property
+    def records(self) -> list[dict]:
+        """What each operation noted so far, layers in order."""
+        with self._lock:
+            paths = [layer.path for layer in self.plan.before.layers]
+            return [{path: record[path] for path in paths if path in record} for record in self._records]
+
+    def _compute(self, index: int) -> dict[str, Tensor]:
+        facts = self.plan.before.layers[index]
+        tensors = {name: self.checkpoint.read(f"{facts.path}.{name}") for name in facts.tensor_names}
+        refuse_non_finite(tensors, facts.path)
+        layer = unpack(facts, tensors)
+        for number, step in enumerate(self.plan.steps):
+            layer, record = run_rewrite(step.operation, layer, step.change.after, index)
+            if record:
+                self._records[number][facts.path] = record
+        new = {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
+        for name, tensor in new.items():
+            planned = self.plan.dtypes.get(name), self.plan.shapes.get(name)
+            if (stored_dtype(tensor), tuple(tensor.shape)) != planned:
+                raise SurgeryError(
+                    f"{name} became {stored_dtype(tensor)} {list(tensor.shape)}, and {planned[0]} was planned",
+                    fix="tensors of one part of a layer differ in dtype: store the model in one dtype first",
+                )
+        return new

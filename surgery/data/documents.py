@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.data.generated import sample
+from surgery.data.packing import Packed
 from surgery.data.text import BUILTIN, begin_of_text, load_text
 from surgery.errors import SurgeryError, nearest
 from surgery.io.loading import loaded, read_config
-from surgery.data.packing import Packed
 
 __all__ = ["Documents", "Packed", "documents"]
 

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
-from surgery.errors import SurgeryError
 from surgery.data.generated import sample
 from surgery.data.text import Text, begin_of_text, begun, fitting_length, load_text, windows, written_pieces
+from surgery.errors import SurgeryError
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"

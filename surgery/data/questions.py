@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.data.haystack import SENTENCE_START, WORD_START, common
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import SurgeryError, shown
-from surgery.data.haystack import SENTENCE_START, WORD_START, common
 
 FORMAT = '{"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}'
 SHOWN = 20  # wrong lines of a file that are told one by one

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.safetensors import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.evaluation.check_code import FOREIGN, look_at_code
-from surgery.io.output_folder import sha256
-from surgery.report.report import Report
-from surgery.io.loading import no_class, too_big
 from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
+from surgery.io.files import sha256
+from surgery.io.loading import no_class, too_big
+from surgery.io.safetensors import Checkpoint
+from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
 SPARSE_BLOCKS = 4  # of queries that the probe has beyond where prefill becomes sparse

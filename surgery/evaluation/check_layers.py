@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.safetensors import Checkpoint
-from surgery.errors import SurgeryError
 from surgery.architecture.families import LAYER_PATHS
+from surgery.errors import SurgeryError
+from surgery.io.safetensors import Checkpoint
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 NOTED = "noted"  # no fault, and to be known
@@ -82,8 +82,8 @@ def empty_model(folder: Path):
     """
     import torch
 
-    from surgery.io.model_folder import load_config
     from surgery.io.loading import auto_class, no_class
+    from surgery.io.model_folder import load_config
 
     if reason := no_class(folder):
         raise NotRun(reason)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.data.text import BUILTIN, Text, load_text
-from surgery.io.loading import loaded, read_config, read_tokenizer
+from surgery.calibration.choice_scoring import last_logits, refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import Needle, chance, form_for, make_needles
-from surgery.evaluation.paired import ask_in_turn, last_logits, refuse_other_tokenizer, refuse_too_long, wilson
+from surgery.data.text import BUILTIN, Text, load_text
+from surgery.evaluation.paired import ask_in_turn, wilson
 from surgery.evaluation.perplexity import LABELS, finite
+from surgery.io.loading import loaded, read_config, read_tokenizer
 
 if TYPE_CHECKING:
     from surgery.io.loading import Source

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError
-from surgery.io.loading import loaded, refuse_pickle, too_big
 from surgery.evaluation.perplexity import measure_at_rest
+from surgery.io.loading import loaded, refuse_pickle, too_big
 
 if TYPE_CHECKING:
     from surgery.io.loading import Source
@@ -71,29 +70,6 @@ def ask_in_turn(
             )
         if wrong:
             result.notes.append(f"out gives NaN or infinite values for {wrong} of {cases} {what}: misses")
-
-
-def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
-    """Raise where a model has fewer positions than the cases have tokens."""
-    for label, config in configs.items():
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if longest and tokens > longest:
-            raise SurgeryError(f"{label} has {longest} positions, {what} have {tokens} tokens", fix=fix)
-
-
-def refuse_other_tokenizer(configs: dict, largest: int) -> None:
-    """Raise where a model does not know the largest token."""
-    for label, config in configs.items():
-        known = config.get_text_config().vocab_size
-        if largest >= known:
-            raise SurgeryError(
-                f"the tokenizer gives token {largest}, {label} knows {known}", fix="use the tokenizer of this model"
-            )
-
-
-def last_logits(model, count: int) -> dict:
-    """The argument by which a model computes its last logits alone, where it has one."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:

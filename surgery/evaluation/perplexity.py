@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.data.text import Text, load_text
 from surgery.data.text import windows as cut
-from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
 from surgery.errors import MachineError, SurgeryError
 from surgery.io.loading import read_config, read_tokenizer, refuse_pickle, score_model, too_big
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
-from surgery.io.output_folder import write_text
 from surgery.healing.schedule import rate_at
+from surgery.io.files import write_text
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
-    from surgery.healing.trainer import HealTrainer
     from surgery.healing.held_out import HeldOut
+    from surgery.healing.trainer import HealTrainer
 
 METRICS = "metrics.jsonl"
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import MachineError
-from surgery.io.output_folder import disk_full, write_json
+from surgery.io.files import write_json
+from surgery.io.output_folder import disk_full
 
 COMPLETE = "complete.json"
 WEIGHTS = "trainable.safetensors"

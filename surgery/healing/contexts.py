@@ -11,8 +11,8 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import MachineError
-from surgery.machine.device import fast_in_bfloat16
 from surgery.healing.processes import on_cpu
+from surgery.machine.device import fast_in_bfloat16
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal

@@ -12,26 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.anatomy import Anatomy, stored_dtypes
+from surgery.config.heal_overrides import settings as read_settings
+from surgery.config.overrides import as_text
 from surgery.data.text import SELF_TEXT
-from surgery.io.carried_files import carry_files
-from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
-from surgery.conversion.convert import stored_dtypes
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import judge, refuse_unscorable
-from surgery.io.output_folder import OutputFolder, weight_files
-from surgery.config.overrides import as_text
-from surgery.report.report import Report, published_override
 from surgery.healing import record as records
-from surgery.healing.validate import refuse_settings
 from surgery.healing.in_memory import heal_in_memory
-from surgery.healing.source import base_folder, converted_model, rewritten_by, save_as_stored
 from surgery.healing.plan import HealPlan, refuse_unhealable
-from surgery.config.heal_overrides import settings as read_settings
+from surgery.healing.source import base_folder, converted_model, rewritten_by, save_as_stored
+from surgery.healing.validate import refuse_settings
+from surgery.io.carried_files import carry_files
+from surgery.io.files import published_override
+from surgery.io.output_folder import OutputFolder, weight_files
+from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
+from surgery.report.report import Report
 
 if TYPE_CHECKING:
-    from surgery.config.recipe import Evaluate
     from surgery.config.heal import Heal
+    from surgery.config.recipe import Evaluate
 
 Progress = Callable[[int, int, str], None]
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
@@ -138,9 +138,9 @@ def heal_folder(
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
-    from surgery.io.loading import read_tokenizer
     from surgery.healing.processes import Ranks
     from surgery.healing.run import Job, train
+    from surgery.io.loading import read_tokenizer
 
     ranks, weights = Ranks(), Checkpoint(folder)
     source = base_folder(
@@ -241,7 +241,7 @@ def _refused(folder: Path) -> Anatomy:
 
 def _identity(asked: Heal, report: Report, source: Path | None) -> str:
     """What a run must share with one that it goes on from: settings, weights, base, version."""
-    from surgery import __version__
+    from surgery.version import __version__
 
     files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
     base = Checkpoint(source).fingerprint() if source is not None else ""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from surgery.data.text import load_text, windows
 from surgery.errors import SurgeryError
-from surgery.report.gate import gate
 from surgery.io.loading import read_config, score_model
+from surgery.report.gate import gate
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate

@@ -6,16 +6,16 @@ import tempfile
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.config.heal_overrides import settings as read_settings
 from surgery.errors import SurgeryError
-from surgery.io.model_folder import model_table
-from surgery.report.report import Report
-from surgery.io.loading import read_tokenizer
 from surgery.healing import record as records
 from surgery.healing.contexts import in_float32, put_back
-from surgery.healing.validate import refuse_settings
-from surgery.healing.source import base_folder, of_memory, rewritten_by
 from surgery.healing.plan import HealPlan, refuse_unhealable
-from surgery.config.heal_overrides import settings as read_settings
+from surgery.healing.source import base_folder, of_memory, rewritten_by
+from surgery.healing.validate import refuse_settings
+from surgery.io.loading import read_tokenizer
+from surgery.io.model_folder import model_table
+from surgery.report.report import Report
 
 
 def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.errors import TrainingError
-from surgery.io.model_folder import read_json
-from surgery.io.output_folder import write_json
-from surgery.machine.transformers_logging import quiet_transformers
-from surgery.io.loading import load_model
-from surgery.healing.contexts import products, use_bfloat16
 from surgery.data.documents import SELF, Packed, documents
-from surgery.healing.losses import cross_entropy
 from surgery.data.packing import reads_apart
+from surgery.errors import TrainingError
+from surgery.healing.contexts import products, use_bfloat16
+from surgery.healing.losses import cross_entropy
 from surgery.healing.plan import micro_rows
 from surgery.healing.processes import processes
+from surgery.io.files import read_json, write_json
+from surgery.io.loading import load_model
+from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
-    from surgery.config.recipe import Evaluate
     from surgery.config.heal import Heal
+    from surgery.config.recipe import Evaluate
     from surgery.healing.parameters import Trained
 
 ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it

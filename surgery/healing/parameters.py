@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from surgery.architecture.layer_anatomy import norm_names
 from surgery.errors import SurgeryError
-from surgery.architecture.weights import norm_names
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy

@@ -7,14 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError
-from surgery.report.report import finite, versions
-from surgery.healing.callbacks import METRICS, read
 from surgery.config.heal_overrides import published
+from surgery.errors import SurgeryError
+from surgery.healing.callbacks import METRICS, read
+from surgery.report.gate import finite
+from surgery.report.report import versions
 
 if TYPE_CHECKING:
-    from surgery.config.recipe import Evaluate
     from surgery.config.heal import Heal
+    from surgery.config.recipe import Evaluate
 
 LEAST_GAP = 0.01  # nats: of a smaller one no share is told
 CURVE = "loss.png"

@@ -10,27 +10,35 @@ from typing import TYPE_CHECKING
 from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError, TrainingError
-from surgery.io.model_folder import model_table, read_json
-from surgery.io.output_folder import write_json
-from surgery.machine.transformers_logging import quiet_transformers
-from surgery.io.loading import read_config
-from surgery.healing.lora import adapt, bare, freeze, merge
-from surgery.healing.contexts import checkpointed, enough_memory, own_precision, products, unprepared, use_bfloat16, without_attention_dropout
-from surgery.healing.checkpoints import facts_of, remove_cut_off, whole
-from surgery.healing.callbacks import METRICS, Follow, read
-from surgery.healing.job import Job, rows_of, settled
-from surgery.healing.weighted_gqa import add_mixing, folded, inside, merges, orders_of, planned, unmix
 from surgery.data.packing import Packed
+from surgery.errors import SurgeryError, TrainingError
+from surgery.healing.callbacks import METRICS, Follow, read
+from surgery.healing.checkpoints import facts_of, remove_cut_off, whole
+from surgery.healing.contexts import (
+    checkpointed,
+    enough_memory,
+    own_precision,
+    products,
+    unprepared,
+    use_bfloat16,
+    without_attention_dropout,
+)
+from surgery.healing.held_out import HeldOut
+from surgery.healing.job import Job, rows_of, settled
+from surgery.healing.layerwise_distillation import warm_start
+from surgery.healing.lora import adapt, bare, freeze, merge
+from surgery.healing.parameters import Table, Trained, choose, summed_up
 from surgery.healing.processes import processes
 from surgery.healing.schedule import Clock, Rows
 from surgery.healing.sharding import Engine, put, training
-from surgery.healing.teacher_cache import store
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher
-from surgery.healing.parameters import Table, Trained, choose, summed_up
+from surgery.healing.teacher_cache import store
 from surgery.healing.trainer import HealTrainer, arguments
-from surgery.healing.layerwise_distillation import warm_start
-from surgery.healing.held_out import HeldOut
+from surgery.healing.weighted_gqa import add_mixing, folded, inside, merges, orders_of, planned, unmix
+from surgery.io.files import read_json, write_json
+from surgery.io.loading import read_config
+from surgery.io.model_folder import model_table
+from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal

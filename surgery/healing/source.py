@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.io.safetensors import TORCH_NAMES
 from surgery.errors import SurgeryError
-from surgery.report.report import Report
 from surgery.healing.parameters import touched
+from surgery.io.safetensors import TORCH_NAMES
+from surgery.report.report import Report
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -53,8 +53,8 @@ def converted_model(folder: Path, anatomy: Anatomy):
     """The model in float32, in which it trains, and the dtype that it is stored in."""
     import torch
 
-    from surgery.machine.transformers_logging import quiet_transformers
     from surgery.io.loading import load_model
+    from surgery.machine.transformers_logging import quiet_transformers
 
     with quiet_transformers():
         model = load_model(folder, dtype=torch.float32)
@@ -100,9 +100,8 @@ def of_memory(model) -> Report:
     Raises:
         SurgeryError: not a model, or nothing is known of a surgery on it.
     """
-    from surgery.conversion.convert import refuse_wrapped
+    from surgery.io.loading import DONE, is_model, refuse_wrapped
     from surgery.report.report import FILE
-    from surgery.conversion.in_memory import DONE, is_model
 
     if not is_model(model):
         fix = "give a folder, or a model that surgery.apply edited"

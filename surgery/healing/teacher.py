@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
 from surgery.healing import losses
 from surgery.healing.contexts import products
-from surgery.data.packing import arguments
 from surgery.healing.teacher_cache import TopK
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from surgery.data.packing import arguments
+from surgery.errors import SurgeryError
+from surgery.io.files import write_json
 from surgery.io.fingerprint import fingerprint
 from surgery.io.layer_files import LayerFiles
-from surgery.errors import SurgeryError
-from surgery.io.output_folder import machine_errors, write_json
-from surgery.data.packing import arguments
+from surgery.io.output_folder import machine_errors
 
 FACTS, FORMAT, NAME = "teacher.json", 1, "teacher"
 ROWS = 32  # in a file

@@ -16,8 +16,8 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.layerwise import Enough, ended
-from surgery.errors import SurgeryError
 from surgery.data.packing import arguments
+from surgery.errors import SurgeryError
 
 # A token whose input is 0 (the embedding of padding, which a text of the base may hold) counts no more than one with
 # this share of the mean square.

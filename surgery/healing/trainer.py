@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
-from surgery.errors import TrainingError
-from surgery.runtime.surgery_gates import ROUTERS, load_balance_loss
-from surgery.healing import losses, sharding
-from surgery.healing.contexts import anew, use_bfloat16
-from surgery.healing.checkpoints import WEIGHTS, complete, keep_newest, whole, writing
 from surgery.data.packing import arguments as called_with
+from surgery.errors import TrainingError
+from surgery.healing import losses, sharding
+from surgery.healing.checkpoints import WEIGHTS, complete, keep_newest, whole, writing
+from surgery.healing.contexts import anew, use_bfloat16
+from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
 from surgery.healing.processes import on_cpu
 from surgery.healing.schedule import Clock, rate_at
-from surgery.healing.parameters import SURGERY
+from surgery.runtime.surgery_gates import ROUTERS, load_balance_loss
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal

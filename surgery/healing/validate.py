@@ -45,8 +45,8 @@ def refuse_early(heal: Heal, base: str | Path | Any, tokenizer=None) -> None:
     Raises:
         SurgeryError: of `refuse_settings`, or of the data that heal names; all but text of the base is looked at.
     """
-    from surgery.io.loading import read_config, read_tokenizer
     from surgery.data.documents import SELF, documents
+    from surgery.io.loading import read_config, read_tokenizer
 
     refuse_settings(heal, read_config(base))
     tokenizer = tokenizer or read_tokenizer(base)

@@ -22,11 +22,11 @@ import torch
 from torch.nn.utils import parametrize
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.io.safetensors import Checkpoint
-from surgery.errors import SurgeryError, TrainingError
 from surgery.architecture.weights import unpack
-from surgery.operations.gqa.merge import group_members
+from surgery.errors import SurgeryError, TrainingError
 from surgery.healing.lora import TOLERANCE, logits, probe
+from surgery.io.safetensors import Checkpoint
+from surgery.operations.gqa.merge import group_members
 
 if TYPE_CHECKING:
     from surgery.architecture.layer_anatomy import LayerAnatomy

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from surgery.io.safetensors import SINGLE_FILE, inside_folder
 from surgery.errors import MachineError, SurgeryError, nearest
+from surgery.io.files import sha256
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
-from surgery.io.output_folder import sha256
+from surgery.io.safetensors import SINGLE_FILE, inside_folder
 
 DEMO, DEMO_BASE = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
 INDEX = "model.safetensors.index.json"
@@ -210,7 +210,7 @@ def push(
         SurgeryError: not our output, unchecked or changed since, a bad name, no token.
         MachineError: network, a refused token, no right to write.
     """
-    from surgery.report.card import split_card
+    from surgery.io.files import split_card
 
     out = Path(out)
     try:

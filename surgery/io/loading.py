@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX
 from surgery.errors import SurgeryError
-from surgery.io.model_folder import read_json
+from surgery.io.files import read_json
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX
 from surgery.machine.transformers_logging import quiet_in_pipes, quiet_transformers
 
 if TYPE_CHECKING:
@@ -264,3 +264,35 @@ def free_memory() -> int | None:
     except (OSError, KeyError, ValueError):  # no container, or "max": no limit
         pass
     return free
+
+
+def refuse_wrapped(model) -> None:
+    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
+    adapters = hasattr(model, "peft_config") or any(
+        type(module).__module__.startswith("peft.") for module in model.modules()
+    )
+    if adapters:
+        raise SurgeryError(
+            "the model carries adapters, which would no longer fit the new weights",
+            where=type(model).__name__,
+            fix="merge them first: model = model.merge_and_unload()",
+        )
+    if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
+        raise SurgeryError(
+            "this is not a plain Transformers model",
+            where=type(model).__name__,
+            fix="pass the model inside the wrapper",
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SurgeryError(
+            "some weights are not in memory (offloaded, or never loaded)",
+            where=type(model).__name__,
+            fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",
+        )
+
+
+DONE = "_surgery_reports"  # attribute of a model: the reports of what was done to it in this process
+
+
+def is_model(model) -> bool:
+    return hasattr(model, "named_parameters") and hasattr(model, "config")

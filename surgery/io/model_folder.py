@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from surgery.io.safetensors import STORED_NAMES, Checkpoint
 from surgery.errors import SurgeryError
+from surgery.io.files import read_json
+from surgery.io.safetensors import STORED_NAMES, Checkpoint
 
-MAX_CONFIG_BYTES = 16 << 20
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of a model folder."""
-    if not path.is_file():
-        raise SurgeryError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise SurgeryError(f"{path.name} has {path.stat().st_size:,} bytes: not a config", where=str(path.parent))
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SurgeryError(f"{path.name} is not JSON: {error}", where=str(path)) from None
-    if not isinstance(raw, dict):
-        raise SurgeryError(f"{path.name} holds no JSON object", where=str(path))
-    return raw
 
 
 def load_config(folder: Path):

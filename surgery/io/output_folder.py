@@ -7,7 +7,6 @@ with a list of its finished files; `--resume` goes on from there if it is the sa
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError
+from surgery.io.files import sha256, write_json
 
 PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
@@ -236,28 +236,12 @@ def _empty(folder: Path, left: list[Path]) -> None:
             shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
     """Path in a folder -> sha256 and size of its safetensors files, or of those in a folder below it."""
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted((folder / below).glob("*.safetensors"))
     }
-
-
-def write_json(path: Path, data: dict) -> None:
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 from surgery.errors import SurgeryError
-from surgery.io.output_folder import machine_errors, parent_folder, write_json
+from surgery.io.files import write_json
+from surgery.io.output_folder import machine_errors, parent_folder
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from surgery.io.output_folder import write_text
+from surgery.io.files import write_text
 
 SUFFIX = ".state"  # of such files in OUT.partial; they go when OUT is complete
 

@@ -196,7 +196,7 @@ def header_table(headers: dict[str, dict] | None) -> dict[str, tuple[str, tuple[
 
 def read_index(path: Path) -> dict:
     """A weight index: its weight_map maps names to files, all of them inside the folder."""
-    from surgery.io.model_folder import read_json
+    from surgery.io.files import read_json
 
     index = read_json(path)
     weight_map = index.get("weight_map")

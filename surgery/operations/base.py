@@ -181,6 +181,18 @@ class WeightRewrite(Operation):
         raise TypeError(f"operation {self.op} defines no rewrite")
 
     def apply(self, model, context: Context) -> dict:
-        from surgery.conversion.loaded import rewrite_model
+        from surgery.operations.rewrite import rewrite_model
 
         return rewrite_model(model, self, context)
+
+
+def whole_keys(values: Any) -> Any:
+    """JSON has no other keys than texts: "3" is 3."""
+    if not isinstance(values, dict):
+        return values
+    keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}
+    return {keys[key]: whole_keys(value) for key, value in values.items()} if _different(keys) else values
+
+
+def _different(keys: dict) -> bool:
+    return len({*keys.values()}) == len(keys)

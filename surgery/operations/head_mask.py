@@ -8,14 +8,14 @@ on heads). Heads are named by the base's numbers.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from surgery.architecture.layer_anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import SurgeryError
-from surgery.operations.base import Change, WeightRewrite
-from surgery.operations.prune_heads.select import groups_of, query_names, shown_names
+from surgery.operations.base import Change, WeightRewrite, whole_keys
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-
-
-def whole_keys(values: Any) -> Any:
-    """JSON has no other keys than texts: "3" is 3."""
-    if not isinstance(values, dict):
-        return values
-    keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}
-    return {keys[key]: whole_keys(value) for key, value in values.items()} if _different(keys) else values
-
-
-def _different(keys: dict) -> bool:
-    return len({*keys.values()}) == len(keys)
 
 
 class HeadMask(WeightRewrite):

@@ -9,9 +9,22 @@ import re
 
 import yaml
 
+from surgery.io.files import split_card
 from surgery.report.card_healing import healing
-from surgery.report.card_sections import base_name, choices, fenced, get, licence, limits, loading, needles, operations_of, provenance, searched
-from surgery.report.report import damage, finite
+from surgery.report.card_sections import (
+    base_name,
+    choices,
+    fenced,
+    get,
+    licence,
+    limits,
+    loading,
+    needles,
+    operations_of,
+    provenance,
+    searched,
+)
+from surgery.report.gate import damage, finite
 
 # Tags of the base that speak of formats, engines or scores which this folder does not have.
 STALE_TAGS = {
@@ -54,19 +67,6 @@ def render_card(report: dict, base_card: str | None) -> str:
         whose = "*Written for the base model. Every score in it is the base's, not this model's.*"
         parts.append(f"## The base model's card\n\n{whose}\n\n{text.strip()}")
     return f"---\n{_metadata(report, metadata)}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def split_card(card: str) -> tuple[dict, str]:
-    """Metadata and body of a card. Unreadable metadata comes back as {}: a base's card is not ours to mend."""
-    from huggingface_hub import ModelCard
-
-    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    if not (block := re.match(r"---[ \t]*\n(.*?\n)?---[ \t]*(\n|$)", card, re.DOTALL)):
-        return {}, card
-    try:
-        return ModelCard(card, ignore_metadata_errors=True).data.to_dict(), card[block.end() :]
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError):
-        return {}, card[block.end() :]
 
 
 def _metadata(report: dict, base: dict) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 
-from surgery.report.card_healing import heal_commands
 from surgery.errors import SurgeryError
-from surgery.report.report import finite
+from surgery.report.card_healing import heal_commands
+from surgery.report.gate import finite
 
 HERE = '"this repository or folder"'
 # For operations whose class has no `limits` yet.

@@ -82,3 +82,32 @@ def _figure(name: str, evaluation: dict):
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
+
+
+def damage(evaluation: dict | None) -> list[str]:
+    """What makes a model useless as it is: perplexity more than doubled, mean KL above 1, or NaN.
+
+    Args:
+        evaluation: `Evaluation.to_dict()`; where there is none, or it was not run, nothing is known: [].
+    """
+    if not evaluation or evaluation.get("status", "done") != "done":
+        return []
+    base, out, kl = (evaluation.get(key) or {} for key in ("base", "out", "kl"))
+    before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
+    # JSON has null for NaN, which is not the same as a figure that is not there.
+    if "perplexity" in out and not finite(after):
+        costs.append("its perplexity is not a number")
+    elif finite(before) and finite(after) and before > 0 and after / before > DAMAGE_RATIO:
+        costs.append(f"its perplexity is {after / before:.3g} times the base's")
+    if "mean" in kl and not finite(mean):
+        costs.append("its KL to the base is not a number")
+    elif finite(mean) and mean > DAMAGE_KL:
+        costs.append(f"its mean KL to the base is {mean:.3g} nats per token")
+    return costs
+
+
+def finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

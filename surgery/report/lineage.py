@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.errors import SurgeryError
+from surgery.io.safetensors import BY_CONTENT, Checkpoint
 
 
 def unrecordable(data: dict, base, settings: dict) -> str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckError, GateError, SurgeryError, shown
+from surgery.io.files import published_override, published_recipe, sha256, write_json, write_text
+from surgery.io.output_folder import BASE_CARD
 from surgery.operations.base import SURGICAL
-from surgery.io.output_folder import BASE_CARD, sha256, write_json, write_text
 
 FORMAT, FILE = 1, "surgery.json"
-DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 # The parts that are read again after a report was written, and what each must be.
 PARTS = {
@@ -90,7 +89,7 @@ class Report:
     @classmethod
     def of(cls, folder: str | Path) -> Report:
         """The report of a saved checkpoint."""
-        from surgery.io.model_folder import read_json
+        from surgery.io.files import read_json
 
         folder = Path(folder)
         if not (folder / FILE).is_file():
@@ -144,32 +143,6 @@ def _damage_of_file(data: dict) -> str:
             if not isinstance(parts[part].get(name), dict | None):
                 return f"{part}.{name} is {shown(parts[part][name])}"
     return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
-
-
-def damage(evaluation: dict | None) -> list[str]:
-    """What makes a model useless as it is: perplexity more than doubled, mean KL above 1, or NaN.
-
-    Args:
-        evaluation: `Evaluation.to_dict()`; where there is none, or it was not run, nothing is known: [].
-    """
-    if not evaluation or evaluation.get("status", "done") != "done":
-        return []
-    base, out, kl = (evaluation.get(key) or {} for key in ("base", "out", "kl"))
-    before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
-    # JSON has null for NaN, which is not the same as a figure that is not there.
-    if "perplexity" in out and not finite(after):
-        costs.append("its perplexity is not a number")
-    elif finite(before) and finite(after) and before > 0 and after / before > DAMAGE_RATIO:
-        costs.append(f"its perplexity is {after / before:.3g} times the base's")
-    if "mean" in kl and not finite(mean):
-        costs.append("its KL to the base is not a number")
-    elif finite(mean) and mean > DAMAGE_KL:
-        costs.append(f"its mean KL to the base is {mean:.3g} nats per token")
-    return costs
-
-
-def finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def base_card(folder: Path) -> str | None:
@@ -226,31 +199,6 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
     }
 
 
-def published(value: str) -> str:
-    """A setting as it may be published: of a path its last part, since the folders say who made it, and where."""
-    path = value.strip(" \"'")
-    return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
-
-
-def published_recipe(recipe: dict) -> dict:
-    """A recipe whose settings name no folder; its name and description are prose."""
-
-    def without_folders(value):
-        if isinstance(value, dict):
-            return {key: without_folders(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [without_folders(item) for item in value]
-        return published(value) if isinstance(value, str) else value
-
-    prose = {key: recipe[key] for key in ("name", "description")}
-    return without_folders(recipe) | prose
-
-
-def published_override(text: str) -> str:
-    key, _, value = text.partition("=")
-    return text if key in ("name", "description") else f"{key}={published(value)}"
-
-
 def history_of(base: Path) -> list[dict]:
     """Earlier surgeries of this base, oldest first."""
     if not (base / FILE).is_file():
@@ -265,7 +213,7 @@ def history_of(base: Path) -> list[dict]:
 
 
 def versions() -> dict[str, str]:
-    from surgery import __version__
+    from surgery.version import __version__
 
     found = {"surgery": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors"):

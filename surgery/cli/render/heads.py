@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from surgery.errors import SurgeryError
 from surgery.cli.render import console
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from surgery.calibration.head_scores import HeadScores
@@ -53,8 +53,8 @@ class HeadMap:
         """
         from surgery.architecture.anatomy import Anatomy
         from surgery.calibration.head_scores import load_scores, recorded_scores
-        from surgery.io.safetensors import header_table
         from surgery.io.hub import resolve
+        from surgery.io.safetensors import header_table
 
         source = resolve(model, weights=False)
         anatomy = Anatomy.of(source.path, header_table(source.headers))

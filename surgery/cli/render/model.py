@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from surgery.conversion.plan import terms_held
 from surgery.cli.render import console, size
+from surgery.conversion.plan import terms_held
 
 LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 

@@ -7,11 +7,11 @@ import shlex
 
 from rich.text import Text
 
+from surgery.cli.render import STATUS_STYLE, console
+from surgery.operations.base import SURGICAL
 from surgery.report.card_healing import healed
 from surgery.report.card_sections import searched
-from surgery.operations.base import SURGICAL
-from surgery.report.report import damage
-from surgery.cli.render import STATUS_STYLE, console
+from surgery.report.gate import damage
 
 
 def summary(report, base: str) -> None:

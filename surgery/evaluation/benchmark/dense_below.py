@@ -94,9 +94,9 @@ def calibrate(
         SurgeryError: no layer's prefill is sparse, no candidate can be tried, the text is too short.
     """
     from surgery.data.text import load_text, windows
-    from surgery.io.loading import load_model, read_tokenizer
     from surgery.evaluation.benchmark.run import device_of, machine_name
     from surgery.evaluation.benchmark.synthetic import spaced_layers
+    from surgery.io.loading import load_model, read_tokenizer
 
     place, loaded = device_of(device), load_text(text, "calibration")
     model = load_model(Path(out)).to(place).eval()
@@ -172,8 +172,8 @@ def _seconds(call: tuple, length: int, dense_below: int | None, repeats: int) ->
     """Seconds of a layer's attention on the first `length` tokens; dense_below None: dense throughout."""
     import torch
 
-    from surgery.runtime.surgery_attention import surgery_attention
     from surgery.evaluation.benchmark.run import wait
+    from surgery.runtime.surgery_attention import surgery_attention
 
     module, *tensors, others = call
     parts = [tensor[:, :, :length] for tensor in tensors]
@@ -208,8 +208,8 @@ def write(folder: str | Path, found: Calibration):
     Raises:
         SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
     """
-    from surgery.io.model_folder import read_json
-    from surgery.io.output_folder import machine_errors, write_json
+    from surgery.io.files import read_json, write_json
+    from surgery.io.output_folder import machine_errors
     from surgery.report.report import Report
 
     if not found.fits and found.tried < found.dense_below:

@@ -22,8 +22,8 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
     Raises:
         SurgeryError: models of different shape; attention may differ, the rest not.
     """
-    from surgery.report.report import FILE, Report
     from surgery.report.lineage import another_base
+    from surgery.report.report import FILE, Report
 
     for name in SHAPE:
         theirs, ours = (getattr(config.get_text_config(), name, None) for config in (base, out))

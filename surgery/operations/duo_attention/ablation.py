@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
+from surgery.calibration.attention_hook import row_logits, watched
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
 from surgery.data.passkeys import calibration, plain_pieces
 from surgery.data.text import BUILTIN, fitting_length, load_text
-from surgery.calibration.attention_hook import row_logits, watched
 
 
 def ablation(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from surgery.runtime.surgery_attention import surgery_attention
+from surgery.calibration.attention_hook import watched
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
-from surgery.calibration.attention_hook import watched
+from surgery.runtime.surgery_attention import surgery_attention
 
 
 def far_mass(

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from surgery.errors import SurgeryError
-from surgery.runtime.surgery_attention import surgery_attention
+from surgery.calibration.attention_hook import Watched, watched
 from surgery.calibration.head_scores import HeadScores, model_facts
 from surgery.data.passkeys import Recall, calibration
 from surgery.data.text import BUILTIN
-from surgery.calibration.attention_hook import Watched, watched
+from surgery.errors import SurgeryError
+from surgery.runtime.surgery_attention import surgery_attention
 
 UNDECIDED = (0.1, 0.9)
 
@@ -149,7 +149,8 @@ class _Run:
 
     def save(self, file: Path) -> None:
         """JSON keeps every bit of a float32."""
-        from surgery.io.output_folder import machine_errors, write_json
+        from surgery.io.files import write_json
+        from surgery.io.output_folder import machine_errors
 
         moments = self.optimizer.state[self.gates]
         kept = {name: moments[name].tolist() for name in ("exp_avg", "exp_avg_sq")}
@@ -160,7 +161,7 @@ class _Run:
             )
 
     def load(self, file: Path) -> None:
-        from surgery.io.model_folder import read_json
+        from surgery.io.files import read_json
 
         kept = read_json(file)
         if kept.get("settings") != self.settings:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
-from surgery.operations.duo_attention.scorers import METHODS, is_method, score
 from surgery.errors import SurgeryError
 from surgery.operations.base import SURGICAL, Change, Context, Operation
+from surgery.operations.duo_attention.scorers import METHODS, is_method, score
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy

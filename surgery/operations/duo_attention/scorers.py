@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from surgery.errors import SurgeryError, nearest
 from surgery.calibration.head_scores import HeadScores, model_facts, model_name, refuse_not_finite
+from surgery.errors import SurgeryError, nearest
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def score_to_file(
         SurgeryError: as `score`; the file exists, or an unfinished run's, and nothing says what to do with it.
         MachineError: the file cannot be written.
     """
+    from surgery.architecture.detect import check_block
     from surgery.io.hub import resolve
+    from surgery.io.loading import load_model, read_config, read_tokenizer
     from surgery.io.output_folder import parent_folder
     from surgery.machine.transformers_logging import quiet_transformers
-    from surgery.io.loading import load_model, read_config, read_tokenizer
-    from surgery.architecture.surgery_block import check_block
 
     output = Path(output)
     state = output.with_name(output.name + ".state")

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.attention_hook import watched
+from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
 from surgery.operations.gqa.layer_inputs import held_back
-from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.streams import Attended, Sharing
-from surgery.calibration.attention_hook import watched
 
 
 def spared(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.conversion.loaded import refuse_non_finite, write_layers
-from surgery.errors import SurgeryError
+from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
-from surgery.operations.gqa.merge import permute_kv_heads
-from surgery.operations.base import Context
+from surgery.data.passkeys import calibration_pieces, calibration_source
+from surgery.errors import SurgeryError
 from surgery.io.layer_files import LayerFiles
+from surgery.operations.base import Context
 from surgery.operations.gqa.choose_layers import LayerLosses, spared
 from surgery.operations.gqa.layer_inputs import Settings
-from surgery.data.passkeys import calibration_pieces, calibration_source
+from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.gqa.streams import Sharing, layer_of
 
 REVISION = 2  # of the fit: raised when the same settings give other weights, so that a resumed run mixes no two

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from surgery.operations.gqa.low_rank import fit_output
-from surgery.operations.gqa.layer_inputs import held_back, share
 from surgery.calibration.moments import Regression
+from surgery.operations.gqa.layer_inputs import held_back, share
+from surgery.operations.gqa.low_rank import fit_output
 
 FIRST = 20.0
 MISS = 1e-3  # relative: a layer whose state is not the rest plus a multiple of what its MLP writes is left alone

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from surgery.operations.gqa.procrustes import pair_channels
 from surgery.machine.parallel import side_by_side
+from surgery.operations.gqa.procrustes import pair_channels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from surgery.operations.gqa.fit_scores import Part, causal_parts, project
 from surgery.machine.parallel import side_by_side
+from surgery.operations.gqa.fit_scores import Part, causal_parts, project
 
 if TYPE_CHECKING:
     from torch import Tensor

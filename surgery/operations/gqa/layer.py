@@ -8,20 +8,20 @@ from functools import partial
 
 import torch
 
-from surgery.operations.gqa.procrustes import pair_channels
-from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
-from surgery.operations.gqa.cost import efforts
-from surgery.errors import SurgeryError
 from surgery.architecture.weights import AttentionLayer
-from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.merge import group_members, stacked, with_bias
-from surgery.operations.gqa.fit_scores import Fit, Piece, Turn, project
+from surgery.calibration.attention_hook import Watched, attention_weights
+from surgery.calibration.moments import Moments, Regression, with_ones
+from surgery.errors import SurgeryError
 from surgery.machine.parallel import side_by_side
+from surgery.operations.gqa.conjugate_gradient import solve
+from surgery.operations.gqa.cost import efforts
+from surgery.operations.gqa.fit_scores import Fit, Piece, Turn, project
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
 from surgery.operations.gqa.layer_inputs import TURNS, Seen, Settings, apart, held_back, scale_of, share
-from surgery.calibration.moments import Moments, Regression, with_ones
+from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
+from surgery.operations.gqa.merge import group_members, stacked, with_bias
+from surgery.operations.gqa.procrustes import pair_channels
 from surgery.operations.gqa.two_streams import Call
-from surgery.calibration.attention_hook import Watched, attention_weights
 
 
 class SharedLayer:

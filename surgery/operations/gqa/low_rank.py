@@ -188,7 +188,7 @@ def fit_output(
     Returns:
         W float64; `before` and `after` are Σ ||W z||² − 2 r·W z on the rows held back, of W_0 and of the choice.
     """
-    from surgery.operations.prune_heads.select import refit_output
+    from surgery.calibration.moments import refit_output
 
     old, (cross, moments), (cross_held, moments_held) = old.double(), _wide(fit), _wide(held)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from surgery.data.text import written_pieces
+from surgery.operations.base import NATIVE, SURGICAL, Change, Context, WeightRewrite
 from surgery.operations.gqa.cost import TRIED, Calibration
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import first_head, mean_head, merged, permute_kv_heads, random_heads
-from surgery.operations.base import NATIVE, SURGICAL, Change, Context, WeightRewrite
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -266,8 +266,8 @@ class GQA(WeightRewrite):
     def apply(self, model, context: Context) -> dict:
         if self.streams:
             return super().apply(model, context)
-        from surgery.operations.gqa.layer_inputs import Settings
         from surgery.operations.gqa.closed_form import share_kv_heads
+        from surgery.operations.gqa.layer_inputs import Settings
 
         before, targets = context.before, self._targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:

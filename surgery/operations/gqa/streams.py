@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.operations.gqa.cost import layers_at_a_time
-from surgery.conversion.loaded import refuse_non_finite
+from surgery.architecture.edit import refuse_non_finite
 from surgery.architecture.weights import AttentionLayer, pack, unpack
-from surgery.operations.gqa.fit_scores import Piece
-from surgery.machine.parallel import Turns, side_by_side
-from surgery.operations.gqa.layer_inputs import Scores, Seen, Settings
-from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.calibration.moments import with_ones
-from surgery.operations.gqa.two_streams import Call, TwoStreams
 from surgery.calibration.attention_hook import Watched, watched
+from surgery.calibration.moments import with_ones
+from surgery.machine.parallel import Turns, side_by_side
+from surgery.operations.gqa.cost import layers_at_a_time
+from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
+from surgery.operations.gqa.fit_scores import Piece
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import Scores, Seen, Settings
+from surgery.operations.gqa.two_streams import Call, TwoStreams
 
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.runtime.surgery_attention import surgery_attention
-from surgery.machine.parallel import go_on
-from surgery.calibration.layerwise import Enough, Layerwise
 from surgery.calibration.attention_hook import Watched
+from surgery.calibration.layerwise import Enough, Layerwise
+from surgery.machine.parallel import go_on
+from surgery.runtime.surgery_attention import surgery_attention
 
 
 @dataclass

@@ -13,8 +13,8 @@ from surgery.operations.base import Context, Operation
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
-    from surgery.operations.moh.router import Planned
     from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.operations.moh.router import Planned
     from surgery.runtime.surgery_gates import Gate
 
 FITTED = "The router was fitted on one text, without training."
@@ -90,8 +90,8 @@ class Gated(Operation):
         """Measure, put the gates into the model and give their parameters values; a record."""
         import torch
 
-        from surgery.operations.moh.router import route
         from surgery.data.passkeys import calibration_pieces
+        from surgery.operations.moh.router import route
         from surgery.runtime.modeling_surgery import attention_modules, patch
 
         if self._measures or any(layer.shared for layer in planned.values()):

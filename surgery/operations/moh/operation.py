@@ -97,7 +97,7 @@ class Moh(Gated):
 
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
         """A layer's gate; which units are shared is not known before they are measured."""
-        from surgery.operations.prune_heads.select import groups_of
+        from surgery.architecture.layer_anatomy import groups_of
         from surgery.runtime.surgery_gates import Gate
 
         groups = [len(group) for group in groups_of(layer)]

@@ -20,8 +20,8 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
-from surgery.runtime.surgery_gates import Gate
 from surgery.calibration.layerwise import Layerwise
+from surgery.runtime.surgery_gates import Gate
 
 SCORES = ("energy", "damage")
 ROUTERS = ("fit", "static", "random", "zero")

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
+from surgery.errors import SurgeryError, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
+from surgery.architecture.layer_anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
 from surgery.operations.base import NATIVE, SURGICAL, Change, Context, Operation
-from surgery.operations.prune_heads.select import biased_output, change_lines, choose_removed, facts_without, groups_of, query_names, shown_names, without_heads
+from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
+from surgery.operations.prune_heads.select import (
+    biased_output,
+    change_lines,
+    choose_removed,
+    facts_without,
+    without_heads,
+)
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -170,9 +177,9 @@ class PruneHeads(Operation):
         )
 
     def apply(self, model, context: Context) -> dict:
-        from surgery.operations.prune_heads.refit import refit
-        from surgery.conversion.loaded import refuse_non_finite, write_layers
+        from surgery.architecture.edit import refuse_non_finite, write_layers
         from surgery.architecture.weights import pack, unpack
+        from surgery.operations.prune_heads.refit import refit
 
         before = context.before
         if not self._removes_something(before):

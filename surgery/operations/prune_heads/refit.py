@@ -14,9 +14,9 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
-from surgery.operations.prune_heads.select import lost_share, refit_output
 from surgery.calibration.layerwise import Layerwise
-from surgery.calibration.moments import Moments
+from surgery.calibration.moments import Moments, refit_output
+from surgery.operations.prune_heads.select import lost_share
 
 
 @dataclass(frozen=True)

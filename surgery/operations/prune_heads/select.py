@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from surgery.architecture.layer_anatomy import groups_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,26 +19,9 @@ if TYPE_CHECKING:
     from surgery.architecture.weights import AttentionLayer
 
 
-def groups_of(facts: LayerAnatomy) -> list[list[int]]:
-    """The query heads that read each KV head of a layer."""
-    sizes = facts.query_groups or [facts.group] * facts.kv_heads
-    firsts = [sum(sizes[:head]) for head in range(len(sizes))]
-    return [list(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
-
-
-def query_names(facts: LayerAnatomy) -> list[int]:
-    """The base's numbers of a layer's query heads, in the order in which they are stored."""
-    return [facts.query_name(head) for head in range(facts.heads)]
-
-
 def biased_output(anatomy: Anatomy) -> bool:
     """Whether output projections have a bias, which a refit changes along."""
     return all("o" in layer.biases for layer in anatomy.layers)
-
-
-def shown_names(names: list[int]) -> str:
-    """Heads for people: "0 to 8", or the list where some are gone."""
-    return f"0 to {names[-1]}" if names == list(range(len(names))) else ", ".join(map(str, names))
 
 
 def choose_removed(
@@ -102,15 +87,6 @@ def _of_heads(sparse: dict, queries: list[int]) -> dict:
     }
 
 
-def kept_heads(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
-    """Where the query heads and the KV heads that a layer has now were before, by the numbers the base gives them."""
-    queries, kv_heads = query_names(old), [old.kv_name(head) for head in range(old.kv_heads)]
-    return (
-        [queries.index(name) for name in query_names(new)],
-        [kv_heads.index(new.kv_name(head)) for head in range(new.kv_heads)],
-    )
-
-
 def without_heads(
     layer: AttentionLayer, target: LayerAnatomy, removed: list[int], o: Tensor | None = None
 ) -> AttentionLayer:
@@ -149,40 +125,6 @@ def magnitudes(layer: AttentionLayer) -> list[float]:
             o = layer.o[:, head].double()
             found[head] = float(((o.T @ o) * gram).sum().clamp(min=0).sqrt())
     return found
-
-
-def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> Tensor:
-    """The output projection that, from the kept heads, comes nearest to what all heads wrote.
-
-        minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
-        W = (Σ r zᵀ + λ W_0) (Σ z zᵀ + λ I)⁻¹
-
-    With the means taken off z and r it is the best W beside a free bias r̄ − W z̄.
-
-    The ridge pulls to the old columns: the larger it is, the more this is plain pruning.
-
-    Args:
-        old: W_0 [D, n], the columns of the kept heads.
-        cross: Σ r zᵀ [D, n], with r the output that is wanted.
-        moments: Σ z zᵀ [n, n], of the kept heads' outputs.
-        ridge: > 0, relative to the mean square of z.
-
-    Returns:
-        W [D, n], float64.
-    """
-    import torch
-
-    moments, old = moments.double(), old.double()
-    weight = ridge * moments.diagonal().mean()
-    if not weight:  # the heads say nothing on this text: nothing can be fitted
-        return old
-    system = moments.clone()
-    system.diagonal().add_(weight)
-    wanted = (cross.double() + weight * old).T
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:  # a pull so weak that rounding leaves the system indefinite
-        return torch.linalg.solve(system, wanted).T
-    return torch.cholesky_solve(wanted, factor).T
 
 
 def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = None) -> float:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from surgery.architecture.layer_anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import SurgeryError
 from surgery.operations.base import SURGICAL, Change, Context, Operation
-from surgery.operations.prune_heads.select import groups_of, query_names, shown_names
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -240,9 +240,9 @@ class SinkCalibration(Operation):
 
     def apply(self, model, context: Context) -> dict:
         from surgery.architecture.anatomy import Anatomy
-        from surgery.operations.sink_calibration.zero_tuning import weigh_first_token
         from surgery.operations.sink_calibration.act import calibrate_sinks
         from surgery.operations.sink_calibration.virtual_keys import fit_virtual_keys, set_logit
+        from surgery.operations.sink_calibration.zero_tuning import weigh_first_token
         from surgery.runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
@@ -270,8 +270,8 @@ class SinkCalibration(Operation):
         return record | {"logit": self.logit}
 
     def _pieces(self, model, context: Context):
+        from surgery.calibration.choice_scoring import fitting_questions
         from surgery.data.passkeys import calibration_pieces
-        from surgery.evaluation.multiple_choice import fitting_questions
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)
         if self.labelled is not None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from surgery.calibration.attention_hook import watched
+from surgery.io.resume import Found
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_terms import scores
-from surgery.io.resume import Found
-from surgery.calibration.attention_hook import watched
 
 LABELLED = "labelled"  # the objective of questions
 GRID = (1.1, 1.25, 1.5, 2.0)  # each 1 / gamma is tried, too
@@ -72,7 +72,7 @@ def objective(model, piece, kind: str) -> torch.Tensor:
     choice's share (LABELLED; see `evaluation.choosing.choice_loss`).
     """
     if kind == LABELLED:
-        from surgery.evaluation.multiple_choice import choice_logps, choice_loss
+        from surgery.calibration.choice_scoring import choice_logps, choice_loss
 
         return choice_loss(choice_logps(model, [piece], cached=False)[0], piece.answer)
     ids = piece[None].to(model.device)
@@ -113,7 +113,7 @@ class Trial:
         with torch.no_grad():
             if self.kind != LABELLED:
                 return [objective(self.model, piece, self.kind).item() for piece in pieces], None
-            from surgery.evaluation.multiple_choice import ask
+            from surgery.calibration.choice_scoring import ask
 
             told = ask(self.model, pieces)
             return [each.nll for each in told], sum(each.right for each in told) / len(told)

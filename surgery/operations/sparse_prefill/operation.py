@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, Change, Context, Operation
-from surgery.operations.head_mask import whole_keys
+from surgery.operations.base import SURGICAL, Change, Context, Operation, whole_keys
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from surgery.calibration.attention_hook import watched
+from surgery.data.passkeys import calibration_pieces
+from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_estimators import settings_problems
 from surgery.runtime.surgery_prefill import Sparse
-from surgery.data.passkeys import calibration_pieces
-from surgery.data.text import BUILTIN, load_text
-from surgery.calibration.attention_hook import watched
 
 SPARED = 0.02  # a pattern may cost so much more than asked for, as a share of it: costs move with the text
 

@@ -1,0 +1,121 @@
+"""New attention weights in a loaded model: parameters, attributes, config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer_anatomy import LayerAnatomy, query_names
+from surgery.architecture.surgery_block import PER_KV_HEAD, layer_entries
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.architecture.layer_anatomy import LayerAnatomy
+
+
+def kept_heads(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
+    """Where the query heads and the KV heads that a layer has now were before, by the numbers the base gives them."""
+    queries, kv_heads = query_names(old), [old.kv_name(head) for head in range(old.kv_heads)]
+    return (
+        [queries.index(name) for name in query_names(new)],
+        [kv_heads.index(new.kv_name(head)) for head in range(new.kv_heads)],
+    )
+
+
+def write_layers(
+    model, before: Anatomy, after: Anatomy, results: list[dict[str, Tensor]], surgical: bool = False
+) -> None:
+    """Put new attention tensors in a loaded model: parameters, attributes, config, and the `surgery` block if any.
+
+    Args:
+        results: of each layer, what `pack` gives.
+        surgical: the model becomes a surgical one even if the config can say it all.
+    """
+    for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
+        module = model.get_submodule(facts.path)
+        for name in set(facts.tensor_names) - set(target.tensor_names):
+            _drop_norm(module, name)
+        for name, tensor in tensors.items():
+            _assign(module, name, tensor)
+        _keep_terms(module, facts, target)
+        _set_head_numbers(module, target, after.edits)
+    for name, value in after.edits.items():
+        setattr(before.config, name, value)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
+    if entries := layer_entries(after, shapes, needed=surgical):
+        from surgery.runtime.modeling_surgery import patch
+
+        patch(model, {"layers": entries})
+
+
+def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
+            raise SurgeryError(
+                f"{path}.{name} holds NaN or infinite values",
+                fix="the base checkpoint is damaged: download it again",
+            )
+
+
+def _assign(module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in a parameter's place, on its device and with its `requires_grad`."""
+    from torch import nn
+
+    owner_path, _, leaf = name.rpartition(".")
+    owner = _norm_module(module, owner_path)
+    old = getattr(owner, leaf)
+    if tensor.shape == old.shape:
+        old.data.copy_(tensor)
+        return
+    setattr(owner, leaf, nn.Parameter(tensor.to(old.device), requires_grad=old.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif hasattr(owner, "nf"):  # Conv1D
+        owner.nx, owner.nf = owner.weight.shape
+
+
+def _keep_terms(module, old: LayerAnatomy, new: LayerAnatomy) -> None:
+    """Of the parameters that a surgery gave to a module, keep the rows of the heads that stay."""
+    from torch import nn
+
+    names = getattr(module, "surgery_parameters", ())
+    if not names or old == new:
+        return
+    queries, kv_heads = kept_heads(old, new)
+    for name in names:
+        parameter = getattr(module, name)
+        rows = parameter.detach()[kv_heads if name in PER_KV_HEAD else queries].clone()
+        setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+
+def _norm_module(module, path: str):
+    """A submodule; a list of per-head norms grows by copies of its last."""
+    from copy import deepcopy
+
+    owner_path, _, leaf = path.rpartition(".")
+    if leaf.isdigit():
+        norms = module.get_submodule(owner_path)
+        while len(norms) <= int(leaf):
+            norms.append(deepcopy(norms[-1]))
+    return module.get_submodule(path) if path else module
+
+
+def _drop_norm(module, name: str) -> None:
+    """Shorten a list of per-head norms by one: the names that go are always those at its end."""
+    owner = module.get_submodule(name.rsplit(".", 2)[0])
+    del owner[-1]
+
+
+def _set_head_numbers(module, target, edits: dict) -> None:
+    """The numbers that attention modules keep beside the config, under the names that families use."""
+    numbers = edits | {
+        "num_key_value_heads": target.kv_heads,
+        "num_kv_heads": target.kv_heads,
+        "num_key_value_groups": target.group,
+        "num_heads": target.heads,
+    }
+    for name, value in numbers.items():
+        if hasattr(module, name):
+            setattr(module, name, value)

@@ -1,0 +1,84 @@
+"""JSON files, hashes, and what of a path may be published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path, PureWindowsPath
+
+import yaml
+
+from surgery.errors import SurgeryError
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of a model folder."""
+    if not path.is_file():
+        raise SurgeryError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise SurgeryError(f"{path.name} has {path.stat().st_size:,} bytes: not a config", where=str(path.parent))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SurgeryError(f"{path.name} is not JSON: {error}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise SurgeryError(f"{path.name} holds no JSON object", where=str(path))
+    return raw
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: dict) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def published(value: str) -> str:
+    """A setting as it may be published: of a path its last part, since the folders say who made it, and where."""
+    path = value.strip(" \"'")
+    return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
+
+
+def published_recipe(recipe: dict) -> dict:
+    """A recipe whose settings name no folder; its name and description are prose."""
+
+    def without_folders(value):
+        if isinstance(value, dict):
+            return {key: without_folders(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [without_folders(item) for item in value]
+        return published(value) if isinstance(value, str) else value
+
+    prose = {key: recipe[key] for key in ("name", "description")}
+    return without_folders(recipe) | prose
+
+
+def published_override(text: str) -> str:
+    key, _, value = text.partition("=")
+    return text if key in ("name", "description") else f"{key}={published(value)}"
+
+
+def split_card(card: str) -> tuple[dict, str]:
+    """Metadata and body of a card. Unreadable metadata comes back as {}: a base's card is not ours to mend."""
+    from huggingface_hub import ModelCard
+
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    if not (block := re.match(r"---[ \t]*\n(.*?\n)?---[ \t]*(\n|$)", card, re.DOTALL)):
+        return {}, card
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict(), card[block.end() :]
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return {}, card[block.end() :]
