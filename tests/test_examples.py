@@ -26,7 +26,7 @@ def run(name: str, *args: str, cwd: Path) -> str:
 
 
 def test_what_was_measured_is_kept(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     measured = importlib.import_module("measured").Measured
     path, settings = tmp_path / "t.json", {"model": Path("m"), "lengths": (1, 2)}
     first = measured(path, settings)
@@ -51,7 +51,7 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_demo
 def test_gqa_table(tmp_path):
-    printed = run("gqa_table.py", cwd=tmp_path)
+    printed = run("benchmarks/gqa_table.py", cwd=tmp_path)
     rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
     assert {"base", "mean", "first", "random", "procrustes + mean"} <= rows.keys()
     assert float(rows["mean"][2].replace(",", "")) > 1000
@@ -61,11 +61,11 @@ def test_gqa_table(tmp_path):
 @needs_demo
 def test_gqa_ladder(tmp_path):
     few = ("--samples", "8", "--length", "256", "--windows", "2", "--rungs", "0", "2", "7", "--out", "rows.json")
-    printed = run("gqa_ladder.py", *few, cwd=tmp_path)
+    printed = run("benchmarks/gqa_ladder.py", *few, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("| ")]
     base, mean, merged, refitted = (float(cells[2]) for cells in rows if cells[1] not in ("method", "---"))
     assert base < refitted < merged < mean
-    assert run("gqa_ladder.py", *few, cwd=tmp_path) == printed, "the second time all is known"
+    assert run("benchmarks/gqa_ladder.py", *few, cwd=tmp_path) == printed, "the second time all is known"
 
 
 @pytest.mark.slow
@@ -74,7 +74,16 @@ def test_head_scores_table(tmp_path):
     score = (sys.executable, "-m", "surgery", "score", "smollm2-135m", "--method", "far-mass", "-o", "far-mass.json")
     subprocess.run(score, cwd=tmp_path, check=True)
     few = ("--ratios", "0.5", "--random", "1", "--lengths", "512", "--samples", "3", "--depths", "0.2")
-    command = ("head_scores_table.py", "smollm2-135m", "--scores", "far-mass.json", *few, "--perplexity", "1", "512")
+    command = (
+        "benchmarks/head_scores_table.py",
+        "smollm2-135m",
+        "--scores",
+        "far-mass.json",
+        *few,
+        "--perplexity",
+        "1",
+        "512",
+    )
     printed = run(*command, "--out", "t.json", cwd=tmp_path)
     rows = {cells[2].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
     kept, of = map(int, rows["far-mass"][3].split("/"))
@@ -104,7 +113,7 @@ def test_with_a_trainer(tiny_llama, tmp_path):
 
 @pytest.mark.slow
 def test_bench_streaming(tmp_path):
-    printed = run("bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
+    printed = run("benchmarks/bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
     assert "RSS" in printed
 
 
@@ -112,7 +121,7 @@ def test_bench_streaming(tmp_path):
 @needs_demo
 def test_prune_table(tmp_path):
     small = ("--scores", "random", "--samples", "4", "--windows", "1", "--length", "128")
-    printed = run("prune_table.py", *small, cwd=tmp_path)
+    printed = run("benchmarks/prune_table.py", *small, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "random" in line]
     assert [row[1] for row in rows] == ["native", "native", "surgical", "surgical"]
     for plain, refitted in (rows[:2], rows[2:]):
@@ -123,7 +132,7 @@ def test_prune_table(tmp_path):
 @needs_demo
 def test_sinks_table(tmp_path):
     small = ("--lengths", "320", "--windows", "1", "--items", "4", "--contexts", "24", "264", "--samples", "4")
-    command = ("sinks_table.py", *small, "--search-length", "32", "--fit-length", "264", "--out", "t.json")
+    command = ("benchmarks/sinks_table.py", *small, "--search-length", "32", "--fit-length", "264", "--out", "t.json")
     printed = run(*command, cwd=tmp_path)
     assert run(*command, cwd=tmp_path) == printed, "the second time all is known"
     table = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if "|" in line]
@@ -138,18 +147,18 @@ def test_sinks_table(tmp_path):
 @needs_demo
 def test_moh_table(tmp_path):
     few = ("--active", "0.67", "--scores", "energy", "--samples", "4", "--windows", "1", "--out", "rows.json")
-    printed = run("moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path)
+    printed = run("benchmarks/moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path)
     rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
     fit, random = (float(rows[f"moh, 0.67, {router}, energy"][2]) for router in ("fit", "random"))
     assert float(rows["base"][2]) < fit < random
-    assert run("moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path) == printed
+    assert run("benchmarks/moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path) == printed
 
 
 @pytest.mark.slow
 @needs_demo
 def test_bench_gates(tmp_path):
     for mode in ((), ("--decode",)):
-        printed = run("bench_gates.py", "--lengths", "512", "--runs", "1", *mode, cwd=tmp_path)
+        printed = run("benchmarks/bench_gates.py", "--lengths", "512", "--runs", "1", *mode, cwd=tmp_path)
         row = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
         assert row[0] == "512"
         assert float(row[5]) < 1 if not mode else float(row[5]) > 0
@@ -159,7 +168,7 @@ def test_bench_gates(tmp_path):
 @needs_demo
 def test_bench_healing(tmp_path):
     def table(*args) -> list[list[str]]:
-        printed = run("bench_healing.py", *args, "--threads", "1", cwd=tmp_path)
+        printed = run("benchmarks/bench_healing.py", *args, "--threads", "1", cwd=tmp_path)
         lines = [line for line in printed.splitlines() if line.startswith("| ")][2:]
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
@@ -184,12 +193,12 @@ def test_bench_healing(tmp_path):
 def test_bench_sparse(tmp_path):
     ways = ("pooled gamma=1.0 block=64", "streaming sinks=64 window=64 block=64")
     few = ("--lengths", "512", "--runs", "1", "--ways", *ways)
-    printed = run("bench_sparse.py", *few, "--layers", "6", cwd=tmp_path)
+    printed = run("benchmarks/bench_sparse.py", *few, "--layers", "6", cwd=tmp_path)
     same, narrow = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
     assert (same[1], same[5]) == ("100.0%", "0.00%")
     assert float(narrow[1].rstrip("%")) < 70
     assert float(narrow[5].rstrip("%")) > 0
-    printed = run("bench_sparse.py", *few, "--whole", cwd=tmp_path)
+    printed = run("benchmarks/bench_sparse.py", *few, "--whole", cwd=tmp_path)
     same, narrow = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
     assert float(same[3]) < 1e-4 < float(narrow[3])
 
@@ -199,7 +208,7 @@ def test_bench_sparse(tmp_path):
 def test_sparse_table(tmp_path):
     few = ("--length", "768", "--needle-length", "512", "--needles", "3", "--windows", "1", "--runs", "1")
     few += ("--dense-below", "128", "--densities", "0.6", "1.0", "--methods", "sampled", "streaming")
-    printed = run("sparse_table.py", *few, "--out", "t.json", "--plot", "t.png", cwd=tmp_path)
+    printed = run("benchmarks/sparse_table.py", *few, "--out", "t.json", "--plot", "t.png", cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-4:]]
     assert [row[0] for row in rows] == ["0.6", "0.6", "1", "1"]
     for row in rows[2:]:  # all blocks: the dense model
@@ -207,7 +216,7 @@ def test_sparse_table(tmp_path):
         assert float(row[6].rstrip("%")) < 0.1
         assert abs(float(row[7])) < 1e-3
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    again = run("sparse_table.py", *few, "--out", "t.json", cwd=tmp_path)
+    again = run("benchmarks/sparse_table.py", *few, "--out", "t.json", cwd=tmp_path)
     assert again == printed, "the second time all is known"
 
 
@@ -228,7 +237,7 @@ def test_uptrain_from_scratch(tmp_path):
         "0",
         "50",
     )
-    command = ("uptrain_from_scratch.py", *few, "--threads", "1", "--out", "rows.json")
+    command = ("benchmarks/uptrain_from_scratch.py", *few, "--threads", "1", "--out", "rows.json")
     printed = run(*command, cwd=tmp_path)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     rows = {(heads, start): [float(loss) for loss in losses] for heads, start, *losses in table[2:]}
@@ -261,7 +270,18 @@ def test_gqa_robustness(tiny_llama, tmp_path):
         "1",
     )
     (tmp_path / "held.txt").write_text(TEXT)
-    command = ("gqa_robustness.py", *few, "--tokens", "96", "--length", "16", "--windows", "2", "--out", "rows.json")
+    command = (
+        "benchmarks/gqa_robustness.py",
+        *few,
+        "--tokens",
+        "96",
+        "--length",
+        "16",
+        "--windows",
+        "2",
+        "--out",
+        "rows.json",
+    )
     printed = run(*command, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-4:]]
     assert [row[:3] for row in rows] == [[kind, "96", seed] for kind in ("prose", "code") for seed in "01"]
@@ -272,7 +292,7 @@ def test_gqa_robustness(tiny_llama, tmp_path):
 @pytest.mark.slow
 @needs_demo
 def test_generated_text(tmp_path):
-    printed = run("generated_text.py", "smollm2-135m", "smollm2-135m", "--tokens", "4", cwd=tmp_path)
+    printed = run("benchmarks/generated_text.py", "smollm2-135m", "smollm2-135m", "--tokens", "4", cwd=tmp_path)
     blocks = [block.splitlines() for block in printed.strip().split("\n\n")]
     assert len(blocks) == 10
     for _, base, converted in blocks:
@@ -286,7 +306,17 @@ def test_heal_routes(tmp_path):
 
     surgery.apply("mqa", "smollm2-135m", output=tmp_path / "mean", check=False, evaluate=False)
     few = ("mean", "smollm2-135m", "--steps", "2", "--batch-tokens", "1024", "--every", "1", "--windows", "1")
-    command = ("heal_routes.py", *few, "--routes", "ce", "layers first", "--first", "1024", "--out", "routes.json")
+    command = (
+        "benchmarks/heal_routes.py",
+        *few,
+        "--routes",
+        "ce",
+        "layers first",
+        "--first",
+        "1024",
+        "--out",
+        "routes.json",
+    )
     printed = run(*command, cwd=tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == ["base", "start", "ce", "layers first"]
@@ -305,7 +335,7 @@ def test_heal_routes_on_text_of_the_base(tiny_llama, tmp_path):
     surgery.apply("mqa", tiny_llama, output=tmp_path / "mean", check=False, evaluate=False)
     few = ("mean", str(tiny_llama), "--steps", "1", "--batch-tokens", "512", "--windows", "1", "--rate", "1e-3")
     own = ("--data", "self", "--write", "700", "--routes", "parts", "--out", "routes.json")
-    printed = run("heal_routes.py", *few, *own, cwd=tmp_path)
+    printed = run("benchmarks/heal_routes.py", *few, *own, cwd=tmp_path)
     assert printed.splitlines()[-1].startswith("| parts | 512 |")
     texts = [json.loads(line)["text"] for line in (tmp_path / "routes-text.jsonl").read_text().splitlines()]
     assert sum(len(text.split()) for text in texts) >= 700

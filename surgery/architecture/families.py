@@ -2,7 +2,7 @@
 
 Each row says how a family of Transformers 5 lays out its attention. What a row leaves out is as in Llama.
 Read from the modelling code of each family and tested on a tiny random model of each
-(tests/test_families.py). Whatever a config can switch (biases, Cohere's and Phi's QK-norm, ALiBi in old
+(tests/contracts/test_families.py). Whatever a config can switch (biases, Cohere's and Phi's QK-norm, ALiBi in old
 Falcons) is settled in anatomy.py from the config and the tensors that are really there.
 """
 

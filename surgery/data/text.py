@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 SELF_TEXT = "self-text"  # files of what a model wrote itself (self_text.py)
 # Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
-# (examples/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
+# (examples/benchmarks/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
 

@@ -127,7 +127,7 @@ class TopK:
     """A stored teacher's rows, read as they are asked for.
 
     float16 holds what is needed: with 64 tokens of SmolLM2-135M the gradient is 3.05% off that of the whole
-    distribution in either precision, and a token takes 258 bytes in place of 388 (examples/bench_healing.py stored).
+    distribution in either precision, and a token takes 258 bytes in place of 388 (examples/benchmarks/bench_healing.py stored).
     What rounding makes of the mass is put right here.
     """
 

@@ -12,7 +12,7 @@ import torch
 from .surgery_heads import Visibility, slices
 from .surgery_softmax import fused, written_out
 
-# Both from the times of one block of SmolLM2's shape (examples/bench_gates.py).
+# Both from the times of one block of SmolLM2's shape (examples/benchmarks/bench_gates.py).
 LEAF = 384  # gathered query rows that attend together under a mask
 # How many query rows the kernel gives a thread at a time, and from how many rows on. What is not a multiple of it for
 # all threads leaves some of them without work.

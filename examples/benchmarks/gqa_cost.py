@@ -1,0 +1,86 @@
+"""What `plan` says that the closed form costs, beside what it costs: time and memory, for a model of some shape.
+
+    python examples/benchmarks/gqa_cost.py [--layers 1] [--whole 32] [--samples 28] [--tokenizer MODEL]
+        [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
+
+The model is a Llama of random bfloat16 weights, made in memory with a few layers of the shape (the default is Llama 2
+7B's), and its words are those of --tokenizer. Printed: the plan for these layers, what their conversion took, and the
+plan for --whole layers, which of this width are worked on one at a time. Memory is the peak of the resident set beyond
+the model, so Linux only.
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import surgery
+from surgery.io.hub import resolve
+from surgery.io.loading import read_tokenizer
+
+GB = 1e9
+
+
+def model_of(args, layers: int, words: int, device: str):
+    """A Llama of the shape; on the device `meta` it has no weights."""
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        intermediate_size=args.mlp,
+        num_hidden_layers=layers,
+        vocab_size=words,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def planned(model, fields: dict) -> tuple[float, float]:
+    """Seconds, and GB beside the model, as `plan` says."""
+    plan = surgery.plan("gqa", model, **fields)
+    notes = " ".join(note for step in plan.steps for note in step.change.notes)
+    return plan.steps[0].change.seconds, float(re.search(r"about ([\d.]+) GB beside it", notes)[1])
+
+
+def resident(name: str) -> float:
+    """GB of this process: `VmRSS` now, `VmHWM` at most since `forget`."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / GB
+
+
+def forget() -> None:
+    """The peak is counted from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"layers": 1, "whole": 32, "hidden": 4096, "heads": 32, "kv-heads": 32, "to": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--mlp", type=int, default=11008)
+    parser.add_argument("--samples", type=int, default=28, help="calibration pieces")
+    parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose words are taken")
+    args = parser.parse_args()
+    tokenizer = read_tokenizer(str(resolve(args.tokenizer).path))
+    fields = {"kv_heads": args.to, "calibration_samples": args.samples}
+
+    torch.manual_seed(0)
+    model = model_of(args, args.layers, len(tokenizer), "cpu")
+    seconds, beside = planned(model, fields)
+    print(f"| layers of {args.hidden} | | minutes | GB beside the model |\n| --- | --- | --- | --- |")
+    print(f"| {args.layers} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
+    forget()
+    before, began = resident("VmRSS"), time.perf_counter()
+    surgery.apply("gqa", model, tokenizer=tokenizer, **fields)
+    took, peak = time.perf_counter() - began, resident("VmHWM") - before
+    print(
+        f"| {args.layers} | measured, {torch.get_num_threads()} threads | {took / 60:.1f} | {peak:.1f} |", flush=True
+    )
+    seconds, beside = planned(model_of(args, args.whole, len(tokenizer), "meta"), fields)
+    print(f"| {args.whole} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

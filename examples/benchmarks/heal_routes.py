@@ -1,0 +1,124 @@
+"""The ways to heal beside one another: how far does each bring a converted model back in the same time?
+
+    python examples/benchmarks/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json [--texts builtin FILE]
+
+START is a folder that `surgery apply` wrote from BASE. Each route trains it anew for the same minutes (or `--steps`)
+on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
+Text of the base itself (`--data self`) is written once, `--write` tokens, for all routes.
+The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
+command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
+tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top
+("in all").
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from measured import Measured
+
+import surgery
+from surgery.config.heal import Heal
+from surgery.data.generated import sample
+from surgery.data.text import begin_of_text
+from surgery.io.hub import resolve
+from surgery.io.loading import load_model, read_tokenizer
+from surgery.report.plots import curves
+
+ROUTES = {
+    "ce": {"method": "full", "loss": "ce"},
+    "full": {"method": "full", "loss": "distill"},
+    "both": {"method": "full", "loss": "both"},
+    "lora": {"method": "lora", "loss": "distill"},
+    "parts": {"method": "parts", "loss": "distill"},
+    "layers first": {"method": "lora", "loss": "distill"},
+    "layers first, full": {"method": "full", "loss": "distill"},
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("start", type=Path)
+parser.add_argument("base")
+parser.add_argument("--data", default="builtin", help="text to train on: builtin (its calibration part), self, a file")
+parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
+parser.add_argument("--minutes", type=float, default=40.0, help="of each route")
+parser.add_argument("--steps", type=int, help="of each route, in place of --minutes")
+parser.add_argument("--write", type=int, default=131072, help="tokens of text that the base writes for --data self")
+parser.add_argument("--batch-tokens", type=int, default=2048)
+parser.add_argument("--rate", type=float, help="highest learning rate, in place of each method's")
+parser.add_argument("--first", type=int, default=16384, help="layers first: tokens")
+parser.add_argument("--every", type=int, default=8, help="steps between two points of a curve")
+parser.add_argument("--texts", nargs="+", default=["builtin"], help="held-out texts: builtin, files")
+parser.add_argument("--windows", type=int, default=8)
+parser.add_argument("--out", type=Path, required=True)
+
+
+def score(folder, options) -> list[float]:
+    """Nats a token on each held-out text."""
+    found = (surgery.evaluate(folder, options.base, text=text, windows=options.windows) for text in options.texts)
+    return [one.out.cross_entropy for one in found]
+
+
+def written(options) -> Path:
+    """Text of the base, in a file beside `--out`; its batches are kept in a folder, for a run that is stopped."""
+    folder, file = resolve(options.base).path, options.out.with_name(f"{options.out.stem}-text.jsonl")
+    tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
+    documents = sample(model, tokenizer, Heal(steps=1), options.write, folder=file.with_suffix(""), progress=said)
+    begin = len(begin_of_text(tokenizer))  # which the tokenizer puts before each text
+    texts = tokenizer.batch_decode([document[begin:] for document in documents])
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+def said(done: int, total: int, label: str) -> None:
+    print(f"{label}: {done:,} of {total:,}", file=sys.stderr)
+
+
+def run(route: str, data: str, options) -> dict:
+    """Train a route; its scores and its curve."""
+    folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
+    budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
+    asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens}
+    asked |= {"learning_rate": options.rate, "eval_every": options.every, "checkpoint_every": 0}
+    asked |= {"warm_start": options.first} if route.startswith("layers first") else {}
+    report = surgery.heal(
+        options.start, options.base, output=folder, settings=asked, check=False, evaluate=False, overwrite=True
+    )
+    lines = map(json.loads, (folder / "healing" / "metrics.jsonl").read_text().splitlines())
+    curve = [[line["tokens"], line["seconds"], line["held_out_loss"]] for line in lines if "held_out_loss" in line]
+    facts = report.data["heal"]
+    times = {"minutes": facts["minutes"], "in_all": facts["wall_seconds"] / 60}  # with the layer-wise start
+    return {"scores": score(folder, options), "tokens": facts["tokens"], "curve": curve} | times
+
+
+def main() -> None:
+    options = parser.parse_args()
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "routes")}
+    measured = Measured(options.out, settings)
+    base, start = (measured.once(name, partial(score, getattr(options, name), options)) for name in ("base", "start"))
+    print(f"| route | tokens | minutes | in all | {' | '.join(options.texts)} | won back |")
+    print("| --- | ---: | ---: | ---: |" + " ---: |" * (len(options.texts) + 1))
+    print(f"| base | | | | {' | '.join(f'{x:.3f}' for x in base)} | |")
+    print(f"| start | | | | {' | '.join(f'{x:.3f}' for x in start)} | 0% |", flush=True)
+    data = str(written(options)) if options.data == "self" else options.data
+    for route in options.routes:
+        found = measured.once(route, partial(run, route, data, options))
+        sides = zip(base, start, found["scores"], strict=True)
+        won = ", ".join(f"{(bad - now) / (bad - good):.0%}" for good, bad, now in sides)
+        scores = " | ".join(f"{x:.3f}" for x in found["scores"])
+        took = f"{found['minutes']:.1f} | {found['in_all']:.1f}"
+        print(f"| {route} | {found['tokens']:,} | {took} | {scores} | {won} |", flush=True)
+    for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
+        lines = {
+            route: ([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
+            for route in ROUTES
+            if (found := measured.get(route)) and found["curve"]
+        }
+        picture = options.out.with_name(f"{options.out.stem}-{name}.png")
+        curves(picture, lines, x_label=name, y_label="nats a token, held out", title="ways to heal")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The GQA paper's figure at a small scale, from scratch: how much of the original training does a merge need?
+
+    python examples/benchmarks/uptrain_from_scratch.py --out uptrain.json [--minutes 20 | --steps N] [--text FILE --held-out FILE]
+
+A byte-level Llama with 8 query heads and 8 KV heads trains on the text (by default the calibration part of the
+built-in one). Its KV heads are merged to 2 and to 1: the mean of each group, its first head, or new random heads. Each
+then trains for 0 to 10% of the original steps, all weights, on the same text, and is scored on held-out text (Ainslie
+et al. 2023, arXiv 2305.13245: mean pooling, its two controls, and the uptraining).
+
+As in the paper, uptraining is the original training taken up again: the same optimiser, batch, data and learning
+rate. The paper's rate (T5's) is nearly constant at the end. Here every training, the base's and each uptraining, has
+a rate that rises for 5% of its steps to `--rate` and falls to 0 as a cosine, so each point is a training of its own.
+Such a rise shakes a model that is trained already, and further training may help any model: in the row "8 | none" the
+base itself, whose heads nobody merged, trains on by the same shares.
+
+`--out` holds what was measured so far, the same command goes on from there; the base is in a folder beside it, the
+picture in a .png. The built-in text is short: a base that reads it some dozen times begins to know it by heart, which
+its loss on the text that it trained on tells.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from measured import Measured
+
+import surgery
+from surgery.data.packing import Packed
+from surgery.data.text import BUILTIN, Text, load_text
+from surgery.healing.processes import on_cpu
+from surgery.healing.schedule import Clock, rate_at
+from surgery.machine.transformers_logging import quiet_transformers
+from surgery.report.plots import curves, ready
+
+HEADS, WARMUP, ENDLESS = 8, 0.05, 1_000_000
+STARTS = {"mean": "C0", "first": "C1", "random": "C3"}  # method -> colour
+SHAPES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"})
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--minutes", type=float, default=20.0, help="of all trainings together")
+parser.add_argument("--steps", type=int, help="of the base's training, in place of --minutes")
+parser.add_argument("--text", default=BUILTIN, help="a UTF-8 text file to train on; it goes with --held-out")
+parser.add_argument("--held-out", default=BUILTIN, help="a UTF-8 text file to score on")
+parser.add_argument("--kv-heads", type=int, nargs="+", choices=[4, 2, 1], default=[2, 1])
+parser.add_argument("--shares", type=float, nargs="+", default=[0, 1, 2, 5, 10], help="%% of the original steps")
+parser.add_argument("--hidden", type=int, default=128)
+parser.add_argument("--layers", type=int, default=5)
+parser.add_argument("--context", type=int, default=256)
+parser.add_argument("--rows", type=int, default=4, help="of a step")
+parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+parser.add_argument("--windows", type=int, default=64, help="held-out windows of the context's length")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--threads", type=int)
+
+
+def byte_tokenizer():
+    """One token a byte, no special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def new_model(options):
+    """A Llama with random weights whose query heads have a KV head each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model, rows: Packed, options, progress: Callable[[int, int, str], None]) -> int:
+    """Train with Transformers' Trainer, as healing trains: AdamW, gradients clipped at 1, the same course of the rate.
+
+    Returns:
+        The steps it made.
+    """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    clock = Clock(None if options.steps else options.minutes / (1 + uptrainings(options)))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            clock.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if clock.limit:
+                control.should_training_stop = clock.fraction >= 1
+                progress(int(clock.seconds), int(clock.limit), "base, seconds")
+            else:
+                progress(state.global_step, options.steps, "base, steps")
+            return control
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_at(clock.fraction if clock.limit else (step + 0.5) / options.steps, WARMUP)
+    )
+    settings = TrainingArguments(
+        output_dir=str(base_folder(options)),
+        max_steps=options.steps or ENDLESS,
+        per_device_train_batch_size=options.rows,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        seed=options.seed,
+        disable_tqdm=True,
+        use_cpu=on_cpu(),
+    )
+    with quiet_transformers():
+        trainer = Trainer(model, settings, train_dataset=rows, optimizers=(optimizer, schedule), callbacks=[Watch()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.state.global_step
+
+
+def uptrainings(options) -> float:
+    """How long all uptrainings take, as a share of the base's training."""
+    return sum(options.shares) / 100 * (1 + len(STARTS) * len(options.kv_heads))
+
+
+def uptrained(kv_heads: int, start: str, steps: int, tokenizer, options, progress) -> torch.nn.Module:
+    """The base with so many KV heads, trained for so many steps (0: converted alone)."""
+    model = surgery.load(base_folder(options))
+    merge = {"op": "gqa", "kv_heads": kv_heads, "method": "mean" if start == "none" else start, "seed": options.seed}
+    surgery.apply({"version": 1, "name": "row", "operations": [merge], "evaluate": None}, model, tokenizer=tokenizer)
+    if steps:
+        size = {"length": options.context, "batch_tokens": options.rows * options.context, "steps": steps}
+        how = {"method": "full", "loss": "ce", "data": options.text, "seed": options.seed + 1}
+        how |= {"precision": "float32"}  # as the base was trained
+        how |= {"learning_rate": options.rate, "warmup": WARMUP}
+        label = f"{kv_heads} KV heads, {start}"
+        surgery.heal(
+            model, settings=how | size, tokenizer=tokenizer, progress=lambda done, of, _: progress(done, of, label)
+        )
+    return model.eval()
+
+
+def loss(model, tokenizer, text: str | Text, options) -> float:
+    """Cross-entropy on a text, nats a byte."""
+    size = {"windows": options.windows, "length": options.context}
+    return surgery.evaluate(model.eval(), text=text, tokenizer=tokenizer, **size).out.cross_entropy
+
+
+def base_folder(options) -> Path:
+    return options.out.with_name(f"{options.out.stem}-base")
+
+
+def show(done: int, of: int, label: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{label}: {done:,} of {of:,}   ", end="" if done < of else "\r\033[K", file=sys.stderr, flush=True)
+
+
+def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
+    """Whether mean < first < random, in words: at how many points, and the losses where not."""
+    points = [(heads, share) for heads in kv_heads for share in shares]
+    found = {(heads, share): [rows[f"{heads} {start} {share:g}"] for start in STARTS] for heads, share in points}
+    wrong = [point for point in points if not found[point][0] < found[point][1] < found[point][2]]
+    text = f"mean < first < random: at {len(points) - len(wrong)} of {len(points)} points"
+    if not wrong:
+        return text
+    cases = []
+    for heads, share in wrong:
+        losses = ", ".join(f"{value:.4f}" for value in found[heads, share])
+        cases.append(f"{heads} KV head{'s' * (heads > 1)}, {share:g}% ({losses})")
+    return f"{text}; not at {'; '.join(cases)}"
+
+
+def draw(measured: Measured, options, title: str) -> None:
+    lines, styles = {}, {}
+
+    def add(label: str, key: str, **style) -> None:
+        lines[label] = (options.shares, [measured[f"{key} {share:g}"] for share in options.shares])
+        styles[label] = {"markersize": 4} | style
+
+    for heads, shape in zip(options.kv_heads, SHAPES, strict=False):
+        for start, colour in STARTS.items():
+            add(f"{heads} KV head{'s' * (heads > 1)}, {start}", f"{heads} {start}", color=colour, **shape)
+    add("base, trained on", f"{HEADS} none", color="0.6", marker=".")
+    curves(
+        options.out.with_suffix(".png"),
+        lines,
+        styles=styles,
+        x_label="uptraining, % of the original steps",
+        y_label="cross-entropy on held-out text, nats a byte",
+        title=title,
+        reference=measured["base"]["loss"],
+        reference_label=f"base, {HEADS} KV heads",
+    )
+
+
+def main() -> None:
+    options = parser.parse_args()
+    if (options.text == BUILTIN) != (options.held_out == BUILTIN):
+        parser.error("--text and --held-out go together: a model is scored on text like that which it trained on")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ready(options.out.with_suffix(".png"))
+    text, held = load_text(options.text, "calibration"), load_text(options.held_out, "held-out")
+    names = ("minutes", "steps", "hidden", "layers", "context", "rows", "rate", "windows", "seed")
+    settings = {name: getattr(options, name) for name in names} | {"text": text.sha256, "held_out": held.sha256}
+    measured, tokenizer = Measured(options.out, settings), byte_tokenizer()
+    base = measured.once("base", partial(make_base, text, tokenizer, options))
+    if not base_folder(options).is_dir():
+        raise SystemExit(f"the base is gone: {base_folder(options)}; another --out begins anew")
+
+    def row(heads: int, start: str, share: float) -> float:
+        steps = max(1, round(share / 100 * base["steps"])) if share else 0
+        model = uptrained(heads, start, steps, tokenizer, options, show)
+        return loss(model, tokenizer, options.held_out, options)
+
+    title = f"Llama of {base['parameters'] / 1e6:.1f}M parameters, {base['steps']:,} steps of "
+    title += f"{options.rows * options.context:,} bytes"
+    print(f"{title}\ntrained on {text.title}, sha256 {text.sha256[:12]}, {len(text.text.encode()):,} bytes")
+    print(f"scored on {held.title}, sha256 {held.sha256[:12]}, {options.windows} windows of {options.context}")
+    print(f"base: {base['loss']:.4f} nats a byte ({base['known']:.4f} on the text that it trained on)\n")
+    print(f"| KV heads | start | {' | '.join(f'{share:g}%' for share in options.shares)} |")
+    print(f"| ---: | --- |{' ---: |' * len(options.shares)}")
+    for heads in (HEADS, *options.kv_heads):
+        for start in STARTS if heads != HEADS else ("none",):
+            cells = []
+            for share in options.shares:
+                found = measured.once(f"{heads} {start} {share:g}", partial(row, heads, start, share))
+                cells.append(f"{found:.4f}")
+            print(f"| {heads} | {start} | {' | '.join(cells)} |", flush=True)
+    draw(measured, options, title)
+    print(f"\n{options.out.with_suffix('.png')}\n{order(measured, options.kv_heads, options.shares)}")
+
+
+def make_base(text: Text, tokenizer, options) -> dict:
+    """Train the base, save it, score it."""
+    model = new_model(options)
+    rows = Packed([tokenizer(text.text, verbose=False)["input_ids"]], options.context)  # as healing packs one text
+    if len(rows) < options.rows:
+        raise SystemExit(f"{text.title}: {len(rows)} rows of {options.context} bytes, a step needs {options.rows}")
+    steps = pretrain(model, rows, options, show)
+    with quiet_transformers():
+        model.cpu().save_pretrained(base_folder(options))
+    found, known = (loss(model, tokenizer, each, options) for each in (options.held_out, text))
+    return {"steps": steps, "parameters": model.num_parameters(), "loss": found, "known": known}
+
+
+if __name__ == "__main__":
+    main()

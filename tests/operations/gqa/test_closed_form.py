@@ -1,0 +1,355 @@
+"""method: closed_form on whole models: every family, planted structure, two streams, resuming, refusals."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from closed_form import SEQUENCES, Stopped, Tokens, closed, recipe, same, stop, weights
+from families import (
+    CONVERTIBLE,
+    TINY,
+    attention_modules,
+    base,
+    check_both_doors,
+    difference,
+    kv_heads_of,
+    layers_of,
+    logits_of,
+    one_thread,  # noqa: F401
+)
+from planted import planted
+
+import surgery as package
+from surgery.architecture.anatomy import Anatomy
+from surgery.data.passkeys import calibration_pieces
+from surgery.errors import SurgeryError
+from surgery.io.layer_files import LayerFiles
+from surgery.operations.gqa.fit_mlp import projection_of
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.streams import Sharing
+
+FAMILIES = [
+    name
+    for name in CONVERTIBLE
+    if not (anatomy := Anatomy.of(TINY[name]())).composite and anatomy.layers[0].layout.interface and name != "olmo2"
+]
+
+
+def one_text(numbers) -> None:
+    """The text becomes one sequence twelve times: what is held back is what is fitted, so that every fit is kept."""
+    numbers.write_text(" ".join(map(str, SEQUENCES[0].repeat(12).tolist())), "utf-8")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_turned_copies_merge_without_loss(name, numbers):
+    """4 KV heads of which two are turned copies of the others → 2: the same logits, where the mean is far off."""
+    old = planted(name)
+    found, mean = copy.deepcopy(old), copy.deepcopy(old)
+    report = package.apply(recipe(closed(numbers, 2, grouping="similarity")), found, tokenizer=Tokens())
+    package.apply(recipe({"op": "gqa", "kv_heads": 2, "grouping": "similarity"}), mean)
+    assert report.data["tier"] == "native"
+    assert kv_heads_of(found) == 2
+    want = logits_of(old)
+    assert difference(logits_of(found), want) <= 1e-3
+    assert difference(logits_of(mean), want) >= 0.05
+
+
+def test_the_command(surgery, model, text):
+    """Plan, convert, and what is kept: facts of every layer, no file of the measurement."""
+    small = ("calibration_samples=4", "calibration_length=64", f"calibration_text={text}")
+    plan = surgery("plan", "gqa", model, *small)
+    assert plan.code == 0
+    assert "KV heads 3 → 1 in 2 layers (closed form)" in plan.out
+    assert "measured on 256 tokens of text; refitted after the merge: q, k, v, o and mlp" in plan.out
+    done = surgery("apply", "gqa", model, "-o", "out", *small, "--no-eval")
+    assert done.code == 0, done.err
+    report = json.loads(Path("out/surgery.json").read_text(encoding="utf-8"))
+    assert report["engine"] == "loaded"
+    assert report["check"]["passed"]
+    records = report["operations"][0]["record"]
+    assert records.pop("calibration")["sha256"] == hashlib.sha256(Path(text).read_bytes()).hexdigest()[:12]
+    assert len(records) == 2
+    for record in records.values():
+        # Of every fit before and after, on text held back: none may make it worse.
+        for losses in (
+            *record["scores_lost"],
+            record["values_fit"],
+            record["output_lost"][:2],
+            record["output_lost"][2:],
+            record["mlp_fit"],
+        ):
+            assert losses == sorted(losses, reverse=True)
+        assert 0 < record["keys_lost"] < 1
+        assert 0 < record["values_lost"] < 1
+    assert not [*Path("out").glob("*.state")]
+    again = surgery("apply", "gqa", model, "-o", "again", *small, "--no-eval", "--no-check")
+    assert again.code == 0
+    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def states_of_the_last_layer(model, sequences=SEQUENCES) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states before and after it."""
+    block, seen = model.get_submodule(Anatomy.of(model).layers[-1].path.rpartition(".")[0]), []
+
+    def hook(_, args, kwargs, out):
+        seen.extend((args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out))
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=sequences, use_cache=False)
+    handle.remove()
+    return tuple(seen)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_bias", "qwen2", "phi3", "gemma2", "gpt_oss", "cohere", "stablelm", "cohere_qk_norm", "gemma3"]
+)
+def test_the_streams_are_those_of_the_base_and_of_the_converted_model(name, numbers):
+    """What later layers are fitted to is what the new model really gives: windows, caps, sinks, norms, biases."""
+    model = copy.deepcopy(base(name))
+    targets = Anatomy.of(model).with_kv_heads(2).layers
+    before = weights(model)
+    run = Sharing(model, targets, SEQUENCES, Settings())
+    run.layers()
+    assert same(before, weights(model))
+    package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
+    _, after = states_of_the_last_layer(base(name))
+    reached = states_of_the_last_layer(model)[name != "gpt_oss"]  # behind the last layer, if its MLP is refitted
+    for states, want in ((run.streams.base, after), (run.streams.converted, reached)):
+        assert (torch.cat(states) - want).abs().max() <= 2e-4 * want.abs().max()
+    assert (torch.cat(run.streams.base) - torch.cat(run.streams.converted)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "qwen3"])
+def test_half_precision_is_measured_in_float32_and_left_as_it_was(name, numbers):
+    step = closed(numbers, 2, refit=["q", "k", "v"])  # in others a rounding decides here whether a ridge is kept
+    model = copy.deepcopy(base(name)).to(torch.bfloat16)
+    before = weights(model)
+    with pytest.raises(Stopped):
+        package.apply(recipe(step), model, tokenizer=Tokens(), progress=stop)
+    assert same(before, weights(model))
+    package.apply(recipe(step), model, tokenizer=Tokens())
+    after = weights(model)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    fitted = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+    assert all(torch.equal(before[n], tensor) for n, tensor in after.items() if not any(f in n for f in fitted))
+    wide = copy.deepcopy(base(name)).to(torch.bfloat16).float()  # the same weights, stored in float32
+    package.apply(recipe(step), wide, tokenizer=Tokens())
+    assert difference(logits_of(model.float()), logits_of(wide)) < 0.15
+
+
+def test_an_error_leaves_heads_in_their_order(numbers):
+    model = copy.deepcopy(planted("llama"))
+    before = weights(model)
+    with pytest.raises(Stopped):
+        package.apply(recipe(closed(numbers, 2, grouping="similarity")), model, tokenizer=Tokens(), progress=stop)
+    assert same(before, weights(model))
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    for name in ("llama_bias", "qwen3"):
+        targets, made = Anatomy.of(base(name)).with_kv_heads(1).layers, []
+
+        def run(files, progress=None, name=name, targets=targets, made=made):
+            def found(number, *given):
+                made.append(number)
+                files.save(number, *given)
+
+            return Sharing(copy.deepcopy(base(name)), targets, SEQUENCES, Settings(), files.load, found).layers(
+                progress
+            )
+
+        whole, records = run(LayerFiles(None, "x", name))
+        with pytest.raises(Stopped):
+            run(LayerFiles(tmp_path, "x", name), stop)
+        assert made == [0, 1, 0]
+        again, known = run(LayerFiles(tmp_path, "x", name))
+        assert made == [0, 1, 0, 1]
+        assert known == records
+        assert all(same(one, two) for one, two in zip(whole, again, strict=True))
+        run(LayerFiles(tmp_path, "x", f"{name}, other settings"))
+        assert made == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_list_of_kv_heads_through_both_doors(numbers, tmp_path):
+    """Layers of 2 and 4 KV heads: the one that keeps its heads keeps its bits."""
+    models = {}
+    for name in ("llama", "qwen2"):
+        model = copy.deepcopy(base(name))
+        report = package.apply(recipe(closed(numbers, [2, kv_heads_of(model)])), model, tokenizer=Tokens())
+        assert report.data["tier"] == "surgical"
+        kept, old = attention_modules(model)[1], attention_modules(base(name))[1]
+        assert same(kept.state_dict(), old.state_dict())
+        assert len(layers_of(report.data)) == 1
+        models[tmp_path / name] = model
+    check_both_doors(models, tmp_path)
+
+
+def test_all_kv_heads_is_the_base_and_needs_no_text():
+    model = copy.deepcopy(base("llama"))
+    package.apply(recipe(closed("builtin", kv_heads_of(model))), model)
+    assert same(weights(model), weights(base("llama")))
+
+
+def test_settings_change_what_is_fitted(numbers):
+    """Without refits queries are only scaled and turned; every refit changes its own projection."""
+    one_text(numbers)
+    found = {}
+    for refit in ([], ["o"], ["q"], ["k"], ["k", "q"]):
+        model = copy.deepcopy(base("llama"))
+        report = package.apply(recipe(closed(numbers, 1, refit=refit)), model, tokenizer=Tokens())
+        found[tuple(refit)] = attention_modules(model)[0], layers_of(report.data)
+    plain, _ = found[()]
+    for refit, (module, _) in found.items():
+        assert torch.equal(module.v_proj.weight, plain.v_proj.weight)
+        assert torch.equal(module.q_proj.weight, plain.q_proj.weight) == ("q" not in refit)
+        assert torch.equal(module.k_proj.weight, plain.k_proj.weight) == ("k" not in refit)
+    old = attention_modules(base("llama"))[0].q_proj.weight.double().view(8, 2, 4, -1)  # pairs (i, i + 4)
+    new = plain.q_proj.weight.double().view(8, 2, 4, -1)
+    ratio = torch.complex(new[:, 0], new[:, 1]) / torch.complex(old[:, 0], old[:, 1])
+    assert (ratio - ratio.mean(-1, keepdim=True)).abs().max() <= 1e-3 * ratio.abs().max()
+    alone, both = copy.deepcopy(base("llama")), copy.deepcopy(base("llama"))
+    package.apply(recipe(closed(numbers, 1)), alone, tokenizer=Tokens())
+    package.apply(recipe(closed(numbers, 1, sequential=True)), both, tokenizer=Tokens())
+    first, second = zip(*(attention_modules(model) for model in (alone, both)), strict=True)
+    assert same(first[0].state_dict(), first[1].state_dict()), "the first layer's input is the base's either way"
+    assert not torch.equal(second[0].o_proj.weight, second[1].o_proj.weight)
+    plain = copy.deepcopy(base("llama"))
+    package.apply(recipe(closed(numbers, 1, refit=["q", "k", "v", "o"])), plain, tokenizer=Tokens())
+    changed = {name for name, tensor in weights(alone).items() if not torch.equal(tensor, weights(plain)[name])}
+    assert changed == {f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1)}, "attention is the same"
+    fixed = copy.deepcopy(base("llama"))
+    report = package.apply(recipe(closed(numbers, 1, ridge=0.25)), fixed, tokenizer=Tokens())
+    assert {record["ridge"] for record in layers_of(report.data).values()} <= {0.25, None}
+
+
+def mlp_output(model):
+    names = ("down_proj", "fc2", "c_proj")
+    return [module for name, module in model.named_modules() if "mlp" in name and name.endswith(names)][-1]
+
+
+def states_at_the_mlp(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the last layer, first sequence: what its MLP gives its output projection, what that writes, the state."""
+    seen = []
+    handle = mlp_output(model).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    state = states_of_the_last_layer(model, SEQUENCES[:1])[1]
+    handle.remove()
+    return seen[0].double(), seen[1].double(), state.double()
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "starcoder2", "granite", "phi"])
+def test_the_refit_of_the_mlp_is_least_squares_on_the_models_own_states(name, numbers):
+    """Its last layer against `lstsq`: rows that say what the base's state lacks, and rows that pull to the old one."""
+    one_text(numbers)
+    old, model = base(name), copy.deepcopy(base(name))
+    report = package.apply(recipe(closed(numbers, 2, ridge=0.01)), model, tokenizer=Tokens())
+    assert list(layers_of(report.data).values())[-1]["mlp_ridge"] == 0.01
+    z, written, state = states_at_the_mlp(model)
+    target = states_of_the_last_layer(old, SEQUENCES[:1])[1].double()
+    module, before = mlp_output(model), mlp_output(old)
+    lacks = (target - state) / getattr(model.config, "residual_multiplier", 1.0)
+    wanted = lacks + written - (0 if module.bias is None else module.bias.double())
+    weight = 1 / target.square().mean(-1)
+    weight[:, 0] *= 20
+    root = weight.sqrt().unsqueeze(-1)
+    left, right = (root * z).flatten(0, 1), (root * wanted).flatten(0, 1)
+    pull = (0.01 * left.square().sum(0).mean()).sqrt() * torch.eye(z.shape[-1], dtype=torch.float64)
+    want = torch.linalg.lstsq(torch.cat([left, pull]), torch.cat([right, pull @ before.weight.double().T])).solution.T
+    assert (want - before.weight).abs().max() > 0.05 * want.abs().max()
+    assert (module.weight - want).abs().max() <= 2e-3 * want.abs().max()
+
+
+def test_a_layer_whose_mlp_writes_through_a_norm_keeps_its_mlp(numbers):
+    model = copy.deepcopy(base("gemma2"))
+    report = package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
+    assert all("mlp_fit" not in record for record in layers_of(report.data).values())
+    old, new = weights(base("gemma2")), weights(model)
+    assert all(torch.equal(old[name], tensor) for name, tensor in new.items() if "mlp" in name)
+
+
+def test_experts_are_no_plain_mlp():
+    for name, found in (("mixtral", None), ("llama", "mlp.down_proj"), ("phi", "mlp.fc2"), ("gpt2", "mlp.c_proj")):
+        model = base(name)
+        layer = Anatomy.of(model).layers[0]
+        block = model.get_submodule(layer.path.rpartition(".")[0])
+        module = model.get_submodule(layer.path)
+        assert projection_of(block, module, module.get_submodule(layer.layout.o)) == found
+
+
+def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
+    """The first half is the built-in text's calibration part, the second what the model writes, kept for --resume."""
+    from transformers import AutoTokenizer
+
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
+    loaded.train()
+    builtin = calibration_pieces(loaded, tokenizer, "builtin", 32, 3)
+    own = calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path)
+    assert own.shape == builtin.shape == (3, 32)
+    assert loaded.training
+    assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
+    monkeypatch.setattr("surgery.data.generated._write", None)  # what is kept is not written again
+    assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
+
+
+def test_refusals(numbers):
+    cases = [
+        ("olmo2", {}, "the QK-norm of olmo2 spans all heads: use method: mean"),
+        ("falcon_old", {"kv_heads": 1}, "does not use the attention interface"),
+        ("llama", {"align": "procrustes"}, "drop align"),
+        ("llama", {"refit": ["o", "o"]}, "refit names a projection twice: o, o"),
+    ]
+    for name, fields, says in cases:
+        with pytest.raises(SurgeryError, match=says):
+            package.plan(recipe(closed(numbers, 2) | fields), base(name))
+    with pytest.raises(SurgeryError, match="needs the tokenizer"):
+        package.apply(recipe(closed(numbers, 2)), copy.deepcopy(base("llama")))
+    notes = package.plan(recipe(closed(numbers, 2)), base("qwen3")).notes
+    assert any("one key head stays as it is" in note for note in notes)
+    assert not package.plan(recipe(closed(numbers, 2)), base("llama")).streams
+    assert package.plan(recipe({"op": "gqa", "kv_heads": 2}), base("llama")).streams
+
+
+def test_a_number_that_does_not_divide(numbers):
+    """4 KV heads of 8 query heads cannot become 3; of 12 they can, and old heads enter two groups."""
+    from families import COMMON, build
+
+    old = build("Llama", seed=1, **COMMON | {"hidden_size": 96, "num_attention_heads": 12}, num_key_value_heads=4)
+    model, mean = copy.deepcopy(old), copy.deepcopy(old)
+    package.apply(recipe(closed(numbers, 3)), model, tokenizer=Tokens())
+    package.apply(recipe({"op": "gqa", "kv_heads": 3}), mean)
+    want = logits_of(old, SEQUENCES)
+    assert difference(logits_of(model, SEQUENCES), want) < difference(logits_of(mean, SEQUENCES), want)
+
+
+def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path, monkeypatch):
+    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    given |= {"check": False, "evaluate": False}
+    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+    assert len([*(tmp_path / "out.partial").glob("0-gqa-*.state")]) == 1
+    converted, convert = [], SharedLayer.convert
+    monkeypatch.setattr(
+        SharedLayer, "convert", lambda work: (converted.append(work.layer.facts.index), convert(work))[1]
+    )
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    assert converted == [1]
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "new", progress=stop, **given)
+    converted.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.operations.gqa.closed_form.REVISION", "of another version")
+        package.apply("gqa", str(model), output=tmp_path / "new", resume=True, **given)
+    assert converted == [0, 1], "no layer of another version's fit"
+    weights_of = "model.safetensors"
+    assert (tmp_path / "out" / weights_of).read_bytes() == (tmp_path / "whole" / weights_of).read_bytes()
+    records = [
+        json.loads((tmp_path / name / "surgery.json").read_text("utf-8"))["operations"] for name in ("out", "whole")
+    ]
+    assert records[0] == records[1]

@@ -1,0 +1,127 @@
+"""The closed form among other operations, in a folder and in memory, its text, and what a plan says of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from closed_form import Tokens, closed, copies_in, numbers, recipe  # noqa: F401
+from families import difference, logits_of
+from transformers import AutoTokenizer
+
+import surgery as package
+from surgery.architecture.anatomy import Anatomy
+from surgery.data.passkeys import calibration_pieces
+from surgery.operations.gqa.cost import Calibration
+from surgery.operations.gqa.operation import GQA
+
+SMALL = {"kv_heads": 1, "method": "closed_form", "calibration_samples": 12, "calibration_length": 24}
+
+
+def written(recipe: dict, folder: Path) -> Path:
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def test_two_merges_of_one_recipe_keep_files_of_their_own(tiny_llama, text, tmp_path):
+    """Silent heads, then the same merge again: the second must not find what the first one has kept."""
+    given = {"op": "gqa", **SMALL, "calibration_text": str(text)}
+    mask = {"op": "head_mask", "values": {0: {0: 0.0, 1: 0.0, 2: 0.0}, 1: {3: 0.0, 4: 0.0}}}
+    steps = recipe(given, mask, {"op": "expand", "kv_heads": 3}, given)
+    report = package.apply(steps, str(tiny_llama), output=tmp_path / "out", check=False, evaluate=False)
+    first, _, _, second = (each["record"] for each in report.data["operations"])
+    assert first != second
+    inside = package.load(tiny_llama)
+    package.apply(steps, inside, tokenizer=AutoTokenizer.from_pretrained(tiny_llama))
+    stored, ids = package.load(tmp_path / "out"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert difference(stored(ids).logits, inside(ids).logits) < 0.05
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"op": "gqa", "kv_heads": [1, 3]},
+        {"op": "gqa", "kv_heads": [1, 3], "method": "closed_form"},
+        {"op": "gqa", "kv_heads": 1, "method": "closed_form", "keep_layers": 0.5},
+    ],
+    ids=["mean", "closed form", "keep_layers"],
+)
+def test_fewer_heads_by_layer_after_a_group_was_pruned(numbers, after):  # noqa: F811
+    """A layer that merges forgets what the base called its heads; one that keeps its heads knows it."""
+    model = copies_in(0)
+    before = logits_of(model)
+    if after.get("method") == "closed_form":
+        after = after | {key: value for key, value in closed(numbers, 1).items() if key.startswith("calibration")}
+    prune = {"op": "prune_heads", "heads": [[2, 3], [2, 3]], "refit": False}
+    package.apply(recipe(prune, after), model, tokenizer=Tokens())
+    layers = Anatomy.of(model).layers
+    assert sorted(layer.kv_heads for layer in layers) == [1, 3]
+    for layer in layers:
+        assert layer.kv_numbers == ((0, 2, 3) if layer.kv_heads == 3 else ())
+    assert difference(logits_of(model), before) > 0
+
+
+def test_pieces_that_the_model_wrote_begin_as_those_of_a_file(tiny_llama, text, tmp_path):
+    """With BOS, where the tokenizer begins a text with it; documents that end early leave no other begin."""
+    folder = tmp_path / "bos"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model = package.load(folder)
+    model.generation_config.eos_token_id = list(range(3, 30))  # many documents end at once
+    pieces = calibration_pieces(model, tokenizer, "self", 24, 8)
+    assert pieces.shape == (8, 24)
+    assert (pieces[:, 0] == 1).all()
+    assert (calibration_pieces(model, tokenizer, str(text), 24, 4)[:, 0] == 1).all()
+
+
+def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
+    says = ["calibration_text: no such text file: 'nope.txt'", "mixed"]
+    refused("plan", "gqa", tiny_llama, "calibration_text=nope.txt", says=says, has_json=False)
+    refused(
+        "plan",
+        "zero-tuning",
+        tiny_llama,
+        "sink_calibration.text=nope.txt",
+        says=["text: no such text file"],
+        has_json=False,
+    )
+
+
+def test_a_plan_does_not_name_layers_that_it_cannot_know(surgery, tiny_llama):
+    said = surgery("plan", "gqa", tiny_llama, "keep_layers=0.5").out
+    assert "model.layers.0-1" in said
+    assert "KV heads 3 → 1 or 3: which layers get which is measured" in said
+
+
+def test_the_card_names_the_text(surgery, tiny_llama, text):
+    small = ("calibration_samples=4", "calibration_length=64", f"calibration_text={text}")
+    assert surgery("apply", "gqa", tiny_llama, "-o", "out", *small, "--no-eval").code == 0
+    assert f"gqa: fitted to 256 tokens: {Path(text).name} (sha256 " in Path("out/README.md").read_text()
+
+
+def test_memory_of_a_plan_holds_weights_and_sums(monkeypatch):
+    """What grows with neither the text nor its length: new weights, one layer in float32, sums of the MLP's input."""
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    config = LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=24, num_attention_heads=8)
+    anatomy = Anatomy.of(config)
+    short = GQA(op="gqa", **SMALL)._calibration(anatomy).memory(anatomy, 24)
+    weights = 24 * (4 * 512 * 512 + 512 * 1376) * 2
+    assert short > weights + 5 * 8 * 1376**2
+    less, more = (Calibration(samples, 24, 3, mlp=False) for samples in (12, 24))
+    fewer = Calibration(24, 24, 3, mlp=False, stride=8)
+    assert fewer.flops(anatomy, 24) < more.flops(anatomy, 24)
+    assert fewer.memory(anatomy, 24) < more.memory(anatomy, 24)
+    assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
+    assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)
+    whole = Calibration(24, 24, 3)
+    solved = 24 * 5 * 2 * (1376**3 / 3 + 4 * 1376**2 * 512)  # five ridges in float64: Cholesky, solution, loss
+    moments = 24 * 24 * 24 * 2 * 1376 * (1376 + 512)
+    assert whole.flops(anatomy, 24) - more.flops(anatomy, 24) == pytest.approx(solved + moments)

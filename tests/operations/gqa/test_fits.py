@@ -1,0 +1,371 @@
+"""The closed forms against planted structure, brute-force optimisation and dense solvers, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import one_thread  # noqa: F401
+from score_fits import SMALL, score_loss, score_problem
+
+from surgery.calibration.moments import Products
+from surgery.operations.gqa.conjugate_gradient import solve
+from surgery.operations.gqa.fit_scores import Fit, Piece
+from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
+from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
+
+D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
+
+
+def rand(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def inputs(bias: bool, seed: int = 0) -> torch.Tensor:
+    """Correlated inputs [N, D] with a mean; a bias is one more input that is 1."""
+    x = rand(600, D, seed=seed) @ rand(D, D, seed=seed + 1) * D**-0.5 + rand(D, seed=seed + 2)
+    return torch.cat([x, torch.ones(600, 1, dtype=torch.float64)], dim=1) if bias else x
+
+
+def pairs(rotary: int, positions: str) -> list[tuple[int, int]]:
+    if positions == "interleaved":
+        return [(2 * f, 2 * f + 1) for f in range(rotary // 2)]
+    return [(f, f + rotary // 2) for f in range(rotary // 2)]
+
+
+def phases(rotary: int) -> torch.Tensor:
+    """e^{i m theta} [LENGTH, rotary / 2]."""
+    frequencies = 10000.0 ** -(torch.arange(rotary // 2, dtype=torch.float64) * 2 / max(rotary, 1))
+    return torch.polar(
+        torch.ones(LENGTH, rotary // 2, dtype=torch.float64), torch.arange(LENGTH)[:, None] * frequencies
+    )
+
+
+def turned(z: torch.Tensor, rotary: int, positions: str) -> torch.Tensor:
+    """RoPE on [.., LENGTH, d], pair by pair."""
+    out, angle = z.clone(), phases(rotary)
+    for f, (a, b) in enumerate(pairs(rotary, positions)):
+        c, s = angle[:, f].real, angle[:, f].imag
+        out[..., a], out[..., b] = z[..., a] * c - z[..., b] * s, z[..., a] * s + z[..., b] * c
+    return out
+
+
+def free_map(rotary: int, positions: str, seed: int) -> torch.Tensor:
+    """A random matrix [d, d] that passes through RoPE: a complex number for each pair, anything on the rest."""
+    out, numbers = torch.zeros(SIZE, SIZE, dtype=torch.float64), rand(SIZE, seed=seed)
+    for f, (a, b) in enumerate(pairs(rotary, positions)):
+        re, im = numbers[2 * f], numbers[2 * f + 1]
+        out[a, a], out[b, b], out[a, b], out[b, a] = re, re, -im, im
+    out[rotary:, rotary:] = rand(SIZE - rotary, SIZE - rotary, seed=seed + 1)
+    return out
+
+
+def attend(q, k, v, o, x, rotary, positions) -> torch.Tensor:
+    """Causal attention of H query heads on KV heads given one for each query head: [LENGTH, D]."""
+    query, key = (turned(x @ w.mT, rotary, positions) for w in (q, k))
+    scores = query @ key.mT / math.sqrt(SIZE)
+    scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -math.inf)
+    return torch.einsum("hts,hsd,ohd->to", scores.softmax(-1), x @ v.mT, o)
+
+
+LAYOUTS = [(SIZE, "half"), (SIZE, "interleaved"), (4, "half"), (4, "interleaved"), (0, "none")]
+
+
+@pytest.mark.parametrize(("rotary", "positions"), LAYOUTS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("readers", [1, 2])
+def test_planted_heads_are_found(rotary, positions, bias, readers):
+    """Keys that are legal maps of one key, values that are mixes of one value: nothing is lost. The mean loses all."""
+    x = inputs(bias)
+    width = x.shape[1]
+    key, value = rand(SIZE, width, seed=10), rand(SIZE, width, seed=11)
+    k = torch.stack([free_map(rotary, positions, 20 + 2 * h) @ key for h in range(HEADS)])
+    v = torch.stack([rand(SIZE, SIZE, seed=40 + h) @ value for h in range(HEADS)])
+    q, o = rand(HEADS * readers, SIZE, width, seed=12) * 0.3, rand(D, HEADS * readers, SIZE, seed=13)
+    moments, mean = x.T @ x / len(x), x.mean(0)
+    power = torch.stack(
+        [sum(q[h * readers + j] @ moments @ q[h * readers + j].T for j in range(readers)) for h in range(HEADS)]
+    )
+    grams = torch.stack(
+        [sum(o[:, h * readers + j].T @ o[:, h * readers + j] for j in range(readers)) for h in range(HEADS)]
+    )
+    keys = merge_keys(k, moments, power, rotary=rotary, positions=positions, mean=mean)
+    values = merge_values(v, moments, grams)
+    owner = [h // readers for h in range(HEADS * readers)]
+    new_q = torch.stack([keys.maps[g].T @ q[j] for j, g in enumerate(owner)])
+    new_o = torch.stack([o[:, j] @ values.maps[g] for j, g in enumerate(owner)], dim=1)
+    some = x[:LENGTH]
+    want = attend(q, k[owner], v[owner], o, some, rotary, positions)
+    count = len(owner)
+    got = attend(
+        new_q, keys.head.expand(count, -1, -1), values.head.expand(count, -1, -1), new_o, some, rotary, positions
+    )
+    assert (got - want).abs().max() <= 1e-8 * want.abs().max()
+    assert keys.lost <= 1e-10 * keys.energy
+    assert values.lost <= 1e-10 * values.energy
+    mean_k, mean_v = (w.mean(0).expand(count, -1, -1) for w in (k, v))
+    assert (attend(q, mean_k, mean_v, o, some, rotary, positions) - want).norm() >= 0.3 * want.norm()
+
+
+def least(loss, *starts) -> float:
+    """What LBFGS reaches from these starts."""
+    variables = [start.clone().requires_grad_(True) for start in starts]
+    solver = torch.optim.LBFGS(
+        variables,
+        lr=1,
+        max_iter=600,
+        tolerance_grad=1e-14,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        solver.zero_grad()
+        value = loss(*variables)
+        value.backward()
+        return value
+
+    solver.step(closure)
+    return loss(*variables).item()
+
+
+def test_no_shared_key_is_better_per_frequency():
+    """LBFGS over any complex key and factors, from the closed form and from chance, does not beat it."""
+    x, k = inputs(False), rand(HEADS, SIZE, D, seed=50)
+    q = rand(HEADS, SIZE, D, seed=51) * torch.tensor([0.2, 1.0, 3.0, 1.0]).double()[:, None, None]
+    moments = x.T @ x / len(x)
+    power = torch.stack([w @ moments @ w.T for w in q])
+    found = merge_keys(k, moments, power, rotary=SIZE, positions="half")
+    total = 0.0
+    for a, b in pairs(SIZE, "half"):
+        z = torch.complex(x @ k[:, a].T, x @ k[:, b].T)  # [N, heads]
+        weight = power[:, a, a] + power[:, b, b]
+
+        def loss(factor, shared, z=z, weight=weight):
+            told = torch.view_as_complex(factor) * torch.view_as_complex(shared)[:, None]
+            return ((z - told).abs().square() * weight).mean(0).sum()
+
+        head = torch.complex(x @ found.head[a], x @ found.head[b])
+        factors = torch.complex(found.maps[:, a, a], found.maps[:, b, a])
+        starts = [(torch.view_as_real(factors), torch.view_as_real(head))]
+        starts.append((rand(HEADS, 2, seed=52 + a), rand(len(x), 2, seed=60 + a)))
+        ours = loss(*starts[0]).item()
+        total += ours
+        assert all(least(loss, *start) >= ours * (1 - 1e-6) for start in starts)
+    assert found.lost == pytest.approx(total, rel=1e-9)
+
+
+def test_no_shared_value_is_better():
+    x, v, o = inputs(True), rand(3, SIZE, D + 1, seed=70), rand(D, 3, SIZE, seed=71)
+    moments = x.T @ x / len(x)
+    grams = torch.stack([o[:, h].T @ o[:, h] for h in range(3)])
+    found = merge_values(v, moments, grams)
+    wanted = torch.stack([x @ v[h].T @ o[:, h].T for h in range(3)])
+
+    def loss(head, columns):
+        return (wanted - torch.einsum("nd,hod->hno", x @ head.T, columns)).square().sum() / len(x)
+
+    columns = torch.stack([o[:, h] @ found.maps[h] for h in range(3)])
+    ours = loss(found.head, columns).item()
+    assert found.lost == pytest.approx(ours, rel=1e-9)
+    assert least(loss, found.head, columns) >= ours * (1 - 1e-6)
+    assert least(loss, rand(SIZE, D + 1, seed=72), rand(3, D, SIZE, seed=73)) >= ours * (1 - 1e-6)
+    energy = (x @ found.head.T).square().sum() * 3
+    assert energy.item() == pytest.approx((x @ v.flatten(0, 1).T).square().sum().item(), rel=1e-9)
+
+
+def test_a_gauge_changes_nothing_and_the_same_moments_give_the_same_bits():
+    """Keys turned and scaled by head, queries back: the same model, and the same scores after the merge."""
+    x, k, q = inputs(False), rand(HEADS, SIZE, D, seed=80), rand(HEADS, SIZE, D, seed=81)
+    moments = x.T @ x / len(x)
+    maps = torch.stack([free_map(SIZE, "half", 90 + 2 * h) for h in range(HEADS)])
+    scores = []
+    for keys, queries in ((k, q), (maps @ k, torch.linalg.inv(maps).mT @ q)):
+        power = torch.stack([w @ moments @ w.T for w in queries])
+        found, again = (merge_keys(keys, moments, power, rotary=SIZE, positions="half") for _ in range(2))
+        assert torch.equal(found.head, again.head)
+        query = turned(x[:LENGTH] @ (found.maps.mT @ queries).mT, SIZE, "half")
+        scores.append(query @ turned(x[:LENGTH] @ found.head.T, SIZE, "half").mT)
+    assert (scores[0] - scores[1]).abs().max() <= 1e-9 * scores[0].abs().max()
+
+
+def test_heads_that_nobody_reads_or_that_say_nothing():
+    moments = rand(3, 3, seed=1) @ rand(3, 3, seed=1).T
+    moments = moments.reshape(3, 1, 3, 1)
+    for weights in (torch.zeros(3, 1, 1), torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1)):
+        parts = shared_channels(moments, weights.double())
+        assert all(part.isfinite().all() for part in parts)
+    assert all(
+        part.isfinite().all() for part in shared_channels(torch.zeros_like(moments), torch.ones(3, 1, 1).double())
+    )
+    _, _, lost, _ = shared_channels(moments, torch.tensor([0.0, 1.0, 0.0]).double().reshape(3, 1, 1))
+    assert lost <= 1e-9, "one reader: its head is told exactly"
+
+
+def test_the_ridge_is_chosen_on_what_is_held_back():
+    """Few noisy rows: without a ridge the fit is worse than W_0 on other rows; the chosen one is better than both."""
+    truth, old = rand(5, 30, seed=100), rand(5, 30, seed=100) + 0.1 * rand(5, 30, seed=101)
+    spectrum = torch.logspace(0, -3, 30, dtype=torch.float64)
+
+    def rows(count, seed):
+        z = rand(count, 30, seed=seed) * spectrum
+        return z, z @ truth.T + 0.2 * rand(count, 5, seed=seed + 1)
+
+    def sums(z, r):
+        return r.T @ z, z.T @ z
+
+    fit, held, test = rows(40, 102), rows(400, 104), rows(4000, 106)
+    found = fit_output(old, sums(*fit), sums(*held), [1e-9, 1e-4, 1e-2, 1e-1, 1.0, 10.0])
+
+    def loss(weight, data):
+        return (data[1] - data[0] @ weight.T).square().sum().item()
+
+    plain = fit_output(old, sums(*fit), sums(*fit), [1e-9])
+    assert plain.ridge == 1e-9
+    assert loss(found.weight, test) < loss(old, test) < loss(plain.weight, test)
+    assert found.after - found.before == pytest.approx(
+        loss_of_ridge(old, fit, found.ridge, held) - loss(old, held), rel=1e-9
+    )
+    apart = fit_output(old, sums(*fit), sums(*held), [found.ridge], with_held=False)
+    assert loss(apart.weight, held) - loss(old, held) == pytest.approx(apart.after - apart.before, rel=1e-9)
+    assert loss(found.weight, held) < loss(apart.weight, held), "the rows held back are fitted as well"
+    worse = (held[0], held[0] @ old.T)  # W_0 is right there: nothing can beat it
+    kept = fit_output(old, sums(*fit), sums(*worse), [1e-9, 1.0])
+    assert kept.ridge is None
+    assert torch.equal(kept.weight, old)
+
+
+def loss_of_ridge(old, fit, ridge, held) -> float:
+    """The ridge fit by stacked least squares, judged on rows."""
+    z, r = fit
+    pull = math.sqrt(ridge * z.square().sum().item() / z.shape[1])
+    stacked = torch.cat([z, pull * torch.eye(z.shape[1], dtype=torch.float64)])
+    weight = torch.linalg.lstsq(stacked, torch.cat([r, pull * old.T])).solution.T
+    return (held[1] - held[0] @ weight.T).square().sum().item()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
+    pieces, turn, q, k = score_problem(groups, stride, seed=7)
+    fit = Fit(pieces, 0.5, turn, turn, groups)
+    problem, start = (fit.query_problem(k), q) if part == "q" else (fit.key_problem(q), k)
+
+    def loss(weight):
+        return score_loss(pieces, weight, k) if part == "q" else score_loss(pieces, q, weight)
+
+    weight = start.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(loss(weight), weight)[0]
+    goal, constant = problem.target(start)
+    assert torch.allclose(problem.product(start) - goal, gradient, rtol=1e-9, atol=1e-9)
+    value = (start * (problem.product(start) - 2 * goal)).sum().item() + constant
+    assert value == pytest.approx(2 * loss(start).item(), rel=1e-9)
+    found = solve(problem, problem, start, steps=200, damping=1.0)
+    assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
+    assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
+    assert loss(found.weight) < 0.95 * loss(start)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_two_threads_find_what_one_finds(part):
+    """Also the tenth time: no thread writes where another does."""
+    pieces, turn, q, k = score_problem(2, 1, seed=7)
+    fit, output = Fit(pieces * 4, 0.5, turn, turn, 2), torch.randn(7, 2, SMALL).double()
+    more = [ValuePiece(p.x, p.rows, p.weights, torch.randn(len(p.rows), 7).double(), p.rows + 1.0) for p in pieces * 4]
+
+    def found() -> list[torch.Tensor]:
+        kinds = {"q": lambda: fit.query_problem(k), "k": lambda: fit.key_problem(q)}
+        problem = kinds.get(part, lambda: ValueProblem(more, output, 2))()
+        start = q if part == "q" else k
+        goal, constant = problem.target(start)
+        return [goal, torch.tensor(constant), problem.product(start), *problem.preconditioner()]
+
+    alone = found()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            assert all(torch.allclose(*both, rtol=1e-12, atol=0) for both in zip(alone, found(), strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(part):
+    pieces, turn, q, k = score_problem(2, 1, seed=7)
+    floats = [Piece(p.x.float(), p.rows, p.weights.float(), lambda p=p: p.scores().float()) for p in pieces]
+    found, start = [], q if part == "q" else k
+    for given, turned in ((pieces, turn), (floats, turn.to(torch.float32))):
+        fit = Fit(given, 0.5, turned, turned, 2)
+        problem = fit.query_problem(k) if part == "q" else fit.key_problem(q)
+        goal, constant = problem.target(start)
+        solved = solve(problem, problem, start, steps=8, damping=1.0)
+        assert {goal.dtype, problem.product(start).dtype, solved.weight.dtype} == {torch.float64}
+        found.append([problem.product(start), goal, solved.weight, torch.full((), constant, dtype=torch.float64)])
+    for exact, rounded in zip(*found, strict=True):
+        assert not torch.equal(exact, rounded)
+        assert (exact - rounded).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_the_score_fit_keeps_the_start_that_is_better_on_what_is_held_back():
+    pieces, turn, q, k = score_problem(1, 1, seed=9)
+    own = []
+    for piece in pieces[:2]:  # held back: the scores are those that the start gives
+        key = turn(piece.x @ k.mT)
+        scores = 0.5 * turn(piece.x @ q.mT)[:, piece.rows] @ key.mT
+        own.append(Piece(piece.x, piece.rows, piece.weights, lambda scores=scores: scores))
+    fit, held = Fit(pieces[2:], 0.5, turn, turn, 1), Fit(own, 0.5, turn, turn, 1)
+    found = solve(fit.query_problem(k), held.query_problem(k), q, steps=8, damping=1.0)
+    assert torch.equal(found.weight, q)
+    assert found.steps == 0
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_value_fit_is_the_least_squares_solution(groups):
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows, pieces = torch.tensor([1, 2, 4, 5, 8, 11]), []
+    for _ in range(3):
+        unseen = torch.arange(12) > rows[:, None]
+        weights = draw(2, 6, 12).masked_fill(unseen, -math.inf).softmax(-1)
+        loud = torch.rand(6, generator=generator).double() + 0.1
+        pieces.append(ValuePiece(draw(12, 5), rows, weights, draw(6, 7), loud))
+    output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
+
+    def loss(weight):
+        total = 0.0
+        for piece in pieces:
+            written = 0.0
+            for head in range(2):
+                values = piece.x @ weight[head * groups // 2].T
+                written = written + piece.weights[head] @ values @ output[:, head].T
+            total = total + ((written - piece.wanted).square().sum(-1) * piece.loud).sum()
+        return total / 2
+
+    problem = ValueProblem(pieces, output, groups)
+    goal, constant = problem.target(start)
+    weight = start.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(loss(weight), weight)[0]
+    assert torch.allclose(problem.product(start) - goal, gradient, rtol=1e-9, atol=1e-9)
+    found = solve(problem, problem, start, steps=200, damping=1.0)
+    assert found.before == pytest.approx(2 * loss(start).item() / constant, rel=1e-9)
+    assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
+    assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
+    assert loss(found.weight) < 0.95 * loss(start)
+
+
+@pytest.mark.parametrize("pieces", [1, 8, 19])
+def test_products_in_float32_are_summed_in_float64(pieces):
+    generator, sums, exact = torch.Generator().manual_seed(0), Products(), torch.zeros(5, 3, dtype=torch.float64)
+    for _ in range(pieces):
+        a, b = torch.randn(5, 7, generator=generator), torch.randn(7, 3, generator=generator)
+        sums.add(a, b)
+        exact += a.double() @ b.double()
+    assert sums.total.dtype == torch.float64
+    torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.total, exact, rtol=1e-5, atol=1e-5)  # asked for twice, counted once

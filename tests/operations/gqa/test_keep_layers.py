@@ -1,0 +1,123 @@
+"""gqa's keep_layers: layers that lose most by sharing keep their KV heads."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from closed_form import SEQUENCES, Stopped, Tokens, closed, copies_in, numbers, recipe, same  # noqa: F401
+from families import attention_modules, base, check_both_doors, difference, layers_of, logits_of, one_thread  # noqa: F401
+
+import surgery as package
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError
+from surgery.operations.gqa.choose_layers import spared, tried
+from surgery.operations.gqa.layer import SharedLayer
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
+    """Of two layers one has heads that are copies: it shares them without loss, and the other keeps its own."""
+    models = {}
+    for layer in range(2):
+        old = copies_in(layer, name)
+        model = copy.deepcopy(old)
+        asked = recipe(closed(numbers, 2, keep_layers=0.5, grouping="similarity"))
+        plan = package.plan(asked, old)
+        assert "which 1 of 2 layers keep their KV heads is measured" in " ".join(plan.notes)
+        report = package.apply(asked, model, tokenizer=Tokens())
+        assert report.data["tier"] == "surgical"
+        heads = [facts.kv_heads for facts in Anatomy.of(model).layers]
+        assert heads == ([2, 4] if layer == 0 else [4, 2])
+        kept = [attention_modules(each)[1 - layer].state_dict() for each in (model, old)]
+        assert same(*kept)
+        losses = [each["lost_alone"] for each in layers_of(report.data).values()]
+        assert losses[layer] <= 1e-6 < 1e-3 < losses[1 - layer]
+        assert difference(logits_of(model), logits_of(old)) <= 1e-3
+        models[tmp_path / f"{layer}"] = model
+    check_both_doors(models, tmp_path)
+
+
+def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F811
+    """Against the layer converted alone by a list, its logits and the base's in float64."""
+    model = copy.deepcopy(base("llama"))
+    report = package.apply(recipe(closed(numbers, 1, keep_layers=0.5)), model, tokenizer=Tokens())
+    losses = [each["lost_alone"] for each in layers_of(report.data).values()]
+    held = SEQUENCES[[5, 11]]
+    whole = logits_of(base("llama"), held).double().log_softmax(-1)
+    for layer, counts in enumerate(([1, 4], [4, 1])):
+        alone = copy.deepcopy(base("llama"))
+        package.apply(recipe(closed(numbers, counts, refit=["q", "k", "v", "o"])), alone, tokenizer=Tokens())
+        out = logits_of(alone, held).double().log_softmax(-1)
+        assert losses[layer] == pytest.approx((whole.exp() * (whole - out)).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_texts_of_both_halves_are_tried():
+    """Of mixed text the second half is the model's own."""
+    assert tried(40) == [5, 11, 23, 29]
+    assert tried(48) == [5, 17, 29, 41]
+    assert tried(12) == [5, 11]
+    assert tried(4) == [3]
+
+
+def test_who_is_spared():
+    before = Anatomy.of(base("llama"))
+    shared = before.with_kv_heads(1)
+    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.2], 1).layers] == [1, 4]
+    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.1], 1).layers] == [4, 1]
+
+
+def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
+    """Stopped while layers are tried: those that were are not fitted again, and the result has the same bytes."""
+    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    given |= {"keep_layers": 0.5, "check": False, "evaluate": False}
+
+    def stop(done, total, label):
+        raise Stopped
+
+    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    with pytest.raises(Stopped):
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+    fitted, convert = [], SharedLayer.convert
+    monkeypatch.setattr(SharedLayer, "convert", lambda work: (fitted.append(work.layer.facts.index), convert(work))[1])
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    assert fitted == [1], "the layer that shares is not fitted a second time, either"
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert out.read_bytes() == whole.read_bytes()
+    report = json.loads((tmp_path / "out" / "surgery.json").read_text("utf-8"))
+    assert report["tier"] == "surgical"
+    facts = list(layers_of(report).values())
+    spared = [number for number, each in enumerate(facts) if each["kv_heads"] == 3]
+    assert len(spared) == 1
+    assert facts[spared[0]]["lost_alone"] >= facts[1 - spared[0]]["lost_alone"]
+    assert f"layers {spared[0]} keep their KV heads" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_refusals(numbers):  # noqa: F811
+    cases = [
+        ("llama", closed(numbers, [2, 4], keep_layers=0.5), "drop keep_layers, or give kv_heads one number"),
+        ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers: read by method: closed_form alone"),
+        (
+            "llama",
+            {"op": "gqa", "kv_heads": 2, "ridge": 0.1, "calibration_text": "self"},
+            "ridge, calibration_text: read",
+        ),
+        ("phi3", closed(numbers, 2, keep_layers=0.5), "give one number of KV heads for all layers"),
+        ("llama", closed(numbers, 2, keep_layers=0.2), "0.2 of 2 layers is none of them"),
+        ("llama", closed(numbers, 2, keep_layers=0.9), "0.9 of 2 layers is all of them"),
+        ("llama", closed(numbers, 3, keep_layers=0.5), "4 KV heads on 8 query heads cannot become 3"),
+    ]
+    for name, step, says in cases:
+        with pytest.raises(SurgeryError, match=says):
+            package.plan(recipe(step), base(name))
+
+
+def test_no_layer_kept_is_the_plain_merge(numbers):  # noqa: F811
+    models = []
+    for fields in ({}, {"keep_layers": 0.0}):
+        model = copy.deepcopy(base("llama"))
+        report = package.apply(recipe(closed(numbers, 2) | fields), model, tokenizer=Tokens())
+        assert report.data["tier"] == "native"
+        models.append(model.state_dict())
+    assert same(models[0], models[1])

@@ -1,0 +1,45 @@
+"""Models that carry biases and virtual keys, and random attention to hold them against."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from surgery.runtime import modeling_surgery as runtime
+
+WINDOW = 5
+
+
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss"]
+
+
+SPLITS = {"none": None, "sinks": 2, "no sinks": 0}  # sinks of the streaming heads; None: no head streams
+
+
+def entries(model, sinks: int | None, tensors: list[dict], stand_in: bool) -> list[dict]:
+    """The layers of the block: KV heads 1 and 3 stream in layer 0, 0 and 1 in layer 1."""
+    found = []
+    for heads, named in zip(([1, 3], [0, 1]), tensors, strict=True):
+        split = {} if sinks is None else {"streaming": heads, "sinks": sinks, "window": WINDOW}
+        shapes = {"parameters": {name: list(tensor.shape) for name, tensor in named.items()}}
+        found.append(split | shapes | ({"stand_in": True} if stand_in else {}))
+    return found
+
+
+def operated(base, sinks, tensors, stand_in=False):
+    model = copy.deepcopy(base).eval()
+    runtime.patch(model, {"layers": entries(base, sinks, tensors, stand_in)})
+    with torch.no_grad():
+        for module, named in zip(runtime.attention_modules(model), tensors, strict=True):
+            for name, tensor in named.items():
+                getattr(module, name).copy_(tensor)
+    return model
+
+
+def random_attention(seed: int = 0, n: int = 5, keys: int = 7, d: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(2, 3, size, d, generator=generator, dtype=torch.float64) for size in (n, keys, keys)
+    )
+    return query, key, value

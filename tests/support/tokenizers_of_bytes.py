@@ -1,0 +1,30 @@
+"""A tokenizer of single bytes."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[model] {% endif %}"
+)
+
+
+def byte_tokenizer(chat: bool = False, bos: bool = False, merges: tuple = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, and one for each pair in `merges`, wherever it stands; tokens 0 and 1 are specials."""
+    from tokenizers.processors import TemplateProcessing
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    vocabulary |= {"".join(pair): len(vocabulary) + i for i, pair in enumerate(merges)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if bos:
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    from tokenizers.decoders import ByteLevel
+
+    core.decoder = ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    made.chat_template = CHAT if chat else None
+    return made
