@@ -13,18 +13,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
     from surgery.architecture.anatomy import Anatomy
     from surgery.config.recipe import Recipe
     from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+    from surgery.healing.callbacks import SurgeryCallback
     from surgery.healing.heal import heal
-    from surgery.healing.trainer_callback import SurgeryCallback
     from surgery.operations.base import Change, Operation, WeightRewrite
     from surgery.report.report import Report
     from surgery.runtime import register
 
-from .version import __version__
 
 _PUBLIC = {
     "plan": "api",

@@ -245,8 +245,7 @@ def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan
         raise _no_model(model)
     was, base = type(model).__name__, None
     if recipe.heal is not None:
-        from surgery.healing.source import base_of_memory
-        from surgery.healing.validate import refuse_early
+        from surgery.healing.validate import base_of_memory, refuse_early
 
         base = base_of_memory(model, recipe.heal)
         if tokenizer is None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from surgery.config.heal_overrides import published
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
+from surgery.healing.distributed import Ranks
 from surgery.healing.heal import finish, heal_folder
 from surgery.healing.plan import refuse_unhealable
-from surgery.healing.processes import Ranks
 from surgery.healing.validate import refuse_early
 from surgery.io.files import published_recipe
 from surgery.io.output_folder import remove_own

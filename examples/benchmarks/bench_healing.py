@@ -1,7 +1,9 @@
 """What healing costs: a training step by its loss, the loop around it, and the text that the base writes itself.
 
-    python examples/benchmarks/bench_healing.py step [MODEL] [--methods full lora parts] [--layers 6] [--rows 2] [--length 512]
-    python examples/benchmarks/bench_healing.py loop [MODEL] [--layers 6] [--rows 2] [--length 512] [--runs 5] [--steps 10]
+    python examples/benchmarks/bench_healing.py step [MODEL] [--methods full lora parts] [--layers 6] \\
+        [--rows 2] [--length 512]
+    python examples/benchmarks/bench_healing.py loop [MODEL] [--layers 6] [--rows 2] [--length 512] \\
+        [--runs 5] [--steps 10]
     python examples/benchmarks/bench_healing.py stored [MODEL]
     python examples/benchmarks/bench_healing.py write [MODEL] [--batches 8 32 64] [--dtypes float32 bfloat16]
 
@@ -72,8 +74,7 @@ def step(args) -> None:
     import torch
 
     from surgery.data.packing import Packed
-    from surgery.healing.teacher import LiveTeacher, StoredTeacher
-    from surgery.healing.teacher_cache import store
+    from surgery.healing.teacher import LiveTeacher, StoredTeacher, store
 
     base = random_model(args).to(args.device)
     vocabulary = base.config.vocab_size
@@ -102,7 +103,7 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     from surgery.data.packing import arguments
     from surgery.healing.lora import adapt, freeze
     from surgery.healing.run import trained_of
-    from surgery.healing.source import rewritten_by
+    from surgery.healing.validate import rewritten_by
 
     plain = copy.deepcopy(base).requires_grad_(True)
     report, heal = surgery.apply(MERGE, plain), Heal(method=method, steps=1)
@@ -189,8 +190,8 @@ def bare_loop(model, tokenizer, heal, args) -> float:
 
     from surgery.data.documents import Packed, documents
     from surgery.healing.contexts import use_bfloat16
+    from surgery.healing.distributed import on_cpu
     from surgery.healing.plan import micro_rows
-    from surgery.healing.processes import on_cpu
     from surgery.machine.transformers_logging import quiet_transformers
 
     ends = []  # of the steps
@@ -235,7 +236,7 @@ def stored(args) -> None:
     from surgery.data.passkeys import calibration_pieces
     from surgery.healing.losses import distillation, distillation_top_k
     from surgery.healing.plan import token_bytes
-    from surgery.healing.teacher_cache import as_distribution, top_k_and_rest
+    from surgery.healing.teacher import as_distribution, top_k_and_rest
     from surgery.io.loading import load_model, read_tokenizer
 
     folder = resolve(args.model).path

@@ -1,6 +1,7 @@
 """How long sparse prefill takes beside dense attention, and how far its result is off, on a model's own activations.
 
-    python examples/benchmarks/bench_sparse.py [MODEL] [--lengths 4096 8192] [--layers 0 10 20] [--threads 2] [--runs 3]
+    python examples/benchmarks/bench_sparse.py [MODEL] [--lengths 4096 8192] [--layers 0 10 20] \\
+        [--threads 2] [--runs 3]
         [--ways "pooled density=0.2 block=64" "streaming sinks=64 window=1024 delta=64"] [--whole]
 
 The model reads one long text; a prompt beyond its positions is read with a larger RoPE base (NTK: times

@@ -1,6 +1,7 @@
 """From the mean of the heads to the closed form, one rung after the other: what each step is worth, in one table.
 
-    python examples/benchmarks/gqa_ladder.py [MODEL] [--kv-heads 1] [--mix FILE ...] [--texts builtin FILE ...] [--out FILE]
+    python examples/benchmarks/gqa_ladder.py [MODEL] [--kv-heads 1] [--mix FILE ...] \\
+        [--texts builtin FILE ...] [--out FILE]
 
 Every row converts the model in memory, without training, and scores it against the base on held-out texts: `builtin`
 (its held-out half) and files, which the calibration must not have seen. The calibration text is that of the recipe
@@ -22,7 +23,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.data.text import load_text
 from surgery.io.hub import resolve
 from surgery.operations.gqa.closed_form import REVISION
-from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import Settings
 
 CLOSED = {"method": "closed_form"}
 RUNGS = {

@@ -1,6 +1,7 @@
 """The ways to heal beside one another: how far does each bring a converted model back in the same time?
 
-    python examples/benchmarks/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json [--texts builtin FILE]
+    python examples/benchmarks/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json \\
+        [--texts builtin FILE]
 
 START is a folder that `surgery apply` wrote from BASE. Each route trains it anew for the same minutes (or `--steps`)
 on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.

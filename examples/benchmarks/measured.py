@@ -1,4 +1,4 @@
-"""What a script has measured so far, kept in a file: the same command goes on from there. For the other scripts of this folder."""
+"""What a script has measured so far, kept in a file, so that the same command resumes. Used by the other scripts."""
 
 import json
 import os

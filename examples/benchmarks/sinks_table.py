@@ -22,7 +22,7 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.calibration.choice_scoring import ask
+from surgery.calibration.scoring import ask
 from surgery.data.questions import make_choices
 from surgery.data.text import load_text, windows
 from surgery.evaluation.paired import wilson

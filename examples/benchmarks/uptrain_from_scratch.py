@@ -1,6 +1,7 @@
 """The GQA paper's figure at a small scale, from scratch: how much of the original training does a merge need?
 
-    python examples/benchmarks/uptrain_from_scratch.py --out uptrain.json [--minutes 20 | --steps N] [--text FILE --held-out FILE]
+    python examples/benchmarks/uptrain_from_scratch.py --out uptrain.json [--minutes 20 | --steps N] \\
+        [--text FILE --held-out FILE]
 
 A byte-level Llama with 8 query heads and 8 KV heads trains on the text (by default the calibration part of the
 built-in one). Its KV heads are merged to 2 and to 1: the mean of each group, its first head, or new random heads. Each
@@ -30,8 +31,8 @@ from measured import Measured
 import surgery
 from surgery.data.packing import Packed
 from surgery.data.text import BUILTIN, Text, load_text
-from surgery.healing.processes import on_cpu
-from surgery.healing.schedule import Clock, rate_at
+from surgery.healing.distributed import on_cpu
+from surgery.healing.trainer import Clock, rate_at
 from surgery.machine.transformers_logging import quiet_transformers
 from surgery.report.plots import curves, ready
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from surgery.architecture.anatomy import BYTES, Anatomy
+from surgery.architecture.anatomy import BYTES, Anatomy, LayerAnatomy
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
-from surgery.architecture.layer_anatomy import LayerAnatomy
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import STORED_NAMES
 

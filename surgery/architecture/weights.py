@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from surgery.architecture.layer_anatomy import norm_names
+from surgery.architecture.anatomy import norm_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import LayerAnatomy
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def ls(as_json: Json = False) -> None:
         uses = {name: facts["ops"] for name, facts in recipes.items()}
         recipes = {name: facts["description"] for name, facts in recipes.items()}
         return emit({"recipes": recipes, "uses": uses, "operations": fields, "broken": broken})
-    from surgery.cli.render.catalogue import print_catalogue
+    from surgery.cli.render.summary import print_catalogue
 
     print_catalogue(recipes, classes, broken)
 
@@ -112,7 +112,7 @@ def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, 
 
     if plot:
         pictures.ready(plot)
-    from surgery.calibration.sink_survey import survey_sinks
+    from surgery.calibration.sinks import survey_sinks
 
     with progress_bar(quiet or as_json) as progress:
         found, facts = survey_sinks(model, progress=progress, **of_text)

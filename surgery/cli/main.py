@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from surgery.cli import convert as converting
-from surgery.cli import heal as healing_verb
+from surgery.cli import convert as healing_verb
 from surgery.cli import inspect as looking
 from surgery.cli import measure as measuring
-from surgery.cli import score as scoring_verb
+from surgery.cli import measure as scoring_verb
 from surgery.cli.options import emit
 from surgery.errors import CheckError, GateError, MachineError, SurgeryError
 

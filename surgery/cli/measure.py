@@ -9,6 +9,7 @@ import typer
 
 from surgery.cli.options import Base, Json, ModelName, OutName, Quiet, emit
 from surgery.errors import CheckError, SurgeryError
+from surgery.operations.duo_attention.scorers import METHODS
 
 
 def check(
@@ -76,7 +77,8 @@ def evaluate(
 
 def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_json: bool, quiet: bool, drawn: dict):
     from surgery.api import evaluate_needles
-    from surgery.cli.render import needles, progress_bar
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as needles
     from surgery.evaluation.benchmark.run import parse_lengths
     from surgery.report import plots as pictures
 
@@ -93,7 +95,8 @@ def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_jso
 
 def _choices(out: str, base: str | None, as_json: bool, quiet: bool, asked: dict) -> None:
     from surgery.api import evaluate_choices
-    from surgery.cli.render import choices, progress_bar
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as choices
 
     with progress_bar(quiet or as_json) as progress:
         result = evaluate_choices(out, base, progress=progress, **asked)
@@ -168,7 +171,8 @@ def bench(
 
 
 def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write: bool, as_json: bool, quiet: bool):
-    from surgery.cli.render import calibration, progress_bar
+    from surgery.cli.render import progress_bar
+    from surgery.cli.render import tables as calibration
     from surgery.evaluation.benchmark import dense_below as calibrate
 
     with progress_bar(quiet or as_json) as progress:
@@ -196,3 +200,50 @@ def _refuse_of_bench(context: typer.Context, base: str | None, calibrate: bool) 
         if context.get_parameter_source(name).name == "COMMANDLINE":
             what = f"--{name} is {'not for' if calibrate else 'for'} --calibrate{'' if calibrate else ' alone'}"
             raise SurgeryError(what, fix="leave it out" if calibrate else "add --calibrate, or leave it out")
+
+
+def score(
+    model: ModelName,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "far-mass",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="The score file to write.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="Sinks of the streaming heads that are planned.")] = 16,
+    window: Annotated[int, typer.Option(min=1, help="Their window.")] = 240,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences; default the method's own.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in each; default the method's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sequences.")] = 0,
+    text: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
+    steps: Annotated[int | None, typer.Option(min=1, help="gates: steps of the optimiser.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the scores (gates: the loss).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="gates: go on from an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.json.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure which KV heads need the far past; the file serves `surgery apply duo-attention ... scores=FILE`."""
+    from surgery.cli.render import heads, progress_bar
+    from surgery.operations.duo_attention.scorers import score_to_file
+    from surgery.report import plots as pictures
+
+    if output is None:
+        raise SurgeryError("no score file was named", fix="add -o scores.json")
+    if plot:
+        pictures.ready(plot)
+    with progress_bar(quiet or as_json) as progress:
+        found = score_to_file(
+            model,
+            output,
+            method,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            **{"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed},
+            **{"text": text, "steps": steps},
+        )
+    shown = heads.HeadMap.of_scores(found)
+    drawn = heads.draw(shown, plot) if plot else []
+    if as_json:
+        return emit(found.to_dict())
+    heads.show(shown)
+    heads.written([output, *drawn])

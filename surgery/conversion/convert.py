@@ -12,9 +12,9 @@ from surgery.architecture.surgery_block import export, layer_entries
 from surgery.conversion.plan import Plan, Step, make_plan, problems_later
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
-from surgery.io.carried_files import carry_files
 from surgery.io.files import read_json, write_text
 from surgery.io.loading import refuse_wrapped
+from surgery.io.model_folder import carry_files
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX

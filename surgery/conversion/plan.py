@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from surgery.architecture.anatomy import BYTES, Anatomy
-from surgery.architecture.layer_anatomy import LayerAnatomy
+from surgery.architecture.anatomy import BYTES, Anatomy, LayerAnatomy
 from surgery.architecture.weights import packed_shapes, unpack
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS

@@ -26,9 +26,8 @@ import torch
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.text import BATCH, SELF_TEXT, begin_of_text, fitting_length
 from surgery.errors import SurgeryError
-from surgery.io.fingerprint import fingerprint
-from surgery.io.layer_files import LayerFiles
 from surgery.io.output_folder import machine_errors
+from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE

@@ -12,12 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.choice_scoring import (
-    BATCH,
-    Chosen,
-    ask,
-    refuse_unfit,
-)
+from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
 from surgery.data.questions import Choice, encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.evaluation.paired import ask_in_turn, wilson

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.choice_scoring import last_logits, refuse_other_tokenizer, refuse_too_long
+from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import Needle, chance, form_for, make_needles
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.evaluation.paired import ask_in_turn, wilson

@@ -11,7 +11,7 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import MachineError
-from surgery.healing.processes import on_cpu
+from surgery.healing.distributed import on_cpu
 from surgery.machine.device import fast_in_bfloat16
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,19 @@ from surgery.data.text import SELF_TEXT
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import judge, refuse_unscorable
 from surgery.healing import record as records
-from surgery.healing.in_memory import heal_in_memory
+from surgery.healing.contexts import in_float32, put_back
 from surgery.healing.plan import HealPlan, refuse_unhealable
-from surgery.healing.source import base_folder, converted_model, rewritten_by, save_as_stored
-from surgery.healing.validate import refuse_settings
-from surgery.io.carried_files import carry_files
+from surgery.healing.validate import (
+    base_folder,
+    converted_model,
+    of_memory,
+    refuse_settings,
+    rewritten_by,
+    save_as_stored,
+)
 from surgery.io.files import published_override
+from surgery.io.loading import read_tokenizer
+from surgery.io.model_folder import carry_files, model_table
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
 from surgery.report.report import Report
@@ -32,6 +40,7 @@ from surgery.report.report import Report
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.config.recipe import Evaluate
+
 
 Progress = Callable[[int, int, str], None]
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
@@ -138,7 +147,7 @@ def heal_folder(
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
-    from surgery.healing.processes import Ranks
+    from surgery.healing.distributed import Ranks
     from surgery.healing.run import Job, train
     from surgery.io.loading import read_tokenizer
 
@@ -260,8 +269,8 @@ def _files(weights: Checkpoint) -> set[str]:
 @contextmanager
 def _keeping(run: Path) -> Iterator[None]:
     """No error takes away checkpoints, text of the base or a stored teacher: what is mended goes on with --resume."""
-    from surgery.healing.checkpoints import whole
     from surgery.healing.run import TEACHER
+    from surgery.healing.trainer import whole
 
     try:
         yield
@@ -275,3 +284,75 @@ def _tidy(run: Path) -> None:
     for path in run.iterdir():
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() else os.remove(path)
+
+
+def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, fields) -> Report:
+    """As `surgery.heal` of a loaded model."""
+    from accelerate.utils import broadcast_object_list
+
+    from surgery.healing.distributed import processes
+    from surgery.healing.run import Job, train, trained_of
+
+    report = of_memory(model)
+    asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)
+    if not callable(tokenizer):
+        raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
+    anatomy, rewritten = Anatomy.of(model), rewritten_by(report.data)
+    refuse_unhealable(anatomy, type(model).__name__)
+    refuse_settings(asked, model.config)
+    source = base if base is not None and not isinstance(base, str | Path) else None
+    if source is None:
+        source = base_folder(report.data, base, needed=asked.needs_base, wanted=bool(asked.eval_every))
+    elif source is model:
+        raise SurgeryError(
+            "the base is this very model, which was edited in place",
+            where=type(model).__name__,
+            fix="load it again: AutoModelForCausalLM.from_pretrained(BASE)",
+        )
+    _refuse_tokenizer(tokenizer, source if source is not None else model)
+    operations, table = report.data["operations"], model_table(model)
+    before = Anatomy.of(source) if source is not None else None
+    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
+    trained = trained_of(model, asked, rewritten, plan.mixing)
+    if on_plan:
+        on_plan(plan)
+    run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
+    with (
+        put_back(model, trained, bool(plan.mixing)),
+        in_float32(model),
+        tempfile.TemporaryDirectory(prefix="surgery-") as own,
+    ):
+        # One folder for all processes; they are of one machine.
+        run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own
+        more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
+        job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
+        facts = train(model, job)
+        processes().wait_for_everyone()  # or the first would take the folder away from the others
+    earlier = report.data.get("heal")
+    # What was checked and measured was the model before.
+    report.data.update(records.renewed(report.data, asked, judged_by))
+    report.data["heal"] = records.made(asked, facts, earlier)
+    return report
+
+
+def _refuse_tokenizer(tokenizer, known) -> None:
+    """Raise where words have other numbers than in the base's own tokenizer, where that is on this machine.
+
+    Args:
+        known: folder of the base, or a loaded model.
+    """
+    folder = Path(known if isinstance(known, Path) else getattr(known.config, "_name_or_path", "") or "nowhere")
+    if not folder.is_dir():
+        return
+    try:
+        base = read_tokenizer(folder).get_vocab()
+    except SurgeryError:  # it has none
+        return
+    ours = tokenizer.get_vocab()
+    other = sum(ours.get(word) != number for word, number in base.items())
+    if other:
+        raise SurgeryError(
+            f"this is another tokenizer than the base's: {other:,} of its {len(base):,} words have other numbers",
+            where=type(tokenizer).__name__,
+            fix=f"AutoTokenizer.from_pretrained({str(folder)!r})",
+        )

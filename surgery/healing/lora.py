@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from surgery.errors import TrainingError
-from surgery.healing.processes import processes
+from surgery.healing.distributed import processes
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, TrainingError
+from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, Trained, choose, summed_up
-from surgery.healing.sharding import Engine
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy

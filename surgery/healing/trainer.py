@@ -6,6 +6,13 @@ random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +22,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from surgery.data.packing import arguments as called_with
-from surgery.errors import TrainingError
-from surgery.healing import losses, sharding
-from surgery.healing.checkpoints import WEIGHTS, complete, keep_newest, whole, writing
+from surgery.errors import MachineError, TrainingError
+from surgery.healing import distributed as sharding
+from surgery.healing import losses
 from surgery.healing.contexts import anew, use_bfloat16
+from surgery.healing.distributed import on_cpu
 from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
-from surgery.healing.processes import on_cpu
-from surgery.healing.schedule import Clock, rate_at
+from surgery.io.files import write_json
+from surgery.io.output_folder import disk_full
 from surgery.runtime.surgery_gates import ROUTERS, load_balance_loss
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.healing.teacher import Teacher
+
 
 # A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
 SCALAR_RATE = 10.0
@@ -214,3 +223,137 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
     )
     made._n_gpu = min(1, made.n_gpu)  # several GPUs of one process would run copies of the model, whose gates are lost
     return made
+
+
+COMPLETE = "complete.json"
+WEIGHTS = "trainable.safetensors"
+
+
+def complete(folder: Path, **facts) -> None:
+    """Mark a checkpoint as whole."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / COMPLETE, facts | {"files": sizes})
+
+
+def facts_of(folder: Path) -> dict | None:
+    """What `complete` noted; None for a checkpoint that was cut off."""
+    with suppress(OSError, ValueError, KeyError, AttributeError):
+        facts = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if all((folder / name).stat().st_size == size for name, size in facts["files"].items()):
+            return facts
+    return None
+
+
+def whole(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return [path for path in _all(run) if facts_of(path) is not None]
+
+
+def remove_cut_off(run: Path) -> None:
+    """Remove what a kill inside a write left: the Trainer would write into it again."""
+    for path in _all(run):
+        if facts_of(path) is None:
+            shutil.rmtree(path)
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Remove all but the newest whole checkpoints. The mark goes first: after a kill, what is left counts as none."""
+    for path in whole(run)[:-count]:
+        (path / COMPLETE).unlink()
+        shutil.rmtree(path)
+
+
+def _all(run: Path) -> list[Path]:
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"\d+", _step(path))]
+    return sorted(found, key=lambda path: int(_step(path)))
+
+
+def _step(path: Path) -> str:
+    return path.name.removeprefix("checkpoint-")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around the write of a checkpoint: where it fails, what was written goes, and the error says what is left.
+
+    Raises:
+        MachineError: the disk is full, or the system refuses to write.
+    """
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        full = disk_full(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        kept = whole(folder.parent)
+        raise MachineError(
+            f"a checkpoint could not be written: {'the disk is full' if full else error}",
+            where=str(folder),
+            exists=f"the last whole checkpoint is {kept[-1].name}" if kept else "no checkpoint yet",
+            fix="free some space, then run the same command with --resume",
+        ) from error
+
+
+def rate_at(fraction: float, warmup: float) -> float:
+    """The learning rate as a share of its highest: it rises to 1 in `warmup`, then falls as a cosine to 0.
+
+    Args:
+        fraction: how much of the training is over, 0 to 1.
+    """
+    if fraction < warmup:
+        return fraction / warmup
+    over = min(1.0, (fraction - warmup) / (1 - warmup))
+    return 0.5 * (1 + math.cos(math.pi * over))
+
+
+class Clock:
+    """Seconds of training, those before a resume among them.
+
+    Args:
+        minutes: when the time is over; None: never.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        self.limit = None if minutes is None else 60 * minutes
+        self.earlier, self.began = 0.0, time.monotonic()
+
+    def start(self, earlier: float = 0.0) -> None:
+        self.earlier, self.began = earlier, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.began
+
+    @property
+    def fraction(self) -> float:
+        """How much of the time is over; only where there is a limit."""
+        return min(1.0, self.seconds / self.limit)
+
+
+class Rows(torch.utils.data.Dataset):
+    """The rows of a data set in shuffled rounds, `count` of them: the n-th is the same in every process and run.
+
+    Args:
+        packed: rows by number.
+        count: rows in all; more than there are begins the next round, shuffled anew.
+        seed: of the order.
+    """
+
+    def __init__(self, packed, count: int, seed: int):
+        self.packed, self.count, self.seed = packed, count, seed
+        self._round: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int):
+        return self.packed[self.place(number)]
+
+    def place(self, number: int) -> int:
+        """Which row of the data the n-th is."""
+        this, place = divmod(number, len(self.packed))
+        if self._round[0] != this:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + this)
+            self._round = (this, torch.randperm(len(self.packed), generator=generator).tolist())
+        return self._round[1][place]

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.data.generated import user_turn
 from surgery.errors import SurgeryError, nearest
+from surgery.healing.distributed import Ranks
+from surgery.healing.parameters import touched
 from surgery.healing.plan import rows_each
-from surgery.healing.processes import Ranks
+from surgery.io.safetensors import TORCH_NAMES
+from surgery.report.report import Report
 
 if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
     from surgery.config.heal import Heal
 
 
@@ -73,3 +77,107 @@ def _refuse_report_to(name: str) -> None:
         )
     if name not in get_available_reporting_integrations() and name != "flyte":  # which that list leaves out
         raise SurgeryError(f"{name} is not installed", where="heal.report_to", fix=f"pip install {name}")
+
+
+def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path | None:
+    """The folder of the base; None where it is not known, or nobody asks for it.
+
+    Args:
+        data: of surgery.json.
+        base: what the user named, or None: then what the record names, if it is the demo model or on the Hub.
+        needed: whether the training asks the base something.
+        wanted: whether anything else does: else it is not looked for, which may be a download.
+
+    Raises:
+        SurgeryError: it is needed and unknown, or what was named is another model than the record's.
+    """
+    from surgery.io.hub import DEMO, resolve
+    from surgery.report.lineage import another_base, comparable
+
+    known = data["base"]
+    if base is None and not needed and not wanted:
+        return None
+    if base is None:
+        name = f"{known['hub_id']}@{known['revision']}" if known.get("hub_id") and known.get("revision") else None
+        name = DEMO if known.get("name") == DEMO else name
+        if name is None and needed:
+            raise SurgeryError(
+                f"the base is not known here (the record names {known.get('name')!r})",
+                where="heal",
+                fix="--base MODEL; or heal.loss=ce with heal.data=builtin or a file, which ask no base",
+            )
+        return resolve(name).path if name else None
+    path = resolve(str(base)).path
+    if comparable(known) and (reason := another_base(known, base)):
+        raise SurgeryError(reason, where=f"--base {base}", fix="name the model that it was made from")
+    return path
+
+
+def converted_model(folder: Path, anatomy: Anatomy):
+    """The model in float32, in which it trains, and the dtype that it is stored in."""
+    import torch
+
+    from surgery.io.loading import load_model
+    from surgery.machine.transformers_logging import quiet_transformers
+
+    with quiet_transformers():
+        model = load_model(folder, dtype=torch.float32)
+    return model, getattr(torch, TORCH_NAMES[anatomy.dtype])
+
+
+def rewritten_by(data: dict) -> frozenset[str]:
+    """Which projections this surgery and those before it rewrote; `data`: of surgery.json."""
+    recipes = [old.get("recipe") or {} for old in [*data["history"], data]]
+    return touched(step for recipe in recipes for step in recipe.get("operations") or [])
+
+
+def base_of_memory(model, asked: Heal) -> str | None:
+    """Where a model that is to be edited in memory was loaded from: its weights there are the base's.
+
+    Raises:
+        SurgeryError: the healing asks the base, and nobody knows where it is.
+    """
+    name = getattr(model.config, "_name_or_path", "")
+    if name and (Path(name).is_dir() or name.count("/") == 1):
+        return name
+    if asked.needs_base:
+        raise SurgeryError(
+            "healing asks the base, and this model was not loaded from a folder or the Hub",
+            where=type(model).__name__,
+            fix="apply the recipe with heal=None, then surgery.heal(model, base, tokenizer=tokenizer)",
+        )
+    return None
+
+
+def save_as_stored(model, folder: Path, dtype) -> None:
+    """Write the weights, config and code of a trained model, in the dtype that it was stored in."""
+    from surgery.machine.transformers_logging import quiet_transformers
+
+    model.to(dtype)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+
+
+def of_memory(model) -> Report:
+    """The report of a model in memory: of what `surgery.apply` did to it, or of the folder it was loaded from.
+
+    Raises:
+        SurgeryError: not a model, or nothing is known of a surgery on it.
+    """
+    from surgery.io.loading import DONE, is_model, refuse_wrapped
+    from surgery.report.report import FILE
+
+    if not is_model(model):
+        fix = "give a folder, or a model that surgery.apply edited"
+        raise SurgeryError(f"{type(model).__name__} is not a model", fix=fix)
+    refuse_wrapped(model)
+    if done := getattr(model, DONE, None):
+        return Report(done[-1])
+    folder = Path(getattr(model.config, "_name_or_path", "") or ".")
+    if (folder / FILE).is_file():
+        return Report(Report.of(folder).data)
+    raise SurgeryError(
+        "nothing is known of a surgery on this model",
+        where=type(model).__name__,
+        fix="surgery.apply(recipe, model) first, or surgery.load(OUT)",
+    )

@@ -1,4 +1,4 @@
-"""The operations: one file each, named as the recipe's `op` names it. Nothing is imported before it is asked for."""
+"""The registry of operations: `op` of a recipe -> class. A module is imported when its operation is asked for."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from surgery.errors import SurgeryError, nearest
 from surgery.operations.base import Operation
 
 GROUP = "surgery.operations"
-BUILTIN = {  # op -> module of this package
-    "duo_attention": "duo_attention.operation",
-    "expand": "expand",
-    "gqa": "gqa.operation",
-    "head_mask": "head_mask",
-    "mae": "moh.mae",
-    "moh": "moh.operation",
-    "prune_heads": "prune_heads.operation",
-    "sink_calibration": "sink_calibration.operation",
-    "sparse_prefill": "sparse_prefill.operation",
+BUILTIN = {  # op -> module of this package : class
+    "duo_attention": "duo_attention.operation:DuoAttention",
+    "expand": "expand:Expand",
+    "gqa": "gqa.operation:GQA",
+    "head_mask": "head_mask:HeadMask",
+    "mae": "moh.operation:Mae",
+    "moh": "moh.operation:Moh",
+    "prune_heads": "prune_heads.operation:PruneHeads",
+    "sink_calibration": "sink_calibration.operation:SinkCalibration",
+    "sparse_prefill": "sparse_prefill.operation:SparsePrefill",
 }
 
 
@@ -39,12 +39,8 @@ def find(op: str) -> type[Operation]:
         SurgeryError: no such operation, or a third-party one that does not load.
     """
     if op in builtin_names():
-        module = import_module(f"{__name__}.{BUILTIN[op]}")
-        return next(
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, Operation) and value.__module__ == module.__name__
-        )
+        module, name = BUILTIN[op].split(":")
+        return getattr(import_module(f"{__name__}.{module}"), name)
     points = third_party()
     if op in points:
         return _load(points[op])

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 NATIVE, SURGICAL = "native", "surgical"

@@ -9,8 +9,7 @@ from pydantic import Field
 from surgery.operations.base import Change, WeightRewrite
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from surgery.architecture.layer_anatomy import groups_of, query_names, shown_names
+from surgery.architecture.anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import SurgeryError
 from surgery.operations.base import Change, WeightRewrite, whole_keys
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 Whole = Annotated[int, Field(ge=0, strict=True)]

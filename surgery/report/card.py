@@ -10,12 +10,12 @@ import re
 import yaml
 
 from surgery.io.files import split_card
-from surgery.report.card_healing import healing
 from surgery.report.card_sections import (
     base_name,
     choices,
     fenced,
     get,
+    healing,
     licence,
     limits,
     loading,

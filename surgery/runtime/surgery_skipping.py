@@ -22,8 +22,8 @@ from .surgery_heads import Visibility
 from .surgery_token import prepare_token
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
-# From times of one block of SmolLM2's shape on one thread (examples/benchmarks/bench_gates.py): with 78% on, a block took as long
-# as the base's at 2k and 4k tokens; with 44% on, less from 512 tokens.
+# From times of one block of SmolLM2's shape on one thread (bench_gates.py): with 78% on, a block took as long as the
+# base's at 2k and 4k tokens; with 44% on, less from 512 tokens.
 ROWS, SHARE = 512, 0.75
 # Of a single token: heads that are off times hidden size, from which projections leave them out. Below it the weights
 # that are not read cost less than the two or three smaller products that take the place of one.

@@ -16,8 +16,8 @@ from sinks import log_gammas, recipe, sink
 from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
-from surgery.calibration.choice_scoring import Chosen, ask, choice_logps
-from surgery.cli.render import choices as display
+from surgery.calibration.scoring import Chosen, ask, choice_logps
+from surgery.cli.render import tables as display
 from surgery.data.questions import Choice, Question, encode, make_choices, read_questions
 from surgery.data.text import Text, load_text
 from surgery.errors import SurgeryError

@@ -10,7 +10,7 @@ from families import one_thread  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery.cli.render import needles as display
+from surgery.cli.render import tables as display
 from surgery.data.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
 from surgery.data.text import Text
 from surgery.errors import SurgeryError

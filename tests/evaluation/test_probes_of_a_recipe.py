@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from surgery.calibration.choice_scoring import Chosen
+from surgery.calibration.scoring import Chosen
 from surgery.data.haystack import Needle
 from surgery.data.questions import Choice
 from surgery.evaluation import run as judging

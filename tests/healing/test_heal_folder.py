@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import surgery as package
 from surgery.errors import SurgeryError
 from surgery.healing.callbacks import read
-from surgery.healing.schedule import Rows, rate_at
-from surgery.healing.teacher_cache import store
+from surgery.healing.teacher import store
+from surgery.healing.trainer import Rows, rate_at
 from surgery.report.report import Report
 
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
@@ -299,7 +299,7 @@ def test_the_clock_ends_it(converted, heal):
 def test_what_is_made_before_the_training_is_not_in_its_time(converted, heal, monkeypatch):
     """The first rate is that of the training's begin, whatever asking a stored teacher took."""
     from surgery.healing import run as running
-    from surgery.healing import schedule
+    from surgery.healing import trainer as schedule
 
     whole, later = running.store, []
     monkeypatch.setattr(running, "store", lambda *args, **kwargs: later.append(1200) or whole(*args, **kwargs))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from surgery.architecture.anatomy import Anatomy
 from surgery.config.heal import Heal
 from surgery.errors import SurgeryError, TrainingError
-from surgery.healing import checkpoints
+from surgery.healing import trainer as checkpoints
 from surgery.healing.callbacks import read
+from surgery.healing.distributed import Engine
 from surgery.healing.plan import HealPlan
-from surgery.healing.sharding import Engine
 from surgery.healing.trainer import arguments
 from surgery.io.model_folder import tensor_table
 from surgery.report.report import Report

@@ -18,7 +18,7 @@ from families import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import MachineError, SurgeryError, TrainingError
-from surgery.healing import checkpoints
+from surgery.healing import trainer as checkpoints
 from surgery.healing import trainer as training
 from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
@@ -122,7 +122,7 @@ def test_its_precision_is_known_before_the_base_writes(healing, monkeypatch, tmp
     def killed(*args, **kwargs):
         raise Killed
 
-    monkeypatch.setattr("surgery.healing.job.documents", killed)
+    monkeypatch.setattr("surgery.healing.run.documents", killed)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     with pytest.raises(Killed):
         healing("healed", "method=full", "data=self")

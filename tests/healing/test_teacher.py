@@ -11,10 +11,9 @@ from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 
 from surgery.data.packing import Packed, arguments
 from surgery.errors import MachineError, SurgeryError
-from surgery.healing import teacher_cache as stored
+from surgery.healing import teacher as stored
 from surgery.healing.losses import cross_entropy, distillation, distillation_top_k, hidden_mse, predicts
-from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher
-from surgery.healing.teacher_cache import store
+from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 
 LENGTH = 16
 
@@ -247,7 +246,7 @@ def test_a_full_disk_is_said(models, rows, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("surgery.io.layer_files.os.replace", full)
+    monkeypatch.setattr("surgery.io.resume.os.replace", full)
     with pytest.raises(MachineError, match="the disk is full"):
         store(models[1], rows, tmp_path, top_k=4)
 

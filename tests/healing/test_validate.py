@@ -17,14 +17,14 @@ import surgery as package
 from surgery.config.heal import Heal
 from surgery.config.heal_overrides import settings
 from surgery.errors import SurgeryError
-from surgery.healing import job
+from surgery.healing import run as job
 from surgery.healing import run as running
 from surgery.healing import trainer as training
 from surgery.healing import validate as beforehand
 from surgery.healing.contexts import use_bfloat16
 from surgery.healing.heal import _refused, _tidy
 from surgery.healing.parameters import Trained
-from surgery.healing.source import of_memory
+from surgery.healing.validate import of_memory
 
 SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
 

@@ -16,7 +16,7 @@ import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
-from surgery.healing import checkpoints
+from surgery.healing import trainer as checkpoints
 from surgery.healing.callbacks import Follow, read
 from surgery.healing.heal import heal as run_heal
 from surgery.healing.parameters import choose

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 
 from surgery.cli.main import main
 from surgery.healing import callbacks as following
-from surgery.healing import sharding
+from surgery.healing import distributed as sharding
 
 shared = []
 

@@ -8,7 +8,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.healing.processes import PATIENCE, processes
+from surgery.healing.distributed import PATIENCE, processes
 
 if __name__ == "__main__":
     base = sys.argv[1]

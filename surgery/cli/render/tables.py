@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.table import Table
 from rich.text import Text
 
@@ -161,3 +163,156 @@ def doctor(facts: dict) -> None:
         out.print(f"runs:     {operation}: {runs}")
     for problem in facts["problems"]:
         out.print(Text(f"problem:  {problem}", style="yellow"))
+
+
+def lines(result) -> None:
+    """What a `ChoiceResult` says."""
+    out = console()
+    if result.status != "done":
+        out.print(f"not run: {result.reason}")
+        return
+    settings, both = result.settings, len(result.outcomes) > 1
+    for label in result.outcomes:
+        side = result.side(label)
+        name = NAMES[label] if both else "model"
+        out.print(
+            f"{name + ':':<9}{side['right']} of {side['of']} questions right ({percent(side)}), "
+            f"{side['nll']:.3f} nats for the right choice"
+        )
+    if paired := result.paired():
+        out.print(
+            f"paired:  both right {paired['both']}, only the base {paired['only_base']}, only the patched model "
+            f"{paired['only_out']}, neither {paired['neither']} (McNemar's exact test: p = {paired['p']:.2g})"
+        )
+    size = sorted({len(item.choices) for item in result.items})
+    counts = f"{size[0]}" if len(size) == 1 else f"{size[0]} to {size[-1]}"
+    made = f", passages of {settings['context']} tokens, seed {settings['seed']}" if "context" in settings else ""
+    out.print(f"{counts} choices each{made}; a guess is right with probability {result.chance:.1%}")
+    out.print(f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}")
+    for note in result.notes:
+        out.print(f"note: {note}")
+
+
+NAMES = {"base": "base", "out": "patched"}
+
+
+def table(result) -> None:
+    """Hits of every cell and what they sum up to, of a `NeedleResult`."""
+    out = console()
+    if result.status != "done":
+        out.print(f"not run: {result.reason}")
+        return
+    labels, settings = list(result.outcomes), result.settings
+    grid = Table(box=None, pad_edge=False)
+    grid.add_column("depth", justify="right")
+    for length in result.lengths:
+        grid.add_column(f"{length:,} tokens", justify="right")
+    starred = {(n.length, n.depth) for n in result.needles if not result.counts(n)}
+    for depth in result.depths:
+        cells = []
+        for length in result.lengths:
+            hits = [result.cell(label, length, depth) for label in labels]
+            star = "* " if (length, depth) in starred else ""
+            cells.append(f"{star}{' -> '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
+        grid.add_row(f"{depth:.2f}", *cells)
+    out.print(grid)
+    out.print(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
+    if starred:
+        sinks, window = result.reach
+        inside = sum(not result.counts(n) for n in result.needles)
+        verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
+        seen = f"streaming heads see them, or a part, within {sinks} sinks and {window} tokens before the question"
+        out.print(f"*: {inside} of {len(result.needles)} needles {verdict}: {seen}")
+    out.print()
+    for label in labels:
+        side = result.side(label)
+        name = NAMES[label] if len(labels) > 1 else "model"
+        out.print(
+            f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
+            f"{side['nll']:.3f} nats per token of the answer"
+        )
+    if kept := result.kept():
+        what = "the base finds" + (" outside sinks and window" if result.reach else "")
+        share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
+        out.print(f"kept:    of those that {what}, the patched model finds {share}")
+    size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
+    out.print(f"{size}; a guess is right with probability {settings['chance']:.0e}")
+    out.print(f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}")
+    for note in result.notes:
+        out.print(f"note: {note}")
+
+
+def picture(result, path: str | Path) -> Path:
+    """A heat map of the share of hits for each model; raises as `pictures.heat_maps`."""
+    from surgery.report.plots import heat_maps
+
+    panels = {}
+    for label in result.outcomes:
+        side = result.side(label)
+        name = NAMES[label] if len(result.outcomes) > 1 else "model"
+        panels[f"{name}: {side['hits']} of {side['of']}"] = result.grid(label)
+    kept = result.kept()
+    title = "needles answered exactly"
+    if kept and kept["of"]:
+        title += f"; kept {kept['kept']} of {kept['of']} ({percent(kept)})"
+    return heat_maps(
+        path,
+        panels,
+        rows=[f"{depth:.2f}" for depth in result.depths],
+        columns=[f"{length:,}" for length in result.lengths],
+        row_label="depth of the needle",
+        column_label="tokens of the prompt",
+        value_label="share answered",
+        title=title,
+        limits=(0.0, 1.0),
+    )
+
+
+def percent(facts: dict) -> str:
+    share = facts.get("share", facts.get("accuracy"))
+    return f"{share:.1%}, 95% interval {facts['low']:.1%} to {facts['high']:.1%}"
+
+
+def calibration_table(found) -> None:
+    """Print a `Calibration`."""
+    from surgery.evaluation.benchmark.dense_below import LIMIT
+
+    console().print(_rows(found))
+    told = console()
+    layers = ", ".join(map(str, found.layers))
+    told.print(f"attention of layers {layers} on {found.text}, ms a layer; sparse beyond the first dense_below tokens")
+    told.print(f"medians of {found.rounds} rounds, both in turn; {found.machine}")
+    before = " or ".join(f"{tokens:,}" for tokens in found.before)
+    result = f"dense_below: {found.dense_below:,} (now {before})"
+    if found.fits:
+        told.print(f"{result}: the smallest that stays within {LIMIT} of dense")
+    else:
+        told.print(f"{result}: no candidate stays within {LIMIT} of dense in prompts of up to {found.tried:,} tokens,")
+        rest = "; longer ones were not tried" if found.tried < found.dense_below else ""
+        told.print(f"so that none of these should be sparse here{rest}")
+
+
+def closing(found, out: Path, report) -> None:
+    """What became of it; `report`: of the checkpoint that was given the value, None: none was."""
+    told = console()
+    if report is None:
+        if found.fits:
+            anew = f"make the checkpoint anew with dense_below={found.dense_below}"
+            told.print(f"write it to {out}: add --write; or {anew}")
+        return
+    told.print(f"written to {out}: config.json, surgery.json, README.md")
+    if report.data["evaluation"] is None and found.dense_below < max(found.before):
+        told.print("this model reads less than what was scored: its scores were taken out, score it again")
+
+
+def _rows(found) -> Table:
+    rows = Table("dense_below", "prompt", "dense, ms", "sparse, ms", "sparse / dense", box=None, pad_edge=False)
+    for column in rows.columns:
+        column.justify = "right"
+    last = None
+    for trial in found.trials:
+        times = (f"{seconds * 1e3:,.1f}" for seconds in (trial.dense, trial.sparse))
+        begin = f"{trial.dense_below:,}" if trial.dense_below != last else ""
+        rows.add_row(begin, f"{trial.length:,}", *times, f"{trial.ratio:.3f}")
+        last = trial.dense_below
+    return rows

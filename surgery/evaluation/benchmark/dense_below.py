@@ -94,8 +94,8 @@ def calibrate(
         SurgeryError: no layer's prefill is sparse, no candidate can be tried, the text is too short.
     """
     from surgery.data.text import load_text, windows
+    from surgery.evaluation.benchmark.models import spaced_layers
     from surgery.evaluation.benchmark.run import device_of, machine_name
-    from surgery.evaluation.benchmark.synthetic import spaced_layers
     from surgery.io.loading import load_model, read_tokenizer
 
     place, loaded = device_of(device), load_text(text, "calibration")

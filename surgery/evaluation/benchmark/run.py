@@ -20,13 +20,13 @@ from surgery.evaluation.benchmark.models import (
     compare,
     gate_facts,
     loaded_pair,
+    make_prompts,
     random_pair,
     sparse_facts,
     split_facts,
 )
-from surgery.evaluation.benchmark.prompts import make_prompts
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
-from surgery.machine.peak_memory import PeakMemory
+from surgery.machine.device import PeakMemory
 
 # What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
 SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")

@@ -16,7 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import watched
 from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
-from surgery.operations.gqa.layer_inputs import held_back
+from surgery.operations.gqa.layer import held_back
 from surgery.operations.gqa.streams import Attended, Sharing
 
 

@@ -9,10 +9,10 @@ from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
 from surgery.data.passkeys import calibration_pieces, calibration_source
 from surgery.errors import SurgeryError
-from surgery.io.layer_files import LayerFiles
+from surgery.io.resume import LayerFiles
 from surgery.operations.base import Context
 from surgery.operations.gqa.choose_layers import LayerLosses, spared
-from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import Settings
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.gqa.streams import Sharing, layer_of
 

@@ -20,7 +20,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from surgery.calibration.moments import Regression
-from surgery.operations.gqa.layer_inputs import held_back, share
+from surgery.operations.gqa.layer import held_back, share
 from surgery.operations.gqa.low_rank import fit_output
 
 FIRST = 20.0

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from surgery.machine.parallel import side_by_side
-from surgery.operations.gqa.procrustes import pair_channels
+from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
     from torch import Tensor

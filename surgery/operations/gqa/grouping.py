@@ -48,7 +48,7 @@ def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
     """Largest inner product over turns of keys that commute with RoPE."""
     import torch
 
-    from surgery.operations.gqa.procrustes import pair_channels
+    from surgery.operations.gqa.merge import pair_channels
 
     real, imag = pair_channels(rotary, positions)
     za, zb = torch.complex(a[real], a[imag]), torch.complex(b[real], b[imag])
@@ -126,7 +126,7 @@ def merge_losses(layer: AttentionLayer) -> Tensor:
     """
     import torch
 
-    from surgery.operations.gqa.procrustes import pair_channels
+    from surgery.operations.gqa.merge import pair_channels
 
     facts, (keys, values, queries) = layer.facts, (with_bias(layer, part) for part in "kvq")
     outputs = layer.o.double().transpose(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,14 +14,12 @@ from surgery.calibration.moments import Moments, Regression, with_ones
 from surgery.errors import SurgeryError
 from surgery.machine.parallel import side_by_side
 from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.cost import efforts
+from surgery.operations.gqa.cost import STEPS, STRIDE, efforts
 from surgery.operations.gqa.fit_scores import Fit, Piece, Turn, project
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
-from surgery.operations.gqa.layer_inputs import TURNS, Seen, Settings, apart, held_back, scale_of, share
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
-from surgery.operations.gqa.merge import group_members, stacked, with_bias
-from surgery.operations.gqa.procrustes import pair_channels
-from surgery.operations.gqa.two_streams import Call
+from surgery.operations.gqa.merge import group_members, pair_channels, stacked, with_bias
+from surgery.operations.gqa.streams import Call
 
 
 class SharedLayer:
@@ -286,3 +284,94 @@ class SharedLayer:
 def _weights(loud: torch.Tensor) -> torch.Tensor:
     """ω of rows: errors count relative to the hidden states that they are added to."""
     return 1 / loud.double().square().clamp(min=1e-30)
+
+
+HELD = 6  # every so many sequences one is held back
+TURNS = 2  # sequences on which RoPE is measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is fitted, and how.
+
+    Attributes:
+        refit: which weights are refitted after the merge: "q", "k", "v", "o" to the base's attention, and "mlp", the
+            MLP's output projection, to the base's hidden states behind the layer.
+        rounds: how often queries and keys are refitted in turn.
+        sequential: attention is fitted to the inputs that converted layers give it, not the base's.
+        ridges, mlp_ridges: of attention's output projection and of the MLP's, to choose from.
+        steps, damping: see `least_squares.solve`. Values take so many steps; queries and keys, which are fitted in
+            turn, from a quarter of them at first to five quarters at last.
+        stride: of the queries every so many rows count, in each sequence from another one on.
+        received: by how much a token counts in the moments for the attention that it gets: with weight
+            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
+        weighted: keys are weighted by the energy of their queries.
+        risen: from the second fit of scores on, a key counts by the mean of what the base's attention and the new
+            one give it, so that one which wrongly rose is seen; else by the base's alone.
+    """
+
+    refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
+    rounds: int = 1
+    sequential: bool = False
+    ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    mlp_ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    steps: int = STEPS
+    damping: float = 1.0
+    stride: int = STRIDE
+    received: float = 0.5
+    weighted: bool = True
+    risen: bool = True
+
+
+@dataclass
+class Seen:
+    """What is known of a layer before it is converted: lists have an entry for each sequence.
+
+    Attributes:
+        base: calls of the base's attention, x and output in the base.
+        x: the layer's input in the converted model [T, n], with ones where projections have biases.
+        calls: attention calls of the old weights on that input.
+        loud: root mean square of the base's hidden states [T]: errors count relative to it.
+        pieces: rows, base's attention of these rows, and its scores.
+    """
+
+    base: list[Call] = field(default_factory=list)
+    x: list[torch.Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    loud: list[torch.Tensor] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass
+class Scores:
+    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
+
+    call: Call
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        query, key = self.call.query, self.call.key
+        keys = key.repeat_interleave(len(query) // len(key), dim=0)
+        return (query[:, self.rows] @ keys.mT * scale_of(self.call)).masked_fill_(self.weights == 0, 0.0)
+
+
+def scale_of(call: Call) -> float:
+    scale = call.settings.get("scaling")
+    return call.query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def held_back(place: int, count: int) -> bool:
+    """Whether a sequence is held back: every sixth, of few the last."""
+    return place % HELD == HELD - 1 or (count < HELD and place == count - 1)
+
+
+def apart(pieces: list) -> tuple[list, list]:
+    marks = [held_back(place, len(pieces)) for place in range(len(pieces))]
+    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
+        p for p, held in zip(pieces, marks, strict=True) if held
+    ]
+
+
+def share(lost: float, energy: float) -> float:
+    return round(lost / energy, 6) if energy else 0.0

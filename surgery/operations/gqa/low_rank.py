@@ -23,7 +23,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from surgery.operations.gqa.procrustes import pair_channels
+from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING
 
-from surgery.operations.gqa.procrustes import key_turns, orthogonal_turns
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 
@@ -137,3 +135,70 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
     if turned:
         parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
     return layer.replace(facts=target, **parts)
+
+
+ROUNDS, TOLERANCE = 100, 1e-8
+
+
+def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:
+    """Channels that hold the real and the imaginary parts of RoPE's complex numbers."""
+    if positions == "interleaved":
+        return list(range(0, rotary, 2)), list(range(1, rotary, 2))
+    return list(range(rotary // 2)), list(range(rotary // 2, rotary))
+
+
+def key_turns(keys: Tensor, rotary: int, positions: str) -> Tensor:
+    """Turns [m, d, d] that bring m key heads [m, d, n] closest to their mean; they commute with RoPE."""
+    import torch
+
+    heads, size, _ = keys.shape
+    turns = torch.eye(size, dtype=torch.float64).repeat(heads, 1, 1)
+    if rotary:
+        real, imag = pair_channels(rotary, positions)
+        phases = _phases(torch.complex(keys[:, real], keys[:, imag]))
+        turns[:, real, real] = phases.real
+        turns[:, imag, imag] = phases.real
+        turns[:, real, imag] = -phases.imag
+        turns[:, imag, real] = phases.imag
+    if rotary < size:
+        turns[:, rotary:, rotary:] = orthogonal_turns(keys[:, rotary:])
+    return turns
+
+
+def orthogonal_turns(heads: Tensor) -> Tensor:
+    """Orthogonal matrices R [m, d, d] that minimise sum_h |R_h X_h - mean|^2 for X [m, d, n]; R_0 is the identity."""
+    import torch
+
+    count, size, _ = heads.shape
+    turns = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    target, last = heads[0], -1.0
+    for _ in range(ROUNDS):
+        u, _, vh = torch.linalg.svd(target @ heads.mT)
+        turns = u @ vh
+        target = (turns @ heads).mean(dim=0)
+        now = float(target.square().sum())
+        if now - last <= TOLERANCE * now:
+            break
+        last = now
+    turns = turns[0].mT @ turns
+    turns[0] = torch.eye(size, dtype=torch.float64)  # exactly, not to round-off: its weights keep their bits
+    return turns
+
+
+def _phases(heads: Tensor) -> Tensor:
+    """Unit complex numbers [m, f] that bring the rows of z [m, f, n] closest to their mean; the first is 1."""
+    import torch
+
+    phases = torch.ones(heads.shape[:2], dtype=torch.complex128)
+    target, last = heads[0], -1.0
+    for _ in range(ROUNDS):
+        inner = (target * heads.conj()).sum(-1)
+        phases = torch.where(inner.abs() > 0, torch.sgn(inner), torch.ones_like(inner))
+        target = (phases.unsqueeze(-1) * heads).mean(dim=0)
+        now = float(target.abs().square().sum())
+        if now - last <= TOLERANCE * now:
+            break
+        last = now
+    phases = phases * phases[0].conj()
+    phases[0] = 1.0
+    return phases

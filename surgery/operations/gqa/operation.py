@@ -19,8 +19,7 @@ from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import first_head, mean_head, merged, permute_kv_heads, random_heads
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 
@@ -267,7 +266,7 @@ class GQA(WeightRewrite):
         if self.streams:
             return super().apply(model, context)
         from surgery.operations.gqa.closed_form import share_kv_heads
-        from surgery.operations.gqa.layer_inputs import Settings
+        from surgery.operations.gqa.layer import Settings
 
         before, targets = context.before, self._targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:

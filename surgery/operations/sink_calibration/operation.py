@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.layer_anatomy import groups_of, query_names, shown_names
+from surgery.architecture.anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import SurgeryError
 from surgery.operations.base import SURGICAL, Change, Context, Operation
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy
-    from surgery.architecture.layer_anatomy import LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -270,7 +269,7 @@ class SinkCalibration(Operation):
         return record | {"logit": self.logit}
 
     def _pieces(self, model, context: Context):
-        from surgery.calibration.choice_scoring import fitting_questions
+        from surgery.calibration.scoring import fitting_questions
         from surgery.data.passkeys import calibration_pieces
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)

@@ -72,7 +72,7 @@ def objective(model, piece, kind: str) -> torch.Tensor:
     choice's share (LABELLED; see `evaluation.choosing.choice_loss`).
     """
     if kind == LABELLED:
-        from surgery.calibration.choice_scoring import choice_logps, choice_loss
+        from surgery.calibration.scoring import choice_logps, choice_loss
 
         return choice_loss(choice_logps(model, [piece], cached=False)[0], piece.answer)
     ids = piece[None].to(model.device)
@@ -113,7 +113,7 @@ class Trial:
         with torch.no_grad():
             if self.kind != LABELLED:
                 return [objective(self.model, piece, self.kind).item() for piece in pieces], None
-            from surgery.calibration.choice_scoring import ask
+            from surgery.calibration.scoring import ask
 
             told = ask(self.model, pieces)
             return [each.nll for each in told], sum(each.right for each in told) / len(told)

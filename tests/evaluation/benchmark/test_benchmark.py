@@ -11,11 +11,11 @@ from families import one_thread  # noqa: F401 (autouse)
 
 from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.benchmark import run as speed
+from surgery.evaluation.benchmark.models import even_split, spaced_layers, synthetic_config
 from surgery.evaluation.benchmark.result import Benchmark, Timing, plot
 from surgery.evaluation.benchmark.run import FULL, SPLIT, STOCK, bench, parse_lengths
-from surgery.evaluation.benchmark.synthetic import even_split, spaced_layers, synthetic_config
-from surgery.machine import peak_memory
-from surgery.machine.peak_memory import PeakMemory
+from surgery.machine import device as peak_memory
+from surgery.machine.device import PeakMemory
 
 ELEMENT, LAYERS, KV_HEADS, HEAD = 2, 2, 3, 8  # bytes of a bfloat16, and the tiny Llama's sizes
 PER_TOKEN = LAYERS * 2 * KV_HEADS * HEAD * ELEMENT  # keys and values

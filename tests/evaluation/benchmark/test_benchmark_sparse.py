@@ -9,8 +9,7 @@ import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
 from surgery.data.text import load_text
-from surgery.evaluation.benchmark.models import sparse_facts
-from surgery.evaluation.benchmark.prompts import RANDOM, make_prompts
+from surgery.evaluation.benchmark.models import RANDOM, make_prompts, sparse_facts
 from surgery.evaluation.benchmark.result import SPLIT, STOCK
 
 WINDOW = ("method=streaming", "block=16", "gamma=null", "dense_below=32", "sinks=1", "window=1")

@@ -28,10 +28,9 @@ import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.passkeys import calibration_pieces
 from surgery.errors import SurgeryError
-from surgery.io.layer_files import LayerFiles
+from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import Settings, SharedLayer
 from surgery.operations.gqa.streams import Sharing
 
 FAMILIES = [

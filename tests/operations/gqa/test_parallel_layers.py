@@ -13,12 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.io.layer_files import LayerFiles
+from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.choose_layers import LayerLosses
 from surgery.operations.gqa.closed_form import share_kv_heads
 from surgery.operations.gqa.cost import Calibration, efforts
-from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import Settings, SharedLayer
 from surgery.operations.gqa.streams import Sharing
 
 LAYERS = 5

@@ -26,7 +26,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.gqa.procrustes import key_turns, orthogonal_turns
+from surgery.operations.gqa.merge import key_turns, orthogonal_turns
 
 SIZE, WIDTH, LENGTH = 8, 24, 7
 IDENTITY = torch.eye(SIZE, dtype=torch.float64)

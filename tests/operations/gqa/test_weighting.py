@@ -32,7 +32,7 @@ from surgery.operations.gqa import layer as shared_layer
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.fit_scores import Fit
 from surgery.operations.gqa.fit_values import ValueProblem
-from surgery.operations.gqa.layer_inputs import Settings
+from surgery.operations.gqa.layer import Settings
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa.merge import with_bias
 from surgery.operations.gqa.streams import Sharing

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError
+from surgery.io.output_folder import OutputFolder
 
 if TYPE_CHECKING:
     import torch
+
 
 ZERO = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
 
@@ -119,3 +123,52 @@ def training(model) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, whole(parameter).cpu()
+
+
+PATIENCE = timedelta(days=2)
+
+
+def on_cpu() -> bool:
+    """Whether CPUs train. accelerate and the Trainer must be told so: else each of several processes, which would be
+    looked for on accelerators, would train by itself, and bfloat16 would be refused."""
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
+def processes():
+    """The state of all processes, `accelerate.PartialState`; the first call of a process connects it.
+
+    The others wait for as long as the first converts, lets the base write or asks a teacher: hours, where torch would
+    give up after minutes. (Where a script has connected them before, by an Accelerator of its own, its timeout holds.)
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+
+
+class Ranks:
+    """Which process this is, by the launcher's environment; alone where there is no launcher."""
+
+    def __init__(self):
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.several = self.count > 1
+        self.first = not self.several or int(os.environ.get("RANK", "0")) == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.several:
+            processes().wait_for_everyone()
+
+    @contextmanager
+    def opened(self, out: OutputFolder, needed_bytes: int) -> Iterator[Path]:
+        """OUT.partial in every process: the first makes it, and turns it into OUT when all are done with it."""
+        if self.first:
+            with out.opened(needed_bytes) as partial:
+                self.wait()
+                yield partial
+                self.wait()
+            return
+        self.wait()
+        yield out.partial
+        self.wait()
