@@ -22,12 +22,12 @@ import torch
 from measured import Measured
 
 import surgery
-from surgery.calibration.scoring import ask
+from surgery.calibration.scoring import ask, score_window
 from surgery.data.questions import make_choices
 from surgery.data.text import load_text, windows
 from surgery.evaluation.paired import wilson
 from surgery.io.hub import resolve
-from surgery.io.loading import read_tokenizer, score_window
+from surgery.io.loading import read_tokenizer
 from surgery.operations.sink_calibration.operation import SinkCalibration
 
 REFERENCES = ("base", "full attention", "window")  # rows that others are compared with

@@ -1,8 +1,13 @@
-"""Log-probabilities of answers, and which one a model chooses."""
+"""Scores of text and of answers: losses of windows, log-probabilities of choices, one model in memory at a time.
+
+A scored window leaves in a file, for each predicted token, the `top_k` most probable next tokens and the mass
+of all others, so that a second model is compared with the first without both in memory.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +19,8 @@ from surgery.io.loading import loaded
 
 if TYPE_CHECKING:
     import torch
+
+    from surgery.io.loading import Source
 
 
 def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
@@ -180,3 +187,90 @@ def ask(model, items: Sequence[Choice], progress: Callable[[int], None] | None =
     with loaded(model), torch.no_grad():
         logps = choice_logps(model, items, progress=progress)
     return [Chosen.of(row, item.answer) for row, item in zip(logps, items, strict=True)]
+
+
+ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
+
+
+def score_model(
+    source: Source,
+    pieces: torch.Tensor,
+    folder: Path | None,
+    top_k: int,
+    tick: Callable[[int], None],
+    allow_pickle: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Score every window with one model, which is gone from memory after the call if it was loaded here.
+
+    Args:
+        source: model folder, or loaded model (left in the mode it was in).
+        pieces: LongTensor [windows, length].
+        folder: where the windows' files are or will be; None keeps nothing and compares with nothing.
+        top_k: tokens to keep, at most the vocabulary.
+        tick: called with the number of windows done.
+        allow_pickle: see `load_model`.
+
+    Returns:
+        The vectors of `score_window`, joined over the windows.
+    """
+    import torch
+
+    scores: dict[str, list] = {}
+    with loaded(source, allow_pickle) as model:
+        for number, piece in enumerate(pieces):
+            kept = folder / f"{number}.safetensors" if folder else None
+            for name, values in score_window(model, piece, kept, top_k).items():
+                scores.setdefault(name, []).append(values)
+            tick(number + 1)
+    return {name: torch.cat(parts) for name, parts in scores.items()}
+
+
+def score_window(model, piece: torch.Tensor, kept: Path | None, top_k: int) -> dict[str, torch.Tensor]:
+    """Run one window of tokens [length]. Where there is no file `kept`, leave one; where there is, compare
+    with it.
+
+    Returns:
+        Vectors [length - 1]: "loss" (nats, float64); after a comparison also "kl" (nats, float64; see
+        `evaluate`) and "same" (bool: the same token is the most probable one).
+    """
+    import torch
+    from safetensors.torch import load, save
+
+    with torch.no_grad():
+        logits = model(input_ids=piece[None].to(model.device), use_cache=False).logits[0, :-1]
+    targets = piece[1:].to(logits.device)
+    known = load(kept.read_bytes()) if kept and kept.is_file() else None
+    if known and int(known["vocabulary"]) != logits.shape[-1]:
+        raise SurgeryError(f"base and out give {int(known['vocabulary'])} and {logits.shape[-1]} logits a token")
+    rows: dict[str, list] = {"loss": []}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        rows.setdefault(name, []).append(values.cpu())
+
+    for first in range(0, len(targets), ROWS):
+        here = slice(first, first + ROWS)
+        logp = logits[here].float().log_softmax(-1)
+        add("loss", -logp.gather(-1, targets[here, None])[:, 0])
+        if not kept:
+            continue
+        # argmax, not topk's first: of two equal logits each may pick another, and a model must agree with
+        # itself.
+        best = logp.argmax(-1).cpu()
+        where = known["tokens"][here].to(logp.device).long() if known else logp.topk(top_k).indices
+        mine = logp.gather(-1, where)
+        rest = logp.scatter(-1, where, -math.inf).logsumexp(-1, keepdim=True)
+        mine = torch.cat([mine, rest], dim=-1).cpu()  # [rows, top_k + 1]
+        if known:
+            theirs, mine = known["logp"][here].double(), mine.double()
+            gap = theirs.exp() * (theirs - mine)
+            # 0 * log(0 / q) is 0; rounding can leave a sum of -1e-9, which no KL is.
+            add("kl", gap.where(theirs > -math.inf, 0).sum(-1).clamp(min=0))
+            add("same", best == known["best"][here])
+        else:
+            for name, values in (("tokens", where.int()), ("logp", mine), ("best", best)):
+                add(name, values)
+    joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    if kept and not known:
+        facts = {name: joined.pop(name).contiguous() for name in ("tokens", "logp", "best")}
+        kept.write_bytes(save(facts | {"vocabulary": torch.tensor(logits.shape[-1])}))
+    return joined | {"loss": joined["loss"].double()}

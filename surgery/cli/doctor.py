@@ -22,7 +22,7 @@ def examine() -> dict:
     import torch
 
     from surgery.io.demo_model import cache_folder
-    from surgery.io.loading import free_memory
+    from surgery.machine.device import free_memory
     from surgery.version import __version__
 
     return {

@@ -19,8 +19,9 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.check_code import FOREIGN, look_at_code
 from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 from surgery.io.files import sha256
-from surgery.io.loading import no_class, too_big
+from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
+from surgery.machine.device import too_big
 from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.perplexity import measure_at_rest
-from surgery.io.loading import loaded, refuse_pickle, too_big
+from surgery.io.loading import loaded, refuse_pickle
+from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
     from surgery.io.loading import Source

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.calibration.scoring import score_model
 from surgery.data.text import Text, load_text
 from surgery.data.text import windows as cut
 from surgery.errors import MachineError, SurgeryError
-from surgery.io.loading import read_config, read_tokenizer, refuse_pickle, score_model, too_big
+from surgery.io.loading import read_config, read_tokenizer, refuse_pickle
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
+from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
+from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
 from surgery.errors import SurgeryError
 from surgery.healing.trainer import rate_at
 from surgery.io.files import write_text
-from surgery.io.loading import read_config, score_model
+from surgery.io.loading import read_config
 from surgery.io.output_folder import weight_files
 from surgery.report.gate import gate
 from surgery.report.report import Report

@@ -76,7 +76,7 @@ def merge(adapted, vocabulary: int):
     Raises:
         TrainingError: the logits moved, or the updates hold NaN; checkpoints are kept.
     """
-    from surgery.io.loading import too_big
+    from surgery.machine.device import too_big
 
     parameters, several = list(adapted.parameters()), processes().num_processes
     device, numbers = parameters[0].device, sum(parameter.numel() for parameter in parameters)

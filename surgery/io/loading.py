@@ -1,13 +1,8 @@
-"""Running one model for its figures: load it, score a window of text, compare with what another model left.
-
-A scored window leaves in a file, for each predicted token, the `top_k` most probable next tokens and the mass
-of all others: `evaluation` needs only one model in memory at a time.
-"""
+"""Load a model, its config and its tokenizer; refuse what is no plain model of Transformers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,92 +19,6 @@ if TYPE_CHECKING:
 
 # False, not left out: with None, Transformers asks "run the code of this repository? [y/N]" on the terminal.
 STRICT = {"local_files_only": True, "trust_remote_code": False}
-LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
-ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
-
-
-def score_model(
-    source: Source,
-    pieces: torch.Tensor,
-    folder: Path | None,
-    top_k: int,
-    tick: Callable[[int], None],
-    allow_pickle: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Score every window with one model, which is gone from memory after the call if it was loaded here.
-
-    Args:
-        source: model folder, or loaded model (left in the mode it was in).
-        pieces: LongTensor [windows, length].
-        folder: where the windows' files are or will be; None keeps nothing and compares with nothing.
-        top_k: tokens to keep, at most the vocabulary.
-        tick: called with the number of windows done.
-        allow_pickle: see `load_model`.
-
-    Returns:
-        The vectors of `score_window`, joined over the windows.
-    """
-    import torch
-
-    scores: dict[str, list] = {}
-    with loaded(source, allow_pickle) as model:
-        for number, piece in enumerate(pieces):
-            kept = folder / f"{number}.safetensors" if folder else None
-            for name, values in score_window(model, piece, kept, top_k).items():
-                scores.setdefault(name, []).append(values)
-            tick(number + 1)
-    return {name: torch.cat(parts) for name, parts in scores.items()}
-
-
-def score_window(model, piece: torch.Tensor, kept: Path | None, top_k: int) -> dict[str, torch.Tensor]:
-    """Run one window of tokens [length]. Where there is no file `kept`, leave one; where there is, compare
-    with it.
-
-    Returns:
-        Vectors [length - 1]: "loss" (nats, float64); after a comparison also "kl" (nats, float64; see
-        `evaluate`) and "same" (bool: the same token is the most probable one).
-    """
-    import torch
-    from safetensors.torch import load, save
-
-    with torch.no_grad():
-        logits = model(input_ids=piece[None].to(model.device), use_cache=False).logits[0, :-1]
-    targets = piece[1:].to(logits.device)
-    known = load(kept.read_bytes()) if kept and kept.is_file() else None
-    if known and int(known["vocabulary"]) != logits.shape[-1]:
-        raise SurgeryError(f"base and out give {int(known['vocabulary'])} and {logits.shape[-1]} logits a token")
-    rows: dict[str, list] = {"loss": []}
-
-    def add(name: str, values: torch.Tensor) -> None:
-        rows.setdefault(name, []).append(values.cpu())
-
-    for first in range(0, len(targets), ROWS):
-        here = slice(first, first + ROWS)
-        logp = logits[here].float().log_softmax(-1)
-        add("loss", -logp.gather(-1, targets[here, None])[:, 0])
-        if not kept:
-            continue
-        # argmax, not topk's first: of two equal logits each may pick another, and a model must agree with
-        # itself.
-        best = logp.argmax(-1).cpu()
-        where = known["tokens"][here].to(logp.device).long() if known else logp.topk(top_k).indices
-        mine = logp.gather(-1, where)
-        rest = logp.scatter(-1, where, -math.inf).logsumexp(-1, keepdim=True)
-        mine = torch.cat([mine, rest], dim=-1).cpu()  # [rows, top_k + 1]
-        if known:
-            theirs, mine = known["logp"][here].double(), mine.double()
-            gap = theirs.exp() * (theirs - mine)
-            # 0 * log(0 / q) is 0; rounding can leave a sum of -1e-9, which no KL is.
-            add("kl", gap.where(theirs > -math.inf, 0).sum(-1).clamp(min=0))
-            add("same", best == known["best"][here])
-        else:
-            for name, values in (("tokens", where.int()), ("logp", mine), ("best", best)):
-                add(name, values)
-    joined = {name: torch.cat(parts) for name, parts in rows.items()}
-    if kept and not known:
-        facts = {name: joined.pop(name).contiguous() for name in ("tokens", "logp", "best")}
-        kept.write_bytes(save(facts | {"vocabulary": torch.tensor(logits.shape[-1])}))
-    return joined | {"loss": joined["loss"].double()}
 
 
 @contextmanager
@@ -232,38 +141,6 @@ def _reading(folder: Path) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SurgeryError(f"Transformers cannot load this: {first}", where=str(folder)) from error
-
-
-def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
-    """Why a model does not fit in memory, or "".
-
-    Args:
-        weights: its bytes on disk (0 for a model that is in memory already).
-        memory: bytes that may be used; default what is free now.
-        extra: bytes needed besides the model.
-    """
-    free = free_memory() if memory is None else memory
-    need = int(LOAD_OVERHEAD * weights) + extra
-    if free is None or need <= free:
-        return ""
-    return f"needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-
-
-def free_memory() -> int | None:
-    """Bytes that a process may still take, or None where the system does not say (all but Linux)."""
-    try:
-        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:  # a container's limit; page cache counts as used there, but can be given back
-        group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    except (OSError, KeyError, ValueError):  # no container, or "max": no limit
-        pass
-    return free
 
 
 def refuse_wrapped(model) -> None:

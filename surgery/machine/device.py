@@ -1,4 +1,4 @@
-"""What this machine's processor has instructions for."""
+"""What this machine has: instructions of its processor, free memory, the peak of a piece of work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 from contextlib import suppress
 from pathlib import Path
 
+LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
@@ -84,3 +85,35 @@ def _resident(name: str) -> int | None:
         return int(facts[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
+    """Why a model does not fit in memory, or "".
+
+    Args:
+        weights: its bytes on disk (0 for a model that is in memory already).
+        memory: bytes that may be used; default what is free now.
+        extra: bytes needed besides the model.
+    """
+    free = free_memory() if memory is None else memory
+    need = int(LOAD_OVERHEAD * weights) + extra
+    if free is None or need <= free:
+        return ""
+    return f"needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+
+
+def free_memory() -> int | None:
+    """Bytes that a process may still take, or None where the system does not say (all but Linux)."""
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:  # a container's limit; page cache counts as used there, but can be given back
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):  # no container, or "max": no limit
+        pass
+    return free

@@ -163,7 +163,7 @@ def _kv_heads(config) -> list[int]:
 def _refuse_too_big(weights: int, config, positions: int) -> None:
     """An estimate: weights of both models, and for the longest prompt the base's cache, while a layer of it is copied,
     and four tensors of a layer's width."""
-    from surgery.io.loading import too_big
+    from surgery.machine.device import too_big
 
     text = config.get_text_config()
     size = getattr(getattr(config, "dtype", None), "itemsize", None) or 4
