@@ -55,9 +55,9 @@ def apply(
     """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
     from surgery.api import apply as run
     from surgery.cli.render import model as show
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import summary as closing
     from surgery.cli.render import tables as results
+    from surgery.cli.render.console import progress_bar
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o OUT")
@@ -126,9 +126,9 @@ def heal(
 ) -> None:
     """Train a converted model to win back what the surgery took: tokens=1e6 method=lora loss=distill data=self."""
     from surgery.cli.render import model as show
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import summary as closing
     from surgery.cli.render import tables as results
+    from surgery.cli.render.console import progress_bar
     from surgery.healing.heal import heal as run
 
     if output is None:

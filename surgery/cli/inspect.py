@@ -106,8 +106,9 @@ def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: 
 
 
 def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, quiet: bool) -> None:
-    from surgery.cli.render import heads, progress_bar
+    from surgery.cli.render import heads
     from surgery.cli.render import sinks as show
+    from surgery.cli.render.console import progress_bar
     from surgery.report import plots as pictures
 
     if plot:

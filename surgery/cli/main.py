@@ -69,7 +69,7 @@ def main(args: list[str] | None = None) -> None:
     except SurgeryError as error:
         _fail(error, args)
     except BrokenPipeError:
-        from surgery.cli.render import reader_left
+        from surgery.cli.render.console import reader_left
 
         reader_left()
     except Exception as error:

@@ -21,8 +21,8 @@ def check(
 ) -> None:
     """Check a saved checkpoint: hashes, values, shapes, loading in a fresh process, generating."""
     from surgery.api import check as run
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as results
+    from surgery.cli.render.console import progress_bar
 
     with progress_bar(quiet or as_json) as progress:
         report = run(out, base, memory=None if memory is None else int(memory * 2**30), progress=progress)
@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles, or choices."""
     from surgery.api import evaluate as run
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as results
+    from surgery.cli.render.console import progress_bar
 
     _refuse_options(context, needles, choices, labelled is not None)
     if choices:
@@ -77,8 +77,8 @@ def evaluate(
 
 def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_json: bool, quiet: bool, drawn: dict):
     from surgery.api import evaluate_needles
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as needles
+    from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark.run import parse_lengths
     from surgery.report import plots as pictures
 
@@ -95,8 +95,8 @@ def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_jso
 
 def _choices(out: str, base: str | None, as_json: bool, quiet: bool, asked: dict) -> None:
     from surgery.api import evaluate_choices
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as choices
+    from surgery.cli.render.console import progress_bar
 
     with progress_bar(quiet or as_json) as progress:
         result = evaluate_choices(out, base, progress=progress, **asked)
@@ -147,8 +147,8 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time prefill and decoding beside the base, interleaved; count the cache's bytes and the peak of memory."""
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as results
+    from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import result as timings
     from surgery.evaluation.benchmark import run as speed
     from surgery.report import plots as pictures
@@ -171,8 +171,8 @@ def bench(
 
 
 def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write: bool, as_json: bool, quiet: bool):
-    from surgery.cli.render import progress_bar
     from surgery.cli.render import tables as calibration
+    from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import dense_below as calibrate
 
     with progress_bar(quiet or as_json) as progress:
@@ -222,7 +222,8 @@ def score(
     quiet: Quiet = False,
 ) -> None:
     """Measure which KV heads need the far past; the file serves `surgery apply duo-attention ... scores=FILE`."""
-    from surgery.cli.render import heads, progress_bar
+    from surgery.cli.render import heads
+    from surgery.cli.render.console import progress_bar
     from surgery.operations.duo_attention.scorers import score_to_file
     from surgery.report import plots as pictures
 

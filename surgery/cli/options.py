@@ -31,6 +31,6 @@ def emit(data: dict) -> None:
     try:
         typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))
     except BrokenPipeError:
-        from surgery.cli.render import reader_left
+        from surgery.cli.render.console import reader_left
 
         reader_left()

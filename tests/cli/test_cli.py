@@ -239,7 +239,7 @@ def test_a_name_is_printed_as_it_is(surgery, model):
 
 
 def test_a_difference_is_measured_and_not_passed(capsys):
-    from surgery.cli.render import STATUS_STYLE
+    from surgery.cli.render.console import STATUS_STYLE
     from surgery.cli.render.tables import checks
 
     checks([{"name": "logits against base", "status": "measured", "detail": "0.1 [b]at most[/b]"}])

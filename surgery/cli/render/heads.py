@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from surgery.cli.render import console
+from surgery.cli.render.console import console
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:

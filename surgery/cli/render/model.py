@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from surgery.cli.render import console, size
+from surgery.cli.render.console import console, size
 from surgery.conversion.plan import terms_held
 
 LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from surgery.cli.render import console
+from surgery.cli.render.console import console
 
 if TYPE_CHECKING:
     from surgery.calibration.sinks import SinkMap

@@ -8,7 +8,7 @@ import shlex
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.render import STATUS_STYLE, console
+from surgery.cli.render.console import STATUS_STYLE, console
 from surgery.operations.base import SURGICAL
 from surgery.report.card_sections import healed, searched
 from surgery.report.gate import damage

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.render import STATUS_STYLE, console, size
+from surgery.cli.render.console import STATUS_STYLE, console, size
 
 
 def checks(items: list[dict]) -> None:
