@@ -1,7 +1,7 @@
 """Which blocks of keys matter to which blocks of queries: the sums that sparse prefill's estimators choose by.
 
 All tokens are real, the queries are the last n of the N, and block boundaries are absolute, as in
-`surgery_blocks.Blocks`. The formulas are those of `surgery_estimate_pooled.block_mass` and
+`surgery_block_selection.Blocks`. The formulas are those of `surgery_estimate_pooled.block_mass` and
 `surgery_estimate_xattention.antidiagonal_mass`; no score outlives its tile here, so the memory is that of the result.
 """
 

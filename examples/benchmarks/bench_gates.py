@@ -79,7 +79,7 @@ def report(args, base, gated, length: int, active: float) -> None:
     import torch
 
     from surgery.runtime import modeling_surgery as runtime
-    from surgery.runtime.surgery_skipping import counted
+    from surgery.runtime.surgery_gated_compute import counted
 
     hidden = torch.randn(1, length, base.config.hidden_size)
     if args.decode:

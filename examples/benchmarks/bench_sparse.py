@@ -68,7 +68,7 @@ def layers(args, path, length: int, tokens) -> None:
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     from surgery.calibration.attention_hook import watched
-    from surgery.runtime.surgery_prefill import Sparse
+    from surgery.runtime.surgery_sparse_prefill import Sparse
 
     ways = {way: Sparse.of({"block": 128, **setting(way)}) for way in args.ways}
     found = {way: {"kept": [], "estimator": [], "all": [], "error": [], "read": []} for way in ways}

@@ -36,7 +36,7 @@ from surgery.evaluation.needles import run_needles
 from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch
-from surgery.runtime.surgery_prefill import Sparse
+from surgery.runtime.surgery_sparse_prefill import Sparse
 
 # Method -> (the setting that is sought, whether it is a whole number, least, most, settings that stay).
 KNOBS = {

@@ -3,6 +3,8 @@
 `Anatomy.of(x)` reads a checkpoint folder (its config and the safetensors headers, no weight), a loaded model
 or a bare config. What it does not understand it names: zero matches and partial matches are errors, a family
 that is only *like* a known one is said to be a guess.
+
+The facts of one attention layer, as plain as its family's row and its checkpoint say them.
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ def check_block(config, where: str) -> dict | None:
     """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
     if not hasattr(config, "surgery"):
         return None
-    from surgery.runtime.surgery_block import validate
+    from surgery.runtime.surgery_config import validate
 
     try:
         validate(config)

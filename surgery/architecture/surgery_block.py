@@ -74,8 +74,7 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from surgery.runtime import modeling_surgery as runtime
-    from surgery.runtime.surgery_block import parts_of
-    from surgery.runtime.surgery_parts import carry
+    from surgery.runtime.surgery_config import carry, parts_of
 
     kind = anatomy.model_type
     config, model = (

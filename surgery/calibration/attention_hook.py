@@ -16,8 +16,7 @@ from surgery.data.passkeys import Recall
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_heads import base_windows, kinds_of_heads, query_groups
-from surgery.runtime.surgery_masks import surgery_mask
+from surgery.runtime.surgery_visibility import base_windows, kinds_of_heads, query_groups, surgery_mask
 
 NAME = "surgery_watch"
 

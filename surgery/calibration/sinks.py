@@ -5,6 +5,8 @@ the mean weight that a key gets from the queries that see it, its column mean, i
 are those of Sun et al. 2024 (arXiv 2402.17762): above 100, and 1000 times the median of their hidden states.
 
 Streamed: attention weights are held for one block of queries of one text, never a whole map.
+
+The attention sinks of a model by name: text, tokenizer and model for `sink_map`.
 """
 
 from __future__ import annotations

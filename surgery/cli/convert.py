@@ -1,4 +1,7 @@
-"""Verbs that carry a recipe out: plan, apply, push."""
+"""Verbs that carry a recipe out: plan, apply, push.
+
+The verb that trains: heal.
+"""
 
 from __future__ import annotations
 

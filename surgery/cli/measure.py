@@ -1,4 +1,7 @@
-"""Verbs that measure what was made: check, eval, bench."""
+"""Verbs that measure what was made: check, eval, bench.
+
+The verb that measures heads: score.
+"""
 
 from __future__ import annotations
 

@@ -23,8 +23,7 @@ def look_at_code(folder: Path) -> tuple[str, str]:
         (status, detail): PASSED, it is what this version writes; NOTED, it is another version's, and as it was
         written; else FAILED.
     """
-    from surgery.runtime.surgery_block import parts_of
-    from surgery.runtime.surgery_parts import ENTRY, code_of
+    from surgery.runtime.surgery_config import ENTRY, code_of, parts_of
 
     config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
     named = read_json(folder / "config.json").get("auto_map") or {}

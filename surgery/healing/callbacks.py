@@ -1,4 +1,9 @@
-"""What is seen of a training while it runs: metrics.jsonl, progress, held-out scores, and when it ends early."""
+"""What is seen of a training while it runs: metrics.jsonl, progress, held-out scores, and when it ends early.
+
+A little held-out text that is scored while the model trains: the curve that is not of the training text.
+
+For a user's own Trainer: checkpoints that carry the record of the surgery, as `check` and `push` need it.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ The launcher says by its environment which engine it is (`accelerate launch --co
 DDP gives every process all; ZeRO-1 shares out the optimiser, ZeRO-2 gradients too, FSDP and ZeRO-3 weights too.
 
 The base of a distillation is shared out by none: every process holds it whole.
+
+Several processes of one training (accelerate launch, torchrun): the first one writes, the others train along.
 """
 
 from __future__ import annotations

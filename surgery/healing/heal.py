@@ -1,4 +1,7 @@
-"""`surgery.heal`: from a converted folder to a healed one, or a converted model in memory, healed in place."""
+"""`surgery.heal`: from a converted folder to a healed one, or a converted model in memory, healed in place.
+
+Healing of a converted model in memory, in place.
+"""
 
 from __future__ import annotations
 

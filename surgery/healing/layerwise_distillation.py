@@ -8,6 +8,12 @@ The error is |y − y'|² summed over tokens, each relative to the mean square o
 share of the same sum of |y|²: the first token's input is many times as large as others', and its error would rule.
 
 A layer that is not nearer to the base on rows that were held back gets its weights back.
+
+A student's attention, layer by layer, on what the base's layers were given.
+
+The base reads some rows. Then the student does, but each of its layers gives what the base's layer gave, so that the
+next one is given what the base's was; and of the layer only the attention runs. Neither the student's MLPs nor its
+head are computed, and no gradient goes from layer to layer.
 """
 
 from __future__ import annotations

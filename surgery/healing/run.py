@@ -1,4 +1,7 @@
-"""One training from data to merged weights: what the folder-to-folder way and the way in memory have in common."""
+"""One training from data to merged weights: what the folder-to-folder way and the way in memory have in common.
+
+What is asked of a training, and the rows that it reads.
+"""
 
 from __future__ import annotations
 

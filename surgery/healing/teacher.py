@@ -1,6 +1,15 @@
 """The base as the teacher of a converted model: run beside it, or asked once before and kept on disk.
 
 Both give the loss that `heal.loss` names. What it does not need is not computed: with `loss: ce` no teacher runs.
+
+A base's most probable tokens on disk, for every row that a student will see: one pass, then no teacher is needed.
+
+Of each prediction the k largest log-probabilities are kept, their tokens, and the log of the mass of all others, so
+that what is kept is a distribution over k + 1 outcomes. Rows are found again by a hash of their tokens and positions:
+in whatever order a training asks for them, it cannot get another row's.
+
+Files: `teacher.json` says what it was made of and with; each safetensors file holds some rows, and is complete or not
+there, so that a run that was killed goes on where it was.
 """
 
 from __future__ import annotations

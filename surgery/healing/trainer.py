@@ -2,6 +2,13 @@
 
 A checkpoint keeps the parameters that train, whatever the method, and what the Trainer adds: optimiser, schedule,
 random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
+
+Checkpoints of a training: which are whole, which is the last, and what a kill inside a write leaves.
+
+A checkpoint is a folder `checkpoint-STEP` that the Trainer fills. Its last file is COMPLETE, put there in one step: it
+lists the others with their sizes. A folder without it, or with a file of another size, was cut off and counts as none.
+
+How a training runs through its time: the learning rate, the clock, and which row comes when.
 """
 
 from __future__ import annotations

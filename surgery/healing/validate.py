@@ -1,4 +1,7 @@
-"""What can be refused before a model is converted, a text written or anything trained, not hours later."""
+"""What can be refused before a model is converted, a text written or anything trained, not hours later.
+
+What is healed: the converted model, the base it was made from, and what its record says.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a folder or a loaded model says about itself: its config, and a table of its tensors."""
+"""What a folder or a loaded model says about itself: its config, and a table of its tensors.
+
+Which of the base's other files come along.
+"""
 
 from __future__ import annotations
 

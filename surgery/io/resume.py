@@ -1,4 +1,9 @@
-"""Figures of a long measurement, kept in a file as they come, so that a run that was stopped goes on from there."""
+"""Figures of a long measurement, kept in a file as they come, so that a run that was stopped goes on from there.
+
+New weights of a long conversion, kept layer by layer, so that a run that was stopped goes on from there.
+
+What tells one model in memory from another: a hash of all its weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What this machine has: instructions of its processor, free memory, the peak of a piece of work."""
+"""What this machine has: instructions of its processor, free memory, the peak of a piece of work.
+
+The most memory that a piece of work takes beyond what was taken before it.
+
+On a GPU: PyTorch's own count. On Linux: the growth of resident memory, from the kernel's high-water mark, which is set
+back first. Elsewhere (macOS, Windows, a /proc that may not be written): not measured, and said so by None.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Parts of the model card: how to load, limits, how it was made, licence."""
+"""Parts of the model card: how to load, limits, how it was made, licence.
+
+The part of the model card that says how a model was healed, and how much of the damage came back.
+"""
 
 from __future__ import annotations
 

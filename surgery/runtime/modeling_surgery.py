@@ -2,10 +2,10 @@
 
 `SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
 `generate`, peft and the rest of Transformers work on it as on the base. This file, those it imports and the parts that
-the surgery uses (surgery_parts.py) travel with the checkpoint; they import torch and transformers alone. With
+the surgery uses (surgery_config.py) travel with the checkpoint; they import torch and transformers alone. With
 `trust_remote_code=True` a checkpoint needs nothing else.
 
-What the surgery did is in the config's `surgery` block (see surgery_block.py).
+What the surgery did is in the config's `surgery` block (see surgery_config.py).
 """
 
 from __future__ import annotations
@@ -28,11 +28,22 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
-from .surgery_block import FORMAT, IDENTITY, NAME, TERMS, head_kinds, parts_of, validate
 from .surgery_cache import CACHE, SurgeryCache, give_cache
-from .surgery_heads import query_groups
-from .surgery_masks import surgery_mask
-from .surgery_parts import ENTRY, FILES, OF_LAYERS, carry, part
+from .surgery_config import (
+    ENTRY,
+    FILES,
+    FORMAT,
+    IDENTITY,
+    NAME,
+    OF_LAYERS,
+    TERMS,
+    carry,
+    head_kinds,
+    part,
+    parts_of,
+    validate,
+)
+from .surgery_visibility import query_groups, surgery_mask
 
 PREFIX = "Surgery"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_blocks import Blocks, block_means, by_group, keep_top, widen
+from .surgery_block_selection import Blocks, block_means, by_group, keep_top, widen
 
 
 def block_topk(query, key, scale: float, block: int, *, top=8, votes: float = 0.0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_blocks import Blocks, block_means, by_group, keep_by_coverage, keep_top, widen
+from .surgery_block_selection import Blocks, block_means, by_group, keep_by_coverage, keep_top, widen
 from .surgery_estimate_pooled import block_mass
 from .surgery_estimate_vertical_slash import by_block, columns_and_diagonals, crossing, last_weights
 

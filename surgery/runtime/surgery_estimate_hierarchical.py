@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_blocks import CELLS, Blocks, block_means, keep_top, widen
+from .surgery_block_selection import CELLS, Blocks, block_means, keep_top, widen
 
 
 def hierarchical(

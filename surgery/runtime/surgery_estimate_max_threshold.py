@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_blocks import Blocks, block_means, keep, reduce_groups, widen
+from .surgery_block_selection import Blocks, block_means, keep, reduce_groups, widen
 from .surgery_estimate_pooled import block_mass
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from .surgery_blocks import Blocks, block_means, by_group, keep, reduce_groups, widen
+from .surgery_block_selection import Blocks, block_means, by_group, keep, reduce_groups, widen
 
 
 def pooled(
@@ -44,7 +44,7 @@ def pooled(
         key: [batch, KV heads, N, head_dim].
         scale: factor on q.k.
         block: tokens of a block.
-        gamma, density, alpha: one of the rules of `surgery_blocks.keep`, the others None.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
         queries: "each", "all" or "mean", see above.
         reduce: "sum" or "max" over the query heads of a KV head, or "none": a list for each query head.
         similarity: key blocks whose keys, normalised, have a mean product below this are kept and not weighed.

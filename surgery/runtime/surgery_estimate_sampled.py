@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .surgery_blocks import Blocks, by_group, keep, reduce_groups, widen
+from .surgery_block_selection import Blocks, by_group, keep, reduce_groups, widen
 
 
 def sampled(
@@ -33,7 +33,7 @@ def sampled(
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        gamma, density, alpha: one of the rules of `surgery_blocks.keep`, the others None.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
         every: distance of the sampled queries; it divides the block.
         reduce: "sum" or "max" over the query heads of a KV head, or "none": a list for each query head.
         local: nearest blocks that are kept, the diagonal one counted.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_blocks import Blocks
+from .surgery_block_selection import Blocks
 
 
 def streaming(query, key, scale, block: int, *, sinks=128, window=4096) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .surgery_blocks import Blocks, by_group, keep_top, widen
+from .surgery_block_selection import Blocks, by_group, keep_top, widen
 
 
 def vertical_slash(

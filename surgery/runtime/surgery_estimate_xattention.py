@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .surgery_blocks import Blocks, by_group, keep, reduce_groups, shares, widen
+from .surgery_block_selection import Blocks, by_group, keep, reduce_groups, shares, widen
 
 
 def xattention(
@@ -31,7 +31,7 @@ def xattention(
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        gamma, density, alpha: one of the rules of `surgery_blocks.keep`, the others None.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
         stride: tokens of a group; it divides the block. The cost is 1/stride of that of all scores.
         reduce: "none", or "sum" or "max" over the query heads of a KV head.
 

@@ -10,7 +10,8 @@
           with the largest weight is off, the others are on.
 
 A forward pre-hook of the attention module works the gate out, a pure function of its input: gradient checkpointing
-runs it twice. The attention function multiplies by it; surgery_skipping.py leaves out what would be multiplied by 0.
+runs it twice. The attention function multiplies by it; surgery_gated_compute.py
+leaves out what would be multiplied by 0.
 
 Sources: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842; Peng et al. 2020,
 "A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. Unlike there tau and b: a fitted router need not
@@ -25,8 +26,7 @@ from functools import cached_property
 import torch
 from torch.nn.functional import linear
 
-from .surgery_block import ROUTERS
-from .surgery_rows import gathered
+from .surgery_config import ROUTERS
 
 # A comparison with NaN would choose some heads without a word.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
@@ -178,11 +178,11 @@ class Call:
         loss: `load_balance` of the last forward in training mode.
         packed: what surgery_token.py keeps from token to token.
         work: multiply-adds are counted here, if anybody asks.
+        gathered: what the attention function calls where heads are off (surgery_gated_compute.py).
     """
 
-    gathered = staticmethod(gathered)  # what the attention function calls
-
-    def __init__(self):
+    def __init__(self, gathered=None):
+        self.gathered = gathered
         self.loss = self.work = self.packed = None
         self.clear()
 
@@ -191,10 +191,10 @@ class Call:
         self.gates = self.on = self.rows = None
 
     def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
-        return Call()
+        return Call(self.gathered)
 
     def __reduce__(self):
-        return Call, ()
+        return Call, (self.gathered,)
 
 
 def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

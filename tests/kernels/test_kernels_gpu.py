@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import BF16, CASES, FP32, brute, causal, made, ratio, seen_blocks
 
-from surgery.runtime.surgery_estimators import METHODS
+from surgery.runtime.surgery_block_selection import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 5e-3, "bf16": 1e-2}
@@ -78,7 +78,7 @@ def test_float32_is_not_tf32():
 @pytest.mark.parametrize("method", sorted({*METHODS} - {"by_head"}))
 def test_the_runtime_on_a_gpu_is_that_on_a_cpu(method):
     """Estimator, lists and attention, in float32."""
-    from surgery.runtime.surgery_prefill import Sparse
+    from surgery.runtime.surgery_sparse_prefill import Sparse
 
     query, key, value = (made(i, 1, heads, 700, 64, dtype=FP32) for i, heads in ((1, 6), (2, 3), (3, 3)))
     sparse = Sparse(method, 64, 128)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import one_thread  # noqa: F401
 
-from surgery.runtime.surgery_estimators import METHODS, choose, settings_problems, with_defaults
+from surgery.runtime.surgery_block_selection import METHODS, choose, settings_problems, with_defaults
 
 # heads, KV heads, tokens, queries (the last of them), block
 SHAPES = [
@@ -432,7 +432,8 @@ PIECEWISE = ["pooled", "sampled", "xattention", "block_topk", "max_threshold", "
 @pytest.mark.parametrize("method", PIECEWISE)
 def test_scores_made_in_pieces_give_the_same(method, sizes, monkeypatch):
     """XAttention's released code masks every key where the length is a multiple of its chunk (pad = 0)."""
-    from surgery.runtime import surgery_blocks, surgery_estimate_hierarchical
+    from surgery.runtime import surgery_block_selection as surgery_blocks
+    from surgery.runtime import surgery_estimate_hierarchical
 
     settings = dict(EVERY)[method]
     query, key = made(*sizes)

@@ -18,17 +18,15 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import surgery
 from surgery.io.files import sha256
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_parts
-from surgery.runtime.surgery_estimators import METHODS
+from surgery.runtime import surgery_config
+from surgery.runtime.surgery_block_selection import METHODS
 from surgery.runtime.surgery_gates import Gate
 
 HERE = Path(runtime.__file__).parent
 KERNEL = {"surgery_triton.py", "block_sparse_prefill.py"}  # of sparse prefill, from the package's kernels
 ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL
-CORE = {"modeling_surgery.py"} | {
-    f"surgery_{name}.py" for name in ("attention", "block", "cache", "heads", "masks", "parts", "softmax", "stores")
-}
-SPARSE = {"prefill", "sparse", "estimators", "blocks"}
+CORE = {"modeling_surgery.py"} | {f"surgery_{name}.py" for name in ("attention", "cache", "config", "visibility")}
+SPARSE = {"sparse_prefill", "block_selection"}
 GATE = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 4}
 ROUTERS = Gate.of(GATE, [3, 3, 3]).shapes(72)
 PATTERNS = [{"method": "streaming", "sinks": 16, "window": 16}] * 8
@@ -38,9 +36,9 @@ POOLED = {"method": "pooled", "block": 16, "density": 0.4}
 # What is done to both layers of the tiny Llama -> the files besides the core.
 CASES = {
     "split": (SPLIT, set()),
-    "gamma": ({"parameters": {"surgery_log_gamma": [9]}}, {"terms"}),
-    "act": ({"parameters": {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}}, {"terms", "sinks"}),
-    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"skipping", "gates", "rows", "token"}),
+    "gamma": ({"parameters": {"surgery_log_gamma": [9]}}, {"bias"}),
+    "act": ({"parameters": {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}}, {"bias", "act"}),
+    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates", "token"}),
     "pooled": ({"sparse": POOLED}, SPARSE | {"estimate_pooled"}),
     "flexprefill": (
         {"sparse": {"method": "flexprefill", "block": 16}},
@@ -52,7 +50,7 @@ CASES = {
     ),
     "all": (
         SPLIT | {"gate": GATE, "parameters": ROUTERS | {"surgery_log_gamma": [9]}, "sparse": POOLED},
-        SPARSE | {"estimate_pooled", "terms", "skipping", "gates", "rows", "token"},
+        SPARSE | {"estimate_pooled", "bias", "gated_compute", "gates", "token"},
     ),
 }
 IDS = torch.randint(3, 60, (1, 100), generator=torch.Generator().manual_seed(0))
@@ -144,7 +142,7 @@ def test_a_checkpoint_carries_what_it_uses(opened, name):
     root, models, answers, _ = opened
     assert answers[name] == ""
     wanted = CORE | {f"surgery_{part}.py" for part in CASES[name][1]}
-    wanted |= KERNEL if "prefill" in CASES[name][1] else set()
+    wanted |= KERNEL if "sparse_prefill" in CASES[name][1] else set()
     code = code_in(root / name)
     assert set(code) == wanted
     assert code_in(root / f"{name}-own") == code == code_in(root / f"{name}-again")
@@ -172,7 +170,7 @@ def test_from_the_hub_all_that_is_carried_is_fetched(opened):
 def test_code_of_the_base_takes_the_place_of_none(tiny_llama, tmp_path):
     """A base that was sparse by another version brings files of the same names."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    for name in ("surgery_sparse.py", *KERNEL):
+    for name in ("surgery_sparse_prefill.py", *KERNEL):
         (base / name).write_text("# of another version\n")
     given = {"check": False, "evaluate": False, "overrides": ["every=8", "block=16"]}
     surgery.apply("sparse-prefill", str(base), output=tmp_path / "out", **given)
@@ -183,17 +181,17 @@ def test_code_of_the_base_takes_the_place_of_none(tiny_llama, tmp_path):
 
 def test_code_that_did_not_come_along_is_named(opened):
     answer = opened[2]["lacking"]
-    assert "surgery_skipping.py did not come with this checkpoint" in answer
+    assert "surgery_gated_compute.py did not come with this checkpoint" in answer
     assert "surgery.load" in answer
 
 
 def test_every_file_is_the_cores_or_a_parts():
     found = {*CORE}
-    for name in surgery_parts.FILES:
-        found |= set(surgery_parts.code_of([name]))
+    for name in surgery_config.FILES:
+        found |= set(surgery_config.code_of([name]))
     assert found == ALL
-    assert set(surgery_parts.code_of([])) == CORE
-    assert set(METHODS) - {"by_head"} == set(surgery_parts.FILES) - {"terms", "sinks", "gate", "sparse", "kernel"}
+    assert set(surgery_config.code_of([])) == CORE
+    assert set(METHODS) - {"by_head"} == set(surgery_config.FILES) - {"terms", "sinks", "gate", "sparse", "kernel"}
 
 
 def test_a_split_alone_carries_less_than_half(opened):
@@ -205,7 +203,7 @@ def test_a_split_alone_carries_less_than_half(opened):
 @pytest.mark.parametrize("name", ["os", "../evil", "surgery_terms", ""])
 def test_no_other_name_is_imported(name):
     with pytest.raises(ValueError, match="there is no part"):
-        surgery_parts.part(name)
+        surgery_config.part(name)
 
 
 def test_a_part_that_is_used_no_longer_is_left_out(tiny_llama, tmp_path):
@@ -229,7 +227,7 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     made = surgery("apply", "streaming", model, "-o", "out", "sinks=2", "window=6", "--no-check", "--no-eval")
     assert made.code == 0, made.err
     out = tmp_path / "out"
-    assert looked_at(surgery("check", out, "--json")) == ("passed", "9 files, byte for byte this version's")
+    assert looked_at(surgery("check", out, "--json")) == ("passed", "5 files, byte for byte this version's")
     (out / "surgery_older.py").write_text("# a file that this version does not have\n")
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())

@@ -15,10 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.operations.sink_calibration.zero_tuning import first_tokens
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_rows as rows
-from surgery.runtime import surgery_skipping as skipping
+from surgery.runtime import surgery_gated_compute as rows
+from surgery.runtime import surgery_gated_compute as skipping
+from surgery.runtime.surgery_gated_compute import counted
 from surgery.runtime.surgery_gates import Call, Gate, load_balance, load_balance_loss, prepare
-from surgery.runtime.surgery_skipping import counted
 from surgery.runtime.surgery_token import prepare_token
 
 INTERFACE = sorted(name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name)

@@ -17,10 +17,10 @@ from head_split import WINDOW, kv_heads, operated, random_split
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_block
-from surgery.runtime.surgery_block import head_kinds
+from surgery.runtime import surgery_config as surgery_block
 from surgery.runtime.surgery_cache import SurgeryCache
-from surgery.runtime.surgery_heads import base_windows
+from surgery.runtime.surgery_config import head_kinds
+from surgery.runtime.surgery_visibility import base_windows
 
 
 @pytest.fixture

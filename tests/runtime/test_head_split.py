@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_attention as attention
-from surgery.runtime.surgery_softmax import fused
+from surgery.runtime.surgery_attention import fused
 
 COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
 FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]

@@ -12,7 +12,7 @@ from families import TINY, VOCAB, build, difference, double, logits_of, maker, o
 import surgery
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime.surgery_parts import code_of
+from surgery.runtime.surgery_config import code_of
 
 SHAPED = {"num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 BUDGET = [3, 1, 3]

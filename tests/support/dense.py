@@ -92,7 +92,7 @@ def random_terms(model, kind: str, seed: int, m: int = 2) -> list[dict]:
 def sparse_rows(sparse: dict, real: list[bool]) -> torch.Tensor:
     """Which keys the queries of a row may read in a prefill by blocks that sinks + window reach: bool [N, N].
 
-    What is written in surgery_prefill.py, token by token: block edges from the first real token; a block of queries
+    As surgery_sparse_prefill.py says, token by token: block edges from the first real token; a block of queries
     that lies in no one call, or ends by `dense_below`, or holds one of the call's last rows, reads all, and so does
     one of whose blocks more than 0.6 are kept.
     """

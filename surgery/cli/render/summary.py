@@ -1,4 +1,7 @@
-"""The lines that `apply` ends with: what changed, what a search found, what it cost, what to type next."""
+"""The lines that `apply` ends with: what changed, what a search found, what it cost, what to type next.
+
+What `surgery ls` prints: recipes with the operations they use, operations with their fields and legal values.
+"""
 
 from __future__ import annotations
 

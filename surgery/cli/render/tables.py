@@ -1,4 +1,11 @@
-"""What was measured, checked, pushed or found, as tables."""
+"""What was measured, checked, pushed or found, as tables.
+
+Multiple choice as lines: how many are right, base beside patched, and where the two differ.
+
+Needles as a table and as a picture: depth x length, base beside patched.
+
+What a calibration of sparse prefill found, as a table.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,14 @@
 """Base and patched model for a benchmark: loaded, or random ones of their shape; what does not belong together is
 refused.
+
+Prompts of a benchmark: text where the weights are a model's own, random tokens where they are random.
+
+What a router turns on, and which blocks a sparse prefill reads, follows from the text: random tokens would time
+something else.
+
+Random models of a real model's shape: for lengths beyond its positions, where only time and memory mean anything.
+
+Weights do not change how long attention takes; the number of heads, their visibility and the length do.
 """
 
 from __future__ import annotations
@@ -129,7 +138,7 @@ def split_facts(config) -> dict[str, Any] | None:
 def gate_facts(config) -> dict[str, Any] | None:
     """The gates of a config in figures; None where no layer has one."""
     from surgery.runtime.surgery_gates import Gate
-    from surgery.runtime.surgery_heads import query_groups
+    from surgery.runtime.surgery_visibility import query_groups
 
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     gates = [Gate.of(layer["gate"], query_groups(config, layer)) for layer in layers if "gate" in layer]
@@ -155,7 +164,7 @@ def sparse_facts(config) -> dict[str, Any] | None:
 
 def _kv_heads(config) -> list[int]:
     """KV heads of each layer of a surgical config."""
-    from surgery.runtime.surgery_heads import query_groups
+    from surgery.runtime.surgery_visibility import query_groups
 
     return [len(query_groups(config, layer)) for layer in config.surgery["layers"]]
 

@@ -176,7 +176,7 @@ def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
-    from surgery.runtime.surgery_skipping import counted
+    from surgery.runtime.surgery_gated_compute import counted
 
     with torch.no_grad():
         with PeakMemory(place) as peak, counted(model) as work:

@@ -1,4 +1,7 @@
-"""One layer's KV heads shared in closed form, from what was seen of it on a calibration text."""
+"""One layer's KV heads shared in closed form, from what was seen of it on a calibration text.
+
+What is known of a layer before its KV heads are shared, and the settings of what is fitted to it.
+"""
 
 from __future__ import annotations
 

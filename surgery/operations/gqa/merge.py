@@ -1,4 +1,18 @@
-"""What every merge of KV heads is made of: who shares with whom, and weights with their biases as one matrix."""
+"""What every merge of KV heads is made of: who shares with whom, and weights with their biases as one matrix.
+
+Generalised Procrustes: turn the heads of a group towards each other before they are merged.
+
+Only turns that leave the model as it is are allowed (Jin et al. 2024, arXiv 2412.20677):
+
+- keys under RoPE: RoPE multiplies the complex number z_f of a channel pair by a phase, and of all linear maps
+  on one pair only multiplication by a complex number commutes with that; of those, the ones that keep lengths
+  are the rotations e^{i phi_f}, one a frequency. The score is Re(q conj(k)), so the queries that read the head
+  are turned by the *same* angle.
+- keys without RoPE (or the channels that a partial RoPE leaves alone): any orthogonal matrix, queries likewise.
+- values: any orthogonal matrix, undone in W_O.
+
+All in float64. A turn is a matrix [d, d]; the first head of a group is the reference and keeps the identity.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,14 @@ to the base's. Every sixth sequence is held back: it chooses ridges and stops th
 projections then count it, too.
 
 Memory beyond the model: `closed_form_cost.Calibration`.
+
+A calibration text put through a model twice, layer by layer: as the base is, and as the model will be.
+
+Later layers of the converted model meet what the earlier ones really give, and are fitted to what the base did on the
+base's own activations: errors are mended, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
+
+The new layer is never built: its heads' outputs are given to the old module in place of its own, so that no shape in
+the model changes while it is measured. Memory: `closed_form_cost.Calibration`.
 """
 
 from __future__ import annotations

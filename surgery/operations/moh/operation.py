@@ -2,6 +2,13 @@
 
 Source: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842. Unlike its code:
 which heads are shared is measured, the router starts from data without training, and what is off is not computed.
+
+What moh and mae share: the text they measure on, and gates put into a model.
+
+A mixture of h - 1 heads: for each token the head that it needs least is off, or all but it count a little more.
+
+Source: Peng et al. 2020, "A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. Unlike there the weights
+follow from each token and not from the mean of a text, which a decoder does not know yet.
 """
 
 from __future__ import annotations
@@ -70,7 +77,7 @@ class Gated(Operation):
         Args:
             counts: of each gated layer, how many of its units are on for a token, and how many it has.
         """
-        from surgery.runtime.surgery_skipping import SHARE
+        from surgery.runtime.surgery_gated_compute import SHARE
 
         notes = []
         if whole := sum(on > SHARE * units for on, units in counts):

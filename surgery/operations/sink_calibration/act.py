@@ -17,8 +17,8 @@ import torch
 from surgery.calibration.attention_hook import watched
 from surgery.calibration.sinks import other_sinks, received
 from surgery.operations.sink_calibration.zero_tuning import Trial, frozen, gradients, parameters_of
+from surgery.runtime.surgery_act import probe_features, probe_scores
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_sinks import probe_features, probe_scores
 
 RIDGE = 1e-4  # of the mean square of the features
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of the heads whose slope says that less weight on sinks helps

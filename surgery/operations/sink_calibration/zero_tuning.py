@@ -18,7 +18,7 @@ from surgery.calibration.attention_hook import watched
 from surgery.io.resume import Found
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_terms import scores
+from surgery.runtime.surgery_bias import scores
 
 LABELLED = "labelled"  # the objective of questions
 GRID = (1.1, 1.25, 1.5, 2.0)  # each 1 / gamma is tried, too

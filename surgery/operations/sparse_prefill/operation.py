@@ -157,7 +157,7 @@ class SparsePrefill(Operation):
         return self.method == "by_head" and self.patterns is None
 
     def _faults_of_settings(self, anatomy: Anatomy) -> list[str]:
-        from surgery.runtime.surgery_prefill import problem_of
+        from surgery.runtime.surgery_sparse_prefill import problem_of
 
         own, found = set(self._entry({})), []
         known = own | set(type(self).model_fields) - NOT_OF_A_LAYER
@@ -203,7 +203,7 @@ class SparsePrefill(Operation):
         return {name: value for name, value in entry.items() if name != "density"} | {"patterns": patterns}
 
     def plan(self, anatomy: Anatomy) -> Change:
-        from surgery.runtime.surgery_estimators import METHODS as KNOWN
+        from surgery.runtime.surgery_block_selection import METHODS as KNOWN
 
         layers = self.term_layers(anatomy)
         entries = {layer: self._entry(self.per_layer.get(layer, {})) for layer in layers}
@@ -245,7 +245,7 @@ class SparsePrefill(Operation):
         """How much of a prompt is read, where the settings alone say it."""
         import torch
 
-        from surgery.runtime.surgery_prefill import Sparse
+        from surgery.runtime.surgery_sparse_prefill import Sparse
 
         sparse = Sparse.of(entry)
         if "density" not in entry and self.method not in ("streaming", "tri_shape"):

@@ -1,6 +1,6 @@
 """Which sparse pattern suits each head: the search of MInference, on the blocks that sparse prefill really reads.
 
-A pattern is a method of `surgery_estimators` with its settings. Those of a head compete at equal cost: among the
+A pattern is a method of `surgery_block_selection` with its settings. Those of a head compete at equal cost: among the
 patterns that read at most a given share of the causal blocks, the one whose blocks hold most of the attention weight,
 mean over rows of real text. The weights of some rows alone are held, never those of all: [rows, n], not [n, n].
 
@@ -20,8 +20,8 @@ from surgery.data.passkeys import calibration_pieces
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_estimators import settings_problems
-from surgery.runtime.surgery_prefill import Sparse
+from surgery.runtime.surgery_block_selection import settings_problems
+from surgery.runtime.surgery_sparse_prefill import Sparse
 
 SPARED = 0.02  # a pattern may cost so much more than asked for, as a share of it: costs move with the text
 

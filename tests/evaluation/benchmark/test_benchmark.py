@@ -149,7 +149,7 @@ def test_native_checkpoint_has_two_rows(surgery, model, tmp_path):
 
 
 def test_a_gate_is_off_for_the_full_model_and_counted_for_the_patched_one(surgery, model, tmp_path, monkeypatch):
-    from surgery.runtime import surgery_skipping
+    from surgery.runtime import surgery_gated_compute as surgery_skipping
 
     fields = ("active_ratio=0.5", "calibration_samples=4", "calibration_length=32", "router=random")
     done = surgery("apply", "moh", model, "-o", "moh", "--no-check", "--no-eval", "--no-gate", *fields)

@@ -11,7 +11,7 @@ import surgery
 from surgery.calibration.head_scores import HeadScores
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import run_doors
-from surgery.runtime.surgery_parts import code_of
+from surgery.runtime.surgery_config import code_of
 
 SPLIT = (
     "streaming_ratio=0.5",

@@ -23,7 +23,7 @@ from surgery.operations.sink_calibration import zero_tuning as first_token
 from surgery.operations.sink_calibration.act import agreement, best_cut, choose_heads, set_probes
 from surgery.operations.sink_calibration.zero_tuning import Trial, gradients
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime.surgery_sinks import MOST, scale_share
+from surgery.runtime.surgery_act import MOST, scale_share
 
 # --- the closed form ------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from families import TINY, TOKENS, check_both_doors, double, one_thread, open_do
 from sink_terms import FAMILIES, SPLITS, WINDOW, entries, operated, random_attention
 
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime.surgery_terms import add_keys, scale_key
+from surgery.runtime.surgery_bias import add_keys, scale_key
 
 
 @pytest.fixture(scope="module")

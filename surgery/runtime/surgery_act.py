@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .surgery_stores import KeyValues
+from .surgery_cache import KeyValues
 
 MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to: its bias is that of a row with so much
 ROWS = 256  # queries whose scores with the sinks are held at once

@@ -5,7 +5,7 @@ anew, or with more keys, follows in closed form; no attention matrix is held.
 
     weight of the first token times gamma    out' = (out + (gamma - 1) a v) / (1 + (gamma - 1) a), a its weight in out
     m more keys                              out' = w_0 out + sum over them of w_j v'_j, w = softmax([lse, logits])
-    other sinks' weight times beta           surgery_sinks.py
+    other sinks' weight times beta           surgery_act.py
 
 Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (gamma); gpt_oss's learned sinks (a logit without a value);
 Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
@@ -19,11 +19,10 @@ from functools import partial
 
 import torch
 
-from .surgery_block import TERMS, all_whole
-from .surgery_heads import HeadKinds
-from .surgery_parts import part
-from .surgery_softmax import add_keys
-from .surgery_stores import KeyValues
+from .surgery_attention import add_keys
+from .surgery_cache import KeyValues
+from .surgery_config import TERMS, all_whole, part
+from .surgery_visibility import HeadKinds
 
 
 def scale_key(out, lse, logit, value, log_gamma, seen=None):
@@ -61,7 +60,7 @@ class Terms:
             the logit is the score; without values they are 0.
         stand_in: the virtual keys are seen only by queries that lost their row's first token to a narrower window than
             the base's own.
-        scale_sinks: of surgery_sinks.py, where there is a log_beta.
+        scale_sinks: of surgery_act.py, where there is a log_beta.
     """
 
     log_gamma: torch.Tensor | None = None

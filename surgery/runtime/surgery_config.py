@@ -12,21 +12,34 @@ The block is all that the code needs to know of a surgery, besides the weights:
                                where all are read by equally many), and the shape of each parameter that differs,
                                by its name in the attention module
     parameters, stand_in       parameters that the surgery gave to the attention module, name -> shape, and whether
-                               virtual keys are for queries alone that do not see the first token (surgery_terms.py)
+                               virtual keys are for queries alone that do not see the first token (surgery_bias.py)
     gate                       which heads are on for a token (surgery_gates.py): {"kind": "moh", "unit": "head" or
                                "kv_group", "shared": [units that are always on], "active": routed units that are on},
                                or {"kind": "mae", "hard": ..., "rescale": ...}
-    sparse                     which blocks of keys the full heads read of a prompt (surgery_prefill.py)
+    sparse                     which blocks of keys the full heads read of a prompt (surgery_sparse_prefill.py)
     query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
                                nothing that runs reads them
+
+The parts of this code that only some checkpoints need, and the files that a checkpoint carries.
+
+What every surgical model runs is imported as usual. A part is looked up by its name where a layer's entry in the
+`surgery` block uses it, so that a checkpoint may come without the parts that it does not use. Transformers takes a
+checkpoint's code by its text: the file that config.json names, and those that it finds imported there. So a
+checkpoint's copy of this file ends with an import of each part that it carries, which never runs.
 """
 
 from __future__ import annotations
 
-import transformers
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
-from .surgery_heads import HeadKinds, base_windows, kinds_of_heads, query_groups
-from .surgery_parts import FILES, OF_LAYERS, part
+import transformers
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .surgery_visibility import HeadKinds, base_windows, kinds_of_heads, query_groups
 
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 21), (6, 0))  # from, before; 5.20 drops the soft-cap of gemma2 under SDPA
@@ -135,7 +148,7 @@ def _attached(layer: dict) -> set[str]:
 
 
 def parts_of(layers: list[dict]) -> set[str]:
-    """The parts of this code that layers use, whose entries are right: names of `surgery_parts.FILES`."""
+    """The parts of this code that layers use, whose entries are right: names of `surgery_config.FILES`."""
     used = set()
     for layer in layers:
         used |= _attached(layer)
@@ -153,3 +166,68 @@ def is_whole(value, least: int) -> bool:
 def all_whole(values, least: int) -> bool:
     """Whether a value is a list of whole numbers from `least` on."""
     return isinstance(values, list) and all(is_whole(value, least) for value in values)
+
+
+ENTRY = "modeling_surgery"  # what config.json names
+OF_LAYERS = ("terms", "gate", "sparse")  # what an entry may have: the part's `attach` gives it to a module
+FILES = {
+    "terms": "surgery_bias",
+    "sinks": "surgery_act",
+    "gate": "surgery_gated_compute",
+    "sparse": "surgery_sparse_prefill",
+    "kernel": "block_sparse_prefill",  # of the package's kernels; with "sparse"
+    # The ways to choose blocks in sparse prefill. `by_head`, which uses others, comes with "sparse".
+    "block_topk": "surgery_estimate_block_topk",
+    "flexprefill": "surgery_estimate_flexprefill",
+    "hierarchical": "surgery_estimate_hierarchical",
+    "max_threshold": "surgery_estimate_max_threshold",
+    "pooled": "surgery_estimate_pooled",
+    "sampled": "surgery_estimate_sampled",
+    "streaming": "surgery_estimate_streaming",
+    "tri_shape": "surgery_estimate_streaming",
+    "vertical_slash": "surgery_estimate_vertical_slash",
+    "xattention": "surgery_estimate_xattention",
+}
+LIST = b"\n\nif False:  # read by Transformers, which takes what it finds imported here\n"
+
+
+@cache
+def part(name: str):
+    """The module of a part.
+
+    Raises:
+        ValueError: no part has this name, or the checkpoint that this code came with does not use it.
+    """
+    if name not in FILES:
+        raise ValueError(f"there is no part {name!r} of a surgery; there is: {', '.join(FILES)}")
+    if (spec := _spec(FILES[name])) is None:
+        raise ValueError(
+            f"the surgery block uses {name!r}, and its code {FILES[name]}.py did not come with this checkpoint: load "
+            "it with surgery.load and save it again"
+        )
+    return import_module(spec.name)
+
+
+def _spec(file: str):
+    """Where a file of code is: a checkpoint has all beside this one, the package its kernels elsewhere; or None."""
+    here = find_spec(f".{file}", __package__)
+    return here or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
+
+
+def code_of(parts: Iterable[str]) -> dict[str, bytes]:
+    """The files of code that a checkpoint with these parts carries: name -> content."""
+    files = sorted({FILES[name] for name in parts})
+    roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
+    found = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
+    code = {path.name: path.read_bytes() for path in sorted(found)}
+    own = Path(__file__).name
+    code[own] = code[own].partition(LIST)[0]
+    if files:
+        code[own] += LIST + "".join(f"    from .{file} import *\n" for file in files).encode()
+    return code
+
+
+def carry(parts: Iterable[str], folder: str | Path) -> None:
+    """Put the code that a checkpoint with these parts carries in its folder."""
+    for name, content in code_of(parts).items():
+        (Path(folder) / name).write_bytes(content)
