@@ -13,16 +13,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .version import __version__
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
-    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.weights import AttentionLayer
     from surgery.config.recipe import Recipe
+    from surgery.conversion.plan import Plan
     from surgery.errors import CheckError, GateError, MachineError, SurgeryError
     from surgery.healing.callbacks import SurgeryCallback
     from surgery.healing.heal import heal
-    from surgery.operations.base import Change, Operation, WeightRewrite
+    from surgery.operations.base import ApplyContext, Operation, PlannedChange, WeightRewrite
     from surgery.report.report import Report
     from surgery.runtime import register
 
@@ -35,7 +37,7 @@ _PUBLIC = {
     "evaluate_choices": "api",
     "evaluate_needles": "api",
     "heal": "healing.heal",
-    "SurgeryCallback": "healing.trainer_callback",
+    "SurgeryCallback": "healing.callbacks",
     "load": "api",
     "save": "api",
     "push": "api",
@@ -45,7 +47,11 @@ _PUBLIC = {
     "Recipe": "config.recipe",
     "Operation": "operations.base",
     "WeightRewrite": "operations.base",
-    "Change": "operations.base",
+    "PlannedChange": "operations.base",
+    "ApplyContext": "operations.base",
+    "AttentionLayer": "architecture.weights",
+    "LayerAnatomy": "architecture.anatomy",
+    "Plan": "conversion.plan",
     "SurgeryError": "errors",
     "GateError": "errors",
     "CheckError": "errors",
@@ -53,11 +59,15 @@ _PUBLIC = {
 }
 __all__ = [
     "Anatomy",
-    "Change",
+    "ApplyContext",
+    "AttentionLayer",
     "CheckError",
     "GateError",
+    "LayerAnatomy",
     "MachineError",
     "Operation",
+    "Plan",
+    "PlannedChange",
     "Recipe",
     "Report",
     "SurgeryCallback",
@@ -78,7 +88,11 @@ __all__ = [
 ]
 
 
+_OLD_NAMES = {"Change": "PlannedChange"}  # still understood
+
+
 def __getattr__(name: str):
+    name = _OLD_NAMES.get(name, name)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
     value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -11,10 +11,9 @@ from surgery.conversion.plan import Plan, make_plan
 from surgery.errors import SurgeryError
 from surgery.io.files import published
 from surgery.io.safetensors import header_table
+from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
-
-Progress = Callable[[int, int, str], None]
 
 
 def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequence[str] = (), **fields) -> Plan:
@@ -114,7 +113,7 @@ def apply(
     if engine not in ("auto", "streaming", "loaded"):
         raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
     from surgery.conversion.convert import convert
-    from surgery.evaluation.run import judge, refuse_unscorable
+    from surgery.evaluation.run import evaluate_report, refuse_unscorable
 
     scored = resolved.evaluate if evaluate else None
     refuse = None if scored is None else lambda folder: refuse_unscorable(folder, scored)
@@ -129,7 +128,7 @@ def apply(
         _check(report, None, progress=progress)
         report.save()
     if scored is not None and (not check or report.data["check"]["passed"]):
-        judge(report, base, scored, progress, allow_pickle)
+        evaluate_report(report, base, scored, progress, allow_pickle)
     if not gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
     report.save()

@@ -41,7 +41,7 @@ def apply_and_heal(
     refuse=None,
 ) -> Report | None:
     """As `surgery.apply`; None in all processes but the first."""
-    from surgery.evaluation.run import judge
+    from surgery.evaluation.run import evaluate_report
 
     ranks, out = Ranks(), Path(os.path.abspath(output))
     unhealed = out.with_name(f"{out.name}.unhealed")
@@ -84,7 +84,7 @@ def apply_and_heal(
             refuse=refuse_all,
         )
         if evaluate and recipe.evaluate is not None and converted.data["evaluation"] is None:
-            judge(converted, base, recipe.evaluate, progress, allow_pickle)
+            evaluate_report(converted, base, recipe.evaluate, progress, allow_pickle)
             converted.save()
     ranks.wait()
     if not ranks.first:

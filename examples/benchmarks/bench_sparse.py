@@ -67,7 +67,7 @@ def layers(args, path, length: int, tokens) -> None:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from surgery.calibration.attention_hook import watched
+    from surgery.calibration.attention_hook import hook_attention
     from surgery.runtime.surgery_sparse_prefill import Sparse
 
     ways = {way: Sparse.of({"block": 128, **setting(way)}) for way in args.ways}
@@ -100,7 +100,7 @@ def layers(args, path, length: int, tokens) -> None:
         row["all"].append(seconds)
 
     model, note = load(path, length)
-    with torch.no_grad(), watched(model, attend):
+    with torch.no_grad(), hook_attention(model, attend):
         model.model(input_ids=tokens)
     base = statistics.mean(dense_times)
     print(f"\n{length:,} tokens{note}, layers {args.layers}: dense attention {base * 1e3:,.0f} ms a layer\n")

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import surgery
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.data.haystack import make_needles
 from surgery.data.text import load_text, windows
 from surgery.evaluation.needles import run_needles
@@ -66,7 +66,7 @@ def watch(model, tokens, layers: list[int]) -> list[tuple]:
             found.append((module, query, key, value, scaling, module.o_proj(out.flatten(2))))
         return out, None
 
-    with watched(model, attend):
+    with hook_attention(model, attend):
         model.model(input_ids=tokens)
     return found
 

@@ -74,13 +74,13 @@ def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> di
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from surgery.runtime import modeling_surgery as runtime
-    from surgery.runtime.surgery_config import carry, parts_of
+    from surgery.runtime.surgery_config import export_files, parts_of
 
     kind = anatomy.model_type
     config, model = (
         runtime.PREFIX + names[kind] for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
-    carry(parts_of(entries), folder)
+    export_files(parts_of(entries), folder)
     return raw | {
         "model_type": runtime.NAME,
         "architectures": [model],

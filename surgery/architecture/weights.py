@@ -25,7 +25,7 @@ class AttentionLayer:
     """The attention weights of one layer.
 
     Attributes:
-        facts: heads, KV heads, head size, RoPE and norms of this layer.
+        anatomy: heads, KV heads, head size, RoPE and norms of this layer.
         q [H, d, D], k [G, d, D], v [G, d, D], o [D, H, d]: projections.
         q_bias [H, d], k_bias [G, d], v_bias [G, d]: biases, or None. The output bias belongs to no head and
             is left where it is.
@@ -34,7 +34,7 @@ class AttentionLayer:
         sinks [H]: learned sink logits, or None.
     """
 
-    facts: LayerAnatomy
+    anatomy: LayerAnatomy
     q: Tensor
     k: Tensor
     v: Tensor
@@ -48,7 +48,7 @@ class AttentionLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Part name -> tensor, for the parts that this layer has."""
-        parts = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "facts")
+        parts = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "anatomy")
         return {name: tensor for name, tensor in parts if tensor is not None}
 
     def replace(self, **parts) -> AttentionLayer:
@@ -67,41 +67,41 @@ class AttentionLayer:
         return replace(self, **{name: fresh(tensor) for name, tensor in self.tensors().items()})
 
 
-def unpack(facts: LayerAnatomy, tensors: dict[str, Tensor]) -> AttentionLayer:
+def unpack(anatomy: LayerAnatomy, tensors: dict[str, Tensor]) -> AttentionLayer:
     """Canonical form of one layer.
 
     Args:
-        facts: the layer's anatomy.
+        anatomy: the layer's anatomy.
         tensors: name relative to the attention module ("q_proj.weight") -> tensor, as stored.
     """
-    layout = facts.layout
+    layout = anatomy.layout
     parts: dict[str, Tensor] = {}
     if layout.qkv is None:
-        for part, heads in _heads(facts).items():
+        for part, heads in _heads(anatomy).items():
             name = getattr(layout, part)
             weight = _rows_first(layout, tensors[f"{name}.weight"])
-            parts[part] = weight.reshape(heads, facts.head_dim, -1)
+            parts[part] = weight.reshape(heads, anatomy.head_dim, -1)
             if f"{name}.bias" in tensors:
-                parts[f"{part}_bias"] = tensors[f"{name}.bias"].reshape(heads, facts.head_dim)
+                parts[f"{part}_bias"] = tensors[f"{name}.bias"].reshape(heads, anatomy.head_dim)
     else:
-        parts |= _split(facts, _rows_first(layout, tensors[f"{layout.qkv}.weight"]), "")
+        parts |= _split(anatomy, _rows_first(layout, tensors[f"{layout.qkv}.weight"]), "")
         if f"{layout.qkv}.bias" in tensors:
-            parts |= _split(facts, tensors[f"{layout.qkv}.bias"], "_bias")
-    parts["o"] = _rows_first(layout, tensors[f"{layout.o}.weight"]).reshape(-1, facts.heads, facts.head_dim)
-    if facts.norm_per_head:
-        for part, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
-            names = norm_names(facts, part, heads)
+            parts |= _split(anatomy, tensors[f"{layout.qkv}.bias"], "_bias")
+    parts["o"] = _rows_first(layout, tensors[f"{layout.o}.weight"]).reshape(-1, anatomy.heads, anatomy.head_dim)
+    if anatomy.norm_per_head:
+        for part, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
+            names = norm_names(anatomy, part, heads)
             weights = [tensors[name] for name in names]
             stacked = weights[0] if len(weights) == 1 else _stack(weights)
-            parts[part] = stacked.reshape(heads, facts.head_dim)
+            parts[part] = stacked.reshape(heads, anatomy.head_dim)
     if layout.sinks:
         parts["sinks"] = tensors[layout.sinks]
-    return AttentionLayer(facts, **parts)
+    return AttentionLayer(anatomy, **parts)
 
 
 def pack(layer: AttentionLayer) -> dict[str, Tensor]:
-    """The stored tensors of one layer: the inverse of `unpack`, for the layout in `layer.facts`."""
-    facts, layout = layer.facts, layer.facts.layout
+    """The stored tensors of one layer: the inverse of `unpack`, for the layout in `layer.anatomy`."""
+    anatomy, layout = layer.anatomy, layer.anatomy.layout
     tensors: dict[str, Tensor] = {}
     if layout.qkv is None:
         for part in ("q", "k", "v"):
@@ -110,53 +110,53 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.flatten()
     else:
-        joined = _join(facts, layer.q, layer.k, layer.v)
+        joined = _join(anatomy, layer.q, layer.k, layer.v)
         tensors[f"{layout.qkv}.weight"] = _rows_first(layout, joined)
         if layer.q_bias is not None:
-            tensors[f"{layout.qkv}.bias"] = _join(facts, layer.q_bias, layer.k_bias, layer.v_bias)
+            tensors[f"{layout.qkv}.bias"] = _join(anatomy, layer.q_bias, layer.k_bias, layer.v_bias)
     tensors[f"{layout.o}.weight"] = _rows_first(layout, layer.o.flatten(1))
-    for part, heads in (("q_norm", facts.heads), ("k_norm", facts.kv_heads)):
+    for part, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
         weight = getattr(layer, part)
         if weight is not None:
-            names = norm_names(facts, part, heads)
-            if facts.qk_norm == "modules":
+            names = norm_names(anatomy, part, heads)
+            if anatomy.qk_norm == "modules":
                 tensors |= dict(zip(names, weight.unbind(0), strict=True))
             else:
-                tensors[names[0]] = weight.flatten() if facts.qk_norm == "whole" else weight
+                tensors[names[0]] = weight.flatten() if anatomy.qk_norm == "whole" else weight
     if layer.sinks is not None:
         tensors[layout.sinks] = layer.sinks
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def part_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that a layer of `facts` must have; `like` tells which parts there are, and the hidden size."""
+def part_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that a layer of `anatomy` must have; `like` tells which parts there are, and the hidden size."""
     hidden = like.q.shape[-1]
     shapes = {
-        "q": (facts.heads, facts.head_dim, hidden),
-        "k": (facts.kv_heads, facts.head_dim, hidden),
-        "v": (facts.kv_heads, facts.head_dim, hidden),
-        "o": (like.o.shape[0], facts.heads, facts.head_dim),
-        "q_bias": (facts.heads, facts.head_dim),
-        "k_bias": (facts.kv_heads, facts.head_dim),
-        "v_bias": (facts.kv_heads, facts.head_dim),
-        "q_norm": (facts.heads, facts.head_dim),
-        "k_norm": (facts.kv_heads, facts.head_dim),
-        "sinks": (facts.heads,),
+        "q": (anatomy.heads, anatomy.head_dim, hidden),
+        "k": (anatomy.kv_heads, anatomy.head_dim, hidden),
+        "v": (anatomy.kv_heads, anatomy.head_dim, hidden),
+        "o": (like.o.shape[0], anatomy.heads, anatomy.head_dim),
+        "q_bias": (anatomy.heads, anatomy.head_dim),
+        "k_bias": (anatomy.kv_heads, anatomy.head_dim),
+        "v_bias": (anatomy.kv_heads, anatomy.head_dim),
+        "q_norm": (anatomy.heads, anatomy.head_dim),
+        "k_norm": (anatomy.kv_heads, anatomy.head_dim),
+        "sinks": (anatomy.heads,),
     }
     return {part: shapes[part] for part in like.tensors()}
 
 
-def packed_shapes(facts: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that `pack` will give for `facts`, without any data; `like` tells which parts there are."""
+def packed_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that `pack` will give for `anatomy`, without any data; `like` tells which parts there are."""
     import torch
 
-    empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(facts, like).items()}
-    packed = pack(AttentionLayer(facts, **empty))
+    empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(anatomy, like).items()}
+    packed = pack(AttentionLayer(anatomy, **empty))
     return {name: tuple(tensor.shape) for name, tensor in packed.items()}
 
 
-def _heads(facts: LayerAnatomy) -> dict[str, int]:
-    return {"q": facts.heads, "k": facts.kv_heads, "v": facts.kv_heads}
+def _heads(anatomy: LayerAnatomy) -> dict[str, int]:
+    return {"q": anatomy.heads, "k": anatomy.kv_heads, "v": anatomy.kv_heads}
 
 
 def _rows_first(layout, weight: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ def _stack(weights: list[Tensor]) -> Tensor:
     return torch.stack(weights)
 
 
-def _split(facts: LayerAnatomy, fused: Tensor, suffix: str) -> dict[str, Tensor]:
+def _split(anatomy: LayerAnatomy, fused: Tensor, suffix: str) -> dict[str, Tensor]:
     """Fused rows [(H + 2G) d, ...] -> q [H, d, ...], k and v [G, d, ...]."""
-    heads, groups = facts.heads, facts.kv_heads
-    fused = fused.reshape(heads + 2 * groups, facts.head_dim, *fused.shape[1:])
-    if facts.layout.layout == "rows":
+    heads, groups = anatomy.heads, anatomy.kv_heads
+    fused = fused.reshape(heads + 2 * groups, anatomy.head_dim, *fused.shape[1:])
+    if anatomy.layout.layout == "rows":
         q, k, v = fused.split([heads, groups, groups])
     else:
         grouped = fused.reshape(groups, heads // groups + 2, *fused.shape[1:])
@@ -182,12 +182,12 @@ def _split(facts: LayerAnatomy, fused: Tensor, suffix: str) -> dict[str, Tensor]
     return {f"q{suffix}": q, f"k{suffix}": k, f"v{suffix}": v}
 
 
-def _join(facts: LayerAnatomy, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _join(anatomy: LayerAnatomy, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The inverse of `_split`."""
     import torch
 
-    if facts.layout.layout == "rows":
+    if anatomy.layout.layout == "rows":
         return torch.cat([q, k, v]).flatten(0, 1)
-    groups = facts.kv_heads
-    q = q.reshape(groups, facts.heads // groups, *q.shape[1:])
+    groups = anatomy.kv_heads
+    q = q.reshape(groups, anatomy.heads // groups, *q.shape[1:])
     return torch.cat([q, k.unsqueeze(1), v.unsqueeze(1)], dim=1).flatten(0, 2)

@@ -22,7 +22,7 @@ NAME = "surgery_watch"
 
 
 @dataclass
-class Watched:
+class AttentionHook:
     """A model whose attention calls come to us.
 
     Attributes:
@@ -60,7 +60,7 @@ class Watched:
 
 
 @contextmanager
-def watched(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[Watched]:
+def hook_attention(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[AttentionHook]:
     """The model in eval mode, weights frozen, every attention call made by `attention`.
 
     Args:
@@ -89,7 +89,7 @@ def watched(model, attention: Callable = surgery_attention, split: bool = False)
         raise SurgeryError(reason, where=type(model).__name__)
     block = getattr(model.config, "surgery", None)  # of layers of different shape
     groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
-    found = Watched(anatomy, modules, groups, base_windows(model.config))
+    found = AttentionHook(anatomy, modules, groups, base_windows(model.config))
     before, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
     own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
     modes = [(module, module.training) for module in model.modules()]

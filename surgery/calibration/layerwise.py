@@ -16,7 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a forward early: what was wanted of it is known."""
 
 
@@ -49,7 +49,7 @@ class Layerwise:
                 if number == 0:
                     self.states.append(given.detach().clone())
                 if not all_layers:
-                    raise Enough
+                    raise StopForward
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 self._calls[number] = (args[1:], rest)
 
@@ -59,7 +59,7 @@ class Layerwise:
         try:
             with ended(self.blocks[-1]):
                 model(input_ids=ids, use_cache=False)
-        except Enough:
+        except StopForward:
             pass
         finally:
             for each in hooks:
@@ -83,12 +83,12 @@ class Layerwise:
 
             def before(_, args, seen=seen):
                 seen.append(args[0])
-                raise Enough  # the MLP is not needed
+                raise StopForward  # the MLP is not needed
 
             hook = self.outputs[number].register_forward_pre_hook(before)
             try:
                 self.call(number, state)
-            except Enough:
+            except StopForward:
                 pass
             finally:
                 hook.remove()
@@ -118,12 +118,12 @@ def ended(block) -> Iterator[None]:
     """A forward that runs inside ends after this block: the model's head is not computed."""
 
     def after(*_):
-        raise Enough
+        raise StopForward
 
     hook = block.register_forward_hook(after)
     try:
         yield
-    except Enough:
+    except StopForward:
         pass
     finally:
         hook.remove()

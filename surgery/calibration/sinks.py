@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from surgery.calibration.attention_hook import Watched, watched
+from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SurgeryError
@@ -61,11 +61,11 @@ class SinkMap:
         return asdict(self)
 
 
-def received(seen: Watched, module, query, key, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+def received(seen: AttentionHook, module, query, key, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention weight that each key of one text gets.
 
     Args:
-        seen, module: as `watched` gives them; `kwargs` are those of the attention call.
+        seen, module: as `hook_attention` gives them; `kwargs` are those of the attention call.
         query: [1, heads, n, head_dim]. key: [1, KV heads, n, head_dim].
 
     Returns:
@@ -149,7 +149,7 @@ def sink_map(
             may[text, spans[text]] |= judged.cpu()
         return surgery_attention(module, query, key, value, attention_mask, **kwargs)
 
-    with watched(model, attention) as seen, torch.no_grad():
+    with hook_attention(model, attention) as seen, torch.no_grad():
         if any(getattr(module, "surgery_parameters", ()) for module in seen.modules):
             raise SurgeryError("a surgery set a bias or virtual keys in this model: measure its base")
         layers = [_Layer() for _ in seen.modules]
@@ -220,7 +220,7 @@ class _Residual:
         self.channels: dict[int, dict] = {}
 
     @contextmanager
-    def watch(self, model, seen: Watched):
+    def watch(self, model, seen: AttentionHook):
         blocks = decoder_layers(model, seen.anatomy)
         hooks = [block.register_forward_hook(self._hook(number)) for number, block in enumerate(blocks)]
         try:

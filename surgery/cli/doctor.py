@@ -46,7 +46,7 @@ def _doors() -> dict[str, str]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from surgery.evaluation.check import PACKAGE, run_doors
+    from surgery.evaluation.check import PACKAGE, load_in_fresh_process
     from surgery.machine.transformers_logging import quiet_transformers
     from surgery.runtime.modeling_surgery import patch
 
@@ -64,7 +64,7 @@ def _doors() -> dict[str, str]:
             model.save_pretrained(f"{scratch}/surgical")
             probe = {"tokens": [[1, 2, 3, 4, 5, 6]], "generate": 2}
             # The last imports this package, and the one before must run without it.
-            native, stranger, package = run_doors(
+            native, stranger, package = load_in_fresh_process(
                 [
                     probe | {"folder": f"{scratch}/native"},
                     probe | {"folder": f"{scratch}/surgical", "trust": True},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.surgery_block import export, layer_entries
-from surgery.conversion.plan import Plan, Step, make_plan, problems_later
+from surgery.conversion.plan import Plan, Step, make_plan, problems_after
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
@@ -19,7 +19,7 @@ from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
-from surgery.operations.base import Context
+from surgery.operations.base import ApplyContext
 from surgery.operations.rewrite import rewrite_steps
 from surgery.report.report import Report, history_of, new_report
 
@@ -136,7 +136,7 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
     if on_plan:
         on_plan(plan)
-    steps = [(step.operation, Context(step.change, step.before, progress, tokenizer)) for step in plan.steps]
+    steps = [(step.operation, ApplyContext(step.change, step.before, progress, tokenizer)) for step in plan.steps]
     together = list(takewhile(lambda step: step[0].streams, steps))
     records = rewrite_steps(model, together) if together else []
     if rest := plan.steps[len(together) :]:
@@ -191,11 +191,11 @@ def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokeniz
         if problems := step.operation.problems(current):
             raise SurgeryError(problems[0], where=type(model).__name__)
         change = step.operation.plan(current)
-        context = Context(change, current, progress, tokenizer, folder=folder, number=number)
+        context = ApplyContext(change, current, progress, tokenizer, folder=folder, number=number)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured
-        if problems := problems_later(steps[:number], current):
+        if problems := problems_after(steps[:number], current):
             raise SurgeryError(problems[0], where=type(model).__name__)
 
 

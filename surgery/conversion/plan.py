@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.io.safetensors import stored_bytes
-from surgery.operations.base import NATIVE, SURGICAL, Change, Operation, missing_texts
+from surgery.operations.base import NATIVE, SURGICAL, Operation, PlannedChange, missing_texts
 
 BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
 
@@ -28,7 +28,7 @@ class Step:
 
     operation: Operation
     before: Anatomy
-    change: Change
+    change: PlannedChange
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
             first, *rest = (SurgeryError(problem, where=source) for problem in problems)
             raise SurgeryError(first.what, where=source, others=tuple(rest))
         change = operation.plan(current)
-        if problems := problems_later(steps, change.after):
+        if problems := problems_after(steps, change.after):
             raise SurgeryError(problems[0], where=source)
         steps.append(Step(operation, current, change))
         current = change.after
@@ -196,7 +196,7 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
     held, own = terms_held(anatomy), operation.term_layers(anatomy)
     if operation.term is None:
-        if blocking := [term for term in held if term not in operation.follows_terms]:
+        if blocking := [term for term in held if term not in operation.carries_terms]:
             reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
             return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     elif shared := own & held.get(operation.term, set()):
@@ -204,18 +204,18 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         name, term = step.operation.op, step.operation.term
-        if operation.term is None and term not in (None, *operation.follows_terms):
+        if operation.term is None and term not in (None, *operation.carries_terms):
             return [f"{operation.op}: weight rewrites come before {name} in a recipe"]
         shared = own & step.operation.term_layers(anatomy) if term is not None and term == operation.term else None
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return operation.problems_of_checkpoint(anatomy)
+    return []
 
 
-def problems_later(steps: Sequence[Step], after: Anatomy) -> list[str]:
-    """Why what these operations have set cannot stand in a model that another has made into `after`."""
-    return [problem for step in steps for problem in step.operation.problems_later(after)]
+def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
+    """Why what these operations have set cannot stand in a model that another has made into `later`."""
+    return [problem for step in steps for problem in step.operation.problems_after(later)]
 
 
 def _where(layers: set[int], anatomy: Anatomy) -> str:

@@ -22,6 +22,7 @@ from surgery.architecture.edit import refuse_non_finite
 from surgery.architecture.weights import pack, unpack
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import PIECE, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
+from surgery.machine.progress import Progress
 from surgery.operations.rewrite import run_rewrite
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 SHARDS_AT_ONCE = 2  # as many are lost by a kill
 WORTH_THREADS = 128 << 20  # bytes; smaller checkpoints are written in order
-
-Progress = Callable[[int, int, str], None]
 
 
 def convert_shards(

@@ -162,18 +162,18 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, own: boo
         jobs = [job(folder, "new", trust=anatomy.surgical) if own else door_1]
         if base is not None:
             jobs.append(job(base, "base"))
-        results = run_doors(jobs)
+        results = load_in_fresh_process(jobs)
         name = "loads with trust_remote_code" if anatomy.surgical else "loads with stock Transformers"
         items = [] if own else [Item(name, NOT_RUN, FOREIGN)]
         items += _door_items(results[0], name if own else "loads with surgery.load")
         if anatomy.surgical and own:
-            items.append(_same([*run_doors([door_1]), results[0]], [door_1["logits"], jobs[0]["logits"]]))
+            items.append(_same([*load_in_fresh_process([door_1]), results[0]], [door_1["logits"], jobs[0]["logits"]]))
         if base is not None:
             items.append(_compare(results, [job["logits"] for job in jobs]))
     return items
 
 
-def run_doors(jobs: list[dict], timeout: float | None = None) -> list[dict]:
+def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> list[dict]:
     """Run `door.py` on a list of jobs in one fresh process, models one after the other.
 
     Args:

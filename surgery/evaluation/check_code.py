@@ -23,7 +23,7 @@ def look_at_code(folder: Path) -> tuple[str, str]:
         (status, detail): PASSED, it is what this version writes; NOTED, it is another version's, and as it was
         written; else FAILED.
     """
-    from surgery.runtime.surgery_config import ENTRY, code_of, parts_of
+    from surgery.runtime.surgery_config import ENTRY, exported_files, parts_of
 
     config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
     named = read_json(folder / "config.json").get("auto_map") or {}
@@ -32,7 +32,7 @@ def look_at_code(folder: Path) -> tuple[str, str]:
         return FAILED, f"{FOREIGN}: auto_map names {other[0]}"
     if (folder / "custom_generate").exists():
         return FAILED, f"{FOREIGN}: it has custom_generate"
-    own = code_of(parts_of(config.surgery["layers"]))
+    own = exported_files(parts_of(config.surgery["layers"]))
     fault = ""
     for name, content in own.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:

@@ -13,7 +13,7 @@ import os
 import sys
 
 
-def open_door(job: dict) -> dict:
+def load_in_this_process(job: dict) -> dict:
     import torch
     import transformers
 
@@ -58,7 +58,7 @@ def open_door(job: dict) -> dict:
 def main() -> None:
     for job in json.load(sys.stdin):  # read to its end: a question later on gets no answer and waits for none
         try:
-            result = open_door(job)
+            result = load_in_this_process(job)
             if "surgery" in sys.modules and not job.get("package"):
                 result["error"] = "the package surgery was imported"
         except Exception as error:

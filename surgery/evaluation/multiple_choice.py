@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
 from surgery.data.questions import Choice, encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, Text, load_text
-from surgery.evaluation.paired import ask_in_turn, wilson
+from surgery.evaluation.paired import run_base_then_model, wilson
 from surgery.evaluation.perplexity import LABELS, finite
 from surgery.io.loading import read_config, read_tokenizer
 
@@ -119,7 +119,7 @@ def evaluate_choices(
     refuse_unfit(configs, made)
     result = ChoiceResult("done", settings, made)
     tokens = max(item.longest * len(item.choices) for item in made)
-    ask_in_turn(
+    run_base_then_model(
         result,
         sources,
         lambda model, tick: ask(model, made, tick),

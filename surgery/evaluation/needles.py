@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import Needle, chance, form_for, make_needles
 from surgery.data.text import BUILTIN, Text, load_text
-from surgery.evaluation.paired import ask_in_turn, wilson
+from surgery.evaluation.paired import run_base_then_model, wilson
 from surgery.evaluation.perplexity import LABELS, finite
 from surgery.io.loading import loaded, read_config, read_tokenizer
 
@@ -219,7 +219,7 @@ def evaluate_needles(
     grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
     settings = grid | drawn | {"text": {"title": words.title, "sha256": words.sha256[:12]}, "chance": chance(secret)}
     result = NeedleResult("done", settings, needles, reach=_reach(configs["out"]))
-    ask_in_turn(
+    run_base_then_model(
         result,
         sources,
         lambda model, tick: run_needles(model, needles, tick),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import Source
 
 
-def ask_in_turn(
+def run_base_then_model(
     result,
     sources: dict[str, Source],
     ask: Callable,

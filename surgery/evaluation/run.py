@@ -22,7 +22,7 @@ def refuse_unscorable(base: Path, settings: Evaluate) -> None:
     tokens_to_score({"base": base}, settings.text, settings.windows, settings.length)
 
 
-def judge(report: Report, base: Path, settings: Evaluate, progress=None, allow_pickle: bool = False) -> None:
+def evaluate_report(report: Report, base: Path, settings: Evaluate, progress=None, allow_pickle: bool = False) -> None:
     """Measure the report's folder as its recipe asks, keep the figures, and hold them against the gate."""
     from surgery.evaluation.perplexity import evaluate
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 
 
-class Follow(TrainerCallback):
+class HealCallback(TrainerCallback):
     """Writes a line of metrics a step, reports progress, and stops at the clock or the gate.
 
     Args:
@@ -55,7 +55,7 @@ class Follow(TrainerCallback):
         heal: Heal,
         folder: Path,
         steps: int | None,
-        watch: HeldOut | None,
+        watch: HeldOutEvaluator | None,
         earlier: float,
         progress: Callable[[int, int, str], None] | None,
     ):
@@ -152,7 +152,7 @@ class Scores:
     passed: bool
 
 
-class HeldOut:
+class HeldOutEvaluator:
     """The first windows of the text that the recipe judges by, with the base's probabilities.
 
     Args:

@@ -16,7 +16,7 @@ from surgery.machine.device import fast_in_bfloat16
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
-    from surgery.healing.parameters import Trained
+    from surgery.healing.parameters import TrainableParameters
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 LEAVES = ("weight", "bias")
@@ -32,7 +32,7 @@ def use_bfloat16(heal: Heal) -> bool:
     return fast_in_bfloat16()
 
 
-def products(heal: Heal, device: torch.device):
+def autocast_products(heal: Heal, device: torch.device):
     """A context in which a model on that device computes its products as `heal.precision` says.
 
     Nothing that was rounded is kept: weights change between forwards.
@@ -55,7 +55,7 @@ def unprepared(model) -> Iterator[None]:
 
 
 @contextmanager
-def put_back(model, trained: Trained, mixing: bool) -> Iterator[None]:
+def restore_weights_on_error(model, trained: TrainableParameters, mixing: bool) -> Iterator[None]:
     """After an error or an interruption the weights are those from before: a copy of what may change is kept.
 
     Args:

@@ -21,9 +21,9 @@ from surgery.config.heal_overrides import settings as read_settings
 from surgery.config.overrides import as_text
 from surgery.data.text import SELF_TEXT
 from surgery.errors import SurgeryError
-from surgery.evaluation.run import judge, refuse_unscorable
+from surgery.evaluation.run import evaluate_report, refuse_unscorable
 from surgery.healing import record as records
-from surgery.healing.contexts import in_float32, put_back
+from surgery.healing.contexts import in_float32, restore_weights_on_error
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.healing.validate import (
     base_folder,
@@ -38,6 +38,7 @@ from surgery.io.loading import read_tokenizer
 from surgery.io.model_folder import carry_files, model_table
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
+from surgery.machine.progress import Progress
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate
 
 
-Progress = Callable[[int, int, str], None]
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
 KEPT = ("metrics.jsonl", "loss.png", "runs")  # of RUN, when the training is over; runs: tensorboard's, never pushed
 
@@ -151,7 +151,7 @@ def heal_folder(
         The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
     from surgery.healing.distributed import Ranks
-    from surgery.healing.run import Job, train
+    from surgery.healing.run import HealRun, train
     from surgery.io.loading import read_tokenizer
 
     ranks, weights = Ranks(), Checkpoint(folder)
@@ -176,7 +176,7 @@ def heal_folder(
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
         model, dtype = converted_model(folder, anatomy)
-        job = Job(
+        job = HealRun(
             asked,
             source,
             read_tokenizer(folder),
@@ -221,7 +221,7 @@ def finish(
         healed.data["check"] = to_dict(check_folder(healed.folder, None, progress=progress))
         healed.save()
     if judged_by is not None and base is not None and (not check or healed.data["check"]["passed"]):
-        judge(healed, base, judged_by, progress)
+        evaluate_report(healed, base, judged_by, progress)
         before, after = Report.of(folder).data["evaluation"], healed.data["evaluation"]
         if not before or before.get("text") != after.get("text") or before.get("status") != "done":
             size = {"windows": judged_by.windows, "length": judged_by.length}
@@ -294,7 +294,7 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
     from accelerate.utils import broadcast_object_list
 
     from surgery.healing.distributed import processes
-    from surgery.healing.run import Job, train, trained_of
+    from surgery.healing.run import HealRun, train, trained_of
 
     report = of_memory(model)
     asked, judged_by = read_settings(report.data["recipe"], given, overrides, **fields)
@@ -321,14 +321,14 @@ def heal_in_memory(model, base, given, overrides, tokenizer, progress, on_plan, 
         on_plan(plan)
     run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
     with (
-        put_back(model, trained, bool(plan.mixing)),
+        restore_weights_on_error(model, trained, bool(plan.mixing)),
         in_float32(model),
         tempfile.TemporaryDirectory(prefix="surgery-") as own,
     ):
         # One folder for all processes; they are of one machine.
         run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own
         more = {"operations": operations, "evaluate": judged_by, "progress": progress, "in_memory": True}
-        job = Job(run_settings, source, tokenizer, rewritten, Path(run), **more)
+        job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **more)
         facts = train(model, job)
         processes().wait_for_everyone()  # or the first would take the folder away from the others
     earlier = report.data.get("heal")

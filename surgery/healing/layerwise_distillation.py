@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.layerwise import Enough, ended
+from surgery.calibration.layerwise import StopForward, ended
 from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
-from surgery.healing.contexts import products
+from surgery.healing.contexts import autocast_products
 
 # AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
 # the errors 0.64, 0.51, 0.80, 0.95 to 0.04, 0.11, 0.39, 0.50; at 1e-3 to 0.10, 0.16, 0.50, 0.59. Steps add up over the
@@ -70,7 +70,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
         for step in range(steps):
             batch = _batch(rows, [next(order) for _ in range(each)], student.device)
             factor = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            with products(heal, student.device):
+            with autocast_products(heal, student.device):
                 forced(student, base, layers, batch, lambda at, error, by=factor: fits[at.number].step(error, by))
             if progress:
                 progress((step + 1) * each * length, steps * each * length, "layer-wise start")
@@ -85,7 +85,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     return {"tokens": steps * each * length, "steps": steps, "held_back": len(held) * length, "layers": records}
 
 
-class Fit:
+class LayerFit:
     """What trains of one layer.
 
     Args:
@@ -120,7 +120,7 @@ class Fit:
             parameter.data.copy_(first)
 
 
-def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, Fit]:
+def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, LayerFit]:
     """Of each layer that something trains of; the others are told not to run."""
     wanted, found = set(trainable), {}
     for layer in layers:
@@ -128,7 +128,7 @@ def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, 
         parameters = [parameter for name, parameter in named if name in wanted]
         layer.runs = bool(parameters)
         if parameters:
-            found[layer.number] = Fit(layer.number, parameters)
+            found[layer.number] = LayerFit(layer.number, parameters)
     if not found:
         raise SurgeryError(
             "a layer-wise start has nothing to train: no attention parameter is among those that train",
@@ -161,7 +161,7 @@ def _batch(rows, numbers: list[int], device) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _prepared(student, base, fits: dict[int, Fit]) -> Iterator[None]:
+def _prepared(student, base, fits: dict[int, LayerFit]) -> Iterator[None]:
     """Both in eval mode (no dropout, and gates choose as they will), gradients for what trains alone."""
     training = [(module, module.training) for model in (student, base) for module in model.modules()]
     wanted = [(p, p.requires_grad) for model in (student, base) for p in model.parameters()]
@@ -189,7 +189,7 @@ def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int,
         def add(layer: Pair, error: torch.Tensor, share=len(some) / len(held)) -> None:
             sums[layer.number] = sums.get(layer.number, 0.0) + float(error) * share
 
-        with products(heal, student.device):
+        with autocast_products(heal, student.device):
             forced(student, base, layers, _batch(rows, some, student.device), add)
     return sums
 
@@ -221,7 +221,7 @@ class Pair:
 
 
 @dataclass
-class Seen:
+class BaseLayerOutput:
     """What one layer of the base was given and gave.
 
     Attributes:
@@ -260,7 +260,7 @@ def _modules(model, facts) -> tuple:
 
 def forced(student, base, layers: list[Pair], batch: dict, then: Callable[[Pair, torch.Tensor], None]) -> None:
     """Call `then` with the error of each layer's attention on a batch of `Packed` rows, one layer after the other."""
-    seen = [Seen() for _ in layers]
+    seen = [BaseLayerOutput() for _ in layers]
     with ExitStack() as hooks:
         for layer, what in zip(layers, seen, strict=True):
             hooks.enter_context(_recorded(layer, what))
@@ -274,7 +274,7 @@ def forced(student, base, layers: list[Pair], batch: dict, then: Callable[[Pair,
 
 
 @contextmanager
-def _recorded(layer: Pair, seen: Seen) -> Iterator[None]:
+def _recorded(layer: Pair, seen: BaseLayerOutput) -> Iterator[None]:
     """What a layer of the base does goes to `seen`."""
 
     def after_block(_, args, kwargs, result):
@@ -296,13 +296,13 @@ def _recorded(layer: Pair, seen: Seen) -> Iterator[None]:
 
 
 @contextmanager
-def _led(layer: Pair, seen: Seen, then: Callable[[Pair, torch.Tensor], None]) -> Iterator[None]:
+def _led(layer: Pair, seen: BaseLayerOutput, then: Callable[[Pair, torch.Tensor], None]) -> Iterator[None]:
     """A layer of the student runs its attention alone, and gives what the base's layer gave."""
     own, found = layer.block.forward, []
 
     def forward(*args, **kwargs):
         if layer.runs:
-            with suppress(Enough):
+            with suppress(StopForward):
                 own(*args, **kwargs)
         return _as(seen.result, layer.output.weight.dtype)  # a base in bfloat16 beside a student in float32
 
@@ -311,7 +311,7 @@ def _led(layer: Pair, seen: Seen, then: Callable[[Pair, torch.Tensor], None]) ->
 
     def after_attention(*_):
         then(layer, error_of(found.pop(), seen.output, seen.loud))
-        raise Enough  # the MLP is not needed
+        raise StopForward  # the MLP is not needed
 
     hooks = [
         layer.output.register_forward_hook(after_output),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.config.heal import Heal
-    from surgery.healing.parameters import Trained
+    from surgery.healing.parameters import TrainableParameters
 
 TOLERANCE, ROUNDING = 1e-4, 1e-2  # of the logits, in float64 and in float32
 PROBE = (2, 24)  # rows and tokens
@@ -28,7 +28,7 @@ def freeze(model, names: tuple[str, ...]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def adapt(model, heal: Heal, trained: Trained):
+def adapt(model, heal: Heal, trained: TrainableParameters):
     """The model with low-rank updates on the linears of `trained`, and in full what it names besides.
 
     Whole modules are trained as copies that peft keeps with the adapter. The surgery's own parameters belong to the
@@ -59,7 +59,7 @@ def adapt(model, heal: Heal, trained: Trained):
     return adapted
 
 
-def bare(model, trained: Trained) -> list[str]:
+def bare(model, trained: TrainableParameters) -> list[str]:
     """Parameters that an adapter file would not hold: those of the attention module itself."""
     return [name for name in trained.parameters if _is_bare(model, name)]
 

@@ -27,7 +27,7 @@ Table = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainableParameters:
     """What of a model trains.
 
     Attributes:
@@ -52,20 +52,20 @@ def touched(operations: Iterable[dict]) -> frozenset[str]:
     found: set[str] = set()
     for fields in operations:
         try:
-            found |= set(known.find(str(fields.get("op"))).model_validate(fields).touches)
+            found |= set(known.find(str(fields.get("op"))).model_validate(fields).rewritten_projections)
         except (SurgeryError, ValueError):  # not installed here, or of another version: it may have changed anything
             found |= EVERY
     return frozenset(found)
 
 
-def choose(
+def select_trainable(
     heal: Heal,
     anatomy: Anatomy,
     table: Table,
     rewritten: frozenset[str],
     is_linear: Callable[[str], bool] = lambda path: True,
     more: int = 0,
-) -> Trained:
+) -> TrainableParameters:
     """What trains by a method.
 
     Where heads are mixed, method: parts leaves K and V themselves as they were merged.
@@ -83,7 +83,7 @@ def choose(
     added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf != FIXED]
     if heal.method == "full":
         names = [name for name in table if not name.endswith(FIXED)]
-        return Trained(tuple(names), (), _count(names, table) + more)
+        return TrainableParameters(tuple(names), (), _count(names, table) + more)
     if heal.method == "parts":
         names = added + _projections(anatomy, rewritten - {"k", "v"} if heal.mixing != "none" else rewritten, table)
         if not names and not more:
@@ -92,12 +92,12 @@ def choose(
                 where="heal",
                 fix="heal.method=lora, or heal.method=full",
             )
-        return Trained(tuple(names), (), _count(names, table) + more)
+        return TrainableParameters(tuple(names), (), _count(names, table) + more)
     names = added + _projections(anatomy, rewritten & {"k", "v"}, table)
     apart = {name.rpartition(".")[0] for name in names}
     adapted = [path for path in _linears(anatomy, table) if path not in apart and is_linear(path)]
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted)
-    return Trained(tuple(names), tuple(adapted), _count(names, table) + more + low_rank)
+    return TrainableParameters(tuple(names), tuple(adapted), _count(names, table) + more + low_rank)
 
 
 def summed_up(names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, TrainingError
 from surgery.healing.distributed import Engine
-from surgery.healing.parameters import Table, Trained, choose, summed_up
+from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -35,7 +35,7 @@ class HealPlan:
     """
 
     heal: Heal
-    trained: Trained
+    trained: TrainableParameters
     parameters: int
     base_parameters: int
     hidden: int
@@ -66,12 +66,15 @@ class HealPlan:
             engine: default the one that launched this process.
 
         Raises:
-            SurgeryError: of `choose`, and of `mixing.merges`.
+            SurgeryError: of `select_trainable`, and of `mixing.merges`.
         """
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
-        trained, inside = choose(heal, anatomy, table | mixing, rewritten, more=more), [x.path for x in anatomy.layers]
+        trained, inside = (
+            select_trainable(heal, anatomy, table | mixing, rewritten, more=more),
+            [x.path for x in anatomy.layers],
+        )
         if heal.warm_start and not more and not any(name.startswith(tuple(inside)) for name in trained.parameters):
             raise SurgeryError(
                 "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",

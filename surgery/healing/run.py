@@ -19,12 +19,12 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, reads_apart
 from surgery.errors import SurgeryError, TrainingError
-from surgery.healing.callbacks import METRICS, Follow, HeldOut, read
+from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
+    autocast_products,
     checkpointed,
     enough_memory,
     own_precision,
-    products,
     unprepared,
     use_bfloat16,
     without_attention_dropout,
@@ -33,7 +33,7 @@ from surgery.healing.distributed import Engine, processes, put, training
 from surgery.healing.layerwise_distillation import warm_start
 from surgery.healing.lora import adapt, bare, freeze, merge
 from surgery.healing.losses import cross_entropy
-from surgery.healing.parameters import Table, Trained, choose, summed_up
+from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 from surgery.healing.trainer import Clock, HealTrainer, Rows, arguments, facts_of, remove_cut_off, whole
@@ -54,7 +54,7 @@ TEACHER = "teacher"  # folder of a stored one
 CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of; a quarter of them at most
 
 
-def train(model, job: Job) -> dict:
+def train(model, job: HealRun) -> dict:
     """Heal a model in place, adapters merged; what was done, for the record.
 
     Args:
@@ -110,7 +110,7 @@ def train(model, job: Job) -> dict:
     return record | {"wall_seconds": round(time.time() - began, 1)}
 
 
-def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
+def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
     """The mixing weights that are asked for, and the order of the base's heads in the groups."""
     if job.heal.mixing == "none":
         return {}, None
@@ -119,7 +119,7 @@ def _mixing(model, job: Job) -> tuple[Table, list[list[int]] | None]:
     return planned(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
 
 
-def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> Trained:
+def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:
     """What of a model in memory trains; see `trained.choose`. `mixing`: weights that it does not have yet."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -127,7 +127,7 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
     def is_linear(path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
-    found = choose(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
+    found = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
     if heal.keep_adapter and (names := bare(model, found)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
@@ -150,7 +150,7 @@ def refuse_vocabulary(model, base) -> None:
         )
 
 
-def _watch(job: Job) -> HeldOut | None:
+def _watch(job: HealRun) -> HeldOutEvaluator | None:
     """The held-out text, if it is to be scored while the model trains."""
     if not job.heal.eval_every:
         return None
@@ -158,11 +158,11 @@ def _watch(job: Job) -> HeldOut | None:
         missing = "its base: --base MODEL" if job.base is None else "a recipe that evaluates: evaluate.text=builtin"
         raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=f"name {missing}")
     base = job.base_model()
-    with products(job.heal, base.device):  # as the student, while it trains
-        return HeldOut(base, job.tokenizer, job.evaluate, job.heal.stop_at_gate)
+    with autocast_products(job.heal, base.device):  # as the student, while it trains
+        return HeldOutEvaluator(base, job.tokenizer, job.evaluate, job.heal.stop_at_gate)
 
 
-def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
+def _start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:
     """The layer-wise start, if one is asked for; where a checkpoint has its weights already, its record alone."""
     file = job.run / STARTED
     if not job.heal.warm_start:
@@ -176,7 +176,7 @@ def _start(model, job: Job, packed: Packed, trained: Trained) -> dict | None:
     return record
 
 
-def _prepared(model, heal: Heal, trained: Trained):
+def _prepared(model, heal: Heal, trained: TrainableParameters):
     """The model with what trains set to train."""
     if heal.method == "lora":
         return adapt(model, heal, trained)
@@ -184,7 +184,7 @@ def _prepared(model, heal: Heal, trained: Trained):
     return model
 
 
-def _teacher(job: Job, packed: Packed) -> Teacher:
+def _teacher(job: HealRun, packed: Packed) -> Teacher:
     """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
     heal = job.heal
     if heal.loss == "ce" and not heal.hidden:
@@ -196,7 +196,7 @@ def _teacher(job: Job, packed: Packed) -> Teacher:
     with processes().main_process_first():
         kept = {"top_k": heal.top_k, "temperature": heal.temperature}
         base = job.base_model()
-        within = products(heal, base.device)
+        within = autocast_products(heal, base.device)
         store(base, _read_rows(packed, heal), folder, **kept, progress=job.progress, within=within)
     job.forget_base()
     return StoredTeacher(folder)
@@ -210,7 +210,7 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
     return packed.some(sorted(rows.place(number) for number in range(count)))
 
 
-def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> dict:
+def _loop(student, plain, job: HealRun, packed: Packed, watch: HeldOutEvaluator | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     engine, original = Engine.here(), student
     if "weights" in engine.shared:  # what is shared out is a copy: this model gets the whole tensors at the end
@@ -232,7 +232,7 @@ def _loop(student, plain, job: Job, packed: Packed, watch: HeldOut | None) -> di
         )
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
-    follow = Follow(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
+    follow = HealCallback(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
     with quiet_transformers(), unprepared(student):  # what the Trainer would say is in metrics.jsonl
         trainer = HealTrainer(
             model=student,
@@ -276,7 +276,7 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _keep_adapter(student, job: Job) -> None:
+def _keep_adapter(student, job: HealRun) -> None:
     """Save the adapter, without the folder of this machine that peft notes: the card says what it loads on."""
     student.save_pretrained(job.adapter)
     file = job.adapter / "adapter_config.json"
@@ -289,7 +289,7 @@ RUN = "run.json"  # what a run is of, for --resume
 
 
 @dataclass
-class Job:
+class HealRun:
     """What is asked of a training besides the model.
 
     Attributes:
@@ -333,7 +333,7 @@ class Job:
         self._base.clear()
 
 
-def settled(job: Job) -> Heal:
+def settled(job: HealRun) -> Heal:
     """The settings with the precision that this run has, also on another machine that goes on with it."""
     file = job.run / RUN
     known = read_json(file).get("precision") if file.is_file() else None
@@ -341,7 +341,7 @@ def settled(job: Job) -> Heal:
     return job.heal.model_copy(update={"precision": known or here})
 
 
-def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
+def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Packed]:
     """What is said of the data, and their rows.
 
     Raises:
@@ -382,7 +382,7 @@ def rows_of(model, job: Job, trained: Trained) -> tuple[dict, Packed]:
     return found.facts | {"rows": len(packed)}, packed
 
 
-def _rows_needed(model, heal: Heal, trained: Trained) -> int:
+def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
     """Rows that the training will read; by the clock, as many as this machine could at most."""
     if heal.planned_steps is not None:
         return heal.planned_steps * heal.rows
@@ -399,7 +399,7 @@ def _rows_needed(model, heal: Heal, trained: Trained) -> int:
     model.to(processes().device).train()
     for _ in range(2):  # the first is slower
         began = time.monotonic()
-        with products(heal, model.device):
+        with autocast_products(heal, model.device):
             loss = cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
         torch.autograd.grad(loss, wanted, allow_unused=True)
         seconds = time.monotonic() - began

@@ -25,7 +25,7 @@ import torch
 from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
 from surgery.healing import losses
-from surgery.healing.contexts import products
+from surgery.healing.contexts import autocast_products
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
@@ -81,7 +81,7 @@ class LiveTeacher(Teacher):
     def ask(self, logits, batch, heal):
         device = self.model.device
         given = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
-        with products(heal, device):
+        with autocast_products(heal, device):
             outputs = self.model(**arguments(self.model, given, heal.hidden > 0))
         refuse_vocabulary(logits.shape[-1], outputs.logits.shape[-1])
         states = outputs.hidden_states[1:] if heal.hidden else None

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _here = threading.local()  # of a thread: the workers that it keeps, and whether what it works on was given up
 
 
-def side_by_side(
+def parallel_map(
     work: Callable[..., Found], *pieces: Iterable, device: torch.device, at_once: int = WORKERS
 ) -> Iterator[Found]:
     """What `work` gives of each piece, without gradients, in their order.
 
     Args:
-        work: of one piece; what it writes to must be its own. Long work calls `go_on` now and then.
+        work: of one piece; what it writes to must be its own. Long work calls `check_cancelled` now and then.
         pieces: `work` is called with one of each.
         device: of the tensors.
         at_once: at most so many pieces, which share the threads; a piece may put its own work side by side.
@@ -84,14 +84,14 @@ def _end(futures: Iterable[Future], given_up: threading.Event) -> None:
         raise again
 
 
-def go_on() -> None:
+def check_cancelled() -> None:
     """Raise where nobody waits any more for what this thread works on: after an error elsewhere, or Ctrl-C."""
     given_up = getattr(_here, "given_up", None)
     if given_up is not None and given_up.is_set():
         raise CancelledError
 
 
-class Turns:
+class OrderedSection:
     """A part of the work on each piece that is done in the order of the pieces, whoever does it."""
 
     def __init__(self):
@@ -103,7 +103,7 @@ class Turns:
         with self._passed:
             while self._next != number:
                 self._passed.wait(0.1)
-                go_on()
+                check_cancelled()
         yield
         with self._passed:
             self._next = number + 1

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.errors import SurgeryError
 
@@ -23,7 +23,7 @@ TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
 
 
 @dataclass(frozen=True)
-class Change:
+class PlannedChange:
     """What one operation will do.
 
     Attributes:
@@ -46,7 +46,7 @@ class Change:
 
 
 @dataclass
-class Context:
+class ApplyContext:
     """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
 
     An operation that finds only when it measures what results says so in `after`, which the next one meets.
@@ -54,7 +54,7 @@ class Context:
     `number`: which operation of the recipe this is, from 0: two of a kind keep files of their own.
     """
 
-    change: Change
+    change: PlannedChange
     before: Anatomy
     progress: Any = None
     tokenizer: Any = None
@@ -99,6 +99,9 @@ def missing_texts(operation: Operation) -> list[str]:
     return found
 
 
+WholeNumber = Annotated[int, Field(ge=0, strict=True)]
+
+
 class Operation(BaseModel):
     """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints.
 
@@ -109,14 +112,14 @@ class Operation(BaseModel):
 
     op: str
     summary: ClassVar[str] = ""
-    limits: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
+    LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
 
-    follows_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
+    carries_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 
-    def caveats(self) -> tuple[str, ...]:
-        """Those of `limits` that hold with these settings."""
-        return self.limits
+    def limitations(self) -> tuple[str, ...]:
+        """Those of `LIMITATIONS` that hold with these settings."""
+        return self.LIMITATIONS
 
     @property
     def streams(self) -> bool:
@@ -124,7 +127,7 @@ class Operation(BaseModel):
         return False
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         """Which of the projections "q", "k", "v", "o" have other weights afterwards: healing in parts trains them."""
         return ()
 
@@ -132,23 +135,19 @@ class Operation(BaseModel):
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
 
-    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
-        """Why this does not go with a surgery that the checkpoint has from before this recipe."""
-        return []
-
-    def problems_later(self, after: Anatomy) -> list[str]:
-        """Why what this has set cannot stand in a model that a later operation has made into `after`."""
+    def problems_after(self, later: Anatomy) -> list[str]:
+        """Why what this has set cannot stand in a model that a later operation has made into `later`."""
         return []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
         """The layers whose `term` it sets: two operations may set one term, in different layers."""
         return set(range(len(anatomy.layers)))
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         """What changes, before -> after. Called only when there are no problems."""
         raise TypeError(f"operation {self.op} defines no plan")
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         """Edit a loaded model in place; return a record of what was done."""
         raise TypeError(f"operation {self.op} defines no apply")
 
@@ -164,7 +163,7 @@ class WeightRewrite(Operation):
         return True
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o")
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
@@ -175,11 +174,11 @@ class WeightRewrite(Operation):
             target: the anatomy that the result must have.
 
         Returns:
-            The new layer (its `facts` are `target`) and a record of choices worth keeping, or {}.
+            The new layer (its `anatomy` is `target`) and a record of choices worth keeping, or {}.
         """
         raise TypeError(f"operation {self.op} defines no rewrite")
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.operations.rewrite import rewrite_model
 
         return rewrite_model(model, self, context)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import Change, WeightRewrite
+from surgery.operations.base import PlannedChange, WeightRewrite
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy, LayerAnatomy
@@ -17,7 +17,7 @@ class Expand(WeightRewrite):
     """Each KV head is copied to the query heads (or groups) that read it: the logits do not change."""
 
     summary: ClassVar[str] = "Repeat KV heads (GQA → MHA), exact."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "More KV heads cost KV-cache memory and decode bandwidth. The function computed is the base's.",
     )
 
@@ -25,7 +25,7 @@ class Expand(WeightRewrite):
     kv_heads: int | None = Field(None, ge=1, description="KV heads after; default: one for each query head (MHA).")
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         return ("k", "v")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -43,18 +43,18 @@ class Expand(WeightRewrite):
             return [f"expand: {reason}"]
         return []
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer = anatomy.layers[0]
         target = self.kv_heads or layer.heads
         if target == layer.kv_heads:
-            return Change(anatomy, (f"nothing: there are {target} KV heads already",))
-        return Change(
+            return PlannedChange(anatomy, (f"nothing: there are {target} KV heads already",))
+        return PlannedChange(
             anatomy.with_kv_heads(target),
             (f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers, copies",),
         )
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
-        copies = target.kv_heads // layer.facts.kv_heads
+        copies = target.kv_heads // layer.anatomy.kv_heads
         parts = {name: tensor for name, tensor in layer.tensors().items() if name.startswith(("k", "v"))}
         grown = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in parts.items()}
-        return layer.replace(facts=target, **grown), {}
+        return layer.replace(anatomy=target, **grown), {}

@@ -15,13 +15,12 @@ from pydantic import BeforeValidator, Field
 from surgery.architecture.anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import SurgeryError
-from surgery.operations.base import Change, WeightRewrite, whole_keys
+from surgery.operations.base import PlannedChange, WeightRewrite, WholeNumber, whole_keys
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy, LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
 Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
@@ -29,26 +28,28 @@ class HeadMask(WeightRewrite):
     """Multiply the output columns of each query head by its gate; in float64, rounded once."""
 
     summary: ClassVar[str] = "A constant weight (gate) for each query head, by hand or from scores; 0 silences it."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
         "heads for real. Healing may give a silenced head weight again.",
     )
     # A factor on what a head writes does not mix with what the head sees or how it weighs that.
-    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
+    carries_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
 
     op: Literal["head_mask"] = "head_mask"
-    values: Annotated[dict[Whole, list[Gate] | dict[Whole, Gate]], BeforeValidator(whole_keys)] | None = Field(
-        None, description="layer: a gate for each query head, in order, or {head: gate}; what is left out is 1. Or"
+    values: Annotated[dict[WholeNumber, list[Gate] | dict[WholeNumber, Gate]], BeforeValidator(whole_keys)] | None = (
+        Field(
+            None, description="layer: a gate for each query head, in order, or {head: gate}; what is left out is 1. Or"
+        )
     )
     scores: str | None = Field(
         None, description="a file of `surgery score` (KV heads), or a table [layers][query heads], higher = keep:"
     )
     ratio: float | None = Field(None, ge=0, le=1, description="share of its heads, those that score lowest, that get")
     gate: Gate = Field(0.0, description="this gate.")
-    protect_layers: list[Whole] = Field([], description="With scores: layers whose heads all keep gate 1.")
+    protect_layers: list[WholeNumber] = Field([], description="With scores: layers whose heads all keep gate 1.")
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         return ("o",)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
@@ -90,11 +91,11 @@ class HeadMask(WeightRewrite):
             elif wrong := [head for head in gates if head not in names] if isinstance(gates, dict) else []:
                 yield f"values: layer {index} has no query heads {wrong}; it has {shown}"
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         rows = [[gate for gate in self._gates(layer) if gate != 1] for layer in anatomy.layers]
         gates = Counter(gate for row in rows for gate in row)
         if not gates:
-            return Change(anatomy, ("nothing: all gates are 1",))
+            return PlannedChange(anatomy, ("nothing: all gates are 1",))
         total, silent = sum(layer.heads for layer in anatomy.layers), gates.pop(0.0, 0)
         how = [f"{silent} silenced"] if silent else []
         if gates:
@@ -103,14 +104,14 @@ class HeadMask(WeightRewrite):
             how.append(f"{sum(gates.values())} times {span}")
         note = f"{silent} query heads are silenced and computed all the same: prune_heads (heads: ...) removes them"
         many = f"{sum(map(len, rows))} of {total} query heads in {sum(map(bool, rows))} layers"
-        return Change(anatomy, (f"gates of {many}: {', '.join(how)}",), notes=(note,) if silent else ())
+        return PlannedChange(anatomy, (f"gates of {many}: {', '.join(how)}",), notes=(note,) if silent else ())
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         import torch
 
-        gates = self._gates(layer.facts)
+        gates = self._gates(layer.anatomy)
         if all(gate == 1 for gate in gates):
-            return layer.replace(facts=target), {}
+            return layer.replace(anatomy=target), {}
         o = (layer.o.double() * torch.tensor(gates, dtype=torch.float64)[:, None]).to(layer.o.dtype)
         if not o.isfinite().all():
             raise SurgeryError(
@@ -119,7 +120,7 @@ class HeadMask(WeightRewrite):
                 fix="a smaller gate",
             )
         named = {str(head): gate for head, gate in zip(query_names(target), gates, strict=True) if gate != 1}
-        return layer.replace(facts=target, o=o), {"gates": named}
+        return layer.replace(anatomy=target, o=o), {"gates": named}
 
     def _gates(self, layer: LayerAnatomy) -> list[float]:
         """The gate of every query head of a layer, in the order in which they are stored."""

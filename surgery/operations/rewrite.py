@@ -10,7 +10,7 @@ from surgery.architecture.weights import AttentionLayer, pack, part_shapes, unpa
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.operations.base import Context, WeightRewrite
+    from surgery.operations.base import ApplyContext, WeightRewrite
 
 
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
@@ -32,8 +32,8 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
 
 def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> str:
     """How a rewritten layer differs from what was planned; "" if it does not."""
-    if new.facts != target:
-        return "its facts are not those of the target (layer.replace(facts=target, ...))"
+    if new.anatomy != target:
+        return "its anatomy is not that of the target (layer.replace(anatomy=target, ...))"
     shapes, parts = part_shapes(target, old), new.tensors()
     if odd := parts.keys() ^ shapes.keys():
         return f"the parts {', '.join(sorted(odd))} came or went"
@@ -46,12 +46,12 @@ def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> st
     return ""
 
 
-def rewrite_model(model, operation: WeightRewrite, context: Context) -> dict:
+def rewrite_model(model, operation: WeightRewrite, context: ApplyContext) -> dict:
     """Apply one weight rewrite to a loaded model, in place."""
     return rewrite_steps(model, [(operation, context)])[0]
 
 
-def rewrite_steps(model, steps: list[tuple[WeightRewrite, Context]]) -> list[dict]:
+def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> list[dict]:
     """Apply weight rewrites, one on the other, to a loaded model, in place: parameters, attributes and config.
 
     Every layer is computed through all steps before the first is changed: an error leaves the model as it was.

@@ -124,9 +124,9 @@ def _limits_of(fields: dict) -> tuple[str, ...]:
     except SurgeryError:
         return ()
     try:
-        return found.model_validate(fields).caveats()
+        return found.model_validate(fields).limitations()
     except ValueError:  # another version's fields
-        return found.limits
+        return found.LIMITATIONS
 
 
 def provenance(report: dict) -> str:

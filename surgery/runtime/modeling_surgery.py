@@ -37,9 +37,9 @@ from .surgery_config import (
     NAME,
     OF_LAYERS,
     TERMS,
-    carry,
+    export_files,
     head_kinds,
-    part,
+    load_part,
     parts_of,
     validate,
 )
@@ -75,7 +75,7 @@ def attach(model) -> None:
         used, before = parts_of([layer]), getattr(module, "surgery_parts", ())
         for name in OF_LAYERS:
             if name in used or name in before:  # one that is used no longer takes itself away
-                part(name).attach(module, layer, query_groups(model.config, layer))
+                load_part(name).attach(module, layer, query_groups(model.config, layer))
         module.surgery_parts = tuple(used)
     for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
         if give_cache not in module._forward_pre_hooks.values():
@@ -167,7 +167,7 @@ class _ConfigMixin:
         parts = parts_of(validate(self))
         self.auto_map = auto_map(type(self).__name__, *(self.architectures or ()))
         super().save_pretrained(save_directory)
-        carry(parts, save_directory)
+        export_files(parts, save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 

@@ -21,7 +21,7 @@ import torch
 
 from .surgery_attention import add_keys
 from .surgery_cache import KeyValues
-from .surgery_config import TERMS, all_whole, part
+from .surgery_config import TERMS, all_whole, load_part
 from .surgery_visibility import HeadKinds
 
 
@@ -105,10 +105,10 @@ class Terms:
 def attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module what finds its terms; their parameters it has already."""
     act = "surgery_log_beta" in layer.get("parameters", {})
-    module.surgery_terms = partial(split_terms, scale_sinks=part("sinks").scale_sinks if act else None)
+    module.surgery_terms = partial(split_terms, scale_sinks=load_part("sinks").scale_sinks if act else None)
 
 
-def fault(config, layer: dict, groups: list[int]) -> str:
+def validation_error(config, layer: dict, groups: list[int]) -> str:
     """What is wrong with the terms' parameters in a layer's entry, "" if nothing.
 
     Args:

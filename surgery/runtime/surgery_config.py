@@ -137,7 +137,9 @@ def _fault(config, layer) -> str:
         return f"has other parameters than {', '.join(sorted(IDENTITY))}"
     if "gate" not in layer and (lost := sorted(set(named) & set(ROUTERS))):
         return f"has {', '.join(lost)} without a gate"
-    faults = (part(name).fault(config, layer, groups) for name in OF_LAYERS if name in _attached(layer))
+    faults = (
+        load_part(name).validation_error(config, layer, groups) for name in OF_LAYERS if name in _attached(layer)
+    )
     return next(filter(None, faults), "")
 
 
@@ -192,7 +194,7 @@ LIST = b"\n\nif False:  # read by Transformers, which takes what it finds import
 
 
 @cache
-def part(name: str):
+def load_part(name: str):
     """The module of a part.
 
     Raises:
@@ -214,7 +216,7 @@ def _spec(file: str):
     return here or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
 
 
-def code_of(parts: Iterable[str]) -> dict[str, bytes]:
+def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
     files = sorted({FILES[name] for name in parts})
     roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
@@ -227,7 +229,7 @@ def code_of(parts: Iterable[str]) -> dict[str, bytes]:
     return code
 
 
-def carry(parts: Iterable[str], folder: str | Path) -> None:
+def export_files(parts: Iterable[str], folder: str | Path) -> None:
     """Put the code that a checkpoint with these parts carries in its folder."""
-    for name, content in code_of(parts).items():
+    for name, content in exported_files(parts).items():
         (Path(folder) / name).write_bytes(content)

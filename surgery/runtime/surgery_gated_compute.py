@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import linear
 
 from .surgery_attention import fused, written_out
-from .surgery_gates import FIELDS, ROUTERS, Call, Gate, prepare
+from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare
 from .surgery_token import prepare_token
 from .surgery_visibility import Visibility, slices
 
@@ -165,7 +165,7 @@ def attach(module, layer: dict, groups: list[int]) -> None:
     if "gate" not in layer:
         _detach(module)
         return
-    module.surgery_gate, module.surgery_call = Gate.of(layer["gate"], groups), Call(gathered)
+    module.surgery_gate, module.surgery_call = Gate.of(layer["gate"], groups), GateState(gathered)
     if before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after)
@@ -177,7 +177,7 @@ def attach(module, layer: dict, groups: list[int]) -> None:
         projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
 
 
-def fault(config, layer: dict, groups: list[int]) -> str:
+def validation_error(config, layer: dict, groups: list[int]) -> str:
     """What is wrong with the gate in a layer's entry, "" if nothing.
 
     Args:

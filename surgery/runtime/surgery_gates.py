@@ -168,7 +168,7 @@ def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | 
     return logits.shape[-1] ** 2 * (means[0] * means[1]).mean()
 
 
-class Call:
+class GateState:
     """What the gate says of the forward that runs. The attention module and its projections hold the same one.
 
     Attributes:
@@ -191,10 +191,10 @@ class Call:
         self.gates = self.on = self.rows = None
 
     def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
-        return Call(self.gathered)
+        return GateState(self.gathered)
 
     def __reduce__(self):
-        return Call, (self.gathered,)
+        return GateState, (self.gathered,)
 
 
 def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -35,7 +35,7 @@ import torch
 
 from .surgery_attention import explicit, fused, written_out
 from .surgery_block_selection import METHODS, choose, settings_problems
-from .surgery_config import part
+from .surgery_config import load_part
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
@@ -241,7 +241,7 @@ def attach(module, layer: dict, groups: list[int]) -> None:
     ]
 
 
-def fault(config, layer: dict, groups: list[int]) -> str:
+def validation_error(config, layer: dict, groups: list[int]) -> str:
     """What is wrong with the sparse prefill in a layer's entry, "" if nothing; groups: as above."""
     problem = problem_of(layer["sparse"], sum(groups))
     return f"has sparse prefill that cannot be: {problem}" if problem else ""
@@ -329,7 +329,7 @@ def attend_rows(query, keys, values, places: list[int], scale: float, softcap=No
 def _kernel():
     """The module of the Triton kernel, or None where it cannot be had: PyTorch does the same."""
     try:
-        return part("kernel")
+        return load_part("kernel")
     except (ValueError, ImportError):
         return None
 

@@ -441,7 +441,7 @@ class KeepOne(WeightRewrite):
 
     def rewrite(self, layer, target):
         kept = slice(self.head, self.head + 1)
-        return layer.replace(facts=target, k=layer.k[kept], v=layer.v[kept]), {"kept": self.head}
+        return layer.replace(anatomy=target, k=layer.k[kept], v=layer.v[kept]), {"kept": self.head}
 '''
 RECIPE = "version: 1\nname: keep-one\noperations:\n  - op: keep_one\n    head: 2\nheal: null\nevaluate: {max_kl: 5}\n"
 

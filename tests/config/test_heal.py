@@ -10,7 +10,7 @@ from surgery.config import recipe as recipes
 from surgery.config.heal import Heal
 from surgery.config.heal_overrides import settings
 from surgery.errors import SurgeryError
-from surgery.healing.parameters import choose, touched
+from surgery.healing.parameters import select_trainable, touched
 from surgery.healing.plan import MICRO_TOKENS, HealPlan, micro_rows
 from surgery.io.model_folder import model_table
 
@@ -160,7 +160,7 @@ def test_what_trains(family):
     def chosen(method):
         heal = Heal(steps=1, method=method, rank=2 if method == "lora" else 16)
         is_linear = lambda path: isinstance(model.get_submodule(path), nn.Linear)  # noqa: E731
-        return choose(heal, anatomy, table, frozenset("kv"), is_linear)
+        return select_trainable(heal, anatomy, table, frozenset("kv"), is_linear)
 
     fused = {"phi3": "qkv_proj", "falcon_new": "query_key_value"}.get(family)
     keys = {name for name in linears if name.rpartition(".")[2] in ((fused,) if fused else ("k_proj", "v_proj"))}
@@ -180,7 +180,7 @@ def test_what_trains(family):
 def test_nothing_to_train_in_parts():
     model = CONVERTIBLE["llama"]()
     with pytest.raises(SurgeryError, match="that is nothing here"):
-        choose(Heal(steps=1, method="parts"), Anatomy.of(model), model_table(model), frozenset())
+        select_trainable(Heal(steps=1, method="parts"), Anatomy.of(model), model_table(model), frozenset())
 
 
 def test_rows_of_a_forward():

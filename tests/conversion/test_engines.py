@@ -23,7 +23,7 @@ from surgery.conversion import streaming as shards
 from surgery.conversion.plan import make_plan
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import Checkpoint, stored_bytes
-from surgery.operations.base import Change, WeightRewrite
+from surgery.operations.base import PlannedChange, WeightRewrite
 from surgery.operations.expand import Expand
 
 FAST = ("--no-check", "--no-eval")
@@ -48,18 +48,18 @@ class Odd(WeightRewrite):
     op: Literal["odd"] = "odd"
     fault: str = "none"
 
-    def plan(self, anatomy: Anatomy) -> Change:
-        return Change(anatomy, ("nothing",))
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
+        return PlannedChange(anatomy, ("nothing",))
 
     def rewrite(self, layer, target):
-        if self.fault == "raises" and layer.facts.index == 1:
+        if self.fault == "raises" and layer.anatomy.index == 1:
             raise SurgeryError("the last layer is not to its taste")
         changes = {
             "dtype": lambda: {"v": layer.v.double()},
             "shape of o": lambda: {"o": layer.o[:-1]},
             "hidden size of k": lambda: {"k": layer.k[..., :-1]},
             "a part more": lambda: {"k_bias": layer.k[..., 0]},
-            "facts": lambda: {"facts": Anatomy.with_kv_heads(Anatomy("", (layer.facts,)), 1).layers[0]},
+            "facts": lambda: {"facts": Anatomy.with_kv_heads(Anatomy("", (layer.anatomy,)), 1).layers[0]},
         }
         return layer.replace(**changes.get(self.fault, dict)()), {}
 
@@ -84,7 +84,7 @@ FAULTS = {
     "shape of o": "o has shape [71, 9, 8], and [72, 9, 8] is planned",
     "hidden size of k": "k has shape [3, 8, 71], and [3, 8, 72] is planned",
     "a part more": "the parts k_bias came or went",
-    "facts": "its facts are not those of the target",
+    "facts": "its anatomy is not that of the target",
 }
 
 

@@ -62,7 +62,7 @@ def test_code_of_a_folder_does_not_run_and_nobody_is_asked(model, monkeypatch):
     for name in ("loads with stock Transformers", "generates", "shapes against config"):
         assert items[name].status == "not run"
         assert items[name].detail == "Transformers has no class for model_type 'evil_model'"
-    assert checking.run_doors([{"folder": str(model), "tokens": [[1]], "generate": 1}])[0] == {
+    assert checking.load_in_fresh_process([{"folder": str(model), "tokens": [[1]], "generate": 1}])[0] == {
         "no_class": "Transformers has no class for model_type 'evil_model'"
     }
     assert not mark.exists()
@@ -112,7 +112,7 @@ def test_pickles_are_not_read(model):
             reader(model)
         assert caught.value.exists == "pytorch_model.bin"
         assert "--allow-pickle" in caught.value.fix
-    result = checking.run_doors([{"folder": str(model), "tokens": [[1, 2]], "generate": 1}])[0]
+    result = checking.load_in_fresh_process([{"folder": str(model), "tokens": [[1, 2]], "generate": 1}])[0]
     assert "safetensors" in result["error"]
     assert scoring.load_model(model, allow_pickle=True).config.model_type == "llama"
 

@@ -116,12 +116,12 @@ def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeyp
     monkeypatch.setattr("surgery.evaluation.needles.evaluate_needles", needles)
     monkeypatch.setattr("surgery.evaluation.perplexity.evaluate", lambda *_, **__: Scored())
     report = Kept()
-    judging.judge(report, tmp_path, Evaluate(needles=10, needle_length=512))
+    judging.evaluate_report(report, tmp_path, Evaluate(needles=10, needle_length=512))
     assert asked["lengths"] == (512,)
     assert asked["samples"] * len(asked["depths"]) >= 10
     assert report.facts["needles"]["kept"]["of"] == 1
     assert "cases" not in report.facts["needles"]
-    judging.judge(report, tmp_path, Evaluate())
+    judging.evaluate_report(report, tmp_path, Evaluate())
     assert "needles" not in report.facts
 
 

@@ -12,7 +12,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
 from surgery.healing.lora import adapt, freeze, merge
-from surgery.healing.parameters import choose
+from surgery.healing.parameters import select_trainable
 from surgery.healing.trainer import SCALAR_RATE, parameter_groups
 from surgery.io.model_folder import model_table
 
@@ -27,7 +27,7 @@ def made(family):
     def is_linear(path):
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
-    return model, choose(LORA, Anatomy.of(model), model_table(model), parts, is_linear)
+    return model, select_trainable(LORA, Anatomy.of(model), model_table(model), parts, is_linear)
 
 
 def logits(model):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from surgery.errors import MachineError, SurgeryError, TrainingError
 from surgery.healing import trainer as checkpoints
 from surgery.healing import trainer as training
-from surgery.healing.callbacks import Follow, read
+from surgery.healing.callbacks import HealCallback, read
 from surgery.healing.heal import heal as run_heal
 from surgery.io.files import read_json
 
@@ -53,7 +53,7 @@ def stop(monkeypatch):
     """Stop the training after a step, in the middle of the line of metrics that is written then."""
 
     def after(step: int, error: BaseException):
-        begun = Follow.on_step_begin
+        begun = HealCallback.on_step_begin
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == step:
@@ -62,7 +62,7 @@ def stop(monkeypatch):
                 raise error
             return begun(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(Follow, "on_step_begin", on_step_begin)
+        monkeypatch.setattr(HealCallback, "on_step_begin", on_step_begin)
 
     return after
 

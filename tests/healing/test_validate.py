@@ -23,7 +23,7 @@ from surgery.healing import trainer as training
 from surgery.healing import validate as beforehand
 from surgery.healing.contexts import use_bfloat16
 from surgery.healing.heal import _refused, _tidy
-from surgery.healing.parameters import Trained
+from surgery.healing.parameters import TrainableParameters
 from surgery.healing.validate import of_memory
 
 SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
@@ -259,15 +259,15 @@ def test_by_the_clock_only_what_trains_gets_gradients():
         parameter.register_hook(lambda _, name=name: seen.append(name))
     heal = Heal(minutes=0.001, length=16, batch_tokens=32)
     names = ("model.layers.1.self_attn.k_proj.weight",)
-    assert job._rows_needed(model, heal, Trained(names, (), 0)) >= 2
+    assert job._rows_needed(model, heal, TrainableParameters(names, (), 0)) >= 2
     assert set(seen) == set(names)
-    job._rows_needed(model, heal, Trained((), ("model.layers.0.mlp.up_proj",), 0))
+    job._rows_needed(model, heal, TrainableParameters((), ("model.layers.0.mlp.up_proj",), 0))
     assert set(seen) == {*names, "model.layers.0.mlp.up_proj.weight"}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_base_that_only_wrote_the_text_is_let_go(tmp_path):
-    made = job.Job(Heal(steps=1, loss="ce"), None, None, frozenset(), tmp_path)
+    made = job.HealRun(Heal(steps=1, loss="ce"), None, None, frozenset(), tmp_path)
     made._base.append("the base")
     running._teacher(made, None)
     assert not made._base

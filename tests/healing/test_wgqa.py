@@ -17,9 +17,9 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
 from surgery.healing import trainer as checkpoints
-from surgery.healing.callbacks import Follow, read
+from surgery.healing.callbacks import HealCallback, read
 from surgery.healing.heal import heal as run_heal
-from surgery.healing.parameters import choose
+from surgery.healing.parameters import select_trainable
 from surgery.healing.plan import HealPlan
 from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned
 from surgery.io.model_folder import model_table
@@ -136,14 +136,14 @@ def test_a_layerwise_start_trains_the_mixture(healing, out):
 def test_a_kill_is_survived(healing, monkeypatch, tmp_path, method):
     how = (f"method={method}", "steps=8", "checkpoint_every=2")
     healing("whole", *how)
-    begun = Follow.on_step_begin
+    begun = HealCallback.on_step_begin
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 5:
             raise Killed
         return begun(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(Follow, "on_step_begin", stop)
+    monkeypatch.setattr(HealCallback, "on_step_begin", stop)
     with pytest.raises(Killed):
         healing("healed", *how)
     monkeypatch.undo()
@@ -195,7 +195,7 @@ def test_a_training_that_fails_leaves_a_model_that_works(tiny_llama, text, monke
     def stop(self, args, state, control, **kwargs):
         raise Killed
 
-    monkeypatch.setattr(Follow, "on_step_begin", stop)
+    monkeypatch.setattr(HealCallback, "on_step_begin", stop)
     settings = {"data": str(text), "length": 16, "batch_tokens": 32, "steps": 2, "mixing": "head"}
     with pytest.raises(Killed):
         package.heal(edited, tiny_llama, settings=settings, tokenizer=tokenizer)
@@ -211,7 +211,7 @@ def test_the_plan_names_what_is_added(family, per):
     anatomy, table = Anatomy.of(student), model_table(student)
     weights_of = planned(merges(anatomy, Anatomy.of(base)), per)
     heal = Heal(steps=1, method="full", mixing=per)
-    names = choose(heal, anatomy, table | weights_of, frozenset("kv")).parameters
+    names = select_trainable(heal, anatomy, table | weights_of, frozenset("kv")).parameters
     assert add_mixing(student, base, per) == list(weights_of)
     assert {name: (shape) for name, (_, shape) in weights_of.items()} == {
         name: tuple(student.get_parameter(name).shape) for name in weights_of

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 import pytest
 import torch
 
-from surgery.machine.parallel import Turns, go_on, side_by_side
+from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def test_pieces_come_in_their_order_whoever_works_on_them(threads):
         seen.add(torch.get_num_threads())
         return f"{number} {word}", (parameter * number).requires_grad
 
-    found = list(side_by_side(work, range(7), "abcdefg", device=CPU))
+    found = list(parallel_map(work, range(7), "abcdefg", device=CPU))
     assert found == [(f"{n} {word}", False) for n, word in enumerate("abcdefg")]
     assert seen == {1}
     assert torch.get_num_threads() == threads
@@ -40,7 +40,7 @@ def test_an_error_comes_out_and_the_threads_are_there_again(threads):
             raise ValueError("the fourth")
         return number
 
-    each = side_by_side(work, range(6), device=CPU)
+    each = parallel_map(work, range(6), device=CPU)
     assert [next(each) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="the fourth"):
         next(each)
@@ -48,26 +48,26 @@ def test_an_error_comes_out_and_the_threads_are_there_again(threads):
 
 
 def test_who_leaves_early_has_the_threads_again(threads):
-    each = side_by_side(lambda number: number, range(50), device=CPU)
+    each = parallel_map(lambda number: number, range(50), device=CPU)
     assert next(each) == 0
     each.close()
     assert torch.get_num_threads() == threads
 
 
 def test_one_piece_may_use_all_threads(threads):
-    assert list(side_by_side(lambda _: torch.get_num_threads(), [0], device=CPU)) == [threads]
+    assert list(parallel_map(lambda _: torch.get_num_threads(), [0], device=CPU)) == [threads]
 
 
 def test_pieces_share_the_threads_and_may_divide_their_share():
     before = torch.get_num_threads()
 
     def work(number):
-        inner = side_by_side(lambda letter: (letter, torch.get_num_threads()), "abc", device=CPU)
+        inner = parallel_map(lambda letter: (letter, torch.get_num_threads()), "abc", device=CPU)
         return torch.get_num_threads(), list(inner), torch.get_num_threads()
 
     try:
         torch.set_num_threads(4)
-        found = list(side_by_side(work, range(3), device=CPU, at_once=2))
+        found = list(parallel_map(work, range(3), device=CPU, at_once=2))
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -84,16 +84,16 @@ def test_long_work_ends_where_nobody_waits_for_it(threads):
         begun.set()
         try:
             for _ in range(3000):  # half a minute
-                go_on()
+                check_cancelled()
                 time.sleep(0.01)
         except CancelledError:
             ended.set()
             raise
 
     with pytest.raises(KeyboardInterrupt):
-        list(side_by_side(work, range(2), device=CPU))
+        list(parallel_map(work, range(2), device=CPU))
     assert threads == 1 or ended.is_set()  # before the error comes out
-    go_on()  # who asked for it goes on
+    check_cancelled()  # who asked for it goes on
 
 
 def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
@@ -107,7 +107,7 @@ def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
         begun.set()
         try:
             for _ in range(3000):
-                go_on()
+                check_cancelled()
                 time.sleep(0.01)
         finally:
             ended.set()
@@ -122,7 +122,7 @@ def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyboardInterrupt, match="again"):
-            list(side_by_side(work, range(2), device=CPU))
+            list(parallel_map(work, range(2), device=CPU))
         assert ended.is_set()
         assert len(waited) == 2
         with ThreadPoolExecutor(1) as fresh:
@@ -132,23 +132,23 @@ def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
 
 
 def test_turns_are_taken_in_order_whoever_is_first(threads):
-    turns, order = Turns(), []
+    turns, order = OrderedSection(), []
 
     def work(number):
         time.sleep(0.02 * (number % 2 == 0))  # the second of two is ready first
         with turns.of(number):
             order.append(number)
 
-    list(side_by_side(work, range(6), device=CPU, at_once=2))
+    list(parallel_map(work, range(6), device=CPU, at_once=2))
     assert order == list(range(6))
 
 
 def test_who_waits_for_a_turn_that_an_error_ended_ends_too(threads):
-    turns = Turns()
+    turns = OrderedSection()
 
     def work(number):
         with turns.of(number):
             raise ValueError(f"piece {number}")
 
     with pytest.raises(ValueError, match="piece 0"):
-        list(side_by_side(work, range(4), device=CPU, at_once=2))
+        list(parallel_map(work, range(4), device=CPU, at_once=2))

@@ -188,9 +188,9 @@ def test_code_that_did_not_come_along_is_named(opened):
 def test_every_file_is_the_cores_or_a_parts():
     found = {*CORE}
     for name in surgery_config.FILES:
-        found |= set(surgery_config.code_of([name]))
+        found |= set(surgery_config.exported_files([name]))
     assert found == ALL
-    assert set(surgery_config.code_of([])) == CORE
+    assert set(surgery_config.exported_files([])) == CORE
     assert set(METHODS) - {"by_head"} == set(surgery_config.FILES) - {"terms", "sinks", "gate", "sparse", "kernel"}
 
 
@@ -203,7 +203,7 @@ def test_a_split_alone_carries_less_than_half(opened):
 @pytest.mark.parametrize("name", ["os", "../evil", "surgery_terms", ""])
 def test_no_other_name_is_imported(name):
     with pytest.raises(ValueError, match="there is no part"):
-        surgery_config.part(name)
+        surgery_config.load_part(name)
 
 
 def test_a_part_that_is_used_no_longer_is_left_out(tiny_llama, tmp_path):

@@ -18,7 +18,7 @@ from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_gated_compute as rows
 from surgery.runtime import surgery_gated_compute as skipping
 from surgery.runtime.surgery_gated_compute import counted
-from surgery.runtime.surgery_gates import Call, Gate, load_balance, load_balance_loss, prepare
+from surgery.runtime.surgery_gates import Gate, GateState, load_balance, load_balance_loss, prepare
 from surgery.runtime.surgery_token import prepare_token
 
 INTERFACE = sorted(name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name)
@@ -439,7 +439,7 @@ def test_output_projection_in_half_precision_rounds_once(dtype):
     x, on = torch.randn(1, length, heads, size).to(dtype), torch.rand(length, heads) < 0.7
     on[:, :3] = True
     rows = [[None] if head < 3 else [on[:, head].nonzero()[:, 0]] for head in range(heads)]
-    ours.surgery_call = Call()
+    ours.surgery_call = GateState()
     ours.surgery_call.rows = rows
     given = (x * on[None, :, :, None]).flatten(2)
     want = given.double() @ plain.weight.double().T + plain.bias.double()

@@ -12,7 +12,7 @@ from families import TINY, VOCAB, build, difference, double, logits_of, maker, o
 import surgery
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime.surgery_config import code_of
+from surgery.runtime.surgery_config import exported_files
 
 SHAPED = {"num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8}
 BUDGET = [3, 1, 3]
@@ -168,7 +168,7 @@ def test_the_streamed_folder_is_the_loaded_one(saved):
         one, two = (json.loads((folder / "config.json").read_text()) for folder in (streamed, loaded))
         for field in ("model_type", "architectures", "auto_map", "surgery"):
             assert one[field] == two[field], field
-        for file in code_of([]):
+        for file in exported_files([]):
             assert (streamed / file).read_bytes() == (loaded / file).read_bytes()
 
 

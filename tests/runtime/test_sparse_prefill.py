@@ -581,13 +581,13 @@ def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
 
 @torch.no_grad()
 def test_measuring_a_sparse_model_measures_it_dense():
-    from surgery.calibration.attention_hook import watched
+    from surgery.calibration.attention_hook import hook_attention
 
     base = base_of("llama")
     model = sparsened(base, NARROW)
     ids, mask = batch(base, (0,), LENGTH)
     want = model(**given(model, ids, mask), use_cache=False).logits
-    with watched(model):
+    with hook_attention(model):
         inside = model(**given(model, ids, mask), use_cache=False).logits
     assert difference(inside, base(**given(base, ids, mask), use_cache=False).logits, mask) <= 1e-5
     assert torch.equal(model(**given(model, ids, mask), use_cache=False).logits, want)

@@ -35,7 +35,7 @@ def whole(parameter, known=sharding.whole):
     return known(parameter)
 
 
-def on_step_begin(self, args, state, control, known=following.Follow.on_step_begin, **kwargs):
+def on_step_begin(self, args, state, control, known=following.HealCallback.on_step_begin, **kwargs):
     if state.global_step == int(os.environ.get("STOP_AT", "-1")):
         os._exit(9)
     return known(self, args, state, control, **kwargs)
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     PartialState._prepare_backend = begin
     sharding._refuse_fsdp = lambda: None
     sharding.whole = whole
-    following.Follow.on_step_begin = on_step_begin
+    following.HealCallback.on_step_begin = on_step_begin
     try:
         main(sys.argv[1:])
     finally:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from surgery.operations.gqa.fit_scores import Piece, Turn
+from surgery.operations.gqa.fit_scores import Piece, Rotation
 
 SMALL = 4  # channels of a head, inputs 5: the dense equations have 2 * 4 * 5 unknowns
 
@@ -15,7 +15,7 @@ def score_problem(groups: int, stride: int, seed: int):
     """Random pieces, their base attention, and queries and keys to start from."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.polar(torch.ones(12, 1).double(), torch.arange(12).double()[:, None] * 0.7)
-    turn = Turn.of(factors, 1.0, SMALL, "half")
+    turn = Rotation.of(factors, 1.0, SMALL, "half")
     pieces, heads = [], 2
     for number in range(4):
         x = torch.randn(12, 5, generator=generator, dtype=torch.float64)

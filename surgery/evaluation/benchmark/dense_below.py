@@ -138,7 +138,7 @@ def _calls(model, ids, layers: list[int]) -> list[tuple]:
     """What the attention of some layers is given in a prompt: (module, query, key, value, other arguments)."""
     import torch
 
-    from surgery.calibration.attention_hook import watched
+    from surgery.calibration.attention_hook import hook_attention
     from surgery.runtime.surgery_attention import surgery_attention
 
     found = []
@@ -148,7 +148,7 @@ def _calls(model, ids, layers: list[int]) -> list[tuple]:
             found.append((module, query, key, value, kwargs))
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with watched(model, attention, split=True), torch.no_grad():
+    with hook_attention(model, attention, split=True), torch.no_grad():
         model.base_model(input_ids=ids, use_cache=False)
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from surgery.calibration.attention_hook import row_logits, watched
+from surgery.calibration.attention_hook import hook_attention, row_logits
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
 from surgery.data.passkeys import calibration, plain_pieces
@@ -44,7 +44,7 @@ def ablation(
     recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
     plain = plain_pieces(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
     kinds = [[(each.ids, each.rows) for each in recalls], [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
-    with watched(model) as seen, torch.no_grad():
+    with hook_attention(model) as seen, torch.no_grad():
         total = sum(map(len, kinds)) * sum(seen.kv_heads)
         done, tables = 0, []
         for kind in kinds:

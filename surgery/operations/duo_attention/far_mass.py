@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
@@ -48,7 +48,7 @@ def far_mass(
         totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).double().cpu()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with watched(model, attention) as seen, torch.no_grad():
+    with hook_attention(model, attention) as seen, torch.no_grad():
         totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
         for number, sequence in enumerate(sequences):
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)

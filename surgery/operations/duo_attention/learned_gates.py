@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.calibration.attention_hook import Watched, watched
+from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.head_scores import HeadScores, model_facts
 from surgery.data.passkeys import Recall, calibration
 from surgery.data.text import BUILTIN
@@ -60,7 +60,7 @@ def gates(
     sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **drawn)
     settings |= {"steps": steps, "rate": rate, "weight": weight}
     mixed = MixedAttention(sinks, window)
-    with watched(model, mixed) as seen:
+    with hook_attention(model, mixed) as seen:
         mixed.watched = seen
         run = _Run(sum(seen.kv_heads), model.device, rate, settings | {"model": model_facts(seen.anatomy)["hash"]})
         if state is not None and Path(state).is_file():
@@ -86,7 +86,7 @@ def gates(
 
 
 class MixedAttention:
-    """An attention function for `watched`: every KV head's group mixed by its gate.
+    """An attention function for `hook_attention`: every KV head's group mixed by its gate.
 
     Attributes:
         watched: set inside the context.
@@ -95,7 +95,7 @@ class MixedAttention:
 
     def __init__(self, sinks: int, window: int):
         self.sinks, self.window = sinks, window
-        self.watched: Watched
+        self.watched: AttentionHook
         self.gates: torch.Tensor | None = None
 
     def __call__(self, module, query, key, value, mask, **kwargs):

@@ -7,26 +7,24 @@ chunks and decoding give the same result, and a streaming head sees sinks + wind
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, Change, Context, Operation
+from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
-
-Whole = Annotated[int, Field(ge=0, strict=True)]
 
 
 class DuoAttention(Operation):
     """Give the KV heads with the lowest scores the visibility sinks + window."""
 
     summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
         "the other heads. Needles, where the card has them, test it with literal answers alone.",
         "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
@@ -37,7 +35,7 @@ class DuoAttention(Operation):
     op: Literal["duo_attention"] = "duo_attention"
     streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of the KV heads that stream.")
     threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
-    sinks: Whole = Field(16, description="First tokens of a sequence that a streaming head keeps.")
+    sinks: WholeNumber = Field(16, description="First tokens of a sequence that a streaming head keeps.")
     window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
     scores: str = Field(
         "far-mass",
@@ -45,9 +43,9 @@ class DuoAttention(Operation):
     )
     calibration_samples: int | None = Field(None, ge=1, description="Calibration sequences; null: the method's own.")
     calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")
-    per_layer_min_retrieval: Whole = Field(0, description="KV heads that every layer keeps full.")
-    protect_layers: list[Whole] = Field([], description="Layers whose heads all stay full.")
-    seed: Whole = Field(0, description="Seed of the calibration sequences.")
+    per_layer_min_retrieval: WholeNumber = Field(0, description="KV heads that every layer keeps full.")
+    protect_layers: list[WholeNumber] = Field([], description="Layers whose heads all stay full.")
+    seed: WholeNumber = Field(0, description="Seed of the calibration sequences.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         found = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
@@ -67,9 +65,9 @@ class DuoAttention(Operation):
             except SurgeryError as error:
                 facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
                 found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
-        return found
+        return found + self._without_first_token(anatomy)
 
-    def problems_of_checkpoint(self, anatomy: Anatomy) -> list[str]:
+    def _without_first_token(self, anatomy: Anatomy) -> list[str]:
         """It weighs the first token of some heads, which heads that stream without sinks would lose."""
         entries = (getattr(anatomy.config, "surgery", None) or {}).get("layers", [])
         weighed = {i for i, entry in enumerate(entries) if "surgery_log_gamma" in entry.get("parameters", {})}
@@ -81,7 +79,7 @@ class DuoAttention(Operation):
             "heads that stream without sinks lose it: sinks from 1, or protect_layers"
         ]
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         local, measured = self._local(anatomy), is_method(self.scores)
         total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
         notes, known = [], ""
@@ -104,7 +102,7 @@ class DuoAttention(Operation):
                 f"streaming_ratio asks for {wanted}: protect_layers and per_layer_min_retrieval leave {count}"
             )
         line = f"{known}{count} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
-        return Change(
+        return PlannedChange(
             anatomy.with_streaming(streaming, self.sinks, self.window),
             (line,),
             SURGICAL,
@@ -112,7 +110,7 @@ class DuoAttention(Operation):
             measured=measured,
         )
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.runtime.modeling_surgery import patch
 
         measured = is_method(self.scores)
@@ -130,7 +128,7 @@ class DuoAttention(Operation):
     def _needs_scores(self) -> bool:
         return self.streaming_ratio not in (0.0, 1.0) or self.per_layer_min_retrieval > 0
 
-    def _measure(self, model, context: Context) -> HeadScores:
+    def _measure(self, model, context: ApplyContext) -> HeadScores:
         if not self._needs_scores:
             return HeadScores("none", [[0.0] * layer.kv_heads for layer in context.before.layers])
         tokenizer = context.tokenizer_for(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from surgery.calibration.attention_hook import answer_logits, watched
+from surgery.calibration.attention_hook import answer_logits, hook_attention
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
@@ -47,7 +47,7 @@ def retrieval(
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     answered = steps = 0
-    with watched(model, attention) as seen, torch.no_grad():
+    with hook_attention(model, attention) as seen, torch.no_grad():
         totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
         for number, sequence in enumerate(sequences):
             right = answer_logits(model, sequence).argmax(-1).cpu() == sequence.ids[sequence.rows + 1]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
 from surgery.operations.gqa.layer import held_back
@@ -44,7 +44,7 @@ class LayerLosses(Sharing):
 
     def measure(self, progress=None) -> list[float]:
         """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
-        with watched(self.model, self.streams.attention) as watch, torch.no_grad():
+        with hook_attention(self.model, self.streams.attention) as watch, torch.no_grad():
             self._begin(watch)
             self.places = tried(len(self.sequences))
             self.whole = [self._log_probabilities(place) for place in self.places]

@@ -10,7 +10,7 @@ from surgery.architecture.weights import pack
 from surgery.data.passkeys import calibration_pieces, calibration_source
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
-from surgery.operations.base import Context
+from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.choose_layers import LayerLosses, spared
 from surgery.operations.gqa.layer import Settings
 from surgery.operations.gqa.merge import permute_kv_heads
@@ -21,7 +21,7 @@ REVISION = 2  # of the fit: raised when the same settings give other weights, so
 
 def share_kv_heads(
     model,
-    context: Context,
+    context: ApplyContext,
     text: tuple[str, int, int],
     settings: Settings,
     orders: list[Callable] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from surgery.machine.parallel import go_on
+from surgery.machine.parallel import check_cancelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def solve(problem: Quadratic, held: Quadratic, start: Tensor, *, steps: int, dam
     weight, residual = start, problem.target(start)[0] - problem.product(start)
     direction, size, first, done, over = None, 1.0, 0.0, 0, False
     while done < steps and not over:
-        go_on()
+        check_cancelled()
         better = precondition(residual)
         now = float((residual * better).sum())
         first = first or now

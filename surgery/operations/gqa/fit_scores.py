@@ -6,7 +6,7 @@ base's weights p of the error of the scores (softmax does not see a constant):
     L = ½ Σ_t Σ_h Var_{s ~ p_hts}[ c q̃_ht·k̃_s − score_hts ],      q̃ = RoPE(W_Q x_t),  k̃ = RoPE(W_K x_s)
 
 It does not see a key that the base hardly looks at and the new model does: from the second fit on p is the mean of the
-base's and the new weights (`calibration.layer_seen.Settings.risen`).
+base's and the new weights (`calibration.layer_seen.Settings.reweight_keys`).
 
 It is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
 head, so they are solved by conjugate gradients: a product with the Hessian is what attention itself costs.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from surgery.machine.parallel import side_by_side
+from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.merge import pair_channels
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PARTS = 4  # of the rows of a piece
 
 
 @dataclass
-class Turn:
+class Rotation:
     """What stands between a projection and the scores at each position: RoPE, and whatever scales with it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Turn:
     swap: Tensor
 
     @classmethod
-    def of(cls, factors: Tensor, free: float, size: int, positions: str) -> Turn:
+    def of(cls, factors: Tensor, free: float, size: int, positions: str) -> Rotation:
         """From a complex factor for each position and frequency [length, rotary / 2], and one for other channels."""
         import torch
 
@@ -59,12 +59,12 @@ class Turn:
         swap[real + imag] = torch.tensor(imag + real, dtype=swap.dtype, device=cos.device)
         return cls(cos, sin, swap)
 
-    def to(self, dtype) -> Turn:
-        return Turn(self.cos.to(dtype), self.sin.to(dtype), self.swap)
+    def to(self, dtype) -> Rotation:
+        return Rotation(self.cos.to(dtype), self.sin.to(dtype), self.swap)
 
-    def at(self, rows) -> Turn:
+    def at(self, rows) -> Rotation:
         """What turns these positions alone."""
-        return Turn(self.cos[rows], self.sin[rows], self.swap)
+        return Rotation(self.cos[rows], self.sin[rows], self.swap)
 
     def __call__(self, z: Tensor) -> Tensor:
         """z [..., length, d], turned."""
@@ -113,7 +113,7 @@ def causal_parts(pieces: list) -> list[list[Part]]:
     return found
 
 
-class Fit:
+class ScoreObjective:
     """The loss L as a function of W_Q or of W_K; both are a sum over pieces.
 
     Args:
@@ -123,7 +123,7 @@ class Fit:
         groups: number of KV heads; query head h reads KV head h // (H / groups).
     """
 
-    def __init__(self, pieces: list[Piece], scale: float, turn_q: Turn, turn_k: Turn, groups: int):
+    def __init__(self, pieces: list[Piece], scale: float, turn_q: Rotation, turn_k: Rotation, groups: int):
         import torch
 
         self.pieces, self.scale, self.turn_q, self.turn_k, self.groups = pieces, scale, turn_q, turn_k, groups
@@ -132,7 +132,7 @@ class Fit:
 
     def each(self, work: Callable[[int, Piece], Found]) -> Iterator[Found]:
         """What `work` gives of each piece and its number."""
-        return side_by_side(work, range(len(self.pieces)), self.pieces, device=self.asking.device)
+        return parallel_map(work, range(len(self.pieces)), self.pieces, device=self.asking.device)
 
     def keys(self, weight: Tensor, piece: Piece) -> Tensor:
         """[groups, T, d] of W [groups, d, n]."""
@@ -163,7 +163,7 @@ class Problem:
     and the way back: what is given back to it (`nothing` at first, `add` a part's), and the gradient of that.
     """
 
-    def __init__(self, fit: Fit):
+    def __init__(self, fit: ScoreObjective):
         self.fit = fit
 
     def product(self, weight: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Problem:
         heads = errors.view(len(weights), -1, part.end)
         return heads.mul_(weights[:, part.own, : part.end]).view_as(errors)
 
-    def by_pairs(self, curvature: Tensor, turn: Turn) -> Tensor:
+    def by_pairs(self, curvature: Tensor, turn: Rotation) -> Tensor:
         """Of the channels of a pair, which RoPE mixes, the mean."""
         return (curvature + curvature[:, turn.swap.cpu()]) / 2
 
@@ -207,7 +207,7 @@ class Problem:
 class QueryProblem(Problem):
     """In W_Q, the keys fixed."""
 
-    def __init__(self, fit: Fit, key_weight: Tensor):
+    def __init__(self, fit: ScoreObjective, key_weight: Tensor):
         super().__init__(fit)
         # c k̃: the factor is in them from here on. And their mean under p, [H, r, d].
         self.keys = list(fit.each(lambda _, piece: fit.keys(key_weight, piece) * fit.scale))
@@ -247,14 +247,14 @@ class QueryProblem(Problem):
         left = sum(self.fit.each(spread)).cpu() / len(wide)
         return self.by_pairs(left, self.fit.turn_q), wide.T @ wide
 
-    def _turn(self, place: int, part: Part) -> Turn:
+    def _turn(self, place: int, part: Part) -> Rotation:
         return self.fit.turn_q.at(self.fit.pieces[place].rows[part.own])
 
 
 class KeyProblem(Problem):
     """In W_K, the queries fixed."""
 
-    def __init__(self, fit: Fit, query_weight: Tensor):
+    def __init__(self, fit: ScoreObjective, query_weight: Tensor):
         super().__init__(fit)
         raw = project(query_weight, fit.asking)
         self.queries = [  # of each piece, [H, r, d]

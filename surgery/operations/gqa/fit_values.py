@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from surgery.machine.parallel import side_by_side
+from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.fit_scores import Part, causal_parts, project
 
 if TYPE_CHECKING:
@@ -109,4 +109,4 @@ class ValueProblem:
 
     def _each(self, work: Callable[..., Found]) -> Iterator[Found]:
         """What `work` gives of each piece, its parts and their weights."""
-        return side_by_side(work, self.pieces, self.parts, self.weights, device=self.columns.device)
+        return parallel_map(work, self.pieces, self.parts, self.weights, device=self.columns.device)

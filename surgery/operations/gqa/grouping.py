@@ -128,7 +128,7 @@ def merge_losses(layer: AttentionLayer) -> Tensor:
 
     from surgery.operations.gqa.merge import pair_channels
 
-    facts, (keys, values, queries) = layer.facts, (with_bias(layer, part) for part in "kvq")
+    facts, (keys, values, queries) = layer.anatomy, (with_bias(layer, part) for part in "kvq")
     outputs = layer.o.double().transpose(0, 1)
     readers, power = (
         (x.mT @ x).unflatten(0, (len(values), -1)).sum(1) for x in (outputs, queries.mT)
@@ -187,7 +187,7 @@ def similar_order(layer: AttentionLayer, groups: int, aligned: bool, closed_form
     """
     if closed_form:
         return [head for group in partition(merge_losses(layer), groups) for head in group]
-    facts, keys, values = layer.facts, with_bias(layer, "k"), with_bias(layer, "v")
+    facts, keys, values = layer.anatomy, with_bias(layer, "k"), with_bias(layer, "v")
     phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
     distances = head_distances(keys, phased if aligned and not facts.qk_norm else plain_inner)
     distances += head_distances(values, turned_inner if aligned else plain_inner)

@@ -12,25 +12,25 @@ from functools import partial
 import torch
 
 from surgery.architecture.weights import AttentionLayer
-from surgery.calibration.attention_hook import Watched, attention_weights
+from surgery.calibration.attention_hook import AttentionHook, attention_weights
 from surgery.calibration.moments import Moments, Regression, with_ones
 from surgery.errors import SurgeryError
-from surgery.machine.parallel import side_by_side
+from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.cost import STEPS, STRIDE, efforts
-from surgery.operations.gqa.fit_scores import Fit, Piece, Turn, project
+from surgery.operations.gqa.fit_scores import Piece, Rotation, ScoreObjective, project
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa.merge import group_members, pair_channels, stacked, with_bias
-from surgery.operations.gqa.streams import Call
+from surgery.operations.gqa.streams import AttentionCall
 
 
 class SharedLayer:
     """One layer's conversion."""
 
-    def __init__(self, settings: Settings, layer: AttentionLayer, target, seen: Seen, watch: Watched):
+    def __init__(self, settings: Settings, layer: AttentionLayer, target, seen: LayerInputs, watch: AttentionHook):
         self.settings, self.layer, self.target, self.seen, self.watch = settings, layer, target, seen, watch
-        facts = layer.facts
+        facts = layer.anatomy
         self.groups = group_members(facts, target.kv_heads)
         self._heads: dict[int, torch.Tensor] = {}
         self.key_heads: list[int] = []  # of a layer with a norm after its keys: those that stay
@@ -42,7 +42,7 @@ class SharedLayer:
         record: dict = {}
         moments = self._inputs()
         q, k, v, o = with_bias(layer, "q"), with_bias(layer, "k"), with_bias(layer, "v"), layer.o.double()
-        if layer.facts.qk_norm:
+        if layer.anatomy.qk_norm:
             parts = self._key_heads(record)
         else:
             q, k = self._keys(q, k, moments, record)
@@ -50,7 +50,7 @@ class SharedLayer:
                 q, k = self._fit_scores(q, k, refit, record)
             parts = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
         v, o = self._values(v, o, self._read(), record)
-        new = layer.replace(facts=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
+        new = layer.replace(anatomy=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
         if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the pieces
             seen = list(self._each(lambda place: self._attention(new, place, self.seen.pieces[place].rows)))
             if "o" in settings.refit:
@@ -62,9 +62,9 @@ class SharedLayer:
 
     def _each(self, work: Callable) -> Iterator:
         """What `work` gives of each piece's number."""
-        return side_by_side(work, range(len(self.seen.pieces)), device=self.seen.x[0].device)
+        return parallel_map(work, range(len(self.seen.pieces)), device=self.seen.x[0].device)
 
-    def meet(self, place: int, call: Call) -> None:
+    def meet(self, place: int, call: AttentionCall) -> None:
         """From here on the layer's input of a sequence is that of this call."""
         self.seen.x[place], self.seen.calls[place] = with_ones(call.x, self.layer.q_bias is not None), call
         self._heads.pop(place, None)
@@ -90,14 +90,14 @@ class SharedLayer:
 
     def _weights_of(self, query: torch.Tensor, key: torch.Tensor, place: int, rows: torch.Tensor) -> torch.Tensor:
         """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d] as attention gets them."""
-        call, limit = self.seen.base[place], self.watch.windows[self.layer.facts.index]
+        call, limit = self.seen.base[place], self.watch.windows[self.layer.anatomy.index]
         named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
         rows = rows.to(query.device)
         return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **named)[0]
 
     def _turned(self, layer: AttentionLayer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [H, T, d] and keys [G', T, d] as attention gets them."""
-        if layer.facts.qk_norm:
+        if layer.anatomy.qk_norm:
             call = self.seen.calls[place]
             return call.query, call.key[self.key_heads]
         x = self.seen.x[place]
@@ -106,9 +106,9 @@ class SharedLayer:
             self.turn_k.to(x.dtype)(project(with_bias(layer, "k"), x)),
         )
 
-    def _turn(self, part: str) -> Turn:
+    def _turn(self, part: str) -> Rotation:
         """RoPE of this layer, measured: by what the model's own queries or keys differ from their projection."""
-        facts, heads = self.layer.facts, with_bias(self.layer, part)
+        facts, heads = self.layer.anatomy, with_bias(self.layer, part)
         real, imag = pair_channels(facts.rotary, facts.positions)
         up = down = free_up = free_down = 0.0
         pairs = []
@@ -121,7 +121,7 @@ class SharedLayer:
             free_up, free_down = free_up + (rest[0] * rest[1]).sum(), free_down + rest[0].square().sum()
             pairs.append((before, after))
         free = float(free_up / free_down.clamp(min=1e-30)) if facts.rotary < facts.head_dim else 1.0
-        turn = Turn.of(up / down.clamp(min=1e-30), free, facts.head_dim, facts.positions)
+        turn = Rotation.of(up / down.clamp(min=1e-30), free, facts.head_dim, facts.positions)
         miss = sum(float((turn(before) - after).square().sum()) for before, after in pairs)
         whole = sum(float(after.square().sum()) for _, after in pairs)
         if miss > 1e-4 * whole:
@@ -155,7 +155,7 @@ class SharedLayer:
         return moments
 
     def _keys(self, q, k, moments: Moments, record: dict):
-        facts, new, lost, energy = self.layer.facts, [], 0.0, 0.0
+        facts, new, lost, energy = self.layer.anatomy, [], 0.0, 0.0
         second = moments.second.cpu()
         mean = None if facts.layout.sinks else moments.mean.cpu()
         q = q.clone()
@@ -180,10 +180,10 @@ class SharedLayer:
         pieces = self.seen.pieces
         turns = settings.rounds * len(refit) + (len(refit) - 1)
         for turn, effort in enumerate(efforts(turns)):
-            if turn and settings.risen:
+            if turn and settings.reweight_keys:
                 pieces = list(self._each(partial(self._with_risen, q, k)))
             rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
-            fit, held = (Fit(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
+            fit, held = (ScoreObjective(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
             part = refit[turn % len(refit)]
             given = {"steps": round(effort * settings.steps), "damping": settings.damping}
             if part == "q":
@@ -309,8 +309,8 @@ class Settings:
         received: by how much a token counts in the moments for the attention that it gets: with weight
             1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
         weighted: keys are weighted by the energy of their queries.
-        risen: from the second fit of scores on, a key counts by the mean of what the base's attention and the new
-            one give it, so that one which wrongly rose is seen; else by the base's alone.
+        reweight_keys: from the second fit of scores on, a key counts by the mean of what the base's attention and
+            the new one give it, so that one which wrongly rose is seen; else by the base's alone.
     """
 
     refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
@@ -323,11 +323,11 @@ class Settings:
     stride: int = STRIDE
     received: float = 0.5
     weighted: bool = True
-    risen: bool = True
+    reweight_keys: bool = True
 
 
 @dataclass
-class Seen:
+class LayerInputs:
     """What is known of a layer before it is converted: lists have an entry for each sequence.
 
     Attributes:
@@ -338,9 +338,9 @@ class Seen:
         pieces: rows, base's attention of these rows, and its scores.
     """
 
-    base: list[Call] = field(default_factory=list)
+    base: list[AttentionCall] = field(default_factory=list)
     x: list[torch.Tensor] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     loud: list[torch.Tensor] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
 
@@ -349,7 +349,7 @@ class Seen:
 class Scores:
     """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
 
-    call: Call
+    call: AttentionCall
     rows: torch.Tensor
     weights: torch.Tensor
 
@@ -359,7 +359,7 @@ class Scores:
         return (query[:, self.rows] @ keys.mT * scale_of(self.call)).masked_fill_(self.weights == 0, 0.0)
 
 
-def scale_of(call: Call) -> float:
+def scale_of(call: AttentionCall) -> float:
     scale = call.settings.get("scaling")
     return call.query.shape[-1] ** -0.5 if scale is None else scale
 

@@ -54,7 +54,7 @@ def first_head(heads: Tensor, counts: list[int]) -> Tensor:
 
 def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
     """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
-    facts = layer.facts
+    facts = layer.anatomy
     queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
     moved = {}
     for name, tensor in layer.tensors().items():
@@ -108,7 +108,7 @@ def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict
         elif name.endswith("_bias"):
             new = torch.zeros(shape)
         else:
-            generator = torch.Generator().manual_seed((seed * 100_003 + layer.facts.index) * 101 + number)
+            generator = torch.Generator().manual_seed((seed * 100_003 + layer.anatomy.index) * 101 + number)
             new = torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
         parts[name] = new.to(old.dtype)
     return parts
@@ -121,7 +121,7 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
         merge: makes one head of several, given their numbers of readers: `mean_head`, `first_head`.
         turned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
     """
-    facts = layer.facts
+    facts = layer.anatomy
     k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
     if turned:  # queries and outputs change only then; in float64 they are the largest part
         q, o = with_bias(layer, "q"), layer.o.double()
@@ -148,7 +148,7 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
         parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
     if turned:
         parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
-    return layer.replace(facts=target, **parts)
+    return layer.replace(anatomy=target, **parts)
 
 
 ROUNDS, TOLERANCE = 100, 1e-8

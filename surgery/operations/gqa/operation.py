@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from surgery.data.text import written_pieces
-from surgery.operations.base import NATIVE, SURGICAL, Change, Context, WeightRewrite
+from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, PlannedChange, WeightRewrite
 from surgery.operations.gqa.cost import TRIED, Calibration
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import first_head, mean_head, merged, permute_kv_heads, random_heads
@@ -35,7 +35,7 @@ class GQA(WeightRewrite):
     """Merge the KV heads of each group into one; computed in float64, rounded once."""
 
     summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "method: closed_form fits weights to its calibration text (by default half Python's language reference, half "
         "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
@@ -90,15 +90,15 @@ class GQA(WeightRewrite):
         "mixed (half of each), or a UTF-8 text file.",
     )
 
-    def caveats(self) -> tuple[str, ...]:
-        return self.limits[self.streams :]
+    def limitations(self) -> tuple[str, ...]:
+        return self.LIMITATIONS[self.streams :]
 
     @property
     def streams(self) -> bool:
         return self.method != "closed_form"
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         absorbs = self.method == "closed_form" or self.align != "none"  # by queries and outputs
         return ("q", "k", "v", "o") if absorbs else ("k", "v")
 
@@ -190,10 +190,10 @@ class GQA(WeightRewrite):
         if len(set(self.refit)) < len(self.refit):
             yield f"refit names a projection twice: {', '.join(self.refit)}"
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, targets = anatomy.layers[0], self._targets(anatomy)
         if set(targets) == {layer.kv_heads}:
-            return Change(anatomy, (f"nothing: there are {layer.kv_heads} KV heads already",))
+            return PlannedChange(anatomy, (f"nothing: there are {layer.kv_heads} KV heads already",))
         how = [self.method.replace("_", " ")] + [
             x for x in (self.align, self.grouping) if x not in ("none", "neighbours")
         ]
@@ -210,7 +210,7 @@ class GQA(WeightRewrite):
             seconds = self._calibration(anatomy).flops(anatomy, fitted) / FLOPS
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         measured = self._kept(anatomy) > 0
-        return Change(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
+        return PlannedChange(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]):
         layer = anatomy.layers[0]
@@ -262,7 +262,7 @@ class GQA(WeightRewrite):
         if anatomy.layers[0].soft_cap:
             yield "scores are fitted before their soft-cap, as if there were none"
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         if self.streams:
             return super().apply(model, context)
         from surgery.operations.gqa.closed_form import share_kv_heads
@@ -281,7 +281,7 @@ class GQA(WeightRewrite):
         return share_kv_heads(model, context, asked, settings, orders, self._kept(before))
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
-        if target.kv_heads == layer.facts.kv_heads:
+        if target.kv_heads == layer.anatomy.kv_heads:
             return layer, {}
         record = {}
         if self.grouping == "similarity":
@@ -289,7 +289,7 @@ class GQA(WeightRewrite):
             if order != sorted(order):
                 layer, record = permute_kv_heads(layer, order), {"kv_head_order": order}
         if self.method == "random":
-            return layer.replace(facts=target, **random_heads(layer, target, self.seed)), record
+            return layer.replace(anatomy=target, **random_heads(layer, target, self.seed)), record
         merge = first_head if self.method == "first" else mean_head
         return merged(layer, target, merge, turned=self.align == "procrustes"), record
 

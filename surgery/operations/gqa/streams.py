@@ -28,14 +28,14 @@ import torch
 
 from surgery.architecture.edit import refuse_non_finite
 from surgery.architecture.weights import AttentionLayer, pack, unpack
-from surgery.calibration.attention_hook import Watched, watched
-from surgery.calibration.layerwise import Enough, Layerwise
+from surgery.calibration.attention_hook import AttentionHook, hook_attention
+from surgery.calibration.layerwise import Layerwise, StopForward
 from surgery.calibration.moments import with_ones
-from surgery.machine.parallel import Turns, go_on, side_by_side
+from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
 from surgery.operations.gqa.cost import layers_at_a_time
 from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
 from surgery.operations.gqa.fit_scores import Piece
-from surgery.operations.gqa.layer import Scores, Seen, Settings, SharedLayer
+from surgery.operations.gqa.layer import LayerInputs, Scores, Settings, SharedLayer
 from surgery.runtime.surgery_attention import surgery_attention
 
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
@@ -88,18 +88,21 @@ class Sharing:
         self.fitted: Callable = fitted or (lambda number: None)
         self.found: Callable = found or (lambda number, tensors, record: None)
         self.streams = TwoStreams(model, sequences)
-        self.looks, self.ends = Turns(), Turns()  # the base's text goes through the layers in order, and the converted
+        self.looks, self.ends = (
+            OrderedSection(),
+            OrderedSection(),
+        )  # the base's text goes through the layers in order, and the converted
         self.alone: AbstractContextManager = nullcontext()  # held while a layer is prepared and looked at
         self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
         """Packed tensors and a record of each layer; what the MLPs become is in `mlps`, by parameter name."""
-        with watched(self.model, self.streams.attention) as watch, torch.no_grad():
+        with hook_attention(self.model, self.streams.attention) as watch, torch.no_grad():
             self._begin(watch)
             found = self._each_layer(self._layer, "layers converted", progress)
         return [tensors for tensors, _ in found], [record for _, record in found]
 
-    def _begin(self, watch: Watched) -> None:
+    def _begin(self, watch: AttentionHook) -> None:
         self.watch = watch
         self.streams.begin(watch)
         pairs = zip(watch.anatomy.layers, self.targets, strict=True)
@@ -113,7 +116,7 @@ class Sharing:
         """
         found, device = [], self.model.device
         at_once = 1 if self.settings.sequential else layers_at_a_time(self.watch.anatomy)
-        for each in side_by_side(work, self.watch.anatomy.layers, self.targets, device=device, at_once=at_once):
+        for each in parallel_map(work, self.watch.anatomy.layers, self.targets, device=device, at_once=at_once):
             found.append(each)
             if progress:
                 progress(len(found), len(self.targets), label)
@@ -148,7 +151,7 @@ class Sharing:
         found = None
         if fitted is not None:
             work.key_heads = fitted[1].get("key_heads", [])
-            found = layer.replace(facts=target, **fitted[0]), fitted[1]
+            found = layer.replace(anatomy=target, **fitted[0]), fitted[1]
         return Attended(number, list(self.streams.base), work, found, known is not None, mlp)
 
     def _finish(self, layer: Attended) -> tuple[dict[str, torch.Tensor], dict]:
@@ -204,7 +207,7 @@ class Sharing:
             return None, {}
 
         def step(place: int) -> None:
-            def heads(call: Call) -> torch.Tensor:
+            def heads(call: AttentionCall) -> torch.Tensor:
                 if not self.settings.sequential:  # else it has met it
                     work.meet(place, self._kept(number, call))
                 return work.heads(new, place)
@@ -223,14 +226,14 @@ class Sharing:
                 return layer.mlp, {}
             return writer.mend(list(self.settings.mlp_ridges)) or (None, left)
 
-    def _kept(self, number: int, call: Call) -> Call:
+    def _kept(self, number: int, call: AttentionCall) -> AttentionCall:
         """Of what a layer's attention is given in the converted model, what is used again."""
         if self.watch.anatomy.layers[number].qk_norm is None:
             call.query = call.key = None  # of the old weights: only what a norm keeps
         return call
 
-    def _look(self, number: int, layer: AttentionLayer, enough: bool) -> Seen:
-        seen, module = Seen(), self.watch.modules[number]
+    def _look(self, number: int, layer: AttentionLayer, enough: bool) -> LayerInputs:
+        seen, module = LayerInputs(), self.watch.modules[number]
         for place in range(len(self.sequences)):
             state = self.streams.base[place][0]
             seen.loud.append(state.float().square().mean(-1).sqrt())
@@ -250,7 +253,7 @@ class Sharing:
 
 
 @dataclass
-class Call:
+class AttentionCall:
     """What one attention call of one sequence was given and gave.
 
     Attributes:
@@ -276,9 +279,9 @@ class _Now(threading.local):
     """
 
     def __init__(self):
-        self.heads: Callable[[Call], torch.Tensor] | None = None
+        self.heads: Callable[[AttentionCall], torch.Tensor] | None = None
         self.stop = False
-        self.call = Call(torch.empty(0))
+        self.call = AttentionCall(torch.empty(0))
 
 
 class TwoStreams:
@@ -293,7 +296,7 @@ class TwoStreams:
         self.model, self.sequences = model, sequences
         self._now = _Now()
 
-    def begin(self, watch: Watched) -> None:
+    def begin(self, watch: AttentionHook) -> None:
         """Record the first layer's inputs, and what each layer is given beside them."""
         self.watch = watch
         self.run = Layerwise(self.model, watch.anatomy, sequences=self.sequences)
@@ -306,7 +309,7 @@ class TwoStreams:
         if self._now.heads is not None:
             return self._now.heads(self._now.call)[None].to(query), None
         if self._now.stop:
-            raise Enough
+            raise StopForward
         return surgery_attention(module, query, key, value, mask, **settings)
 
     @contextmanager
@@ -323,7 +326,7 @@ class TwoStreams:
             for parameter, dtype in before:
                 parameter.data = parameter.data.to(dtype)
 
-    def base_step(self, number: int, place: int) -> Call:
+    def base_step(self, number: int, place: int) -> AttentionCall:
         """Put a sequence through the base's layer; what its attention saw and gave."""
         projection = self.run.outputs[number]
 
@@ -339,19 +342,19 @@ class TwoStreams:
             hook.remove()
         return self._now.call
 
-    def inputs(self, number: int, place: int) -> Call:
+    def inputs(self, number: int, place: int) -> AttentionCall:
         """What the layer's attention is given in the converted model (its keys and queries: of the old weights)."""
         self._now.stop = True
         try:
             with self._watched(number):
                 self.run.call(number, self.converted[place])
-        except Enough:
+        except StopForward:
             pass
         finally:
             self._now.stop = False
         return self._now.call
 
-    def converted_step(self, number: int, place: int, heads: Callable[[Call], torch.Tensor] | None) -> None:
+    def converted_step(self, number: int, place: int, heads: Callable[[AttentionCall], torch.Tensor] | None) -> None:
         """Put a sequence through the converted layer.
 
         Args:
@@ -377,8 +380,8 @@ class TwoStreams:
 
     @contextmanager
     def _watched(self, number: int) -> Iterator[None]:
-        go_on()
-        self._now.call = Call(torch.empty(0))
+        check_cancelled()
+        self._now.call = AttentionCall(torch.empty(0))
 
         def before(_, args, kwargs):
             self._now.call.x = (args[0] if args else kwargs["hidden_states"])[0]

@@ -14,13 +14,13 @@ follow from each token and not from the mean of a text, which a decoder does not
 from __future__ import annotations
 
 from math import ceil, prod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.calibration.head_scores import unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, Change, Context, Operation
+from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy, LayerAnatomy
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from surgery.runtime.surgery_gates import Gate
 
 FITTED = "The router was fitted on one text, without training."
-Whole = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Gated(Operation):
@@ -36,7 +35,7 @@ class Gated(Operation):
 
     term: ClassVar[str | None] = "gate"
 
-    keep_first_layers: Whole = Field(0, description="Layers at the begin that keep all heads on.")
+    keep_first_layers: WholeNumber = Field(0, description="Layers at the begin that keep all heads on.")
     score: Literal["energy", "damage"] = Field(
         "energy",
         description="What a head is worth to a token: energy of its output (best where most heads are on), or damage, "
@@ -50,14 +49,14 @@ class Gated(Operation):
     calibration_samples: int = Field(32, ge=4, strict=True, description="Pieces of text; every fourth is held back.")
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     text: str = Field("builtin", description="'builtin' (calibration part of Python's reference) or a text file.")
-    seed: Whole = Field(0, description="Seed of router: random.")
+    seed: WholeNumber = Field(0, description="Seed of router: random.")
 
     @property
     def _measures(self) -> bool:
         return self.router in ("fit", "static")
 
-    def caveats(self) -> tuple[str, ...]:
-        return tuple(line for line in self.limits if self._measures or not line.startswith(FITTED))
+    def limitations(self) -> tuple[str, ...]:
+        return tuple(line for line in self.LIMITATIONS if self._measures or not line.startswith(FITTED))
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := unsupported(anatomy):
@@ -96,7 +95,7 @@ class Gated(Operation):
         hidden = anatomy.config.get_text_config().hidden_size
         return sum(prod(shape) for gate in gates for shape in gate.shapes(hidden).values())
 
-    def _place(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: Context) -> dict:
+    def _place(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
         """Measure, put the gates into the model and give their parameters values; a record."""
         import torch
 
@@ -141,7 +140,7 @@ class Moh(Gated):
     """A router turns on as many heads, or KV groups, as `active_ratio` says."""
 
     summary: ClassVar[str] = "Mixture of heads (MoH): a router turns heads on for each token."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Keys and values are still made and kept for every token: the cache is as large as before.",
         FITTED + " Heads that only rare text needs may be off when it comes.",
         "Work is skipped without gradients: in prompts from 512 tokens on; in decoding on a CPU by projections of "
@@ -194,7 +193,7 @@ class Moh(Gated):
             found.append((on, shared))
         return found
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         layers, counts = self._layers(anatomy), self._counts(anatomy)
         units = sum(self._units(layer) for layer in layers)
         on, shared = (sum(numbers) for numbers in zip(*counts, strict=True))
@@ -210,7 +209,7 @@ class Moh(Gated):
         notes = self._notes(anatomy, [(on, self._units(layer)) for layer, (on, _) in zip(layers, counts, strict=True)])
         gates = [self._gate(layer, *pair, tuple(range(pair[1]))) for layer, pair in zip(layers, counts, strict=True)]
         more = self._parameters(anatomy, gates)
-        return Change(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, parameters=more)
+        return PlannedChange(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, parameters=more)
 
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
         """A layer's gate; which units are shared is not known before they are measured."""
@@ -221,7 +220,7 @@ class Moh(Gated):
         units = tuple(groups) if self.granularity == "kv_group" else (1,) * layer.heads
         return Gate("moh", units, which, on - shared)
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
         from surgery.operations.moh.router import Planned
 
@@ -235,7 +234,7 @@ class Mae(Gated):
     """Experts are all heads but one; a router weighs them, or chooses one."""
 
     summary: ClassVar[str] = "Mixture of h - 1 heads (MAE): for each token one head is off, or heads are weighed."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Soft weights skip no work, and hard ones one head's, which is left out only where a layer has four heads or "
         "fewer: of more it costs less to compute all. The cache is as large as before.",
         FITTED,
@@ -255,7 +254,7 @@ class Mae(Gated):
             found.append("mae: rescale is for hard: true; soft weights are scaled by themselves")
         return found
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         layers = self._layers(anatomy)
         heads = sum(layer.heads for layer in layers)
         what = "the query heads are weighed for each token"
@@ -266,14 +265,14 @@ class Mae(Gated):
         notes = self._notes(anatomy, [(layer.heads - 1, layer.heads) for layer in layers])
         notes = notes if self.hard else ["soft weights turn nothing off: no work is skipped"]
         more = self._parameters(anatomy, [self._gate(layer) for layer in layers])
-        return Change(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
+        return PlannedChange(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
 
     def _gate(self, layer: LayerAnatomy) -> Gate:
         from surgery.runtime.surgery_gates import Gate
 
         return Gate("mae", (1,) * layer.heads, hard=self.hard, rescale=self.rescale)
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
         from surgery.operations.moh.router import Planned
 

@@ -7,14 +7,14 @@ on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are 
 from __future__ import annotations
 
 from itertools import compress
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.architecture.anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
-from surgery.operations.base import NATIVE, SURGICAL, Change, Context, Operation
+from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
 from surgery.operations.prune_heads.select import (
     biased_output,
@@ -27,7 +27,6 @@ from surgery.operations.prune_heads.select import (
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
 MEASURED = ("gradient", "ablation")  # scores that need text
 
 
@@ -35,40 +34,42 @@ class PruneHeads(Operation):
     """Remove the query heads, or whole KV groups, that the model needs least."""
 
     summary: ClassVar[str] = "Remove heads: whole KV groups alike in all layers (stock checkpoint), or any heads."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Heads are gone for good.",
         "Which ones matter was judged on a text: what only rare inputs need (recall over a long distance, other "
         "languages) may be lost without a change in perplexity.",
         "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
         "text of another kind it may win back less.",
     )
-    follows_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
+    carries_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(
         "kv_group", description="kv_group: a KV head with all its query heads. head: query heads one by one."
     )
-    per_layer: Whole | None = Field(None, description="Heads (or KV groups) to remove from every layer; or")
+    per_layer: WholeNumber | None = Field(None, description="Heads (or KV groups) to remove from every layer; or")
     ratio: float | None = Field(
         None, ge=0, lt=1, description="share of all heads (or groups), ranked over all layers; or"
     )
-    heads: list[list[Whole]] | None = Field(None, description="the query heads to remove, a list for each layer.")
+    heads: list[list[WholeNumber]] | None = Field(
+        None, description="the query heads to remove, a list for each layer."
+    )
     scores: str = Field("gradient", description=f"{', '.join(METHODS)}; or a file [layers][query heads].")
     refit: bool = Field(True, description="Fit the output projections of the heads that stay, on calibration text.")
     ridge: float = Field(0.01, gt=0, description="Pull to the old output projection, relative to the heads' energy.")
-    protect_layers: list[Whole] = Field([], description="Layers that keep all their heads.")
+    protect_layers: list[WholeNumber] = Field([], description="Layers that keep all their heads.")
     calibration_samples: int = Field(32, ge=1, strict=True, description="Calibration sequences of the refit.")
     score_samples: int = Field(8, ge=1, strict=True, description="Those of them on which heads are scored.")
     calibration_length: int = Field(512, ge=2, strict=True, description="Tokens in each.")
     calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
-    seed: Whole = Field(0, description="Seed of scores: random.")
+    seed: WholeNumber = Field(0, description="Seed of scores: random.")
 
     @property
-    def touches(self) -> tuple[str, ...]:
+    def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "o")
 
-    def caveats(self) -> tuple[str, ...]:
-        return tuple(compress(self.limits, (True, self._judges(), self.refit)))
+    def limitations(self) -> tuple[str, ...]:
+        return tuple(compress(self.LIMITATIONS, (True, self._judges(), self.refit)))
 
     def _judges(self) -> bool:
         return self.heads is None and self.scores in MEASURED
@@ -150,9 +151,9 @@ class PruneHeads(Operation):
             return [f"prune_heads: {stock}; and on the surgical tier {reason}"]
         return []
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         if not self._removes_something(anatomy):
-            return Change(anatomy, ("nothing: no head is to go",))
+            return PlannedChange(anatomy, ("nothing: no head is to go",))
         removed = self._nominal(anatomy)
         after, tier = self._after(anatomy, removed)
         known = self._known_choice(anatomy)
@@ -168,7 +169,7 @@ class PruneHeads(Operation):
         if self.refit and not biased_output(anatomy):
             notes.append("output projections have no bias here to take over what heads that go write on average")
         how = "as listed" if self.heads is not None else self.scores if is_method(self.scores) else "scores of a file"
-        return Change(
+        return PlannedChange(
             after,
             tuple(change_lines(anatomy, removed, f"{how}; {refit}", known)),
             tier,
@@ -176,7 +177,7 @@ class PruneHeads(Operation):
             measured=not known and (streaming or not alike),
         )
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.edit import refuse_non_finite, write_layers
         from surgery.architecture.weights import pack, unpack
         from surgery.operations.prune_heads.refit import refit
@@ -271,7 +272,7 @@ class PruneHeads(Operation):
         first = after.layers[0]
         return anatomy.heads_problem(first.heads, first.kv_heads)
 
-    def _sequences(self, model, context: Context):
+    def _sequences(self, model, context: ApplyContext):
         """Calibration tokens [samples, length], None where none are needed."""
         from surgery.data.passkeys import calibration_pieces
 

@@ -95,7 +95,7 @@ def without_heads(
         target: of `facts_without`.
         o: [D, kept heads, d], in place of the kept columns of the output projection.
     """
-    groups = groups_of(layer.facts)
+    groups = groups_of(layer.anatomy)
     queries = [head for group in groups for head in group if head not in removed]
     kv_heads = [number for number, group in enumerate(groups) if set(group) - set(removed)]
     parts = {}
@@ -104,7 +104,7 @@ def without_heads(
             parts[name] = tensor[:, queries] if o is None else o.to(tensor.dtype)
         else:
             parts[name] = tensor[kv_heads if name.startswith(("k", "v")) else queries]
-    return layer.replace(facts=target, **parts)
+    return layer.replace(anatomy=target, **parts)
 
 
 def magnitudes(layer: AttentionLayer) -> list[float]:
@@ -115,10 +115,10 @@ def magnitudes(layer: AttentionLayer) -> list[float]:
     """
     import torch
 
-    values, found = layer.v.double(), [0.0] * layer.facts.heads
+    values, found = layer.v.double(), [0.0] * layer.anatomy.heads
     if layer.v_bias is not None:
         values = torch.cat([values, layer.v_bias.double().unsqueeze(-1)], dim=-1)
-    for kv_head, queries in enumerate(groups_of(layer.facts)):
+    for kv_head, queries in enumerate(groups_of(layer.anatomy)):
         gram = values[kv_head] @ values[kv_head].T  # ||O V||² = tr(OᵀO V Vᵀ), [d, d] instead of [D, D]
         for head in queries:
             o = layer.o[:, head].double()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.sinks import other_sinks, received
 from surgery.operations.sink_calibration.zero_tuning import Trial, frozen, gradients, parameters_of
 from surgery.runtime.surgery_act import probe_features, probe_scores
@@ -130,7 +130,7 @@ def _each_call(model, layers, pieces, alpha: float, look: Callable, progress, la
             look(layer, value, total, *other_sinks(total, seen.windows[layer], alpha))
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with watched(model, attention, split=True) as seen, torch.no_grad():
+    with hook_attention(model, attention, split=True) as seen, torch.no_grad():
         for number, piece in enumerate(pieces):
             model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
             if progress:

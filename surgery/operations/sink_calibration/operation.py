@@ -16,12 +16,11 @@ from pydantic import Field
 from surgery.architecture.anatomy import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, Change, Context, Operation
+from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy, LayerAnatomy
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
@@ -38,7 +37,7 @@ class SinkCalibration(Operation):
     summary: ClassVar[str] = (
         "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The sink was calibrated on one text or set of questions; a setting is kept only where its gain on text "
         "held back from the search is more than two standard errors, and the record in surgery.json "
         "says what was found.",
@@ -49,9 +48,11 @@ class SinkCalibration(Operation):
         description="zero_tuning: first token's weight times gamma; act: other sinks' weight times beta; learned: a "
         "logit, with a value or none; kv_bias: a key and a value."
     )
-    layers: list[Whole] | None = Field(None, description="Layers that are changed; default all.")
-    heads: list[Whole] | None = Field(None, description="Query heads that are changed in these layers; default all.")
-    exclude: list[Annotated[list[Whole], Field(min_length=2, max_length=2)]] = Field(
+    layers: list[WholeNumber] | None = Field(None, description="Layers that are changed; default all.")
+    heads: list[WholeNumber] | None = Field(
+        None, description="Query heads that are changed in these layers; default all."
+    )
+    exclude: list[Annotated[list[WholeNumber], Field(min_length=2, max_length=2)]] = Field(
         [], description="Pairs [layer, query head] that stay as they are."
     )
     gamma: Gamma | None = Field(None, description="zero_tuning: the same for all these heads; default: searched.")
@@ -102,8 +103,8 @@ class SinkCalibration(Operation):
         open_setting = {"zero_tuning": self.gamma is None, "act": self.beta != 1}
         return open_setting.get(self.method, self._fits)
 
-    def caveats(self) -> tuple[str, ...]:
-        return self.limits if self._measures else ()
+    def limitations(self) -> tuple[str, ...]:
+        return self.LIMITATIONS if self._measures else ()
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         from surgery.data.questions import faults_of
@@ -154,8 +155,8 @@ class SinkCalibration(Operation):
             why = "labelled takes its place" if self.labelled else "nothing is measured here"
             yield f"calibration text, and {why}: drop {' and '.join(of_text)}"
 
-    def problems_later(self, after: Anatomy) -> list[str]:
-        if self.method != "zero_tuning" or not (found := self._problems_of_visibility(after)):
+    def problems_after(self, later: Anatomy) -> list[str]:
+        if self.method != "zero_tuning" or not (found := self._problems_of_visibility(later)):
             return []
         return [f"sink_calibration before duo_attention: {found[0]}"]
 
@@ -211,7 +212,7 @@ class SinkCalibration(Operation):
         found = {i: pick(anatomy.layers[i]) for i in self._layers(anatomy)}
         return {layer: heads for layer, heads in found.items() if heads}
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         targets = self._targets(anatomy)
         many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
         notes = []
@@ -235,13 +236,13 @@ class SinkCalibration(Operation):
             notes.append("a setting that is not two standard errors better than none on text held back is not kept")
         entries = (self._entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
         more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
-        return Change(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
+        return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
         from surgery.operations.sink_calibration.act import calibrate_sinks
         from surgery.operations.sink_calibration.virtual_keys import fit_virtual_keys, set_logit
-        from surgery.operations.sink_calibration.zero_tuning import weigh_first_token
+        from surgery.operations.sink_calibration.zero_tuning import search_gamma
         from surgery.runtime.modeling_surgery import patch
 
         anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
@@ -252,7 +253,7 @@ class SinkCalibration(Operation):
         except ValueError as error:
             raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
         if self.method == "zero_tuning":
-            return weigh_first_token(model, self, targets, pieces, context)
+            return search_gamma(model, self, targets, pieces, context)
         if self.method == "act":
             record = {"method": self.method, "beta": self.beta or BETA, "threshold": self.threshold or THRESHOLD}
             if pieces is not None:  # else beta is 1
@@ -268,7 +269,7 @@ class SinkCalibration(Operation):
             set_logit(model, targets, self.logit)
         return record | {"logit": self.logit}
 
-    def _pieces(self, model, context: Context):
+    def _pieces(self, model, context: ApplyContext):
         from surgery.calibration.scoring import fitting_questions
         from surgery.data.passkeys import calibration_pieces
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.io.resume import Found
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
@@ -57,7 +57,7 @@ def first_tokens(model, pieces: torch.Tensor, reach: list[int], progress=None) -
         return surgery_attention(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
 
     sums = [[0.0, 0.0, 0.0] for _ in reach]
-    with watched(model, attention, split=True) as seen, torch.no_grad():
+    with hook_attention(model, attention, split=True) as seen, torch.no_grad():
         for number, piece in enumerate(pieces):
             model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
             if progress:
@@ -247,7 +247,7 @@ def parameters_of(model, name: str) -> dict[int, torch.nn.Parameter]:
     return {layer: parameter for layer, parameter in found.items() if parameter is not None}
 
 
-def weigh_first_token(model, asked, targets: dict[int, list[int]], pieces, context) -> dict:
+def search_gamma(model, asked, targets: dict[int, list[int]], pieces, context) -> dict:
     """Set gamma in the query heads `targets` (by layer) as a `SinkCalibration` asks, or search it; a record."""
     found = parameters_of(model, "surgery_log_gamma")
     masks = {layer: torch.zeros(len(found[layer])) for layer in targets}

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, Change, Context, Operation, whole_keys
+from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber, whole_keys
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
 FromOne = Annotated[int, Field(ge=1, strict=True)]
-Tokens = Whole | list[Whole]
+Tokens = WholeNumber | list[WholeNumber]
 METHODS = (
     "pooled",
     "streaming",
@@ -46,7 +45,7 @@ class SparsePrefill(Operation):
     """Block-sparse attention in prefill, for the heads that see all."""
 
     summary: ClassVar[str] = "Sparse prefill: a long prompt's queries read the blocks of keys that an estimator keeps."
-    limits: ClassVar[tuple[str, ...]] = (
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Prefill alone is sparse: the cache keeps every key, decoding reads all of them, and a prompt of up to "
         "dense_below tokens is computed as in the base.",
         "Loss on text is a weak test of it. What is lost shows when decoding meets keys that a sparse prefill made: "
@@ -57,16 +56,16 @@ class SparsePrefill(Operation):
     op: Literal["sparse_prefill"] = "sparse_prefill"
     method: Literal[METHODS] = Field("pooled", description="Which blocks are read; a method's own settings are below.")
     block: Annotated[int, Field(ge=16, strict=True)] = Field(128, description="Tokens in a block, a power of two.")
-    dense_below: Whole = Field(1024, description="Blocks of queries that end by this position read all keys.")
-    last_rows_dense: Whole = Field(0, description="So do the last queries of a prompt, so many (whole blocks).")
+    dense_below: WholeNumber = Field(1024, description="Blocks of queries that end by this position read all keys.")
+    last_rows_dense: WholeNumber = Field(0, description="So do the last queries of a prompt, so many (whole blocks).")
     delta: FromOne | None = Field(
         None, description="Correct outputs from every so-manieth row, computed densely (Delta attention); null: no."
     )
-    layers: list[Whole] | None = Field(None, description="Layers that become sparse; default all that see all.")
+    layers: list[WholeNumber] | None = Field(None, description="Layers that become sparse; default all that see all.")
     heads: Literal["all", "retrieval"] = Field(
         "all", description="all: every head that sees all; retrieval: those that a head split before it left so."
     )
-    per_layer: Annotated[dict[Whole, dict[str, Any]], BeforeValidator(whole_keys)] = Field(
+    per_layer: Annotated[dict[WholeNumber, dict[str, Any]], BeforeValidator(whole_keys)] = Field(
         {}, description="layer: {field: value}, what differs in a layer; any field but layers, heads and this one."
     )
     # The methods' own settings; null: the method's default.
@@ -109,16 +108,16 @@ class SparsePrefill(Operation):
         None, description="streaming, tri_shape (or by query head), vertical_slash: first tokens that are read."
     )
     window: Tokens | None = Field(None, description="streaming, tri_shape: newest tokens read (or by query head).")
-    last: Whole | None = Field(
+    last: WholeNumber | None = Field(
         None, description="tri_shape: last tokens that read all; vertical_slash: last queries that are looked at."
     )
     vertical: Tokens | None = Field(None, description="vertical_slash: columns, in tokens (or by query head).")
     slash: Tokens | None = Field(None, description="vertical_slash: diagonals, in tokens (or by query head).")
-    nearest: Whole | None = Field(None, description="vertical_slash: nearest diagonals, always chosen.")
+    nearest: WholeNumber | None = Field(None, description="vertical_slash: nearest diagonals, always chosen.")
     tau: Annotated[float, Field(ge=0)] | None = Field(
         None, description="flexprefill: a head nearer than this to its pooled guess adds pooled blocks."
     )
-    min_budget: Whole | None = Field(None, description="flexprefill: least tokens of columns, and of diagonals.")
+    min_budget: WholeNumber | None = Field(None, description="flexprefill: least tokens of columns, and of diagonals.")
     max_budget: FromOne | None = Field(None, description="flexprefill: most tokens of them; null: no limit.")
     patterns: list[dict[str, Any]] | None = Field(
         None,
@@ -202,7 +201,7 @@ class SparsePrefill(Operation):
             return entry
         return {name: value for name, value in entry.items() if name != "density"} | {"patterns": patterns}
 
-    def plan(self, anatomy: Anatomy) -> Change:
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
         from surgery.runtime.surgery_block_selection import METHODS as KNOWN
 
         layers = self.term_layers(anatomy)
@@ -237,7 +236,7 @@ class SparsePrefill(Operation):
         if longest and longest <= max(self.dense_below, self.block):
             notes.append(f"this model takes {longest} tokens: no prompt becomes sparse")
         after = [replace(layer, sparse=entries.get(layer.index, layer.sparse)) for layer in anatomy.layers]
-        return Change(
+        return PlannedChange(
             replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), measured=self._searches
         )
 
@@ -258,7 +257,7 @@ class SparsePrefill(Operation):
             shares.append(f"{kept.float().mean((0, 1)).sum() / (rows * (rows + 1) / 2):.0%} at {length:,} tokens")
         return f"of the blocks before a query, {' and '.join(shares)} are read"
 
-    def apply(self, model, context: Context) -> dict:
+    def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
         from surgery.runtime.modeling_surgery import patch
 
@@ -278,7 +277,7 @@ class SparsePrefill(Operation):
             raise SurgeryError(f"sparse_prefill: {error}", where=type(model).__name__) from None
         return record
 
-    def _search(self, model, context: Context):
+    def _search(self, model, context: ApplyContext):
         from surgery.operations.sparse_prefill.pattern_search import search_patterns
 
         tokenizer = context.tokenizer_for("searching patterns needs the tokenizer", self.op, ", or give patterns")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from surgery.calibration.attention_hook import watched
+from surgery.calibration.attention_hook import hook_attention
 from surgery.data.passkeys import calibration_pieces
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
@@ -92,7 +92,7 @@ def search_patterns(
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: a density or a block that makes no sense; no pattern is cheap enough; or see `watched`.
+        SurgeryError: a density or a block that makes no sense; no pattern is cheap enough; or see `hook_attention`.
     """
     if not 0 < density <= 1:
         raise SurgeryError(f"density {density} is not above 0 and up to 1", where="search of patterns")
@@ -115,7 +115,7 @@ def search_patterns(
             totals[layer] = totals.get(layer, 0) + torch.stack(found).double().cpu() / samples
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with watched(model, attention) as seen, torch.no_grad():
+    with hook_attention(model, attention) as seen, torch.no_grad():
         for number, piece in enumerate(pieces):
             model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
             if progress:

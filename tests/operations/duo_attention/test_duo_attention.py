@@ -10,8 +10,8 @@ import torch
 import surgery
 from surgery.calibration.head_scores import HeadScores
 from surgery.errors import SurgeryError
-from surgery.evaluation.check import run_doors
-from surgery.runtime.surgery_config import code_of
+from surgery.evaluation.check import load_in_fresh_process
+from surgery.runtime.surgery_config import exported_files
 
 SPLIT = (
     "streaming_ratio=0.5",
@@ -43,7 +43,7 @@ def test_through_the_command(surgery, split, model):
     assert config["model_type"] == "surgery"
     assert config["architectures"] == ["SurgeryLlamaForCausalLM"]
     files = {path.name for path in split.glob("*.py")}
-    assert files == set(code_of([]))
+    assert files == set(exported_files([]))
     card = (split / "README.md").read_text()
     assert "trust_remote_code=True" in card
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)
@@ -68,7 +68,7 @@ def test_later_generations_and_the_model_in_memory(split, tmp_path):
         {"folder": str(f), "tokens": ids.tolist(), "generate": 8, "trust": True, "logits": str(tmp_path / f"{i}.pt")}
         for i, f in enumerate(folders)
     ]
-    results = run_doors(jobs)
+    results = load_in_fresh_process(jobs)
     assert all("error" not in result for result in results), results
     for job, result in zip(jobs, results, strict=True):
         assert result["generated"] == results[0]["generated"]
@@ -79,7 +79,7 @@ def test_later_generations_and_the_model_in_memory(split, tmp_path):
 
 def test_without_a_door_the_auto_classes_refuse(split):
     """No package registered, no trust: an error that names the remedy, not the stock model."""
-    result = run_doors([{"folder": str(split), "tokens": [[1, 2]], "generate": 1}])[0]
+    result = load_in_fresh_process([{"folder": str(split), "tokens": [[1, 2]], "generate": 1}])[0]
     assert "trust_remote_code" in result["error"] or "surgery" in result["error"]
 
 

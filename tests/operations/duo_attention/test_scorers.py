@@ -12,7 +12,7 @@ from conftest import TEXT
 from families import TINY, double
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.attention_hook import answer_logits, attention_weights, watched
+from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
 from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
 from surgery.data.passkeys import Recall, passkeys, plain_pieces
 from surgery.data.text import Text
@@ -266,7 +266,7 @@ def test_the_gradient_of_a_gate_by_finite_differences(family, tokenizer, monkeyp
     monkeypatch.setattr(type(model.model.norm), "forward", norm)
     count = 2 * model.config.num_key_value_heads
     mixed = MixedAttention(SINKS, WINDOW)
-    with watched(model, mixed) as mixed.watched:
+    with hook_attention(model, mixed) as mixed.watched:
         whole = answer_states(model, sequence).detach()
 
         def distance(values):
@@ -294,7 +294,7 @@ def test_closed_gates_are_the_split_and_open_ones_the_base(family, tokenizer):
     mixed = MixedAttention(SINKS, WINDOW)
     with torch.no_grad():
         base, split = (answer_states(each, sequence) for each in (model, patched))
-        with watched(model, mixed) as mixed.watched:
+        with hook_attention(model, mixed) as mixed.watched:
             for value, want in ((1.0, base), (0.0, split)):
                 mixed.gates = torch.full((2 * heads,), value)
                 assert torch.allclose(answer_states(model, sequence), want, atol=1e-5)

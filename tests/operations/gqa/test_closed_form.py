@@ -335,7 +335,7 @@ def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path,
     assert len([*(tmp_path / "out.partial").glob("0-gqa-*.state")]) == 1
     converted, convert = [], SharedLayer.convert
     monkeypatch.setattr(
-        SharedLayer, "convert", lambda work: (converted.append(work.layer.facts.index), convert(work))[1]
+        SharedLayer, "convert", lambda work: (converted.append(work.layer.anatomy.index), convert(work))[1]
     )
     package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
     assert converted == [1]

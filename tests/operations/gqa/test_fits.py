@@ -11,7 +11,7 @@ from score_fits import SMALL, score_loss, score_problem
 
 from surgery.calibration.moments import Products
 from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.fit_scores import Fit, Piece
+from surgery.operations.gqa.fit_scores import Piece, ScoreObjective
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
 
@@ -251,7 +251,7 @@ def loss_of_ridge(old, fit, ridge, held) -> float:
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
     pieces, turn, q, k = score_problem(groups, stride, seed=7)
-    fit = Fit(pieces, 0.5, turn, turn, groups)
+    fit = ScoreObjective(pieces, 0.5, turn, turn, groups)
     problem, start = (fit.query_problem(k), q) if part == "q" else (fit.key_problem(q), k)
 
     def loss(weight):
@@ -273,7 +273,7 @@ def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
 def test_two_threads_find_what_one_finds(part):
     """Also the tenth time: no thread writes where another does."""
     pieces, turn, q, k = score_problem(2, 1, seed=7)
-    fit, output = Fit(pieces * 4, 0.5, turn, turn, 2), torch.randn(7, 2, SMALL).double()
+    fit, output = ScoreObjective(pieces * 4, 0.5, turn, turn, 2), torch.randn(7, 2, SMALL).double()
     more = [ValuePiece(p.x, p.rows, p.weights, torch.randn(len(p.rows), 7).double(), p.rows + 1.0) for p in pieces * 4]
 
     def found() -> list[torch.Tensor]:
@@ -298,7 +298,7 @@ def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(part):
     floats = [Piece(p.x.float(), p.rows, p.weights.float(), lambda p=p: p.scores().float()) for p in pieces]
     found, start = [], q if part == "q" else k
     for given, turned in ((pieces, turn), (floats, turn.to(torch.float32))):
-        fit = Fit(given, 0.5, turned, turned, 2)
+        fit = ScoreObjective(given, 0.5, turned, turned, 2)
         problem = fit.query_problem(k) if part == "q" else fit.key_problem(q)
         goal, constant = problem.target(start)
         solved = solve(problem, problem, start, steps=8, damping=1.0)
@@ -316,7 +316,7 @@ def test_the_score_fit_keeps_the_start_that_is_better_on_what_is_held_back():
         key = turn(piece.x @ k.mT)
         scores = 0.5 * turn(piece.x @ q.mT)[:, piece.rows] @ key.mT
         own.append(Piece(piece.x, piece.rows, piece.weights, lambda scores=scores: scores))
-    fit, held = Fit(pieces[2:], 0.5, turn, turn, 1), Fit(own, 0.5, turn, turn, 1)
+    fit, held = ScoreObjective(pieces[2:], 0.5, turn, turn, 1), ScoreObjective(own, 0.5, turn, turn, 1)
     found = solve(fit.query_problem(k), held.query_problem(k), q, steps=8, damping=1.0)
     assert torch.equal(found.weight, q)
     assert found.steps == 0

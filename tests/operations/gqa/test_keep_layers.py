@@ -80,7 +80,9 @@ def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
     fitted, convert = [], SharedLayer.convert
-    monkeypatch.setattr(SharedLayer, "convert", lambda work: (fitted.append(work.layer.facts.index), convert(work))[1])
+    monkeypatch.setattr(
+        SharedLayer, "convert", lambda work: (fitted.append(work.layer.anatomy.index), convert(work))[1]
+    )
     package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
     assert fitted == [1], "the layer that shares is not fitted a second time, either"
     whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))

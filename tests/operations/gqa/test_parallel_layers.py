@@ -72,7 +72,7 @@ def test_two_layers_are_at_work_at_a_time(threads, monkeypatch):
     both, convert = threading.Barrier(2), SharedLayer.convert
 
     def meeting(work):
-        if work.layer.facts.index < 2:
+        if work.layer.anatomy.index < 2:
             both.wait(60)
         return convert(work)
 
@@ -103,7 +103,7 @@ def test_an_error_in_one_layer_comes_out_and_leaves_the_model(layer, threads, mo
     before, hooks = weights(model), sum(len(module._forward_hooks) for module in model.modules())
 
     def failing(work):
-        if work.layer.facts.index == layer:
+        if work.layer.anatomy.index == layer:
             raise ValueError(f"layer {layer}")
         return convert(work)
 

@@ -30,7 +30,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import write_layers
 from surgery.operations.gqa import layer as shared_layer
 from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.fit_scores import Fit
+from surgery.operations.gqa.fit_scores import ScoreObjective
 from surgery.operations.gqa.fit_values import ValueProblem
 from surgery.operations.gqa.layer import Settings
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
@@ -187,7 +187,7 @@ def test_a_constant_counts_where_a_learned_sink_competes(monkeypatch):
     monkeypatch.setattr(shared_layer.SharedLayer, "convert", lambda work: works.append(work) or convert(work))
     shared(uneven("gpt_oss"), 2, refit=())
     work = works[0]
-    work.layer = work.layer.replace(facts=replace(work.layer.facts, rotary=0, positions="none"))
+    work.layer = work.layer.replace(anatomy=replace(work.layer.anatomy, rotary=0, positions="none"))
     moments, (q, k) = work._inputs(), (with_bias(work.layer, part) for part in "qk")
     power = (q @ moments.second @ q.mT).unflatten(0, (KV, 2)).sum(1)[:2]
     found, given = work._keys(q, k, moments, {})[1][0], {"rotary": 0, "positions": "none"}
@@ -258,20 +258,20 @@ def test_texts_held_back_do_not_fit_the_output_under_which_they_judge_values(mon
     assert asked == [False, True] * 2
 
 
-@pytest.mark.parametrize("risen", [True, False])
-def test_from_the_second_fit_on_a_key_counts_by_what_it_has_and_had(risen, monkeypatch):
+@pytest.mark.parametrize("reweight_keys", [True, False])
+def test_from_the_second_fit_on_a_key_counts_by_what_it_has_and_had(reweight_keys, monkeypatch):
     """Keys are weighted by the mean of the base's attention and of that with the queries that were just fitted."""
     model, asked, solved = uneven("llama"), [], []
     merged, _ = shared(model, 2, refit=(), stride=2)
     with monkeypatch.context() as patch:
-        patch.setattr(shared_layer, "Fit", lambda pieces, *rest: asked.append(pieces) or Fit(pieces, *rest))
+        patch.setattr(shared_layer, "Fit", lambda pieces, *rest: asked.append(pieces) or ScoreObjective(pieces, *rest))
         patch.setattr(shared_layer, "solve", lambda *given, **more: solved.append(solve(*given, **more)) or solved[-1])
-        shared(model, 2, refit=("q", "k"), stride=2, risen=risen)
+        shared(model, 2, refit=("q", "k"), stride=2, reweight_keys=reweight_keys)
     for head in range(8):
         set_head(merged, attention_modules(merged)[0], "q", head, solved[0].weight[head])
     base_seen, new_seen = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0]
     assert (base_seen.p - new_seen.p).abs().max() > 1e-3
-    for turn, (old, new) in enumerate([(1.0, 0.0), (0.5, 0.5) if risen else (1.0, 0.0)]):
+    for turn, (old, new) in enumerate([(1.0, 0.0), (0.5, 0.5) if reweight_keys else (1.0, 0.0)]):
         pieces = [*asked[2 * turn], *asked[2 * turn + 1]]  # to fit, and held back
         assert len(pieces) == len(SEQUENCES)
         for piece in pieces:
@@ -287,7 +287,7 @@ def test_the_first_step_of_the_score_fit_goes_where_inputs_are_strong(part, grou
     C holds a number for each head and channel: the curvature of its scores, of a pair that RoPE mixes the mean.
     """
     pieces, turn, q, k = score_problem(groups, 3, seed=7)
-    fit = Fit(pieces, 0.5, turn, turn, groups)
+    fit = ScoreObjective(pieces, 0.5, turn, turn, groups)
     problem, start = (fit.query_problem(k), q) if part == "q" else (fit.key_problem(q), k)
 
     def loss(weight):

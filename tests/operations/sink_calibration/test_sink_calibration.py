@@ -431,7 +431,7 @@ def test_copies_of_a_question_count_once(tmp_path):
 def test_the_card_says_only_what_holds(fields, count):
     from surgery.operations.sink_calibration.operation import SinkCalibration
 
-    assert len(SinkCalibration(**sink("zero_tuning", **fields)).caveats()) == count
+    assert len(SinkCalibration(**sink("zero_tuning", **fields)).limitations()) == count
 
 
 def test_measuring_needs_a_tokenizer():
