@@ -23,7 +23,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.data.text import load_text
 from surgery.io.hub import resolve
 from surgery.operations.gqa.closed_form import REVISION
-from surgery.operations.gqa.layer import Settings
+from surgery.operations.gqa.layer_inputs import FitSettings
 
 CLOSED = {"method": "closed_form"}
 RUNGS = {
@@ -112,7 +112,7 @@ def main() -> None:
 
 def fit() -> dict:
     """The fit's own settings."""
-    return {"fit": f"{Settings()}, revision {REVISION}"}
+    return {"fit": f"{FitSettings()}, revision {REVISION}"}
 
 
 def judged(model, base: str, tokenizer, args) -> list[dict]:

@@ -225,12 +225,12 @@ class BaseLayerOutput:
     """What one layer of the base was given and gave.
 
     Attributes:
-        loud: [batch, length], mean square of the layer's input.
+        rms: [batch, length], mean square of the layer's input.
         output: [batch, length, D], what its attention's output projection gave.
         result: what the whole layer gave.
     """
 
-    loud: torch.Tensor | None = None
+    rms: torch.Tensor | None = None
     output: torch.Tensor | None = None
     result: Any = None
 
@@ -279,7 +279,7 @@ def _recorded(layer: Pair, seen: BaseLayerOutput) -> Iterator[None]:
 
     def after_block(_, args, kwargs, result):
         states = args[0] if args else kwargs["hidden_states"]
-        seen.loud, seen.result = wide(states).square().mean(-1), result
+        seen.rms, seen.result = wide(states).square().mean(-1), result
 
     def after_output(_, __, output):
         seen.output = output
@@ -310,7 +310,7 @@ def _led(layer: Pair, seen: BaseLayerOutput, then: Callable[[Pair, torch.Tensor]
         found.append(output)
 
     def after_attention(*_):
-        then(layer, error_of(found.pop(), seen.output, seen.loud))
+        then(layer, error_of(found.pop(), seen.output, seen.rms))
         raise StopForward  # the MLP is not needed
 
     hooks = [
@@ -337,16 +337,16 @@ def _as(result, dtype: torch.dtype):
     return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
-def error_of(output: torch.Tensor, wanted: torch.Tensor, loud: torch.Tensor) -> torch.Tensor:
+def error_of(output: torch.Tensor, wanted: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
     """Σ |y − y'|² / m over Σ |y|² / m, m the mean square of what came into the layer at that token.
 
     Args:
         output, wanted: [batch, length, D], or [batch * length, D]; no gradient goes to `wanted`.
-        loud: m [batch, length].
+        rms: m [batch, length].
     """
     ours, theirs = wide(output).flatten(0, -2), wide(wanted).flatten(0, -2).to(output.device)
-    loud = loud.flatten().to(ours)
-    weights = 1 / loud.clamp(min=SILENT * loud.mean() + torch.finfo(ours.dtype).tiny)
+    rms = rms.flatten().to(ours)
+    weights = 1 / rms.clamp(min=SILENT * rms.mean() + torch.finfo(ours.dtype).tiny)
     energy = (theirs.square().sum(-1) * weights).sum()
     return ((ours - theirs).square().sum(-1) * weights).sum() / energy.clamp(min=torch.finfo(ours.dtype).tiny)
 

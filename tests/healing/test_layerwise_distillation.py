@@ -88,9 +88,9 @@ def test_the_error_is_that_of_the_attention_on_the_bases_input(rows):
             for layer, (args, kwargs, out) in enumerate(calls):
                 with torch.no_grad():
                     ours = attention_modules(student)[layer](*args, **kwargs)[0]
-                loud = states[layer].double().square().mean(-1)
-                lost[layer] += ((ours - out).double().square().sum(-1) / loud).sum().item()
-                energy[layer] += (out.double().square().sum(-1) / loud).sum().item()
+                rms = states[layer].double().square().mean(-1)
+                lost[layer] += ((ours - out).double().square().sum(-1) / rms).sum().item()
+                energy[layer] += (out.double().square().sum(-1) / rms).sum().item()
         for layer in (0, 1):
             wanted[layer] += lost[layer] / energy[layer] * len(numbers) / len(held)
     assert errors(record, "before") == pytest.approx(wanted, rel=1e-4)

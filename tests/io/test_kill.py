@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-make_checkpoint = runpy.run_path(str(ROOT / "examples" / "make_checkpoint.py"))["make_checkpoint"]
+make_checkpoint = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "make_checkpoint.py"))["make_checkpoint"]
 
 MQA = ("mqa",)
 REORDERED = ("mqa", "kv_heads=2", "grouping=similarity")  # leaves a record of every layer in surgery.json

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense import batch, chunked, dense_logits, dense_model, difference, given, random_terms
 from families import OFF_THE_INTERFACE, TINY, check_both_doors, one_thread  # noqa: F401 (one_thread: a fixture)
-from sparse import BLOCK, LENGTH, NARROW, PADS, base_of, draw, ends, recipe, sparsened, written_out
+from sparse import BLOCK, LENGTH, NARROW, PADS, base, base_of, bases, draw, ends, recipe, sparsened, written_out  # noqa: F401
 from transformers import DynamicCache
 
 import surgery as package

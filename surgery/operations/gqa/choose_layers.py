@@ -16,20 +16,20 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
-from surgery.operations.gqa.layer import held_back
+from surgery.operations.gqa.layer_inputs import is_validation
 from surgery.operations.gqa.streams import Attended, Sharing
 
 
-def spared(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:
+def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:
     """What results when the `kept` layers that lose most stay as they were; of equal losses the earlier layer."""
     worst = sorted(range(len(losses)), key=lambda number: -losses[number])[:kept]
     heads = [(before if number in worst else shared).layers[number].kv_heads for number in range(len(losses))]
     return before.with_kv_heads_by_layer(heads)
 
 
-def tried(count: int) -> list[int]:
+def validation_samples(count: int) -> list[int]:
     """Of so many texts those that are held back, at most TRIED, evenly spaced: all kinds of text have their part."""
-    held = [place for place in range(count) if held_back(place, count)]
+    held = [place for place in range(count) if is_validation(place, count)]
     some = min(TRIED, len(held))
     return [held[number * len(held) // some] for number in range(some)]
 
@@ -46,7 +46,7 @@ class LayerLosses(Sharing):
         """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
         with hook_attention(self.model, self.streams.attention) as watch, torch.no_grad():
             self._begin(watch)
-            self.places = tried(len(self.sequences))
+            self.places = validation_samples(len(self.sequences))
             self.whole = [self._log_probabilities(place) for place in self.places]
             self.before: dict[int, dict[int, torch.Tensor]] = {}
             return self._each_layer(self._alone, "layers tried alone", progress)

@@ -11,8 +11,8 @@ from surgery.data.passkeys import calibration_pieces, calibration_source
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
-from surgery.operations.gqa.choose_layers import LayerLosses, spared
-from surgery.operations.gqa.layer import Settings
+from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
+from surgery.operations.gqa.layer_inputs import FitSettings
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.gqa.streams import Sharing, layer_of
 
@@ -23,7 +23,7 @@ def share_kv_heads(
     model,
     context: ApplyContext,
     text: tuple[str, int, int],
-    settings: Settings,
+    settings: FitSettings,
     orders: list[Callable] | None = None,
     kept: int = 0,
 ) -> dict:
@@ -66,7 +66,7 @@ def share_kv_heads(
             lost = trial.measure(context.progress)
             alone = {} if settings.sequential else trial.fits
             del trial  # with its streams and log-probabilities
-            after = context.after = spared(before, after, lost, kept)
+            after = context.after = keep_layers(before, after, lost, kept)
             counts = [layer.kv_heads for layer in after.layers]
             losses = [{"lost_alone": round(x, 6), "kv_heads": n} for x, n in zip(lost, counts, strict=True)]
             heads.leave(after)

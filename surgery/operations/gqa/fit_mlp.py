@@ -20,7 +20,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from surgery.calibration.moments import Regression
-from surgery.operations.gqa.layer import held_back, share
+from surgery.operations.gqa.layer_inputs import is_validation, share
 from surgery.operations.gqa.low_rank import fit_output
 
 FIRST = 20.0
@@ -77,9 +77,9 @@ class MLPOutput:
         for place in range(len(self.base)):
             rest, z = self._apart(place)
             state = self.base[place][0]
-            loud = 1 / state.double().square().mean(-1).clamp(min=1e-30)
-            loud[0] *= FIRST
-            sums[held_back(place, len(self.base))].add(z, (state - rest) / self.scale, loud)
+            rms = 1 / state.double().square().mean(-1).clamp(min=1e-30)
+            rms[0] *= FIRST
+            sums[is_validation(place, len(self.base))].add(z, (state - rest) / self.scale, rms)
             kept.append((rest, z))
         fit, held = sums[0].pair, sums[1].pair
         found = fit_output(self.weight.to(fit[0]), fit, held, ridges)

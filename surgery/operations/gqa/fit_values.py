@@ -30,14 +30,14 @@ class ValuePiece:
         rows: long [r], rising.
         weights: [H, r, T], the converted model's attention of these rows; 0 for keys behind the query.
         wanted: [r, D], what the base's attention wrote there, without the bias.
-        loud: ω [r].
+        rms: ω [r].
     """
 
     x: Tensor
     rows: Tensor
     weights: Tensor
     wanted: Tensor
-    loud: Tensor
+    rms: Tensor
 
 
 class ValueProblem:
@@ -54,7 +54,7 @@ class ValueProblem:
         x = pieces[0].x
         self.columns = output.to(x).flatten(1)  # [D, H d]
         self.gram = self.columns.T @ self.columns
-        self.loud = torch.cat([piece.loud for piece in pieces]).to(x).unsqueeze(-1)
+        self.rms = torch.cat([piece.rms for piece in pieces]).to(x).unsqueeze(-1)
         self.parts = causal_parts(pieces)
         self.weights = [  # of each part, heads that share a value head one after the other: [groups, n r, end]
             [piece.weights[:, part.own, : part.end].reshape(groups, -1, part.end) for part in parts]
@@ -64,7 +64,7 @@ class ValueProblem:
     def product(self, weight: Tensor) -> Tensor:
         """H W."""
         heads, size = self.columns.shape[1] // weight.shape[1], weight.shape[1]
-        given, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.loud), heads, size)
+        given, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.rms), heads, size)
 
         def mix(piece: ValuePiece, parts: list[Part], weights: list[Tensor]) -> None:
             values = project(given, piece.x)
@@ -79,25 +79,25 @@ class ValueProblem:
         import torch
 
         wanted = torch.cat([piece.wanted for piece in self.pieces])
-        constant = float((wanted.double().square().sum(-1) * self.loud[:, 0].double()).sum())
+        constant = float((wanted.double().square().sum(-1) * self.rms[:, 0].double()).sum())
         return self._gradient(wanted @ self.columns, weight), constant
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
         left = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
-        rows = sum(len(piece.loud[::4]) for piece in self.pieces)
+        rows = sum(len(piece.rms[::4]) for piece in self.pieces)
 
         def read(piece: ValuePiece, *_) -> Tensor:  # every fourth row is enough to know what attention reads
             some = (piece.weights[:, ::4] @ piece.x).flatten(0, 1)
-            loud = piece.loud[::4].to(some).repeat(len(piece.weights))
-            return ((some.T * loud) @ some).double().cpu()
+            rms = piece.rms[::4].to(some).repeat(len(piece.weights))
+            return ((some.T * rms) @ some).double().cpu()
 
-        return left, sum(self._each(read)) * (len(self.loud) / rows)
+        return left, sum(self._each(read)) * (len(self.rms) / rows)
 
     def _gradient(self, back: Tensor, weight: Tensor) -> Tensor:
         """The adjoint, as W, of what heads are given back, [R, H d], once each row counts as it should."""
         import torch
 
-        back = (back * self.loud).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
+        back = (back * self.rms).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
 
         def of(piece: ValuePiece, parts: list[Part], weights: list[Tensor]) -> Tensor:
             values = back.new_zeros(self.groups, len(piece.x), weight.shape[1])

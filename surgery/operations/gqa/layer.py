@@ -6,7 +6,7 @@ What is known of a layer before its KV heads are shared, and the settings of wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,18 +17,27 @@ from surgery.calibration.moments import Moments, Regression, with_ones
 from surgery.errors import SurgeryError
 from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.cost import STEPS, STRIDE, efforts
+from surgery.operations.gqa.cost import efforts
 from surgery.operations.gqa.fit_scores import Piece, Rotation, ScoreObjective, project
 from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
+from surgery.operations.gqa.layer_inputs import (
+    TURNS,
+    AttentionCall,
+    FitSettings,
+    LayerInputs,
+    is_validation,
+    scale_of,
+    share,
+    train_and_validation,
+)
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa.merge import group_members, pair_channels, stacked, with_bias
-from surgery.operations.gqa.streams import AttentionCall
 
 
 class SharedLayer:
     """One layer's conversion."""
 
-    def __init__(self, settings: Settings, layer: AttentionLayer, target, seen: LayerInputs, watch: AttentionHook):
+    def __init__(self, settings: FitSettings, layer: AttentionLayer, target, seen: LayerInputs, watch: AttentionHook):
         self.settings, self.layer, self.target, self.seen, self.watch = settings, layer, target, seen, watch
         facts = layer.anatomy
         self.groups = group_members(facts, target.kv_heads)
@@ -148,10 +157,10 @@ class SharedLayer:
         Every fourth of the rows is enough.
         """
         moments = Moments(exact=False)
-        for x, piece, loud in zip(self.seen.x, self.seen.pieces, self.seen.loud, strict=True):
+        for x, piece, rms in zip(self.seen.x, self.seen.pieces, self.seen.rms, strict=True):
             rows = piece.rows[::4]
             read = (piece.weights[:, ::4] @ x).flatten(0, 1)
-            moments.add(read, _weights(loud[rows]).repeat(len(piece.weights)))
+            moments.add(read, _weights(rms[rows]).repeat(len(piece.weights)))
         return moments
 
     def _keys(self, q, k, moments: Moments, record: dict):
@@ -183,7 +192,7 @@ class SharedLayer:
             if turn and settings.reweight_keys:
                 pieces = list(self._each(partial(self._with_risen, q, k)))
             rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
-            fit, held = (ScoreObjective(some, scale_of(call), *rope, len(k)) for some in apart(pieces))
+            fit, held = (ScoreObjective(some, scale_of(call), *rope, len(k)) for some in train_and_validation(pieces))
             part = refit[turn % len(refit)]
             given = {"steps": round(effort * settings.steps), "damping": settings.damping}
             if part == "q":
@@ -227,9 +236,9 @@ class SharedLayer:
         """
         pieces = []
         for place, (piece, weights) in enumerate(zip(self.seen.pieces, seen, strict=True)):
-            wanted, loud = self.seen.base[place].output[piece.rows], self.seen.loud[place][piece.rows]
-            pieces.append(ValuePiece(piece.x, piece.rows, weights, wanted, _weights(loud)))
-        fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in apart(pieces))
+            wanted, rms = self.seen.base[place].output[piece.rows], self.seen.rms[place][piece.rows]
+            pieces.append(ValuePiece(piece.x, piece.rows, weights, wanted, _weights(rms)))
+        fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in train_and_validation(pieces))
         found = solve(fit, held, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
         return new.replace(**stacked(new, "v", list(found.weight)))
@@ -246,12 +255,12 @@ class SharedLayer:
         if seen is None:
             list(self._each(partial(self.heads, new)))  # kept
         for place, call in enumerate(self.seen.base):
-            loud = _weights(self.seen.loud[place])
+            rms = _weights(self.seen.rms[place])
             if seen is None:
                 rows, z = slice(1, None), self.heads(new, place)[1:]
             else:
                 rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
-            sums[held_back(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], loud[rows])
+            sums[is_validation(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], rms[rows])
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
         found = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_held=seen is None)
         record["ridge"], whole = found.ridge, sums[1].energy
@@ -284,97 +293,6 @@ class SharedLayer:
         return {n: tensor[self.key_heads] for n, tensor in layer.tensors().items() if n in names}
 
 
-def _weights(loud: torch.Tensor) -> torch.Tensor:
+def _weights(rms: torch.Tensor) -> torch.Tensor:
     """ω of rows: errors count relative to the hidden states that they are added to."""
-    return 1 / loud.double().square().clamp(min=1e-30)
-
-
-HELD = 6  # every so many sequences one is held back
-TURNS = 2  # sequences on which RoPE is measured
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is fitted, and how.
-
-    Attributes:
-        refit: which weights are refitted after the merge: "q", "k", "v", "o" to the base's attention, and "mlp", the
-            MLP's output projection, to the base's hidden states behind the layer.
-        rounds: how often queries and keys are refitted in turn.
-        sequential: attention is fitted to the inputs that converted layers give it, not the base's.
-        ridges, mlp_ridges: of attention's output projection and of the MLP's, to choose from.
-        steps, damping: see `least_squares.solve`. Values take so many steps; queries and keys, which are fitted in
-            turn, from a quarter of them at first to five quarters at last.
-        stride: of the queries every so many rows count, in each sequence from another one on.
-        received: by how much a token counts in the moments for the attention that it gets: with weight
-            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
-        weighted: keys are weighted by the energy of their queries.
-        reweight_keys: from the second fit of scores on, a key counts by the mean of what the base's attention and
-            the new one give it, so that one which wrongly rose is seen; else by the base's alone.
-    """
-
-    refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
-    rounds: int = 1
-    sequential: bool = False
-    ridges: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    mlp_ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    steps: int = STEPS
-    damping: float = 1.0
-    stride: int = STRIDE
-    received: float = 0.5
-    weighted: bool = True
-    reweight_keys: bool = True
-
-
-@dataclass
-class LayerInputs:
-    """What is known of a layer before it is converted: lists have an entry for each sequence.
-
-    Attributes:
-        base: calls of the base's attention, x and output in the base.
-        x: the layer's input in the converted model [T, n], with ones where projections have biases.
-        calls: attention calls of the old weights on that input.
-        loud: root mean square of the base's hidden states [T]: errors count relative to it.
-        pieces: rows, base's attention of these rows, and its scores.
-    """
-
-    base: list[AttentionCall] = field(default_factory=list)
-    x: list[torch.Tensor] = field(default_factory=list)
-    calls: list[AttentionCall] = field(default_factory=list)
-    loud: list[torch.Tensor] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-
-
-@dataclass
-class Scores:
-    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
-
-    call: AttentionCall
-    rows: torch.Tensor
-    weights: torch.Tensor
-
-    def __call__(self) -> torch.Tensor:
-        query, key = self.call.query, self.call.key
-        keys = key.repeat_interleave(len(query) // len(key), dim=0)
-        return (query[:, self.rows] @ keys.mT * scale_of(self.call)).masked_fill_(self.weights == 0, 0.0)
-
-
-def scale_of(call: AttentionCall) -> float:
-    scale = call.settings.get("scaling")
-    return call.query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def held_back(place: int, count: int) -> bool:
-    """Whether a sequence is held back: every sixth, of few the last."""
-    return place % HELD == HELD - 1 or (count < HELD and place == count - 1)
-
-
-def apart(pieces: list) -> tuple[list, list]:
-    marks = [held_back(place, len(pieces)) for place in range(len(pieces))]
-    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
-        p for p, held in zip(pieces, marks, strict=True) if held
-    ]
-
-
-def share(lost: float, energy: float) -> float:
-    return round(lost / energy, 6) if energy else 0.0
+    return 1 / rms.double().square().clamp(min=1e-30)

@@ -266,7 +266,7 @@ class GQA(WeightRewrite):
         if self.streams:
             return super().apply(model, context)
         from surgery.operations.gqa.closed_form import share_kv_heads
-        from surgery.operations.gqa.layer import Settings
+        from surgery.operations.gqa.layer_inputs import FitSettings
 
         before, targets = context.before, self._targets(context.before)
         if set(targets) == {before.layers[0].kv_heads}:
@@ -276,7 +276,7 @@ class GQA(WeightRewrite):
             shared = [self.kv_heads] * len(targets) if self._kept(before) else targets
             orders = [partial(self._order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
-        settings = Settings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
+        settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
         asked = self.calibration_text, self.calibration_length, self.calibration_samples
         return share_kv_heads(model, context, asked, settings, orders, self._kept(before))
 

@@ -35,7 +35,8 @@ from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_m
 from surgery.operations.gqa.cost import layers_at_a_time
 from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
 from surgery.operations.gqa.fit_scores import Piece
-from surgery.operations.gqa.layer import LayerInputs, Scores, Settings, SharedLayer
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import AttentionCall, FitSettings, LayerInputs, Scores
 from surgery.runtime.surgery_attention import surgery_attention
 
 MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
@@ -82,7 +83,7 @@ class Sharing:
         fitted: as `known`, of its attention alone: the MLP is still to be fitted.
     """
 
-    def __init__(self, model, targets, sequences, settings: Settings, known=None, found=None, fitted=None):
+    def __init__(self, model, targets, sequences, settings: FitSettings, known=None, found=None, fitted=None):
         self.model, self.targets, self.sequences, self.settings = model, targets, sequences, settings
         self.known: Callable = known or (lambda number: None)
         self.fitted: Callable = fitted or (lambda number: None)
@@ -236,7 +237,7 @@ class Sharing:
         seen, module = LayerInputs(), self.watch.modules[number]
         for place in range(len(self.sequences)):
             state = self.streams.base[place][0]
-            seen.loud.append(state.float().square().mean(-1).sqrt())
+            seen.rms.append(state.float().square().mean(-1).sqrt())
             seen.base.append(call := self.streams.base_step(number, place))
             own = self._kept(number, self.streams.inputs(number, place)) if self.settings.sequential else call
             seen.x.append(with_ones(own.x, layer.q_bias is not None))
@@ -250,24 +251,6 @@ class Sharing:
             scores = Scores(call, rows, weights)
             seen.pieces.append(Piece(seen.x[-1], rows, weights, scores))
         return seen
-
-
-@dataclass
-class AttentionCall:
-    """What one attention call of one sequence was given and gave.
-
-    Attributes:
-        x: [T, D], the attention module's input.
-        query [H, T, d], key [G, T, d]: after norms and RoPE.
-        settings: the other arguments of the call (scaling, softcap, s_aux ...).
-        output: [T, D], what the output projection gave, without its bias; None if the call was cut short.
-    """
-
-    x: torch.Tensor
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    settings: dict | None = None
-    output: torch.Tensor | None = None
 
 
 class _Now(threading.local):

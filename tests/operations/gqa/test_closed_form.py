@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from closed_form import SEQUENCES, Stopped, Tokens, closed, recipe, same, stop, weights
+from closed_form import SEQUENCES, Stopped, Tokens, closed, numbers, recipe, same, stop, weights  # noqa: F401
 from families import (
     CONVERTIBLE,
     TINY,
@@ -30,7 +30,8 @@ from surgery.data.passkeys import calibration_pieces
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
-from surgery.operations.gqa.layer import Settings, SharedLayer
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import FitSettings
 from surgery.operations.gqa.streams import Sharing
 
 FAMILIES = [
@@ -114,7 +115,7 @@ def test_the_streams_are_those_of_the_base_and_of_the_converted_model(name, numb
     model = copy.deepcopy(base(name))
     targets = Anatomy.of(model).with_kv_heads(2).layers
     before = weights(model)
-    run = Sharing(model, targets, SEQUENCES, Settings())
+    run = Sharing(model, targets, SEQUENCES, FitSettings())
     run.layers()
     assert same(before, weights(model))
     package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
@@ -160,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
                 made.append(number)
                 files.save(number, *given)
 
-            return Sharing(copy.deepcopy(base(name)), targets, SEQUENCES, Settings(), files.load, found).layers(
+            return Sharing(copy.deepcopy(base(name)), targets, SEQUENCES, FitSettings(), files.load, found).layers(
                 progress
             )
 

@@ -49,7 +49,7 @@ def test_two_merges_of_one_recipe_keep_files_of_their_own(tiny_llama, text, tmp_
     ],
     ids=["mean", "closed form", "keep_layers"],
 )
-def test_fewer_heads_by_layer_after_a_group_was_pruned(numbers, after):  # noqa: F811
+def test_fewer_heads_by_layer_after_a_group_was_pruned(numbers, after):
     """A layer that merges forgets what the base called its heads; one that keeps its heads knows it."""
     model = copies_in(0)
     before = logits_of(model)

@@ -333,8 +333,8 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
     for _ in range(3):
         unseen = torch.arange(12) > rows[:, None]
         weights = draw(2, 6, 12).masked_fill(unseen, -math.inf).softmax(-1)
-        loud = torch.rand(6, generator=generator).double() + 0.1
-        pieces.append(ValuePiece(draw(12, 5), rows, weights, draw(6, 7), loud))
+        rms = torch.rand(6, generator=generator).double() + 0.1
+        pieces.append(ValuePiece(draw(12, 5), rows, weights, draw(6, 7), rms))
     output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
 
     def loss(weight):
@@ -344,7 +344,7 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
             for head in range(2):
                 values = piece.x @ weight[head * groups // 2].T
                 written = written + piece.weights[head] @ values @ output[:, head].T
-            total = total + ((written - piece.wanted).square().sum(-1) * piece.loud).sum()
+            total = total + ((written - piece.wanted).square().sum(-1) * piece.rms).sum()
         return total / 2
 
     problem = ValueProblem(pieces, output, groups)

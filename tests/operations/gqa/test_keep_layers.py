@@ -12,12 +12,12 @@ from families import attention_modules, base, check_both_doors, difference, laye
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.operations.gqa.choose_layers import spared, tried
+from surgery.operations.gqa.choose_layers import keep_layers, validation_samples
 from surgery.operations.gqa.layer import SharedLayer
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
+def test_layers_that_can_share_do(name, numbers, tmp_path):
     """Of two layers one has heads that are copies: it shares them without loss, and the other keeps its own."""
     models = {}
     for layer in range(2):
@@ -39,7 +39,7 @@ def test_layers_that_can_share_do(name, numbers, tmp_path):  # noqa: F811
     check_both_doors(models, tmp_path)
 
 
-def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F811
+def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):
     """Against the layer converted alone by a list, its logits and the base's in float64."""
     model = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, keep_layers=0.5)), model, tokenizer=Tokens())
@@ -55,17 +55,17 @@ def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):  # noqa: F
 
 def test_texts_of_both_halves_are_tried():
     """Of mixed text the second half is the model's own."""
-    assert tried(40) == [5, 11, 23, 29]
-    assert tried(48) == [5, 17, 29, 41]
-    assert tried(12) == [5, 11]
-    assert tried(4) == [3]
+    assert validation_samples(40) == [5, 11, 23, 29]
+    assert validation_samples(48) == [5, 17, 29, 41]
+    assert validation_samples(12) == [5, 11]
+    assert validation_samples(4) == [3]
 
 
 def test_who_is_spared():
     before = Anatomy.of(base("llama"))
     shared = before.with_kv_heads(1)
-    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.2], 1).layers] == [1, 4]
-    assert [layer.kv_heads for layer in spared(before, shared, [0.1, 0.1], 1).layers] == [4, 1]
+    assert [layer.kv_heads for layer in keep_layers(before, shared, [0.1, 0.2], 1).layers] == [1, 4]
+    assert [layer.kv_heads for layer in keep_layers(before, shared, [0.1, 0.1], 1).layers] == [4, 1]
 
 
 def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
     assert f"layers {spared[0]} keep their KV heads" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
-def test_refusals(numbers):  # noqa: F811
+def test_refusals(numbers):
     cases = [
         ("llama", closed(numbers, [2, 4], keep_layers=0.5), "drop keep_layers, or give kv_heads one number"),
         ("llama", {"op": "gqa", "kv_heads": 2, "keep_layers": 0.5}, "keep_layers: read by method: closed_form alone"),
@@ -115,7 +115,7 @@ def test_refusals(numbers):  # noqa: F811
             package.plan(recipe(step), base(name))
 
 
-def test_no_layer_kept_is_the_plain_merge(numbers):  # noqa: F811
+def test_no_layer_kept_is_the_plain_merge(numbers):
     models = []
     for fields in ({}, {"keep_layers": 0.0}):
         model = copy.deepcopy(base("llama"))

@@ -17,7 +17,8 @@ from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.choose_layers import LayerLosses
 from surgery.operations.gqa.closed_form import share_kv_heads
 from surgery.operations.gqa.cost import Calibration, efforts
-from surgery.operations.gqa.layer import Settings, SharedLayer
+from surgery.operations.gqa.layer import SharedLayer
+from surgery.operations.gqa.layer_inputs import FitSettings
 from surgery.operations.gqa.streams import Sharing
 
 LAYERS = 5
@@ -38,7 +39,7 @@ def deep(name: str):
 
 
 def sharing(model, *files, **settings) -> Sharing:
-    return Sharing(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings(**settings), *files)
+    return Sharing(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, FitSettings(**settings), *files)
 
 
 def near(one: torch.Tensor, two: torch.Tensor) -> bool:
@@ -54,7 +55,7 @@ def test_any_number_of_threads_finds_the_same(name, threads):
         threads(count)
         run = sharing(model, ridges=(0.01,), mlp_ridges=(1.0,))  # a rounding chooses none
         found.append((run.layers(), run.mlps))
-        trial = LayerLosses(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, Settings())
+        trial = LayerLosses(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, FitSettings())
         lost.append(trial.measure())
         assert torch.get_num_threads() == count
         assert same(before, weights(model))
@@ -173,7 +174,7 @@ def test_a_text_takes_a_cache_of_one_batch(monkeypatch):
 def test_mps_is_refused_before_a_text_is_written():
     model = SimpleNamespace(device=torch.device("mps"))
     with pytest.raises(SurgeryError, match="float64, which MPS does not have"):
-        share_kv_heads(model, None, ("self", 8, 2), Settings())
+        share_kv_heads(model, None, ("self", 8, 2), FitSettings())
 
 
 @pytest.mark.parametrize(("fits", "wanted"), [(0, []), (1, [1.0]), (3, [0.25, 0.75, 1.25]), (2, [0.25, 1.25])])

@@ -32,7 +32,7 @@ from surgery.operations.gqa import layer as shared_layer
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.fit_scores import ScoreObjective
 from surgery.operations.gqa.fit_values import ValueProblem
-from surgery.operations.gqa.layer import Settings
+from surgery.operations.gqa.layer_inputs import FitSettings
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa.merge import with_bias
 from surgery.operations.gqa.streams import Sharing
@@ -55,7 +55,7 @@ def shared(model, kv_heads: int, sequences=SEQUENCES, **settings):
     new = copy.deepcopy(model)
     before = Anatomy.of(new)
     after = before.with_kv_heads(kv_heads)
-    results, records = Sharing(model, after.layers, sequences, Settings(**settings)).layers()
+    results, records = Sharing(model, after.layers, sequences, FitSettings(**settings)).layers()
     write_layers(new, before, after, results)
     return new, records
 
@@ -82,7 +82,7 @@ def stock(model, monkeypatch, sequences=SEQUENCES) -> list[SimpleNamespace]:
         patch.setattr(library, rope.__name__, lambda *given, **more: turned.append(rope(*given, **more)) or turned[-1])
         out = model(input_ids=sequences, use_cache=False, output_attentions=True, output_hidden_states=True)
     for number, seen in enumerate(found):
-        seen.p, seen.loud = out.attentions[number], 1 / out.hidden_states[number].square().mean(-1)
+        seen.p, seen.rms = out.attentions[number], 1 / out.hidden_states[number].square().mean(-1)
         if len(turned) == len(found):  # no layer without RoPE
             seen.query, seen.key = turned[number]
     return found
@@ -105,8 +105,8 @@ def value_moments(seen):
     """Of what every fourth of the rows reads, each by 1 / rms² of its hidden state."""
     rows = [(place, row) for place in range(len(SEQUENCES)) for row in counted(place)[::4]]
     read = torch.stack([seen.p[place, :, row] @ seen.x[place] for place, row in rows])
-    loud = torch.stack([seen.loud[place, row] for place, row in rows])
-    return torch.einsum("r,rhi,rhj->ij", loud, read, read) / (8 * loud.sum())
+    rms = torch.stack([seen.rms[place, row] for place, row in rows])
+    return torch.einsum("r,rhi,rhj->ij", rms, read, read) / (8 * rms.sum())
 
 
 def near(found, want, tolerance: float = 1e-5) -> bool:
@@ -210,9 +210,9 @@ def test_rows_of_the_output_refit_count_relative_to_their_state(name, monkeypatc
         return torch.linalg.solve(left + pull * torch.eye(len(left)).double(), right + pull * start, left=False)
 
     rows = range(1, SEQUENCES.shape[1])
-    assert near(found, ridge(seen.loud[0], rows))
-    assert not near(found, ridge(torch.ones_like(seen.loud[0]), rows), 1e-2)
-    assert not near(found, ridge(seen.loud[0], range(SEQUENCES.shape[1])), 1e-2)
+    assert near(found, ridge(seen.rms[0], rows))
+    assert not near(found, ridge(torch.ones_like(seen.rms[0]), rows), 1e-2)
+    assert not near(found, ridge(seen.rms[0], range(SEQUENCES.shape[1])), 1e-2)
 
 
 def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
@@ -229,7 +229,7 @@ def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
             read = p[place, :, row] @ seen.x[place]
             error = torch.einsum("ohd,hdn,hn->o", o, v, read) - seen.written[place, row]
             slope = torch.einsum("o,ohd,hn->hdn", error, o, read).unflatten(0, (2, 4)).sum(1)
-            total += slope * (1 if alike else seen.loud[place, row])
+            total += slope * (1 if alike else seen.rms[place, row])
         return total.norm()
 
     assert gradient(new, False) <= 1e-5 * gradient(merged, False)
@@ -319,7 +319,7 @@ LLAMA3 = SCALED | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fac
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, SCALED, LLAMA3], ids=["default", "yarn", "llama3"])
-def test_heads_that_differ_in_size_merge_without_loss(rope, numbers):  # noqa: F811
+def test_heads_that_differ_in_size_merge_without_loss(rope, numbers):
     """Keys: complex multiples of one key, by frequency; values: mixes of one value. Turns alone cannot tell."""
     old = CONVERTIBLE["llama"](rope_parameters=rope | {"rope_theta": 10000.0})
     generator = torch.Generator().manual_seed(5)
