@@ -17,7 +17,8 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
     from surgery.config.recipe import Recipe
     from surgery.conversion.plan import Plan
@@ -50,7 +51,7 @@ _PUBLIC = {
     "PlannedChange": "operations.base",
     "ApplyContext": "operations.base",
     "AttentionLayer": "architecture.weights",
-    "LayerAnatomy": "architecture.anatomy",
+    "LayerAnatomy": "architecture.layer",
     "Plan": "conversion.plan",
     "SurgeryError": "errors",
     "GateError": "errors",

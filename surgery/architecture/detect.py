@@ -1,12 +1,13 @@
-"""From a config and a table of tensors to an `Anatomy`: every fact is read once, here, and checked."""
+"""From a config and a table of tensors to the fields of an `Anatomy`: every fact is read once, here, and checked."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
-from surgery.architecture.anatomy import BYTES, Anatomy, LayerAnatomy
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
+from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import STORED_NAMES
 
@@ -16,8 +17,8 @@ TOWERS = ("vision", "visual", "image", "audio", "speech")  # of a composite: nev
 DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
-    """The anatomy that a config and a table of tensors describe.
+def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
+    """The fields of the `Anatomy` that a config and a table of tensors describe.
 
     Args:
         config: a Transformers config.
@@ -82,7 +83,15 @@ def read_anatomy(config, tensors: dict, where: str) -> Anatomy:
         layers.append(layer)
     composite = config.model_type if text is not config else None
     dtype = layers[0].dtype or _config_dtype(text) or _config_dtype(config)
-    return Anatomy(model_type, tuple(layers), guess, composite, dtype, text, {}, tensors)
+    return {
+        "model_type": model_type,
+        "layers": tuple(layers),
+        "guess": guess,
+        "composite": composite,
+        "dtype": dtype,
+        "config": text,
+        "tensors": tensors,
+    }
 
 
 def _surgery(config, i: int) -> dict:

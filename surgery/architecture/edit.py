@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import Anatomy, LayerAnatomy, query_names
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer import LayerAnatomy, query_names
 from surgery.architecture.surgery_block import PER_KV_HEAD, layer_entries
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.anatomy import LayerAnatomy
+    from surgery.architecture.layer import LayerAnatomy
 
 
 def kept_heads(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import norm_names
+from surgery.architecture.layer import norm_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.anatomy import LayerAnatomy
+    from surgery.architecture.layer import LayerAnatomy
 
 
 @dataclass(frozen=True)

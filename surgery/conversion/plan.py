@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from surgery.architecture.anatomy import BYTES, Anatomy, LayerAnatomy
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.architecture.weights import packed_shapes, unpack
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import norm_names
+from surgery.architecture.layer import norm_names
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.config.heal import Heal
 
 SURGERY = "surgery_"

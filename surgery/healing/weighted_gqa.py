@@ -29,7 +29,7 @@ from surgery.io.safetensors import Checkpoint
 from surgery.operations.gqa.merge import group_members
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import LayerAnatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.healing.parameters import Table
 
 Per = Literal["head", "channel"]

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 NATIVE, SURGICAL = "native", "surgical"

@@ -9,7 +9,8 @@ from pydantic import Field
 from surgery.operations.base import PlannedChange, WeightRewrite
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 

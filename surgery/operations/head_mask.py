@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from surgery.architecture.anatomy import groups_of, query_names, shown_names
+from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import SurgeryError
 from surgery.operations.base import PlannedChange, WeightRewrite, WholeNumber, whole_keys
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 Gate = Annotated[float, Field(allow_inf_nan=False, strict=True)]

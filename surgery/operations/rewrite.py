@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
+from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, pack, part_shapes, unpack
 from surgery.errors import SurgeryError
 

@@ -73,7 +73,7 @@ def gates(
                 with torch.no_grad():
                     wholes[number] = answer_states(model, sequences[number])
             mixed.gates = run.gates
-            distance = distance(answer_states(model, sequences[number]), wholes[number])
+            distance = relative_distance(answer_states(model, sequences[number]), wholes[number])
             run.step(distance, weight, schedule(step, steps))
             if state is not None:
                 run.save(Path(state))
@@ -118,7 +118,7 @@ def answer_states(model, sequence: Recall) -> torch.Tensor:
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def distance(states: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def relative_distance(states: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """Mean squared difference, relative to the mean square of `whole`: a weight means the same in every model."""
     return (states - whole).square().mean() / whole.square().mean()
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import BYTES
+from surgery.architecture.layer import BYTES
 from surgery.data.text import begun
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS

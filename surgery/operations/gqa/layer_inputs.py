@@ -25,7 +25,7 @@ class FitSettings:
         rounds: how often queries and keys are refitted in turn.
         sequential: attention is fitted to the inputs that converted layers give it, not the base's.
         ridges, mlp_ridges: of attention's output projection and of the MLP's, to choose from.
-        steps, damping: see `conjugate_gradient.solve`. Values take so many steps; queries and keys, which are fitted in
+        steps, damping: see `conjugate_gradient.solve`. Values take so many steps; queries and keys, fitted in
             turn, from a quarter of them at first to five quarters at last.
         stride: of the queries every so many rows count, in each sequence from another one on.
         received: by how much a token counts in the moments for the attention that it gets: with weight

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.anatomy import LayerAnatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 

@@ -19,7 +19,8 @@ from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import first_head, mean_head, merged, permute_kv_heads, random_heads
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 

@@ -23,7 +23,8 @@ from surgery.errors import SurgeryError
 from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.operations.moh.router import Planned
     from surgery.runtime.surgery_gates import Gate
 
@@ -213,7 +214,7 @@ class Moh(Gated):
 
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
         """A layer's gate; which units are shared is not known before they are measured."""
-        from surgery.architecture.anatomy import groups_of
+        from surgery.architecture.layer import groups_of
         from surgery.runtime.surgery_gates import Gate
 
         groups = [len(group) for group in groups_of(layer)]

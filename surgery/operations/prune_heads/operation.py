@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.anatomy import groups_of, query_names, shown_names
+from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
 from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber

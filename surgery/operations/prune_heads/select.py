@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from surgery.architecture.anatomy import groups_of
+from surgery.architecture.layer import groups_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.architecture.anatomy import groups_of, query_names, shown_names
+from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import SurgeryError
 from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
-    from surgery.architecture.anatomy import Anatomy, LayerAnatomy
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
 
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]

@@ -26,7 +26,8 @@ from families import (
 )
 
 import surgery
-from surgery.architecture.anatomy import Anatomy, groups_of
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer import groups_of
 from surgery.calibration.layerwise import Layerwise
 from surgery.calibration.moments import refit_output
 from surgery.errors import SurgeryError
