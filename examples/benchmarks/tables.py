@@ -4,7 +4,7 @@
     python examples/benchmarks/tables.py --write   writes them into the page
 
 A results file holds the command that printed the figures, the machine where it matters, and the table: `columns`,
-`align` (left or right) and `rows` of texts. In the page, `<!-- results: NAME -->` stands before the table of NAME.json.
+`align` (left or right) and `rows` of texts. `<!-- results: NAME -->` in the page stands before the table of NAME.json.
 """
 
 from __future__ import annotations
