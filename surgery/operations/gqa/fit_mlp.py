@@ -80,9 +80,9 @@ class MLPOutput:
         for index in range(len(self.base)):
             rest, z = self._rest_and_input(index)
             state = self.base[index][0]
-            rms = 1 / state.double().square().mean(-1).clamp(min=1e-30)
-            rms[0] *= FIRST
-            sums[is_validation(index, len(self.base))].add(z, (state - rest) / self.scale, rms)
+            row_weights = 1 / state.double().square().mean(-1).clamp(min=1e-30)
+            row_weights[0] *= FIRST
+            sums[is_validation(index, len(self.base))].add(z, (state - rest) / self.scale, row_weights)
             rests_and_inputs.append((rest, z))
         train, validation = sums[0].pair, sums[1].pair
         result = fit_output(self.weight.to(train[0]), train, validation, ridges)

@@ -30,14 +30,14 @@ class ValueSample:
         rows: long [r], rising.
         weights: [H, r, T], the converted model's attention of these rows; 0 for keys after the query.
         wanted: [r, D], what the base's attention wrote there, without the bias.
-        rms: ω [r].
+        row_weights: ω [r].
     """
 
     x: Tensor
     rows: Tensor
     weights: Tensor
     wanted: Tensor
-    rms: Tensor
+    row_weights: Tensor
 
 
 class ValueProblem:
@@ -55,7 +55,7 @@ class ValueProblem:
         x = samples[0].x
         self.columns = output.to(x).flatten(1)  # [D, H d]
         self.gram = self.columns.T @ self.columns
-        self.rms = torch.cat([sample.rms for sample in samples]).to(x).unsqueeze(-1)
+        self.row_weights = torch.cat([sample.row_weights for sample in samples]).to(x).unsqueeze(-1)
         self.chunks = causal_chunks(samples)
         self.weights = [  # of each chunk [groups, n r, end]; query heads that share a value head are neighbours
             [sample.weights[:, chunk.sample_rows, : chunk.end].reshape(groups, -1, chunk.end) for chunk in chunks]
@@ -65,7 +65,7 @@ class ValueProblem:
     def product(self, weight: Tensor) -> Tensor:
         """H W [groups, d, n]."""
         heads, size = self.columns.shape[1] // weight.shape[1], weight.shape[1]
-        value_weight, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.rms), heads, size)
+        value_weight, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.row_weights), heads, size)
 
         def mix(sample: ValueSample, chunks: list[RowChunk], weights: list[Tensor]) -> None:
             values = project(value_weight, sample.x)
@@ -80,26 +80,26 @@ class ValueProblem:
         import torch
 
         wanted = torch.cat([sample.wanted for sample in self.samples])
-        constant = float((wanted.double().square().sum(-1) * self.rms[:, 0].double()).sum())
+        constant = float((wanted.double().square().sum(-1) * self.row_weights[:, 0].double()).sum())
         return self._gradient(wanted @ self.columns, weight), constant
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
         """C [groups, d] and M [n, n] with H close to C ⊗ M."""
         curvature = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
-        rows = sum(len(sample.rms[::4]) for sample in self.samples)
+        rows = sum(len(sample.row_weights[::4]) for sample in self.samples)
 
         def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough to know what attention reads
             read_inputs = (sample.weights[:, ::4] @ sample.x).flatten(0, 1)
-            rms = sample.rms[::4].to(read_inputs).repeat(len(sample.weights))
-            return ((read_inputs.T * rms) @ read_inputs).double().cpu()
+            row_weights = sample.row_weights[::4].to(read_inputs).repeat(len(sample.weights))
+            return ((read_inputs.T * row_weights) @ read_inputs).double().cpu()
 
-        return curvature, sum(self._map_samples(read_moments)) * (len(self.rms) / rows)
+        return curvature, sum(self._map_samples(read_moments)) * (len(self.row_weights) / rows)
 
     def _gradient(self, grads: Tensor, weight: Tensor) -> Tensor:
         """The gradient by W [groups, d, n] from gradients by heads' outputs [R, H d], whose rows are weighted by ω."""
         import torch
 
-        grads = (grads * self.rms).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
+        grads = (grads * self.row_weights).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
 
         def gradient_of(sample: ValueSample, chunks: list[RowChunk], weights: list[Tensor]) -> Tensor:
             values = grads.new_zeros(self.groups, len(sample.x), weight.shape[1])

@@ -178,7 +178,7 @@ class SharedLayer:
         for x, sample, rms in zip(self.inputs.x, self.inputs.samples, self.inputs.rms, strict=True):
             rows = sample.rows[::4]
             read = (sample.weights[:, ::4] @ x).flatten(0, 1)
-            moments.add(read, _weights(rms[rows]).repeat(len(sample.weights)))
+            moments.add(read, _row_weights(rms[rows]).repeat(len(sample.weights)))
         return moments
 
     def _merge_keys(self, q, k, moments: Moments, record: dict):
@@ -261,7 +261,7 @@ class SharedLayer:
         samples = []
         for index, (sample, sample_weights) in enumerate(zip(self.inputs.samples, weights, strict=True)):
             wanted, rms = self.inputs.base[index].output[sample.rows], self.inputs.rms[index][sample.rows]
-            samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, _weights(rms)))
+            samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, _row_weights(rms)))
         train, validation = (ValueProblem(part, new.o, self.target.kv_heads) for part in train_and_validation(samples))
         solution = solve(train, validation, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(solution.before, 6), round(solution.after, 6)]
@@ -279,12 +279,12 @@ class SharedLayer:
         if weights is None:
             list(self._map_samples(partial(self.head_outputs, new)))  # they are kept
         for index, call in enumerate(self.inputs.base):
-            rms = _weights(self.inputs.rms[index])
+            row_weights = _row_weights(self.inputs.rms[index])
             if weights is None:
                 rows, z = slice(1, None), self.head_outputs(new, index)[1:]
             else:
                 rows, z = self.inputs.samples[index].rows, self._mix_values(new, index, weights[index])
-            sums[is_validation(index, len(self.inputs.base))].add(z.flatten(1), call.output[rows], rms[rows])
+            sums[is_validation(index, len(self.inputs.base))].add(z.flatten(1), call.output[rows], row_weights[rows])
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
         result = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_validation=weights is None)
         record["ridge"], energy = result.ridge, sums[1].energy
@@ -317,6 +317,6 @@ class SharedLayer:
         return {n: tensor[self.key_heads] for n, tensor in layer.tensors().items() if n in names}
 
 
-def _weights(rms: torch.Tensor) -> torch.Tensor:
+def _row_weights(rms: torch.Tensor) -> torch.Tensor:
     """ω of rows: errors count relative to the hidden states to which they are added."""
     return 1 / rms.double().square().clamp(min=1e-30)

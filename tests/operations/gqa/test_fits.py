@@ -356,8 +356,8 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
     for _ in range(3):
         unseen = torch.arange(12) > rows[:, None]
         weights = draw(2, 6, 12).masked_fill(unseen, -math.inf).softmax(-1)
-        rms = torch.rand(6, generator=generator).double() + 0.1
-        samples.append(ValueSample(draw(12, 5), rows, weights, draw(6, 7), rms))
+        row_weights = torch.rand(6, generator=generator).double() + 0.1
+        samples.append(ValueSample(draw(12, 5), rows, weights, draw(6, 7), row_weights))
     output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
 
     def loss(weight):
@@ -367,7 +367,7 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
             for head in range(2):
                 values = sample.x @ weight[head * groups // 2].T
                 written = written + sample.weights[head] @ values @ output[:, head].T
-            total = total + ((written - sample.wanted).square().sum(-1) * sample.rms).sum()
+            total = total + ((written - sample.wanted).square().sum(-1) * sample.row_weights).sum()
         return total / 2
 
     problem = ValueProblem(samples, output, groups)
