@@ -35,10 +35,8 @@ def share_kv_heads(
 
     Args:
         text: source of the calibration text, tokens of a sample, and number of samples.
-        settings: what is fitted, and how.
         orders: for each layer a function that gives the order of its KV heads, which is made first; None: they stay.
-        kept_layers: how many layers keep their KV heads: those that lose most when they alone are converted.
-            `context.after` reports which they are.
+        kept_layers: how many layers, those that lose most when converted alone, keep their heads: see `context.after`.
 
     Returns:
         A record of each layer, by its path, and of the text.
@@ -47,10 +45,8 @@ def share_kv_heads(
         SurgeryError: there is no tokenizer, the text is too short, weights are not finite, or the device is MPS.
     """
     _refuse_mps(model)
-    what = "method: closed_form needs the tokenizer, for its calibration text"
-    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
-    sequences = calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
+    sequences = _sequences(model, context, text)
     heads = Heads(model, before, orders)
 
     def files(name: str) -> LayerFiles:
@@ -70,8 +66,8 @@ def share_kv_heads(
             fits_alone = {} if settings.sequential else trial.fits
             del trial  # it holds streams and log-probabilities
             after = context.after = keep_layers(before, after, layer_losses, kept_layers)
-            counts = [layer.kv_heads for layer in after.layers]
-            losses = [{"lost_alone": round(x, 6), "kv_heads": n} for x, n in zip(layer_losses, counts, strict=True)]
+            pairs = zip(layer_losses, after.layers, strict=True)
+            losses = [{"lost_alone": round(loss, 6), "kv_heads": layer.kv_heads} for loss, layer in pairs]
             heads.restore(after)
         layer_files = files("gqa")
         run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, fits_alone.get)
@@ -87,6 +83,13 @@ def share_kv_heads(
     each = zip(before.layers, heads.records, losses, records, strict=True)
     record = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
     return record | {"calibration": calibration_source(text[0]) | {"tokens": sequences.numel()}}
+
+
+def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> torch.Tensor:
+    """Tokens of the calibration text, long [samples, length]."""
+    what = "method: closed_form needs the tokenizer, for its calibration text"
+    tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
+    return calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
 
 
 def _refuse_mps(model) -> None:

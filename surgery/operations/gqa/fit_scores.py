@@ -235,11 +235,13 @@ class QueryProblem(Problem):
         return project(weight, self.objective.query_inputs).transpose(0, 1)
 
     def empty_grads(self) -> Tensor:
+        """Room for gradients by queries before RoPE, [R, H, d]."""
         heads, _, size = self.means[0].shape
         rows = len(self.objective.query_inputs)
         return self.objective.query_inputs.new_empty(rows, heads, size)  # `add` writes each row once
 
     def scores(self, queries: Tensor, index: int, chunk: RowChunk) -> Tensor:
+        """Scores of a chunk's rows [groups, n r, end]."""
         queries = self._rotation(index, chunk)(queries[chunk.rows].transpose(0, 1))
         return self.objective.grouped(queries) @ self.keys[index][:, : chunk.end].mT
 
@@ -251,9 +253,12 @@ class QueryProblem(Problem):
         grads[chunk.rows] = self._rotation(index, chunk).adjoint(heads).transpose(0, 1)
 
     def gradient(self, grads: Tensor) -> Tensor:
+        """The gradient by W_Q [H, d, n]."""
         return (grads.flatten(1).T @ self.objective.query_inputs).unflatten(0, grads.shape[1:])
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
+        """The variance of keys under p [H, d], and Σ x xᵀ over queries [n, n]."""
+
         def variance(index: int, sample: ScoreSample) -> Tensor:
             return (self._mean(sample, self.keys[index].square()) - self.means[index].square()).double().sum(1)
 
@@ -282,10 +287,12 @@ class KeyProblem(Problem):
         return list(self.objective.map_samples(lambda _, sample: self.objective.keys(weight, sample)))
 
     def empty_grads(self) -> list[Tensor]:
+        """Zeros for gradients by keys after RoPE, [groups, T, d] of each sample."""
         size = self.queries[0].shape[-1]
         return [sample.x.new_zeros(self.objective.groups, len(sample.x), size) for sample in self.objective.samples]
 
     def scores(self, keys: list[Tensor], index: int, chunk: RowChunk) -> Tensor:
+        """Scores of a chunk's rows [groups, n r, end]."""
         return self.objective.grouped(self.queries[index][:, chunk.sample_rows]) @ keys[index][:, : chunk.end].mT
 
     def add(self, grads: list[Tensor], weighted: Tensor, index: int, chunk: RowChunk) -> None:
@@ -297,6 +304,8 @@ class KeyProblem(Problem):
         grads[index][:, : chunk.end] += self.objective.grouped(weighted).mT @ queries
 
     def gradient(self, grads: list[Tensor]) -> Tensor:
+        """The gradient by W_K [groups, d, n]."""
+
         def gradient_of(index: int, sample: ScoreSample) -> Tensor:
             keys = self.objective.key_rotation.adjoint(grads[index]).transpose(0, 1)
             return (keys.flatten(1).T @ sample.x).unflatten(0, keys.shape[1:])
@@ -304,6 +313,7 @@ class KeyProblem(Problem):
         return sum(self.objective.map_samples(gradient_of))
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
+        """The mean square of queries [groups, d], and Σ x xᵀ weighted by received attention [n, n]."""
         objective, curvature, moments = self.objective, 0.0, 0.0
         for sample, queries in zip(objective.samples, self.queries, strict=True):
             curvature = curvature + objective.grouped(queries).double().square().sum(1)
