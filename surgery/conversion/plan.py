@@ -213,7 +213,7 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return []
+    return operation.problems_before(anatomy)
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:

@@ -136,6 +136,10 @@ class Operation(BaseModel):
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
 
+    def problems_before(self, earlier: Anatomy) -> list[str]:
+        """Why this does not go with the surgery that the checkpoint has from before this recipe."""
+        return []
+
     def problems_after(self, later: Anatomy) -> list[str]:
         """Why what this has set cannot stand in a model that a later operation has made into `later`."""
         return []
