@@ -26,8 +26,14 @@ from functools import cached_property
 import torch
 from torch.nn.functional import linear
 
-from .surgery_config import ROUTERS
-
+# The parameters of a gate.
+ROUTERS = (
+    "surgery_router",
+    "surgery_router_bias",
+    "surgery_router_temperature",
+    "surgery_shared_router",
+    "surgery_balance",
+)
 # A comparison with NaN would choose some heads without a word.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
 FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
