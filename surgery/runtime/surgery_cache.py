@@ -62,7 +62,7 @@ class SurgeryLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if grad and self.get_seq_length() and any(type(store) is not FullStore for store in self.stores):
+        if grad and self.get_seq_length() and any(isinstance(store, RingStore) for store in self.stores):
             raise ValueError("gradients do not flow through a surgical cache: use torch.no_grad(), or one call")
         if not torch.is_inference_mode_enabled():  # tensors made in inference mode cannot be written outside it
             self.change(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
