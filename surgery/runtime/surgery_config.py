@@ -231,7 +231,7 @@ def _owners(layer: dict) -> tuple[dict[str, Part], set[str]]:
     for name in sorted(PARTS, key=lambda name: name not in layer):
         if not left:
             break
-        if name not in layer and _spec(FILES[name]) is None:
+        if name not in layer and _beside(FILES[name]) is None:
             continue
         part = load_part(name)
         if own := left & {*part.keys, *part.parameters}:
@@ -275,12 +275,12 @@ def after_heads_change(layer: dict, queries: list[int], kv_heads: list[int]) -> 
 
 def _parts_here() -> list[Part]:
     """Every part whose code is here: in a checkpoint those that it uses."""
-    return [load_part(name) for name in PARTS if _spec(FILES[name])]
+    return [load_part(name) for name in PARTS if _beside(FILES[name])]
 
 
 def _lost_files() -> str:
     """Which parts' code did not come with this checkpoint, the end of an error; "" where all is here."""
-    lost = [f"{FILES[name]}.py" for name in PARTS if _spec(FILES[name]) is None]
+    lost = [f"{FILES[name]}.py" for name in PARTS if _beside(FILES[name]) is None]
     return f" ({', '.join(lost)} did not come with this checkpoint: load it with surgery.load)" if lost else ""
 
 
@@ -334,10 +334,14 @@ def load_part(name: str) -> Part:
     return load_file(name).PART
 
 
+def _beside(file: str):
+    """Where a file of code is beside this one, where every part is; or None."""
+    return find_spec(f".{file}", __package__)
+
+
 def _spec(file: str):
     """Where a file of code is: a checkpoint has all beside this one, the package its kernels elsewhere; or None."""
-    here = find_spec(f".{file}", __package__)
-    return here or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
+    return _beside(file) or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
 
 
 def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
