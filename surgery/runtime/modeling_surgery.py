@@ -2,10 +2,26 @@
 
 `SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
 `generate`, peft and the rest of Transformers work on it as on the base. This file, those it imports and the parts that
-the surgery uses (surgery_config.py) travel with the checkpoint; they import torch and transformers alone. With
-`trust_remote_code=True` a checkpoint needs nothing else.
+the surgery uses travel with the checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a
+checkpoint needs nothing else.
 
-What the surgery did is in the config's `surgery` block (see surgery_config.py).
+Where to read on:
+
+    surgery_config.py      the config's `surgery` block, which says what the surgery did; the registry of parts, each
+                           of which describes itself (`Part`): a new term is a file, a line in `FILES` and a test
+    surgery_visibility.py  which keys a head sees (`Visibility`), the kinds of heads of a layer, and the mask function
+    surgery_attention.py   the attention function, and the way of one call from `generate` through it
+    surgery_cache.py       what is kept of a text: a store for each kind of head
+    surgery_kv_policy.py   policies that drop keys: a method of KV eviction is a file beside it
+
+How a mask gets from `generate` to the attention function: Transformers looks up the mask function under the name of
+the model's attention implementation, `ATTENTION`, under which `surgery_mask` is registered below with the attention
+function; what it returns comes to every layer's call as `attention_mask`.
+
+How the cache gets there: where the model
+would make a `DynamicCache`, the pre-hook `give_cache` puts a `SurgeryCache` in its place (`generate` asks
+`_prepare_cache_for_generation`), whose `update` hands the attention function views of its stores in place of keys and
+values.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ from torch.nn.functional import linear
 
 from .surgery_attention import fused, written_out
 from .surgery_config import Parameter, Part
-from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare
-from .surgery_token import prepare_token
+from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_token
 from .surgery_visibility import Visibility, slices
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.

@@ -38,7 +38,7 @@ CASES = {
     "split": (SPLIT, set()),
     "gamma": ({"parameters": {"surgery_log_gamma": [9]}}, {"bias"}),
     "act": ({"parameters": {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}}, {"bias", "act"}),
-    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates", "token"}),
+    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates"}),
     "pooled": ({"sparse": POOLED}, SPARSE | {"estimate_pooled"}),
     "flexprefill": (
         {"sparse": {"method": "flexprefill", "block": 16}},
@@ -50,7 +50,7 @@ CASES = {
     ),
     "all": (
         SPLIT | {"gate": GATE, "parameters": ROUTERS | {"surgery_log_gamma": [9]}, "sparse": POOLED},
-        SPARSE | {"estimate_pooled", "bias", "gated_compute", "gates", "token"},
+        SPARSE | {"estimate_pooled", "bias", "gated_compute", "gates"},
     ),
 }
 IDS = torch.randint(3, 60, (1, 100), generator=torch.Generator().manual_seed(0))
