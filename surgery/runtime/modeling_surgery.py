@@ -18,10 +18,9 @@ How a mask gets from `generate` to the attention function: Transformers looks up
 the model's attention implementation, `ATTENTION`, under which `surgery_mask` is registered below with the attention
 function; what it returns comes to every layer's call as `attention_mask`.
 
-How the cache gets there: where the model
-would make a `DynamicCache`, the pre-hook `give_cache` puts a `SurgeryCache` in its place (`generate` asks
-`_prepare_cache_for_generation`), whose `update` hands the attention function views of its stores in place of keys and
-values.
+How the cache gets there: where the model would make a `DynamicCache`, the pre-hook `give_cache` puts a `SurgeryCache`
+in its place (`generate` asks `_prepare_cache_for_generation`), whose `update` hands the attention function views of
+its stores in place of keys and values.
 """
 
 from __future__ import annotations

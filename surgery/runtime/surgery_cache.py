@@ -322,12 +322,30 @@ class KeptStore(FullStore):
         if "slots" in self.tensors:
             slots = torch.arange(self.seen, self.seen + keys.shape[2], dtype=torch.int32, device=keys.device)
             added["slots"] = slots.expand(*keys.shape[:2], -1)
+        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in self.notes.items()}
         view = self._append(added)
         if "slots" in added:
             view.slots, view.gaps = self._used("slots").long(), self.gaps
         # What may be taken back must not make others go, and a graph needs what it was made from: nothing is dropped.
         view.store = None if recording or (torch.is_grad_enabled() and keys.requires_grad) else self
         return view
+
+    @property
+    def notes(self) -> dict[str, torch.Tensor]:
+        """What a policy has noted of the keys held: name -> [batch, KV heads, held, ...], 0 for those that are new."""
+        return {name: self._used(name) for name in self.tensors if name not in ("keys", "values", "slots")}
+
+    def note(self, notes: dict[str, torch.Tensor]) -> None:
+        """Keep notes in the place of those of their names; they go where their keys go.
+
+        Raises:
+            ValueError: one is not of all the keys held.
+        """
+        for name, noted in notes.items():
+            if noted.shape[:3] != self._used("keys").shape[:3]:
+                wanted = list(self._used("keys").shape[:3])
+                raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
+            self.tensors[name] = noted
 
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.

@@ -39,6 +39,8 @@ class Kept:
         positions: long [batch, KV heads, kept], counted from a row's first real token; -1 where nothing real is held
             (padding). The newest are this call's.
         scale, softcap: of the scores; softcap may be None.
+        notes: what the policy wants to remember of each key, name -> [batch, KV heads, kept, ...]; it may set and
+            change them. They stay with their keys; those of new keys are 0.
     """
 
     layer: int
@@ -49,10 +51,14 @@ class Kept:
     positions: torch.Tensor
     scale: float
     softcap: float | None
+    notes: dict[str, torch.Tensor]
 
 
 class Policy:
-    """Which keys stay in the cache. A subclass is a dataclass; its fields are settings, which an entry gives."""
+    """Which keys stay in the cache. A subclass is a dataclass; its fields are settings, which an entry gives.
+
+    There is one for each layer, for all calls: what it must remember of a text is a note (`Kept.notes`).
+    """
 
     def survivors(self, kept: Kept) -> torch.Tensor | None:
         """Which of the keys that are held stay.
@@ -95,7 +101,7 @@ def policy_of(entry: dict) -> Policy:
     cls = POLICIES[name] if name in POLICIES else load_file(f"policy.{name}").POLICY
     settings, known = (
         {key: value for key, value in entry.items() if key != "name"},
-        {each.name for each in fields(cls)},
+        {each.name for each in fields(cls) if each.init},
     )
     if other := sorted(set(settings) - known):
         raise ValueError(f"policy {name!r} has no {other[0]!r}; it has: {', '.join(sorted(known)) or 'no settings'}")
@@ -126,10 +132,10 @@ class LayerPolicy:
         for (visibility, numbers), query, view in zip(kinds.facts[1], queries, views, strict=True):
             if not visibility.by_policy or view.store is None:
                 continue
-            shown = Kept(
-                self.layer, numbers, query, view.keys, view.values, _positions(view, mask, pad), scale, softcap
-            )
+            held = view.keys, view.values, _positions(view, mask, pad)
+            shown = Kept(self.layer, numbers, query, *held, scale, softcap, view.store.notes)
             stays = self.policy.survivors(shown)
+            view.store.note(shown.notes)
             if stays is not None:
                 view.store.select(_checked(stays, shown.positions))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -58,6 +58,26 @@ class Thirds(Policy):
         return torch.stack(rows, 1)
 
 
+@dataclass
+class Heavy(Policy):
+    """The `count` keys that all queries so far gave most weight to; and notes that say whose they are."""
+
+    count: int
+
+    def survivors(self, kept: Kept) -> torch.Tensor:
+        marks = kept.notes.get("mark", torch.zeros_like(kept.keys[..., :2]))
+        old = marks[..., 0] > 0
+        assert torch.equal(marks[..., 1].long()[old], kept.positions[old]), "a note lost its key"
+        kept.notes["mark"] = torch.stack([kept.positions.ge(0).float(), kept.positions.float()], -1)
+        batch, kv_heads, length, size = kept.keys.shape
+        queries = kept.queries.reshape(batch, kv_heads, -1, size)
+        late = kept.positions[:, :, None] < 0
+        weight = (queries @ kept.keys.mT * kept.scale).masked_fill(late, -1e9).softmax(-1).sum(2)
+        kept.notes["weight"] = kept.notes.get("weight", 0) + weight
+        LOG.append(int(old.sum()))
+        return kept.notes["weight"].masked_fill(kept.positions < 0, -1).topk(min(self.count, length)).indices
+
+
 LOG: list = []
 
 
@@ -66,7 +86,6 @@ class Largest(Policy):
     """The `count` keys of each KV head with the largest sum of scores stay, by what this call's queries say."""
 
     count: int
-    seen: list = field(default_factory=list)
 
     def survivors(self, kept: Kept) -> torch.Tensor:
         batch, kv_heads, length, size = kept.keys.shape
@@ -83,7 +102,13 @@ class Largest(Policy):
 @pytest.fixture(autouse=True)
 def named(monkeypatch):
     LOG.clear()
-    for name, policy in (("indices", AllByIndex), ("real", Real), ("thirds", Thirds), ("largest", Largest)):
+    for name, policy in (
+        ("indices", AllByIndex),
+        ("real", Real),
+        ("thirds", Thirds),
+        ("largest", Largest),
+        ("heavy", Heavy),
+    ):
         monkeypatch.setitem(surgery_kv_policy.POLICIES, name, policy)
 
 
@@ -292,6 +317,23 @@ def _further(model, ids, mask, more, cache) -> torch.Tensor:
 
 
 @torch.no_grad()
+def test_notes_go_where_their_keys_go():
+    """Dropped, appended, and moved with their rows: `Heavy` checks its own notes at every call."""
+    base = TINY["llama"]().eval()
+    model, (ids, mask), holder = under(base, "heavy", count=12), batch(base), []
+    chunked(model, ids, mask, [20, 1, 20, 4], holder)
+    assert LOG[-1] >= 12 * len(ids) * base.config.num_key_value_heads // 2
+    order = torch.tensor([3, 1, 1, 0])
+    holder[0].reorder_cache(order)
+    more = torch.full((4, 3), 5)
+    _further(model, ids[order], mask[order], more, holder[0])
+    store = stores(holder[0])[0]
+    assert {name: tuple(noted.shape[2:]) for name, noted in store.notes.items()} == {"mark": (12, 2), "weight": (12,)}
+    with pytest.raises(ValueError, match="a policy's note 'mark' is"):
+        store.note({"mark": torch.zeros(1, 2, 3)})
+
+
+@torch.no_grad()
 def test_memory_is_freed():
     """After a long prompt the stores hold what stayed, byte for byte, and grow by no more while tokens come and go."""
     base = TINY["llama"]().eval()
@@ -373,7 +415,7 @@ def test_with_a_gate_the_policy_sees_every_query():
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ({"policy": {"name": "no"}}, "names no policy; there is: identity, indices"),
+        ({"policy": {"name": "no"}}, "names no policy; there is: heavy, identity, indices"),
         ({"policy": "identity"}, "names no policy"),
         ({"policy": {"name": "identity", "count": 3}}, "policy 'identity' has no 'count'; it has: no settings"),
         ({"policy": {"name": "largest"}}, "count"),
