@@ -71,10 +71,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
             query_groups=tuple(own.get("query_groups", ())) if len({*own.get("query_groups", ())}) > 1 else (),
             query_numbers=tuple(own.get("query_numbers", ())),
             kv_numbers=tuple(own.get("kv_numbers", ())),
-            streaming=tuple(own.get("streaming", ())),
-            sinks=own.get("sinks", 0),
-            streaming_window=own.get("window", 0),
-            sparse=own.get("sparse"),
+            entry=_of_parts(own),
         )
         if tensors:
             _verify(layer, tensors, config, where)
@@ -98,6 +95,15 @@ def _surgery(config, i: int) -> dict:
     """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
     block = getattr(config, "surgery", None)
     return block["layers"][i] if block else {}
+
+
+def _of_parts(entry: dict) -> dict:
+    """What an entry in the `surgery` block says besides the layer's heads and shapes."""
+    if not entry:
+        return {}
+    from surgery.runtime.surgery_config import SHAPE
+
+    return {name: value for name, value in entry.items() if name not in SHAPE}
 
 
 def _number(config, name: str, where: str) -> int:

@@ -81,9 +81,7 @@ def inspect(
     facts = anatomy_of(model)
     fits = fitting_recipes(facts)
     if as_json:
-        from surgery.conversion.plan import terms_held
-
-        held = {term: sorted(layers) for term, layers in terms_held(facts).items()}
+        held = {term: sorted(layers) for term, layers in facts.terms.items()}
         return emit(facts.to_dict() | {"terms": held, "recipes": fits})
     from surgery.cli.render import model as show
 

@@ -197,7 +197,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    held, own = terms_held(anatomy), operation.term_layers(anatomy)
+    held, own = anatomy.terms, operation.term_layers(anatomy)
     if operation.term is None:
         if blocking := [term for term in held if term not in operation.carries_terms]:
             reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
@@ -223,24 +223,6 @@ def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
 
 def _where(layers: set[int], anatomy: Anatomy) -> str:
     return "" if len(layers) == len(anatomy.layers) else f", in layers {', '.join(map(str, sorted(layers)))}"
-
-
-def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
-    """The terms of the equation that a checkpoint sets already, and in which layers."""
-    block = getattr(anatomy.config, "surgery", None) or {}
-    held: dict[str, set[int]] = {}
-    for layer, entry in zip(anatomy.layers, block.get("layers", []), strict=False):
-        named = entry.get("parameters", {})
-        terms = {
-            "visibility": layer.streaming,
-            "visibility in prefill": layer.sparse,
-            "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
-            "virtual keys": "surgery_sink_logit" in named,
-            "gate": "gate" in entry,
-        }
-        for term in (term for term, there in terms.items() if there):
-            held.setdefault(term, set()).add(layer.index)
-    return held
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

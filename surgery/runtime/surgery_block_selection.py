@@ -23,7 +23,7 @@ from difflib import get_close_matches
 import torch
 from torch.nn.functional import pad
 
-from .surgery_config import is_whole, load_part
+from .surgery_config import is_whole, load_file
 
 
 def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
@@ -73,7 +73,7 @@ class Method:
     @property
     def select(self) -> Callable:
         """The function; its file is opened where the method is used."""
-        return by_head if self.name == "by_head" else getattr(load_part(self.name), self.name)
+        return by_head if self.name == "by_head" else getattr(load_file(f"sparse.{self.name}"), self.name)
 
     @property
     def defaults(self) -> dict:

@@ -1,10 +1,15 @@
-"""The cache of a surgical checkpoint: one layer of stores for each layer of the model, and how the model comes by it.
+"""The cache of a surgical checkpoint: keys and values that no later query may see are not kept.
 
-What a surgical checkpoint's cache keeps: keys and values that no later query may see are not kept.
+    SurgeryCache   of a model: a `SurgeryLayer` for each layer (modeling_surgery.py makes one where none is given)
+    SurgeryLayer   of a layer: a store for each visibility that its KV heads have (`store_of`)
+    FullStore      full heads: every key, in a buffer that grows by blocks
+    RingStore      heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
+    KeptStore      full heads under a policy (surgery_kv_policy.py): what it lets stay, of each KV head other tokens
+    KeyValues      what a store gives the attention function for one call, in place of keys and values
 
-A full head keeps every key, in a buffer that grows by blocks. A head that sees sinks + window keeps the first real
-tokens of each row and a ring of the last `window` slots. Keys are stored as attention made them, after RoPE, at the
-position they were made at, and are never turned again.
+A method that drops keys needs no store of its own: it is a policy, which the attention function asks at the end of a
+call and whose answer goes to `KeptStore.select`. Keys are stored as attention made them, after RoPE, at the position
+they were made at, and are never turned again.
 
 Row r of a left-padded batch has `pad[r]` slots before its first real token: the token in slot j has position
 j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding; the attention
@@ -16,14 +21,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import transformers
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .surgery_config import NAME, head_kinds
-from .surgery_visibility import HeadKinds, Visibility
+from .surgery_visibility import HeadKinds, Visibility, head_kinds
 
 # Transformers renamed the forward's argument during 5.x.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
@@ -43,7 +46,7 @@ class SurgeryLayer(CacheLayerMixin):
     def __init__(self, heads: HeadKinds):
         super().__init__()
         self.heads = heads
-        self.stores = [FullStore(v) if v.window is None else RingStore(v) for v in heads.visibilities]
+        self.stores = [store_of(visibility) for visibility in heads.visibilities]
         self.record_past = False
 
     def lazy_initialization(self, key_states, value_states) -> None:
@@ -174,59 +177,6 @@ class SurgeryCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
 
-def give_cache(module, args, kwargs):
-    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked.
-
-    Raises:
-        ValueError: this cache cannot be used, or another attention function was set behind the model's back.
-    """
-    if not module.config._attn_implementation.startswith(f"{NAME}_"):
-        name = module.config._attn_implementation
-        raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
-    # Some models take it for themselves, and none hands on what its config says: attention would not see it.
-    weights = kwargs.get("output_attentions")
-    if weights or (weights is None and getattr(module.config, "output_attentions", False)):
-        raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
-    if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
-        given = kwargs["past_key_values"]
-        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
-    position = _cache_position(type(module))
-    cache = args[position] if len(args) > position else kwargs.get(CACHE)
-    if cache is not None:
-        refuse_cache(cache)
-        if isinstance(cache, SurgeryCache):
-            cache.refuse_other(module.config)
-        return args, kwargs
-    asked = kwargs.get("use_cache")
-    if asked is None and module.training and torch.is_grad_enabled():
-        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
-    use_cache = module.config.use_cache if asked is None else asked
-    checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
-    if not use_cache or checkpointing or len(args) > position:
-        return args, kwargs
-    return args, kwargs | {CACHE: SurgeryCache.of(module.config)}
-
-
-@lru_cache
-def _cache_position(cls) -> int:
-    return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
-
-
-def refuse_cache(cache) -> None:
-    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
-    if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
-        raise ValueError(
-            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
-            "pass a DynamicCache() (right results, no memory saved)"
-        )
-    if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
-        raise ValueError(
-            "a surgical model cannot use a cache that drops keys by the base's own window: leave the cache out, or "
-            "pass DynamicCache() without a config"
-        )
-
-
 GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
 
 
@@ -240,7 +190,9 @@ class KeyValues:
         end: one more than the newest slot.
         sink_keys, sink_values: [batch, heads, sinks, head_dim] by position; right after `settle_sinks`.
         incoming: keys and values of this call's tokens, where sinks may be among them.
-        store: where the sinks are kept, if anywhere.
+        store: where the sinks are kept, or keys may be dropped, if anywhere.
+        slots: long [batch, heads, n], the slot of each key, -1 where there is none; None: they are consecutive.
+        gaps: there are slots of -1.
         whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
         read: where prefill was sparse, which keys were read of those seen (surgery_sparse_prefill.py); None: all.
     """
@@ -254,7 +206,9 @@ class KeyValues:
     sink_keys: torch.Tensor | None = None
     sink_values: torch.Tensor | None = None
     incoming: tuple[torch.Tensor, torch.Tensor] | None = None
-    store: RingStore | None = None
+    store: RingStore | KeptStore | None = None
+    slots: torch.Tensor | None = None
+    gaps: bool = False
     whole: tuple[torch.Tensor, torch.Tensor] | None = None
     read: Callable | None = None
 
@@ -308,40 +262,142 @@ class FullStore:
 
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.seen = 0
+        self.seen = self.held = 0  # tokens that came, and those of them that are in the buffer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
-        end = self.seen + keys.shape[2]
+        return self._append({"keys": keys, "values": values})
+
+    def _append(self, added: dict[str, torch.Tensor]) -> KeyValues:
+        """Add tensors [batch, heads, n, ...] to those of their names."""
+        new = added["keys"].shape[2]
+        end = self.held + new
         if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing in place
-            self.tensors = {
-                "keys": torch.cat([self._used("keys"), keys], dim=2),
-                "values": torch.cat([self._used("values"), values], dim=2),
-            }
+            self.tensors = {name: torch.cat([self._used(name), tensor], dim=2) for name, tensor in added.items()}
         else:
-            for name, new in (("keys", keys), ("values", values)):
-                self._reserve(name, new, end)
-                self.tensors[name][:, :, self.seen : end] = new
-        self.seen = end
-        return KeyValues(self.visibility, self._used("keys"), self._used("values"), keys.shape[2], end)
+            for name, tensor in added.items():
+                self._reserve(name, tensor, end)
+                self.tensors[name][:, :, self.held : end] = tensor
+        self.seen, self.held = self.seen + new, end
+        return KeyValues(self.visibility, self._used("keys"), self._used("values"), new, self.seen)
 
     def _used(self, name: str) -> torch.Tensor:
-        return self.tensors[name][:, :, : self.seen]
+        return self.tensors[name][:, :, : self.held]
 
     def _reserve(self, name: str, like: torch.Tensor, end: int) -> None:
         old = self.tensors.get(name)
         if old is not None and old.shape[2] >= end:
             return
-        room = end if old is None and end > GROWTH else end + max(GROWTH, end // 32)
-        new = like.new_empty((*like.shape[:2], room, like.shape[3]))
+        room = end if old is None and end > GROWTH else end + _spare(end)
+        new = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
         if old is not None:
-            new[:, :, : self.seen] = old[:, :, : self.seen]
+            new[:, :, : self.held] = old[:, :, : self.held]
         self.tensors[name] = new
 
     def crop(self, count: int) -> None:
-        self.seen = max(self.seen - count, 0)
+        self.seen, self.held = max(self.seen - count, 0), max(self.held - count, 0)
 
     def can_crop(self, count: int) -> bool:
         return True
+
+
+def _spare(length: int) -> int:
+    """Slots that a buffer of this length has to spare when it grows."""
+    return max(GROWTH, length // 32)
+
+
+class KeptStore(FullStore):
+    """The keys of some heads that a policy lets stay, of each KV head others, and the slots they came in.
+
+    Until something is dropped slots are consecutive and not kept. The tokens of the calls since the last drop are the
+    last ones of every row and KV head, in order: these can be taken back.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self.settled = 0  # tokens that had come when keys were last dropped
+        self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 in their stead
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        added = {"keys": keys, "values": values}
+        if "slots" in self.tensors:
+            slots = torch.arange(self.seen, self.seen + keys.shape[2], dtype=torch.int32, device=keys.device)
+            added["slots"] = slots.expand(*keys.shape[:2], -1)
+        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in self.notes.items()}
+        view = self._append(added)
+        if "slots" in added:
+            view.slots, view.gaps = self._used("slots").long(), self.gaps
+        # What may be taken back must not make others go, and a graph needs what it was made from: nothing is dropped.
+        view.store = None if recording or (torch.is_grad_enabled() and keys.requires_grad) else self
+        return view
+
+    @property
+    def notes(self) -> dict[str, torch.Tensor]:
+        """What a policy has noted of the keys held: name -> [batch, KV heads, held, ...], 0 for those that are new."""
+        return {name: self._used(name) for name in self.tensors if name not in ("keys", "values", "slots")}
+
+    def note(self, notes: dict[str, torch.Tensor]) -> None:
+        """Keep notes in the place of those of their names; they go where their keys go.
+
+        Raises:
+            ValueError: one is not of all the keys held.
+        """
+        for name, noted in notes.items():
+            if noted.shape[:3] != self._used("keys").shape[:3]:
+                wanted = list(self._used("keys").shape[:3])
+                raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
+            self.tensors[name] = noted
+
+    def select(self, stays: torch.Tensor) -> None:
+        """Drop keys and free their memory.
+
+        Args:
+            stays: of the keys held, bool [batch, KV heads, held] or indices [batch, KV heads, m], those that stay.
+        """
+        short, held = None, self.held
+        if stays.dtype == torch.bool:
+            real = self._used("slots") >= 0 if "slots" in self.tensors else torch.ones_like(stays)
+            if bool((stays | ~real).all()):
+                return
+            stays = stays & real
+            counts = stays.sum(-1, keepdim=True)
+            index = stays.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())]
+            short = torch.arange(index.shape[-1], device=index.device) >= counts
+        else:
+            index = stays.sort(dim=-1).values
+        if "slots" not in self.tensors:
+            slots = torch.arange(held, dtype=torch.int32, device=index.device)
+            self.tensors["slots"] = slots.repeat(*index.shape[:2], 1)
+        for name in self.tensors:
+            old, where = self._used(name), index if self.tensors[name].dim() == 3 else index[..., None]
+            self._put(name, old.gather(2, where.expand(*index.shape, *old.shape[3:])))
+        self.held, self.settled = index.shape[-1], self.seen
+        if short is not None:
+            self.tensors["slots"][:, :, : self.held].masked_fill_(short, -1)
+        self.gaps = bool((self._used("slots") < 0).any())
+
+    def _put(self, name: str, kept: torch.Tensor) -> None:
+        """Put what stays into the buffer, or in memory of its own where the buffer is far longer."""
+        buffer, length = self.tensors[name], kept.shape[2]
+        if buffer.shape[2] - length <= _spare(length):
+            buffer[:, :, :length] = kept
+        else:
+            self.tensors[name] = kept
+
+    def crop(self, count: int) -> None:
+        super().crop(count)
+        if not self.seen:
+            self.reset()
+
+    def can_crop(self, count: int) -> bool:
+        """Whether so many tokens can be taken back: those that came since keys were last dropped."""
+        return self.seen - count >= self.settled
+
+
+def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
+    """An empty store for the heads of one visibility."""
+    if visibility.window is not None:
+        return RingStore(visibility)
+    return KeptStore(visibility) if visibility.by_policy else FullStore(visibility)
 
 
 class RingStore:

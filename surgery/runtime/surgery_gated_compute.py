@@ -24,8 +24,8 @@ import torch
 from torch.nn.functional import linear
 
 from .surgery_attention import fused, written_out
-from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare
-from .surgery_token import prepare_token
+from .surgery_config import Parameter, Part
+from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_token
 from .surgery_visibility import Visibility, slices
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
@@ -156,7 +156,7 @@ def _channels(gate: Gate, rows: list, width: int):
         begin = end
 
 
-def attach(module, layer: dict, groups: list[int]) -> None:
+def _attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module the gate that its entry in the surgery block names.
 
     Its projections become ones that leave out what is off, where the module shows how they are made: separate ones
@@ -177,13 +177,12 @@ def attach(module, layer: dict, groups: list[int]) -> None:
         projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
 
 
-def validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the gate in a layer's entry, "" if nothing.
-
-    Args:
-        groups: query heads that read each KV head.
-    """
-    gate, named = layer["gate"], layer.get("parameters", {})
+def _validation_error(config, layer: dict, groups: list[int]) -> str:
+    """What is wrong with the gate in a layer's entry, "" if nothing; arguments as of `Part.validation_error`."""
+    named = layer.get("parameters", {})
+    if "gate" not in layer:
+        return f"has {', '.join(sorted(set(named) & set(ROUTERS)))} without a gate"
+    gate = layer["gate"]
     kind = gate.get("kind") if isinstance(gate, dict) else None
     if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
         kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
@@ -207,7 +206,7 @@ def validation_error(config, layer: dict, groups: list[int]) -> str:
 
 
 def _detach(module) -> None:
-    """Undo `attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
+    """Undo `_attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
     for owner in (module, *module.children()):
         if isinstance(owner, _Projection):
             owner.__class__ = torch.nn.Linear
@@ -234,6 +233,7 @@ def before(module, args, kwargs) -> None:
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # which weighs the queries of all heads
+    saves &= getattr(module, "surgery_policy", None) is None  # and so does this
     if saves and batch * length == 1 and hidden.device.type == "cpu":
         units = prepare_token(module, hidden[0, 0])
         call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
@@ -288,7 +288,7 @@ def gathered(module, query, key, value, scaling, options) -> torch.Tensor | None
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
     plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
-    if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
+    if not plain or module.surgery_corrections or not pays(query, key) or written_out(query, key, value):
         return None
     return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
@@ -398,3 +398,26 @@ def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tupl
     seen = None if bias is None else bias[None, None]
     out, lse = fused(query[None, None], *near, scale, with_lse=True, seen=seen)
     return out[0, 0], lse[0, 0]
+
+
+class Gates(Part):
+    """Which heads are on for a token, and how much they count.
+
+    An entry has `gate`: {"kind": "moh", "unit": "head" or "kv_group", "shared": [units that are always on], "active":
+    routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}.
+    """
+
+    keys = ("gate",)
+    parameters = dict.fromkeys(ROUTERS, Parameter(0.0))
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        return _validation_error(config, layer, groups)
+
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        _attach(module, layer, groups)
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("gate",)
+
+
+PART = Gates()

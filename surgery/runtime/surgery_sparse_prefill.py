@@ -35,12 +35,13 @@ import torch
 
 from .surgery_attention import explicit, fused, written_out
 from .surgery_block_selection import METHODS, choose, settings_problems
-from .surgery_config import load_part
+from .surgery_config import FILES, Part, load_file
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
 # little, gathering and estimating taken off, and reading all is exact.
 DENSE = 0.6
+PROBED = 4  # blocks of queries that a check of the model has beyond where prefill becomes sparse
 
 
 @dataclass(frozen=True)
@@ -224,29 +225,6 @@ def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Te
     return torch.stack(found)
 
 
-def attach(module, layer: dict, groups: list[int]) -> None:
-    """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head.
-
-    Args:
-        groups: query heads that read each KV head.
-    """
-    module.surgery_sparse = None
-    if "sparse" not in layer:
-        return
-    kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
-    sparse, numbers = Sparse.of(layer["sparse"]), kinds.split_queries(torch.arange(sum(groups), device="cpu")[None])
-    module.surgery_sparse = [
-        sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
-        for visibility, own in zip(kinds.visibilities, numbers, strict=True)
-    ]
-
-
-def validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the sparse prefill in a layer's entry, "" if nothing; groups: as above."""
-    problem = problem_of(layer["sparse"], sum(groups))
-    return f"has sparse prefill that cannot be: {problem}" if problem else ""
-
-
 def problem_of(entry, heads: int) -> str:
     """What is wrong with `sparse` of a layer's entry, a sentence; "" if nothing.
 
@@ -329,7 +307,7 @@ def attend_rows(query, keys, values, places: list[int], scale: float, softcap=No
 def _kernel():
     """The module of the Triton kernel, or None where it cannot be had: PyTorch does the same."""
     try:
-        return load_part("kernel")
+        return load_file("sparse.kernel")
     except (ValueError, ImportError):
         return None
 
@@ -434,3 +412,52 @@ def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -
             pieces.append((out.reshape(group, -1, size), lse.reshape(group, -1)))
         found.append([torch.cat(part, dim=1) for part in zip(*pieces, strict=True)])
     return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+class SparsePrefill(Part):
+    """Which blocks of keys the full heads read of a prompt; an entry has `sparse`, as this file's beginning says."""
+
+    keys = ("sparse",)
+    by_slots = True
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        problem = problem_of(layer["sparse"], sum(groups))
+        return f"has sparse prefill that cannot be: {problem}" if problem else ""
+
+    def methods(self, layer: dict) -> set[str]:
+        sparse = layer["sparse"]
+        named = {f"sparse.{each['method']}" for each in (sparse, *sparse.get("patterns", ()))}
+        return {"sparse.kernel", *named} & set(FILES)
+
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        module.surgery_sparse = None
+        if "sparse" not in layer:
+            return
+        kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
+        sparse, every = Sparse.of(layer["sparse"]), torch.arange(sum(groups), device="cpu")
+        module.surgery_sparse = [
+            sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
+            for visibility, own in zip(kinds.visibilities, kinds.split_queries(every[None]), strict=True)
+        ]
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("visibility in prefill",)
+
+    def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
+        """A setting that is a list has a value for each query head."""
+        settings = layer["sparse"].items()
+        rows = {name: [values[head] for head in queries] for name, values in settings if isinstance(values, list)}
+        return {"sparse": layer["sparse"] | rows}
+
+    def describe(self, layer: dict) -> tuple[str, str]:
+        return "sparse prefill", layer["sparse"]["method"]
+
+    def told_apart(self, layer: dict):
+        return layer["sparse"]
+
+    def probe_length(self, layer: dict, least: int) -> int:
+        sparse = Sparse.of(layer["sparse"])
+        return max(least, sparse.dense_below + PROBED * sparse.block)
+
+
+PART = SparsePrefill()

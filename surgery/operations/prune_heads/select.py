@@ -64,6 +64,8 @@ def choose_removed(
 
 def facts_without(facts: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
     """A layer's anatomy when these query heads are gone; what is said of single heads follows."""
+    from surgery.runtime.surgery_config import after_heads_change
+
     kept = [[head for head in group if head not in removed] for group in groups_of(facts)]
     kv_heads = [number for number, group in enumerate(kept) if group]
     sizes = [len(group) for group in kept if group]
@@ -73,18 +75,10 @@ def facts_without(facts: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
         heads=len(queries),
         kv_heads=len(kv_heads),
         query_groups=() if len(set(sizes)) == 1 else tuple(sizes),
-        streaming=tuple(new for new, old in enumerate(kv_heads) if old in facts.streaming),
-        sparse=facts.sparse and _of_heads(facts.sparse, queries),
+        entry=after_heads_change(facts.entry, queries, kv_heads) if facts.entry else facts.entry,
         query_numbers=tuple(facts.query_name(head) for head in queries) if removed else facts.query_numbers,
         kv_numbers=tuple(facts.kv_name(head) for head in kv_heads) if removed else facts.kv_numbers,
     )
-
-
-def _of_heads(sparse: dict, queries: list[int]) -> dict:
-    """Settings of sparse prefill for some of the query heads: those that are lists have a value for each."""
-    return {
-        name: [value[head] for head in queries] if isinstance(value, list) else value for name, value in sparse.items()
-    }
 
 
 def without_heads(

@@ -235,7 +235,10 @@ class SparsePrefill(Operation):
         longest = getattr(anatomy.config, "max_position_embeddings", None)
         if longest and longest <= max(self.dense_below, self.block):
             notes.append(f"this model takes {longest} tokens: no prompt becomes sparse")
-        after = [replace(layer, sparse=entries.get(layer.index, layer.sparse)) for layer in anatomy.layers]
+        after = [
+            layer.with_entry(sparse=entries[layer.index]) if layer.index in entries else layer
+            for layer in anatomy.layers
+        ]
         return PlannedChange(
             replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), measured=self._searches
         )
