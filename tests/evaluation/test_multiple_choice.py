@@ -24,7 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.multiple_choice import ChoiceResult, evaluate_choices
 from surgery.evaluation.paired import wilson
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.io.resume import Found
+from surgery.io.resume import SavedFigures
 from surgery.operations.sink_calibration import zero_tuning as first_token
 from surgery.runtime.modeling_surgery import CACHE, patch
 
@@ -511,7 +511,7 @@ def test_resume_with_other_questions_is_refused(surgery, model, tmp_path, monkey
 
 def test_figures_of_other_settings_are_measured_anew(tmp_path):
     for settings, known in (("a", False), ("a", True), ("b", False)):
-        found = Found(tmp_path / "x.state", settings)
+        found = SavedFigures(tmp_path / "x.state", settings)
         assert ("n" in found.known) == known
         assert found.once("n", lambda: [1.5]) == [1.5]
 

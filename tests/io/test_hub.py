@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNNER = """
 import dataclasses, json, sys
 from surgery.errors import SurgeryError
-import surgery.hub as hub
+import surgery.io.hub as hub
 if "huggingface_hub" in sys.modules:
-    sys.exit("importing surgery.hub imported huggingface_hub")
+    sys.exit("importing surgery.io.hub imported huggingface_hub")
 answers = []
 for name, args, kwargs in json.load(sys.stdin):
     try:

@@ -34,7 +34,7 @@ SERVER = """
 import json, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is started with it ignored
 import surgery
-from surgery import cli
+from surgery.cli import main as cli
 surgery.plan("mqa", sys.argv[1])  # imports what a conversion imports; nothing is computed, so no threads are lost
 import surgery.conversion
 print("ready", flush=True)
