@@ -165,7 +165,7 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
 
 
 def tensor_pieces(tensor: Tensor):
-    """The bytes of a tensor in memory, at most `PIECE` at a time."""
+    """The bytes of a tensor in memory, at most `CHUNK` at a time."""
     import torch
 
     data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -163,7 +163,7 @@ class Checkpoint:
         return flat.reshape(info.shape)
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
-        """The bytes of one tensor, at most `PIECE` at a time; the buffer is reused."""
+        """The bytes of one tensor, at most `CHUNK` at a time; the buffer is reused."""
         buffer = memoryview(bytearray(min(CHUNK, max(info.size, 1))))
         with open(self.folder / info.file, "rb", buffering=0) as file:
             file.seek(info.start)

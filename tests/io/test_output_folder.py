@@ -186,8 +186,8 @@ def test_a_full_disk_keeps_what_is_done_and_resume_completes_it(apply, sharded, 
     assert "--resume to go on from it, or --overwrite to start anew" in again.err
 
     assert apply(sharded, "--resume").code == 0
-    kept = tmp_path / "out" / NAMES[0]
-    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == written, "the finished shard was not written again"
+    finished = tmp_path / "out" / NAMES[0]
+    assert (finished.stat().st_mtime_ns, finished.stat().st_ino) == written, "the finished shard was not written again"
     assert not (tmp_path / "out.partial").exists()
     assert apply(sharded, out="fresh").code == 0
     assert undated(tmp_path / "out") == undated(tmp_path / "fresh")
