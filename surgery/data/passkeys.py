@@ -15,7 +15,15 @@ from types import SimpleNamespace
 import torch
 
 from surgery.data.generated import sample
-from surgery.data.text import Text, begin_of_text, begun, fitting_length, load_text, windows, written_pieces
+from surgery.data.text import (
+    Text,
+    begin_of_text,
+    fitting_length,
+    load_text,
+    samples_to_begin,
+    windows,
+    written_samples,
+)
 from surgery.errors import SurgeryError
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -49,7 +57,7 @@ class Recall:
         return torch.tensor([span for span, (first, end) in pairs for _ in range(end - first)])
 
 
-def calibration_pieces(
+def calibration_sequences(
     model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
 ) -> torch.Tensor:
     """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
@@ -64,7 +72,7 @@ def calibration_pieces(
         SurgeryError: a text that cannot be read or is too short.
     """
     length = fitting_length(model, length)
-    written = written_pieces(text, samples)
+    written = written_samples(text, samples)
     sequences = [_written(model, tokenizer, length, written, folder, progress)] if written else []
     if written < samples:
         source = load_text("builtin" if text == "mixed" else text, "calibration")
@@ -90,7 +98,7 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     training = model.training
     try:
         settings = SimpleNamespace(length=length, chat=False, seed=0)
-        batch = begun(samples)
+        batch = samples_to_begin(samples)
         documents = sample(
             model.eval(), tokenizer, settings, samples * length, folder=folder, batch=batch, progress=progress
         )
@@ -169,7 +177,7 @@ def passkeys(
     return sequences
 
 
-def plain_pieces(text: Text, tokenizer, length: int, samples: int, seed: int) -> torch.Tensor:
+def plain_windows(text: Text, tokenizer, length: int, samples: int, seed: int) -> torch.Tensor:
     """At most `samples` windows of a text [samples, length], drawn at random; a shorter text is a single window."""
     length = min(length, len(_ids(tokenizer, text.text)) + len(begin_of_text(tokenizer)))
     return _sampled_windows(text, tokenizer, length, samples, random.Random(seed))

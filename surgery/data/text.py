@@ -121,12 +121,12 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
-def written_pieces(text: str, samples: int) -> int:
+def written_samples(text: str, samples: int) -> int:
     """How many samples of a calibration text of that name the model writes itself."""
     return {"self": samples, "mixed": samples // 2}.get(text, 0)
 
 
-def begun(samples: int) -> int:
+def samples_to_begin(samples: int) -> int:
     """Samples that a model begins at a time to write so many: some end early, and one batch should be enough."""
     return min(BATCH, samples + 2 * samples // 5)
 

@@ -17,7 +17,7 @@ import torch
 from surgery.calibration.attention_hook import hook_attention, row_logits
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
-from surgery.data.passkeys import calibration, plain_pieces
+from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import BUILTIN, fitting_length, load_text
 
 
@@ -42,7 +42,7 @@ def ablation(
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
     recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
-    plain = plain_pieces(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
+    plain = plain_windows(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
     answers = [(recall.ids, recall.rows) for recall in recalls]
     kinds = [answers, [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
     with hook_attention(model) as hook, torch.no_grad():

@@ -275,14 +275,14 @@ class PruneHeads(Operation):
 
     def _sequences(self, model, context: ApplyContext):
         """Calibration tokens [samples, length], None where none are needed."""
-        from surgery.data.passkeys import calibration_pieces
+        from surgery.data.passkeys import calibration_sequences
 
         if not (self.refit or self._judges()):
             return None
         otherwise = "; or scores: magnitude with refit: false"
         tokenizer = context.tokenizer_for("measuring heads and refitting need the tokenizer", self.op, otherwise)
         count = self.calibration_samples if self.refit else self.score_samples
-        return calibration_pieces(model, tokenizer, self.calibration_text, self.calibration_length, count)
+        return calibration_sequences(model, tokenizer, self.calibration_text, self.calibration_length, count)
 
     def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
         if self.heads is not None:

@@ -14,7 +14,7 @@ from families import TINY, double
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
 from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_identity
-from surgery.data.passkeys import Recall, passkeys, plain_pieces
+from surgery.data.passkeys import Recall, passkeys, plain_windows
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
 from surgery.operations.duo_attention import learned_gates as gates_module
@@ -219,7 +219,7 @@ def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
     heads, far = model.config.num_key_value_heads, REACH["sinks"] + REACH["window"]
     answers = [(each.ids, each.rows) for each in passkeys(WORDS, tokenizer, **PASSKEYS)]
     length = min(2 * LENGTH, model.config.max_position_embeddings)
-    samples = plain_pieces(WORDS, tokenizer, length, PASSKEYS["samples"], PASSKEYS["seed"])
+    samples = plain_windows(WORDS, tokenizer, length, PASSKEYS["samples"], PASSKEYS["seed"])
     plain = [(ids, torch.arange(far, length, 2)) for ids in samples]
 
     def run(streaming, sequences):
