@@ -58,7 +58,7 @@ def convert(
         fingerprint = checkpoint.fingerprint()
         plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
         out = OutputFolder(output, base, plan_hash, resume=resume, overwrite=overwrite)
-        if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+        if resume and not overwrite and out.is_same_conversion():  # stopped while it was checked or scored
             return Report.of(out.out), base
         with out.opened(plan.output_bytes) as partial:
             write = _stream if streaming else _load_and_write

@@ -125,7 +125,7 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     for number, info in enumerate(checkpoint.tensors.values()):
         if info.dtype in TORCH_NAMES:
             dtype = getattr(torch, TORCH_NAMES[info.dtype])
-            pieces = (torch.frombuffer(piece, dtype=dtype) for piece in checkpoint.pieces(info))
+            pieces = (torch.frombuffer(piece, dtype=dtype) for piece in checkpoint.chunks(info))
             if not all(bool(piece.isfinite().all()) for piece in pieces):
                 bad.append(info.name)
             seen += 1

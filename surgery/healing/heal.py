@@ -168,10 +168,10 @@ def heal_folder(
     if on_plan and ranks.first:
         on_plan(plan)
     identity = _identity(asked, report, source if asked.needs_base or asked.eval_every else None)
-    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, spared=f"{RUN}/{SELF_TEXT}-*")
+    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, preserve=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
-    if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+    if resume and not overwrite and out.is_same_conversion():  # stopped while it was checked or scored
         return (Report.of(out.out) if ranks.first else None), source
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.documents import SELF, documents
-from surgery.data.packing import Packed, reads_apart
+from surgery.data.packing import Packed, isolates_documents
 from surgery.errors import SurgeryError, TrainingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -207,7 +207,7 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
     if not heal.planned_steps or (count := heal.planned_steps * heal.rows) >= len(packed):
         return packed
     rows = Rows(packed, count, heal.seed)
-    return packed.some(sorted(rows.place(number) for number in range(count)))
+    return packed.select(sorted(rows.place(number) for number in range(count)))
 
 
 def _loop(student, plain, job: HealRun, packed: Packed, watch: HeldOutEvaluator | None) -> dict:
@@ -369,7 +369,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             folder=job.run if heal.data == SELF else None,
             progress=job.progress,
         )
-        packed = Packed(found, heal.length, apart=reads_apart(model))
+        packed = Packed(found, heal.length, isolated=isolates_documents(model))
         facts["data"] = packed.sha256
         if known.get("data", facts["data"]) != facts["data"]:
             raise TrainingError(
@@ -379,7 +379,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             )
         if "data" not in known and state.is_main_process:
             write_json(file, facts)
-    return found.facts | {"rows": len(packed)}, packed
+    return found.record | {"rows": len(packed)}, packed
 
 
 def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:

@@ -25,7 +25,7 @@ from surgery.evaluation.paired import wilson
 from surgery.evaluation.probes.choices import ChoiceResult, Choices
 from surgery.evaluation.probes.settings import make
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.io.resume import Found
+from surgery.io.resume import SavedFigures
 from surgery.operations.sink_calibration import zero_tuning as first_token
 from surgery.runtime.modeling_surgery import CACHE, patch
 
@@ -517,7 +517,7 @@ def test_resume_with_other_questions_is_refused(surgery, model, tmp_path, monkey
 
 def test_figures_of_other_settings_are_measured_anew(tmp_path):
     for settings, known in (("a", False), ("a", True), ("b", False)):
-        found = Found(tmp_path / "x.state", settings)
+        found = SavedFigures(tmp_path / "x.state", settings)
         assert ("n" in found.known) == known
         assert found.once("n", lambda: [1.5]) == [1.5]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
-from surgery.data.passkeys import calibration_pieces, calibration_source
+from surgery.data.passkeys import calibration_sequences, calibration_source
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
@@ -89,7 +89,7 @@ def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> torc
     """Tokens of the calibration text, long [samples, length]."""
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
-    return calibration_pieces(model, tokenizer, *text, context.folder, context.progress)
+    return calibration_sequences(model, tokenizer, *text, context.folder, context.progress)
 
 
 def _refuse_mps(model) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
-from surgery.data.text import begun
+from surgery.data.text import samples_to_begin
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS
 
@@ -131,7 +131,7 @@ class Calibration:
         total *= UNUSED
         if not self.written:
             return total
-        rows, fast = begun(self.written // self.length), fast_in_bfloat16()
+        rows, fast = samples_to_begin(self.written // self.length), fast_in_bfloat16()
         writing = rows * (self.length * anatomy.kv_bytes_per_token + 3 * 8 * vocabulary)
         if fast and BYTES.get(anatomy.dtype, 2) > 2:
             writing += 2 * anatomy.parameters

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.data.text import written_pieces
+from surgery.data.text import written_samples
 from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, PlannedChange, WeightRewrite
 from surgery.operations.gqa.cost import TRIED, Calibration
 from surgery.operations.gqa.grouping import similar_order
@@ -234,7 +234,7 @@ class GQA(WeightRewrite):
             self.calibration_length,
             max(0, 2 * of_scores - 1),  # queries twice, where keys are fitted, too
             "v" in self.refit,
-            written=written_pieces(self.calibration_text, self.calibration_samples) * self.calibration_length,
+            written=written_samples(self.calibration_text, self.calibration_samples) * self.calibration_length,
             tried=TRIED if self._kept(anatomy) else 0,
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",

@@ -272,13 +272,13 @@ class SinkCalibration(Operation):
 
     def _pieces(self, model, context: ApplyContext):
         from surgery.calibration.scoring import fitting_questions
-        from surgery.data.passkeys import calibration_pieces
+        from surgery.data.passkeys import calibration_sequences
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)
         if self.labelled is not None:
             return fitting_questions(self.labelled, tokenizer, model)
         asked = self.text, self.calibration_length, self.calibration_samples
-        return calibration_pieces(model, tokenizer, *asked)
+        return calibration_sequences(model, tokenizer, *asked)
 
     def _entry(self, layer: LayerAnatomy, targets: dict[int, list[int]]) -> dict[str, Any]:
         """A layer's entry in the `surgery` block. Keys and values are per KV head, as the first token's are."""

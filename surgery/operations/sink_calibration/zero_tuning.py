@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.calibration.attention_hook import hook_attention
-from surgery.io.resume import Found
+from surgery.io.resume import SavedFigures
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_bias import scores
@@ -99,7 +99,7 @@ class Trial:
     fit: torch.Tensor | list
     validation: torch.Tensor | list
     kind: str = "ce"
-    figures: Found = field(default_factory=Found)
+    figures: SavedFigures = field(default_factory=SavedFigures)
 
     def __post_init__(self):
         self.nothing = [parameter.detach().clone() for parameter in self.parameters]
@@ -273,7 +273,9 @@ def search_gamma(model, settings, targets: dict[int, list[int]], samples, contex
     else:
         parameters = [log_gammas[layer] for layer in targets]
         kind, texts = (LABELLED, samples) if settings.labelled else (settings.objective, samples.tolist())
-        state = Found(context.state_file("sink-calibration"), [kind, settings.groups, settings.grid, targets, texts])
+        state = SavedFigures(
+            context.state_file("sink-calibration"), [kind, settings.groups, settings.grid, targets, texts]
+        )
         trial = Trial(model, parameters, samples[::2], samples[1::2], kind, state)
         with frozen(model, parameters):
             record = search_gammas(trial, list(masks.values()), settings.grid, settings.groups, context.progress)

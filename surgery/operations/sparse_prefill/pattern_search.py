@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from surgery.calibration.attention_hook import hook_attention
-from surgery.data.passkeys import calibration_pieces
+from surgery.data.passkeys import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_attention import surgery_attention
@@ -107,7 +107,7 @@ def search_patterns(
     Raises:
         SurgeryError: a density or a block out of range; no pattern is cheap enough; or see `hook_attention`.
     """
-    sequences = calibration_pieces(model, tokenizer, text, length, samples)
+    sequences = calibration_sequences(model, tokenizer, text, length, samples)
     length = sequences.shape[1]
     among = candidates(length, block) if among is None else among
     _refuse(density, among, block)

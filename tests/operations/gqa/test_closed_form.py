@@ -26,7 +26,7 @@ from planted import planted
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_pieces
+from surgery.data.passkeys import calibration_sequences
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
@@ -293,13 +293,13 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
 
     tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
     loaded.train()
-    builtin = calibration_pieces(loaded, tokenizer, "builtin", 32, 3)
-    own = calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path)
+    builtin = calibration_sequences(loaded, tokenizer, "builtin", 32, 3)
+    own = calibration_sequences(loaded, tokenizer, "self", 32, 3, tmp_path)
     assert own.shape == builtin.shape == (3, 32)
     assert loaded.training
-    assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
     monkeypatch.setattr("surgery.data.generated._write", None)  # what is kept is not written again
-    assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "self", 32, 3, tmp_path), own)
 
 
 def test_refusals(numbers):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_pieces
+from surgery.data.passkeys import calibration_sequences
 from surgery.operations.gqa.cost import Calibration
 from surgery.operations.gqa.operation import GQA
 
@@ -74,10 +74,10 @@ def test_pieces_that_the_model_wrote_begin_as_those_of_a_file(tiny_llama, text, 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     model = package.load(folder)
     model.generation_config.eos_token_id = list(range(3, 30))  # many documents end at once
-    samples = calibration_pieces(model, tokenizer, "self", 24, 8)
+    samples = calibration_sequences(model, tokenizer, "self", 24, 8)
     assert samples.shape == (8, 24)
     assert (samples[:, 0] == 1).all()
-    assert (calibration_pieces(model, tokenizer, str(text), 24, 4)[:, 0] == 1).all()
+    assert (calibration_sequences(model, tokenizer, str(text), 24, 4)[:, 0] == 1).all()
 
 
 def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
