@@ -17,6 +17,7 @@ WORDS = {
     "string_type": "text",
     "string_too_short": "text of some length",
     "list_type": "a list",
+    "tuple_type": "a list",
     "too_short": "a list with something in it",
     "dict_type": "a mapping of keys",
     "model_type": "a mapping of keys",

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import BUDGETS, Heal, unread
 from surgery.config.overrides import as_text
-from surgery.config.recipe import Evaluate, faults_of
+from surgery.config.recipe import faults_of
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, shown
+from surgery.evaluation.probes.settings import without_defaults
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
@@ -32,22 +34,28 @@ def settings(
     given = given.model_dump() if isinstance(given, Heal) else given
     if not isinstance(given, dict | None):
         raise SurgeryError(f"settings is {shown(given)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
-    data = {"heal": dict(given if given is not None else known.get("heal") or {}), "evaluate": known.get("evaluate")}
+    judged_by = known.get("evaluate")
+    data: dict = {"heal": dict(given if given is not None else known.get("heal") or {})}
+    data["evaluate"] = None if judged_by is None else without_defaults(judged_by)
     faults: list[SurgeryError] = []
     lines: dict = {}
     for text in [*overrides, *(as_text(key, value) for key, value in fields.items())]:
         key, equals, value = text.partition("=")
         section, _, name = key.strip().rpartition(".")
         section = section or "heal"
-        if not equals or section not in SECTIONS or not name:
+        if not equals or section not in {"heal", *sections()} or not name:
             raise SurgeryError(
                 "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
             )
-        data[section] = {**(data[section] or {}), name: parse(value, repr(text), field=0)[0]}
-        lines[section, name] = f"override {text.strip()!r}"
+        path, target = section.split("."), data
+        for step in path:
+            target[step] = dict(target.get(step) or {})
+            target = target[step]
+        target[name] = parse(value, repr(text), field=0)[0]
+        lines[*path, name] = f"override {text.strip()!r}"
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
-    typed = {name for section, name in lines if section == "heal"} | (set(given) if given is not None else set())
+    typed = {path[1] for path in lines if path[0] == "heal"} | (set(given) if given is not None else set())
     for name in unread(data["heal"]).keys() - typed:  # of the recipe's own, what another method or loss leaves unread
         del data["heal"][name]
     found: dict = {"evaluate": None}

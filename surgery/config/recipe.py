@@ -10,42 +10,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from surgery import operations
+from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import Heal
 from surgery.config.overrides import as_text, set_field
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
 from surgery.errors import SurgeryError, nearest, shown, wanted
+from surgery.evaluation.probes import find as find_probe
+from surgery.evaluation.probes import settings as probe_settings
+from surgery.evaluation.probes.base import OWN_WORDS
 from surgery.operations.base import Operation
 
 SUFFIXES = (".yaml", ".yml")
 
 
-class Evaluate(BaseModel):
-    """What the finished model is judged on, and the gate it must pass."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-    text: str = Field("builtin", description="'builtin' (the held-out part of Python's reference) or a text file.")
-    windows: int = Field(8, ge=1, description="Windows of text that are scored.")
-    length: int = Field(512, ge=2, description="Tokens in a window.")
-    max_kl: float | None = Field(None, ge=0, description="Gate: mean KL to the base in nats per token, at most.")
-    max_perplexity_ratio: float | None = Field(None, ge=0, description="Gate: perplexity over the base's, at most.")
-    needles: int = Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none.")
-    needle_length: int = Field(1024, ge=64, description="Tokens of such a prompt.")
-    min_needles: float | None = Field(
-        None, ge=0, le=1, description="Gate: share of the needles found by the base that are found, at least."
-    )
-    choices: int = Field(0, ge=0, description="Multiple-choice questions made of the text that both get; 0: none.")
-    min_choices: float | None = Field(None, ge=0, description="Gate: right answers over the base's, at least.")
-    min_top1: float | None = Field(None, ge=0, le=1, description="Gate: share of equal best tokens, at least.")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The gate alone."""
-        names = {name for name in type(self).model_fields if name.startswith(("max_", "min_"))}
-        return self.model_dump(include=names, exclude_none=True)
-
-
 SECTIONS = {"evaluate": Evaluate, "heal": Heal}  # keys of a recipe whose value is a mapping of fields
+PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and steps to a setting in one
 
 
 def _whole(value: object) -> object:
@@ -162,6 +141,8 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
     source, earlier = "data", ()
     if isinstance(recipe, Recipe):
         data, where, source, earlier = recipe.to_dict(), recipe.name, recipe.source, recipe.overrides
+        if data["evaluate"] is not None:
+            data["evaluate"] = probe_settings.without_defaults(data["evaluate"])
     elif isinstance(recipe, dict):
         data, where = recipe, "recipe"
     else:
@@ -182,9 +163,11 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
         what = f"a recipe holds plain data only: {error.args[0]!s}"
         raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
     for override in changes:
-        place = set_field(data, override, {name: list(kind.model_fields) for name, kind in SECTIONS.items()})
+        place = set_field(data, override, sections() | {"heal": list(Heal.model_fields)})
         lines = {path: line for path, line in lines.items() if path[: len(place)] != place}
         lines[place] = f"override {override.strip()!r}"
+        if place[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
+            lines[place[: BLOCK - 1]] = lines[place]
     checked = _validate(data, lines, where)
     checked._source, checked._overrides = source, (*earlier, *map(str.strip, changes))
     return checked
@@ -260,9 +243,13 @@ def faults_of(error: ValidationError, lines: dict, where: str, prefix: tuple, kn
     for item in error.errors(include_url=False):
         depth = next((n for n, step in enumerate(item["loc"]) if step in known), 0) + 1
         loc = item["loc"] if item["loc"] and item["loc"][0] in SECTIONS else item["loc"][:depth]
-        by_path.setdefault((*prefix, *loc), []).append(item)
+        path = (*prefix, *item["loc"])[:BLOCK]
+        by_path.setdefault(path if path[:2] == PROBES else (*prefix, *loc), []).append(item)
     faults = []
     for path, items in by_path.items():
+        if path[:2] == PROBES and len(path) > 2:
+            faults.append(_fault_of_probe(path, items, line_of(lines, path, where)))
+            continue
         key, names = path[-1], list(SECTIONS[path[0]].model_fields) if len(path) > 1 and path[0] in SECTIONS else known
         at, kind = line_of(lines, path, where), items[0]["type"]
         if kind == "extra_forbidden":
@@ -273,9 +260,23 @@ def faults_of(error: ValidationError, lines: dict, where: str, prefix: tuple, kn
             faults.append(SurgeryError(f"the key {key!r} is missing", where=at))
         elif kind == "heal":  # of its fields together, in words of its own
             faults.append(SurgeryError(items[0]["msg"], where=at))
+        elif kind == OWN_WORDS:
+            faults.append(SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"]))
         else:
             faults.append(SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at))
     return faults
+
+
+def _fault_of_probe(path: tuple, items: list[dict], where: str) -> SurgeryError:
+    """What is wrong at `evaluate.probes.NAME` or below."""
+    _, _, name, *key = path
+    if key or items[0]["type"] == OWN_WORDS:
+        return probe_settings.fault(find_probe(name), str(key[0]) if key else "", items, where, in_recipe=True)
+    try:
+        find_probe(name)
+    except SurgeryError as error:
+        return SurgeryError(error.what, where=where, exists=error.exists, fix=error.fix)
+    return SurgeryError(f"{name} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
 
 
 def _line_number(fault: SurgeryError) -> int:

