@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from surgery.evaluation.probes import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgery"
@@ -23,13 +26,14 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook head_scores layerwise moments scoring sinks",
-    "cli": "convert doctor inspect main measure options",
+    "cli": "convert doctor evaluate inspect main measure options",
     "cli/render": "console heads model sinks summary tables",
-    "config": "heal heal_overrides overrides recipe yaml",
+    "config": "evaluate heal heal_overrides overrides recipe yaml",
     "conversion": "convert in_memory plan streaming",
     "data": "documents generated haystack packing passkeys questions text",
-    "evaluation": "check check_code check_layers fresh_process multiple_choice needles paired perplexity run",
+    "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
     "evaluation/benchmark": "dense_below models result run",
+    "evaluation/probes": "base settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora losses parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "io": "demo_model files hub hub_errors loading model_folder output_folder pickle resume safetensors",
@@ -49,6 +53,7 @@ DECIDED = {
     "surgery_config surgery_gated_compute surgery_gates surgery_sparse_prefill surgery_token surgery_visibility",
 }
 OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
+PROBES = {entry.split(":")[0] for entry in REGISTRY.values()}  # modules of evaluation/probes/ that may come and go
 
 
 def room_of(path: Path) -> str:
@@ -80,7 +85,8 @@ def test_every_module_has_a_name_that_was_decided():
     for path in MODULES:
         room = room_of(path)
         known = found.setdefault(room, set())
-        if path.stem != "__init__" and not (room in OPEN and path.stem.startswith(OPEN[room])):
+        new = (room in OPEN and path.stem.startswith(OPEN[room])) or (room == "evaluation/probes" and path.stem in PROBES)
+        if path.stem != "__init__" and not new:
             known.add(path.stem)
     assert {room: sorted(names) for room, names in found.items()} == {
         room: sorted(names.split()) for room, names in DECIDED.items()
@@ -99,10 +105,15 @@ def test_operations_that_must_not_know_each_other_are_all_of_them():
 
 def test_every_room_is_a_layer_and_has_a_docstring():
     layers = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")["layers"]
-    named = {name.strip().removeprefix("surgery.") for line in layers for name in line.split("|")}
+    modules = [name.strip().removeprefix("surgery.") for line in layers for name in re.split("[|:]", line)]
+    named = {name.split(".")[0] for name in modules}
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels", "recipes"}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "version"}
     assert named == rooms | loose
+    # The room of two floors: what recipe and report follow from, and what knows recipe and report.
+    inside = {path.stem for path in (PACKAGE / "evaluation").iterdir() if not path.stem.startswith("__")}
+    floors = [name.split(".")[1] for name in modules if name.startswith("evaluation.")]
+    assert sorted(floors) == sorted(inside)
     for init in PACKAGE.rglob("__init__.py"):
         said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
         assert len(said) > 20, init

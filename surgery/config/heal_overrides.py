@@ -43,13 +43,15 @@ def settings(
         key, equals, value = text.partition("=")
         section, _, name = key.strip().rpartition(".")
         section = section or "heal"
-        if not equals or section not in {"heal", *sections()} or not name:
+        legal = section in {"heal", *sections()} or section.startswith("evaluate.probes.")
+        if not equals or not legal or not name:
             raise SurgeryError(
                 "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
             )
         path, target = section.split("."), data
         for step in path:
-            target[step] = dict(target.get(step) or {})
+            inner = target.get(step)
+            target[step] = dict(inner) if isinstance(inner, dict) else {}
             target = target[step]
         target[name] = parse(value, repr(text), field=0)[0]
         lines[*path, name] = f"override {text.strip()!r}"

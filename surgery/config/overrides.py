@@ -52,7 +52,7 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
     for step in path:
         if isinstance(target, dict) and target.get(step) is None:
             target[step] = {}
-        target = target[step]
+        target = target[step] if isinstance(target, dict | list) else None
     if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
         target[last] = value
         if path == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
