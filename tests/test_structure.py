@@ -85,7 +85,9 @@ def test_every_module_has_a_name_that_was_decided():
     for path in MODULES:
         room = room_of(path)
         known = found.setdefault(room, set())
-        new = (room in OPEN and path.stem.startswith(OPEN[room])) or (room == "evaluation/probes" and path.stem in PROBES)
+        new = (room in OPEN and path.stem.startswith(OPEN[room])) or (
+            room == "evaluation/probes" and path.stem in PROBES
+        )
         if path.stem != "__init__" and not new:
             known.add(path.stem)
     assert {room: sorted(names) for room, names in found.items()} == {
