@@ -191,9 +191,11 @@ def evaluate(
 
     if model is None:
         raise _no_model(model)
+    if isinstance(probe, Probe) and settings:
+        raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
     asked = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
-    out, other = _folder_of(model), _folder_of(base)
-    result = asked.measure(out, other, tokenizer=tokenizer, progress=progress)
+    out: Any = _folder_of(model)
+    result = asked.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
     if asked.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
         report = Report.of(out)
         if reason := unrecordable(report.data, base, asked):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import Source
 
 LABELS = ("base", "out")
+NAMES = {"base": "base", "out": "patched"}  # label -> what a person reads
 
 
 def sides(out: Source, base: Source | None) -> dict[str, Source]:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
 from surgery.data.questions import encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, load_text
-from surgery.evaluation.paired import CaseResult, percent, share_of
+from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
 from surgery.evaluation.probes.base import (
     Aliases,
     CaseProbe,
@@ -28,8 +28,6 @@ from surgery.evaluation.probes.base import (
     TextSource,
     own_words,
 )
-
-NAMES = {"base": "base", "out": "patched"}
 
 
 @dataclass

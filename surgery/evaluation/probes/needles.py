@@ -28,7 +28,7 @@ from surgery.data.haystack import (
     spread,
 )
 from surgery.data.text import BUILTIN, load_text
-from surgery.evaluation.paired import CaseResult, kept_of, percent, share_of
+from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
 from surgery.evaluation.probes.base import (
     Aliases,
     CaseProbe,
@@ -45,7 +45,6 @@ from surgery.evaluation.probes.base import (
 from surgery.io.loading import loaded
 
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
-NAMES = {"base": "base", "out": "patched"}
 
 
 @dataclass(frozen=True)
