@@ -136,13 +136,7 @@ class OutputFolder:
         if os.path.lexists(self.partial):
             self._take_over()
         present = sum(facts.get("bytes", 0) for facts in self.done.values())
-        free = shutil.disk_usage(self.out.parent).free
-        if needed_bytes - present + SPARE_BYTES > free:
-            raise MachineError(
-                f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-                where=str(self.out.parent),
-                fix="free some space or write elsewhere (-o)",
-            )
+        refuse_small_disk(self.out.parent, needed_bytes, present)
         self.partial.mkdir(exist_ok=True)
         self._begun = True
         self._note_progress()
@@ -191,6 +185,26 @@ class OutputFolder:
             self._note_progress()
             raise
         remove_own(self.replaced)
+
+
+def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None:
+    """Raise where a disk has no room for so many bytes, of which `present` are written already.
+
+    Raises:
+        MachineError: with what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed_bytes - present + SPARE_BYTES > free:
+        raise MachineError(
+            f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            where=str(folder),
+            fix="free some space or write elsewhere (-o)",
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
 
 
 def is_whole(folder: Path) -> bool:
