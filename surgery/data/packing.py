@@ -106,7 +106,7 @@ def arguments(model, batch: dict, hidden: bool) -> dict:
     No cache: rows that hold several documents are found by their positions only without one.
 
     Args:
-        hidden: the hidden states of all layers are wanted, for `heal.hidden`.
+        hidden: the hidden states of all layers are wanted, which a loss may read.
     """
     given = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:

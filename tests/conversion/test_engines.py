@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausal
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.config.options import RunOptions
 from surgery.config.recipe import Recipe
 from surgery.conversion import streaming as shards
 from surgery.conversion.plan import make_plan
@@ -93,7 +92,7 @@ FAULTS = {
 @pytest.mark.parametrize("engine", ["streaming", "loaded"])
 def test_a_rewrite_of_another_form_is_its_authors_fault(foreign, model, tmp_path, fault, engine):
     with pytest.raises(SurgeryError, match="tell its authors") as caught:
-        convert(odd(fault), model, tmp_path / "out", RunOptions(engine=engine))
+        convert(odd(fault), model, tmp_path / "out", engine=engine)
     assert FAULTS[fault] in caught.value.what
     assert caught.value.what.startswith("odd: layer 0: ")
     assert caught.value.where == __name__
@@ -177,7 +176,7 @@ def test_the_loaded_engine_refuses_mixed_dtypes(refused, mixed, name, args, fix)
 def test_the_loaded_engine_keeps_a_dtype_that_the_config_does_not_name(model, tmp_path):
     edit_json(model / "config.json", dtype="float32")
     for engine in ("streaming", "loaded"):
-        convert(MQA, model, tmp_path / engine, RunOptions(engine=engine))
+        convert(MQA, model, tmp_path / engine, engine=engine)
     streamed, loaded = (load_file(tmp_path / engine / WEIGHTS) for engine in ("streaming", "loaded"))
     assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
     assert streamed.keys() == loaded.keys()
