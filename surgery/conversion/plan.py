@@ -97,7 +97,9 @@ class Plan:
         table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
         operations = self.recipe.to_dict()["operations"]
         heal, added = self.recipe.heal, self._added
-        return HealPlan.of(heal, self.after, table, touched(operations), added, self.before, operations)
+        return HealPlan.of(
+            heal, self.after, table, touched(operations), added, base=self.before, operations=operations
+        )
 
     @property
     def output_bytes(self) -> int:

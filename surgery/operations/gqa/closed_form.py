@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
@@ -15,6 +16,9 @@ from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
 from surgery.operations.gqa.layer_inputs import FitSettings
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.gqa.streams import Sharing, layer_of
+
+if TYPE_CHECKING:
+    import torch
 
 REVISION = 2  # of the fit: raised when the same settings give other weights, so that a resumed run mixes no two
 
@@ -38,12 +42,7 @@ def share_kv_heads(
     Returns:
         A record of each layer, by its path, and of the text.
     """
-    if model.device.type == "mps":
-        raise SurgeryError(
-            "method: closed_form sums in float64, which MPS does not have",
-            where=type(model).__name__,
-            fix='model.to("cpu") for the conversion, or method: mean',
-        )
+    _refuse_mps(model)
     what = "method: closed_form needs the tokenizer, for its calibration text"
     tokenizer = context.tokenizer_for(what, "gqa", "; or method: mean")
     before, after = context.before, context.change.after
@@ -80,12 +79,26 @@ def share_kv_heads(
         heads.leave()
         raise
     write_layers(model, before, after, results)
-    for name, weight in run.mlps.items():
-        old = model.get_parameter(name).data
-        old.copy_(weight if weight.shape == old.shape else weight.T)
+    _write_mlps(model, run.mlps)
     each = zip(before.layers, heads.records, losses, found, strict=True)
     told = {layer.path: order | loss | fitted for layer, order, loss, fitted in each if fitted or loss}
     return told | {"calibration": calibration_source(text[0]) | {"tokens": sequences.numel()}}
+
+
+def _refuse_mps(model) -> None:
+    if model.device.type == "mps":
+        raise SurgeryError(
+            "method: closed_form sums in float64, which MPS does not have",
+            where=type(model).__name__,
+            fix='model.to("cpu") for the conversion, or method: mean',
+        )
+
+
+def _write_mlps(model, weights: dict[str, torch.Tensor]) -> None:
+    """Refitted output projections of MLPs, by parameter name; GPT-2 stores them transposed."""
+    for name, weight in weights.items():
+        old = model.get_parameter(name).data
+        old.copy_(weight if weight.shape == old.shape else weight.T)
 
 
 class Heads:

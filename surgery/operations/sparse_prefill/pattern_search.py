@@ -65,6 +65,15 @@ def candidates(length: int, block: int) -> list[dict]:
     return [*windows, *crossed, *picked]
 
 
+def _refuse(density: float, among: list[dict], block: int) -> None:
+    if not 0 < density <= 1:
+        raise SurgeryError(f"density {density} is not above 0 and up to 1", where="search of patterns")
+    for pattern in among:
+        settings = {name: value for name, value in pattern.items() if name != "method"}
+        if faults := settings_problems(pattern.get("method"), settings, block):
+            raise SurgeryError(faults[0], where="search of patterns")
+
+
 def search_patterns(
     model,
     tokenizer,
@@ -84,25 +93,19 @@ def search_patterns(
         model, tokenizer: in memory; the model is left as it was.
         density: share of the causal blocks that a head may read, above 0, up to 1.
         block: tokens of a block, a power of two from 16.
-        samples, length: texts, and tokens in each (cut to the model's positions). Budgets in tokens hold for prompts
-            of about this length.
+        samples, length: texts, and tokens in each (cut to the model's positions); budgets hold for such lengths.
         rows: queries whose weights are looked at, spread evenly over the later seven eighths of a text.
         text: see `load_text`; of the built-in text the calibration part.
         among: patterns that compete; default: `candidates`.
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: a density or a block that makes no sense; no pattern is cheap enough; or see `hook_attention`.
+        SurgeryError: a density or a block out of range; no pattern is cheap enough; or see `hook_attention`.
     """
-    if not 0 < density <= 1:
-        raise SurgeryError(f"density {density} is not above 0 and up to 1", where="search of patterns")
     pieces = calibration_pieces(model, tokenizer, text, length, samples)
     length = pieces.shape[1]
     among = candidates(length, block) if among is None else among
-    for pattern in among:
-        settings = {name: value for name, value in pattern.items() if name != "method"}
-        if faults := settings_problems(pattern.get("method"), settings, block):
-            raise SurgeryError(faults[0], where="search of patterns")
+    _refuse(density, among, block)
     looked = torch.linspace(length // 8, length - 1, rows).long().unique()
     totals: dict[int, torch.Tensor] = {}
 
@@ -123,11 +126,11 @@ def search_patterns(
         count = len(seen.modules)
     layers, recovered, cost = [], [], []
     for layer in range(count):
-        held, costs = totals.get(layer, torch.zeros(2, len(among), 0))
-        chosen = best(held, costs, density)
-        layers.append([dict(among[number]) for number in chosen])
-        recovered.append([held[number, head].item() for head, number in enumerate(chosen)])
-        cost.append([costs[number, head].item() for head, number in enumerate(chosen)])
+        weight, read = totals.get(layer, torch.zeros(2, len(among), 0))
+        chosen = best(weight, read, density)
+        layers.append([dict(among[index]) for index in chosen])
+        recovered.append([weight[index, head].item() for head, index in enumerate(chosen)])
+        cost.append([read[index, head].item() for head, index in enumerate(chosen)])
     loaded = load_text(text, "calibration")
     origin = {"density": density, "block": block, "samples": samples, "length": length, "rows": len(looked)}
     return Patterns(layers, recovered, cost, origin | {"text": loaded.title, "sha256": loaded.sha256[:12]})
