@@ -234,10 +234,10 @@ def stored(args) -> None:
 
     from surgery.architecture.anatomy import Anatomy
     from surgery.data.passkeys import calibration_pieces
+    from surgery.healing.losses.kl import distillation, distillation_top_k
     from surgery.healing.plan import token_bytes
     from surgery.healing.teacher import as_distribution, top_k_and_rest
     from surgery.io.loading import load_model, read_tokenizer
-    from surgery.losses.kl import distillation, distillation_top_k
 
     folder = resolve(args.model).path
     model = load_model(folder).to(args.device).eval()

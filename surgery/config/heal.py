@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from surgery import losses
 from surgery.errors import nearest, shown
-from surgery.losses.base import BASE_LOGITS, BASE_STATES
+from surgery.healing import losses
+from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 
 # Where the recipe names none. A new rank-r factor starts from zero and bears more than weights that are right already.
 LEARNING_RATES = {"full": 2e-4, "lora": 5e-4, "parts": 5e-4}
@@ -213,7 +213,7 @@ class Heal(BaseModel):
 
     @property
     def asks(self) -> frozenset[str]:
-        """What the losses need of the base in every step: BASE_LOGITS, BASE_STATES of `surgery.losses.base`."""
+        """What the losses need of the base in every step: BASE_LOGITS and BASE_STATES of `losses.base`."""
         return _asked(self.weights)
 
     @property

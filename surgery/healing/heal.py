@@ -19,6 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.healing import record as records
 from surgery.healing.contexts import in_float32, restore_weights_on_error
+from surgery.healing.distributed import Ranks
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.healing.validate import (
     base_folder,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate
+    from surgery.healing.run import HealRun
 
 
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
@@ -65,16 +67,11 @@ def heal_folder(
     Returns:
         The report, saved with the folder (None in all processes but the first), and the base's folder.
     """
-    from surgery.healing.distributed import Ranks
     from surgery.healing.run import HealRun, train
-    from surgery.io.loading import read_tokenizer
 
-    folder, scored = report.folder, options.evaluate and judged_by is not None
-    resume, overwrite = options.resume, options.overwrite
+    folder, resume, overwrite = report.folder, options.resume, options.overwrite
     ranks, weights = Ranks(), Checkpoint(folder)
-    source = base_folder(report.data, base, needed=asked.needs_base, wanted=scored or bool(asked.eval_every))
-    if scored and source is not None:
-        refuse_unscorable(source, judged_by)
+    source = _scorable_base(report, base, asked, judged_by if options.evaluate else None)
     anatomy, rewritten = _refused(folder), rewritten_by(report.data)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(asked, anatomy.config)
@@ -108,14 +105,33 @@ def heal_folder(
             facts["overrides"] = [published_override(text) for text in overrides]
         if ranks.first:
             save_as_stored(model, partial, dtype)
-            records.draw(partial / RUN)
-            data = records.renewed(report.data, asked, judged_by) | {"plan_hash": identity}
-            data["heal"] = records.made(asked, facts, report.data.get("heal"))
-            files = weight_files(partial) | weight_files(partial, ADAPTER)
-            data |= {"files": files, "left_behind": carry_files(folder, partial, _files(weights))}
-            Report(data, partial).save()
-            _tidy(partial / RUN)
+            _document(partial, report, job, asked, facts)
     return (Report.of(out.out) if ranks.first else None), source
+
+
+def _scorable_base(report: Report, base: str | Path | None, asked: Heal, scored_by: Evaluate | None) -> Path | None:
+    """The folder of the base, where training or scores ask it; raises where it cannot be scored as asked."""
+    wanted = scored_by is not None or bool(asked.eval_every)
+    source = base_folder(report.data, base, needed=asked.needs_base, wanted=wanted)
+    if scored_by is not None and source is not None:
+        refuse_unscorable(source, scored_by)
+    return source
+
+
+def _document(partial: Path, report: Report, job: HealRun, asked: Heal, facts: dict) -> None:
+    """Put record, curve and the other files of the converted folder beside the healed weights.
+
+    Args:
+        report: of the converted folder.
+        facts: of the training.
+    """
+    records.draw(job.run)
+    data = records.renewed(report.data, asked, job.evaluate) | {"plan_hash": job.identity}
+    data["heal"] = records.made(asked, facts, report.data.get("heal"))
+    files = weight_files(partial) | weight_files(partial, ADAPTER)
+    data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}
+    Report(data, partial).save()
+    _tidy(job.run)
 
 
 def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, options: RunOptions) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from surgery import losses
 from surgery.errors import SurgeryError, TrainingError
+from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 

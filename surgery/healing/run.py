@@ -32,6 +32,7 @@ from surgery.healing.contexts import (
 from surgery.healing.distributed import Engine, processes, put, training
 from surgery.healing.layerwise_distillation import warm_start
 from surgery.healing.lora import adapt, bare, freeze, merge
+from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
@@ -40,7 +41,6 @@ from surgery.healing.weighted_gqa import add_mixing, folded, inside, merges, ord
 from surgery.io.files import read_json, write_json
 from surgery.io.loading import load_model, read_config
 from surgery.io.model_folder import model_table
-from surgery.losses.ce import cross_entropy
 from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from surgery import losses
 from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
+from surgery.healing import losses
 from surgery.healing.contexts import autocast_products
+from surgery.healing.losses.base import BaseLogits, BaseTopK, LossInputs, predicts
+from surgery.healing.losses.objective import measure
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
-from surgery.losses.base import BaseLogits, BaseTopK, LossInputs, predicts
-from surgery.losses.objective import measure
 
 
 class Teacher:

@@ -33,11 +33,11 @@ from surgery.errors import MachineError, TrainingError
 from surgery.healing import distributed as sharding
 from surgery.healing.contexts import anew, use_bfloat16
 from surgery.healing.distributed import on_cpu
+from surgery.healing.losses.base import predicts
 from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
 from surgery.io.files import write_json
 from surgery.io.output_folder import disk_full
-from surgery.losses.base import predicts
 from surgery.runtime.surgery_gates import ROUTERS, load_balance_loss
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from surgery import losses
 from surgery.errors import SurgeryError
+from surgery.healing import losses
 from surgery.report.gate import finite
 
 HERE = '"this repository or folder"'

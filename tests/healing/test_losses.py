@@ -8,11 +8,11 @@ import pytest
 import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
-from surgery.losses import find, objective
-from surgery.losses.base import BaseLogits, LossInputs, predicts
-from surgery.losses.ce import cross_entropy
-from surgery.losses.hidden import hidden_mse
-from surgery.losses.kl import distillation, distillation_top_k
+from surgery.healing.losses import find, objective
+from surgery.healing.losses.base import BaseLogits, LossInputs, predicts
+from surgery.healing.losses.ce import cross_entropy
+from surgery.healing.losses.hidden import hidden_mse
+from surgery.healing.losses.kl import distillation, distillation_top_k
 
 BATCH, LENGTH, VOCABULARY = 2, 7, 11
 F64 = torch.float64

@@ -12,11 +12,11 @@ from surgery.config.heal import Heal
 from surgery.data.packing import Packed, arguments
 from surgery.errors import MachineError, SurgeryError
 from surgery.healing import teacher as stored
+from surgery.healing.losses.base import predicts
+from surgery.healing.losses.ce import cross_entropy
+from surgery.healing.losses.hidden import hidden_mse
+from surgery.healing.losses.kl import distillation, distillation_top_k
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
-from surgery.losses.base import predicts
-from surgery.losses.ce import cross_entropy
-from surgery.losses.hidden import hidden_mse
-from surgery.losses.kl import distillation, distillation_top_k
 
 LENGTH = 16
 

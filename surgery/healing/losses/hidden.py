@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.losses.base import BASE_STATES, LossInputs, StateLoss
+from surgery.healing.losses.base import BASE_STATES, LossInputs, StateLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def hidden_mse(
         kept: bool [batch, length].
         count: tokens to average over; default those kept.
     """
-    from surgery.losses.objective import rows_counted
+    from surgery.healing.losses.objective import rows_counted
 
     inputs = LossInputs(kept, states=student, base_states=teacher)
     return HiddenStates().mean(inputs, rows_counted(kept, count))

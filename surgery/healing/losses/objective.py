@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from surgery.losses.base import Chunk, LogitLoss, Loss, LossInputs
+from surgery.healing.losses.base import Chunk, LogitLoss, Loss, LossInputs
 
 # Values of a chunk. On a CPU it should stay in the cache between the passes over it; a GPU wants large kernels.
 CHUNK = {"cpu": 1 << 20}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.losses.base import BASE_LOGITS, BaseLogits, BaseTopK, Chunk, LogitLoss, LossInputs
+from surgery.healing.losses.base import BASE_LOGITS, BaseLogits, BaseTopK, Chunk, LogitLoss, LossInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def distillation_top_k(
 
 
 def _mean(student: Tensor, base: BaseLogits | BaseTopK, kept: Tensor, temperature: float, count) -> Tensor:
-    from surgery.losses.objective import measure
+    from surgery.healing.losses.objective import measure
 
     inputs = LossInputs(kept, base=base, temperature=temperature)
     return measure(student, {"kl": (1.0, Distillation())}, inputs, count)[0]

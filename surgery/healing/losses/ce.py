@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.losses.base import Chunk, LogitLoss, LossInputs, predicts
+from surgery.healing.losses.base import Chunk, LogitLoss, LossInputs, predicts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: int | None = None) -> T
         labels: long [batch, length], the tokens themselves; −100 where a token is not to be predicted.
         count: tokens to average over; default those that this batch predicts.
     """
-    from surgery.losses.objective import measure
+    from surgery.healing.losses.objective import measure
 
     return measure(logits, {"ce": (1.0, CrossEntropy())}, LossInputs(predicts(labels), labels), count)[0]

@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError, nearest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from surgery.losses.base import Loss
+    from surgery.healing.losses.base import Loss
 
 LOSSES = {  # name -> module of this package : class; losses are computed and listed in this order
     "ce": "ce:CrossEntropy",
