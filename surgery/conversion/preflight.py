@@ -11,7 +11,7 @@ from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.healing.validate import base_of_memory, refuse_early
-from surgery.io.output_folder import REPORT, existing_folder, refuse_small_disk
+from surgery.io.output_folder import REPORT, machine_errors, refuse_small_disk
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
 
 def _refuse_foreign(out: Path, options: RunOptions) -> None:
     """Raise where OUT is something else than a result of ours; of a result, `OutputFolder` says how to go on."""
-    if os.path.lexists(out) and not options.overwrite and not (out / REPORT).is_file():
+    if os.path.lexists(out) and not options.overwrite and not os.path.isfile(out / REPORT):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 
@@ -121,4 +121,5 @@ def _refuse_small_disk(plan: Plan, out: Path) -> None:
         needed += plan.output_bytes + heal.disk_bytes + heal.teacher_bytes
         earlier.append(unhealed_folder(out))
     if not any(map(os.path.lexists, [out, *earlier])):
-        refuse_small_disk(existing_folder(out.parent), needed)
+        with machine_errors(out):
+            refuse_small_disk(out.parent, needed)

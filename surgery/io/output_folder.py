@@ -188,23 +188,22 @@ class OutputFolder:
 
 
 def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None:
-    """Raise where a disk has no room for so many bytes, of which `present` are written already.
+    """Raise where the disk of a folder, which need not exist yet, has no room for so many bytes.
+
+    Args:
+        present: bytes of them that are written already.
 
     Raises:
         MachineError: with what is needed and what is free.
     """
-    free = shutil.disk_usage(folder).free
+    there = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder)
+    free = shutil.disk_usage(there).free
     if needed_bytes - present + SPARE_BYTES > free:
         raise MachineError(
             f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
             where=str(folder),
             fix="free some space or write elsewhere (-o)",
         )
-
-
-def existing_folder(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists."""
-    return next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
 
 
 def is_whole(folder: Path) -> bool:
