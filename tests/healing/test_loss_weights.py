@@ -18,7 +18,17 @@ from surgery.errors import SurgeryError
 from surgery.healing import losses
 from surgery.healing.callbacks import read
 from surgery.healing.losses import objective
-from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES, BaseLogits, Chunk, LogitLoss, LossInputs, StateLoss
+from surgery.healing.losses.base import (
+    BASE_LOGITS,
+    BASE_STATES,
+    BaseLogits,
+    BaseTopK,
+    Chunk,
+    LogitLoss,
+    LossInputs,
+    StateLoss,
+)
+from surgery.healing.teacher import top_k_and_rest
 from surgery.report.card import render_card
 from surgery.report.report import Report
 
@@ -165,24 +175,21 @@ def test_a_loss_without_a_gradient_gets_autograds(monkeypatch, size):
 
 
 @pytest.mark.parametrize("name", [name for name in losses.LOSSES if isinstance(losses.find(name), LogitLoss)])
-def test_an_analytic_gradient_is_the_one_that_autograd_finds(name):
-    """Of its own values, as the fallback would work them out."""
+@pytest.mark.parametrize("stored", [False, True], ids=["the base's logits", "a stored teacher"])
+def test_every_gradient_is_that_of_finite_differences(name, stored):
     generator = torch.Generator().manual_seed(1)
     student, base = (3 * torch.randn(1, 6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
-    inputs = LossInputs(
-        torch.ones(1, 6, dtype=torch.bool),
-        torch.randint(9, (1, 6), generator=generator),
-        BaseLogits(base),
-        temperature=1.7,
-    )
     loss = losses.find(name)
-    values, slopes = loss.rows_and_slopes(Chunk(slice(0, 6), student[0]), inputs)
-    with torch.enable_grad():
-        logits = student[0].clone().requires_grad_()
-        again = loss.rows(Chunk(slice(0, 6), logits), inputs)
-        (want,) = torch.autograd.grad(again.sum(), logits)
-    assert torch.equal(values, again.detach())
-    assert (slopes - want).abs().max() < 1e-12
+    if stored and loss.not_stored:
+        pytest.skip("refused with a stored teacher")
+    given = BaseTopK(*(part[None] for part in top_k_and_rest(base[0], 4, 1.7))) if stored else BaseLogits(base)
+    labels = torch.randint(9, (1, 6), generator=generator)
+    inputs = LossInputs(torch.ones(1, 6, dtype=torch.bool), labels, given, temperature=1.7)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: objective.measure(x, {name: (0.7, loss)}, inputs)[0], [student])
+    with torch.no_grad():
+        rows = loss.rows(Chunk(slice(0, 6), student[0]), inputs)
+    assert objective.measure(student, {name: (1.0, loss)}, inputs)[0].item() == pytest.approx(rows.mean().item())
 
 
 def test_a_loss_of_neither_kind_is_its_authors_fault():
