@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, load, plan, push, save
+    from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, heal, load, plan, push, save
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from surgery.conversion.plan import Plan
     from surgery.errors import CheckError, GateError, MachineError, SurgeryError
     from surgery.healing.callbacks import SurgeryCallback
-    from surgery.healing.heal import heal
     from surgery.operations.base import ApplyContext, Operation, PlannedChange, WeightRewrite
     from surgery.report.report import Report
     from surgery.runtime import register
@@ -37,7 +36,7 @@ _PUBLIC = {
     "evaluate": "api",
     "evaluate_choices": "api",
     "evaluate_needles": "api",
-    "heal": "healing.heal",
+    "heal": "api",
     "SurgeryCallback": "healing.callbacks",
     "load": "api",
     "save": "api",

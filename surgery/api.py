@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
+from surgery.config.options import RunOptions
+from surgery.config.overrides import as_text
 from surgery.conversion.plan import Plan, make_plan
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import header_table
@@ -16,10 +18,17 @@ from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from surgery.config.heal import Heal
     from surgery.evaluation.probes.base import Probe, Result
+    from surgery.healing.plan import HealPlan
+
+    AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
+    AnyRecipe = str | Path | dict[str, Any] | recipes.Recipe  # a name, a path, plain data, or a recipe
 
 
-def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequence[str] = (), **fields) -> Plan:
+def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), **fields: Any) -> Plan:
     """Work out what a recipe would do; no weight is read.
 
     Args:
@@ -30,7 +39,7 @@ def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequen
     Raises:
         SurgeryError: with all faults of the recipe, or all reasons why it does not fit this model.
     """
-    resolved = recipes.load(recipe, overrides, **fields)
+    resolved = recipes.load(recipe, tuple(overrides), **fields)
     if not isinstance(model, str | Path):
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from surgery.io.hub import resolve
@@ -39,7 +48,7 @@ def plan(recipe: str | Path | dict | recipes.Recipe, model, *, overrides: Sequen
     return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name)
 
 
-def anatomy_of(model) -> Anatomy:
+def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:
     """The anatomy of a folder, a name, a Hub id, a loaded model or a config; no weight is read."""
     if not isinstance(model, str | Path):
         if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
@@ -64,11 +73,11 @@ def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
 
 
 def apply(
-    recipe: str | Path | dict | recipes.Recipe,
-    model,
+    recipe: AnyRecipe,
+    model: AnyModel,
     *,
     output: str | Path | None = None,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Sequence[str] = (),
     engine: str = "auto",
     check: bool = True,
@@ -79,8 +88,8 @@ def apply(
     allow_pickle: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
-    **fields,
-) -> Report:
+    **fields: Any,
+) -> Report | None:
     """Carry out a recipe.
 
     A loaded model is edited in place (parameters are replaced: make the optimiser afterwards) and nothing is
@@ -101,44 +110,93 @@ def apply(
 
     Returns:
         The report. `report.gate` says whether the recipe's gate was passed; `report.data["check"]` what was checked.
+        None only where a recipe heals in several processes (accelerate launch), in all but the first.
 
     Raises:
         SurgeryError: the recipe or the model is at fault; nothing was changed or written.
         MachineError: disk, permission, network; `resume=True` goes on.
     """
-    resolved = recipes.load(recipe, overrides, **fields)
+    from surgery import pipeline
+
+    resolved = recipes.load(recipe, tuple(overrides), **fields)
+    options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
+    if isinstance(model, str | Path):
+        return pipeline.apply_to_folder(resolved, str(model), output, options)
+    given = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+    _refuse_folder_settings([name for name in given if given[name]] + ["engine"] * (engine == "streaming"))
+    _refuse_no_model(model)
+    return pipeline.apply_in_memory(resolved, model, tokenizer, options)
+
+
+def heal(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    output: str | Path | None = None,
+    settings: Heal | dict[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    check: bool = True,
+    evaluate: bool = True,
+    gate: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_plan: Callable[[HealPlan], None] | None = None,
+    **fields: Any,
+) -> Report | None:
+    """Train a converted model, and say how much of the damage came back.
+
+    A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, scored beside base and converted model
+    on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it. If that
+    fails it is left as it was, by a copy in main memory of what trains and of what low-rank updates are merged into.
+
+    Args:
+        model: the folder, or a model that `surgery.apply` edited.
+        base: what it was made from: folder, name or Hub id, or of a loaded model a loaded one (which is left frozen);
+            default what its record names.
+        settings: as the `heal:` block of a recipe; default the block of its own recipe.
+        overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
+        tokenizer: of a model in memory.
+        check, evaluate, gate: what is done with the result.
+        resume: go on from the last whole checkpoint of an unfinished run of the same settings, data and models.
+        overwrite: replace OUT, and begin anew where an unfinished run is; text that the base wrote for it is used.
+        progress: called with done, total and a label.
+        on_plan: called with what will train before anything is done.
+
+    Returns:
+        The report; None in all processes but the first, where several train.
+
+    Raises:
+        SurgeryError: settings, data or models are at fault.
+        TrainingError: it cannot go on (NaN, other data than before); checkpoints are kept.
+        MachineError: disk or memory; `resume=True` goes on.
+    """
+    from surgery import pipeline
+    from surgery.healing.heal import heal_model
+
+    options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
+    typed = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
-        given = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-        _refuse_folder_settings([name for name in given if given[name]] + ["engine"] * (engine == "streaming"))
-        return _apply_in_memory(resolved, model, tokenizer, progress, on_plan)
-    if output is None:
-        raise SurgeryError("no output folder was named", fix="output='out'")
-    if engine not in ("auto", "streaming", "loaded"):
-        raise SurgeryError(f"unknown engine {engine!r}", exists="auto, streaming, loaded")
-    from surgery.conversion.convert import convert
-    from surgery.evaluation.run import evaluate_report, refuse_unscorable
-
-    scored = resolved.evaluate if evaluate else None
-    refuse = None if scored is None else lambda folder: refuse_unscorable(folder, scored)
-    how = {"engine": engine, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-    how |= {"progress": progress, "on_plan": on_plan, "refuse": refuse}
-    if resolved.heal is not None:
-        from surgery.pipeline import apply_and_heal
-
-        return apply_and_heal(resolved, str(model), output, **how, check=check, evaluate=evaluate, gate=gate)
-    report, base = convert(resolved, str(model), output, overrides=resolved.overrides, **how)
-    if check:
-        _check(report, None, progress=progress)
-        report.save()
-    if scored is not None and (not check or report.data["check"]["passed"]):
-        evaluate_report(report, base, scored, progress, allow_pickle)
-    if not gate and report.data["gate"]["limits"]:
-        report.data["gate"]["status"] = "skipped"
-    report.save()
-    return report
+        given = {"output": output, "resume": resume, "overwrite": overwrite}
+        if names := [name for name in given if given[name]]:
+            raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
+        return heal_model(model, base, settings, typed, tokenizer, options)
+    if base is not None and not isinstance(base, str | Path):
+        raise SurgeryError(
+            f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
+            fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
+        )
+    return pipeline.heal_to_folder(model, base, output, settings, typed, options)
 
 
-def check(folder: str | Path, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> Report:
+def check(
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Check a saved checkpoint and record the result in its surgery.json and card.
 
     Args:
@@ -149,18 +207,20 @@ def check(folder: str | Path, base: str | Path | None = None, *, memory: int | N
     Returns:
         The report; `report.data["check"]` has `passed` and the `items`.
     """
+    from surgery.evaluation.check import check_report
+
     report = Report.of(folder)
-    _check(report, _folder_of(base), memory=memory, progress=progress)
+    check_report(report, None if base is None else _folder(base), memory=memory, progress=progress)
     report.save()
     return report
 
 
 def evaluate(
-    model: Any,
-    base: Any = None,
+    model: AnyModel,
+    base: AnyModel | None = None,
     *,
     probe: str | Probe | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -206,24 +266,31 @@ def evaluate(
     return result
 
 
-def evaluate_needles(model: Any, base: Any = None, **settings: Any) -> Result:
+def evaluate_needles(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
     """Which hidden secrets a model finds, alone or beside its base: `evaluate(..., probe="needles")`."""
     return evaluate(model, base, probe="needles", **settings)
 
 
-def evaluate_choices(model: Any, base: Any = None, **settings: Any) -> Result:
+def evaluate_choices(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
     """Which of several answers a model chooses, alone or beside its base: `evaluate(..., probe="choices")`."""
     return evaluate(model, base, probe="choices", **settings)
 
 
-def load(folder: str | Path, **kwargs):
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
     from surgery.io.loading import load_model
 
-    return load_model(_folder_of(folder), **kwargs)
+    return load_model(_folder(folder), **kwargs)
 
 
-def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    report: Report,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Report:
     """Save a model that `apply` edited in memory, with its report and card; as atomic as `apply` with an output.
 
     Licence, notices and card of the base travel along if the model was loaded from a folder that has them.
@@ -239,35 +306,13 @@ def save(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite
     return save_model(model, folder, report, tokenizer=tokenizer, overwrite=overwrite)
 
 
-def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs) -> dict:
+def push(
+    folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs: Any
+) -> dict[str, Any]:
     """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it."""
     from surgery.io.hub import push as send
 
     return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
-
-
-def _apply_in_memory(recipe: recipes.Recipe, model, tokenizer, progress, on_plan) -> Report:
-    from surgery.conversion.convert import edit_model
-    from surgery.conversion.in_memory import note_origin
-    from surgery.io.loading import is_model
-
-    if not is_model(model):
-        raise _no_model(model)
-    was, base = type(model).__name__, None
-    if recipe.heal is not None:
-        from surgery.healing.validate import base_of_memory, refuse_early
-
-        base = base_of_memory(model, recipe.heal)
-        if tokenizer is None:
-            raise SurgeryError("healing needs the tokenizer", fix="surgery.apply(recipe, model, tokenizer=tokenizer)")
-        refuse_early(recipe.heal, model, tokenizer)
-    report = edit_model(recipe, model, recipe.overrides, progress, on_plan, tokenizer)
-    note_origin(report, model, was)
-    if recipe.heal is not None:
-        from surgery.healing.heal import heal
-
-        heal(model, base, settings=recipe.heal, tokenizer=tokenizer, progress=progress)
-    return report
 
 
 def _refuse_folder_settings(names: list[str]) -> None:
@@ -278,24 +323,30 @@ def _refuse_folder_settings(names: list[str]) -> None:
         )
 
 
-def _no_model(model) -> SurgeryError:
+def _refuse_no_model(model: object) -> None:
+    from surgery.io.loading import is_model
+
+    if not is_model(model):
+        raise _no_model(model)
+
+
+def _no_model(model: object) -> SurgeryError:
     kind = "None" if model is None else f"a {type(model).__name__}"
     fix = "give a folder, a Hub id, smollm2-135m, or a model loaded with from_pretrained"
     return SurgeryError(f"{kind} is not a model", fix=fix)
 
 
-def _folder_of(model):
+def _folder_of(model: Any) -> Any:
     """A folder for a name; a loaded model as it is."""
-    if not isinstance(model, str | Path):
-        if model is not None and not hasattr(model, "config"):
-            raise _no_model(model)
-        return model
+    if isinstance(model, str | Path):
+        return _folder(model)
+    if model is not None and not hasattr(model, "config"):
+        raise _no_model(model)
+    return model
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder of a name."""
     from surgery.io.hub import resolve
 
     return resolve(str(model)).path
-
-
-def _check(report: Report, base: Path | None, memory: int | None = None, progress=None) -> None:
-    from surgery.evaluation.check import check_folder, to_dict
-
-    report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))

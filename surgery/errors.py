@@ -6,6 +6,8 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
+from typing import Any
+
 # Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
 WORDS = {
     "int_type": "a whole number",
@@ -61,10 +63,10 @@ class SurgeryError(Exception):
             lines.append(f"  to fix: {self.fix}")
         return "\n".join([*lines, *(str(other) for other in self.others)])
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The same facts as an object, for `--json`."""
-        facts = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
-        facts = {key: value for key, value in facts.items() if value} | {"exit_code": self.exit_code}
+        words = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
+        facts: dict[str, Any] = {key: value for key, value in words.items() if value} | {"exit_code": self.exit_code}
         if self.others:
             facts["others"] = [other.to_dict() for other in self.others]
         return facts

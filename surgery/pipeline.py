@@ -1,105 +1,137 @@
-"""A recipe with a `heal:` block, from folder to folder: convert, score, heal, check, score again, in one go.
+"""What a run does, in order: convert, score, heal, check, score again.
 
-The converted model stands in OUT.unhealed until OUT is complete: a run that was stopped goes on from there. It stays
-where an adapter is kept, which loads on it.
+A recipe that heals leaves the converted model in OUT.unhealed until OUT is complete: a run that was stopped goes on
+from there. It stays where an adapter is kept, which loads on it.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from surgery.config.heal_overrides import published
-from surgery.conversion.convert import convert
+from surgery.config.heal_overrides import published, settings
+from surgery.conversion.convert import convert, edit_model
+from surgery.conversion.in_memory import note_origin
+from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, unhealed_folder
 from surgery.errors import SurgeryError
+from surgery.evaluation.check import check_report
+from surgery.evaluation.run import evaluate_report
 from surgery.healing.distributed import Ranks
-from surgery.healing.heal import finish, heal_folder
-from surgery.healing.plan import refuse_unhealable
-from surgery.healing.validate import refuse_early
+from surgery.healing.heal import compare, heal_folder, heal_model
 from surgery.io.files import published_recipe
 from surgery.io.output_folder import remove_own
-from surgery.io.pickle import only_pickled
 from surgery.report.lineage import another_base
 from surgery.report.report import Report
 
+if TYPE_CHECKING:
+    from surgery.config.heal import Heal
+    from surgery.config.options import RunOptions
+    from surgery.config.recipe import Evaluate, Recipe
 
-def apply_and_heal(
-    recipe,
-    model: str,
-    output: str | Path,
-    *,
-    engine: str,
-    check: bool,
-    evaluate: bool,
-    gate: bool,
-    resume: bool,
-    overwrite: bool,
-    allow_pickle: bool,
-    progress=None,
-    on_plan=None,
-    refuse=None,
-) -> Report | None:
-    """As `surgery.apply`; None in all processes but the first."""
-    from surgery.evaluation.run import evaluate_report
 
-    ranks, out = Ranks(), Path(os.path.abspath(output))
-    unhealed = out.with_name(f"{out.name}.unhealed")
-    if resume and not overwrite and (done := _finished(out, unhealed, recipe, model)):
+def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
+    """Carry a recipe out from a name or folder into a folder; None in all processes but the first."""
+    refuse_output_and_engine(output, options)
+    if recipe.heal is not None:
+        return _convert_and_heal(recipe, model, Path(os.path.abspath(output)), options)
+    report, base = convert(recipe, model, output, options)
+    if _check(report, options):
+        _score(report, base, recipe.evaluate, options)
+    return _close(report, options)
+
+
+def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions) -> Report | None:
+    ranks, unhealed = Ranks(), unhealed_folder(out)
+    if options.resume and not options.overwrite and (done := _finished(out, unhealed, recipe, model)):
         return done if ranks.first else None
-
-    def refuse_all(folder: Path) -> None:
-        if refuse:
-            refuse(folder)
-        if allow_pickle and only_pickled(folder):
-            raise SurgeryError(
-                "the base's weights are a pickle, and healing loads the base again",
-                where=str(folder),
-                fix="save it as safetensors first (from_pretrained, save_pretrained), and name that folder",
-            )
-        refuse_early(recipe.heal, folder)
-
-    if os.path.lexists(out) and not overwrite and not (resume and unhealed.exists()):
-        raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
-
-    def announce(plan) -> None:
-        whole = replace(plan, recipe=recipe)
-        refuse_unhealable(whole.after, whole.source)
-        _ = whole.heal  # a method that would train nothing is refused before anything is written
-        if on_plan:
-            on_plan(whole)
-
     if ranks.first:
-        converted, base = convert(
-            recipe.model_copy(update={"heal": None}),
-            model,
-            unhealed,
-            overrides=recipe.overrides,
-            engine=engine,
-            resume=resume,
-            overwrite=overwrite,
-            allow_pickle=allow_pickle,
-            progress=progress,
-            on_plan=announce,
-            refuse=refuse_all,
-        )
-        if evaluate and recipe.evaluate is not None and converted.data["evaluation"] is None:
-            evaluate_report(converted, base, recipe.evaluate, progress, allow_pickle)
+        converted, base = convert(recipe, model, out, options)
+        if converted.data["evaluation"] is None and _score(converted, base, recipe.evaluate, options):
             converted.save()
     ranks.wait()
     if not ranks.first:
         converted, base = Report.of(unhealed), None
-    settings = {"resume": resume, "overwrite": overwrite, "progress": progress}
     named = str(base) if base is not None else model
-    healed, source = heal_folder(unhealed, converted, named, recipe.heal, recipe.evaluate, out, **settings)
-    if healed is not None:
-        finish(healed, unhealed, source, recipe.evaluate if evaluate else None, check, gate, progress)
-        if not recipe.heal.keep_adapter:
-            remove_own(unhealed)
+    shown = replace(options, on_plan=None)  # the plan of the whole recipe was
+    healed, source = heal_folder(converted, named, recipe.heal, recipe.evaluate, out, shown)
+    if healed is None:
+        return None
+    _judge_healed(healed, converted, source, recipe.evaluate, options)
+    if not recipe.heal.keep_adapter:
+        remove_own(unhealed)
     return healed
 
 
-def _finished(out: Path, unhealed: Path, recipe, model: str) -> Report | None:
+def heal_to_folder(
+    folder: str | Path,
+    base: str | Path | None,
+    output: str | Path | None,
+    given: Heal | dict | None,
+    overrides: Sequence[str],
+    options: RunOptions,
+) -> Report | None:
+    """Heal a folder that surgery wrote into a folder; None in all processes but the first."""
+    if output is None:
+        raise SurgeryError("no output folder was named", fix="output='healed'")
+    report = Report.of(folder)
+    heal, evaluate = settings(report.data["recipe"], given, overrides)
+    healed, source = heal_folder(report, base, heal, evaluate, output, options, overrides)
+    if healed is not None:
+        _judge_healed(healed, report, source, evaluate, options)
+    return healed
+
+
+def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions) -> Report:
+    """Carry a recipe out on a loaded model, in place."""
+    was, base = type(model).__name__, None
+    if recipe.heal is not None:
+        base = preflight_in_memory(recipe.heal, model, tokenizer)
+    report = edit_model(recipe, model, tokenizer, options)
+    note_origin(report, model, was)
+    if recipe.heal is not None:
+        heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))
+    return report
+
+
+def _judge_healed(
+    healed: Report, converted: Report, base: Path | None, evaluate: Evaluate | None, options: RunOptions
+) -> None:
+    """Check the healed folder, score it against base and converted model, and write both into record and card."""
+    gc.collect()  # the trained model and its base, which a cycle may hold
+    if _check(healed, options) and base is not None and _score(healed, base, evaluate, options):
+        compare(healed, converted.folder, base, evaluate, options)
+    _close(healed, options)
+
+
+def _check(report: Report, options: RunOptions) -> bool:
+    """Check a folder, if that is asked for; whether nothing speaks against scoring it."""
+    if not options.check:
+        return True
+    check_report(report, progress=options.progress)
+    report.save()
+    return report.data["check"]["passed"]
+
+
+def _score(report: Report, base: Path, evaluate: Evaluate | None, options: RunOptions) -> bool:
+    """Score a folder against its base, if recipe and options ask for it; whether it was scored."""
+    if not options.evaluate or evaluate is None:
+        return False
+    evaluate_report(report, base, evaluate, options.progress, options.allow_pickle)
+    return True
+
+
+def _close(report: Report, options: RunOptions) -> Report:
+    if not options.gate and report.data["gate"]["limits"]:
+        report.data["gate"]["status"] = "skipped"
+    report.save()
+    return report
+
+
+def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report | None:
     """The report of an OUT that this very recipe made of this model, if nothing is left to do."""
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None

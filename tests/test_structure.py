@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from surgery.evaluation.probes import REGISTRY
+from surgery.healing.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgery"
@@ -28,14 +29,15 @@ DECIDED = {
     "calibration": "attention_hook head_scores layerwise moments scoring sinks",
     "cli": "convert doctor evaluate inspect main measure options",
     "cli/render": "console heads model sinks summary tables",
-    "config": "evaluate heal heal_overrides overrides recipe yaml",
-    "conversion": "convert in_memory plan streaming",
+    "config": "evaluate heal heal_overrides options overrides recipe yaml",
+    "conversion": "convert in_memory plan preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
     "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/probes": "base settings",
-    "healing": "callbacks contexts distributed heal layerwise_distillation lora losses parameters plan record run "
+    "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
+    "healing/losses": "base objective",
     "io": "demo_model files hub hub_errors loading model_folder output_folder pickle resume safetensors",
     "kernels": "",
     "machine": "device parallel progress transformers_logging",
@@ -53,7 +55,10 @@ DECIDED = {
     "surgery_config surgery_gated_compute surgery_gates surgery_sparse_prefill surgery_token surgery_visibility",
 }
 OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
-PROBES = {entry.split(":")[0] for entry in REGISTRY.values()}  # modules of evaluation/probes/ that may come and go
+ENTRIES = {  # room -> modules of its registry, which may come and go
+    "evaluation/probes": {entry.split(":")[0] for entry in REGISTRY.values()},
+    "healing/losses": {entry.split(":")[0] for entry in LOSSES.values()},
+}
 
 
 def room_of(path: Path) -> str:
@@ -85,9 +90,7 @@ def test_every_module_has_a_name_that_was_decided():
     for path in MODULES:
         room = room_of(path)
         known = found.setdefault(room, set())
-        new = (room in OPEN and path.stem.startswith(OPEN[room])) or (
-            room == "evaluation/probes" and path.stem in PROBES
-        )
+        new = (room in OPEN and path.stem.startswith(OPEN[room])) or path.stem in ENTRIES.get(room, ())
         if path.stem != "__init__" and not new:
             known.add(path.stem)
     assert {room: sorted(names) for room, names in found.items()} == {
@@ -112,10 +115,11 @@ def test_every_room_is_a_layer_and_has_a_docstring():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels", "recipes"}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "version"}
     assert named == rooms | loose
-    # The room of two floors: what recipe and report follow from, and what knows recipe and report.
-    inside = {path.stem for path in (PACKAGE / "evaluation").iterdir() if not path.stem.startswith("__")}
-    floors = [name.split(".")[1] for name in modules if name.startswith("evaluation.")]
-    assert sorted(floors) == sorted(inside)
+    # Rooms of two floors: what settings, recipe and card follow from, and what knows settings and reports.
+    for room in ("evaluation", "healing"):
+        floors = [name.split(".")[1] for name in modules if name.startswith(f"{room}.")]
+        inside = {path.stem for path in (PACKAGE / room).iterdir() if not path.stem.startswith("__")}
+        assert sorted(floors) == sorted(inside)
     for init in PACKAGE.rglob("__init__.py"):
         said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
         assert len(said) > 20, init

@@ -114,9 +114,9 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
     student.train()
     optimizer = torch.optim.AdamW([each for each in student.parameters() if each.requires_grad], lr=1e-6)
 
-    def asked(loss: str) -> SimpleNamespace:
+    def asked(loss: str) -> Heal:
         precision = "bfloat16" if args.bfloat16 else "float32"
-        return SimpleNamespace(loss=loss, mix=0.5, temperature=1.0, hidden=0.0, precision=precision)
+        return Heal(steps=1, loss=loss, precision=precision)
 
     kinds = {
         "cross-entropy": lambda outputs: live.loss(outputs, batch, asked("ce"))[0],
@@ -234,7 +234,7 @@ def stored(args) -> None:
 
     from surgery.architecture.anatomy import Anatomy
     from surgery.data.passkeys import calibration_sequences
-    from surgery.healing.losses import distillation, distillation_top_k
+    from surgery.healing.losses.kl import distillation, distillation_top_k
     from surgery.healing.plan import token_bytes
     from surgery.healing.teacher import as_distribution, top_k_and_rest
     from surgery.io.loading import load_model, read_tokenizer

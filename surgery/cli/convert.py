@@ -6,7 +6,7 @@ The verb that trains: heal.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from surgery.cli.options import (
     emit,
 )
 from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.report.report import Report
 
 
 def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -58,8 +61,6 @@ def apply(
     """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
     from surgery.api import apply as run
     from surgery.cli.render import model as show
-    from surgery.cli.render import summary as closing
-    from surgery.cli.render import tables as results
     from surgery.cli.render.console import progress_bar
 
     if output is None:
@@ -80,15 +81,8 @@ def apply(
             progress=progress,
             on_plan=None if as_json or quiet else show.plan,
         )
-    if report is None:  # one of several processes, and not the one that speaks
-        return
-    if as_json:
-        emit(report.to_dict())
-    else:
-        if report.data["check"] and not quiet:
-            results.checks(report.data["check"]["items"])
-        closing.summary(report, model)
-    report.raise_faults()
+    if report is not None:  # else one of several processes, and not the one that speaks
+        _show(report, model, as_json, quiet)
 
 
 def push(
@@ -128,11 +122,9 @@ def heal(
     quiet: Quiet = False,
 ) -> None:
     """Train a converted model to win back what the surgery took: tokens=1e6 method=lora loss=distill data=self."""
+    from surgery.api import heal as run
     from surgery.cli.render import model as show
-    from surgery.cli.render import summary as closing
-    from surgery.cli.render import tables as results
     from surgery.cli.render.console import progress_bar
-    from surgery.healing.heal import heal as run
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o HEALED")
@@ -150,12 +142,19 @@ def heal(
             progress=progress,
             on_plan=None if as_json or quiet else show.healing,
         )
-    if report is None:  # one of several processes, and not the one that speaks
-        return
+    if report is not None:  # else one of several processes, and not the one that speaks
+        _show(report, base or str(report.data["base"]["name"]), as_json, quiet)
+
+
+def _show(report: Report, base: str, as_json: bool, quiet: bool) -> None:
+    """What was done, to people or as JSON; raises what the report holds against the result."""
+    from surgery.cli.render import summary as closing
+    from surgery.cli.render import tables as results
+
     if as_json:
         emit(report.to_dict())
     else:
         if report.data["check"] and not quiet:
             results.checks(report.data["check"]["items"])
-        closing.summary(report, base or str(report.data["base"]["name"]))
+        closing.summary(report, base)
     report.raise_faults()

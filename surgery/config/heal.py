@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
+
+from surgery.errors import nearest, shown
+from surgery.healing import losses
+from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 
 # Where the recipe names none. A new rank-r factor starts from zero and bears more than weights that are right already.
 LEARNING_RATES = {"full": 2e-4, "lora": 5e-4, "parts": 5e-4}
 BUDGETS = ("tokens", "steps", "minutes")
+LARGEST_WEIGHT = sys.float_info.max
 
 
 def _number(value: object) -> object:
@@ -30,6 +36,49 @@ def _count(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _loss(value: object) -> object:
+    """A word, the name of a loss, or weights of losses; what is neither is refused with what there is."""
+    if isinstance(value, dict):
+        return _weights(value)
+    if isinstance(value, str) and value in {**losses.WORDS, **losses.LOSSES}:
+        return value
+    words = " or ".join([", ".join(map(repr, list(losses.WORDS)[:-1])), repr(list(losses.WORDS)[-1])])
+    close = nearest(value, {**losses.WORDS, **losses.LOSSES}) if isinstance(value, str) else ""
+    raise _fault(
+        f"loss should be {words}, the name of a loss, or weights of losses; it is {shown(value)}",
+        exists=", ".join(losses.LOSSES),
+        fix=f"did you mean {close!r}?" if close else "{kl: 1, ce: 0.5}",
+    )
+
+
+def _weights(given: dict) -> dict[str, float]:
+    """Weights of losses by name, in the registry's order."""
+    if unknown := [name for name in given if name not in losses.LOSSES]:
+        close = nearest(unknown[0], losses.LOSSES)
+        raise _fault(
+            f"heal.loss names an unknown loss {shown(unknown[0])}",
+            exists=", ".join(losses.LOSSES),
+            fix=f"did you mean {close!r}?" if close else "",
+        )
+    found = {name: _number(given[name]) for name in losses.LOSSES if name in given}
+    for name, weight in found.items():
+        if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:  # false for NaN
+            raise _fault(f"heal.loss: the weight of {name} should be a number, at least 0; it is {shown(weight)}")
+    if not any(found.values()):
+        what = "all weights are 0" if found else "it names no loss"
+        raise _fault(f"heal.loss: {what}", exists=", ".join(losses.LOSSES), fix="{kl: 1, ce: 0.5}")
+    return {name: float(weight) for name, weight in found.items()}
+
+
+def _loss_schema() -> dict:
+    """JSON Schema of `loss`, from the registry."""
+    one = {name: {"type": "number", "minimum": 0, "description": losses.find(name).summary} for name in losses.LOSSES}
+    names = list(dict.fromkeys([*losses.WORDS, *losses.LOSSES]))
+    weights = {"type": "object", "properties": one, "additionalProperties": False, "minProperties": 1}
+    return {"anyOf": [{"type": "string", "enum": names}, weights]}
+
+
+Loss = Annotated[str | dict[str, float], BeforeValidator(_loss), WithJsonSchema(_loss_schema())]
 Count = Annotated[int, BeforeValidator(_count)]
 Number = Annotated[float, BeforeValidator(_number)]
 
@@ -44,8 +93,10 @@ class Heal(BaseModel):
         description="lora: low-rank updates of attention and MLP, and in full what the surgery made anew; full: all "
         "weights; parts: only what the surgery added, and the projections of attention that it rewrote.",
     )
-    loss: Literal["ce", "distill", "both"] = Field(
-        "distill", description="ce: the text's next token; distill: the base's probabilities (KL); both: a mixture."
+    loss: Loss = Field(
+        "distill",
+        description="ce: the text's next token; distill: the base's probabilities (KL); both: a mixture. Or the name "
+        "of a loss, or weights of losses: {kl: 1, ce: 0.5}.",
     )
     mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
     temperature: Number = Field(1.0, gt=0, description="Temperature of the distillation.")
@@ -132,8 +183,10 @@ class Heal(BaseModel):
             raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
         if found := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in found.items()))
-        if self.hidden and self.teacher == "stored":
-            raise _fault("heal.hidden needs the base's hidden states, which teacher: stored does not keep")
+        for name in self.weights if self.teacher == "stored" else ():
+            if lacking := losses.find(name).not_stored:
+                field = "heal.hidden" if self.hidden and name == "hidden" else f"heal.loss: {name}"
+                raise _fault(f"{field} needs the base's {lacking}, which teacher: stored does not keep")
         return self
 
     @property
@@ -154,10 +207,29 @@ class Heal(BaseModel):
         return self.learning_rate or LEARNING_RATES[self.method]
 
     @property
+    def weights(self) -> dict[str, float]:
+        """What is lowered: loss -> weight, in the registry's order; only those that weigh something."""
+        return _weighed(self.loss, self.mix, self.hidden)
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What the losses need of the base in every step: BASE_LOGITS and BASE_STATES of `losses.base`."""
+        return _asked(self.weights)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether a loss reads hidden states."""
+        return BASE_STATES in self.asks
+
+    @property
+    def reads_probabilities(self) -> bool:
+        """Whether a loss reads the base's probabilities."""
+        return BASE_LOGITS in self.asks
+
+    @property
     def needs_base(self) -> bool:
         """Whether the training itself asks the base something."""
-        asked = self.hidden > 0 or self.warm_start > 0 or self.mixing != "none"
-        return asked or self.loss != "ce" or self.data == "self"
+        return bool(self.asks) or self.warm_start > 0 or self.mixing != "none" or self.data == "self"
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
@@ -172,14 +244,32 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
     )
     lora, rows = f"by method: lora, and this is {method}", f"of data with columns (.jsonl, data sets), not of {data}"
     idle = dict.fromkeys(("rank", "alpha", "dropout"), lora) if method != "lora" else {}
-    idle |= {"mix": f"with loss: both, and this is {loss}"} if loss != "both" else {}
-    idle |= {"temperature": "by distillation, and this is loss: ce"} if loss == "ce" else {}
-    idle |= {"teacher": "where a teacher is asked, and loss: ce asks none"} if loss == "ce" and not hidden else {}
+    written, weights = losses.written(loss), _weighed(loss, 0.5, hidden)
+    idle |= {"mix": f"with loss: both, and this is {written}"} if loss != "both" else {}
+    if loss not in list(losses.WORDS):
+        idle |= {"hidden": f"with a word as loss ({', '.join(losses.WORDS)}), and this is {written}"}
+    if not any(losses.find(name).reads_temperature for name in weights):
+        idle |= {"temperature": f"by distillation, and this is loss: {written}"}
+    if not _asked(weights):
+        idle |= {"teacher": f"where a teacher is asked, and loss: {written} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
     idle |= {"column": rows} if data in ("self", "builtin") else {}
     given = [name for name in idle if fields.get(name, known[name]) != known[name]]
     return {name: (idle[name], f"drop it, or write {json.dumps(known[name])}") for name in given}
 
 
-def _fault(text: str) -> PydanticCustomError:
-    return PydanticCustomError("heal", "{text}", {"text": text})
+def _weighed(loss: object, mix: float, hidden: object) -> dict[str, float]:
+    """Weights of a `loss` with its `hidden` beside; {} where it is none, as in settings that nobody checked yet."""
+    if isinstance(loss, str) and loss in losses.WORDS:
+        return losses.weights(losses.weights(loss, mix) | ({"hidden": hidden} if hidden else {}))
+    known = isinstance(loss, dict) or (isinstance(loss, str) and loss in losses.LOSSES)
+    return losses.weights(loss) if known else {}
+
+
+def _asked(weights: dict[str, float]) -> frozenset[str]:
+    return frozenset().union(*(losses.find(name).needs for name in weights))
+
+
+def _fault(text: str, exists: str = "", fix: str = "") -> PydanticCustomError:
+    """A fault in words of its own; what there is instead and how to mend it go into the message of the command."""
+    return PydanticCustomError("heal", "{text}", {"text": text, "exists": exists, "fix": fix})

@@ -258,8 +258,9 @@ def faults_of(error: ValidationError, lines: dict, where: str, prefix: tuple, kn
             faults.append(SurgeryError(f"unknown key {key!r}", where=at, exists=", ".join(names), fix=fix))
         elif kind == "missing":
             faults.append(SurgeryError(f"the key {key!r} is missing", where=at))
-        elif kind == "heal":  # of its fields together, in words of its own
-            faults.append(SurgeryError(items[0]["msg"], where=at))
+        elif kind == "heal":  # in words of its own, often of its fields together
+            said = items[0]["ctx"]
+            faults.append(SurgeryError(said["text"], where=at, exists=said["exists"], fix=said["fix"]))
         elif kind == OWN_WORDS:
             faults.append(SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"]))
         else:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.surgery_block import export, layer_entries
+from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, problems_after
+from surgery.conversion.preflight import preflight, streams, unhealed_folder
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
@@ -23,108 +29,97 @@ from surgery.operations.base import ApplyContext
 from surgery.operations.rewrite import rewrite_steps
 from surgery.report.report import Report, history_of, new_report
 
+if TYPE_CHECKING:
+    from surgery.config.recipe import Recipe
+    from surgery.io.hub import Source
 
-def convert(
-    recipe,
-    model: str,
-    output: str | Path,
-    *,
-    overrides=(),
-    engine="auto",
-    resume=False,
-    overwrite=False,
-    allow_pickle=False,
-    progress=None,
-    on_plan=None,
-    refuse=None,
-) -> tuple[Report, Path]:
-    """Write the converted checkpoint; arguments as for `surgery.apply`.
 
-    Args:
-        refuse: called with the base's folder before anything is written; may raise.
+@dataclass(frozen=True)
+class Conversion:
+    """A base that is on this machine and the plan for it: what can be refused was refused.
 
-    Returns:
-        The report, saved with the folder, and the base's folder.
+    Attributes:
+        plan: of the whole recipe, its healing included.
+        source: the base; `source.path` is its folder.
+        checkpoint: its weights, in safetensors.
     """
-    source = _source(recipe, model, engine, on_plan, refuse)
-    base = source.path
-    with readable(base, output, allow_pickle) as weights:
-        checkpoint = Checkpoint(weights)
-        anatomy = Anatomy.of(base, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
-        plan = make_plan(recipe, anatomy, source.name)
-        streaming = streams(plan, engine)
-        if source.headers is None:  # of a model that had to be fetched, this was done before that
-            _announce(plan, base, on_plan, refuse)
-        fingerprint = checkpoint.fingerprint()
-        plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
-        out = OutputFolder(output, base, plan_hash, resume=resume, overwrite=overwrite)
-        if resume and not overwrite and out.is_same_conversion():  # stopped while it was checked or scored
-            return Report.of(out.out), base
-        with out.opened(plan.output_bytes) as partial:
-            write = _stream if streaming else _load_and_write
-            files, records = write(plan, checkpoint, base, partial, out, progress)
-            read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
-            left = carry_files(base, partial, read)
-            data = new_report(
-                plan,
-                source,
-                overrides=overrides,
-                engine="streaming" if streaming else "loaded",
-                fingerprint=fingerprint,
-                records=records,
-            )
-            data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
-            for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
-                state.unlink()
-            Report(data, partial).save()
-    return Report.of(out.out), base
+
+    plan: Plan
+    source: Source
+    checkpoint: Checkpoint
 
 
-def _source(recipe, model: str, engine: str, on_plan, refuse):
-    """The base on this machine; one that must be fetched is planned first, so that what is refused costs no download.
+@contextmanager
+def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions) -> Iterator[Conversion]:
+    """Find the base, plan the recipe for it and run the preflight.
 
-    Returns:
-        The `hub.Source`; its `headers` say that the plan was made and announced from them.
+    A base that must be fetched is planned from its headers first, so that what is refused costs no download.
     """
     from surgery.io.hub import resolve
 
     source = resolve(model, weights=False)
     read_json(source.path / "config.json")  # before any weight: the plainest mistakes get the plainest errors
-    if source.headers is None:
-        return source
-    plan = make_plan(recipe, Anatomy.of(source.path, header_table(source.headers)), source.name)
-    streams(plan, engine)
-    _announce(plan, source.path, on_plan, refuse)
-    fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned, if the branch has moved
-    return replace(fetched, name=source.name, headers=source.headers)
+    remote = source.headers is not None
+    if remote:
+        plan = make_plan(recipe, Anatomy.of(source.path, header_table(source.headers)), source.name)
+        preflight(plan, source.path, output, options)
+        fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned: the branch may move
+        source = replace(fetched, name=source.name)
+    with readable(source.path, output, options.allow_pickle) as weights:
+        checkpoint = Checkpoint(weights)
+        anatomy = Anatomy.of(source.path, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
+        plan = make_plan(recipe, anatomy, source.name)
+        if not remote:
+            preflight(plan, source.path, output, options)
+        yield Conversion(plan, source, checkpoint)
 
 
-def _announce(plan: Plan, base: Path, on_plan, refuse) -> None:
-    if on_plan:
-        on_plan(plan)
-    if refuse:
-        refuse(base)
+def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions | None = None) -> tuple[Report, Path]:
+    """Write the converted checkpoint; arguments as for `surgery.apply`.
+
+    A recipe that heals is refused or planned as a whole; what is written is the model before its healing, into
+    OUT.unhealed.
+
+    Returns:
+        The report, saved with the folder, and the base's folder.
+    """
+    options = options or RunOptions()
+    with prepared(recipe, model, output, options) as work:
+        folder = Path(output)
+        if recipe.heal is not None:
+            folder = unhealed_folder(Path(os.path.abspath(output)))
+            work = replace(work, plan=replace(work.plan, recipe=recipe.model_copy(update={"heal": None})))
+        return _write(work, folder, options), work.source.path
 
 
-def streams(plan: Plan, engine: str) -> bool:
-    """Whether the streaming engine converts; refuses an engine that cannot, or that would change a dtype."""
-    streaming = plan.streams if engine == "auto" else engine == "streaming"
-    if streaming and not plan.streams:
-        raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
-    dtypes = stored_dtypes(plan.before)
-    if not streaming and len(dtypes) > 1:
-        raise SurgeryError(
-            f"the loaded engine would store all weights in one dtype, and this checkpoint has {', '.join(dtypes)}",
-            where=plan.source,
-            fix="use the streaming engine (leave --engine out)"
-            if plan.streams
-            else "this recipe needs the loaded engine: store the model in one dtype first "
-            "(from_pretrained(..., dtype=...), save_pretrained)",
+def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
+    plan, checkpoint, base = work.plan, work.checkpoint, work.source.path
+    streaming, fingerprint = streams(plan, options.engine), checkpoint.fingerprint()
+    plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
+    out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
+    if options.resume and not options.overwrite and out.holds_the_same():  # stopped while it was checked or scored
+        return Report.of(out.out)
+    with out.opened(plan.output_bytes) as partial:
+        write = _stream if streaming else _load_and_write
+        files, records = write(plan, checkpoint, base, partial, out, options.progress)
+        read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
+        left = carry_files(base, partial, read)
+        data = new_report(
+            plan,
+            work.source,
+            overrides=plan.recipe.overrides,
+            engine="streaming" if streaming else "loaded",
+            fingerprint=fingerprint,
+            records=records,
         )
-    return streaming
+        data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
+        for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
+            state.unlink()
+        Report(data, partial).save()
+    return Report.of(out.out)
 
 
-def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokenizer=None) -> Report:
+def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`.
 
     An error leaves the model as it was, with one exception: where a surgical operation (which measures the model as
@@ -134,19 +129,22 @@ def edit_model(recipe, model, overrides=(), progress=None, on_plan=None, tokeniz
 
     refuse_wrapped(model)
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
-    if on_plan:
-        on_plan(plan)
-    steps = [(step.operation, ApplyContext(step.change, step.before, progress, tokenizer)) for step in plan.steps]
+    if options.on_plan:
+        options.on_plan(plan)
+    steps = [
+        (step.operation, ApplyContext(step.change, step.before, options.progress, tokenizer)) for step in plan.steps
+    ]
     together = list(takewhile(lambda step: step[0].streams, steps))
     records = rewrite_steps(model, together) if together else []
     if rest := plan.steps[len(together) :]:
-        for operation, context in _in_turn(rest, rest[0].before, model, progress, tokenizer):
+        for operation, context in _in_turn(rest, rest[0].before, model, options.progress, tokenizer):
             records.append(operation.apply(model, context))
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
     source = Source(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
-    return Report(new_report(plan, source, overrides=overrides, engine="loaded", fingerprint="", records=records))
+    facts = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
+    return Report(new_report(plan, source, **facts, records=records))
 
 
 def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):

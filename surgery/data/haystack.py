@@ -125,17 +125,6 @@ def refuse_form(form: str) -> None:
         raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
 
 
-def spread(depths: int | Sequence[float]) -> list[float]:
-    """Depths: so many, evenly spaced inside (0, 1), or those that are given."""
-    return [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
-
-
-def refuse_form(form: str) -> None:
-    """Raise where a form is none."""
-    if form not in FORMS:
-        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
-
-
 def form_for(tokenizer, form: str) -> str:
     """ "chat" or "plain", which "auto" means for a tokenizer.
 

@@ -110,7 +110,7 @@ def arguments(model, batch: dict, hidden: bool) -> dict:
     There is no cache: only without one does a model recognise rows of several documents by their positions.
 
     Args:
-        hidden: also return the hidden states of all layers, for `heal.hidden`.
+        hidden: also return the hidden states of all layers, which a loss may read.
     """
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:

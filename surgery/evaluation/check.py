@@ -57,6 +57,11 @@ def check_folder(
     return [without_path(item, folder, base) for item in items + _look_into(folder, base, memory, progress)]
 
 
+def check_report(report: Report, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> None:
+    """Check the report's folder and keep the result in the report, unsaved; arguments as for `check_folder`."""
+    report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
+
+
 def without_path(item: Item, *folders: str | Path | None) -> Item:
     """The item with folders by their own names: it is published with the card."""
     detail = item.detail

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, TrainingError
+from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 
@@ -152,7 +153,6 @@ class HealPlan:
     def lines(self) -> list[str]:
         """For people."""
         heal = self.heal
-        towards = {"ce": "the text", "distill": "the base's probabilities", "both": "the text and the base"}[heal.loss]
         how_long = (
             f"{heal.planned_steps:,} steps of {heal.rows * heal.length:,} tokens"
             if heal.planned_steps
@@ -169,7 +169,8 @@ class HealPlan:
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
             *mixing,
-            f"heal: towards {towards} ({heal.loss}), on {heal.data}, {how_long}, learning rate {heal.rate:g}",
+            f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
+            f"learning rate {heal.rate:g}",
         ]
 
     def to_dict(self) -> dict:

@@ -32,7 +32,7 @@ from surgery.healing.contexts import (
 from surgery.healing.distributed import Engine, processes, put, training
 from surgery.healing.layerwise_distillation import warm_start
 from surgery.healing.lora import adapt, bare, freeze, merge
-from surgery.healing.losses import cross_entropy
+from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
@@ -187,7 +187,7 @@ def _prepared(model, heal: Heal, trained: TrainableParameters):
 def _teacher(job: HealRun, packed: Packed) -> Teacher:
     """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
     heal = job.heal
-    if heal.loss == "ce" and not heal.hidden:
+    if not heal.asks:
         job.forget_base()  # it may have written the text
         return Teacher()
     if heal.teacher == "live":

@@ -1,6 +1,6 @@
 """The base as the teacher of a converted model: run beside it, or asked once before and kept on disk.
 
-Both give the loss that `heal.loss` names. What it does not need is not computed: with `loss: ce` no teacher runs.
+Both give what the losses of `heal.loss` need of the base, and no more: with `loss: ce` no teacher runs.
 
 A base's most probable tokens on disk, for every row that a student will see: one pass, then no teacher is needed.
 
@@ -26,47 +26,43 @@ from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
 from surgery.healing import losses
 from surgery.healing.contexts import autocast_products
+from surgery.healing.losses.base import BaseLogits, BaseTopK, LossInputs, predicts
+from surgery.healing.losses.objective import measure
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 
 
 class Teacher:
-    """Cross-entropy alone; the others add what they know of the base."""
+    """Serves losses that ask no base; the others add what they know of it."""
 
     def loss(self, outputs, batch: dict, heal, count: int | None = None) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of one forward of the student.
 
         Args:
-            outputs: of the student, called with `arguments(student, batch, heal.hidden > 0)`.
+            outputs: of the student, called with `arguments(student, batch, heal.reads_states)`.
             batch: of `Packed` rows, [batch, length] each.
-            heal: loss, mix, temperature and hidden are read.
+            heal: its losses and the temperature are read.
             count: tokens to average over, where a step is made of several batches; default those of this one.
 
         Returns:
-            The loss, and its parts before they are weighted: "ce" and "kl" (nats a token; KL times T²), "hidden"
-            (share of the hidden states' energy). "kl" and "hidden" only where they are part of the loss.
+            The loss, and each loss's mean before it is weighted, by name: "ce" and "kl" in nats a token (KL times
+            T²), "hidden" as a share of the hidden states' energy.
         """
         labels = batch["labels"].to(outputs.logits.device)
-        kept = losses.predicts(labels)
-        terms, states = {}, None
-        if heal.loss != "distill":
-            terms["ce"] = (1.0 if heal.loss == "ce" else heal.mix, losses.next_token(labels))
-        if heal.loss != "ce" or heal.hidden:
-            term, states = self.ask(outputs.logits, batch, heal)
-        if heal.loss != "ce":
-            terms["kl"] = (1.0 if heal.loss == "distill" else 1 - heal.mix, term)
-        loss, parts = losses.weighted(outputs.logits, kept, terms, count)
-        if heal.hidden:
-            parts["hidden"] = losses.hidden_mse(outputs.hidden_states[1:], states, kept, count)
-            loss = loss + heal.hidden * parts["hidden"].to(loss)
-        return loss, {name: float(value.detach()) for name, value in parts.items()}
+        base, base_states = self.ask(outputs.logits, batch, heal) if heal.asks else (None, None)
+        states = outputs.hidden_states[1:] if heal.reads_states else None
+        inputs = LossInputs(predicts(labels), labels, base, states, base_states, heal.temperature)
+        weighted = {name: (weight, losses.find(name)) for name, weight in heal.weights.items()}
+        loss, means = measure(outputs.logits, weighted, inputs, count)
+        return loss, {name: float(mean.detach()) for name, mean in means.items()}
 
-    def ask(self, logits: torch.Tensor, batch: dict, heal) -> tuple[losses.Term, tuple | None]:
-        """The term of the base's probabilities, and its hidden states after each layer if `heal.hidden`."""
+    def ask(self, logits: torch.Tensor, batch: dict, heal) -> tuple[BaseLogits | BaseTopK | None, tuple | None]:
+        """What `heal.asks` of the base: its probabilities, and its hidden states after each layer."""
+        word = isinstance(heal.loss, str) and heal.loss == "ce"
         raise SurgeryError(
             "a teacher is needed, and there is none",
-            where=f"heal.loss: {heal.loss}" if heal.loss != "ce" else f"heal.hidden: {heal.hidden:g}",
+            where=f"heal.hidden: {heal.hidden:g}" if word else f"heal.loss: {losses.written(heal.loss)}",
             fix="name the base: --base MODEL",
         )
 
@@ -82,24 +78,27 @@ class LiveTeacher(Teacher):
         device = self.model.device
         given = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
         with autocast_products(heal, device):
-            outputs = self.model(**arguments(self.model, given, heal.hidden > 0))
+            outputs = self.model(**arguments(self.model, given, heal.reads_states))
         refuse_vocabulary(logits.shape[-1], outputs.logits.shape[-1])
-        states = outputs.hidden_states[1:] if heal.hidden else None
-        return losses.to_teacher(outputs.logits, heal.temperature), states
+        base = BaseLogits(outputs.logits) if heal.reads_probabilities else None
+        return base, outputs.hidden_states[1:] if heal.reads_states else None
 
 
 class StoredTeacher(Teacher):
-    """What `stored.store` kept of the base: the most probable tokens of every row, and the mass of all others."""
+    """What `store` kept of the base: the most probable tokens of every row, and the mass of all others."""
 
     def __init__(self, folder: str | Path):
         self.kept = TopK(Path(folder))
 
     def ask(self, logits, batch, heal):
         facts = self.kept.facts
-        if heal.hidden:
-            raise SurgeryError(
-                "a stored teacher has no hidden states", where="heal.hidden", fix="heal.teacher=live, or heal.hidden=0"
-            )
+        for name in heal.weights:
+            if lacking := losses.find(name).not_stored:
+                raise SurgeryError(
+                    f"a stored teacher has no {lacking}",
+                    where=f"heal.loss: {name}",
+                    fix="heal.teacher=live, or leave that loss out",
+                )
         if heal.temperature != facts["temperature"]:
             raise SurgeryError(
                 f"the teacher was stored for temperature {facts['temperature']:g}, not {heal.temperature:g}",
@@ -108,7 +107,7 @@ class StoredTeacher(Teacher):
             )
         refuse_vocabulary(logits.shape[-1], facts["vocabulary"])
         found = self.kept.rows(batch["input_ids"], batch["position_ids"])
-        return losses.to_top_k(found["values"], found["indices"], found["rest"], heal.temperature), None
+        return BaseTopK(found["values"], found["indices"], found["rest"]), None
 
 
 def refuse_vocabulary(student: int, teacher: int) -> None:

@@ -31,9 +31,9 @@ from transformers import Trainer, TrainingArguments
 from surgery.data.packing import arguments as called_with
 from surgery.errors import MachineError, TrainingError
 from surgery.healing import distributed as sharding
-from surgery.healing import losses
 from surgery.healing.contexts import anew, use_bfloat16
 from surgery.healing.distributed import on_cpu
+from surgery.healing.losses.base import predicts
 from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
 from surgery.io.files import write_json
@@ -76,7 +76,7 @@ class HealTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the tokens of a step: this forward's share of it."""
         try:
-            outputs = model(**called_with(type(self.plain), inputs, self.heal.hidden > 0))
+            outputs = model(**called_with(type(self.plain), inputs, self.heal.reads_states))
         except ValueError as error:  # a router is worked out from what was NaN before the loss is
             if "not finite" not in str(error):
                 raise
@@ -184,7 +184,7 @@ class HealTrainer(Trainer):
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:
     """How many tokens of [rows, length] are predicted."""
-    return losses.predicts(labels).sum()
+    return predicts(labels).sum()
 
 
 def parameter_groups(model, heal: Heal) -> list[dict]:

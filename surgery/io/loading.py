@@ -36,7 +36,7 @@ def loaded(source: Source, allow_pickle: bool = False) -> Iterator[Any]:
         model.train(training)
 
 
-def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs):
+def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:
     """Load a model folder as a Transformers model, quietly in pipes; no code and no pickle of the folder is run.
 
     Args:

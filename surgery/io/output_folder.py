@@ -141,13 +141,7 @@ class OutputFolder:
         if os.path.lexists(self.partial):
             self._take_over()
         present = sum(info.get("bytes", 0) for info in self.done.values())
-        free = shutil.disk_usage(self.out.parent).free
-        if needed_bytes - present + SPARE_BYTES > free:
-            raise MachineError(
-                f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-                where=str(self.out.parent),
-                fix="free some space or write elsewhere (-o)",
-            )
+        refuse_small_disk(self.out.parent, needed_bytes, present)
         self.partial.mkdir(exist_ok=True)
         self._started = True
         self._note_progress()
@@ -196,6 +190,25 @@ class OutputFolder:
             self._note_progress()
             raise
         remove_own(self.replaced)
+
+
+def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None:
+    """Raise where the disk of a folder, which need not exist yet, has no room for so many bytes.
+
+    Args:
+        present: bytes of them that are written already.
+
+    Raises:
+        MachineError: with what is needed and what is free.
+    """
+    there = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder)
+    free = shutil.disk_usage(there).free
+    if needed_bytes - present + SPARE_BYTES > free:
+        raise MachineError(
+            f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            where=str(folder),
+            fix="free some space or write elsewhere (-o)",
+        )
 
 
 def is_complete(folder: Path) -> bool:

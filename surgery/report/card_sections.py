@@ -9,6 +9,7 @@ import re
 import shlex
 
 from surgery.errors import SurgeryError
+from surgery.healing import losses
 from surgery.report.gate import finite
 
 HERE = '"this repository or folder"'
@@ -192,13 +193,6 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-TOWARDS = {
-    "ce": "the next token of the text (cross-entropy)",
-    "distill": "the base's probabilities (distillation)",
-    "both": "the next token of the text and the base's probabilities",
-}
-
-
 def healing(report: dict) -> list[str]:
     """The section as a list of one, or [] for a model that was not trained."""
     record = report.get("heal")
@@ -266,7 +260,7 @@ def _how(record: dict) -> list[str]:
         what += f", {mixing['weights']:,} weights that mix the base's K and V heads among it, folded (WGQA)"
     if settings["method"] == "lora" and record.get("in_full"):
         what += f", and in full {', '.join(f'`{name}`' for name in record['in_full'])}"
-    lines = [f"{what} ({record['parameters']:,} parameters), towards {TOWARDS[settings['loss']]}"]
+    lines = [f"{what} ({record['parameters']:,} parameters), towards {losses.goals(settings['loss'])}"]
     where = f"{data.get('data')} (sha256 `{str(data.get('sha256'))[:12]}`, {data.get('tokens', 0):,} tokens)"
     machine = f"{record['processes']} process{'es' * (record['processes'] > 1)} on {record['device']}"
     lines.append(
@@ -279,7 +273,7 @@ def _how(record: dict) -> list[str]:
         asked = earlier["settings"]
         lines.append(
             f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
-            f"({asked['method']}, {asked['loss']})"
+            f"({asked['method']}, {losses.written(asked['loss'])})"
         )
     if settings["keep_adapter"]:
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"

@@ -258,7 +258,7 @@ def on_hub(model, tmp_path):
         yield run
 
 
-def test_what_is_refused_is_not_downloaded(on_hub):
+def test_what_is_refused_is_not_downloaded(on_hub, tmp_path):
     done, whole = on_hub("gqa", "kv_heads=7")
     assert done.returncode == 2, done.stderr
     assert "cannot become 7" in done.stderr
@@ -266,6 +266,11 @@ def test_what_is_refused_is_not_downloaded(on_hub):
     done, whole = on_hub("duo-attention", "--engine", "streaming")
     assert done.returncode == 2
     assert whole == []
+    (tmp_path / "out").mkdir()
+    done, whole = on_hub("mqa")
+    assert "OUT exists" in done.stderr
+    assert whole == []
+    (tmp_path / "out").rmdir()
     done, whole = on_hub("mqa")
     assert done.returncode == 0, done.stderr
     assert len(whole) == 1

@@ -8,8 +8,11 @@ import pytest
 import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
-from surgery.healing import losses
-from surgery.healing.losses import cross_entropy, distillation, distillation_top_k, hidden_mse, predicts
+from surgery.healing.losses import find, objective
+from surgery.healing.losses.base import BaseLogits, LossInputs, predicts
+from surgery.healing.losses.ce import cross_entropy
+from surgery.healing.losses.hidden import hidden_mse
+from surgery.healing.losses.kl import distillation, distillation_top_k
 
 BATCH, LENGTH, VOCABULARY = 2, 7, 11
 F64 = torch.float64
@@ -44,9 +47,14 @@ def kl(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a)
 
 
+def sum_of(student, weights, inputs):
+    """The weighted sum of losses by name, and each mean."""
+    return objective.measure(student, {name: (weight, find(name)) for name, weight in weights.items()}, inputs)
+
+
 @pytest.fixture(params=[1, 1 << 20], ids=["chunks of a row", "one chunk"])
 def chunks(request, monkeypatch):
-    monkeypatch.setitem(losses.CHUNK, "cpu", request.param)
+    monkeypatch.setitem(objective.CHUNK, "cpu", request.param)
 
 
 def test_a_row_counts_if_its_next_token_is_of_the_same_document():
@@ -146,15 +154,12 @@ def test_top_k_of_what_the_student_excludes_is_finite(far):
 def test_gradients_are_those_of_finite_differences(temperature):
     labels, teacher = some_labels(), logits(1)
     kept, stored = predicts(labels), top_k(teacher, 4, temperature)
+    inputs = LossInputs(kept, labels, BaseLogits(teacher), temperature=temperature)
     functions = [
         lambda x: cross_entropy(x, labels),
         lambda x: distillation(x, teacher, kept, temperature),
         lambda x: distillation_top_k(x, *stored, kept, temperature),
-        lambda x: losses.weighted(
-            x,
-            kept,
-            {"ce": (0.3, losses.next_token(labels)), "kl": (0.7, losses.to_teacher(teacher, temperature))},
-        )[0],
+        lambda x: sum_of(x, {"ce": 0.3, "kl": 0.7}, inputs)[0],
     ]
     student = logits().requires_grad_()
     for function in functions:
@@ -177,8 +182,8 @@ def test_a_batch_without_a_row_that_counts_is_zero():
 def test_terms_share_a_softmax_and_are_named():
     labels, student, teacher = some_labels(), logits(), logits(1)
     kept = predicts(labels)
-    terms = {"ce": (0.25, losses.next_token(labels)), "kl": (0.75, losses.to_teacher(teacher, 1.0))}
-    loss, parts = losses.weighted(student, kept, terms)
+    inputs = LossInputs(kept, labels, BaseLogits(teacher))
+    loss, parts = sum_of(student, {"ce": 0.25, "kl": 0.75}, inputs)
     assert parts["ce"].item() == pytest.approx(cross_entropy(student, labels).item(), rel=1e-12)
     assert parts["kl"].item() == pytest.approx(distillation(student, teacher, kept).item(), rel=1e-12)
     assert loss.item() == pytest.approx(0.25 * parts["ce"].item() + 0.75 * parts["kl"].item(), rel=1e-12)
@@ -207,7 +212,7 @@ def test_one_tensor_of_the_logits_size_is_made(monkeypatch):
     """Counted by the allocator: more would not fit where the logits are gigabytes."""
     from torch.profiler import ProfilerActivity, profile
 
-    monkeypatch.setitem(losses.CHUNK, "cpu", 1 << 14)
+    monkeypatch.setitem(objective.CHUNK, "cpu", 1 << 14)
     labels = torch.randint(0, 4096, (1, 512))
     student, teacher = (torch.randn(1, 512, 4096, requires_grad=grad) for grad in (True, False))
     distillation(student, teacher, predicts(labels)).backward()  # what is made once

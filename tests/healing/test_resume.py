@@ -17,11 +17,11 @@ from conftest import listing
 from families import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
+from surgery.api import heal as run_heal
 from surgery.errors import MachineError, SurgeryError, TrainingError
 from surgery.healing import trainer as checkpoints
 from surgery.healing import trainer as training
 from surgery.healing.callbacks import HealCallback, read
-from surgery.healing.heal import heal as run_heal
 from surgery.io.files import read_json
 
 SETTINGS = ("length=16", "batch_tokens=32", "steps=8", "checkpoint_every=2", "learning_rate=0.01")

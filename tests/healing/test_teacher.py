@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from families import TINY, one_thread  # noqa: F401 (one_thread: a fixture)
 
+from surgery.config.heal import Heal
 from surgery.data.packing import Packed, arguments
 from surgery.errors import MachineError, SurgeryError
 from surgery.healing import teacher as stored
-from surgery.healing.losses import cross_entropy, distillation, distillation_top_k, hidden_mse, predicts
+from surgery.healing.losses.base import predicts
+from surgery.healing.losses.ce import cross_entropy
+from surgery.healing.losses.hidden import hidden_mse
+from surgery.healing.losses.kl import distillation, distillation_top_k
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 
 LENGTH = 16
 
 
 def heal(**fields):
-    return SimpleNamespace(
-        **({"loss": "distill", "mix": 0.5, "temperature": 1.0, "hidden": 0.0, "precision": "float32"} | fields)
-    )
+    """Settings that are not checked: `mix` may stand beside any loss."""
+    return Heal.model_construct(**({"precision": "float32"} | fields))
 
 
 def packed(seed=0, count=30):

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
+from surgery.api import heal as run_heal
 from surgery.architecture.anatomy import Anatomy
 from surgery.config.heal import Heal
 from surgery.errors import SurgeryError
 from surgery.healing import trainer as checkpoints
 from surgery.healing.callbacks import HealCallback, read
-from surgery.healing.heal import heal as run_heal
 from surgery.healing.parameters import select_trainable
 from surgery.healing.plan import HealPlan
 from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned

@@ -1,0 +1,125 @@
+"""Everything that can be refused before a base is fetched, a file is written or anything is trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.architecture.anatomy import stored_dtypes
+from surgery.config.options import ENGINES, RunOptions
+from surgery.errors import SurgeryError
+from surgery.evaluation.run import refuse_unscorable
+from surgery.healing.validate import base_of_memory, refuse_early
+from surgery.io.output_folder import REPORT, machine_errors, refuse_small_disk
+from surgery.io.pickle import only_pickled
+
+if TYPE_CHECKING:
+    from surgery.config.heal import Heal
+    from surgery.conversion.plan import Plan
+
+
+def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -> None:
+    """Show the plan, and refuse what would fail only after expensive work.
+
+    Args:
+        plan: of the whole recipe, its healing included; `make_plan` has refused what does not fit the model.
+        base: a folder with the base's config and tokenizer; its weights may not be there yet.
+        output: the final folder.
+
+    Raises:
+        SurgeryError: the engine cannot convert this, the output is taken, the evaluation cannot be scored, or the
+            healing cannot run as asked.
+        MachineError: the disk is too small.
+    """
+    out, recipe = Path(os.path.abspath(output)), plan.recipe
+    streams(plan, options.engine)
+    if recipe.heal is not None:
+        _refuse_taken_for_healing(out, options)
+    if options.on_plan:
+        options.on_plan(plan)
+    if options.evaluate and recipe.evaluate is not None:
+        refuse_unscorable(base, recipe.evaluate)
+    if recipe.heal is not None:
+        _refuse_pickle_for_healing(base, options)
+        refuse_early(recipe.heal, base)
+    else:
+        _refuse_foreign(out, options)
+    _refuse_small_disk(plan, out)
+
+
+def streams(plan: Plan, engine: str) -> bool:
+    """Whether the streaming engine converts; refuses an engine that cannot, or that would change a dtype."""
+    streaming = plan.streams if engine == "auto" else engine == "streaming"
+    if streaming and not plan.streams:
+        raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
+    dtypes = stored_dtypes(plan.before)
+    if not streaming and len(dtypes) > 1:
+        raise SurgeryError(
+            f"the loaded engine would store all weights in one dtype, and this checkpoint has {', '.join(dtypes)}",
+            where=plan.source,
+            fix="use the streaming engine (leave --engine out)"
+            if plan.streams
+            else "this recipe needs the loaded engine: store the model in one dtype first "
+            "(from_pretrained(..., dtype=...), save_pretrained)",
+        )
+    return streaming
+
+
+def preflight_in_memory(heal: Heal, model, tokenizer) -> str | None:
+    """Refuse a healing of a loaded model before the model is edited.
+
+    Returns:
+        Where the model was loaded from: its weights there are the base's. None where nobody asks the base.
+    """
+    base = base_of_memory(model, heal)
+    if tokenizer is None:
+        raise SurgeryError("healing needs the tokenizer", fix="surgery.apply(recipe, model, tokenizer=tokenizer)")
+    refuse_early(heal, model, tokenizer)
+    return base
+
+
+def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> None:
+    """Raise where a folder is to be converted and it is not said into what, or by an engine that does not exist."""
+    if output is None:
+        raise SurgeryError("no output folder was named", fix="output='out'")
+    if options.engine not in ENGINES:
+        raise SurgeryError(f"unknown engine {options.engine!r}", exists=", ".join(ENGINES))
+
+
+def unhealed_folder(out: Path) -> Path:
+    """Where the converted model stands until its healing is complete."""
+    return out.with_name(f"{out.name}.unhealed")
+
+
+def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
+    unfinished = options.resume and unhealed_folder(out).exists()
+    if os.path.lexists(out) and not options.overwrite and not unfinished:
+        raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+
+
+def _refuse_foreign(out: Path, options: RunOptions) -> None:
+    """Raise where OUT is something else than a result of ours; of a result, `OutputFolder` says how to go on."""
+    if os.path.lexists(out) and not options.overwrite and not os.path.isfile(out / REPORT):
+        raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+
+
+def _refuse_pickle_for_healing(base: Path, options: RunOptions) -> None:
+    if options.allow_pickle and only_pickled(base):
+        raise SurgeryError(
+            "the base's weights are a pickle, and healing loads the base again",
+            where=str(base),
+            fix="save it as safetensors first (from_pretrained, save_pretrained), and name that folder",
+        )
+
+
+def _refuse_small_disk(plan: Plan, out: Path) -> None:
+    """Raise where a first run would fill the disk. Of one that goes on, `OutputFolder` knows what is there already."""
+    needed, heal = plan.output_bytes, plan.heal
+    earlier = [out.with_name(f"{name}.partial") for name in (out.name, unhealed_folder(out).name)]
+    if heal is not None:
+        needed += plan.output_bytes + heal.disk_bytes + heal.teacher_bytes
+        earlier.append(unhealed_folder(out))
+    if not any(map(os.path.lexists, [out, *earlier])):
+        with machine_errors(out):
+            refuse_small_disk(out.parent, needed)

@@ -1,0 +1,100 @@
+"""The registry of losses: name in `heal.loss` -> class. One loss is one file, which is imported when it is asked for.
+
+A new loss is a file of this folder with a subclass of `LogitLoss` or `StateLoss` (base.py states the contract), and
+a line in `LOSSES`. The schema, the plan, the metrics and the card follow from what the class says of itself. Neither
+this package nor a file of a loss imports torch before a loss is computed; `objective` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from surgery.healing.losses.base import Loss
+
+LOSSES = {  # name -> module of this package : class; losses are computed and listed in this order
+    "ce": "ce:CrossEntropy",
+    "kl": "kl:Distillation",
+    "hidden": "hidden:HiddenStates",
+    "reverse_kl": "reverse_kl:ReverseKL",
+}
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that stands for weights of losses.
+
+    Attributes:
+        weights: loss -> weight; called with `heal.mix`.
+        aim: what it trains towards, in the plan.
+    """
+
+    weights: Callable[[float], dict[str, float]]
+    aim: str
+
+
+WORDS = {
+    "ce": Word(lambda mix: {"ce": 1.0}, "the text"),
+    "distill": Word(lambda mix: {"kl": 1.0}, "the base's probabilities"),
+    "both": Word(lambda mix: {"ce": mix, "kl": 1 - mix}, "the text and the base"),
+}
+
+
+@cache
+def find(name: str) -> Loss:
+    """A loss by its name.
+
+    Raises:
+        SurgeryError: no such loss.
+    """
+    if name not in LOSSES:
+        close = nearest(name, LOSSES)
+        raise SurgeryError(
+            f"unknown loss {name!r}", exists=", ".join(LOSSES), fix=f"did you mean {close!r}?" if close else ""
+        )
+    module, kind = LOSSES[name].split(":")
+    return getattr(import_module(f"{__name__}.{module}"), kind)()
+
+
+def weights(loss: str | dict, mix: float = 0.5) -> dict[str, float]:
+    """What a value of `heal.loss` weighs: loss -> weight, in the registry's order; losses of weight 0 are left out.
+
+    Args:
+        loss: a word, the name of a loss, or weights by name.
+        mix: weight of the cross-entropy, which the word "both" reads.
+    """
+    if isinstance(loss, str):
+        given = WORDS[loss].weights(mix) if loss in WORDS else {loss: 1.0}
+    else:
+        given = loss
+    return {name: given[name] for name in LOSSES if given.get(name)}
+
+
+def written(loss: str | dict) -> str:
+    """A value of `heal.loss` as a person writes it: "both", "{kl: 1, ce: 0.5}"."""
+    if not isinstance(loss, dict):
+        return str(loss)
+    shown = (f"{name}: {f'{weight:g}' if isinstance(weight, float) else weight}" for name, weight in loss.items())
+    return f"{{{', '.join(shown)}}}"
+
+
+def aim(loss: str | dict) -> str:
+    """What a value of `heal.loss` trains towards, for the plan."""
+    return WORDS[loss].aim if isinstance(loss, str) and loss in WORDS else goals(loss)
+
+
+def goals(loss: str | dict) -> str:
+    """What a value of `heal.loss` trains towards, for the card; names that are not known here stand as they are."""
+    names = list(weights(loss)) or ([loss] if isinstance(loss, str) else list(loss))
+    known = [find(name) if name in LOSSES else None for name in names]
+    if len(known) == 1 and known[0]:
+        return f"{known[0].goal} ({known[0].method})"
+    said = [each.goal if each else name for name, each in zip(names, known, strict=True)]
+    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)

@@ -1,0 +1,187 @@
+"""What a loss is: what it says of itself, its value for each row, and its gradient with respect to the logits.
+
+Logits are [batch, length, V], often the largest tensor of a training step, and no second tensor of their size and no
+float32 copy of them is made but their gradient. So a loss on logits sees some rows at a time (`Chunk`), in float32 or
+wider, and gives for these rows
+
+- values [r]: the loss of each row, in nats;
+- slopes [r, V]: the gradient of each row's value with respect to that row's logits, a tensor of its own, which the
+  caller changes in place.
+
+A loss that knows its gradient overrides `rows_and_slopes`. One that does not overrides `rows` alone, with operations
+that autograd can follow: the slopes are then worked out by autograd on the same chunk, which costs a few more tensors
+of the chunk's size. A row's value may depend on nothing but this row. Rows that do not count are masked afterwards,
+so a loss needs no mask; it must be finite on them.
+
+A loss on hidden states gives its mean with its own autograd graph: hidden states are small beside logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+BASE_LOGITS, BASE_STATES = "logits", "hidden states"  # what a loss may need of the base
+
+
+class Loss:
+    """What healing can lower, and what it says of itself. `goal` and `method` are words for plan and card.
+
+    Attributes:
+        summary: one line for the schema.
+        goal: what a model is trained towards ("the base's probabilities").
+        method: what that is called ("distillation").
+        needs: of the base, BASE_LOGITS and BASE_STATES; empty: no base is asked.
+        not_stored: what of it a stored teacher (the likeliest tokens and the mass of the rest) does not keep; "" where
+            that is all it needs.
+        reads_temperature: whether `heal.temperature` changes it.
+    """
+
+    summary: ClassVar[str]
+    goal: ClassVar[str]
+    method: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    not_stored: ClassVar[str] = ""
+    reads_temperature: ClassVar[bool] = False
+
+
+class LogitLoss(Loss):
+    """A loss of each row's logits; see the module for the contract. A subclass overrides one of the two methods."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.rows is LogitLoss.rows and cls.rows_and_slopes is LogitLoss.rows_and_slopes:
+            raise TypeError(f"{cls.__name__} defines neither rows nor rows_and_slopes")
+
+    def rows(self, chunk: Chunk, inputs: LossInputs) -> Tensor:
+        """Each row's value [r]."""
+        return self.rows_and_slopes(chunk, inputs)[0]
+
+    def rows_and_slopes(self, chunk: Chunk, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        """Each row's value [r] and its gradient with respect to the logits [r, V]; here by autograd."""
+        import torch
+
+        with torch.enable_grad():
+            logits = chunk.logits.detach().requires_grad_()
+            values = self.rows(Chunk(chunk.rows, logits), inputs)
+            (slopes,) = torch.autograd.grad(values.sum(), logits)
+        return values.detach(), slopes
+
+
+class StateLoss(Loss):
+    """A loss of the hidden states."""
+
+    def mean(self, inputs: LossInputs, count: Tensor | int) -> Tensor:
+        """The sum over the rows that count, divided by `count`; a scalar that autograd can follow."""
+        raise TypeError(f"{type(self).__name__} defines no mean")
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the losses of one forward may read besides the student's logits.
+
+    Attributes:
+        kept: bool [batch, length], the rows that count.
+        labels: long [batch, length], the tokens themselves; -100 where a token is not to be predicted.
+        base: the base's probabilities for the same rows.
+        states, base_states: hidden states [batch, length, D] of each layer, of student and base.
+        temperature: of a distillation.
+    """
+
+    kept: Tensor
+    labels: Tensor | None = None
+    base: BaseLogits | BaseTopK | None = None
+    states: tuple[Tensor, ...] | None = None
+    base_states: tuple[Tensor, ...] | None = None
+    temperature: float = 1.0
+
+    @cached_property
+    def next_tokens(self) -> Tensor:
+        """The token that each row predicts, long [batch * length]; 0 where none is."""
+        return self.labels.roll(-1, dims=1).flatten().clamp(min=0)
+
+
+@dataclass
+class Chunk:
+    """Some rows of the student's logits.
+
+    Attributes:
+        rows: which, of all rows of the batch one after the other.
+        logits: [r, V], float32 or wider.
+    """
+
+    rows: slice
+    logits: Tensor
+    _known: dict = field(default_factory=dict)
+
+    def once(self, key: tuple, make: Callable):
+        """What `make` gives, worked out once for this chunk; not to be changed."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def log_probabilities(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """log q and q of the student's softmax at a temperature, both [r, V]; not to be changed."""
+        return self.once(("student", temperature), lambda: _with_exp(log_softmax(self.logits, temperature)))
+
+
+class BaseLogits:
+    """The base's logits for the rows of a batch; no gradient goes to them.
+
+    Args:
+        logits: [batch, length, V].
+    """
+
+    def __init__(self, logits: Tensor):
+        self.flat = logits.detach().flatten(0, -2)
+
+    def log_probabilities(self, chunk: Chunk, temperature: float) -> tuple[Tensor, Tensor]:
+        """log p and p of the softmax at a temperature, both [r, V]; not to be changed."""
+        here = chunk.logits
+
+        def make():
+            return _with_exp(log_softmax(self.flat[chunk.rows].to(here.device, here.dtype), temperature))
+
+        return chunk.once(("base", temperature), make)
+
+
+class BaseTopK:
+    """The base's k likeliest tokens and the mass of all others: a distribution over k + 1 outcomes.
+
+    Args:
+        values: log p [batch, length, k] at the temperature of the distillation.
+        indices: their tokens, integers [batch, length, k].
+        rest: log of the mass of all other tokens [batch, length]; -inf for none.
+    """
+
+    def __init__(self, values: Tensor, indices: Tensor, rest: Tensor):
+        self.values, self.indices = values.detach().flatten(0, -2), indices.flatten(0, -2)
+        self.rest = rest.detach().flatten()
+
+    def of(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """log p [r, k], the tokens as long [r, k], and log of the rest [r], where the chunk is."""
+        here = chunk.logits
+        where = self.indices[chunk.rows].to(here.device).long()
+        values, rest = (part[chunk.rows].to(here.device, here.dtype) for part in (self.values, self.rest))
+        return values, where, rest
+
+
+def predicts(labels: Tensor) -> Tensor:
+    """Rows whose next token is to be predicted: bool, as `labels`; never the last of a sequence."""
+    kept = labels.roll(-1, dims=1) >= 0
+    kept[:, -1] = False
+    return kept
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _with_exp(logs: Tensor) -> tuple[Tensor, Tensor]:
+    return logs, logs.exp()
