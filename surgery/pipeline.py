@@ -94,7 +94,7 @@ def apply_and_heal(
     healed, source = heal_folder(unhealed, converted, named, recipe.heal, recipe.evaluate, out, **settings)
     if healed is not None:
         finish(healed, unhealed, source, recipe.evaluate if evaluate else None, check, gate, progress)
-        if not recipe.heal.keep_adapter:
+        if not recipe.heal.keeps_adapter:
             remove_own(unhealed)
     return healed
 
