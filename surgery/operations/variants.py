@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 from pydantic import (
     BaseModel,
     GetCoreSchemaHandler,
-    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import (
     CoreSchema,
     InitErrorDetails,

@@ -58,7 +58,7 @@ class SparsePrefill(Variants, Operation):
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
         method = cls.own_method()
-        return [(key, f"{method} has no setting {key!r}, which {_have(cls.readers(key))}") for key in keys]
+        return [(key, f"{method} has no setting {key!r}; {any_of(cls.readers(key))} has it") for key in keys]
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         return [f"sparse_prefill: {problem}" for problem in self._problems(anatomy)]
@@ -211,7 +211,3 @@ class SparsePrefill(Variants, Operation):
         except ValueError as error:
             raise SurgeryError(f"sparse_prefill: {error}", where=type(model).__name__) from None
         return record
-
-
-def _have(methods: list[str]) -> str:
-    return f"{any_of(methods)} {'has' if len(methods) == 1 else 'have'}"
