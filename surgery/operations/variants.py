@@ -22,6 +22,7 @@ method is one class and its name in that line.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from pydantic import (
@@ -107,25 +108,26 @@ class Variants(BaseModel):
         return [(key, f"{key} is for method: {any_of(cls.readers(key))}, not {method}") for key in keys]
 
     @classmethod
-    def strangers(cls, fields: dict[str, Any]) -> list[str]:
+    def strangers(cls, fields: Iterable[str]) -> list[str]:
         """Those of the given fields that another method has and this one has not."""
         return [key for key in fields if key not in cls.model_fields and cls.readers(key)]
 
     @classmethod
     def unset(cls, key: str) -> list[Any]:
-        """What a record may hold for a field of other methods that nobody set."""
+        """What a record may hold for a field of other methods that nobody set; nothing, if each must be given."""
         found = []
         for method in cls.readers(key):
             variant = cls.METHODS[method]
             field = variant.model_fields[key]
-            found.append(None if key in variant._null_is_default() else field.get_default(call_default_factory=True))
+            if not field.is_required():
+                found.append(None if key in variant._null_is_default() else field.get_default())
         return found
 
     def identity(self) -> dict[str, Any]:
         """The record, with other methods' fields as earlier versions recorded them: what resume hashes are of."""
-        keys = dict.fromkeys(key for method in self.METHODS.values() for key in method.model_fields)
-        others = {key: self.unset(key)[0] for key in keys if key not in type(self).model_fields}
-        return self.model_dump(mode="json") | others
+        others = (key for method in self.METHODS.values() for key in self.strangers(method.model_fields))
+        unset = {key: values[0] for key in others if (values := self.unset(key))}
+        return self.model_dump(mode="json") | unset
 
     @classmethod
     def _null_is_default(cls) -> set[str]:
@@ -149,7 +151,7 @@ class Variants(BaseModel):
         }
         faults: list[InitErrorDetails] = [
             {"type": PydanticCustomError(OTHER_METHOD, "{text}", {"text": text}), "loc": (key,), "input": data[key]}
-            for key, text in cls.misplaced(wrong)
+            for key, text in (cls.misplaced(wrong) if wrong else ())
         ]
         try:
             made = handler(own)
