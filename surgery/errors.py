@@ -64,8 +64,9 @@ class SurgeryError(Exception):
 
     def to_dict(self) -> dict:
         """The same facts as an object, for `--json`."""
-        facts = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
-        facts = {key: value for key, value in facts.items() if value} | {"exit_code": self.exit_code}
+        words = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
+        facts: dict[str, object] = {key: value for key, value in words.items() if value}
+        facts["exit_code"] = self.exit_code
         if self.others:
             facts["others"] = [other.to_dict() for other in self.others]
         return facts

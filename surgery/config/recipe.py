@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -155,7 +156,7 @@ def find(name: str | Path) -> Path:
     )
 
 
-def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, ...] = (), **fields) -> Recipe:
+def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fields) -> Recipe:
     """A checked recipe.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -10,13 +10,12 @@ from surgery.config.yaml import line_of
 from surgery.errors import SurgeryError, any_of, nearest, shown, wanted
 from surgery.operations.variants import OTHER_METHOD, Variants, keys_of
 
-Model = TypeVar("Model", bound=BaseModel)
 OWN_WORDS = ("heal", OTHER_METHOD)  # types of errors whose message is a sentence already
 
 
 def checked(
-    kind: type[Model], fields: object, lines: dict, where: str, path: tuple
-) -> tuple[Model | None, list[SurgeryError]]:
+    kind: type[BaseModel], fields: object, lines: dict, where: str, path: tuple
+) -> tuple[Any, list[SurgeryError]]:
     """An object of a class, or of one of its methods, and every fault of its fields.
 
     Args:
@@ -47,8 +46,8 @@ def checked(
 
 
 def _validated(
-    kind: type[Model], fields: dict, lines: dict, where: str, path: tuple
-) -> tuple[Model | None, list[SurgeryError]]:
+    kind: type[BaseModel], fields: dict, lines: dict, where: str, path: tuple
+) -> tuple[Any, list[SurgeryError]]:
     try:
         return kind.model_validate(fields), []
     except ValidationError as error:

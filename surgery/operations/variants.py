@@ -159,9 +159,10 @@ class Variants(BaseModel):
             if not faults:
                 raise
             faults += [_again(each) for each in error.errors(include_url=False)]
-        if faults:
-            raise ValidationError.from_exception_data(cls.__name__, faults)
-        return made
+        else:
+            if not faults:
+                return made
+        raise ValidationError.from_exception_data(cls.__name__, faults)
 
     @model_serializer(mode="wrap")
     def _record(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -143,7 +143,8 @@ class ClosedForm(GQA):
             return {}
         orders = None
         if self.grouping == "similarity":
-            shared = [self.kv_heads] * len(targets) if self.kept(before) else targets
+            one = self.kv_heads if self.kept(before) and isinstance(self.kv_heads, int) else None
+            shared = [one] * len(targets) if one else targets
             orders = [partial(self.order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
