@@ -22,7 +22,7 @@ method is one class and its name in that line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from pydantic import (
@@ -108,9 +108,10 @@ class Variants(BaseModel):
         return [(key, f"{key} is for method: {any_of(cls.readers(key))}, not {method}") for key in keys]
 
     @classmethod
-    def strangers(cls, fields: Iterable[str]) -> list[str]:
+    def strangers(cls, fields: Collection[str]) -> list[str]:
         """Those of the given fields that another method has and this one has not."""
-        return [key for key in fields if key not in cls.model_fields and cls.readers(key)]
+        known = dict.fromkeys(key for method in cls.METHODS.values() for key in method.model_fields)
+        return [key for key in known if key in fields and key not in cls.model_fields]
 
     @classmethod
     def unset(cls, key: str) -> list[Any]:
@@ -125,7 +126,7 @@ class Variants(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The record, with other methods' fields as earlier versions recorded them: what resume hashes are of."""
-        others = (key for method in self.METHODS.values() for key in self.strangers(method.model_fields))
+        others = self.strangers(keys_of(type(self)))
         unset = {key: values[0] for key in others if (values := self.unset(key))}
         return self.model_dump(mode="json") | unset
 
