@@ -158,11 +158,7 @@ def sink_map(
         with residual.watch(model, seen):
             for begin in range(0, len(pieces), batch):
                 here = residual.here = range(begin, min(begin + batch, len(pieces)))
-                given = {"input_ids": pieces[list(here)].to(model.device)}
-                if mask is not None:
-                    part = mask[list(here)].long().to(model.device)
-                    given |= {"attention_mask": part, "position_ids": (part.cumsum(1) - 1).clamp(min=0)}
-                model.base_model(**given, use_cache=False)
+                model.base_model(**_given(model, pieces, mask, list(here)), use_cache=False)
                 if progress:
                     progress(here[-1] + 1, len(pieces), "sinks")
 
@@ -181,6 +177,15 @@ def sink_map(
         length=pieces.shape[1],
         alpha=alpha,
     )
+
+
+def _given(model, pieces: torch.Tensor, mask: torch.Tensor | None, rows: list[int]) -> dict[str, torch.Tensor]:
+    """Arguments of a forward on some texts."""
+    given = {"input_ids": pieces[rows].to(model.device)}
+    if mask is not None:
+        real = mask[rows].long().to(model.device)
+        given |= {"attention_mask": real, "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+    return given
 
 
 class _Layer:

@@ -97,7 +97,9 @@ class Plan:
         table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
         operations = self.recipe.to_dict()["operations"]
         heal, added = self.recipe.heal, self._added
-        return HealPlan.of(heal, self.after, table, touched(operations), added, self.before, operations)
+        return HealPlan.of(
+            heal, self.after, table, touched(operations), added, base=self.before, operations=operations
+        )
 
     @property
     def output_bytes(self) -> int:
@@ -211,7 +213,7 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return []
+    return operation.problems_before(anatomy)
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:

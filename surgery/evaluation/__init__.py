@@ -1,1 +1,4 @@
-"""What a surgery cost and gained: perplexity and distance to the base, needles, speed and cache bytes."""
+"""What a surgery cost and gained: checks of a folder, probes of a model beside its base, benchmarks of speed.
+
+May import report, config, operations, calibration and the rooms below.
+"""

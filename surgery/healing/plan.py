@@ -54,11 +54,12 @@ class HealPlan:
         table: Table,
         rewritten: frozenset[str],
         more: int = 0,
+        *,
         base: Anatomy | None = None,
         operations: Sequence[dict] = (),
         engine: Engine | None = None,
     ) -> HealPlan:
-        """The plan for a converted model; arguments as for `trained.choose`.
+        """The plan for a converted model; arguments as for `select_trainable`.
 
         Args:
             base: of the model before the surgery; None where it is not known.

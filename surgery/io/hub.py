@@ -210,36 +210,36 @@ def push(
         SurgeryError: not our output, unchecked or changed since, a bad name, no token.
         MachineError: network, a refused token, no right to write.
     """
-    from surgery.io.files import split_card
-
     out = Path(out)
     try:
         report, files = _checked(out)
     except OSError as error:
         raise MachineError(f"cannot be read: {error.strerror}", where=str(out)) from None
-    gate, recipe, base = (report.get(key) or {} for key in ("gate", "recipe", "base"))
-    card = out / "README.md"
-    facts = {
-        "repo": _valid_id(repo),
-        "visibility": "public" if public else "private",
-        "dry_run": dry_run,
-        "files": files,
-        "bytes": sum(file["bytes"] for file in files),
-        "metadata": split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.is_file() else {},
-        "warnings": [],
-    }
-    judged = gate.get("limits") or gate.get("status") not in (None, "not run")  # a recipe may have no gate
-    if judged and gate.get("status") != "passed":
-        facts["warnings"].append(f"the quality gate of this model: {gate.get('status') or 'not run'}")
-    if not facts["metadata"]:
-        facts["warnings"].append("the card has no metadata: the Hub will show neither base model nor licence")
+    facts = {"repo": _valid_id(repo), "visibility": "public" if public else "private", "dry_run": dry_run}
+    facts |= {"files": files, "bytes": sum(file["bytes"] for file in files)}
+    facts["metadata"], facts["warnings"] = _metadata_and_warnings(out, report)
     if dry_run:
         return facts
     if not (token := hub_token()):
         raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
+    recipe, base = (report.get(key) or {} for key in ("recipe", "base"))
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
     return facts | _send(out, facts, token, public, message, revision)
+
+
+def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:
+    """The metadata of the card, and what a reader of it should know before it is on the Hub."""
+    from surgery.io.files import split_card
+
+    card, gate, warnings = out / "README.md", report.get("gate") or {}, []
+    metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.is_file() else {}
+    judged = gate.get("limits") or gate.get("status") not in (None, "not run")  # a recipe may have no gate
+    if judged and gate.get("status") != "passed":
+        warnings.append(f"the quality gate of this model: {gate.get('status') or 'not run'}")
+    if not metadata:
+        warnings.append("the card has no metadata: the Hub will show neither base model nor licence")
+    return metadata, warnings
 
 
 def _send(out: Path, facts: dict, token: str, public: bool, message: str, revision: str | None) -> dict:

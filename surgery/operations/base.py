@@ -113,14 +113,14 @@ class ApplyContext:
 
 
 def missing_texts(operation: Operation) -> list[str]:
-    """The calibration text that an operation names, if it is no file and none of the words that stand for one."""
-    found = []
+    """Problems of the calibration texts that an operation names: each must be a file or one of `TEXTS`."""
+    problems = []
     for field in ("text", "calibration_text"):
-        named = getattr(operation, field, None)
-        if isinstance(named, str) and named not in TEXTS and not Path(named).is_file():
+        text = getattr(operation, field, None)
+        if isinstance(text, str) and text not in TEXTS and not Path(text).is_file():
             words = "; ".join((*TEXTS, "a UTF-8 text file"))
-            found.append(f"{operation.op}: {field}: no such text file: {named!r} (there is: {words})")
-    return found
+            problems.append(f"{operation.op}: {field}: no such text file: {text!r} (there is: {words})")
+    return problems
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
@@ -157,6 +157,10 @@ class Operation(BaseModel):
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""
+        return []
+
+    def problems_before(self, earlier: Anatomy) -> list[str]:
+        """Why this does not go with the surgery that the checkpoint has from before this recipe."""
         return []
 
     def problems_after(self, later: Anatomy) -> list[str]:
@@ -213,7 +217,7 @@ class WeightRewrite(Operation):
 
 
 def whole_keys(values: Any) -> Any:
-    """JSON has no other keys than texts: "3" is 3."""
+    """The same value with decimal keys as whole numbers, at every depth: JSON has text keys alone, so "3" is 3."""
     if not isinstance(values, dict):
         return values
     keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}

@@ -1,4 +1,4 @@
-"""Every operation in the setting that changes nothing, on every family of the attention interface: a line for each."""
+"""Every operation in each setting that changes nothing, on every family of the attention interface (cases.py)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from dense import LENGTH, batch, chunked, difference, given
+from cases import CASES, FAMILIES, recipe
+from dense import batch, chunked, difference, given
 from families import (
-    OFF_THE_INTERFACE,
     TINY,
     TOKENS,
     logits_of,
@@ -19,34 +19,15 @@ from families import (
 import surgery
 from surgery.architecture.anatomy import Anatomy
 
-IDENTITIES = {
-    "gqa, all KV heads": lambda layer: {"op": "gqa", "kv_heads": layer.kv_heads},
-    "expand, no more": lambda layer: {"op": "expand", "kv_heads": layer.kv_heads},
-    "duo_attention, none stream": lambda layer: {"op": "duo_attention", "streaming_ratio": 0.0},
-    "duo_attention, window": lambda layer: {"op": "duo_attention", "streaming_ratio": 1.0, "window": LENGTH},
-    "zero_tuning, gamma 1": lambda layer: sinks("zero_tuning", gamma=1.0),
-    "learned, identity": lambda layer: sinks("learned", start="identity"),
-    "learned, logit -1e4": lambda layer: sinks("learned", logit=-1e4),
-    "kv_bias, identity": lambda layer: sinks("kv_bias", start="identity"),
-    "sparse_prefill, gamma 1": lambda layer: {"op": "sparse_prefill", "gamma": 1.0, "block": 16, "dense_below": 0},
-    "prune_heads, none": lambda layer: {"op": "prune_heads", "per_layer": 0},
-    "head_mask, ones": lambda layer: {"op": "head_mask", "values": {0: [1.0] * layer.heads, 1: {2: 1}}},
-}
-REFUSED = {
-    ("olmo2", "prune_heads, none"),  # a QK-norm over all heads: no head can go, and the plan says so
-    ("mistral", "sparse_prefill, gamma 1"),  # the base's own window in every layer: no head sees all
-    ("starcoder2", "sparse_prefill, gamma 1"),
-}
-STOCK = ("gqa", "expand", "prune_heads", "head_mask")  # what changes no weight leaves a stock model
-FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE and not Anatomy.of(TINY[name]()).composite]
-
-
-def sinks(method: str, **fields) -> dict:
-    return {"op": "sink_calibration", "method": method} | fields
-
-
-def recipe(*steps: dict) -> dict:
-    return {"version": 1, "name": "test", "operations": list(steps), "evaluate": None}
+SETTINGS = {name: (op, make) for op, case in CASES.items() for name, make in case.identity.items()}
+RUNS = [
+    (family, name)
+    for family in FAMILIES
+    for name, (op, _) in SETTINGS.items()
+    if family not in CASES[op].refused_always
+]
+# In one checkpoint, one operation of each term; where all heads have a window, none has a prompt to read by blocks.
+LEFT = ("duo_attention, none stream", "learned, identity", "kv_bias, identity", "sparse_prefill, gamma 1")
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +35,20 @@ def bases():
     return {name: TINY[name]().eval().requires_grad_(False) for name in FAMILIES}
 
 
-RUNS = [(family, step) for family in FAMILIES for step in IDENTITIES if (family, step) not in REFUSED]
+def test_every_operation_has_a_case():
+    from surgery import operations
+
+    assert sorted(CASES) == operations.builtin_names()
 
 
 @pytest.mark.parametrize(("family", "step"), RUNS)
 @torch.no_grad()
 def test_identity(bases, family, step):
     """Cached and not, rows alone and left-padded."""
-    base, model = bases[family], copy.deepcopy(bases[family])
-    facts = Anatomy.of(base).layers[0]
-    report = surgery.apply(recipe(IDENTITIES[step](facts)), model)
-    assert report.data["tier"] == ("native" if step.startswith(STOCK) else "surgical")
+    base, model, (op, make) = bases[family], copy.deepcopy(bases[family]), SETTINGS[step]
+    report = surgery.apply(recipe({"op": op} | make(Anatomy.of(base).layers[0])), model)
+    stays_stock = CASES[op].native or op == "prune_heads"  # where no head goes, there is nothing to say of heads
+    assert report.data["tier"] == ("native" if stays_stock else "surgical")
     ids, mask = batch(base)
     for rows in (slice(0, 1), slice(None)):
         want = base(**given(base, ids[rows], mask[rows]), use_cache=False).logits
@@ -74,13 +58,15 @@ def test_identity(bases, family, step):
 
 
 def test_identity_through_both_doors_and_saved_again(bases, tmp_path):
-    """All operations at once: one checkpoint of each family."""
+    """All terms at once: one checkpoint of each family."""
     folders = []
     for family, base in bases.items():
         model, layer = copy.deepcopy(base), Anatomy.of(base).layers[0]
-        # One operation of each term; where all heads have a window, none has a prompt to read by blocks.
-        left = ("duo_attention, none stream", "learned, identity", "kv_bias, identity", "sparse_prefill, gamma 1")
-        steps = [make(layer) for step, make in IDENTITIES.items() if step not in left and (family, step) in RUNS]
+        steps = [
+            {"op": op} | make(layer)
+            for name, (op, make) in SETTINGS.items()
+            if name not in LEFT and (family, name) in RUNS
+        ]
         surgery.apply(recipe(*steps), model)
         model.save_pretrained(tmp_path / family)
         surgery.load(tmp_path / family).save_pretrained(tmp_path / f"{family}-again")

@@ -439,7 +439,7 @@ def test_a_stopped_search_goes_on_and_ends_as_if_it_had_not(
     stop_at = math.inf
 
     def watched(trial, name, values, pieces):
-        if name not in trial.found.known:
+        if name not in trial.figures.known:
             if len(measured) == stop_at:
                 raise KeyboardInterrupt
             measured.append(name)

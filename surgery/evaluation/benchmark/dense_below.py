@@ -113,12 +113,7 @@ def calibrate(
     longest = min(positions, tokens)
     tried = [n for n in sorted(set(candidates or CANDIDATES)) if block <= n <= longest // 2]
     if not tried:
-        raise SurgeryError(
-            f"no candidate can be tried: they are from a block ({block}) to half of {longest:,} tokens, which is what "
-            f"the model's {positions:,} positions and the {tokens:,} tokens of the text allow",
-            where=str(out),
-            fix="other --lengths, or a longer --text",
-        )
+        raise _no_candidate(block, positions, tokens, str(out))
     ids = windows(loaded, tokenizer, 2 * tried[-1], 1).to(place)
     for number, candidate in enumerate(tried):
         calls = _calls(model, ids[:, : 2 * candidate], layers)
@@ -132,6 +127,15 @@ def calibrate(
     before = sorted({entries[number].get("dense_below", 0) for number in sparse})
     facts = (trials, machine_name(place), loaded.title, layers, rounds)
     return Calibration(positions if value is None else value, before, value is not None, *facts)
+
+
+def _no_candidate(block: int, positions: int, tokens: int, where: str) -> SurgeryError:
+    return SurgeryError(
+        f"no candidate can be tried: they are from a block ({block}) to half of {min(positions, tokens):,} tokens, "
+        f"which is what the model's {positions:,} positions and the {tokens:,} tokens of the text allow",
+        where=where,
+        fix="other --lengths, or a longer --text",
+    )
 
 
 def _calls(model, ids, layers: list[int]) -> list[tuple]:

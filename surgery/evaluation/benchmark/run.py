@@ -49,6 +49,33 @@ class Contender:
         return self.model
 
 
+BY_TEXT = (
+    "how many blocks the sparse prefill reads follows from text and weights: random ones have it read far more. A "
+    "density is kept in any case (a recipe with density=0.2 gamma=null)"
+)
+
+
+def _facts_of(stock) -> dict:
+    """What a reader must know of the base that was timed."""
+    text = stock.config.get_text_config()
+    return {
+        "layers": text.num_hidden_layers,
+        "dtype": str(stock.dtype).removeprefix("torch."),
+        "base_attention": text._attn_implementation,
+        "base_cache": "its own cache" if getattr(stock.config, "surgery", None) else "DynamicCache",
+    }
+
+
+def _contenders(stock, model) -> list[Contender]:
+    """The base, the converted model, and between them its cache with all heads full: what the cache alone gains."""
+    block = getattr(model.config, "surgery", None)
+    if not block:
+        return [Contender(STOCK, stock), Contender(SPLIT, model, block)]
+    full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
+    whole = Contender(FULL, model, {**block, "layers": full})
+    return [Contender(STOCK, stock), whole, Contender(SPLIT, model, block)]
+
+
 def bench(
     out: str | Path,
     base: str | Path,
@@ -94,33 +121,17 @@ def bench(
         stock, model, facts = random_pair(*configs, positions, layers, ratio)
     else:
         stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
-    block = getattr(model.config, "surgery", None)
     split, gate, sparse = split_facts(model.config), gate_facts(model.config), sparse_facts(model.config)
-    contenders = [Contender(STOCK, stock), Contender(SPLIT, model, block)]
-    if block:
-        full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
-        contenders.insert(1, Contender(FULL, model, {**block, "layers": full}))
-    text = stock.config.get_text_config()
-    facts = {
-        "layers": text.num_hidden_layers,
-        "dtype": str(stock.dtype).removeprefix("torch."),
-        "base_attention": text._attn_implementation,
-        "base_cache": "its own cache" if getattr(stock.config, "surgery", None) else "DynamicCache",
-        "synthetic": synthetic,
-        **facts,
-    }
-    prompts, facts["prompts"], reason = make_prompts(None if synthetic else folder, text.vocab_size, lengths)
+    facts = _facts_of(stock) | {"synthetic": synthetic} | facts
+    vocabulary = stock.config.get_text_config().vocab_size
+    prompts, facts["prompts"], reason = make_prompts(None if synthetic else folder, vocabulary, lengths)
     notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
-    if sparse and sparse["by_text"] and (synthetic or reason):
-        notes.append(
-            "how many blocks the sparse prefill reads follows from text and weights: random ones have it read far "
-            "more. A density is kept in any case (a recipe with density=0.2 gamma=null)"
-        )
+    notes += [BY_TEXT] if sparse and sparse["by_text"] and (synthetic or reason) else []
     with _out_of_memory(place):
         for each in (stock, model):
             _touch(each.to(place).eval())
         with _short_collections():
-            timings = _all_rounds(contenders, prompts, rounds, decode, place, progress)
+            timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, place, progress)
     return Benchmark(machine_name(place), facts, split, gate, rounds, decode, timings, notes, sparse)
 
 

@@ -1,0 +1,130 @@
+"""The rules that keep the package readable: rooms, names of modules, sizes, imports; README's map of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "surgery"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LINES, LENGTH, PARAMETERS = 450, 60, 7
+
+# The modules that were decided, room by room: nouns of the field, or the verb that a command line or a recipe has
+# for it. No participle, adverb or preposition. A room in OPEN gets a file for each new entry of its registry.
+DECIDED = {
+    "": "__main__ api errors pipeline version",
+    "architecture": "anatomy detect edit families layer surgery_block weights",
+    "calibration": "attention_hook head_scores layerwise moments scoring sinks",
+    "cli": "convert doctor inspect main measure options",
+    "cli/render": "console heads model sinks summary tables",
+    "config": "heal heal_overrides overrides recipe yaml",
+    "conversion": "convert in_memory plan streaming",
+    "data": "documents generated haystack packing passkeys questions text",
+    "evaluation": "check check_code check_layers fresh_process multiple_choice needles paired perplexity run",
+    "evaluation/benchmark": "dense_below models result run",
+    "healing": "callbacks contexts distributed heal layerwise_distillation lora losses parameters plan record run "
+    "teacher trainer validate weighted_gqa",
+    "io": "demo_model files hub hub_errors loading model_folder output_folder pickle resume safetensors",
+    "kernels": "",
+    "machine": "device parallel progress transformers_logging",
+    "operations": "base expand head_mask rewrite",
+    "operations/duo_attention": "ablation far_mass learned_gates operation retrieval scorers",
+    "operations/gqa": "choose_layers closed_form conjugate_gradient cost fit_mlp fit_scores fit_values grouping layer "
+    "layer_inputs low_rank merge operation streams",
+    "operations/moh": "operation router",
+    "operations/prune_heads": "importance operation refit select",
+    "operations/sink_calibration": "act operation virtual_keys zero_tuning",
+    "operations/sparse_prefill": "operation pattern_search",
+    "recipes": "",
+    "report": "card card_sections gate lineage plots report",
+    "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_selection surgery_cache "
+    "surgery_config surgery_gated_compute surgery_gates surgery_sparse_prefill surgery_token surgery_visibility",
+}
+OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
+
+
+def room_of(path: Path) -> str:
+    parent = path.parent.relative_to(PACKAGE).as_posix()
+    return "" if parent == "." else parent
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_are_small_and_do_not_assert(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LINES
+    for node in ast.walk(ast.parse(text)):
+        assert not isinstance(node, ast.Assert), f"user input is never checked with assert: line {node.lineno}"
+        if isinstance(node, ast.FunctionDef) and not is_verb(path, node):
+            where = f"{node.name}, line {node.lineno}"
+            assert node.end_lineno - node.lineno < LENGTH, where
+            given = [*node.args.posonlyargs, *node.args.args]
+            own = given[:1] and given[0].arg in ("self", "cls")
+            assert len(given) - bool(own) <= PARAMETERS, where
+
+
+def is_verb(path: Path, function: ast.FunctionDef) -> bool:
+    """Whether a function is a verb of the command line: its parameters are flags."""
+    return room_of(path) == "cli" and "Annotated" in ast.unparse(function.args)
+
+
+def test_every_module_has_a_name_that_was_decided():
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        room = room_of(path)
+        known = found.setdefault(room, set())
+        if path.stem != "__init__" and not (room in OPEN and path.stem.startswith(OPEN[room])):
+            known.add(path.stem)
+    assert {room: sorted(names) for room, names in found.items()} == {
+        room: sorted(names.split()) for room, names in DECIDED.items()
+    }
+
+
+def test_operations_that_must_not_know_each_other_are_all_of_them():
+    contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "independence")
+    shared = {"__init__", "base", "rewrite"}
+    paths = [
+        path for path in (PACKAGE / "operations").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
+    methods = {f"surgery.operations.{path.stem}" for path in paths if path.stem not in shared}
+    assert set(contract["modules"]) == methods
+
+
+def test_every_room_is_a_layer_and_has_a_docstring():
+    layers = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")["layers"]
+    named = {name.strip().removeprefix("surgery.") for line in layers for name in line.split("|")}
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels", "recipes"}
+    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "version"}
+    assert named == rooms | loose
+    for init in PACKAGE.rglob("__init__.py"):
+        said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        assert len(said) > 20, init
+    forbidden = next(
+        c for c in PROJECT["tool"]["importlinter"]["contracts"] if "typer" in c.get("forbidden_modules", ())
+    )
+    assert {name.removeprefix("surgery.") for name in forbidden["source_modules"]} == (rooms | loose | {"version"}) - {
+        "cli"
+    }
+
+
+def test_the_map_names_every_room():
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    for path in PACKAGE.iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"{path.name}/" in text
+        elif path.suffix == ".py" and not path.stem.startswith("__"):
+            assert path.name in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("grimp") is None, reason="needs import-linter")
+def test_no_module_is_loose_and_none_imports_itself_through_others():
+    done = subprocess.run([sys.executable, ROOT / ".ci/structure.py"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "circles of modules: none" in done.stdout
