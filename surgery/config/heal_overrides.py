@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import BUDGETS, Heal, unread
 from surgery.config.overrides import as_text
-from surgery.config.recipe import faults_of
+from surgery.config.validation import checked
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, shown
 from surgery.evaluation.probes.settings import without_defaults
@@ -58,16 +56,15 @@ def settings(
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
     typed = {path[1] for path in lines if path[0] == "heal"} | (set(given) if given is not None else set())
-    for name in unread(data["heal"]).keys() - typed:  # of the recipe's own, what another method or loss leaves unread
+    method = Heal.variant(data["heal"].get("method"))
+    idle = {*unread(data["heal"]), *method.strangers(data["heal"])}
+    for name in idle - typed:  # of the recipe's own, what another method or loss leaves unread
         del data["heal"][name]
     found: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
-        if data[section] is None:
-            continue
-        try:
-            found[section] = kind.model_validate(data[section])
-        except ValidationError as error:
-            faults += faults_of(error, lines, section, (section,), list(kind.model_fields))
+        if data[section] is not None:
+            found[section], wrong = checked(kind, data[section], lines, section, (section,))
+            faults += wrong
     if faults:
         first, *rest = faults
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))

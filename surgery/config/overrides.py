@@ -11,6 +11,7 @@ from surgery import operations
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, nearest
+from surgery.operations.variants import keys_of
 
 
 def as_text(key: str, value: object) -> str:
@@ -87,7 +88,7 @@ def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -
 
 def _fields(step: dict) -> list[str]:
     try:
-        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
+        return [name for name in keys_of(operations.find(str(step.get("op")))) if name != "op"]
     except SurgeryError:
         return [name for name in step if name != "op"]
 

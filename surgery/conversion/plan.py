@@ -161,7 +161,7 @@ class Plan:
         named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
         paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        facts = {"recipe": self.recipe.to_dict(), "files": files, "base": fingerprint, "version": __version__}
+        facts = {"recipe": self.recipe.identity(), "files": files, "base": fingerprint, "version": __version__}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

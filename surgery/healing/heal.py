@@ -172,7 +172,7 @@ def _identity(asked: Heal, report: Report, source: Path | None) -> str:
 
     files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
     base = Checkpoint(source).fingerprint() if source is not None else ""
-    facts = {"heal": asked.model_dump(mode="json"), "files": files, "base": base, "version": __version__}
+    facts = {"heal": asked.identity(), "files": files, "base": base, "version": __version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

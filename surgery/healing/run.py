@@ -95,7 +95,7 @@ def train(model, job: HealRun) -> dict:
             if mixing:
                 record["mixing"] = folded(model)
             if heal.method == "lora":
-                if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
+                if heal.keeps_adapter and job.adapter is not None and processes().is_main_process:
                     _keep_adapter(student, job)
                 model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
         except BaseException:  # a model in memory is a plain one again
@@ -128,7 +128,7 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
     found = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
-    if heal.keep_adapter and (names := bare(model, found)):
+    if heal.keeps_adapter and (names := bare(model, found)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
             where="heal",

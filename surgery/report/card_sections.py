@@ -251,7 +251,7 @@ def _how(record: dict) -> list[str]:
     what = {
         "full": "All weights were trained",
         "parts": "What the surgery added or rewrote was trained",
-        "lora": f"Updates of rank {settings['rank']} to {record.get('adapted')} matrices were trained and merged",
+        "lora": f"Updates of rank {settings.get('rank')} to {record.get('adapted')} matrices were trained and merged",
     }[settings["method"]]
     mixing = record.get("mixing")
     if mixing and settings["method"] == "parts" and mixing["weights"] == record["parameters"]:
@@ -275,7 +275,7 @@ def _how(record: dict) -> list[str]:
             f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
             f"({asked['method']}, {losses.written(asked['loss'])})"
         )
-    if settings["keep_adapter"]:
+    if settings.get("keep_adapter"):
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
         lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
     if record.get("ended_by") == "gate":

@@ -15,6 +15,7 @@ from surgery.cli.render.console import STATUS_STYLE, console
 from surgery.evaluation import probes
 from surgery.evaluation.probes.settings import asked as asked_probes
 from surgery.operations.base import SURGICAL
+from surgery.operations.variants import Variants, inline_schema, method_facts
 from surgery.report.card_sections import healed, searched
 from surgery.report.gate import damage
 
@@ -102,16 +103,32 @@ def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> No
     out.print(table)
     for op, cls in classes.items():
         out.print(Text.assemble("\n", (op, "bold"), "  ", cls.summary))
-        fields, schema = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1)), cls.model_json_schema()
-        for name, field in schema["properties"].items():
-            if name != "op":
-                empty = "optional" if field.get("default") is None else f"default {json.dumps(field['default'])}"
-                default = "required" if name in schema.get("required", []) else empty.replace('"', "")
-                legal = kind(field, schema.get("$defs", {}))
-                fields.add_row(f"  {name}", legal, Text(default, style="dim"), field.get("description", ""))
-        out.print(fields)
+        schema, methods = inline_schema(cls), cls.METHODS if issubclass(cls, Variants) else {}
+        facts = {name: method_facts(method) for name, method in methods.items()}
+        own = {key for fact in facts.values() for key in fact["fields"]}
+        common = {name: field for name, field in schema["properties"].items() if name not in own | {"op"}}
+        out.print(_fields(common, schema))
+        for name, fact in facts.items():
+            out.print(Text.assemble("  method: ", (name, "bold"), ("  " + fact["description"], "dim")))
+            if fact["fields"]:
+                out.print(_fields(fact["fields"], fact, indent=4))
     for op, error in broken.items():
         out.print(Text.assemble("\n", (op, "bold red"), "  ", error))
+
+
+WIDE = 60  # a column of so many names would push the descriptions out of the terminal
+
+
+def _fields(fields: dict[str, dict], schema: dict, indent: int = 2) -> Table:
+    """A row for each field: name, what it takes, its default, what it is."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
+    for name, field in fields.items():
+        empty = "optional" if field.get("default") is None else f"default {json.dumps(field['default'])}"
+        default = "required" if name in schema.get("required", []) else empty.replace('"', "")
+        legal = kind(field, schema.get("$defs", {}))
+        legal = "one of those below" if name == "method" and len(legal) > WIDE else legal
+        table.add_row(" " * indent + name, legal, Text(default, style="dim"), field.get("description", ""))
+    return table
 
 
 def kind(field: dict, known: dict) -> str:
