@@ -29,7 +29,7 @@ DECIDED = {
     "calibration": "attention_hook head_scores layerwise moments scoring sinks",
     "cli": "convert doctor evaluate inspect main measure options",
     "cli/render": "console heads model sinks summary tables",
-    "config": "evaluate heal heal_overrides options overrides recipe yaml",
+    "config": "evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert in_memory plan preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
     "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
@@ -41,18 +41,18 @@ DECIDED = {
     "io": "demo_model files hub hub_errors loading model_folder output_folder pickle resume safetensors",
     "kernels": "",
     "machine": "device parallel progress transformers_logging",
-    "operations": "base expand head_mask rewrite",
+    "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "ablation far_mass learned_gates operation retrieval scorers",
-    "operations/gqa": "choose_layers closed_form conjugate_gradient cost fit_mlp fit_scores fit_values grouping layer "
-    "layer_inputs low_rank merge operation streams",
+    "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores fit_values grouping layer "
+    "layer_inputs low_rank merge merge_methods operation streams",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
-    "operations/sink_calibration": "act operation virtual_keys zero_tuning",
-    "operations/sparse_prefill": "operation pattern_search",
+    "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
+    "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
     "report": "card card_sections gate lineage plots report",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_selection surgery_cache "
-    "surgery_config surgery_gated_compute surgery_gates surgery_sparse_prefill surgery_token surgery_visibility",
+    "surgery_config surgery_gated_compute surgery_gates surgery_kv_policy surgery_sparse_prefill surgery_visibility",
 }
 OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
 ENTRIES = {  # room -> modules of its registry, which may come and go
@@ -100,7 +100,7 @@ def test_every_module_has_a_name_that_was_decided():
 
 def test_operations_that_must_not_know_each_other_are_all_of_them():
     contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "independence")
-    shared = {"__init__", "base", "rewrite"}
+    shared = {"__init__", "base", "rewrite", "variants"}
     paths = [
         path for path in (PACKAGE / "operations").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     ]

@@ -69,7 +69,8 @@ def bench(
     _refuse_of_bench(context, base, calibrate)
     asked = None if lengths is None else parse_lengths(lengths)
     if calibrate:
-        return _calibrate(out, asked, rounds, text, device, write, as_json, quiet)
+        settings = {"candidates": asked, "rounds": rounds, "text": text, "device": device}
+        return _calibrate(out, settings, write, as_json, quiet)
     chosen = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
     if plot:
         pictures.ready(plot)
@@ -83,13 +84,13 @@ def bench(
         timings.plot(result, plot)
 
 
-def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write: bool, as_json: bool, quiet: bool):
+def _calibrate(out: Path, asked: dict, write: bool, as_json: bool, quiet: bool) -> None:
+    """Find `dense_below` with these settings, print it, and write it to the checkpoint if asked."""
     from surgery.cli.render import tables as calibration
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import dense_below as calibrate
 
     with progress_bar(quiet or as_json) as progress:
-        asked = {"candidates": candidates, "rounds": rounds, "text": text, "device": device}
         found = calibrate.calibrate(out, **asked, progress=progress)
     if not as_json:
         calibration.calibration_table(found)

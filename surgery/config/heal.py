@@ -207,8 +207,7 @@ class Heal(Variants):
     @property
     def rate(self) -> float:
         """The highest learning rate."""
-        assert self.learning_rate is not None  # null means the default
-        return self.learning_rate
+        return self.learning_rate or 0.0  # never null: null means the default
 
     @property
     def keeps_adapter(self) -> bool:
