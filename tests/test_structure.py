@@ -43,16 +43,17 @@ DECIDED = {
     "machine": "device parallel progress transformers_logging",
     "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "ablation far_mass learned_gates operation retrieval scorers",
-    "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores fit_values grouping layer "
-    "layer_inputs low_rank merge merge_methods operation streams",
+    "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
+    "fit_values grouping layer layer_inputs low_rank merge merge_methods operation streams",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
     "report": "card card_sections gate lineage plots report",
-    "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_selection surgery_cache "
-    "surgery_config surgery_gated_compute surgery_gates surgery_kv_policy surgery_sparse_prefill surgery_visibility",
+    "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
+    "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates surgery_kv_policy "
+    "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
 ENTRIES = {  # room -> modules of its registry, which may come and go

@@ -21,8 +21,8 @@ from functools import partial
 import torch
 
 from .surgery_bias import fault_of_shapes, parameters_of_kinds, scores
-from .surgery_cache import KeyValues
 from .surgery_config import QUERY_HEADS, Parameter, Part
+from .surgery_stores import KeyValues
 from .surgery_visibility import HeadKinds
 
 MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to: its bias is that of a row with so much
@@ -63,7 +63,9 @@ class SinkShare:
     def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
         """A correction of attention's output and log-sum-exp; arguments as for `surgery_bias.Terms.apply`."""
         score = partial(scores, scale=scale, softcap=softcap, dtype=lse.dtype)
-        return scale_sinks(out, lse, query, view, pad, score, self.sink_probe, self.log_beta.to(lse.dtype))
+        return scale_sinks(
+            out, lse, query, view, pad, score, probe=self.sink_probe, log_beta=self.log_beta.to(lse.dtype)
+        )
 
 
 def sink_shares(module, kinds: HeadKinds) -> list[SinkShare]:
@@ -71,7 +73,7 @@ def sink_shares(module, kinds: HeadKinds) -> list[SinkShare]:
     return [SinkShare(**named) for named in parameters_of_kinds(module, kinds, PART.parameters)]
 
 
-def scale_sinks(out, lse, query, view: KeyValues, pad, scores, probe, log_beta):
+def scale_sinks(out, lse, query, view: KeyValues, pad, scores, *, probe, log_beta):
     """The output and log-sum-exp with beta times the weight on the sinks of each head.
 
     Args:

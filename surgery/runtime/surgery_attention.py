@@ -34,7 +34,7 @@ from math import gcd
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_cache import KeyValues, uncached
+from .surgery_stores import KeyValues, uncached
 from .surgery_visibility import HeadKinds, bias, for_groups, seen_keys, unpadded
 
 BLOCK = 128  # queries of a band that share one slice of keys
@@ -94,8 +94,19 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     sparse = getattr(module, "surgery_sparse", None) or nothing
     work, queries = getattr(module, "surgery_work", None), kinds.split_queries(query)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more, work)
-        for part, view, *more in zip(queries, views, sparse, corrections, sinks, strict=True)
+        _attend(
+            part,
+            view,
+            attention_mask,
+            pad,
+            scale,
+            options["softcap"],
+            sparse=blocks,
+            corrections=added,
+            sink=sink,
+            work=work,
+        )
+        for part, view, blocks, added, sink in zip(queries, views, sparse, corrections, sinks, strict=True)
     ]
     if (policy := getattr(module, "surgery_policy", None)) is not None:
         policy.drop(kinds, queries, views, attention_mask, pad, scale, options["softcap"])
@@ -114,7 +125,7 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, corrections, sink, work) -> torch.Tensor:
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, corrections, sink, work) -> torch.Tensor:
     """Heads of one visibility against a view.
 
     Args:
@@ -161,7 +172,7 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
         step = BLOCK if length > 2 * (visibility.window + visibility.sinks) else max(length - lead, 1)
     blocks += [
-        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse)
+        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse=with_lse)
         for i in range(lead, length, step)
     ]
     outs, lses = zip(*blocks, strict=True)
@@ -169,7 +180,7 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, with_lse: bool) -> tuple:
     """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
     group, length = query.shape[2:4]
     visibility, device, end = view.visibility, query.device, first + length
@@ -187,7 +198,7 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
     if mask is None and visibility.window is not None and not view.ring:
         alike = apart and visibility.limit is None  # blocks beyond sinks + window, if the sinks stay in sight
         shift = max(low - visibility.sinks - 1, 0) if alike else 0
-        seen = unpadded(visibility, first - shift, length, low - shift, apart, group, query.dtype, device)
+        seen = unpadded(visibility, first - shift, length, low - shift, apart, group, dtype=query.dtype, device=device)
     else:
         key_slots = view.store.slots(device) if view.ring else torch.arange(low, end, device=device)
         seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
@@ -195,7 +206,7 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
     return _under_mask(query, keys, values, seen, scale, softcap, with_lse, empty_rows=mask is not None)
 
 
-def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, empty_rows: bool) -> tuple:
+def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, empty_rows: bool) -> tuple:
     """Queries [batch, KV heads, group, b, head_dim] on the keys that they see; `empty_rows`: some may see none."""
     rows = query.flatten(2, 3)
     if softcap is None and not (with_lse and written_out(rows, keys, values)):

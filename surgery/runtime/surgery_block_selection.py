@@ -5,11 +5,8 @@ heads, query blocks, key blocks]: causal on the level of blocks, the first and t
 [batch, heads, n, head_dim], key [batch, KV heads, N, head_dim], all of real tokens, the queries the last n of them.
 A model's soft-cap and learned sinks are not known here: they change weights, not the order of a query's scores.
 
-Blocks of queries and keys in sparse prefill: how they lie, and the rules by which scored blocks are kept.
-
 Block boundaries are absolute: key block J is the keys from J * size to J * size + size - 1, query block I the queries
-at those same places. So what a block of queries keeps does not depend on how a prompt is cut into chunks, as long as
-the cuts are at block edges. All tokens are real; the queries are the last of them.
+at those same places: what a block of queries keeps does not depend on how a prompt is cut, if it is at block edges.
 """
 
 from __future__ import annotations

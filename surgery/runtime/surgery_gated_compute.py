@@ -318,7 +318,7 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
             here, place = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
             rows = by_token.index_select(0, place)
             made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
-            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, made, lse)
+            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, (made, lse))
             out[row].view(-1, size).index_copy_(0, place, made.mul_(gates.index_select(0, place)[:, None]))
     if call.work is not None:
         whole = batch * heads * (length * past + length * (length + 1) // 2)
@@ -347,18 +347,18 @@ def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     return out.reshape(query.shape).transpose(1, 2).mul_(call.gates[..., None])
 
 
-def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> int:
+def _attend_rows(query, places, keys, values, first: int, scale, into: tuple) -> int:
     """Attention of some rows of a KV head's queries to the keys from `first` on.
 
     Args:
         query: [r, head_dim], of the tokens at `places` (long [r], not falling, from `first` on).
         keys, values: [1, 1, N, head_dim].
-        out, lse: [r, head_dim] and [r], where output and log-sum-exp are put.
+        into: [r, head_dim] and [r], where output and log-sum-exp are put.
 
     Returns:
         With how many keys the rows were multiplied, all together.
     """
-    count = len(query)
+    count, (out, lse) = len(query), into
     if count <= LEAF:
         end = int(places[-1]) + 1
         late = torch.arange(first, end) > places[:, None]
@@ -368,9 +368,9 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         return count * (end - first)
     half = count - _later_half(count)
     middle = int(places[half])
-    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, out[:half], lse[:half])
+    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, (out[:half], lse[:half]))
     late = query[half:], places[half:], out[half:], lse[half:]
-    pairs += _attend_rows(*late[:2], keys, values, middle, scale, *late[2:])
+    pairs += _attend_rows(*late[:2], keys, values, middle, scale, late[2:])
     if middle > first:
         early, early_lse = _kernel(late[0], keys, values, first, middle, scale)
         late[2].lerp_(early, torch.sigmoid(early_lse - late[3])[:, None].to(out.dtype))

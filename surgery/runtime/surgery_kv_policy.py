@@ -22,8 +22,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from .surgery_cache import KeyValues
 from .surgery_config import FILES, HeadCost, Part, load_file, used_parts
+from .surgery_stores import KeyValues
 from .surgery_visibility import HeadKinds, Visibility
 
 

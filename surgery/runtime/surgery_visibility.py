@@ -249,7 +249,7 @@ def _mask_parts(function):
 
 
 @lru_cache(maxsize=8)
-def unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, dtype, device):
+def unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, *, dtype, device):
     """`seen_keys` of a block without padding, for its groups, as a bias: alike in all layers and in most blocks."""
     with torch.inference_mode(False):  # kept, and used in training later
         slots, key_slots = (torch.arange(begin, first + length, device=device) for begin in (first, low))

@@ -25,8 +25,10 @@ from surgery.runtime.surgery_gates import Gate
 HERE = Path(runtime.__file__).parent
 KERNEL = {"surgery_triton.py", "block_sparse_prefill.py"}  # of sparse prefill, from the package's kernels
 ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL
-CORE = {"modeling_surgery.py"} | {f"surgery_{name}.py" for name in ("attention", "cache", "config", "visibility")}
-SPARSE = {"sparse_prefill", "block_selection"}
+CORE = {"modeling_surgery.py"} | {
+    f"surgery_{name}.py" for name in ("attention", "cache", "config", "stores", "visibility")
+}
+SPARSE = {"sparse_prefill", "block_attention", "block_selection"}
 GATE = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 4}
 ROUTERS = Gate.of(GATE, [3, 3, 3]).shapes(72)
 PATTERNS = [{"method": "streaming", "sinks": 16, "window": 16}] * 8
@@ -228,7 +230,7 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     made = surgery("apply", "streaming", model, "-o", "out", "sinks=2", "window=6", "--no-check", "--no-eval")
     assert made.code == 0, made.err
     out = tmp_path / "out"
-    assert looked_at(surgery("check", out, "--json")) == ("passed", "5 files, byte for byte this version's")
+    assert looked_at(surgery("check", out, "--json")) == ("passed", "6 files, byte for byte this version's")
     (out / "surgery_older.py").write_text("# a file that this version does not have\n")
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())

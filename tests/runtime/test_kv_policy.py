@@ -14,9 +14,9 @@ from head_split import entries, operated, random_split
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_kv_policy
-from surgery.runtime.surgery_cache import FullStore, KeptStore, RingStore
 from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kv_policy import Kept, Policy
+from surgery.runtime.surgery_stores import FullStore, KeptStore, RingStore
 
 COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
 FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]

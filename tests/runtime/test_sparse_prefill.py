@@ -19,7 +19,8 @@ from surgery.operations.sparse_prefill import operation
 from surgery.operations.variants import own_keys
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_block_selection as estimators
-from surgery.runtime.surgery_sparse_prefill import Sparse, attend_blocks, attend_rows
+from surgery.runtime.surgery_block_attention import attend_blocks, attend_rows
+from surgery.runtime.surgery_sparse_prefill import Sparse
 
 FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name and name != "gemma3"]
 SOME = ["llama", "qwen3", "gemma2", "gpt_oss"]
