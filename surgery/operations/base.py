@@ -12,6 +12,7 @@ each with fields of its own, is a union of classes: see `variants.py`.
     summary, LIMITATIONS       optional            a line for `surgery ls`; sentences for the model card
     problems                   optional            why it cannot be applied to this model
     term, term_layers          optional            which term of the equation it sets, where: two in one place conflict
+    problems_before            optional            why it does not go with the surgery that a checkpoint has already
     problems_after             optional            why what it set cannot stand after a later operation
     carries_terms              optional            terms of earlier operations that a weight change takes along
     rewritten_projections      optional            what healing in parts trains

@@ -1,7 +1,8 @@
-"""KV heads shared between query heads (GQA, MQA): `operation.py` is the recipe's entry.
+"""KV heads shared between query heads (GQA, MQA): `operation.py` is the recipe's entry, a list of methods.
 
-`method: mean | first | random` needs the weights alone: `grouping.py` chooses which heads share, `merge.py` merges.
-`method: closed_form` needs a calibration text:
+`base.py` has what all methods share. `mean`, `first` and `random` (`merge_methods.py`) need the weights alone:
+`grouping.py` chooses which heads share, `merge.py` merges. `closed_form` (`closed_form_method.py`) needs a calibration
+text:
 
 1. `closed_form.py` orders the KV heads and chooses the layers that keep theirs (`choose_layers.py`);
 2. `streams.py` sends the text through the base and the converted model, layer by layer;
