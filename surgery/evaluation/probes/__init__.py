@@ -19,6 +19,7 @@ REGISTRY = {  # name -> module of this package : class; in the order in which th
     "perplexity": "perplexity:Perplexity",
     "needles": "needles:Needles",
     "choices": "choices:Choices",
+    "multi_needle": "multi_needle:MultiNeedle",
 }
 
 
