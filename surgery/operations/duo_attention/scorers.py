@@ -33,6 +33,7 @@ METHODS = {
     "retrieval": Method("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
     "gates": Method("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
     "ablation": Method("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
+    "induction": Method("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
 }
 
 
