@@ -54,6 +54,7 @@ FILES = {
     "bias": "surgery_bias",
     "gate": "surgery_gated_compute",
     "policy": "surgery_kv_policy",
+    "policy.log": "surgery_kv_log",
     "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
     # The ways to choose blocks in sparse prefill. `by_head`, which uses others, comes with "sparse".
     "sparse.block_topk": "surgery_estimate_block_topk",
