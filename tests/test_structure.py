@@ -14,6 +14,7 @@ import pytest
 
 from surgery.evaluation.probes import REGISTRY
 from surgery.healing.losses import LOSSES
+from surgery.operations.duo_attention.scorers import METHODS as SCORERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgery"
@@ -42,7 +43,7 @@ DECIDED = {
     "kernels": "",
     "machine": "device parallel progress transformers_logging",
     "operations": "base expand head_mask rewrite variants",
-    "operations/duo_attention": "ablation far_mass learned_gates operation retrieval scorers",
+    "operations/duo_attention": "operation scorers",
     "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
     "fit_values grouping layer layer_inputs low_rank merge merge_methods operation streams",
     "operations/moh": "operation router",
@@ -52,13 +53,14 @@ DECIDED = {
     "recipes": "",
     "report": "card card_sections gate lineage plots report",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
-    "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates surgery_kv_policy "
+    "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
-OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
+OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins
 ENTRIES = {  # room -> modules of its registry, which may come and go
     "evaluation/probes": {entry.split(":")[0] for entry in REGISTRY.values()},
     "healing/losses": {entry.split(":")[0] for entry in LOSSES.values()},
+    "operations/duo_attention": {method.module for method in SCORERS.values()},
 }
 
 
