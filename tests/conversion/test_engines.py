@@ -59,7 +59,7 @@ class Odd(WeightRewrite):
             "shape of o": lambda: {"o": layer.o[:-1]},
             "hidden size of k": lambda: {"k": layer.k[..., :-1]},
             "a part more": lambda: {"k_bias": layer.k[..., 0]},
-            "facts": lambda: {"facts": Anatomy.with_kv_heads(Anatomy("", (layer.anatomy,)), 1).layers[0]},
+            "facts": lambda: {"anatomy": Anatomy.with_kv_heads(Anatomy("", (layer.anatomy,)), 1).layers[0]},
         }
         return layer.replace(**changes.get(self.fault, dict)()), {}
 
