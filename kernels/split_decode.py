@@ -1,6 +1,6 @@
 """One decode step of a layer whose heads keep different keys: full heads and ring heads in one launch.
 
-A full head reads all N keys; a head of sinks + window reads its sinks and its ring, as `surgery_cache.RingStore` lays
+A full head reads all N keys; a head of sinks + window reads its sinks and its ring, as `surgery_stores.RingStore` lays
 them: the sinks by position, then the token of slot s at index sinks + s % window. The keys of a head are cut into
 pieces that run beside one another, and a second kernel merges them by their log-sum-exps (split-K, as FlashDecoding
 does). A small table says for each KV head where its keys are; groups may be of unequal size.

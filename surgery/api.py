@@ -12,7 +12,6 @@ from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
 from surgery.conversion.plan import Plan, make_plan
 from surgery.errors import SurgeryError
-from surgery.io.files import published
 from surgery.io.safetensors import header_table
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.config.heal import Heal
-    from surgery.evaluation.multiple_choice import ChoiceResult
-    from surgery.evaluation.needles import NeedleResult
-    from surgery.evaluation.perplexity import Evaluation
+    from surgery.evaluation.probes.base import Probe, Result
     from surgery.healing.plan import HealPlan
 
     AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
@@ -222,37 +219,46 @@ def evaluate(
     model: AnyModel,
     base: AnyModel | None = None,
     *,
-    text: str = "builtin",
-    windows: int = 8,
-    length: int = 512,
+    probe: str | Probe | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
-) -> Evaluation:
-    """Perplexity, KL to the base, top-1 agreement, KV bytes and load size of a model.
+    **settings: Any,
+) -> Result:
+    """Measure a model, alone or against its base.
 
     Args:
         model, base: folder, name or loaded model (then with `tokenizer`).
-        text: "builtin" (held-out part of Python's language reference) or a text file.
-        windows, length: how much text is scored.
+        probe: what is measured: a name of `surgery.evaluation.probes`. The default is the one that every recipe is
+            judged by: perplexity, KL to the base, top-1 agreement, KV bytes and load size.
+        settings: of the probe, as in `surgery eval --probe NAME key=value` (text, windows and length of the default
+            one: "builtin" or a text file, and how much of it is scored).
+        progress: called with done, total and a label.
 
-    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result in its surgery.json and card, and the
-    gate is held against it, if text and base are those that its recipe and record name. Where it is not recorded, a
-    note of the result says why.
+    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result of the default probe in its
+    surgery.json and card, and the gate is held against it, if text and base are those that its recipe and record
+    name. Where it is not recorded, a note of the result says why.
 
     Returns:
-        An `evaluation.Evaluation`.
+        The probe's result: `status`, `notes`, `to_dict()`, and figures of its own.
+
+    Raises:
+        SurgeryError: no such probe, bad settings, or models that cannot be measured so.
     """
-    from surgery.evaluation.perplexity import evaluate as measure
+    from surgery.evaluation import probes
+    from surgery.evaluation.probes.base import Probe
+    from surgery.evaluation.probes.settings import make
     from surgery.report.lineage import unrecordable
 
     if model is None:
         raise _no_model(model)
-    sides = (_folder_of(model), _folder_of(base))
-    result = measure(*sides, text=text, windows=windows, length=length, tokenizer=tokenizer, progress=progress)
-    if isinstance(sides[0], Path) and base is not None and (sides[0] / REPORT).is_file():
-        report = Report.of(sides[0])
-        settings = {"text": published(str(text)), "windows": windows, "length": length}
-        if reason := unrecordable(report.data, base, settings):
+    if isinstance(probe, Probe) and settings:
+        raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
+    asked = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
+    out: Any = _folder_of(model)
+    result = asked.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
+    if asked.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
+        report = Report.of(out)
+        if reason := unrecordable(report.data, base, asked):
             result.notes.append(f"not recorded in surgery.json and card: {reason}")
         else:
             report.record_evaluation(result.to_dict())
@@ -260,22 +266,14 @@ def evaluate(
     return result
 
 
-def evaluate_needles(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> NeedleResult:
-    """Which hidden secrets a model finds, alone or beside its base; settings and result: see `evaluation.needles`."""
-    from surgery.evaluation.needles import evaluate_needles as measure
-
-    if model is None:
-        raise _no_model(model)
-    return measure(_folder_of(model), _folder_of(base), **settings)
+def evaluate_needles(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
+    """Which hidden secrets a model finds, alone or beside its base: `evaluate(..., probe="needles")`."""
+    return evaluate(model, base, probe="needles", **settings)
 
 
-def evaluate_choices(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> ChoiceResult:
-    """Which of several answers a model chooses, alone or beside its base; settings, result: `evaluation.choosing`."""
-    from surgery.evaluation.multiple_choice import evaluate_choices as measure
-
-    if model is None:
-        raise _no_model(model)
-    return measure(_folder_of(model), _folder_of(base), **settings)
+def evaluate_choices(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
+    """Which of several answers a model chooses, alone or beside its base: `evaluate(..., probe="choices")`."""
+    return evaluate(model, base, probe="choices", **settings)
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -6,6 +6,7 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
@@ -19,6 +20,7 @@ WORDS = {
     "string_type": "text",
     "string_too_short": "text of some length",
     "list_type": "a list",
+    "tuple_type": "a list",
     "too_short": "a list with something in it",
     "dict_type": "a mapping of keys",
     "model_type": "a mapping of keys",
@@ -111,6 +113,12 @@ def wanted(complaints: list[dict]) -> str:
         own = WORDS.get(each["type"])
         words.append(own.format(**each.get("ctx", {})) if own else each["msg"].removeprefix("Input should be "))
     return " or ".join(dict.fromkeys(words))
+
+
+def any_of(words: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def shown(value: object) -> str:

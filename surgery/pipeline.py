@@ -61,7 +61,7 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     if healed is None:
         return None
     _judge_healed(healed, converted, source, recipe.evaluate, options)
-    if not recipe.heal.keep_adapter:
+    if not recipe.heal.keeps_adapter:
         remove_own(unhealed)
     return healed
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from surgery.evaluation.probes import REGISTRY
 from surgery.healing.losses import LOSSES
+from surgery.operations.duo_attention.scorers import METHODS as SCORERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "surgery"
@@ -26,34 +28,40 @@ DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook head_scores layerwise moments scoring sinks",
-    "cli": "convert doctor inspect main measure options",
+    "cli": "convert doctor evaluate inspect main measure options",
     "cli/render": "console heads model sinks summary tables",
-    "config": "heal heal_overrides options overrides recipe yaml",
+    "config": "evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert in_memory plan preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
-    "evaluation": "check check_code check_layers fresh_process multiple_choice needles paired perplexity run",
+    "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
     "evaluation/benchmark": "dense_below models result run",
+    "evaluation/probes": "base settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
     "io": "demo_model files hub hub_errors loading model_folder output_folder pickle resume safetensors",
     "kernels": "",
     "machine": "device parallel progress transformers_logging",
-    "operations": "base expand head_mask rewrite",
-    "operations/duo_attention": "ablation far_mass learned_gates operation retrieval scorers",
-    "operations/gqa": "choose_layers closed_form conjugate_gradient cost fit_mlp fit_scores fit_values grouping layer "
-    "layer_inputs low_rank merge operation streams",
+    "operations": "base expand head_mask rewrite variants",
+    "operations/duo_attention": "operation scorers",
+    "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
+    "fit_values grouping layer layer_inputs low_rank merge merge_methods operation streams",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
-    "operations/sink_calibration": "act operation virtual_keys zero_tuning",
-    "operations/sparse_prefill": "operation pattern_search",
+    "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
+    "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
     "report": "card card_sections gate lineage plots report",
-    "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_selection surgery_cache "
-    "surgery_config surgery_gated_compute surgery_gates surgery_sparse_prefill surgery_token surgery_visibility",
+    "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
+    "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates "
+    "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
-OPEN = {"runtime": "surgery_estimate_"}  # room -> how the name of a new entry begins
-ENTRIES = {"healing/losses": {entry.split(":")[0] for entry in LOSSES.values()}}  # modules that may come and go
+OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins
+ENTRIES = {  # room -> modules of its registry, which may come and go
+    "evaluation/probes": {entry.split(":")[0] for entry in REGISTRY.values()},
+    "healing/losses": {entry.split(":")[0] for entry in LOSSES.values()},
+    "operations/duo_attention": {method.module for method in SCORERS.values()},
+}
 
 
 def room_of(path: Path) -> str:
@@ -95,7 +103,7 @@ def test_every_module_has_a_name_that_was_decided():
 
 def test_operations_that_must_not_know_each_other_are_all_of_them():
     contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "independence")
-    shared = {"__init__", "base", "rewrite"}
+    shared = {"__init__", "base", "rewrite", "variants"}
     paths = [
         path for path in (PACKAGE / "operations").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     ]
@@ -110,9 +118,11 @@ def test_every_room_is_a_layer_and_has_a_docstring():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels", "recipes"}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "version"}
     assert named == rooms | loose
-    # A room of two floors: what settings and card follow from, and what knows settings and reports.
-    floors = [name.split(".")[1] for name in modules if name.startswith("healing.")]
-    assert sorted(floors) == sorted(p.stem for p in (PACKAGE / "healing").iterdir() if not p.stem.startswith("__"))
+    # Rooms of two floors: what settings, recipe and card follow from, and what knows settings and reports.
+    for room in ("evaluation", "healing"):
+        floors = [name.split(".")[1] for name in modules if name.startswith(f"{room}.")]
+        inside = {path.stem for path in (PACKAGE / room).iterdir() if not path.stem.startswith("__")}
+        assert sorted(floors) == sorted(inside)
     for init in PACKAGE.rglob("__init__.py"):
         said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
         assert len(said) > 20, init

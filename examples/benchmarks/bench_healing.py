@@ -233,7 +233,7 @@ def stored(args) -> None:
     import torch
 
     from surgery.architecture.anatomy import Anatomy
-    from surgery.data.passkeys import calibration_pieces
+    from surgery.data.passkeys import calibration_sequences
     from surgery.healing.losses.kl import distillation, distillation_top_k
     from surgery.healing.plan import token_bytes
     from surgery.healing.teacher import as_distribution, top_k_and_rest
@@ -241,7 +241,7 @@ def stored(args) -> None:
 
     folder = resolve(args.model).path
     model = load_model(folder).to(args.device).eval()
-    ids = calibration_pieces(model, read_tokenizer(folder), "builtin", args.length, 1).to(args.device)
+    ids = calibration_sequences(model, read_tokenizer(folder), "builtin", args.length, 1).to(args.device)
     with torch.no_grad():
         base = model(input_ids=ids, use_cache=False).logits.float()
         for layer in Anatomy.of(model).layers:

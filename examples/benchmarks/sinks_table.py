@@ -16,7 +16,6 @@ measured, and `--out` holds what was measured so far: the same command goes on f
 import argparse
 import math
 from pathlib import Path
-from typing import get_args
 
 import torch
 from measured import Measured
@@ -57,7 +56,7 @@ def recipes(options) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
         "zero_tuning, one gamma": [tuned | {"groups": "uniform", "grid": [0.5, 0.7, 0.85, 1.1, 1.25, 1.5, 2.0]}],
         "zero_tuning, per head": [tuned | {"groups": "heads"}],
     }
-    if "act" in get_args(SinkCalibration.model_fields["method"].annotation):
+    if "act" in SinkCalibration.METHODS:
         whole["act"] = [search | {"method": "act"}]
     else:
         print("act: sink_calibration has no such method in this version, no row")

@@ -64,14 +64,14 @@ class Anatomy:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values by which the cache grows with each token, in the checkpoint's dtype."""
-        size = BYTES.get(self.dtype, 2)
-        return sum(2 * (layer.kv_heads - len(layer.streaming)) * layer.head_dim * size for layer in self.layers)
+        tokens = (2 * layer.head_dim * sum(head.growing for head in layer.kv_cost) for layer in self.layers)
+        return round(BYTES.get(self.dtype, 2) * sum(tokens))
 
     @property
     def kv_bytes_fixed(self) -> int:
-        """Bytes of sinks and windows of streaming heads: what the cache holds however long the text is."""
-        streams = (2 * len(x.streaming) * (x.sinks + x.streaming_window) * x.head_dim for x in self.layers)
-        return BYTES.get(self.dtype, 2) * sum(streams)
+        """Bytes that the cache holds however long the text is, such as the sinks and windows of streaming heads."""
+        tokens = (2 * layer.head_dim * sum(head.fixed for head in layer.kv_cost) for layer in self.layers)
+        return BYTES.get(self.dtype, 2) * sum(tokens)
 
     @property
     def surgical(self) -> bool:
@@ -183,10 +183,30 @@ class Anatomy:
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
         """This anatomy with these KV heads of each layer seeing sinks + window."""
         layers = tuple(
-            replace(layer, streaming=tuple(heads), sinks=sinks, streaming_window=window)
+            layer.with_entry(streaming=list(heads), sinks=sinks, window=window)
             for layer, heads in zip(self.layers, streaming, strict=True)
         )
         return replace(self, layers=layers)
+
+    @property
+    def terms(self) -> dict[str, set[int]]:
+        """The terms of the equation that a surgery has set already, and in which layers."""
+        held: dict[str, set[int]] = {}
+        for layer in self.layers:
+            for part in layer.parts.values():
+                for term in part.terms(layer.entry):
+                    held.setdefault(term, set()).add(layer.index)
+        return held
+
+    @property
+    def descriptions(self) -> dict[str, list[str]]:
+        """What the parts of a surgery say of themselves to people: a title -> the words of each layer."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for part in layer.parts.values():
+                if (said := part.describe(layer.entry)) is not None:
+                    found.setdefault(said[0], []).append(said[1])
+        return found
 
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
@@ -194,8 +214,13 @@ class Anatomy:
             "index", "path", "heads", "kv_heads", "head_dim", "rotary", "positions", "qk_norm", "window", "soft_cap",
         )  # fmt: skip
         layers = [
-            {key: getattr(layer, key) for key in (*keys, "biases", "dtype", "sparse")}
-            | {"sinks": bool(layer.layout.sinks), "streaming": layer.split_facts, "query_groups": layer.query_groups}
+            {key: getattr(layer, key) for key in (*keys, "biases", "dtype")}
+            | {
+                "sparse": layer.entry.get("sparse"),
+                "sinks": bool(layer.layout.sinks),
+                "streaming": layer.split_facts,
+                "query_groups": layer.query_groups,
+            }
             for layer in self.layers
         ]
         return {

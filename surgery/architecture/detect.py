@@ -25,7 +25,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
         tensors: name -> (dtype, shape); empty if unknown, then the config is believed.
         where: what to call the model in errors.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text(config)
     model_type = getattr(text, "model_type", "") or ""
     check_block(config, where)
     family, guess, prefix = FAMILIES.get(model_type), False, ""
@@ -50,32 +50,10 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
         )
     family = _settle_falcon(text, family)
     prefix = prefix or _find_layers(family, tensors, count, config, where)
+    sizes = heads, kv_heads, head_dim
     layers = []
     for i in range(count):
-        own = _surgery(config, i)
-        path = f"{prefix}.{i}.{family.attn}"
-        layer = LayerAnatomy(
-            index=i,
-            path=path,
-            heads=own.get("num_attention_heads", heads),
-            kv_heads=own.get("num_key_value_heads", kv_heads),
-            head_dim=head_dim,
-            rotary=_rotary(text, family, head_dim, i, guess),
-            positions=_positions(text, family, i, guess),
-            qk_norm=_qk_norm(text, family, tensors, path, (heads, head_dim), guess),
-            window=_window(text, i),
-            soft_cap=getattr(text, "attn_logit_softcapping", None),
-            biases=_biases(family, tensors, path),
-            dtype=_dtype(family, tensors, path),
-            layout=family,
-            query_groups=tuple(own.get("query_groups", ())) if len({*own.get("query_groups", ())}) > 1 else (),
-            query_numbers=tuple(own.get("query_numbers", ())),
-            kv_numbers=tuple(own.get("kv_numbers", ())),
-            streaming=tuple(own.get("streaming", ())),
-            sinks=own.get("sinks", 0),
-            streaming_window=own.get("window", 0),
-            sparse=own.get("sparse"),
-        )
+        layer = _layer(config, family, tensors, f"{prefix}.{i}.{family.attn}", i, sizes, guess)
         if tensors:
             _verify(layer, tensors, config, where)
             if guess:
@@ -94,10 +72,54 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     }
 
 
+def _text(config):
+    """The config of the language model, where a config has several."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _layer(
+    config, family: Family, tensors: dict, path: str, i: int, sizes: tuple[int, int, int], guess: bool
+) -> LayerAnatomy:
+    """Layer i.
+
+    Args:
+        sizes: query heads, KV heads and head size that the config has for all layers.
+    """
+    text, own, (heads, kv_heads, head_dim) = _text(config), _surgery(config, i), sizes
+    return LayerAnatomy(
+        index=i,
+        path=path,
+        heads=own.get("num_attention_heads", heads),
+        kv_heads=own.get("num_key_value_heads", kv_heads),
+        head_dim=head_dim,
+        rotary=_rotary(text, family, head_dim, i, guess),
+        positions=_positions(text, family, i, guess),
+        qk_norm=_qk_norm(text, family, tensors, path, (heads, head_dim), guess),
+        window=_window(text, i),
+        soft_cap=getattr(text, "attn_logit_softcapping", None),
+        biases=_biases(family, tensors, path),
+        dtype=_dtype(family, tensors, path),
+        layout=family,
+        query_groups=tuple(own.get("query_groups", ())) if len({*own.get("query_groups", ())}) > 1 else (),
+        query_numbers=tuple(own.get("query_numbers", ())),
+        kv_numbers=tuple(own.get("kv_numbers", ())),
+        entry=_of_parts(own),
+    )
+
+
 def _surgery(config, i: int) -> dict:
     """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
     block = getattr(config, "surgery", None)
     return block["layers"][i] if block else {}
+
+
+def _of_parts(entry: dict) -> dict:
+    """What an entry in the `surgery` block says besides the layer's heads and shapes."""
+    if not entry:
+        return {}
+    from surgery.runtime.surgery_config import SHAPE
+
+    return {name: value for name, value in entry.items() if name not in SHAPE}
 
 
 def _number(config, name: str, where: str) -> int:

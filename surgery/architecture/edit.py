@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
-from surgery.architecture.surgery_block import PER_KV_HEAD, layer_entries
+from surgery.architecture.surgery_block import layer_entries
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -80,13 +80,15 @@ def _keep_terms(module, old: LayerAnatomy, new: LayerAnatomy) -> None:
     """Of the parameters that a surgery gave to a module, keep the rows of the heads that stay."""
     from torch import nn
 
-    names = getattr(module, "surgery_parameters", ())
-    if not names or old == new:
+    rows_of = getattr(module, "surgery_parameters", {})
+    if not rows_of or old == new:
         return
+    from surgery.runtime.surgery_config import KV_HEADS
+
     queries, kv_heads = kept_heads(old, new)
-    for name in names:
+    for name, heads in rows_of.items():
         parameter = getattr(module, name)
-        rows = parameter.detach()[kv_heads if name in PER_KV_HEAD else queries].clone()
+        rows = parameter.detach()[kv_heads if heads == KV_HEADS else queries].clone()
         setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.families import Family
 from surgery.io.safetensors import DTYPE_BITS, TORCH_NAMES
+
+if TYPE_CHECKING:
+    from surgery.runtime.surgery_config import HeadCost, Part
 
 BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in TORCH_NAMES}
 
@@ -28,8 +31,8 @@ class LayerAnatomy:
         layout: the family's row, with Falcon's variants settled.
         query_groups: query heads that read each KV head, where they are not equally many; else ().
         query_numbers, kv_numbers: what the base calls these heads, where some of its heads are gone; else ().
-        streaming: KV heads that see only `sinks` first tokens and the last `streaming_window` (head split).
-        sparse: settings of sparse prefill, as in the `surgery` block; None: prefill is dense.
+        entry: what the parts of a surgery set in this layer, as in the `surgery` block; heads and shapes, which the
+            block names as well, are the fields above.
     """
 
     index: int
@@ -48,10 +51,7 @@ class LayerAnatomy:
     query_groups: tuple[int, ...] = ()
     query_numbers: tuple[int, ...] = ()
     kv_numbers: tuple[int, ...] = ()
-    streaming: tuple[int, ...] = ()
-    sinks: int = 0
-    streaming_window: int = 0
-    sparse: dict[str, Any] | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -65,6 +65,40 @@ class LayerAnatomy:
     def kv_name(self, head: int) -> int:
         """The base's number of a KV head."""
         return self.kv_numbers[head] if self.kv_numbers else head
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts of the runtime that this layer uses, by name: each says what it does here."""
+        from surgery.runtime.surgery_config import used_parts
+
+        return used_parts(self.entry) if self.entry else {}
+
+    @property
+    def streaming(self) -> tuple[int, ...]:
+        """KV heads that see only `sinks` first tokens and the last `streaming_window` (head split)."""
+        return tuple(self.entry.get("streaming", ()))
+
+    @property
+    def sinks(self) -> int:
+        return self.entry.get("sinks", 0)
+
+    @property
+    def streaming_window(self) -> int:
+        return self.entry.get("window", 0)
+
+    @property
+    def kv_cost(self) -> list[HeadCost]:
+        """What the cache holds of each KV head, in tokens."""
+        from surgery.runtime.surgery_config import HeadCost
+
+        heads = [HeadCost()] * self.kv_heads
+        for part in self.parts.values():
+            heads = part.kv_cost(self.entry, heads)
+        return heads
+
+    def with_entry(self, **changes) -> LayerAnatomy:
+        """This layer with other values of some keys of its entry in the `surgery` block."""
+        return replace(self, entry=self.entry | changes)
 
     @property
     def split_facts(self) -> dict | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from surgery.architecture.layer import query_names
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
-
-PER_KV_HEAD = ("surgery_key", "surgery_value")  # parameters of the surgery with a row for each KV head
 
 
 def layer_entries(
@@ -43,25 +43,22 @@ def layer_entries(
             entry |= {name: list(getattr(layer, name))} if getattr(layer, name) else {}
         if (layer.heads, layer.kv_heads) != stock:
             entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
-        entries.append(old | _following(old, layer) | entry)
+        entries.append(_following(old, layer) | entry)
     return entries
 
 
 def _following(old: dict, layer: LayerAnatomy) -> dict:
-    """What an entry says of a layer's heads, said of those that the layer has now."""
-    now = {
-        "query_groups": [layer.group] * layer.kv_heads,
-        "query_numbers": [],
-        "kv_numbers": [],
-        "shapes": {},
-        "streaming": list(layer.streaming),
-        "sparse": layer.sparse,
-        "parameters": {
-            name: [layer.kv_heads if name in PER_KV_HEAD else layer.heads, *shape[1:]]
-            for name, shape in old.get("parameters", {}).items()
-        },
-    }
-    return {name: value for name, value in now.items() if name in old}
+    """An entry as it was, said of the heads that the layer has now."""
+    from surgery.runtime.surgery_config import after_heads_change, used_parts
+
+    numbers = {name: old[name] for name in ("query_numbers", "kv_numbers") if name in old}
+    now = {"query_groups": [layer.group] * layer.kv_heads, "query_numbers": [], "kv_numbers": [], "shapes": {}}
+    old = old | {name: value for name, value in now.items() if name in old}
+    if not used_parts(old):  # heads may have become others altogether
+        return old
+    queries, kv_heads = query_names(layer), [layer.kv_name(head) for head in range(layer.kv_heads)]
+    named = ((queries, numbers.get("query_numbers")), (kv_heads, numbers.get("kv_numbers")))
+    return after_heads_change(old, *([was.index(name) if was else name for name in names] for names, was in named))
 
 
 def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:

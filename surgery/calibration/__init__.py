@@ -1,4 +1,5 @@
 """Shared tools to measure a model: hooks on attention, layers one at a time, moments, losses, attention sinks.
 
-What belongs to one method stays with the method, in operations/. May import data, architecture and the rooms below.
+A tool of a single method stays with the method, in operations/. This package may import data, architecture and the
+packages below them.
 """

@@ -1,4 +1,4 @@
-"""Every attention call of a model through a function of ours, for as long as it is measured; then as it was."""
+"""A hook on every attention call of a model while it is measured; afterwards the model is as it was before."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from surgery.data.passkeys import Recall
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_visibility import base_windows, kinds_of_heads, query_groups, surgery_mask
+from surgery.runtime.surgery_config import base_windows, query_groups
+from surgery.runtime.surgery_visibility import kinds_of_heads, surgery_mask
 
 NAME = "surgery_watch"
 
 
 @dataclass
 class AttentionHook:
-    """A model whose attention calls come to us.
+    """A model whose attention calls go to a function of ours.
 
     Attributes:
         anatomy: the model's.
@@ -42,18 +43,18 @@ class AttentionHook:
         """KV heads of each layer."""
         return [layer.kv_heads for layer in self.anatomy.layers]
 
-    def look(self, layer: int, streaming: Sequence[int] = (), sinks: int = 0, window: int = 1) -> None:
-        """Let these KV heads of a layer see sinks + window, and its other heads all."""
+    def set_streaming(self, layer: int, streaming: Sequence[int] = (), sinks: int = 0, window: int = 1) -> None:
+        """Let these KV heads of a layer see sinks + window (in tokens), and its other heads all."""
         kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
         self.modules[layer].surgery_heads = kinds
 
     def largest_of_groups(self, totals: list[torch.Tensor]) -> list[list[float]]:
-        """Of numbers for each query head, [heads] a layer, the largest in each KV head's group."""
+        """The largest number in each KV head's group, [layers][KV heads]; `totals` has [query heads] a layer."""
         pairs = zip(totals, self.kv_heads, strict=True)
         return [total.view(heads, -1).amax(-1).tolist() for total, heads in pairs]
 
     def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
-        """`attention_weights` of a call that `attention` was given, with its keyword arguments."""
+        """`attention_weights` of a call that the hooked function received, with its keyword arguments."""
         limit = self.windows[module.layer_idx]
         rows = rows.to(query.device)
         return attention_weights(query, key, rows, scale=scaling, limit=limit, softcap=softcap, s_aux=s_aux)
@@ -61,20 +62,21 @@ class AttentionHook:
 
 @contextmanager
 def hook_attention(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[AttentionHook]:
-    """The model in eval mode, weights frozen, every attention call made by `attention`.
+    """Put the model in eval mode, freeze its weights and make every attention call with `attention`.
 
     Args:
-        attention: takes and gives what `surgery_attention` does, which reads `module.surgery_heads`; all heads are
-            full until `Watched.look` says otherwise. Default: that function itself.
-        split: a model whose heads are split already is taken, too: it is measured with all heads full.
+        attention: takes and returns what `surgery_attention` does, which reads `module.surgery_heads`; all heads are
+            full until `AttentionHook.set_streaming` changes that. Default: that function itself.
+        split: also accept a model whose heads are split already: it is measured with all heads full.
 
-    Sparse prefill is off, and a gate leaves nothing out: what is measured are the queries and the attention of the
-    model whose work they save.
+    Sparse prefill is off, and a gate leaves nothing out: what is measured is the full attention, whose work sparse
+    prefill and gates save.
 
-    The model is left as it was: weights, modes, requires_grad, gradients, attention implementation, attributes.
+    Afterwards the model is as it was before: weights, modes, requires_grad, gradients, attention implementation and
+    attributes.
 
     Raises:
-        SurgeryError: this model's heads cannot be measured so.
+        SurgeryError: the heads of this model cannot be measured in this way.
     """
     anatomy = Anatomy.of(model)
     modules = attention_modules(model)
@@ -89,33 +91,33 @@ def hook_attention(model, attention: Callable = surgery_attention, split: bool =
         raise SurgeryError(reason, where=type(model).__name__)
     block = getattr(model.config, "surgery", None)  # of layers of different shape
     groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
-    found = AttentionHook(anatomy, modules, groups, base_windows(model.config))
-    before, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
-    own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
+    hook = AttentionHook(anatomy, modules, groups, base_windows(model.config))
+    implementation, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
+    own_attributes = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
     modes = [(module, module.training) for module in model.modules()]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # One function serves every model and measurement: the registry is global, and would keep what a closure holds.
+    # One function serves every model and measurement: the registry is global and would keep a closure's objects alive.
     AttentionInterface.register(NAME, _dispatch)
     AttentionMaskInterface.register(NAME, surgery_mask)
     try:
         for layer, module in enumerate(modules):
             module.surgery_watch = attention
             module.surgery_sparse, module.surgery_whole = None, True
-            found.look(layer)
+            hook.set_streaming(layer)
         for parameter in frozen:
             parameter.requires_grad_(False)
         model.eval().config._attn_implementation = NAME  # a surgical model's setter would refuse
-        yield found
+        yield hook
     finally:
-        model.config._attn_implementation = before
+        model.config._attn_implementation = implementation
         for module, training in modes:
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for module, held in zip(modules, own, strict=True):
+        for module, attributes in zip(modules, own_attributes, strict=True):
             for attribute in ("surgery_watch", "surgery_whole", *names):
                 module.__dict__.pop(attribute, None)
-            vars(module).update(held)
+            vars(module).update(attributes)
 
 
 def _dispatch(module, query, key, value, mask, **kwargs):
@@ -168,8 +170,8 @@ def answer_logits(model, sequence: Recall) -> torch.Tensor:
 def row_logits(model, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Logits of the next token on some rows of a sequence, ids [n]: [r, vocabulary], float32 or wider.
 
-    A model's head is costly: other rows do not go through it.
+    The model's output layer is expensive: other rows do not go through it.
     """
-    given = {"input_ids": ids[None].to(model.device), "logits_to_keep": rows.to(model.device)}
-    logits = model(**given, use_cache=False).logits[0]
+    inputs = {"input_ids": ids[None].to(model.device), "logits_to_keep": rows.to(model.device)}
+    logits = model(**inputs, use_cache=False).logits[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""Which KV heads need the far past: a table of scores, higher = keep the whole cache. Its file, and the choice by it.
+"""Scores of KV heads (higher = keep the whole cache): the table, its file, and the choice of streaming heads by it.
 
-A table is [layers][KV heads] with its origin, saved as JSON and reusable; heads have the base's numbers.
-`surgery.operations.duo_attention.scorers` measures one.
+A table is [layers][KV heads] with its origin. It is saved as JSON and can be used again; heads have the base's
+numbers. `surgery.operations.duo_attention.scorers` measures one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
-ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # what a head's far sight depends on
+ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # what a head's reach depends on
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class HeadScores:
     Attributes:
         method: how it was measured.
         scores: [layers][KV heads].
-        origin: the settings, the text (title, first 12 digits of its sha256), `model` as `model_facts` gives it, and
-            what the method found besides (`gates`: the loss of every step, and how many gates are undecided).
+        origin: the settings, the text (title, first 12 digits of its sha256), `model` (see `model_identity`), and what
+            else the method reports (`gates`: the loss of every step, and how many gates are undecided).
     """
 
     method: str
@@ -40,9 +40,11 @@ class HeadScores:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
+        """The content of a score file, as plain data."""
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
+        """Write a score file; raises a MachineError where it cannot be written."""
         from surgery.io.files import write_json
         from surgery.io.output_folder import machine_errors
 
@@ -50,30 +52,30 @@ class HeadScores:
             write_json(Path(path), self.to_dict())
 
 
-def model_facts(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
-    """What scores hold of the model they were measured on: its name, and what their meaning depends on with a hash.
+def model_identity(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
+    """What scores record of the model they were measured on: its name, its shape, and a hash of the shape.
 
-    The hash is of the shape and the positions of attention, not of weights: a fine-tuned sibling may use them too.
+    The hash covers the shape and the positions of attention, not the weights: a fine-tuned sibling may use the scores.
     """
     text = anatomy.config
     ropes = getattr(text, "rope_parameters", None) or {}
     nested = any(isinstance(value, dict) for value in ropes.values())  # by layer type, where there are several
     kinds = ropes if nested else {"all": ropes}
-    facts = {
+    identity = {
         "model_type": anatomy.model_type,
         "hidden_size": getattr(text, "hidden_size", None),
         "layers": len(anatomy.layers),
-        "heads": _one([layer.heads for layer in anatomy.layers]),
-        "kv_heads": _one([layer.kv_heads for layer in anatomy.layers]),
-        "head_dim": _one([layer.head_dim for layer in anatomy.layers]),
-        "window": _one([layer.window for layer in anatomy.layers]),
+        "heads": _shared([layer.heads for layer in anatomy.layers]),
+        "kv_heads": _shared([layer.kv_heads for layer in anatomy.layers]),
+        "head_dim": _shared([layer.head_dim for layer in anatomy.layers]),
+        "window": _shared([layer.window for layer in anatomy.layers]),
         "rope": {kind: {key: rope[key] for key in ROPE if key in rope} for kind, rope in kinds.items() if rope},
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return {"name": name, **facts, "hash": digest[:12]}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return {"name": name, **identity, "hash": digest[:12]}
 
 
-def _one(values: list):
+def _shared(values: list):
     """A value that all layers share, or the list."""
     return values[0] if len(set(values)) == 1 else values
 
@@ -84,25 +86,25 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     A table names no model, so its shape alone is checked.
 
     Args:
-        per: "kv_heads" or "heads" (query heads): what a row has a number for; several: any of them.
+        per: "kv_heads" or "heads" (query heads): a row has one number for each of these; several: any of them.
 
     Raises:
         SurgeryError: not such a file, or of another model (its shape or the hash of its config differs).
     """
     path, per = Path(path), [per] if isinstance(per, str) else list(per)
-    kind = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[each] for each in per)
+    kinds = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[kind] for kind in per)
     measure = "`surgery score MODEL -o FILE` writes one" if "kv_heads" in per else "a table: a row for each layer"
     if not path.is_file():
         raise SurgeryError("no such score file", where=str(path), fix=measure)
-    found = read_scores(path)
-    shape, counts = [len(row) for row in found.scores], [[getattr(x, each) for x in anatomy.layers] for each in per]
+    scores = read_scores(path)
+    shape, counts = [len(row) for row in scores.scores], [[getattr(x, kind) for x in anatomy.layers] for kind in per]
     if shape not in counts:
         raise SurgeryError(
-            f"the scores are of another model: {_shape(shape)} (layers x {kind})",
+            f"the scores are of another model: {_shape(shape)} (layers x {kinds})",
             where=str(path),
             exists=f"this model has {' or '.join(map(_shape, counts))}",
         )
-    theirs, ours = found.origin.get("model"), model_facts(anatomy)
+    theirs, ours = scores.origin.get("model"), model_identity(anatomy)
     if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
         differ = [key for key in ours if key not in ("name", "hash") and theirs.get(key) != ours[key]]
         raise SurgeryError(
@@ -112,13 +114,13 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
             exists=f"this model is {_name_of(anatomy)} ({ours['hash']}); they differ in {', '.join(differ) or 'hash'}",
             fix="measure this one: `surgery score MODEL -o FILE`",
         )
-    if any(x != x for row in found.scores for x in row):
+    if any(x != x for row in scores.scores for x in row):
         raise SurgeryError("the scores hold NaN", where=str(path))
-    return found
+    return scores
 
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
-    """What a checkpoint's surgery.json holds of its heads' scores, if anything of this shape [layers][counts]."""
+    """The scores of its heads in a checkpoint's surgery.json, if there are any of this shape [layers][counts]."""
     from surgery.io.files import read_json
     from surgery.io.output_folder import REPORT as FILE
 
@@ -127,16 +129,20 @@ def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
     steps = read_json(folder / FILE).get("operations")
     for step in reversed(steps if isinstance(steps, list) else []):
         try:
-            found = _of_dict(step["record"]["scores"])
+            scores = _of_dict(step["record"]["scores"])
         except (KeyError, TypeError, ValueError):
             continue
-        if found.method != "none" and [len(row) for row in found.scores] == counts:
-            return found
+        if scores.method != "none" and [len(row) for row in scores.scores] == counts:
+            return scores
     return None
 
 
 def read_scores(path: str | Path) -> HeadScores:
-    """Scores from a file, held against no model."""
+    """Scores from a file, which are not compared with a model.
+
+    Raises:
+        SurgeryError: the file cannot be read or holds no table of scores.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -149,7 +155,7 @@ def read_scores(path: str | Path) -> HeadScores:
 
 
 def _of_json(text: str, path: Path) -> HeadScores:
-    """Scores from a JSON file; one that is none of ours is refused in words that say what ours is."""
+    """Scores from a JSON file; a file of another form raises a SurgeryError that shows the form of ours."""
     raw = json.loads(text)
     try:
         return _of_dict(raw)
@@ -172,7 +178,7 @@ def _of_dict(raw: dict) -> HeadScores:
 
 
 def _shape(counts: list[int]) -> str:
-    return f"{len(counts)} x {_one(counts)}" if counts else "nothing"
+    return f"{len(counts)} x {_shared(counts)}" if counts else "nothing"
 
 
 def _name_of(anatomy: Anatomy) -> str:
@@ -181,13 +187,13 @@ def _name_of(anatomy: Anatomy) -> str:
 
 
 def model_name(config) -> str:
-    """What a model was loaded as; of a local path only the folder's own name, since score files are shared."""
+    """The name by which a model was loaded; of a local path only the last folder, since score files are shared."""
     name = getattr(config, "_name_or_path", "") or ""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
-    """Raise a SurgeryError if a measured table [layers][heads] holds what is no number: it would pass for a rank."""
+    """Raise a SurgeryError if a measured table [layers][heads] holds NaN or inf, which would be ranked as a score."""
     if not all(math.isfinite(x) for table in tables for row in table for x in row):
         raise SurgeryError(
             f"the heads' scores are no numbers ({method}): the model gives NaN or inf on its calibration text",
@@ -196,7 +202,7 @@ def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
 
 
 def unsupported(anatomy: Anatomy) -> str:
-    """Why the heads of such a model cannot be told apart by what they attend to, or ""."""
+    """Why heads of such a model cannot have different visibility; "" if they can."""
     reason = anatomy.runtime_problem()
     return f"{reason}, so its heads cannot be split" if reason and not anatomy.composite else reason
 

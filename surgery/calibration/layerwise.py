@@ -1,8 +1,8 @@
 """A model's decoder layers called one at a time on the hidden states of a calibration text.
 
-What is in memory: the model, the hidden states of all sequences [samples, length, hidden] once, and the activations
-of one layer for one sequence. Every sequence has the same length and no padding, so that what a layer is given beside
-its input (rotary angles, mask) is recorded once and serves all.
+Memory holds the model, the hidden states of all sequences [samples, length, hidden] once, and the activations of one
+layer for one sequence. Every sequence has the same length and no padding, so a layer's other arguments (rotary angles,
+mask) are recorded once and serve all sequences.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 
 
 class StopForward(Exception):
-    """Ends a forward early: what was wanted of it is known."""
+    """Ends a forward pass early, when what it was run for is known."""
 
 
 def decoder_layers(model, anatomy: Anatomy) -> list[torch.nn.Module]:
@@ -26,7 +26,7 @@ def decoder_layers(model, anatomy: Anatomy) -> list[torch.nn.Module]:
 
 
 class Layerwise:
-    """Decoder layers to be called by number, and the hidden states before the next one.
+    """Decoder layers that are called by their index, and the hidden states before the next one.
 
     Args:
         model: in memory, in eval mode, called under `no_grad`.
@@ -39,83 +39,83 @@ class Layerwise:
         self.blocks = decoder_layers(model, anatomy)
         self.states: list[torch.Tensor] = []
         self._calls: list[tuple] = [((), {})] * len(self.blocks)
-        for number, sequence in enumerate(sequences):
-            self._record(model, sequence[None].to(model.device), all_layers=number == 0)
+        for index, sequence in enumerate(sequences):
+            self._record(model, sequence[None].to(model.device), all_layers=index == 0)
 
     def _record(self, model, ids: torch.Tensor, all_layers: bool) -> None:
-        def hook(number: int) -> Callable:
+        def hook(index: int) -> Callable:
             def before(block, args, kwargs):
-                given = args[0] if args else kwargs["hidden_states"]
-                if number == 0:
-                    self.states.append(given.detach().clone())
+                states = args[0] if args else kwargs["hidden_states"]
+                if index == 0:
+                    self.states.append(states.detach().clone())
                 if not all_layers:
                     raise StopForward
-                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                self._calls[number] = (args[1:], rest)
+                others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                self._calls[index] = (args[1:], others)
 
             return before
 
-        hooks = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
+        handles = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
         try:
             with ended(self.blocks[-1]):
                 model(input_ids=ids, use_cache=False)
         except StopForward:
             pass
         finally:
-            for each in hooks:
-                each.remove()
+            for handle in handles:
+                handle.remove()
 
     def widen(self) -> None:
-        """States, and what goes with them, in float32 or wider from here on; the layers are the caller's to widen."""
+        """Convert the states and the recorded arguments to float32 or wider; the caller widens the layers."""
         self.states = [_wide(state) for state in self.states]
         self._calls = [_wide(call) for call in self._calls]
 
-    def call(self, number: int, state: torch.Tensor) -> torch.Tensor:
-        """What a layer makes of the hidden states of one sequence."""
-        args, kwargs = self._calls[number]
-        out = self.blocks[number](state, *args, **kwargs)
+    def call(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """The output of a layer for the hidden states of one sequence, both [1, length, hidden]."""
+        args, kwargs = self._calls[layer]
+        out = self.blocks[layer](state, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def heads(self, number: int) -> Iterator[torch.Tensor]:
-        """What the heads of a layer give to its output projection: [length, heads * head_dim] of each sequence."""
+    def heads(self, layer: int) -> Iterator[torch.Tensor]:
+        """The input of a layer's output projection for each sequence: [length, heads * head_dim]."""
         for state in self.states:
-            seen: list[torch.Tensor] = []
+            inputs: list[torch.Tensor] = []
 
-            def before(_, args, seen=seen):
-                seen.append(args[0])
+            def before(_, args, inputs=inputs):
+                inputs.append(args[0])
                 raise StopForward  # the MLP is not needed
 
-            hook = self.outputs[number].register_forward_pre_hook(before)
+            handle = self.outputs[layer].register_forward_pre_hook(before)
             try:
-                self.call(number, state)
+                self.call(layer, state)
             except StopForward:
                 pass
             finally:
-                hook.remove()
-            if not seen:
-                raise SurgeryError(f"layer {number}'s output projection was not called", where=type(self).__name__)
-            yield seen[0].flatten(0, -2)
+                handle.remove()
+            if not inputs:
+                raise SurgeryError(f"layer {layer}'s output projection was not called", where=type(self).__name__)
+            yield inputs[0].flatten(0, -2)
 
-    def advance(self, number: int) -> None:
-        """Put the hidden states through a layer."""
-        for place, state in enumerate(self.states):
-            self.states[place] = self.call(number, state)
+    def advance(self, layer: int) -> None:
+        """Replace the hidden states by the output of a layer."""
+        for sample, state in enumerate(self.states):
+            self.states[sample] = self.call(layer, state)
 
 
-def _wide(given):
+def _wide(value):
     """The same structure with floating-point tensors in float32 or wider."""
-    if isinstance(given, tuple):
-        return tuple(map(_wide, given))
-    if isinstance(given, dict):
-        return {name: _wide(value) for name, value in given.items()}
-    if isinstance(given, torch.Tensor) and given.is_floating_point():
-        return given.to(torch.promote_types(given.dtype, torch.float32))
-    return given
+    if isinstance(value, tuple):
+        return tuple(map(_wide, value))
+    if isinstance(value, dict):
+        return {name: _wide(item) for name, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value
 
 
 @contextmanager
 def ended(block) -> Iterator[None]:
-    """A forward that runs inside ends after this block: the model's head is not computed."""
+    """End a forward pass that runs inside after this block, so that the model's output layer is not computed."""
 
     def after(*_):
         raise StopForward
@@ -130,27 +130,29 @@ def ended(block) -> Iterator[None]:
 
 
 def each_layer(blocks: list, answer: Callable[[], torch.Tensor]) -> Iterator[tuple[int, Callable[[], float]]]:
-    """(layer, what a change of this layer loses) for each layer; layers before it are not computed again.
+    """Yield (layer, a function that measures what a change of this layer loses) for each layer.
+
+    Layers before it are not computed again.
 
     Args:
-        answer: the log-probabilities [rows, vocabulary] of one text. What is lost is their KL to the first ones,
-            in nats, and is measured at each call.
+        answer: returns the log-probabilities [rows, vocabulary] of one text. The loss is the KL from the first ones
+            to those at the time of the call, in nats.
     """
     with recorded(blocks) as outputs:
-        whole = answer()
+        base = answer()
     for layer in range(len(blocks)):
         with replayed(blocks[:layer], outputs):
-            yield layer, lambda: kl(whole, answer())
+            yield layer, lambda: kl(base, answer())
 
 
-def kl(whole: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(whole || other) in nats, mean over the rows of two tables of log-probabilities."""
-    return float((whole.exp() * (whole - other)).sum(-1).mean())
+def kl(base: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(base || other) in nats, mean over the rows of two tables of log-probabilities [rows, vocabulary]."""
+    return float((base.exp() * (base - other)).sum(-1).mean())
 
 
 @contextmanager
 def recorded(blocks: list) -> Iterator[dict]:
-    """What each block gives in the forward that runs inside: block -> output."""
+    """Record the output of each block in the forward pass that runs inside: block -> output."""
     outputs: dict = {}
     hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
     try:
@@ -162,7 +164,7 @@ def recorded(blocks: list) -> Iterator[dict]:
 
 @contextmanager
 def replayed(blocks: list, outputs: dict) -> Iterator[None]:
-    """These blocks give what was recorded, and compute nothing."""
+    """Let these blocks return their recorded outputs and compute nothing."""
     before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets one of its own
     try:
         for block in blocks:

@@ -1,4 +1,7 @@
-"""Second moments of activations, summed as a text streams by: float64, one matrix of the width of what is measured."""
+"""Second moments of activations, summed over a text in float64, and least squares from them.
+
+A sum takes one matrix whose width is the number of channels, whatever the length of the text.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,33 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-AT_ONCE = 8  # products of pieces are summed in their own precision, before the sum is widened
+AT_ONCE = 8  # products that are summed in their own precision before they are added in float64
 
 
 class Products:
-    """Σ a b over pieces, in float64.
+    """Σ a b over chunks of rows, in float64.
 
-    A few rows' product in float32 takes no longer than to widen and to add a large matrix: this is done for some
-    pieces together.
+    Eight products are summed in float32 before they are added to the float64 total: widening a large matrix is as
+    expensive as the product of a few rows.
     """
 
     def __init__(self):
-        self._total, self._part, self._parts = None, None, 0
+        self._total, self._pending, self._pending_count = None, None, 0
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        self._part = a @ b if self._part is None else self._part.addmm_(a, b)
-        self._parts += 1
-        if self._parts == AT_ONCE:
+        self._pending = a @ b if self._pending is None else self._pending.addmm_(a, b)
+        self._pending_count += 1
+        if self._pending_count == AT_ONCE:
             self._widen()
 
     def _widen(self) -> None:
-        self._total = self._part.double() if self._total is None else self._total.add_(self._part)
-        self._part, self._parts = None, 0
+        self._total = self._pending.double() if self._total is None else self._total.add_(self._pending)
+        self._pending, self._pending_count = None, 0
 
     @property
     def total(self) -> torch.Tensor:
-        if self._part is not None:
+        """The sum so far, float64; None before the first product."""
+        if self._pending is not None:
             self._widen()
         return self._total
 
@@ -52,7 +56,7 @@ class Moments:
         self.products, self.sum, self.weight, self.exact = Products(), None, 0.0, exact
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Rows [r, n], each with its weight ω [r], default 1."""
+        """Add rows [r, n], each with its weight ω [r], default 1."""
         wide = rows.double() if self.exact else rows
         scaled = wide if weights is None else wide * weights.to(wide).unsqueeze(-1)
         self.products.add(scaled.T, wide)
@@ -82,18 +86,18 @@ class Moments:
 
 
 class Regression:
-    """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|²: all that the least squares of r on z need, in float64.
+    """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|², in float64: all that the least squares of r on z need.
 
     Args:
-        exact: products, too, are float64; else those of some calls are of z's dtype: half the time, 1e-6 off, which
-            is small beside any ridge.
+        exact: compute products in float64, too; else in z's dtype, which takes half the time and is off by 1e-6,
+            small compared with any ridge.
     """
 
     def __init__(self, exact: bool = True):
         self.moments, self.cross, self.energy, self.exact = Products(), Products(), 0.0, exact
 
     def add(self, z: torch.Tensor, r: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Rows z [t, n] and what is wanted of them r [t, D], each with its weight ω [t], default 1."""
+        """Add rows z [t, n] and their targets r [t, D], each with its weight ω [t], default 1."""
         wide = z.double() if self.exact else z
         scaled = (wide if weights is None else wide * weights.to(wide).unsqueeze(-1)).T
         self.moments.add(scaled, wide)
@@ -113,34 +117,32 @@ def with_ones(x: torch.Tensor, bias: bool) -> torch.Tensor:
 
 
 def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> Tensor:
-    """The output projection that, from the kept heads, comes nearest to what all heads wrote.
+    """The output projection of the kept heads whose output is nearest to what all heads wrote.
 
         minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
         W = (Σ r zᵀ + λ W_0) (Σ z zᵀ + λ I)⁻¹
 
-    With the means taken off z and r it is the best W beside a free bias r̄ − W z̄.
+    With the means subtracted from z and r it is the best W together with a free bias r̄ − W z̄.
 
-    The ridge pulls to the old columns: the larger it is, the more this is plain pruning.
+    The ridge pulls to the old columns: the larger it is, the nearer the result is to plain pruning.
 
     Args:
         old: W_0 [D, n], the columns of the kept heads.
-        cross: Σ r zᵀ [D, n], with r the output that is wanted.
+        cross: Σ r zᵀ [D, n], with r the target output.
         moments: Σ z zᵀ [n, n], of the kept heads' outputs.
         ridge: > 0, relative to the mean square of z.
 
     Returns:
         W [D, n], float64.
     """
-    import torch
-
     moments, old = moments.double(), old.double()
     weight = ridge * moments.diagonal().mean()
-    if not weight:  # the heads say nothing on this text: nothing can be fitted
+    if not weight:  # the heads' outputs are 0 on this text: nothing can be fitted
         return old
     system = moments.clone()
     system.diagonal().add_(weight)
-    wanted = (cross.double() + weight * old).T
+    target = (cross.double() + weight * old).T
     factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:  # a pull so weak that rounding leaves the system indefinite
-        return torch.linalg.solve(system, wanted).T
-    return torch.cholesky_solve(wanted, factor).T
+    if failed:  # a ridge so small that rounding leaves the system indefinite
+        return torch.linalg.solve(system, target).T
+    return torch.cholesky_solve(target, factor).T

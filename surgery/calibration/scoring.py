@@ -1,7 +1,7 @@
 """Scores of text and of answers: losses of windows, log-probabilities of choices, one model in memory at a time.
 
-A scored window leaves in a file, for each predicted token, the `top_k` most probable next tokens and the mass
-of all others, so that a second model is compared with the first without both in memory.
+Scoring a window writes to a file, for each predicted token, the `top_k` most probable next tokens and the mass of all
+others, so that a second model is compared with the first without both in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
-    """Raise where a model has fewer positions than the cases have tokens."""
+    """Raise a SurgeryError where a model has fewer positions than `what` has tokens; `configs`: label -> config."""
     for label, config in configs.items():
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest and tokens > longest:
@@ -32,7 +32,7 @@ def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
 
 
 def refuse_other_tokenizer(configs: dict, largest: int) -> None:
-    """Raise where a model does not know the largest token."""
+    """Raise a SurgeryError where a model does not know the largest token; `configs`: label -> config."""
     for label, config in configs.items():
         known = config.get_text_config().vocab_size
         if largest >= known:
@@ -42,7 +42,7 @@ def refuse_other_tokenizer(configs: dict, largest: int) -> None:
 
 
 def last_logits(model, count: int) -> dict:
-    """The argument by which a model computes its last logits alone, where it has one."""
+    """The argument with which a model computes only its last `count` logits, where its forward has one."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
@@ -51,10 +51,10 @@ BATCH = 4  # questions in one forward
 
 @dataclass(frozen=True)
 class Chosen:
-    """How one model did on one question.
+    """The result of one model on one question.
 
     Attributes:
-        right: the right choice is the most probable one; not where another is as probable.
+        right: the right choice is the most probable one, and no other is as probable.
         nll: see `choice_loss`.
         logps: log-probability per token of each choice.
     """
@@ -65,7 +65,7 @@ class Chosen:
 
     @classmethod
     def of(cls, logps: torch.Tensor, answer: int) -> Chosen:
-        """From the vector of log-probabilities and the right index."""
+        """The result from the log-probabilities [choices] and the index of the right choice."""
         best = sum(map(bool, logps >= logps[answer])) == 1
         return cls(best and bool(logps.isfinite().all()), choice_loss(logps, answer).item(), tuple(logps.tolist()))
 
@@ -76,28 +76,28 @@ def choice_logps(
     """Log-probability per token of every choice after its prompt; the model is used in the mode it is in.
 
     Args:
-        cached: prompts are run once, and the choices through the model's own cache. False: prompt and choice are run
-            whole without a cache, which takes longer and gives gradients. The figures are the same as far as cached
-            is uncached.
+        cached: run each prompt once and its choices through the model's own cache. False: run prompt and choice
+            together without a cache, which takes longer and gives gradients. The figures differ only as much as
+            cached and uncached logits do.
         progress: called with the number of questions done.
 
     Returns:
-        Of each question a vector [choices], float64, on the CPU.
+        A vector [choices] for each question, float64, on the CPU.
     """
-    found: dict[int, torch.Tensor] = {}
-    order = sorted(range(len(items)), key=lambda number: items[number].longest)  # little padding
+    by_question: dict[int, torch.Tensor] = {}
+    order = sorted(range(len(items)), key=lambda index: items[index].longest)  # little padding
     for first in range(0, len(order), BATCH):
-        numbers = order[first : first + BATCH]
-        batch = [items[number] for number in numbers]
-        logps = (_through_cache if cached else _at_once)(model, batch).cpu()
-        found |= zip(numbers, logps.split([len(item.choices) for item in batch]), strict=True)
+        indices = order[first : first + BATCH]
+        batch = [items[index] for index in indices]
+        logps = (_through_cache if cached else _without_cache)(model, batch).cpu()
+        by_question |= zip(indices, logps.split([len(item.choices) for item in batch]), strict=True)
         if progress:
-            progress(len(found))
-    return [found[number] for number in range(len(items))]
+            progress(len(by_question))
+    return [by_question[index] for index in range(len(items))]
 
 
 def choice_loss(logps: torch.Tensor, answer: int) -> torch.Tensor:
-    """-log softmax over the choices' log-probabilities per token, at the right one: nats, 0 where it is certain."""
+    """-log softmax over the choices' log-probabilities per token, of the right one: nats, 0 where it is certain."""
     return -logps.log_softmax(-1)[answer]
 
 
@@ -108,29 +108,29 @@ def _through_cache(model, items: list[Choice]) -> torch.Tensor:
     from surgery.runtime.modeling_surgery import CACHE
 
     prompts, mask = _padded([item.prompt for item in items], model.device, left=True)
-    begun = model(**_given(model, prompts, mask), use_cache=True, **last_logits(model, 1))
+    prompted = model(**_inputs(model, prompts, mask), use_cache=True, **last_logits(model, 1))
     owners = torch.tensor([n for n, item in enumerate(items) for _ in item.choices], device=model.device)
     choices, real = _padded([choice for item in items for choice in item.choices], model.device)
-    found = _picked(begun.logits[:, -1:], choices[:, :1], owners)
+    logps = _log_probabilities(prompted.logits[:, -1:], choices[:, :1], owners)
     if choices.shape[1] > 1:
-        begun[CACHE].batch_select_indices(owners)
-        given = _given(model, choices[:, :-1], torch.cat([mask[owners], real[:, :-1]], dim=1))
-        logits = model(**given, **{CACHE: begun[CACHE]}, use_cache=True).logits
-        found = torch.cat([found, _picked(logits, choices[:, 1:])], dim=1)
-    return _mean(found, real)
+        prompted[CACHE].batch_select_indices(owners)
+        inputs = _inputs(model, choices[:, :-1], torch.cat([mask[owners], real[:, :-1]], dim=1))
+        logits = model(**inputs, **{CACHE: prompted[CACHE]}, use_cache=True).logits
+        logps = torch.cat([logps, _log_probabilities(logits, choices[:, 1:])], dim=1)
+    return _mean(logps, real)
 
 
-def _at_once(model, items: list[Choice]) -> torch.Tensor:
+def _without_cache(model, items: list[Choice]) -> torch.Tensor:
     """Every prompt with every choice, padded on the right, without a cache."""
     rows = [(len(item.prompt), item.prompt + choice) for item in items for choice in item.choices]
     ids, mask = _padded([row for _, row in rows], model.device)
     first = min(begin for begin, _ in rows)
     keep = ids.shape[1] - first + 1  # the token before the first choice predicts it
-    logits = model(**_given(model, ids, mask), use_cache=False, **last_logits(model, keep)).logits[:, -keep:-1]
+    logits = model(**_inputs(model, ids, mask), use_cache=False, **last_logits(model, keep)).logits[:, -keep:-1]
     real = mask[:, first:].clone()
     for row, (begin, _) in zip(real, rows, strict=True):
         row[: begin - first] = 0
-    return _mean(_picked(logits, ids[:, first:]), real)
+    return _mean(_log_probabilities(logits, ids[:, first:]), real)
 
 
 def _padded(rows: Sequence[tuple[int, ...]], device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,24 +139,25 @@ def _padded(rows: Sequence[tuple[int, ...]], device, left: bool = False) -> tupl
 
     longest = max(map(len, rows))
     ids, mask = (torch.zeros(len(rows), longest, dtype=torch.long) for _ in range(2))
-    for number, row in enumerate(rows):
-        part = slice(longest - len(row), None) if left else slice(len(row))
-        ids[number, part], mask[number, part] = torch.tensor(row), 1
+    for index, row in enumerate(rows):
+        columns = slice(longest - len(row), None) if left else slice(len(row))
+        ids[index, columns], mask[index, columns] = torch.tensor(row), 1
     return ids.to(device), mask.to(device)
 
 
-def _given(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
-    """The last columns of a mask belong to the tokens; positions are counted from each row's first real token."""
-    import inspect
+def _inputs(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
+    """The arguments of a forward pass on token ids [rows, n] and a mask [rows, cached + n].
 
-    given = {"input_ids": ids, "attention_mask": mask}
+    Positions are counted from each row's first real token.
+    """
+    inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return given
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return inputs
 
 
-def _picked(logits: torch.Tensor, tokens: torch.Tensor, rows=slice(None)) -> torch.Tensor:
-    """Log-probabilities [rows, n] of tokens by logits [rows, n, vocabulary], `rows` of these if given."""
+def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, rows=slice(None)) -> torch.Tensor:
+    """Log-probabilities [rows, n] of tokens under logits [rows, n, vocabulary], or under these `rows` of them."""
     logits = logits.float()
     totals = logits.logsumexp(-1)[rows]
     return logits[rows].gather(-1, tokens[..., None])[..., 0] - totals
@@ -167,7 +168,7 @@ def _mean(logps: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_unfit(configs: dict, items: Sequence[Choice]) -> None:
-    """Raise where questions are longer than the positions of a model, or hold tokens that it does not know."""
+    """Raise a SurgeryError where questions exceed a model's positions or hold tokens that it does not know."""
     longest = max(item.longest for item in items)
     refuse_too_long(configs, longest, "prompt and choice", "shorter questions")
     refuse_other_tokenizer(configs, max(max(map(max, (item.prompt, *item.choices))) for item in items))
@@ -194,18 +195,18 @@ ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
 
 def score_model(
     source: Source,
-    pieces: torch.Tensor,
+    windows: torch.Tensor,
     folder: Path | None,
     top_k: int,
     tick: Callable[[int], None],
     allow_pickle: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Score every window with one model, which is gone from memory after the call if it was loaded here.
+    """Score every window with one model, which is removed from memory after the call if it was loaded here.
 
     Args:
         source: model folder, or loaded model (left in the mode it was in).
-        pieces: LongTensor [windows, length].
-        folder: where the windows' files are or will be; None keeps nothing and compares with nothing.
+        windows: LongTensor [windows, length].
+        folder: holds the windows' files; None saves nothing and compares with nothing.
         top_k: tokens to keep, at most the vocabulary.
         tick: called with the number of windows done.
         allow_pickle: see `load_model`.
@@ -217,17 +218,16 @@ def score_model(
 
     scores: dict[str, list] = {}
     with loaded(source, allow_pickle) as model:
-        for number, piece in enumerate(pieces):
-            kept = folder / f"{number}.safetensors" if folder else None
-            for name, values in score_window(model, piece, kept, top_k).items():
+        for index, window in enumerate(windows):
+            file = folder / f"{index}.safetensors" if folder else None
+            for name, values in score_window(model, window, file, top_k).items():
                 scores.setdefault(name, []).append(values)
-            tick(number + 1)
-    return {name: torch.cat(parts) for name, parts in scores.items()}
+            tick(index + 1)
+    return {name: torch.cat(vectors) for name, vectors in scores.items()}
 
 
-def score_window(model, piece: torch.Tensor, kept: Path | None, top_k: int) -> dict[str, torch.Tensor]:
-    """Run one window of tokens [length]. Where there is no file `kept`, leave one; where there is, compare
-    with it.
+def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> dict[str, torch.Tensor]:
+    """Score one window of tokens [length]: write `file` where it does not exist, else compare with it.
 
     Returns:
         Vectors [length - 1]: "loss" (nats, float64); after a comparison also "kl" (nats, float64; see
@@ -237,40 +237,40 @@ def score_window(model, piece: torch.Tensor, kept: Path | None, top_k: int) -> d
     from safetensors.torch import load, save
 
     with torch.no_grad():
-        logits = model(input_ids=piece[None].to(model.device), use_cache=False).logits[0, :-1]
-    targets = piece[1:].to(logits.device)
-    known = load(kept.read_bytes()) if kept and kept.is_file() else None
-    if known and int(known["vocabulary"]) != logits.shape[-1]:
-        raise SurgeryError(f"base and out give {int(known['vocabulary'])} and {logits.shape[-1]} logits a token")
-    rows: dict[str, list] = {"loss": []}
+        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    targets = window[1:].to(logits.device)
+    reference = load(file.read_bytes()) if file and file.is_file() else None
+    if reference and int(reference["vocabulary"]) != logits.shape[-1]:
+        raise SurgeryError(f"base and out give {int(reference['vocabulary'])} and {logits.shape[-1]} logits a token")
+    vectors: dict[str, list] = {"loss": []}
 
     def add(name: str, values: torch.Tensor) -> None:
-        rows.setdefault(name, []).append(values.cpu())
+        vectors.setdefault(name, []).append(values.cpu())
 
     for first in range(0, len(targets), ROWS):
-        here = slice(first, first + ROWS)
-        logp = logits[here].float().log_softmax(-1)
-        add("loss", -logp.gather(-1, targets[here, None])[:, 0])
-        if not kept:
+        chunk = slice(first, first + ROWS)
+        logp = logits[chunk].float().log_softmax(-1)
+        add("loss", -logp.gather(-1, targets[chunk, None])[:, 0])
+        if not file:
             continue
-        # argmax, not topk's first: of two equal logits each may pick another, and a model must agree with
-        # itself.
+        # argmax, not topk's first: they may choose differently between two equal logits, and a model must agree
+        # with itself.
         best = logp.argmax(-1).cpu()
-        where = known["tokens"][here].to(logp.device).long() if known else logp.topk(top_k).indices
-        mine = logp.gather(-1, where)
-        rest = logp.scatter(-1, where, -math.inf).logsumexp(-1, keepdim=True)
+        tokens = reference["tokens"][chunk].to(logp.device).long() if reference else logp.topk(top_k).indices
+        mine = logp.gather(-1, tokens)
+        rest = logp.scatter(-1, tokens, -math.inf).logsumexp(-1, keepdim=True)
         mine = torch.cat([mine, rest], dim=-1).cpu()  # [rows, top_k + 1]
-        if known:
-            theirs, mine = known["logp"][here].double(), mine.double()
+        if reference:
+            theirs, mine = reference["logp"][chunk].double(), mine.double()
             gap = theirs.exp() * (theirs - mine)
             # 0 * log(0 / q) is 0; rounding can leave a sum of -1e-9, which no KL is.
             add("kl", gap.where(theirs > -math.inf, 0).sum(-1).clamp(min=0))
-            add("same", best == known["best"][here])
+            add("same", best == reference["best"][chunk])
         else:
-            for name, values in (("tokens", where.int()), ("logp", mine), ("best", best)):
+            for name, values in (("tokens", tokens.int()), ("logp", mine), ("best", best)):
                 add(name, values)
-    joined = {name: torch.cat(parts) for name, parts in rows.items()}
-    if kept and not known:
-        facts = {name: joined.pop(name).contiguous() for name in ("tokens", "logp", "best")}
-        kept.write_bytes(save(facts | {"vocabulary": torch.tensor(logits.shape[-1])}))
+    joined = {name: torch.cat(chunks) for name, chunks in vectors.items()}
+    if file and not reference:
+        stored = {name: joined.pop(name).contiguous() for name in ("tokens", "logp", "best")}
+        file.write_bytes(save(stored | {"vocabulary": torch.tensor(logits.shape[-1])}))
     return joined | {"loss": joined["loss"].double()}

@@ -15,14 +15,18 @@ def ls(as_json: Json = False) -> None:
     """List recipes and operations with their parameters."""
     from surgery import operations
     from surgery.config import recipe
+    from surgery.config.heal import Heal
+    from surgery.operations.variants import Variants, inline_schema, method_facts
 
     classes, broken = operations.catalogue()
     recipes = recipe.descriptions()
     if as_json:
-        fields = {op: cls.model_json_schema()["properties"] for op, cls in classes.items()}
+        fields = {op: inline_schema(cls)["properties"] for op, cls in classes.items()}
+        unions = {op: cls.METHODS for op, cls in classes.items() if issubclass(cls, Variants)} | {"heal": Heal.METHODS}
+        methods = {op: {name: method_facts(each) for name, each in found.items()} for op, found in unions.items()}
         uses = {name: facts["ops"] for name, facts in recipes.items()}
         recipes = {name: facts["description"] for name, facts in recipes.items()}
-        return emit({"recipes": recipes, "uses": uses, "operations": fields, "broken": broken})
+        return emit({"recipes": recipes, "uses": uses, "operations": fields, "methods": methods, "broken": broken})
     from surgery.cli.render.summary import print_catalogue
 
     print_catalogue(recipes, classes, broken)
@@ -81,9 +85,7 @@ def inspect(
     facts = anatomy_of(model)
     fits = fitting_recipes(facts)
     if as_json:
-        from surgery.conversion.plan import terms_held
-
-        held = {term: sorted(layers) for term, layers in terms_held(facts).items()}
+        held = {term: sorted(layers) for term, layers in facts.terms.items()}
         return emit(facts.to_dict() | {"terms": held, "recipes": fits})
     from surgery.cli.render import model as show
 

@@ -12,6 +12,7 @@ import typer
 
 from surgery.cli import convert as converting
 from surgery.cli import convert as healing_verb
+from surgery.cli import evaluate as evaluating
 from surgery.cli import inspect as looking
 from surgery.cli import measure as measuring
 from surgery.cli import measure as scoring_verb
@@ -28,7 +29,7 @@ VERBS = {  # in the order in which `--help` lists them
     "apply": converting.apply,
     "heal": healing_verb.heal,
     "check": measuring.check,
-    "eval": measuring.evaluate,
+    "eval": evaluating.evaluate,
     "bench": measuring.bench,
     "push": converting.push,
     "doctor": looking.doctor,

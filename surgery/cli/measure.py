@@ -1,4 +1,4 @@
-"""Verbs that measure what was made: check, eval, bench.
+"""Verbs that measure what was made: check, bench.
 
 The verb that measures heads: score.
 """
@@ -36,97 +36,6 @@ def check(
     report.raise_faults(CheckError)
 
 
-def evaluate(
-    context: typer.Context,
-    out: ModelName,
-    base: Base = None,
-    text: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text that are scored.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    needles: Annotated[bool, typer.Option("--needles", help="Hidden secrets instead: which does it find?")] = False,
-    lengths: Annotated[str, typer.Option(help="Needles: prompt lengths in tokens.")] = "512,1024,2048",
-    depths: Annotated[int, typer.Option(min=1, help="Needles: places, evenly spaced.")] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Needles: prompts for each length and place.")] = 4,
-    seed: Annotated[int, typer.Option(help="Needles, choices: what is drawn.")] = 0,
-    secret: Annotated[str, typer.Option(help="Needles: digits or words.")] = "digits",
-    form: Annotated[str, typer.Option(help="Needles: chat, plain, or auto (by the tokenizer).")] = "auto",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Needles: draw the grid.")] = None,
-    choices: Annotated[bool, typer.Option("--choices", help="Multiple choice instead: how many are right?")] = False,
-    labelled: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Choices: questions with prompt, choices, answer.")
-    ] = None,
-    choice_items: Annotated[int, typer.Option(min=1, help="Choices: questions made from the text.")] = 320,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Score a model, alone or against its base: perplexity, KL, top-1 agreement, KV bytes; or needles, or choices."""
-    from surgery.api import evaluate as run
-    from surgery.cli.render import tables as results
-    from surgery.cli.render.console import progress_bar
-
-    _refuse_options(context, needles, choices, labelled is not None)
-    if choices:
-        asked = {"text": text, "items": choice_items, "seed": seed, "labelled": labelled}
-        return _choices(out, base, as_json, quiet, asked)
-    if needles:
-        drawn = {"depths": depths, "samples": samples, "seed": seed, "secret": secret, "form": form, "text": text}
-        return _needles(out, base, lengths, plot, as_json, quiet, drawn)
-    with progress_bar(quiet or as_json) as progress:
-        result = run(out, base, text=text, windows=windows, length=length, progress=progress).to_dict()
-    if as_json:
-        return emit(result)
-    results.evaluation(result)
-
-
-def _needles(out: str, base: str | None, lengths: str, plot: Path | None, as_json: bool, quiet: bool, drawn: dict):
-    from surgery.api import evaluate_needles
-    from surgery.cli.render import tables as needles
-    from surgery.cli.render.console import progress_bar
-    from surgery.evaluation.benchmark.run import parse_lengths
-    from surgery.report import plots as pictures
-
-    if plot:
-        pictures.ready(plot)
-    with progress_bar(quiet or as_json) as progress:
-        result = evaluate_needles(out, base, lengths=parse_lengths(lengths), progress=progress, **drawn)
-    if plot and result.status == "done":
-        needles.picture(result, plot)
-    if as_json:
-        return emit(result.to_dict())
-    needles.table(result)
-
-
-def _choices(out: str, base: str | None, as_json: bool, quiet: bool, asked: dict) -> None:
-    from surgery.api import evaluate_choices
-    from surgery.cli.render import tables as choices
-    from surgery.cli.render.console import progress_bar
-
-    with progress_bar(quiet or as_json) as progress:
-        result = evaluate_choices(out, base, progress=progress, **asked)
-    if as_json:
-        return emit(result.to_dict())
-    choices.lines(result)
-
-
-def _refuse_options(context: typer.Context, needles: bool, choices: bool, labelled: bool) -> None:
-    """An option that would not be looked at is a misunderstanding."""
-    if needles and choices:
-        raise SurgeryError("--needles and --choices are two measures", fix="one at a time")
-    kinds = {"needles": needles, "choices": choices}
-    users = dict.fromkeys(("windows", "length"), ()) | {"seed": ("needles", "choices")}
-    users |= dict.fromkeys(("lengths", "depths", "samples", "secret", "form", "plot"), ("needles",))
-    users |= dict.fromkeys(("labelled", "choice_items"), ("choices",))
-    asked = next((kind for kind, on in kinds.items() if on), "")
-    for name, used in users.items():
-        if context.get_parameter_source(name).name == "COMMANDLINE" and asked not in (used or ("",)):
-            fix = f"leave it out, or leave out --{asked}" if not used else f"add --{used[0]}, or leave it out"
-            which = f"for {' and '.join(used)} alone" if used else f"not for {asked}"
-            raise SurgeryError(f"--{name.replace('_', '-')} is {which}", fix=fix)
-    for name in ("text", "choice_items", "seed") if labelled else ():
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            raise SurgeryError(f"--{name.replace('_', '-')} is not for questions of a file", fix="leave it out")
-
-
 def bench(
     context: typer.Context,
     out: OutName,
@@ -154,12 +63,14 @@ def bench(
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import result as timings
     from surgery.evaluation.benchmark import run as speed
+    from surgery.evaluation.lengths import parse_lengths
     from surgery.report import plots as pictures
 
     _refuse_of_bench(context, base, calibrate)
-    asked = None if lengths is None else speed.parse_lengths(lengths)
+    asked = None if lengths is None else parse_lengths(lengths)
     if calibrate:
-        return _calibrate(out, asked, rounds, text, device, write, as_json, quiet)
+        settings = {"candidates": asked, "rounds": rounds, "text": text, "device": device}
+        return _calibrate(out, settings, write, as_json, quiet)
     chosen = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
     if plot:
         pictures.ready(plot)
@@ -173,16 +84,16 @@ def bench(
         timings.plot(result, plot)
 
 
-def _calibrate(out: Path, candidates, rounds: int, text: str, device: str, write: bool, as_json: bool, quiet: bool):
+def _calibrate(out: Path, asked: dict, write: bool, as_json: bool, quiet: bool) -> None:
+    """Find `dense_below` with these settings, print it, and write it to the checkpoint if asked."""
     from surgery.cli.render import tables as calibration
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import dense_below as calibrate
 
     with progress_bar(quiet or as_json) as progress:
-        asked = {"candidates": candidates, "rounds": rounds, "text": text, "device": device}
         found = calibrate.calibrate(out, **asked, progress=progress)
     if not as_json:
-        calibration.table(found)
+        calibration.calibration_table(found)
     try:
         scored = calibrate.write(out, found) if write else None
     except SurgeryError:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from surgery.errors import nearest, shown
+from surgery.errors import any_of, nearest, shown
 from surgery.healing import losses
 from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
+from surgery.operations.variants import Variants
 
-# Where the recipe names none. A new rank-r factor starts from zero and bears more than weights that are right already.
-LEARNING_RATES = {"full": 2e-4, "lora": 5e-4, "parts": 5e-4}
 BUDGETS = ("tokens", "steps", "minutes")
 LARGEST_WEIGHT = sys.float_info.max
 
@@ -83,13 +82,19 @@ Count = Annotated[int, BeforeValidator(_count)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-class Heal(BaseModel):
-    """Training after the surgery: what trains, on what text, towards what, for how long."""
+class Heal(Variants):
+    """Training after the surgery: what trains, on what text, towards what, for how long.
+
+    What the methods share is here; each method is a class below, listed in `METHODS`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {
+        "minutes": ("rank", "alpha", "dropout"),
+        "keep_checkpoints": ("keep_adapter",),
+    }
 
-    method: Literal["lora", "full", "parts"] = Field(
-        "lora",
+    method: str = Field(
         description="lora: low-rank updates of attention and MLP, and in full what the surgery made anew; full: all "
         "weights; parts: only what the surgery added, and the projections of attention that it rewrote.",
     )
@@ -132,12 +137,8 @@ class Heal(BaseModel):
     steps: Count | None = Field(None, ge=1, description="Train so many steps.")
     minutes: Number | None = Field(None, gt=0, description="Train so long.")
 
-    rank: Count = Field(16, ge=1, description="lora: rank of the updates.")
-    alpha: Number | None = Field(None, gt=0, description="lora: updates count alpha / rank; default 2 * rank.")
-    dropout: Number = Field(0.0, ge=0, lt=1, description="lora: dropout before the updates.")
-    learning_rate: Number | None = Field(
-        None, gt=0, description="Highest learning rate; default 5e-4 for lora and parts, 2e-4 for full."
-    )
+    # A new rank-r factor starts from zero and bears more than weights that are right already (`Full`).
+    learning_rate: Number | None = Field(5e-4, gt=0, description="Highest learning rate.")
     warmup: Number = Field(0.05, ge=0, lt=1, description="Share of the training in which the rate rises.")
     weight_decay: Number = Field(
         0.0, ge=0, description="Of AdamW, on matrices (routers among them); not on biases, norms, sinks and gates."
@@ -157,15 +158,21 @@ class Heal(BaseModel):
     stop_at_gate: bool = Field(False, description="Stop when that score passes the recipe's gate.")
     checkpoint_every: Count = Field(50, ge=0, description="Steps between checkpoints; 0: none.")
     keep_checkpoints: Count = Field(2, ge=1, description="Checkpoints that are kept while it trains.")
-    keep_adapter: bool = Field(
-        False,
-        description="lora: save the adapter too; it loads on the model as it was before (apply keeps it: "
-        "OUT.unhealed).",
-    )
     report_to: str = Field(
         "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
     )
     seed: Count = Field(0, ge=0, description="Of data, text, adapters and dropout.")
+
+    @classmethod
+    def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
+        method, found = cls.own_method(), []
+        for key in keys:
+            readers, unset = any_of(cls.readers(key)), json.dumps(cls.unset(key)[0])
+            words = f"read by method: {readers}, and this is {method}: drop it, or write {unset}"
+            if key == "keep_adapter":  # its own words, which are older
+                words = f"of method: {readers}, this is method: {method}"
+            found.append((key, f"heal.{key} is {words}"))
+        return found
 
     @model_validator(mode="after")
     def _fitting(self) -> Heal:
@@ -177,10 +184,6 @@ class Heal(BaseModel):
             raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
         if self.stop_at_gate and not self.eval_every:
             raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
-        if self.keep_adapter and self.method != "lora":
-            raise _fault(f"heal.keep_adapter is of method: lora, this is method: {self.method}")
-        if self.keep_adapter and self.mixing != "none":
-            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
         if found := unread(self.model_dump()):
             raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in found.items()))
         for name in self.weights if self.teacher == "stored" else ():
@@ -204,7 +207,12 @@ class Heal(BaseModel):
     @property
     def rate(self) -> float:
         """The highest learning rate."""
-        return self.learning_rate or LEARNING_RATES[self.method]
+        return self.learning_rate or 0.0  # never null: null means the default
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the adapter is saved beside the merged weights."""
+        return False
 
     @property
     def weights(self) -> dict[str, float]:
@@ -233,19 +241,16 @@ class Heal(BaseModel):
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
-    """Fields whose values nobody would read: name -> who reads it, and what to do.
+    """Fields of all methods whose values nobody would read: name -> who reads it, and what to do.
 
     Args:
         fields: of a `Heal`; those that are not there have their defaults.
     """
     known = {name: field.get_default() for name, field in Heal.model_fields.items()}
-    method, loss, teacher, data, hidden = (
-        (known | fields)[x] for x in ("method", "loss", "teacher", "data", "hidden")
-    )
-    lora, rows = f"by method: lora, and this is {method}", f"of data with columns (.jsonl, data sets), not of {data}"
-    idle = dict.fromkeys(("rank", "alpha", "dropout"), lora) if method != "lora" else {}
+    loss, teacher, data, hidden = ((known | fields)[x] for x in ("loss", "teacher", "data", "hidden"))
+    rows = f"of data with columns (.jsonl, data sets), not of {data}"
     written, weights = losses.written(loss), _weighed(loss, 0.5, hidden)
-    idle |= {"mix": f"with loss: both, and this is {written}"} if loss != "both" else {}
+    idle = {"mix": f"with loss: both, and this is {written}"} if loss != "both" else {}
     if loss not in list(losses.WORDS):
         idle |= {"hidden": f"with a word as loss ({', '.join(losses.WORDS)}), and this is {written}"}
     if not any(losses.find(name).reads_temperature for name in weights):
@@ -273,3 +278,46 @@ def _asked(weights: dict[str, float]) -> frozenset[str]:
 def _fault(text: str, exists: str = "", fix: str = "") -> PydanticCustomError:
     """A fault in words of its own; what there is instead and how to mend it go into the message of the command."""
     return PydanticCustomError("heal", "{text}", {"text": text, "exists": exists, "fix": fix})
+
+
+class Lora(Heal):
+    """Low-rank updates of attention and MLP, and in full what the surgery made anew."""
+
+    method: Literal["lora"] = "lora"
+    rank: Count = Field(16, ge=1, description="Rank of the updates.")
+    alpha: Number | None = Field(None, gt=0, description="Updates count alpha / rank; default 2 * rank.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout before the updates.")
+    keep_adapter: bool = Field(
+        False,
+        description="Save the adapter too; it loads on the model as it was before (apply keeps it: OUT.unhealed).",
+    )
+
+    @model_validator(mode="after")
+    def _adapter_alone(self) -> Lora:
+        if self.keep_adapter and self.mixing != "none":
+            raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
+        return self
+
+    @property
+    def keeps_adapter(self) -> bool:
+        return self.keep_adapter
+
+
+class Full(Heal):
+    """All weights train."""
+
+    method: Literal["full"]
+    learning_rate: Number | None = Field(2e-4, gt=0, description="Highest learning rate.")
+
+
+class Parts(Heal):
+    """Only what the surgery added trains, and the projections of attention that it rewrote."""
+
+    method: Literal["parts"]
+
+
+METHODS = Heal.union(
+    Lora,
+    Full,
+    Parts,
+)

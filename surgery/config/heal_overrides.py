@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
+from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import BUDGETS, Heal, unread
 from surgery.config.overrides import as_text
-from surgery.config.recipe import Evaluate, faults_of
+from surgery.config.validation import checked
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, shown
+from surgery.evaluation.probes.settings import without_defaults
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
@@ -32,32 +32,39 @@ def settings(
     given = given.model_dump() if isinstance(given, Heal) else given
     if not isinstance(given, dict | None):
         raise SurgeryError(f"settings is {shown(given)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
-    data = {"heal": dict(given if given is not None else known.get("heal") or {}), "evaluate": known.get("evaluate")}
+    judged_by = known.get("evaluate")
+    data: dict = {"heal": dict(given if given is not None else known.get("heal") or {})}
+    data["evaluate"] = None if judged_by is None else without_defaults(judged_by)
     faults: list[SurgeryError] = []
     lines: dict = {}
     for text in [*overrides, *(as_text(key, value) for key, value in fields.items())]:
         key, equals, value = text.partition("=")
         section, _, name = key.strip().rpartition(".")
         section = section or "heal"
-        if not equals or section not in SECTIONS or not name:
+        legal = section in {"heal", *sections()} or section.startswith("evaluate.probes.")
+        if not equals or not legal or not name:
             raise SurgeryError(
                 "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
             )
-        data[section] = {**(data[section] or {}), name: parse(value, repr(text), field=0)[0]}
-        lines[section, name] = f"override {text.strip()!r}"
+        path, target = section.split("."), data
+        for step in path:
+            inner = target.get(step)
+            target[step] = dict(inner) if isinstance(inner, dict) else {}
+            target = target[step]
+        target[name] = parse(value, repr(text), field=0)[0]
+        lines[*path, name] = f"override {text.strip()!r}"
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
-    typed = {name for section, name in lines if section == "heal"} | (set(given) if given is not None else set())
-    for name in unread(data["heal"]).keys() - typed:  # of the recipe's own, what another method or loss leaves unread
+    typed = {path[1] for path in lines if path[0] == "heal"} | (set(given) if given is not None else set())
+    method = Heal.variant(data["heal"].get("method"))
+    idle = {*unread(data["heal"]), *method.strangers(data["heal"])}
+    for name in idle - typed:  # of the recipe's own, what another method or loss leaves unread
         del data["heal"][name]
     found: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
-        if data[section] is None:
-            continue
-        try:
-            found[section] = kind.model_validate(data[section])
-        except ValidationError as error:
-            faults += faults_of(error, lines, section, (section,), list(kind.model_fields))
+        if data[section] is not None:
+            found[section], wrong = checked(kind, data[section], lines, section, (section,))
+            faults += wrong
     if faults:
         first, *rest = faults
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))

@@ -11,6 +11,7 @@ from surgery import operations
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, nearest
+from surgery.operations.variants import keys_of
 
 
 def as_text(key: str, value: object) -> str:
@@ -25,7 +26,7 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
     Args:
         data: a recipe as plain data, not checked yet.
         text: "key=value" or "op.key=value".
-        sections: the keys of `evaluate` and `heal`.
+        sections: the keys of `evaluate`, of the blocks in it, and of `heal`, by dotted name.
     """
     key, equals, value = text.partition("=")
     key, where = key.strip(), f"override {text!r}"
@@ -52,7 +53,7 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
     for step in path:
         if isinstance(target, dict) and target.get(step) is None:
             target[step] = {}
-        target = target[step]
+        target = target[step] if isinstance(target, dict | list) else None
     if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
         target[last] = value
         if path == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
@@ -67,6 +68,8 @@ def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -
     if head.startswith("operations.") and head.split(".")[1].isdigit():
         index = int(head.split(".")[1])
         return [("operations", index, tail)] if index < len(steps) else []
+    if key.startswith("evaluate.probes."):  # what a block may hold is said when the recipe is checked
+        return [tuple(key.split("."))]
     if tail in sections.get(head, ()):
         return [(head, tail)]
     if not head and key in ("name", "description", "evaluate", "heal"):
@@ -76,6 +79,8 @@ def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -
         for i, step in enumerate(steps)
         if (not head or step.get("op") == head) and tail in _fields(step)
     ]
+    if not places and tail in sections.get(f"evaluate.probes.{head}", ()):
+        places.append(("evaluate", "probes", head, tail))
     if not head and tail in sections["evaluate"]:  # those of heal share names with operations: by their full name
         places.append(("evaluate", tail))
     return places
@@ -83,11 +88,12 @@ def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -
 
 def _fields(step: dict) -> list[str]:
     try:
-        return [name for name in operations.find(str(step.get("op"))).model_fields if name != "op"]
+        return [name for name in keys_of(operations.find(str(step.get("op")))) if name != "op"]
     except SurgeryError:
         return [name for name in step if name != "op"]
 
 
 def _known_keys(steps: list[dict], sections: dict[str, Collection[str]]) -> list[str]:
     keys = [name for step in steps for name in _fields(step)]
-    return list(dict.fromkeys([*keys, *(f"{section}.{name}" for section in sections for name in sections[section])]))
+    named = {section: names for section, names in sections.items() if not section.startswith("evaluate.probes")}
+    return list(dict.fromkeys([*keys, *(f"{section}.{name}" for section in named for name in named[section])]))

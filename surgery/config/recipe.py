@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,39 +11,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from surgery import operations
+from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import Heal
 from surgery.config.overrides import as_text, set_field
+from surgery.config.validation import BLOCK, PROBES, checked, faults_of
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
-from surgery.errors import SurgeryError, nearest, shown, wanted
+from surgery.errors import SurgeryError, nearest, shown
+from surgery.evaluation.probes import settings as probe_settings
 from surgery.operations.base import Operation
+from surgery.operations.variants import Variants, inline_schema, keys_of, method_schema
 
 SUFFIXES = (".yaml", ".yml")
-
-
-class Evaluate(BaseModel):
-    """What the finished model is judged on, and the gate it must pass."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-    text: str = Field("builtin", description="'builtin' (the held-out part of Python's reference) or a text file.")
-    windows: int = Field(8, ge=1, description="Windows of text that are scored.")
-    length: int = Field(512, ge=2, description="Tokens in a window.")
-    max_kl: float | None = Field(None, ge=0, description="Gate: mean KL to the base in nats per token, at most.")
-    max_perplexity_ratio: float | None = Field(None, ge=0, description="Gate: perplexity over the base's, at most.")
-    needles: int = Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none.")
-    needle_length: int = Field(1024, ge=64, description="Tokens of such a prompt.")
-    min_needles: float | None = Field(
-        None, ge=0, le=1, description="Gate: share of the needles found by the base that are found, at least."
-    )
-    choices: int = Field(0, ge=0, description="Multiple-choice questions made of the text that both get; 0: none.")
-    min_choices: float | None = Field(None, ge=0, description="Gate: right answers over the base's, at least.")
-    min_top1: float | None = Field(None, ge=0, le=1, description="Gate: share of equal best tokens, at least.")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The gate alone."""
-        names = {name for name in type(self).model_fields if name.startswith(("max_", "min_"))}
-        return self.model_dump(include=names, exclude_none=True)
 
 
 SECTIONS = {"evaluate": Evaluate, "heal": Heal}  # keys of a recipe whose value is a mapping of fields
@@ -96,6 +75,12 @@ class Recipe(BaseModel):
         """Plain data, every default written out."""
         return self.model_dump(mode="json") | {"operations": [op.model_dump(mode="json") for op in self.operations]}
 
+    def identity(self) -> dict:
+        """What resume hashes are of: `to_dict`, and the other methods' fields as earlier versions recorded them."""
+        steps = [op.identity() if isinstance(op, Variants) else op.model_dump(mode="json") for op in self.operations]
+        heal = {"heal": self.heal.identity()} if self.heal else {}
+        return self.to_dict() | {"operations": steps} | heal
+
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
@@ -147,7 +132,7 @@ def find(name: str | Path) -> Path:
     )
 
 
-def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, ...] = (), **fields) -> Recipe:
+def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fields) -> Recipe:
     """A checked recipe.
 
     Args:
@@ -162,6 +147,8 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
     source, earlier = "data", ()
     if isinstance(recipe, Recipe):
         data, where, source, earlier = recipe.to_dict(), recipe.name, recipe.source, recipe.overrides
+        if data["evaluate"] is not None:
+            data["evaluate"] = probe_settings.without_defaults(data["evaluate"])
     elif isinstance(recipe, dict):
         data, where = recipe, "recipe"
     else:
@@ -182,20 +169,23 @@ def load(recipe: str | Path | dict | Recipe, overrides: list[str] | tuple[str, .
         what = f"a recipe holds plain data only: {error.args[0]!s}"
         raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
     for override in changes:
-        place = set_field(data, override, {name: list(kind.model_fields) for name, kind in SECTIONS.items()})
+        place = set_field(data, override, sections() | {"heal": keys_of(Heal)})
         lines = {path: line for path, line in lines.items() if path[: len(place)] != place}
         lines[place] = f"override {override.strip()!r}"
-    checked = _validate(data, lines, where)
-    checked._source, checked._overrides = source, (*earlier, *map(str.strip, changes))
-    return checked
+        if place[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
+            lines[place[: BLOCK - 1]] = lines[place]
+    loaded = _validate(data, lines, where)
+    loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
+    return loaded
 
 
 def schema() -> dict:
     """JSON Schema of a recipe, with the fields of every operation that loads."""
     full = Recipe.model_json_schema()
+    full["$defs"] |= {cls.__name__: method_schema(cls) for cls in Heal.METHODS.values()}
     classes, _ = operations.catalogue()
     full["properties"]["operations"]["items"] = {
-        "oneOf": [_required_op(cls.model_json_schema(), op) for op, cls in classes.items()]
+        "oneOf": [_required_op(inline_schema(cls), op) for op, cls in classes.items()]
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **full}
 
@@ -203,6 +193,8 @@ def schema() -> dict:
 def _required_op(part: dict, op: str) -> dict:
     part["properties"]["op"] = {"const": op, "type": "string"}
     part["required"] = ["op", *(name for name in part.get("required", []) if name != "op")]
+    for method in part.get("oneOf", []):
+        _required_op(method, op)
     return part
 
 
@@ -226,57 +218,27 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
             faults.append(SurgeryError("an operation is a mapping with the key op", where=line_of(lines, path, where)))
             continue
         try:
-            cls = operations.find(step["op"])
-            steps.append(cls.model_validate(step))
+            made, wrong = checked(operations.find(step["op"]), step, lines, where, path)
         except SurgeryError as error:
-            faults.append(
-                SurgeryError(
-                    error.what, where=line_of(lines, (*path, "op"), where), exists=error.exists, fix=error.fix
-                )
-            )
-        except ValidationError as error:
-            faults += faults_of(error, lines, where, path, list(cls.model_fields))
+            at = line_of(lines, (*path, "op"), where)
+            made, wrong = None, [SurgeryError(error.what, where=at, exists=error.exists, fix=error.fix)]
+        steps += [made] if made else []
+        faults += wrong
+    sections: dict = {}
+    for name, kind in SECTIONS.items():
+        if data.get(name) is not None:
+            sections[name], wrong = checked(kind, data[name], lines, where, (name,))
+            faults += wrong
     faults += files_elsewhere(data, lines, where)
     try:
         given = {"operations": steps or raw} if isinstance(raw, list) else {}
-        recipe = Recipe.model_validate(data | given, context="load")
+        recipe = Recipe.model_validate(data | sections | given, context="load")
     except ValidationError as error:
-        faults = faults_of(error, lines, where, (), list(Recipe.model_fields)) + faults
+        faults = faults_of(error, lines, where, (), Recipe) + faults
     if faults:
         first, *rest = sorted(faults, key=_line_number)
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
     return recipe
-
-
-def faults_of(error: ValidationError, lines: dict, where: str, prefix: tuple, known: list[str]) -> list[SurgeryError]:
-    """One sentence for each of pydantic's complaints; alternatives of one field are joined.
-
-    Args:
-        lines, where: as for `line_of`.
-        prefix: path of what was validated.
-        known: its keys.
-    """
-    by_path: dict[tuple, list[dict]] = {}
-    for item in error.errors(include_url=False):
-        depth = next((n for n, step in enumerate(item["loc"]) if step in known), 0) + 1
-        loc = item["loc"] if item["loc"] and item["loc"][0] in SECTIONS else item["loc"][:depth]
-        by_path.setdefault((*prefix, *loc), []).append(item)
-    faults = []
-    for path, items in by_path.items():
-        key, names = path[-1], list(SECTIONS[path[0]].model_fields) if len(path) > 1 and path[0] in SECTIONS else known
-        at, kind = line_of(lines, path, where), items[0]["type"]
-        if kind == "extra_forbidden":
-            close = nearest(key, names)
-            fix = f"did you mean {close!r}?" if close else ""
-            faults.append(SurgeryError(f"unknown key {key!r}", where=at, exists=", ".join(names), fix=fix))
-        elif kind == "missing":
-            faults.append(SurgeryError(f"the key {key!r} is missing", where=at))
-        elif kind == "heal":  # in words of its own, often of its fields together
-            said = items[0]["ctx"]
-            faults.append(SurgeryError(said["text"], where=at, exists=said["exists"], fix=said["fix"]))
-        else:
-            faults.append(SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at))
-    return faults
 
 
 def _line_number(fault: SurgeryError) -> int:

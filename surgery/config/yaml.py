@@ -9,6 +9,7 @@ from __future__ import annotations
 import yaml
 
 from surgery.errors import SurgeryError, shown
+from surgery.evaluation.probes import REGISTRY, find
 from surgery.io.safetensors import inside_folder
 
 MAX_BYTES = 256 << 10
@@ -86,6 +87,10 @@ def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
     """A recipe file that somebody else wrote may not name files outside the working folder."""
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
+    blocks = settings.get("probes") if isinstance(settings, dict) else None
+    for name, block in blocks.items() if isinstance(blocks, dict) else ():
+        files = find(name).files() if name in REGISTRY and isinstance(block, dict) else ()
+        named |= {("evaluate", "probes", name, key): block for key in files}
     if isinstance(heal := data.get("heal"), dict):
         named["heal", "data"] = heal
     for number, step in enumerate(steps if isinstance(steps, list) else []):

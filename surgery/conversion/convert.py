@@ -97,7 +97,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
     streaming, fingerprint = streams(plan, options.engine), checkpoint.fingerprint()
     plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
     out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
-    if options.resume and not options.overwrite and out.holds_the_same():  # stopped while it was checked or scored
+    if options.resume and not options.overwrite and out.is_same_conversion():  # stopped while it was checked or scored
         return Report.of(out.out)
     with out.opened(plan.output_bytes) as partial:
         write = _stream if streaming else _load_and_write

@@ -161,7 +161,7 @@ class Plan:
         named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
         paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        facts = {"recipe": self.recipe.to_dict(), "files": files, "base": fingerprint, "version": __version__}
+        facts = {"recipe": self.recipe.identity(), "files": files, "base": fingerprint, "version": __version__}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -197,7 +197,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    held, own = terms_held(anatomy), operation.term_layers(anatomy)
+    held, own = anatomy.terms, operation.term_layers(anatomy)
     if operation.term is None:
         if blocking := [term for term in held if term not in operation.carries_terms]:
             reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
@@ -213,7 +213,7 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return []
+    return operation.problems_before(anatomy)
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
@@ -223,24 +223,6 @@ def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
 
 def _where(layers: set[int], anatomy: Anatomy) -> str:
     return "" if len(layers) == len(anatomy.layers) else f", in layers {', '.join(map(str, sorted(layers)))}"
-
-
-def terms_held(anatomy: Anatomy) -> dict[str, set[int]]:
-    """The terms of the equation that a checkpoint sets already, and in which layers."""
-    block = getattr(anatomy.config, "surgery", None) or {}
-    held: dict[str, set[int]] = {}
-    for layer, entry in zip(anatomy.layers, block.get("layers", []), strict=False):
-        named = entry.get("parameters", {})
-        terms = {
-            "visibility": layer.streaming,
-            "visibility in prefill": layer.sparse,
-            "bias": {"surgery_log_gamma", "surgery_log_beta"} & set(named),
-            "virtual keys": "surgery_sink_logit" in named,
-            "gate": "gate" in entry,
-        }
-        for term in (term for term, there in terms.items() if there):
-            held.setdefault(term, set()).add(layer.index)
-    return held
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:

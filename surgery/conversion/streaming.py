@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from surgery.architecture.edit import refuse_non_finite
 from surgery.architecture.weights import pack, unpack
 from surgery.errors import SurgeryError
-from surgery.io.safetensors import PIECE, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
+from surgery.io.safetensors import CHUNK, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
 from surgery.machine.progress import Progress
 from surgery.operations.rewrite import run_rewrite
 
@@ -153,7 +153,7 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
 
         put(len(text).to_bytes(8, "little") + text)
         for name, (_, _, computed) in layout.items():
-            for piece in tensor_pieces(stream.tensor(name)) if computed else checkpoint.pieces(infos[name]):
+            for piece in tensor_pieces(stream.tensor(name)) if computed else checkpoint.chunks(infos[name]):
                 put(piece)
             begin, end = header[name]["data_offsets"]
             if file.tell() != 8 + len(text) + end:  # a file that lies about itself must never get its name
@@ -165,12 +165,12 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
 
 
 def tensor_pieces(tensor: Tensor):
-    """The bytes of a tensor in memory, at most `PIECE` at a time."""
+    """The bytes of a tensor in memory, at most `CHUNK` at a time."""
     import torch
 
     data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
+    for start in range(0, len(data), CHUNK):
+        yield data[start : start + CHUNK]
 
 
 def _write_index(folder: Path, checkpoint: Checkpoint, weight_map: dict[str, str], plan: Plan) -> None:

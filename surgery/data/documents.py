@@ -1,15 +1,15 @@
 """The text that healing trains on, as documents of token ids: the base's own, the built-in text, files, a data set.
 
-    self       text that the base writes (calibration/self_text.py)
+    self       text that the base writes (data/generated.py)
     builtin    the calibration part of the built-in text, one document; the held-out part is for scores
-    FILE       a text file is one document (long ones are cut into rows anyway); of a .jsonl file each line is one
-    FOLDER     its .txt, .md and .jsonl files, those in folders below it too, in the order of their paths; not README,
-               LICENSE and what begins with a dot
-    OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its parts. A
-               folder of other files (parquet, ...) is read in the same way.
+    FILE       a text file is one document (long ones are cut into rows anyway); each line of a .jsonl file is one
+    FOLDER     its .txt, .md and .jsonl files, and those in folders below it, in the order of their paths; not README,
+               LICENSE and names that begin with a dot
+    OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its
+               configurations. A folder of other files (parquet, ...) is read in the same way.
 
-Tokens are the tokenizer's own for a text of its own, so BOS and EOS are where it puts them. No more is read than the
-rows that are wanted need.
+The tokenizer encodes each document as a text of its own, so BOS and EOS are where it puts them. Only as much is read
+as the rows need.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ __all__ = ["Documents", "Packed", "documents"]
 SELF, TEXT, MESSAGES = "self", "text", "messages"
 LINES = (".jsonl", ".ndjson")
 PLAIN = (".txt", ".md", ".text")
-TOGETHER = 64  # texts that are tokenised at a time
-ABOUT = ("readme", "license", "licence", "changelog")  # of a folder's files, not its text
+TEXTS_AT_ONCE = 64  # texts that are tokenised at a time
+ABOUT = ("readme", "license", "licence", "changelog")  # files about a folder, which are not its text
 TABLES = (".parquet", ".arrow", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -46,7 +46,7 @@ class Documents:
     """Token ids of each document.
 
     Attributes:
-        title: where they are from.
+        title: the source's name.
         sha256: of the texts that were read, or of the tokens that the base wrote.
         ids: the documents.
         begin: what the tokenizer begins a text with: [BOS] or [].
@@ -65,17 +65,18 @@ class Documents:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all documents together."""
         return sum(map(len, self.ids))
 
     @property
-    def facts(self) -> dict:
-        """For the record."""
+    def record(self) -> dict:
+        """What surgery.json keeps of the data: its title and hash, and how many documents and tokens there are."""
         return {"data": self.title, "sha256": self.sha256, "documents": len(self), "tokens": self.tokens}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts, and how they are named in messages and in the record."""
+    """Texts, and their name in messages (`where`) and in the record (`title`)."""
 
     title: str
     where: str
@@ -85,13 +86,13 @@ class Source:
 def documents(
     heal, tokenizer, base: str | Path | Any, *, rows_needed: int, folder: Path | None = None, progress=None
 ) -> Documents:
-    """The documents of `heal.data`, enough for `rows_needed` rows of `heal.length` tokens where there is so much.
+    """The documents of `heal.data`, enough for `rows_needed` rows of `heal.length` tokens if there are so many.
 
     Args:
         heal: the settings; data, column, chat, length and seed are read.
         tokenizer: the base's.
         base: its folder, or the loaded model; only `data: self` runs it.
-        folder: where the base's own text is kept, so that a run that was stopped goes on; None keeps nothing.
+        folder: saves the base's own text, so that a run that was stopped can be resumed; None saves nothing.
         progress: called as progress(done, total, label), in tokens.
 
     Raises:
@@ -100,26 +101,26 @@ def documents(
     wanted, begin = rows_needed * heal.length, begin_of_text(tokenizer)
     if heal.data == SELF:
         with loaded(base) as model:
-            found = sample(model, tokenizer, heal, wanted, folder=folder, progress=progress)
-        digest = hashlib.sha256(repr(found).encode())
-        return Documents("text that the base wrote itself", digest.hexdigest(), found, begin)
+            written = sample(model, tokenizer, heal, wanted, folder=folder, progress=progress)
+        digest = hashlib.sha256(repr(written).encode())
+        return Documents("text that the base wrote itself", digest.hexdigest(), written, begin)
     source = _source(heal, tokenizer)
     digest, ids, tokens = hashlib.sha256(), [], 0
     texts = (text for text in source.texts if text.strip())
-    while tokens < wanted and (some := list(islice(texts, TOGETHER))):
-        _update(digest, some)
+    while tokens < wanted and (batch := list(islice(texts, TEXTS_AT_ONCE))):
+        _update(digest, batch)
         # Chat templates write BOS themselves.
-        new = tokenizer(some, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
-        ids += [array("i", each) for each in new]  # a list would take eight times as much
+        new = tokenizer(batch, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
+        ids += [array("i", document) for document in new]  # a list would take eight times as much
         tokens += sum(map(len, new))
         if progress:
             progress(min(tokens, wanted), wanted, "data")
-    _refuse(ids, source, heal, read_config(base).get_text_config().vocab_size)
+    _refuse_unusable(ids, source, heal, read_config(base).get_text_config().vocab_size)
     return Documents(source.title, digest.hexdigest(), ids, begin)
 
 
-def _refuse(ids: list[Sequence[int]], source: Source, heal, vocabulary: int) -> None:
-    tokens, largest = sum(map(len, ids)), max((max(each) for each in ids if each), default=0)
+def _refuse_unusable(ids: list[Sequence[int]], source: Source, heal, vocabulary: int) -> None:
+    tokens, largest = sum(map(len, ids)), max((max(document) for document in ids if document), default=0)
     if not tokens:
         raise SurgeryError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")
     if largest >= vocabulary:
@@ -142,7 +143,7 @@ def _update(digest, texts: Iterable[str]) -> None:
         digest.update(f"{len(raw)}\0".encode() + raw)
 
 
-# --- where texts are from -----------------------------------------------------------------------------------
+# --- sources of texts ---------------------------------------------------------------------------------------
 
 
 def _source(heal, tokenizer) -> Source:
@@ -167,9 +168,9 @@ def _source(heal, tokenizer) -> Source:
             return Source(path.resolve().name, name, (text for file in files for text in _file(file, heal, tokenizer)))
         return Source(path.resolve().name, name, _data_set(str(path), None, heal, tokenizer))
     endings = (*LINES, *PLAIN, ".json", ".csv", ".parquet")
-    file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
-    if file or not HUB_NAME.fullmatch(name):
-        close = nearest(path.name, [each.name for each in _beside(path)])
+    looks_like_file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
+    if looks_like_file or not HUB_NAME.fullmatch(name):
+        close = nearest(path.name, [sibling.name for sibling in _siblings(path)])
         raise SurgeryError(
             "no such text file, folder or data set",
             where=f"heal.data: {name}",
@@ -187,17 +188,17 @@ def _source(heal, tokenizer) -> Source:
 
 
 def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The data in a folder: files with these endings that are neither hidden nor about the others."""
+    """The data files in a folder: files with these endings, without hidden ones and READMEs or licences."""
 
     def is_data(file: Path) -> bool:
-        hidden = any(step.startswith(".") for step in file.relative_to(folder).parts)
-        about = file.suffix.lower() in PLAIN and file.stem.lower() in ABOUT
-        return file.suffix.lower() in endings and not hidden and not about and file.is_file()
+        is_hidden = any(component.startswith(".") for component in file.relative_to(folder).parts)
+        is_about = file.suffix.lower() in PLAIN and file.stem.lower() in ABOUT
+        return file.suffix.lower() in endings and not is_hidden and not is_about and file.is_file()
 
     return sorted(file for file in folder.rglob("*") if is_data(file))
 
 
-def _beside(path: Path) -> list[Path]:
+def _siblings(path: Path) -> list[Path]:
     try:
         return list(path.parent.iterdir())
     except OSError:
@@ -210,10 +211,10 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
         _refuse_columns(heal, str(path))
         yield text
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{path}:{line_number}"
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -225,8 +226,10 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
 
 def _refuse_columns(heal, where: str) -> None:
     if heal.chat or heal.column:
-        asked = "heal.chat: true" if heal.chat else f"heal.column: {heal.column}"
-        raise SurgeryError(f"{asked} needs rows with columns, a text has none", where=where, fix="name a .jsonl file")
+        setting = "heal.chat: true" if heal.chat else f"heal.column: {heal.column}"
+        raise SurgeryError(
+            f"{setting} needs rows with columns, a text has none", where=where, fix="name a .jsonl file"
+        )
 
 
 def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
@@ -235,22 +238,22 @@ def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
         import datasets
     except ImportError:
         folder = Path(name).is_dir()
-        what = f"no {', '.join(PLAIN + LINES)} file in this folder" if folder else "no file or folder has this name"
+        problem = f"no {', '.join(PLAIN + LINES)} file in this folder" if folder else "no file or folder has this name"
         raise SurgeryError(
-            f"{what}, and other data sets are read with the package datasets, which is not installed",
+            f"{problem}, and other data sets are read with the package datasets, which is not installed",
             where=f"heal.data: {name}",
             fix='pip install "attention-surgery[data]"',
         ) from None
     try:
         rows = datasets.load_dataset(name, config, split="train", streaming=True)
-        for number, row in enumerate(rows):
-            yield _text_of(row, heal, tokenizer, f"{name}, row {number}")
+        for index, row in enumerate(rows):
+            yield _text_of(row, heal, tokenizer, f"{name}, row {index}")
     except SurgeryError:
         raise
-    except Exception as error:  # of a dozen kinds, network and formats among them
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a dozen kinds, among them network and formats
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SurgeryError(
-            f"the data set cannot be read: {first}",
+            f"the data set cannot be read: {reason}",
             where=f"heal.data: {name}",
             fix="check its name on the Hub (OWNER/NAME, or OWNER/NAME:CONFIG), or name a local file or folder",
         ) from error
@@ -277,9 +280,9 @@ def _text_of(row: dict, heal, tokenizer, where: str) -> str:
     try:
         return tokenizer.apply_chat_template(value, tokenize=False)
     except Exception as error:  # templates raise what they like
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SurgeryError(
-            f"the chat template does not take column {column!r}: {first}",
+            f"the chat template does not take column {column!r}: {reason}",
             where=where,
             fix='messages look like [{"role": "user", "content": "..."}, ...]',
         ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import SurgeryError, nearest
 
-# What the secret stands behind, in the needle and in the first words of the answer; and the question.
+# The statement before the secret, in the needle and in the first words of the answer; and the question.
 TEMPLATES = (
     ("The magic number for {key} is", "What is the magic number for {key}?"),
     ("The ticket number of the ferry to {key} is", "What is the ticket number of the ferry to {key}?"),
@@ -45,9 +45,9 @@ class Needle:
     """One prompt.
 
     Attributes:
-        length, depth: as wanted: tokens of the prompt; place in the haystack, 0 = begin, 1 = end.
+        length, depth: as requested: tokens of the prompt; position in the haystack, 0 = begin, 1 = end.
         sample, seed: with length and depth they decide everything that is random.
-        secret: what is asked for.
+        secret: the answer to the question.
         prompt: token ids, at most `length`, BOS and chat template included.
         answer: token ids of the secret as they follow the prompt.
         span: tokens [first, end) of the prompt that hold the needle, the whole sentence.
@@ -106,12 +106,23 @@ def make_needles(
         SurgeryError: an argument makes no sense, the text is too short or the length is, no chat template, a
             tokenizer that cannot write the secret.
     """
-    places = [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
+    fractions = spread(depths)
     size = SECRETS.get(secret, 0) if size is None else size
-    _refuse(lengths, places, samples, secret, size)
+    refuse_settings(lengths, fractions, samples, secret, size)
     words = load_text(text, part="held-out")
     maker = _Maker(tokenizer, words, form_for(tokenizer, form), secret, size, templates)
-    return [maker.make(n, depth, i, seed) for n in lengths for depth in places for i in range(samples)]
+    return [maker.make(n, depth, i, seed) for n in lengths for depth in fractions for i in range(samples)]
+
+
+def spread(depths: int | Sequence[float]) -> list[float]:
+    """Depths: so many, evenly spaced inside (0, 1), or those that are given."""
+    return [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
+
+
+def refuse_form(form: str) -> None:
+    """Raise where a form is none."""
+    if form not in FORMS:
+        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
 
 
 def form_for(tokenizer, form: str) -> str:
@@ -120,8 +131,7 @@ def form_for(tokenizer, form: str) -> str:
     Raises:
         SurgeryError: another word, or "chat" without a chat template.
     """
-    if form not in FORMS:
-        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
+    refuse_form(form)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if form == "chat" and not has_template:
         raise SurgeryError("the tokenizer has no chat template", fix="--form plain")
@@ -133,7 +143,11 @@ def chance(secret: str, size: int | None = None) -> float:
     return {"digits": 10, "words": len(WORDS.split())}[secret] ** -float(SECRETS[secret] if size is None else size)
 
 
-def _refuse(lengths: Sequence[int], depths: Sequence[float], samples: int, secret: str, size: int) -> None:
+def refuse_settings(
+    lengths: Sequence[int], depths: Sequence[float], samples: int, secret: str, size: int | None = None
+) -> None:
+    """Raise where prompts of such settings make no sense; arguments as of `make_needles`, depths as shares."""
+    size = SECRETS.get(secret, 0) if size is None else size
     if not lengths or min(lengths) < 1 or samples < 1 or not depths:
         raise SurgeryError("needles need at least one length, one depth and one sample", fix="--lengths 512,1024")
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
@@ -146,7 +160,7 @@ def _refuse(lengths: Sequence[int], depths: Sequence[float], samples: int, secre
 
 
 class _Maker:
-    """One tokenizer and one text, many needles."""
+    """Makes needles in one text with one tokenizer."""
 
     def __init__(self, tokenizer, text: Text, form: str, secret: str, size: int, templates):
         self.tokenizer, self.form, self.secret, self.size = tokenizer, form, secret, size
@@ -156,9 +170,10 @@ class _Maker:
         self.letters_per_token = len(self.text) / max(1, len(self._ids(self.text)))
 
     def make(self, length: int, depth: float, sample: int, seed: int) -> Needle:
+        """One needle; the arguments are those of `Needle` and decide everything that is random."""
         draw = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # a text seeds the same in every Python
         key = draw.choice(KEYS.split())
-        statement, question = (part.format(key=key) for part in draw.choice(self.templates))
+        statement, question = (template.format(key=key) for template in draw.choice(self.templates))
         hay = self._stretch(draw.choice(self.starts), length)
         secret = self._secret(draw, hay)
         cuts = [m.end() for m in CUT.finditer(hay)]
@@ -170,26 +185,28 @@ class _Maker:
         fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
         if not fits:
             raise SurgeryError(f"{length} tokens are too few for a needle", fix=f"at least {len(ids(cuts[0]))} tokens")
-        text, (first, end), asks = self._compose(hay[: cuts[fits - 1]].rstrip(), depth, statement, secret, question)
+        fitted = hay[: cuts[fits - 1]].rstrip()
+        text, (first, end), question_start = self._compose(fitted, depth, statement, secret, question)
         prompt = self._ids(text)
-        whole = self._ids(f"{text} {secret}")
-        cut = common(prompt, whole)  # what merges with the secret belongs to the answer
-        if secret not in self.tokenizer.decode(whole[cut:]):
+        full = self._ids(f"{text} {secret}")
+        cut = common(prompt, full)  # what merges with the secret belongs to the answer
+        if secret not in self.tokenizer.decode(full[cut:]):
             raise SurgeryError(
-                f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(whole[cut:])!r}",
+                f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(full[cut:])!r}",
                 fix="another kind of secret: --secret words" if self.secret == "digits" else "--secret digits",
             )
-        before, upto, asked = (common(self._ids(text[:at]), prompt) for at in (first, end, asks))
-        if len(self._ids(text[:end])) > upto:  # the needle's last letters share a token with what follows
-            upto += 1
-        places = {"span": (before, upto), "question": asked}
-        return Needle(length, depth, sample, seed, secret, tuple(whole[:cut]), tuple(whole[cut:]), **places)
+        letters = (first, end, question_start)
+        needle_start, needle_end, question_token = (common(self._ids(text[:letter]), prompt) for letter in letters)
+        if len(self._ids(text[:end])) > needle_end:  # the needle's last letters share a token with what follows
+            needle_end += 1
+        spans = {"span": (needle_start, needle_end), "question": question_token}
+        return Needle(length, depth, sample, seed, secret, tuple(full[:cut]), tuple(full[cut:]), **spans)
 
     def _stretch(self, start: int, length: int) -> str:
         """The text from `start` on, more than enough for `length` tokens."""
         wanted = int(3 * length * self.letters_per_token) + 100
-        round_trip = f"{self.text[start:]}\n\n{self.text[:start]}\n\n".lstrip()
-        return (round_trip * (wanted // len(round_trip) + 1))[:wanted]
+        cycle = f"{self.text[start:]}\n\n{self.text[:start]}\n\n".lstrip()
+        return (cycle * (wanted // len(cycle) + 1))[:wanted]
 
     def _secret(self, draw: random.Random, hay: str) -> str:
         while True:
@@ -197,25 +214,25 @@ class _Maker:
                 secret = "".join(draw.choices("0123456789", k=self.size))
             else:
                 secret = " ".join(draw.choices(WORDS.split(), k=self.size))
-            if secret not in hay or self.size < 3:  # a short one may stand everywhere
+            if secret not in hay or self.size < 3:  # a short one may occur everywhere
                 return secret
 
     def _compose(self, hay: str, depth: float, statement: str, secret: str, question: str):
         """The text of a prompt, letters [first, end) of the needle in it, and the question's first letter."""
-        at = _nearest_start(hay, depth * len(hay))
+        position = _nearest_start(hay, depth * len(hay))
         needle = f"{statement} {secret}."
-        before = hay[:at].rstrip()
-        gap = hay[len(before) : at] or "\n\n"  # between two paragraphs the needle is one, else a sentence
+        before = hay[:position].rstrip()
+        gap = hay[len(before) : position] or "\n\n"  # between two paragraphs the needle is one, else a sentence
         first = len(before + gap) if before else 0
-        content = f"{before}{gap * bool(before)}{needle}{gap}{hay[at:]}".rstrip() + f"\n\n{question}"
-        asks = len(content) - len(question)
+        content = f"{before}{gap * bool(before)}{needle}{gap}{hay[position:]}".rstrip() + f"\n\n{question}"
+        question_start = len(content) - len(question)
         if self.form == "plain":
-            return f"{content}\n\n{statement}", (first, first + len(needle)), asks
+            return f"{content}\n\n{statement}", (first, first + len(needle)), question_start
         text = self._chat(content)
         shift = text.find(content)
         if shift < 0:
             raise SurgeryError("the chat template changes the text of a message", fix="--form plain")
-        return text + statement, (shift + first, shift + first + len(needle)), shift + asks
+        return text + statement, (shift + first, shift + first + len(needle)), shift + question_start
 
     def _chat(self, content: str) -> str:
         """The user's message as the model wants to see it, up to where it would answer."""
@@ -224,7 +241,7 @@ class _Maker:
                 [{"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=True,
-                enable_thinking=False,  # a variable of templates that know it; the others do not look
+                enable_thinking=False,  # a variable that other templates ignore
             )
         except Exception as error:  # a template may raise whatever its author thought of
             raise SurgeryError(f"the chat template does not work: {error}", fix="--form plain") from error
@@ -234,14 +251,14 @@ class _Maker:
 
 
 def _nearest_start(hay: str, wanted: float) -> int:
-    """Where a sentence starts, nearest to a place; a word where the text has no sentences."""
+    """The start of a sentence nearest to a position in letters; of a word where the text has no sentences."""
     for pattern in (SENTENCE_START, WORD_START):
         starts = [m.end() for m in pattern.finditer(hay)]
         if starts:
-            return min([0, *starts, len(hay)], key=lambda at: abs(at - wanted))
+            return min([0, *starts, len(hay)], key=lambda position: abs(position - wanted))
     return 0 if wanted <= len(hay) / 2 else len(hay)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """How many first tokens two sequences have in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

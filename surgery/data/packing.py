@@ -1,8 +1,8 @@
-"""Documents packed into rows of equal length, none of which can see another.
+"""Documents packed into rows of equal length, so that no document sees another.
 
-Positions start anew at every document: Transformers' masks and the surgical runtime find packed rows by that, if the
-model is called without an attention mask and with `use_cache=False`. No token is padding. Some families (gpt_oss, opt,
-bloom, mpt with Transformers 5) do not pass positions to their masks: to them a row is one text, positions and all.
+Positions begin at 0 again for every document: by them Transformers' masks and the surgical runtime find packed rows,
+if the model is called without an attention mask and with `use_cache=False`. No token is padding. Some families
+(gpt_oss, opt, bloom, mpt with Transformers 5) do not pass positions to their masks: to them a row is one text.
 """
 
 from __future__ import annotations
@@ -19,47 +19,50 @@ TRIED, ROUNDING = 8, 1e-2  # tokens of a document; share of the logits by which 
 
 
 class Packed(torch.utils.data.Dataset):
-    """Rows of exactly `length` tokens; what does not fill a last row is left out.
+    """Rows of exactly `length` tokens; tokens that do not fill a last row are left out.
 
-    A document that does not fit in what is left of a row is cut, and what follows begins the next row as a document
-    of its own, after the tokens that every document begins with. Nothing is drawn at random: the same documents give
-    the same rows.
+    A document that does not fit in the rest of a row is cut, and its remainder begins the next row as a document of
+    its own, after the tokens that every document begins with. Nothing is random: the same documents give the same
+    rows.
 
     Args:
         documents: token ids of each; `documents.begin`, if there is one, is what the tokenizer begins a text with.
         length: tokens of a row.
-        apart: whether the model reads the documents of a row apart (`reads_apart`); else positions run on through it.
+        isolated: whether the model separates the documents of a row (`isolates_documents`); else positions run
+            through the whole row.
 
     Each item holds long tensors [length]: `input_ids`; `position_ids`; and `labels`, the tokens themselves, −100 for
     the first token of a document, which nothing in its row can predict.
     """
 
-    def __init__(self, documents: Iterable[Sequence[int]], length: int, apart: bool = True):
+    def __init__(self, documents: Iterable[Sequence[int]], length: int, isolated: bool = True):
         begin = list(getattr(documents, "begin", ()))
-        ids, positions, row, places = [], [], [], []
+        ids, positions, row, row_positions = [], [], [], []
         for document in documents:
-            at, lead = 0, []
-            while at < len(document):
-                piece = [*lead, *document[at : at + length]][: length - len(row)]
-                at += max(len(piece) - len(lead), 0)
-                row += piece
-                places += range(len(piece))
+            start, prefix = 0, []
+            while start < len(document):
+                chunk = [*prefix, *document[start : start + length]][: length - len(row)]
+                start += max(len(chunk) - len(prefix), 0)
+                row += chunk
+                row_positions += range(len(chunk))
                 if len(row) == length:
                     ids.append(torch.tensor(row, dtype=torch.int32))
-                    positions.append(torch.tensor(places, dtype=torch.int32))
-                    row, places = [], []
-                lead = begin
+                    positions.append(torch.tensor(row_positions, dtype=torch.int32))
+                    row, row_positions = [], []
+                prefix = begin
         empty = torch.empty(0, length, dtype=torch.int32)
         self.ids = torch.stack(ids) if ids else empty
-        places = torch.stack(positions) if ids else empty
-        self.starts = places == 0  # of documents
-        self.positions = places if apart else torch.arange(length, dtype=torch.int32).expand_as(places).contiguous()
+        own_positions = torch.stack(positions) if ids else empty
+        through = torch.arange(length, dtype=torch.int32).expand_as(own_positions).contiguous()
+        self.starts = own_positions == 0  # of documents
+        self.positions = own_positions if isolated else through
 
-    def some(self, numbers: Sequence[int]) -> Packed:
+    def select(self, rows: Sequence[int]) -> Packed:
         """These rows alone, in this order."""
-        found = copy.copy(self)
-        found.ids, found.positions, found.starts = (part[numbers] for part in (self.ids, self.positions, self.starts))
-        return found
+        selected = copy.copy(self)
+        tensors = (self.ids, self.positions, self.starts)
+        selected.ids, selected.positions, selected.starts = (tensor[rows] for tensor in tensors)
+        return selected
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,7 +77,7 @@ class Packed(torch.utils.data.Dataset):
 
     @property
     def sha256(self) -> str:
-        """Of all rows: two data sets of one hash train alike."""
+        """The hash of all rows: two data sets with the same hash train alike."""
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
         for tensor in (self.ids, self.positions, self.starts):
             digest.update(tensor.numpy().tobytes())
@@ -82,33 +85,34 @@ class Packed(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def reads_apart(model) -> bool:
-    """Whether a model in memory reads the documents of a row as if each were alone: one of two documents is tried."""
+def isolates_documents(model) -> bool:
+    """Whether a model in memory reads each document of a row as if it were alone; tried on a row of two documents."""
     vocabulary, training = model.config.get_text_config().vocab_size, model.training
     ids = torch.randint(vocabulary, (1, 2 * TRIED), generator=torch.Generator().manual_seed(0)).to(model.device)
-    places = torch.arange(TRIED, device=model.device).repeat(2)[None]
+    positions = torch.arange(TRIED, device=model.device).repeat(2)[None]
     model.eval()
     try:
-        one = model(**arguments(model, {"input_ids": ids[:, TRIED:], "position_ids": places[:, :TRIED]}, False)).logits
-        both = model(**arguments(model, {"input_ids": ids, "position_ids": places}, False)).logits[:, TRIED:]
+        second = {"input_ids": ids[:, TRIED:], "position_ids": positions[:, :TRIED]}
+        single = model(**arguments(model, second, False)).logits
+        packed = model(**arguments(model, {"input_ids": ids, "position_ids": positions}, False)).logits[:, TRIED:]
     except ValueError as error:
         if "not finite" not in str(error):
             raise
-        return True  # a router of NaN: the training says so
+        return True  # a router gives NaN: training reports that
     finally:
         model.train(training)
-    return bool((one - both).norm() <= ROUNDING * (one - one.mean()).norm())
+    return bool((single - packed).norm() <= ROUNDING * (single - single.mean()).norm())
 
 
 def arguments(model, batch: dict, hidden: bool) -> dict:
-    """What to call a student, or a live teacher, with: a batch of `Packed` rows as keyword arguments.
+    """The keyword arguments with which a student or a live teacher is called on a batch of `Packed` rows.
 
-    No cache: rows that hold several documents are found by their positions only without one.
+    There is no cache: only without one does a model recognise rows of several documents by their positions.
 
     Args:
-        hidden: the hidden states of all layers are wanted, which a loss may read.
+        hidden: also return the hidden states of all layers, which a loss may read.
     """
-    given = {"input_ids": batch["input_ids"], "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        given["position_ids"] = batch["position_ids"]
-    return given | ({"output_hidden_states": True} if hidden else {})
+        inputs["position_ids"] = batch["position_ids"]
+    return inputs | ({"output_hidden_states": True} if hidden else {})

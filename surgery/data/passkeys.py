@@ -1,7 +1,7 @@
-"""Sequences that make heads show whether they use the far past: text with passkeys in it that its end asks for.
+"""Sequences that show whether heads use the far past: text with passkeys in it, which its end asks for.
 
-They are made from any text and with any tokenizer. Pieces are tokenised one by one and joined as tokens, so that it is
-known exactly where a passkey stands, and both its occurrences are the same tokens.
+They are made from any text and with any tokenizer. Texts are tokenised one by one and joined as tokens, so that the
+positions of a passkey are known exactly, and both its occurrences are the same tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from types import SimpleNamespace
 import torch
 
 from surgery.data.generated import sample
-from surgery.data.text import Text, begin_of_text, begun, fitting_length, load_text, windows, written_pieces
+from surgery.data.text import (
+    Text,
+    begin_of_text,
+    fitting_length,
+    load_text,
+    samples_to_begin,
+    windows,
+    written_samples,
+)
 from surgery.errors import SurgeryError
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -25,12 +33,12 @@ WORD = re.compile(r"[^\W\d_]{3,12}")
 
 @dataclass(frozen=True)
 class Recall:
-    """A sequence whose end repeats what stands far before it.
+    """A sequence whose end repeats passkeys from far before it.
 
     Attributes:
         ids: tokens, long [n].
-        spans: (first, end) of each piece where it stands first.
-        answers: (first, end) of the same pieces, in that order, where they come back.
+        spans: (first, end) of each passkey where it occurs first.
+        answers: (first, end) of the same passkeys, in that order, where they are repeated.
     """
 
     ids: torch.Tensor
@@ -44,33 +52,36 @@ class Recall:
 
     @property
     def row_spans(self) -> torch.Tensor:
-        """(first, end) of the piece that each of `rows` repeats, long [r, 2]."""
-        each = zip(self.spans, self.answers, strict=True)
-        return torch.tensor([span for span, (first, end) in each for _ in range(end - first)])
+        """(first, end) of the passkey that each of `rows` repeats, long [r, 2]."""
+        pairs = zip(self.spans, self.answers, strict=True)
+        return torch.tensor([span for span, (first, end) in pairs for _ in range(end - first)])
 
 
-def calibration_pieces(
+def calibration_sequences(
     model, tokenizer, text: str, length: int, samples: int, folder: Path | None = None, progress=None
 ) -> torch.Tensor:
-    """Pieces of a calibration text, long [samples, length]; the length is cut to the model's positions.
+    """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
 
     Args:
-        text: "builtin" (its calibration part) or a file; "self": what the model writes, in its own mixture of kinds of
-            text; "mixed": half of them from each of the two.
-        folder: keeps what the model wrote, so that a run that was stopped need not write it again.
+        text: "builtin" (its calibration part) or a file; "self": text that the model writes, in its own mixture of
+            kinds of text; "mixed": half of the samples from each of the two.
+        folder: saves what the model wrote, so that a resumed run need not write it again.
         progress: called with done, total and a label.
+
+    Raises:
+        SurgeryError: a text that cannot be read or is too short.
     """
     length = fitting_length(model, length)
-    own = written_pieces(text, samples)
-    pieces = [_written(model, tokenizer, length, own, folder, progress)] if own else []
-    if own < samples:
+    written = written_samples(text, samples)
+    sequences = [_written(model, tokenizer, length, written, folder, progress)] if written else []
+    if written < samples:
         source = load_text("builtin" if text == "mixed" else text, "calibration")
-        pieces.insert(0, windows(source, tokenizer, length, samples - own))
-    return torch.cat(pieces)
+        sequences.insert(0, windows(source, tokenizer, length, samples - written))
+    return torch.cat(sequences)
 
 
 def calibration_source(text: str) -> dict:
-    """What a record says of such a text: what it is and, unless the model wrote all of it, its sha256."""
+    """What surgery.json records of a calibration text: its title and, unless the model wrote all of it, its sha256."""
     if text == "self":
         return {"text": "what the model writes"}
     source = load_text("builtin" if text == "mixed" else text, "calibration")
@@ -79,17 +90,17 @@ def calibration_source(text: str) -> dict:
 
 
 def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
-    """Pieces of text that the model wrote, [samples, length]; texts that end early stand one after the other.
+    """Samples of text that the model wrote, [samples, length]; texts that end early follow one another in a sample.
 
-    Each piece begins as `windows` begin, with BOS where the tokenizer begins texts with it: models of that kind make a
-    sink of what stands first.
+    Each sample begins as `windows` begin, with BOS where the tokenizer begins texts with it: models of that kind make
+    a sink of the first token.
     """
     training = model.training
     try:
-        asked = SimpleNamespace(length=length, chat=False, seed=0)
-        batch = begun(samples)
+        settings = SimpleNamespace(length=length, chat=False, seed=0)
+        batch = samples_to_begin(samples)
         documents = sample(
-            model.eval(), tokenizer, asked, samples * length, folder=folder, batch=batch, progress=progress
+            model.eval(), tokenizer, settings, samples * length, folder=folder, batch=batch, progress=progress
         )
     finally:
         model.train(training)
@@ -102,7 +113,7 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
 def calibration(
     model, tokenizer, text, *, sinks: int, window: int, samples: int, length: int, keys: int, seed: int
 ) -> tuple[list[Recall], dict]:
-    """The sequences that a scorer measures on, and what its scores' origin says of them.
+    """The sequences on which a scorer measures, and what the origin of its scores records of them.
 
     Args:
         text: see `load_text`; of the built-in text the calibration part.
@@ -110,28 +121,28 @@ def calibration(
         Others: as for `passkeys`.
     """
     text, reach = load_text(text, part="calibration"), {"sinks": sinks, "window": window}
-    drawn = {"samples": samples, "length": fitting_length(model, length), "keys": keys, "seed": seed}
-    return passkeys(text, tokenizer, **reach, **drawn), {
+    settings = {"samples": samples, "length": fitting_length(model, length), "keys": keys, "seed": seed}
+    return passkeys(text, tokenizer, **reach, **settings), {
         "text": text.title,
         "sha256": text.sha256[:12],
         **reach,
-        **drawn,
+        **settings,
     }
 
 
 def passkeys(
     text: Text, tokenizer, *, samples: int, length: int, sinks: int, window: int, seed: int, keys: int, words: int = 8
 ) -> list[Recall]:
-    """Text with passkeys hidden in it, each a sequence of random words under a random word, all asked for at its end.
+    """Text with passkeys hidden in it, each a sequence of random words with a random label; its end asks for all.
 
     The words are the text's own, so that any language works. No passkey is among the sinks, nor in the window of a
     query at the end.
 
     Args:
-        samples: sequences; pieces of a short text are used again.
+        samples: sequences; windows of a short text are used again.
         length: tokens of each.
         sinks, window: of the streaming heads that are planned.
-        seed: of pieces, words, labels and depths.
+        seed: of windows, words, labels and depths.
         keys, words: passkeys in a sequence (fewer where there is no room for so many), and words in a passkey.
 
     Source:
@@ -140,59 +151,59 @@ def passkeys(
     vocabulary = sorted(set(WORD.findall(text.text)))
     if len(vocabulary) < max(keys, words):
         raise SurgeryError(f"the text has only {len(vocabulary)} different words", where=text.title)
-    draw, made = random.Random(seed), []
-    pieces = _pieces(text, tokenizer, length, samples, draw)
-    close = _ids(tokenizer, ".\n\n")
-    for number in range(samples):
+    draw, sequences = random.Random(seed), []
+    haystacks = _sampled_windows(text, tokenizer, length, samples, draw)
+    closing = _ids(tokenizer, ".\n\n")
+    for index in range(samples):
         labels, texts = draw.sample(vocabulary, keys), [" ".join(draw.sample(vocabulary, words)) for _ in range(keys)]
         intros = [_ids(tokenizer, NEEDLE.format(label=label)) for label in labels]
         questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
         answers = [_ids(tokenizer, f" {key}") for key in texts]
         count, room = keys, 0
-        while count and room < count:  # room: tokens of plain text that a passkey may stand before
-            parts = (part for kind in (intros, questions, answers, answers) for part in kind[:count])
-            made_of = sum(map(len, parts)) + count * len(close)
-            room = length - made_of - sinks - window
+        while count and room < count:  # room: positions of plain text where a passkey may be
+            needed = (tokens for kind in (intros, questions, answers, answers) for tokens in kind[:count])
+            overhead = sum(map(len, needed)) + count * len(closing)
+            room = length - overhead - sinks - window
             count -= room < count
         if not count:
             raise SurgeryError(
-                f"sinks + window = {sinks + window} leave no far past in {length} tokens, {made_of} of which are a "
+                f"sinks + window = {sinks + window} leave no far past in {length} tokens, {overhead} of which are a "
                 "passkey and its question",
                 fix="choose a smaller window, or longer sequences if the model has positions for them",
             )
         depths = sorted(draw.sample(range(sinks, sinks + room), count))
-        plain = pieces[number % len(pieces)][: length - made_of].tolist()
-        made.append(_assemble(plain, depths, intros[:count], answers[:count], close, questions[:count]))
-    return made
+        plain = haystacks[index % len(haystacks)][: length - overhead].tolist()
+        sequences.append(_assemble(plain, depths, intros[:count], answers[:count], closing, questions[:count]))
+    return sequences
 
 
-def plain_pieces(text: Text, tokenizer, length: int, samples: int, seed: int) -> torch.Tensor:
-    """At most `samples` windows of a text [samples, length], drawn from all that it has; a shorter text is one."""
+def plain_windows(text: Text, tokenizer, length: int, samples: int, seed: int) -> torch.Tensor:
+    """At most `samples` windows of a text [samples, length], drawn at random; a shorter text is a single window."""
     length = min(length, len(_ids(tokenizer, text.text)) + len(begin_of_text(tokenizer)))
-    return _pieces(text, tokenizer, length, samples, random.Random(seed))
+    return _sampled_windows(text, tokenizer, length, samples, random.Random(seed))
 
 
-def _assemble(plain, depths, intros, answers, close, questions) -> Recall:
+def _assemble(plain, depths, intros, answers, closing, questions) -> Recall:
     ids: list[int] = []
-    spans, ends, begin = [], [], 0
+    spans, answer_spans, begin = [], [], 0
     for depth, intro, answer in zip(depths, intros, answers, strict=True):
         ids += plain[begin:depth] + intro
         spans.append((len(ids), len(ids) + len(answer)))
-        ids += answer + close
+        ids += answer + closing
         begin = depth
     ids += plain[begin:]
     for question, answer in zip(questions, answers, strict=True):
         ids += question
-        ends.append((len(ids), len(ids) + len(answer)))
+        answer_spans.append((len(ids), len(ids) + len(answer)))
         ids += answer
-    return Recall(torch.tensor(ids), tuple(spans), tuple(ends))
+    return Recall(torch.tensor(ids), tuple(spans), tuple(answer_spans))
 
 
-def _pieces(text: Text, tokenizer, length: int, samples: int, draw: random.Random) -> torch.Tensor:
-    """At most `samples` windows of a text, drawn from all that it has of this length."""
+def _sampled_windows(text: Text, tokenizer, length: int, samples: int, draw: random.Random) -> torch.Tensor:
+    """At most `samples` windows of a text, drawn at random from all its windows of this length."""
     fitting = max(1, len(_ids(tokenizer, text.text)) // length)  # 0: `windows` says that the text is too short
-    pieces = windows(text, tokenizer, length, fitting)
-    return pieces[draw.sample(range(fitting), min(samples, fitting))]
+    all_windows = windows(text, tokenizer, length, fitting)
+    return all_windows[draw.sample(range(fitting), min(samples, fitting))]
 
 
 def _ids(tokenizer, text: str) -> list[int]:

@@ -19,7 +19,7 @@ from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import SurgeryError, shown
 
 FORMAT = '{"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}'
-SHOWN = 20  # wrong lines of a file that are told one by one
+SHOWN = 20  # wrong lines of a file that are reported one by one
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def make_choices(
     """Questions which ending continues a passage; the same ones for the same arguments.
 
     Args:
-        items: how many questions, each at another place of the text.
+        items: how many questions, each at another position of the text.
         context: tokens of a passage, BOS not counted.
         ending: tokens of each ending, right or wrong.
         wrong: wrong endings; they begin at sentences outside of passage and right ending, drawn from the whole text.
-        seed: of places, wrong endings and their order.
+        seed: of positions, wrong endings and their order.
         text: see `surgery.data.text.load_text`; of the built-in text the held-out part. One that has too few
             sentences is cut at words.
 
@@ -78,76 +78,76 @@ def make_choices(
     if min(items, context, ending, wrong) < 1:
         raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="--choice-items 320")
     words = load_text(text, part="held-out")
-    made: list[Choice] = []
+    choices: list[Choice] = []
     for pattern in (SENTENCE_START, WORD_START):
-        made = _Maker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
-        if len(made) == items:
-            return made
+        choices = _Maker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
+        if len(choices) == items:
+            return choices
     raise SurgeryError(
-        f"the text has room for {len(made)} questions of {context} + {ending} tokens, not for {items}",
+        f"the text has room for {len(choices)} questions of {context} + {ending} tokens, not for {items}",
         where=words.title,
         fix="a longer text, or fewer questions (--choice-items)",
     )
 
 
 class _Maker:
-    """One tokenizer and one text, cut at one kind of place."""
+    """Makes questions of one text with one tokenizer, cut at sentences or at words."""
 
     def __init__(self, tokenizer, text: Text, pattern, context: int, ending: int, wrong: int, seed: int):
-        self.ids, self.context, self.ending, self.wrong = _reader(tokenizer), context, ending, wrong
+        self.ids, self.context, self.ending, self.wrong = _encoder(tokenizer), context, ending, wrong
         self.bos, self.text = begin_of_text(tokenizer), text.text.strip()
         self.draw = random.Random(f"{seed} {context} {ending} {wrong}")  # a text seeds the same in every Python
-        # A place is where a sentence starts, and what stands between it and the one before.
-        self.places = [(m.end(), m[0]) for m in pattern.finditer(self.text)]
+        # A boundary is where a sentence starts, and the space between it and the sentence before.
+        self.boundaries = [(m.end(), m[0]) for m in pattern.finditer(self.text)]
         per_token = len(self.text) / max(1, len(self.ids(self.text)))
         self.before, self.after = (int(3 * n * per_token) + 40 for n in (context, ending))  # letters, with room
 
     def make(self, items: int) -> list[Choice]:
-        """As many as there is room for, at most `items`."""
-        found: list[Choice] = []
-        for place in self.draw.sample(self.places, len(self.places)):
-            if len(found) == items:
+        """As many questions as the text has room for, at most `items`."""
+        choices: list[Choice] = []
+        for boundary in self.draw.sample(self.boundaries, len(self.boundaries)):
+            if len(choices) == items:
                 break
-            if made := self._at(*place):
-                found.append(made)
-        return found
+            if choice := self._question_at(*boundary):
+                choices.append(choice)
+        return choices
 
-    def _at(self, place: int, gap: str) -> Choice | None:
-        passage = self.text[max(0, place - self.before) : place].rstrip()
-        right = self.text[place : place + self.after]
+    def _question_at(self, position: int, gap: str) -> Choice | None:
+        passage = self.text[max(0, position - self.before) : position].rstrip()
+        right = self.text[position : position + self.after]
         others = [
             self.text[other : other + self.after]
-            for other, between in self.draw.sample(self.places, min(len(self.places), 8 * self.wrong))
-            if between == gap and not place - self.before <= other < place + self.after
+            for other, between in self.draw.sample(self.boundaries, min(len(self.boundaries), 8 * self.wrong))
+            if between == gap and not position - self.before <= other < position + self.after
         ]
         plain = self.ids(passage)
-        wholes = [self.ids(passage + gap + ending) for ending in (right, *others)]
-        cut = min(common(plain, whole) for whole in wholes)
-        endings = [tuple(whole[cut : cut + self.ending]) for whole in wholes]
-        kept = list(dict.fromkeys(ending for ending in endings if len(ending) == self.ending))[: 1 + self.wrong]
-        if cut < self.context or len(kept) <= self.wrong or kept[0] != endings[0]:
+        encoded = [self.ids(passage + gap + ending) for ending in (right, *others)]
+        cut = min(common(plain, tokens) for tokens in encoded)
+        endings = [tuple(tokens[cut : cut + self.ending]) for tokens in encoded]
+        distinct = list(dict.fromkeys(ending for ending in endings if len(ending) == self.ending))[: 1 + self.wrong]
+        if cut < self.context or len(distinct) <= self.wrong or distinct[0] != endings[0]:
             return None
-        order = self.draw.sample(kept, len(kept))
-        return Choice((*self.bos, *plain[cut - self.context : cut]), tuple(order), order.index(kept[0]))
+        order = self.draw.sample(distinct, len(distinct))
+        return Choice((*self.bos, *plain[cut - self.context : cut]), tuple(order), order.index(distinct[0]))
 
 
 def read_questions(file: str | Path) -> list[Question]:
-    """Questions of a JSONL file: one object a line, with `prompt`, `choices` and `answer`; other keys are let be.
+    """Questions of a JSONL file: one object a line, with `prompt`, `choices` and `answer`; other keys are ignored.
 
     The answer is the index of the right choice, from 0, or its text. Empty lines are skipped.
 
     Raises:
-        SurgeryError: no such file, no questions, or lines that are none: all of them at once, the first 20 with what
-            is wrong.
+        SurgeryError: no such file, no questions, or lines that are no questions: all faults at once, the first 20 of
+            them with their reason.
     """
     questions, faults = [], []
-    for number, line in enumerate(load_text(Path(file)).text.split("\n"), 1):
+    for line_number, line in enumerate(load_text(Path(file)).text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             questions.append(_question(line))
         except ValueError as error:
-            faults.append(SurgeryError(str(error), where=f"{file}:{number}"))
+            faults.append(SurgeryError(str(error), where=f"{file}:{line_number}"))
     if faults:
         first, *rest = faults[:SHOWN]
         more = len(faults) - SHOWN
@@ -157,7 +157,7 @@ def read_questions(file: str | Path) -> list[Question]:
 
 
 def faults_of(file: str | Path, fewest: int = 8) -> list[str]:
-    """Why a file of questions cannot be searched on, a sentence each: its faults, or that it has fewer than these."""
+    """Why a search cannot use a file of questions, one sentence each: its faults, or fewer than `fewest` questions."""
     try:
         count = len({*read_questions(file)})
     except SurgeryError as error:
@@ -194,27 +194,27 @@ def _question(line: str) -> Question:
 def encode(tokenizer, questions: Sequence[Question]) -> list[Choice]:
     """Questions as tokens.
 
-    A space is put between prompt and choice where neither brings one, unless they meet in a script that is written
-    without spaces. What prompt and choice share of a token belongs to the choices, of all of them alike.
+    A space is put between prompt and choice where neither has one, unless they meet in a script that is written
+    without spaces. A token that prompt and choice share belongs to the choices, to all of them alike.
 
     Raises:
-        SurgeryError: a prompt or a choice of which the tokenizer leaves nothing.
+        SurgeryError: a prompt or a choice that has no token of its own.
     """
-    ids, bos = _reader(tokenizer), begin_of_text(tokenizer)
-    made = []
-    for number, question in enumerate(questions, 1):
+    ids, bos = _encoder(tokenizer), begin_of_text(tokenizer)
+    encoded = []
+    for question_number, question in enumerate(questions, 1):
         plain = bos + ids(question.prompt)
-        wholes = [bos + ids(_joined(question.prompt, choice)) for choice in question.choices]
-        cut = min(common(plain, whole) for whole in wholes)
-        choices = tuple(tuple(whole[cut:]) for whole in wholes)
+        full = [bos + ids(_joined(question.prompt, choice)) for choice in question.choices]
+        cut = min(common(plain, tokens) for tokens in full)
+        choices = tuple(tuple(tokens[cut:]) for tokens in full)
         if not cut or not all(choices):
             what = "prompt" if not cut else "choice"
             raise SurgeryError(
-                f"the tokenizer leaves nothing of a {what} of question {number}: {shown(question.prompt)}",
+                f"the tokenizer leaves nothing of a {what} of question {question_number}: {shown(question.prompt)}",
                 fix=f"a longer {what}",
             )
-        made.append(Choice(tuple(plain[:cut]), choices, question.answer))
-    return made
+        encoded.append(Choice(tuple(plain[:cut]), choices, question.answer))
+    return encoded
 
 
 def _joined(prompt: str, choice: str) -> str:
@@ -223,5 +223,5 @@ def _joined(prompt: str, choice: str) -> str:
     return prompt + choice if spaced else f"{prompt} {choice}"
 
 
-def _reader(tokenizer) -> Callable[[str], list[int]]:
+def _encoder(tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

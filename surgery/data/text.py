@@ -1,8 +1,8 @@
 """Text to measure a model on: Python's own language reference, or the user's file.
 
 Built in is `pydoc_data.topics` of the standard library: what `help("with")` prints, some 300 KB of English
-with code after the repeats and the mark-up are out. Nothing is downloaded and nothing is shipped. It differs
-between Python versions, so every figure names the text by title and sha256.
+with code, once repeats and mark-up are removed. Nothing is downloaded and nothing is shipped. It differs between
+Python versions, so every figure names the text by title and sha256.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 BUILTIN = "builtin"
-SELF_TEXT = "self-text"  # files of what a model wrote itself (self_text.py)
+SELF_TEXT = "self-text"  # name of the files that hold what a model wrote itself (generated.py)
 # Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
 # (examples/benchmarks/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
 BATCH = 64
@@ -34,7 +34,7 @@ class Text:
     """A text and its name.
 
     Attributes:
-        title: what a figure measured on it is labelled with.
+        title: the label of every figure that is measured on it.
         sha256: of `text` in UTF-8, 64 hex digits.
         text: the text itself.
     """
@@ -50,8 +50,8 @@ def load_text(source: str | Path | Text = BUILTIN, part: str = "held-out") -> Te
     Args:
         source: "builtin"; or the path of a UTF-8 text file; or a `Text`, which is returned as it is.
         part: "calibration" (two thirds) or "held-out" (one third) of the built-in text. The parts share no
-            topic, and no paragraph of 40 characters or more. A file is always taken whole: who calibrates on
-            a file should evaluate on another.
+            topic, and no paragraph of 40 characters or more. A file is always read as a whole: whoever calibrates
+            on a file should evaluate on another.
 
     Raises:
         SurgeryError: unknown part; no `pydoc_data` in this Python; a file that is missing, empty or not text.
@@ -74,13 +74,13 @@ def load_text(source: str | Path | Text = BUILTIN, part: str = "held-out") -> Te
 
 
 def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> torch.Tensor:
-    """Non-overlapping pieces of a text, spread evenly over all of it.
+    """Windows of a text that do not overlap, spread evenly over all of it.
 
     No special token is added, except that a tokenizer which by itself begins a text with BOS gets it as the
     first token of every window (models of that kind are lost without it).
 
     Args:
-        text: what to cut.
+        text: the text to cut.
         tokenizer: a Transformers tokenizer.
         length: tokens in a window, BOS included; at least 2.
         count: number of windows; at least 1.
@@ -99,16 +99,16 @@ def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> t
         )
     words = text.text if isinstance(text, Text) else text
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-    start = begin_of_text(tokenizer)
-    body = length - len(start)
+    prefix = begin_of_text(tokenizer)
+    body = length - len(prefix)
     if len(ids) < count * body:
         raise SurgeryError(
             f"the text is too short: it has {len(ids)} tokens, {count} windows of {length} need {count * body}",
             where=text.title if isinstance(text, Text) else "",
             fix=_shorter(len(ids), body),
         )
-    firsts = [number * len(ids) // count for number in range(count)]
-    return torch.tensor([start + ids[first : first + body] for first in firsts], dtype=torch.long)
+    starts = [index * len(ids) // count for index in range(count)]
+    return torch.tensor([prefix + ids[start : start + body] for start in starts], dtype=torch.long)
 
 
 def _shorter(tokens: int, body: int) -> str:
@@ -121,18 +121,18 @@ def fitting_length(model, length: int) -> int:
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
-def written_pieces(text: str, samples: int) -> int:
-    """How many pieces of a calibration text of that name the model writes itself."""
+def written_samples(text: str, samples: int) -> int:
+    """How many samples of a calibration text of that name the model writes itself."""
     return {"self": samples, "mixed": samples // 2}.get(text, 0)
 
 
-def begun(pieces: int) -> int:
-    """Samples that a model begins at a time to write so many pieces: some end early, and one batch should do."""
-    return min(BATCH, pieces + 2 * pieces // 5)
+def samples_to_begin(samples: int) -> int:
+    """Samples that a model begins at a time to write so many: some end early, and one batch should be enough."""
+    return min(BATCH, samples + 2 * samples // 5)
 
 
 def begin_of_text(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it unasked, else []."""
+    """[BOS] if the tokenizer by itself begins a text with it, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)
     added, plain = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
     return [bos] if bos is not None and added[:1] == [bos] and plain[:1] != [bos] else []
@@ -143,7 +143,7 @@ def _named(title: str, text: str) -> Text:
 
 
 def _read(path: Path) -> str:
-    """The text of a file, line ends as \\n; every way in which it is no text is a SurgeryError."""
+    """The text of a file, with line ends as \\n; a file that is no text raises a SurgeryError."""
     where = str(path)
     if path.is_dir():
         raise SurgeryError("this is a folder, not a text file", where=where, fix="name one UTF-8 text file")
@@ -179,27 +179,27 @@ def _builtin() -> dict[str, str]:
 
 
 def _without_repeats(topics: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Topics whose long paragraphs occur once in all of them together.
+    """The topics with each long paragraph in one of them only.
 
-    "with" is a topic of its own and a section of "compound": the longest topic keeps what several share,
-    since there it stands in its context.
+    "with" is a topic of its own and a section of "compound": the longest topic keeps what several share, since it
+    has the context.
     """
-    seen: set[str] = set()
-    kept = {}
+    known_keys: set[str] = set()
+    unique = {}
     for name in sorted(topics, key=lambda name: (-sum(map(len, topics[name])), name)):
-        kept[name] = []
+        unique[name] = []
         for paragraph in topics[name]:
             # Compared without spaces, marks and digits: copies differ in indentation and footnote numbers.
             key = "".join(re.findall(r"[^\W\d_]+", paragraph.lower()))
-            if len(paragraph) < _SHORT or key not in seen:
-                kept[name].append(paragraph)
-            seen.add(key)
-    # What is left of a topic that was mostly a copy are headings and scraps.
-    return {name: rest for name, rest in sorted(kept.items()) if sum(map(len, rest)) >= 500}
+            if len(paragraph) < _SHORT or key not in known_keys:
+                unique[name].append(paragraph)
+            known_keys.add(key)
+    # A topic that was mostly a copy is reduced to headings and fragments.
+    return {name: paragraphs for name, paragraphs in sorted(unique.items()) if sum(map(len, paragraphs)) >= 500}
 
 
 def _split(topics: dict[str, list[str]]) -> dict[str, str]:
-    """Deal whole topics to the parts, the longest first, each to the part that is furthest behind its share."""
+    """Assign each topic to a part, the longest first, always to the part that is furthest below its share."""
     size = dict.fromkeys(PARTS, 0)
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for name in sorted(topics, key=lambda name: (-sum(map(len, topics[name])), name)):
@@ -220,23 +220,23 @@ def plain(text: str) -> list[str]:
     dropped.
     """
     paragraphs: list[str] = []
-    code_at = None  # indentation of the code block that we are in
-    before, before_at = "", 0  # the prose block before this one, and its indentation
+    code_indent = None  # indentation of the current code block
+    previous, previous_indent = "", 0  # the prose block before this one, and its indentation
     for block in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs(4)):
         lines = [line.rstrip() for line in block.split("\n") if not _is_markup(line)]
         if not lines or any("::=" in line for line in lines):
             continue
-        at = min(len(line) - len(line.lstrip()) for line in lines)
-        if code_at is None or at < code_at:
-            code_at = at if _begins_code(lines, at, before, before_at) else None
-        if code_at is not None:
-            paragraphs.append("\n".join("    " + line[code_at:] for line in lines))
-            if at <= before_at:  # code that stands as far left as the prose ends with its block
-                code_at = None
+        indent = min(len(line) - len(line.lstrip()) for line in lines)
+        if code_indent is None or indent < code_indent:
+            code_indent = indent if _begins_code(lines, indent, previous, previous_indent) else None
+        if code_indent is not None:
+            paragraphs.append("\n".join("    " + line[code_indent:] for line in lines))
+            if indent <= previous_indent:  # code that is indented no further than the prose ends with its block
+                code_indent = None
             continue
-        before, before_at = _prose(lines), at
-        if before not in ("Note:", "See also:", "Warning:"):
-            paragraphs.append(before)
+        previous, previous_indent = _prose(lines), indent
+        if previous not in ("Note:", "See also:", "Warning:"):
+            paragraphs.append(previous)
     return paragraphs
 
 
@@ -249,15 +249,15 @@ def _is_markup(line: str) -> bool:
     )
 
 
-def _begins_code(lines: list[str], at: int, before: str, before_at: int) -> bool:
-    """Whether a block is code: it looks like it, or is indented under a sentence that announces it."""
+def _begins_code(lines: list[str], indent: int, previous: str, previous_indent: int) -> bool:
+    """Whether a block is code: it looks like code, or is indented under a sentence that announces it."""
     if re.match(r"\s*(>>> |\$ |> \S+\.py|(def|class|for|while|with|if) .*:( pass)?$)", lines[0]):
         return True
-    if at < before_at + 3 or before in ("Note:", "See also:", "Warning:"):
+    if indent < previous_indent + 3 or previous in ("Note:", "See also:", "Warning:"):
         return False
     # "is equivalent to" announces code without a colon; a signature above its description has fewer words.
-    unfinished = len(re.findall(r"\b[a-z]{2,}\b", before)) >= 4 and before[-1] not in ".)"
-    return before.endswith((":", "::")) or unfinished
+    unfinished = len(re.findall(r"\b[a-z]{2,}\b", previous)) >= 4 and previous[-1] not in ".)"
+    return previous.endswith((":", "::")) or unfinished
 
 
 def _prose(lines: list[str]) -> str:

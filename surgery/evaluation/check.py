@@ -25,7 +25,6 @@ from surgery.machine.device import too_big
 from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
-SPARSE_BLOCKS = 4  # of queries that the probe has beyond where prefill becomes sparse
 PACKAGE = str(Path(__file__).parents[2])  # where door 1 finds this package
 MEASURED = "measured"  # a figure to read: what is too much is the gate's business
 
@@ -131,7 +130,7 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
     for number, info in enumerate(checkpoint.tensors.values()):
         if info.dtype in TORCH_NAMES:
             dtype = getattr(torch, TORCH_NAMES[info.dtype])
-            pieces = (torch.frombuffer(piece, dtype=dtype) for piece in checkpoint.pieces(info))
+            pieces = (torch.frombuffer(piece, dtype=dtype) for piece in checkpoint.chunks(info))
             if not all(bool(piece.isfinite().all()) for piece in pieces):
                 bad.append(info.name)
             seen += 1
@@ -151,10 +150,10 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, own: boo
     """
     import torch
 
-    layer, longest = anatomy.layers[0], getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
-    reach = [PROBE_LENGTH + layer.sinks + layer.streaming_window]  # beyond the window, and where prefill is sparse
-    reach += [x.sparse["dense_below"] + SPARSE_BLOCKS * x.sparse["block"] for x in anatomy.layers if x.sparse]
-    length = min(max(reach), longest - GENERATED)
+    longest = getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
+    used = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
+    reach = max([PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used)])
+    length = min(reach, longest - GENERATED)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(anatomy.config.vocab_size, (1, length), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,29 +1,87 @@
-"""Putting the same cases (needles, choices) to a model and to its base, one after the other; shares with intervals."""
+"""The same cases put to a model and to its base, one after the other: the run, its result, shares with intervals."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.errors import SurgeryError
-from surgery.evaluation.perplexity import measure_at_rest
+from surgery.evaluation.footprint import footprint
 from surgery.io.loading import loaded, refuse_pickle
 from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
     from surgery.io.loading import Source
 
+LABELS = ("base", "out")
+NAMES = {"base": "base", "out": "patched"}  # label -> what a person reads
+
+
+def sides(out: Source, base: Source | None) -> dict[str, Source]:
+    """The models by label, in the order in which they are run."""
+    return dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
+
+
+@dataclass
+class CaseResult:
+    """What two models made of the same cases.
+
+    Attributes:
+        status: "done", or "not run" for the stated `reason`; then there are no outcomes.
+        settings: where the cases are from (title, sha256 of a text), and how they were drawn.
+        cases: the cases, in the order of the outcomes.
+        outcomes: "base" (if one was given) and "out" -> one outcome a case.
+        notes: what could not be found out.
+        COUNT: key of the number of cases in the JSON.
+        COMPARISON: key of what `compare` gives.
+    """
+
+    status: str
+    settings: dict
+    cases: list
+    outcomes: dict[str, list] = field(default_factory=dict)
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    COUNT: ClassVar[str] = "number"
+    COMPARISON: ClassVar[str] = "kept"
+
+    def about(self) -> dict:
+        """Facts of the cases themselves, for JSON."""
+        return {}
+
+    def side(self, label: str) -> dict:
+        """One model over all cases."""
+        raise NotImplementedError
+
+    def compare(self) -> dict | None:
+        """What the pairs of outcomes say; None without a base."""
+        raise NotImplementedError
+
+    def case(self, index: int) -> dict:
+        """One case with its outcomes, for JSON."""
+        return {label: vars(outcomes[index]) for label, outcomes in self.outcomes.items()}
+
+    def to_dict(self) -> dict:
+        """The same facts for JSON; NaN becomes None."""
+        facts: dict[str, Any] = {"status": self.status} | ({"reason": self.reason} if self.reason else {})
+        facts |= {"settings": self.settings, self.COUNT: len(self.cases)} | self.about()
+        facts |= {label: self.side(label) for label in self.outcomes}
+        if self.outcomes:
+            facts |= {self.COMPARISON: self.compare(), "cases": [self.case(i) for i in range(len(self.cases))]}
+        return finite(facts | ({"notes": self.notes} if self.notes else {}))
+
 
 def run_base_then_model(
-    result,
+    result: CaseResult,
     sources: dict[str, Source],
     ask: Callable,
     *,
     what: str,
-    cases: int,
     extra: Callable[[int], int],
     broken: Callable,
     progress: Callable[[int, int, str], None] | None = None,
@@ -35,7 +93,6 @@ def run_base_then_model(
         sources: label ("base", "out") -> folder or loaded model, in this order.
         ask: called with a model and a callback(done); gives one outcome for each case.
         what: what the cases are, for messages.
-        cases: their number.
         extra: bytes needed besides the weights, from the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
         progress: called as progress(done, total, label) after each case.
@@ -43,13 +100,13 @@ def run_base_then_model(
     Raises:
         SurgeryError: a folder without safetensors, a base that yields NaN.
     """
-    need = []
+    need, cases = [], len(result.cases)
     for label, source in sources.items():
-        side = measure_at_rest(source, label, result.notes)
+        known = footprint(source, label, result.notes)
         on_disk = isinstance(source, str | Path)
         if on_disk:
             refuse_pickle(Path(source))
-        need.append((side.load_bytes if on_disk else 0, extra(side.kv_bytes_per_token or 0)))
+        need.append((known.load_bytes if on_disk else 0, extra(known.kv_bytes_per_token or 0)))
     if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in need)), ""):
         result.status, result.reason = "not run", reason
         return
@@ -73,6 +130,31 @@ def run_base_then_model(
             result.notes.append(f"out gives NaN or infinite values for {wrong} of {cases} {what}: misses")
 
 
+def share_of(name: str, hits: Iterable[bool], nlls: Iterable[float]) -> dict:
+    """One model over all cases: hits under `name`, their number, the share with its 95% interval, and the mean NLL."""
+    hits, nlls = list(hits), list(nlls)
+    low, high = wilson(sum(hits), len(hits))
+    figures = {"of": len(hits), "accuracy": sum(hits) / len(hits), "low": low, "high": high}
+    return {name: sum(hits)} | figures | {"nll": math.fsum(nlls) / len(nlls)}
+
+
+def kept_of(pairs: Iterable[tuple[bool, bool]]) -> dict:
+    """Of the cases that the base has (first of a pair), how many the model has too; the share with its 95% interval.
+
+    The share is NaN where the base has none.
+    """
+    found = [out for base, out in pairs if base]
+    low, high = wilson(sum(found), len(found))
+    share = sum(found) / len(found) if found else math.nan
+    return {"of": len(found), "kept": sum(found), "share": share, "low": low, "high": high}
+
+
+def percent(facts: dict) -> str:
+    """ "75.0%, 95% interval 30.1% to 95.4%" of what `share_of` or `kept_of` gives."""
+    share = facts.get("share", facts.get("accuracy"))
+    return f"{share:.1%}, 95% interval {facts['low']:.1%} to {facts['high']:.1%}"
+
+
 def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
     """Interval of a share (Wilson 1927), 95% by default; (0, 1) where nothing was seen.
 
@@ -84,3 +166,12 @@ def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def finite(value):
+    """The same structure with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
 from surgery.errors import SurgeryError
+from surgery.evaluation.probes import main
 from surgery.healing.trainer import rate_at
 from surgery.io.files import write_text
 from surgery.io.loading import read_config
@@ -141,7 +142,7 @@ def read(file: Path, last: int | None = None) -> list[dict]:
 
 
 WINDOWS, TOP_K = 2, 256
-WATCHED = ("max_kl", "max_perplexity_ratio", "min_top1")
+WATCHED = tuple(main().limits)  # what a piece of text shows while the model trains
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ class HeldOutEvaluator:
                 exists=", ".join(WATCHED),
                 fix="evaluate.max_kl=..., or heal.stop_at_gate=false",
             )
-        count = min(WINDOWS, settings.windows)
-        self.pieces = windows(load_text(settings.text, part="held-out"), tokenizer, settings.length, count)
+        asked = settings.main
+        text = load_text(asked.text, part="held-out")
+        self.pieces = windows(text, tokenizer, asked.length, min(WINDOWS, asked.windows))
         self.top_k = min(TOP_K, read_config(base).get_text_config().vocab_size)
         self.folder = tempfile.TemporaryDirectory(prefix="surgery-")
         self.base_loss = self._score(base)["loss"].mean().item()

@@ -80,10 +80,10 @@ def heal_folder(
     if options.on_plan and ranks.first:
         options.on_plan(plan)
     identity = _identity(asked, report, source if asked.needs_base or asked.eval_every else None)
-    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, spared=f"{RUN}/{SELF_TEXT}-*")
+    out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, preserve=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
-    if resume and not overwrite and out.holds_the_same():  # stopped while it was checked or scored
+    if resume and not overwrite and out.is_same_conversion():  # stopped while it was checked or scored
         return (Report.of(out.out) if ranks.first else None), source
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
@@ -141,12 +141,9 @@ def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, op
         healed: scored as `judged_by` says.
         converted: the folder before the training; it is scored here where its own score is of another text.
     """
-    from surgery.evaluation.perplexity import evaluate
-
     before, after = Report.of(converted).data["evaluation"], healed.data["evaluation"]
     if not before or before.get("text") != after.get("text") or before.get("status") != "done":
-        size = {"windows": judged_by.windows, "length": judged_by.length}
-        before = evaluate(converted, base, text=judged_by.text, **size, progress=options.progress).to_dict()
+        before = judged_by.main.measure(converted, base, progress=options.progress).to_dict()
     healed.data["heal"] |= records.compared(before, after)
 
 
@@ -175,7 +172,7 @@ def _identity(asked: Heal, report: Report, source: Path | None) -> str:
 
     files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
     base = Checkpoint(source).fingerprint() if source is not None else ""
-    facts = {"heal": asked.model_dump(mode="json"), "files": files, "base": base, "version": __version__}
+    facts = {"heal": asked.identity(), "files": files, "base": base, "version": __version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.documents import SELF, documents
-from surgery.data.packing import Packed, reads_apart
+from surgery.data.packing import Packed, isolates_documents
 from surgery.errors import SurgeryError, TrainingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -95,7 +95,7 @@ def train(model, job: HealRun) -> dict:
             if mixing:
                 record["mixing"] = folded(model)
             if heal.method == "lora":
-                if heal.keep_adapter and job.adapter is not None and processes().is_main_process:
+                if heal.keeps_adapter and job.adapter is not None and processes().is_main_process:
                     _keep_adapter(student, job)
                 model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
         except BaseException:  # a model in memory is a plain one again
@@ -128,7 +128,7 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
     found = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
-    if heal.keep_adapter and (names := bare(model, found)):
+    if heal.keeps_adapter and (names := bare(model, found)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
             where="heal",
@@ -207,7 +207,7 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
     if not heal.planned_steps or (count := heal.planned_steps * heal.rows) >= len(packed):
         return packed
     rows = Rows(packed, count, heal.seed)
-    return packed.some(sorted(rows.place(number) for number in range(count)))
+    return packed.select(sorted(rows.place(number) for number in range(count)))
 
 
 def _loop(student, plain, job: HealRun, packed: Packed, watch: HeldOutEvaluator | None) -> dict:
@@ -369,7 +369,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             folder=job.run if heal.data == SELF else None,
             progress=job.progress,
         )
-        packed = Packed(found, heal.length, apart=reads_apart(model))
+        packed = Packed(found, heal.length, isolated=isolates_documents(model))
         facts["data"] = packed.sha256
         if known.get("data", facts["data"]) != facts["data"]:
             raise TrainingError(
@@ -379,7 +379,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             )
         if "data" not in known and state.is_main_process:
             write_json(file, facts)
-    return found.facts | {"rows": len(packed)}, packed
+    return found.record | {"rows": len(packed)}, packed
 
 
 def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:

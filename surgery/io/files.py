@@ -1,4 +1,4 @@
-"""JSON files, hashes, and what of a path may be published."""
+"""JSON files, hashes, and the parts of paths that may be published."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file of a model folder."""
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        SurgeryError: no such file, more than 16 MiB, no JSON, or JSON that is no object.
+    """
     if not path.is_file():
         raise SurgeryError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -31,23 +35,25 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: dict) -> None:
+    """Replace a file in one step by `data` as indented JSON in UTF-8."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step by `text` in UTF-8."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def published(value: str) -> str:
-    """A setting as it may be published: of a path its last part, since the folders say who made it, and where."""
+    """A setting as it may be published: of a path the last name alone, since its folders tell who made it, where."""
     path = value.strip(" \"'")
     return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
 
@@ -67,12 +73,13 @@ def published_recipe(recipe: dict) -> dict:
 
 
 def published_override(text: str) -> str:
+    """An override `key=value` as it may be published; a name and a description are prose and stay as they are."""
     key, _, value = text.partition("=")
     return text if key in ("name", "description") else f"{key}={published(value)}"
 
 
 def split_card(card: str) -> tuple[dict, str]:
-    """Metadata and body of a card. Unreadable metadata comes back as {}: a base's card is not ours to mend."""
+    """Metadata and body of a card. Unreadable metadata comes back as {}: a base's card is not ours to fix."""
     from huggingface_hub import ModelCard
 
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")

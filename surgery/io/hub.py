@@ -27,7 +27,7 @@ FETCHED = [
     "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp",
 ]  # fmt: skip
 # `*` also matches `/` in these patterns; weights in subfolders are training checkpoints or other formats.
-LEFT = [
+NOT_FETCHED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
     "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
 ]  # fmt: skip
@@ -38,17 +38,17 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msg
 
 @dataclass(frozen=True)
 class Source:
-    """A model found: a folder on this machine, and what is known of its origin.
+    """A resolved model: a folder on this machine, and what is known of its origin.
 
     Attributes:
         path: the folder.
         name: what the user typed; of a local path only the folder's own name, since it is published.
         hub_id: `org/name` if it came from the Hub.
         revision: the Hub commit, 40 hex digits.
-        note: a fact that belongs beside every number ("dequantised Q4_1 weights").
+        note: a fact that every figure should be shown with ("dequantised Q4_1 weights").
         base_model: the Hub id to record as the base, if there is one.
         headers: file -> safetensors header as on disk (`{tensor: {dtype, shape, data_offsets}}`) where the
-            weights were not asked for and are not on this machine; otherwise None, and `path` has the files.
+            weights were not requested and are not on this machine; otherwise None, and `path` has the files.
     """
 
     path: Path
@@ -97,7 +97,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> S
     except MachineError as error:
         if "/" in repo or revision:
             raise
-        # A bare name may be a slip for a folder or for the demo model: say that there is none.
+        # A bare name may be a typo for a folder or for the demo model: say that there is none.
         close = nearest(repo, [DEMO, *folders(Path())])
         what = f"there is no folder `{repo}` here, and {error.what}"
         raise MachineError(what, where=error.where, exists=close, fix=error.fix) from error
@@ -116,15 +116,15 @@ def _valid_id(repo: str) -> str:
 def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached_only: bool) -> Source:
     from huggingface_hub import snapshot_download
 
-    wanted = FETCHED + ["*.safetensors"] * weights
+    patterns = FETCHED + ["*.safetensors"] * weights
     with hub_errors(repo, revision):
         # One call resolves the branch, notes it for offline use, and fetches that commit and no other.
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=wanted, ignore_patterns=LEFT, local_files_only=cached_only
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_FETCHED, local_files_only=cached_only
         )
     path, headers = Path(folder), None
-    here = [p.name for p in path.glob("*.safetensors") if not _left(p.name)]
-    names = [SINGLE_FILE] if SINGLE_FILE in here else _indexed(path) or here
+    cached = [p.name for p in path.glob("*.safetensors") if not _not_fetched(p.name)]
+    names = [SINGLE_FILE] if SINGLE_FILE in cached else _indexed(path) or cached
     if not names or not all((path / name).is_file() for name in names):
         if not cached_only:
             headers = _headers(repo, path.name, path)  # says so where the repository has no safetensors
@@ -146,8 +146,8 @@ def _indexed(path: Path) -> list[str]:
         raise SurgeryError("this weight index cannot be read", where=INDEX) from None
 
 
-def _left(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in LEFT)
+def _not_fetched(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in NOT_FETCHED)
 
 
 def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
@@ -159,17 +159,17 @@ def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
     api = HfApi()
 
     def header(name: str) -> dict:
-        found = api.parse_safetensors_file_metadata(repo, name, revision=commit)
+        metadata = api.parse_safetensors_file_metadata(repo, name, revision=commit)
         tensors = {
             key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-            for key, info in found.tensors.items()
+            for key, info in metadata.tensors.items()
         }
-        return ({"__metadata__": found.metadata} if found.metadata else {}) | tensors
+        return ({"__metadata__": metadata.metadata} if metadata.metadata else {}) | tensors
 
     with hub_errors(repo, commit):
         files = sorted(api.list_repo_files(repo, revision=commit))
-        there = [name for name in files if name.endswith(".safetensors") and not _left(name)]
-        names = [SINGLE_FILE] if SINGLE_FILE in there else _indexed(path) or there  # as Transformers chooses
+        weights = [name for name in files if name.endswith(".safetensors") and not _not_fetched(name)]
+        names = [SINGLE_FILE] if SINGLE_FILE in weights else _indexed(path) or weights  # as Transformers chooses
         if not names:
             others = ", ".join([name for name in files if name.endswith(WEIGHTS)][:8]) or "no weight file"
             fix = "choose a repository that has model.safetensors"
@@ -215,21 +215,21 @@ def push(
         report, files = _checked(out)
     except OSError as error:
         raise MachineError(f"cannot be read: {error.strerror}", where=str(out)) from None
-    facts = {"repo": _valid_id(repo), "visibility": "public" if public else "private", "dry_run": dry_run}
-    facts |= {"files": files, "bytes": sum(file["bytes"] for file in files)}
-    facts["metadata"], facts["warnings"] = _metadata_and_warnings(out, report)
+    result = {"repo": _valid_id(repo), "visibility": "public" if public else "private", "dry_run": dry_run}
+    result |= {"files": files, "bytes": sum(file["bytes"] for file in files)}
+    result["metadata"], result["warnings"] = _metadata_and_warnings(out, report)
     if dry_run:
-        return facts
+        return result
     if not (token := hub_token()):
         raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
     recipe, base = (report.get(key) or {} for key in ("recipe", "base"))
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
-    return facts | _send(out, facts, token, public, message, revision)
+    return result | _send(out, result, token, public, message, revision)
 
 
 def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:
-    """The metadata of the card, and what a reader of it should know before it is on the Hub."""
+    """The metadata of the card, and warnings to read before it is on the Hub."""
     from surgery.io.files import split_card
 
     card, gate, warnings = out / "README.md", report.get("gate") or {}, []
@@ -242,17 +242,17 @@ def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:
     return metadata, warnings
 
 
-def _send(out: Path, facts: dict, token: str, public: bool, message: str, revision: str | None) -> dict:
+def _send(out: Path, result: dict, token: str, public: bool, message: str, revision: str | None) -> dict:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    repo, names, warnings = facts["repo"], [file["name"] for file in facts["files"]], list(facts["warnings"])
+    repo, names, warnings = result["repo"], [file["name"] for file in result["files"]], list(result["warnings"])
     with hub_errors(repo, revision, writing=True):
         api = HfApi(token=token)
         repo = repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
         existed = api.repo_exists(repo)
-        there = api.list_repo_files(repo) if existed else []
-        ours = "surgery.json" in there or not any(name.endswith(WEIGHTS) for name in there)
-        if not ours and revision is None:  # a slip that would replace somebody's model
+        existing = api.list_repo_files(repo) if existed else []
+        ours = "surgery.json" in existing or not any(name.endswith(WEIGHTS) for name in existing)
+        if not ours and revision is None:  # a typo that would replace somebody's model
             fix = "choose another name, or push to a branch of it (revision)"
             raise SurgeryError("this repository holds a model that is not ours", where=repo, fix=fix)
         url = str(api.create_repo(repo, private=not public, exist_ok=True))
@@ -262,8 +262,8 @@ def _send(out: Path, facts: dict, token: str, public: bool, message: str, revisi
         if private == public:
             stays = "private" if private else "PUBLIC"
             warnings.append(f"the repository existed and stays {stays}; see {url}/settings")
-        there = api.list_repo_files(repo, revision=revision)
-        stale = [n for n in there if "/" not in n and n.endswith((".safetensors", INDEX)) and n not in names]
+        existing = api.list_repo_files(repo, revision=revision)
+        stale = [n for n in existing if "/" not in n and n.endswith((".safetensors", INDEX)) and n not in names]
         operations = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, str(out / name)) for name in names]
         done = api.create_commit(repo, operations, commit_message=message, revision=revision)
@@ -273,7 +273,7 @@ def _send(out: Path, facts: dict, token: str, public: bool, message: str, revisi
 
 
 def _checked(out: Path) -> tuple[dict, list[dict]]:
-    """surgery.json and the files to send, of a folder that passed `check` and was not changed since."""
+    """surgery.json and the files to send, of a folder that passed `check` and has not changed since."""
     fix = f"run `surgery check {out.name}`"
     try:
         report = json.loads((out / "surgery.json").read_text(encoding="utf-8"))
@@ -286,8 +286,8 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
         raise SurgeryError("surgery.json is damaged", where=str(out), fix=fix) from None
     if not passed:
         raise SurgeryError("this folder has not passed `surgery check`", where=str(out), fix=fix)
-    found = sorted(p for p in out.rglob("*") if p.is_symlink() or p.is_file())
-    files = {p.relative_to(out).as_posix(): p for p in found}
+    paths = sorted(p for p in out.rglob("*") if p.is_symlink() or p.is_file())
+    files = {p.relative_to(out).as_posix(): p for p in paths}
     files = {n: p for n, p in files.items() if not any(fnmatch(n, pattern) for pattern in NOT_PUSHED)}
     if links := [name for name, path in files.items() if path.is_symlink()]:
         raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")

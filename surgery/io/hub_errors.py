@@ -1,4 +1,4 @@
-"""What the Hub, its client library and the disk can answer, each as one sentence and a remedy. No token gets out."""
+"""Errors of the Hub, its client library and the disk, each as one sentence and a remedy. No message holds a token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub, its HTTP client and the disk raise into one sentence and a remedy."""
+    """Turn what huggingface_hub, its HTTP client and the disk raise into one sentence and a remedy.
+
+    Raises:
+        SurgeryError: no such repository or revision, or a request that the Hub refuses.
+        MachineError: no network, no access or no disk space.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -37,7 +42,7 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
 
     from surgery.io.demo_model import NAME as DEMO_NAME
 
-    url, cache, again = f"{constants.ENDPOINT}/{repo}", constants.HF_HUB_CACHE, "run the same command again"
+    url, cache, retry = f"{constants.ENDPOINT}/{repo}", constants.HF_HUB_CACHE, "run the same command again"
     status = getattr(getattr(error, "response", None), "status_code", None)
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, errors.GatedRepoError):
@@ -63,30 +68,30 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
         return MachineError(what, fix=f"use a token that has this right; {LOGIN}")
     if isinstance(error, json.JSONDecodeError):  # a proxy's login page
         return MachineError(
-            "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {again}"
+            "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {retry}"
         )
     if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
         return SurgeryError(f"the Hub refused the request: {brief(error)}", where=repo)
     if status is not None:
-        return MachineError(f"the Hub answered {status}", where=url, fix=f"{again} later")
+        return MachineError(f"the Hub answered {status}", where=url, fix=f"{retry} later")
     if getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return MachineError("the disk is full", where=cache, fix="free space, or set HF_HOME")
     if isinstance(error, PermissionError):
         return MachineError("no permission", where=str(error.filename or cache))
     clients = {"httpx", "httpx2", "requests", "urllib3"}
     if isinstance(error, (ConnectionError, TimeoutError)) or libraries & clients:
-        what, fix = f"the Hub cannot be reached ({type(error).__name__})", f"check network and proxy, then {again}"
+        what, fix = f"the Hub cannot be reached ({type(error).__name__})", f"check network and proxy, then {retry}"
         return MachineError(what, where=constants.ENDPOINT, fix=fix)
     if "huggingface_hub" in libraries or isinstance(error, (OSError, RuntimeError)):
-        return MachineError(f"the transfer failed: {brief(error)}", where=url, fix=again)
+        return MachineError(f"the transfer failed: {brief(error)}", where=url, fix=retry)
     return None
 
 
 def hub_token() -> str | None:
-
+    """The user's token, from HF_TOKEN or the file that `hf auth login` wrote, or None; we store none of our own."""
     from huggingface_hub import get_token
 
-    return get_token()  # HF_TOKEN, then the file that `hf auth login` wrote; we keep none of our own
+    return get_token()
 
 
 def brief(error: BaseException) -> str:
@@ -96,6 +101,7 @@ def brief(error: BaseException) -> str:
 
 
 def folders(parent: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none where it cannot be read."""
     try:
         return sorted(p.name for p in parent.iterdir() if p.is_dir())
     except OSError:

@@ -1,4 +1,4 @@
-"""Load a model, its config and its tokenizer; refuse what is no plain model of Transformers."""
+"""Loading a model, its config and its tokenizer, and refusing what is no plain model of Transformers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STRICT = {"local_files_only": True, "trust_remote_code": False}
 
 @contextmanager
 def loaded(source: Source, allow_pickle: bool = False) -> Iterator[Any]:
-    """The model in eval mode; a loaded one goes back to the mode that it was in."""
+    """Yield the model in eval mode; one that was loaded before gets its own mode back at the end."""
     if isinstance(source, str | Path):
-        with quiet_transformers():  # on a terminal too: the bar of the scoring is there
+        with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
             model = load_model(source, allow_pickle=allow_pickle)
     else:
         model = source
@@ -37,11 +37,11 @@ def loaded(source: Source, allow_pickle: bool = False) -> Iterator[Any]:
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:
-    """A model folder as a Transformers model; quiet in pipes, and no code and no pickle of the folder is run.
+    """Load a model folder as a Transformers model, quietly in pipes; no code and no pickle of the folder is run.
 
     Args:
         allow_pickle: also read .bin weights (Transformers does it with `weights_only=True`).
-        kwargs: for `from_pretrained`; the dtype is that of the file unless `dtype` says otherwise.
+        kwargs: for `from_pretrained`; the dtype is that of the file unless `dtype` names another.
 
     Raises:
         SurgeryError: not a model folder, no safetensors, weights that are missing or of another shape.
@@ -50,26 +50,26 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     auto = auto_class(folder)
     if not allow_pickle:
         refuse_pickle(folder)
-    given = {"dtype": "auto", **STRICT, "use_safetensors": None if allow_pickle else True} | kwargs
-    with quiet_in_pipes(), _reading(folder):
-        model, info = auto.from_pretrained(folder, **(given | {"output_loading_info": True}))
-    # Transformers fills what is missing with random numbers; every figure would be one too.
-    if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
-        raise SurgeryError(f"{len(lost)} weights are missing, the first is {lost[0]}", where=str(folder))
+    options = {"dtype": "auto", **STRICT, "use_safetensors": None if allow_pickle else True} | kwargs
+    with quiet_in_pipes(), _loading_errors(folder):
+        model, info = auto.from_pretrained(folder, **(options | {"output_loading_info": True}))
+    # Transformers fills what is missing with random numbers: every figure would be random, too.
+    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise SurgeryError(f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder))
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise where a folder has no safetensors: a pickle can run code, and is read with --allow-pickle alone."""
+    """Raise where a folder has no safetensors: a pickle can run code and is read only with --allow-pickle."""
     if (folder / SINGLE_FILE).is_file() or (folder / WEIGHT_INDEX).is_file():
         return
-    kinds = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
+    suffixes = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in files)
     raise SurgeryError(
         f"no {SINGLE_FILE} and no {WEIGHT_INDEX}",
         where=str(folder),
-        exists=", ".join(found) or "no weight file",
+        exists=", ".join(files) or "no weight file",
         fix="pickles can run code and are not loaded; surgery apply RECIPE FOLDER -o OUT --allow-pickle converts them"
         if pickled
         else "name a folder that holds safetensors weights",
@@ -77,7 +77,7 @@ def refuse_pickle(folder: Path) -> None:
 
 
 def auto_class(folder: Path):
-    """The Auto class that loads a folder as what generates text: causal, or image-text for a composite."""
+    """The Auto class that loads a folder as a model that generates text: causal, or image-text for a composite."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -89,6 +89,11 @@ def auto_class(folder: Path):
 
 
 def read_config(source: Source):
+    """The config of a model folder or of a loaded model; never runs code from the folder.
+
+    Raises:
+        SurgeryError: no config.json, or one that stock Transformers cannot load.
+    """
     if not isinstance(source, str | Path):
         return source.config
     folder = Path(source)
@@ -98,12 +103,12 @@ def read_config(source: Source):
 
     if reason := no_class(folder):
         raise SurgeryError(reason, where=str(folder), fix="a model with code of its own cannot be loaded here")
-    with _reading(folder):
+    with _loading_errors(folder):
         return AutoConfig.from_pretrained(folder, **STRICT)
 
 
 def no_class(folder: Path) -> str:
-    """Why stock Transformers cannot load such a model, or ""."""
+    """Explain why stock Transformers cannot load such a model; "" if it can."""
     from transformers import CONFIG_MAPPING
 
     from surgery.runtime import register
@@ -114,11 +119,16 @@ def no_class(folder: Path) -> str:
 
 
 def read_tokenizer(source: Source):
+    """The tokenizer of a model folder; never runs code from the folder.
+
+    Raises:
+        SurgeryError: a loaded model, a folder without tokenizer files, or files that Transformers cannot read.
+    """
     if not isinstance(source, str | Path):
         raise SurgeryError("a loaded model has no tokenizer", fix="evaluate(..., tokenizer=tokenizer)")
     folder = Path(source)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-    # Asked first, since some tokenizer classes come up empty where there is no file, without a word.
+    # Checked first: some tokenizer classes are silently empty where there is no file.
     if not any(any(folder.glob(name)) for name in names):
         raise SurgeryError(
             "no tokenizer files",
@@ -127,24 +137,24 @@ def read_tokenizer(source: Source):
         )
     from transformers import AutoTokenizer
 
-    with _reading(folder):
+    with _loading_errors(folder):
         return AutoTokenizer.from_pretrained(folder, **STRICT)
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Transformers' many ways to say that a folder does not load, as one SurgeryError."""
+def _loading_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever Transformers raises for a folder that does not load into one SurgeryError."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SurgeryError(f"Transformers cannot load this: {first}", where=str(folder)) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SurgeryError(f"Transformers cannot load this: {reason}", where=str(folder)) from error
 
 
 def refuse_wrapped(model) -> None:
-    """Only a plain Transformers model can be edited: not one with adapters, compiled, wrapped or offloaded."""
+    """Raise unless this is a plain Transformers model: one with adapters, compiled, wrapped or offloaded is not."""
     adapters = hasattr(model, "peft_config") or any(
         type(module).__module__.startswith("peft.") for module in model.modules()
     )
@@ -168,8 +178,9 @@ def refuse_wrapped(model) -> None:
         )
 
 
-DONE = "_surgery_reports"  # attribute of a model: the reports of what was done to it in this process
+DONE = "_surgery_reports"  # attribute of a model that holds the reports of its surgeries in this process
 
 
 def is_model(model) -> bool:
+    """Whether an object has the parameters and the config of a loaded model."""
     return hasattr(model, "named_parameters") and hasattr(model, "config")

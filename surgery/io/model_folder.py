@@ -1,7 +1,4 @@
-"""What a folder or a loaded model says about itself: its config, and a table of its tensors.
-
-Which of the base's other files come along.
-"""
+"""A model folder or a loaded model: its config, a table of its tensors, and the other files that are copied to OUT."""
 
 from __future__ import annotations
 
@@ -22,6 +19,9 @@ def load_config(folder: Path):
     """The Transformers config of a model folder; never runs code from the folder.
 
     A `model_type` that Transformers does not know gives the general `PreTrainedConfig` with the same fields.
+
+    Raises:
+        SurgeryError: no config.json, or one that Transformers refuses.
     """
     raw = read_json(folder / "config.json")
     from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -51,18 +51,18 @@ def tensor_table(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def model_table(model) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every parameter of a loaded model (tied ones once).
 
-    A weight that torch's parametrize works out of several has the name that it has without.
+    A weight that torch's parametrize computes from several others keeps the name that it has without parametrize.
     """
 
-    def spelled(dtype):
+    def stored_name(dtype):
         name = str(dtype).removeprefix("torch.")
         return STORED_NAMES.get(name, name)
 
     parameters = ((PARAMETRIZED.sub(r".\1", name), p) for name, p in model.named_parameters())
-    return {name: (spelled(p.dtype), tuple(p.shape)) for name, p in parameters}
+    return {name: (stored_name(p.dtype), tuple(p.shape)) for name, p in parameters}
 
 
-# What is taken from the base's folder besides weights, config and card. The rest stays behind and is listed:
+# What is copied from the base's folder besides weights, config and card. The rest is left behind and listed:
 # other weight formats, adapters, caches, training states.
 CARRIED = (
     "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
@@ -74,32 +74,32 @@ CARRIED = (
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
 REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json"}
-# Of a base that is surgical already: OUT has this version's.
+# These files of a base that is surgical already are not copied: OUT has this version's.
 RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
 
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
-    """Copy the base's other files by the allow list, links as the files they point to.
+    """Copy the base's other files that are on the allow list; a link becomes the file that it points to.
 
     Args:
         weights: files of the base that were converted, the index among them if it was read.
 
     Returns:
-        The names left behind.
+        The names of the files that were left behind.
     """
-    left, carried = [], [pattern.lower() for pattern in CARRIED]
+    left_behind, patterns = [], [pattern.lower() for pattern in CARRIED]
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()
-        if any(part.startswith(".") for part in path.relative_to(base).parts) or name in REWRITTEN:
+        if any(component.startswith(".") for component in path.relative_to(base).parts) or name in REWRITTEN:
             continue
         if any(fnmatchcase(name, pattern) for pattern in RUNTIME):
             continue
-        if any(fnmatchcase(name.lower(), pattern) for pattern in carried if "/" in pattern or "/" not in name):
+        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns if "/" in pattern or "/" not in name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         elif name not in weights:
-            left.append(name)
+            left_behind.append(name)
     card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
     if card:
         shutil.copyfile(card, folder / BASE_CARD)
-    return left
+    return left_behind

@@ -1,7 +1,7 @@
 """The output folder: complete or absent.
 
 Everything is written to OUT.partial, which becomes OUT by one rename. A run that was killed leaves OUT.partial
-with a list of its finished files; `--resume` goes on from there if it is the same conversion (by hash).
+with a list of its finished files; `--resume` continues it if it is the same conversion (by hash).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from surgery.io.files import sha256, write_json
 PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
 BASE_CARD = "base-card.md"
-FULL = ("No space left", "failed writing file", "Disk quota")  # how torch and safetensors say it
+FULL = ("No space left", "failed writing file", "Disk quota")  # words of torch and safetensors for a full disk
 
 
 class OutputFolder:
@@ -29,8 +29,8 @@ class OutputFolder:
         out: the final folder.
         base: the model folder that is read, if any; OUT may be neither it nor inside it, nor hold it.
         plan_hash: identity of the conversion, for `resume`.
-        spared: files below OUT.partial, as a pattern, that `overwrite` leaves where they are: they took long to make,
-            and name what they were made of.
+        preserve: pattern of files below OUT.partial that `overwrite` does not remove: they took long to make, and
+            their names tell what they were made of.
 
     Raises:
         SurgeryError: OUT or OUT.partial exists and neither `overwrite` nor `resume` says what to do with it.
@@ -45,21 +45,25 @@ class OutputFolder:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        spared: str = "",
+        preserve: str = "",
     ):
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.replaced = self.out.with_name(self.out.name + ".replaced")
-        self.plan_hash, self.resume, self.overwrite, self.spared = plan_hash, resume, overwrite, spared
+        self.plan_hash, self.resume, self.overwrite, self.preserve = plan_hash, resume, overwrite, preserve
         self.done: dict[str, dict] = {}
         self.records: list[dict] | None = None
-        self._begun = False
+        self._started = False
         if base is not None:
             self.refuse_nesting(base)
 
     @contextmanager
     def opened(self, needed_bytes: int):
-        """The partial folder, locked; on success it has become OUT, on a machine's fault it waits for --resume."""
+        """Yield the partial folder, locked. On success it becomes OUT; after a machine's fault it waits for --resume.
+
+        Args:
+            needed_bytes: disk space that the whole output needs.
+        """
         import filelock
 
         with parent_folder(self.out):
@@ -75,7 +79,7 @@ class OutputFolder:
                     yield self.partial
                     self._finish()
             except SurgeryError as error:
-                if self._begun and not error.resumable:  # nothing that --resume could mend
+                if self._started and not error.resumable:  # --resume could not help
                     with suppress(OSError):
                         remove_own(self.partial)
                 raise
@@ -84,13 +88,13 @@ class OutputFolder:
                 with suppress(OSError):
                     Path(lock.lock_file).unlink()
 
-    def finished(self, file: str, facts: dict, records: list[dict]) -> None:
-        """Note that one file is complete, and what the operations recorded until then."""
-        self.done[file], self.records = facts, records
+    def finished(self, file: str, info: dict, records: list[dict]) -> None:
+        """Note that a file is complete (its `sha256` and `bytes`), and what the operations have recorded so far."""
+        self.done[file], self.records = info, records
         self._note_progress()
 
-    def holds_the_same(self) -> bool:
-        """Whether OUT is complete and the result of this very conversion."""
+    def is_same_conversion(self) -> bool:
+        """Whether OUT is complete and the result of this conversion."""
         with suppress(OSError, ValueError):
             report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
             return isinstance(report, dict) and report.get("plan_hash") == self.plan_hash
@@ -100,6 +104,7 @@ class OutputFolder:
         write_json(self.partial / PROGRESS, {"plan": self.plan_hash, "done": self.done, "records": self.records})
 
     def refuse_nesting(self, base: Path) -> None:
+        """Raise a SurgeryError where OUT is the base's folder, lies in it or holds it."""
         base = base.resolve()
         for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
             out = path.resolve()
@@ -120,10 +125,10 @@ class OutputFolder:
     def _prepare(self, needed_bytes: int) -> None:
         if os.path.lexists(self.replaced):
             refuse_foreign(self.replaced)
-            if not os.path.lexists(self.out) and is_whole(self.replaced):  # killed between the renames of _finish
+            if not os.path.lexists(self.out) and is_complete(self.replaced):  # killed between the renames of _finish
                 os.rename(self.replaced, self.out)
         if os.path.lexists(self.out) and not self.overwrite:
-            resume = "--resume to go on with its check and scores, or " if self.holds_the_same() else ""
+            resume = "--resume to go on with its check and scores, or " if self.is_same_conversion() else ""
             raise SurgeryError(
                 "OUT exists", where=str(self.out), fix=f"choose another name, or add {resume}--overwrite"
             )
@@ -135,14 +140,14 @@ class OutputFolder:
             )
         if os.path.lexists(self.partial):
             self._take_over()
-        present = sum(facts.get("bytes", 0) for facts in self.done.values())
+        present = sum(info.get("bytes", 0) for info in self.done.values())
         refuse_small_disk(self.out.parent, needed_bytes, present)
         self.partial.mkdir(exist_ok=True)
-        self._begun = True
+        self._started = True
         self._note_progress()
 
-    def _unnoted(self) -> bool:
-        """Whether OUT.partial is of a run that was killed before its first note or after it removed the last."""
+    def _has_no_progress(self) -> bool:
+        """Whether the run of OUT.partial was killed before it first wrote its progress or after it removed it."""
         names = {path.name for path in self.partial.iterdir()}
         return names <= {f"{PROGRESS}.unfinished"} or (REPORT in names and PROGRESS not in names)
 
@@ -151,7 +156,7 @@ class OutputFolder:
         refuse_foreign(self.partial)
         progress = self._progress()
         if self.resume:
-            if progress.get("plan") != self.plan_hash and not self._unnoted():
+            if progress.get("plan") != self.plan_hash and not self._has_no_progress():
                 raise SurgeryError(
                     "OUT.partial is of another conversion (recipe, base or version differ)",
                     where=str(self.partial),
@@ -159,12 +164,12 @@ class OutputFolder:
                 )
             self.records = progress.get("records")
             self.done = {
-                file: facts
-                for file, facts in progress.get("done", {}).items()
-                if (self.partial / file).is_file() and sha256(self.partial / file) == facts["sha256"]
+                file: info
+                for file, info in progress.get("done", {}).items()
+                if (self.partial / file).is_file() and sha256(self.partial / file) == info["sha256"]
             }
         elif self.overwrite:
-            remove_own(self.partial, self.spared)
+            remove_own(self.partial, self.preserve)
         else:
             raise SurgeryError(
                 "an unfinished run left OUT.partial",
@@ -206,13 +211,13 @@ def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None
         )
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether surgery finished writing this folder, and did not begin to remove it."""
     return (folder / REPORT).is_file() and not (folder / PROGRESS).exists()
 
 
 def refuse_foreign(folder: Path) -> None:
-    """OUT.partial and OUT.replaced are ours by what they hold, not by their name: it may be a user's own folder."""
+    """Raise where OUT.partial or OUT.replaced is not ours by what it holds: a user's own folder may have that name."""
     if folder.is_dir() and not folder.is_symlink():
         names = {path.name for path in folder.iterdir()}
         if names & {PROGRESS, REPORT} or names <= {f"{PROGRESS}.unfinished"}:
@@ -224,33 +229,33 @@ def refuse_foreign(folder: Path) -> None:
     )
 
 
-def remove_own(path: Path, spared: str = "") -> None:
+def remove_own(path: Path, preserve: str = "") -> None:
     """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours.
 
     Args:
-        spared: pattern of files in it that are left; where there are some, so are their folders.
+        preserve: pattern of files in it that are not removed; where there are some, their folders stay, too.
     """
     if path.is_dir() and not path.is_symlink():
         (path / PROGRESS).touch()
-        left = [*path.glob(spared)] if spared else []
-        _empty(path, [path / PROGRESS, *left])
-        if not left:
+        preserved = [*path.glob(preserve)] if preserve else []
+        _empty(path, [path / PROGRESS, *preserved])
+        if not preserved:
             shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
 
 
-def _empty(folder: Path, left: list[Path]) -> None:
-    """Remove all in a folder but these files, and the folders that they are in."""
-    for inner in [inner for inner in folder.iterdir() if inner not in left]:
-        if any(inner in file.parents for file in left):
-            _empty(inner, left)
+def _empty(folder: Path, preserved: list[Path]) -> None:
+    """Remove everything in a folder except these files and the folders that they are in."""
+    for path in [path for path in folder.iterdir() if path not in preserved]:
+        if any(path in file.parents for file in preserved):
+            _empty(path, preserved)
         else:
-            shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
-    """Path in a folder -> sha256 and size of its safetensors files, or of those in a folder below it."""
+    """Path in a folder -> sha256 and bytes of its safetensors files, or of those in the folder `below` it."""
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted((folder / below).glob("*.safetensors"))
@@ -259,26 +264,31 @@ def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
 
 @contextmanager
 def parent_folder(path: Path):
-    """The folder that `path` lies in, made if need be; folders that were made and stayed empty go again."""
-    made = [parent for parent in path.parents if not os.path.exists(parent)]
+    """Yield the folder that `path` lies in, created if need be; created folders that stay empty are removed again."""
+    created = [parent for parent in path.parents if not os.path.exists(parent)]
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield path.parent
     finally:
-        for parent in made:
+        for parent in created:
             with suppress(OSError):
                 parent.rmdir()
 
 
 def disk_full(error: Exception) -> bool:
-    """Whether this says so, an error of the system or one of the libraries that write weights."""
+    """Whether an error of the system, or of a library that writes weights, says that the disk is full."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in FULL)
 
 
 @contextmanager
 def machine_errors(where: Path, partial: Path | None = None):
-    """Turn what the operating system refuses into a `MachineError` that says what to do."""
+    """Turn an error of the operating system into a `MachineError` that says what to do.
+
+    Args:
+        where: the path that the message names where the error names none.
+        partial: OUT.partial; where it exists, the message recommends --resume.
+    """
     try:
         yield
     except Exception as error:

@@ -22,7 +22,12 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 @contextmanager
 def readable(base: Path, output: str | Path, allow_pickle: bool):
-    """A folder with the base's weights in safetensors: the base itself, or a temporary one beside OUT."""
+    """Yield a folder with the base's weights in safetensors: the base itself, or a temporary one next to OUT.
+
+    Raises:
+        SurgeryError: a pickle that is damaged or holds more than tensors.
+        MachineError: the temporary folder cannot be written.
+    """
     if not (allow_pickle and only_pickled(base)):
         yield base  # Checkpoint() names what is wrong, if anything is
         return
@@ -36,7 +41,7 @@ def readable(base: Path, output: str | Path, allow_pickle: bool):
 
 
 def only_pickled(base: Path) -> bool:
-    """Whether the weights of a folder are pickles, and in no safe format beside."""
+    """Whether the weights of a folder are in pickles alone, and in no safe format as well."""
     safe = (base / SINGLE_FILE).is_file() or (base / WEIGHT_INDEX).is_file()
     return not safe and ((base / PICKLE).is_file() or (base / PICKLE_INDEX).is_file())
 
@@ -47,23 +52,23 @@ def _unpickle(base: Path, folder: Path) -> None:
     index = read_index(base / PICKLE_INDEX) if (base / PICKLE_INDEX).is_file() else None
     files = [PICKLE] if index is None else sorted(set(index["weight_map"].values()))
     weight_map = {}
-    for number, file in enumerate(files, 1):
+    for shard, file in enumerate(files, 1):
         state = _plain_tensors(base, file)
-        target = SINGLE_FILE if index is None else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        own, seen = {}, {}
+        target = SINGLE_FILE if index is None else f"model-{shard:05d}-of-{len(files):05d}.safetensors"
+        stored, first_names = {}, {}
         for name in sorted(state, key=lambda name: -name.count(".")):  # of tied tensors the embedding, not lm_head
             tensor = state[name]
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if seen.setdefault(place, name) == name:  # tied tensors are stored once, as save_pretrained does
-                own[name] = tensor.contiguous()
-        weight_map |= dict.fromkeys(own, target)
-        save_file(own, folder / target, metadata={"format": "pt"})
+            memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if first_names.setdefault(memory, name) == name:  # tied tensors are stored once, as save_pretrained does
+                stored[name] = tensor.contiguous()
+        weight_map |= dict.fromkeys(stored, target)
+        save_file(stored, folder / target, metadata={"format": "pt"})
     if index is not None:
         write_json(folder / WEIGHT_INDEX, {"metadata": {}, "weight_map": weight_map})
 
 
 def _plain_tensors(base: Path, file: str) -> dict:
-    """Name -> tensor of one pickle; an old one, which is no zip, cannot be mapped and is read whole."""
+    """Name -> tensor of one pickle; an old one, which is no zip file, cannot be mapped and is read at once."""
     import torch
 
     try:

@@ -1,8 +1,7 @@
-"""Figures of a long measurement, kept in a file as they come, so that a run that was stopped goes on from there.
+"""Partial results of long work, saved as they come, so that a run that was stopped can be resumed.
 
-New weights of a long conversion, kept layer by layer, so that a run that was stopped goes on from there.
-
-What tells one model in memory from another: a hash of all its weights.
+`SavedFigures` keeps the figures of a measurement, `LayerFiles` keeps tensors one layer at a time, and `fingerprint`
+identifies a model in memory by a hash of all its weights.
 """
 
 from __future__ import annotations
@@ -18,32 +17,36 @@ import torch
 
 from surgery.io.files import write_text
 
-SUFFIX = ".state"  # of such files in OUT.partial; they go when OUT is complete
+SUFFIX = ".state"  # of such files in OUT.partial; they are removed when OUT is complete
 
 
-class Found:
-    """What was measured so far, by name: one JSON line each.
+class SavedFigures:
+    """The figures that were measured so far, by name: one JSON line each.
 
     Args:
-        path: the file; None keeps nothing beyond this object.
-        settings: all that the figures depend on, as something whose `repr` says it; a file of other settings is
-            started anew.
+        path: the file; None saves nothing.
+        settings: an object whose `repr` holds all that the figures depend on; a file of other settings is started
+            again.
     """
 
     def __init__(self, path: Path | None = None, settings: Any = None):
         self.path, self.known = path, {}
         if path is None:
             return
-        head = json.dumps({"settings": hashlib.sha256(repr(settings).encode()).hexdigest()})
+        header = json.dumps({"settings": hashlib.sha256(repr(settings).encode()).hexdigest()})
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        if lines[:1] == [head]:
-            for line in lines[1:-1]:  # the last one has no end: empty, or cut off by a kill
+        if lines[:1] == [header]:
+            for line in lines[1:-1]:  # the last one has no line end: it is empty, or was cut off by a kill
                 name, value = json.loads(line)
                 self.known[name] = value
-        write_text(path, "\n".join([head, *map(json.dumps, self.known.items())]) + "\n")
+        write_text(path, "\n".join([header, *map(json.dumps, self.known.items())]) + "\n")
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A figure, measured if it is not known: numbers, texts and lists of them."""
+        """The figure of this name, which is measured only if it is not known.
+
+        Args:
+            measure: returns what JSON can hold: numbers, texts and lists of them.
+        """
         if name not in self.known:
             self.known[name] = measure()
             if self.path is not None:
@@ -53,41 +56,41 @@ class Found:
 
 
 class LayerFiles:
-    """One safetensors file a layer, complete or not there.
+    """One safetensors file for each layer, complete or absent.
 
     Args:
-        folder: where; None keeps nothing.
-        name: what the files begin with.
-        settings: all that the weights depend on, as something whose `repr` says it; files of other settings are
-            not seen.
+        folder: where the files are; None saves nothing.
+        name: what the names of the files begin with.
+        settings: an object whose `repr` holds all that the weights depend on; files of other settings are ignored.
     """
 
     def __init__(self, folder: Path | None, name: str, settings: Any):
         self.folder = folder
         self.name = f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
 
-    def path(self, number: int) -> Path:
-        """The file of a layer, whether it is there or not."""
-        return self.folder / f"{self.name}-{number:04}{SUFFIX}"
+    def path(self, index: int) -> Path:
+        """The file of a layer, whether it exists or not."""
+        return self.folder / f"{self.name}-{index:04}{SUFFIX}"
 
-    def load(self, number: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Tensors and record of a layer, or None."""
         from safetensors import safe_open
 
-        if self.folder is None or not self.path(number).is_file():
+        if self.folder is None or not self.path(index).is_file():
             return None
-        with safe_open(self.path(number), "pt") as file:
+        with safe_open(self.path(index), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["record"])  # noqa: SIM118
 
-    def save(self, number: int, tensors: dict[str, torch.Tensor], record: dict) -> None:
+    def save(self, index: int, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        """Write the tensors of a layer and a record of plain data, in one step."""
         from safetensors.torch import save
 
         if self.folder is None:
             return
-        given = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        path = self.path(number)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        path = self.path(index)
         unfinished = path.with_name(f".{path.name}")
-        unfinished.write_bytes(save(given, metadata={"record": json.dumps(record)}))
+        unfinished.write_bytes(save(contiguous, metadata={"record": json.dumps(record)}))
         os.replace(unfinished, path)
 
 

@@ -20,17 +20,17 @@ from surgery.errors import SurgeryError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
+CHUNK = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
 MAX_HEADER = 100 << 20  # the format's own limit
-BY_CONTENT = "content:"  # of a fingerprint; those of earlier versions had the times of files in them
-SAMPLES, SAMPLE = 4, 1024  # of each tensor for a fingerprint: places, and bytes
+BY_CONTENT = "content:"  # how a fingerprint begins; those of earlier versions held the times of files
+SAMPLES, SAMPLE = 4, 1024  # of each tensor for a fingerprint: how many samples, and the bytes of each
 WEIGHT_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64,
 }  # fmt: skip
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what is computed with
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what we compute with
 STORED_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
@@ -96,14 +96,14 @@ class Checkpoint:
             return files
         if (self.folder / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
-        found = sorted(
+        names = sorted(
             p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".safetensors", ".pt", ".pth", ".gguf")
         )
-        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
         raise SurgeryError(
             f"no {SINGLE_FILE} and no {WEIGHT_INDEX}",
             where=str(self.folder),
-            exists=", ".join(found) or "no weight file",
+            exists=", ".join(names) or "no weight file",
             fix="a .bin file is a pickle, which can run code: convert it with --allow-pickle if you trust it"
             if pickled
             else "name a folder that holds safetensors weights",
@@ -127,22 +127,26 @@ class Checkpoint:
         return sum((self.folder / shard.file).stat().st_size for shard in self.shards)
 
     def fingerprint(self) -> str:
-        """A hash of the headers and of some bytes of every tensor: cheap identity of a base, and of any copy of it.
+        """A hash of the headers and of some bytes of every tensor: a cheap identity of a base, and of any copy of it.
 
-        It changes with every training, merge or cast. An edit that spares the bytes which are looked at does not show.
+        It changes with every training, merge or cast. It misses an edit that leaves the sampled bytes unchanged.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(f"{shard.file}\0".encode() + shard.header)
             with open(self.folder / shard.file, "rb") as file:
                 for info in shard.tensors:
-                    for part in range(SAMPLES):
-                        file.seek(info.start + part * max(0, info.size - SAMPLE) // max(1, SAMPLES - 1))
+                    for number in range(SAMPLES):
+                        file.seek(info.start + number * max(0, info.size - SAMPLE) // max(1, SAMPLES - 1))
                         digest.update(file.read(min(SAMPLE, info.size)))
         return BY_CONTENT + digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in memory of its own.
+
+        Raises:
+            SurgeryError: not a floating-point tensor, or a file that ends too early.
+        """
         import torch
 
         info = self.tensors[name]
@@ -158,17 +162,17 @@ class Checkpoint:
         flat = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype])) if data else torch.empty(0)
         return flat.reshape(info.shape)
 
-    def pieces(self, info: TensorInfo) -> Iterator[memoryview]:
-        """The bytes of one tensor, at most `PIECE` at a time; the buffer is reused."""
-        buffer = memoryview(bytearray(min(PIECE, max(info.size, 1))))
+    def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The bytes of one tensor, at most `CHUNK` at a time; the buffer is reused."""
+        buffer = memoryview(bytearray(min(CHUNK, max(info.size, 1))))
         with open(self.folder / info.file, "rb", buffering=0) as file:
             file.seek(info.start)
-            left = info.size
-            while left:
-                read = file.readinto(buffer[: min(left, len(buffer))])
+            remaining = info.size
+            while remaining:
+                read = file.readinto(buffer[: min(remaining, len(buffer))])
                 if not read:
                     raise self._ended(info)
-                left -= read
+                remaining -= read
                 yield buffer[:read]
 
     def _ended(self, info: TensorInfo) -> SurgeryError:
@@ -176,12 +180,12 @@ class Checkpoint:
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one tensor; of a dtype that this version does not know, one a value."""
+    """Bytes of one tensor; a value of a dtype that this version does not know counts as one byte."""
     return prod(shape) * DTYPE_BITS.get(dtype, 8) // 8
 
 
 def stored_dtype(tensor: Tensor) -> str:
-    """A tensor's dtype in safetensors' spelling; one that is not computed with keeps torch's."""
+    """A tensor's dtype in safetensors' spelling; a dtype that we do not compute with keeps torch's spelling."""
     name = str(tensor.dtype).removeprefix("torch.")
     return STORED_NAMES.get(name, name)
 
@@ -195,7 +199,7 @@ def header_table(headers: dict[str, dict] | None) -> dict[str, tuple[str, tuple[
 
 
 def read_index(path: Path) -> dict:
-    """A weight index: its weight_map maps names to files, all of them inside the folder."""
+    """A weight index, whose weight_map maps names to files that are all inside the folder; else a SurgeryError."""
     from surgery.io.files import read_json
 
     index = read_json(path)
@@ -208,9 +212,9 @@ def read_index(path: Path) -> dict:
 
 
 def inside_folder(name: str, where: str) -> str:
-    """`name` itself, if it stays in its folder: not absolute, no "..", in any system's spelling.
+    """Return `name` if it stays in its folder: not absolute, no "..", in any system's spelling; else raise.
 
-    Checked as text and not through the file system: the Hub's cache is made of links, and those are fine.
+    It is checked as text and not through the file system: the Hub's cache is made of links, and those are fine.
     """
     for flavour in (PurePosixPath, PureWindowsPath):
         path = flavour(name)
@@ -222,7 +226,7 @@ def inside_folder(name: str, where: str) -> str:
 
 
 def read_header(path: Path, file: str) -> Shard:
-    """The header of one safetensors file, checked against the file's real size."""
+    """The header of one safetensors file, checked against the file's real size; a SurgeryError where they differ."""
     total = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -240,13 +244,13 @@ def read_header(path: Path, file: str) -> Shard:
             TensorInfo(
                 name,
                 file,
-                e["dtype"],
-                tuple(e["shape"]),
-                8 + length + e["data_offsets"][0],
-                e["data_offsets"][1] - e["data_offsets"][0],
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
             )
-            for name, e in entries.items()
-            if all(type(n) is int and n >= 0 for n in (*e["shape"], *e["data_offsets"]))
+            for name, entry in entries.items()
+            if all(type(n) is int and n >= 0 for n in (*entry["shape"], *entry["data_offsets"]))
         ]
         if len(tensors) < len(entries):
             raise ValueError("a shape or an offset is not a number")

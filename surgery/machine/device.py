@@ -1,9 +1,8 @@
-"""What this machine has: instructions of its processor, free memory, the peak of a piece of work.
+"""What this machine has: the instructions of its processor, its free memory, and the peak memory of a block of code.
 
-The most memory that a piece of work takes beyond what was taken before it.
-
-On a GPU: PyTorch's own count. On Linux: the growth of resident memory, from the kernel's high-water mark, which is set
-back first. Elsewhere (macOS, Windows, a /proc that may not be written): not measured, and said so by None.
+The peak is the most memory that a block takes beyond what was taken before it. On a GPU it is PyTorch's own count. On
+Linux it is the growth of resident memory, from the kernel's high-water mark, which is reset first. Elsewhere (macOS,
+Windows, a /proc that may not be written) it is not measured, and None says so.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
 def fast_in_bfloat16() -> bool:
-    """Whether this CPU computes products in bfloat16 as they are; others convert, and are slower than in float32.
+    """Whether this CPU multiplies bfloat16 numbers directly; others convert them and are slower than in float32.
 
     Distilling SmolLM2-135M took half the time on a CPU with avx512_bf16 (178 tokens a second in place of 80).
     """
     import torch
 
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
-    return any(known.get(name) for name in BFLOAT16)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return any(capabilities.get(name) for name in BFLOAT16)
 
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -87,14 +86,14 @@ def _reset_mark() -> bool:
 def _resident(name: str) -> int | None:
     """VmRSS (resident now) or VmHWM (the most since the mark was set back), in bytes."""
     try:
-        facts = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-        return int(facts[name].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
 
 
 def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
-    """Why a model does not fit in memory, or "".
+    """Explain why a model does not fit in memory; "" where it fits.
 
     Args:
         weights: its bytes on disk (0 for a model that is in memory already).
@@ -111,14 +110,14 @@ def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
 def free_memory() -> int | None:
     """Bytes that a process may still take, or None where the system does not say (all but Linux)."""
     try:
-        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(facts["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     try:  # a container's limit; page cache counts as used there, but can be given back
         group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        memory_stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(memory_stat["inactive_file"])
         free = min(free, int((group / "memory.max").read_text()) - used)
     except (OSError, KeyError, ValueError):  # no container, or "max": no limit
         pass

@@ -1,4 +1,4 @@
-"""Transformers without its progress bars and warnings: they would land in pipes and beside `--json`."""
+"""Transformers without its progress bars and warnings: they would end up in pipes and in the output of `--json`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def quiet_in_pipes() -> contextlib.AbstractContextManager[None]:
-    """`quiet_transformers`, unless a person watches: on a terminal a bar says that something goes on."""
+    """`quiet_transformers`, except on a terminal, where a person sees by the bar that work goes on."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     return contextlib.nullcontext() if terminal else quiet_transformers()

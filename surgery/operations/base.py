@@ -1,7 +1,22 @@
 """What an operation is: pydantic fields (the YAML keys), plus problems, plan and a rewrite or an apply.
 
-A new weight rewrite is one file: a subclass of `WeightRewrite` in surgery/operations/<op>.py, or in a package of
-yours under the entry-point group `surgery.operations`.
+A new weight rewrite is one file: a subclass of `WeightRewrite` in surgery/operations/<op>.py (`expand.py` is a short
+one), or in a package of yours under the entry-point group `surgery.operations`. An operation with several methods,
+each with fields of its own, is a union of classes: see `variants.py`.
+
+    member                     of whom             what for
+    op, fields                 all                 the keys of a recipe; `op: Literal["name"] = "name"`
+    plan                       all                 what changes, before -> after
+    rewrite                    WeightRewrite       new weights of one layer from the old ones
+    apply                      other operations    edit a loaded model in place
+    summary, LIMITATIONS       optional            a line for `surgery ls`; sentences for the model card
+    problems                   optional            why it cannot be applied to this model
+    term, term_layers          optional            which term of the equation it sets, where: two in one place conflict
+    problems_before            optional            why it does not go with the surgery that a checkpoint has already
+    problems_after             optional            why what it set cannot stand after a later operation
+    carries_terms              optional            terms of earlier operations that a weight change takes along
+    rewritten_projections      optional            what healing in parts trains
+    limitations, streams       optional            where these depend on the settings
 """
 
 from __future__ import annotations
@@ -15,9 +30,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
+    from surgery.machine.progress import Progress
 
 NATIVE, SURGICAL = "native", "surgical"
 TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
@@ -48,16 +66,21 @@ class PlannedChange:
 
 @dataclass
 class ApplyContext:
-    """What `apply` is given besides the model: the change planned for it, a progress callback, the tokenizer.
+    """What `apply` is given besides the model.
 
-    An operation that finds only when it measures what results says so in `after`, which the next one meets.
-    `folder`: where a long measurement may keep files that end in ".state", from which a run that was stopped goes on.
-    `number`: which operation of the recipe this is, from 0: two of a kind keep files of their own.
+    Attributes:
+        change: what was planned for it.
+        before: the model's anatomy.
+        progress: called with done, total and a label; None: nobody asks.
+        tokenizer: None: there is none (`tokenizer_for` says so to the user).
+        after: set by an operation that knows what results only when it has measured: the next one meets it.
+        folder: where a long measurement may keep files that end in ".state", from which a stopped run goes on.
+        number: which operation of the recipe this is, from 0: two of a kind keep files of their own.
     """
 
     change: PlannedChange
     before: Anatomy
-    progress: Any = None
+    progress: Progress | None = None
     tokenizer: Any = None
     after: Anatomy | None = None
     folder: Path | None = None
@@ -78,6 +101,7 @@ class ApplyContext:
 
         Args:
             what: the error where there is none: what needs it.
+            where: what the error is found in: the operation's `op`.
             otherwise: what works without it, in words after the way to give it.
 
         Raises:
@@ -90,14 +114,14 @@ class ApplyContext:
 
 
 def missing_texts(operation: Operation) -> list[str]:
-    """The calibration text that an operation names, if it is no file and none of the words that stand for one."""
-    found = []
+    """Problems of the calibration texts that an operation names: each must be a file or one of `TEXTS`."""
+    problems = []
     for field in ("text", "calibration_text"):
-        named = getattr(operation, field, None)
-        if isinstance(named, str) and named not in TEXTS and not Path(named).is_file():
+        text = getattr(operation, field, None)
+        if isinstance(text, str) and text not in TEXTS and not Path(text).is_file():
             words = "; ".join((*TEXTS, "a UTF-8 text file"))
-            found.append(f"{operation.op}: {field}: no such text file: {named!r} (there is: {words})")
-    return found
+            problems.append(f"{operation.op}: {field}: no such text file: {text!r} (there is: {words})")
+    return problems
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
@@ -106,7 +130,8 @@ WholeNumber = Annotated[int, Field(ge=0, strict=True)]
 class Operation(BaseModel):
     """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints.
 
-    Values are taken as YAML gives them (strict): true and '16' are no numbers, 9.0 is no whole number.
+    Values are taken as YAML gives them (strict): true and '16' are no numbers, 9.0 is no whole number. Which members
+    one must define, and which it may, is in the module's head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -115,7 +140,6 @@ class Operation(BaseModel):
     summary: ClassVar[str] = ""
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     term: ClassVar[str | None] = None  # of the equation: "visibility", "bias", "virtual keys", "gate"; None: weights
-
     carries_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 
     def limitations(self) -> tuple[str, ...]:
@@ -136,6 +160,10 @@ class Operation(BaseModel):
         """Why this cannot be applied to such a model, in words that say what would work."""
         return []
 
+    def problems_before(self, earlier: Anatomy) -> list[str]:
+        """Why this does not go with the surgery that the checkpoint has from before this recipe."""
+        return []
+
     def problems_after(self, later: Anatomy) -> list[str]:
         """Why what this has set cannot stand in a model that a later operation has made into `later`."""
         return []
@@ -148,8 +176,12 @@ class Operation(BaseModel):
         """What changes, before -> after. Called only when there are no problems."""
         raise TypeError(f"operation {self.op} defines no plan")
 
-    def apply(self, model, context: ApplyContext) -> dict:
-        """Edit a loaded model in place; return a record of what was done."""
+    def apply(self, model: PreTrainedModel, context: ApplyContext) -> dict[str, Any]:
+        """Edit a loaded model in place.
+
+        Returns:
+            A record of what was done, for surgery.json: plain data, or {}.
+        """
         raise TypeError(f"operation {self.op} defines no apply")
 
 
@@ -167,7 +199,7 @@ class WeightRewrite(Operation):
     def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o")
 
-    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
+    def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict[str, Any]]:
         """New weights of one layer.
 
         Args:
@@ -179,19 +211,19 @@ class WeightRewrite(Operation):
         """
         raise TypeError(f"operation {self.op} defines no rewrite")
 
-    def apply(self, model, context: ApplyContext) -> dict:
+    def apply(self, model: PreTrainedModel, context: ApplyContext) -> dict[str, Any]:
         from surgery.operations.rewrite import rewrite_model
 
         return rewrite_model(model, self, context)
 
 
 def whole_keys(values: Any) -> Any:
-    """JSON has no other keys than texts: "3" is 3."""
+    """The same value with decimal keys as whole numbers, at every depth: JSON has text keys alone, so "3" is 3."""
     if not isinstance(values, dict):
         return values
     keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}
     return {keys[key]: whole_keys(value) for key, value in values.items()} if _different(keys) else values
 
 
-def _different(keys: dict) -> bool:
+def _different(keys: dict[Any, Any]) -> bool:
     return len({*keys.values()}) == len(keys)

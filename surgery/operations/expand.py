@@ -1,4 +1,4 @@
-"""Repeat KV heads: GQA or MQA back to MHA, or to more groups. Exact."""
+"""Repetition of KV heads: GQA or MQA back to MHA, or to more groups. Exact."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ class Expand(WeightRewrite):
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         copies = target.kv_heads // layer.anatomy.kv_heads
-        parts = {name: tensor for name, tensor in layer.tensors().items() if name.startswith(("k", "v"))}
-        grown = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in parts.items()}
-        return layer.replace(anatomy=target, **grown), {}
+        tensors = {name: tensor for name, tensor in layer.tensors().items() if name.startswith(("k", "v"))}
+        copied = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in tensors.items()}
+        return layer.replace(anatomy=target, **copied), {}

@@ -1,4 +1,4 @@
-"""Weigh heads: what a head writes is multiplied by its gate, a constant; 0 silences it, 1 leaves it as it is.
+"""Constant gates on heads: a head's output is multiplied by its gate; 0 silences it, 1 leaves it unchanged.
 
 A constant gate on a head is a factor on the head's columns of the output projection, so the result is a stock
 checkpoint. Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv 1905.10650 (mask variables
@@ -33,7 +33,7 @@ class HeadMask(WeightRewrite):
         "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
         "heads for real. Healing may give a silenced head weight again.",
     )
-    # A factor on what a head writes does not mix with what the head sees or how it weighs that.
+    # A factor on a head's output affects neither what the head sees nor its attention weights.
     carries_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
 
     op: Literal["head_mask"] = "head_mask"
@@ -60,9 +60,9 @@ class HeadMask(WeightRewrite):
         if (self.values is None) == (self.scores is None):
             return ["give either values or scores (a file, with ratio)"]
         if self.values is not None:
-            needless = {"ratio", "gate", "protect_layers"} & self._given
-            found = [f"{name} is for scores, and values name the gates" for name in sorted(needless)]
-            return found + list(self._faults_of_values(anatomy))
+            unused = {"ratio", "gate", "protect_layers"} & self._changed_fields
+            problems = [f"{name} is for scores, and values name the gates" for name in sorted(unused)]
+            return problems + list(self._faults_of_values(anatomy))
         if self.ratio is None:
             return ["scores need ratio: the share of the heads that gets the gate"]
         if wrong := [layer for layer in self.protect_layers if layer >= len(anatomy.layers)]:
@@ -70,13 +70,13 @@ class HeadMask(WeightRewrite):
         try:
             load_scores(self.scores, anatomy, per=("heads", "kv_heads"))
         except SurgeryError as error:
-            facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-            return ["; ".join(fact for fact in facts if fact)]
+            phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+            return ["; ".join(phrase for phrase in phrases if phrase)]
         return []
 
     @property
-    def _given(self) -> set[str]:
-        """Fields that differ from their defaults; a recipe that was written out in full names them all."""
+    def _changed_fields(self) -> set[str]:
+        """Fields that differ from their defaults; a recipe that is written out in full names all fields."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     def _faults_of_values(self, anatomy: Anatomy):
@@ -137,5 +137,5 @@ class HeadMask(WeightRewrite):
         lowest = choose_streaming(table, ratio=self.ratio, protect=self.protect_layers)[layer.index]
         one_by_one = len(table[layer.index]) == layer.heads
         units = [[head] for head in range(layer.heads)] if one_by_one else groups_of(layer)
-        low = {head for number in lowest for head in units[number]}
+        low = {head for index in lowest for head in units[index]}
         return [self.gate if head in low else 1.0 for head in range(layer.heads)]

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
-    """`operation.rewrite` on a copy in memory of its own; what it gives must be of the form that was planned.
+    """Run `operation.rewrite` on a copy of a layer; the new layer must have the form that was planned.
+
+    Args:
+        after: the anatomy that is planned.
+        index: of the layer.
+
+    Returns:
+        The new layer, and the operation's record.
 
     Raises:
         SurgeryError: a third party's operation gives another form; TypeError: one of ours does.
@@ -23,11 +30,11 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
     target = after.layers[index]
     new, record = operation.rewrite(layer.copy(), target)
     if fault := _fault(new, layer, target):
-        what = f"{operation.op}: layer {index}: {fault}"
+        message = f"{operation.op}: layer {index}: {fault}"
         module = type(operation).__module__
         if module.startswith("surgery.operations."):
-            raise TypeError(what)
-        raise SurgeryError(what, where=module, fix="this operation is not of surgery: tell its authors")
+            raise TypeError(message)
+        raise SurgeryError(message, where=module, fix="this operation is not of surgery: tell its authors")
     return new, record
 
 
@@ -35,20 +42,20 @@ def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> st
     """How a rewritten layer differs from what was planned; "" if it does not."""
     if new.anatomy != target:
         return "its anatomy is not that of the target (layer.replace(anatomy=target, ...))"
-    shapes, parts = part_shapes(target, old), new.tensors()
-    if odd := parts.keys() ^ shapes.keys():
-        return f"the parts {', '.join(sorted(odd))} came or went"
-    for part, tensor in parts.items():
-        wanted = getattr(old, part)
-        if tuple(tensor.shape) != shapes[part]:
-            return f"{part} has shape {list(tensor.shape)}, and {list(shapes[part])} is planned"
-        if tensor.dtype != wanted.dtype:
-            return f"{part} is {tensor.dtype}, and {wanted.dtype} is stored"
+    shapes, tensors = part_shapes(target, old), new.tensors()
+    if unexpected := tensors.keys() ^ shapes.keys():
+        return f"the parts {', '.join(sorted(unexpected))} came or went"
+    for name, tensor in tensors.items():
+        old_tensor = getattr(old, name)
+        if tuple(tensor.shape) != shapes[name]:
+            return f"{name} has shape {list(tensor.shape)}, and {list(shapes[name])} is planned"
+        if tensor.dtype != old_tensor.dtype:
+            return f"{name} is {tensor.dtype}, and {old_tensor.dtype} is stored"
     return ""
 
 
 def rewrite_model(model, operation: WeightRewrite, context: ApplyContext) -> dict:
-    """Apply one weight rewrite to a loaded model, in place."""
+    """Apply one weight rewrite to a loaded model, in place; returns the records of its layers, by path."""
     return rewrite_steps(model, [(operation, context)])[0]
 
 
@@ -62,17 +69,17 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> lis
     """
     before, after = steps[0][1].before, steps[-1][1].change.after
     records, results = [{} for _ in steps], []
-    for facts in before.layers:
-        module = model.get_submodule(facts.path)
-        tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-        refuse_non_finite(tensors, facts.path)
-        layer = unpack(facts, tensors)
-        for number, (operation, context) in enumerate(steps):
-            layer, record = run_rewrite(operation, layer, context.change.after, facts.index)
+    for anatomy in before.layers:
+        module = model.get_submodule(anatomy.path)
+        tensors = {name: module.get_parameter(name).detach() for name in anatomy.tensor_names}
+        refuse_non_finite(tensors, anatomy.path)
+        layer = unpack(anatomy, tensors)
+        for index, (operation, context) in enumerate(steps):
+            layer, record = run_rewrite(operation, layer, context.change.after, anatomy.index)
             if record:
-                records[number][facts.path] = record
+                records[index][anatomy.path] = record
         results.append(pack(layer))
         if progress := steps[0][1].progress:
-            progress(facts.index + 1, len(before.layers), "layers")
+            progress(anatomy.index + 1, len(before.layers), "layers")
     write_layers(model, before, after, results)
     return records

@@ -9,17 +9,17 @@ import re
 
 import yaml
 
+from surgery.evaluation import probes
+from surgery.evaluation.probes.base import Row
 from surgery.io.files import split_card
 from surgery.report.card_sections import (
     base_name,
-    choices,
     fenced,
     get,
     healing,
     licence,
     limits,
     loading,
-    needles,
     operations_of,
     provenance,
     searched,
@@ -146,45 +146,29 @@ def _table(report: dict) -> str:
     known, evaluation, plan = get(report, "evaluation"), _done(report), get(report, "plan")
     base, out = get(known, "base"), get(known, "out")  # cache and load size are known without a run
     fixed = get(plan, "kv_bytes_fixed")  # of streaming heads alone
-    window = ("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")
-    kl, cache, sizes = get(evaluation, "kl"), get(plan, "kv_bytes_per_token"), get(plan, "parameters")
+    cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
     kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
+    window = Row("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")
     rows = [
-        ("perplexity", base.get("perplexity"), out.get("perplexity"), "{:,.4g}"),
-        ("cross-entropy, nats per token", base.get("cross_entropy"), out.get("cross_entropy"), "{:.4f}"),
-        ("KL from the base, mean, nats per token", None, kl.get("mean"), "{:.4g}"),
-        ("KL from the base, 99th percentile", None, kl.get("p99"), "{:.4g}"),
-        ("top-1 agreement with the base", None, evaluation.get("top1_agreement"), "{:.1%}"),
-        ("KV cache, bytes per token", *kv, "{:,.0f}"),
+        *(row for cls, facts in probes.done(evaluation) for row in cls.rows(facts)),
+        Row("KV cache, bytes per token", *kv, "{:,.0f}"),
         *[window] * bool(fixed.get("before") or fixed.get("after")),
-        ("weights, bytes", base.get("load_bytes"), out.get("load_bytes"), "{:,.0f}"),
-        ("parameters", sizes.get("before"), sizes.get("after"), "{:,.0f}"),
+        Row("weights, bytes", base.get("load_bytes"), out.get("load_bytes"), "{:,.0f}"),
+        Row("parameters", sizes.get("before"), sizes.get("after"), "{:,.0f}"),
     ]
     lines = ["| | base | this model | ratio |", "| --- | ---: | ---: | ---: |"]
-    for name, before, after, form in rows:
-        cells = [form.format(value) if finite(value) else "" for value in (before, after)]
-        both = all(cells) and before > 0 and not name.startswith("cross-entropy")
+    for row in rows:
+        cells = [row.form.format(value) if finite(value) else "" for value in (row.base, row.model)]
+        both = all(cells) and row.base > 0 and row.ratio
         if any(cells):
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {f'{after / before:.3g}' if both else ''} |")
+            lines.append(f"| {row.name} | {cells[0]} | {cells[1]} | {f'{row.model / row.base:.3g}' if both else ''} |")
     why = known.get("reason") or known.get("status") or "no evaluation was asked for"
-    said = _measured_on(evaluation) if evaluation else f"Quality was **not measured**: {why}."
+    said = probes.main().paragraph(evaluation) if evaluation else f"Quality was **not measured**: {why}."
     note = get(report, "base").get("note")
     notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in known.get("notes") or []]
-    found = [each for each in (needles(evaluation), choices(evaluation)) if each]
+    others = [(cls, get(evaluation, cls.name)) for cls in probes.every() if not cls.main]
+    found = [paragraph for cls, facts in others if facts and (paragraph := cls.paragraph(facts))]
     return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + found + [" ".join([said, *notes])])
-
-
-def _measured_on(evaluation: dict) -> str:
-    text, top_k = get(evaluation, "text"), get(evaluation, "kl").get("top_k")
-    if not text:
-        return "The text that it was measured on was not recorded."
-    facts = [f"sha256 `{str(text['sha256'])[:12]}`"] if text.get("sha256") else []
-    facts += [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
-    facts += [f"{text['windows']} windows of {text.get('length')}"] if text.get("windows") else []
-    line = f"Measured on *{text.get('title') or 'an untitled text'}* ({', '.join(facts)}), base and result alike."
-    return line + (
-        f" KL is over the base's {top_k} likeliest tokens, the rest as one: a lower bound." if top_k else ""
-    )
 
 
 def _checks(report: dict) -> str:

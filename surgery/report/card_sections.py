@@ -193,42 +193,6 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def choices(evaluation: dict) -> str:
-    """How many questions are answered right, before and after; "" where none were asked."""
-    facts = get(evaluation, "choices")
-    if not facts:
-        return ""
-    if facts.get("status") != "done":
-        return f"Multiple choice was **not run**: {facts.get('reason') or 'no reason was recorded'}."
-    (base, out), paired = (get(facts, key) for key in ("base", "out")), get(facts, "paired")
-    right = [f"{of['right']} of {of['of']} ({of['low']:.1%} to {of['high']:.1%})" for of in (base, out)]
-    return (
-        "Multiple choice (which ending continues a passage of that text; guessing gets "
-        f"{facts['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
-        f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
-    )
-
-
-def needles(evaluation: dict) -> str:
-    """How many hidden secrets are found, before and after; "" where none were asked for."""
-    facts = get(evaluation, "needles")
-    if not facts:
-        return ""
-    if facts.get("status") != "done":
-        return (
-            f"Needles (secrets hidden in a text) were **not run**: {facts.get('reason') or 'no reason was recorded'}."
-        )
-    settings, base, out, kept = (get(facts, key) for key in ("settings", "base", "out", "kept"))
-    lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
-    line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
-    line += f"the base finds {base.get('hits')} of {base.get('of')}, this model {out.get('hits')} of {out.get('of')}."
-    if not kept.get("of"):
-        return line
-    where = " and that lie outside sinks and window" if facts.get("streaming") else ""
-    interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
-    return f"{line} Of those that the base finds{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."
-
-
 def healing(report: dict) -> list[str]:
     """The section as a list of one, or [] for a model that was not trained."""
     record = report.get("heal")
@@ -287,7 +251,7 @@ def _how(record: dict) -> list[str]:
     what = {
         "full": "All weights were trained",
         "parts": "What the surgery added or rewrote was trained",
-        "lora": f"Updates of rank {settings['rank']} to {record.get('adapted')} matrices were trained and merged",
+        "lora": f"Updates of rank {settings.get('rank')} to {record.get('adapted')} matrices were trained and merged",
     }[settings["method"]]
     mixing = record.get("mixing")
     if mixing and settings["method"] == "parts" and mixing["weights"] == record["parameters"]:
@@ -311,7 +275,7 @@ def _how(record: dict) -> list[str]:
             f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
             f"({asked['method']}, {losses.written(asked['loss'])})"
         )
-    if settings["keep_adapter"]:
+    if settings.get("keep_adapter"):
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"
         lines.append(f"The updates alone are in `adapter/`; they load on the model as it was before them{before}")
     if record.get("ended_by") == "gate":

@@ -5,17 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.errors import SurgeryError
+from surgery.evaluation.probes.base import Probe
+from surgery.evaluation.probes.settings import asked as asked_probes
+from surgery.io.files import published
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 
 
-def unrecordable(data: dict, base, settings: dict) -> str:
-    """Why a score does not belong in a checkpoint's record, or ""."""
-    asked = data["recipe"].get("evaluate") or {}
+def unrecordable(data: dict, base: object, given: Probe) -> str:
+    """Why a score does not belong in a checkpoint's record, or "".
+
+    Args:
+        data: the record.
+        base: what it was compared with: a folder, a name, or a loaded model.
+        given: the probe that gave the score, with its settings.
+    """
     if data["evaluation"] is not None:
         return "there is a score already, of when it was made"
-    if any(asked.get(key) != value for key, value in settings.items()):
-        return "text, windows or length are not those of its recipe"
+    judged_by = data["recipe"].get("evaluate")
+    asked = next((probe for probe in asked_probes(judged_by) if probe.main), None) if judged_by else None
+    if asked is None or _published(asked) != _published(given):
+        *names, last = given.aliases.flags
+        return f"{', '.join(names)} or {last} are not those of its recipe"
     return another_base(data["base"], base)
+
+
+def _published(probe: Probe) -> dict:
+    return {key: published(value) if isinstance(value, str) else value for key, value in probe.model_dump().items()}
 
 
 def comparable(known: dict) -> bool:

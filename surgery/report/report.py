@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckError, GateError, SurgeryError, shown
+from surgery.evaluation.probes import REGISTRY
 from surgery.io.files import published_override, published_recipe, sha256, write_json, write_text
 from surgery.io.output_folder import BASE_CARD
 from surgery.operations.base import SURGICAL
@@ -134,7 +135,7 @@ def _damage_of_file(data: dict) -> str:
         return "recipe has no operations"
     parts = {"evaluation": evaluation or {}, "plan": data["plan"], "recipe": data["recipe"]}
     inner = {
-        "evaluation": ("text", "base", "out", "kl"),
+        "evaluation": ("text", "base", "out", "kl", *REGISTRY),
         "plan": ("parameters", "kv_bytes_per_token", "kv_bytes_fixed"),
         "recipe": ("evaluate",),
     }

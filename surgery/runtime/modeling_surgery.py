@@ -2,16 +2,33 @@
 
 `SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
 `generate`, peft and the rest of Transformers work on it as on the base. This file, those it imports and the parts that
-the surgery uses (surgery_config.py) travel with the checkpoint; they import torch and transformers alone. With
-`trust_remote_code=True` a checkpoint needs nothing else.
+the surgery uses travel with the checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a
+checkpoint needs nothing else.
 
-What the surgery did is in the config's `surgery` block (see surgery_config.py).
+Where to read on:
+
+    surgery_config.py      the config's `surgery` block, which says what the surgery did; the registry of parts, each
+                           of which describes itself (`Part`): a new term is a file, a line in `FILES` and a test
+    surgery_visibility.py  which keys a head sees (`Visibility`), the kinds of heads of a layer, and the mask function
+    surgery_attention.py   the attention function, and the way of one call from `generate` through it
+    surgery_cache.py       what is kept of a text: a store for each kind of head
+    surgery_kv_policy.py   policies that drop keys: a method of KV eviction is a file beside it
+
+How a mask gets from `generate` to the attention function: Transformers looks up the mask function under the name of
+the model's attention implementation, `ATTENTION`, under which `surgery_mask` is registered below with the attention
+function; what it returns comes to every layer's call as `attention_mask`.
+
+How the cache gets there: where the model would make a `DynamicCache`, the pre-hook `give_cache` puts a `SurgeryCache`
+in its place (`generate` asks `_prepare_cache_for_generation`), whose `update` hands the attention function views of
+its stores in place of keys and values.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,32 +41,33 @@ from transformers import (
     AttentionMaskInterface,
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
-from .surgery_cache import CACHE, SurgeryCache, give_cache
+from .surgery_cache import CACHE, SurgeryCache
 from .surgery_config import (
     ENTRY,
     FILES,
     FORMAT,
-    IDENTITY,
     NAME,
-    OF_LAYERS,
-    TERMS,
+    PARTS,
+    Part,
     export_files,
-    head_kinds,
     load_part,
     parts_of,
+    query_groups,
+    used_parts,
     validate,
 )
-from .surgery_visibility import query_groups, surgery_mask
+from .surgery_visibility import head_kinds, surgery_mask
 
 PREFIX = "Surgery"
 
 # The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
 # or another version: the name tells them apart, so that a model calls the functions it was loaded with.
-_OTHERS = ("surgery_*.py", f"{FILES['kernel']}.py")
+_OTHERS = ("surgery_*.py", f"{FILES['sparse.kernel']}.py")
 _FILES = [Path(__file__), *(file for name in _OTHERS for file in sorted(Path(__file__).parent.glob(name)))]
 _CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
 ATTENTION = f"{NAME}_{hashlib.sha256(_CODE).hexdigest()[:12]}"
@@ -64,16 +82,16 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility, shape, terms and gate, and the model a cache of its own."""
+    """Give every attention module its heads' visibility, its shape and what its parts need, and the model a cache."""
     kinds, (modules, layers) = head_kinds(model.config), _fitting(model)
     for module in modules:
         module.surgery_heads = kinds[module.layer_idx]
         layer = layers[module.layer_idx]
         for name, shape in layer.get("shapes", {}).items():
             _resize(model, module, name, torch.Size(shape))
-        _register(module, layer)
-        used, before = parts_of([layer]), getattr(module, "surgery_parts", ())
-        for name in OF_LAYERS:
+        used, before = used_parts(layer), getattr(module, "surgery_parts", ())
+        _register(module, layer, used)
+        for name in PARTS:
             if name in used or name in before:  # one that is used no longer takes itself away
                 load_part(name).attach(module, layer, query_groups(model.config, layer))
         module.surgery_parts = tuple(used)
@@ -117,20 +135,75 @@ def _resize(model, module, name: str, shape: torch.Size) -> None:
         model._init_weights(owner)
 
 
-def _register(module, layer: dict) -> None:
+def _register(module, layer: dict, parts: dict[str, Part]) -> None:
     """Give an attention module the parameters that its entry in the surgery block names, with values that do nothing.
 
-    A parameter that is there already, of this shape, keeps its values.
+    A parameter that is there already, of this shape, keeps its values. `module.surgery_parameters` says of those that
+    have a row for each head what heads these are.
     """
     shapes = layer.get("parameters", {})
+    known = {name: parameter for part in parts.values() for name, parameter in part.parameters.items()}
     like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     for name, shape in shapes.items():
         old = getattr(module, name, None)
         if old is None or tuple(old.shape) != tuple(shape):
-            values = torch.full(shape, IDENTITY[name], dtype=like.dtype, device=like.device)
+            values = torch.full(shape, known[name].identity, dtype=like.dtype, device=like.device)
             module.register_parameter(name, torch.nn.Parameter(values))
-    module.surgery_parameters = tuple(name for name in shapes if name in TERMS)
-    module.surgery_stand_in = layer.get("stand_in", False)
+    module.surgery_parameters = {name: known[name].rows for name in shapes if known[name].rows}
+    module.surgery_corrections = {}
+
+
+def give_cache(module, args, kwargs):
+    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked.
+
+    Raises:
+        ValueError: this cache cannot be used, or another attention function was set behind the model's back.
+    """
+    if not module.config._attn_implementation.startswith(f"{NAME}_"):
+        name = module.config._attn_implementation
+        raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
+    # Some models take it for themselves, and none hands on what its config says: attention would not see it.
+    weights = kwargs.get("output_attentions")
+    if weights or (weights is None and getattr(module.config, "output_attentions", False)):
+        raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
+    if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
+        given = kwargs["past_key_values"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
+    position = _cache_position(type(module))
+    cache = args[position] if len(args) > position else kwargs.get(CACHE)
+    if cache is not None:
+        refuse_cache(cache)
+        if isinstance(cache, SurgeryCache):
+            cache.refuse_other(module.config)
+        return args, kwargs
+    asked = kwargs.get("use_cache")
+    if asked is None and module.training and torch.is_grad_enabled():
+        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
+    use_cache = module.config.use_cache if asked is None else asked
+    checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
+    if not use_cache or checkpointing or len(args) > position:
+        return args, kwargs
+    return args, kwargs | {CACHE: SurgeryCache.of(module.config)}
+
+
+@lru_cache
+def _cache_position(cls) -> int:
+    return list(inspect.signature(cls.forward).parameters).index(CACHE) - 1  # without self
+
+
+def refuse_cache(cache) -> None:
+    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
+    if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
+        raise ValueError(
+            f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
+            "pass a DynamicCache() (right results, no memory saved)"
+        )
+    if not isinstance(cache, SurgeryCache) and any(cache.is_sliding):
+        raise ValueError(
+            "a surgical model cannot use a cache that drops keys by the base's own window: leave the cache out, or "
+            "pass DynamicCache() without a config"
+        )
 
 
 class SurgeryConfig(transformers.PreTrainedConfig):
@@ -200,7 +273,8 @@ class _ModelMixin:
         if asked := [name for name in ("tp_plan", "tp_size", "device_mesh") if kwargs.get(name) is not None]:
             raise ValueError(f"{asked[0]} cuts attention by heads, which would undo the surgery: use device_map")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in IDENTITY):
+        own = {name for layer in model.config.surgery["layers"] for name in layer.get("parameters", {})}
+        if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in own):
             raise ValueError(f"{len(lost)} parameters of the surgery are not in the file, the first is {lost[0]}")
         return (model, info) if output_loading_info else model
 

@@ -15,9 +15,15 @@ Source: Yu et al. 2024, "Unveiling and Harnessing Hidden Attention Sinks", arXiv
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 
-from .surgery_cache import KeyValues
+from .surgery_bias import fault_of_shapes, parameters_of_kinds, scores
+from .surgery_config import QUERY_HEADS, Parameter, Part
+from .surgery_stores import KeyValues
+from .surgery_visibility import HeadKinds
 
 MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to: its bias is that of a row with so much
 ROWS = 256  # queries whose scores with the sinks are held at once
@@ -42,7 +48,32 @@ def scale_share(out, lse, share, part, log_beta):
     return (out + more[..., None] * part) / total[..., None], lse + total.log()
 
 
-def scale_sinks(out, lse, query, view: KeyValues, pad, scores, probe, log_beta):
+@dataclass
+class SinkShare:
+    """The weight of other sinks for the heads of one visibility in one layer.
+
+    Attributes:
+        log_beta: [heads], of what is left of it.
+        sink_probe: [heads, features], which keys are sinks.
+    """
+
+    log_beta: torch.Tensor
+    sink_probe: torch.Tensor
+
+    def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+        """A correction of attention's output and log-sum-exp; arguments as for `surgery_bias.Terms.apply`."""
+        score = partial(scores, scale=scale, softcap=softcap, dtype=lse.dtype)
+        return scale_sinks(
+            out, lse, query, view, pad, score, probe=self.sink_probe, log_beta=self.log_beta.to(lse.dtype)
+        )
+
+
+def sink_shares(module, kinds: HeadKinds) -> list[SinkShare]:
+    """The weight of other sinks for each kind of head of an attention module that has a beta."""
+    return [SinkShare(**named) for named in parameters_of_kinds(module, kinds, PART.parameters)]
+
+
+def scale_sinks(out, lse, query, view: KeyValues, pad, scores, *, probe, log_beta):
     """The output and log-sum-exp with beta times the weight on the sinks of each head.
 
     Args:
@@ -127,3 +158,33 @@ def _keys(view: KeyValues, pad) -> tuple:
     keys = torch.cat([view.sink_keys, view.keys], dim=2)
     values = torch.cat([view.sink_values, view.values], dim=2)
     return keys, values, torch.cat([first, position], -1), lasting, torch.cat([first > 0, usable], -1)
+
+
+class SinkWeights(Part):
+    """ACT: less weight for sinks other than the first token, by a probe and a beta for each query head."""
+
+    parameters = {  # noqa: RUF012
+        "surgery_log_beta": Parameter(0.0, QUERY_HEADS),
+        "surgery_sink_probe": Parameter(0.0, QUERY_HEADS),
+    }
+    by_slots = True
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        named = layer["parameters"]
+        if fault := fault_of_shapes(config, {name: named[name] for name in self.parameters if name in named}, groups):
+            return fault
+        if not set(self.parameters) <= set(named):
+            return "has one of surgery_log_beta and surgery_sink_probe without the other"
+        if "surgery_log_gamma" in named:
+            return "has surgery_log_gamma and surgery_log_beta: a layer has one bias"
+        return ""
+
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        if "surgery_log_beta" in layer.get("parameters", {}):
+            module.surgery_corrections["act"] = sink_shares
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("bias",)
+
+
+PART = SinkWeights()

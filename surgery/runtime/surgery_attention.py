@@ -6,7 +6,23 @@ after projections, norms, RoPE and cache update. V_h is read from `module.surger
 layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
 sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists. Of a
 prompt, full heads may read only some blocks of keys (surgery_sparse_prefill.py).
-What is added to the scores (surgery_bias.py) follows from each part's output and log-sum-exp.
+What is added to the scores (surgery_bias.py, surgery_act.py) follows from each kind's output and log-sum-exp.
+
+The way of one call, in the order of this file:
+
+    surgery_attention   refuses what it does not know, applies the gate, and takes packed rows one by one
+    _attention          splits queries and keys by kind of head; asks the parts, which `attach` put on the module
+                        (`surgery_corrections`, `surgery_sparse`), and at the end the policy (`surgery_policy`)
+    _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
+    _on_keys, _block    keys in consecutive slots, as a full store or a ring holds them
+    _on_kept            keys in slots that differ from KV head to KV head, once a policy has dropped some
+
+The mask: `generate` gives [batch, length]; Transformers hands it once for a forward to `surgery_mask`
+(surgery_visibility.py), which gives the slots of real tokens or None, and that comes here as `attention_mask`. What a
+block of queries sees is made from it and from the heads' visibility, block by block (`seen_keys`), so that no [n, n]
+mask exists. The cache knows no mask.
+
+A method that drops keys from the cache is a policy, one file: surgery_kv_policy.py says how.
 
 One softmax over some keys, with its log-sum-exp: by a kernel, or written out where no kernel gives it.
 """
@@ -18,7 +34,7 @@ from math import gcd
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .surgery_cache import KeyValues, uncached
+from .surgery_stores import KeyValues, uncached
 from .surgery_visibility import HeadKinds, bias, for_groups, seen_keys, unpadded
 
 BLOCK = 128  # queries of a band that share one slice of keys
@@ -72,14 +88,28 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
         views = [uncached(visibility, keys, values) for visibility, keys, values in new]
     pad = None if attention_mask is None else attention_mask.int().argmax(dim=1)
     nothing, sinks = [None] * len(views), options["s_aux"]
-    terms = module.surgery_terms(module, kinds) if getattr(module, "surgery_parameters", ()) else nothing
+    made = [make(module, kinds) for make in getattr(module, "surgery_corrections", {}).values()]
+    corrections = list(zip(*made, strict=True)) or [()] * len(views)
     sinks = nothing if sinks is None else [part[0] for part in kinds.split_queries(sinks[None])]
     sparse = getattr(module, "surgery_sparse", None) or nothing
-    work = getattr(module, "surgery_work", None)
+    work, queries = getattr(module, "surgery_work", None), kinds.split_queries(query)
     parts = [
-        _attend(part, view, attention_mask, pad, scale, options["softcap"], *more, work)
-        for part, view, *more in zip(kinds.split_queries(query), views, sparse, terms, sinks, strict=True)
+        _attend(
+            part,
+            view,
+            attention_mask,
+            pad,
+            scale,
+            options["softcap"],
+            sparse=blocks,
+            corrections=added,
+            sink=sink,
+            work=work,
+        )
+        for part, view, blocks, added, sink in zip(queries, views, sparse, corrections, sinks, strict=True)
     ]
+    if (policy := getattr(module, "surgery_policy", None)) is not None:
+        policy.drop(kinds, queries, views, attention_mask, pad, scale, options["softcap"])
     return kinds.join(parts)
 
 
@@ -95,12 +125,13 @@ def _options(kwargs: dict) -> dict:
     return {"softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
 
 
-def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, terms, sink, work) -> torch.Tensor:
+def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, corrections, sink, work) -> torch.Tensor:
     """Heads of one visibility against a view.
 
     Args:
         query: [batch, heads, n, head_dim], as is the result.
-        sparse, terms: a `Sparse` of surgery_sparse_prefill.py and `Terms` of surgery_bias.py, each or None.
+        sparse: a `Sparse` of surgery_sparse_prefill.py, or None.
+        corrections: what the parts make of output and log-sum-exp, one after the other (`surgery_bias.Terms`).
         sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
         work: a `Work` of surgery_gated_compute.py that counts multiply-adds, or None.
     """
@@ -109,14 +140,15 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, sparse, terms, si
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap, work)
     else:
-        out, lse = _on_keys(query, view, mask, pad, scale, softcap, terms is not None or sink is not None)
+        with_lse, attend = bool(corrections) or sink is not None, _on_keys if view.slots is None else _on_kept
+        out, lse = attend(query, view, mask, pad, scale, softcap, with_lse)
         if work is not None:
             work.add_seen(view.visibility, query, view.end)
-    if terms is not None:
-        out, lse = terms.apply(out, lse, query, view, pad, scale, softcap)
+    for correction in corrections:
+        out, lse = correction.apply(out, lse, query, view, pad, scale, softcap)
     if sink is not None:
         out, lse = add_keys(out, lse, sink.to(lse.dtype)[:, None, None].expand(*lse.shape, 1))
-    return out if terms is None and sink is None else out.to(query.dtype)
+    return out.to(query.dtype) if corrections or sink is not None else out
 
 
 def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
@@ -140,7 +172,7 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
         step = BLOCK if length > 2 * (visibility.window + visibility.sinks) else max(length - lead, 1)
     blocks += [
-        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse)
+        _block(grouped[:, :, :, i : i + step], view, first + i, mask, pad, scale, softcap, with_lse=with_lse)
         for i in range(lead, length, step)
     ]
     outs, lses = zip(*blocks, strict=True)
@@ -148,9 +180,9 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     return out, torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
 
 
-def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, with_lse: bool) -> tuple:
     """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
-    batch, kv_heads, group, length, size = query.shape
+    group, length = query.shape[2:4]
     visibility, device, end = view.visibility, query.device, first + length
     low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
     apart = visibility.sinks > 0  # the sinks are read from their own buffer, not where they lie among the keys
@@ -166,21 +198,47 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, with_l
     if mask is None and visibility.window is not None and not view.ring:
         alike = apart and visibility.limit is None  # blocks beyond sinks + window, if the sinks stay in sight
         shift = max(low - visibility.sinks - 1, 0) if alike else 0
-        seen = unpadded(visibility, first - shift, length, low - shift, apart, group, query.dtype, device)
+        seen = unpadded(visibility, first - shift, length, low - shift, apart, group, dtype=query.dtype, device=device)
     else:
         key_slots = view.store.slots(device) if view.ring else torch.arange(low, end, device=device)
         seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
         seen = for_groups(seen, group)
-    rows = query.reshape(batch, kv_heads, group * length, size)
+    return _under_mask(query, keys, values, seen, scale, softcap, with_lse, empty_rows=mask is not None)
+
+
+def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, empty_rows: bool) -> tuple:
+    """Queries [batch, KV heads, group, b, head_dim] on the keys that they see; `empty_rows`: some may see none."""
+    rows = query.flatten(2, 3)
     if softcap is None and not (with_lse and written_out(rows, keys, values)):
         out, lse = fused(rows, keys, values, scale, with_lse, seen=seen)
     else:
         out, lse = explicit(rows, keys, values, seen, scale, softcap, with_lse)
-    if mask is not None and seen is not None:  # rows of padding see nothing: zero, never NaN
+    if empty_rows and seen is not None:  # rows of padding see nothing: zero, never NaN
         empty = ~seen.any(dim=-1)
         out = out.masked_fill(empty[..., None], 0.0)
         lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
     return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
+
+
+def _on_kept(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+    """As `_on_keys`, of full heads from whose cache a policy has dropped keys, of each KV head others."""
+    (batch, _, length, size), kv_heads = query.shape, view.keys.shape[1]
+    plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
+    if plain and length == 1 and not view.gaps:  # the newest token sees all
+        return fused(query, view.keys, view.values, scale, with_lse)
+    grouped, first, found = query.reshape(batch, kv_heads, -1, length, size), view.end - length, []
+    held = view.slots >= 0  # [batch, KV heads, kept]
+    if mask is not None:
+        held = held & mask[:, None].expand(-1, kv_heads, -1).gather(2, view.slots.clamp(min=0))
+    for begin in range(0, length, BLOCK):
+        rows = grouped[:, :, :, begin : begin + BLOCK]
+        at = torch.arange(first + begin, first + begin + rows.shape[3], device=query.device)
+        seen = (view.slots[:, :, None] <= at[:, None]) & held[:, :, None]
+        seen = seen.repeat(1, 1, rows.shape[2], 1)
+        found.append(_under_mask(rows, view.keys, view.values, seen, scale, softcap, with_lse, empty_rows=True))
+    outs, lses = zip(*found, strict=True)
+    lse = torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
+    return torch.cat(outs, dim=3).reshape(query.shape), lse
 
 
 def _pieces_pay(query, view: KeyValues) -> bool:

@@ -5,7 +5,7 @@ anew, or with more keys, follows in closed form; no attention matrix is held.
 
     weight of the first token times gamma    out' = (out + (gamma - 1) a v) / (1 + (gamma - 1) a), a its weight in out
     m more keys                              out' = w_0 out + sum over them of w_j v'_j, w = softmax([lse, logits])
-    other sinks' weight times beta           surgery_act.py
+    other sinks' weight times beta           surgery_act.py, a part of its own
 
 Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739 (gamma); gpt_oss's learned sinks (a logit without a value);
 Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
@@ -13,15 +13,14 @@ Sun et al. 2024, "Massive Activations", arXiv 2402.17762 (explicit k' and v').
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from .surgery_attention import add_keys
-from .surgery_cache import KeyValues
-from .surgery_config import TERMS, all_whole, load_part
+from .surgery_config import KV_HEADS, QUERY_HEADS, Parameter, Part, all_whole
+from .surgery_stores import KeyValues
 from .surgery_visibility import HeadKinds
 
 
@@ -53,24 +52,19 @@ class Terms:
 
     Attributes:
         log_gamma: [heads], of the weight of the row's first real token.
-        log_beta, probe: [heads] and [heads, features], of the weight of other sinks, and which keys those are.
-        logit: [heads, m], added to the scores of m virtual keys.
+        sink_logit: [heads, m], added to the scores of m virtual keys.
         key, value: [KV heads, m, head_dim]. A virtual key is scored against the query as it comes, after RoPE: it
             stands at position 0, and its score drifts with distance as that of the first token does. Without keys
             the logit is the score; without values they are 0.
         stand_in: the virtual keys are seen only by queries that lost their row's first token to a narrower window than
             the base's own.
-        scale_sinks: of surgery_act.py, where there is a log_beta.
     """
 
     log_gamma: torch.Tensor | None = None
-    log_beta: torch.Tensor | None = None
-    probe: torch.Tensor | None = None
-    logit: torch.Tensor | None = None
+    sink_logit: torch.Tensor | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
     stand_in: bool = False
-    scale_sinks: Callable | None = None
 
     def apply(self, out, lse, query, view: KeyValues, pad, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
         """The output and log-sum-exp with these terms.
@@ -82,14 +76,12 @@ class Terms:
         first = _FirstToken(view, pad, query.shape[2]) if self.log_gamma is not None or self.stand_in else None
         wide = lse.dtype
         score = partial(scores, scale=scale, softcap=softcap, dtype=wide)
-        if self.log_beta is not None:
-            out, lse = self.scale_sinks(out, lse, query, view, pad, score, self.probe, self.log_beta.to(wide))
         if self.log_gamma is not None:
             logit = score(query, first.key)[..., 0]
             value = first.value.repeat_interleave(query.shape[1] // first.value.shape[1], dim=1)
             out, lse = scale_key(out, lse, logit, value, self.log_gamma.to(wide)[:, None], first.seen)
-        if self.logit is not None:
-            logits = self.logit.to(wide)[:, None]  # [heads, 1, m]
+        if self.sink_logit is not None:
+            logits = self.sink_logit.to(wide)[:, None]  # [heads, 1, m]
             if self.key is not None:
                 logits = logits + score(query, self.key[None])
             logits = logits.expand(*lse.shape, -1)
@@ -102,19 +94,28 @@ class Terms:
         return out, lse
 
 
-def attach(module, layer: dict, groups: list[int]) -> None:
-    """Give an attention module what finds its terms; their parameters it has already."""
-    act = "surgery_log_beta" in layer.get("parameters", {})
-    module.surgery_terms = partial(split_terms, scale_sinks=load_part("sinks").scale_sinks if act else None)
+def split_terms(module, kinds: HeadKinds, stand_in: bool = False) -> list[Terms]:
+    """The terms of each kind of head of an attention module that has some."""
+    return [Terms(**named, stand_in=stand_in) for named in parameters_of_kinds(module, kinds, PART.parameters)]
 
 
-def validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the terms' parameters in a layer's entry, "" if nothing.
+def parameters_of_kinds(module, kinds: HeadKinds, known: dict[str, Parameter]) -> list[dict[str, torch.Tensor]]:
+    """Those of the known parameters that an attention module has, apart by kind: name without `surgery_` -> rows."""
+    parts = {}
+    for name in (name for name in module.surgery_parameters if name in known):
+        split = kinds.split_keys if known[name].rows == KV_HEADS else kinds.split_queries
+        parts[name.removeprefix("surgery_")] = [part[0] for part in split(getattr(module, name)[None])]
+    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+
+
+def fault_of_shapes(config, named: dict, groups: list[int]) -> str:
+    """What is wrong with the shapes of parameters of the scores' terms, "" if nothing.
 
     Args:
+        named: name -> shape.
         groups: query heads that read each KV head.
     """
-    named, text = layer.get("parameters", {}), config.get_text_config()
+    text = config.get_text_config()
     heads, kv_heads = sum(groups), len(groups)
     logit = named.get("surgery_sink_logit", [heads, 1])
     if not all_whole(logit, 1) or len(logit) != 2:
@@ -124,30 +125,9 @@ def validation_error(config, layer: dict, groups: list[int]) -> str:
     right |= {"surgery_log_beta": [heads], "surgery_sink_probe": [heads, size + 2]}
     right |= {name: [kv_heads, logit[1], size] for name in ("surgery_key", "surgery_value")}
     for name, shape in named.items():
-        if name in TERMS and (not all_whole(shape, 1) or shape != right[name]):
+        if not all_whole(shape, 1) or shape != right[name]:
             return f"gives {name} the shape {shape}; it is {right[name]}"
-        if name in ("surgery_key", "surgery_value") and "surgery_sink_logit" not in named:
-            return f"has {name} without surgery_sink_logit"
-    if ("surgery_log_beta" in named) != ("surgery_sink_probe" in named):
-        return "has one of surgery_log_beta and surgery_sink_probe without the other"
-    if {"surgery_log_gamma", "surgery_log_beta"} <= set(named):
-        return "has surgery_log_gamma and surgery_log_beta: a layer has one bias"
-    stand_in = layer.get("stand_in", False)
-    if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
-        return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
     return ""
-
-
-def split_terms(module, kinds: HeadKinds, scale_sinks: Callable | None = None) -> list[Terms]:
-    """The terms of each kind of head of an attention module that has some."""
-    names = module.surgery_parameters
-    tensors = {name.removeprefix("surgery_").removeprefix("sink_"): getattr(module, name) for name in names}
-    parts = {}
-    for name, tensor in tensors.items():
-        split = kinds.split_keys if name in ("key", "value") else kinds.split_queries
-        parts[name] = [part[0] for part in split(tensor[None])]
-    made = partial(Terms, stand_in=module.surgery_stand_in, scale_sinks=scale_sinks)
-    return [made(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
 
 
 def scores(query, keys, scale, softcap, dtype) -> torch.Tensor:
@@ -183,3 +163,42 @@ class _FirstToken:
         reached = every if own is None else position < own
         kept = every if visibility.sinks or visibility.window is None else position < visibility.window
         self.reached, self.seen = reached[:, None], ((position >= 0) & reached & kept)[:, None]
+
+
+class BiasAndVirtualKeys(Part):
+    """A weight for the row's first token (a bias), and virtual keys, by parameters of their own for each head.
+
+    An entry may have `stand_in`: virtual keys are for queries alone that do not see the first token.
+    """
+
+    keys = ("stand_in",)
+    parameters = {  # noqa: RUF012
+        "surgery_log_gamma": Parameter(0.0, QUERY_HEADS),
+        "surgery_sink_logit": Parameter(-1e4, QUERY_HEADS),
+        "surgery_key": Parameter(0.0, KV_HEADS),
+        "surgery_value": Parameter(0.0, KV_HEADS),
+    }
+    by_slots = True
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        named = {name: shape for name, shape in layer.get("parameters", {}).items() if name in self.parameters}
+        if fault := fault_of_shapes(config, named, groups):
+            return fault
+        for name in ("surgery_key", "surgery_value"):
+            if name in named and "surgery_sink_logit" not in named:
+                return f"has {name} without surgery_sink_logit"
+        stand_in = layer.get("stand_in", False)
+        if not isinstance(stand_in, bool) or (stand_in and "surgery_sink_logit" not in named):
+            return f"has stand_in {stand_in!r}, which must be true or false, and is for virtual keys alone"
+        return ""
+
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        if set(self.parameters) & set(layer.get("parameters", {})):
+            module.surgery_corrections["bias"] = partial(split_terms, stand_in=layer.get("stand_in", False))
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        named = {"surgery_log_gamma": "bias", "surgery_sink_logit": "virtual keys"}
+        return tuple(term for name, term in named.items() if name in layer.get("parameters", {}))
+
+
+PART = BiasAndVirtualKeys()

@@ -5,11 +5,8 @@ heads, query blocks, key blocks]: causal on the level of blocks, the first and t
 [batch, heads, n, head_dim], key [batch, KV heads, N, head_dim], all of real tokens, the queries the last n of them.
 A model's soft-cap and learned sinks are not known here: they change weights, not the order of a query's scores.
 
-Blocks of queries and keys in sparse prefill: how they lie, and the rules by which scored blocks are kept.
-
 Block boundaries are absolute: key block J is the keys from J * size to J * size + size - 1, query block I the queries
-at those same places. So what a block of queries keeps does not depend on how a prompt is cut into chunks, as long as
-the cuts are at block edges. All tokens are real; the queries are the last of them.
+at those same places: what a block of queries keeps does not depend on how a prompt is cut, if it is at block edges.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from difflib import get_close_matches
 import torch
 from torch.nn.functional import pad
 
-from .surgery_config import is_whole, load_part
+from .surgery_config import is_whole, load_file
 
 
 def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
@@ -73,7 +70,7 @@ class Method:
     @property
     def select(self) -> Callable:
         """The function; its file is opened where the method is used."""
-        return by_head if self.name == "by_head" else getattr(load_part(self.name), self.name)
+        return by_head if self.name == "by_head" else getattr(load_file(f"sparse.{self.name}"), self.name)
 
     @property
     def defaults(self) -> dict:

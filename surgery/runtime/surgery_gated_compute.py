@@ -24,8 +24,8 @@ import torch
 from torch.nn.functional import linear
 
 from .surgery_attention import fused, written_out
-from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare
-from .surgery_token import prepare_token
+from .surgery_config import Parameter, Part
+from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_token
 from .surgery_visibility import Visibility, slices
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
@@ -156,7 +156,7 @@ def _channels(gate: Gate, rows: list, width: int):
         begin = end
 
 
-def attach(module, layer: dict, groups: list[int]) -> None:
+def _attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module the gate that its entry in the surgery block names.
 
     Its projections become ones that leave out what is off, where the module shows how they are made: separate ones
@@ -177,13 +177,12 @@ def attach(module, layer: dict, groups: list[int]) -> None:
         projection.surgery_call, projection.surgery_gate = module.surgery_call, module.surgery_gate
 
 
-def validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the gate in a layer's entry, "" if nothing.
-
-    Args:
-        groups: query heads that read each KV head.
-    """
-    gate, named = layer["gate"], layer.get("parameters", {})
+def _validation_error(config, layer: dict, groups: list[int]) -> str:
+    """What is wrong with the gate in a layer's entry, "" if nothing; arguments as of `Part.validation_error`."""
+    named = layer.get("parameters", {})
+    if "gate" not in layer:
+        return f"has {', '.join(sorted(set(named) & set(ROUTERS)))} without a gate"
+    gate = layer["gate"]
     kind = gate.get("kind") if isinstance(gate, dict) else None
     if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
         kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
@@ -207,7 +206,7 @@ def validation_error(config, layer: dict, groups: list[int]) -> str:
 
 
 def _detach(module) -> None:
-    """Undo `attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
+    """Undo `_attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
     for owner in (module, *module.children()):
         if isinstance(owner, _Projection):
             owner.__class__ = torch.nn.Linear
@@ -234,6 +233,7 @@ def before(module, args, kwargs) -> None:
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # which weighs the queries of all heads
+    saves &= getattr(module, "surgery_policy", None) is None  # and so does this
     if saves and batch * length == 1 and hidden.device.type == "cpu":
         units = prepare_token(module, hidden[0, 0])
         call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
@@ -288,7 +288,7 @@ def gathered(module, query, key, value, scaling, options) -> torch.Tensor | None
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
     plain = plain and (getattr(module, "surgery_sparse", None) is None or query.shape[2] == 1)
-    if not plain or module.surgery_parameters or not pays(query, key) or written_out(query, key, value):
+    if not plain or module.surgery_corrections or not pays(query, key) or written_out(query, key, value):
         return None
     return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
@@ -318,7 +318,7 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
             here, place = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
             rows = by_token.index_select(0, place)
             made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
-            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, made, lse)
+            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, (made, lse))
             out[row].view(-1, size).index_copy_(0, place, made.mul_(gates.index_select(0, place)[:, None]))
     if call.work is not None:
         whole = batch * heads * (length * past + length * (length + 1) // 2)
@@ -347,18 +347,18 @@ def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     return out.reshape(query.shape).transpose(1, 2).mul_(call.gates[..., None])
 
 
-def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> int:
+def _attend_rows(query, places, keys, values, first: int, scale, into: tuple) -> int:
     """Attention of some rows of a KV head's queries to the keys from `first` on.
 
     Args:
         query: [r, head_dim], of the tokens at `places` (long [r], not falling, from `first` on).
         keys, values: [1, 1, N, head_dim].
-        out, lse: [r, head_dim] and [r], where output and log-sum-exp are put.
+        into: [r, head_dim] and [r], where output and log-sum-exp are put.
 
     Returns:
         With how many keys the rows were multiplied, all together.
     """
-    count = len(query)
+    count, (out, lse) = len(query), into
     if count <= LEAF:
         end = int(places[-1]) + 1
         late = torch.arange(first, end) > places[:, None]
@@ -368,9 +368,9 @@ def _attend_rows(query, places, keys, values, first: int, scale, out, lse) -> in
         return count * (end - first)
     half = count - _later_half(count)
     middle = int(places[half])
-    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, out[:half], lse[:half])
+    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, (out[:half], lse[:half]))
     late = query[half:], places[half:], out[half:], lse[half:]
-    pairs += _attend_rows(*late[:2], keys, values, middle, scale, *late[2:])
+    pairs += _attend_rows(*late[:2], keys, values, middle, scale, late[2:])
     if middle > first:
         early, early_lse = _kernel(late[0], keys, values, first, middle, scale)
         late[2].lerp_(early, torch.sigmoid(early_lse - late[3])[:, None].to(out.dtype))
@@ -398,3 +398,26 @@ def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tupl
     seen = None if bias is None else bias[None, None]
     out, lse = fused(query[None, None], *near, scale, with_lse=True, seen=seen)
     return out[0, 0], lse[0, 0]
+
+
+class Gates(Part):
+    """Which heads are on for a token, and how much they count.
+
+    An entry has `gate`: {"kind": "moh", "unit": "head" or "kv_group", "shared": [units that are always on], "active":
+    routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}.
+    """
+
+    keys = ("gate",)
+    parameters = dict.fromkeys(ROUTERS, Parameter(0.0))
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        return _validation_error(config, layer, groups)
+
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        _attach(module, layer, groups)
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("gate",)
+
+
+PART = Gates()

@@ -12,35 +12,27 @@ step is a prompt again, and the generated tokens are a part of it.)
 
 Positions are counted from a row's first real token: every row of a padded batch is run alone on its real tokens.
 
-Attention of a prompt to the blocks of keys that were kept for it.
-
-Key block J is keys J * block to J * block + block - 1; query block I likewise, in absolute positions, where the n
-queries are the last of N tokens. A query sees what lies before it in the key blocks kept for its block.
-
-On a CPU the keys of a list are gathered and go through the flash kernel without a mask: only a query's own block
-needs one, and the own blocks of all queries are one causal product. Two outputs meet by their log-sum-exps. Where that
-kernel has no answer (gradients, soft-capped scores, other devices without the Triton kernel) the softmax is written
-out.
+surgery_block_attention.py attends to the blocks that were kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from math import ceil
 
 import torch
 
-from .surgery_attention import explicit, fused, written_out
+from .surgery_block_attention import attend_blocks, attend_rows
 from .surgery_block_selection import METHODS, choose, settings_problems
-from .surgery_config import load_part
+from .surgery_config import FILES, Part
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
 # little, gathering and estimating taken off, and reading all is exact.
 DENSE = 0.6
+PROBED = 4  # blocks of queries that a check of the model has beyond where prefill becomes sparse
 
 
 @dataclass(frozen=True)
@@ -224,29 +216,6 @@ def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Te
     return torch.stack(found)
 
 
-def attach(module, layer: dict, groups: list[int]) -> None:
-    """Give an attention module the sparse prefill that its entry in the surgery block names, kind by kind of head.
-
-    Args:
-        groups: query heads that read each KV head.
-    """
-    module.surgery_sparse = None
-    if "sparse" not in layer:
-        return
-    kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
-    sparse, numbers = Sparse.of(layer["sparse"]), kinds.split_queries(torch.arange(sum(groups), device="cpu")[None])
-    module.surgery_sparse = [
-        sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
-        for visibility, own in zip(kinds.visibilities, numbers, strict=True)
-    ]
-
-
-def validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the sparse prefill in a layer's entry, "" if nothing; groups: as above."""
-    problem = problem_of(layer["sparse"], sum(groups))
-    return f"has sparse prefill that cannot be: {problem}" if problem else ""
-
-
 def problem_of(entry, heads: int) -> str:
     """What is wrong with `sparse` of a layer's entry, a sentence; "" if nothing.
 
@@ -266,171 +235,50 @@ def problem_of(entry, heads: int) -> str:
     return ""
 
 
-ROWS = 32  # rows far from one another that read their keys together, up to the last one's
+class SparsePrefill(Part):
+    """Which blocks of keys the full heads read of a prompt; an entry has `sparse`, as this file's beginning says."""
 
+    keys = ("sparse",)
+    by_slots = True
 
-def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=None) -> tuple:
-    """Causal attention to the kept blocks.
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        problem = problem_of(layer["sparse"], sum(groups))
+        return f"has sparse prefill that cannot be: {problem}" if problem else ""
 
-    Args:
-        query: [batch, heads, n, head_dim].
-        keys, values: [batch, KV heads, N, head_dim], n <= N, all of real tokens.
-        kept: bool [batch, KV heads or heads, query blocks, key blocks]; its rows are the query blocks from that of
-            token N - n on. The block of the queries themselves is always attended to, later ones never.
-        block: tokens in a block.
-        scale: factor on q.k.
-        softcap: cap on the scores, or None.
+    def methods(self, layer: dict) -> set[str]:
+        sparse = layer["sparse"]
+        named = {f"sparse.{each['method']}" for each in (sparse, *sparse.get("patterns", ()))}
+        return {"sparse.kernel", *named} & set(FILES)
 
-    Returns:
-        [batch, heads, n, head_dim] and the natural log-sum-exp [batch, heads, n].
-    """
-    query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    first = (keys.shape[2] - query.shape[2]) // block
-    own = torch.arange(first, first + kept.shape[2], device=kept.device)[:, None]
-    kept = kept.scatter(3, own.expand(*kept.shape[:2], -1, 1), True)
-    run = _written_out if softcap is not None or written_out(query, keys, values) else _gathered
-
-    def by_pytorch() -> tuple:
-        rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
-        return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
-
-    if query.device.type != "cuda" or _trains(query, keys, values) or (kernel := _kernel()) is None:
-        return by_pytorch()
-    lists = kernel.BlockList.of(kept, block)
-    return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap, fallback=by_pytorch)
-
-
-def attend_rows(query, keys, values, places: list[int], scale: float, softcap=None) -> tuple:
-    """Causal attention of some rows, which may lie far from one another, to all keys.
-
-    Args:
-        query: [batch, heads, r, head_dim], of the tokens at `places`, which ascend.
-        keys, values: [batch, KV heads, N, head_dim].
-
-    Returns:
-        [batch, heads, r, head_dim] and the log-sum-exp [batch, heads, r].
-    """
-    query, keys = query.to(values.dtype), keys.to(values.dtype)
-    (batch, heads, _, size), kv_heads, parts = query.shape, keys.shape[1], []
-    plain = softcap is None and not written_out(query, keys, values)
-    for begin in range(0, len(places), ROWS):
-        near = places[begin : begin + ROWS]
-        end, shape = near[-1] + 1, (batch, heads, len(near))
-        rows = query[:, :, begin : begin + ROWS].reshape(batch, kv_heads, -1, size)
-        seen = torch.arange(end) <= torch.tensor(near)[:, None]
-        seen = seen.repeat(heads // kv_heads, 1)[None, None].to(query.device)
-        far = rows, keys[:, :, :end], values[:, :, :end]
-        out, lse = fused(*far, scale, True, seen=seen) if plain else explicit(*far, seen, scale, softcap, True)
-        parts.append((out.reshape(*shape, size), lse.reshape(shape)))
-    return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-
-
-@lru_cache
-def _kernel():
-    """The module of the Triton kernel, or None where it cannot be had: PyTorch does the same."""
-    try:
-        return load_part("kernel")
-    except (ValueError, ImportError):
-        return None
-
-
-def _trains(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
-    """`attend_blocks` of one row by the CPU's flash kernel."""
-    (heads, length, size), lists = query.shape, len(kept)
-    past, group = keys.shape[1] - length, heads // lists
-    first, whole = past // block, keys.shape[1] // block
-    lead = 0 if past else _causal_rows(kept)
-    if lead > 1:
-        end = min(lead * block, length)
-        early = fused(*(part[None, :, :end] for part in (query, keys, values)), scale, True, causal=True)
-        if end == length:
-            return early[0][0], early[1][0]
-        late = _gathered(query[:, end:], keys, values, kept[:, lead:], block, scale, softcap)
-        return tuple(torch.cat([one[0], other], dim=1) for one, other in zip(early, late, strict=True))
-    out, lse = _own_blocks(query, keys, values, block, scale)
-    folded = [
-        tuple(part[head, : whole * block].contiguous().unflatten(0, (whole, block)) for part in (keys, values))
-        for head in range(len(keys))
-    ]
-    for number, row, ids in _lists(kept, first):
-        begin = max((first + row) * block - past, 0)
-        end = min((first + row + 1) * block - past, length)
-        low, high = int(ids[0]), int(ids[-1]) + 1
-        mine = slice(number * group, (number + 1) * group), slice(begin, end)
-        near = [
-            part[low:high] if high - low == len(ids) else part.index_select(0, ids)
-            for part in folded[number * len(keys) // lists]
+    def attach(self, module, layer: dict, groups: list[int]) -> None:
+        module.surgery_sparse = None
+        if "sparse" not in layer:
+            return
+        kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
+        sparse, every = Sparse.of(layer["sparse"]), torch.arange(sum(groups), device="cpu")
+        module.surgery_sparse = [
+            sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None
+            for visibility, own in zip(kinds.visibilities, kinds.split_queries(every[None]), strict=True)
         ]
-        rows = query[mine].reshape(1, 1, -1, size)
-        more, more_lse = fused(rows, *(part.view(1, 1, -1, size) for part in near), scale, True)
-        here, here_lse = out[mine], lse[mine]
-        more, more_lse = more.view(here.shape), more_lse.view(here_lse.shape)
-        here.lerp_(more, torch.sigmoid(more_lse - here_lse)[..., None].to(out.dtype))
-        torch.logaddexp(here_lse, more_lse, out=here_lse)
-    return out, lse
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("visibility in prefill",)
+
+    def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
+        """A setting that is a list has a value for each query head."""
+        settings = layer["sparse"].items()
+        rows = {name: [values[head] for head in queries] for name, values in settings if isinstance(values, list)}
+        return {"sparse": layer["sparse"] | rows}
+
+    def describe(self, layer: dict) -> tuple[str, str]:
+        return "sparse prefill", layer["sparse"]["method"]
+
+    def told_apart(self, layer: dict):
+        return layer["sparse"]
+
+    def probe_length(self, layer: dict, least: int) -> int:
+        sparse = Sparse.of(layer["sparse"])
+        return max(least, sparse.dense_below + PROBED * sparse.block)
 
 
-def _causal_rows(kept) -> int:
-    """How many query blocks, from the first of a prompt on, keep all that lies before them in every list."""
-    whole = (kept | ~torch.ones_like(kept[0]).tril()).all(-1).all(0)
-    return int(whole.cumprod(0).sum())
-
-
-def _lists(kept, first: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Number of the list's head, its row, and the key blocks before the row's own, where there are any."""
-    _, rows, columns = kept.shape
-    before = torch.arange(columns, device=kept.device) < first + torch.arange(rows, device=kept.device)[:, None]
-    where = (kept & before).nonzero()
-    heads, places = where[:, 0], where[:, 1]
-    lists, counts = torch.unique_consecutive(heads * rows + places, return_counts=True)
-    for number, ids in zip(lists.tolist(), where[:, 2].split(counts.tolist()), strict=True):
-        yield number // rows, number % rows, ids
-
-
-def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
-    """Every query's attention to the keys of its own block: [heads, n, head_dim] and the log-sum-exp [heads, n]."""
-    length, end = query.shape[1], keys.shape[1]
-    past = end - length
-    lead = min(-past % block, length)  # queries of a block that began before them
-    middle = lead + (length - lead) // block * block
-    parts = []
-    if lead:
-        begin, stop = past // block * block, past + lead
-        seen = torch.arange(begin, stop) <= torch.arange(past, stop)[:, None]
-        near = (part[None, :, begin:stop] for part in (keys, values))
-        parts.append(fused(query[None, :, :lead], *near, scale, True, seen=seen[None, None]))
-    if middle > lead:
-        folded = [
-            part[:, begin : begin + middle - lead].unflatten(1, (-1, block)).transpose(0, 1)
-            for part, begin in ((query, lead), (keys, past + lead), (values, past + lead))
-        ]
-        out, lse = fused(*folded, scale, True, causal=True)
-        parts.append((out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]))
-    if middle < length:
-        near = (part[None, :, -(length - middle) :] for part in (keys, values))
-        parts.append(fused(query[None, :, middle:], *near, scale, True, causal=True))
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    return out[0], lse[0]
-
-
-def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
-    """`attend_blocks` of one row with the softmax written out, list by list."""
-    (heads, length, size), lists, end = query.shape, len(kept), keys.shape[1]
-    past, group, device = end - length, heads // lists, query.device
-    first, tokens, found = past // block, torch.arange(end, device=device), []
-    for number, head_lists in enumerate(kept):
-        pieces = []
-        for row, blocks in enumerate(head_lists):
-            begin, stop = max((first + row) * block, past), min((first + row + 1) * block, end)
-            near = tokens[:stop][blocks.repeat_interleave(block)[:stop]]
-            mine = slice(number * group, (number + 1) * group), slice(begin - past, stop - past)
-            seen = (near <= tokens[begin:stop, None]).repeat(group, 1)
-            held = (part[number * len(keys) // lists, near] for part in (keys, values))
-            out, lse = explicit(query[mine].reshape(-1, size), *held, seen, scale, softcap, True)
-            pieces.append((out.reshape(group, -1, size), lse.reshape(group, -1)))
-        found.append([torch.cat(part, dim=1) for part in zip(*pieces, strict=True)])
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+PART = SparsePrefill()

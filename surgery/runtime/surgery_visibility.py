@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 
+from .surgery_config import HeadCost, Part, all_whole, base_windows, is_whole, query_groups, used_parts, validate
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -22,12 +24,14 @@ class Visibility:
         window: None for a full head.
         limit: the base model's own sliding window in this layer, or None.
         of_base: the window is the base's own.
+        by_policy: a policy drops keys from the cache, of each KV head others (surgery_kv_policy.py).
     """
 
     sinks: int = 0
     window: int | None = None
     limit: int | None = None
     of_base: bool = False
+    by_policy: bool = False
 
     def simplified(self) -> Visibility:
         """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
@@ -119,29 +123,73 @@ def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int 
         streaming: numbers of the KV heads that see sinks + window.
         limit: the base's own sliding window in this layer, or None.
     """
+    full, narrow, streaming = Visibility(limit=limit), Visibility(sinks, window, limit), set(streaming)
+    return _kinds(groups, [narrow if head in streaming else full for head in range(len(groups))])
+
+
+def head_kinds(config) -> list[HeadKinds]:
+    """The kinds of heads of each layer of a surgical config: what its parts let each KV head see."""
+    kinds = []
+    for layer, limit in zip(validate(config), base_windows(config), strict=True):
+        groups = query_groups(config, layer)
+        heads = [Visibility(limit=limit)] * len(groups)
+        for part in used_parts(layer).values():
+            heads = part.visibilities(layer, heads)
+        kinds.append(_kinds(groups, heads))
+    return kinds
+
+
+def _kinds(groups: list[int], heads: list[Visibility]) -> HeadKinds:
+    """The kinds of KV heads with these visibilities, those without sinks and window first."""
     kinds: dict[tuple[Visibility, int], list[int]] = {}
-    for head in sorted(range(len(groups)), key=lambda head: (head in set(streaming), head)):
-        visibility = Visibility(sinks, window, limit) if head in set(streaming) else Visibility(limit=limit)
-        kinds.setdefault((visibility.simplified(), groups[head]), []).append(head)
+    for head in sorted(range(len(groups)), key=lambda head: (heads[head].window is not None, head)):
+        kinds.setdefault((heads[head].simplified(), groups[head]), []).append(head)
     return HeadKinds(groups, [(visibility, sorted(heads)) for (visibility, _), heads in kinds.items()])
 
 
-def query_groups(config, layer: dict | None = None) -> list[int]:
-    """How many query heads read each KV head of a layer, None: of a layer as the base's config has it."""
-    text, layer = config.get_text_config(), layer or {}
-    heads = layer.get("num_attention_heads", text.num_attention_heads)
-    kv_heads = layer.get("num_key_value_heads", getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    return layer.get("query_groups") or [heads // kv_heads] * kv_heads
+class HeadSplit(Part):
+    """The head split: some KV heads see only the first tokens and the last ones.
+
+    An entry has `streaming` (numbers of these KV heads), `sinks` and `window` (how many tokens).
+    """
+
+    keys = ("streaming", "sinks", "window")
+
+    def validation_error(self, config, layer: dict, groups: list[int]) -> str:
+        for name, least in (("sinks", 0), ("window", 1)):
+            if name in layer and not is_whole(layer[name], least):
+                return f"has {name} {layer[name]!r}, which must be whole and from {least}"
+        kv_heads, streaming = len(groups), layer.get("streaming", [])
+        if not all_whole(streaming, 0) or len({*streaming}) < len(streaming) or max(streaming, default=0) >= kv_heads:
+            return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"
+        if streaming and not {"sinks", "window"} <= set(layer):
+            return "has streaming heads without sinks and window"
+        return ""
+
+    def visibilities(self, layer: dict, heads: list[Visibility]) -> list[Visibility]:
+        streaming, reach = {*layer.get("streaming", ())}, (layer.get("sinks", 0), layer.get("window", 1))
+        return [Visibility(*reach, seen.limit) if head in streaming else seen for head, seen in enumerate(heads)]
+
+    def terms(self, layer: dict) -> tuple[str, ...]:
+        return ("visibility",) if layer.get("streaming") else ()
+
+    def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
+        held, streaming = layer.get("sinks", 0) + layer.get("window", 0), {*layer.get("streaming", ())}
+        return [HeadCost(0, held) if head in streaming else cost for head, cost in enumerate(heads)]
+
+    def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
+        streaming = layer.get("streaming")
+        kept = [new for new, old in enumerate(kv_heads) if old in (streaming or ())]
+        return {} if streaming is None else {"streaming": kept}
+
+    def told_apart(self, layer: dict):
+        return len(layer.get("streaming", ())), layer.get("sinks", 0), layer.get("window", 0)
+
+    def probe_length(self, layer: dict, least: int) -> int:
+        return least + layer.get("sinks", 0) + layer.get("window", 0)
 
 
-def base_windows(config) -> list[int | None]:
-    """The base model's own sliding window in each layer, None for full attention."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    window, layers = getattr(text, "sliding_window", None), range(text.num_hidden_layers)
-    if kinds:  # which the base's masks follow, whatever the switch says
-        return [window if kinds[i] == "sliding_attention" else None for i in layers]
-    return [window if getattr(text, "use_sliding_window", True) else None for _ in layers]
+PART = HeadSplit()
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
@@ -201,7 +249,7 @@ def _mask_parts(function):
 
 
 @lru_cache(maxsize=8)
-def unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, dtype, device):
+def unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, *, dtype, device):
     """`seen_keys` of a block without padding, for its groups, as a bias: alike in all layers and in most blocks."""
     with torch.inference_mode(False):  # kept, and used in training later
         slots, key_slots = (torch.arange(begin, first + length, device=device) for begin in (first, low))

@@ -19,12 +19,12 @@ FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", 
 PADS, LENGTH, ALPHA = (0, 7, 3), 40, 2.0
 
 
-def pieces_of(vocabulary: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    pieces = torch.randint(3, vocabulary, (len(PADS), LENGTH), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(pieces)
+def padded_sequences(vocabulary: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences = torch.randint(3, vocabulary, (len(PADS), LENGTH), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(sequences)
     for row, pad in enumerate(PADS):
         mask[row, :pad] = 0
-    return pieces, mask
+    return sequences, mask
 
 
 def window_of(model, layer: int) -> int | None:
@@ -38,12 +38,12 @@ def brute(model, ids: torch.Tensor) -> list[dict]:
     """The same facts of one unpadded text from Transformers' own attention maps and cache, entry by entry."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
-    found = model(input_ids=ids[None], output_attentions=True, use_cache=True)
+    outputs = model(input_ids=ids[None], output_attentions=True, use_cache=True)
     n, layers = len(ids), []
-    for layer, maps in enumerate(found.attentions):
+    for layer, maps in enumerate(outputs.attentions):
         window, weights = window_of(model, layer) or n, maps[0].double()
-        norms = found[CACHE].layers[layer].values[0].double().norm(dim=-1)
-        facts = {"first": [], "others": [], "sinks": [], "marks": [], "learned": [], "first_value": []}
+        norms = outputs[CACHE].layers[layer].values[0].double().norm(dim=-1)
+        figures = {"first": [], "others": [], "sinks": [], "marks": [], "learned": [], "first_value": []}
         for head in range(len(weights)):
             sinks = []
             for j in range(1, n):
@@ -51,14 +51,14 @@ def brute(model, ids: torch.Tensor) -> list[dict]:
                 if 2 * len(rows) >= min(n, window):
                     mean = sum(weights[head, i, j].item() for i in rows) / len(rows)
                     sinks += [j] if mean > ALPHA / min(n, window) else []
-            facts["first"].append(sum(weights[head, i, 0].item() for i in range(1, n)) / (n - 1))
-            facts["others"].append(sum(weights[head, i, j].item() for i in range(1, n) for j in sinks) / (n - 1))
-            facts["learned"].append(1 - weights[head, 1:].sum().item() / (n - 1))
-            facts["sinks"].append(float(len(sinks)))
-            facts["marks"].append(sinks)
+            figures["first"].append(sum(weights[head, i, 0].item() for i in range(1, n)) / (n - 1))
+            figures["others"].append(sum(weights[head, i, j].item() for i in range(1, n) for j in sinks) / (n - 1))
+            figures["learned"].append(1 - weights[head, 1:].sum().item() / (n - 1))
+            figures["sinks"].append(float(len(sinks)))
+            figures["marks"].append(sinks)
         if len(norms[0]) == n:  # a sliding layer's cache has dropped the first keys
-            facts["first_value"] = [(row[0] / row[1:].median()).item() for row in norms]
-        layers.append(facts)
+            figures["first_value"] = [(row[0] / row[1:].median()).item() for row in norms]
+        layers.append(figures)
     return layers
 
 
@@ -66,31 +66,31 @@ def brute(model, ids: torch.Tensor) -> list[dict]:
 def test_masses_are_those_of_the_whole_map_and_padding_does_not_move_the_sink(family):
     """A left-padded batch against its rows one by one without padding."""
     model = base(family)
-    pieces, mask = pieces_of()
-    rows = [brute(model, piece[pad:]) for piece, pad in zip(pieces, PADS, strict=True)]
+    sequences, mask = padded_sequences()
+    rows = [brute(model, sequence[pad:]) for sequence, pad in zip(sequences, PADS, strict=True)]
     for batch in (1, 3):
-        found = sink_map(model, pieces, mask=mask, alpha=ALPHA, batch=batch)
-        for layer in range(len(found.first)):
+        sinks = sink_map(model, sequences, mask=mask, alpha=ALPHA, batch=batch)
+        for layer in range(len(sinks.first)):
             for name in ("first", "others", "sinks"):
                 want = torch.tensor([row[layer][name] for row in rows]).mean(0)
-                assert (torch.tensor(getattr(found, name)[layer]) - want).abs().max() < 1e-4, name
+                assert (torch.tensor(getattr(sinks, name)[layer]) - want).abs().max() < 1e-4, name
             if all(row[layer]["first_value"] for row in rows):
                 want = torch.tensor([row[layer]["first_value"] for row in rows]).mean(0)
-                assert (torch.tensor(found.first_value[layer]) - want).abs().max() < 1e-4
+                assert (torch.tensor(sinks.first_value[layer]) - want).abs().max() < 1e-4
         marked: dict[int, int] = {}
-        for piece, pad, row in zip(pieces, PADS, rows, strict=True):
+        for sequence, pad, row in zip(sequences, PADS, rows, strict=True):
             for j in (j for layer in row for head in layer["marks"] for j in head):
-                token = piece[pad + j].item()
+                token = sequence[pad + j].item()
                 marked[token] = marked.get(token, 0) + 1
-        assert {facts["id"]: facts["marks"] for facts in found.tokens}.items() <= marked.items()
+        assert {entry["id"]: entry["marks"] for entry in sinks.tokens}.items() <= marked.items()
         assert marked, "no sinks here: the test has no power"
-        assert max(marked.values()) == found.tokens[0]["marks"]
+        assert max(marked.values()) == sinks.tokens[0]["marks"]
     if family == "gpt_oss":
         want = torch.tensor([[layer["learned"] for layer in row] for row in rows]).mean(0)
-        assert (torch.tensor(found.learned) - want).abs().max() < 1e-4
+        assert (torch.tensor(sinks.learned) - want).abs().max() < 1e-4
         assert want.min() > 0.01
     else:
-        assert found.learned is None
+        assert sinks.learned is None
 
 
 def test_the_last_keys_are_not_judged():
@@ -107,45 +107,45 @@ def test_massive_activations_are_found_where_they_were_put():
     model = copy.deepcopy(base("llama"))
     with torch.no_grad():
         model.model.embed_tokens.weight[9, 21] = 5000.0
-    pieces, _ = pieces_of()
-    pieces[pieces == 9] = 10
-    pieces[0, 12] = pieces[2, 30] = 9
-    found = sink_map(model, pieces)
-    (massive,) = found.massive
+    sequences, _ = padded_sequences()
+    sequences[sequences == 9] = 10
+    sequences[0, 12] = sequences[2, 30] = 9
+    sinks = sink_map(model, sequences)
+    (massive,) = sinks.massive
     assert (massive["channel"], massive["layers"]) == (21, [0, 1])
     assert massive["places"] == [
         {"token": "9", "position": 12, "count": 2},
         {"token": "9", "position": 30, "count": 2},
     ]
     assert massive["magnitude"] == pytest.approx(5000, rel=0.01)
-    assert all(facts["channel"] == 21 for facts in found.residual)
+    assert all(entry["channel"] == 21 for entry in sinks.residual)
     with torch.no_grad():
-        states = model(input_ids=pieces[:1], output_hidden_states=True).hidden_states[1][0]
+        states = model(input_ids=sequences[:1], output_hidden_states=True).hidden_states[1][0]
     ratio = (states.abs().max() / states.abs().median()).item()
     assert massive["ratio"] >= ratio - 1e-3
-    assert sink_map(base("llama"), pieces).massive == []
+    assert sink_map(base("llama"), sequences).massive == []
 
 
 @torch.no_grad()
 def test_norms_of_other_sinks_and_that_the_model_is_left_alone():
     model = base("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pieces, _ = pieces_of()
-    piece = pieces[:1]
-    found, rows = sink_map(model, piece, alpha=ALPHA), brute(model, piece[0])
-    values = model(input_ids=piece, use_cache=True)[CACHE].layers
-    seen = 0
-    for layer, facts in enumerate(rows):
+    sequences, _ = padded_sequences()
+    first = sequences[:1]
+    measured, rows = sink_map(model, first, alpha=ALPHA), brute(model, first[0])
+    values = model(input_ids=first, use_cache=True)[CACHE].layers
+    compared = 0
+    for layer, figures in enumerate(rows):
         norms = values[layer].values[0].norm(dim=-1)
-        for head, sinks in enumerate(facts["marks"]):
-            got = found.other_values[layer][head]
+        for head, sinks in enumerate(figures["marks"]):
+            got = measured.other_values[layer][head]
             if not sinks:
                 assert got is None
                 continue
             want = (norms[head // 2, sinks].mean() / norms[head // 2, 1:].median()).item()
             assert got == pytest.approx(want, rel=1e-4)
-            seen += 1
-    assert seen
+            compared += 1
+    assert compared
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
 
@@ -154,31 +154,31 @@ def test_what_a_surgery_changed_is_refused():
     split_model = copy.deepcopy(base("llama"))
     package.apply(recipe({"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 5}), split_model)
     with pytest.raises(SurgeryError, match="split already"):
-        sink_map(split_model, pieces_of()[0])
+        sink_map(split_model, padded_sequences()[0])
     biased = copy.deepcopy(base("llama"))
     package.apply(recipe(sink("zero_tuning", gamma=2.0)), biased)
     with pytest.raises(SurgeryError, match="measure its base"):
-        sink_map(biased, pieces_of()[0])
+        sink_map(biased, padded_sequences()[0])
     with pytest.raises(SurgeryError, match="padding"):
-        sink_map(base("llama"), pieces_of()[0], mask=torch.tensor([[1, 0, 1] + [1] * 37] * 3))
+        sink_map(base("llama"), padded_sequences()[0], mask=torch.tensor([[1, 0, 1] + [1] * 37] * 3))
     with pytest.raises(SurgeryError, match="attention interface"):
-        sink_map(TINY["bloom"](), pieces_of()[0])
+        sink_map(TINY["bloom"](), padded_sequences()[0])
 
 
 def test_the_command(surgery, model, text, tmp_path):
-    given = ("inspect", model, "--sinks", "--text", text, "--samples", 2, "--length", 60)
-    seen = surgery(*given, "--plot", "sinks.png")
-    assert seen.code == 0, seen.err
-    assert "2 texts of 60 tokens" in seen.out
-    assert "has a BOS ('<s>') and does not add it" in seen.out
-    assert "wrote sinks.png" in seen.out
+    arguments = ("inspect", model, "--sinks", "--text", text, "--samples", 2, "--length", 60)
+    shown = surgery(*arguments, "--plot", "sinks.png")
+    assert shown.code == 0, shown.err
+    assert "2 texts of 60 tokens" in shown.out
+    assert "has a BOS ('<s>') and does not add it" in shown.out
+    assert "wrote sinks.png" in shown.out
     assert (tmp_path / "sinks.png").read_bytes()[:4] == b"\x89PNG"
-    assert max(map(len, seen.out.splitlines()[2:6])) <= 80
-    data = surgery(*given, "--json").json
+    assert max(map(len, shown.out.splitlines()[2:6])) <= 80
+    data = surgery(*arguments, "--json").json
     assert (data["texts"], data["length"], data["model"]) == (2, 60, "model")
     assert [len(row) for row in data["first"]] == [9, 9]
     assert data["bos"] == {"token": "<s>", "added": False}
-    row = next(line.split() for line in seen.out.splitlines() if line.split()[:1] == ["1"])
+    row = next(line.split() for line in shown.out.splitlines() if line.split()[:1] == ["1"])
     assert row[1:3] == [f"{sum(data['first'][1]) / 9:.2f}", f"{max(data['first'][1]):.2f}"]
 
 

@@ -379,7 +379,7 @@ def test_a_gate_is_not_passed_with_another_base(surgery, model, text, tmp_path):
 HEAVY = ("torch", "transformers", "peft", "accelerate", "numpy", "huggingface_hub")
 SPY = f"""
 import sys
-from surgery import cli
+from surgery.cli import main as cli
 try:
     cli.main()
 finally:

@@ -228,7 +228,7 @@ def test_a_file_that_ends_while_it_is_read(model):
     with pytest.raises(SurgeryError, match="ended while"):
         checkpoint.read(info.name)
     with pytest.raises(SurgeryError, match="ended while"):
-        list(checkpoint.pieces(info))
+        list(checkpoint.chunks(info))
 
 
 def test_the_loaded_engine_is_quiet_in_a_pipe(surgery, model):

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from surgery.data import documents as data
 from surgery.data import generated as self_text
 from surgery.data.documents import Packed, documents
-from surgery.data.generated import _drawn, sample
-from surgery.data.packing import IGNORED, arguments, reads_apart
+from surgery.data.generated import _sample_tokens, sample
+from surgery.data.packing import IGNORED, arguments, isolates_documents
 from surgery.data.text import load_text
 from surgery.errors import SurgeryError
 from surgery.runtime import modeling_surgery as runtime
@@ -67,19 +67,19 @@ def lines(path, rows) -> None:
 
 
 def test_a_text_file_is_one_document(read, text):
-    found = read(text)
-    assert list(found) == [ids_of(TEXT)]
-    assert found.begin == []
+    documents = read(text)
+    assert list(documents) == [ids_of(TEXT)]
+    assert documents.begin == []
     raw = TEXT.encode()
     want = hashlib.sha256(f"{len(raw)}\0".encode() + raw).hexdigest()
-    assert found.facts == {"data": "words.txt", "sha256": want, "documents": 1, "tokens": 400}
+    assert documents.record == {"data": "words.txt", "sha256": want, "documents": 1, "tokens": 400}
 
 
 def test_builtin_is_the_calibration_part(read, tokenizer):
-    found = read("builtin")
+    documents = read("builtin")
     part = load_text("builtin", "calibration")
-    assert list(found) == [tokenizer(part.text)["input_ids"]]
-    assert found.title == part.title
+    assert list(documents) == [tokenizer(part.text)["input_ids"]]
+    assert documents.title == part.title
 
 
 def test_lines_are_documents(read, tmp_path):
@@ -120,25 +120,25 @@ def test_a_folders_own_papers_are_no_text(read, tmp_path):
 def test_chats_are_written_by_the_template(read, tmp_path, tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = TEMPLATE
-    turns = [{"role": "cat", "content": "the mat"}, {"role": "dogs", "content": "ran past"}]
-    lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 3)
-    (one, *_) = found = read(tmp_path / "chats.jsonl", chat=True, tokenizer=tokenizer)
+    messages = [{"role": "cat", "content": "the mat"}, {"role": "dogs", "content": "ran past"}]
+    lines(tmp_path / "chats.jsonl", [{"messages": messages}] * 3)
+    (one, *_) = documents = read(tmp_path / "chats.jsonl", chat=True, tokenizer=tokenizer)
     assert one == [1, *ids_of("cat the mat"), 2, *ids_of("dogs ran past"), 2]
-    assert len(found) == 3
+    assert len(documents) == 3
 
 
 def test_no_more_is_read_than_is_needed(read, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TOGETHER", 2)
+    monkeypatch.setattr(data, "TEXTS_AT_ONCE", 2)
     lines(tmp_path / "rows.jsonl", [{"text": "cat " * 10}] * 50)
-    found = read(tmp_path / "rows.jsonl", rows=2)
-    assert len(found) == 4  # 2 rows of 16 tokens are in 4 documents of 10, read 2 by 2
-    assert found.sha256 != read(tmp_path / "rows.jsonl").sha256
+    documents = read(tmp_path / "rows.jsonl", rows=2)
+    assert len(documents) == 4  # 2 rows of 16 tokens are in 4 documents of 10, read 2 by 2
+    assert documents.sha256 != read(tmp_path / "rows.jsonl").sha256
 
 
 def test_bos_and_eos_are_the_tokenizers(read, text, with_bos):
-    found = read(text, tokenizer=with_bos)
-    assert list(found) == [[1, *ids_of(TEXT), 2]]
-    assert found.begin == [1]
+    documents = read(text, tokenizer=with_bos)
+    assert list(documents) == [[1, *ids_of(TEXT), 2]]
+    assert documents.begin == [1]
 
 
 class FakeDatasets(ModuleType):
@@ -158,13 +158,13 @@ class FakeDatasets(ModuleType):
 def test_a_data_set_is_a_stream(read, monkeypatch, tmp_path):
     fake = FakeDatasets({"text": "cat " * 10} for _ in iter(int, 1))  # without end
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    found = read("owner/name:config", rows=8)
+    documents = read("owner/name:config", rows=8)
     assert fake.asked == [("owner/name", "config", "train", True)]
-    assert found.tokens >= 8 * 16
-    assert found.title == "owner/name:config"
-    with pytest.raises(SurgeryError, match="cannot be read: no such data set") as told:
+    assert documents.tokens >= 8 * 16
+    assert documents.title == "owner/name:config"
+    with pytest.raises(SurgeryError, match="cannot be read: no such data set") as raised:
         read("nobody/nothing")
-    assert "and more lines" not in str(told.value)
+    assert "and more lines" not in str(raised.value)
     folder = tmp_path / "tables"
     folder.mkdir()
     (folder / "part.parquet").write_bytes(b"PAR1")
@@ -222,9 +222,9 @@ def test_data_that_cannot_be_used_is_refused(read, tmp_path, monkeypatch):
         ("nothing", {}, [".jsonl, .ndjson file in this folder", "attention-surgery[data]"]),
     ]
     for name, fields, says in cases:
-        with pytest.raises(SurgeryError) as told:
+        with pytest.raises(SurgeryError) as raised:
             read(tmp_path / name, **fields)
-        assert not [word for word in says if word not in str(told.value)], f"{name}: {told.value}"
+        assert not [word for word in says if word not in str(raised.value)], f"{name}: {raised.value}"
     for name in ("owner/name", "wikitext"):
         with pytest.raises(SurgeryError, match=r"no file or folder has this name(.|\n)*attention-surgery\[data\]"):
             read(name)
@@ -276,8 +276,8 @@ def test_no_token_is_lost(begin):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 40, (50,), generator=generator).tolist()
     made = [[*begin, *torch.randint(3, 99, (n,), generator=generator).tolist()] for n in lengths]
-    held = type("Held", (list,), {"begin": begin})(made)
-    rows = Packed(held, 16)
+    documents = type("Held", (list,), {"begin": begin})(made)
+    rows = Packed(documents, 16)
     flat = [token for row in rows.ids.tolist() for token in row if token not in begin]
     want = [token for document in made for token in document if token not in begin]
     assert flat == want[: len(flat)]
@@ -309,8 +309,8 @@ def test_a_packed_row_is_its_documents_by_themselves(surgical):
     rows = Packed(documents, 32)
     batch = {name: tensor[None] for name, tensor in rows[0].items()}
     packed = model(**arguments(model, batch, hidden=False)).logits[0]
-    alone = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in documents]
-    assert (packed - torch.cat(alone)).abs().max() < 1e-4
+    single = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in documents]
+    assert (packed - torch.cat(single)).abs().max() < 1e-4
     crossing = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
     assert (packed - crossing).abs().max() > 0.1  # without positions they see each other
 
@@ -324,22 +324,22 @@ def test_a_row_is_what_the_model_takes_it_for(family):
     """Its documents by themselves, or one text from its first token to its last."""
     model = TINY[family]().eval()
     documents = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 15)]
-    rows = Packed(documents, 24, reads_apart(model))
+    rows = Packed(documents, 24, isolates_documents(model))
     batch = {name: tensor[None] for name, tensor in rows[0].items()}
     packed = model(**arguments(model, batch, hidden=False)).logits[0]
     texts = [documents[0] + documents[1]] if family in ONE_TEXT else documents
-    alone = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in texts]
-    assert (packed - torch.cat(alone)).abs().max() < 1e-4 * max(1, packed.abs().max())
-    assert [place for place, label in enumerate(batch["labels"][0].tolist()) if label == IGNORED] == [0, 9]
+    single = [model(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in texts]
+    assert (packed - torch.cat(single)).abs().max() < 1e-4 * max(1, packed.abs().max())
+    assert [position for position, label in enumerate(batch["labels"][0].tolist()) if label == IGNORED] == [0, 9]
 
 
 def test_some_rows():
     rows = Packed([list(range(3, 60))], 8)
-    some = rows.some([5, 2])
-    assert len(some) == 2
-    assert [some[n]["input_ids"].tolist() for n in (0, 1)] == [rows[n]["input_ids"].tolist() for n in (5, 2)]
+    selected = rows.select([5, 2])
+    assert len(selected) == 2
+    assert [selected[n]["input_ids"].tolist() for n in (0, 1)] == [rows[n]["input_ids"].tolist() for n in (5, 2)]
     assert len(rows) == 7
-    assert some.sha256 != rows.sha256
+    assert selected.sha256 != rows.sha256
 
 
 # --- text of the base ---------------------------------------------------------------------------------------
@@ -354,23 +354,23 @@ def writer():
 
 
 def test_the_base_writes_what_is_needed(writer, tokenizer):
-    found = sample(writer, tokenizer, heal(), 600, batch=8)
-    assert 600 <= sum(map(len, found)) < 600 + 8 * 16
-    assert all(2 <= len(each) <= 16 for each in found)
+    documents = sample(writer, tokenizer, heal(), 600, batch=8)
+    assert 600 <= sum(map(len, documents)) < 600 + 8 * 16
+    assert all(2 <= len(each) <= 16 for each in documents)
     words = {tokenizer.convert_tokens_to_ids(word) for word in WORDS}
-    assert {each[0] for each in found} <= words
-    assert len({each[0] for each in found}) > 8
-    assert not any(2 in each[:-1] for each in found)  # EOS ends a document
-    assert all(each[-1] == 2 for each in found if len(each) < 16)
-    assert any(each[-1] == 2 for each in found)
-    assert len({tuple(each) for each in found}) == len(found)
+    assert {each[0] for each in documents} <= words
+    assert len({each[0] for each in documents}) > 8
+    assert not any(2 in each[:-1] for each in documents)  # EOS ends a document
+    assert all(each[-1] == 2 for each in documents if len(each) < 16)
+    assert any(each[-1] == 2 for each in documents)
+    assert len({tuple(each) for each in documents}) == len(documents)
 
 
 def test_tokens_are_drawn_from_the_whole_distribution(writer, tokenizer):
     """Of many samples the share of each second token, given the first, against the model's probabilities."""
-    found = sample(writer, tokenizer, heal(length=3), 3 * 30_000, batch=3000)
-    first = max({each[0] for each in found}, key=lambda token: sum(each[0] == token for each in found))
-    seconds = torch.tensor([each[1] for each in found if each[0] == first])
+    documents = sample(writer, tokenizer, heal(length=3), 3 * 30_000, batch=3000)
+    first = max({each[0] for each in documents}, key=lambda token: sum(each[0] == token for each in documents))
+    seconds = torch.tensor([each[1] for each in documents if each[0] == first])
     with torch.no_grad():
         p = writer(input_ids=torch.tensor([[first]])).logits[0, 0].softmax(-1)
     share = torch.bincount(seconds, minlength=64) / len(seconds)
@@ -383,7 +383,7 @@ def test_a_model_that_overflows_writes_nothing(value):
     logits = torch.zeros(3, 64)
     logits[1, :] = value
     with pytest.raises(SurgeryError, match="no probabilities for its next token"):
-        _drawn(logits, torch.Generator().manual_seed(0))
+        _sample_tokens(logits, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("growing", [True, False])
@@ -401,11 +401,11 @@ def test_rows_that_ended_are_not_computed_and_the_others_go_on(growing):
         wanted.append(row)
     seconds = [row[1] for row in wanted]
     ends = {max(seconds, key=seconds.count), wanted[0][5], wanted[1][8], wanted[2][3]}
-    writer, sizes = self_text.writing(model) if growing else model, []
-    writer.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    writer, sizes = self_text.fast_writer(model) if growing else model, []
+    writer.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
     rows = self_text._write(writer, starts, 16, ends, torch.Generator().manual_seed(0)).tolist()
-    found, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
-    assert found == want
+    documents, want = ([self_text._document(row, 1, ends) for row in each] for each in (rows, wanted))
+    assert documents == want
     assert len(set(map(len, want))) > 2
     assert sizes[0] == 20
     assert sizes == sorted(sizes, reverse=True)
@@ -436,9 +436,9 @@ def test_the_callers_random_numbers_are_left_alone(writer, tokenizer):
 
 
 def test_a_tokenizer_with_bos_begins_from_it_alone(writer, with_bos):
-    found = sample(writer, with_bos, heal(), 600, batch=16)
-    assert {each[0] for each in found} == {1}
-    assert len({each[1] for each in found}) > 8
+    documents = sample(writer, with_bos, heal(), 600, batch=16)
+    assert {each[0] for each in documents} == {1}
+    assert len({each[1] for each in documents}) > 8
 
 
 def test_a_chat_begins_with_the_users_turn(writer, tiny_llama):
@@ -446,12 +446,12 @@ def test_a_chat_begins_with_the_users_turn(writer, tiny_llama):
     with pytest.raises(SurgeryError, match="no chat template"):
         sample(writer, tokenizer, heal(chat=True), 100)
     tokenizer.chat_template = "<s>{% for m in messages %} cat {{ m.content }} </s>{% endfor %}"
-    found = sample(writer, tokenizer, heal(chat=True), 300, batch=8)
-    assert {tuple(each[:2]) for each in found} == {(1, *ids_of("cat"))}
+    documents = sample(writer, tokenizer, heal(chat=True), 300, batch=8)
+    assert {tuple(each[:2]) for each in documents} == {(1, *ids_of("cat"))}
 
 
 def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
-    whole = sample(writer, tokenizer, heal(), 600, batch=8)
+    full = sample(writer, tokenizer, heal(), 600, batch=8)
 
     class Killed(BaseException):
         pass
@@ -463,24 +463,24 @@ def test_a_killed_run_goes_on(writer, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path / "new", progress=stop)
     tmp_path = tmp_path / "new"
-    there = len(list(tmp_path.iterdir()))
-    assert there >= 2
+    saved = len(list(tmp_path.iterdir()))
+    assert saved >= 2
     written = []
     real = self_text._write
     monkeypatch.setattr(self_text, "_write", lambda *args: written.append(1) or real(*args))
-    assert sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path) == whole
-    assert len(written) == len(list(tmp_path.iterdir())) - there
+    assert sample(writer, tokenizer, heal(), 600, batch=8, folder=tmp_path) == full
+    assert len(written) == len(list(tmp_path.iterdir())) - saved
     before = len(written)
     sample(writer, tokenizer, heal(seed=1), 100, batch=8, folder=tmp_path)
     assert len(written) > before  # another seed finds nothing of it
 
 
 def test_self_is_a_source(tiny_llama, tokenizer, read):
-    found = read("self", rows=4)
-    assert found.tokens >= 64
-    assert found.facts["data"] == "text that the base wrote itself"
-    assert found.sha256 == read("self", rows=4).sha256
-    assert len(Packed(found, 16)) >= 4
+    documents = read("self", rows=4)
+    assert documents.tokens >= 64
+    assert documents.record["data"] == "text that the base wrote itself"
+    assert documents.sha256 == read("self", rows=4).sha256
+    assert len(Packed(documents, 16)) >= 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "bloom", "mpt"])
@@ -488,7 +488,7 @@ def test_self_is_a_source(tiny_llama, tokenizer, read):
 def test_a_growing_cache_changes_nothing(family):
     """Token by token the logits are those of the whole text, and the model is left as it was."""
     model = TINY[family]()
-    writer = self_text.writing(model)
+    writer = self_text.fast_writer(model)
     known = family not in ("bloom", "mpt")  # the runtime's families
     assert hasattr(writer, "make_cache") == known
     assert not hasattr(model, "make_cache")
@@ -498,9 +498,9 @@ def test_a_growing_cache_changes_nothing(family):
     ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
     out = writer(input_ids=ids[:, :1], use_cache=True)
     logits = [out.logits]
-    for place in range(1, 20):
+    for position in range(1, 20):
         cache = {runtime.CACHE: out[runtime.CACHE]}
-        out = writer(input_ids=ids[:, place : place + 1], use_cache=True, **cache)
+        out = writer(input_ids=ids[:, position : position + 1], use_cache=True, **cache)
         logits.append(out.logits)
     assert (torch.cat(logits, 1) - model(input_ids=ids, use_cache=False).logits).abs().max() < 1e-4
 
@@ -512,12 +512,12 @@ def test_where_the_processor_has_bfloat16_it_writes_in_it(family, tokenizer, mon
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     model = TINY[family]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    writer = self_text.writing(model)
+    writer = self_text.fast_writer(model)
     ours, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (writer, model))
     assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in theirs.items())
     assert len({id(p) for p in ours.values()}) == len({id(p) for p in theirs.values()})
-    kept = dict(model.named_buffers())
-    assert all(tensor.dtype == kept[name].dtype for name, tensor in writer.named_buffers() if name in kept)
+    buffers = dict(model.named_buffers())
+    assert all(tensor.dtype == buffers[name].dtype for name, tensor in writer.named_buffers() if name in buffers)
     ids = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
     exact, rounded = (each(input_ids=ids, use_cache=False).logits for each in (model, writer))
     assert 0 < (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()  # an expert may change

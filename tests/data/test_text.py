@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surgery.data import text as module
-from surgery.data.generated import _drawn
+from surgery.data.generated import _sample_tokens
 from surgery.data.text import Text, load_text, plain, windows
 from surgery.errors import SurgeryError
 
@@ -131,13 +131,13 @@ def test_bad_file(tmp_path, content, says):
 
 def test_windows_are_spread_and_do_not_overlap():
     words = "".join(chr(1000 + i) for i in range(103))
-    pieces = windows(words, Letters(), length=10, count=7)
-    assert pieces.shape == (7, 10)
-    flat = pieces.flatten().tolist()
+    cut = windows(words, Letters(), length=10, count=7)
+    assert cut.shape == (7, 10)
+    flat = cut.flatten().tolist()
     assert len(set(flat)) == 70
-    firsts = pieces[:, 0] - 1000
+    firsts = cut[:, 0] - 1000
     assert firsts.tolist() == [0, 14, 29, 44, 58, 73, 88]
-    assert all((piece.diff() == 1).all() for piece in pieces)
+    assert all((window.diff() == 1).all() for window in cut)
 
 
 def test_windows_that_just_fit():
@@ -152,15 +152,15 @@ def test_windows_that_just_fit():
 
 
 def test_bos_begins_every_window_if_the_tokenizer_adds_it():
-    pieces = windows("abcdefgh", Letters(bos=True), length=5, count=2)
-    assert pieces.tolist() == [[1, *map(ord, "abcd")], [1, *map(ord, "efgh")]]
+    cut = windows("abcdefgh", Letters(bos=True), length=5, count=2)
+    assert cut.tolist() == [[1, *map(ord, "abcd")], [1, *map(ord, "efgh")]]
 
 
 def test_tokens_are_drawn_by_their_probability():
     probabilities, count = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]), 20_000
     rows = probabilities.log().expand(count, -1)
-    drawn = _drawn(rows, torch.Generator().manual_seed(0))
+    drawn = _sample_tokens(rows, torch.Generator().manual_seed(0))
     assert drawn.shape == (count, 1)
-    found = torch.bincount(drawn[:, 0], minlength=6) / count
-    assert (found[probabilities == 0] == 0).all()
-    assert (found - probabilities).abs().max() < 4 * (0.25 / count) ** 0.5
+    frequencies = torch.bincount(drawn[:, 0], minlength=6) / count
+    assert (frequencies[probabilities == 0] == 0).all()
+    assert (frequencies - probabilities).abs().max() < 4 * (0.25 / count) ** 0.5

@@ -19,7 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation import check as checking
 from surgery.evaluation.check import Item, passed
 from surgery.evaluation.check_layers import compare_shapes, names_in_memory, run_layers
-from surgery.evaluation.perplexity import evaluate
+from surgery.evaluation.probes.perplexity import Perplexity
 from surgery.io import loading as scoring
 from surgery.io.safetensors import Checkpoint
 from surgery.runtime.modeling_surgery import patch
@@ -107,7 +107,7 @@ def test_pickles_are_not_read(model):
     state = scoring.load_model(model).state_dict()
     (model / "model.safetensors").unlink()
     torch.save(state, model / "pytorch_model.bin")
-    for reader in (scoring.load_model, evaluate):
+    for reader in (scoring.load_model, Perplexity().measure):
         with pytest.raises(SurgeryError, match=r"no model\.safetensors") as caught:
             reader(model)
         assert caught.value.exists == "pytorch_model.bin"

@@ -21,14 +21,20 @@ from surgery.cli.render import tables as display
 from surgery.data.questions import Choice, Question, encode, make_choices, read_questions
 from surgery.data.text import Text, load_text
 from surgery.errors import SurgeryError
-from surgery.evaluation.multiple_choice import ChoiceResult, evaluate_choices
 from surgery.evaluation.paired import wilson
+from surgery.evaluation.probes.choices import ChoiceResult, Choices
+from surgery.evaluation.probes.settings import make
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.io.resume import Found
+from surgery.io.resume import SavedFigures
 from surgery.operations.sink_calibration import zero_tuning as first_token
 from surgery.runtime.modeling_surgery import CACHE, patch
 
 SMALL = {"items": 12, "context": 60, "ending": 20}
+
+
+def evaluate_choices(out, base=None, *, tokenizer=None, **settings):
+    """The probe with these settings, of folders or loaded models."""
+    return make("choices", settings).measure(out, base, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +302,7 @@ def result_of(base: str, out: str) -> ChoiceResult:
 
 @pytest.mark.parametrize(("base", "out"), [("yyyyynnnny", "yyynnyyyyn"), ("yyyy", "nnnn"), ("yn", "yn"), ("y", "n")])
 def test_paired_counts_and_their_probability(base, out):
-    paired = result_of(base, out).paired()
+    paired = result_of(base, out).compare()
     differing = [(a, b) for a, b in zip(base, out, strict=True) if a != b]
     gained = sum(b == "y" for _, b in differing)
     assert (paired["only_base"], paired["only_out"]) == (len(differing) - gained, gained)
@@ -315,13 +321,13 @@ def test_figures_and_lines(capsys):
     assert (facts["base"]["right"], facts["out"]["accuracy"]) == (3, 0.5)
     assert (facts["out"]["low"], facts["out"]["high"]) == wilson(2, 4)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-    display.lines(result)
+    display.measured(Choices, result)
     said = capsys.readouterr().out
     for words in ("base:    3 of 4 questions right (75.0%", "both right 2, only the base 1", "p = 1", "33.3%"):
         assert words in said
     alone = result_of("", "yn")
     assert alone.to_dict()["paired"] is None
-    display.lines(alone)
+    display.measured(Choices, alone)
     assert "model:   1 of 2" in capsys.readouterr().out
 
 
@@ -439,7 +445,7 @@ def test_a_stopped_search_goes_on_and_ends_as_if_it_had_not(
     stop_at = math.inf
 
     def watched(trial, name, values, pieces):
-        if name not in trial.found.known:
+        if name not in trial.figures.known:
             if len(measured) == stop_at:
                 raise KeyboardInterrupt
             measured.append(name)
@@ -511,7 +517,7 @@ def test_resume_with_other_questions_is_refused(surgery, model, tmp_path, monkey
 
 def test_figures_of_other_settings_are_measured_anew(tmp_path):
     for settings, known in (("a", False), ("a", True), ("b", False)):
-        found = Found(tmp_path / "x.state", settings)
+        found = SavedFigures(tmp_path / "x.state", settings)
         assert ("n" in found.known) == known
         assert found.once("n", lambda: [1.5]) == [1.5]
 

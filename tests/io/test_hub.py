@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNNER = """
 import dataclasses, json, sys
 from surgery.errors import SurgeryError
-import surgery.hub as hub
+import surgery.io.hub as hub
 if "huggingface_hub" in sys.modules:
-    sys.exit("importing surgery.hub imported huggingface_hub")
+    sys.exit("importing surgery.io.hub imported huggingface_hub")
 answers = []
 for name, args, kwargs in json.load(sys.stdin):
     try:
@@ -144,8 +144,8 @@ def test_headers_without_the_weights(hub, home):
     }  # fmt: skip
     assert list(two["headers"]) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert two["headers"]["model-00002-of-00002.safetensors"]["b"]["shape"] == [200000]
-    asked = hub.asked("GET", ".safetensors")
-    weights = [entry for entry in asked if entry[1].endswith(".safetensors")]
+    requests = hub.asked("GET", ".safetensors")
+    weights = [entry for entry in requests if entry[1].endswith(".safetensors")]
     assert len(weights) == 3
     assert all(span.startswith("bytes=0-1000") for *_, span in weights), weights
     assert not any(name.endswith(".safetensors") for name in names(one["path"]))
@@ -188,7 +188,7 @@ def test_no_network(home):
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (OSError(errno.ENOSPC, "No space left"), 5, "the disk is full"),
         (PermissionError(errno.EACCES, "denied", "/cache"), 5, "no permission"),
@@ -199,10 +199,10 @@ def test_no_network(home):
         (json.JSONDecodeError("<html>", "", 0), 5, "not the Hub that answers"),
     ],
 )
-def test_what_the_machine_raises(raised, code, said):
+def test_what_the_machine_raises(raised, code, message):
     wrapped = RuntimeError("Error while uploading 'x'")  # as huggingface_hub does with what breaks in its threads
     wrapped.__cause__ = raised
-    with pytest.raises(SurgeryError, match=said) as error, hub_errors("org/model", writing=True):
+    with pytest.raises(SurgeryError, match=message) as error, hub_errors("org/model", writing=True):
         raise wrapped
     assert error.value.exit_code == code
     assert GOOD not in str(error.value)
@@ -344,7 +344,7 @@ def flipped(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda out: (out / "surgery.json").unlink(), "no surgery.json"),
         (lambda out: (out / "surgery.json").write_text("{"), "damaged"),
@@ -355,10 +355,10 @@ def flipped(out: Path) -> None:
         (unlisted, "changed since"),
     ],
 )
-def test_spoilt_folders_stay_here(tmp_path, spoil, said):
+def test_spoilt_folders_stay_here(tmp_path, spoil, message):
     out = output(tmp_path / "out")
     spoil(out)
-    with pytest.raises(SurgeryError, match=said) as error:
+    with pytest.raises(SurgeryError, match=message) as error:
         push(out, "me/m", dry_run=True)
     assert error.value.exit_code == 2
     assert "surgery" in error.value.fix

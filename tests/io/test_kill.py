@@ -34,7 +34,7 @@ SERVER = """
 import json, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is started with it ignored
 import surgery
-from surgery import cli
+from surgery.cli import main as cli
 surgery.plan("mqa", sys.argv[1])  # imports what a conversion imports; nothing is computed, so no threads are lost
 import surgery.conversion
 print("ready", flush=True)
@@ -69,11 +69,11 @@ class Run:
             return self.process.poll() is None
         return os.path.exists(f"/proc/{self.pid}/fd/0")  # a zombie has no files
 
-    def signal(self, number: int) -> None:
+    def signal(self, signum: int) -> None:
         if self.server is None:
-            self.process.send_signal(number)
+            self.process.send_signal(signum)
         elif self.alive():
-            os.kill(self.pid, number)
+            os.kill(self.pid, signum)
 
     def kill(self) -> int:
         if os.name == "nt":
@@ -155,19 +155,19 @@ class Bench:
 
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file; of surgery.json and the card, which hold the time of the run, what else they say."""
-    found = {}
+    digests = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes() if path.suffix in (".json", ".md") else None
         if path.name == "surgery.json":
             report = json.loads(data)
             data = json.dumps(report | {"created": ""}, sort_keys=True).encode()
         if data is not None:
-            found[path.name] = hashlib.sha256(data).hexdigest()
+            digests[path.name] = hashlib.sha256(data).hexdigest()
         else:
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    found.pop("README.md", None)
-    return found
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests.pop("README.md", None)
+    return digests
 
 
 def until(what: Callable[[], bool], run: Run) -> bool:

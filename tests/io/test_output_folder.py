@@ -186,8 +186,8 @@ def test_a_full_disk_keeps_what_is_done_and_resume_completes_it(apply, sharded, 
     assert "--resume to go on from it, or --overwrite to start anew" in again.err
 
     assert apply(sharded, "--resume").code == 0
-    kept = tmp_path / "out" / NAMES[0]
-    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == written, "the finished shard was not written again"
+    finished = tmp_path / "out" / NAMES[0]
+    assert (finished.stat().st_mtime_ns, finished.stat().st_ino) == written, "the finished shard was not written again"
     assert not (tmp_path / "out.partial").exists()
     assert apply(sharded, out="fresh").code == 0
     assert undated(tmp_path / "out") == undated(tmp_path / "fresh")
@@ -260,7 +260,8 @@ def test_interrupted_is_130_and_resumes(apply, sharded, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from surgery import cli, {module} as module
+from surgery.cli import main as cli
+import {module} as module
 calls, real = [], module.os.{function}
 def dying(*args):
     calls.append(args)
@@ -280,7 +281,8 @@ def killed(folder: Path, *args, **where) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_killed_while_writing(apply, refused, sharded, tmp_path):
     base = listing(sharded)
-    killed(tmp_path, "apply", "mqa", sharded, "-o", "out", *FAST, module="shards", function="fsync", call=2)
+    call = {"module": "surgery.conversion.streaming", "function": "fsync", "call": 2}
+    killed(tmp_path, "apply", "mqa", sharded, "-o", "out", *FAST, **call)
     assert not (tmp_path / "out").exists()
     assert listing(sharded) == base
     (tmp_path / ".out.lock").unlink(missing_ok=True)  # a killed run cannot; the lock itself went with the process
@@ -294,9 +296,8 @@ def test_killed_while_writing(apply, refused, sharded, tmp_path):
 def test_killed_between_the_two_renames(apply, model, tmp_path):
     assert apply(model).code == 0
     old = listing(tmp_path / "out")
-    killed(
-        tmp_path, "apply", "mqa", model, "-o", "out", *FAST, "--overwrite", module="output", function="rename", call=2
-    )
+    call = {"module": "surgery.io.output_folder", "function": "rename", "call": 2}
+    killed(tmp_path, "apply", "mqa", model, "-o", "out", *FAST, "--overwrite", **call)
     assert not (tmp_path / "out").exists(), "the one moment without OUT; OUT.replaced has it"
     again = apply(model)
     assert again.code == 2

@@ -21,24 +21,24 @@ def threads(request):
 
 
 def test_pieces_come_in_their_order_whoever_works_on_them(threads):
-    seen, parameter = set(), torch.nn.Parameter(torch.ones(2))
+    workers, parameter = set(), torch.nn.Parameter(torch.ones(2))
 
-    def work(number, word):
-        seen.add(torch.get_num_threads())
-        return f"{number} {word}", (parameter * number).requires_grad
+    def work(index, word):
+        workers.add(torch.get_num_threads())
+        return f"{index} {word}", (parameter * index).requires_grad
 
-    found = list(parallel_map(work, range(7), "abcdefg", device=CPU))
-    assert found == [(f"{n} {word}", False) for n, word in enumerate("abcdefg")]
-    assert seen == {1}
+    results = list(parallel_map(work, range(7), "abcdefg", device=CPU))
+    assert results == [(f"{n} {word}", False) for n, word in enumerate("abcdefg")]
+    assert workers == {1}
     assert torch.get_num_threads() == threads
     assert torch.is_grad_enabled()
 
 
 def test_an_error_comes_out_and_the_threads_are_there_again(threads):
-    def work(number):
-        if number == 3:
+    def work(index):
+        if index == 3:
             raise ValueError("the fourth")
-        return number
+        return index
 
     each = parallel_map(work, range(6), device=CPU)
     assert [next(each) for _ in range(3)] == [0, 1, 2]
@@ -48,7 +48,7 @@ def test_an_error_comes_out_and_the_threads_are_there_again(threads):
 
 
 def test_who_leaves_early_has_the_threads_again(threads):
-    each = parallel_map(lambda number: number, range(50), device=CPU)
+    each = parallel_map(lambda index: index, range(50), device=CPU)
     assert next(each) == 0
     each.close()
     assert torch.get_num_threads() == threads
@@ -61,27 +61,27 @@ def test_one_piece_may_use_all_threads(threads):
 def test_pieces_share_the_threads_and_may_divide_their_share():
     before = torch.get_num_threads()
 
-    def work(number):
+    def work(index):
         inner = parallel_map(lambda letter: (letter, torch.get_num_threads()), "abc", device=CPU)
         return torch.get_num_threads(), list(inner), torch.get_num_threads()
 
     try:
         torch.set_num_threads(4)
-        found = list(parallel_map(work, range(3), device=CPU, at_once=2))
+        results = list(parallel_map(work, range(3), device=CPU, at_once=2))
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-    assert found == [(2, [("a", 1), ("b", 1), ("c", 1)], 2)] * 3
+    assert results == [(2, [("a", 1), ("b", 1), ("c", 1)], 2)] * 3
 
 
 def test_long_work_ends_where_nobody_waits_for_it(threads):
-    begun, ended = threading.Event(), threading.Event()
+    started, ended = threading.Event(), threading.Event()
 
-    def work(number):
-        if number == 0:
-            assert threads == 1 or begun.wait(60)
+    def work(index):
+        if index == 0:
+            assert threads == 1 or started.wait(60)
             raise KeyboardInterrupt
-        begun.set()
+        started.set()
         try:
             for _ in range(3000):  # half a minute
                 check_cancelled()
@@ -98,13 +98,13 @@ def test_long_work_ends_where_nobody_waits_for_it(threads):
 
 def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
     """The second one comes while the first one waits: work has ended, and other threads begin with all of them."""
-    before, begun, ended, waited = torch.get_num_threads(), threading.Event(), threading.Event(), []
+    before, started, ended, waited = torch.get_num_threads(), threading.Event(), threading.Event(), []
 
-    def work(number):
-        if number == 0:
-            assert begun.wait(60)
+    def work(index):
+        if index == 0:
+            assert started.wait(60)
             raise KeyboardInterrupt
-        begun.set()
+        started.set()
         try:
             for _ in range(3000):
                 check_cancelled()
@@ -132,23 +132,23 @@ def test_a_second_interrupt_waits_for_the_work_too(monkeypatch):
 
 
 def test_turns_are_taken_in_order_whoever_is_first(threads):
-    turns, order = OrderedSection(), []
+    section, order = OrderedSection(), []
 
-    def work(number):
-        time.sleep(0.02 * (number % 2 == 0))  # the second of two is ready first
-        with turns.of(number):
-            order.append(number)
+    def work(index):
+        time.sleep(0.02 * (index % 2 == 0))  # the second of two is ready first
+        with section.of(index):
+            order.append(index)
 
     list(parallel_map(work, range(6), device=CPU, at_once=2))
     assert order == list(range(6))
 
 
 def test_who_waits_for_a_turn_that_an_error_ended_ends_too(threads):
-    turns = OrderedSection()
+    section = OrderedSection()
 
-    def work(number):
-        with turns.of(number):
-            raise ValueError(f"piece {number}")
+    def work(index):
+        with section.of(index):
+            raise ValueError(f"piece {index}")
 
     with pytest.raises(ValueError, match="piece 0"):
         list(parallel_map(work, range(4), device=CPU, at_once=2))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.head_scores import HeadScores, model_facts
+from surgery.calibration.head_scores import HeadScores, model_identity
 from surgery.errors import SurgeryError
 
 GATES = [[0.0, 1.0, 0.5, -2.0, 1.25, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.1]]
@@ -111,9 +111,9 @@ def test_scores_of_query_heads(tmp_path):
     table = [[5, 6, 0.1, 7, 8, 9, 5, 5], [5, 0.3, 5, 5, 0.2, 5, 5, 5]]
     (tmp_path / "s.txt").write_text("\n".join(" ".join(map(str, row)) for row in table))
     fields = {"scores": str(tmp_path / "s.txt"), "ratio": 3 / 16}
-    for gate, given in ((0.0, {}), (0.5, {"gate": 0.5})):
+    for gate, options in ((0.0, {}), (0.5, {"gate": 0.5})):
         model = copy.deepcopy(base("llama"))
-        report = surgery.apply(recipe(mask(**fields, **given)), model)
+        report = surgery.apply(recipe(mask(**fields, **options)), model)
         want = [[1.0] * 8, [1.0] * 8]
         want[0][2] = want[1][1] = want[1][4] = gate
         assert difference(logits_of(model), gated_logits(base("llama"), want)) < 1e-4
@@ -131,8 +131,8 @@ def test_scores_of_kv_heads_mask_whole_groups_on_both_engines(surgery, model, tm
     """A file as `surgery score` writes it, through the command; 9 query heads on 3 KV heads."""
     from surgery import load
 
-    facts = model_facts(Anatomy.of(model))
-    HeadScores("far-mass", [[0.1, 0.9, 0.2], [0.8, 0.3, 0.7]], {"model": facts}).save(tmp_path / "s.json")
+    identity = model_identity(Anatomy.of(model))
+    HeadScores("far-mass", [[0.1, 0.9, 0.2], [0.8, 0.3, 0.7]], {"model": identity}).save(tmp_path / "s.json")
     (tmp_path / "mask.yaml").write_text(json.dumps(recipe(mask(scores="s.json", ratio=0.5))))
     once = ("apply", "mask.yaml", model, "--no-eval")
     done = surgery(*once, "-o", "out")
@@ -175,7 +175,7 @@ def test_before_and_after_prune_heads(removed, tmp_path):
     """Heads keep the base's numbers when others are gone, and a mask on a saved surgical folder streams."""
     prune = {"op": "prune_heads", "heads": removed, "granularity": "head", "refit": False}
     gates = [
-        [0.0 if h in gone else gate for h, gate in enumerate(row)] for row, gone in zip(GATES, removed, strict=True)
+        [0.0 if h in cut else gate for h, gate in enumerate(row)] for row, cut in zip(GATES, removed, strict=True)
     ]
     want = gated_logits(base("llama"), gates)
     stays = {0: {h: GATES[0][h] for h in range(8) if h not in removed[0]}, 1: {7: 0.1}}
@@ -214,7 +214,7 @@ def test_heads_left_by_a_measured_pruning_have_the_bases_numbers(surgery, model,
     (tmp_path / "prune.yaml").write_text(json.dumps(recipe(prune)))
     assert surgery("apply", "prune.yaml", model, "-o", "pruned", "--no-eval", "--no-check").code == 0
     record = json.loads((tmp_path / "pruned" / "surgery.json").read_text())["operations"][0]["record"]
-    left = [[head for head in range(9) if head not in gone] for gone in record["removed"]]
+    left = [[head for head in range(9) if head not in removed_heads] for removed_heads in record["removed"]]
     steps = recipe(prune, mask(values={0: [0.0] + [1.0] * 5, 1: [1.0] * 5 + [0.5]}))
     (tmp_path / "both.yaml").write_text(json.dumps(steps))
     assert surgery("apply", "both.yaml", model, "-o", "both", "--no-eval", "--no-check").code == 0

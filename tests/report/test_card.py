@@ -324,7 +324,7 @@ def test_limits_are_the_operations_own(monkeypatch):
     cards = [render_card(changed(recipe=REPORT["recipe"] | ops), None) for ops in (mean, fitted)]
     assert ["closed_form fits weights to its calibration text" in card for card in cards] == [False, True]
     assert all("Fewer KV heads save KV-cache memory" in card for card in cards)
-    monkeypatch.setattr(GQA, "limits", ("Of the closed form.", "It limits this.", "And that."))
+    monkeypatch.setattr(GQA, "LIMITATIONS", ("Of the closed form.", "It limits this.", "And that."))
     assert "- It limits this.\n- And that.\n" in render_card(changed(recipe=REPORT["recipe"] | mean), None)
     other = {"operations": [{"op": "gqa", "kv_heads": 2, "of_another_version": 1}]}
     assert "- Of the closed form.\n- It limits this.\n" in render_card(changed(recipe=REPORT["recipe"] | other), None)

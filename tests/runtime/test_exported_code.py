@@ -25,8 +25,10 @@ from surgery.runtime.surgery_gates import Gate
 HERE = Path(runtime.__file__).parent
 KERNEL = {"surgery_triton.py", "block_sparse_prefill.py"}  # of sparse prefill, from the package's kernels
 ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL
-CORE = {"modeling_surgery.py"} | {f"surgery_{name}.py" for name in ("attention", "cache", "config", "visibility")}
-SPARSE = {"sparse_prefill", "block_selection"}
+CORE = {"modeling_surgery.py"} | {
+    f"surgery_{name}.py" for name in ("attention", "cache", "config", "stores", "visibility")
+}
+SPARSE = {"sparse_prefill", "block_attention", "block_selection"}
 GATE = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 4}
 ROUTERS = Gate.of(GATE, [3, 3, 3]).shapes(72)
 PATTERNS = [{"method": "streaming", "sinks": 16, "window": 16}] * 8
@@ -38,7 +40,7 @@ CASES = {
     "split": (SPLIT, set()),
     "gamma": ({"parameters": {"surgery_log_gamma": [9]}}, {"bias"}),
     "act": ({"parameters": {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}}, {"bias", "act"}),
-    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates", "token"}),
+    "gate": ({"gate": GATE, "parameters": ROUTERS}, {"gated_compute", "gates"}),
     "pooled": ({"sparse": POOLED}, SPARSE | {"estimate_pooled"}),
     "flexprefill": (
         {"sparse": {"method": "flexprefill", "block": 16}},
@@ -50,7 +52,7 @@ CASES = {
     ),
     "all": (
         SPLIT | {"gate": GATE, "parameters": ROUTERS | {"surgery_log_gamma": [9]}, "sparse": POOLED},
-        SPARSE | {"estimate_pooled", "bias", "gated_compute", "gates", "token"},
+        SPARSE | {"estimate_pooled", "bias", "gated_compute", "gates"},
     ),
 }
 IDS = torch.randint(3, 60, (1, 100), generator=torch.Generator().manual_seed(0))
@@ -191,7 +193,8 @@ def test_every_file_is_the_cores_or_a_parts():
         found |= set(surgery_config.exported_files([name]))
     assert found == ALL
     assert set(surgery_config.exported_files([])) == CORE
-    assert set(METHODS) - {"by_head"} == set(surgery_config.FILES) - {"terms", "sinks", "gate", "sparse", "kernel"}
+    of_sparse = {name.partition(".")[2] for name in surgery_config.FILES if name.startswith("sparse.")}
+    assert set(METHODS) - {"by_head"} == of_sparse - {"kernel"}
 
 
 def test_a_split_alone_carries_less_than_half(opened):
@@ -203,7 +206,7 @@ def test_a_split_alone_carries_less_than_half(opened):
 @pytest.mark.parametrize("name", ["os", "../evil", "surgery_terms", ""])
 def test_no_other_name_is_imported(name):
     with pytest.raises(ValueError, match="there is no part"):
-        surgery_config.load_part(name)
+        surgery_config.load_file(name)
 
 
 def test_a_part_that_is_used_no_longer_is_left_out(tiny_llama, tmp_path):
@@ -227,7 +230,7 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     made = surgery("apply", "streaming", model, "-o", "out", "sinks=2", "window=6", "--no-check", "--no-eval")
     assert made.code == 0, made.err
     out = tmp_path / "out"
-    assert looked_at(surgery("check", out, "--json")) == ("passed", "5 files, byte for byte this version's")
+    assert looked_at(surgery("check", out, "--json")) == ("passed", "6 files, byte for byte this version's")
     (out / "surgery_older.py").write_text("# a file that this version does not have\n")
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())

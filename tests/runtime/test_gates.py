@@ -18,8 +18,7 @@ from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_gated_compute as rows
 from surgery.runtime import surgery_gated_compute as skipping
 from surgery.runtime.surgery_gated_compute import counted
-from surgery.runtime.surgery_gates import Gate, GateState, load_balance, load_balance_loss, prepare
-from surgery.runtime.surgery_token import prepare_token
+from surgery.runtime.surgery_gates import Gate, GateState, load_balance, load_balance_loss, prepare, prepare_token
 
 INTERFACE = sorted(name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name)
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"]

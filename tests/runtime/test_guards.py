@@ -19,8 +19,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config as surgery_block
 from surgery.runtime.surgery_cache import SurgeryCache
-from surgery.runtime.surgery_config import head_kinds
-from surgery.runtime.surgery_visibility import base_windows
+from surgery.runtime.surgery_visibility import base_windows, head_kinds
 
 
 @pytest.fixture

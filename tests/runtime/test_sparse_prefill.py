@@ -16,9 +16,11 @@ from transformers import DynamicCache
 import surgery as package
 from surgery.errors import SurgeryError
 from surgery.operations.sparse_prefill import operation
+from surgery.operations.variants import own_keys
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_block_selection as estimators
-from surgery.runtime.surgery_sparse_prefill import Sparse, attend_blocks, attend_rows
+from surgery.runtime.surgery_block_attention import attend_blocks, attend_rows
+from surgery.runtime.surgery_sparse_prefill import Sparse
 
 FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE and "image" not in name and name != "gemma3"]
 SOME = ["llama", "qwen3", "gemma2", "gpt_oss"]
@@ -432,8 +434,13 @@ def sparse_step(**fields) -> dict:
 
 def test_the_operation_knows_every_method_and_setting():
     assert set(operation.METHODS) == set(estimators.METHODS)
-    fields = set(operation.SparsePrefill.model_fields)
-    assert {name for method in estimators.METHODS.values() for name in method.defaults} <= fields
+    for name, method in operation.METHODS.items():
+        own = {key: method.model_fields[key].default for key in own_keys(method)}
+        searched = ("density", "calibration_samples", "calibration_length") if name == "by_head" else ()
+        known = estimators.METHODS[name].defaults
+        if name == "by_head":
+            known["patterns"] = None  # searched
+        assert {key: value for key, value in own.items() if key not in searched} == known, name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dense import batch, chunked, given, sparse_rows
 from families import one_thread  # noqa: F401 (a fixture)
 from sparse import BLOCK, LENGTH, NARROW, PADS, base_of, draw, ends, sparsened, written_out
 
-from surgery.runtime import surgery_sparse_prefill as executor
+from surgery.runtime import surgery_block_attention as executor
 from surgery.runtime import surgery_sparse_prefill as prefill
 from surgery.runtime.surgery_block_selection import METHODS, choose
 from surgery.runtime.surgery_gated_compute import counted

@@ -133,7 +133,8 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
 
     Args:
         layers: of each layer, as in the surgery block: streaming, sinks, window, stand_in, and sparse of method
-            streaming, with `calls`: where in the batch each forward ends (default: one forward).
+            streaming, with `calls`: where in the batch each forward ends (default: one forward). And `held`, bool
+            [rows, KV heads, length, length]: which keys the cache still has for which queries of full heads.
         mask: [rows, length] of the batch.
         tensors: of each layer, name -> values of its terms.
         silent: of each layer, the query heads whose output is left out.
@@ -160,6 +161,8 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
         if "sparse" in entry and limit is None:
             blocks = torch.stack([sparse_rows(entry["sparse"], row.tolist()) for row in real])
             seen = seen & (blocks[:, None] | narrow)
+        if "held" in entry:
+            seen = seen & (entry["held"].repeat_interleave(group, 1) | narrow)
         if narrow.any():
             seen = seen & ~(narrow & (j - first >= entry["sinks"]) & (i - j >= entry["window"]))
         sees_first = (seen & (j == first)).any(-1, keepdim=True)

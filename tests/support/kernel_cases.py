@@ -375,7 +375,7 @@ def run_decode(device, seed, groups, ring, steps, d, sinks, window, pads, piece,
     """A cache filled as generation fills it, then one step of decoding."""
     from surgery.kernels.split_decode import Ring, head_table, split_decode
 
-    from surgery.runtime.surgery_cache import RingStore
+    from surgery.runtime.surgery_stores import RingStore
     from surgery.runtime.surgery_visibility import Visibility
 
     batch, length, heads = len(pads or [0]), sum(steps), sum(groups)

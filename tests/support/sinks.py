@@ -22,11 +22,11 @@ def log_gammas(model) -> list[torch.Tensor]:
 class Toy(torch.nn.Module):
     """Its objective is the squared distance of its parameters to targets, which differ on text held back."""
 
-    def __init__(self, fit: list[list[float]], held: list[list[float]]):
+    def __init__(self, fit: list[list[float]], validation: list[list[float]]):
         super().__init__()
         self.logs = torch.nn.ParameterList(torch.zeros(len(row)) for row in fit)
-        self.targets = {1: fit, 0: held}
+        self.targets = {1: fit, 0: validation}
 
-    def objective(self, piece, kind):
-        rows = zip(self.logs, self.targets[int(piece[0])], strict=True)
-        return sum((log - torch.tensor(row)).square().sum() for log, row in rows) + piece[1]
+    def objective(self, sample, kind):
+        rows = zip(self.logs, self.targets[int(sample[0])], strict=True)
+        return sum((log - torch.tensor(row)).square().sum() for log, row in rows) + sample[1]

@@ -7,7 +7,6 @@ from rich.text import Text
 from rich.tree import Tree
 
 from surgery.cli.render.console import console, size
-from surgery.conversion.plan import terms_held
 
 LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 
@@ -60,12 +59,11 @@ def anatomy(facts) -> None:
     for layer in (each for each in facts.layers if each.streaming):
         out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
         break
-    if held := terms_held(facts):
+    if held := facts.terms:
         what = ", ".join(f"{term} in {len(layers)} of {len(facts.layers)} layers" for term, layers in held.items())
         out.print(f"set by a surgery: {what}")
-    if sparse := [layer for layer in facts.layers if layer.sparse]:
-        ways = dict.fromkeys(layer.sparse["method"] for layer in sparse)
-        out.print(f"sparse prefill: {', '.join(ways)}, in {len(sparse)} of {len(facts.layers)} layers")
+    for title, words in facts.descriptions.items():
+        out.print(f"{title}: {', '.join(dict.fromkeys(words))}, in {len(words)} of {len(facts.layers)} layers")
 
 
 def applicable(rows: dict[str, list[str]]) -> None:
@@ -182,9 +180,10 @@ def _runs(layers) -> list[list]:
     return runs
 
 
-def _facts(layer) -> tuple:
-    facts = vars(layer) | {"streaming": len(layer.streaming)}  # their number: which ones is --json's
-    return tuple(value for name, value in facts.items() if name not in ("index", "path"))
+def _facts(layer) -> dict:
+    facts = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
+    apart = {name: part.told_apart(layer.entry) for name, part in layer.parts.items()}
+    return facts | {name: value for name, value in apart.items() if value is not None}
 
 
 def _readers(layer) -> int | str:

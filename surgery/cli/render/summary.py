@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console
+from surgery.evaluation import probes
+from surgery.evaluation.probes.settings import asked as asked_probes
 from surgery.operations.base import SURGICAL
+from surgery.operations.variants import Variants, inline_schema, method_facts
 from surgery.report.card_sections import healed, searched
 from surgery.report.gate import damage
 
@@ -48,18 +51,11 @@ def _cost(data: dict) -> str:
         return "not measured"
     if result["status"] != "done":
         return f"not measured ({result.get('reason', '')})"
-    new, old, kl = result["out"]["perplexity"], result["base"]["perplexity"], result["kl"]["mean"]
-    if new is None or kl is None:
+    said = [(cls, cls.sentence(facts)) for cls, facts in probes.done(result)]
+    if not all(sentence for cls, sentence in said if cls.main):
         return "the model gives NaN: not usable"
     usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
-    kept = (result.get("needles") or {}).get("kept") or {}
-    needles = f", needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
-    both = [(result.get("choices") or {}).get(label) or {} for label in ("base", "out")]
-    choices = ", choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
-    return (
-        f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {result['top1_agreement']:.1%}"
-        f"{needles}{choices}{usable}"
-    )
+    return ", ".join(sentence for _, sentence in said if sentence) + usable
 
 
 def _next(data: dict, folder: str, base: str) -> str:
@@ -88,9 +84,13 @@ def _next(data: dict, folder: str, base: str) -> str:
 
 def _as_asked(data: dict) -> str:
     """The options of `eval` that make its result the one that the recipe asks for."""
-    asked, usual = data["recipe"].get("evaluate") or {}, {"text": "builtin", "windows": 8, "length": 512}
+    judged_by = data["recipe"].get("evaluate") or {}
+    asked = next(probe for probe in asked_probes(judged_by) if probe.main)
+    flags = {option: (getattr(asked, flag.key), flag.key) for option, flag in asked.aliases.flags.items()}
     return "".join(
-        f" --{key} {shlex.quote(str(asked[key]))}" for key in usual if asked.get(key, usual[key]) != usual[key]
+        f" --{option.replace('_', '-')} {shlex.quote(str(value))}"
+        for option, (value, key) in flags.items()
+        if value != type(asked).model_fields[key].default
     )
 
 
@@ -103,16 +103,32 @@ def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> No
     out.print(table)
     for op, cls in classes.items():
         out.print(Text.assemble("\n", (op, "bold"), "  ", cls.summary))
-        fields, schema = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1)), cls.model_json_schema()
-        for name, field in schema["properties"].items():
-            if name != "op":
-                empty = "optional" if field.get("default") is None else f"default {json.dumps(field['default'])}"
-                default = "required" if name in schema.get("required", []) else empty.replace('"', "")
-                legal = kind(field, schema.get("$defs", {}))
-                fields.add_row(f"  {name}", legal, Text(default, style="dim"), field.get("description", ""))
-        out.print(fields)
+        schema, methods = inline_schema(cls), cls.METHODS if issubclass(cls, Variants) else {}
+        facts = {name: method_facts(method) for name, method in methods.items()}
+        own = {key for fact in facts.values() for key in fact["fields"]}
+        common = {name: field for name, field in schema["properties"].items() if name not in own | {"op"}}
+        out.print(_fields(common, schema))
+        for name, fact in facts.items():
+            out.print(Text.assemble("  method: ", (name, "bold"), ("  " + fact["description"], "dim")))
+            if fact["fields"]:
+                out.print(_fields(fact["fields"], fact, indent=4))
     for op, error in broken.items():
         out.print(Text.assemble("\n", (op, "bold red"), "  ", error))
+
+
+WIDE = 60  # a column of so many names would push the descriptions out of the terminal
+
+
+def _fields(fields: dict[str, dict], schema: dict, indent: int = 2) -> Table:
+    """A row for each field: name, what it takes, its default, what it is."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
+    for name, field in fields.items():
+        empty = "optional" if field.get("default") is None else f"default {json.dumps(field['default'])}"
+        default = "required" if name in schema.get("required", []) else empty.replace('"', "")
+        legal = kind(field, schema.get("$defs", {}))
+        legal = "one of those below" if name == "method" and len(legal) > WIDE else legal
+        table.add_row(" " * indent + name, legal, Text(default, style="dim"), field.get("description", ""))
+    return table
 
 
 def kind(field: dict, known: dict) -> str:

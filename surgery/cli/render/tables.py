@@ -1,9 +1,5 @@
 """What was measured, checked, pushed or found, as tables.
 
-Multiple choice as lines: how many are right, base beside patched, and where the two differ.
-
-Needles as a table and as a picture: depth x length, base beside patched.
-
 What a calibration of sparse prefill found, as a table.
 """
 
@@ -15,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console, size
+from surgery.evaluation.probes.base import Probe, Result
+from surgery.evaluation.probes.base import Table as Data
 
 
 def checks(items: list[dict]) -> None:
@@ -24,32 +22,25 @@ def checks(items: list[dict]) -> None:
         out.print(Text.assemble((f"{item['status']:<9}", style), f"{item['name']:<32}", (item["detail"], "dim")))
 
 
-def evaluation(result: dict) -> None:
+def measured(probe: type[Probe], result: Result) -> None:
+    """What a probe says of its result."""
     out = console()
-    if result["status"] != "done":
-        out.print(f"not run: {result.get('reason', '')}")
+    if result.status != "done":
+        out.print(f"not run: {result.reason}")
         return
-    text, base, new = result["text"], result.get("base"), result["out"]
-    table = Table("", *(["base"] if base else []), "model", box=None, pad_edge=False)
-    for label, key, form in (
-        ("perplexity", "perplexity", "{:,.3f}"),
-        ("cross-entropy, nats", "cross_entropy", "{:.4f}"),
-        ("KV bytes per token", "kv_bytes_per_token", "{:,}"),
-        ("bytes to load", "load_bytes", "{:,}"),
-    ):
-        cells = [side.get(key) for side in ((base, new) if base else (new,))]
-        table.add_row(label, *("?" if cell is None else form.format(cell) for cell in cells))
-    out.print(table)
-    if base:
-        kl, same = result["kl"], result["top1_agreement"]
-        if kl.get("mean") is not None:
-            out.print(
-                f"KL to base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats (top {kl['top_k']} + rest)"
-            )
-            out.print(f"same best token: {same:.1%}")
-    out.print(f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}")
-    for note in result.get("notes", []):
+    for each in probe.lines(result):
+        out.print(_as_rich(each) if isinstance(each, Data) else each)
+    for note in result.notes:
         out.print(f"note: {note}")
+
+
+def _as_rich(data: Data) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for header in data.headers:
+        table.add_column(header, justify=data.justify)
+    for row in data.rows:
+        table.add_row(*row)
+    return table
 
 
 def benchmark(result) -> None:
@@ -170,114 +161,6 @@ def doctor(facts: dict) -> None:
         out.print(f"runs:     {operation}: {runs}")
     for problem in facts["problems"]:
         out.print(Text(f"problem:  {problem}", style="yellow"))
-
-
-def lines(result) -> None:
-    """What a `ChoiceResult` says."""
-    out = console()
-    if result.status != "done":
-        out.print(f"not run: {result.reason}")
-        return
-    settings, both = result.settings, len(result.outcomes) > 1
-    for label in result.outcomes:
-        side = result.side(label)
-        name = NAMES[label] if both else "model"
-        out.print(
-            f"{name + ':':<9}{side['right']} of {side['of']} questions right ({percent(side)}), "
-            f"{side['nll']:.3f} nats for the right choice"
-        )
-    if paired := result.paired():
-        out.print(
-            f"paired:  both right {paired['both']}, only the base {paired['only_base']}, only the patched model "
-            f"{paired['only_out']}, neither {paired['neither']} (McNemar's exact test: p = {paired['p']:.2g})"
-        )
-    size = sorted({len(item.choices) for item in result.items})
-    counts = f"{size[0]}" if len(size) == 1 else f"{size[0]} to {size[-1]}"
-    made = f", passages of {settings['context']} tokens, seed {settings['seed']}" if "context" in settings else ""
-    out.print(f"{counts} choices each{made}; a guess is right with probability {result.chance:.1%}")
-    out.print(f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}")
-    for note in result.notes:
-        out.print(f"note: {note}")
-
-
-NAMES = {"base": "base", "out": "patched"}
-
-
-def table(result) -> None:
-    """Hits of every cell and what they sum up to, of a `NeedleResult`."""
-    out = console()
-    if result.status != "done":
-        out.print(f"not run: {result.reason}")
-        return
-    labels, settings = list(result.outcomes), result.settings
-    grid = Table(box=None, pad_edge=False)
-    grid.add_column("depth", justify="right")
-    for length in result.lengths:
-        grid.add_column(f"{length:,} tokens", justify="right")
-    starred = {(n.length, n.depth) for n in result.needles if not result.counts(n)}
-    for depth in result.depths:
-        cells = []
-        for length in result.lengths:
-            hits = [result.cell(label, length, depth) for label in labels]
-            star = "* " if (length, depth) in starred else ""
-            cells.append(f"{star}{' -> '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
-        grid.add_row(f"{depth:.2f}", *cells)
-    out.print(grid)
-    out.print(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
-    if starred:
-        sinks, window = result.reach
-        inside = sum(not result.counts(n) for n in result.needles)
-        verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
-        seen = f"streaming heads see them, or a part, within {sinks} sinks and {window} tokens before the question"
-        out.print(f"*: {inside} of {len(result.needles)} needles {verdict}: {seen}")
-    out.print()
-    for label in labels:
-        side = result.side(label)
-        name = NAMES[label] if len(labels) > 1 else "model"
-        out.print(
-            f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
-            f"{side['nll']:.3f} nats per token of the answer"
-        )
-    if kept := result.kept():
-        what = "the base finds" + (" outside sinks and window" if result.reach else "")
-        share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
-        out.print(f"kept:    of those that {what}, the patched model finds {share}")
-    size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
-    out.print(f"{size}; a guess is right with probability {settings['chance']:.0e}")
-    out.print(f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}")
-    for note in result.notes:
-        out.print(f"note: {note}")
-
-
-def picture(result, path: str | Path) -> Path:
-    """A heat map of the share of hits for each model; raises as `pictures.heat_maps`."""
-    from surgery.report.plots import heat_maps
-
-    panels = {}
-    for label in result.outcomes:
-        side = result.side(label)
-        name = NAMES[label] if len(result.outcomes) > 1 else "model"
-        panels[f"{name}: {side['hits']} of {side['of']}"] = result.grid(label)
-    kept = result.kept()
-    title = "needles answered exactly"
-    if kept and kept["of"]:
-        title += f"; kept {kept['kept']} of {kept['of']} ({percent(kept)})"
-    return heat_maps(
-        path,
-        panels,
-        rows=[f"{depth:.2f}" for depth in result.depths],
-        columns=[f"{length:,}" for length in result.lengths],
-        row_label="depth of the needle",
-        column_label="tokens of the prompt",
-        value_label="share answered",
-        title=title,
-        limits=(0.0, 1.0),
-    )
-
-
-def percent(facts: dict) -> str:
-    share = facts.get("share", facts.get("accuracy"))
-    return f"{share:.1%}, 95% interval {facts['low']:.1%} to {facts['high']:.1%}"
 
 
 def calibration_table(found) -> None:

@@ -137,8 +137,8 @@ def split_facts(config) -> dict[str, Any] | None:
 
 def gate_facts(config) -> dict[str, Any] | None:
     """The gates of a config in figures; None where no layer has one."""
+    from surgery.runtime.surgery_config import query_groups
     from surgery.runtime.surgery_gates import Gate
-    from surgery.runtime.surgery_visibility import query_groups
 
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     gates = [Gate.of(layer["gate"], query_groups(config, layer)) for layer in layers if "gate" in layer]
@@ -164,7 +164,7 @@ def sparse_facts(config) -> dict[str, Any] | None:
 
 def _kv_heads(config) -> list[int]:
     """KV heads of each layer of a surgical config."""
-    from surgery.runtime.surgery_visibility import query_groups
+    from surgery.runtime.surgery_config import query_groups
 
     return [len(query_groups(config, layer)) for layer in config.surgery["layers"]]
 

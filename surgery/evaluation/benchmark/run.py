@@ -204,21 +204,6 @@ def cache_bytes(cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """ "512,2k,8k" as numbers of tokens (k: thousands).
-
-    Raises:
-        SurgeryError: not positive whole numbers.
-    """
-    try:
-        lengths = tuple(int(part.strip().lower().replace("k", "000")) for part in text.split(","))
-    except ValueError:
-        lengths = ()
-    if not lengths or min(lengths) < 1:
-        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="--lengths 512,2k")
-    return lengths
-
-
 def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
     for name, value in (("rounds", rounds), ("decode", decode), *(("lengths", length) for length in lengths)):
         if type(value) is not int or value < 1:

@@ -23,6 +23,7 @@ LOSSES = {  # name -> module of this package : class; losses are computed and li
     "ce": "ce:CrossEntropy",
     "kl": "kl:Distillation",
     "hidden": "hidden:HiddenStates",
+    "reverse_kl": "reverse_kl:ReverseKL",
 }
 
 

@@ -1,10 +1,10 @@
-"""ablation: what the model loses when one KV head alone sees sinks + window, on answers and on plain text.
+"""ablation: what the model loses when a single KV head sees sinks + window, on answers and on plain text.
 
-Passkeys that are asked for tell which heads fetch things from afar; plain text tells which heads' far past its next
-words need. A split by the answers alone costs perplexity on long texts, one by plain text alone loses passkeys. Both
-are KL divergences to the model as it is; a head's score is the mean of its ranks in the two (their sizes cannot be
-compared: a few heads lose nearly all of the answers). Every KV head costs a forward, so sequences are few. What comes
-before the changed layer is not computed again.
+Answers show which heads retrieve passkeys from the far past; plain text shows which heads' far past the next words
+need. A split by the answers alone costs perplexity on long texts, one by plain text alone loses passkeys. Both losses
+are KL divergences from the unchanged model; a head's score is the mean of its ranks in the two (their sizes cannot be
+compared: a few heads lose nearly all of the answers). Every KV head costs a forward pass, so sequences are few. Layers
+before the changed one are not computed again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from surgery.calibration.attention_hook import hook_attention, row_logits
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
-from surgery.data.passkeys import calibration, plain_pieces
+from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import BUILTIN, fitting_length, load_text
 
 
@@ -34,50 +34,53 @@ def ablation(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """A KV head's rank by the KL to the whole model when it alone streams, all others full: the mean of two ranks.
+    """A KV head's rank by the KL from the full model when it alone streams: the mean of its two ranks, 0 to 1.
 
     The KLs themselves, in nats a token, are in the scores' origin: `lost`, [layers][KV heads] of each kind.
 
-    Args: as for `far_mass`; pieces of plain text are twice as long as the sequences with passkeys, and as many.
+    Args: as for `far_mass`; samples of plain text are twice as long as the sequences with passkeys, and as many.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
     recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
-    plain = plain_pieces(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
-    kinds = [[(each.ids, each.rows) for each in recalls], [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
-    with hook_attention(model) as seen, torch.no_grad():
-        total = sum(map(len, kinds)) * sum(seen.kv_heads)
+    plain = plain_windows(load_text(text, "calibration"), tokenizer, fitting_length(model, 2 * length), samples, seed)
+    answers = [(recall.ids, recall.rows) for recall in recalls]
+    kinds = [answers, [(ids, far_rows(len(ids), sinks, window)) for ids in plain]]
+    with hook_attention(model) as hook, torch.no_grad():
+        total = sum(map(len, kinds)) * sum(hook.kv_heads)
         done, tables = 0, []
         for kind in kinds:
-            tables.append([[0.0] * heads for heads in seen.kv_heads])
+            tables.append([[0.0] * heads for heads in hook.kv_heads])
             for ids, rows in kind:
-                for layer, head, lost in _each_alone(model, seen, ids, rows, sinks, window):
-                    tables[-1][layer][head] += lost / len(kind)
+                for layer, head, kl in _each_head_streaming(model, hook, ids, rows, sinks, window):
+                    tables[-1][layer][head] += kl / len(kind)
                     done += 1
                     if progress:
                         progress(done, total, "head scores")
     refuse_not_finite(tables, "ablation")
     orders = [ranks(table) for table in tables]
-    scores = [[sum(each) / 2 for each in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]
+    scores = [[sum(pair) / 2 for pair in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]
     return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), tables, strict=True))})
 
 
 def ranks(table: list[list[float]]) -> list[list[float]]:
-    """The share of all other heads that lie below each, 0 to 1; of those equal to it, half."""
+    """The share of all other heads that score lower than each head, 0 to 1; heads that score the same count half."""
     order = sorted(x for row in table for x in row)
     others = max(1, len(order) - 1)
     return [[(bisect_left(order, x) + bisect_right(order, x) - 1) / 2 / others for x in row] for row in table]
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
-    """Every second of the rows that have a far past: positions, long [r]."""
+    """Every second row that has a far past, beyond sinks + window: positions, long [r]."""
     return torch.arange(sinks + window, length, 2)
 
 
-def _each_alone(model, seen, ids: torch.Tensor, rows: torch.Tensor, sinks: int, window: int) -> Iterator[tuple]:
-    """(layer, KV head, KL to the whole model in nats, mean over the rows) as each head streams alone."""
-    blocks = decoder_layers(model, seen.anatomy)
-    for layer, lost in each_layer(blocks, lambda: row_logits(model, ids, rows).log_softmax(-1)):
-        for head in range(seen.kv_heads[layer]):
-            seen.look(layer, [head], sinks, window)
-            yield layer, head, lost()
-        seen.look(layer)
+def _each_head_streaming(
+    model, hook, ids: torch.Tensor, rows: torch.Tensor, sinks: int, window: int
+) -> Iterator[tuple[int, int, float]]:
+    """Yield (layer, KV head, KL from the full model in nats, mean over the rows) as each head streams alone."""
+    blocks = decoder_layers(model, hook.anatomy)
+    for layer, measure in each_layer(blocks, lambda: row_logits(model, ids, rows).log_softmax(-1)):
+        for head in range(hook.kv_heads[layer]):
+            hook.set_streaming(layer, [head], sinks, window)
+            yield layer, head, measure()
+        hook.set_streaming(layer)

@@ -1,8 +1,8 @@
 """far-mass: how much attention falls outside sinks + window where passkeys are repeated. No gradient, no optimisation.
 
-On those rows a head that copies from the past must look at the passkey's first occurrence. Rows that repeat ordinary
-text tell less: the model foresees it anyway, and heads that look everywhere alike come out on top. A KV head's score
-is the largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
+On those rows a head that copies from the past must attend to the passkey's first occurrence. Rows that repeat ordinary
+text show less: the model predicts it anyway, and heads with uniform attention score highest. A KV head's score is the
+largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def far_mass(
     """Mean attention mass outside sinks + window on the rows where passkeys are repeated, the largest of a group.
 
     Args:
-        model, tokenizer: in memory; the model is left as it was.
-        sinks, window: of the streaming heads that are planned.
+        model, tokenizer: in memory; the model is not changed.
+        sinks, window: of the streaming heads that are planned, in tokens.
         samples, length: sequences, and tokens in each (cut to the model's positions).
         keys: passkeys in a sequence.
-        seed: of the text's pieces, the passkeys and their places.
+        seed: of the windows of the text, the passkeys and their positions.
         text: see `load_text`; of the built-in text the calibration part.
         progress: called with done, total and a label.
     """
@@ -44,17 +44,17 @@ def far_mass(
     sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
 
     def attention(module, query, key, value, mask, **kwargs):
-        weights = seen.weights(module, query, key, sequence.rows, **kwargs)
+        weights = hook.weights(module, query, key, sequence.rows, **kwargs)
         totals[module.layer_idx] += mass_outside(weights, sequence.rows, sinks, window).double().cpu()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with hook_attention(model, attention) as seen, torch.no_grad():
-        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
-        for number, sequence in enumerate(sequences):
+    with hook_attention(model, attention) as hook, torch.no_grad():
+        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        for index, sequence in enumerate(sequences):
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
             if progress:
-                progress(number + 1, samples, "head scores")
-        table = seen.largest_of_groups([total / samples for total in totals])
+                progress(index + 1, samples, "head scores")
+        table = hook.largest_of_groups([total / samples for total in totals])
     return HeadScores("far-mass", table, origin)
 
 

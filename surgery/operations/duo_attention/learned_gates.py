@@ -1,15 +1,15 @@
 """gates: DuoAttention's optimisation. A gate a in [0, 1] for each KV head, the weights frozen.
 
-The output of a KV head's group is a * (all it can see) + (1 - a) * (sinks + window). The loss is the mean squared
-difference of the last hidden states, on the rows where passkeys are repeated, to those of the whole model, plus
+The output of a KV head's group is a * (full attention) + (1 - a) * (sinks + window). The loss is the mean squared
+difference of the last hidden states from those of the full model, on the rows where passkeys are repeated, plus
 weight * mean |a|: a gate that the answers do not need falls to 0.
 
 Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819, and its code (MIT): AdamW without decay, all gates 1 at
-first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Unlike
-there: sinks, window and visibility are the deployment's; both parts of the mix are of the same, mixed, hidden states;
-gates are float32; the difference is relative to the size of the hidden states, and the weight is 0.12 of that (there
-0.05 of the plain square, which left most gates of SmolLM2-135M undecided); 60 steps at a rate of 0.05 (there 2,000
-at 0.02), which is minutes on a CPU for a model of that size.
+first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Ours:
+sinks, window and visibility are those of the deployment; both terms of the mix come from the same, mixed, hidden
+states; gates are float32; the difference is relative to the size of the hidden states, and the weight is 0.12 of that
+(theirs is 0.05 of the plain square, which left most gates of SmolLM2-135M undecided); there are 60 steps at a rate of
+0.05 (theirs: 2,000 at 0.02), which take minutes on a CPU for a model of that size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
-from surgery.calibration.head_scores import HeadScores, model_facts
+from surgery.calibration.head_scores import HeadScores, model_identity
 from surgery.data.passkeys import Recall, calibration
 from surgery.data.text import BUILTIN
 from surgery.errors import SurgeryError
@@ -51,42 +51,42 @@ def gates(
         keys: passkeys in a sequence.
         steps: of the optimiser, each on one sequence, in turn.
         rate, weight: learning rate; weight of the gates' mean in the loss.
-        state: a file that is replaced after every step, and from which a run with the same settings goes on.
+        state: a file that is replaced after every step, from which a run with the same settings resumes.
 
     Raises:
         SurgeryError: the state file is of other settings.
     """
-    drawn = {"samples": samples, "length": length, "keys": keys, "seed": seed}
-    sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **drawn)
+    options = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **options)
     settings |= {"steps": steps, "rate": rate, "weight": weight}
     mixed = MixedAttention(sinks, window)
-    with hook_attention(model, mixed) as seen:
-        mixed.watched = seen
-        run = _Run(sum(seen.kv_heads), model.device, rate, settings | {"model": model_facts(seen.anatomy)["hash"]})
+    with hook_attention(model, mixed) as hook:
+        mixed.hook = hook
+        run = _Run(sum(hook.kv_heads), model.device, rate, settings | {"model": model_identity(hook.anatomy)["hash"]})
         if state is not None and Path(state).is_file():
             run.load(Path(state))
-        wholes: dict[int, torch.Tensor] = {}
+        full_states: dict[int, torch.Tensor] = {}
         for step in range(len(run.losses), steps):
-            number = step % samples
-            if number not in wholes:
+            index = step % samples
+            if index not in full_states:
                 mixed.gates = None
                 with torch.no_grad():
-                    wholes[number] = answer_states(model, sequences[number])
+                    full_states[index] = answer_states(model, sequences[index])
             mixed.gates = run.gates
-            distance = relative_distance(answer_states(model, sequences[number]), wholes[number])
+            distance = relative_distance(answer_states(model, sequences[index]), full_states[index])
             run.step(distance, weight, schedule(step, steps))
             if state is not None:
                 run.save(Path(state))
             if progress:
                 progress(step + 1, steps, "gates")
-        table = [part.tolist() for part in run.gates.detach().cpu().split(seen.kv_heads)]
-    flat = [gate for row in table for gate in row]
+        table = [row.tolist() for row in run.gates.detach().cpu().split(hook.kv_heads)]
+    flat = [gate for table_row in table for gate in table_row]
     undecided = sum(UNDECIDED[0] < gate < UNDECIDED[1] for gate in flat) / len(flat)
     return HeadScores("gates", table, settings | {"undecided": round(undecided, 4), "losses": run.losses})
 
 
 class MixedAttention:
-    """An attention function for `hook_attention`: every KV head's group mixed by its gate.
+    """An attention function for `hook_attention` that mixes a KV head's full and streaming output by its gate.
 
     Attributes:
         watched: set inside the context.
@@ -95,16 +95,16 @@ class MixedAttention:
 
     def __init__(self, sinks: int, window: int):
         self.sinks, self.window = sinks, window
-        self.watched: AttentionHook
+        self.hook: AttentionHook
         self.gates: torch.Tensor | None = None
 
     def __call__(self, module, query, key, value, mask, **kwargs):
-        layer, counts = module.layer_idx, self.watched.kv_heads
-        self.watched.look(layer)
+        layer, counts = module.layer_idx, self.hook.kv_heads
+        self.hook.set_streaming(layer)
         full, _ = surgery_attention(module, query, key, value, mask, **kwargs)  # [batch, n, heads, head_dim]
         if self.gates is None:
             return full, None
-        self.watched.look(layer, range(counts[layer]), self.sinks, self.window)
+        self.hook.set_streaming(layer, range(counts[layer]), self.sinks, self.window)
         near, _ = surgery_attention(module, query, key, value, mask, **kwargs)
         own = self.gates.split(counts)[layer].repeat_interleave(query.shape[1] // counts[layer])
         gate = own.clamp(0, 1).to(full)[None, None, :, None]
@@ -112,15 +112,15 @@ class MixedAttention:
 
 
 def answer_states(model, sequence: Recall) -> torch.Tensor:
-    """The hidden states that the model's head is given, on the answers' rows: [r, hidden], float32 or wider."""
+    """The last hidden states on the answers' rows: [r, hidden], float32 or wider."""
     hidden = model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False).last_hidden_state[0]
     hidden = hidden[sequence.rows.to(hidden.device)]
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def relative_distance(states: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference, relative to the mean square of `whole`: a weight means the same in every model."""
-    return (states - whole).square().mean() / whole.square().mean()
+def relative_distance(states: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference, relative to the mean square of `full`: a weight means the same in every model."""
+    return (states - full).square().mean() / full.square().mean()
 
 
 def schedule(step: int, steps: int) -> float:
@@ -130,7 +130,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 class _Run:
-    """Gates and their optimiser, as they are kept between steps."""
+    """Gates and their optimiser, with the state that is saved between steps."""
 
     def __init__(self, count: int, device, rate: float, settings: dict):
         self.gates = torch.ones(count, device=device, requires_grad=True)
@@ -139,6 +139,7 @@ class _Run:
         self.losses: list[list[float]] = []  # of each step: distance, mean gate
 
     def step(self, distance: torch.Tensor, weight: float, factor: float) -> None:
+        """One step of the optimiser; `factor` multiplies the learning rate."""
         self.losses.append([distance.item(), self.gates.mean().item()])
         loss = distance + weight * self.gates.abs().mean()
         (self.gates.grad,) = torch.autograd.grad(loss, [self.gates])
@@ -148,32 +149,33 @@ class _Run:
             self.gates.clamp_(0, 1)
 
     def save(self, file: Path) -> None:
-        """JSON keeps every bit of a float32."""
+        """Write the state as JSON, which keeps every bit of a float32."""
         from surgery.io.files import write_json
         from surgery.io.output_folder import machine_errors
 
         moments = self.optimizer.state[self.gates]
-        kept = {name: moments[name].tolist() for name in ("exp_avg", "exp_avg_sq")}
+        state = {name: moments[name].tolist() for name in ("exp_avg", "exp_avg_sq")}
         with machine_errors(file):
             write_json(
                 file,
-                {"settings": self.settings, "gates": self.gates.tolist(), "losses": self.losses, **kept},
+                {"settings": self.settings, "gates": self.gates.tolist(), "losses": self.losses, **state},
             )
 
     def load(self, file: Path) -> None:
+        """Restore the state of a file; one of other settings raises a SurgeryError."""
         from surgery.io.files import read_json
 
-        kept = read_json(file)
-        if kept.get("settings") != self.settings:
-            theirs = kept.get("settings") or {}
+        state = read_json(file)
+        if state.get("settings") != self.settings:
+            theirs = state.get("settings") or {}
             differ = ", ".join(key for key in self.settings if theirs.get(key) != self.settings[key])
             raise SurgeryError(
                 f"the unfinished run has another {differ}",
                 where=str(file),
                 fix="finish it with its own settings, or remove the file (--overwrite) to start anew",
             )
-        self.losses = kept["losses"]
+        self.losses = state["losses"]
         with torch.no_grad():
-            self.gates.copy_(torch.tensor(kept["gates"]))
-        moments = {name: torch.tensor(kept[name], device=self.gates.device) for name in ("exp_avg", "exp_avg_sq")}
+            self.gates.copy_(torch.tensor(state["gates"]))
+        moments = {name: torch.tensor(state[name], device=self.gates.device) for name in ("exp_avg", "exp_avg_sq")}
         self.optimizer.state[self.gates] = {"step": torch.tensor(float(len(self.losses))), **moments}

@@ -65,13 +65,13 @@ class DuoAttention(Operation):
             except SurgeryError as error:
                 facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
                 found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
-        return found + self._without_first_token(anatomy)
+        return found
 
-    def _without_first_token(self, anatomy: Anatomy) -> list[str]:
+    def problems_before(self, earlier: Anatomy) -> list[str]:
         """It weighs the first token of some heads, which heads that stream without sinks would lose."""
-        entries = (getattr(anatomy.config, "surgery", None) or {}).get("layers", [])
+        entries = (getattr(earlier.config, "surgery", None) or {}).get("layers", [])
         weighed = {i for i, entry in enumerate(entries) if "surgery_log_gamma" in entry.get("parameters", {})}
-        weighed -= {*self.protect_layers, *self._local(anatomy)}
+        weighed -= {*self.protect_layers, *self._local(earlier)}
         if self.sinks or self.streaming_ratio == 0 or not weighed:
             return []
         return [

@@ -1,13 +1,14 @@
-"""retrieval: how often a head looks at the very token that comes next, where a passkey is repeated.
+"""retrieval: how often a head attends most to the token that comes next, where a passkey is repeated.
 
 Source: Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality", arXiv 2404.15574. At a step
-that gives token y, a head scores if the key that it attends to most lies in the needle and is a y.
+that generates token y, a head scores if the key that it attends to most lies in the needle and is a y.
 
-The steps are teacher-forced here: one prefill with the answer in it, of which the answer's rows are looked at. A step
-that decodes the right token has the same attention; the share of steps where the model would is in the origin, and
-where it is small, these scores say little (the original leaves such samples out).
+The steps are teacher-forced here: the rows of the answer in one prefill that contains it. A step that decodes the
+right token has the same attention. The origin records the share of steps where the model would decode it; where that
+is small, these scores mean little (the original leaves such samples out).
 
-It sees the heads that copy and no others: heads in lower layers that those depend on score 0, and so do most heads.
+The method finds the heads that copy and no others: heads in lower layers on which those depend score 0, and so do most
+heads.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ def retrieval(
     sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
 
     def attention(module, query, key, value, mask, **kwargs):
-        weights = seen.weights(module, query, key, sequence.rows, **kwargs)
+        weights = hook.weights(module, query, key, sequence.rows, **kwargs)
         totals[module.layer_idx] += copies(weights, sequence).sum(-1).double().cpu()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     answered = steps = 0
-    with hook_attention(model, attention) as seen, torch.no_grad():
-        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
-        for number, sequence in enumerate(sequences):
+    with hook_attention(model, attention) as hook, torch.no_grad():
+        totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        for index, sequence in enumerate(sequences):
             right = answer_logits(model, sequence).argmax(-1).cpu() == sequence.ids[sequence.rows + 1]
             answered, steps = answered + int(right.sum()), steps + len(right)
             if progress:
-                progress(number + 1, samples, "head scores")
-        table = seen.largest_of_groups([total / steps for total in totals])
+                progress(index + 1, samples, "head scores")
+        table = hook.largest_of_groups([total / steps for total in totals])
     origin |= {"steps": steps, "answered": round(answered / steps, 4)}
     return HeadScores("retrieval", table, origin)
 
 
 def copies(weights: torch.Tensor, sequence) -> torch.Tensor:
-    """Whether a row's strongest attention lies in the piece that it repeats, on the token that comes next.
+    """Whether a row's strongest attention lies in the passkey that it repeats, on the token that comes next.
 
     Args:
         weights: [1, heads, r, n], of the queries at `sequence.rows`.
@@ -69,7 +70,7 @@ def copies(weights: torch.Tensor, sequence) -> torch.Tensor:
     Returns:
         bool [heads, r].
     """
-    ids, rows, spans = (part.to(weights.device) for part in (sequence.ids, sequence.rows, sequence.row_spans))
+    ids, rows, spans = (tensor.to(weights.device) for tensor in (sequence.ids, sequence.rows, sequence.row_spans))
     best = weights[0].argmax(-1)
     inside = (best >= spans[:, 0]) & (best < spans[:, 1])
     return inside & (ids[best] == ids[rows + 1])

@@ -1,7 +1,7 @@
 """The ways to measure which KV heads need the far past, by name.
 
-A new one is one file with one function `(model, tokenizer, *, sinks, window, ..., progress) -> HeadScores`, whose
-keyword arguments are its settings, and a line in `METHODS`. Nothing heavy is imported before one is used.
+A new scorer is one file with one function `(model, tokenizer, *, sinks, window, ..., progress) -> HeadScores`, whose
+keyword arguments are its settings, and a line in `METHODS`. Its module is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from surgery.calibration.head_scores import HeadScores, model_facts, model_name, refuse_not_finite
+from surgery.calibration.head_scores import HeadScores, model_identity, model_name, refuse_not_finite
 from surgery.errors import SurgeryError, nearest
 
 
@@ -24,6 +24,7 @@ class Method:
     summary: str
 
     def load(self):
+        """The scorer's function; imports its module."""
         return getattr(import_module(f".{self.module}", __package__), self.function)
 
 
@@ -32,6 +33,7 @@ METHODS = {
     "retrieval": Method("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
     "gates": Method("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
     "ablation": Method("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
+    "induction": Method("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
 }
 
 
@@ -39,26 +41,26 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
     """Measure a model's KV heads.
 
     Args:
-        model, tokenizer: in memory; the model is left as it was.
+        model, tokenizer: in memory; the model is not changed.
         method: a name in `METHODS`.
-        name: of the model, for the file; default what it was loaded as.
+        name: of the model, for the file; default: the name by which it was loaded.
         progress: called with done, total and a label.
-        settings: of the method; what is None is left to it. `settings_of` lists them.
+        settings: of the method; None means the method's default. `settings_of` lists them.
 
     Raises:
-        SurgeryError: no such method, a setting it does not take, or a model that cannot be measured so.
+        SurgeryError: no such method, a setting that it does not have, or a model that it cannot measure.
     """
     from surgery.architecture.anatomy import Anatomy
 
     function = method_named(method).load()
-    given = {key: value for key, value in settings.items() if value is not None}
+    options = {key: value for key, value in settings.items() if value is not None}
     known = settings_of(method)
-    if unknown := [key for key in given if key not in known]:
+    if unknown := [key for key in options if key not in known]:
         raise SurgeryError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
-    found = function(model, tokenizer, progress=progress, **given)
-    refuse_not_finite([found.scores], method)
-    facts = model_facts(Anatomy.of(model), name or model_name(model.config))
-    return HeadScores(found.method, found.scores, {"model": facts} | found.origin)
+    scores = function(model, tokenizer, progress=progress, **options)
+    refuse_not_finite([scores.scores], method)
+    model_origin = model_identity(Anatomy.of(model), name or model_name(model.config))
+    return HeadScores(scores.method, scores.scores, {"model": model_origin} | scores.origin)
 
 
 def method_named(method: str) -> Method:
@@ -91,7 +93,7 @@ def is_method(scores: str) -> bool:
     """
     if scores in METHODS or Path(scores).is_file():
         return scores in METHODS
-    if Path(scores).suffix or len(Path(scores).parts) > 1:  # a file that is not there: `load_scores` says so
+    if Path(scores).suffix or len(Path(scores).parts) > 1:  # the path of a missing file: `load_scores` reports it
         return False
     close = nearest(scores, METHODS)
     raise SurgeryError(
@@ -116,10 +118,12 @@ def score_to_file(
     Args:
         model: a folder, `smollm2-135m` or a Hub id.
         output: the file; an existing one is refused without `overwrite`.
-        resume: go on from `output` + ".state", which a method with steps leaves when it is stopped.
+        resume: continue from `output` + ".state", which a method with steps leaves when it is stopped.
+        overwrite: replace an existing file, and start an unfinished run again.
 
     Raises:
-        SurgeryError: as `score`; the file exists, or an unfinished run's, and nothing says what to do with it.
+        SurgeryError: as `score`; the file or that of an unfinished run exists, and neither `overwrite` nor `resume`
+            is set.
         MachineError: the file cannot be written.
     """
     from surgery.architecture.detect import check_block
@@ -149,8 +153,8 @@ def score_to_file(
             state.unlink(missing_ok=True)
         with quiet_transformers():
             loaded, tokenizer = load_model(source.path), read_tokenizer(source.path)
-        given = settings | ({"state": state} if resumable else {})
-        found = score(loaded, tokenizer, method, name=source.name, progress=progress, **given)
-        found.save(output)
+        options = settings | ({"state": state} if resumable else {})
+        scores = score(loaded, tokenizer, method, name=source.name, progress=progress, **options)
+        scores.save(output)
         state.unlink(missing_ok=True)
-    return found
+    return scores

@@ -1,8 +1,8 @@
-"""What the model loses when the KV heads of one layer alone are shared: where KV heads are worth their bytes.
+"""What the model loses when one layer alone shares its KV heads: it shows where KV heads are worth their bytes.
 
-Every layer is fitted on the base's inputs, as `sharing` does it; then a few texts go through the base with this one
-layer converted: texts that chose its ridges (and joined the last fit of W_O with them). Losses of single layers add up
-well enough to rank them: those that lose most keep their heads. MLPs stay as they are here.
+Every layer is fitted to the base's inputs (`streams.Sharing`); then a few texts go through the base with this layer
+converted. They are the validation texts, which chose the layer's ridges and joined the last fit of W_O. The losses of
+single layers add up well enough to rank the layers: those that lose most keep their heads. MLPs are not refitted here.
 """
 
 from __future__ import annotations
@@ -17,68 +17,81 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
 from surgery.operations.gqa.layer_inputs import is_validation
-from surgery.operations.gqa.streams import Attended, Sharing
+from surgery.operations.gqa.streams import LayerProgress, Sharing
 
 
-def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept: int) -> Anatomy:
-    """What results when the `kept` layers that lose most stay as they were; of equal losses the earlier layer."""
-    worst = sorted(range(len(losses)), key=lambda number: -losses[number])[:kept]
-    heads = [(before if number in worst else shared).layers[number].kv_heads for number in range(len(losses))]
+def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept_layers: int) -> Anatomy:
+    """The anatomy in which the layers that lose most keep their KV heads; of equal losses the earlier layer does.
+
+    Args:
+        before, shared: the base, and the model whose layers all share.
+        losses: one for each layer.
+        kept_layers: how many layers keep their heads.
+    """
+    worst = sorted(range(len(losses)), key=lambda index: -losses[index])[:kept_layers]
+    heads = [(before if index in worst else shared).layers[index].kv_heads for index in range(len(losses))]
     return before.with_kv_heads_by_layer(heads)
 
 
 def validation_samples(count: int) -> list[int]:
-    """Of so many texts those that are held back, at most TRIED, evenly spaced: all kinds of text have their part."""
-    held = [place for place in range(count) if is_validation(place, count)]
-    some = min(TRIED, len(held))
-    return [held[number * len(held) // some] for number in range(some)]
+    """Indices of validation texts among `count`: at most TRIED, evenly spaced, so that every kind is among them."""
+    validation = [index for index in range(count) if is_validation(index, count)]
+    tried = min(TRIED, len(validation))
+    return [validation[step * len(validation) // tried] for step in range(tried)]
 
 
 class LayerLosses(Sharing):
-    """Sharing of every layer by itself. `fits`: of its number what each one's attention becomes, and a record."""
+    """The conversion of every layer by itself.
 
-    def __init__(self, model, targets, sequences, settings, known=None, found=None):
-        super().__init__(model, targets, sequences, replace(settings, sequential=False), known, found)
+    Attributes:
+        fits: layer index -> the tensors of its new attention, and a record.
+    """
+
+    def __init__(self, model, targets, sequences, settings, load_layer=None, save_layer=None):
+        super().__init__(model, targets, sequences, replace(settings, sequential=False), load_layer, save_layer)
         self.fits: dict[int, tuple[dict, dict]] = {}
-        self.alone = threading.Lock()  # the whole model is asked what one layer loses
+        self.exclusive = threading.Lock()  # one layer at a time runs through the whole model
 
     def measure(self, progress=None) -> list[float]:
         """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
-        with hook_attention(self.model, self.streams.attention) as watch, torch.no_grad():
-            self._begin(watch)
-            self.places = validation_samples(len(self.sequences))
-            self.whole = [self._log_probabilities(place) for place in self.places]
-            self.before: dict[int, dict[int, torch.Tensor]] = {}
-            return self._each_layer(self._alone, "layers tried alone", progress)
+        with hook_attention(self.model, self.streams.attention) as hook, torch.no_grad():
+            self._begin(hook)
+            self.tried_samples = validation_samples(len(self.sequences))
+            self.base_logps = [self._log_probabilities(index) for index in self.tried_samples]
+            self.base_states: dict[int, dict[int, torch.Tensor]] = {}
+            return self._map_layers(self._layer_loss, "layers tried alone", progress)
 
-    def _look_at(self, facts, target) -> Attended:
-        self.before[facts.index] = {place: self.streams.base[place] for place in self.places}
-        return super()._look_at(facts, target)
+    def _run_base(self, anatomy, target) -> LayerProgress:
+        self.base_states[anatomy.index] = {index: self.streams.base[index] for index in self.tried_samples}
+        return super()._run_base(anatomy, target)
 
-    def _alone(self, facts, target) -> float:
-        """A layer's loss."""
-        layer, streams, number = self._attended(facts, target), self.streams, facts.index
-        new, record = layer.found
-        with self.ends.of(number), self.alone:
-            self.fits[number] = new.tensors(), record
-            if not layer.known:
-                self.found(number, *self.fits[number])
-            with streams.layer(number), streams.output(number, new.o.flatten(1)):
-                for place, state in self.before.pop(number).items():
-                    streams.converted[place] = state
-                    given = layer.work.heads(new, place)
-                    streams.converted_step(number, place, lambda _, given=given: given)
-            del layer  # the rest needs memory for log-probabilities
-            return sum(self._lost(number, place, whole) for place, whole in zip(self.places, self.whole, strict=True))
+    def _layer_loss(self, anatomy, target) -> float:
+        """The loss of one layer, in nats per token."""
+        progress, streams, layer_index = self._convert_attention(anatomy, target), self.streams, anatomy.index
+        new, record = progress.result
+        with self.converted_order.of(layer_index), self.exclusive:
+            self.fits[layer_index] = new.tensors(), record
+            if not progress.finished:
+                self.save_layer(layer_index, *self.fits[layer_index])
+            with streams.layer(layer_index), streams.output(layer_index, new.o.flatten(1)):
+                for index, state in self.base_states.pop(layer_index).items():
+                    streams.converted[index] = state
+                    heads = progress.conversion.head_outputs(new, index)
+                    streams.converted_step(layer_index, index, lambda _, heads=heads: heads)
+            del progress  # log-probabilities need its memory
+            return sum(
+                self._kl_to_base(layer_index, index, base_logps)
+                for index, base_logps in zip(self.tried_samples, self.base_logps, strict=True)
+            )
 
-    def _lost(self, number: int, place: int, whole: torch.Tensor) -> float:
-        """KL to the base where the layers behind this one, as they are, go on from the converted state."""
-        block = self.streams.run.blocks[: number + 1]
-        state = self.streams.converted[place].to(self.model.dtype)
-        with replayed(block, dict.fromkeys(block, state)):
-            return kl(whole, self._log_probabilities(place)) / len(self.places)
+    def _kl_to_base(self, layer_index: int, index: int, base_logps: torch.Tensor) -> float:
+        """KL to the base when the unchanged later layers continue from the converted state of this one."""
+        blocks = self.streams.run.blocks[: layer_index + 1]
+        state = self.streams.converted[index].to(self.model.dtype)
+        with replayed(blocks, dict.fromkeys(blocks, state)):
+            return kl(base_logps, self._log_probabilities(index)) / len(self.tried_samples)
 
-    def _log_probabilities(self, place: int) -> torch.Tensor:
-        """Of the next token in a text [T, vocabulary], in float32."""
-        ids = self.sequences[place][None].to(self.model.device)
+    def _log_probabilities(self, index: int) -> torch.Tensor:
+        """Log-probabilities of the next token in one text [T, vocabulary], in float32."""
+        ids = self.sequences[index][None].to(self.model.device)
         return self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)

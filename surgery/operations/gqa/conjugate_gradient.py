@@ -1,4 +1,4 @@
-"""Least squares whose equations are never built: conjugate gradients, ended by what is held back."""
+"""Least squares whose equations are never built: conjugate gradients, stopped early by the validation loss."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ if TYPE_CHECKING:
 
 
 class Quadratic(Protocol):
-    """½ <W, H W> − <b, W> + ½ c, a function of one weight W [heads, d, n]; in float64, whatever it computes in."""
+    """½ <W, H W> − <b, W> + ½ c, a function of one weight W [heads, d, n].
+
+    Arguments and results are float64, in whatever dtype the sums are computed.
+    """
 
     def product(self, weight: Tensor) -> Tensor:
-        """H W."""
+        """H W [heads, d, n]."""
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
-        """b, of the shape of W, and c."""
+        """b, of the shape of W [heads, d, n], and c."""
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        """H is about C ⊗ M: C as a number for each head and channel [heads, d], and M [n, n]."""
+        """H is close to C ⊗ M: C holds a number for each head and channel [heads, d], and M is [n, n]."""
 
 
-LOOKED = 3  # every so many steps the loss on pieces held back is looked at, which takes a quarter of a step
+CHECK_EVERY = 3  # steps between two losses on the validation samples; one takes a quarter of a step
 
 
 @dataclass
-class Solved:
-    """What `solve` found: the weight, and twice L as a share of the scores' variance before and after (held back)."""
+class Solution:
+    """The result of `solve`.
+
+    Attributes:
+        weight: [heads, d, n], float64.
+        before, after: 2 L as a share of the wanted scores' variance, on the validation samples.
+        steps: those that led to `weight`.
+    """
 
     weight: Tensor
     before: float
@@ -37,56 +46,60 @@ class Solved:
     steps: int
 
 
-def solve(problem: Quadratic, held: Quadratic, start: Tensor, *, steps: int, damping: float) -> Solved:
-    """Conjugate gradients on L from `start`, the best iterate by L on pieces held back, of those looked at.
+def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: int, damping: float) -> Solution:
+    """Minimise L by conjugate gradients from `start`; the iterate with the least validation loss is the result.
 
-    Nothing but the early end keeps the weight near `start`. So the steps must first go where the text says most: the
-    preconditioner, a Kronecker product of a number for each head and channel and (M + damping · mean eigenvalue · I)⁻¹
-    with M the moments of x, weighted as x is read, leaves the weak directions of x for last. The inverse of M itself
-    would mend all at once, and from a few thousand rows the weak ones are mostly noise.
+    Nothing but the early stop keeps the weight near `start`. So the first steps must go where the text carries most
+    evidence. The preconditioner does that: it is the Kronecker product of a number for each head and channel with
+    (M + damping · mean eigenvalue · I)⁻¹, where M holds the moments of x, weighted as x is read. It leaves the weak
+    directions of x for last. The inverse of M itself would correct all directions at once, and from a few thousand
+    rows the weak ones are mostly noise.
 
     Args:
-        problem: to fit; `held`: the same of pieces held back.
+        problem: L on the samples that are fitted.
+        validation: L on the validation samples.
         start: W_0 [heads, d, n], float64.
-        steps: at most so many.
+        steps: the largest number of steps.
         damping: above 0.
     """
     import torch
 
-    left, right = problem.preconditioner()
-    right = right.cpu()
-    inverse = torch.linalg.inv(right + damping * right.diagonal().mean() * torch.eye(len(right), dtype=right.dtype))
-    scale = (left + 1e-9 * left.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
+    head_scale, moments = problem.preconditioner()
+    moments = moments.cpu()
+    inverse = torch.linalg.inv(
+        moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    )
+    scale = (head_scale + 1e-9 * head_scale.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
         return gradient / scale @ inverse
 
-    goal, constant = held.target(start)
+    goal, constant = validation.target(start)
 
     def loss(weight: Tensor) -> float:
-        return float(((held.product(weight) - 2 * goal) * weight).sum()) + constant
+        return float(((validation.product(weight) - 2 * goal) * weight).sum()) + constant
 
     before = loss(start)
-    best, lowest, taken = start, before, 0
+    best, lowest, best_step = start, before, 0
     weight, residual = start, problem.target(start)[0] - problem.product(start)
-    direction, size, first, done, over = None, 1.0, 0.0, 0, False
-    while done < steps and not over:
+    direction, last_slope, first_slope, step, finished = None, 1.0, 0.0, 0, False
+    while step < steps and not finished:
         check_cancelled()
-        better = precondition(residual)
-        now = float((residual * better).sum())
-        first = first or now
-        over = now <= 1e-28 * first  # solved, to the last bits
-        if not over:
-            direction = better if direction is None else better + now / size * direction
-            size, curved = now, problem.product(direction)
+        preconditioned = precondition(residual)
+        slope = float((residual * preconditioned).sum())
+        first_slope = first_slope or slope
+        finished = slope <= 1e-28 * first_slope  # solved, to the last bits
+        if not finished:
+            direction = preconditioned if direction is None else preconditioned + slope / last_slope * direction
+            last_slope, curved = slope, problem.product(direction)
             curvature = float((direction * curved).sum())
-            over = curvature <= 0  # rounding: there is no direction left
-        if not over:
-            length = size / curvature
-            weight, residual, done = weight + length * direction, residual - length * curved, done + 1
-        if over or done == steps or done % LOOKED == 0:
-            here = loss(weight)
-            over = over or here > lowest * (1 + 1e-3)
-            if here < lowest:
-                best, lowest, taken = weight, here, done
-    return Solved(best, before / constant if constant else 0.0, lowest / constant if constant else 0.0, taken)
+            finished = curvature <= 0  # by rounding: no direction is left
+        if not finished:
+            length = last_slope / curvature
+            weight, residual, step = weight + length * direction, residual - length * curved, step + 1
+        if finished or step == steps or step % CHECK_EVERY == 0:
+            current = loss(weight)
+            finished = finished or current > lowest * (1 + 1e-3)
+            if current < lowest:
+                best, lowest, best_step = weight, current, step
+    return Solution(best, before / constant if constant else 0.0, lowest / constant if constant else 0.0, best_step)

@@ -1,17 +1,17 @@
 """Queries or shared keys fitted to the base's attention by least squares, without ever building the equations.
 
-The KL divergence between the base's attention row and the new one is, to second order, half the variance under the
-base's weights p of the error of the scores (softmax does not see a constant):
+The KL divergence between the base's attention row and the new one is, to second order, half the variance of the error
+of the scores under the base's weights p (softmax does not see a constant):
 
     L = ½ Σ_t Σ_h Var_{s ~ p_hts}[ c q̃_ht·k̃_s − score_hts ],      q̃ = RoPE(W_Q x_t),  k̃ = RoPE(W_K x_s)
 
-It does not see a key that the base hardly looks at and the new model does: from the second fit on p is the mean of the
-base's and the new weights (`calibration.layer_seen.Settings.reweight_keys`).
+L does not see a key to which the base hardly attends and the new model does. So from the second fit on p is the mean
+of the base's and the new weights (`layer_inputs.FitSettings.reweight_keys`).
 
-It is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
-head, so they are solved by conjugate gradients: a product with the Hessian is what attention itself costs.
+L is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
+head, so conjugate gradients solve them: a product with the Hessian costs what attention itself costs.
 
-What is summed over the text is in the dtype of the activations; the solver works in float64.
+Sums over the text are in the dtype of the activations; the solver works in float64.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from surgery.operations.gqa.merge import pair_channels
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Found = TypeVar("Found")
+    Result = TypeVar("Result")
 
 
-PARTS = 4  # of the rows of a piece
+CHUNKS = 4  # parts into which the rows of a sample are cut
 
 
 @dataclass
 class Rotation:
-    """What stands between a projection and the scores at each position: RoPE, and whatever scales with it.
+    """RoPE at each position, and whatever scales with it: what stands between a projection and the scores.
 
     Attributes:
         cos, sin: [length, d]: z becomes cos * z + sin * z[swap].
@@ -47,7 +47,14 @@ class Rotation:
 
     @classmethod
     def of(cls, factors: Tensor, free: float, size: int, positions: str) -> Rotation:
-        """From a complex factor for each position and frequency [length, rotary / 2], and one for other channels."""
+        """Make one from complex factors.
+
+        Args:
+            factors: one for each position and frequency, complex [length, rotary / 2].
+            free: the factor of the channels that RoPE leaves alone.
+            size: channels of a head, d.
+            positions: how RoPE pairs channels (`merge.pair_channels`).
+        """
         import torch
 
         rotary = 2 * factors.shape[1]
@@ -60,29 +67,31 @@ class Rotation:
         return cls(cos, sin, swap)
 
     def to(self, dtype) -> Rotation:
+        """The same rotation in another dtype."""
         return Rotation(self.cos.to(dtype), self.sin.to(dtype), self.swap)
 
     def at(self, rows) -> Rotation:
-        """What turns these positions alone."""
+        """The rotation of these positions alone."""
         return Rotation(self.cos[rows], self.sin[rows], self.swap)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """z [..., length, d], turned."""
+        """z [..., length, d], rotated."""
         return (self.cos * z).addcmul_(self.sin, z[..., self.swap])
 
     def adjoint(self, z: Tensor) -> Tensor:
+        """The adjoint of the rotation on z [..., length, d]; for plain RoPE its inverse."""
         return (self.cos * z).addcmul_(self.sin, z[..., self.swap], value=-1)
 
 
 @dataclass
-class Piece:
+class ScoreSample:
     """One text of the calibration, in one layer.
 
     Attributes:
-        x: [T, n], the layer's input in the converted model; the last column 1 where the projections have a bias.
+        x: [T, n], the layer's input in the converted model; the last column is 1 where the projections have a bias.
         rows: positions of the queries that count, long [r], rising.
-        weights: p [H, r, T], the base's attention of these rows; 0 for keys behind the query.
-        scores: [H, r, T], the base's scores before softmax; anything finite where p is 0. They are read once.
+        weights: p [H, r, T], the base's attention of these rows; 0 for keys after the query.
+        scores: gives [H, r, T], the base's scores before softmax; anything finite where p is 0. It is called once.
     """
 
     x: Tensor
@@ -91,55 +100,58 @@ class Piece:
     scores: Callable[[], Tensor]
 
 
-class Part(NamedTuple):
-    """Rows of a piece that lie together, and see no key from `end` on: products stop there."""
+class RowChunk(NamedTuple):
+    """Neighbouring rows of a sample. They see no key from `end` on: products stop there."""
 
-    own: slice  # among the rows of the piece
-    rows: slice  # among the rows of all pieces
+    sample_rows: slice  # among the rows of the sample
+    rows: slice  # among the rows of all samples
     end: int
 
 
-def causal_parts(pieces: list) -> list[list[Part]]:
-    """The rows of each piece, `Piece` or `ValuePiece`, in parts: a few, so that products stay large."""
-    found, before = [], 0
-    for piece in pieces:
-        parts, begin = [], 0
-        for rows in piece.rows.chunk(PARTS):
+def causal_chunks(samples: list) -> list[list[RowChunk]]:
+    """The rows of each sample, `ScoreSample` or `ValueSample`, in chunks: few of them, so that products stay large."""
+    chunks_of_samples, before = [], 0
+    for sample in samples:
+        chunks, begin = [], 0
+        for rows in sample.rows.chunk(CHUNKS):
             end = begin + len(rows)
-            parts.append(Part(slice(begin, end), slice(before + begin, before + end), int(rows[-1]) + 1))
+            chunks.append(RowChunk(slice(begin, end), slice(before + begin, before + end), int(rows[-1]) + 1))
             begin = end
-        found.append(parts)
+        chunks_of_samples.append(chunks)
         before += begin
-    return found
+    return chunks_of_samples
 
 
 class ScoreObjective:
-    """The loss L as a function of W_Q or of W_K; both are a sum over pieces.
+    """The loss L as a function of W_Q or of W_K; both are a sum over samples.
 
     Args:
-        pieces: of the text.
+        samples: of the calibration text.
         scale: c, the factor on q·k.
-        turn_q, turn_k: of queries and keys.
+        query_rotation, key_rotation: RoPE of queries and of keys.
         groups: number of KV heads; query head h reads KV head h // (H / groups).
     """
 
-    def __init__(self, pieces: list[Piece], scale: float, turn_q: Rotation, turn_k: Rotation, groups: int):
+    def __init__(
+        self, samples: list[ScoreSample], scale: float, query_rotation: Rotation, key_rotation: Rotation, groups: int
+    ):
         import torch
 
-        self.pieces, self.scale, self.turn_q, self.turn_k, self.groups = pieces, scale, turn_q, turn_k, groups
-        self.parts = causal_parts(pieces)
-        self.asking = torch.cat([piece.x[piece.rows] for piece in pieces])  # [R, n], inputs of all queries that count
+        self.samples, self.scale, self.groups = samples, scale, groups
+        self.query_rotation, self.key_rotation = query_rotation, key_rotation
+        self.chunks = causal_chunks(samples)
+        self.query_inputs = torch.cat([sample.x[sample.rows] for sample in samples])  # [R, n], of queries that count
 
-    def each(self, work: Callable[[int, Piece], Found]) -> Iterator[Found]:
-        """What `work` gives of each piece and its number."""
-        return parallel_map(work, range(len(self.pieces)), self.pieces, device=self.asking.device)
+    def map_samples(self, work: Callable[[int, ScoreSample], Result]) -> Iterator[Result]:
+        """What `work` gives for the index of each sample and the sample, in their order."""
+        return parallel_map(work, range(len(self.samples)), self.samples, device=self.query_inputs.device)
 
-    def keys(self, weight: Tensor, piece: Piece) -> Tensor:
-        """[groups, T, d] of W [groups, d, n]."""
-        return self.turn_k(project(weight, piece.x))
+    def keys(self, weight: Tensor, sample: ScoreSample) -> Tensor:
+        """Keys after RoPE [groups, T, d] of a weight [groups, d, n]."""
+        return self.key_rotation(project(weight, sample.x))
 
     def grouped(self, heads: Tensor) -> Tensor:
-        """[groups, H / groups * r, ...] of [H, r, ...]: heads that share a key head lie one after the other."""
+        """[groups, H / groups * r, ...] from [H, r, ...]: query heads that share a key head lie one after another."""
         return heads.reshape(self.groups, -1, heads.shape[-1])
 
     def query_problem(self, key_weight: Tensor) -> Problem:
@@ -152,146 +164,161 @@ class ScoreObjective:
 
 
 def project(heads: Tensor, x: Tensor) -> Tensor:
-    """[heads, T, d] of weights [heads, d, n] and inputs [T, n]."""
+    """[heads, T, d] from weights [heads, d, n] and inputs [T, n]."""
     return (x @ heads.to(x).flatten(0, 1).T).unflatten(1, heads.shape[:2]).transpose(0, 1)
 
 
 class Problem:
-    """L as a quadratic function of one weight: ½ <W, H W> − <b, W> + ½ c, never built; see `least_squares.Quadratic`.
+    """L as a quadratic function of one weight: ½ <W, H W> − <b, W> + ½ c; see `conjugate_gradient.Quadratic`.
 
-    A kind says what the weight makes of the inputs (`moved`), the scores [groups, n r, end] of a part's rows with it,
-    and the way back: what is given back to it (`nothing` at first, `add` a part's), and the gradient of that.
+    A subclass projects the inputs by the weight (`projected`) and gives the scores of a chunk's rows (`scores`), which
+    are [groups, n r, end]. For the way back it has an accumulator of gradients by the projected inputs (`empty_grads`,
+    to which `add` adds those of a chunk) and the gradient by the weight that results (`gradient`).
     """
 
-    def __init__(self, fit: ScoreObjective):
-        self.fit = fit
+    def __init__(self, objective: ScoreObjective):
+        self.objective = objective
 
     def product(self, weight: Tensor) -> Tensor:
-        """H W."""
-        moved, back = self.moved(weight), self.nothing()
+        """H W, of W's shape."""
+        projected, grads = self.projected(weight), self.empty_grads()
 
-        def add(place: int, piece: Piece) -> None:
-            for part in self.fit.parts[place]:
-                errors = self.scores(moved, place, part)
-                self.add(back, self._seen(errors, piece.weights, part), place, part)
+        def add(index: int, sample: ScoreSample) -> None:
+            for chunk in self.objective.chunks[index]:
+                errors = self.scores(projected, index, chunk)
+                self.add(grads, self._weight_errors(errors, sample.weights, chunk), index, chunk)
 
-        list(self.fit.each(add))
-        return self.gradient(back).to(weight)
+        list(self.objective.map_samples(add))
+        return self.gradient(grads).to(weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """b, of W's shape, and c = Σ Var[score]."""
-        back = self.nothing()
+        grads = self.empty_grads()
 
-        def add(place: int, piece: Piece) -> float:
-            scores = piece.scores()
-            weighted = scores * piece.weights
+        def add(index: int, sample: ScoreSample) -> float:
+            scores = sample.scores()
+            weighted = scores * sample.weights
             means = weighted.sum(-1)
-            for part in self.fit.parts[place]:
-                there = self.fit.grouped(scores[:, part.own, : part.end].clone())
-                self.add(back, self._seen(there, piece.weights, part), place, part)
+            for chunk in self.objective.chunks[index]:
+                chunk_scores = self.objective.grouped(scores[:, chunk.sample_rows, : chunk.end].clone())
+                self.add(grads, self._weight_errors(chunk_scores, sample.weights, chunk), index, chunk)
             return float((weighted * scores).double().sum() - means.double().square().sum())
 
-        constant = sum(self.fit.each(add))
-        return self.gradient(back).to(weight), constant
+        constant = sum(self.objective.map_samples(add))
+        return self.gradient(grads).to(weight), constant
 
-    def _seen(self, errors: Tensor, weights: Tensor, part: Part) -> Tensor:
-        """p * error, in place of the errors [groups, n r, end]."""
-        heads = errors.view(len(weights), -1, part.end)
-        return heads.mul_(weights[:, part.own, : part.end]).view_as(errors)
+    def _weight_errors(self, errors: Tensor, weights: Tensor, chunk: RowChunk) -> Tensor:
+        """p * error, written over the errors [groups, n r, end]."""
+        heads = errors.view(len(weights), -1, chunk.end)
+        return heads.mul_(weights[:, chunk.sample_rows, : chunk.end]).view_as(errors)
 
-    def by_pairs(self, curvature: Tensor, turn: Rotation) -> Tensor:
-        """Of the channels of a pair, which RoPE mixes, the mean."""
-        return (curvature + curvature[:, turn.swap.cpu()]) / 2
+    def mean_of_pairs(self, curvature: Tensor, rotation: Rotation) -> Tensor:
+        """The curvature [heads, d] with its mean in both channels of a pair, which RoPE mixes."""
+        return (curvature + curvature[:, rotation.swap.cpu()]) / 2
 
 
 class QueryProblem(Problem):
-    """In W_Q, the keys fixed."""
+    """L as a function of W_Q, with the keys fixed."""
 
-    def __init__(self, fit: ScoreObjective, key_weight: Tensor):
-        super().__init__(fit)
-        # c k̃: the factor is in them from here on. And their mean under p, [H, r, d].
-        self.keys = list(fit.each(lambda _, piece: fit.keys(key_weight, piece) * fit.scale))
-        self.means = list(fit.each(lambda place, piece: self._mean(piece, self.keys[place])))
+    def __init__(self, objective: ScoreObjective, key_weight: Tensor):
+        super().__init__(objective)
+        # c k̃: the keys hold the factor from here on. `means` are theirs under p, [H, r, d].
+        self.keys = list(objective.map_samples(lambda _, sample: objective.keys(key_weight, sample) * objective.scale))
+        self.means = list(objective.map_samples(lambda index, sample: self._mean(sample, self.keys[index])))
 
-    def _mean(self, piece: Piece, keys: Tensor) -> Tensor:
-        """[H, r, d], of something of keys [groups, T, d] under p."""
-        return (self.fit.grouped(piece.weights) @ keys).view(*piece.weights.shape[:2], -1)
+    def _mean(self, sample: ScoreSample, keys: Tensor) -> Tensor:
+        """Mean under p [H, r, d] of a quantity of the keys [groups, T, d]."""
+        return (self.objective.grouped(sample.weights) @ keys).view(*sample.weights.shape[:2], -1)
 
-    def moved(self, weight: Tensor) -> Tensor:
+    def projected(self, weight: Tensor) -> Tensor:
         """Queries before RoPE, [R, H, d]."""
-        return project(weight, self.fit.asking).transpose(0, 1)
+        return project(weight, self.objective.query_inputs).transpose(0, 1)
 
-    def nothing(self) -> Tensor:
+    def empty_grads(self) -> Tensor:
+        """Room for gradients by queries before RoPE, [R, H, d]."""
         heads, _, size = self.means[0].shape
-        return self.fit.asking.new_empty(len(self.fit.asking), heads, size)  # each row is given once
+        rows = len(self.objective.query_inputs)
+        return self.objective.query_inputs.new_empty(rows, heads, size)  # `add` writes each row once
 
-    def scores(self, queries: Tensor, place: int, part: Part) -> Tensor:
-        queries = self._turn(place, part)(queries[part.rows].transpose(0, 1))
-        return self.fit.grouped(queries) @ self.keys[place][:, : part.end].mT
+    def scores(self, queries: Tensor, index: int, chunk: RowChunk) -> Tensor:
+        """Scores of a chunk's rows [groups, n r, end]."""
+        queries = self._rotation(index, chunk)(queries[chunk.rows].transpose(0, 1))
+        return self.objective.grouped(queries) @ self.keys[index][:, : chunk.end].mT
 
-    def add(self, back: Tensor, weighted: Tensor, place: int, part: Part) -> None:
+    def add(self, grads: Tensor, weighted: Tensor, index: int, chunk: RowChunk) -> None:
         """Add the adjoint of p * (error − mean error)."""
-        means = self.fit.grouped(self.means[place][:, part.own])
-        found = weighted @ self.keys[place][:, : part.end] - weighted.sum(-1, keepdim=True) * means
-        found = found.view(back.shape[1], -1, back.shape[2])
-        back[part.rows] = self._turn(place, part).adjoint(found).transpose(0, 1)
+        means = self.objective.grouped(self.means[index][:, chunk.sample_rows])
+        heads = weighted @ self.keys[index][:, : chunk.end] - weighted.sum(-1, keepdim=True) * means
+        heads = heads.view(grads.shape[1], -1, grads.shape[2])
+        grads[chunk.rows] = self._rotation(index, chunk).adjoint(heads).transpose(0, 1)
 
-    def gradient(self, back: Tensor) -> Tensor:
-        return (back.flatten(1).T @ self.fit.asking).unflatten(0, back.shape[1:])
+    def gradient(self, grads: Tensor) -> Tensor:
+        """The gradient by W_Q [H, d, n]."""
+        return (grads.flatten(1).T @ self.objective.query_inputs).unflatten(0, grads.shape[1:])
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        def spread(place: int, piece: Piece) -> Tensor:
-            return (self._mean(piece, self.keys[place].square()) - self.means[place].square()).double().sum(1)
+        """The variance of keys under p [H, d], and Σ x xᵀ over queries [n, n]."""
 
-        wide = self.fit.asking.double()
-        left = sum(self.fit.each(spread)).cpu() / len(wide)
-        return self.by_pairs(left, self.fit.turn_q), wide.T @ wide
+        def variance(index: int, sample: ScoreSample) -> Tensor:
+            return (self._mean(sample, self.keys[index].square()) - self.means[index].square()).double().sum(1)
 
-    def _turn(self, place: int, part: Part) -> Rotation:
-        return self.fit.turn_q.at(self.fit.pieces[place].rows[part.own])
+        inputs = self.objective.query_inputs.double()
+        curvature = sum(self.objective.map_samples(variance)).cpu() / len(inputs)
+        return self.mean_of_pairs(curvature, self.objective.query_rotation), inputs.T @ inputs
+
+    def _rotation(self, index: int, chunk: RowChunk) -> Rotation:
+        return self.objective.query_rotation.at(self.objective.samples[index].rows[chunk.sample_rows])
 
 
 class KeyProblem(Problem):
-    """In W_K, the queries fixed."""
+    """L as a function of W_K, with the queries fixed."""
 
-    def __init__(self, fit: ScoreObjective, query_weight: Tensor):
-        super().__init__(fit)
-        raw = project(query_weight, fit.asking)
-        self.queries = [  # of each piece, [H, r, d]
-            fit.turn_q.at(piece.rows)(raw[:, parts[0].rows.start : parts[-1].rows.stop]) * fit.scale
-            for piece, parts in zip(fit.pieces, fit.parts, strict=True)
+    def __init__(self, objective: ScoreObjective, query_weight: Tensor):
+        super().__init__(objective)
+        raw = project(query_weight, objective.query_inputs)
+        self.queries = [  # of each sample, [H, r, d]
+            objective.query_rotation.at(sample.rows)(raw[:, chunks[0].rows.start : chunks[-1].rows.stop])
+            * objective.scale
+            for sample, chunks in zip(objective.samples, objective.chunks, strict=True)
         ]
 
-    def moved(self, weight: Tensor) -> list[Tensor]:
-        """Keys, [groups, T, d] of each piece."""
-        return list(self.fit.each(lambda _, piece: self.fit.keys(weight, piece)))
+    def projected(self, weight: Tensor) -> list[Tensor]:
+        """Keys after RoPE, [groups, T, d] of each sample."""
+        return list(self.objective.map_samples(lambda _, sample: self.objective.keys(weight, sample)))
 
-    def nothing(self) -> list[Tensor]:
+    def empty_grads(self) -> list[Tensor]:
+        """Zeros for gradients by keys after RoPE, [groups, T, d] of each sample."""
         size = self.queries[0].shape[-1]
-        return [piece.x.new_zeros(self.fit.groups, len(piece.x), size) for piece in self.fit.pieces]
+        return [sample.x.new_zeros(self.objective.groups, len(sample.x), size) for sample in self.objective.samples]
 
-    def scores(self, keys: list[Tensor], place: int, part: Part) -> Tensor:
-        return self.fit.grouped(self.queries[place][:, part.own]) @ keys[place][:, : part.end].mT
+    def scores(self, keys: list[Tensor], index: int, chunk: RowChunk) -> Tensor:
+        """Scores of a chunk's rows [groups, n r, end]."""
+        return self.objective.grouped(self.queries[index][:, chunk.sample_rows]) @ keys[index][:, : chunk.end].mT
 
-    def add(self, back: list[Tensor], weighted: Tensor, place: int, part: Part) -> None:
+    def add(self, grads: list[Tensor], weighted: Tensor, index: int, chunk: RowChunk) -> None:
         """Add the adjoint of p * (error − mean error)."""
-        p = self.fit.pieces[place].weights[:, part.own, : part.end]
-        weighted = weighted.view(len(p), -1, part.end)
+        p = self.objective.samples[index].weights[:, chunk.sample_rows, : chunk.end]
+        weighted = weighted.view(len(p), -1, chunk.end)
         weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
-        queries = self.fit.grouped(self.queries[place][:, part.own])
-        back[place][:, : part.end] += self.fit.grouped(weighted).mT @ queries
+        queries = self.objective.grouped(self.queries[index][:, chunk.sample_rows])
+        grads[index][:, : chunk.end] += self.objective.grouped(weighted).mT @ queries
 
-    def gradient(self, back: list[Tensor]) -> Tensor:
-        def of(place: int, piece: Piece) -> Tensor:
-            keys = self.fit.turn_k.adjoint(back[place]).transpose(0, 1)
-            return (keys.flatten(1).T @ piece.x).unflatten(0, keys.shape[1:])
+    def gradient(self, grads: list[Tensor]) -> Tensor:
+        """The gradient by W_K [groups, d, n]."""
 
-        return sum(self.fit.each(of))
+        def gradient_of(index: int, sample: ScoreSample) -> Tensor:
+            keys = self.objective.key_rotation.adjoint(grads[index]).transpose(0, 1)
+            return (keys.flatten(1).T @ sample.x).unflatten(0, keys.shape[1:])
+
+        return sum(self.objective.map_samples(gradient_of))
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        fit, left, right = self.fit, 0.0, 0.0
-        for piece, queries in zip(fit.pieces, self.queries, strict=True):
-            left = left + fit.grouped(queries).double().square().sum(1)
-            right = right + ((piece.x.T * piece.weights.sum((0, 1))) @ piece.x).double()
+        """The mean square of queries [groups, d], and Σ x xᵀ weighted by received attention [n, n]."""
+        objective, curvature, moments = self.objective, 0.0, 0.0
+        for sample, queries in zip(objective.samples, self.queries, strict=True):
+            curvature = curvature + objective.grouped(queries).double().square().sum(1)
+            moments = moments + ((sample.x.T * sample.weights.sum((0, 1))) @ sample.x).double()
         heads = len(self.queries[0])
-        return self.by_pairs(left.cpu() / (len(fit.asking) * heads // fit.groups), fit.turn_k), right
+        return self.mean_of_pairs(
+            curvature.cpu() / (len(objective.query_inputs) * heads // objective.groups), objective.key_rotation
+        ), moments

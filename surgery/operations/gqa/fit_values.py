@@ -1,9 +1,9 @@
-"""Shared values fitted to what the base's attention wrote, by least squares as in `score_fit`; W_O is fixed.
+"""Shared values fitted to what the base's attention wrote, by least squares as in `fit_scores.py`; W_O is fixed.
 
     L = ½ Σ_t ω_t |Σ_h O_h Σ_s p_hts W_V x_s − r_t|²
 
-p is the converted model's attention. The merge (`closed_form.merge_values`) minimises the loss of every head alone;
-this one is of their sum, which is what the model sees.
+p is the converted model's attention. The merge (`low_rank.merge_values`) minimises the loss of every head by itself;
+L is the loss of their sum, which is what the model sees.
 """
 
 from __future__ import annotations
@@ -13,100 +13,102 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from surgery.machine.parallel import parallel_map
-from surgery.operations.gqa.fit_scores import Part, causal_parts, project
+from surgery.operations.gqa.fit_scores import RowChunk, causal_chunks, project
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Found = TypeVar("Found")
+    Result = TypeVar("Result")
 
 
 @dataclass
-class ValuePiece:
+class ValueSample:
     """One text of the calibration, in one layer.
 
     Attributes:
-        x: [T, n], as in `score_fit.Piece`.
+        x: [T, n], as in `fit_scores.ScoreSample`.
         rows: long [r], rising.
-        weights: [H, r, T], the converted model's attention of these rows; 0 for keys behind the query.
+        weights: [H, r, T], the converted model's attention of these rows; 0 for keys after the query.
         wanted: [r, D], what the base's attention wrote there, without the bias.
-        rms: ω [r].
+        row_weights: ω [r].
     """
 
     x: Tensor
     rows: Tensor
     weights: Tensor
     wanted: Tensor
-    rms: Tensor
+    row_weights: Tensor
 
 
 class ValueProblem:
-    """L as a quadratic function of W_V [groups, d, n], for `least_squares.solve`.
+    """L as a quadratic function of W_V [groups, d, n], for `conjugate_gradient.solve`.
 
     Args:
+        samples: of the calibration text.
         output: O [D, H, d]; query head h reads KV head h // (H / groups).
     """
 
-    def __init__(self, pieces: list[ValuePiece], output: Tensor, groups: int):
+    def __init__(self, samples: list[ValueSample], output: Tensor, groups: int):
         import torch
 
-        self.pieces, self.output, self.groups = pieces, output, groups
-        x = pieces[0].x
+        self.samples, self.output, self.groups = samples, output, groups
+        x = samples[0].x
         self.columns = output.to(x).flatten(1)  # [D, H d]
         self.gram = self.columns.T @ self.columns
-        self.rms = torch.cat([piece.rms for piece in pieces]).to(x).unsqueeze(-1)
-        self.parts = causal_parts(pieces)
-        self.weights = [  # of each part, heads that share a value head one after the other: [groups, n r, end]
-            [piece.weights[:, part.own, : part.end].reshape(groups, -1, part.end) for part in parts]
-            for piece, parts in zip(pieces, self.parts, strict=True)
+        self.row_weights = torch.cat([sample.row_weights for sample in samples]).to(x).unsqueeze(-1)
+        self.chunks = causal_chunks(samples)
+        self.weights = [  # of each chunk [groups, n r, end]; query heads that share a value head are neighbours
+            [sample.weights[:, chunk.sample_rows, : chunk.end].reshape(groups, -1, chunk.end) for chunk in chunks]
+            for sample, chunks in zip(samples, self.chunks, strict=True)
         ]
 
     def product(self, weight: Tensor) -> Tensor:
-        """H W."""
+        """H W [groups, d, n]."""
         heads, size = self.columns.shape[1] // weight.shape[1], weight.shape[1]
-        given, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.rms), heads, size)
+        value_weight, mixed = weight.to(self.columns), self.columns.new_zeros(len(self.row_weights), heads, size)
 
-        def mix(piece: ValuePiece, parts: list[Part], weights: list[Tensor]) -> None:
-            values = project(given, piece.x)
-            for part, p in zip(parts, weights, strict=True):
-                mixed[part.rows] = (p @ values[:, : part.end]).view(heads, -1, size).transpose(0, 1)
+        def mix(sample: ValueSample, chunks: list[RowChunk], weights: list[Tensor]) -> None:
+            values = project(value_weight, sample.x)
+            for chunk, p in zip(chunks, weights, strict=True):
+                mixed[chunk.rows] = (p @ values[:, : chunk.end]).view(heads, -1, size).transpose(0, 1)
 
-        list(self._each(mix))
+        list(self._map_samples(mix))
         return self._gradient(mixed.flatten(1) @ self.gram, weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """b, of W's shape, and Σ ω |r|²."""
         import torch
 
-        wanted = torch.cat([piece.wanted for piece in self.pieces])
-        constant = float((wanted.double().square().sum(-1) * self.rms[:, 0].double()).sum())
+        wanted = torch.cat([sample.wanted for sample in self.samples])
+        constant = float((wanted.double().square().sum(-1) * self.row_weights[:, 0].double()).sum())
         return self._gradient(wanted @ self.columns, weight), constant
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        left = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
-        rows = sum(len(piece.rms[::4]) for piece in self.pieces)
+        """C [groups, d] and M [n, n] with H close to C ⊗ M."""
+        curvature = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
+        rows = sum(len(sample.row_weights[::4]) for sample in self.samples)
 
-        def read(piece: ValuePiece, *_) -> Tensor:  # every fourth row is enough to know what attention reads
-            some = (piece.weights[:, ::4] @ piece.x).flatten(0, 1)
-            rms = piece.rms[::4].to(some).repeat(len(piece.weights))
-            return ((some.T * rms) @ some).double().cpu()
+        def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough to know what attention reads
+            read_inputs = (sample.weights[:, ::4] @ sample.x).flatten(0, 1)
+            row_weights = sample.row_weights[::4].to(read_inputs).repeat(len(sample.weights))
+            return ((read_inputs.T * row_weights) @ read_inputs).double().cpu()
 
-        return left, sum(self._each(read)) * (len(self.rms) / rows)
+        return curvature, sum(self._map_samples(read_moments)) * (len(self.row_weights) / rows)
 
-    def _gradient(self, back: Tensor, weight: Tensor) -> Tensor:
-        """The adjoint, as W, of what heads are given back, [R, H d], once each row counts as it should."""
+    def _gradient(self, grads: Tensor, weight: Tensor) -> Tensor:
+        """The gradient by W [groups, d, n] from gradients by heads' outputs [R, H d], whose rows are weighted by ω."""
         import torch
 
-        back = (back * self.rms).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
+        grads = (grads * self.row_weights).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
 
-        def of(piece: ValuePiece, parts: list[Part], weights: list[Tensor]) -> Tensor:
-            values = back.new_zeros(self.groups, len(piece.x), weight.shape[1])
-            for part, p in zip(parts, weights, strict=True):
-                values[:, : part.end] += p.mT @ back[:, part.rows].reshape(self.groups, -1, weight.shape[1])
-            return torch.einsum("gtd,tn->gdn", values, piece.x)
+        def gradient_of(sample: ValueSample, chunks: list[RowChunk], weights: list[Tensor]) -> Tensor:
+            values = grads.new_zeros(self.groups, len(sample.x), weight.shape[1])
+            for chunk, p in zip(chunks, weights, strict=True):
+                values[:, : chunk.end] += p.mT @ grads[:, chunk.rows].reshape(self.groups, -1, weight.shape[1])
+            return torch.einsum("gtd,tn->gdn", values, sample.x)
 
-        return sum(self._each(of)).to(weight)
+        return sum(self._map_samples(gradient_of)).to(weight)
 
-    def _each(self, work: Callable[..., Found]) -> Iterator[Found]:
-        """What `work` gives of each piece, its parts and their weights."""
-        return parallel_map(work, self.pieces, self.parts, self.weights, device=self.columns.device)
+    def _map_samples(self, work: Callable[..., Result]) -> Iterator[Result]:
+        """What `work` gives for each sample, its chunks and their weights, in order."""
+        return parallel_map(work, self.samples, self.chunks, self.weights, device=self.columns.device)

@@ -22,6 +22,9 @@ def head_distances(heads: Tensor, inner) -> Tensor:
     Args:
         inner: function of two heads that gives their inner product; with alignment it is the largest one that
             the allowed turns can reach.
+
+    Returns:
+        float64 [G, G], symmetric, with a zero diagonal.
     """
     import torch
 
@@ -34,6 +37,7 @@ def head_distances(heads: Tensor, inner) -> Tensor:
 
 
 def plain_inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two heads [d, n]."""
     return (a * b).sum()
 
 
@@ -52,8 +56,8 @@ def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
 
     real, imag = pair_channels(rotary, positions)
     za, zb = torch.complex(a[real], a[imag]), torch.complex(b[real], b[imag])
-    turned = (za * zb.conj()).sum(-1).abs().sum()
-    return turned + turned_inner(a[rotary:], b[rotary:]) if rotary < len(a) else turned
+    inner = (za * zb.conj()).sum(-1).abs().sum()
+    return inner + turned_inner(a[rotary:], b[rotary:]) if rotary < len(a) else inner
 
 
 def partition(distances: Tensor, groups: int) -> list[list[int]]:
@@ -71,11 +75,11 @@ def partition(distances: Tensor, groups: int) -> list[list[int]]:
 
     if len(table) <= ENUMERATE_UP_TO:
         candidates = list(_partitions(tuple(range(len(table))), size))
-        best = min(candidates, key=lambda parts: sum(map(cost, parts)))
+        best = min(candidates, key=lambda groups_tried: sum(map(cost, groups_tried)))
         return [list(group) for group in best]
     neighbours = [list(range(i * size, (i + 1) * size)) for i in range(groups)]
     starts = [_swap(start, cost) for start in (neighbours, _greedy(table, size))]
-    best = min(starts, key=lambda parts: sum(map(cost, parts)))
+    best = min(starts, key=lambda groups_tried: sum(map(cost, groups_tried)))
     return sorted(sorted(group) for group in best)
 
 
@@ -85,82 +89,82 @@ def _partitions(heads: tuple[int, ...], size: int):
         yield ()
         return
     first, rest = heads[0], heads[1:]
-    for mates in combinations(rest, size - 1):
-        left = tuple(h for h in rest if h not in mates)
-        for others in _partitions(left, size):
-            yield ((first, *mates), *others)
+    for members in combinations(rest, size - 1):
+        remaining = tuple(h for h in rest if h not in members)
+        for others in _partitions(remaining, size):
+            yield ((first, *members), *others)
 
 
 def _greedy(table: list[list[float]], size: int) -> list[list[int]]:
-    left, groups = list(range(len(table))), []
-    while left:
-        group = [left.pop(0)]
+    remaining, groups = list(range(len(table))), []
+    while remaining:
+        group = [remaining.pop(0)]
         while len(group) < size:
-            group.append(min(left, key=lambda h: sum(table[h][g] for g in group)))
-            left.remove(group[-1])
+            group.append(min(remaining, key=lambda h: sum(table[h][g] for g in group)))
+            remaining.remove(group[-1])
         groups.append(group)
     return groups
 
 
-def _swap(parts: list[list[int]], cost) -> list[list[int]]:
-    parts, improved = [list(p) for p in parts], True
+def _swap(groups: list[list[int]], cost) -> list[list[int]]:
+    groups, improved = [list(p) for p in groups], True
     while improved:
         improved = False
-        for a, b in combinations(range(len(parts)), 2):
-            for i in range(len(parts[a])):
-                for j in range(len(parts[b])):
-                    before = cost(parts[a]) + cost(parts[b])
-                    parts[a][i], parts[b][j] = parts[b][j], parts[a][i]
-                    if cost(parts[a]) + cost(parts[b]) < before - 1e-12:
+        for a, b in combinations(range(len(groups)), 2):
+            for i in range(len(groups[a])):
+                for j in range(len(groups[b])):
+                    before = cost(groups[a]) + cost(groups[b])
+                    groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
+                    if cost(groups[a]) + cost(groups[b]) < before - 1e-12:
                         improved = True
                     else:
-                        parts[a][i], parts[b][j] = parts[b][j], parts[a][i]
-    return parts
+                        groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
+    return groups
 
 
 def merge_losses(layer: AttentionLayer) -> Tensor:
     """What merging two KV heads in closed form would lose if the layer's inputs were white: [G, G].
 
-    Of keys and of values, each a share of what all heads say to their readers. What the closed form undoes costs
-    nothing: a complex factor for each frequency of keys, any invertible map of values.
+    The losses of keys and values are added, each as a share of the energy that all heads give to their readers. What
+    the closed form undoes costs nothing: a complex factor for each frequency of keys, any invertible map of values.
     """
     import torch
 
     from surgery.operations.gqa.merge import pair_channels
 
-    facts, (keys, values, queries) = layer.anatomy, (with_bias(layer, part) for part in "kvq")
+    anatomy, (keys, values, queries) = layer.anatomy, (with_bias(layer, projection) for projection in "kvq")
     outputs = layer.o.double().transpose(0, 1)
     readers, power = (
         (x.mT @ x).unflatten(0, (len(values), -1)).sum(1) for x in (outputs, queries.mT)
-    )  # Σ Oᵀ O and Σ q qᵀ of the query heads of each, [G, d, d]
+    )  # Σ Oᵀ O and Σ q qᵀ over the query heads of each KV head, [G, d, d]
     losses = _pair_losses(_products(values), readers)
-    if facts.qk_norm:  # keys are not mixed
+    if anatomy.qk_norm:  # keys are not mixed
         return losses + head_distances(keys, plain_inner)
     lost, energy = torch.zeros_like(losses), 0.0
-    if facts.rotary:
-        real, imag = pair_channels(facts.rotary, facts.positions)
+    if anatomy.rotary:
+        real, imag = pair_channels(anatomy.rotary, anatomy.positions)
         rows = torch.complex(keys[:, real], keys[:, imag]).transpose(0, 1)  # [F, G, n]
         weights = (power[:, real, real] + power[:, imag, imag]).T[..., None, None].to(rows.dtype)
         lost, energy = _pair_losses((rows @ rows.mH)[:, :, None, :, None], weights, shares=False)
-    if facts.rotary < facts.head_dim:
-        free = slice(facts.rotary, None)
+    if anatomy.rotary < anatomy.head_dim:
+        free = slice(anatomy.rotary, None)
         more = _pair_losses(_products(keys[:, free]), power[:, free, free], shares=False)
         lost, energy = lost + more[0], energy + more[1]
     return losses + (lost / energy if energy else lost)
 
 
 def _products(heads: Tensor) -> Tensor:
-    """[G, d, G, d] of heads [G, d, n]."""
+    """Products of all pairs of rows [G, d, G, d] of heads [G, d, n]."""
     flat = heads.flatten(0, 1)
     return (flat @ flat.T).reshape(*heads.shape[:2], *heads.shape[:2])
 
 
 def _pair_losses(moments: Tensor, weights: Tensor, shares: bool = True):
-    """Of every pair of heads what `closed_form.shared_channels` loses by one in place of both, [G, G].
+    """What `low_rank.shared_channels` loses by one head in place of two, for every pair: [G, G].
 
     Args:
-        moments: [..., G, e, G, e]; weights: [..., G, e, e]; losses are summed over what stands before.
-        shares: of all heads' energy; else losses and that energy.
+        moments: [..., G, e, G, e]; weights: [..., G, e, e]. Losses are summed over the leading dimensions.
+        shares: give losses as shares of all heads' energy; else give the losses and that energy.
     """
     import torch
 
@@ -170,25 +174,25 @@ def _pair_losses(moments: Tensor, weights: Tensor, shares: bool = True):
     lost = torch.zeros(count, count, dtype=torch.float64)
     for pair in combinations(range(count), 2):
         pair = list(pair)
-        found = shared_channels(moments[..., pair, :, :, :][..., pair, :], weights[..., pair, :, :])[2]
-        lost[pair, pair[::-1]] = float(found.sum())
+        lost_energy = shared_channels(moments[..., pair, :, :, :][..., pair, :], weights[..., pair, :, :])[2]
+        lost[pair, pair[::-1]] = float(lost_energy.sum())
     own = moments.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., G, e, e]
     energy = float((own * weights.mT).sum().real)
     return (lost / energy if energy else lost) if shares else (lost, energy)
 
 
 def similar_order(layer: AttentionLayer, groups: int, aligned: bool, closed_form: bool = False) -> list[int]:
-    """Order of a layer's KV heads that puts like ones next to each other, keys and values counting alike.
+    """The order of a layer's KV heads that puts similar heads next to each other; keys and values count alike.
 
     Args:
-        groups: of equal size, to be shared.
-        aligned: heads that the merge may turn towards each other are as near as they can be turned.
-        closed_form: heads are as near as little is lost by the merge in closed form.
+        groups: number of groups of equal size, each to share one head.
+        aligned: the merge may turn heads towards each other, so the distance of two is that after the best turn.
+        closed_form: the distance of two heads is what their merge in closed form loses.
     """
     if closed_form:
         return [head for group in partition(merge_losses(layer), groups) for head in group]
-    facts, keys, values = layer.anatomy, with_bias(layer, "k"), with_bias(layer, "v")
-    phased = partial(phased_inner, rotary=facts.rotary, positions=facts.positions)
-    distances = head_distances(keys, phased if aligned and not facts.qk_norm else plain_inner)
+    anatomy, keys, values = layer.anatomy, with_bias(layer, "k"), with_bias(layer, "v")
+    phased = partial(phased_inner, rotary=anatomy.rotary, positions=anatomy.positions)
+    distances = head_distances(keys, phased if aligned and not anatomy.qk_norm else plain_inner)
     distances += head_distances(values, turned_inner if aligned else plain_inner)
     return [head for group in partition(distances, groups) for head in group]

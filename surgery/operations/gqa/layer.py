@@ -1,7 +1,4 @@
-"""One layer's KV heads shared in closed form, from what was seen of it on a calibration text.
-
-What is known of a layer before its KV heads are shared, and the settings of what is fitted to it.
-"""
+"""One layer's KV heads shared in closed form, from its inputs on a calibration text (`layer_inputs.py`)."""
 
 from __future__ import annotations
 
@@ -18,10 +15,10 @@ from surgery.errors import SurgeryError
 from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.cost import efforts
-from surgery.operations.gqa.fit_scores import Piece, Rotation, ScoreObjective, project
-from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
+from surgery.operations.gqa.fit_scores import Rotation, ScoreObjective, ScoreSample, project
+from surgery.operations.gqa.fit_values import ValueProblem, ValueSample
 from surgery.operations.gqa.layer_inputs import (
-    TURNS,
+    ROPE_SAMPLES,
     AttentionCall,
     FitSettings,
     LayerInputs,
@@ -35,252 +32,279 @@ from surgery.operations.gqa.merge import group_members, pair_channels, stacked, 
 
 
 class SharedLayer:
-    """One layer's conversion."""
+    """The conversion of one layer.
 
-    def __init__(self, settings: FitSettings, layer: AttentionLayer, target, seen: LayerInputs, watch: AttentionHook):
-        self.settings, self.layer, self.target, self.seen, self.watch = settings, layer, target, seen, watch
-        facts = layer.anatomy
-        self.groups = group_members(facts, target.kv_heads)
+    Args:
+        settings: what is fitted, and how.
+        layer: the old weights.
+        target: the anatomy of the layer after.
+        inputs: what is known of the layer.
+        hook: of the model, for the windows of its layers.
+
+    Attributes:
+        key_heads: of a layer with a norm after its keys, the KV heads that stay.
+    """
+
+    def __init__(self, settings: FitSettings, layer: AttentionLayer, target, inputs: LayerInputs, hook: AttentionHook):
+        self.settings, self.layer, self.target, self.inputs, self.hook = settings, layer, target, inputs, hook
+        anatomy = layer.anatomy
+        self.groups = group_members(anatomy, target.kv_heads)
         self._heads: dict[int, torch.Tensor] = {}
-        self.key_heads: list[int] = []  # of a layer with a norm after its keys: those that stay
-        if not facts.qk_norm:
-            self.turn_q, self.turn_k = (self._turn(part) for part in ("q", "k"))
+        self.key_heads: list[int] = []
+        if not anatomy.qk_norm:
+            self.query_rotation, self.key_rotation = (self._rotation(projection) for projection in ("q", "k"))
 
     def convert(self) -> tuple[AttentionLayer, dict]:
+        """The layer with shared KV heads, and a record of what each step lost."""
         layer, settings = self.layer, self.settings
         record: dict = {}
-        moments = self._inputs()
+        moments = self._input_moments()
         q, k, v, o = with_bias(layer, "q"), with_bias(layer, "k"), with_bias(layer, "v"), layer.o.double()
         if layer.anatomy.qk_norm:
-            parts = self._key_heads(record)
+            tensors = self._choose_key_heads(record)
         else:
-            q, k = self._keys(q, k, moments, record)
-            if refit := [part for part in ("q", "k") if part in settings.refit]:
+            q, k = self._merge_keys(q, k, moments, record)
+            if refit := [projection for projection in ("q", "k") if projection in settings.refit]:
                 q, k = self._fit_scores(q, k, refit, record)
-            parts = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
-        v, o = self._values(v, o, self._read(), record)
-        new = layer.replace(anatomy=self.target, **parts, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
-        if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the pieces
-            seen = list(self._each(lambda place: self._attention(new, place, self.seen.pieces[place].rows)))
+            tensors = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
+        v, o = self._merge_values(v, o, self._read_moments(), record)
+        new = layer.replace(anatomy=self.target, **tensors, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
+        if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the samples
+            weights = list(
+                self._map_samples(lambda index: self._attention_weights(new, index, self.inputs.samples[index].rows))
+            )
             if "o" in settings.refit:
-                new = self._with_output(new, o, record, seen)
-            new, o = self._with_values(new, v, seen, record), new.o.double()
+                new = self._fit_output(new, o, record, weights)
+            new, o = self._fit_values(new, v, weights, record), new.o.double()
         if "o" in settings.refit:
-            new = self._with_output(new, o, record)
+            new = self._fit_output(new, o, record)
         return new, record
 
-    def _each(self, work: Callable) -> Iterator:
-        """What `work` gives of each piece's number."""
-        return parallel_map(work, range(len(self.seen.pieces)), device=self.seen.x[0].device)
+    def _map_samples(self, work: Callable) -> Iterator:
+        """What `work` gives for the index of each sample, in order."""
+        return parallel_map(work, range(len(self.inputs.samples)), device=self.inputs.x[0].device)
 
-    def meet(self, place: int, call: AttentionCall) -> None:
-        """From here on the layer's input of a sequence is that of this call."""
-        self.seen.x[place], self.seen.calls[place] = with_ones(call.x, self.layer.q_bias is not None), call
-        self._heads.pop(place, None)
+    def set_input(self, index: int, call: AttentionCall) -> None:
+        """Take the layer's input on a sequence from this call of the converted model."""
+        self.inputs.x[index], self.inputs.calls[index] = with_ones(call.x, self.layer.q_bias is not None), call
+        self._heads.pop(index, None)
 
-    def heads(self, layer: AttentionLayer, place: int) -> torch.Tensor:
-        """What the heads of the finished layer give on a sequence: [T, H, d]; W_O may change yet."""
-        if place not in self._heads:
-            rows = torch.arange(len(self.seen.x[place]))
-            self._heads[place] = self._mixed(layer, place, self._attention(layer, place, rows))
-        return self._heads[place]
+    def head_outputs(self, layer: AttentionLayer, index: int) -> torch.Tensor:
+        """What the heads of the new layer give on a sequence [T, H, d]; kept, so W_Q, W_K and W_V must be final."""
+        if index not in self._heads:
+            rows = torch.arange(len(self.inputs.x[index]))
+            self._heads[index] = self._mix_values(layer, index, self._attention_weights(layer, index, rows))
+        return self._heads[index]
 
-    def _mixed(self, layer: AttentionLayer, place: int, weights: torch.Tensor) -> torch.Tensor:
-        """Values of a sequence mixed by attention weights [H, r, T]: [r, H, d]."""
-        x = self.seen.x[place]
+    def _mix_values(self, layer: AttentionLayer, index: int, weights: torch.Tensor) -> torch.Tensor:
+        """Values of a sequence, mixed by attention weights [H, r, T]: [r, H, d]."""
+        x = self.inputs.x[index]
         values = project(with_bias(layer, "v"), x)
         mixed = weights.reshape(len(values), -1, len(x)) @ values
         return mixed.view(*weights.shape[:2], -1).transpose(0, 1)
 
-    def _attention(self, layer: AttentionLayer, place: int, rows: torch.Tensor) -> torch.Tensor:
+    def _attention_weights(self, layer: AttentionLayer, index: int, rows: torch.Tensor) -> torch.Tensor:
         """The new layer's attention weights [H, r, T] of some rows of a sequence."""
-        query, key = self._turned(layer, place)
-        return self._weights_of(query, key, place, rows)
+        query, key = self._rotated(layer, index)
+        return self._weights_of(query, key, index, rows)
 
-    def _weights_of(self, query: torch.Tensor, key: torch.Tensor, place: int, rows: torch.Tensor) -> torch.Tensor:
+    def _weights_of(self, query: torch.Tensor, key: torch.Tensor, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d] as attention gets them."""
-        call, limit = self.seen.base[place], self.watch.windows[self.layer.anatomy.index]
-        named = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
+        call, limit = self.inputs.base[index], self.hook.windows[self.layer.anatomy.index]
+        options = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
         rows = rows.to(query.device)
-        return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **named)[0]
+        return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **options)[0]
 
-    def _turned(self, layer: AttentionLayer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotated(self, layer: AttentionLayer, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [H, T, d] and keys [G', T, d] as attention gets them."""
         if layer.anatomy.qk_norm:
-            call = self.seen.calls[place]
+            call = self.inputs.calls[index]
             return call.query, call.key[self.key_heads]
-        x = self.seen.x[place]
+        x = self.inputs.x[index]
         return (
-            self.turn_q.to(x.dtype)(project(with_bias(layer, "q"), x)),
-            self.turn_k.to(x.dtype)(project(with_bias(layer, "k"), x)),
+            self.query_rotation.to(x.dtype)(project(with_bias(layer, "q"), x)),
+            self.key_rotation.to(x.dtype)(project(with_bias(layer, "k"), x)),
         )
 
-    def _turn(self, part: str) -> Rotation:
-        """RoPE of this layer, measured: by what the model's own queries or keys differ from their projection."""
-        facts, heads = self.layer.anatomy, with_bias(self.layer, part)
-        real, imag = pair_channels(facts.rotary, facts.positions)
-        up = down = free_up = free_down = 0.0
+    def _rotation(self, projection: str) -> Rotation:
+        """This layer's RoPE, measured from the model's own queries or keys and their projections.
+
+        Args:
+            projection: "q" or "k".
+
+        Raises:
+            SurgeryError: queries or keys are not their projections, rotated.
+        """
+        anatomy, heads = self.layer.anatomy, with_bias(self.layer, projection)
+        real, imag = pair_channels(anatomy.rotary, anatomy.positions)
+        cross = power = free_cross = free_power = 0.0
         pairs = []
-        for call in self.seen.base[:TURNS]:
+        for call in self.inputs.base[:ROPE_SAMPLES]:
             before = project(heads, with_ones(call.x, self.layer.q_bias is not None).double())
-            after = (call.query if part == "q" else call.key).double()
-            z, turned = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
-            up, down = up + (turned * z.conj()).sum(0), down + z.abs().square().sum(0)
-            rest = before[..., facts.rotary :], after[..., facts.rotary :]
-            free_up, free_down = free_up + (rest[0] * rest[1]).sum(), free_down + rest[0].square().sum()
+            after = (call.query if projection == "q" else call.key).double()
+            z, rotated = (torch.complex(t[..., real], t[..., imag]) for t in (before, after))
+            cross, power = cross + (rotated * z.conj()).sum(0), power + z.abs().square().sum(0)
+            rest = before[..., anatomy.rotary :], after[..., anatomy.rotary :]
+            free_cross, free_power = free_cross + (rest[0] * rest[1]).sum(), free_power + rest[0].square().sum()
             pairs.append((before, after))
-        free = float(free_up / free_down.clamp(min=1e-30)) if facts.rotary < facts.head_dim else 1.0
-        turn = Rotation.of(up / down.clamp(min=1e-30), free, facts.head_dim, facts.positions)
-        miss = sum(float((turn(before) - after).square().sum()) for before, after in pairs)
-        whole = sum(float(after.square().sum()) for _, after in pairs)
-        if miss > 1e-4 * whole:
-            name = {"q": "queries", "k": "keys"}[part]
+        free = float(free_cross / free_power.clamp(min=1e-30)) if anatomy.rotary < anatomy.head_dim else 1.0
+        rotation = Rotation.of(cross / power.clamp(min=1e-30), free, anatomy.head_dim, anatomy.positions)
+        miss = sum(float((rotation(before) - after).square().sum()) for before, after in pairs)
+        energy = sum(float(after.square().sum()) for _, after in pairs)
+        if miss > 1e-4 * energy:
+            name = {"q": "queries", "k": "keys"}[projection]
             raise SurgeryError(
-                f"layer {facts.index}: the {name} of this model are not its projections turned by RoPE "
-                f"({(miss / whole) ** 0.5:.1%} apart)",
+                f"layer {anatomy.index}: the {name} of this model are not its projections turned by RoPE "
+                f"({(miss / energy) ** 0.5:.1%} apart)",
                 fix="use method: mean",
             )
-        return turn
+        return rotation
 
-    def _inputs(self) -> Moments:
-        """Of the layer's inputs, as keys see them."""
+    def _input_moments(self) -> Moments:
+        """Moments of the layer's inputs as keys see them: weighted by the attention that a token receives."""
         moments, share = Moments(exact=False), self.settings.received
-        for x, piece in zip(self.seen.x, self.seen.pieces, strict=True):
-            received = piece.weights.sum((0, 1))
+        for x, sample in zip(self.inputs.x, self.inputs.samples, strict=True):
+            received = sample.weights.sum((0, 1))
             received = received * (len(x) / received.sum())
             moments.add(x, 1 - share + share * received)
         return moments
 
-    def _read(self) -> Moments:
-        """Of what heads read: inputs averaged by the base's attention. Values are averaged before they count.
+    def _read_moments(self) -> Moments:
+        """Moments of what heads read: inputs averaged by the base's attention, since values are averaged, too.
 
-        Every fourth of the rows is enough.
+        Every fourth row is enough.
         """
         moments = Moments(exact=False)
-        for x, piece, rms in zip(self.seen.x, self.seen.pieces, self.seen.rms, strict=True):
-            rows = piece.rows[::4]
-            read = (piece.weights[:, ::4] @ x).flatten(0, 1)
-            moments.add(read, _weights(rms[rows]).repeat(len(piece.weights)))
+        for x, sample, rms in zip(self.inputs.x, self.inputs.samples, self.inputs.rms, strict=True):
+            rows = sample.rows[::4]
+            read = (sample.weights[:, ::4] @ x).flatten(0, 1)
+            moments.add(read, _row_weights(rms[rows]).repeat(len(sample.weights)))
         return moments
 
-    def _keys(self, q, k, moments: Moments, record: dict):
-        facts, new, lost, energy = self.layer.anatomy, [], 0.0, 0.0
+    def _merge_keys(self, q, k, moments: Moments, record: dict):
+        """Queries [H, d, n] that read the merged keys, and the merged keys [groups, d, n]."""
+        anatomy, new, lost, energy = self.layer.anatomy, [], 0.0, 0.0
         second = moments.second.cpu()
-        mean = None if facts.layout.sinks else moments.mean.cpu()
+        mean = None if anatomy.layout.sinks else moments.mean.cpu()
         q = q.clone()
         for group in self.groups:
             sources = list(group)
             power = torch.stack([sum(q[j] @ second @ q[j].T for j in readers) for readers in group.values()])
             if not self.settings.weighted:
-                power = torch.eye(facts.head_dim, dtype=power.dtype).expand_as(power)
-            found = merge_keys(k[sources], second, power, rotary=facts.rotary, positions=facts.positions, mean=mean)
-            for turn, readers in zip(found.maps, group.values(), strict=True):
-                q[readers] = turn.T @ q[readers]
-            new.append(found.head)
-            lost, energy = lost + found.lost, energy + found.energy
+                power = torch.eye(anatomy.head_dim, dtype=power.dtype).expand_as(power)
+            merged = merge_keys(
+                k[sources], second, power, rotary=anatomy.rotary, positions=anatomy.positions, mean=mean
+            )
+            for key_map, readers in zip(merged.maps, group.values(), strict=True):
+                q[readers] = key_map.T @ q[readers]
+            new.append(merged.head)
+            lost, energy = lost + merged.lost, energy + merged.energy
         record["keys_lost"] = share(lost, energy)
         return q, torch.stack(new)
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
-        """Queries and keys in turn, nearest to the base's scores: in more and more steps, as early ones are undone."""
-        settings, call = self.settings, self.seen.base[0]
-        dtype = self.seen.x[0].dtype
+        """Fit queries and keys in turn to the base's scores; later fits take more steps, as they undo earlier ones."""
+        settings, call = self.settings, self.inputs.base[0]
+        dtype = self.inputs.x[0].dtype
         record["scores_lost"] = []
-        pieces = self.seen.pieces
-        turns = settings.rounds * len(refit) + (len(refit) - 1)
-        for turn, effort in enumerate(efforts(turns)):
-            if turn and settings.reweight_keys:
-                pieces = list(self._each(partial(self._with_risen, q, k)))
-            rope = self.turn_q.to(dtype), self.turn_k.to(dtype)
-            fit, held = (ScoreObjective(some, scale_of(call), *rope, len(k)) for some in train_and_validation(pieces))
-            part = refit[turn % len(refit)]
-            given = {"steps": round(effort * settings.steps), "damping": settings.damping}
-            if part == "q":
-                found = solve(fit.query_problem(k), held.query_problem(k), q, **given)
-                q = found.weight
+        samples = self.inputs.samples
+        fits = settings.rounds * len(refit) + (len(refit) - 1)
+        for step, effort in enumerate(efforts(fits)):
+            if step and settings.reweight_keys:
+                samples = list(self._map_samples(partial(self._reweighted, q, k)))
+            rope = self.query_rotation.to(dtype), self.key_rotation.to(dtype)
+            train, validation = (
+                ScoreObjective(part, scale_of(call), *rope, len(k)) for part in train_and_validation(samples)
+            )
+            projection = refit[step % len(refit)]
+            options = {"steps": round(effort * settings.steps), "damping": settings.damping}
+            if projection == "q":
+                solution = solve(train.query_problem(k), validation.query_problem(k), q, **options)
+                q = solution.weight
             else:
-                found = solve(fit.key_problem(q), held.key_problem(q), k, **given)
-                k = found.weight
-            record["scores_lost"].append([round(found.before, 6), round(found.after, 6)])
+                solution = solve(train.key_problem(q), validation.key_problem(q), k, **options)
+                k = solution.weight
+            record["scores_lost"].append([round(solution.before, 6), round(solution.after, 6)])
         return q, k
 
-    def _with_risen(self, q, k, place: int) -> Piece:
-        """A piece whose keys count by the mean of what the base's attention and that of these weights gives them."""
-        piece, x = self.seen.pieces[place], self.seen.x[place]
-        key, query = self.turn_k.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
-        asked = project(q, x[piece.rows])  # no other rows are looked at
-        query[:, piece.rows] = self.turn_q.to(x.dtype).at(piece.rows)(asked)
-        new = self._weights_of(query, key, place, piece.rows)
-        both = ((piece.weights + new) / 2).masked_fill(piece.weights == 0, 0.0)
-        return replace(piece, weights=both)
+    def _reweighted(self, q, k, index: int) -> ScoreSample:
+        """A sample whose keys count by the mean of the base's attention and that of these weights."""
+        sample, x = self.inputs.samples[index], self.inputs.x[index]
+        key, query = self.key_rotation.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
+        queries = project(q, x[sample.rows])  # other rows are not read
+        query[:, sample.rows] = self.query_rotation.to(x.dtype).at(sample.rows)(queries)
+        new = self._weights_of(query, key, index, sample.rows)
+        mean = ((sample.weights + new) / 2).masked_fill(sample.weights == 0, 0.0)
+        return replace(sample, weights=mean)
 
-    def _values(self, v, o, moments: Moments, record: dict):
+    def _merge_values(self, v, o, moments: Moments, record: dict):
+        """The merged values [groups, d, n], and output columns [D, H, d] that read them."""
         new, lost, energy, second = [], 0.0, 0.0, moments.second.cpu()
         o = o.clone()
         for group in self.groups:
             readers = torch.stack([sum(o[:, j].T @ o[:, j] for j in queries) for queries in group.values()])
-            found = merge_values(v[list(group)], second, readers)
-            for spread, queries in zip(found.maps, group.values(), strict=True):
-                o[:, queries] = o[:, queries] @ spread
-            new.append(found.head)
-            lost, energy = lost + found.lost, energy + found.energy
+            merged = merge_values(v[list(group)], second, readers)
+            for value_map, queries in zip(merged.maps, group.values(), strict=True):
+                o[:, queries] = o[:, queries] @ value_map
+            new.append(merged.head)
+            lost, energy = lost + merged.lost, energy + merged.energy
         record["values_lost"] = share(lost, energy)
         return torch.stack(new), o
 
-    def _with_values(self, new: AttentionLayer, v, seen: list[torch.Tensor], record: dict) -> AttentionLayer:
+    def _fit_values(self, new: AttentionLayer, v, weights: list[torch.Tensor], record: dict) -> AttentionLayer:
         """The layer with its values refitted to what the base's attention wrote.
 
         Args:
-            v: the old ones [G', d, n], float64.
-            seen: the layer's attention weights of the rows of the pieces.
+            v: the merged values [G', d, n], float64.
+            weights: the new layer's attention weights of the samples' rows.
         """
-        pieces = []
-        for place, (piece, weights) in enumerate(zip(self.seen.pieces, seen, strict=True)):
-            wanted, rms = self.seen.base[place].output[piece.rows], self.seen.rms[place][piece.rows]
-            pieces.append(ValuePiece(piece.x, piece.rows, weights, wanted, _weights(rms)))
-        fit, held = (ValueProblem(part, new.o, self.target.kv_heads) for part in train_and_validation(pieces))
-        found = solve(fit, held, v, steps=self.settings.steps, damping=self.settings.damping)
-        record["values_fit"] = [round(found.before, 6), round(found.after, 6)]
-        return new.replace(**stacked(new, "v", list(found.weight)))
+        samples = []
+        for index, (sample, sample_weights) in enumerate(zip(self.inputs.samples, weights, strict=True)):
+            wanted, rms = self.inputs.base[index].output[sample.rows], self.inputs.rms[index][sample.rows]
+            samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, _row_weights(rms)))
+        train, validation = (ValueProblem(part, new.o, self.target.kv_heads) for part in train_and_validation(samples))
+        solution = solve(train, validation, v, steps=self.settings.steps, damping=self.settings.damping)
+        record["values_fit"] = [round(solution.before, 6), round(solution.after, 6)]
+        return new.replace(**stacked(new, "v", list(solution.weight)))
 
-    def _with_output(self, new: AttentionLayer, o, record: dict, seen: list | None = None) -> AttentionLayer:
-        """The layer with its output projection refitted to what the base's attention wrote; the first token left out.
+    def _fit_output(self, new: AttentionLayer, o, record: dict, weights: list | None = None) -> AttentionLayer:
+        """The layer with its output projection refitted to what the base's attention wrote; without first tokens.
 
         Args:
-            o: the old one [D, H, d], float64.
-            seen: the layer's attention weights of the rows of the pieces, which are then fitted; else all rows are.
-                Texts held back are then not fitted either: they are to judge the values.
+            o: the old projection [D, H, d], float64.
+            weights: the new layer's attention weights of the samples' rows, to fit those rows alone; the validation
+                samples are then not fitted, since they are to judge the values. None: all rows of all samples are.
         """
         sums = [Regression(exact=False), Regression(exact=False)]
-        if seen is None:
-            list(self._each(partial(self.heads, new)))  # kept
-        for place, call in enumerate(self.seen.base):
-            rms = _weights(self.seen.rms[place])
-            if seen is None:
-                rows, z = slice(1, None), self.heads(new, place)[1:]
+        if weights is None:
+            list(self._map_samples(partial(self.head_outputs, new)))  # they are kept
+        for index, call in enumerate(self.inputs.base):
+            row_weights = _row_weights(self.inputs.rms[index])
+            if weights is None:
+                rows, z = slice(1, None), self.head_outputs(new, index)[1:]
             else:
-                rows, z = self.seen.pieces[place].rows, self._mixed(new, place, seen[place])
-            sums[is_validation(place, len(self.seen.base))].add(z.flatten(1), call.output[rows], rms[rows])
+                rows, z = self.inputs.samples[index].rows, self._mix_values(new, index, weights[index])
+            sums[is_validation(index, len(self.inputs.base))].add(z.flatten(1), call.output[rows], row_weights[rows])
         pairs, ridges = (sums[0].pair, sums[1].pair), list(self.settings.ridges)
-        found = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_held=seen is None)
-        record["ridge"], whole = found.ridge, sums[1].energy
-        lost = [share(whole + error, whole) for error in (found.before, found.after)]
+        result = fit_output(o.flatten(1).to(pairs[0][0]), *pairs, ridges, with_validation=weights is None)
+        record["ridge"], energy = result.ridge, sums[1].energy
+        lost = [share(energy + error, energy) for error in (result.before, result.after)]
         record["output_lost"] = record.get("output_lost", []) + lost
-        return new.replace(o=found.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
+        return new.replace(o=result.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
 
-    def _key_heads(self, record: dict) -> dict[str, torch.Tensor]:
-        """Of each group the key head with which all its queries' scores come nearest to the base's.
+    def _choose_key_heads(self, record: dict) -> dict[str, torch.Tensor]:
+        """In each group, choose the key head with which the scores of all its queries come nearest to the base's.
 
-        Behind a norm a key head can be kept, and not mixed: the norm has a scale for each channel and none for a head.
+        Before a norm key heads can be kept but not mixed: the norm has a scale for each channel and none for a head.
         """
         layer, total = self.layer, {}
-        for piece, call in zip(self.seen.pieces, self.seen.calls, strict=True):
-            wanted, scale = piece.scores(), scale_of(call)
+        for sample, call in zip(self.inputs.samples, self.inputs.calls, strict=True):
+            wanted, scale = sample.scores(), scale_of(call)
             for group in self.groups:
                 readers = [query for queries in group.values() for query in queries]
-                weights = piece.weights[readers]
+                weights = sample.weights[readers]
                 for head in group:
-                    errors = call.query[readers][:, piece.rows] @ call.key[head].T * scale - wanted[readers]
+                    errors = call.query[readers][:, sample.rows] @ call.key[head].T * scale - wanted[readers]
                     weighted = weights * errors
                     lost = (weighted * errors).double().sum() - weighted.sum(-1).double().square().sum()
                     total[readers[0], head] = total.get((readers[0], head), 0.0) + float(lost)
@@ -293,6 +317,6 @@ class SharedLayer:
         return {n: tensor[self.key_heads] for n, tensor in layer.tensors().items() if n in names}
 
 
-def _weights(rms: torch.Tensor) -> torch.Tensor:
-    """ω of rows: errors count relative to the hidden states that they are added to."""
+def _row_weights(rms: torch.Tensor) -> torch.Tensor:
+    """ω of rows: errors count relative to the hidden states to which they are added."""
     return 1 / rms.double().square().clamp(min=1e-30)

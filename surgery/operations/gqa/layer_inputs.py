@@ -1,4 +1,4 @@
-"""What is known of a layer before its heads are shared: its inputs, the base's attention, and what is fitted to it."""
+"""What is known of a layer before its heads are shared: its inputs, the base's attention, the settings of the fit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.operations.gqa.cost import STEPS, STRIDE
-from surgery.operations.gqa.fit_scores import Piece
+from surgery.operations.gqa.fit_scores import ScoreSample
 
-VALIDATION_EVERY = 6  # every so many sequences one is held back
-
-
-TURNS = 2  # sequences on which RoPE is measured
+VALIDATION_EVERY = 6  # every sixth sequence is held back
+ROPE_SAMPLES = 2  # sequences on which RoPE is measured
 
 
 @dataclass(frozen=True)
@@ -21,18 +19,18 @@ class FitSettings:
 
     Attributes:
         refit: which weights are refitted after the merge: "q", "k", "v", "o" to the base's attention, and "mlp", the
-            MLP's output projection, to the base's hidden states behind the layer.
+            MLP's output projection, to the base's hidden states after the layer.
         rounds: how often queries and keys are refitted in turn.
-        sequential: attention is fitted to the inputs that converted layers give it, not the base's.
-        ridges, mlp_ridges: of attention's output projection and of the MLP's, to choose from.
-        steps, damping: see `conjugate_gradient.solve`. Values take so many steps; queries and keys, fitted in
-            turn, from a quarter of them at first to five quarters at last.
-        stride: of the queries every so many rows count, in each sequence from another one on.
-        received: by how much a token counts in the moments for the attention that it gets: with weight
-            1 − received + received · a, a that attention as a share of the mean token's. 0: all alike.
+        sequential: attention is fitted to the inputs that converted layers give it, not to the base's.
+        ridges, mlp_ridges: values to choose from, for attention's output projection and for the MLP's.
+        steps, damping: see `conjugate_gradient.solve`. Values take `steps` steps; queries and keys, fitted in turn,
+            take from a quarter of them at first to five quarters at last.
+        stride: every `stride`-th query counts; the first that counts differs between sequences.
+        received: how much the attention that a token receives counts in the moments: its weight is
+            1 − received + received · a, where a is that attention as a share of the mean token's. 0: all count alike.
         weighted: keys are weighted by the energy of their queries.
-        reweight_keys: from the second fit of scores on, a key counts by the mean of what the base's attention and
-            the new one give it, so that one which wrongly rose is seen; else by the base's alone.
+        reweight_keys: from the second fit of scores on, a key counts by the mean of what the base's attention and the
+            new one give it, so that a key whose weight wrongly rose is seen; else by the base's alone.
     """
 
     refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
@@ -50,26 +48,26 @@ class FitSettings:
 
 @dataclass
 class LayerInputs:
-    """What is known of a layer before it is converted: lists have an entry for each sequence.
+    """What is known of a layer before it is converted; lists have an entry for each sequence.
 
     Attributes:
-        base: calls of the base's attention, x and output in the base.
-        x: the layer's input in the converted model [T, n], with ones where projections have biases.
+        base: calls of the base's attention; x and output are the base's.
+        x: the layer's input in the converted model [T, n], with a column of ones where projections have biases.
         calls: attention calls of the old weights on that input.
         rms: root mean square of the base's hidden states [T]: errors count relative to it.
-        pieces: rows, base's attention of these rows, and its scores.
+        samples: the rows that count, the base's attention of these rows, and its scores.
     """
 
     base: list[AttentionCall] = field(default_factory=list)
     x: list[torch.Tensor] = field(default_factory=list)
     calls: list[AttentionCall] = field(default_factory=list)
     rms: list[torch.Tensor] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    samples: list[ScoreSample] = field(default_factory=list)
 
 
 @dataclass
 class Scores:
-    """The base's scores of some rows, computed when they are asked for; 0 where it does not look."""
+    """The base's scores of some rows [H, r, T], computed when called; 0 where the attention weight is 0."""
 
     call: AttentionCall
     rows: torch.Tensor
@@ -82,35 +80,38 @@ class Scores:
 
 
 def scale_of(call: AttentionCall) -> float:
+    """The factor on q·k of an attention call."""
     scale = call.settings.get("scaling")
     return call.query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def is_validation(place: int, count: int) -> bool:
-    """Whether a sequence is held back: every sixth, of few the last."""
-    return place % VALIDATION_EVERY == VALIDATION_EVERY - 1 or (count < VALIDATION_EVERY and place == count - 1)
+def is_validation(index: int, count: int) -> bool:
+    """Whether the sequence with this index, of `count`, is held back: every sixth is; of fewer the last."""
+    return index % VALIDATION_EVERY == VALIDATION_EVERY - 1 or (count < VALIDATION_EVERY and index == count - 1)
 
 
-def train_and_validation(pieces: list) -> tuple[list, list]:
-    marks = [is_validation(place, len(pieces)) for place in range(len(pieces))]
-    return [p for p, held in zip(pieces, marks, strict=True) if not held], [
-        p for p, held in zip(pieces, marks, strict=True) if held
-    ]
+def train_and_validation(samples: list) -> tuple[list, list]:
+    """The samples that are fitted, and those that are held back."""
+    train, validation = [], []
+    for index, sample in enumerate(samples):
+        (validation if is_validation(index, len(samples)) else train).append(sample)
+    return train, validation
 
 
 def share(lost: float, energy: float) -> float:
+    """`lost` as a share of `energy`, rounded for a record; 0 where there is no energy."""
     return round(lost / energy, 6) if energy else 0.0
 
 
 @dataclass
 class AttentionCall:
-    """What one attention call of one sequence was given and gave.
+    """The arguments and the output of one attention call on one sequence.
 
     Attributes:
         x: [T, D], the attention module's input.
-        query [H, T, d], key [G, T, d]: after norms and RoPE.
+        query, key: [H, T, d] and [G, T, d], after norms and RoPE.
         settings: the other arguments of the call (scaling, softcap, s_aux ...).
-        output: [T, D], what the output projection gave, without its bias; None if the call was cut short.
+        output: [T, D], what the output projection gave, without its bias; None if the call was stopped before it.
     """
 
     x: torch.Tensor

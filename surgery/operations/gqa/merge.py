@@ -1,6 +1,6 @@
-"""What every merge of KV heads is made of: who shares with whom, and weights with their biases as one matrix.
+"""The parts of every merge of KV heads: which heads share, and weights with their biases as one matrix.
 
-Generalised Procrustes: turn the heads of a group towards each other before they are merged.
+Generalised Procrustes turns the heads of a group towards each other before they are merged.
 
 Only turns that leave the model as it is are allowed (Jin et al. 2024, arXiv 2412.20677):
 
@@ -11,7 +11,7 @@ Only turns that leave the model as it is are allowed (Jin et al. 2024, arXiv 241
 - keys without RoPE (or the channels that a partial RoPE leaves alone): any orthogonal matrix, queries likewise.
 - values: any orthogonal matrix, undone in W_O.
 
-All in float64. A turn is a matrix [d, d]; the first head of a group is the reference and keeps the identity.
+All of it is in float64. A turn is a matrix [d, d]; the first head of a group is the reference and keeps the identity.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from surgery.architecture.weights import AttentionLayer
 
 
-def group_members(facts: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
-    """For each new KV head, the old KV heads it replaces, each with the query heads that read it there.
+def group_members(anatomy: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
+    """For each new KV head: the old KV heads that it replaces, each with the query heads that read it there.
 
     Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
     """
-    size = facts.heads // groups
+    size = anatomy.heads // groups
     members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
-    for query in range(facts.heads):
-        members[query // size].setdefault(query // facts.group, []).append(query)
+    for query in range(anatomy.heads):
+        members[query // size].setdefault(query // anatomy.group, []).append(query)
     return members
 
 
@@ -44,18 +44,19 @@ def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
     shared = gcd(*counts)
     weights = [count // shared for count in counts]
     first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
-    apart = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
-    return first + apart / sum(weights)
+    offset = sum(weight * (head - first) for weight, head in zip(weights, heads, strict=True))
+    return first + offset / sum(weights)
 
 
 def first_head(heads: Tensor, counts: list[int]) -> Tensor:
+    """The first [d, n] of heads [m, d, n]; the numbers of readers are not used."""
     return heads[0]
 
 
 def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
     """The same layer with its KV heads in another order; query heads, output columns and sinks move along."""
-    facts = layer.anatomy
-    queries = [query for head in order for query in range(head * facts.group, (head + 1) * facts.group)]
+    anatomy = layer.anatomy
+    queries = [query for head in order for query in range(head * anatomy.group, (head + 1) * anatomy.group)]
     moved = {}
     for name, tensor in layer.tensors().items():
         if name == "o":
@@ -76,30 +77,30 @@ def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
     return float((torch.stack(new).square().mean() / energy).sqrt()) if energy else 1.0
 
 
-def with_bias(layer: AttentionLayer, part: str) -> Tensor:
-    """q, k or v in float64, the bias as one more input column: [heads, d, D] or [heads, d, D + 1]."""
+def with_bias(layer: AttentionLayer, projection: str) -> Tensor:
+    """The weight of "q", "k" or "v" in float64 [heads, d, D]; a bias is one more input column: [heads, d, D + 1]."""
     import torch
 
-    weight, bias = getattr(layer, part).double(), getattr(layer, f"{part}_bias")
+    weight, bias = getattr(layer, projection).double(), getattr(layer, f"{projection}_bias")
     return weight if bias is None else torch.cat([weight, bias.double().unsqueeze(-1)], dim=-1)
 
 
-def stacked(layer: AttentionLayer, part: str, heads: list[Tensor]) -> dict[str, Tensor]:
+def stacked(layer: AttentionLayer, projection: str, heads: list[Tensor]) -> dict[str, Tensor]:
     """The inverse of `with_bias`, rounded once to the stored dtype."""
     import torch
 
-    heads, weight, bias = torch.stack(heads), getattr(layer, part), getattr(layer, f"{part}_bias", None)
+    heads, weight, bias = torch.stack(heads), getattr(layer, projection), getattr(layer, f"{projection}_bias", None)
     if bias is None:
-        return {part: heads.to(weight.dtype)}
-    return {part: heads[..., :-1].to(weight.dtype), f"{part}_bias": heads[..., -1].to(bias.dtype)}
+        return {projection: heads.to(weight.dtype)}
+    return {projection: heads[..., :-1].to(weight.dtype), f"{projection}_bias": heads[..., -1].to(bias.dtype)}
 
 
 def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict[str, Tensor]:
-    """Normal weights with the root mean square of the old ones, zero biases: heads that know nothing."""
+    """Keys and values of random heads: normal weights with the root mean square of the old ones, zero biases."""
     import torch
 
-    parts = {}
-    for number, (name, old) in enumerate(layer.tensors().items()):
+    tensors = {}
+    for index, (name, old) in enumerate(layer.tensors().items()):
         if not name.startswith(("k", "v")):
             continue
         shape = (target.kv_heads, *old.shape[1:])
@@ -108,24 +109,24 @@ def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict
         elif name.endswith("_bias"):
             new = torch.zeros(shape)
         else:
-            generator = torch.Generator().manual_seed((seed * 100_003 + layer.anatomy.index) * 101 + number)
+            generator = torch.Generator().manual_seed((seed * 100_003 + layer.anatomy.index) * 101 + index)
             new = torch.randn(shape, generator=generator, dtype=torch.float64) * old.double().square().mean().sqrt()
-        parts[name] = new.to(old.dtype)
-    return parts
+        tensors[name] = new.to(old.dtype)
+    return tensors
 
 
 def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned: bool) -> AttentionLayer:
     """A layer whose KV heads are merged group by group, from the weights alone.
 
     Args:
-        merge: makes one head of several, given their numbers of readers: `mean_head`, `first_head`.
+        merge: makes one head of several, from their numbers of readers: `mean_head`, `first_head`.
         turned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
     """
-    facts = layer.anatomy
+    anatomy = layer.anatomy
     k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
     if turned:  # queries and outputs change only then; in float64 they are the largest part
         q, o = with_bias(layer, "q"), layer.o.double()
-    for group in group_members(facts, target.kv_heads):
+    for group in group_members(anatomy, target.kv_heads):
         sources, counts = list(group), [len(queries) for queries in group.values()]
         keys, values = k[sources], v[sources]
         if turned:
@@ -133,8 +134,8 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
             values = turns @ values
             for turn, queries in zip(turns, group.values(), strict=True):
                 o[:, queries] = o[:, queries] @ turn.T
-        if turned and not facts.qk_norm:
-            turns = key_turns(keys, facts.rotary, facts.positions)
+        if turned and not anatomy.qk_norm:
+            turns = key_turns(keys, anatomy.rotary, anatomy.positions)
             keys = turns @ keys
             for turn, queries in zip(turns, group.values(), strict=True):
                 q[queries] = turn @ q[queries]
@@ -142,20 +143,20 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
         new["v"].append(merge(values, counts))
         if layer.k_norm is not None:
             new["k_norm"].append(merge(layer.k_norm[sources].double(), counts))
-    parts = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
+    tensors = stacked(layer, "k", new["k"]) | stacked(layer, "v", new["v"])
     if layer.k_norm is not None:
-        scale = mean_square_ratio(new["k"], k) if facts.qk_norm == "whole" else 1.0
-        parts |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
+        scale = mean_square_ratio(new["k"], k) if anatomy.qk_norm == "whole" else 1.0
+        tensors |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
     if turned:
-        parts |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
-    return layer.replace(anatomy=target, **parts)
+        tensors |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
+    return layer.replace(anatomy=target, **tensors)
 
 
 ROUNDS, TOLERANCE = 100, 1e-8
 
 
 def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:
-    """Channels that hold the real and the imaginary parts of RoPE's complex numbers."""
+    """The channels that hold the real and the imaginary parts of RoPE's complex numbers."""
     if positions == "interleaved":
         return list(range(0, rotary, 2)), list(range(1, rotary, 2))
     return list(range(rotary // 2)), list(range(rotary // 2, rotary))
@@ -185,15 +186,15 @@ def orthogonal_turns(heads: Tensor) -> Tensor:
 
     count, size, _ = heads.shape
     turns = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
-    target, last = heads[0], -1.0
+    target, last_energy = heads[0], -1.0
     for _ in range(ROUNDS):
         u, _, vh = torch.linalg.svd(target @ heads.mT)
         turns = u @ vh
         target = (turns @ heads).mean(dim=0)
-        now = float(target.square().sum())
-        if now - last <= TOLERANCE * now:
+        energy = float(target.square().sum())
+        if energy - last_energy <= TOLERANCE * energy:
             break
-        last = now
+        last_energy = energy
     turns = turns[0].mT @ turns
     turns[0] = torch.eye(size, dtype=torch.float64)  # exactly, not to round-off: its weights keep their bits
     return turns
@@ -204,15 +205,15 @@ def _phases(heads: Tensor) -> Tensor:
     import torch
 
     phases = torch.ones(heads.shape[:2], dtype=torch.complex128)
-    target, last = heads[0], -1.0
+    target, last_energy = heads[0], -1.0
     for _ in range(ROUNDS):
         inner = (target * heads.conj()).sum(-1)
         phases = torch.where(inner.abs() > 0, torch.sgn(inner), torch.ones_like(inner))
         target = (phases.unsqueeze(-1) * heads).mean(dim=0)
-        now = float(target.abs().square().sum())
-        if now - last <= TOLERANCE * now:
+        energy = float(target.abs().square().sum())
+        if energy - last_energy <= TOLERANCE * energy:
             break
-        last = now
+        last_energy = energy
     phases = phases * phases[0].conj()
     phases[0] = 1.0
     return phases

@@ -1,20 +1,16 @@
-"""KV heads shared in closed form, layer after layer, on a calibration text: `closed_form` and `score_fit` put to work.
+"""A calibration text sent through a model twice, layer by layer: through the base, and through the converted model.
 
-In a layer, with the base's attention as the goal: shared keys (complex PCA), queries and keys refitted in turn to the
-base's scores, shared values (low rank), values and output projection refitted to what the base's attention wrote. Then
-the converted model's own states go through the layer, and the MLP's output projection is refitted to bring them back
-to the base's. Every sixth sequence is held back: it chooses ridges and stops the solvers; the last fits of both output
-projections then count it, too.
+In each layer the base's attention is the goal. `layer.py` shares keys (complex PCA), refits queries and keys in turn
+to the base's scores, shares values (low rank), and refits values and the output projection to what the base's
+attention wrote. Then the converted model's own states go through the layer, and `fit_mlp.py` refits the MLP's output
+projection, which brings them back to the base's. Every sixth sequence is held back: it chooses ridges and stops the
+solvers; the last fits of both output projections include it.
 
-Memory beyond the model: `closed_form_cost.Calibration`.
+Later layers of the converted model get what the earlier ones really give, and are fitted to what the base did on its
+own activations: errors are corrected, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
 
-A calibration text put through a model twice, layer by layer: as the base is, and as the model will be.
-
-Later layers of the converted model meet what the earlier ones really give, and are fitted to what the base did on the
-base's own activations: errors are mended, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
-
-The new layer is never built: its heads' outputs are given to the old module in place of its own, so that no shape in
-the model changes while it is measured. Memory: `closed_form_cost.Calibration`.
+The new layer is never built: the old module gets its heads' outputs in place of its own, so that no shape in the model
+changes while it is measured. Memory beyond the model: `cost.Calibration.memory`.
 """
 
 from __future__ import annotations
@@ -34,41 +30,48 @@ from surgery.calibration.moments import with_ones
 from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
 from surgery.operations.gqa.cost import layers_at_a_time
 from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
-from surgery.operations.gqa.fit_scores import Piece
+from surgery.operations.gqa.fit_scores import ScoreSample
 from surgery.operations.gqa.layer import SharedLayer
 from surgery.operations.gqa.layer_inputs import AttentionCall, FitSettings, LayerInputs, Scores
 from surgery.runtime.surgery_attention import surgery_attention
 
-MLP = "mlp"  # the MLP's output weight among the tensors of a layer that are kept
+MLP = "mlp"  # name of the MLP's output weight among the saved tensors of a layer
 
 
-def layer_of(model, facts) -> AttentionLayer:
-    """A copy of a layer's weights."""
-    module = model.get_submodule(facts.path)
-    tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-    refuse_non_finite(tensors, facts.path)
-    return unpack(facts, tensors).copy()
+def layer_of(model, anatomy) -> AttentionLayer:
+    """A copy of a layer's weights.
+
+    Args:
+        anatomy: of the layer.
+
+    Raises:
+        SurgeryError: a weight is not finite.
+    """
+    module = model.get_submodule(anatomy.path)
+    tensors = {name: module.get_parameter(name).detach() for name in anatomy.tensor_names}
+    refuse_non_finite(tensors, anatomy.path)
+    return unpack(anatomy, tensors).copy()
 
 
 @dataclass
-class Attended:
-    """A layer whose attention is converted, or is to be.
+class LayerProgress:
+    """A layer on its way through the conversion.
 
     Attributes:
-        number: of the layer.
-        behind: the base's hidden states behind it, one [1, T, D] a sequence.
-        work: its conversion; None where it stays as it is.
-        found: the layer with its new attention, and a record.
-        known: whether an earlier run had finished it.
-        mlp: what that run found for its MLP's output projection.
+        index: of the layer.
+        base_states: the base's hidden states after it, one [1, T, D] a sequence.
+        conversion: None where the layer stays unchanged.
+        result: the layer with its new attention, and a record; None until it is converted.
+        finished: whether an earlier run had finished the layer.
+        mlp_weight: the weight of its MLP's output projection [D, n], from that run.
     """
 
-    number: int
-    behind: list[torch.Tensor]
-    work: SharedLayer | None = None
-    found: tuple[AttentionLayer, dict] | None = None
-    known: bool = False
-    mlp: torch.Tensor | None = None
+    index: int
+    base_states: list[torch.Tensor]
+    conversion: SharedLayer | None = None
+    result: tuple[AttentionLayer, dict] | None = None
+    finished: bool = False
+    mlp_weight: torch.Tensor | None = None
 
 
 class Sharing:
@@ -76,189 +79,198 @@ class Sharing:
 
     Args:
         model: in memory; it is left as it was.
-        targets: KV heads of each layer after.
+        targets: the anatomy of each layer after.
         sequences: tokens, long [samples, T], of one length, without padding.
-        known: of a layer's number what an earlier run found (`AttentionLayer` parts and record), or None.
-        found: called with what this run finds.
-        fitted: as `known`, of its attention alone: the MLP is still to be fitted.
+        load_layer: gives, for a layer's index, what an earlier run saved (tensors by name, and a record), or None.
+        save_layer: called with the index, the tensors and the record of each layer that this run converts.
+        load_attention: as `load_layer`, of attention alone: the MLP is still to be fitted.
+
+    Attributes:
+        mlps: refitted weights of MLPs, by parameter name.
     """
 
-    def __init__(self, model, targets, sequences, settings: FitSettings, known=None, found=None, fitted=None):
+    def __init__(
+        self, model, targets, sequences, settings: FitSettings, load_layer=None, save_layer=None, load_attention=None
+    ):
         self.model, self.targets, self.sequences, self.settings = model, targets, sequences, settings
-        self.known: Callable = known or (lambda number: None)
-        self.fitted: Callable = fitted or (lambda number: None)
-        self.found: Callable = found or (lambda number, tensors, record: None)
+        self.load_layer: Callable = load_layer or (lambda index: None)
+        self.load_attention: Callable = load_attention or (lambda index: None)
+        self.save_layer: Callable = save_layer or (lambda index, tensors, record: None)
         self.streams = TwoStreams(model, sequences)
-        self.looks, self.ends = (
-            OrderedSection(),
-            OrderedSection(),
-        )  # the base's text goes through the layers in order, and the converted
-        self.alone: AbstractContextManager = nullcontext()  # held while a layer is prepared and looked at
+        # Each stream goes through the layers in order, even where layers are fitted in parallel.
+        self.base_order, self.converted_order = OrderedSection(), OrderedSection()
+        self.exclusive: AbstractContextManager = nullcontext()  # entered while the base runs through a layer
         self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
-        """Packed tensors and a record of each layer; what the MLPs become is in `mlps`, by parameter name."""
-        with hook_attention(self.model, self.streams.attention) as watch, torch.no_grad():
-            self._begin(watch)
-            found = self._each_layer(self._layer, "layers converted", progress)
-        return [tensors for tensors, _ in found], [record for _, record in found]
+        """Packed tensors, and a record, of each layer in order; `mlps` then holds the new weights of MLPs."""
+        with hook_attention(self.model, self.streams.attention) as hook, torch.no_grad():
+            self._begin(hook)
+            results = self._map_layers(self._layer, "layers converted", progress)
+        return [tensors for tensors, _ in results], [record for _, record in results]
 
-    def _begin(self, watch: AttentionHook) -> None:
-        self.watch = watch
-        self.streams.begin(watch)
-        pairs = zip(watch.anatomy.layers, self.targets, strict=True)
+    def _begin(self, hook: AttentionHook) -> None:
+        self.hook = hook
+        self.streams.begin(hook)
+        pairs = zip(hook.anatomy.layers, self.targets, strict=True)
         changed = [old.kv_heads != new.kv_heads for old, new in pairs]
-        self.last = max((number for number, change in enumerate(changed) if change), default=-1)
+        self.last = max((index for index, changes in enumerate(changed) if changes), default=-1)
 
-    def _each_layer(self, work: Callable, label: str, progress) -> list:
-        """What `work` gives of each layer, by what it is and is to be.
+    def _map_layers(self, work: Callable, label: str, progress) -> list:
+        """What `work` gives for the anatomy of each layer before and after, in order.
 
-        Layers that are fitted to the base's inputs know them ahead: a CPU works on some side by side.
+        Layers that are fitted to the base's inputs wait for no converted layer: a CPU works on some in parallel.
         """
-        found, device = [], self.model.device
-        at_once = 1 if self.settings.sequential else layers_at_a_time(self.watch.anatomy)
-        for each in parallel_map(work, self.watch.anatomy.layers, self.targets, device=device, at_once=at_once):
-            found.append(each)
+        results, device = [], self.model.device
+        at_once = 1 if self.settings.sequential else layers_at_a_time(self.hook.anatomy)
+        for result in parallel_map(work, self.hook.anatomy.layers, self.targets, device=device, at_once=at_once):
+            results.append(result)
             if progress:
-                progress(len(found), len(self.targets), label)
-        return found
+                progress(len(results), len(self.targets), label)
+        return results
 
-    def _layer(self, facts, target) -> tuple[dict[str, torch.Tensor], dict]:
-        layer = self._attended(facts, target)
-        with self.ends.of(layer.number):
-            return self._finish(layer)
+    def _layer(self, anatomy, target) -> tuple[dict[str, torch.Tensor], dict]:
+        progress = self._convert_attention(anatomy, target)
+        with self.converted_order.of(progress.index):
+            return self._finish(progress)
 
-    def _attended(self, facts, target) -> Attended:
-        with self.looks.of(facts.index), self.alone:
-            layer = self._look_at(facts, target)
-        if layer.found is None:
-            layer.found = layer.work.convert()
-        return layer
+    def _convert_attention(self, anatomy, target) -> LayerProgress:
+        with self.base_order.of(anatomy.index), self.exclusive:
+            progress = self._run_base(anatomy, target)
+        if progress.result is None:
+            progress.result = progress.conversion.convert()
+        return progress
 
-    def _look_at(self, facts, target) -> Attended:
-        """Put the base's sequences through a layer: all that its conversion needs, or what was found of it before."""
-        layer, number = layer_of(self.model, facts), facts.index
-        if target.kv_heads == facts.kv_heads:
-            with self.streams.layer(number):
-                for place in range(len(self.sequences)) if number < self.last else ():
-                    self.streams.base_step(number, place)
-            return Attended(number, list(self.streams.base), found=(layer, {}))
-        known = self.known(number)
-        mlp = known[0].pop(MLP, None) if known else None
-        fitted = known or self.fitted(number)
-        with self.streams.layer(number):
-            seen = self._look(number, layer, enough=fitted is not None)
-        work = SharedLayer(self.settings, layer, target, seen, self.watch)
-        found = None
-        if fitted is not None:
-            work.key_heads = fitted[1].get("key_heads", [])
-            found = layer.replace(anatomy=target, **fitted[0]), fitted[1]
-        return Attended(number, list(self.streams.base), work, found, known is not None, mlp)
+    def _run_base(self, anatomy, target) -> LayerProgress:
+        """Put the base's sequences through a layer; gather what its conversion needs, or load what was saved."""
+        layer, layer_index = layer_of(self.model, anatomy), anatomy.index
+        if target.kv_heads == anatomy.kv_heads:
+            with self.streams.layer(layer_index):
+                for index in range(len(self.sequences)) if layer_index < self.last else ():
+                    self.streams.base_step(layer_index, index)
+            return LayerProgress(layer_index, list(self.streams.base), result=(layer, {}))
+        saved = self.load_layer(layer_index)
+        mlp_weight = saved[0].pop(MLP, None) if saved else None
+        attention = saved or self.load_attention(layer_index)
+        with self.streams.layer(layer_index):
+            inputs = self._layer_inputs(layer_index, layer, inputs_only=attention is not None)
+        conversion = SharedLayer(self.settings, layer, target, inputs, self.hook)
+        result = None
+        if attention is not None:
+            conversion.key_heads = attention[1].get("key_heads", [])
+            result = layer.replace(anatomy=target, **attention[0]), attention[1]
+        return LayerProgress(layer_index, list(self.streams.base), conversion, result, saved is not None, mlp_weight)
 
-    def _finish(self, layer: Attended) -> tuple[dict[str, torch.Tensor], dict]:
-        """The converted model's sequences through a layer, its MLP mended: packed tensors and a record."""
-        number, (new, record) = layer.number, layer.found
-        with self.streams.layer(number):
-            if layer.work is None:
-                for place in range(len(self.sequences)) if number < self.last else ():
-                    self._pass(layer, place)
+    def _finish(self, progress: LayerProgress) -> tuple[dict[str, torch.Tensor], dict]:
+        """Put the converted model's sequences through a layer and refit its MLP: packed tensors and a record."""
+        layer_index, (new, record) = progress.index, progress.result
+        with self.streams.layer(layer_index):
+            if progress.conversion is None:
+                for index in range(len(self.sequences)) if layer_index < self.last else ():
+                    self._run_unchanged(progress, index)
                 return pack(new), {}
-            weight, mended = self._follow(layer)
-        if not layer.known:
-            record = record | mended
-            self.found(number, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
+            weight, mlp_record = self._run_converted(progress)
+        if not progress.finished:
+            record = record | mlp_record
+            self.save_layer(layer_index, new.tensors() | ({MLP: weight} if weight is not None else {}), record)
         if weight is not None:
-            self.mlps[self._mlp(number)[0]] = weight
+            self.mlps[self._mlp(layer_index)[0]] = weight
         return pack(new), record
 
     @property
-    def _two(self) -> bool:
-        """Whether anything is fitted to the converted model's activations."""
+    def _needs_converted(self) -> bool:
+        """Whether anything is fitted to the converted model's activations, so that they must be computed."""
         return self.settings.sequential or "mlp" in self.settings.refit
 
-    def _pass(self, layer: Attended, place: int) -> None:
-        """The converted stream through a layer that stays."""
-        if self._two:
-            self.streams.converted_step(layer.number, place, None)
+    def _run_unchanged(self, progress: LayerProgress, index: int) -> None:
+        """Put one sequence of the converted stream through a layer that stays unchanged."""
+        if self._needs_converted:
+            self.streams.converted_step(progress.index, index, None)
         else:
-            self.streams.converted[place] = layer.behind[place]
+            self.streams.converted[index] = progress.base_states[index]
 
-    def _mlp(self, number: int) -> tuple[str, torch.nn.Module] | None:
-        """Name of the weight by which a layer's MLP writes, and the module; None where it is not refitted."""
+    def _mlp(self, layer_index: int) -> tuple[str, torch.nn.Module] | None:
+        """Parameter name and module of the output projection of a layer's MLP; None where it is not refitted."""
         if "mlp" not in self.settings.refit:
             return None
-        run, module = self.streams.run, self.watch.modules[number]
-        block = run.blocks[number]
-        name = projection_of(block, module, run.outputs[number])
-        path = self.watch.anatomy.layers[number].path.rpartition(".")[0]
+        run, module = self.streams.run, self.hook.modules[layer_index]
+        block = run.blocks[layer_index]
+        name = projection_of(block, module, run.outputs[layer_index])
+        path = self.hook.anatomy.layers[layer_index].path.rpartition(".")[0]
         return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
 
-    def _follow(self, layer: Attended) -> tuple[torch.Tensor | None, dict]:
-        """The converted stream through a converted layer; its MLP's output projection is refitted on the way.
+    def _run_converted(self, progress: LayerProgress) -> tuple[torch.Tensor | None, dict]:
+        """Put the converted stream through a converted layer, and refit its MLP's output projection.
 
         Returns:
-            That weight [D, n], or None, and a record.
+            The new weight of that projection [D, n], or None, and a record.
         """
-        number, work, (new, _), streams = layer.number, layer.work, layer.found, self.streams
-        mlp = self._mlp(number)
-        if not self._two:
-            streams.converted = list(layer.behind)
+        layer_index, conversion, (new, _), streams = progress.index, progress.conversion, progress.result, self.streams
+        mlp = self._mlp(layer_index)
+        if not self._needs_converted:
+            streams.converted = list(progress.base_states)
             return None, {}
-        if mlp is None and number >= self.last:
+        if mlp is None and layer_index >= self.last:
             return None, {}
 
-        def step(place: int) -> None:
+        def step(index: int) -> None:
             def heads(call: AttentionCall) -> torch.Tensor:
-                if not self.settings.sequential:  # else it has met it
-                    work.meet(place, self._kept(number, call))
-                return work.heads(new, place)
+                if not self.settings.sequential:  # else the input is set already
+                    conversion.set_input(index, self._drop_unused(layer_index, call))
+                return conversion.head_outputs(new, index)
 
-            streams.converted_step(number, place, heads)
+            streams.converted_step(layer_index, index, heads)
 
-        left = {"mlp": "left as it is"} if "mlp" in self.settings.refit else {}
-        with streams.output(number, new.o.flatten(1)):
+        unchanged = {"mlp": "left as it is"} if "mlp" in self.settings.refit else {}
+        with streams.output(layer_index, new.o.flatten(1)):
             if mlp is None:
-                for place in range(len(self.sequences)):
-                    step(place)
-                return None, left
-            writer = MLPOutput(mlp[1], layer.behind, streams.converted, step)
-            if layer.known:
-                writer.follow(layer.mlp)
-                return layer.mlp, {}
-            return writer.mend(list(self.settings.mlp_ridges)) or (None, left)
+                for index in range(len(self.sequences)):
+                    step(index)
+                return None, unchanged
+            writer = MLPOutput(mlp[1], progress.base_states, streams.converted, step)
+            if progress.finished:
+                writer.run_with(progress.mlp_weight)
+                return progress.mlp_weight, {}
+            return writer.refit(list(self.settings.mlp_ridges)) or (None, unchanged)
 
-    def _kept(self, number: int, call: AttentionCall) -> AttentionCall:
-        """Of what a layer's attention is given in the converted model, what is used again."""
-        if self.watch.anatomy.layers[number].qk_norm is None:
-            call.query = call.key = None  # of the old weights: only what a norm keeps
+    def _drop_unused(self, layer_index: int, call: AttentionCall) -> AttentionCall:
+        """The attention call of the converted model without tensors that are not used again."""
+        if self.hook.anatomy.layers[layer_index].qk_norm is None:
+            call.query = call.key = None  # they are those of the old weights, which only a norm keeps
         return call
 
-    def _look(self, number: int, layer: AttentionLayer, enough: bool) -> LayerInputs:
-        seen, module = LayerInputs(), self.watch.modules[number]
-        for place in range(len(self.sequences)):
-            state = self.streams.base[place][0]
-            seen.rms.append(state.float().square().mean(-1).sqrt())
-            seen.base.append(call := self.streams.base_step(number, place))
-            own = self._kept(number, self.streams.inputs(number, place)) if self.settings.sequential else call
-            seen.x.append(with_ones(own.x, layer.q_bias is not None))
-            seen.calls.append(own)
-            if enough:
+    def _layer_inputs(self, layer_index: int, layer: AttentionLayer, inputs_only: bool) -> LayerInputs:
+        """Put the base's sequences through a layer and record it; `inputs_only`: without samples to fit."""
+        inputs, module = LayerInputs(), self.hook.modules[layer_index]
+        for index in range(len(self.sequences)):
+            state = self.streams.base[index][0]
+            inputs.rms.append(state.float().square().mean(-1).sqrt())
+            inputs.base.append(call := self.streams.base_step(layer_index, index))
+            converted_call = (
+                self._drop_unused(layer_index, self.streams.inputs(layer_index, index))
+                if self.settings.sequential
+                else call
+            )
+            inputs.x.append(with_ones(converted_call.x, layer.q_bias is not None))
+            inputs.calls.append(converted_call)
+            if inputs_only:
                 continue
-            length = len(own.x)
-            first, stride = 1 + place % self.settings.stride, self.settings.stride
-            rows = torch.arange(min(first, length - 1), length, stride, device=own.x.device)
-            weights = self.watch.weights(module, call.query[None], call.key[None], rows, **call.settings)[0]
+            length = len(converted_call.x)
+            first, stride = 1 + index % self.settings.stride, self.settings.stride
+            rows = torch.arange(min(first, length - 1), length, stride, device=converted_call.x.device)
+            weights = self.hook.weights(module, call.query[None], call.key[None], rows, **call.settings)[0]
             scores = Scores(call, rows, weights)
-            seen.pieces.append(Piece(seen.x[-1], rows, weights, scores))
-        return seen
+            inputs.samples.append(ScoreSample(inputs.x[-1], rows, weights, scores))
+        return inputs
 
 
-class _Now(threading.local):
-    """What a thread is at: layers may be worked on side by side.
+class _ThreadState(threading.local):
+    """What a thread works on: layers may be worked on in parallel.
 
     Attributes:
-        heads: gives what stands in place of the module's own heads, by the call.
-        stop: the call is cut short once its queries and keys are known.
+        heads: gives, from the attention call, what replaces the outputs of the module's own heads; None: nothing does.
+        stop: whether the call is stopped once its queries and keys are known.
+        call: the attention call that is recorded.
     """
 
     def __init__(self):
@@ -271,34 +283,38 @@ class TwoStreams:
     """Hidden states of the base and of the converted model before the next layer, one [1, T, D] a sequence.
 
     Args:
-        model: in memory; its attention calls must go to `attention` (`watching.watched`).
+        model: in memory; its attention calls must go to `attention` (`hook_attention`).
         sequences: tokens, long [samples, T].
+
+    Attributes:
+        base, converted: the hidden states of both.
+        run: runs single layers of the model.
     """
 
     def __init__(self, model, sequences: torch.Tensor):
         self.model, self.sequences = model, sequences
-        self._now = _Now()
+        self._thread = _ThreadState()
 
-    def begin(self, watch: AttentionHook) -> None:
-        """Record the first layer's inputs, and what each layer is given beside them."""
-        self.watch = watch
-        self.run = Layerwise(self.model, watch.anatomy, sequences=self.sequences)
+    def begin(self, hook: AttentionHook) -> None:
+        """Record the first layer's inputs, and the other arguments of each layer."""
+        self.hook = hook
+        self.run = Layerwise(self.model, hook.anatomy, sequences=self.sequences)
         self.run.widen()
         self.base, self.converted = self.run.states, list(self.run.states)
 
     def attention(self, module, query, key, value, mask, **settings):
-        """In place of the model's attention function."""
-        self._now.call.query, self._now.call.key, self._now.call.settings = query[0], key[0], settings
-        if self._now.heads is not None:
-            return self._now.heads(self._now.call)[None].to(query), None
-        if self._now.stop:
+        """The attention function that replaces the model's own; it records the call."""
+        self._thread.call.query, self._thread.call.key, self._thread.call.settings = query[0], key[0], settings
+        if self._thread.heads is not None:
+            return self._thread.heads(self._thread.call)[None].to(query), None
+        if self._thread.stop:
             raise StopForward
         return surgery_attention(module, query, key, value, mask, **settings)
 
     @contextmanager
-    def layer(self, number: int) -> Iterator[None]:
-        """The layer's weights in float32 for as long as it is measured: half precision would blur what is fitted."""
-        block = self.run.blocks[number]
+    def layer(self, layer_index: int) -> Iterator[None]:
+        """Hold the layer's weights in float32 while it is measured: the fits need more than half precision."""
+        block = self.run.blocks[layer_index]
         before = [(parameter, parameter.dtype) for parameter in [*block.parameters(), *block.buffers()]]
         try:
             for parameter, dtype in before:
@@ -309,68 +325,71 @@ class TwoStreams:
             for parameter, dtype in before:
                 parameter.data = parameter.data.to(dtype)
 
-    def base_step(self, number: int, place: int) -> AttentionCall:
-        """Put a sequence through the base's layer; what its attention saw and gave."""
-        projection = self.run.outputs[number]
+    def base_step(self, layer_index: int, index: int) -> AttentionCall:
+        """Put a sequence through the base's layer; returns its attention call with the output."""
+        projection = self.run.outputs[layer_index]
 
         def after(_, __, out):
             bias = getattr(projection, "bias", None)
-            self._now.call.output = (out if bias is None else out - bias)[0]
+            self._thread.call.output = (out if bias is None else out - bias)[0]
 
-        hook = projection.register_forward_hook(after)
+        handle = projection.register_forward_hook(after)
         try:
-            with self._watched(number):
-                self.base[place] = self.run.call(number, self.base[place])
+            with self._record_input(layer_index):
+                self.base[index] = self.run.call(layer_index, self.base[index])
         finally:
-            hook.remove()
-        return self._now.call
+            handle.remove()
+        return self._thread.call
 
-    def inputs(self, number: int, place: int) -> AttentionCall:
-        """What the layer's attention is given in the converted model (its keys and queries: of the old weights)."""
-        self._now.stop = True
+    def inputs(self, layer_index: int, index: int) -> AttentionCall:
+        """The layer's attention call in the converted model, without output; queries and keys are the old weights'."""
+        self._thread.stop = True
         try:
-            with self._watched(number):
-                self.run.call(number, self.converted[place])
+            with self._record_input(layer_index):
+                self.run.call(layer_index, self.converted[index])
         except StopForward:
             pass
         finally:
-            self._now.stop = False
-        return self._now.call
+            self._thread.stop = False
+        return self._thread.call
 
-    def converted_step(self, number: int, place: int, heads: Callable[[AttentionCall], torch.Tensor] | None) -> None:
+    def converted_step(
+        self, layer_index: int, index: int, heads: Callable[[AttentionCall], torch.Tensor] | None
+    ) -> None:
         """Put a sequence through the converted layer.
 
         Args:
-            heads: what its heads give, [T, H, d], by what its attention is given; None: the layer is the base's.
+            heads: gives the outputs of its heads [T, H, d] from the attention call; None: the layer is the base's.
         """
-        self._now.heads = heads
+        self._thread.heads = heads
         try:
-            with self._watched(number):
-                self.converted[place] = self.run.call(number, self.converted[place])
+            with self._record_input(layer_index):
+                self.converted[index] = self.run.call(layer_index, self.converted[index])
         finally:
-            self._now.heads = None
+            self._thread.heads = None
 
     @contextmanager
-    def output(self, number: int, weight: torch.Tensor) -> Iterator[None]:
-        """The layer with another output projection [D, H d]."""
-        own = self.run.outputs[number].weight
+    def output(self, layer_index: int, weight: torch.Tensor) -> Iterator[None]:
+        """Give the layer another output projection [D, H d]; then its own again."""
+        own = self.run.outputs[layer_index].weight
         before = own.detach().clone()
         try:
-            own.copy_(weight.T if self.watch.anatomy.layers[number].layout.conv1d else weight)
+            own.copy_(weight.T if self.hook.anatomy.layers[layer_index].layout.conv1d else weight)
             yield
         finally:
             own.copy_(before)
 
     @contextmanager
-    def _watched(self, number: int) -> Iterator[None]:
+    def _record_input(self, layer_index: int) -> Iterator[None]:
+        """Record the input of the layer's attention module in a new call of this thread."""
         check_cancelled()
-        self._now.call = AttentionCall(torch.empty(0))
+        self._thread.call = AttentionCall(torch.empty(0))
 
         def before(_, args, kwargs):
-            self._now.call.x = (args[0] if args else kwargs["hidden_states"])[0]
+            self._thread.call.x = (args[0] if args else kwargs["hidden_states"])[0]
 
-        hook = self.watch.modules[number].register_forward_pre_hook(before, with_kwargs=True)
+        handle = self.hook.modules[layer_index].register_forward_pre_hook(before, with_kwargs=True)
         try:
             yield
         finally:
-            hook.remove()
+            handle.remove()

@@ -100,14 +100,14 @@ class Gated(Operation):
         """Measure, put the gates into the model and give their parameters values; a record."""
         import torch
 
-        from surgery.data.passkeys import calibration_pieces
+        from surgery.data.passkeys import calibration_sequences
         from surgery.operations.moh.router import route
         from surgery.runtime.modeling_surgery import attention_modules, patch
 
         if self._measures or any(layer.shared for layer in planned.values()):
             tokenizer = context.tokenizer_for("calibration text needs the tokenizer", self.op)
             asked = self.text, self.calibration_length, self.calibration_samples
-            sequences = calibration_pieces(model, tokenizer, *asked)
+            sequences = calibration_sequences(model, tokenizer, *asked)
             settings = {"score": self.score, "router": self.router, "seed": self.seed}
             found, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
         else:

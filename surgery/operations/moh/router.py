@@ -1,11 +1,11 @@
 """Routers of gates, fitted without gradient on a calibration text, layer by layer.
 
-What each unit (a query head, or the query heads of a KV head) is worth to a token is measured, and predicted from the
-layer's input by ridge regression, in float64 and closed form, from streamed second moments: no activation is kept.
-The strength of the ridge is the one that predicts best on sequences held back. A layer is measured on what the gated
-layers before it give.
+A unit is a query head, or the query heads of a KV head. What each unit is worth to a token is measured, and predicted
+from the layer's input by ridge regression. The regression is solved in float64 and closed form, from streamed second
+moments: no activation is kept. The strength of the ridge is the one that predicts best on sequences held back. A layer
+is measured on what the gated layers before it give.
 
-    energy   log ||o_u||^2, o_u = W_O^u z_u what the unit adds to the residual stream
+    energy   log ||o_u||^2, where o_u = W_O^u z_u is what the unit adds to the residual stream
     damage   the growth of the layer's error ||sum of o over what is off||^2 when the unit is off, too, as a share of
              ||sum of all o||^2; the others are off with the chance that the gate gives them: e_u + 2 p o_u (o - o_u)
 
@@ -58,17 +58,17 @@ class Moments:
         return self.xy[-1] / self.xx[-1, -1]
 
     def solutions(self, grid) -> list[torch.Tensor]:
-        """For each strength the coefficients [D + 1, outputs] that are least in squared error + strength * |W|^2."""
+        """The coefficients [D + 1, outputs] with the least squared error + strength * |W|^2, for each strength."""
         count, mean = self.xx[-1, -1], self.xx[-1, :-1] / self.xx[-1, -1]
         covariance = self.xx[:-1, :-1] / count - torch.outer(mean, mean)
         cross = self.xy[:-1] / count - torch.outer(mean, self.means)
         values, vectors = torch.linalg.eigh(covariance)
-        unit, turned = values.clamp(min=0).mean(), vectors.T @ cross
-        found = []
+        unit, rotated_cross = values.clamp(min=0).mean(), vectors.T @ cross
+        solutions = []
         for strength in grid:
-            weights = vectors @ (turned / (values.clamp(min=0) + strength * unit + 1e-300)[:, None])
-            found.append(torch.cat([weights, (self.means - mean @ weights)[None]]))
-        return found
+            weights = vectors @ (rotated_cross / (values.clamp(min=0) + strength * unit + 1e-300)[:, None])
+            solutions.append(torch.cat([weights, (self.means - mean @ weights)[None]]))
+        return solutions
 
     def errors(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Squared error of each output, summed over tokens."""
@@ -76,19 +76,22 @@ class Moments:
         return self.yy - 2 * (coefficients * self.xy).sum(0) + fitted
 
 
-def ridge(fit: Moments, held: Moments, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Ridge regression, its strength chosen on `held`, then solved on both.
+def ridge(train: Moments, validation: Moments, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Ridge regression: its strength is chosen on `validation`, then it is solved on both.
 
     Returns:
         Weights [outputs, D], bias [outputs]; and a record: the strength, and the share of the variance between tokens
-        that it explains on `held` (below 0: worse than each output's mean over `fit`).
+        that it explains on `validation` (below 0: worse than each output's mean over `train`).
     """
-    errors = [held.errors(solution).sum().item() for solution in fit.solutions(grid)]
+    errors = [validation.errors(solution).sum().item() for solution in train.solutions(grid)]
     best = min(range(len(grid)), key=errors.__getitem__)
-    constant = torch.zeros_like(fit.xy)
-    constant[-1] = fit.means
-    record = {"ridge": grid[best], "explained": 1 - errors[best] / max(held.errors(constant).sum().item(), 1e-300)}
-    (solution,) = (fit + held).solutions([grid[best]])
+    constant = torch.zeros_like(train.xy)
+    constant[-1] = train.means
+    record = {
+        "ridge": grid[best],
+        "explained": 1 - errors[best] / max(validation.errors(constant).sum().item(), 1e-300),
+    }
+    (solution,) = (train + validation).solutions([grid[best]])
     return solution[:-1].T, solution[-1], record
 
 
@@ -100,27 +103,32 @@ def worth(heads: torch.Tensor, output: torch.Tensor, groups: tuple[int, ...], sc
         output: [D, H, d], the output projection.
         groups: query heads of each unit.
         score: of `SCORES`.
-        chance: of damage, that another unit is off, too.
+        chance: for "damage", the chance that another unit is off, too.
     """
     size = output.shape[-1]
-    wide, each = heads.double(), [group * size for group in groups]
+    wide, widths = heads.double(), [group * size for group in groups]
     gram = output.double().flatten(1)
     gram = gram.T @ gram
-    together = [part.sum(-1) for part in ((wide @ gram) * wide).split(each, dim=-1)]
-    alone, begin = [], 0
-    for width in each:
-        part, own = wide[:, begin : begin + width], slice(begin, begin + width)
-        alone.append(((part @ gram[own, own]) * part).sum(-1))
+    dots = [outputs.sum(-1) for outputs in ((wide @ gram) * wide).split(widths, dim=-1)]
+    energies, begin = [], 0
+    for width in widths:
+        outputs, own = wide[:, begin : begin + width], slice(begin, begin + width)
+        energies.append(((outputs @ gram[own, own]) * outputs).sum(-1))
         begin += width
-    energy, whole = torch.stack(alone, dim=-1), torch.stack(together, dim=-1)
+    energy, dot_with_sum = torch.stack(energies, dim=-1), torch.stack(dots, dim=-1)
     if score == "energy":
         return energy.clamp(min=1e-30).log()
-    return (energy + 2 * chance * (whole - energy)) / whole.sum(-1, keepdim=True).clamp(min=1e-30)
+    return (energy + 2 * chance * (dot_with_sum - energy)) / dot_with_sum.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 @dataclass
 class Planned:
-    """What is known of a layer's gate before it is measured: all of it but which units are shared."""
+    """What is known of a layer's gate before it is measured.
+
+    Attributes:
+        gate: all of it but which units are shared.
+        shared: how many units are shared.
+    """
 
     gate: Gate
     shared: int
@@ -137,113 +145,117 @@ def route(
     seed: int = 0,
     progress=None,
 ) -> tuple[dict[int, tuple[Gate, dict]], list[dict]]:
-    """Gates and their parameters, the model left as it was.
+    """Fit the gates of a model and their parameters; the model is left as it was.
 
     Args:
-        planned: layer -> what is known of its gate.
+        planned: layer -> what is known of its gate; layers that are missing get none.
         sequences: tokens, long [samples, length]; every fourth is held back for the strength of the ridge.
         score: of `SCORES`.
-        router: "fit"; "static": every token as the mean; "random", "zero".
+        router: "fit"; "static" (every token gets the scores of the mean token); "random"; "zero".
+        seed: of the random router.
+        progress: called with done, total and a label.
 
     Returns:
         Layer -> its gate with the shared units, and the parameters that are not 0 (name without `surgery_` ->
         float64); and a record of each of these layers.
     """
-    modes, found, records = [(module, module.training) for module in model.modules()], {}, []
-    draw = torch.Generator().manual_seed(seed)
+    modes, gates, records = [(module, module.training) for module in model.modules()], {}, []
+    generator = torch.Generator().manual_seed(seed)
     try:
         model.eval()
         with torch.no_grad():
             run = Layerwise(model, anatomy, sequences)
-            for facts in anatomy.layers:
-                made = None
-                if facts.index in planned:
-                    moments = _measure(model, facts, run, planned[facts.index].gate, score)
-                    gate, parameters, record = _route_layer(planned[facts.index], moments, router, draw)
-                    made = found[facts.index] = (gate, parameters)
-                    name = facts.query_name if gate.units == facts.heads else facts.kv_name
-                    records.append({"layer": facts.index, "shared": [*map(name, gate.shared)]} | record)
-                if facts.index < max(planned):
-                    _advance(model, facts, run, made)
+            for layer in anatomy.layers:
+                routed = None
+                if layer.index in planned:
+                    moments = _measure(model, layer, run, planned[layer.index].gate, score)
+                    gate, parameters, record = _route_layer(planned[layer.index], moments, router, generator)
+                    routed = gates[layer.index] = (gate, parameters)
+                    name = layer.query_name if gate.units == layer.heads else layer.kv_name
+                    records.append({"layer": layer.index, "shared": [*map(name, gate.shared)]} | record)
+                if layer.index < max(planned):
+                    _advance(model, layer, run, routed)
                 if progress:
-                    progress(facts.index + 1, len(anatomy.layers), "routers")
+                    progress(layer.index + 1, len(anatomy.layers), "routers")
     finally:
         for module, mode in modes:
             module.training = mode
-    return found, records
+    return gates, records
 
 
-def _measure(model, facts, run: Layerwise, gate: Gate, score: str) -> tuple[Moments, Moments]:
-    """Moments of inputs and worths of one layer, on the sequences to fit and on those held back."""
-    module, inputs = model.get_submodule(facts.path), []
-    tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-    output = unpack(facts, tensors).o
+def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Moments, Moments]:
+    """Moments of one layer's inputs and its units' worths, on the sequences to fit and on those held back."""
+    module, inputs = model.get_submodule(layer.path), []
+    tensors = {name: module.get_parameter(name).detach() for name in layer.tensor_names}
+    output = unpack(layer, tensors).o
     chance = max(gate.units - gate.on - 1, 0) / max(gate.units - 1, 1)
 
-    def keep(_, args, kwargs):
+    def record_input(_, args, kwargs):
         inputs.append(args[0] if args else kwargs["hidden_states"])
 
-    moments, hook = [], module.register_forward_pre_hook(keep, with_kwargs=True)
+    moments, hook = [], module.register_forward_pre_hook(record_input, with_kwargs=True)
     try:
-        for number, heads in enumerate(run.heads(facts.index)):
+        for index, heads in enumerate(run.heads(layer.index)):
             x, y = inputs.pop().flatten(0, -2), worth(heads, output, gate.groups, score, chance)
             if not moments:
                 moments = [Moments(x.shape[-1], gate.units, x.device) for _ in range(2)]
-            moments[number % 4 == 3].add(x, y)
+            moments[index % 4 == 3].add(x, y)
     finally:
         hook.remove()
     return moments[0], moments[1]
 
 
-def _route_layer(planned: Planned, moments: tuple[Moments, Moments], router: str, draw) -> tuple[Gate, dict, dict]:
-    """The gate, its parameters and a record of one layer."""
-    fit, held = moments
-    means, gate = (fit + held).means, planned.gate
+def _route_layer(
+    planned: Planned, moments: tuple[Moments, Moments], router: str, generator
+) -> tuple[Gate, dict, dict]:
+    """One layer's gate with its shared units, its parameters, and a record."""
+    train, validation = moments
+    means, gate = (train + validation).means, planned.gate
     shared = sorted(means.argsort(descending=True, stable=True)[: planned.shared].tolist())
     gate = Gate(gate.kind, gate.groups, tuple(shared), gate.active, gate.hard, gate.rescale)
     routed = [unit for unit in range(gate.units) if unit not in shared]
-    weights, bias, record = torch.zeros(len(means), len(fit.xx) - 1).to(means), torch.zeros_like(means), {}
+    weights, bias, record = torch.zeros(len(means), len(train.xx) - 1).to(means), torch.zeros_like(means), {}
     if router == "fit":
-        weights, bias, record = ridge(fit, held)
-        bias = bias - bias[routed].mean()  # the same for all units: it changes no choice, and keeps numbers small
+        weights, bias, record = ridge(train, validation)
+        bias = bias - bias[routed].mean()  # a shift of all units changes no choice; this one keeps numbers small
         weights = weights - weights[routed].mean(0)
     elif router == "static":
         bias = means - means[routed].mean()
     elif router == "random":
-        weights = (torch.randn(weights.shape, generator=draw, dtype=torch.float64) * weights.shape[1] ** -0.5).to(
+        weights = (torch.randn(weights.shape, generator=generator, dtype=torch.float64) * weights.shape[1] ** -0.5).to(
             means
         )
-    sign = -1.0 if gate.kind == "mae" else 1.0  # its router weighs the experts that lack a head
+    sign = -1.0 if gate.kind == "mae" else 1.0  # the router of MAE weighs the experts, each of which lacks a head
     return gate, {"router": sign * weights[routed], "router_bias": sign * bias[routed]}, record
 
 
-def _advance(model, facts, run: Layerwise, made: tuple[Gate, dict] | None) -> None:
-    """Put the text through a layer as its gate will leave it."""
-    if made is None:
-        run.advance(facts.index)
+def _advance(model, layer, run: Layerwise, routed: tuple[Gate, dict] | None) -> None:
+    """Put the text through a layer as its gate will leave it; `routed`: the gate and its parameters, or None."""
+    if routed is None:
+        run.advance(layer.index)
         return
-    (gate, parameters), gates = made, []
+    (gate, parameters), gates = routed, []
     parameters = {"router_temperature": torch.zeros(1)} | parameters
 
     def choose(_, args, kwargs):
         hidden = (args[0] if args else kwargs["hidden_states"]).float()
-        named = {name: tensor.to(hidden) for name, tensor in parameters.items()}
+        tensors = {name: tensor.to(hidden) for name, tensor in parameters.items()}
         if gate.shared:
             zero = hidden.new_zeros(max(2, len(gate.shared)), hidden.shape[-1])
-            named |= {"shared_router": zero[: len(gate.shared)], "balance": zero[:2]}
-        logits = gate.logits(hidden, named)
-        gates.append(gate.of_heads(gate.weights(hidden, logits, gate.chosen(logits), named)))
+            tensors |= {"shared_router": zero[: len(gate.shared)], "balance": zero[:2]}
+        logits = gate.logits(hidden, tensors)
+        gates.append(gate.of_heads(gate.weights(hidden, logits, gate.chosen(logits), tensors)))
 
-    def silence(_, args):
-        each = args[0].unflatten(-1, (-1, facts.head_dim))
-        return ((each * gates.pop().to(each)[..., None]).flatten(-2), *args[1:])
+    def weigh_heads(_, args):
+        heads = args[0].unflatten(-1, (-1, layer.head_dim))
+        return ((heads * gates.pop().to(heads)[..., None]).flatten(-2), *args[1:])
 
     hooks = [
-        model.get_submodule(facts.path).register_forward_pre_hook(choose, with_kwargs=True),
-        run.outputs[facts.index].register_forward_pre_hook(silence),
+        model.get_submodule(layer.path).register_forward_pre_hook(choose, with_kwargs=True),
+        run.outputs[layer.index].register_forward_pre_hook(weigh_heads),
     ]
     try:
-        run.advance(facts.index)
+        run.advance(layer.index)
     finally:
         for hook in hooks:
             hook.remove()

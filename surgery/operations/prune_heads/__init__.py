@@ -1,1 +1,1 @@
-"""Heads taken away: `importance.py` scores them, `select.py` cuts, `refit.py` refits the output projections."""
+"""Removal of heads: `importance.py` scores them, `select.py` cuts, `refit.py` refits the output projections."""

@@ -1,18 +1,18 @@
-"""What a query head is worth to a model: a score for each, higher = keep. For `prune_heads`.
+"""The importance of query heads to a model: a score for each, higher = keep. For `prune_heads`.
 
     magnitude  ||W_O^h W_V^g||_F, from the weights alone
     gradient   mean over sequences of |d loss / d mask_h|, each layer's scores divided by their l2 norm
                (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv 1905.10650)
-    ablation   KL to the whole model, in nats per token, when the head alone is silenced
+    ablation   KL from the unchanged model, in nats per token, when the head alone is silenced
     random     a control
 
-A mask multiplies what the head gives to the output projection. Ablation costs a forward for every head and sequence;
-layers below the head's are not computed again.
+A mask multiplies the head's input of the output projection. Ablation costs a forward pass for every head and sequence;
+layers before the head's are not computed again.
 """
 
 from __future__ import annotations
 
-import random as numbers
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 METHODS = ("magnitude", "gradient", "ablation", "random")
-ROWS = 64  # tokens whose log-probabilities over the vocabulary are kept at once
+ROWS = 64  # tokens whose log-probabilities over the vocabulary are in memory at once
 
 
 def is_method(scores: str) -> bool:
@@ -50,11 +50,16 @@ def is_method(scores: str) -> bool:
 
 
 def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0, progress=None) -> HeadScores:
-    """Scores [layers][query heads] of a model in memory, which is left as it was.
+    """Scores [layers][query heads] of a model in memory, which is not changed.
 
     Args:
+        method: a name in `METHODS`.
         sequences: tokens, long [samples, length], for the methods that measure.
         seed: of `random`.
+        progress: called with done, total and a label.
+
+    Raises:
+        SurgeryError: a score is NaN or inf.
     """
     from surgery.architecture.anatomy import Anatomy
 
@@ -65,26 +70,28 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
         table = magnitude_table(model, anatomy)
     else:
         function = {"gradient": gradient_table, "ablation": ablation_table}[method]
-        with _quiet(model):
+        with _frozen(model):
             table = function(model, anatomy, sequences, progress)
     refuse_not_finite([table], method)
     return HeadScores(method, table)
 
 
 def random_table(anatomy: Anatomy, seed: int) -> list[list[float]]:
-    draw = numbers.Random(seed)
+    """Random numbers [layers][query heads], the same ones for the same seed."""
+    draw = random.Random(seed)
     return [[draw.random() for _ in range(layer.heads)] for layer in anatomy.layers]
 
 
 def magnitude_table(model, anatomy: Anatomy) -> list[list[float]]:
+    """`magnitudes` of every layer, [layers][query heads], from the weights alone."""
     from surgery.architecture.weights import unpack
     from surgery.operations.prune_heads.select import magnitudes
 
     table = []
-    for facts in anatomy.layers:
-        module = model.get_submodule(facts.path)
-        tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-        table.append(magnitudes(unpack(facts, tensors)))
+    for layer in anatomy.layers:
+        module = model.get_submodule(layer.path)
+        tensors = {name: module.get_parameter(name).detach() for name in layer.tensor_names}
+        table.append(magnitudes(unpack(layer, tensors)))
     return table
 
 
@@ -93,15 +100,15 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     import torch
 
     sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in anatomy.layers]
-    for number, sequence in enumerate(sequences):
+    for index, sequence in enumerate(sequences):
         masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
         with torch.enable_grad(), masked(model, anatomy, masks):
             loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
-            found = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
-        for total, gradient in zip(sums, found, strict=True):
+            gradients = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
+        for total, gradient in zip(sums, gradients, strict=True):
             total += gradient.abs().double().cpu()
         if progress:
-            progress(number + 1, len(sequences), "gradients of heads")
+            progress(index + 1, len(sequences), "gradients of heads")
     return [(total / (total.norm() or 1)).tolist() for total in sums]
 
 
@@ -115,7 +122,7 @@ def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
-    """KL to the whole model, mean over the last `ROWS` tokens of each sequence."""
+    """KL from the unchanged model in nats [layers][query heads], mean over the last `ROWS` tokens of each sequence."""
     import torch
 
     from surgery.calibration.layerwise import decoder_layers, each_layer
@@ -131,12 +138,12 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     with torch.no_grad():
         for sequence in sequences:
             ids = sequence[None].to(model.device)
-            for layer, lost in each_layer(blocks, partial(answer, ids)):
+            for layer, measure in each_layer(blocks, partial(answer, ids)):
                 for head in range(len(table[layer])):
                     mask = torch.ones(len(table[layer]), device=model.device)
                     mask[head] = 0
                     with masked(model, anatomy, {layer: mask}):
-                        table[layer][head] += lost() / len(sequences)
+                        table[layer][head] += measure() / len(sequences)
                     done += 1
                     if progress:
                         progress(done, total, "heads silenced")
@@ -145,29 +152,29 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
 
 @contextmanager
 def masked(model, anatomy: Anatomy, masks) -> Iterator[None]:
-    """What each head gives to the output projection is multiplied by its mask.
+    """Multiply each head's input of the output projection by its mask while the context is open.
 
     Args:
-        masks: layer -> [query heads]; layers that it lacks are left alone.
+        masks: layer -> [query heads], or a list of one for each layer; layers without a mask are unchanged.
     """
-    chosen = masks.items() if isinstance(masks, dict) else enumerate(masks)
+    by_layer = masks.items() if isinstance(masks, dict) else enumerate(masks)
     with ExitStack() as stack:
-        for number, mask in chosen:
-            facts = anatomy.layers[number]
+        for index, mask in by_layer:
+            layer = anatomy.layers[index]
 
-            def before(_, args, mask=mask, size=facts.head_dim):
+            def before(_, args, mask=mask, size=layer.head_dim):
                 z = args[0]
                 return ((z.unflatten(-1, (-1, size)) * mask.to(z)[:, None]).flatten(-2), *args[1:])
 
-            output = model.get_submodule(facts.path).get_submodule(facts.layout.o)
+            output = model.get_submodule(layer.path).get_submodule(layer.layout.o)
             hook = output.register_forward_pre_hook(before)
             stack.callback(hook.remove)
         yield
 
 
 @contextmanager
-def _quiet(model) -> Iterator[None]:
-    """The model in eval mode with frozen weights, then as it was."""
+def _frozen(model) -> Iterator[None]:
+    """Put the model in eval mode and freeze its weights; restore both afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

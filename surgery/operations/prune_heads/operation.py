@@ -1,4 +1,4 @@
-"""Take heads out of a model: really smaller projections, and output projections refitted to make up for them.
+"""Removal of heads from a model: smaller projections, and output projections refitted to make up for the lost heads.
 
 Sources: Michel et al. 2019, arXiv 1905.10650 (gradient scores, and that many heads can go); the refit is least squares
 on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are named by the base's numbers throughout.
@@ -17,10 +17,10 @@ from surgery.errors import SurgeryError
 from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
 from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
 from surgery.operations.prune_heads.select import (
+    anatomy_without_heads,
     biased_output,
     change_lines,
     choose_removed,
-    facts_without,
     without_heads,
 )
 
@@ -75,30 +75,30 @@ class PruneHeads(Operation):
         return self.heads is None and self.scores in MEASURED
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        found, layers = [], len(anatomy.layers)
-        given = [name for name in ("per_layer", "ratio", "heads") if getattr(self, name) is not None]
-        if len(given) != 1:
-            which = " and ".join(given) or "none of them"
-            found.append(f"prune_heads: give one of per_layer, ratio and heads (null for the others), not {which}")
+        problems, layers = [], len(anatomy.layers)
+        settings = [name for name in ("per_layer", "ratio", "heads") if getattr(self, name) is not None]
+        if len(settings) != 1:
+            which = " and ".join(settings) or "none of them"
+            problems.append(f"prune_heads: give one of per_layer, ratio and heads (null for the others), not {which}")
         if wrong := [i for i in self.protect_layers if i >= layers]:
-            found.append(f"prune_heads: protect_layers {wrong}: there are layers 0 to {layers - 1}")
+            problems.append(f"prune_heads: protect_layers {wrong}: there are layers 0 to {layers - 1}")
         if any(layer.qk_norm == "whole" for layer in anatomy.layers):
-            found.append(
+            problems.append(
                 f"prune_heads: the QK-norm of {anatomy.model_type} spans all heads: without some, the others change"
             )
-        found += [] if found else self._problems_of_choice(anatomy)
-        if not found and is_method(self.scores) is False and self.heads is None:
+        problems += [] if problems else self._problems_of_choice(anatomy)
+        if not problems and is_method(self.scores) is False and self.heads is None:
             try:
                 load_scores(self.scores, anatomy, per="heads")
             except SurgeryError as error:
-                facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-                found.append("prune_heads: " + "; ".join(fact for fact in facts if fact))
-        if not found and self._removes_something(anatomy):
-            found += self._problems_of_tier(anatomy)
-        return found
+                phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+                problems.append("prune_heads: " + "; ".join(phrase for phrase in phrases if phrase))
+        if not problems and self._removes_something(anatomy):
+            problems += self._problems_of_tier(anatomy)
+        return problems
 
     def _problems_of_choice(self, anatomy: Anatomy) -> list[str]:
-        """Heads that do not exist, layers that would have none, KV groups that would go in part."""
+        """Heads that do not exist, layers that would have none, KV groups of which some heads would stay."""
         if self.heads is not None:
             return [f"prune_heads: {fault}" for fault in self._faults_of_heads(anatomy)]
         open_layers = [layer for layer in anatomy.layers if layer.index not in self.protect_layers]
@@ -123,9 +123,9 @@ class PruneHeads(Operation):
             yield f"heads lists {len(self.heads)} layers, the model has {len(anatomy.layers)}"
             return
         for layer, named in zip(anatomy.layers, self.heads, strict=True):
-            there = query_names(layer)
-            if wrong := [head for head in named if head not in there]:
-                yield f"heads: layer {layer.index} has no query heads {wrong}; it has {shown_names(there)}"
+            names = query_names(layer)
+            if wrong := [head for head in named if head not in names]:
+                yield f"heads: layer {layer.index} has no query heads {wrong}; it has {shown_names(names)}"
             elif len({*named}) < len(named):
                 yield f"heads: layer {layer.index} names a head twice: {named}"
             elif len(named) == layer.heads:
@@ -133,12 +133,12 @@ class PruneHeads(Operation):
             elif layer.index in self.protect_layers and named:
                 yield f"heads: layer {layer.index} is protected (protect_layers)"
             elif self.granularity == "kv_group":
-                for number, group in enumerate(groups_of(layer)):
-                    names = [layer.query_name(head) for head in group]
-                    if left := [name for name in names if name not in named] if {*names} & {*named} else []:
+                for kv_head, group in enumerate(groups_of(layer)):
+                    members = [layer.query_name(head) for head in group]
+                    if kept := [name for name in members if name not in named] if {*members} & {*named} else []:
                         yield (
-                            f"heads: layer {layer.index}: KV group {layer.kv_name(number)} cannot go while its query "
-                            f"heads {left} stay: name them too, or granularity: head"
+                            f"heads: layer {layer.index}: KV group {layer.kv_name(kv_head)} cannot go while its query "
+                            f"heads {kept} stay: name them too, or granularity: head"
                         )
 
     def _problems_of_tier(self, anatomy: Anatomy) -> list[str]:
@@ -189,26 +189,26 @@ class PruneHeads(Operation):
         scores = self._scores(model, before, sequences, context.progress)
         removed = self._choose(before, scores)
         after, tier = self._after(before, removed)
-        if context.change.tier == SURGICAL:  # as planned, should the heads that were found happen to be alike
+        if context.change.tier == SURGICAL:  # as planned, even if the layers happen to have the same number of heads
             after, tier = before.with_layers(list(after.layers), stock=False), SURGICAL
         fits = [None] * len(removed)
         if self.refit:
             fits = refit(model, before, removed, sequences, self.ridge, context.progress)
         results = []
-        for facts, target, gone, fit in zip(before.layers, after.layers, removed, fits, strict=True):
-            module = model.get_submodule(facts.path)
-            tensors = {name: module.get_parameter(name).detach() for name in facts.tensor_names}
-            refuse_non_finite(tensors, facts.path)
-            results.append(pack(without_heads(unpack(facts, tensors), target, gone, fit and fit.weight)))
-        for tensors, layer in zip(results, after.layers, strict=True):
+        for layer, target, removed_heads, fit in zip(before.layers, after.layers, removed, fits, strict=True):
+            module = model.get_submodule(layer.path)
+            tensors = {name: module.get_parameter(name).detach() for name in layer.tensor_names}
             refuse_non_finite(tensors, layer.path)
+            results.append(pack(without_heads(unpack(layer, tensors), target, removed_heads, fit and fit.weight)))
+        for tensors, new_layer in zip(results, after.layers, strict=True):
+            refuse_non_finite(tensors, new_layer.path)
         write_layers(model, before, after, results, surgical=tier == SURGICAL)
-        for layer, fit in zip(after.layers, fits, strict=True):
+        for new_layer, fit in zip(after.layers, fits, strict=True):
             if fit and fit.shift is not None:
-                bias = model.get_submodule(f"{layer.path}.{layer.layout.o}").bias
+                bias = model.get_submodule(f"{new_layer.path}.{new_layer.layout.o}").bias
                 bias.data.add_(fit.shift.to(bias))
         context.after = after
-        named = [[layer.query_name(h) for h in gone] for layer, gone in zip(before.layers, removed, strict=True)]
+        named = [[layer.query_name(h) for h in heads] for layer, heads in zip(before.layers, removed, strict=True)]
         record = {"removed": named, "importance": scores.to_dict() if scores else None}
         if not self.refit:
             return record
@@ -221,7 +221,7 @@ class PruneHeads(Operation):
         return self.granularity == "head" and max(sizes) > 1 and (self.per_layer or max(sizes)) >= min(sizes)
 
     def _units(self, anatomy: Anatomy) -> list[list]:
-        """What goes as one, in each layer."""
+        """The units that can be removed, query heads or KV groups, in each layer."""
         one_by_one = self.granularity == "head"
         return [list(range(layer.heads)) if one_by_one else groups_of(layer) for layer in anatomy.layers]
 
@@ -234,14 +234,15 @@ class PruneHeads(Operation):
         return self.heads is not None or self.scores == "random" or not is_method(self.scores)
 
     def _nominal(self, anatomy: Anatomy) -> list[list[int]]:
-        """The heads that go, as far as is known without the model: else so many, taken from all KV heads alike."""
+        """The heads to remove, if they are known without the model; else as many, taken evenly from all KV heads."""
         if self.heads is not None:
             return [[_index(layer, h) for h in named] for layer, named in zip(anatomy.layers, self.heads, strict=True)]
         if not is_method(self.scores):
             return self._choose(anatomy, load_scores(self.scores, anatomy, per="heads"))
         if self.scores == "random":
             return self._choose(anatomy, HeadScores("random", random_table(anatomy, self.seed)))
-        table = [[-float(at) for group in groups_of(one) for at in range(len(group))] for one in anatomy.layers]
+        groups = map(groups_of, anatomy.layers)
+        table = [[-float(rank) for group in layer for rank in range(len(group))] for layer in groups]
         return self._choose(anatomy, HeadScores("none", table))
 
     def _choose(self, anatomy: Anatomy, scores: HeadScores | None) -> list[list[int]]:
@@ -257,15 +258,15 @@ class PruneHeads(Operation):
         )
 
     def _after(self, anatomy: Anatomy, removed: list[list[int]]) -> tuple[Anatomy, str]:
-        """The anatomy that results, and its tier: native where a stock config can say it."""
-        layers = [facts_without(layer, gone) for layer, gone in zip(anatomy.layers, removed, strict=True)]
+        """The resulting anatomy and its tier: native where a stock config can describe it."""
+        layers = [anatomy_without_heads(layer, heads) for layer, heads in zip(anatomy.layers, removed, strict=True)]
         after = anatomy.with_layers(layers, stock=False)
         if self._stock_problem(anatomy, after):
             return after, SURGICAL
         return anatomy.with_layers(layers, stock=True), NATIVE
 
     def _stock_problem(self, anatomy: Anatomy, after: Anatomy) -> str:
-        """Why no stock checkpoint can be so; "" if one can."""
+        """Why no stock checkpoint can have this anatomy; "" if one can."""
         loose = self.granularity == "head" and any(layer.group > 1 for layer in anatomy.layers)
         if not after.alike or (loose and not self._known_choice(anatomy)):
             return "a stock checkpoint has the same number of whole KV groups in every layer"
@@ -274,26 +275,26 @@ class PruneHeads(Operation):
 
     def _sequences(self, model, context: ApplyContext):
         """Calibration tokens [samples, length], None where none are needed."""
-        from surgery.data.passkeys import calibration_pieces
+        from surgery.data.passkeys import calibration_sequences
 
         if not (self.refit or self._judges()):
             return None
         otherwise = "; or scores: magnitude with refit: false"
         tokenizer = context.tokenizer_for("measuring heads and refitting need the tokenizer", self.op, otherwise)
         count = self.calibration_samples if self.refit else self.score_samples
-        return calibration_pieces(model, tokenizer, self.calibration_text, self.calibration_length, count)
+        return calibration_sequences(model, tokenizer, self.calibration_text, self.calibration_length, count)
 
     def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
         if self.heads is not None:
             return None
         if not is_method(self.scores):
             return load_scores(self.scores, anatomy, per="heads")
-        if sequences is not None:  # spread over the text as all of them are
+        if sequences is not None:  # spread evenly over the text, as all of them are
             count = min(self.score_samples, len(sequences))
-            sequences = sequences[[number * len(sequences) // count for number in range(count)]]
+            sequences = sequences[[index * len(sequences) // count for index in range(count)]]
         return importance(model, self.scores, sequences, self.seed, progress)
 
 
 def _index(layer, name: int) -> int:
-    """The place of a query head that the base calls by this number."""
+    """The index of the query head that the base names by this number."""
     return layer.query_numbers.index(name) if layer.query_numbers else name

@@ -1,7 +1,7 @@
-"""Taking query heads away: which go, what is left of a layer, and the output projection that makes up for them.
+"""Removal of query heads: which heads are removed, the anatomy and the tensors of a layer without them.
 
-Pure functions of tensors and numbers; `operations/prune_heads.py` drives them. A KV head goes exactly when the last
-query head that reads it goes, so a KV group is worth the sum of its query heads.
+These are pure functions of tensors and numbers, called by `operation.py`. A KV head is removed exactly when the last
+query head that reads it is removed, so a KV group is worth the sum of its query heads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def biased_output(anatomy: Anatomy) -> bool:
-    """Whether output projections have a bias, which a refit changes along."""
+    """Whether all output projections have a bias, which a refit changes, too."""
     return all("o" in layer.biases for layer in anatomy.layers)
 
 
@@ -33,72 +33,66 @@ def choose_removed(
     ratio: float | None = None,
     protect: tuple[int, ...] | list[int] = (),
 ) -> list[list[int]]:
-    """The query heads that go, of each layer: those with the lowest scores.
+    """The query heads to remove from each layer: those with the lowest scores.
 
     Args:
         scores: [layers][query heads], higher = keep.
         groups: of `groups_of`, for each layer.
-        whole_groups: heads go by KV group, which is worth the sum of its heads; else one by one.
-        per_layer: so many heads (or groups) of every layer that is not protected; or
+        whole_groups: remove KV groups, each worth the sum of its heads; else single heads.
+        per_layer: how many heads (or groups) to remove from every layer that is not protected; or
         ratio: share of the heads (or groups) of all layers, rounded to a whole number, by one ranking of all.
-        protect: layers that keep all.
+        protect: layers that keep all heads.
 
     Every layer keeps one head (or group). Ties go by layer and head, so that a plan is reproducible.
     """
-    units = [per if whole_groups else [[head] for group in per for head in group] for per in groups]
+    units = groups if whole_groups else [[[head] for group in layer for head in group] for layer in groups]
     order = sorted(
-        (sum(scores[layer][head] for head in unit), layer, number)
-        for layer, per in enumerate(units)
+        (sum(scores[layer][head] for head in unit), layer, index)
+        for layer, layer_units in enumerate(units)
         if layer not in protect
-        for number, unit in enumerate(per)
+        for index, unit in enumerate(layer_units)
     )
     wanted = sum(map(len, units)) if ratio is None else round(ratio * sum(map(len, units)))
-    gone: list[list[int]] = [[] for _ in units]
-    for _, layer, number in order:
+    chosen: list[list[int]] = [[] for _ in units]
+    for _, layer, index in order:
         most = len(units[layer]) - 1 if per_layer is None else per_layer
-        if wanted and len(gone[layer]) < most:
-            gone[layer].append(number)
+        if wanted and len(chosen[layer]) < most:
+            chosen[layer].append(index)
             wanted -= 1
-    return [sorted(h for number in numbers for h in units[layer][number]) for layer, numbers in enumerate(gone)]
+    return [sorted(h for index in indices for h in units[layer][index]) for layer, indices in enumerate(chosen)]
 
 
-def facts_without(facts: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
-    """A layer's anatomy when these query heads are gone; what is said of single heads follows."""
-    kept = [[head for head in group if head not in removed] for group in groups_of(facts)]
-    kv_heads = [number for number, group in enumerate(kept) if group]
-    sizes = [len(group) for group in kept if group]
-    queries = [head for group in kept for head in group]
+def anatomy_without_heads(layer: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
+    """A layer's anatomy without these query heads; fields that list single heads change with them."""
+    from surgery.runtime.surgery_config import after_heads_change
+
+    groups = [[head for head in group if head not in removed] for group in groups_of(layer)]
+    kv_heads = [index for index, group in enumerate(groups) if group]
+    sizes = [len(group) for group in groups if group]
+    queries = [head for group in groups for head in group]
     return replace(
-        facts,
+        layer,
         heads=len(queries),
         kv_heads=len(kv_heads),
         query_groups=() if len(set(sizes)) == 1 else tuple(sizes),
-        streaming=tuple(new for new, old in enumerate(kv_heads) if old in facts.streaming),
-        sparse=facts.sparse and _of_heads(facts.sparse, queries),
-        query_numbers=tuple(facts.query_name(head) for head in queries) if removed else facts.query_numbers,
-        kv_numbers=tuple(facts.kv_name(head) for head in kv_heads) if removed else facts.kv_numbers,
+        entry=after_heads_change(layer.entry, queries, kv_heads) if layer.entry else layer.entry,
+        query_numbers=tuple(layer.query_name(head) for head in queries) if removed else layer.query_numbers,
+        kv_numbers=tuple(layer.kv_name(head) for head in kv_heads) if removed else layer.kv_numbers,
     )
-
-
-def _of_heads(sparse: dict, queries: list[int]) -> dict:
-    """Settings of sparse prefill for some of the query heads: those that are lists have a value for each."""
-    return {
-        name: [value[head] for head in queries] if isinstance(value, list) else value for name, value in sparse.items()
-    }
 
 
 def without_heads(
     layer: AttentionLayer, target: LayerAnatomy, removed: list[int], o: Tensor | None = None
 ) -> AttentionLayer:
-    """The layer without these query heads and without the KV heads that nobody reads any more.
+    """The layer without these query heads and without the KV heads that no query head reads any more.
 
     Args:
-        target: of `facts_without`.
+        target: of `anatomy_without_heads`.
         o: [D, kept heads, d], in place of the kept columns of the output projection.
     """
     groups = groups_of(layer.anatomy)
     queries = [head for group in groups for head in group if head not in removed]
-    kv_heads = [number for number, group in enumerate(groups) if set(group) - set(removed)]
+    kv_heads = [index for index, group in enumerate(groups) if set(group) - set(removed)]
     parts = {}
     for name, tensor in layer.tensors().items():
         if name == "o":
@@ -109,22 +103,22 @@ def without_heads(
 
 
 def magnitudes(layer: AttentionLayer) -> list[float]:
-    """||W_O^h W_V^g(h)||_F of every query head: how much it can write for inputs of one size, attention aside.
+    """||W_O^h W_V^g(h)||_F of every query head: how much it can write for inputs of equal size, apart from attention.
 
-    The norm of the product, not the product of norms: it does not change when a head's value channels are turned or
-    scaled and its output columns turned or scaled back. A value bias counts as one more input.
+    This is the norm of the product, not the product of norms: it does not change when a head's value channels are
+    rotated or scaled and its output columns rotated or scaled back. A value bias counts as one more input.
     """
     import torch
 
-    values, found = layer.v.double(), [0.0] * layer.anatomy.heads
+    values, norms = layer.v.double(), [0.0] * layer.anatomy.heads
     if layer.v_bias is not None:
         values = torch.cat([values, layer.v_bias.double().unsqueeze(-1)], dim=-1)
     for kv_head, queries in enumerate(groups_of(layer.anatomy)):
         gram = values[kv_head] @ values[kv_head].T  # ||O V||² = tr(OᵀO V Vᵀ), [d, d] instead of [D, D]
         for head in queries:
             o = layer.o[:, head].double()
-            found[head] = float(((o.T @ o) * gram).sum().clamp(min=0).sqrt())
-    return found
+            norms[head] = float(((o.T @ o) * gram).sum().clamp(min=0).sqrt())
+    return norms
 
 
 def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = None) -> float:
@@ -133,21 +127,27 @@ def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = 
     Args:
         old, new: W, W' [D, N].
         moments: Σ z zᵀ [N, N] of all heads.
-        left: in its place for what is lost: Σ (z − z̄) (z − z̄)ᵀ where a bias makes up for the mean.
+        left: replaces `moments` in the numerator: Σ (z − z̄) (z − z̄)ᵀ where a bias makes up for the mean.
     """
 
     def energy(weight, moments):
         return float(((weight @ moments) * weight).sum())
 
-    whole = energy(old.double(), moments)
+    total = energy(old.double(), moments)
     lost = energy(old.double() - new.double(), moments if left is None else left)
-    return max(lost, 0.0) / whole if whole else 0.0
+    return max(lost, 0.0) / total if total else 0.0
 
 
 def change_lines(anatomy: Anatomy, removed: list[list[int]], how: str, known: bool):
-    """What a pruning changes, for people: `removed` of each layer, `how` they are chosen, `known`: already."""
+    """Yield what a pruning changes, in words.
+
+    Args:
+        removed: the query heads to remove, of each layer.
+        how: how they are chosen.
+        known: whether the choice is known already, without measuring the model.
+    """
     before = sum(layer.heads for layer in anatomy.layers)
-    after = [facts_without(layer, gone) for layer, gone in zip(anatomy.layers, removed, strict=True)]
+    after = [anatomy_without_heads(layer, cut) for layer, cut in zip(anatomy.layers, removed, strict=True)]
     kinds = {
         (old.heads, old.kv_heads, new.heads, new.kv_heads) for old, new in zip(anatomy.layers, after, strict=True)
     }

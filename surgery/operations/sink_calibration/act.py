@@ -1,10 +1,10 @@
 """ACT (Yu et al. 2024, arXiv 2406.15765): which tokens are sinks of a head, and which heads gain from less of them.
 
-ACT finds a head's sinks in its attention map of the whole text: column mean above alpha / N. A cached decode has no
-such map, so the rule is learned here: for each head a probe on a token's own value, by least squares on the rule's
-answers, with the threshold of the best F1. On texts held back of SmolLM2-135M (512 tokens, alpha 5) the probes find
-60% of the sinks that the rule finds, and 64% of what they find are such: near the threshold the two often differ. Of
-the sinks' attention they find 87%, and 96% of the attention on what they find is on such sinks.
+ACT finds a head's sinks in its attention map of the full text: their column mean is above alpha / N. A cached decode
+has no such map, so the rule is learned here: each head gets a probe on a token's own value, fitted by least squares to
+the rule's answers, with the threshold of the best F1. On held-out texts of SmolLM2-135M (512 tokens, alpha 5) the
+probes find 60% of the sinks that the rule finds, and 64% of what they find are such sinks: near the threshold the two
+often differ. They find 87% of the attention on sinks, and 96% of the attention on what they find is on such sinks.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ SHARES = (1.0, 0.5, 0.25, 0.125)  # of the heads whose slope says that less weig
 
 
 def calibrate_sinks(
-    model, targets: dict[int, list[int]], pieces: torch.Tensor, *, beta, alpha, objective, progress=None
+    model, targets: dict[int, list[int]], samples: torch.Tensor, *, beta, alpha, objective, progress=None
 ) -> dict:
     """Set `surgery_sink_probe` and `surgery_log_beta` on one half of the texts; beta is kept if better on the other.
 
     Args:
         model: surgical, with both parameters in the layers of `targets`, at identity.
         targets: layer -> query heads that may change.
-        pieces: long [texts, length].
-        beta: what a chosen head leaves of the weight on its sinks.
+        samples: long [texts, length].
+        beta: the share of the weight on its sinks that a chosen head keeps.
         alpha: a key is a sink where its mean weight is above alpha / N.
-        objective: "ce" or "entropy" (see `first_token.objective`).
+        objective: "ce" or "entropy" (see `zero_tuning.objective`).
         progress: called with done, total and a label.
 
     Returns:
-        A record: how well the probes agree with ACT's rule on the held-back texts, what was tried, what
-        `Trial.settle` says, and the heads that got beta, by layer.
+        A record: how well the probes agree with ACT's rule on the held-out texts, what was tried, the record of
+        `Trial.settle`, and the heads that got beta, by layer.
     """
-    fit, held = pieces[::2], pieces[1::2]
+    train, validation = samples[::2], samples[1::2]
     probes, betas = parameters_of(model, "surgery_sink_probe"), parameters_of(model, "surgery_log_beta")
-    set_probes(model, {layer: probes[layer] for layer in targets}, fit, alpha, progress)
-    record = {"agreement": agreement(model, {i: probes[i] for i in targets}, held, alpha, progress)}
+    set_probes(model, {layer: probes[layer] for layer in targets}, train, alpha, progress)
+    record = {"agreement": agreement(model, {i: probes[i] for i in targets}, validation, alpha, progress)}
     parameters = [betas[layer] for layer in targets]
     with frozen(model, parameters):
-        trial = Trial(model, parameters, fit, held, objective)
+        trial = Trial(model, parameters, train, validation, objective)
         record |= choose_heads(trial, list(targets.values()), beta, progress)
     chosen = {str(layer): (betas[layer] < 0).nonzero()[:, 0].tolist() for layer in targets}
     return record | {"heads": {layer: heads for layer, heads in chosen.items() if heads}}
 
 
-def set_probes(model, probes: dict[int, torch.Tensor], pieces, alpha: float, progress=None) -> None:
+def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, progress=None) -> None:
     """Fit the probes [heads, features] of some layers to ACT's rule on these texts, two forwards each."""
     grams: dict[int, torch.Tensor] = {}
     moments: dict[int, torch.Tensor] = {}
@@ -65,39 +65,39 @@ def set_probes(model, probes: dict[int, torch.Tensor], pieces, alpha: float, pro
         grams[layer] = grams.get(layer, 0) + x.mT @ x
         moments[layer] = moments.get(layer, 0) + y @ x
 
-    _each_call(model, probes, pieces, alpha, learn, progress, "sinks: probes")
+    _each_call(model, probes, samples, alpha, learn, progress, "sinks: probes")
     for layer, gram in grams.items():
-        damp = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        damping = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        found = torch.linalg.solve(gram + damp[:, None, None] * eye, moments[layer].mT).mT
+        weights = torch.linalg.solve(gram + damping[:, None, None] * eye, moments[layer].mT).mT
         with torch.no_grad():
-            probes[layer].copy_(found.flatten(0, 1))
-    seen: dict[int, list] = {layer: [] for layer in probes}
+            probes[layer].copy_(weights.flatten(0, 1))
+    scores_and_marks: dict[int, list] = {layer: [] for layer in probes}
 
-    def look(layer: int, value, total, marked, judged) -> None:
-        seen[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
+    def record_scores(layer: int, value, total, marked, judged) -> None:
+        scores_and_marks[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
 
-    _each_call(model, probes, pieces, alpha, look, progress, "sinks: thresholds")
+    _each_call(model, probes, samples, alpha, record_scores, progress, "sinks: thresholds")
     with torch.no_grad():
-        for layer, parts in seen.items():
-            found, marked = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-            cuts = torch.stack([best_cut(z, y) for z, y in zip(found, marked, strict=True)])
-            none = ~marked.any(dim=1)
+        for layer, recorded in scores_and_marks.items():
+            scores, marked = (torch.cat(each, dim=1) for each in zip(*recorded, strict=True))
+            cuts = torch.stack([best_cut(z, y) for z, y in zip(scores, marked, strict=True)])
+            without_sinks = ~marked.any(dim=1)
             probes[layer][:, -1] -= cuts.to(probes[layer])
-            probes[layer][none] = 0.0
+            probes[layer][without_sinks] = 0.0
 
 
-def best_cut(found: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-    """The threshold on scores [n] above which are those that are marked, bool [n], by the best F1."""
-    order = found.argsort(descending=True)
-    right = marked[order].cumsum(0)
-    f1 = 2 * right / (torch.arange(1, len(found) + 1, device=found.device) + right[-1])
+def best_cut(scores: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+    """The threshold on scores [n] that separates those that are marked, bool [n], with the best F1."""
+    order = scores.argsort(descending=True)
+    hits = marked[order].cumsum(0)
+    f1 = 2 * hits / (torch.arange(1, len(scores) + 1, device=scores.device) + hits[-1])
     best = int(f1.argmax())
-    below = found[order[min(best + 1, len(found) - 1)]]
-    return (found[order[best]] + below) / 2
+    below = scores[order[min(best + 1, len(scores) - 1)]]
+    return (scores[order[best]] + below) / 2
 
 
-def agreement(model, probes: dict[int, torch.Tensor], pieces, alpha: float, progress=None) -> dict:
+def agreement(model, probes: dict[int, torch.Tensor], samples, alpha: float, progress=None) -> dict:
     """Precision and recall of the probes against ACT's rule, over all heads of these layers and judged keys.
 
     Returns:
@@ -105,47 +105,55 @@ def agreement(model, probes: dict[int, torch.Tensor], pieces, alpha: float, prog
     """
     sums = torch.zeros(2, 3, dtype=torch.float64)
 
-    def look(layer: int, value, total, marked, judged) -> None:
-        said, marked, total = probe_scores(value, probes[layer])[0, :, judged] > 0, marked[:, judged], total[:, judged]
-        for number, each in enumerate((said & marked, said, marked)):
-            sums[:, number] += torch.stack([each.sum().double(), total[each].sum().double()]).cpu()
+    def count(layer: int, value, total, marked, judged) -> None:
+        predicted = probe_scores(value, probes[layer])[0, :, judged] > 0
+        marked, total = marked[:, judged], total[:, judged]
+        for column, chosen in enumerate((predicted & marked, predicted, marked)):
+            sums[:, column] += torch.stack([chosen.sum().double(), total[chosen].sum().double()]).cpu()
 
-    _each_call(model, probes, pieces, alpha, look, progress, "sinks: agreement")
+    _each_call(model, probes, samples, alpha, count, progress, "sinks: agreement")
     record = {}
-    for name, (both, found, marked) in zip(("", "mass_"), sums.tolist(), strict=True):
+    for name, (both, predicted, marked) in zip(("", "mass_"), sums.tolist(), strict=True):
         record |= {
-            f"{name}precision": both / found if found else 0.0,
+            f"{name}precision": both / predicted if predicted else 0.0,
             f"{name}recall": both / marked if marked else 0.0,
         }
     return record | {"sinks": int(sums[0, 2]), "found": int(sums[0, 1])}
 
 
-def _each_call(model, layers, pieces, alpha: float, look: Callable, progress, label: str) -> None:
-    """Run texts with all heads full; `look(layer, value, total, marked, judged)` for these layers and each text."""
+def _each_call(model, layers, samples, alpha: float, visit: Callable, progress, label: str) -> None:
+    """Run texts with all heads full; call `visit(layer, value, total, marked, judged)` for each text and layer.
+
+    `value` is [1, KV heads, n, head_dim]; `total` [heads, n], the attention that each key receives; `marked`, bool
+    [heads, n], which keys are sinks by ACT's rule; `judged`, bool [n], which keys the rule judges.
+    """
 
     def attention(module, query, key, value, mask, **kwargs):
         layer = module.layer_idx
         if layer in layers:
-            total, _ = received(seen, module, query, key, **kwargs)
-            look(layer, value, total, *other_sinks(total, seen.windows[layer], alpha))
+            total, _ = received(hook, module, query, key, **kwargs)
+            visit(layer, value, total, *other_sinks(total, hook.windows[layer], alpha))
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with hook_attention(model, attention, split=True) as seen, torch.no_grad():
-        for number, piece in enumerate(pieces):
-            model.base_model(input_ids=piece[None].to(model.device), use_cache=False)
+    with hook_attention(model, attention, split=True) as hook, torch.no_grad():
+        for index, sample in enumerate(samples):
+            model.base_model(input_ids=sample[None].to(model.device), use_cache=False)
             if progress:
-                progress(number + 1, len(pieces), label)
+                progress(index + 1, len(samples), label)
 
 
 def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=None) -> dict:
-    """Give beta to the heads that gain most by their slope, so many as is best on `fit`; kept if better on `held`.
+    """Give beta to the heads that gain most by their slope: to the number that is best on the trial's `fit`.
+
+    The choice is kept if it is better on the trial's `validation`.
 
     Args:
         trial: its parameters are log beta [heads] of some layers, at 0.
         heads: of each layer, those that may change.
+        beta: see `calibrate_sinks`.
 
     Returns:
-        A record: every trial, and what `Trial.settle` says.
+        A record: every setting that was tried, and the record of `Trial.settle`.
     """
     ranked = sorted(
         ((slope[head].item(), layer, head) for layer, slope in enumerate(gradients(trial)) for head in heads[layer]),
@@ -154,17 +162,17 @@ def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=Non
     helped = [(layer, head) for slope, layer, head in ranked if slope > 0]
     best, lowest = None, trial.measure("beta 1", trial.nothing, trial.fit)[0].mean().item()
     tried = [{"heads": 0, "fit": lowest}]
-    for number, share in enumerate(SHARES):
+    for index, share in enumerate(SHARES):
         chosen = helped[: math.ceil(share * len(helped))]
-        setting = [none.clone() for none in trial.nothing]
+        setting = [log_beta.clone() for log_beta in trial.nothing]
         for layer, head in chosen:
             setting[layer][head] = math.log(beta)
-        found = trial.measure(f"beta {beta!r}, {len(chosen)} heads", setting, trial.fit)[0].mean().item()
-        tried.append({"heads": len(chosen), "fit": found})
-        if found < lowest:
-            best, lowest = setting, found
+        loss = trial.measure(f"beta {beta!r}, {len(chosen)} heads", setting, trial.fit)[0].mean().item()
+        tried.append({"heads": len(chosen), "fit": loss})
+        if loss < lowest:
+            best, lowest = setting, loss
         if progress:
-            progress(number + 1, len(SHARES), "sinks: heads")
+            progress(index + 1, len(SHARES), "sinks: heads")
     if best is None:
         trial.set(trial.nothing)
         return {"tried": tried, "kept": False, "objective": trial.kind}

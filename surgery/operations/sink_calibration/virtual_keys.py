@@ -1,4 +1,4 @@
-"""Virtual keys in place of a first token that a head no longer sees: measured where all heads see it, then judged."""
+"""Virtual keys in place of a first token that a head no longer sees, measured where all heads see that token."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 
-def fit_virtual_keys(model, anatomy: Anatomy, targets: dict[int, list[int]], pieces, progress=None) -> dict:
+def fit_virtual_keys(model, anatomy: Anatomy, targets: dict[int, list[int]], samples, progress=None) -> dict:
     """Give heads the mean first token of half of the texts as a virtual key, kept if better on the other half.
 
     Args:
         model: surgical, with `surgery_sink_logit` in the layers of `targets`. With `surgery_key` the logit is added
-            to the key's score (0); without, it is the mean score. With `surgery_value` the key has the mean value.
+            to the key's score, and is 0; without, it is the mean score. With `surgery_value` the key has the mean
+            value.
         anatomy: the model's.
         targets: layer -> query heads.
-        pieces: long [texts, length]; longer than the heads' windows.
+        samples: long [texts, length]; longer than the heads' windows.
 
     Returns:
-        What `Trial.settle` says.
+        The record of `Trial.settle`.
     """
     names = ("surgery_sink_logit", "surgery_key", "surgery_value")
     logits, keys, values = (parameters_of(model, name) for name in names)
     reach = [layer.streaming_window if layer.index in targets else 0 for layer in anatomy.layers]
-    seen = first_tokens(model, pieces[::2], reach, progress)
+    measured = first_tokens(model, samples[::2], reach, progress)
     every = [table[layer] for layer in targets for table in (logits, keys, values) if layer in table]
     settings = []
-    trial = Trial(model, every, pieces[::2], pieces[1::2])
+    trial = Trial(model, every, samples[::2], samples[1::2])
     for layer, heads in targets.items():
         logit = logits[layer].detach().clone()
-        logit[heads, 0] = 0.0 if layer in keys else seen[layer].score[heads].to(logit)
+        logit[heads, 0] = 0.0 if layer in keys else measured[layer].score[heads].to(logit)
         settings.append(logit)
-        settings += [seen[layer].key[:, None]] if layer in keys else []
-        settings += [seen[layer].value[:, None]] if layer in values else []
+        settings += [measured[layer].key[:, None]] if layer in keys else []
+        settings += [measured[layer].value[:, None]] if layer in values else []
     with frozen(model, []):
         return trial.settle(settings)
 

@@ -13,7 +13,8 @@ from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.benchmark import run as speed
 from surgery.evaluation.benchmark.models import even_split, spaced_layers, synthetic_config
 from surgery.evaluation.benchmark.result import Benchmark, Timing, plot
-from surgery.evaluation.benchmark.run import FULL, SPLIT, STOCK, bench, parse_lengths
+from surgery.evaluation.benchmark.run import FULL, SPLIT, STOCK, bench
+from surgery.evaluation.lengths import parse_lengths
 from surgery.machine import device as peak_memory
 from surgery.machine.device import PeakMemory
 

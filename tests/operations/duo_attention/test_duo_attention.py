@@ -49,9 +49,9 @@ def test_through_the_command(surgery, split, model):
     again = surgery("apply", "duo-attention", split, "-o", "again", *SPLIT)
     assert again.code == 2
     assert "sets the visibility already" in again.err
-    seen = surgery("inspect", split, "--json")
-    found = [(layer["streaming"] or {"kv_heads": []})["kv_heads"] for layer in seen.json["layers"]]
-    assert found == report["operations"][0]["record"]["streaming"]
+    inspected = surgery("inspect", split, "--json")
+    streaming = [(layer["streaming"] or {"kv_heads": []})["kv_heads"] for layer in inspected.json["layers"]]
+    assert streaming == report["operations"][0]["record"]["streaming"]
 
 
 def test_later_generations_and_the_model_in_memory(split, tmp_path):

@@ -67,11 +67,11 @@ def test_identity(smollm2, tokens, case):
     rows[1, :37], mask[1, :37] = 2, 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        for given in ({"input_ids": ids}, {"input_ids": rows, "attention_mask": mask, "position_ids": positions}):
-            real = given.get("attention_mask", torch.ones_like(ids)).bool()
-            expected = base(**given).logits[real]
+        for inputs in ({"input_ids": ids}, {"input_ids": rows, "attention_mask": mask, "position_ids": positions}):
+            real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+            expected = base(**inputs).logits[real]
             for cached in (True, False):
-                assert (model(**given, use_cache=cached).logits[real] - expected).abs().max() < 1e-4 * expected.std()
+                assert (model(**inputs, use_cache=cached).logits[real] - expected).abs().max() < 1e-4 * expected.std()
 
 
 def test_unequal_prompts_in_one_batch_are_generated_as_one_by_one(split, smollm2, tokens):
@@ -89,13 +89,13 @@ def test_unequal_prompts_in_one_batch_are_generated_as_one_by_one(split, smollm2
     together = split.generate(ids, attention_mask=mask, **settings)[:, width:]
     close = 0
     for row, prompt in enumerate(prompts):
-        alone = split.generate(prompt[None], output_logits=True, return_dict_in_generate=True, **settings)
-        for step, logits in enumerate(alone.logits):
+        single = split.generate(prompt[None], output_logits=True, return_dict_in_generate=True, **settings)
+        for step, logits in enumerate(single.logits):
             best = logits[0].topk(2).values
             if best[0] - best[1] < CLOSE:
                 close += 1
                 break
-            assert together[row, step] == alone.sequences[0, len(prompt) + step], f"row {row}, step {step}"
+            assert together[row, step] == single.sequences[0, len(prompt) + step], f"row {row}, step {step}"
     assert close <= 2, f"{close} rows had a near tie"
 
 
@@ -108,8 +108,8 @@ def test_bytes_held_at_8k_are_measured_on_the_tensors(smollm2, tokens):
         del stock
         runtime.patch(model, {"layers": half(model, 16, 240)})
         cache = model(input_ids=tokens[:, :8000], use_cache=True, logits_to_keep=1)[runtime.CACHE]
-    held = sum(
+    cached = sum(
         t.untyped_storage().nbytes() for layer in cache.layers for s in layer.stores for t in s.tensors.values()
     )
-    assert held == cache.nbytes
-    assert held <= 0.55 * full
+    assert cached == cache.nbytes
+    assert cached <= 0.55 * full

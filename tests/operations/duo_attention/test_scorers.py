@@ -13,8 +13,8 @@ from families import TINY, double
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
-from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_facts
-from surgery.data.passkeys import Recall, passkeys, plain_pieces
+from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_identity
+from surgery.data.passkeys import Recall, passkeys, plain_windows
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
 from surgery.operations.duo_attention import learned_gates as gates_module
@@ -170,9 +170,9 @@ def test_a_head_that_looks_at_the_token_to_come_scores():
     target = {0: [1, 2, 3], 1: [5, 6, 7], 2: [2, 3, 1], 3: [1, 5, 3]}
     key = 30 * torch.eye(11)[None, None].expand(1, 2, 11, 11)  # two KV heads, key j points along axis j
     query = torch.zeros(1, 4, 11, 11)
-    for head, places in target.items():
-        for row, place in zip([7, 8, 9], places, strict=True):
-            query[0, head, row, place] = 1
+    for head, positions in target.items():
+        for row, position in zip([7, 8, 9], positions, strict=True):
+            query[0, head, row, position] = 1
     hits = copies(attention_weights(query, key, sequence.rows, scale=1.0), sequence)
     assert hits.tolist() == [[True] * 3, [False] * 3, [False] * 3, [True, False, True]]
 
@@ -219,8 +219,8 @@ def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
     heads, far = model.config.num_key_value_heads, REACH["sinks"] + REACH["window"]
     answers = [(each.ids, each.rows) for each in passkeys(WORDS, tokenizer, **PASSKEYS)]
     length = min(2 * LENGTH, model.config.max_position_embeddings)
-    pieces = plain_pieces(WORDS, tokenizer, length, PASSKEYS["samples"], PASSKEYS["seed"])
-    plain = [(ids, torch.arange(far, length, 2)) for ids in pieces]
+    samples = plain_windows(WORDS, tokenizer, length, PASSKEYS["samples"], PASSKEYS["seed"])
+    plain = [(ids, torch.arange(far, length, 2)) for ids in samples]
 
     def run(streaming, sequences):
         patched = copy.deepcopy(model)
@@ -233,11 +233,11 @@ def test_ablation_is_the_kl_of_a_patched_model(family, tokenizer):
 
     want = torch.zeros(2, 2, heads, dtype=torch.float64)  # kind, layer, head
     for kind, sequences in enumerate((answers, plain)):
-        whole = run([[], []], sequences)
+        full = run([[], []], sequences)
         for layer in range(2):
             for head in range(heads):
-                other = run([[head] if here == layer else [] for here in range(2)], sequences)
-                each = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(whole, other, strict=True)]
+                other = run([[head] if index == layer else [] for index in range(2)], sequences)
+                each = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(full, other, strict=True)]
                 want[kind, layer, head] = torch.stack(each).mean()
     assert want.amax((1, 2)).min() > 1e-5
     lost = torch.tensor([*got.origin["lost"].values()], dtype=torch.float64)
@@ -266,12 +266,12 @@ def test_the_gradient_of_a_gate_by_finite_differences(family, tokenizer, monkeyp
     monkeypatch.setattr(type(model.model.norm), "forward", norm)
     count = 2 * model.config.num_key_value_heads
     mixed = MixedAttention(SINKS, WINDOW)
-    with hook_attention(model, mixed) as mixed.watched:
-        whole = answer_states(model, sequence).detach()
+    with hook_attention(model, mixed) as mixed.hook:
+        full = answer_states(model, sequence).detach()
 
         def distance(values):
             mixed.gates = values
-            return (answer_states(model, sequence) - whole).square().mean()
+            return (answer_states(model, sequence) - full).square().mean()
 
         values = torch.linspace(0.2, 0.9, count, dtype=torch.float64, requires_grad=True)
         (got,) = torch.autograd.grad(distance(values), [values])
@@ -294,7 +294,7 @@ def test_closed_gates_are_the_split_and_open_ones_the_base(family, tokenizer):
     mixed = MixedAttention(SINKS, WINDOW)
     with torch.no_grad():
         base, split = (answer_states(each, sequence) for each in (model, patched))
-        with hook_attention(model, mixed) as mixed.watched:
+        with hook_attention(model, mixed) as mixed.hook:
             for value, want in ((1.0, base), (0.0, split)):
                 mixed.gates = torch.full((2 * heads,), value)
                 assert torch.allclose(answer_states(model, sequence), want, atol=1e-5)
@@ -311,11 +311,11 @@ def test_the_schedule_rises_and_falls():
 
 def test_the_loss_falls_and_the_weight_rules(tokenizer):
     model = tiny("llama")
-    found = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=25, weight=1.0)
-    losses = [distance + mean for distance, mean in found.origin["losses"]]
+    scores = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=25, weight=1.0)
+    losses = [distance + mean for distance, mean in scores.origin["losses"]]
     assert losses[0] == pytest.approx(1.0, abs=1e-6), "all gates open: nothing is lost"
     assert losses[-1] < 0.8 * losses[0]
-    assert all(0 <= gate <= 1 for row in found.scores for gate in row)
+    assert all(0 <= gate <= 1 for row in scores.scores for gate in row)
     free = gates(model, tokenizer, **PASSKEYS, text=WORDS, steps=25, weight=100.0)
     assert {gate for row in free.scores for gate in row} == {0.0}
     assert free.origin["undecided"] == 0.0
@@ -326,7 +326,7 @@ def test_the_loss_falls_and_the_weight_rules(tokenizer):
 def test_a_stopped_run_goes_on_to_the_same_gates(tokenizer, tmp_path):
     model, state = tiny("qwen3"), tmp_path / "scores.json.state"
     run = {**PASSKEYS, "text": WORDS, "steps": 7, "rate": 0.1}
-    whole = gates(model, tokenizer, **run)
+    uninterrupted = gates(model, tokenizer, **run)
 
     def stop(done, total, label):
         if done == 3:
@@ -337,9 +337,9 @@ def test_a_stopped_run_goes_on_to_the_same_gates(tokenizer, tmp_path):
     assert len(json.loads(state.read_text())["losses"]) == 3
     assert untouched(model), "also after an interruption"
     steps = []
-    resumed = gates(model, tokenizer, **run, state=state, progress=lambda *facts: steps.append(facts[0]))
+    resumed = gates(model, tokenizer, **run, state=state, progress=lambda *args: steps.append(args[0]))
     assert steps == [4, 5, 6, 7]
-    assert resumed == whole
+    assert resumed == uninterrupted
     with pytest.raises(SurgeryError, match="another seed"):
         gates(model, tokenizer, **run | {"seed": 1}, state=state)
     state.write_text("{")
@@ -377,15 +377,15 @@ def test_a_scored_model_is_as_it_was(method, family, tokenizer):
     assert untouched(model)
     assert [len(row) for row in got.scores] == [model.config.num_key_value_heads] * 2
     assert (got.method, got.origin["sinks"], got.origin["window"]) == (method, SINKS, WINDOW)
-    assert got.origin["model"] == model_facts(Anatomy.of(model))
+    assert got.origin["model"] == model_identity(Anatomy.of(model))
     assert all(math.isfinite(x) for row in got.scores for x in row)
     assert json.loads(json.dumps(got.to_dict())) == got.to_dict()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_alone_decides(method, tokenizer):
-    model, given = tiny("llama"), settings(method) | {"samples": 1}
-    one, same, other = (score(model, tokenizer, method, **given, seed=seed) for seed in (1, 1, 5))
+    model, options = tiny("llama"), settings(method) | {"samples": 1}
+    one, same, other = (score(model, tokenizer, method, **options, seed=seed) for seed in (1, 1, 5))
     assert one == same
     if method != "retrieval":  # a random model copies next to nothing
         assert other.scores != one.scores
@@ -466,7 +466,7 @@ def anatomy():
 
 
 def test_score_files(tmp_path, anatomy):
-    scores = HeadScores("far-mass", [[0.5, 0.25], [1.0, 0.0]], {"text": "t", "model": model_facts(anatomy, "mine")})
+    scores = HeadScores("far-mass", [[0.5, 0.25], [1.0, 0.0]], {"text": "t", "model": model_identity(anatomy, "mine")})
     file = tmp_path / "scores.json"
     scores.save(file)
     assert load_scores(file, anatomy) == scores
@@ -509,10 +509,10 @@ def test_json_that_is_no_score_file_is_told_what_one_is(tmp_path, anatomy, text,
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(SurgeryError, match="JSON, but no table of scores") as raised:
         load_scores(tmp_path / "scores.json", anatomy)
-    said = str(raised.value)
-    assert says in said
-    assert '"scores": [a list of numbers for each layer]' in said
-    assert "surgery score MODEL -o FILE" in said
+    message = str(raised.value)
+    assert says in message
+    assert '"scores": [a list of numbers for each layer]' in message
+    assert "surgery score MODEL -o FILE" in message
 
 
 @pytest.mark.parametrize(
@@ -525,17 +525,17 @@ def test_json_that_is_no_score_file_is_told_what_one_is(tmp_path, anatomy, text,
     ],
 )
 def test_scores_of_another_model_of_the_same_shape_are_refused(tmp_path, anatomy, other):
-    facts = model_facts(anatomy, "org/mine")
-    HeadScores("gates", [[0.5, 0.25], [1.0, 0.0]], {"model": facts}).save(tmp_path / "scores.json")
+    identity = model_identity(anatomy, "org/mine")
+    HeadScores("gates", [[0.5, 0.25], [1.0, 0.0]], {"model": identity}).save(tmp_path / "scores.json")
     model = tiny("llama", **{"num_key_value_heads": 2, "num_attention_heads": 4} | other)
     model.config._name_or_path = "org/other"
     with pytest.raises(SurgeryError) as raised:
         load_scores(tmp_path / "scores.json", Anatomy.of(model))
-    said = str(raised.value)
-    assert "org/mine" in said
-    assert facts["hash"] in said
-    assert "org/other" in said
-    assert model_facts(Anatomy.of(model))["hash"] in said
+    message = str(raised.value)
+    assert "org/mine" in message
+    assert identity["hash"] in message
+    assert "org/other" in message
+    assert model_identity(Anatomy.of(model))["hash"] in message
 
 
 def test_the_hash_is_of_the_config_and_the_same_from_disk_and_memory(tmp_path):
@@ -543,9 +543,11 @@ def test_the_hash_is_of_the_config_and_the_same_from_disk_and_memory(tmp_path):
         model = tiny(family)
         model.save_pretrained(tmp_path / family)
         loaded = type(model).from_pretrained(tmp_path / family)
-        hashes = {model_facts(Anatomy.of(each))["hash"] for each in (model, loaded, model.config, tmp_path / family)}
+        hashes = {
+            model_identity(Anatomy.of(each))["hash"] for each in (model, loaded, model.config, tmp_path / family)
+        }
         assert len(hashes) == 1, family
-        assert hashes == {model_facts(Anatomy.of(tiny(family, seed=5)))["hash"]}, "weights do not matter"
+        assert hashes == {model_identity(Anatomy.of(tiny(family, seed=5)))["hash"]}, "weights do not matter"
 
 
 def test_a_word_is_a_method_a_file_or_a_slip(tmp_path, monkeypatch):

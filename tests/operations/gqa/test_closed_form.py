@@ -26,7 +26,7 @@ from planted import planted
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_pieces
+from surgery.data.passkeys import calibration_sequences
 from surgery.errors import SurgeryError
 from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
@@ -50,13 +50,13 @@ def one_text(numbers) -> None:
 def test_turned_copies_merge_without_loss(name, numbers):
     """4 KV heads of which two are turned copies of the others → 2: the same logits, where the mean is far off."""
     old = planted(name)
-    found, mean = copy.deepcopy(old), copy.deepcopy(old)
-    report = package.apply(recipe(closed(numbers, 2, grouping="similarity")), found, tokenizer=Tokens())
+    closed_form, mean = copy.deepcopy(old), copy.deepcopy(old)
+    report = package.apply(recipe(closed(numbers, 2, grouping="similarity")), closed_form, tokenizer=Tokens())
     package.apply(recipe({"op": "gqa", "kv_heads": 2, "grouping": "similarity"}), mean)
     assert report.data["tier"] == "native"
-    assert kv_heads_of(found) == 2
+    assert kv_heads_of(closed_form) == 2
     want = logits_of(old)
-    assert difference(logits_of(found), want) <= 1e-3
+    assert difference(logits_of(closed_form), want) <= 1e-3
     assert difference(logits_of(mean), want) >= 0.05
 
 
@@ -95,16 +95,16 @@ def test_the_command(surgery, model, text):
 
 def states_of_the_last_layer(model, sequences=SEQUENCES) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states before and after it."""
-    block, seen = model.get_submodule(Anatomy.of(model).layers[-1].path.rpartition(".")[0]), []
+    block, states = model.get_submodule(Anatomy.of(model).layers[-1].path.rpartition(".")[0]), []
 
     def hook(_, args, kwargs, out):
-        seen.extend((args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out))
+        states.extend((args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out))
 
     handle = block.register_forward_hook(hook, with_kwargs=True)
     with torch.no_grad():
         model(input_ids=sequences, use_cache=False)
     handle.remove()
-    return tuple(seen)
+    return tuple(states)
 
 
 @pytest.mark.parametrize(
@@ -154,27 +154,27 @@ def test_an_error_leaves_heads_in_their_order(numbers):
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     for name in ("llama_bias", "qwen3"):
-        targets, made = Anatomy.of(base(name)).with_kv_heads(1).layers, []
+        targets, converted = Anatomy.of(base(name)).with_kv_heads(1).layers, []
 
-        def run(files, progress=None, name=name, targets=targets, made=made):
-            def found(number, *given):
-                made.append(number)
-                files.save(number, *given)
+        def run(files, progress=None, name=name, targets=targets, converted=converted):
+            def save(index, *given):
+                converted.append(index)
+                files.save(index, *given)
 
-            return Sharing(copy.deepcopy(base(name)), targets, SEQUENCES, FitSettings(), files.load, found).layers(
+            return Sharing(copy.deepcopy(base(name)), targets, SEQUENCES, FitSettings(), files.load, save).layers(
                 progress
             )
 
-        whole, records = run(LayerFiles(None, "x", name))
+        complete, records = run(LayerFiles(None, "x", name))
         with pytest.raises(Stopped):
             run(LayerFiles(tmp_path, "x", name), stop)
-        assert made == [0, 1, 0]
-        again, known = run(LayerFiles(tmp_path, "x", name))
-        assert made == [0, 1, 0, 1]
-        assert known == records
-        assert all(same(one, two) for one, two in zip(whole, again, strict=True))
+        assert converted == [0, 1, 0]
+        again, known_records = run(LayerFiles(tmp_path, "x", name))
+        assert converted == [0, 1, 0, 1]
+        assert known_records == records
+        assert all(same(one, two) for one, two in zip(complete, again, strict=True))
         run(LayerFiles(tmp_path, "x", f"{name}, other settings"))
-        assert made == [0, 1, 0, 1, 0, 1]
+        assert converted == [0, 1, 0, 1, 0, 1]
 
 
 def test_a_list_of_kv_heads_through_both_doors(numbers, tmp_path):
@@ -184,8 +184,8 @@ def test_a_list_of_kv_heads_through_both_doors(numbers, tmp_path):
         model = copy.deepcopy(base(name))
         report = package.apply(recipe(closed(numbers, [2, kv_heads_of(model)])), model, tokenizer=Tokens())
         assert report.data["tier"] == "surgical"
-        kept, old = attention_modules(model)[1], attention_modules(base(name))[1]
-        assert same(kept.state_dict(), old.state_dict())
+        kept_layer, old = attention_modules(model)[1], attention_modules(base(name))[1]
+        assert same(kept_layer.state_dict(), old.state_dict())
         assert len(layers_of(report.data)) == 1
         models[tmp_path / name] = model
     check_both_doors(models, tmp_path)
@@ -200,13 +200,13 @@ def test_all_kv_heads_is_the_base_and_needs_no_text():
 def test_settings_change_what_is_fitted(numbers):
     """Without refits queries are only scaled and turned; every refit changes its own projection."""
     one_text(numbers)
-    found = {}
+    fits = {}
     for refit in ([], ["o"], ["q"], ["k"], ["k", "q"]):
         model = copy.deepcopy(base("llama"))
         report = package.apply(recipe(closed(numbers, 1, refit=refit)), model, tokenizer=Tokens())
-        found[tuple(refit)] = attention_modules(model)[0], layers_of(report.data)
-    plain, _ = found[()]
-    for refit, (module, _) in found.items():
+        fits[tuple(refit)] = attention_modules(model)[0], layers_of(report.data)
+    plain, _ = fits[()]
+    for refit, (module, _) in fits.items():
         assert torch.equal(module.v_proj.weight, plain.v_proj.weight)
         assert torch.equal(module.q_proj.weight, plain.q_proj.weight) == ("q" not in refit)
         assert torch.equal(module.k_proj.weight, plain.k_proj.weight) == ("k" not in refit)
@@ -214,16 +214,16 @@ def test_settings_change_what_is_fitted(numbers):
     new = plain.q_proj.weight.double().view(8, 2, 4, -1)
     ratio = torch.complex(new[:, 0], new[:, 1]) / torch.complex(old[:, 0], old[:, 1])
     assert (ratio - ratio.mean(-1, keepdim=True)).abs().max() <= 1e-3 * ratio.abs().max()
-    alone, both = copy.deepcopy(base("llama")), copy.deepcopy(base("llama"))
-    package.apply(recipe(closed(numbers, 1)), alone, tokenizer=Tokens())
-    package.apply(recipe(closed(numbers, 1, sequential=True)), both, tokenizer=Tokens())
-    first, second = zip(*(attention_modules(model) for model in (alone, both)), strict=True)
+    default, sequential = copy.deepcopy(base("llama")), copy.deepcopy(base("llama"))
+    package.apply(recipe(closed(numbers, 1)), default, tokenizer=Tokens())
+    package.apply(recipe(closed(numbers, 1, sequential=True)), sequential, tokenizer=Tokens())
+    first, second = zip(*(attention_modules(model) for model in (default, sequential)), strict=True)
     assert same(first[0].state_dict(), first[1].state_dict()), "the first layer's input is the base's either way"
     assert not torch.equal(second[0].o_proj.weight, second[1].o_proj.weight)
     plain = copy.deepcopy(base("llama"))
     package.apply(recipe(closed(numbers, 1, refit=["q", "k", "v", "o"])), plain, tokenizer=Tokens())
-    changed = {name for name, tensor in weights(alone).items() if not torch.equal(tensor, weights(plain)[name])}
-    assert changed == {f"model.layers.{number}.mlp.down_proj.weight" for number in (0, 1)}, "attention is the same"
+    changed = {name for name, tensor in weights(default).items() if not torch.equal(tensor, weights(plain)[name])}
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}, "attention is the same"
     fixed = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, ridge=0.25)), fixed, tokenizer=Tokens())
     assert {record["ridge"] for record in layers_of(report.data).values()} <= {0.25, None}
@@ -236,11 +236,11 @@ def mlp_output(model):
 
 def states_at_the_mlp(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the last layer, first sequence: what its MLP gives its output projection, what that writes, the state."""
-    seen = []
-    handle = mlp_output(model).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    captured = []
+    handle = mlp_output(model).register_forward_hook(lambda _, args, out: captured.extend((args[0], out)))
     state = states_of_the_last_layer(model, SEQUENCES[:1])[1]
     handle.remove()
-    return seen[0].double(), seen[1].double(), state.double()
+    return captured[0].double(), captured[1].double(), state.double()
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "starcoder2", "granite", "phi"])
@@ -274,12 +274,17 @@ def test_a_layer_whose_mlp_writes_through_a_norm_keeps_its_mlp(numbers):
 
 
 def test_experts_are_no_plain_mlp():
-    for name, found in (("mixtral", None), ("llama", "mlp.down_proj"), ("phi", "mlp.fc2"), ("gpt2", "mlp.c_proj")):
+    for name, name_of_projection in (
+        ("mixtral", None),
+        ("llama", "mlp.down_proj"),
+        ("phi", "mlp.fc2"),
+        ("gpt2", "mlp.c_proj"),
+    ):
         model = base(name)
         layer = Anatomy.of(model).layers[0]
         block = model.get_submodule(layer.path.rpartition(".")[0])
         module = model.get_submodule(layer.path)
-        assert projection_of(block, module, module.get_submodule(layer.layout.o)) == found
+        assert projection_of(block, module, module.get_submodule(layer.layout.o)) == name_of_projection
 
 
 def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
@@ -288,13 +293,13 @@ def test_half_of_a_mixed_text_is_the_models_own(model, tmp_path, monkeypatch):
 
     tokenizer, loaded = AutoTokenizer.from_pretrained(model), package.load(model)
     loaded.train()
-    builtin = calibration_pieces(loaded, tokenizer, "builtin", 32, 3)
-    own = calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path)
+    builtin = calibration_sequences(loaded, tokenizer, "builtin", 32, 3)
+    own = calibration_sequences(loaded, tokenizer, "self", 32, 3, tmp_path)
     assert own.shape == builtin.shape == (3, 32)
     assert loaded.training
-    assert torch.equal(calibration_pieces(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "mixed", 32, 6), torch.cat([builtin, own]))
     monkeypatch.setattr("surgery.data.generated._write", None)  # what is kept is not written again
-    assert torch.equal(calibration_pieces(loaded, tokenizer, "self", 32, 3, tmp_path), own)
+    assert torch.equal(calibration_sequences(loaded, tokenizer, "self", 32, 3, tmp_path), own)
 
 
 def test_refusals(numbers):
@@ -328,24 +333,24 @@ def test_a_number_that_does_not_divide(numbers):
 
 
 def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path, monkeypatch):
-    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
-    given |= {"check": False, "evaluate": False}
-    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    options = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    options |= {"check": False, "evaluate": False}
+    package.apply("gqa", str(model), output=tmp_path / "whole", **options)
     with pytest.raises(Stopped):
-        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **options)
     assert len([*(tmp_path / "out.partial").glob("0-gqa-*.state")]) == 1
     converted, convert = [], SharedLayer.convert
     monkeypatch.setattr(
         SharedLayer, "convert", lambda work: (converted.append(work.layer.anatomy.index), convert(work))[1]
     )
-    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **options)
     assert converted == [1]
     with pytest.raises(Stopped):
-        package.apply("gqa", str(model), output=tmp_path / "new", progress=stop, **given)
+        package.apply("gqa", str(model), output=tmp_path / "new", progress=stop, **options)
     converted.clear()
     with monkeypatch.context() as patch:
         patch.setattr("surgery.operations.gqa.closed_form.REVISION", "of another version")
-        package.apply("gqa", str(model), output=tmp_path / "new", resume=True, **given)
+        package.apply("gqa", str(model), output=tmp_path / "new", resume=True, **options)
     assert converted == [0, 1], "no layer of another version's fit"
     weights_of = "model.safetensors"
     assert (tmp_path / "out" / weights_of).read_bytes() == (tmp_path / "whole" / weights_of).read_bytes()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
-from surgery.data.passkeys import calibration_pieces
+from surgery.data.passkeys import calibration_sequences
 from surgery.operations.gqa.cost import Calibration
 from surgery.operations.gqa.operation import GQA
 
@@ -27,17 +27,17 @@ def written(recipe: dict, folder: Path) -> Path:
 
 def test_two_merges_of_one_recipe_keep_files_of_their_own(tiny_llama, text, tmp_path):
     """Silent heads, then the same merge again: the second must not find what the first one has kept."""
-    given = {"op": "gqa", **SMALL, "calibration_text": str(text)}
+    merge = {"op": "gqa", **SMALL, "calibration_text": str(text)}
     mask = {"op": "head_mask", "values": {0: {0: 0.0, 1: 0.0, 2: 0.0}, 1: {3: 0.0, 4: 0.0}}}
-    steps = recipe(given, mask, {"op": "expand", "kv_heads": 3}, given)
+    steps = recipe(merge, mask, {"op": "expand", "kv_heads": 3}, merge)
     report = package.apply(steps, str(tiny_llama), output=tmp_path / "out", check=False, evaluate=False)
     first, _, _, second = (each["record"] for each in report.data["operations"])
     assert first != second
-    inside = package.load(tiny_llama)
-    package.apply(steps, inside, tokenizer=AutoTokenizer.from_pretrained(tiny_llama))
+    in_memory = package.load(tiny_llama)
+    package.apply(steps, in_memory, tokenizer=AutoTokenizer.from_pretrained(tiny_llama))
     stored, ids = package.load(tmp_path / "out"), torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert difference(stored(ids).logits, inside(ids).logits) < 0.05
+        assert difference(stored(ids).logits, in_memory(ids).logits) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_pieces_that_the_model_wrote_begin_as_those_of_a_file(tiny_llama, text, 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     model = package.load(folder)
     model.generation_config.eos_token_id = list(range(3, 30))  # many documents end at once
-    pieces = calibration_pieces(model, tokenizer, "self", 24, 8)
-    assert pieces.shape == (8, 24)
-    assert (pieces[:, 0] == 1).all()
-    assert (calibration_pieces(model, tokenizer, str(text), 24, 4)[:, 0] == 1).all()
+    samples = calibration_sequences(model, tokenizer, "self", 24, 8)
+    assert samples.shape == (8, 24)
+    assert (samples[:, 0] == 1).all()
+    assert (calibration_sequences(model, tokenizer, str(text), 24, 4)[:, 0] == 1).all()
 
 
 def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
@@ -94,9 +94,9 @@ def test_a_text_that_is_not_there_is_refused_by_the_plan(refused, tiny_llama):
 
 
 def test_a_plan_does_not_name_layers_that_it_cannot_know(surgery, tiny_llama):
-    said = surgery("plan", "gqa", tiny_llama, "keep_layers=0.5").out
-    assert "model.layers.0-1" in said
-    assert "KV heads 3 → 1 or 3: which layers get which is measured" in said
+    printed = surgery("plan", "gqa", tiny_llama, "keep_layers=0.5").out
+    assert "model.layers.0-1" in printed
+    assert "KV heads 3 → 1 or 3: which layers get which is measured" in printed
 
 
 def test_the_card_names_the_text(surgery, tiny_llama, text):
@@ -121,7 +121,7 @@ def test_memory_of_a_plan_holds_weights_and_sums(monkeypatch):
     assert fewer.memory(anatomy, 24) < more.memory(anatomy, 24)
     assert more.flops(anatomy, 24) == pytest.approx(2 * less.flops(anatomy, 24))
     assert less.memory(anatomy, 24) < more.memory(anatomy, 24) < 1.2 * less.memory(anatomy, 24)
-    whole = Calibration(24, 24, 3)
+    with_mlp = Calibration(24, 24, 3)
     solved = 24 * 5 * 2 * (1376**3 / 3 + 4 * 1376**2 * 512)  # five ridges in float64: Cholesky, solution, loss
     moments = 24 * 24 * 24 * 2 * 1376 * (1376 + 512)
-    assert whole.flops(anatomy, 24) - more.flops(anatomy, 24) == pytest.approx(solved + moments)
+    assert with_mlp.flops(anatomy, 24) - more.flops(anatomy, 24) == pytest.approx(solved + moments)

@@ -11,8 +11,8 @@ from score_fits import SMALL, score_loss, score_problem
 
 from surgery.calibration.moments import Products
 from surgery.operations.gqa.conjugate_gradient import solve
-from surgery.operations.gqa.fit_scores import Piece, ScoreObjective
-from surgery.operations.gqa.fit_values import ValuePiece, ValueProblem
+from surgery.operations.gqa.fit_scores import ScoreObjective, ScoreSample
+from surgery.operations.gqa.fit_values import ValueProblem, ValueSample
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values, shared_channels
 
 D, HEADS, SIZE, LENGTH = 24, 4, 8, 40
@@ -42,7 +42,7 @@ def phases(rotary: int) -> torch.Tensor:
     )
 
 
-def turned(z: torch.Tensor, rotary: int, positions: str) -> torch.Tensor:
+def rotated(z: torch.Tensor, rotary: int, positions: str) -> torch.Tensor:
     """RoPE on [.., LENGTH, d], pair by pair."""
     out, angle = z.clone(), phases(rotary)
     for f, (a, b) in enumerate(pairs(rotary, positions)):
@@ -63,7 +63,7 @@ def free_map(rotary: int, positions: str, seed: int) -> torch.Tensor:
 
 def attend(q, k, v, o, x, rotary, positions) -> torch.Tensor:
     """Causal attention of H query heads on KV heads given one for each query head: [LENGTH, D]."""
-    query, key = (turned(x @ w.mT, rotary, positions) for w in (q, k))
+    query, key = (rotated(x @ w.mT, rotary, positions) for w in (q, k))
     scores = query @ key.mT / math.sqrt(SIZE)
     scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -math.inf)
     return torch.einsum("hts,hsd,ohd->to", scores.softmax(-1), x @ v.mT, o)
@@ -95,17 +95,23 @@ def test_planted_heads_are_found(rotary, positions, bias, readers):
     owner = [h // readers for h in range(HEADS * readers)]
     new_q = torch.stack([keys.maps[g].T @ q[j] for j, g in enumerate(owner)])
     new_o = torch.stack([o[:, j] @ values.maps[g] for j, g in enumerate(owner)], dim=1)
-    some = x[:LENGTH]
-    want = attend(q, k[owner], v[owner], o, some, rotary, positions)
+    inputs_of_text = x[:LENGTH]
+    want = attend(q, k[owner], v[owner], o, inputs_of_text, rotary, positions)
     count = len(owner)
     got = attend(
-        new_q, keys.head.expand(count, -1, -1), values.head.expand(count, -1, -1), new_o, some, rotary, positions
+        new_q,
+        keys.head.expand(count, -1, -1),
+        values.head.expand(count, -1, -1),
+        new_o,
+        inputs_of_text,
+        rotary,
+        positions,
     )
     assert (got - want).abs().max() <= 1e-8 * want.abs().max()
     assert keys.lost <= 1e-10 * keys.energy
     assert values.lost <= 1e-10 * values.energy
     mean_k, mean_v = (w.mean(0).expand(count, -1, -1) for w in (k, v))
-    assert (attend(q, mean_k, mean_v, o, some, rotary, positions) - want).norm() >= 0.3 * want.norm()
+    assert (attend(q, mean_k, mean_v, o, inputs_of_text, rotary, positions) - want).norm() >= 0.3 * want.norm()
 
 
 def least(loss, *starts) -> float:
@@ -137,42 +143,42 @@ def test_no_shared_key_is_better_per_frequency():
     q = rand(HEADS, SIZE, D, seed=51) * torch.tensor([0.2, 1.0, 3.0, 1.0]).double()[:, None, None]
     moments = x.T @ x / len(x)
     power = torch.stack([w @ moments @ w.T for w in q])
-    found = merge_keys(k, moments, power, rotary=SIZE, positions="half")
+    merged = merge_keys(k, moments, power, rotary=SIZE, positions="half")
     total = 0.0
     for a, b in pairs(SIZE, "half"):
         z = torch.complex(x @ k[:, a].T, x @ k[:, b].T)  # [N, heads]
         weight = power[:, a, a] + power[:, b, b]
 
         def loss(factor, shared, z=z, weight=weight):
-            told = torch.view_as_complex(factor) * torch.view_as_complex(shared)[:, None]
-            return ((z - told).abs().square() * weight).mean(0).sum()
+            predicted = torch.view_as_complex(factor) * torch.view_as_complex(shared)[:, None]
+            return ((z - predicted).abs().square() * weight).mean(0).sum()
 
-        head = torch.complex(x @ found.head[a], x @ found.head[b])
-        factors = torch.complex(found.maps[:, a, a], found.maps[:, b, a])
+        head = torch.complex(x @ merged.head[a], x @ merged.head[b])
+        factors = torch.complex(merged.maps[:, a, a], merged.maps[:, b, a])
         starts = [(torch.view_as_real(factors), torch.view_as_real(head))]
         starts.append((rand(HEADS, 2, seed=52 + a), rand(len(x), 2, seed=60 + a)))
         ours = loss(*starts[0]).item()
         total += ours
         assert all(least(loss, *start) >= ours * (1 - 1e-6) for start in starts)
-    assert found.lost == pytest.approx(total, rel=1e-9)
+    assert merged.lost == pytest.approx(total, rel=1e-9)
 
 
 def test_no_shared_value_is_better():
     x, v, o = inputs(True), rand(3, SIZE, D + 1, seed=70), rand(D, 3, SIZE, seed=71)
     moments = x.T @ x / len(x)
     grams = torch.stack([o[:, h].T @ o[:, h] for h in range(3)])
-    found = merge_values(v, moments, grams)
+    merged = merge_values(v, moments, grams)
     wanted = torch.stack([x @ v[h].T @ o[:, h].T for h in range(3)])
 
     def loss(head, columns):
         return (wanted - torch.einsum("nd,hod->hno", x @ head.T, columns)).square().sum() / len(x)
 
-    columns = torch.stack([o[:, h] @ found.maps[h] for h in range(3)])
-    ours = loss(found.head, columns).item()
-    assert found.lost == pytest.approx(ours, rel=1e-9)
-    assert least(loss, found.head, columns) >= ours * (1 - 1e-6)
+    columns = torch.stack([o[:, h] @ merged.maps[h] for h in range(3)])
+    ours = loss(merged.head, columns).item()
+    assert merged.lost == pytest.approx(ours, rel=1e-9)
+    assert least(loss, merged.head, columns) >= ours * (1 - 1e-6)
     assert least(loss, rand(SIZE, D + 1, seed=72), rand(3, D, SIZE, seed=73)) >= ours * (1 - 1e-6)
-    energy = (x @ found.head.T).square().sum() * 3
+    energy = (x @ merged.head.T).square().sum() * 3
     assert energy.item() == pytest.approx((x @ v.flatten(0, 1).T).square().sum().item(), rel=1e-9)
 
 
@@ -184,10 +190,10 @@ def test_a_gauge_changes_nothing_and_the_same_moments_give_the_same_bits():
     scores = []
     for keys, queries in ((k, q), (maps @ k, torch.linalg.inv(maps).mT @ q)):
         power = torch.stack([w @ moments @ w.T for w in queries])
-        found, again = (merge_keys(keys, moments, power, rotary=SIZE, positions="half") for _ in range(2))
-        assert torch.equal(found.head, again.head)
-        query = turned(x[:LENGTH] @ (found.maps.mT @ queries).mT, SIZE, "half")
-        scores.append(query @ turned(x[:LENGTH] @ found.head.T, SIZE, "half").mT)
+        merged, again = (merge_keys(keys, moments, power, rotary=SIZE, positions="half") for _ in range(2))
+        assert torch.equal(merged.head, again.head)
+        query = rotated(x[:LENGTH] @ (merged.maps.mT @ queries).mT, SIZE, "half")
+        scores.append(query @ rotated(x[:LENGTH] @ merged.head.T, SIZE, "half").mT)
     assert (scores[0] - scores[1]).abs().max() <= 1e-9 * scores[0].abs().max()
 
 
@@ -195,10 +201,10 @@ def test_heads_that_nobody_reads_or_that_say_nothing():
     moments = rand(3, 3, seed=1) @ rand(3, 3, seed=1).T
     moments = moments.reshape(3, 1, 3, 1)
     for weights in (torch.zeros(3, 1, 1), torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1)):
-        parts = shared_channels(moments, weights.double())
-        assert all(part.isfinite().all() for part in parts)
+        results = shared_channels(moments, weights.double())
+        assert all(result.isfinite().all() for result in results)
     assert all(
-        part.isfinite().all() for part in shared_channels(torch.zeros_like(moments), torch.ones(3, 1, 1).double())
+        result.isfinite().all() for result in shared_channels(torch.zeros_like(moments), torch.ones(3, 1, 1).double())
     )
     _, _, lost, _ = shared_channels(moments, torch.tensor([0.0, 1.0, 0.0]).double().reshape(3, 1, 1))
     assert lost <= 1e-9, "one reader: its head is told exactly"
@@ -216,46 +222,48 @@ def test_the_ridge_is_chosen_on_what_is_held_back():
     def sums(z, r):
         return r.T @ z, z.T @ z
 
-    fit, held, test = rows(40, 102), rows(400, 104), rows(4000, 106)
-    found = fit_output(old, sums(*fit), sums(*held), [1e-9, 1e-4, 1e-2, 1e-1, 1.0, 10.0])
+    train, validation, test = rows(40, 102), rows(400, 104), rows(4000, 106)
+    result = fit_output(old, sums(*train), sums(*validation), [1e-9, 1e-4, 1e-2, 1e-1, 1.0, 10.0])
 
     def loss(weight, data):
         return (data[1] - data[0] @ weight.T).square().sum().item()
 
-    plain = fit_output(old, sums(*fit), sums(*fit), [1e-9])
+    plain = fit_output(old, sums(*train), sums(*train), [1e-9])
     assert plain.ridge == 1e-9
-    assert loss(found.weight, test) < loss(old, test) < loss(plain.weight, test)
-    assert found.after - found.before == pytest.approx(
-        loss_of_ridge(old, fit, found.ridge, held) - loss(old, held), rel=1e-9
+    assert loss(result.weight, test) < loss(old, test) < loss(plain.weight, test)
+    assert result.after - result.before == pytest.approx(
+        loss_of_ridge(old, train, result.ridge, validation) - loss(old, validation), rel=1e-9
     )
-    apart = fit_output(old, sums(*fit), sums(*held), [found.ridge], with_held=False)
-    assert loss(apart.weight, held) - loss(old, held) == pytest.approx(apart.after - apart.before, rel=1e-9)
-    assert loss(found.weight, held) < loss(apart.weight, held), "the rows held back are fitted as well"
-    worse = (held[0], held[0] @ old.T)  # W_0 is right there: nothing can beat it
-    kept = fit_output(old, sums(*fit), sums(*worse), [1e-9, 1.0])
-    assert kept.ridge is None
-    assert torch.equal(kept.weight, old)
+    without = fit_output(old, sums(*train), sums(*validation), [result.ridge], with_validation=False)
+    assert loss(without.weight, validation) - loss(old, validation) == pytest.approx(
+        without.after - without.before, rel=1e-9
+    )
+    assert loss(result.weight, validation) < loss(without.weight, validation), "the rows held back are fitted as well"
+    exact = (validation[0], validation[0] @ old.T)  # W_0 is right there: nothing can beat it
+    unchanged = fit_output(old, sums(*train), sums(*exact), [1e-9, 1.0])
+    assert unchanged.ridge is None
+    assert torch.equal(unchanged.weight, old)
 
 
-def loss_of_ridge(old, fit, ridge, held) -> float:
+def loss_of_ridge(old, train, ridge, validation) -> float:
     """The ridge fit by stacked least squares, judged on rows."""
-    z, r = fit
+    z, r = train
     pull = math.sqrt(ridge * z.square().sum().item() / z.shape[1])
     stacked = torch.cat([z, pull * torch.eye(z.shape[1], dtype=torch.float64)])
     weight = torch.linalg.lstsq(stacked, torch.cat([r, pull * old.T])).solution.T
-    return (held[1] - held[0] @ weight.T).square().sum().item()
+    return (validation[1] - validation[0] @ weight.T).square().sum().item()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("part", ["q", "k"])
-def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
-    pieces, turn, q, k = score_problem(groups, stride, seed=7)
-    fit = ScoreObjective(pieces, 0.5, turn, turn, groups)
-    problem, start = (fit.query_problem(k), q) if part == "q" else (fit.key_problem(q), k)
+@pytest.mark.parametrize("projection", ["q", "k"])
+def test_the_score_fit_is_the_least_squares_solution(groups, stride, projection):
+    samples, rotation, q, k = score_problem(groups, stride, seed=7)
+    objective = ScoreObjective(samples, 0.5, rotation, rotation, groups)
+    problem, start = (objective.query_problem(k), q) if projection == "q" else (objective.key_problem(q), k)
 
     def loss(weight):
-        return score_loss(pieces, weight, k) if part == "q" else score_loss(pieces, q, weight)
+        return score_loss(samples, weight, k) if projection == "q" else score_loss(samples, q, weight)
 
     weight = start.clone().requires_grad_(True)
     gradient = torch.autograd.grad(loss(weight), weight)[0]
@@ -263,63 +271,78 @@ def test_the_score_fit_is_the_least_squares_solution(groups, stride, part):
     assert torch.allclose(problem.product(start) - goal, gradient, rtol=1e-9, atol=1e-9)
     value = (start * (problem.product(start) - 2 * goal)).sum().item() + constant
     assert value == pytest.approx(2 * loss(start).item(), rel=1e-9)
-    found = solve(problem, problem, start, steps=200, damping=1.0)
-    assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
-    assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
-    assert loss(found.weight) < 0.95 * loss(start)
+    solution = solve(problem, problem, start, steps=200, damping=1.0)
+    assert solution.after == pytest.approx(2 * loss(solution.weight).item() / constant, rel=1e-9)
+    assert least(loss, start) >= loss(solution.weight).item() * (1 - 1e-6)
+    assert loss(solution.weight) < 0.95 * loss(start)
 
 
-@pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_two_threads_find_what_one_finds(part):
+@pytest.mark.parametrize("projection", ["q", "k", "v"])
+def test_two_threads_find_what_one_finds(projection):
     """Also the tenth time: no thread writes where another does."""
-    pieces, turn, q, k = score_problem(2, 1, seed=7)
-    fit, output = ScoreObjective(pieces * 4, 0.5, turn, turn, 2), torch.randn(7, 2, SMALL).double()
-    more = [ValuePiece(p.x, p.rows, p.weights, torch.randn(len(p.rows), 7).double(), p.rows + 1.0) for p in pieces * 4]
+    samples, rotation, q, k = score_problem(2, 1, seed=7)
+    objective, output = ScoreObjective(samples * 4, 0.5, rotation, rotation, 2), torch.randn(7, 2, SMALL).double()
+    more = [
+        ValueSample(
+            sample.x, sample.rows, sample.weights, torch.randn(len(sample.rows), 7).double(), sample.rows + 1.0
+        )
+        for sample in samples * 4
+    ]
 
-    def found() -> list[torch.Tensor]:
-        kinds = {"q": lambda: fit.query_problem(k), "k": lambda: fit.key_problem(q)}
-        problem = kinds.get(part, lambda: ValueProblem(more, output, 2))()
-        start = q if part == "q" else k
+    def results() -> list[torch.Tensor]:
+        kinds = {"q": lambda: objective.query_problem(k), "k": lambda: objective.key_problem(q)}
+        problem = kinds.get(projection, lambda: ValueProblem(more, output, 2))()
+        start = q if projection == "q" else k
         goal, constant = problem.target(start)
         return [goal, torch.tensor(constant), problem.product(start), *problem.preconditioner()]
 
-    alone = found()
+    one_thread_results = results()
     torch.set_num_threads(2)
     try:
         for _ in range(10):
-            assert all(torch.allclose(*both, rtol=1e-12, atol=0) for both in zip(alone, found(), strict=True))
+            assert all(
+                torch.allclose(*both, rtol=1e-12, atol=0) for both in zip(one_thread_results, results(), strict=True)
+            )
     finally:
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("part", ["q", "k"])
-def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(part):
-    pieces, turn, q, k = score_problem(2, 1, seed=7)
-    floats = [Piece(p.x.float(), p.rows, p.weights.float(), lambda p=p: p.scores().float()) for p in pieces]
-    found, start = [], q if part == "q" else k
-    for given, turned in ((pieces, turn), (floats, turn.to(torch.float32))):
-        fit = ScoreObjective(given, 0.5, turned, turned, 2)
-        problem = fit.query_problem(k) if part == "q" else fit.key_problem(q)
+@pytest.mark.parametrize("projection", ["q", "k"])
+def test_sums_over_float32_texts_are_the_float64_ones_to_its_precision(projection):
+    samples, rotation, q, k = score_problem(2, 1, seed=7)
+    narrow = [
+        ScoreSample(
+            sample.x.float(), sample.rows, sample.weights.float(), lambda sample=sample: sample.scores().float()
+        )
+        for sample in samples
+    ]
+    results, start = [], q if projection == "q" else k
+    for samples_given, rotation_given in ((samples, rotation), (narrow, rotation.to(torch.float32))):
+        objective = ScoreObjective(samples_given, 0.5, rotation_given, rotation_given, 2)
+        problem = objective.query_problem(k) if projection == "q" else objective.key_problem(q)
         goal, constant = problem.target(start)
-        solved = solve(problem, problem, start, steps=8, damping=1.0)
-        assert {goal.dtype, problem.product(start).dtype, solved.weight.dtype} == {torch.float64}
-        found.append([problem.product(start), goal, solved.weight, torch.full((), constant, dtype=torch.float64)])
-    for exact, rounded in zip(*found, strict=True):
+        solution = solve(problem, problem, start, steps=8, damping=1.0)
+        assert {goal.dtype, problem.product(start).dtype, solution.weight.dtype} == {torch.float64}
+        results.append([problem.product(start), goal, solution.weight, torch.full((), constant, dtype=torch.float64)])
+    for exact, rounded in zip(*results, strict=True):
         assert not torch.equal(exact, rounded)
         assert (exact - rounded).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_the_score_fit_keeps_the_start_that_is_better_on_what_is_held_back():
-    pieces, turn, q, k = score_problem(1, 1, seed=9)
-    own = []
-    for piece in pieces[:2]:  # held back: the scores are those that the start gives
-        key = turn(piece.x @ k.mT)
-        scores = 0.5 * turn(piece.x @ q.mT)[:, piece.rows] @ key.mT
-        own.append(Piece(piece.x, piece.rows, piece.weights, lambda scores=scores: scores))
-    fit, held = ScoreObjective(pieces[2:], 0.5, turn, turn, 1), ScoreObjective(own, 0.5, turn, turn, 1)
-    found = solve(fit.query_problem(k), held.query_problem(k), q, steps=8, damping=1.0)
-    assert torch.equal(found.weight, q)
-    assert found.steps == 0
+    samples, rotation, q, k = score_problem(1, 1, seed=9)
+    held_back = []
+    for sample in samples[:2]:  # held back: the scores are those that the start gives
+        key = rotation(sample.x @ k.mT)
+        scores = 0.5 * rotation(sample.x @ q.mT)[:, sample.rows] @ key.mT
+        held_back.append(ScoreSample(sample.x, sample.rows, sample.weights, lambda scores=scores: scores))
+    train, validation = (
+        ScoreObjective(samples[2:], 0.5, rotation, rotation, 1),
+        ScoreObjective(held_back, 0.5, rotation, rotation, 1),
+    )
+    solution = solve(train.query_problem(k), validation.query_problem(k), q, steps=8, damping=1.0)
+    assert torch.equal(solution.weight, q)
+    assert solution.steps == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -329,34 +352,34 @@ def test_the_value_fit_is_the_least_squares_solution(groups):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rows, pieces = torch.tensor([1, 2, 4, 5, 8, 11]), []
+    rows, samples = torch.tensor([1, 2, 4, 5, 8, 11]), []
     for _ in range(3):
         unseen = torch.arange(12) > rows[:, None]
         weights = draw(2, 6, 12).masked_fill(unseen, -math.inf).softmax(-1)
-        rms = torch.rand(6, generator=generator).double() + 0.1
-        pieces.append(ValuePiece(draw(12, 5), rows, weights, draw(6, 7), rms))
+        row_weights = torch.rand(6, generator=generator).double() + 0.1
+        samples.append(ValueSample(draw(12, 5), rows, weights, draw(6, 7), row_weights))
     output, start = draw(7, 2, SMALL), draw(groups, SMALL, 5)
 
     def loss(weight):
         total = 0.0
-        for piece in pieces:
+        for sample in samples:
             written = 0.0
             for head in range(2):
-                values = piece.x @ weight[head * groups // 2].T
-                written = written + piece.weights[head] @ values @ output[:, head].T
-            total = total + ((written - piece.wanted).square().sum(-1) * piece.rms).sum()
+                values = sample.x @ weight[head * groups // 2].T
+                written = written + sample.weights[head] @ values @ output[:, head].T
+            total = total + ((written - sample.wanted).square().sum(-1) * sample.row_weights).sum()
         return total / 2
 
-    problem = ValueProblem(pieces, output, groups)
+    problem = ValueProblem(samples, output, groups)
     goal, constant = problem.target(start)
     weight = start.clone().requires_grad_(True)
     gradient = torch.autograd.grad(loss(weight), weight)[0]
     assert torch.allclose(problem.product(start) - goal, gradient, rtol=1e-9, atol=1e-9)
-    found = solve(problem, problem, start, steps=200, damping=1.0)
-    assert found.before == pytest.approx(2 * loss(start).item() / constant, rel=1e-9)
-    assert found.after == pytest.approx(2 * loss(found.weight).item() / constant, rel=1e-9)
-    assert least(loss, start) >= loss(found.weight).item() * (1 - 1e-6)
-    assert loss(found.weight) < 0.95 * loss(start)
+    solution = solve(problem, problem, start, steps=200, damping=1.0)
+    assert solution.before == pytest.approx(2 * loss(start).item() / constant, rel=1e-9)
+    assert solution.after == pytest.approx(2 * loss(solution.weight).item() / constant, rel=1e-9)
+    assert least(loss, start) >= loss(solution.weight).item() * (1 - 1e-6)
+    assert loss(solution.weight) < 0.95 * loss(start)
 
 
 @pytest.mark.parametrize("pieces", [1, 8, 19])

@@ -71,14 +71,14 @@ def test_a_number_that_does_not_divide_weighs_by_readers():
     plan = surgery.plan(recipe(kv_heads=3), old)
     assert any("3 does not divide 4" in note for note in plan.notes)
     surgery.apply(recipe(kv_heads=3), model)
-    for before, after, whole in zip(*map(attention_modules, (old, model, wide)), strict=True):
-        for part in "kv":
+    for before, after, wide_module in zip(*map(attention_modules, (old, model, wide)), strict=True):
+        for projection in "kv":
             for new in range(3):
-                read = [get_head(old, before, part, query // 3) for query in range(4 * new, 4 * new + 4)]
+                read = [get_head(old, before, projection, query // 3) for query in range(4 * new, 4 * new + 4)]
                 mean = sum(read) / 4
-                assert torch.allclose(get_head(model, after, part, new), mean, rtol=0, atol=2e-7)
+                assert torch.allclose(get_head(model, after, projection, new), mean, rtol=0, atol=2e-7)
                 for query in range(4 * new, 4 * new + 4):
-                    set_head(wide, whole, part, query, mean)
+                    set_head(wide, wide_module, projection, query, mean)
     assert difference(logits_of(model), logits_of(wide.double())) < 1e-4
     first = copy_of(old)
     surgery.apply(recipe(kv_heads=3, method="first"), first)
@@ -165,22 +165,22 @@ def test_permuted_heads_are_the_same_model(name):
     from surgery.architecture.weights import pack
 
     old, model = base(name), copy_of(base(name))
-    for facts in Anatomy.of(model).layers:
-        module = model.get_submodule(facts.path)
-        layer = unpack(facts, {n: module.get_parameter(n).detach() for n in facts.tensor_names})
+    for anatomy in Anatomy.of(model).layers:
+        module = model.get_submodule(anatomy.path)
+        layer = unpack(anatomy, {n: module.get_parameter(n).detach() for n in anatomy.tensor_names})
         for n, tensor in pack(permute_kv_heads(layer, [2, 0, 3, 1])).items():
             assert not torch.equal(module.get_parameter(n), tensor) or n.startswith("o_norm"), n
             module.get_parameter(n).data.copy_(tensor)
     assert difference(logits_of(model), logits_of(old)) < 1e-5
 
 
-@pytest.mark.parametrize("part", ["k", "v"])
-def test_grouping_sees_keys_and_values(part):
+@pytest.mark.parametrize("projection", ["k", "v"])
+def test_grouping_sees_keys_and_values(projection):
     """Like keys alone, or like values alone, are enough to share a group."""
     model = copy_of(base("llama"))
     for module in attention_modules(model):
         for head in (2, 3):
-            set_head(model, module, part, head, get_head(model, module, part, head - 2))
+            set_head(model, module, projection, head, get_head(model, module, projection, head - 2))
     report = surgery.apply(recipe(kv_heads=2, grouping="similarity"), model)
     record = report.data["operations"][0]["record"]
     assert record == {f"model.layers.{i}.self_attn": {"kv_head_order": [0, 2, 1, 3]} for i in range(2)}
@@ -194,8 +194,11 @@ def test_qk_norm_keys_are_not_aligned_and_the_plan_says_so():
         surgery.apply(recipe(kv_heads=2, align="procrustes"), aligned)
         surgery.apply(recipe(kv_heads=2), plain)
         for a, b in zip(attention_modules(aligned), attention_modules(plain), strict=True):
-            for part, equal in (("q", True), ("k", True), ("v", False)):
-                assert get_head(aligned, a, part, 1).equal(get_head(plain, b, part, 1)) is equal, (name, part)
+            for projection, equal in (("q", True), ("k", True), ("v", False)):
+                assert get_head(aligned, a, projection, 1).equal(get_head(plain, b, projection, 1)) is equal, (
+                    name,
+                    projection,
+                )
     for name in ("llama", "cohere", "stablelm", "phi"):
         assert not surgery.plan(recipe(kv_heads=2, align="procrustes"), base(name)).notes
 
@@ -206,8 +209,8 @@ def test_aligned_reference_head_keeps_its_bits():
     surgery.apply(recipe(kv_heads=2, align="procrustes", method="first"), model)
     for before, after in zip(attention_modules(old), attention_modules(model), strict=True):
         for new, head in enumerate((0, 2)):
-            for part in "kv":
-                assert torch.equal(get_head(model, after, part, new), get_head(old, before, part, head))
+            for projection in "kv":
+                assert torch.equal(get_head(model, after, projection, new), get_head(old, before, projection, head))
             for query in (2 * head, 2 * head + 1):
                 assert torch.equal(get_head(model, after, "q", query), get_head(old, before, "q", query))
                 columns = slice(query * 8, query * 8 + 8)
@@ -240,15 +243,21 @@ def test_multi_head_model_whose_config_has_no_number(field, tmp_path):
         del config["num_key_value_heads"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     convert(recipe(kv_heads=2), folder, tmp_path / "out")
-    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert made.config.num_key_value_heads == 2
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_key_value_heads == 2
     wide = copy_of(old).double()
     for before, module in zip(attention_modules(old), attention_modules(wide), strict=True):
-        for part in "kv":
+        for projection in "kv":
             for head in range(QUERIES):
                 first = head // 4 * 4
-                set_head(wide, module, part, head, sum(get_head(old, before, part, first + i) for i in range(4)) / 4)
-    assert difference(logits_of(made), logits_of(wide)) < 1e-4
+                set_head(
+                    wide,
+                    module,
+                    projection,
+                    head,
+                    sum(get_head(old, before, projection, first + i) for i in range(4)) / 4,
+                )
+    assert difference(logits_of(loaded), logits_of(wide)) < 1e-4
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -268,16 +277,16 @@ def test_shards_give_what_one_file_gives(name, tmp_path):
     for i, steps in enumerate([recipe(kv_heads=1), recipe("expand")]):
         for folder in (one, many):
             convert(steps, folder, tmp_path / f"{folder.name}-{i}")
-        whole = load_file(tmp_path / f"one-{i}" / "model.safetensors")
+        one_file = load_file(tmp_path / f"one-{i}" / "model.safetensors")
         files = sorted((tmp_path / f"many-{i}").glob("*.safetensors"))
         assert [f.name for f in files] == [f.name for f in sorted(many.glob("*.safetensors"))]
-        parts = [load_file(file) for file in files]
+        shards = [load_file(file) for file in files]
         index = json.loads((tmp_path / f"many-{i}" / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        assert index["weight_map"] == {n: f.name for f, part in zip(files, parts, strict=True) for n in part}
-        assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
-        joined = {n: t for part in parts for n, t in part.items()}
-        assert joined.keys() == whole.keys()
-        assert all(torch.equal(joined[n], whole[n]) for n in whole)
+        assert index["weight_map"] == {n: f.name for f, shard in zip(files, shards, strict=True) for n in shard}
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in one_file.values())
+        joined = {n: t for shard in shards for n, t in shard.items()}
+        assert joined.keys() == one_file.keys()
+        assert all(torch.equal(joined[n], one_file[n]) for n in one_file)
 
 
 def test_checkpoint_of_the_base_model_without_its_prefix(tmp_path):
@@ -493,12 +502,12 @@ def test_generation_with_cache_and_left_padding(name):
 def test_lists_of_norms_shrink_and_grow():
     """StableLM has one norm module for each head."""
     model = copy_of(base("stablelm_qk_layernorm"))
-    for steps, number in ((recipe(kv_heads=2), 2), (recipe("expand"), QUERIES), (recipe(kv_heads=1), 1)):
+    for steps, kv_heads in ((recipe(kv_heads=2), 2), (recipe("expand"), QUERIES), (recipe(kv_heads=1), 1)):
         surgery.apply(steps, model)
         for module in attention_modules(model):
-            assert len(module.k_layernorm.norms) == number
+            assert len(module.k_layernorm.norms) == kv_heads
             assert len(module.q_layernorm.norms) == QUERIES
-            assert len({id(norm.weight) for norm in module.k_layernorm.norms}) == number
+            assert len({id(norm.weight) for norm in module.k_layernorm.norms}) == kv_heads
         assert logits_of(model).isfinite().all()
 
 

@@ -45,33 +45,33 @@ def test_best_of_all_partitions(size, groups):
     each = size // groups
     for seed in range(3):
         table = random_table(size, seed)
-        seen = {
+        partitions = {
             frozenset(frozenset(order[i : i + each]) for i in range(0, size, each))
             for order in permutations(range(size))
         }
-        best = min(cost(table, [sorted(g) for g in split]) for split in seen)
-        found = partition(table, groups)
-        assert sorted(h for group in found for h in group) == list(range(size))
-        assert {len(group) for group in found} == {each}
-        assert cost(table, found) == pytest.approx(best, rel=1e-12)
+        best = min(cost(table, [sorted(g) for g in split]) for split in partitions)
+        groups_found = partition(table, groups)
+        assert sorted(h for group in groups_found for h in group) == list(range(size))
+        assert {len(group) for group in groups_found} == {each}
+        assert cost(table, groups_found) == pytest.approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize(("size", "groups"), [(9, 3), (12, 4), (16, 2), (16, 4), (16, 8), (32, 8)])
 def test_many_heads_never_worse_than_neighbours(size, groups):
     for seed in range(6):
         table = random_table(size, seed)
-        found = partition(table, groups)
-        assert sorted(h for group in found for h in group) == list(range(size))
-        assert {len(group) for group in found} == {size // groups}
-        assert cost(table, found) <= cost(table, neighbours(size, groups)) + 1e-12
-        assert found == sorted(sorted(group) for group in found)
+        groups_found = partition(table, groups)
+        assert sorted(h for group in groups_found for h in group) == list(range(size))
+        assert {len(group) for group in groups_found} == {size // groups}
+        assert cost(table, groups_found) <= cost(table, neighbours(size, groups)) + 1e-12
+        assert groups_found == sorted(sorted(group) for group in groups_found)
         each = size // groups  # no swap of two heads helps
         for a, b in combinations(range(groups), 2):
             for i in range(each):
                 for j in range(each):
-                    other = [list(group) for group in found]
+                    other = [list(group) for group in groups_found]
                     other[a][i], other[b][j] = other[b][j], other[a][i]
-                    assert cost(table, other) > cost(table, found) - 1e-9
+                    assert cost(table, other) > cost(table, groups_found) - 1e-9
 
 
 @pytest.mark.parametrize(("size", "groups", "seed"), [(9, 3, 16), (12, 4, 9), (16, 4, 1)])
@@ -115,16 +115,16 @@ def test_distances_are_what_merging_loses():
 def test_inner_products_after_the_best_turn(rotary, positions):
     """Larger than any random turn reaches, not changed by turning, at least the plain one."""
 
-    class Facts:
+    class Layout:
         head_dim = 8
 
-    Facts.rotary, Facts.positions = rotary, positions
+    Layout.rotary, Layout.positions = rotary, positions
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
     phased = phased_inner(a, b, rotary, positions).item()
     assert plain_inner(a, b) <= phased <= turned_inner(a, b) + 1e-12
     for _ in range(50):
-        turn = legal_turn(Facts, generator)
+        turn = legal_turn(Layout, generator)
         assert plain_inner(a, turn @ b) <= phased + 1e-12
         assert phased_inner(a, turn @ b, rotary, positions).item() == pytest.approx(phased, rel=1e-10)
         any_turn = orthogonal(8, generator)
@@ -132,7 +132,7 @@ def test_inner_products_after_the_best_turn(rotary, positions):
         assert turned_inner(a, any_turn @ b).item() == pytest.approx(turned_inner(a, b).item(), rel=1e-10)
     if rotary == 0:
         assert phased == pytest.approx(turned_inner(a, b).item(), rel=1e-12)
-    assert phased_inner(a, legal_turn(Facts, generator) @ a, rotary, positions).item() == pytest.approx(
+    assert phased_inner(a, legal_turn(Layout, generator) @ a, rotary, positions).item() == pytest.approx(
         plain_inner(a, a).item(), rel=1e-10
     )
 
@@ -141,22 +141,22 @@ def test_inner_products_after_the_best_turn(rotary, positions):
 def test_losses_of_pairs_are_what_the_closed_form_says_of_white_inputs(name):
     """Whole and partial RoPE, biases; of keys and values each a share of what all heads say to their readers."""
     model = base(name)
-    facts = Anatomy.of(model).layers[0]
-    layer = layer_of(model, facts)
-    keys, values, queries = (with_bias(layer, part) for part in "kvq")
-    heads, group = len(keys), facts.group
+    anatomy = Anatomy.of(model).layers[0]
+    layer = layer_of(model, anatomy)
+    keys, values, queries = (with_bias(layer, projection) for projection in "kvq")
+    heads, group = len(keys), anatomy.group
     white = torch.eye(keys.shape[-1], dtype=torch.float64)
     mine = [range(g * group, (g + 1) * group) for g in range(heads)]
     out = layer.o.double()
     readers = torch.stack([sum(out[:, h].T @ out[:, h] for h in own) for own in mine])
     power = torch.stack([sum(queries[h] @ queries[h].T for h in own) for own in mine])
-    given = {"rotary": facts.rotary, "positions": facts.positions}
-    wholes = [merge_keys(keys, white, power, **given).energy, merge_values(values, white, readers).energy]
+    rope = {"rotary": anatomy.rotary, "positions": anatomy.positions}
+    energies = [merge_keys(keys, white, power, **rope).energy, merge_values(values, white, readers).energy]
     want = torch.zeros(heads, heads, dtype=torch.float64)
     for a, b in combinations(range(heads), 2):
         pair = [a, b]
-        lost = [merge_keys(keys[pair], white, power[pair], **given), merge_values(values[pair], white, readers[pair])]
-        want[a, b] = want[b, a] = sum(each.lost / whole for each, whole in zip(lost, wholes, strict=True))
+        lost = [merge_keys(keys[pair], white, power[pair], **rope), merge_values(values[pair], white, readers[pair])]
+        want[a, b] = want[b, a] = sum(each.lost / energy for each, energy in zip(lost, energies, strict=True))
     assert torch.allclose(merge_losses(layer), want, atol=1e-10)
     assert want.max() > 0.1
 
@@ -164,14 +164,14 @@ def test_losses_of_pairs_are_what_the_closed_form_says_of_white_inputs(name):
 def test_the_closed_form_groups_heads_that_it_can_tell_from_one():
     """2 and 3 are multiples of 0 and 1, four times as large; 1 is 0 with noise, to which turns alone are nearer."""
     model, draw = copy.deepcopy(base("llama")), torch.Generator().manual_seed(0)
-    for module, facts in zip(attention_modules(model), Anatomy.of(model).layers, strict=True):
-        size = facts.head_dim
-        for part in "kv":
-            first = get_head(model, module, part, 0)
+    for module, anatomy in zip(attention_modules(model), Anatomy.of(model).layers, strict=True):
+        size = anatomy.head_dim
+        for projection in "kv":
+            first = get_head(model, module, projection, 0)
             noise = torch.randn(first.shape, generator=draw, dtype=torch.float64)
-            set_head(model, module, part, 1, first + 0.5 * first.std() * noise)
+            set_head(model, module, projection, 1, first + 0.5 * first.std() * noise)
             for head, source in ((2, 0), (3, 1)):
-                if part == "v":
+                if projection == "v":
                     mix = torch.randn(size, size, generator=draw, dtype=torch.float64)
                 else:
                     factor = torch.polar(
@@ -180,8 +180,8 @@ def test_the_closed_form_groups_heads_that_it_can_tell_from_one():
                     )
                     real, imag = factor.real.diag(), factor.imag.diag()
                     mix = torch.cat([torch.cat([real, -imag], 1), torch.cat([imag, real], 1)])
-                set_head(model, module, part, head, 4 * mix @ get_head(model, module, part, source))
-        layer = layer_of(model, facts)
+                set_head(model, module, projection, head, 4 * mix @ get_head(model, module, projection, source))
+        layer = layer_of(model, anatomy)
         assert similar_order(layer, 2, aligned=False, closed_form=True) == [0, 2, 1, 3]
         assert similar_order(layer, 2, aligned=True) == [0, 1, 2, 3]
         assert float(merge_losses(layer)[[0, 1], [2, 3]].max()) < 1e-9

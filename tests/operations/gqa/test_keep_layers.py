@@ -23,15 +23,15 @@ def test_layers_that_can_share_do(name, numbers, tmp_path):
     for layer in range(2):
         old = copies_in(layer, name)
         model = copy.deepcopy(old)
-        asked = recipe(closed(numbers, 2, keep_layers=0.5, grouping="similarity"))
-        plan = package.plan(asked, old)
+        steps = recipe(closed(numbers, 2, keep_layers=0.5, grouping="similarity"))
+        plan = package.plan(steps, old)
         assert "which 1 of 2 layers keep their KV heads is measured" in " ".join(plan.notes)
-        report = package.apply(asked, model, tokenizer=Tokens())
+        report = package.apply(steps, model, tokenizer=Tokens())
         assert report.data["tier"] == "surgical"
-        heads = [facts.kv_heads for facts in Anatomy.of(model).layers]
+        heads = [anatomy.kv_heads for anatomy in Anatomy.of(model).layers]
         assert heads == ([2, 4] if layer == 0 else [4, 2])
-        kept = [attention_modules(each)[1 - layer].state_dict() for each in (model, old)]
-        assert same(*kept)
+        kept_layers = [attention_modules(each)[1 - layer].state_dict() for each in (model, old)]
+        assert same(*kept_layers)
         losses = [each["lost_alone"] for each in layers_of(report.data).values()]
         assert losses[layer] <= 1e-6 < 1e-3 < losses[1 - layer]
         assert difference(logits_of(model), logits_of(old)) <= 1e-3
@@ -44,13 +44,15 @@ def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):
     model = copy.deepcopy(base("llama"))
     report = package.apply(recipe(closed(numbers, 1, keep_layers=0.5)), model, tokenizer=Tokens())
     losses = [each["lost_alone"] for each in layers_of(report.data).values()]
-    held = SEQUENCES[[5, 11]]
-    whole = logits_of(base("llama"), held).double().log_softmax(-1)
+    validation = SEQUENCES[[5, 11]]
+    base_logps = logits_of(base("llama"), validation).double().log_softmax(-1)
     for layer, counts in enumerate(([1, 4], [4, 1])):
-        alone = copy.deepcopy(base("llama"))
-        package.apply(recipe(closed(numbers, counts, refit=["q", "k", "v", "o"])), alone, tokenizer=Tokens())
-        out = logits_of(alone, held).double().log_softmax(-1)
-        assert losses[layer] == pytest.approx((whole.exp() * (whole - out)).sum(-1).mean().item(), rel=1e-3)
+        converted = copy.deepcopy(base("llama"))
+        package.apply(recipe(closed(numbers, counts, refit=["q", "k", "v", "o"])), converted, tokenizer=Tokens())
+        logps = logits_of(converted, validation).double().log_softmax(-1)
+        assert losses[layer] == pytest.approx(
+            (base_logps.exp() * (base_logps - logps)).sum(-1).mean().item(), rel=1e-3
+        )
 
 
 def test_texts_of_both_halves_are_tried():
@@ -70,30 +72,30 @@ def test_who_is_spared():
 
 def test_a_run_that_was_stopped_goes_on(model, text, tmp_path, monkeypatch):
     """Stopped while layers are tried: those that were are not fitted again, and the result has the same bytes."""
-    given = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
-    given |= {"keep_layers": 0.5, "check": False, "evaluate": False}
+    options = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    options |= {"keep_layers": 0.5, "check": False, "evaluate": False}
 
     def stop(done, total, label):
         raise Stopped
 
-    package.apply("gqa", str(model), output=tmp_path / "whole", **given)
+    package.apply("gqa", str(model), output=tmp_path / "whole", **options)
     with pytest.raises(Stopped):
-        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **given)
+        package.apply("gqa", str(model), output=tmp_path / "out", progress=stop, **options)
     fitted, convert = [], SharedLayer.convert
     monkeypatch.setattr(
         SharedLayer, "convert", lambda work: (fitted.append(work.layer.anatomy.index), convert(work))[1]
     )
-    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **given)
+    package.apply("gqa", str(model), output=tmp_path / "out", resume=True, **options)
     assert fitted == [1], "the layer that shares is not fitted a second time, either"
-    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
-    assert out.read_bytes() == whole.read_bytes()
+    complete, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert out.read_bytes() == complete.read_bytes()
     report = json.loads((tmp_path / "out" / "surgery.json").read_text("utf-8"))
     assert report["tier"] == "surgical"
-    facts = list(layers_of(report).values())
-    spared = [number for number, each in enumerate(facts) if each["kv_heads"] == 3]
-    assert len(spared) == 1
-    assert facts[spared[0]]["lost_alone"] >= facts[1 - spared[0]]["lost_alone"]
-    assert f"layers {spared[0]} keep their KV heads" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    records = list(layers_of(report).values())
+    kept_layers = [index for index, record in enumerate(records) if record["kv_heads"] == 3]
+    assert len(kept_layers) == 1
+    assert records[kept_layers[0]]["lost_alone"] >= records[1 - kept_layers[0]]["lost_alone"]
+    assert f"layers {kept_layers[0]} keep their KV heads" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def test_refusals(numbers):

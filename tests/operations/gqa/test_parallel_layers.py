@@ -49,23 +49,23 @@ def near(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_any_number_of_threads_finds_the_same(name, threads):
-    model, found, lost = deep(name), [], []
+    model, results, losses = deep(name), [], []
     before = weights(model)
     for count in (1, 2, 3, 4):
         threads(count)
         run = sharing(model, ridges=(0.01,), mlp_ridges=(1.0,))  # a rounding chooses none
-        found.append((run.layers(), run.mlps))
+        results.append((run.layers(), run.mlps))
         trial = LayerLosses(model, Anatomy.of(model).with_kv_heads(1).layers, SEQUENCES, FitSettings())
-        lost.append(trial.measure())
+        losses.append(trial.measure())
         assert torch.get_num_threads() == count
         assert same(before, weights(model))
-    (tensors, _), mlps = found[0]
-    for (others, _), others_mlps in found[1:]:
+    (tensors, _), mlps = results[0]
+    for (others, _), others_mlps in results[1:]:
         for one, two in zip([*tensors, mlps], [*others, others_mlps], strict=True):
             assert one.keys() == two.keys()
             assert all(near(tensor, two[name]) for name, tensor in one.items())
-    for other in lost[1:]:
-        assert other == pytest.approx(lost[0], rel=1e-5, abs=1e-7)
+    for other_losses in losses[1:]:
+        assert other_losses == pytest.approx(losses[0], rel=1e-5, abs=1e-7)
 
 
 def test_two_layers_are_at_work_at_a_time(threads, monkeypatch):
@@ -118,25 +118,25 @@ def test_an_error_in_one_layer_comes_out_and_leaves_the_model(layer, threads, mo
 
 
 def test_a_stop_loses_no_layer_that_was_through(threads, tmp_path):
-    model, made = deep("llama"), []
+    model, converted = deep("llama"), []
 
     def run(files, progress=None):
-        def found(number, *given):
-            made.append(number)
-            files.save(number, *given)
+        def save(index, *given):
+            converted.append(index)
+            files.save(index, *given)
 
-        return sharing(model, files.load, found).layers(progress)
+        return sharing(model, files.load, save).layers(progress)
 
     threads(2)
-    whole, records = run(LayerFiles(None, "x", 0))
-    made.clear()
+    complete, records = run(LayerFiles(None, "x", 0))
+    converted.clear()
     with pytest.raises(Stopped):
         run(LayerFiles(tmp_path, "x", 0), stop)
-    assert 0 in made
-    again, known = run(LayerFiles(tmp_path, "x", 0))
-    assert sorted(made) == list(range(LAYERS)), "each once, before the stop or after it"
-    assert known == records
-    assert all(same(one, two) for one, two in zip(whole, again, strict=True))
+    assert 0 in converted
+    again, known_records = run(LayerFiles(tmp_path, "x", 0))
+    assert sorted(converted) == list(range(LAYERS)), "each once, before the stop or after it"
+    assert known_records == records
+    assert all(same(one, two) for one, two in zip(complete, again, strict=True))
 
 
 def test_what_a_plan_says_of_them(monkeypatch):
@@ -147,14 +147,14 @@ def test_what_a_plan_says_of_them(monkeypatch):
             return Anatomy.of(LlamaForCausalLM(LlamaConfig(hidden_size=hidden, **size)))
 
     anatomy, wide = anatomy_of(512), anatomy_of(2048)
-    asked, needed = Calibration(64, 512, 3), {}
+    parallel, needed = Calibration(64, 512, 3), {}
     for count in (1, 2, 16):
         monkeypatch.setattr("os.cpu_count", lambda count=count: count)
-        needed[count] = asked.memory(anatomy, 24)
-        alone = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
-        assert asked.memory(anatomy, 1) < needed[count], "a second layer that is not there"
-        assert (alone == needed[count]) == (count == 1)
-    assert asked.memory(wide, 24) == Calibration(64, 512, 3, ahead=False).memory(wide, 24), "one at a time"
+        needed[count] = parallel.memory(anatomy, 24)
+        sequential = Calibration(64, 512, 3, ahead=False).memory(anatomy, 24)
+        assert parallel.memory(anatomy, 1) < needed[count], "a second layer that is not there"
+        assert (sequential == needed[count]) == (count == 1)
+    assert parallel.memory(wide, 24) == Calibration(64, 512, 3, ahead=False).memory(wide, 24), "one at a time"
     a_second = 4 * 64 * 512 * (3 * 512 + 2 * 512 + 512 + 3 * 8 * 512 / 4 + 512)  # of its tokens, by the docstring
     assert needed[2] - needed[1] > a_second
     assert needed[16] - needed[2] < 14 * 5 * 4 * 8 * 512**2, "only the texts that are worked on at a time"

@@ -62,72 +62,74 @@ def shared(model, kv_heads: int, sequences=SEQUENCES, **settings):
 
 def stock(model, monkeypatch, sequences=SEQUENCES) -> list[SimpleNamespace]:
     """Of each layer in stock Transformers: x (with ones for biases), p, query, key, state before it, z and written."""
-    model, found, turned = copy.deepcopy(model), [], []
+    model, layers, rotated = copy.deepcopy(model), [], []
     model.set_attn_implementation("eager")
     for module in attention_modules(model):
-        found.append(seen := SimpleNamespace())
+        layers.append(layer := SimpleNamespace())
 
-        def before(module, args, kwargs, seen=seen):
+        def before(module, args, kwargs, layer=layer):
             x = args[0] if args else kwargs["hidden_states"]
-            seen.x = x if module.k_proj.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+            layer.x = x if module.k_proj.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
-        def after(output, args, out, seen=seen):
-            seen.z, seen.written = args[0], out if output.bias is None else out - output.bias
+        def after(output, args, out, layer=layer):
+            layer.z, layer.written = args[0], out if output.bias is None else out - output.bias
 
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.o_proj.register_forward_hook(after)
     library = sys.modules[type(module).__module__]
     rope = library.apply_rotary_pos_emb
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(library, rope.__name__, lambda *given, **more: turned.append(rope(*given, **more)) or turned[-1])
+        patch.setattr(library, rope.__name__, lambda *args, **more: rotated.append(rope(*args, **more)) or rotated[-1])
         out = model(input_ids=sequences, use_cache=False, output_attentions=True, output_hidden_states=True)
-    for number, seen in enumerate(found):
-        seen.p, seen.rms = out.attentions[number], 1 / out.hidden_states[number].square().mean(-1)
-        if len(turned) == len(found):  # no layer without RoPE
-            seen.query, seen.key = turned[number]
-    return found
+    for index, layer in enumerate(layers):
+        layer.p, layer.rms = out.attentions[index], 1 / out.hidden_states[index].square().mean(-1)
+        if len(rotated) == len(layers):  # no layer without RoPE
+            layer.query, layer.key = rotated[index]
+    return layers
 
 
-def counted(place: int, stride: int = 2) -> list[int]:
+def counted(index: int, stride: int = 2) -> list[int]:
     """The rows of a sequence that count."""
-    return list(range(1 + place % stride, SEQUENCES.shape[1], stride))
+    return list(range(1 + index % stride, SEQUENCES.shape[1], stride))
 
 
-def key_moments(seen, received: float):
+def key_moments(layer, received: float):
     """Σ ω x xᵀ / Σ ω and Σ ω x / Σ ω over tokens; ω from the attention that a token gets."""
-    got = torch.stack([sum(p[head, row] for head in range(8) for row in counted(i)) for i, p in enumerate(seen.p)])
-    share = 1 - received + received * got / got.mean(1, keepdim=True)
-    second, mean = torch.einsum("st,sti,stj->ij", share, seen.x, seen.x), torch.einsum("st,sti->i", share, seen.x)
+    received_attention = torch.stack(
+        [sum(p[head, row] for head in range(8) for row in counted(i)) for i, p in enumerate(layer.p)]
+    )
+    share = 1 - received + received * received_attention / received_attention.mean(1, keepdim=True)
+    second, mean = torch.einsum("st,sti,stj->ij", share, layer.x, layer.x), torch.einsum("st,sti->i", share, layer.x)
     return second / share.sum(), mean / share.sum()
 
 
-def value_moments(seen):
+def value_moments(layer):
     """Of what every fourth of the rows reads, each by 1 / rms² of its hidden state."""
-    rows = [(place, row) for place in range(len(SEQUENCES)) for row in counted(place)[::4]]
-    read = torch.stack([seen.p[place, :, row] @ seen.x[place] for place, row in rows])
-    rms = torch.stack([seen.rms[place, row] for place, row in rows])
+    rows = [(index, row) for index in range(len(SEQUENCES)) for row in counted(index)[::4]]
+    read = torch.stack([layer.p[index, :, row] @ layer.x[index] for index, row in rows])
+    rms = torch.stack([layer.rms[index, row] for index, row in rows])
     return torch.einsum("r,rhi,rhj->ij", rms, read, read) / (8 * rms.sum())
 
 
-def near(found, want, tolerance: float = 1e-5) -> bool:
-    return bool((found - want).abs().max() <= tolerance * want.abs().max())
+def near(got, want, tolerance: float = 1e-5) -> bool:
+    return bool((got - want).abs().max() <= tolerance * want.abs().max())
 
 
-def heads_of(model, layer: int, part: str, count: int) -> torch.Tensor:
-    return torch.stack([get_head(model, attention_modules(model)[layer], part, head) for head in range(count)])
+def heads_of(model, layer: int, projection: str, count: int) -> torch.Tensor:
+    return torch.stack([get_head(model, attention_modules(model)[layer], projection, head) for head in range(count)])
 
 
 def output_of(model, layer: int = 0) -> torch.Tensor:
     return attention_modules(model)[layer].o_proj.weight.detach()
 
 
-def choices(seen, scale: float, heads: range) -> tuple[int, int]:
+def choices(layer, scale: float, heads: range) -> tuple[int, int]:
     """The key head whose scores vary least from the base's for all queries of its group; by Σ p error² instead."""
     variance, square = dict.fromkeys(heads, 0.0), dict.fromkeys(heads, 0.0)
-    for place, head, query in product(range(len(SEQUENCES)), heads, range(2 * heads[0], 2 * heads[-1] + 2)):
-        for row in counted(place, 8):
-            p, keys = seen.p[place, query, row], seen.key[place, head] - seen.key[place, query // 2]
-            error = scale * keys @ seen.query[place, query, row]
+    for index, head, query in product(range(len(SEQUENCES)), heads, range(2 * heads[0], 2 * heads[-1] + 2)):
+        for row in counted(index, 8):
+            p, keys = layer.p[index, query, row], layer.key[index, head] - layer.key[index, query // 2]
+            error = scale * keys @ layer.query[index, query, row]
             variance[head] += (p * (error - p @ error).square()).sum().item()
             square[head] += (p @ error.square()).item()
     return min(heads, key=variance.get), min(heads, key=square.get)
@@ -136,17 +138,17 @@ def choices(seen, scale: float, heads: range) -> tuple[int, int]:
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_behind_a_norm_the_key_head_stays_whose_scores_are_nearest(name, monkeypatch):
     """Brute force over the heads of each group, and not what is first or has the smallest errors, means and all."""
-    model, found = uneven(name), []
-    seen, scale = stock(model, monkeypatch), attention_modules(model)[0].scaling
+    model, choices_made = uneven(name), []
+    stock_layers, scale = stock(model, monkeypatch), attention_modules(model)[0].scaling
     for kv_heads in (2, 1):
         new, records = shared(model, kv_heads, refit=(), stride=8)
         for layer, record in enumerate(records):
             groups = [range(first, first + KV // kv_heads) for first in range(0, KV, KV // kv_heads)]
-            best = [(*choices(seen[layer], scale, group), group[0]) for group in groups]
-            kept, found = [head for head, *_ in best], found + best
-            assert record["key_heads"] == kept
-            assert torch.equal(heads_of(new, layer, "k", kv_heads), heads_of(model, layer, "k", KV)[kept])
-    right, square, first = zip(*found, strict=True)
+            best = [(*choices(stock_layers[layer], scale, group), group[0]) for group in groups]
+            expected, choices_made = [head for head, *_ in best], choices_made + best
+            assert record["key_heads"] == expected
+            assert torch.equal(heads_of(new, layer, "k", kv_heads), heads_of(model, layer, "k", KV)[expected])
+    right, square, first = zip(*choices_made, strict=True)
     assert right not in (square, first)
 
 
@@ -156,43 +158,47 @@ def test_merged_heads_are_those_of_explicit_moments(name, weighted, received, mo
     """Keys: inputs by the attention that they get, unturned channels centred. Values: what attention reads."""
     model, free = uneven(name), 0
     new, _ = shared(model, 2, refit=(), stride=2, weighted=weighted, received=received)
-    for layer, (facts, seen) in enumerate(zip(Anatomy.of(model).layers, stock(model, monkeypatch), strict=True)):
-        (second, mean), read = key_moments(seen, received), value_moments(seen)
-        q, k, v = (heads_of(model, layer, part, count) for part, count in (("q", 8), ("k", KV), ("v", KV)))
-        o, free = output_of(model, layer).unflatten(1, (8, -1)), free + (facts.rotary < facts.head_dim)
+    for layer, (anatomy, stock_layer) in enumerate(
+        zip(Anatomy.of(model).layers, stock(model, monkeypatch), strict=True)
+    ):
+        (second, mean), read = key_moments(stock_layer, received), value_moments(stock_layer)
+        q, k, v = (heads_of(model, layer, projection, count) for projection, count in (("q", 8), ("k", KV), ("v", KV)))
+        o, free = output_of(model, layer).unflatten(1, (8, -1)), free + (anatomy.rotary < anatomy.head_dim)
         power, grams = (
             x.unflatten(0, (KV, 2)).sum(1) for x in (q @ second @ q.mT, torch.einsum("ohd,ohe->hde", o, o))
         )
-        right, wrong = (power, torch.eye(facts.head_dim).double().expand_as(power))[:: 1 if weighted else -1]
-        given, flat = {"rotary": facts.rotary, "positions": facts.positions}, key_moments(seen, 0.0)[0]
+        right, wrong = (power, torch.eye(anatomy.head_dim).double().expand_as(power))[:: 1 if weighted else -1]
+        rope, flat = {"rotary": anatomy.rotary, "positions": anatomy.positions}, key_moments(stock_layer, 0.0)[0]
         for group in range(2):
-            some, readers = slice(2 * group, 2 * group + 2), slice(4 * group, 4 * group + 4)
-            key, value = (heads_of(new, layer, part, 2)[group] for part in "kv")
-            want = merge_keys(k[some], second, right[some], mean=mean, **given)
+            members, readers = slice(2 * group, 2 * group + 2), slice(4 * group, 4 * group + 4)
+            key, value = (heads_of(new, layer, projection, 2)[group] for projection in "kv")
+            want = merge_keys(k[members], second, right[members], mean=mean, **rope)
             assert near(key, want.head)
-            asked = want.maps.mT.repeat_interleave(2, dim=0) @ q[readers]
-            assert near(heads_of(new, layer, "q", 8)[readers], asked)
-            assert not near(key, merge_keys(k[some], second, wrong[some], mean=mean, **given).head, 1e-2)
-            assert not near(key, merge_keys(k[some], flat, right[some], mean=mean, **given).head, 1e-3)
-            uncentred = merge_keys(k[some], second, right[some], **given).head
-            assert near(key, uncentred, 1e-2) == (facts.rotary == facts.head_dim)
-            assert near(value, merge_values(v[some], read, grams[some]).head)
-            assert not near(value, merge_values(v[some], flat, grams[some]).head, 1e-2)
+            queries = want.maps.mT.repeat_interleave(2, dim=0) @ q[readers]
+            assert near(heads_of(new, layer, "q", 8)[readers], queries)
+            assert not near(key, merge_keys(k[members], second, wrong[members], mean=mean, **rope).head, 1e-2)
+            assert not near(key, merge_keys(k[members], flat, right[members], mean=mean, **rope).head, 1e-3)
+            uncentred = merge_keys(k[members], second, right[members], **rope).head
+            assert near(key, uncentred, 1e-2) == (anatomy.rotary == anatomy.head_dim)
+            assert near(value, merge_values(v[members], read, grams[members]).head)
+            assert not near(value, merge_values(v[members], flat, grams[members]).head, 1e-2)
     assert free == {"llama_bias": 0, "stablelm": 2, "smollm3": 1}[name]
 
 
 def test_a_constant_counts_where_a_learned_sink_competes(monkeypatch):
     """Keys without RoPE in a layer with learned sinks: not centred."""
-    works, convert = [], shared_layer.SharedLayer.convert
-    monkeypatch.setattr(shared_layer.SharedLayer, "convert", lambda work: works.append(work) or convert(work))
+    conversions, convert = [], shared_layer.SharedLayer.convert
+    monkeypatch.setattr(
+        shared_layer.SharedLayer, "convert", lambda conversion: conversions.append(conversion) or convert(conversion)
+    )
     shared(uneven("gpt_oss"), 2, refit=())
-    work = works[0]
-    work.layer = work.layer.replace(anatomy=replace(work.layer.anatomy, rotary=0, positions="none"))
-    moments, (q, k) = work._inputs(), (with_bias(work.layer, part) for part in "qk")
+    conversion = conversions[0]
+    conversion.layer = conversion.layer.replace(anatomy=replace(conversion.layer.anatomy, rotary=0, positions="none"))
+    moments, (q, k) = conversion._input_moments(), (with_bias(conversion.layer, projection) for projection in "qk")
     power = (q @ moments.second @ q.mT).unflatten(0, (KV, 2)).sum(1)[:2]
-    found, given = work._keys(q, k, moments, {})[1][0], {"rotary": 0, "positions": "none"}
-    assert near(found, merge_keys(k[:2], moments.second, power, **given).head)
-    assert not near(found, merge_keys(k[:2], moments.second, power, mean=moments.mean, **given).head, 1e-2)
+    key, rope = conversion._merge_keys(q, k, moments, {})[1][0], {"rotary": 0, "positions": "none"}
+    assert near(key, merge_keys(k[:2], moments.second, power, **rope).head)
+    assert not near(key, merge_keys(k[:2], moments.second, power, mean=moments.mean, **rope).head, 1e-2)
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "starcoder2"])
@@ -201,8 +207,8 @@ def test_rows_of_the_output_refit_count_relative_to_their_state(name, monkeypatc
     model, one = uneven(name), SEQUENCES[:1].repeat(12, 1)  # what is held back is what is fitted
     merged, _ = shared(model, 2, one, refit=())
     new, _ = shared(model, 2, one, refit=("o",), ridges=(0.01,))
-    seen, z = (stock(m, monkeypatch, SEQUENCES[:1])[0] for m in (model, merged))
-    written, z, start, found = seen.written[0], z.z[0], output_of(merged), output_of(new)
+    stock_layer, z = (stock(m, monkeypatch, SEQUENCES[:1])[0] for m in (model, merged))
+    written, z, start, fitted = stock_layer.written[0], z.z[0], output_of(merged), output_of(new)
 
     def ridge(weights, rows):
         left, right = (sum(weights[t] * y[t].outer(z[t]) for t in rows) for y in (z, written))
@@ -210,26 +216,28 @@ def test_rows_of_the_output_refit_count_relative_to_their_state(name, monkeypatc
         return torch.linalg.solve(left + pull * torch.eye(len(left)).double(), right + pull * start, left=False)
 
     rows = range(1, SEQUENCES.shape[1])
-    assert near(found, ridge(seen.rms[0], rows))
-    assert not near(found, ridge(torch.ones_like(seen.rms[0]), rows), 1e-2)
-    assert not near(found, ridge(seen.rms[0], range(SEQUENCES.shape[1])), 1e-2)
+    assert near(fitted, ridge(stock_layer.rms[0], rows))
+    assert not near(fitted, ridge(torch.ones_like(stock_layer.rms[0]), rows), 1e-2)
+    assert not near(fitted, ridge(stock_layer.rms[0], range(SEQUENCES.shape[1])), 1e-2)
 
 
 def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
     """At the result the gradient of Σ ω |Σ_h O_h Σ_s p W_V x − r|² is nought, and that of other weights is not."""
     model = uneven("llama_bias")
-    monkeypatch.setattr(shared_layer, "apart", lambda pieces: (pieces, pieces))  # all are fitted, all are held back
+    # All samples are fitted, and all are held back.
+    monkeypatch.setattr(shared_layer, "train_and_validation", lambda samples: (samples, samples))
     merged, _ = shared(model, 2, refit=(), stride=2)
     new, _ = shared(model, 2, refit=("v",), stride=2, steps=400, damping=1e-6)
-    seen, p, o = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0].p, output_of(merged).unflatten(1, (8, -1))
+    stock_layer, p = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0].p
+    o = output_of(merged).unflatten(1, (8, -1))
 
     def gradient(converted, alike: bool):
         v, total = heads_of(converted, 0, "v", 2).repeat_interleave(4, dim=0), torch.zeros(2, 8, 65).double()
-        for place, row in [(number, row) for number in range(len(SEQUENCES)) for row in counted(number)]:
-            read = p[place, :, row] @ seen.x[place]
-            error = torch.einsum("ohd,hdn,hn->o", o, v, read) - seen.written[place, row]
+        for index, row in [(i, row) for i in range(len(SEQUENCES)) for row in counted(i)]:
+            read = p[index, :, row] @ stock_layer.x[index]
+            error = torch.einsum("ohd,hdn,hn->o", o, v, read) - stock_layer.written[index, row]
             slope = torch.einsum("o,ohd,hn->hdn", error, o, read).unflatten(0, (2, 4)).sum(1)
-            total += slope * (1 if alike else seen.rms[place, row])
+            total += slope * (1 if alike else stock_layer.rms[index, row])
         return total.norm()
 
     assert gradient(new, False) <= 1e-5 * gradient(merged, False)
@@ -238,80 +246,86 @@ def test_rows_of_the_value_refit_count_relative_to_their_state(monkeypatch):
 
 def test_texts_held_back_do_not_fit_the_output_under_which_they_judge_values(monkeypatch):
     """Of two fits of W_O the first leaves them out, and the values are then fitted with what it gave."""
-    model, asked, found = uneven("llama"), [], []
+    model, with_validations, fits = uneven("llama"), [], []
 
-    def fit(*given, with_held):
-        asked.append(with_held)
-        found.append(fit_output(*given, with_held=with_held))
-        return found[-1]
+    def fit(*args, with_validation):
+        with_validations.append(with_validation)
+        fits.append(fit_output(*args, with_validation=with_validation))
+        return fits[-1]
 
-    def problem(pieces, output, groups):
-        assert near(output.flatten(1), found[-1].weight)
-        return ValueProblem(pieces, output, groups)
+    def problem(samples, output, groups):
+        assert near(output.flatten(1), fits[-1].weight)
+        return ValueProblem(samples, output, groups)
 
     monkeypatch.setattr(shared_layer, "fit_output", fit)
     shared(model, 2, refit=("o",), stride=2)
-    assert asked == [True, True]
-    asked.clear()
+    assert with_validations == [True, True]
+    with_validations.clear()
     monkeypatch.setattr(shared_layer, "ValueProblem", problem)
     shared(model, 2, refit=("v", "o"), stride=2)
-    assert asked == [False, True] * 2
+    assert with_validations == [False, True] * 2
 
 
 @pytest.mark.parametrize("reweight_keys", [True, False])
 def test_from_the_second_fit_on_a_key_counts_by_what_it_has_and_had(reweight_keys, monkeypatch):
     """Keys are weighted by the mean of the base's attention and of that with the queries that were just fitted."""
-    model, asked, solved = uneven("llama"), [], []
+    model, fitted_samples, solutions = uneven("llama"), [], []
     merged, _ = shared(model, 2, refit=(), stride=2)
     with monkeypatch.context() as patch:
-        patch.setattr(shared_layer, "Fit", lambda pieces, *rest: asked.append(pieces) or ScoreObjective(pieces, *rest))
-        patch.setattr(shared_layer, "solve", lambda *given, **more: solved.append(solve(*given, **more)) or solved[-1])
+        patch.setattr(
+            shared_layer,
+            "ScoreObjective",
+            lambda samples, *rest: fitted_samples.append(samples) or ScoreObjective(samples, *rest),
+        )
+        patch.setattr(
+            shared_layer, "solve", lambda *args, **more: solutions.append(solve(*args, **more)) or solutions[-1]
+        )
         shared(model, 2, refit=("q", "k"), stride=2, reweight_keys=reweight_keys)
     for head in range(8):
-        set_head(merged, attention_modules(merged)[0], "q", head, solved[0].weight[head])
-    base_seen, new_seen = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0]
-    assert (base_seen.p - new_seen.p).abs().max() > 1e-3
-    for turn, (old, new) in enumerate([(1.0, 0.0), (0.5, 0.5) if reweight_keys else (1.0, 0.0)]):
-        pieces = [*asked[2 * turn], *asked[2 * turn + 1]]  # to fit, and held back
-        assert len(pieces) == len(SEQUENCES)
-        for piece in pieces:
-            place = next(i for i, x in enumerate(base_seen.x) if near(x, piece.x))
-            want = old * base_seen.p[place] + new * new_seen.p[place]
-            assert near(piece.weights, want[:, piece.rows])
+        set_head(merged, attention_modules(merged)[0], "q", head, solutions[0].weight[head])
+    base_layer, new_layer = stock(model, monkeypatch)[0], stock(merged, monkeypatch)[0]
+    assert (base_layer.p - new_layer.p).abs().max() > 1e-3
+    for step, (old, new) in enumerate([(1.0, 0.0), (0.5, 0.5) if reweight_keys else (1.0, 0.0)]):
+        samples = [*fitted_samples[2 * step], *fitted_samples[2 * step + 1]]  # to fit, and held back
+        assert len(samples) == len(SEQUENCES)
+        for sample in samples:
+            index = next(i for i, x in enumerate(base_layer.x) if near(x, sample.x))
+            want = old * base_layer.p[index] + new * new_layer.p[index]
+            assert near(sample.weights, want[:, sample.rows])
 
 
-@pytest.mark.parametrize(("part", "groups", "damping"), product("qk", (1, 2), (0.5, 30.0)))
-def test_the_first_step_of_the_score_fit_goes_where_inputs_are_strong(part, groups, damping):
+@pytest.mark.parametrize(("projection", "groups", "damping"), product("qk", (1, 2), (0.5, 30.0)))
+def test_the_first_step_of_the_score_fit_goes_where_inputs_are_strong(projection, groups, damping):
     """One step down the slope G: δ = −a C⁻¹ G (M + damping · mean eigenvalue)⁻¹, and a where L is least along it.
 
     C holds a number for each head and channel: the curvature of its scores, of a pair that RoPE mixes the mean.
     """
-    pieces, turn, q, k = score_problem(groups, 3, seed=7)
-    fit = ScoreObjective(pieces, 0.5, turn, turn, groups)
-    problem, start = (fit.query_problem(k), q) if part == "q" else (fit.key_problem(q), k)
+    samples, rotation, q, k = score_problem(groups, 3, seed=7)
+    objective = ScoreObjective(samples, 0.5, rotation, rotation, groups)
+    problem, start = (objective.query_problem(k), q) if projection == "q" else (objective.key_problem(q), k)
 
     def loss(weight):
-        return score_loss(pieces, weight, k) if part == "q" else score_loss(pieces, q, weight)
+        return score_loss(samples, weight, k) if projection == "q" else score_loss(samples, q, weight)
 
     slope = torch.autograd.functional.jacobian(loss, start)
     curvature, moments = torch.zeros(start.shape[:2]).double(), torch.zeros(5, 5).double()
-    for piece in pieces:
-        query, key = turn(piece.x @ q.mT)[:, piece.rows], turn(piece.x @ k.mT)
-        for (row, at), head in product(enumerate(piece.rows), range(2)):
-            p, own = piece.weights[head, row], head * groups // 2
-            if part == "q":  # of a query's channels: the variance of its keys under p
+    for sample in samples:
+        query, key = rotation(sample.x @ q.mT)[:, sample.rows], rotation(sample.x @ k.mT)
+        for (row, at), head in product(enumerate(sample.rows), range(2)):
+            p, own = sample.weights[head, row], head * groups // 2
+            if projection == "q":  # of a query's channels: the variance of its keys under p
                 curvature[head] += p @ key[own].square() - (p @ key[own]).square()
-                moments += piece.x[at].outer(piece.x[at]) * (head == 0)
+                moments += sample.x[at].outer(sample.x[at]) * (head == 0)
             else:
                 curvature[own] += query[head, row].square()
-                moments += torch.einsum("s,si,sj->ij", p, piece.x, piece.x)
+                moments += torch.einsum("s,si,sj->ij", p, sample.x, sample.x)
     curvature[:, :2] = curvature[:, :2].mean(1, keepdim=True)  # two channels turn, two do not
     moments += damping * moments.diagonal().mean() * torch.eye(5).double()
     way = -torch.linalg.solve(moments, slope / curvature.unsqueeze(-1), left=False)
     curved = torch.einsum("hdn,hdn->", torch.autograd.functional.hvp(loss, start, way)[1], way)
-    found = solve(problem, problem, start, steps=1, damping=damping)
-    assert found.steps == 1
-    assert near(found.weight - start, -(slope * way).sum() / curved * way, 1e-7)
+    solution = solve(problem, problem, start, steps=1, damping=damping)
+    assert solution.steps == 1
+    assert near(solution.weight - start, -(slope * way).sum() / curved * way, 1e-7)
 
 
 SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

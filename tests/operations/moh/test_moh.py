@@ -44,10 +44,10 @@ def planted(seed: int = 0, tokens: int = 600, inputs: int = 9, outputs: int = 5,
     return x + 2, weights, bias, (x + 2) @ weights.T + bias + noise * torch.randn(tokens, outputs, generator=generator)
 
 
-def moments_of(x, y, pieces: int = 3) -> Moments:
+def moments_of(x, y, chunks: int = 3) -> Moments:
     moments = Moments(x.shape[1], y.shape[1])
-    for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-        moments.add(a, b)
+    for x_chunk, y_chunk in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
+        moments.add(x_chunk, y_chunk)
     return moments
 
 
@@ -58,12 +58,12 @@ def test_ridge_is_that_of_the_dense_system():
         centred, unit = x - x.mean(0), (x - x.mean(0)).square().mean()
         left = centred.T @ centred / len(x) + strength * unit * torch.eye(9).double()
         weights = torch.linalg.solve(left, centred.T @ (y - y.mean(0)) / len(x))
-        for pieces in (1, 7):
-            (got,) = moments_of(x, y, pieces).solutions([strength])
+        for chunks in (1, 7):
+            (got,) = moments_of(x, y, chunks).solutions([strength])
             assert (got[:-1] - weights).abs().max() < 1e-9
             assert (got[-1] - (y.mean(0) - x.mean(0) @ weights)).abs().max() < 1e-9
             want = (x @ got[:-1] + got[-1] - y).square().sum(0)
-            assert torch.allclose(moments_of(x, y, pieces).errors(got), want, rtol=1e-8)
+            assert torch.allclose(moments_of(x, y, chunks).errors(got), want, rtol=1e-8)
 
 
 def test_ridge_finds_a_planted_router_and_a_strength_that_fits_the_noise():
@@ -87,13 +87,13 @@ def test_worths_are_those_of_explicit_outputs(groups):
     ends = torch.tensor([0, *groups]).cumsum(0).tolist()
     for token in range(7):
         z = heads[token].double().view(6, 4)
-        adds = [sum(output[:, h].double() @ z[h] for h in range(a, b)) for a, b in pairwise(ends)]
-        whole = sum(adds)
-        for unit, own in enumerate(adds):
-            assert energy[token, unit] == pytest.approx(own.square().sum().log().item(), abs=1e-9)
-            others = [other for v, other in enumerate(adds) if v != unit]
-            growth = own @ own + 2 * 0.3 * sum(own @ other for other in others)
-            assert damage[token, unit] == pytest.approx((growth / (whole @ whole)).item(), abs=1e-9)
+        outputs = [sum(output[:, h].double() @ z[h] for h in range(a, b)) for a, b in pairwise(ends)]
+        total = sum(outputs)
+        for unit, output_of_unit in enumerate(outputs):
+            assert energy[token, unit] == pytest.approx(output_of_unit.square().sum().log().item(), abs=1e-9)
+            others = [other for v, other in enumerate(outputs) if v != unit]
+            growth = output_of_unit @ output_of_unit + 2 * 0.3 * sum(output_of_unit @ other for other in others)
+            assert damage[token, unit] == pytest.approx((growth / (total @ total)).item(), abs=1e-9)
 
 
 def test_damage_is_the_mean_growth_of_the_error_over_random_sets():
@@ -118,20 +118,20 @@ def test_a_layer_is_measured_on_what_the_gated_layers_before_it_give(monkeypatch
     """The last layer's inputs are those of the model with its gates in place, run as a whole."""
     base = TINY["llama"]().eval()
     sequences = torch.randint(3, VOCAB, (4, 20), generator=torch.Generator().manual_seed(0))
-    seen, add = [], Moments.add
-    monkeypatch.setattr(Moments, "add", lambda self, x, y: seen.append(x.clone()) or add(self, x, y))
+    measured, add = [], Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, x, y: measured.append(x.clone()) or add(self, x, y))
     planned = {layer: Planned(Gate("moh", (1,) * 8, (), 2), 1) for layer in (0, 1)}
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    found, records = route(base, Anatomy.of(base), planned, sequences, score="energy", router="fit")
+    gates, records = route(base, Anatomy.of(base), planned, sequences, score="energy", router="fit")
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     assert [record["layer"] for record in records] == [0, 1]
     model = copy.deepcopy(base)
     operation = find("moh")(op="moh")
     from surgery.runtime.modeling_surgery import patch
 
-    patch(model, {"layers": [operation._entry(found[layer], model) for layer in (0, 1)]})
+    patch(model, {"layers": [operation._entry(gates[layer], model) for layer in (0, 1)]})
     for layer, module in enumerate(attention_modules(model)):
-        for name, values in found[layer][1].items():
+        for name, values in gates[layer][1].items():
             getattr(module, f"surgery_{name}").copy_(values)
     inputs = []
     attention_modules(model)[1].register_forward_pre_hook(
@@ -139,7 +139,7 @@ def test_a_layer_is_measured_on_what_the_gated_layers_before_it_give(monkeypatch
     )
     for sequence in sequences:
         model(input_ids=sequence[None], use_cache=False)
-    for got, want in zip(seen[4:], inputs, strict=True):
+    for got, want in zip(measured[4:], inputs, strict=True):
         assert (got - want).abs().max() < 1e-5
 
 
@@ -160,8 +160,8 @@ def test_shared_heads_are_those_with_the_largest_mean_and_static_takes_the_next(
         base(input_ids=sequence[None], use_cache=False)
     hook.remove()
     order = torch.cat(energies).mean(0).argsort(descending=True).tolist()
-    found, _ = route(base, Anatomy.of(base), planned, sequences, score="energy", router="static")
-    gate, parameters = found[1]
+    gates, _ = route(base, Anatomy.of(base), planned, sequences, score="energy", router="static")
+    gate, parameters = gates[1]
     assert gate.shared == tuple(sorted(order[:3]))
     assert parameters["router"].abs().max() == 0
     routed = [unit for unit in range(8) if unit not in gate.shared]
@@ -326,9 +326,9 @@ def test_conflicts_name_both(model):
 def test_recipes(surgery, model, name, words):
     planned = surgery("plan", name, model)
     assert planned.code == 0, planned.err
-    said = " ".join(planned.out.split())
-    assert all(word in said for word in words), said
-    assert "surgical" in said
+    printed = " ".join(planned.out.split())
+    assert all(word in printed for word in words), printed
+    assert "surgical" in printed
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from surgery.errors import SurgeryError
 from surgery.operations.prune_heads.importance import importance
 from surgery.operations.prune_heads.operation import PruneHeads
 from surgery.operations.prune_heads.refit import moments_of, refit
-from surgery.operations.prune_heads.select import choose_removed, facts_without
+from surgery.operations.prune_heads.select import anatomy_without_heads, choose_removed
 
 PLAIN = {"scores": "random", "refit": False}
 # 8 query heads on 4 KV heads: two groups go for 4 on 2, which divides the hidden size (llama's config wants that)
@@ -71,7 +71,7 @@ def pruned(model, removed, **fields):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Every family pruned in both ways, saved, loaded by us and saved again: folder -> (model in memory, removed)."""
-    root, found = tmp_path_factory.mktemp("pruned"), {}
+    root, models = tmp_path_factory.mktemp("pruned"), {}
     for kind, names, removed in (("native", NATIVE, GROUPS), ("surgical", SURGICAL, ODD)):
         for name in names:
             model, report = pruned(base(name), removed)
@@ -80,20 +80,20 @@ def saved(tmp_path_factory):
             model.save_pretrained(folder)
             surgery.load(folder).save_pretrained(root / f"{kind}-{name}-again")
             for each in (folder, root / f"{kind}-{name}-again"):
-                found[each] = (name, model, removed)
+                models[each] = (name, model, removed)
     answers = {}
     for kind in ("native", "surgical"):
-        folders = [folder for folder in found if folder.name.startswith(kind)]
+        folders = [folder for folder in models if folder.name.startswith(kind)]
         scratch = root / f"doors-{kind}"
         scratch.mkdir()
         answers |= open_doors(folders, scratch, trust=kind == "surgical")
-    return found, answers
+    return models, answers
 
 
 def test_values_are_those_of_silenced_heads_through_every_door(saved):
-    found, answers = saved
+    models, answers = saved
     expected = {}
-    for folder, (name, model, removed) in found.items():
+    for folder, (name, model, removed) in models.items():
         answer = answers[folder]
         assert "error" not in answer, f"{folder.name}: {answer}"
         assert not answer["missing"], folder.name
@@ -134,9 +134,9 @@ def test_cached_is_uncached_with_left_padding(name):
     mask = torch.ones_like(TOKENS)
     mask[1, :4] = 0
     with torch.no_grad():
-        whole = model(**given(model, TOKENS, mask), use_cache=False).logits
-        pieces = chunked(model, TOKENS, mask, (5, 1, 6))
-    assert (pieces - whole)[mask.bool()].abs().max() < 1e-4
+        uncached = model(**given(model, TOKENS, mask), use_cache=False).logits
+        cached = chunked(model, TOKENS, mask, (5, 1, 6))
+    assert (cached - uncached)[mask.bool()].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("nothing", [{"per_layer": 0}, {"per_layer": None, "ratio": 0.0}, {"heads": [[], []]}])
@@ -188,19 +188,19 @@ def test_streaming_heads_keep_their_names(removed, tmp_path):
             {"op": "prune_heads", "granularity": "head", "heads": removed, "refit": False},
         ],
     }
-    whole = copy.deepcopy(base("llama"))
-    surgery.apply(recipe | {"operations": recipe["operations"][:1]}, whole)
-    assert [layer["streaming"] for layer in whole.config.surgery["layers"]] == split
-    whole.save_pretrained(tmp_path / "split")
-    for module, heads in zip(attention_modules(whole), removed, strict=True):
+    full = copy.deepcopy(base("llama"))
+    surgery.apply(recipe | {"operations": recipe["operations"][:1]}, full)
+    assert [layer["streaming"] for layer in full.config.surgery["layers"]] == split
+    full.save_pretrained(tmp_path / "split")
+    for module, heads in zip(attention_modules(full), removed, strict=True):
         for head in heads:
             module.o_proj.weight.data[:, head * 8 : head * 8 + 8] = 0
     model = copy.deepcopy(base("llama"))
     surgery.apply(recipe, model)
-    assert difference(logits_of(model), logits_of(whole)) < 1e-4
+    assert difference(logits_of(model), logits_of(full)) < 1e-4
     names = [(layer.split_facts or {"kv_heads": []})["kv_heads"] for layer in Anatomy.of(model).layers]
-    gone = [[kv for kv in range(4) if {2 * kv, 2 * kv + 1} <= {*heads}] for heads in removed]
-    assert names == [[kv for kv in row if kv not in out] for row, out in zip(split, gone, strict=True)]
+    removed_kv = [[kv for kv in range(4) if {2 * kv, 2 * kv + 1} <= {*heads}] for heads in removed]
+    assert names == [[kv for kv in row if kv not in out] for row, out in zip(split, removed_kv, strict=True)]
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(surgery.load(tmp_path / "out")), logits_of(model))
     later = surgery.load(tmp_path / "split")  # a second surgery on a checkpoint that is split already
@@ -225,9 +225,9 @@ def test_gqa_split_and_prune_in_one_recipe_through_the_command(surgery, model):
     report = json.loads((model.parent / "out" / "surgery.json").read_text())
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
     assert statuses["both doors agree"] == "passed"
-    assert [len(gone) for gone in report["operations"][2]["record"]["removed"]] == [2, 2]
-    facts = surgery("inspect", model.parent / "out", "--json").json["layers"]
-    assert [layer["heads"] for layer in facts] == [7, 7]
+    assert [len(heads) for heads in report["operations"][2]["record"]["removed"]] == [2, 2]
+    layers = surgery("inspect", model.parent / "out", "--json").json["layers"]
+    assert [layer["heads"] for layer in layers] == [7, 7]
     assert surgery("apply", "gqa", "out", "kv_heads=1", "-o", "no").code == 2
 
 
@@ -241,9 +241,9 @@ def test_a_split_measured_after_pruning(surgery, model):
     )
     ran = surgery("apply", "two.yaml", model, "-o", "out", "--no-eval")
     assert ran.code == 0, ran.err
-    facts = surgery("inspect", model.parent / "out", "--json").json["layers"]
-    assert [(layer["heads"], layer["kv_heads"]) for layer in facts] == [(6, 2), (6, 2)]
-    assert sum(len((layer["streaming"] or {"kv_heads": []})["kv_heads"]) for layer in facts) == 2
+    layers = surgery("inspect", model.parent / "out", "--json").json["layers"]
+    assert [(layer["heads"], layer["kv_heads"]) for layer in layers] == [(6, 2), (6, 2)]
+    assert sum(len((layer["streaming"] or {"kv_heads": []})["kv_heads"]) for layer in layers) == 2
 
 
 # --- the choice --------------------------------------------------------------------------------------------
@@ -264,12 +264,12 @@ def test_choice_by_hand():
 
 
 def test_names_follow():
-    facts = Anatomy.of(base("llama")).layers[0]
-    once = facts_without(facts, [0, 2, 3])
+    layer = Anatomy.of(base("llama")).layers[0]
+    once = anatomy_without_heads(layer, [0, 2, 3])
     assert (once.heads, once.kv_heads, once.query_groups) == (5, 3, (1, 2, 2))
     assert (once.query_numbers, once.kv_numbers) == ((1, 4, 5, 6, 7), (0, 2, 3))
     assert groups_of(once) == [[0], [1, 2], [3, 4]]
-    twice = facts_without(once, [0])
+    twice = anatomy_without_heads(once, [0])
     assert (twice.query_numbers, twice.kv_numbers, twice.query_groups) == ((4, 5, 6, 7), (2, 3), ())
 
 
@@ -298,8 +298,8 @@ def test_gradient_scores_are_finite_differences(name):
             want[layer, head] = ((up - down) / (2 * step)).abs().mean()
     want /= want.norm(dim=1, keepdim=True)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    found = torch.tensor(importance(model, "gradient", SEQUENCES).scores, dtype=torch.float64)
-    assert (found - want).abs().max() < 1e-3
+    scores = torch.tensor(importance(model, "gradient", SEQUENCES).scores, dtype=torch.float64)
+    assert (scores - want).abs().max() < 1e-3
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -307,26 +307,26 @@ def test_gradient_scores_are_finite_differences(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_ablation_scores_are_the_kl_of_silenced_heads(name):
     model = base(name)
-    found = importance(model, "ablation", SEQUENCES).scores
-    whole = logits_of(double(model), SEQUENCES).log_softmax(-1)
+    scores = importance(model, "ablation", SEQUENCES).scores
+    full = logits_of(double(model), SEQUENCES).log_softmax(-1)
     for layer, head in ((0, 0), (0, 7), (1, 3)):
         removed = [[], []]
         removed[layer] = [head]
         other = logits_of(silenced(model, removed), SEQUENCES).log_softmax(-1)
-        want = (whole.exp() * (whole - other)).sum(-1).mean().item()
-        assert found[layer][head] == pytest.approx(want, rel=1e-3)
+        want = (full.exp() * (full - other)).sum(-1).mean().item()
+        assert scores[layer][head] == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "phi3", "qwen2"])
 def test_magnitude_is_the_norm_of_the_product(name):
     model = base(name)
-    found = importance(model, "magnitude", None).scores
+    scores = importance(model, "magnitude", None).scores
     size, per = head_dim_of(model), text_config(model).num_attention_heads // kv_heads_of(model)
     for layer, module in enumerate(attention_modules(model)):
         for head in range(8):
             value = get_head(model, module, "v", head // per)
             wrote = output(module).weight.double()[:, head * size : (head + 1) * size] @ value
-            assert found[layer][head] == pytest.approx(wrote.norm().item(), rel=1e-6)
+            assert scores[layer][head] == pytest.approx(wrote.norm().item(), rel=1e-6)
 
 
 # --- the refit ---------------------------------------------------------------------------------------------
@@ -354,17 +354,17 @@ def test_refit_of_a_model_equals_lstsq_on_its_own_activations(name):
     model, removed, size = double(base(name)), ODD, head_dim_of(base(name))
     anatomy = Anatomy.of(model)
     logits = logits_of(model)
-    found = refit(model, anatomy, removed, SEQUENCES, 0.05)
+    fits = refit(model, anatomy, removed, SEQUENCES, 0.05)
     assert torch.equal(logits_of(model), logits)
     stock = double(base(name))
-    for layer, gone in enumerate(removed):
+    for layer, removed_heads in enumerate(removed):
         module = output(attention_modules(stock)[layer])
-        seen = []
-        hook = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
+        inputs = []
+        hook = module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2)))
         logits_of(stock, SEQUENCES)
         hook.remove()
-        z, old = torch.cat(seen), module.weight.data.clone()
-        kept = [h * size + i for h in range(8) if h not in gone for i in range(size)]
+        z, old = torch.cat(inputs), module.weight.data.clone()
+        kept = [h * size + i for h in range(8) if h not in removed_heads for i in range(size)]
         biased = module.bias is not None
         spread = z[:, kept] - z[:, kept].mean(0) if biased else z[:, kept]
         target, weight = z @ old.T, 0.05 * spread.square().sum(0).mean()
@@ -373,17 +373,17 @@ def test_refit_of_a_model_equals_lstsq_on_its_own_activations(name):
         rows = torch.cat([torch.cat([z[:, kept], ones], dim=1), ridge])
         fitted = torch.linalg.lstsq(rows, torch.cat([target, weight.sqrt() * old[:, kept].T])).solution.T
         want, shift = fitted[:, : len(kept)], fitted[:, len(kept) :].sum(1)
-        assert (found[layer].weight.flatten(1) - want).abs().max() < 1e-8 * want.abs().max()
+        assert (fits[layer].weight.flatten(1) - want).abs().max() < 1e-8 * want.abs().max()
         module.weight.data.zero_()
         module.weight.data[:, kept] = want
         if biased:
-            assert (found[layer].shift - shift).abs().max() < 1e-8 * shift.abs().max()
+            assert (fits[layer].shift - shift).abs().max() < 1e-8 * shift.abs().max()
             module.bias.data += shift
         else:
-            assert found[layer].shift is None
+            assert fits[layer].shift is None
         lost = (target - z @ module.weight.data.T - shift).square().sum() / target.square().sum()
-        assert found[layer].lost["refitted"] == pytest.approx(lost.item(), rel=1e-6)
-        assert found[layer].lost["refitted"] < found[layer].lost["pruned"]
+        assert fits[layer].lost["refitted"] == pytest.approx(lost.item(), rel=1e-6)
+        assert fits[layer].lost["refitted"] < fits[layer].lost["pruned"]
 
 
 def test_a_head_that_always_writes_the_same_goes_without_loss_where_there_is_a_bias(monkeypatch):
@@ -415,18 +415,18 @@ def test_layers_one_by_one_are_the_model():
         model = double(base(name))
         with torch.no_grad():
             run = Layerwise(model, Anatomy.of(model), SEQUENCES)
-            whole = moments_of(run.heads(0)).total
+            moments = moments_of(run.heads(0)).total
             run.advance(0)
             second = list(run.heads(1))
-            seen = []
+            inputs = []
             hook = output(attention_modules(model)[1]).register_forward_pre_hook(
-                lambda _, args, seen=seen: seen.append(args[0])
+                lambda _, args, inputs=inputs: inputs.append(args[0])
             )
             for ids in SEQUENCES:
                 model(input_ids=ids[None])
             hook.remove()
-        assert whole.shape == (8 * head_dim_of(model),) * 2
-        for mine, theirs in zip(second, seen, strict=True):
+        assert moments.shape == (8 * head_dim_of(model),) * 2
+        for mine, theirs in zip(second, inputs, strict=True):
             assert torch.equal(mine, theirs.flatten(0, -2)), name
 
 
@@ -537,10 +537,10 @@ def test_order_of_operations():
 
 
 def test_the_plan_tells_unequal_groups(surgery, model):
-    said = surgery("plan", "prune-heads", model, "granularity=head").out
-    assert "query heads 9 → 8, of 8" in said
-    assert "KV heads 3, 3 → 2 to 3 query heads each" in said
-    assert "parameters may be fewer" not in said
+    message = surgery("plan", "prune-heads", model, "granularity=head").out
+    assert "query heads 9 → 8, of 8" in message
+    assert "KV heads 3, 3 → 2 to 3 query heads each" in message
+    assert "parameters may be fewer" not in message
     assert "may be fewer" in surgery("plan", "prune-heads", model, "granularity=head", "per_layer=3").out
     assert "prune_heads" in surgery("ls").out
 

@@ -46,7 +46,7 @@ def test_values_are_those_of_silenced_heads(way, granularity, tmp_path):
     dense = copy.deepcopy(base)
     surgery.apply(recipe(prune), dense)
     assert difference(dense(**given(base, ids, mask), use_cache=False).logits, want, mask) > 1e-3
-    left = [[head for head in range(8) if head not in gone] for gone in removed]
+    left = [[head for head in range(8) if head not in removed_heads] for removed_heads in removed]
     for layer, heads in zip(model.config.surgery["layers"], left, strict=True):
         if way == "windows":
             assert layer["sparse"]["window"] == [WINDOWS[head] for head in heads]
@@ -77,9 +77,9 @@ def test_patterns_that_were_searched_follow_too(surgery, model, tmp_path):
     assert done.code == 0, done.err
     (tmp_path / "first.yaml").write_text(json.dumps(recipe(steps[0])))
     assert surgery("apply", "first.yaml", model, "-o", "first", "--no-check").code == 0
-    found = {}
+    patterns = {}
     for name in ("out", "first"):
         block = json.loads((tmp_path / name / "config.json").read_text())["surgery"]["layers"]
-        found[name] = [layer["sparse"]["patterns"] for layer in block]
-    for kept, whole, gone in zip(found["out"], found["first"], ([1, 8], [0]), strict=True):
-        assert kept == [pattern for head, pattern in enumerate(whole) if head not in gone]
+        patterns[name] = [layer["sparse"]["patterns"] for layer in block]
+    for pruned, full, removed_heads in zip(patterns["out"], patterns["first"], ([1, 8], [0]), strict=True):
+        assert pruned == [pattern for head, pattern in enumerate(full) if head not in removed_heads]

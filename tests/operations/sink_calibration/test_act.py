@@ -18,8 +18,7 @@ import surgery as package
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.operations.sink_calibration import act as calibration
-from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.operations.sink_calibration import act, zero_tuning
 from surgery.operations.sink_calibration.act import agreement, best_cut, choose_heads, set_probes
 from surgery.operations.sink_calibration.zero_tuning import Trial, gradients
 from surgery.runtime import modeling_surgery as runtime
@@ -159,31 +158,31 @@ def test_gradients_reach_beta_where_it_is_1():
 @pytest.mark.parametrize("seed", range(5))
 def test_the_cut_has_the_best_f1(seed):
     generator = torch.Generator().manual_seed(seed)
-    found = torch.randn(40, generator=generator)
-    marked = found + torch.randn(40, generator=generator) > 1
+    scores = torch.randn(40, generator=generator)
+    marked = scores + torch.randn(40, generator=generator) > 1
 
     def f1(cut: float) -> float:
-        said = [x > cut for x in found.tolist()]
-        both = sum(s and m for s, m in zip(said, marked.tolist(), strict=True))
-        return 2 * both / (sum(said) + marked.sum().item())
+        predicted = [x > cut for x in scores.tolist()]
+        both = sum(p and m for p, m in zip(predicted, marked.tolist(), strict=True))
+        return 2 * both / (sum(predicted) + marked.sum().item())
 
-    best = max(f1(x - 1e-6) for x in found.tolist())
-    assert f1(best_cut(found, marked).item()) == pytest.approx(best)
+    best = max(f1(x - 1e-6) for x in scores.tolist())
+    assert f1(best_cut(scores, marked).item()) == pytest.approx(best)
 
 
-def eager_sums(model, piece) -> list[torch.Tensor]:
+def eager_sums(model, sample) -> list[torch.Tensor]:
     """What every judged key gets from all queries, from the whole attention map of every layer: [heads, keys]."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
-    maps = model(input_ids=piece[None], output_attentions=True, use_cache=False).attentions
-    length, found = len(piece), []
+    maps = model(input_ids=sample[None], output_attentions=True, use_cache=False).attentions
+    length, sums_of_layers = len(sample), []
     for weights in maps:
         rows = [
             [sum(weights[0, h, i, j].item() for i in range(j, length)) for j in range(1, length // 2 + 1)]
             for h in range(weights.shape[1])
         ]
-        found.append(torch.tensor(rows))
-    return found
+        sums_of_layers.append(torch.tensor(rows))
+    return sums_of_layers
 
 
 @torch.no_grad()
@@ -191,19 +190,19 @@ def test_probes_agree_with_acts_rule_as_often_as_they_say():
     plain, alpha, length = base("llama"), 1.5, 24
     model = copy.deepcopy(plain)
     package.apply(recipe(sink("act", beta=1.0)), model)
-    pieces = torch.randint(3, 128, (5, length), generator=torch.Generator().manual_seed(3))
+    samples = torch.randint(3, 128, (5, length), generator=torch.Generator().manual_seed(3))
     probes = {module.layer_idx: module.surgery_sink_probe for module in runtime.attention_modules(model)}
-    set_probes(model, probes, pieces[:4], alpha=alpha)
+    set_probes(model, probes, samples[:4], alpha=alpha)
     count, mass = {"said": 0, "marked": 0, "both": 0}, {"said": 0.0, "marked": 0.0, "both": 0.0}
-    cache = plain(input_ids=pieces[4:], use_cache=True)[runtime.CACHE]
-    for layer, sums in enumerate(eager_sums(plain, pieces[4])):
+    cache = plain(input_ids=samples[4:], use_cache=True)[runtime.CACHE]
+    for layer, sums in enumerate(eager_sums(plain, samples[4])):
         values, probe = cache.layers[layer].values[0].double(), probes[layer].double()
         for head in range(8):
             for key in range(1, 13):
                 v, total = values[head // 2, key], sums[head, key - 1].item()
-                said = bool(probe[head, :-2] @ v + probe[head, -2] * v.norm() + probe[head, -1] > 0)
+                predicted = bool(probe[head, :-2] @ v + probe[head, -2] * v.norm() + probe[head, -1] > 0)
                 marked = total / (length - key) > alpha / length
-                for name, holds in (("said", said), ("marked", marked), ("both", said and marked)):
+                for name, holds in (("said", predicted), ("marked", marked), ("both", predicted and marked)):
                     count[name] += holds
                     mass[name] += holds * total
     assert 0 < count["both"] < count["said"]
@@ -211,7 +210,7 @@ def test_probes_agree_with_acts_rule_as_often_as_they_say():
     for name, sums in (("", count), ("mass_", mass)):
         expected[f"{name}precision"] = sums["both"] / sums["said"]
         expected[f"{name}recall"] = sums["both"] / sums["marked"]
-    assert agreement(model, probes, pieces[4:], alpha) == pytest.approx(expected, rel=1e-5)
+    assert agreement(model, probes, samples[4:], alpha) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -225,16 +224,16 @@ def test_probes_learn_a_rule_that_values_tell(monkeypatch):
         marked = torch.stack([along[0], short[0], short[1], torch.zeros(n, dtype=torch.bool)])
         return value, torch.ones(4, n), marked, torch.arange(n) % 3 > 0
 
-    def each_call(model, layers, pieces, alpha, look, progress, label):
-        for piece in pieces:
-            look(0, *piece)
+    def each_call(model, layers, samples, alpha, visit, progress, label):
+        for sample in samples:
+            visit(0, *sample)
 
-    monkeypatch.setattr(calibration, "_each_call", each_call)
+    monkeypatch.setattr(act, "_each_call", each_call)
     probes = {0: torch.zeros(4, 8)}
     set_probes(None, probes, [text(300) for _ in range(6)], alpha=5.0)
-    found = agreement(None, probes, [text(300) for _ in range(4)], 5.0)
-    assert found["sinks"] > 100
-    assert min(found["precision"], found["recall"]) > 0.9
+    result = agreement(None, probes, [text(300) for _ in range(4)], 5.0)
+    assert result["sinks"] > 100
+    assert min(result["precision"], result["recall"]) > 0.9
     assert torch.equal(probes[0][3], torch.zeros(8))
 
 
@@ -243,9 +242,9 @@ def test_the_heads_that_gain_are_chosen_and_kept_if_they_gain_elsewhere(monkeypa
     log = math.log(0.4)
     fit = [[log, 0.5, log], [0.3, log, -0.01]]  # the last gains by its slope and loses by beta
     model = Toy(fit, [[held] * 3, [held] * 3])
-    monkeypatch.setattr(first_token, "objective", lambda model, piece, kind: model.objective(piece, kind))
-    pieces = torch.tensor([[1, 0], [1, 5], [0, 1], [0, 9]])
-    record = choose_heads(Trial(model, list(model.logs), pieces[:2], pieces[2:]), [[0, 1, 2], [0, 1, 2]], 0.4)
+    monkeypatch.setattr(zero_tuning, "objective", lambda model, sample, kind: model.objective(sample, kind))
+    samples = torch.tensor([[1, 0], [1, 5], [0, 1], [0, 9]])
+    record = choose_heads(Trial(model, list(model.logs), samples[:2], samples[2:]), [[0, 1, 2], [0, 1, 2]], 0.4)
     assert record["kept"] is kept
     assert [trial["heads"] for trial in record["tried"]] == [0, 4, 2, 1, 1]
     best = min(record["tried"], key=lambda trial: trial["fit"])["heads"]
@@ -258,8 +257,8 @@ def test_a_layer_without_any_sink_has_no_slope():
     modules = runtime.attention_modules(model)
     with torch.no_grad():
         modules[1].surgery_sink_probe.zero_()
-    pieces = batch(model, (0,))[0]
-    trial = Trial(model, [module.surgery_log_beta for module in modules], pieces, pieces)
+    samples = batch(model, (0,))[0]
+    trial = Trial(model, [module.surgery_log_beta for module in modules], samples, samples)
     first, second = gradients(trial)
     assert first.abs().max() > 0
     assert torch.equal(second, torch.zeros(8))

@@ -17,8 +17,7 @@ from sinks import QUICK, Toy, log_gammas, recipe, sink
 import surgery as package
 from surgery.errors import SurgeryError
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.operations.sink_calibration import virtual_keys
-from surgery.operations.sink_calibration import zero_tuning as first_token
+from surgery.operations.sink_calibration import virtual_keys, zero_tuning
 from surgery.operations.sink_calibration.zero_tuning import Trial, first_tokens, search_gammas
 
 NO_SINKS = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 0, "window": 6}
@@ -59,30 +58,30 @@ def test_first_tokens_are_measured_with_all_heads_full():
     base = TINY["llama"]().eval()
     model = copy.deepcopy(base)
     package.apply(recipe(NO_SINKS), model)
-    pieces, reach = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0)), [6, 9]
+    samples, reach = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0)), [6, 9]
     keys, values, means = [[], []], [[], []], [[], []]
-    for piece in pieces:
+    for sample in samples:
         inputs: list = []
         take = partial(_take, inputs)
         hooks = [layer.self_attn.register_forward_pre_hook(take, with_kwargs=True) for layer in base.model.layers]
-        base(input_ids=piece[None], use_cache=False)
+        base(input_ids=sample[None], use_cache=False)
         for hook in hooks:
             hook.remove()
         cos, sin = base.model.rotary_emb(inputs[0], torch.arange(20)[None])
-        for number, (hidden, layer) in enumerate(zip(inputs, base.model.layers, strict=True)):
-            part = layer.self_attn
+        for index, (hidden, layer) in enumerate(zip(inputs, base.model.layers, strict=True)):
+            attention = layer.self_attn
             q, k, v = (
                 projection(hidden).view(1, 20, -1, 8).transpose(1, 2)
-                for projection in (part.q_proj, part.k_proj, part.v_proj)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             q, k = apply_rotary_pos_emb(q, k, cos, sin)
-            keys[number].append(k[0, :, 0])
-            values[number].append(v[0, :, 0])
+            keys[index].append(k[0, :, 0])
+            values[index].append(v[0, :, 0])
             score = (q[0].double() @ k[0, :, 0].repeat_interleave(2, 0)[..., None].double())[..., 0] * 8**-0.5
-            means[number].append(score[:, reach[number] :].mean(-1))
-    for number, found in enumerate(first_tokens(model, pieces, reach)):
-        for got, want in ((found.key, keys), (found.value, values), (found.score, means)):
-            assert (got - torch.stack(want[number]).mean(0)).abs().max() < 1e-4
+            means[index].append(score[:, reach[index] :].mean(-1))
+    for index, measured in enumerate(first_tokens(model, samples, reach)):
+        for got, want in ((measured.key, keys), (measured.value, values), (measured.score, means)):
+            assert (got - torch.stack(want[index]).mean(0)).abs().max() < 1e-4
     ids, _ = batch(base, (0,))
     again = copy.deepcopy(base)
     package.apply(recipe(NO_SINKS), again)
@@ -100,11 +99,11 @@ def test_a_fit_puts_what_was_measured_in_place_of_the_first_token(model, monkeyp
     for method, kept in (("kv_bias", True), ("learned", True), ("learned", False)):
         loaded = load_model(model)
 
-        def objective(model, piece, kind, better=changes[kept]):
+        def objective(model, sample, kind, better=changes[kept]):
             logits = [t for name, t in model.state_dict().items() if name.endswith("sink_logit")]
             return torch.tensor(better if any((t > -9000).any() for t in logits) else 0.0)
 
-        monkeypatch.setattr(first_token, "objective", objective)
+        monkeypatch.setattr(zero_tuning, "objective", objective)
         split = NO_SINKS | {"streaming_ratio": 0.5, "scores": str(model / "scores.tsv")}
         (model / "scores.tsv").write_text("0.1 0.9 0.2\n0.8 0.7 0.3\n")
         report = package.apply(recipe(split, sink(method, **QUICK)), loaded, tokenizer=tokenizer)
@@ -133,9 +132,9 @@ def test_a_fit_puts_what_was_measured_in_place_of_the_first_token(model, monkeyp
 def toy(monkeypatch):
     def make(fit, held):
         model = Toy(fit, held)
-        monkeypatch.setattr(first_token, "objective", lambda model, piece, kind: model.objective(piece, kind))
-        pieces = torch.tensor([[1, 0], [1, 5], [0, 1], [0, 9]])
-        return model, Trial(model, list(model.logs), pieces[:2], pieces[2:])
+        monkeypatch.setattr(zero_tuning, "objective", lambda model, sample, kind: model.objective(sample, kind))
+        samples = torch.tensor([[1, 0], [1, 5], [0, 1], [0, 9]])
+        return model, Trial(model, list(model.logs), samples[:2], samples[2:])
 
     return make
 
@@ -196,7 +195,7 @@ def test_search_keeps_nothing_that_is_no_better_on_text_held_back(toy, held):
 def test_a_gain_on_copies_of_one_text_is_not_kept(toy, second):
     """Its standard error would be 0; of two texts that differ it is one."""
     model, trial = toy([[0.4, 0.4]], [[0.4, 0.4]])
-    trial.held = torch.tensor([[0, 1], second, [0, 1]])
+    trial.validation = torch.tensor([[0, 1], second, [0, 1]])
     record = search_gammas(trial, [torch.ones(2)], [math.exp(0.4)], "uniform")
     copies = second == [0, 1]
     assert record["kept"] is not copies
@@ -212,17 +211,17 @@ def test_a_gain_within_its_standard_error_is_not_kept(monkeypatch):
     model = torch.nn.Module()
     model.log = torch.nn.Parameter(torch.zeros(1))
 
-    def objective(model, piece, kind):
-        return torch.tensor(float(piece[1]) + (changes[int(piece[0])] if model.log.item() else 0.0))
+    def objective(model, sample, kind):
+        return torch.tensor(float(sample[1]) + (changes[int(sample[0])] if model.log.item() else 0.0))
 
-    monkeypatch.setattr(first_token, "objective", objective)
-    pieces = torch.tensor([[0, 5], [1, 50], [2, 0], [3, 7]])
-    record = Trial(model, [model.log], pieces, pieces).settle([torch.ones(1)])
+    monkeypatch.setattr(zero_tuning, "objective", objective)
+    samples = torch.tensor([[0, 5], [1, 50], [2, 0], [3, 7]])
+    record = Trial(model, [model.log], samples, samples).settle([torch.ones(1)])
     assert record["held_back_change"] == pytest.approx(-0.15, abs=1e-5)
     assert record["standard_error"] == pytest.approx(0.0957, abs=1e-4)
     assert (record["kept"], model.log.item()) == (False, 0.0)
     changes[2] = -0.2  # -0.225 with an error of 0.0479: 4.7 of them
-    assert Trial(model, [model.log], pieces, pieces).settle([torch.ones(1)])["kept"] is True
+    assert Trial(model, [model.log], samples, samples).settle([torch.ones(1)])["kept"] is True
 
 
 def test_search_that_finds_nothing_says_so(toy):
@@ -241,9 +240,9 @@ def test_search_on_a_model_leaves_modes_and_gradients(model, groups):
     report = package.apply(recipe(step), loaded, tokenizer=read_tokenizer(model))
     record = report.data["operations"][0]["record"]
     assert record["objective"] == "entropy"
-    (found,) = log_gammas(loaded)
-    assert (found[1:8] == 0).all()
-    assert (found.abs().max() > 0) == record["kept"]
+    (log_gamma,) = log_gammas(loaded)
+    assert (log_gamma[1:8] == 0).all()
+    assert (log_gamma.abs().max() > 0) == record["kept"]
     assert loaded.training
     named = [p for name, p in loaded.named_parameters() if "surgery_" not in name]
     assert [parameter.requires_grad for parameter in named] == grads
@@ -269,8 +268,8 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
     one, two = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
     assert one["parameters"] == {"surgery_sink_logit": [9, 1], "surgery_value": [1, 1, 8], "surgery_key": [1, 1, 8]}
     assert (two["parameters"], two["streaming"]) == ({"surgery_log_gamma": [9]}, [0])
-    (found,) = log_gammas(package.load(tmp_path / "out"))
-    assert found.float().tolist() == [0.0] * 4 + [torch.tensor(math.log(0.5)).bfloat16().item()] + [0.0] * 4
+    (log_gamma,) = log_gammas(package.load(tmp_path / "out"))
+    assert log_gamma.float().tolist() == [0.0] * 4 + [torch.tensor(math.log(0.5)).bfloat16().item()] + [0.0] * 4
     for method, term in (("zero_tuning", "bias"), ("learned", "virtual keys")):
         again = recipe(sink(method, **({"gamma": 2.0} if term == "bias" else {"start": "identity"})))
         with pytest.raises(SurgeryError, match=f"sets the {term} already"):
@@ -281,8 +280,8 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
 
 def test_apply_says_that_a_search_kept_nothing(surgery, model, text):
     """A plan says what is searched; what was done must not be taken from it."""
-    asked = ["gamma=null", "grid=[1]", "calibration_samples=4", "calibration_length=32"]
-    run = surgery("apply", "zero-tuning", model, "-o", "out", f"operations.0.text={text}", *asked, "--no-eval")
+    overrides = ["gamma=null", "grid=[1]", "calibration_samples=4", "calibration_length=32"]
+    run = surgery("apply", "zero-tuning", model, "-o", "out", f"operations.0.text={text}", *overrides, "--no-eval")
     assert run.code == 0, run.err
     assert "found:   sink_calibration zero_tuning: no setting was kept (none that was tried" in " ".join(
         run.out.split("\n")
@@ -361,17 +360,17 @@ def test_a_split_without_sinks_after_a_weight_for_the_first_token_is_refused(sur
     split = {"op": "duo_attention", "sinks": 0, "window": 6}
     (tmp_path / "low.tsv").write_text("0.9 0.9 0.9\n0.9 0.9 0.1\n")
     (tmp_path / "high.tsv").write_text("0.1 0.9 0.9\n0.9 0.9 0.9\n")
-    asked = {"scores": "low.tsv", "streaming_ratio": 0.17}
-    (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | asked)))
+    given_scores = {"scores": "low.tsv", "streaming_ratio": 0.17}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | given_scores)))
     refused("plan", "r.yaml", model, says=["stream without sinks", "heads [8] of layer 1", "sinks from 1"])
     for fields in ({"sinks": 1}, {"scores": "high.tsv"}, {"protect_layers": [1]}):
-        (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | asked | fields)))
+        (tmp_path / "r.yaml").write_text(json.dumps(recipe(weigh, split | given_scores | fields)))
         assert surgery("plan", "r.yaml", model).code == 0, fields
     (tmp_path / "w.yaml").write_text(json.dumps(recipe(weigh)))
     assert surgery("apply", "w.yaml", model, "-o", "weighed", "--no-check", "--no-eval").code == 0
-    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | asked)))
+    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | given_scores)))
     refused("plan", "s.yaml", "weighed", says=["weighs the first token (zero_tuning) in layers [1]", "sinks from 1"])
-    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | asked | {"protect_layers": [1]})))
+    (tmp_path / "s.yaml").write_text(json.dumps(recipe(split | given_scores | {"protect_layers": [1]})))
     assert surgery("plan", "s.yaml", "weighed").code == 0
 
 

@@ -30,13 +30,15 @@ def test_a_stand_in_ends_where_the_bases_own_window_does(bases):
     states = []
     for first in named:
         model = operated(base, 0, [first, {"surgery_sink_logit": torch.full((one, 1), -1e4)}], stand_in=True)
-        seen: list = []
-        hook = runtime.attention_modules(model)[0].register_forward_hook(lambda *args, to=seen: to.append(args[-1][0]))
+        outputs: list = []
+        hook = runtime.attention_modules(model)[0].register_forward_hook(
+            lambda *args, to=outputs: to.append(args[-1][0])
+        )
         model(input_ids=ids, use_cache=False)
         hook.remove()
-        states.append(seen[0][0])
-    apart = (states[0] - states[1]).abs().amax(-1) > 1e-6
-    assert apart.tolist() == [WINDOW <= place < 8 for place in range(ids.shape[1])]
+        states.append(outputs[0][0])
+    differs = (states[0] - states[1]).abs().amax(-1) > 1e-6
+    assert differs.tolist() == [WINDOW <= position < 8 for position in range(ids.shape[1])]
 
 
 # --- the closed forms -----------------------------------------------------------------------------------------------
@@ -136,8 +138,8 @@ def test_values_against_explicit_weights(bases, family, kind, sinks):
     assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= bound
     for chunks in ([LENGTH], [1] * LENGTH, [7] * 6 + [3], [30, 1, 1, 13]):
         assert difference(chunked(model, ids, mask, chunks), want, mask) <= bound
-        apart = (chunked(exact, ids, mask, chunks).double() - want.double()) * mask[..., None]
-        assert apart.abs().max() <= 1e-9
+        distance = (chunked(exact, ids, mask, chunks).double() - want.double()) * mask[..., None]
+        assert distance.abs().max() <= 1e-9
     without = operated(base, sinks, [{}, {}])(**given(base, ids, mask), use_cache=False).logits
     if not (stand_in and sinks):
         assert difference(without, want, mask) > 1e-3, "the term changes nothing here: the test has no power"
@@ -178,8 +180,8 @@ def test_packed_rows_are_separate_rows(bases):
     lengths = (13, 1, 31)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    parts = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
-    assert difference(packed, torch.cat(parts, 1), torch.ones_like(ids)) <= 1e-5
+    rows = [model(input_ids=row, use_cache=False).logits for row in ids.split(lengths, dim=1)]
+    assert difference(packed, torch.cat(rows, 1), torch.ones_like(ids)) <= 1e-5
 
 
 def test_generation_of_a_padded_batch(bases):
@@ -189,8 +191,10 @@ def test_generation_of_a_padded_batch(bases):
     made = model.generate(input_ids=ids, attention_mask=mask, **options)
     assert torch.equal(made, model.generate(input_ids=ids, attention_mask=mask, **options, use_cache=False))
     for row, pad in enumerate(PADS):
-        alone = model.generate(input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **options)
-        assert torch.equal(alone[0, LENGTH - pad :], made[row, LENGTH:])
+        unpadded = model.generate(
+            input_ids=ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **options
+        )
+        assert torch.equal(unpadded[0, LENGTH - pad :], made[row, LENGTH:])
 
 
 @torch.no_grad()
@@ -198,14 +202,14 @@ def test_without_terms_no_log_sum_exp_is_asked_for(bases, monkeypatch):
     """A checkpoint without terms runs what it ran before there were any: plain SDPA."""
     from surgery.runtime import surgery_attention as attention
 
-    asked, fused = [], attention.fused
-    monkeypatch.setattr(attention, "fused", lambda *a, **k: asked.append(a[4]) or fused(*a, **k))
+    lse_asked, fused = [], attention.fused
+    monkeypatch.setattr(attention, "fused", lambda *a, **k: lse_asked.append(a[4]) or fused(*a, **k))
     for tensors, expected in (([{}, {}], {False}), (random_terms(bases["llama"], "gamma", 0), {True})):
-        asked.clear()
+        lse_asked.clear()
         model = operated(bases["llama"], 2, tensors)
         ids, mask = batch(model)
         chunked(model, ids, mask, [30, 1, 14])
-        assert set(asked) == expected
+        assert set(lse_asked) == expected
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -30,32 +30,32 @@ def test_weight_and_cost_are_those_of_the_kept_blocks_entry_by_entry():
         {"method": "pooled", "density": 0.5},
     ]
     weights = attention_weights(query, key, rows, scale=0.5)
-    held, cost = measure(query, key, weights, rows, 0.5, 16, among)
-    assert held.shape == cost.shape == (3, 4)
-    for number, pattern in enumerate(among):
+    recovered, cost = measure(query, key, weights, rows, 0.5, 16, among)
+    assert recovered.shape == cost.shape == (3, 4)
+    for index, pattern in enumerate(among):
         settings = {name: value for name, value in pattern.items() if name != "method"}
         kept = choose(pattern["method"], query, key, 0.5, 16, settings)[0]
         for head in range(4):
-            own = kept[head if len(kept) == 4 else head // 2].clone()
+            blocks = kept[head if len(kept) == 4 else head // 2].clone()
             for row in range(6):  # what would read most of a row, and the block that is cut, read all of it
-                if own[row].sum() > 0.6 * (row + 1) or row == 5:
-                    own[row, : row + 1] = True
+                if blocks[row].sum() > 0.6 * (row + 1) or row == 5:
+                    blocks[row, : row + 1] = True
             total = 0.0
             for i in rows.tolist():
                 shares = (key[0, head // 2, : i + 1] @ query[0, head, i] * 0.5).softmax(0)
-                total += sum(shares[j].item() for j in range(i + 1) if own[i // 16, j // 16])
-            assert held[number, head].item() == pytest.approx(total / 4)
-            assert cost[number, head].item() == pytest.approx(own.sum().item() / 21)  # 6 blocks of rows: 1 + ... + 6
+                total += sum(shares[j].item() for j in range(i + 1) if blocks[i // 16, j // 16])
+            assert recovered[index, head].item() == pytest.approx(total / 4)
+            assert cost[index, head].item() == pytest.approx(blocks.sum().item() / 21)  # 6 blocks of rows: 1 + ... + 6
 
 
 def test_the_best_within_the_cost_and_of_equal_ones_the_cheapest():
-    held = torch.tensor([[0.5, 0.9], [0.7, 0.9], [0.9, 0.2], [0.99, 0.99]])
+    recovered = torch.tensor([[0.5, 0.9], [0.7, 0.9], [0.9, 0.2], [0.99, 0.99]])
     cost = torch.tensor([[0.1, 0.2], [0.2, 0.1], [0.2, 0.1], [0.5, 0.3]])
-    assert best(held, cost, 0.2) == [2, 1]
-    assert best(held, cost, 0.1) == [0, 1]
-    assert best(held, cost, 1.0) == [3, 3]
+    assert best(recovered, cost, 0.2) == [2, 1]
+    assert best(recovered, cost, 0.1) == [0, 1]
+    assert best(recovered, cost, 1.0) == [3, 3]
     with pytest.raises(SurgeryError, match=r"at most 0.05 of the blocks; the cheapest reads 0.10") as caught:
-        best(held, cost, 0.05)
+        best(recovered, cost, 0.05)
     assert caught.value.where == "query head 0"
 
 
@@ -63,10 +63,10 @@ def planted(length: int = 1024, size: int = 16) -> tuple[torch.Tensor, torch.Ten
     """Heads 0, 1, 2, each with its KV head: the key 300 places back; two single keys; blocks of one topic."""
     generator = torch.Generator().manual_seed(3)
     query, key = (0.2 * torch.randn(1, 3, length, size, generator=generator) for _ in "qk")
-    turn = torch.arange(length)[:, None] * torch.tensor([2.0, 1.3, 0.77, 0.41])
-    for part, back in ((query, 300), (key, 0)):
-        turned = turn - turn[back]
-        part[0, 0, :, :8] = 5 * torch.cat([turned.cos(), turned.sin()], -1)
+    angles = torch.arange(length)[:, None] * torch.tensor([2.0, 1.3, 0.77, 0.41])
+    for tensor, offset in ((query, 300), (key, 0)):
+        relative = angles - angles[offset]
+        tensor[0, 0, :, :8] = 5 * torch.cat([relative.cos(), relative.sin()], -1)
     query[0, 1, :, 0], key[0, 1, [70, 200], 0] = 5.0, 5.0
     key[0, 1, [71, 201], 0] = -5.0  # in the mean of a block there is nothing left of them
     topic = torch.randint(0, 8, (length // 32,), generator=generator)  # blocks of 32 tokens have topics
@@ -79,14 +79,18 @@ def test_planted_heads_get_a_pattern_that_shows_what_was_planted():
     query, key = planted()
     rows = torch.arange(310, 1024, 13)
     among = candidates(1024, 32)
-    held, cost = measure(query, key, attention_weights(query, key, rows, scale=0.5), rows, 0.5, 32, among)
-    chosen = best(held, cost, 0.35)
-    kinds = [among[number]["method"] for number in chosen]
+    recovered, cost = measure(query, key, attention_weights(query, key, rows, scale=0.5), rows, 0.5, 32, among)
+    chosen = best(recovered, cost, 0.35)
+    kinds = [among[index]["method"] for index in chosen]
     assert kinds == ["vertical_slash", "vertical_slash", "block_topk"]
-    for head, number in enumerate(chosen):
-        assert held[number, head] > 0.7
-        rivals = [n for n, each in enumerate(among) if each["method"] != kinds[head] and cost[n, head] <= 0.35 * 1.02]
-        assert max(held[n, head] for n in rivals) < held[number, head] - 0.01
+    for head, index in enumerate(chosen):
+        assert recovered[index, head] > 0.7
+        rivals = [
+            rival
+            for rival, pattern in enumerate(among)
+            if pattern["method"] != kinds[head] and cost[rival, head] <= 0.35 * 1.02
+        ]
+        assert max(recovered[rival, head] for rival in rivals) < recovered[index, head] - 0.01
 
 
 def test_every_candidate_is_valid_and_they_reach_from_cheap_to_dense():
@@ -109,20 +113,20 @@ def test_a_model_is_searched_and_left_as_it_was(family, tokenizer, text):
     model = base(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     implementation = model.config._attn_implementation
-    found = search_patterns(model, tokenizer, density=0.85, block=16, samples=2, length=64, rows=8, text=text)
+    patterns = search_patterns(model, tokenizer, density=0.85, block=16, samples=2, length=64, rows=8, text=text)
     again = search_patterns(model, tokenizer, density=0.85, block=16, samples=2, length=64, rows=8, text=text)
-    assert found.to_dict() == again.to_dict()
+    assert patterns.to_dict() == again.to_dict()
     assert model.config._attn_implementation == implementation
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     heads = model.config.num_attention_heads
     sliding = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or [""] * 2]
-    assert [len(layer) for layer in found.layers] == [0 if windowed else heads for windowed in sliding]
-    for patterns, held, cost in zip(found.layers, found.recovered, found.cost, strict=True):
-        assert len(patterns) == len(held) == len(cost)
-        assert all(0 < share <= 1 + 1e-6 for share in held)
+    assert [len(layer) for layer in patterns.layers] == [0 if windowed else heads for windowed in sliding]
+    for patterns_of_layer, recovered, cost in zip(patterns.layers, patterns.recovered, patterns.cost, strict=True):
+        assert len(patterns_of_layer) == len(recovered) == len(cost)
+        assert all(0 < share <= 1 + 1e-6 for share in recovered)
         assert all(share <= 0.85 * 1.02 for share in cost)
-        if patterns:
-            assert settings_problems("by_head", {"patterns": patterns}, 16, heads) == []
+        if patterns_of_layer:
+            assert settings_problems("by_head", {"patterns": patterns_of_layer}, 16, heads) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""The verb that measures quality: eval. Its options are the aliases of the registered probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli.options import Base, Json, ModelName, Quiet, emit
+from surgery.errors import SurgeryError
+from surgery.evaluation import probes
+from surgery.evaluation.probes.base import Flag, Probe
+from surgery.evaluation.probes.settings import make, read
+
+PLOT = "plot"
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --probe: settings of the probe.")
+]
+ProbeName = Annotated[
+    str | None, typer.Option("--probe", metavar="NAME", help=f"What to measure: {', '.join(probes.REGISTRY)}.")
+]
+
+
+def evaluate(
+    context: typer.Context,
+    out: str,
+    settings: list[str] | None,
+    base: str | None,
+    probe: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    from surgery.api import evaluate as run
+    from surgery.cli.render import tables
+    from surgery.cli.render.console import progress_bar
+
+    typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
+    asked = _by_name(probe, settings or [], typed) if probe else _by_flags(options, settings or [], typed)
+    plot = options[PLOT]
+    if plot:
+        from surgery.report import plots
+
+        plots.ready(plot)
+    with progress_bar(quiet or as_json) as progress:
+        result = run(out, base, probe=asked, progress=progress)
+    if plot and result.status == "done":
+        plots.heat_maps(plot, **asked.picture(result))
+    if as_json:
+        return emit(result.to_dict())
+    tables.measured(type(asked), result)
+
+
+def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
+    """The probe of --probe, with settings as key=value."""
+    cls = probes.find(name)
+    if PLOT in typed and not cls.drawing:
+        _refuse_option(PLOT, cls)
+    if aliases := sorted(typed - {PLOT}):
+        flag = cls.aliases.flags.get(aliases[0])
+        fix = f"write {flag.key}=..." if flag else "leave one of them out"
+        raise SurgeryError(f"{_option(aliases[0])} and --probe are two ways to ask", fix=fix)
+    return read(name, settings)
+
+
+def _by_flags(options: dict[str, Any], settings: list[str], typed: set[str]) -> Probe:
+    """The probe that a flag of its name asks for, or the usual one, with settings as options."""
+    chosen = [cls for cls in probes.every() if cls.aliases.switch and options[cls.name]]
+    if settings:
+        fix = f"--probe {' or --probe '.join(cls.name for cls in chosen or probes.every())}"
+        raise SurgeryError(f"{settings[0]!r} is a setting of a probe", fix=f"name the probe: {fix}")
+    if len(chosen) > 1:
+        names = [_option(cls.name) for cls in chosen[:2]]
+        raise SurgeryError(f"{' and '.join(names)} are two measures", fix="one at a time")
+    asked = chosen[0] if chosen else probes.main()
+    flags = asked.aliases.flags
+    for name in options:
+        switch = any(name == cls.name for cls in probes.every())
+        if name in typed and not switch and name not in flags and not (name == PLOT and asked.drawing):
+            _refuse_option(name, asked)
+    given = {flag.key: options[name] for name, flag in flags.items() if name in typed}
+    spelled = {flag.key: _option(name) for name, flag in flags.items()}
+    return make(asked.name, given, lambda key: spelled.get(key, key))
+
+
+def _refuse_option(name: str, asked: type[Probe]) -> None:
+    """An option that would not be looked at is a misunderstanding."""
+    users = [cls for cls in probes.every() if name in _options_of(cls)]
+    if any(cls.main for cls in users):
+        switch = f", or leave out {_option(asked.name)}" if asked.aliases.switch else ""
+        raise SurgeryError(f"{_option(name)} is not for {asked.name}", fix=f"leave it out{switch}")
+    names = [cls.name for cls in users]
+    what = f"{_option(name)} is for {' and '.join(names)} alone"
+    raise SurgeryError(what, fix=f"add {_option(names[0])}, or leave it out")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _options_of(cls: type[Probe]) -> dict[str, Flag]:
+    """The options that a probe reads."""
+    drawing = {PLOT: Flag("", cls.drawing, Path, metavar="FILE.png")} if cls.drawing else {}
+    return cls.aliases.flags | drawing
+
+
+def _parameters() -> list[Parameter]:
+    """The parameters of the verb: those of every probe, then an option for each alias."""
+
+    def parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+        return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+
+    found = {
+        "context": parameter("context", typer.Context),
+        "out": parameter("out", ModelName),
+        "settings": parameter("settings", Settings, None),
+        "base": parameter("base", Base, None),
+        "probe": parameter("probe", ProbeName, None),
+    }
+    for cls in probes.every():
+        if cls.aliases.switch:
+            switch = Annotated[bool, typer.Option(_option(cls.name), help=cls.aliases.switch)]
+            found[cls.name] = parameter(cls.name, switch, False)
+        for name, flag in _options_of(cls).items():
+            if name not in found:
+                found[name] = parameter(name, *_typed(name, flag, cls))
+    common = {"as_json": parameter("as_json", Json, False), "quiet": parameter("quiet", Quiet, False)}
+    return list((found | common).values())
+
+
+def _typed(name: str, flag: Flag, cls: type[Probe]) -> tuple[Any, Any]:
+    """Annotation and default of an option."""
+    users = [other for other in probes.every() if name in _options_of(other)]
+    whose = "" if any(other.main for other in users) else f"{', '.join(other.name for other in users)}: ".capitalize()
+    default = cls.model_fields[flag.key].default if flag.key else None
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    kind = flag.kind if default is not None else flag.kind | None
+    info = typer.Option(min=flag.least, metavar=flag.metavar, help=whose + flag.help)
+    return Annotated[kind, info], default
+
+
+def _described(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the parameters and the help that follow from the registry."""
+    parameters = _parameters()
+    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in parameters}
+    others = ", or ".join(cls.name for cls in probes.every() if cls.aliases.switch)
+    function.__doc__ = f"Score a model, alone or against its base: {probes.main().summary}; or {others}."
+    return function
+
+
+_described(evaluate)

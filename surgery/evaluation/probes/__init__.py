@@ -1,0 +1,68 @@
+"""The registry of probes: name -> class. A module is imported when its probe is asked for.
+
+A probe measures one thing of a model and of its base. A new one is a file here, a line in `REGISTRY` and a test: the
+command `surgery eval --probe`, the recipe's `evaluate: {probes: ...}`, the gate, the card and the closing lines of
+`apply` follow from its class (see `base.Probe`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, nearest
+
+if TYPE_CHECKING:
+    from surgery.evaluation.probes.base import Limit, Probe
+
+REGISTRY = {  # name -> module of this package : class; in the order in which they are run and shown
+    "perplexity": "perplexity:Perplexity",
+    "needles": "needles:Needles",
+    "choices": "choices:Choices",
+    "multi_needle": "multi_needle:MultiNeedle",
+}
+
+
+def find(name: str) -> type[Probe]:
+    """The class of a probe.
+
+    Raises:
+        SurgeryError: there is no such probe.
+    """
+    if name in REGISTRY:
+        module, cls = REGISTRY[name].split(":")
+        return getattr(import_module(f"{__name__}.{module}"), cls)
+    close = nearest(name, REGISTRY)
+    raise SurgeryError(
+        f"unknown probe {name!r}",
+        exists="; ".join(f"{cls.name}: {cls.summary}" for cls in every()),
+        fix=f"did you mean {close!r}?" if close else f"--probe {next(iter(REGISTRY))}",
+    )
+
+
+def every() -> list[type[Probe]]:
+    """All classes, in the order of the registry."""
+    return [find(name) for name in REGISTRY]
+
+
+def main() -> type[Probe]:
+    """The probe that is run whatever a recipe asks: its facts are the top level of a report's `evaluation`."""
+    return next(cls for cls in every() if cls.main)
+
+
+def part(evaluation: dict, cls: type[Probe]) -> dict:
+    """What a report's `evaluation` holds of one probe; {} where it was not asked for."""
+    return evaluation if cls.main else evaluation.get(cls.name) or {}
+
+
+def done(evaluation: dict) -> list[tuple[type[Probe], dict]]:
+    """The probes that an evaluation has figures of, with their facts."""
+    parts = [(cls, part(evaluation, cls)) for cls in every()]
+    return [(cls, facts) for cls, facts in parts if facts and facts.get("status", "done") == "done"]
+
+
+def limits() -> dict[str, tuple[type[Probe], Limit]]:
+    """Every limit that a gate may have -> its probe, and what it bounds."""
+    found = {name: (cls, limit) for cls in every() for name, limit in cls.limits.items()}
+    last = [name for cls in every() for name in cls.aliases.last]
+    return {name: found[name] for name in [*(name for name in found if name not in last), *last]}

@@ -1,0 +1,193 @@
+"""Which choices a model makes, alone or beside its base: the one with the highest log-probability per token.
+
+The mean over the tokens is taken, not the sum, so that a choice is not preferred for being short. Where all choices of
+a question have as many tokens, as those made from a text have, it makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
+from surgery.data.questions import encode, make_choices, read_questions
+from surgery.data.text import BUILTIN, load_text
+from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
+from surgery.evaluation.probes.base import (
+    Aliases,
+    CaseProbe,
+    Flag,
+    Limit,
+    RecipeField,
+    Table,
+    TextSource,
+    own_words,
+)
+
+
+@dataclass
+class ChoiceResult(CaseResult):
+    """What was measured; `cases` are encoded questions (`Choice`), an outcome is a `Chosen`."""
+
+    COUNT: ClassVar[str] = "items"
+    COMPARISON: ClassVar[str] = "paired"
+
+    @property
+    def chance(self) -> float:
+        """Share that guessing gets right."""
+        return math.fsum(1 / len(item.choices) for item in self.cases) / len(self.cases)
+
+    def side(self, label: str) -> dict:
+        """One model over all questions: right ones, accuracy with its 95% interval, mean nll."""
+        outcomes = self.outcomes[label]
+        return share_of("right", (o.right for o in outcomes), (o.nll for o in outcomes))
+
+    def compare(self) -> dict | None:
+        """Questions that both, only the base, only `out` or neither get right, and McNemar's exact test of the two.
+
+        `p`: how probable a split at least as uneven of those that one alone gets right is, if neither is better.
+        """
+        if "base" not in self.outcomes:
+            return None
+        pairs = [(a.right, b.right) for a, b in zip(self.outcomes["base"], self.outcomes["out"], strict=True)]
+        names = {"both": (True, True), "only_base": (True, False), "only_out": (False, True)}
+        counts = {name: pairs.count(pair) for name, pair in names.items()} | {"neither": pairs.count((False, False))}
+        one, other = counts["only_base"], counts["only_out"]
+        tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
+        return counts | {"p": min(1.0, 2 * tail / 2 ** (one + other))}
+
+    def about(self) -> dict:
+        return {"chance": self.chance}
+
+    def case(self, index: int) -> dict:
+        return {"answer": self.cases[index].answer} | super().case(index)
+
+
+class Choices(CaseProbe):
+    """Multiple-choice questions: made of a text (which ending continues a passage), or of a file."""
+
+    name: ClassVar[str] = "choices"
+    summary: ClassVar[str] = "multiple choice: which ending continues a passage, or the questions of a file"
+    cases_are: ClassVar[str] = "questions"
+
+    text: TextSource = Field(BUILTIN, description="Where the passages are from: 'builtin' or a text file.")
+    labelled: TextSource | None = Field(
+        None, description="A JSONL file of questions (prompt, choices, answer) in place of a text."
+    )
+    items: int = Field(320, ge=1, description="Questions made from the text.")
+    context: int = Field(96, ge=1, description="Tokens of a passage.")
+    seed: int = Field(0, description="Seed of what is drawn.")
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "min_choices": Limit(
+            lambda facts: facts["out"]["right"] / facts["base"]["right"],
+            at_least=True,
+            description="Gate: right answers over the base's, at least.",
+        )
+    }
+    aliases: ClassVar[Aliases] = Aliases(
+        switch="Multiple choice instead: how many are right?",
+        flags={
+            "text": Flag("text", "builtin, or a UTF-8 text file."),
+            "seed": Flag("seed", "what is drawn.", int),
+            "labelled": Flag("labelled", "questions with prompt, choices, answer.", Path, metavar="FILE.jsonl"),
+            "choice_items": Flag("items", "questions made from the text.", int, 1),
+        },
+        recipe={
+            "choices": RecipeField(
+                "items",
+                int,
+                Field(0, ge=0, description="Multiple-choice questions made of the text that both get; 0: none."),
+                asks=True,
+            )
+        },
+        limits=("min_choices",),
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Choices:
+        made = [key for key in ("text", "items", "seed", "context") if key in self.model_fields_set]
+        if self.labelled is not None and made:
+            raise own_words("is not for questions of a file", key=made[0], fix="leave it out")
+        return self
+
+    @classmethod
+    def shared(cls, given: Mapping[str, Any]) -> list[str]:
+        return [] if given.get("labelled") else super().shared(given)
+
+    def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChoiceResult:
+        """See `make_choices`, `read_questions`.
+
+        Raises:
+            SurgeryError: as `make_choices`, `read_questions` and `encode`; questions longer than a model's positions,
+                a tokenizer of another model.
+        """
+        if self.labelled is None:
+            words = load_text(self.text, part="held-out")
+            drawn = {"items": self.items, "context": self.context, "seed": self.seed}
+            made = make_choices(tokenizer, text=words, **drawn)
+        else:
+            drawn, words = {}, load_text(Path(self.labelled))
+            made = encode(tokenizer, read_questions(self.labelled))
+        refuse_unfit(configs, made)
+        return ChoiceResult("done", {"text": {"title": words.title, "sha256": words.sha256[:12]}} | drawn, made)
+
+    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Chosen]:
+        return ask(model, cases, progress)
+
+    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
+        tokens = max(item.longest * len(item.choices) for item in cases)
+        return 2 * BATCH * tokens * kv_bytes  # twice the cache: growing it copies it
+
+    def is_broken(self, outcome: Chosen) -> bool:
+        return not all(map(math.isfinite, outcome.logps))
+
+    @classmethod
+    def missing(cls, facts: dict) -> str:
+        counted = (facts.get("base") or {}).get("right")
+        return "" if counted else facts.get("reason") or "the base has no question right"
+
+    @classmethod
+    def sentence(cls, facts: dict) -> str:
+        both = [facts.get(label) or {} for label in ("base", "out")]
+        return "choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
+
+    @classmethod
+    def paragraph(cls, facts: dict) -> str:
+        """How many questions are answered right, before and after."""
+        if facts.get("status") != "done":
+            return f"Multiple choice was **not run**: {facts.get('reason') or 'no reason was recorded'}."
+        base, out, paired = (facts.get(key) or {} for key in ("base", "out", "paired"))
+        right = [f"{of['right']} of {of['of']} ({of['low']:.1%} to {of['high']:.1%})" for of in (base, out)]
+        return (
+            "Multiple choice (which ending continues a passage of that text; guessing gets "
+            f"{facts['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
+            f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
+        )
+
+    @classmethod
+    def lines(cls, result: ChoiceResult) -> list[Table | str]:
+        settings, both = result.settings, len(result.outcomes) > 1
+        said: list[Table | str] = []
+        for label in result.outcomes:
+            side = result.side(label)
+            name = NAMES[label] if both else "model"
+            said.append(
+                f"{name + ':':<9}{side['right']} of {side['of']} questions right ({percent(side)}), "
+                f"{side['nll']:.3f} nats for the right choice"
+            )
+        if paired := result.compare():
+            said.append(
+                f"paired:  both right {paired['both']}, only the base {paired['only_base']}, only the patched model "
+                f"{paired['only_out']}, neither {paired['neither']} (McNemar's exact test: p = {paired['p']:.2g})"
+            )
+        size = sorted({len(item.choices) for item in result.cases})
+        counts = f"{size[0]}" if len(size) == 1 else f"{size[0]} to {size[-1]}"
+        made = f", passages of {settings['context']} tokens, seed {settings['seed']}" if "context" in settings else ""
+        said.append(f"{counts} choices each{made}; a guess is right with probability {result.chance:.1%}")
+        return [*said, f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]

@@ -1,0 +1,395 @@
+"""Which needles a model finds, alone or beside its base: exact match by decoding with the model's own cache, and the
+answer's NLL, over a grid of lengths and depths.
+
+Base and patched model run one after the other, never both in memory. Of the needles that the base answers, the share
+that the patched model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
+heads see anyway, through sinks or window, prove nothing and are left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
+from surgery.data.haystack import (
+    FORMS,
+    SECRETS,
+    Needle,
+    chance,
+    form_for,
+    make_needles,
+    refuse_form,
+    refuse_settings,
+    spread,
+)
+from surgery.data.text import BUILTIN, load_text
+from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
+from surgery.evaluation.probes.base import (
+    Aliases,
+    CaseProbe,
+    Flag,
+    Limit,
+    RecipeField,
+    Shares,
+    Table,
+    TextSource,
+    TokenLengths,
+    in_own_words,
+    own_words,
+)
+from surgery.io.loading import loaded
+
+FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one model did on one needle.
+
+    Attributes:
+        hit: greedy decoding gives exactly the answer's tokens.
+        nll: nats per token of the answer, mean, each token given the true ones before it.
+    """
+
+    hit: bool
+    nll: float
+
+
+@dataclass
+class NeedleResult(CaseResult):
+    """What was measured; `cases` are needles, an outcome is an `Outcome`.
+
+    Attributes:
+        settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance of a guess.
+        reach: most sinks and widest window of the streaming heads of `out`; None where it has no such heads.
+    """
+
+    reach: tuple[int, int] | None = None
+
+    COUNT: ClassVar[str] = "needles"
+    COMPARISON: ClassVar[str] = "kept"
+
+    def counts(self, needle: Needle) -> bool:
+        """Whether a needle proves anything: no streaming head sees it from question or answer."""
+        return self.reach is None or needle.outside(*self.reach)
+
+    def compare(self) -> dict | None:
+        """Of the needles that count and the base finds, how many `out` finds too; share with its 95% interval."""
+        if "base" not in self.outcomes:
+            return None
+        rows = zip(self.cases, self.outcomes["base"], self.outcomes["out"], strict=True)
+        return kept_of((base.hit, out.hit) for needle, base, out in rows if self.counts(needle))
+
+    def cell(self, label: str, length: int, depth: float) -> tuple[int, int]:
+        """Hits and needles of one cell of the grid."""
+        rows = zip(self.cases, self.outcomes[label], strict=True)
+        hits = [outcome.hit for needle, outcome in rows if (needle.length, needle.depth) == (length, depth)]
+        return sum(hits), len(hits)
+
+    def grid(self, label: str) -> list[list[float]]:
+        """Share of hits [depths][lengths]; NaN where there was no needle."""
+        return [
+            [hits / of if of else math.nan for hits, of in (self.cell(label, n, depth) for n in self.lengths)]
+            for depth in self.depths
+        ]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.settings["lengths"]
+
+    @property
+    def depths(self) -> list[float]:
+        return self.settings["depths"]
+
+    def side(self, label: str) -> dict:
+        """One model over all needles: hits, accuracy with its 95% interval, mean nll, and the grid."""
+        outcomes = self.outcomes[label]
+        return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
+
+    def about(self) -> dict:
+        if not self.reach:
+            return {}
+        sinks, window = self.reach
+        inside = sum(not self.counts(needle) for needle in self.cases)
+        return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
+
+    def case(self, index: int) -> dict:
+        needle = self.cases[index]
+        facts = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
+        facts |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
+        return facts | super().case(index)
+
+
+class Needles(CaseProbe):
+    """Secrets hidden in a text, one in each prompt: a grid of prompt lengths and depths."""
+
+    name: ClassVar[str] = "needles"
+    summary: ClassVar[str] = "secrets hidden in a text, one in a prompt, over lengths and depths: which are found"
+    cases_are: ClassVar[str] = "needles"
+    drawing: ClassVar[str] = "draw the grid."
+
+    text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
+    lengths: TokenLengths = Field((512, 1024, 2048), description="Tokens of the prompts: 512,1024,2048.")
+    length: int | None = Field(None, ge=64, description="Tokens of the prompts, where all have one length.")
+    depths: int | Shares = Field(
+        5, description="Places in the text: their number, evenly spaced, or a list of shares (0 begin, 1 end)."
+    )
+    samples: int = Field(4, ge=1, description="Prompts for each length and place.")
+    cases: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts in all, at least, in place of samples; the depths are then 0.1, 0.25, 0.4 and 0.55.",
+    )
+    seed: int = Field(0, description="Seed of what is drawn.")
+    secret: str = Field("digits", description="digits or words.", json_schema_extra={"enum": list(SECRETS)})
+    form: str = Field(
+        "auto", description="chat, plain, or auto (by the tokenizer).", json_schema_extra={"enum": list(FORMS)}
+    )
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "min_needles": Limit(
+            lambda facts: facts["kept"]["share"],
+            at_least=True,
+            description="Gate: share of the needles found by the base that are found, at least.",
+            most=1,
+        )
+    }
+    aliases: ClassVar[Aliases] = Aliases(
+        switch="Hidden secrets instead: which does it find?",
+        flags={
+            "text": Flag("text", "builtin, or a UTF-8 text file."),
+            "lengths": Flag("lengths", "prompt lengths in tokens."),
+            "depths": Flag("depths", "places, evenly spaced.", int, 1),
+            "samples": Flag("samples", "prompts for each length and place.", int, 1),
+            "seed": Flag("seed", "what is drawn.", int),
+            "secret": Flag("secret", "digits or words."),
+            "form": Flag("form", "chat, plain, or auto (by the tokenizer)."),
+        },
+        recipe={
+            "needles": RecipeField(
+                "cases",
+                int,
+                Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none."),
+                asks=True,
+            ),
+            "needle_length": RecipeField("length", int, Field(1024, ge=64, description="Tokens of such a prompt.")),
+        },
+        limits=("min_needles",),
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Needles:
+        for one, other in (("length", "lengths"), ("cases", "samples")):
+            if {one, other} <= self.model_fields_set:
+                raise own_words(f"and {other} are two ways to say the same", key=one, fix="one of them")
+        in_own_words(refuse_settings, self.tokens, self.places, self.repetitions, self.secret)
+        in_own_words(refuse_form, self.form)
+        return self
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Lengths of the prompts."""
+        return self.lengths if self.length is None else (self.length,)
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        """Depths, as shares of the text."""
+        given = FAR if self.cases is not None and "depths" not in self.model_fields_set else self.depths
+        return tuple(spread(given))
+
+    @property
+    def repetitions(self) -> int:
+        """Prompts for each length and depth."""
+        cells = max(1, len(self.tokens) * len(self.places))
+        return self.samples if self.cases is None else -(-self.cases // cells)
+
+    def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
+        """See `make_needles`.
+
+        Raises:
+            SurgeryError: as `make_needles`; prompts longer than a model's positions, a tokenizer of another model.
+        """
+        said = ("prompt and answer", "shorter --lengths")
+        refuse_too_long(configs, max(self.tokens, default=0), *said)
+        words = load_text(self.text, part="held-out")
+        form = form_for(tokenizer, self.form)
+        drawn = {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
+        needles = make_needles(tokenizer, lengths=self.tokens, depths=self.places, text=words, **drawn)
+        refuse_too_long(configs, _longest(needles), *said)
+        refuse_other_tokenizer(configs, max(token for n in needles for token in (*n.prompt, *n.answer)))
+        grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
+        text = {"title": words.title, "sha256": words.sha256[:12]}
+        settings = grid | drawn | {"text": text, "chance": chance(self.secret)}
+        return NeedleResult("done", settings, needles, reach=reach_of(configs["out"]))
+
+    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Outcome]:
+        return run_needles(model, cases, progress)
+
+    def extra_bytes(self, cases: list, kv_bytes: int) -> int:
+        return 2 * _longest(cases) * kv_bytes  # twice the cache: growing it copies it
+
+    def is_broken(self, outcome: Outcome) -> bool:
+        return not math.isfinite(outcome.nll)
+
+    @classmethod
+    def missing(cls, facts: dict) -> str:
+        counted = (facts.get("kept") or {}).get("of")
+        return "" if counted else facts.get("reason") or "the base answers no needle that counts"
+
+    @classmethod
+    def sentence(cls, facts: dict) -> str:
+        kept = facts.get("kept") or {}
+        return f"needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
+
+    @classmethod
+    def paragraph(cls, facts: dict) -> str:
+        """How many hidden secrets are found, before and after."""
+        if facts.get("status") != "done":
+            reason = facts.get("reason") or "no reason was recorded"
+            return f"Needles (secrets hidden in a text) were **not run**: {reason}."
+        settings, kept, *both = (facts.get(key) or {} for key in ("settings", "kept", "base", "out"))
+        lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
+        line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
+        base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
+        line += f"the base finds {base}, this model {out}."
+        if not kept.get("of"):
+            return line
+        where = " and that lie outside sinks and window" if facts.get("streaming") else ""
+        interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
+        return f"{line} Of those that the base finds{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+
+    @classmethod
+    def lines(cls, result: NeedleResult) -> list[Table | str]:
+        """Hits of every cell and what they sum up to."""
+        labels, settings = list(result.outcomes), result.settings
+        said: list[Table | str] = [_grid(result, labels)]
+        said.append(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
+        if inside := sum(not result.counts(n) for n in result.cases):
+            sinks, window = result.reach
+            verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
+            seen = f"streaming heads see them, or a part, within {sinks} sinks and {window} tokens before the question"
+            said.append(f"*: {inside} of {len(result.cases)} needles {verdict}: {seen}")
+        said.append("")
+        for label in labels:
+            side = result.side(label)
+            name = NAMES[label] if len(labels) > 1 else "model"
+            said.append(
+                f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
+                f"{side['nll']:.3f} nats per token of the answer"
+            )
+        if kept := result.compare():
+            what = "the base finds" + (" outside sinks and window" if result.reach else "")
+            share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
+            said.append(f"kept:    of those that {what}, the patched model finds {share}")
+        size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
+        said.append(f"{size}; a guess is right with probability {settings['chance']:.0e}")
+        return [*said, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+
+    @classmethod
+    def picture(cls, result: NeedleResult) -> dict:
+        """A heat map of the share of hits for each model."""
+        panels = {}
+        for label in result.outcomes:
+            side = result.side(label)
+            name = NAMES[label] if len(result.outcomes) > 1 else "model"
+            panels[f"{name}: {side['hits']} of {side['of']}"] = side["grid"]
+        kept = result.compare()
+        title = "needles answered exactly"
+        if kept and kept["of"]:
+            title += f"; kept {kept['kept']} of {kept['of']} ({percent(kept)})"
+        return {
+            "panels": panels,
+            "rows": [f"{depth:.2f}" for depth in result.depths],
+            "columns": [f"{length:,}" for length in result.lengths],
+            "row_label": "depth of the needle",
+            "column_label": "tokens of the prompt",
+            "value_label": "share answered",
+            "title": title,
+            "limits": (0.0, 1.0),
+        }
+
+
+def _grid(result: NeedleResult, labels: list[str]) -> Table:
+    """Depth x length: hits of each model."""
+    starred = {(n.length, n.depth) for n in result.cases if not result.counts(n)}
+    rows = []
+    for depth in result.depths:
+        cells = []
+        for length in result.lengths:
+            hits = [result.cell(label, length, depth) for label in labels]
+            star = "* " if (length, depth) in starred else ""
+            cells.append(f"{star}{' -> '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
+        rows.append([f"{depth:.2f}", *cells])
+    return Table(("depth", *(f"{length:,} tokens" for length in result.lengths)), rows, justify="right")
+
+
+def _longest(needles: Sequence[Needle]) -> int:
+    return max(len(needle.prompt) + len(needle.answer) for needle in needles)
+
+
+def run_needles(
+    model, needles: Sequence[Needle], progress: Callable[[int], None] | None = None, cached: bool = True
+) -> list[Outcome]:
+    """Put every needle to a loaded model, which is left in the mode it was in.
+
+    The prompt is one prefill; then the answer's tokens are fed one by one through the model's own cache, as in
+    decoding. They are the true ones: as long as each is also the most probable one, that is greedy decoding, and
+    from the first that is not, greedy decoding has missed. So one pass gives both figures.
+
+    Args:
+        progress: called with the number of needles done.
+        cached: False: prompt and answer in one forward without a cache, which is faster. The figures are the same as
+            far as cached is uncached, which holds for a head split, not for whatever works in prefill alone.
+    """
+    import torch
+
+    outcomes = []
+    with loaded(model), torch.no_grad():
+        for needle in needles:
+            outcomes.append(_outcome(needle, (_decoded if cached else _at_once)(model, needle)))
+            if progress:
+                progress(len(outcomes))
+    return outcomes
+
+
+def _decoded(model, needle: Needle):
+    """Logits of each of the answer's tokens, one by one through the cache."""
+    import torch
+
+    from surgery.runtime.modeling_surgery import CACHE
+
+    given, cache = list(needle.prompt), {}
+    for token in needle.answer:
+        ids = torch.tensor([given], device=model.device)
+        step = model(input_ids=ids, use_cache=True, **cache, **last_logits(model, 1))
+        yield step.logits[0, -1]
+        given, cache = [token], {CACHE: step[CACHE]}
+
+
+def _at_once(model, needle: Needle):
+    """The same from one forward without a cache."""
+    import torch
+
+    ids, count = torch.tensor([[*needle.prompt, *needle.answer[:-1]]], device=model.device), len(needle.answer)
+    return model(input_ids=ids, use_cache=False, **last_logits(model, count)).logits[0, -count:]
+
+
+def _outcome(needle: Needle, logits) -> Outcome:
+    hit, losses = True, []
+    for token, row in zip(needle.answer, logits, strict=True):
+        logp = row.float().log_softmax(-1)
+        hit = hit and int(logp.argmax()) == token
+        losses.append(-logp[token].item())
+    return Outcome(hit and all(map(math.isfinite, losses)), math.fsum(losses) / len(losses))
+
+
+def reach_of(config) -> tuple[int, int] | None:
+    """The most sinks and the widest window of a model's streaming heads."""
+    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
+    split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
+    return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None

@@ -1,0 +1,347 @@
+"""What a surgery cost and gained: perplexity, distance to the base model, KV cache bytes.
+
+Base and patched model run one after the other, never both in memory. What is kept of the base between the two
+runs is, for each predicted token, its `top_k` most probable next tokens and the mass of all others, on disk.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from surgery.calibration.scoring import score_model
+from surgery.data.text import BUILTIN, Text, load_text
+from surgery.data.text import windows as cut
+from surgery.errors import MachineError, SurgeryError
+from surgery.evaluation.footprint import footprint
+from surgery.evaluation.paired import finite, sides
+from surgery.evaluation.probes.base import (
+    Aliases,
+    Flag,
+    Limit,
+    Probe,
+    Progress,
+    RecipeField,
+    Row,
+    Table,
+    TextSource,
+)
+from surgery.io.loading import read_config, read_tokenizer, refuse_pickle
+from surgery.machine.device import too_big
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.io.loading import Source
+
+DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
+
+
+@dataclass
+class Side:
+    """One model's figures.
+
+    Attributes:
+        cross_entropy: nats per token, mean over the tokens scored; perplexity is its exponential.
+        kv_bytes_per_token: KV cache of one token, all layers; None where the attention is not understood.
+        load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
+        nonfinite_tokens: scored tokens whose log-probability is NaN or infinite. Any makes the figures NaN.
+    """
+
+    cross_entropy: float | None = None
+    perplexity: float | None = None
+    kv_bytes_per_token: int | None = None
+    load_bytes: int | None = None
+    nonfinite_tokens: int = 0
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured, with the text it was measured on.
+
+    Attributes:
+        status: "done", or "not run" for the stated `reason`; then no figure of a run exists.
+        text: title, sha256 (first 12 digits), tokens scored, windows, length (tokens in a window).
+        base, out: each model's own figures; base is None if none was given.
+        kl: KL(base || out) in nats per token: mean, p99 (99th percentile over tokens), top_k.
+        top1_agreement: share of tokens where both models find the same next token most probable.
+        notes: what could not be found out.
+    """
+
+    status: str
+    text: dict
+    out: Side
+    base: Side | None = None
+    kl: dict | None = None
+    top1_agreement: float | None = None
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The same facts for JSON. NaN and infinity, which JSON has not, become None; `gate` fails on them."""
+        facts = {"status": self.status, "reason": self.reason} if self.reason else {"status": self.status}
+        facts |= {
+            "text": dict(self.text),
+            "base": self.base and dict(vars(self.base)),
+            "out": dict(vars(self.out)),
+        }
+        facts |= {"kl": self.kl and dict(self.kl), "top1_agreement": self.top1_agreement}
+        return finite(facts | {"notes": list(self.notes)} if self.notes else facts)
+
+
+class Perplexity(Probe):
+    """Perplexity, KL to the base, top-1 agreement, KV bytes and load size."""
+
+    name: ClassVar[str] = "perplexity"
+    summary: ClassVar[str] = "perplexity, KL, top-1 agreement, KV bytes"
+    main: ClassVar[bool] = True
+
+    text: TextSource = Field(
+        BUILTIN, description="'builtin' (the held-out part of Python's reference) or a text file."
+    )
+    windows: int = Field(8, ge=1, description="Windows of text that are scored.")
+    length: int = Field(512, ge=2, description="Tokens in a window.")
+    top_k: int = Field(512, ge=1, description="Tokens of the base that the KL is computed over; the rest are one.")
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "max_kl": Limit(
+            lambda facts: (facts.get("kl") or {}).get("mean"),
+            at_least=False,
+            description="Gate: mean KL to the base in nats per token, at most.",
+        ),
+        "max_perplexity_ratio": Limit(
+            lambda facts: _ratio(facts), at_least=False, description="Gate: perplexity over the base's, at most."
+        ),
+        "min_top1": Limit(
+            lambda facts: facts.get("top1_agreement"),
+            at_least=True,
+            description="Gate: share of equal best tokens, at least.",
+            most=1,
+        ),
+    }
+    aliases: ClassVar[Aliases] = Aliases(
+        flags={
+            "text": Flag("text", "builtin, or a UTF-8 text file."),
+            "windows": Flag("windows", "Windows of text that are scored.", int, 1),
+            "length": Flag("length", "Tokens in a window.", int, 2),
+        },
+        recipe={
+            "windows": RecipeField("windows", int, Field(8, ge=1, description="Windows of text that are scored.")),
+            "length": RecipeField("length", int, Field(512, ge=2, description="Tokens in a window.")),
+        },
+        limits=("max_kl", "max_perplexity_ratio", "min_top1"),
+        last=("min_top1",),
+    )
+
+    def refuse(self, base: Source) -> None:
+        self.tokens({"base": base})
+
+    def measure(
+        self,
+        out: Source,
+        base: Source | None = None,
+        *,
+        tokenizer: Any = None,
+        progress: Progress | None = None,
+        allow_pickle: bool = False,
+    ) -> Evaluation:
+        """See `Probe.measure`; `progress` is called after each window.
+
+        KL(base || out) is computed over the base's `top_k` tokens and one bucket that holds all the others. That
+        is a lower bound of the KL over the whole vocabulary: what it misses is disagreement about tokens inside
+        the bucket. With `top_k` >= vocabulary it is the KL itself. Log-softmax is done in float32, sums in
+        float64, models run in their checkpoint's dtype. `length - 1` tokens of each window are scored.
+
+        Raises:
+            SurgeryError: a folder that is not a model or has no safetensors, a text too short, models with different
+                vocabularies, a base that yields NaN.
+            MachineError: the temporary folder cannot be written.
+        """
+        sources = sides(out, base)
+        words, pieces, vocabulary = self.tokens(sources, tokenizer)
+        size = {"tokens": self.windows * (self.length - 1), "windows": self.windows, "length": self.length}
+        result = Evaluation("done", {"title": words.title, "sha256": words.sha256[:12], **size}, Side())
+        for label, source in sources.items():
+            if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
+                refuse_pickle(Path(source))
+            setattr(result, label, Side(**vars(footprint(source, label, result.notes))))
+        loads = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
+        # 8 bytes: logits as the model returns them, at most float32, and one copy.
+        if reason := too_big(max(loads, default=0), extra=8 * self.length * vocabulary):
+            result.status, result.reason = "not run", reason
+            return result
+        top_k = min(self.top_k, vocabulary)
+        scores = self._run(result, sources, pieces, top_k, progress, allow_pickle)
+        if base is not None:
+            kl = scores["kl"]
+            percentile = kl.quantile(0.99) if kl.isfinite().all() else kl.max()
+            result.kl = {"mean": kl.mean().item(), "p99": percentile.item(), "top_k": top_k}
+            result.top1_agreement = scores["same"].double().mean().item()
+        return result
+
+    def tokens(self, sources: dict[str, Source], tokenizer: Any = None) -> tuple[Text, torch.Tensor, int]:
+        """The text, its windows [windows, length] and the size of the vocabulary; no weight is read.
+
+        Raises:
+            SurgeryError: whatever makes it impossible to score these models on this text.
+        """
+        configs = {label: read_config(source) for label, source in sources.items()}
+        vocabulary = _vocabulary(configs, self.length)
+        words = load_text(self.text, part="held-out")
+        tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
+        pieces = cut(words, tokenizer, length=self.length, count=self.windows)
+        if (largest := int(pieces.max())) >= vocabulary:
+            raise SurgeryError(
+                f"the tokenizer gives token {largest}, the model knows {vocabulary}",
+                fix="use the tokenizer of this model",
+            )
+        return words, pieces, vocabulary
+
+    def _run(self, result, sources, pieces, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
+        """Score one model after the other; the scores of the last one, compared with the first."""
+
+        def tick(label: str, before: int, done: int) -> None:
+            if progress:
+                progress(before + done, self.windows * len(sources), label)
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
+                folder = Path(temporary) if "base" in sources else None
+                for run, (label, source) in enumerate(sources.items()):
+                    may = allow_pickle and label == "base"
+                    ticked = partial(tick, label, run * self.windows)
+                    scores = score_model(source, pieces, folder, top_k, ticked, may)
+                    gc.collect()  # or a model held in a cycle would still be there beside the next one
+                    _sum_up(getattr(result, label), scores["loss"], label)
+        except OSError as error:
+            raise MachineError(
+                f"cannot keep the base's log-probabilities: {error}", where=tempfile.gettempdir()
+            ) from error
+        return scores
+
+    @classmethod
+    def missing(cls, facts: dict) -> str:
+        return ""  # a figure that is not there fails
+
+    @classmethod
+    def faults(cls, facts: dict) -> list[str]:
+        out = facts["out"]
+        if _is_number(out.get("perplexity")):
+            return []
+        return [f"the patched model's perplexity is not a number ({out.get('nonfinite_tokens')} tokens are NaN)"]
+
+    @classmethod
+    def damage(cls, facts: dict) -> list[str]:
+        """Perplexity more than doubled, mean KL above 1, or NaN."""
+        base, out, kl = (facts.get(key) or {} for key in ("base", "out", "kl"))
+        before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
+        # JSON has null for NaN, which is not the same as a figure that is not there.
+        if "perplexity" in out and not _is_number(after):
+            costs.append("its perplexity is not a number")
+        elif _is_number(before) and _is_number(after) and before > 0 and after / before > DAMAGE_RATIO:
+            costs.append(f"its perplexity is {after / before:.3g} times the base's")
+        if "mean" in kl and not _is_number(mean):
+            costs.append("its KL to the base is not a number")
+        elif _is_number(mean) and mean > DAMAGE_KL:
+            costs.append(f"its mean KL to the base is {mean:.3g} nats per token")
+        return costs
+
+    @classmethod
+    def rows(cls, facts: dict) -> list[Row]:
+        base, out, kl = (facts.get(key) or {} for key in ("base", "out", "kl"))
+        loss = "cross-entropy, nats per token"
+        return [
+            Row("perplexity", base.get("perplexity"), out.get("perplexity")),
+            Row(loss, base.get("cross_entropy"), out.get("cross_entropy"), "{:.4f}", ratio=False),
+            Row("KL from the base, mean, nats per token", None, kl.get("mean")),
+            Row("KL from the base, 99th percentile", None, kl.get("p99")),
+            Row("top-1 agreement with the base", None, facts.get("top1_agreement"), "{:.1%}"),
+        ]
+
+    @classmethod
+    def sentence(cls, facts: dict) -> str:
+        new, old, kl = facts["out"]["perplexity"], facts["base"]["perplexity"], facts["kl"]["mean"]
+        if new is None or kl is None:
+            return ""
+        same = facts["top1_agreement"]
+        return f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {same:.1%}"
+
+    @classmethod
+    def paragraph(cls, facts: dict) -> str:
+        """The text that it was measured on."""
+        text, top_k = facts.get("text") or {}, (facts.get("kl") or {}).get("top_k")
+        if not text:
+            return "The text that it was measured on was not recorded."
+        known = [f"sha256 `{str(text['sha256'])[:12]}`"] if text.get("sha256") else []
+        known += [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
+        known += [f"{text['windows']} windows of {text.get('length')}"] if text.get("windows") else []
+        line = f"Measured on *{text.get('title') or 'an untitled text'}* ({', '.join(known)}), base and result alike."
+        return line + (
+            f" KL is over the base's {top_k} likeliest tokens, the rest as one: a lower bound." if top_k else ""
+        )
+
+    @classmethod
+    def lines(cls, result: Evaluation) -> list[Table | str]:
+        facts = result.to_dict()
+        text, base, new = facts["text"], facts["base"], facts["out"]
+        rows = []
+        for label, key, form in (
+            ("perplexity", "perplexity", "{:,.3f}"),
+            ("cross-entropy, nats", "cross_entropy", "{:.4f}"),
+            ("KV bytes per token", "kv_bytes_per_token", "{:,}"),
+            ("bytes to load", "load_bytes", "{:,}"),
+        ):
+            cells = [side.get(key) for side in ((base, new) if base else (new,))]
+            rows.append([label, *("?" if cell is None else form.format(cell) for cell in cells)])
+        said: list[Table | str] = [Table(("", *(["base"] if base else []), "model"), rows)]
+        if base and facts["kl"].get("mean") is not None:
+            kl, same = facts["kl"], facts["top1_agreement"]
+            said.append(
+                f"KL to base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats (top {kl['top_k']} + rest)"
+            )
+            said.append(f"same best token: {same:.1%}")
+        return [*said, f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _ratio(facts: dict) -> float | None:
+    both = (facts["out"].get("perplexity"), facts["base"].get("perplexity"))
+    return both[0] / both[1] if all(map(_is_number, both)) else None
+
+
+def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:
+    side.nonfinite_tokens = int((~loss.isfinite()).sum())
+    if side.nonfinite_tokens and label == "base":
+        raise SurgeryError(
+            f"the base model itself gives NaN or infinite values ({side.nonfinite_tokens} of {len(loss)} tokens)",
+            fix="check that the base loads and generates; a float16 overflow needs bfloat16 or float32 weights",
+        )
+    side.cross_entropy = loss.mean().item()
+    side.perplexity = loss.mean().exp().item()
+
+
+def _vocabulary(configs: dict, length: int) -> int:
+    sizes = {label: config.get_text_config().vocab_size for label, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        raise SurgeryError(
+            f"base and out have different vocabularies: {sizes['base']} and {sizes['out']} tokens",
+            fix="compare a model with the one it was made from",
+        )
+    for label, config in configs.items():
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest and length > longest:
+            raise SurgeryError(
+                f"{label} takes {longest} tokens, the windows have {length}",
+                fix=f"--length {longest} (in a recipe: evaluate.length={longest})",
+            )
+    return next(iter(sizes.values()))

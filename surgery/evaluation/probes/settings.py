@@ -1,0 +1,205 @@
+"""From what a person wrote to a probe's settings: key=value texts, keywords, a recipe's `evaluate:`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from surgery.errors import SurgeryError, nearest, shown, wanted
+from surgery.evaluation.probes import every, find, limits
+from surgery.evaluation.probes.base import OWN_WORDS, Limit, Probe
+
+
+def make(name: str, given: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
+    """A probe with these settings.
+
+    Args:
+        name: of the registry.
+        given: setting -> value; what is left out keeps its default.
+        spelled: how the user wrote a setting, for messages.
+        where: where the settings stand, for messages.
+
+    Raises:
+        SurgeryError: there is no such probe; or with every fault of the settings at once.
+    """
+    cls = find(name)
+    try:
+        return cls.model_validate(dict(given))
+    except ValidationError as error:
+        by_key: dict[str, list] = {}
+        for item in error.errors(include_url=False):
+            by_key.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
+        first, *rest = [fault(cls, key, items, where, spelled) for key, items in by_key.items()]
+        raise SurgeryError(
+            first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest)
+        ) from None
+
+
+def read(name: str, texts: Iterable[str]) -> Probe:
+    """A probe with settings typed as "key=value", values in YAML.
+
+    Raises:
+        SurgeryError: as `make`; a text that is none, a setting that is given twice.
+    """
+    cls, given = find(name), {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            known = "; ".join(f"{key} ({info.description})" for key, info in cls.model_fields.items())
+            raise SurgeryError("a setting is written key=value", where=f"--probe {name} {text}", exists=known)
+        if key in given:
+            raise SurgeryError(f"{key!r} is given twice", where=f"--probe {name}", fix="give it once")
+        try:
+            given[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise SurgeryError(
+                f"the value of {key} is not YAML: {shown(value)}", where=f"--probe {name}", fix="put it in quotes"
+            ) from error
+    return make(name, given, where=f"--probe {name}")
+
+
+def fault(
+    cls: type[Probe],
+    key: str,
+    items: list[dict],
+    where: str,
+    spelled: Callable[[str], str] = str,
+    in_recipe: bool = False,
+) -> SurgeryError:
+    """Pydantic's complaints about one setting as one sentence.
+
+    Args:
+        key: the setting; "" where the complaint is about several.
+        items: the complaints (`ValidationError.errors()`).
+        where, spelled: as of `make`.
+        in_recipe: whether the probe's limits are legal keys too.
+    """
+    kind, context = items[0]["type"], items[0].get("ctx", {})
+    if kind == "extra_forbidden":
+        names = keys(cls) if in_recipe else list(cls.model_fields)
+        owners = [other.name for other in every() if other is not cls and key in keys(other)]
+        close = nearest(key, names)
+        fix = f"did you mean {close!r}?" if close else ""
+        if owners:
+            fix = f"it is a key of the probe {' and '.join(owners)}"
+        elif key in cls.limits:
+            fix = "a limit belongs in a recipe"
+        what = f"unknown key {key!r} of the probe {cls.name}"
+        return SurgeryError(what, where=where, exists=", ".join(names), fix=fix)
+    if kind == OWN_WORDS:
+        what = f"{spelled(context['key'])} {context['what']}" if context["key"] else context["what"]
+        return SurgeryError(what, where=where, exists=context["exists"], fix=context["fix"])
+    return SurgeryError(f"{spelled(key)} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
+
+
+def keys(cls: type[Probe]) -> list[str]:
+    """What the probe's block in a recipe may hold: its settings and its limits."""
+    return [*cls.model_fields, *cls.limits]
+
+
+# --- a recipe's `evaluate:` -----------------------------------------------------------------------------------------
+
+
+def limit_field(limit: Limit) -> tuple[Any, Any]:
+    """A limit as a field of a pydantic model."""
+    bounds = {"ge": 0} | ({} if limit.most is None else {"le": limit.most})
+    return float | None, Field(None, description=limit.description, **bounds)
+
+
+def alias_fields() -> dict[str, tuple[Any, Any]]:
+    """The keys of `evaluate:` that are earlier spellings of a probe's settings and limits: name -> type, field."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for cls in every():
+        found |= {flat: (alias.annotation, alias.field) for flat, alias in cls.aliases.recipe.items()}
+        found |= {name: limit_field(cls.limits[name]) for name in cls.aliases.limits}
+    last = [name for cls in every() for name in cls.aliases.last]
+    return {name: found[name] for name in [*(name for name in found if name not in last), *last]}
+
+
+def blocks() -> type[BaseModel]:
+    """The model of `evaluate: {probes: {NAME: {...}}}`."""
+    fields: dict[str, Any] = {}
+    for cls in every():
+        bounds = {name: limit_field(limit) for name, limit in cls.limits.items()}
+        block = create_model(cls.__name__, __base__=cls, __doc__=cls.__doc__, **bounds)
+        fields[cls.name] = (block | None, Field(None, description=f"{cls.summary[:1].upper()}{cls.summary[1:]}."))
+    return create_model(
+        "Probes",
+        __config__=ConfigDict(extra="forbid", frozen=True, strict=True),
+        __doc__="Probes by name, with their settings and limits; null leaves one out.",
+        **fields,
+    )
+
+
+def said_twice(given: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
+    """Keys of `evaluate:` that stand beside a block of the same probe -> what they are called in the block.
+
+    Args:
+        given: keys of `evaluate:` that were given.
+        blocks: names of the probes that have a block.
+    """
+    found = {}
+    for cls in (cls for cls in every() if cls.name in set(blocks)):
+        names = {flat: alias.key for flat, alias in cls.aliases.recipe.items()}
+        names |= {name: name for name in cls.aliases.limits}
+        found |= {flat: f"probes.{cls.name}.{key}" for flat, key in names.items() if flat in set(given)}
+    return found
+
+
+def asked(evaluate: Mapping[str, Any]) -> list[Probe]:
+    """The probes that a recipe asks for, in the order in which they are run.
+
+    Args:
+        evaluate: the recipe's `evaluate`, as plain data; keys that another version wrote are left out.
+    """
+    given, found = evaluate.get("probes") or {}, []
+    for cls in every():
+        block, aliases = given.get(cls.name), cls.aliases.recipe
+        if block is not None:
+            values = {key: block[key] for key in cls.model_fields if key in block}
+        elif cls.main or any(evaluate.get(flat) for flat, alias in aliases.items() if alias.asks):
+            values = {alias.key: evaluate[flat] for flat, alias in aliases.items() if flat in evaluate}
+        else:
+            continue
+        shared = {key: evaluate[key] for key in cls.shared(values) if key in evaluate}
+        found.append(cls.model_validate(values | shared))
+    return found
+
+
+def bounds(evaluate: Mapping[str, Any]) -> dict[str, float]:
+    """The limits that a recipe's `evaluate` sets."""
+    given, found = evaluate.get("probes") or {}, {}
+    for name, (cls, _) in limits().items():
+        block = given.get(cls.name)
+        value = evaluate.get(name) if block is None else block.get(name)
+        found |= {} if value is None else {name: value}
+    return found
+
+
+def as_data(evaluate: dict[str, Any], given: BaseModel | None) -> dict[str, Any]:
+    """A recipe's `evaluate` as plain data that reads back as what it was.
+
+    Args:
+        evaluate: its fields, all written out.
+        given: its blocks.
+    """
+    probes = {cls.name: block for cls in every() if (block := getattr(given, cls.name, None)) is not None}
+    data = {key: value for key, value in evaluate.items() if key not in said_twice(evaluate, probes)}
+    data.pop("probes", None)
+    if not probes:
+        return data
+    plain = {}
+    for name, block in probes.items():
+        unset = set(find(name).model_fields) - block.model_fields_set
+        # What is not set may follow from what is: the depths from the number of cases, the text from `evaluate.text`.
+        plain[name] = block.model_dump(mode="json", exclude=unset, exclude_none=True)
+    return data | {"probes": plain}
+
+
+def without_defaults(evaluate: Mapping[str, Any]) -> dict[str, Any]:
+    """The same `evaluate` without the keys that `as_data` wrote out, so that a block may be put in their place."""
+    usual = {name: info.default for name, (_, info) in alias_fields().items()}
+    return {key: value for key, value in evaluate.items() if key not in usual or value != usual[key]}

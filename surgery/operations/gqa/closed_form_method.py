@@ -1,0 +1,152 @@
+"""The method `closed_form` of `gqa`: what loses least on a calibration text, the rest refitted.
+
+The closed form is ours: see `closed_form.py`, `streams.py` and `fit_scores.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from surgery.data.text import written_samples
+from surgery.operations.base import ApplyContext
+from surgery.operations.gqa.base import GQA, Seed
+from surgery.operations.gqa.cost import TRIED, Calibration
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+
+FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 pieces took five minutes on two slow cores
+
+
+class ClosedForm(GQA):
+    """What loses least on calibration text, the rest refitted."""
+
+    method: Literal["closed_form"]
+    keep_layers: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the layers that keep their KV heads, those where sharing costs most on the "
+        "calibration text (surgical tier).",
+    )
+    seed: Seed = 0
+    refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
+        ["q", "k", "v", "o", "mlp"],
+        description="Projections that are refitted after the merge: those of attention to the base's "
+        "attention; the MLP's output (mlp) to the base's states behind each layer.",
+    )
+    sequential: bool = Field(
+        False, description="Attention is fitted to what the converted layers give it, not the base's."
+    )
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        "auto",
+        description="Pull of output projections to what they were, relative to their inputs' energy; "
+        "auto: of each layer what is best on text held back.",
+    )
+    calibration_samples: int = Field(
+        28, ge=2, strict=True, description="Pieces of text; a sixth is held back. More, to 40, lose less."
+    )
+    calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
+    calibration_text: str = Field(
+        "mixed",
+        description="builtin (the calibration part of Python's language reference), self (what the model writes), "
+        "mixed (half of each), or a UTF-8 text file.",
+    )
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    @property
+    def rewritten_projections(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")  # queries and outputs absorb
+
+    def kept(self, anatomy: Anatomy) -> int:
+        return int(self.keep_layers * len(anatomy.layers) + 0.5)
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        found = super().problems(anatomy)
+        if not anatomy.alike or not self.keep_layers or len(targets := self.targets(anatomy)) != len(anatomy.layers):
+            return found
+        if isinstance(self.kv_heads, list):
+            found.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
+        elif (kept := self.kept(anatomy)) in (0, len(targets)):
+            share = "none" if kept == 0 else "all"
+            found.append(
+                f"gqa: keep_layers: {self.keep_layers} of {len(targets)} layers is {share} of them; 0 keeps none"
+            )
+        return found
+
+    def problems_of_method(self, anatomy: Anatomy) -> list[str]:
+        return [f"gqa: method: closed_form: {reason}" for reason in self._problems_of_fit(anatomy)]
+
+    def _problems_of_fit(self, anatomy: Anatomy) -> Iterator[str]:
+        if reason := anatomy.runtime_problem():
+            yield f"{reason}, and it must be measured: use method: mean"
+        if anatomy.layers[0].qk_norm == "whole":
+            yield f"the QK-norm of {anatomy.model_type} spans all heads: use method: mean"
+        if self.align != "none":
+            yield "it aligns heads by what they say on text: drop align"
+        if len(set(self.refit)) < len(self.refit):
+            yield f"refit names a projection twice: {', '.join(self.refit)}"
+
+    def seconds(self, anatomy: Anatomy, shared: int) -> float:
+        fitted = len(anatomy.layers) if self.kept(anatomy) else shared
+        return self._calibration(anatomy).flops(anatomy, fitted) / FLOPS
+
+    def _calibration(self, anatomy: Anatomy) -> Calibration:
+        of_scores = len({"q", "k"} & set(self.refit)) if not anatomy.layers[0].qk_norm else 0
+        return Calibration(
+            self.calibration_samples,
+            self.calibration_length,
+            max(0, 2 * of_scores - 1),  # queries twice, where keys are fitted, too
+            "v" in self.refit,
+            written=written_samples(self.calibration_text, self.calibration_samples) * self.calibration_length,
+            tried=TRIED if self.kept(anatomy) else 0,
+            mlp="mlp" in self.refit,
+            copied=self.grouping == "similarity",
+            ahead=not self.sequential,
+        )
+
+    def notes_of_method(self, anatomy: Anatomy) -> Iterator[str]:
+        norm = anatomy.layers[0].qk_norm
+        parts = [part for part in self.refit if not (norm and part in "qk")]
+        fitted = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "nothing"
+        fitted += ", this where an MLP has one output that is added as it is" if "mlp" in parts else ""
+        calibration = self._calibration(anatomy)
+        needed = calibration.memory(anatomy, len(anatomy.layers))
+        kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
+        text = kind.get(self.calibration_text, "text")
+        yield f"measured on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
+        if kept := self.kept(anatomy):
+            which = f"which {kept} of {len(anatomy.layers)} layers keep their KV heads is measured"
+            yield f"{which}: those where sharing, each tried alone, costs most"
+        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
+        if norm:
+            yield (
+                "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "
+                "is, queries too; values and output projection are fitted"
+            )
+        if anatomy.layers[0].soft_cap:
+            yield "scores are fitted before their soft-cap, as if there were none"
+
+    def apply(self, model: Any, context: ApplyContext) -> dict[str, Any]:
+        from surgery.operations.gqa.closed_form import share_kv_heads
+        from surgery.operations.gqa.layer_inputs import FitSettings
+
+        before, targets = context.before, self.targets(context.before)
+        if set(targets) == {before.layers[0].kv_heads}:
+            return {}
+        orders = None
+        if self.grouping == "similarity":
+            one = self.kv_heads if self.kept(before) and isinstance(self.kv_heads, int) else None
+            shared = [one] * len(targets) if one else targets
+            orders = [partial(self.order, groups=target) for target in shared]
+        ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
+        settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
+        asked = self.calibration_text, self.calibration_length, self.calibration_samples
+        return share_kv_heads(model, context, asked, settings, orders, self.kept(before))

@@ -1,0 +1,203 @@
+"""Calibrate the attention sinks: another weight for the first token or for others, or virtual keys in its place.
+
+What the methods share is here; each method is a class (`bias_methods.py`, `virtual_key_methods.py`), listed in
+`operation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from surgery.architecture.layer import groups_of, query_names, shown_names
+from surgery.calibration.head_scores import UNEQUAL, unsupported
+from surgery.errors import SurgeryError
+from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
+from surgery.operations.variants import Variants
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.architecture.layer import LayerAnatomy
+
+Targets = dict[int, list[int]]  # layer -> query heads whose parameters get values
+Shapes = dict[str, list[int]]  # parameter of a layer -> its shape
+CalibrationSamples = Annotated[int, Field(ge=4, description="Pieces of text; every second one is held back.")]
+CalibrationLength = Annotated[int, Field(ge=8, description="Tokens in a piece.")]
+CalibrationText = Annotated[
+    str, Field(description="'builtin' (calibration part of Python's reference) or a text file.")
+]
+OF_TEXT = ("text", "calibration_samples", "calibration_length")
+
+
+class SinkCalibration(Variants, Operation):
+    """One term of one method: a bias on the first token's score or other sinks', or one virtual key for each head."""
+
+    summary: ClassVar[str] = (
+        "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
+    )
+    LIMITATIONS: ClassVar[tuple[str, ...]] = (
+        "The sink was calibrated on one text or set of questions; a setting is kept only where its gain on text "
+        "held back from the search is more than two standard errors, and the record in surgery.json "
+        "says what was found.",
+    )
+
+    op: Literal["sink_calibration"] = "sink_calibration"
+    method: str = Field(
+        description="zero_tuning: first token's weight times gamma; act: other sinks' weight times beta; learned: a "
+        "logit, with a value or none; kv_bias: a key and a value."
+    )
+    layers: list[WholeNumber] | None = Field(None, description="Layers that are changed; default all.")
+    heads: list[WholeNumber] | None = Field(
+        None, description="Query heads that are changed in these layers; default all."
+    )
+    exclude: list[Annotated[list[WholeNumber], Field(min_length=2, max_length=2)]] = Field(
+        [], description="Pairs [layer, query head] that stay as they are."
+    )
+    needs_equal_groups: ClassVar[bool] = True  # measuring needs KV heads that equally many query heads read
+
+    @property
+    def measures(self) -> bool:
+        """Whether values are found by measuring the model on text or questions."""
+        raise TypeError(f"method {self.method} does not say whether it measures")
+
+    def contradictions(self) -> Iterator[str]:
+        """Fields of the method that exclude each other."""
+        return iter(())
+
+    def problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
+        """Why the chosen heads and the first token do not go together."""
+        return []
+
+    def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
+        """A plan's line, and its notes.
+
+        Args:
+            many: the heads and layers in words.
+        """
+        raise TypeError(f"method {self.method} describes no plan")
+
+    def shapes(self, layer: LayerAnatomy) -> Shapes:
+        """The parameters that a layer gets. Keys and values are per KV head, as the first token's are."""
+        raise TypeError(f"method {self.method} names no parameters")
+
+    def set_values(self, model: Any, anatomy: Anatomy, targets: Targets, data: Any, context: ApplyContext) -> dict:
+        """Give the parameters of a patched model their values; a record.
+
+        Args:
+            data: see `calibration_data`; None: nothing is measured.
+        """
+        raise TypeError(f"method {self.method} sets nothing")
+
+    def limitations(self) -> tuple[str, ...]:
+        return self.LIMITATIONS if self.measures else ()
+
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        if reason := unsupported(anatomy):
+            return [f"sink_calibration: {reason}"]
+        found, count = [], len(anatomy.layers)
+        if wrong := [layer for layer in self.layers or [] if layer >= count]:
+            found.append(f"layers {wrong}: there are layers 0 to {count - 1}")
+        chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
+        for names in map(query_names, chosen):
+            if wrong := [head for head in self.heads or [] if head not in names]:
+                found.append(f"heads {wrong}: a layer has query heads {shown_names(names)}")
+                break
+        if [] in (self.layers, self.heads):
+            found.append("layers and heads must not be empty; leave them out for all")
+        layers = dict(enumerate(anatomy.layers))
+        if wrong := [
+            pair for pair in self.exclude if pair[0] not in layers or pair[1] not in query_names(layers[pair[0]])
+        ]:
+            found.append(f"exclude {wrong}: there are no such layers and query heads")
+        if not found and not any(map(self._heads, chosen)):
+            found.append("exclude leaves no head")
+        found += self.contradictions()
+        if self.measures and self.needs_equal_groups and any(layer.query_groups for layer in anatomy.layers):
+            found.append(f"{self.method}: {UNEQUAL}: calibrate before pruning, or prune whole KV groups")
+        if not found:
+            found += self.problems_of_visibility(anatomy)
+        return [f"sink_calibration: {problem}" for problem in found]
+
+    def given(self) -> set[str]:
+        """Fields whose values are not the defaults."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    def unread_text(self, otherwise: str = "") -> Iterator[str]:
+        """Settings of the calibration text that were given, and nothing reads it.
+
+        Args:
+            otherwise: what takes its place, in words.
+        """
+        given = self.given()
+        if (of_text := [name for name in OF_TEXT if name in given]) and (otherwise or not self.measures):
+            yield f"calibration text, and {otherwise or 'nothing is measured here'}: drop {' and '.join(of_text)}"
+
+    def term_layers(self, anatomy: Anatomy) -> set[int]:
+        return set(self._layers(anatomy))
+
+    def _layers(self, anatomy: Anatomy) -> list[int]:
+        return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
+
+    def _heads(self, layer: LayerAnatomy) -> list[int]:
+        """The places of the chosen query heads in a layer; they are chosen by the base's numbers."""
+        chosen = (name for name in query_names(layer) if self.heads is None or name in self.heads)
+        return [query_names(layer).index(name) for name in chosen if [layer.index, name] not in self.exclude]
+
+    def chosen(self, layer: LayerAnatomy) -> list[int]:
+        """The query heads of a layer whose parameters get values."""
+        return self._heads(layer)
+
+    def lost_by_layer(self, anatomy: Anatomy) -> Targets:
+        """`lost` of each chosen layer that has such heads."""
+        lost = {layer.index: self.lost(layer) for layer in anatomy.layers if layer.index in self._layers(anatomy)}
+        return {layer: heads for layer, heads in lost.items() if heads}
+
+    def lost(self, layer: LayerAnatomy) -> list[int]:
+        """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
+        narrower = bool(layer.window) and layer.window <= layer.streaming_window  # the base's own
+        if not layer.streaming or layer.sinks or narrower:
+            return []
+        owner = [kv_head for kv_head, group in enumerate(groups_of(layer)) for _ in group]
+        return [head for head in self._heads(layer) if owner[head] in layer.streaming]
+
+    def _targets(self, anatomy: Anatomy) -> Targets:
+        found = {i: self.chosen(anatomy.layers[i]) for i in self._layers(anatomy)}
+        return {layer: heads for layer, heads in found.items() if heads}
+
+    def plan(self, anatomy: Anatomy) -> PlannedChange:
+        targets = self._targets(anatomy)
+        many = f"{sum(map(len, targets.values()))} query heads in {len(targets)} layers"
+        line, notes = self.described(anatomy, targets, many)
+        if self.measures:
+            notes.append("a setting that is not two standard errors better than none on text held back is not kept")
+        entries = (self.entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
+        more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
+        return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self.measures, parameters=more)
+
+    def apply(self, model, context: ApplyContext) -> dict:
+        from surgery.architecture.anatomy import Anatomy
+        from surgery.runtime.modeling_surgery import patch
+
+        anatomy = Anatomy.of(model)  # which heads stream may have been measured since the plan was made
+        targets = self._targets(anatomy)
+        data = self.calibration_data(model, context) if self.measures else None
+        try:
+            patch(model, {"layers": [self.entry(layer, targets) for layer in anatomy.layers]})
+        except ValueError as error:
+            raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
+        return self.set_values(model, anatomy, targets, data, context)
+
+    def calibration_data(self, model: Any, context: ApplyContext) -> Any:
+        """What the method measures on: pieces of text, long [pieces, tokens], or what it reads in their place."""
+        from surgery.data.passkeys import calibration_sequences
+
+        tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)
+        text, length, samples = (getattr(self, name) for name in ("text", "calibration_length", "calibration_samples"))
+        return calibration_sequences(model, tokenizer, text, length, samples)
+
+    def entry(self, layer: LayerAnatomy, targets: Targets) -> dict[str, Any]:
+        """A layer's entry in the `surgery` block."""
+        return {"parameters": self.shapes(layer)} if layer.index in targets else {}

@@ -1,0 +1,61 @@
+"""The method `by_head` of `sparse_prefill`: a method of its own for each query head, given or searched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from surgery.operations.base import ApplyContext
+from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
+
+if TYPE_CHECKING:
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.operations.sparse_prefill.pattern_search import Patterns
+
+DENSITY = 0.2
+
+
+class ByHead(SparsePrefill):
+    """A method of its own for each query head (MInference searches them so)."""
+
+    method: Literal["by_head"]
+    density: Share | None = Field(DENSITY, description="Searched: share of the blocks that a head may read.")
+    patterns: list[dict[str, Any]] | None = Field(
+        None,
+        description="For each query head in order a method and its settings, {method: ..., ...}; null: the best of "
+        "each head at this density is searched on calibration text, as in MInference.",
+    )
+    calibration_samples: FromOne = Field(2, description="Searched: texts; and")
+    calibration_length: FromOne = Field(2048, description="tokens in each.")
+
+    @property
+    def searches(self) -> bool:
+        return self.patterns is None
+
+    def problems_of_search(self, anatomy: Anatomy) -> list[str]:
+        if self.searches and any(layer.streaming for layer in anatomy.layers):
+            return ["patterns are searched with all heads full: put sparse_prefill before duo_attention, or give them"]
+        return []
+
+    def problems_of_layer(self, changes: dict[str, Any]) -> list[str]:
+        searched = self.searches and changes.get("method", self.method) == self.method
+        if searched and (fixed := sorted({"density", "block", "patterns"} & set(changes))):
+            return [
+                f"patterns are searched for all layers at once, and {', '.join(fixed)} would "
+                "be for this one alone: drop it, or give patterns for all"
+            ]
+        return []
+
+    def with_patterns(self, entry: dict[str, Any], patterns: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.searches or entry["method"] != self.method:
+            return entry
+        return {name: value for name, value in entry.items() if name != "density"} | {"patterns": patterns}
+
+    def search(self, model: Any, context: ApplyContext) -> Patterns:
+        from surgery.operations.sparse_prefill.pattern_search import search_patterns
+
+        tokenizer = context.tokenizer_for("searching patterns needs the tokenizer", self.op, ", or give patterns")
+        asked = {"density": self.density or DENSITY, "block": self.block}
+        asked |= {"samples": self.calibration_samples, "length": self.calibration_length}
+        return search_patterns(model, tokenizer, **asked, progress=context.progress)

@@ -1,0 +1,144 @@
+"""Methods of `sparse_prefill`: how an estimator chooses the blocks that a prompt's queries read.
+
+A method is an estimator of the runtime (surgery/runtime/surgery_estimate_*.py, which say where ours differs from the
+source) and a class here with its settings. A test compares their defaults.
+
+Sources: Jiang et al. 2024, "MInference", arXiv 2407.02490 (vertical_slash, streaming); Li et al. 2024, arXiv
+2412.10319 (tri_shape); Lai et al. 2025, "FlexPrefill", arXiv 2502.20766; Xu et al. 2025, "XAttention", arXiv
+2503.16428; Zhu et al. 2024, "SampleAttention", arXiv 2406.15486 (sampled); Lu et al. 2025, "MoBA", arXiv 2502.13189
+(block_topk); Lee et al. 2024, "HiP", arXiv 2406.09827 (hierarchical).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from surgery.operations.base import WholeNumber
+from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
+
+Tokens = WholeNumber | list[WholeNumber]
+Reduce = Literal["sum", "max", "none"]
+FromNone = Annotated[float, Field(ge=0)]
+ZeroToOne = Annotated[float, Field(ge=0, le=1)]
+Likeness = Annotated[float, Field(ge=-1, le=1)]
+
+OVER_GROUP = "Over a KV head's query heads; none: a list for each."
+LOCAL = "Nearest blocks that are kept."
+
+
+class ByShare(SparsePrefill):
+    """A method that estimates the weight of blocks: one of gamma, density and alpha says which are kept."""
+
+    gamma: Share | None = Field(
+        0.9, description="Share of the estimated weight kept; 1: all. Off where density or alpha is given."
+    )
+    density: Share | None = Field(None, description="In place of gamma: share of the blocks.")
+    alpha: ZeroToOne | None = Field(None, description="In place of gamma: share of the largest weight.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, data: Any) -> Any:
+        if isinstance(data, dict) and any(data.get(rule) is not None for rule in ("density", "alpha")):
+            return {"gamma": None, **data}
+        return data
+
+
+class Pooled(ByShare):
+    """Weights of block means: a block's mean key under each query."""
+
+    method: Literal["pooled"] = "pooled"
+    queries: Literal["each", "all", "mean"] | None = Field(
+        "each", description="each: every query of a block has one vote; all: by its norm; mean: their mean alone."
+    )
+    reduce: Reduce | None = Field("sum", description=OVER_GROUP)
+    similarity: Likeness | None = Field(
+        None, description="Key blocks whose keys are less alike than this are always kept; null: none."
+    )
+    local: FromOne | None = Field(1, description=LOCAL)
+
+
+class Streaming(SparsePrefill):
+    """The same sinks + window for every query."""
+
+    method: Literal["streaming"]
+    sinks: Tokens | None = Field(128, description="First tokens that are read (or by query head).")
+    window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
+
+
+class TriShape(SparsePrefill):
+    """Sinks + window, and the last tokens read all."""
+
+    method: Literal["tri_shape"]
+    sinks: Tokens | None = Field(128, description="First tokens that are read (or by query head).")
+    window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
+    last: WholeNumber | None = Field(128, description="Last tokens that read all.")
+
+
+class VerticalSlash(SparsePrefill):
+    """Columns and diagonals, chosen by the last queries' attention (MInference)."""
+
+    method: Literal["vertical_slash"]
+    sinks: Tokens | None = Field(30, description="First columns, in tokens, that are always chosen; they count.")
+    last: WholeNumber | None = Field(64, description="Last queries that are looked at.")
+    vertical: Tokens | None = Field(1000, description="Columns, in tokens (or by query head).")
+    slash: Tokens | None = Field(6096, description="Diagonals, in tokens (or by query head).")
+    nearest: WholeNumber | None = Field(100, description="Nearest diagonals that are always chosen; they count.")
+
+
+class FlexPrefill(SparsePrefill):
+    """For each head what its last queries show: columns and diagonals, or blocks of means too (FlexPrefill)."""
+
+    method: Literal["flexprefill"]
+    gamma: Share | None = Field(0.9, description="Share of the estimated weight kept; 1: all.")
+    tau: FromNone | None = Field(0.1, description="A head nearer than this to its pooled guess adds pooled blocks.")
+    min_budget: WholeNumber | None = Field(1024, description="Least tokens of columns, and of diagonals.")
+    max_budget: FromOne | None = Field(None, description="Most tokens of them; null: no limit.")
+
+
+class XAttention(ByShare):
+    """Sums along the antidiagonals of a block (XAttention)."""
+
+    method: Literal["xattention"]
+    reduce: Reduce | None = Field("none", description=OVER_GROUP)
+    stride: FromOne | None = Field(16, description="Tokens that are weighed together, a power of two.")
+
+
+class Sampled(ByShare):
+    """True weights of some queries of each block (SampleAttention)."""
+
+    method: Literal["sampled"]
+    reduce: Reduce | None = Field("sum", description=OVER_GROUP)
+    every: FromOne | None = Field(32, description="Every n-th query of a block is looked at, a power of two.")
+    local: FromOne | None = Field(2, description=LOCAL)
+
+
+class BlockTopK(SparsePrefill):
+    """The blocks whose mean key a query likes best (MoBA)."""
+
+    method: Literal["block_topk"]
+    top: FromOne | list[FromOne] | None = Field(8, description="Blocks that a query picks (or by query head).")
+    votes: ZeroToOne | None = Field(0.0, description="Share of a block's queries that must pick; 0: one of them.")
+
+
+class MaxThreshold(SparsePrefill):
+    """Blocks that weigh a share of the heaviest one."""
+
+    method: Literal["max_threshold"]
+    alpha: ZeroToOne | None = Field(0.12, description="Share of the largest weight from which a block is kept.")
+    queries: Literal["each", "all", "mean"] | None = Field(
+        "each", description="each: every query of a block has one vote; all: by its norm; mean: their mean alone."
+    )
+    reduce: Reduce | None = Field("none", description=OVER_GROUP)
+    first: FromOne | None = Field(2, description="Blocks at the begin that are kept.")
+    local: FromOne | None = Field(4, description=LOCAL)
+
+
+class Hierarchical(SparsePrefill):
+    """A search in halves for the blocks whose representatives a block's queries like best (HiP)."""
+
+    method: Literal["hierarchical"]
+    local: FromOne | None = Field(1, description=LOCAL)
+    top: FromOne | list[FromOne] | None = Field(16, description="Blocks that the search finds.")
+    representative: Literal["mean", "middle"] | None = Field("mean", description="What stands for keys.")

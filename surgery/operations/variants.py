@@ -1,0 +1,285 @@
+"""Methods of one operation (or of healing) as classes: a discriminated union on the field `method`.
+
+    class Merge(Variants, WeightRewrite):  # what all methods share: fields, `problems`, `plan`
+        op: Literal["merge"] = "merge"
+        method: str = Field(description="How heads are merged.")
+
+    class Mean(Merge):
+        \"\"\"The mean of the group.\"\"\"
+        method: Literal["mean"] = "mean"  # a default value: the method where a recipe names none
+
+    class Random(Merge):
+        \"\"\"New random heads.\"\"\"
+        method: Literal["random"]
+        seed: int = Field(0, description="Seed of the draw.")
+
+    METHODS = Merge.union(Mean, Random)
+
+After `union`, the shared class stands for all of them: `Merge(method="random", seed=3)` and `Merge.model_validate`
+give a `Random`, a field of type `Merge` takes any of them, and its JSON Schema is a oneOf with a discriminator. A new
+method is one class and its name in that line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic_core import (
+    CoreSchema,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticUndefined,
+    core_schema,
+)
+
+from surgery.errors import any_of
+
+OTHER_METHOD = "other_method"  # type of an error: the field is another method's
+KNOWN = get_args(core_schema.ErrorType)  # types of errors that pydantic has words for
+
+
+class Variants(BaseModel):
+    """Base of a class whose methods are its subclasses (see the module's head).
+
+    A field of another method is refused in words that name that method, unless its value is what a record of an
+    earlier version holds for a field that nobody set: its default, or null. Such a field is left out.
+
+    null, given to a field that has another default, means this default; and a default that nobody set is recorded as
+    null there: records and the hashes made of them stay what they were when only the method's code knew its defaults.
+    """
+
+    METHODS: ClassVar[dict[str, type[Variants]]] = {}
+    RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {}  # field -> fields that follow it in a record
+
+    if TYPE_CHECKING:
+        method: str
+
+    def __new__(cls, **fields: Any) -> Self:
+        return super().__new__(cls.variant(fields.get("method")) if cls.is_union() else cls)  # type: ignore[misc]
+
+    @classmethod
+    def union(cls, *methods: type[Variants]) -> dict[str, type[Variants]]:
+        """Make this class stand for its methods; they are known by `METHODS` from then on, by name, in this order."""
+        cls.METHODS = {method.own_method(): method for method in methods}
+        cls.model_rebuild(force=True)
+        return cls.METHODS
+
+    @classmethod
+    def own_method(cls) -> str:
+        """The name of this method."""
+        return get_args(cls.model_fields["method"].annotation)[0]
+
+    @classmethod
+    def is_union(cls) -> bool:
+        """Whether this class stands for its methods, and is none of them."""
+        return bool(vars(cls).get("METHODS"))
+
+    @classmethod
+    def default_method(cls) -> str | None:
+        """The method where none is named; None: one must be."""
+        names = (name for name, method in cls.METHODS.items() if not method.model_fields["method"].is_required())
+        return next(names, None)
+
+    @classmethod
+    def variant(cls, method: object) -> type[Variants]:
+        """The class of a method by name; of an unknown one the default's, or the first, which will refuse the name."""
+        known = method if isinstance(method, str) and method in cls.METHODS else cls.default_method()
+        return cls.METHODS[known or next(iter(cls.METHODS))]
+
+    @classmethod
+    def readers(cls, key: str) -> list[str]:
+        """The methods that have this field."""
+        return [name for name, method in cls.METHODS.items() if key in method.model_fields]
+
+    @classmethod
+    def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
+        """For fields of other methods: one of them, and a sentence on it (or on several of them)."""
+        method = cls.own_method()
+        return [(key, f"{key} is for method: {any_of(cls.readers(key))}, not {method}") for key in keys]
+
+    @classmethod
+    def strangers(cls, fields: Collection[str]) -> list[str]:
+        """Those of the given fields that another method has and this one has not."""
+        known = dict.fromkeys(key for method in cls.METHODS.values() for key in method.model_fields)
+        return [key for key in known if key in fields and key not in cls.model_fields]
+
+    @classmethod
+    def unset(cls, key: str) -> list[Any]:
+        """What a record may hold for a field of other methods that nobody set; nothing, if each must be given."""
+        found = []
+        for method in cls.readers(key):
+            variant = cls.METHODS[method]
+            field = variant.model_fields[key]
+            if not field.is_required():
+                found.append(None if key in variant._null_is_default() else field.get_default())
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """The record, with other methods' fields as earlier versions recorded them: what resume hashes are of."""
+        others = self.strangers(keys_of(type(self)))
+        unset = {key: values[0] for key in others if (values := self.unset(key))}
+        return self.model_dump(mode="json") | unset
+
+    @classmethod
+    def _null_is_default(cls) -> set[str]:
+        """Fields that take null, and have another default."""
+        fields = cls.model_fields.items()
+        return {
+            name
+            for name, field in fields
+            if type(None) in get_args(field.annotation) and field.default not in (None, PydanticUndefined)
+        }
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_one_method(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, dict):
+            return handler(data)
+        nulls, strangers = cls._null_is_default(), cls.strangers(data)
+        wrong = [key for key in strangers if not any(_same(data[key], value) for value in cls.unset(key))]
+        own = {
+            key: value for key, value in data.items() if key not in strangers and not (value is None and key in nulls)
+        }
+        faults: list[InitErrorDetails] = [
+            {"type": PydanticCustomError(OTHER_METHOD, "{text}", {"text": text}), "loc": (key,), "input": data[key]}
+            for key, text in (cls.misplaced(wrong) if wrong else ())
+        ]
+        try:
+            made = handler(own)
+        except ValidationError as error:
+            if not faults:
+                raise
+            faults += [_again(each) for each in error.errors(include_url=False)]
+        else:
+            if not faults:
+                return made
+        raise ValidationError.from_exception_data(cls.__name__, faults)
+
+    @model_serializer(mode="wrap")
+    def _record(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unset = self._null_is_default() - self.model_fields_set
+        data = {key: None if key in unset else value for key, value in handler(self).items()}
+        behind = {key for keys in self.RECORDED_AFTER.values() for key in keys}
+        order = (name for key in data if key not in behind for name in (key, *self.RECORDED_AFTER.get(key, ())))
+        return {key: data[key] for key in order if key in data}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not cls.is_union():
+            return handler(source)
+
+        def with_method(data: Any) -> Any:
+            default = cls.default_method()
+            return {"method": default, **data} if default and isinstance(data, dict) else data
+
+        names = any_of([repr(name) for name in cls.METHODS])
+        union = core_schema.tagged_union_schema(
+            {name: handler.generate_schema(method) for name, method in cls.METHODS.items()},
+            "method",
+            custom_error_type="unknown_method",
+            custom_error_message=f"method should be {names}",
+        )
+        return core_schema.no_info_before_validator_function(with_method, union)
+
+
+def keys_of(cls: type[BaseModel]) -> list[str]:
+    """Every key that a class, or one of its methods, has; those of all methods first."""
+    methods = cls.METHODS.values() if issubclass(cls, Variants) else ()
+    return list(dict.fromkeys([*cls.model_fields, *(key for method in methods for key in method.model_fields)]))
+
+
+def own_keys(cls: type[Variants]) -> list[str]:
+    """The fields of a method that are not those of all methods of its union."""
+    common = set.intersection(*(set(method.model_fields) for method in cls.METHODS.values()))
+    return [key for key in cls.model_fields if key not in common]
+
+
+def inline_schema(cls: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema of a class without references.
+
+    That of a union has `properties` with every key that some method has, and a oneOf with the methods, each with its
+    own defaults and descriptions, told apart by `method`.
+    """
+    if not (issubclass(cls, Variants) and cls.is_union()):
+        return cls.model_json_schema()
+    methods = {name: method_schema(method) for name, method in cls.METHODS.items()}
+    required = set.intersection(*(set(part.get("required", [])) for part in methods.values()))
+    return {
+        "title": cls.__name__,
+        "description": first_words(cls),
+        "type": "object",
+        "properties": {key: _joined(key, cls, methods) for key in keys_of(cls)},
+        "required": [key for key in keys_of(cls) if key in required],
+        "additionalProperties": False,
+        "discriminator": {"propertyName": "method"},
+        "oneOf": list(methods.values()),
+    }
+
+
+def method_facts(cls: type[Variants]) -> dict[str, Any]:
+    """What a method is, and its own fields: {"description", "fields": {name: JSON Schema}, "required": [names]}."""
+    schema = method_schema(cls)
+    fields = {key: schema["properties"][key] for key in own_keys(cls) if key != "method"}
+    required = [key for key in schema.get("required", []) if key in fields]
+    return {"description": schema["description"], "fields": fields, "required": required}
+
+
+def method_schema(cls: type[Variants]) -> dict[str, Any]:
+    """JSON Schema of one method."""
+    schema = cls.model_json_schema()
+    schema["description"] = schema["properties"]["method"]["description"] = first_words(cls)
+    return schema
+
+
+def first_words(cls: type[BaseModel]) -> str:
+    """What a class says of itself in its first paragraph, in one line."""
+    return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+
+
+def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A field as the methods that have it describe it together."""
+    found = {name: part["properties"][key] for name, part in methods.items() if key in part["properties"]}
+    if key == "method":
+        default = cls.default_method()
+        described = {"title": "Method", "type": "string", "enum": list(methods)}
+        text = cls.model_fields["method"].description
+        return described | ({"default": default} if default else {}) | ({"description": text} if text else {})
+    first, *others = found.values()
+    if all(other == first for other in others):
+        text = first.get("description", "")
+        return first if len(found) == len(methods) else first | {"description": f"{', '.join(found)}: {text}"}
+    by_text: dict[str, list[str]] = {}
+    for name, field in found.items():
+        by_text.setdefault(field.get("description", ""), []).append(name)
+    text = "; ".join(f"{', '.join(names)}: {words}" for words, names in by_text.items())
+    bare = [
+        {name: value for name, value in field.items() if name not in ("description", "default", "title")}
+        for field in found.values()
+    ]
+    alternatives = [field for number, field in enumerate(bare) if field not in bare[:number]]
+    values = [field.get("default") for field in found.values()]
+    shared = {"default": values[0]} if all(_same(value, values[0]) for value in values) else {}
+    kinds = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
+    return {"title": first["title"], **kinds, **shared, "description": text}
+
+
+def _same(left: Any, right: Any) -> bool:
+    return left == right and isinstance(left, bool) == isinstance(right, bool)
+
+
+def _again(error: Any) -> InitErrorDetails:
+    """An error of pydantic's, to be raised again with others."""
+    kind: Any = error["type"]
+    if kind not in KNOWN:
+        kind = PydanticCustomError(kind, "{text}", {"text": error["msg"]})
+    return {"type": kind, "loc": error["loc"], "input": error["input"], "ctx": error.get("ctx", {})}

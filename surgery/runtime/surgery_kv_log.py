@@ -1,0 +1,51 @@
+"""A policy that drops nothing and counts: how many keys the queries of each KV head saw, and the largest number held.
+
+In a layer's entry: {"policy": {"name": "log"}}. What was counted is read with `counts(model)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .surgery_kv_policy import Kept, Policy
+
+
+@dataclass
+class Counts:
+    """Of one KV head, over all rows of all calls since the model was made.
+
+    Attributes:
+        queries: real tokens that asked.
+        seen: keys that they saw, all together.
+        held: the most keys that a row held.
+    """
+
+    queries: int = 0
+    seen: int = 0
+    held: int = 0
+
+
+@dataclass
+class Log(Policy):
+    """All keys stay, and are counted."""
+
+    heads: dict[int, Counts] = field(default_factory=dict, init=False)
+
+    def survivors(self, kept: Kept) -> None:
+        real = kept.positions >= 0
+        asked = kept.positions[:, :, -kept.queries.shape[2] :]  # the call's own tokens, by their positions
+        seen = ((kept.positions[:, :, None] <= asked[..., None]) & real[:, :, None]).sum((0, 2, 3)).tolist()
+        queries, held = asked.ge(0).sum((0, 2)).tolist(), real.sum(-1).amax(0).tolist()
+        for head, *numbers in zip(kept.kv_heads, queries, seen, held, strict=True):
+            old = self.heads.get(head, Counts())
+            self.heads[head] = Counts(old.queries + numbers[0], old.seen + numbers[1], max(old.held, numbers[2]))
+
+
+def counts(model) -> dict[int, dict[int, Counts]]:
+    """What was counted in a model: layer -> KV head -> its counts."""
+    policies = (getattr(module, "surgery_policy", None) for module in model.modules())
+    logs = {each.layer: each.policy for each in policies if each is not None and hasattr(each.policy, "heads")}
+    return {layer: log.heads for layer, log in logs.items()}
+
+
+POLICY = Log

@@ -1,0 +1,337 @@
+"""What the cache of a surgical checkpoint keeps of a layer: keys and values that no later query may see are not kept.
+
+    FullStore   full heads: every key, in a buffer that grows by blocks
+    RingStore   heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
+    KeptStore   full heads under a policy (surgery_kv_policy.py): what it lets stay, of each KV head other tokens
+    KeyValues   what a store gives the attention function for one call, in place of keys and values
+
+A method that drops keys needs no store of its own: it is a policy, which the attention function asks at the end of a
+call and whose answer goes to `KeptStore.select`. Keys are stored as attention made them, after RoPE, at the position
+they were made at, and are never turned again.
+
+Row r of a left-padded batch has `pad[r]` slots before its first real token: the token in slot j has position
+j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding; the attention
+function does, and asks for the sinks with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .surgery_visibility import Visibility
+
+GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
+
+
+@dataclass
+class KeyValues:
+    """What the heads of one visibility attend to in one call.
+
+    Attributes:
+        keys, values: [batch, heads, n, head_dim]; the last `new` of them are of this call.
+        ring: keys and values lie as in the store's ring (`store.slots()`), not in the order of their slots.
+        end: one more than the newest slot.
+        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position; right after `settle_sinks`.
+        incoming: keys and values of this call's tokens, where sinks may be among them.
+        store: where the sinks are kept, or keys may be dropped, if anywhere.
+        slots: long [batch, heads, n], the slot of each key, -1 where there is none; None: they are consecutive.
+        gaps: there are slots of -1.
+        whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
+        read: where prefill was sparse, which keys were read of those seen (surgery_sparse_prefill.py); None: all.
+    """
+
+    visibility: Visibility
+    keys: torch.Tensor
+    values: torch.Tensor
+    new: int
+    end: int
+    ring: bool = False
+    sink_keys: torch.Tensor | None = None
+    sink_values: torch.Tensor | None = None
+    incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+    store: RingStore | KeptStore | None = None
+    slots: torch.Tensor | None = None
+    gaps: bool = False
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    read: Callable | None = None
+
+    @property
+    def start(self) -> int:
+        """Slot of the first key, where slots are consecutive."""
+        return self.end - self.keys.shape[2]
+
+    def settle_sinks(self, pad: torch.Tensor | None) -> None:
+        """Take those of the new tokens that are among their row's first real ones into the sinks.
+
+        Args:
+            pad: [batch], slots before each row's first real token, or None for none.
+        """
+        count, (keys, values), first = self.visibility.sinks, self.incoming, self.end - self.new
+        if count == 0 or (pad is None and first >= count):
+            return
+        if pad is None and first == 0 and self.new >= count:
+            self.sink_keys, self.sink_values = keys[:, :, :count], values[:, :, :count]
+        else:
+            self._pick_sinks(count, first, pad)
+        if self.store is not None:
+            self.store.keep_sinks(self.sink_keys, self.sink_values)
+
+    def _pick_sinks(self, count: int, first: int, pad: torch.Tensor | None) -> None:
+        (keys, values), device = self.incoming, self.keys.device
+        position = torch.arange(count, device=device).expand(keys.shape[0], -1)
+        source = position - first if pad is None else position + pad[:, None] - first  # index among the new tokens
+        arrived = ((source >= 0) & (source < self.new))[:, None, :, None]
+        index = source.clamp(0, self.new - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.sink_keys = torch.where(arrived, keys.gather(2, index), self.sink_keys)
+        self.sink_values = torch.where(arrived, values.gather(2, index), self.sink_values)
+
+
+def uncached(visibility: Visibility, keys: torch.Tensor, values: torch.Tensor) -> KeyValues:
+    """The view of a call without a cache: every key is new, and the sinks are among them."""
+    length = keys.shape[2]
+    view = KeyValues(visibility, keys, values, length, length, incoming=(keys, values))
+    if visibility.sinks:
+        shape = (*keys.shape[:2], visibility.sinks, keys.shape[3])
+        view.sink_keys, view.sink_values = keys.new_zeros(shape), values.new_zeros(shape)
+    return view
+
+
+class FullStore:
+    """All keys of some heads, in a buffer that grows by blocks."""
+
+    def __init__(self, visibility: Visibility):
+        self.visibility = visibility
+        self.reset()
+
+    def reset(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.seen = self.held = 0  # tokens that came, and those of them that are in the buffer
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        return self._append({"keys": keys, "values": values})
+
+    def _append(self, added: dict[str, torch.Tensor]) -> KeyValues:
+        """Add tensors [batch, heads, n, ...] to those of their names."""
+        new = added["keys"].shape[2]
+        end = self.held + new
+        if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing in place
+            self.tensors = {name: torch.cat([self._used(name), tensor], dim=2) for name, tensor in added.items()}
+        else:
+            for name, tensor in added.items():
+                self._reserve(name, tensor, end)
+                self.tensors[name][:, :, self.held : end] = tensor
+        self.seen, self.held = self.seen + new, end
+        return KeyValues(self.visibility, self._used("keys"), self._used("values"), new, self.seen)
+
+    def _used(self, name: str) -> torch.Tensor:
+        return self.tensors[name][:, :, : self.held]
+
+    def _reserve(self, name: str, like: torch.Tensor, end: int) -> None:
+        old = self.tensors.get(name)
+        if old is not None and old.shape[2] >= end:
+            return
+        room = end if old is None and end > GROWTH else end + _spare(end)
+        new = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
+        if old is not None:
+            new[:, :, : self.held] = old[:, :, : self.held]
+        self.tensors[name] = new
+
+    def crop(self, count: int) -> None:
+        self.seen, self.held = max(self.seen - count, 0), max(self.held - count, 0)
+
+    def can_crop(self, count: int) -> bool:
+        return True
+
+
+def _spare(length: int) -> int:
+    """Slots that a buffer of this length has to spare when it grows."""
+    return max(GROWTH, length // 32)
+
+
+class KeptStore(FullStore):
+    """The keys of some heads that a policy lets stay, of each KV head others, and the slots they came in.
+
+    Until something is dropped slots are consecutive and not kept. The tokens of the calls since the last drop are the
+    last ones of every row and KV head, in order: these can be taken back.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self.settled = 0  # tokens that had come when keys were last dropped
+        self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 in their stead
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        added = {"keys": keys, "values": values}
+        if "slots" in self.tensors:
+            slots = torch.arange(self.seen, self.seen + keys.shape[2], dtype=torch.int32, device=keys.device)
+            added["slots"] = slots.expand(*keys.shape[:2], -1)
+        added |= {name: old.new_zeros(*keys.shape[:3], *old.shape[3:]) for name, old in self.notes.items()}
+        view = self._append(added)
+        if "slots" in added:
+            view.slots, view.gaps = self._used("slots").long(), self.gaps
+        # What may be taken back must not make others go, and a graph needs what it was made from: nothing is dropped.
+        view.store = None if recording or (torch.is_grad_enabled() and keys.requires_grad) else self
+        return view
+
+    @property
+    def notes(self) -> dict[str, torch.Tensor]:
+        """What a policy has noted of the keys held: name -> [batch, KV heads, held, ...], 0 for those that are new."""
+        return {name: self._used(name) for name in self.tensors if name not in ("keys", "values", "slots")}
+
+    def note(self, notes: dict[str, torch.Tensor]) -> None:
+        """Keep notes in the place of those of their names; they go where their keys go.
+
+        Raises:
+            ValueError: one is not of all the keys held.
+        """
+        for name, noted in notes.items():
+            if noted.shape[:3] != self._used("keys").shape[:3]:
+                wanted = list(self._used("keys").shape[:3])
+                raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
+            self.tensors[name] = noted
+
+    def select(self, stays: torch.Tensor) -> None:
+        """Drop keys and free their memory.
+
+        Args:
+            stays: of the keys held, bool [batch, KV heads, held] or indices [batch, KV heads, m], those that stay.
+        """
+        short, held = None, self.held
+        if stays.dtype == torch.bool:
+            real = self._used("slots") >= 0 if "slots" in self.tensors else torch.ones_like(stays)
+            if bool((stays | ~real).all()):
+                return
+            stays = stays & real
+            counts = stays.sum(-1, keepdim=True)
+            index = stays.int().argsort(dim=-1, descending=True, stable=True)[..., : int(counts.max())]
+            short = torch.arange(index.shape[-1], device=index.device) >= counts
+        else:
+            index = stays.sort(dim=-1).values
+        if "slots" not in self.tensors:
+            slots = torch.arange(held, dtype=torch.int32, device=index.device)
+            self.tensors["slots"] = slots.repeat(*index.shape[:2], 1)
+        for name in self.tensors:
+            old, where = self._used(name), index if self.tensors[name].dim() == 3 else index[..., None]
+            self._put(name, old.gather(2, where.expand(*index.shape, *old.shape[3:])))
+        self.held, self.settled = index.shape[-1], self.seen
+        if short is not None:
+            self.tensors["slots"][:, :, : self.held].masked_fill_(short, -1)
+        self.gaps = bool((self._used("slots") < 0).any())
+
+    def _put(self, name: str, kept: torch.Tensor) -> None:
+        """Put what stays into the buffer, or in memory of its own where the buffer is far longer."""
+        buffer, length = self.tensors[name], kept.shape[2]
+        if buffer.shape[2] - length <= _spare(length):
+            buffer[:, :, :length] = kept
+        else:
+            self.tensors[name] = kept
+
+    def crop(self, count: int) -> None:
+        super().crop(count)
+        if not self.seen:
+            self.reset()
+
+    def can_crop(self, count: int) -> bool:
+        """Whether so many tokens can be taken back: those that came since keys were last dropped."""
+        return self.seen - count >= self.settled
+
+
+def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
+    """An empty store for the heads of one visibility."""
+    if visibility.window is not None:
+        return RingStore(visibility)
+    return KeptStore(visibility) if visibility.by_policy else FullStore(visibility)
+
+
+class RingStore:
+    """Sinks by position, then the last `window` slots of some heads, slot s at index sinks + s % window."""
+
+    def __init__(self, visibility: Visibility):
+        self.visibility = visibility
+        self.reset()
+
+    def reset(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None  # recorded, not yet in the ring
+        self.seen = 0  # slots in the ring's history
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
+        sinks, window, new = self.visibility.sinks, self.visibility.window, keys.shape[2]
+        if not self.tensors:
+            shape = (*keys.shape[:2], sinks + window, keys.shape[3])
+            self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
+        training = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        if new == 1 and not recording and self.pending is None and not training:
+            held = (self.tensors["keys"], self.tensors["values"])
+            for tensor, one in zip(held, (keys, values), strict=True):
+                tensor[:, :, sinks + self.seen % window] = one[:, :, 0].detach()
+            self.seen += 1
+            near = [tensor.narrow(2, sinks, window) for tensor in held]
+            view = KeyValues(self.visibility, *near, 1, self.seen, ring=True)
+            view.whole = held if self.seen >= sinks + window else None
+        else:
+            near = self._ordered(keys, values)
+            end = self.seen + (self.pending[0].shape[2] if self.pending else 0) + new
+            if recording:
+                parts = zip(self.pending or (None, None), (keys, values), strict=True)
+                self.pending = tuple(new if old is None else torch.cat([old, new], dim=2) for old, new in parts)
+            else:
+                self._flush()
+                self._write(keys, values)
+            reach = window - 1 + new
+            view = KeyValues(self.visibility, *(part[:, :, -reach:] for part in near), new, end)
+        view.sink_keys, view.sink_values = (self.tensors[name].narrow(2, 0, sinks) for name in ("keys", "values"))
+        view.incoming, view.store = (keys, values), self
+        return view
+
+    def keep_sinks(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.tensors["keys"][:, :, : self.visibility.sinks] = keys.detach()
+        self.tensors["values"][:, :, : self.visibility.sinks] = values.detach()
+
+    def slots(self, device) -> torch.Tensor:
+        """Slot of each index of the ring, -1 where nothing was written yet."""
+        index = torch.arange(self.visibility.window, device=device)
+        newest = self.seen - 1
+        return (newest - (newest - index) % self.visibility.window).clamp(min=-1)
+
+    def _index(self, first: int, end: int, device) -> torch.Tensor:
+        return torch.arange(first, end, device=device) % self.visibility.window + self.visibility.sinks
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        new = keys.shape[2]
+        kept = min(self.visibility.window, new)
+        index = self._index(self.seen + new - kept, self.seen + new, keys.device)
+        self.tensors["keys"].index_copy_(2, index, keys[:, :, new - kept :].detach())
+        self.tensors["values"].index_copy_(2, index, values[:, :, new - kept :].detach())
+        self.seen += new
+
+    def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The ring in order of slots, then what is pending, then the new ones."""
+        if self.seen == 0 and not self.pending:
+            return keys, values
+        index = self._index(self.seen - min(self.seen, self.visibility.window), self.seen, keys.device)
+        old = tuple(self.tensors[name].index_select(2, index) for name in ("keys", "values"))
+        parts = [old, *([self.pending] if self.pending else []), (keys, values)]
+        return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+
+    def _flush(self) -> None:
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self._write(*pending)
+
+    def crop(self, count: int) -> None:
+        if self.pending:
+            taken = min(count, self.pending[0].shape[2])
+            left = self.pending[0].shape[2] - taken
+            self.pending = tuple(part[:, :, :left] for part in self.pending) if left else None
+            count -= taken
+            self._flush()
+        self.seen = max(self.seen - count, 0)
+
+    def can_crop(self, count: int) -> bool:
+        """Whether so many tokens can be taken back: recorded ones, or any while nothing has left the window."""
+        pending = self.pending[0].shape[2] if self.pending else 0
+        return count <= pending or self.seen <= self.visibility.window
