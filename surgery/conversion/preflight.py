@@ -11,7 +11,7 @@ from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.healing.validate import base_of_memory, refuse_early
-from surgery.io.output_folder import REPORT, machine_errors, refuse_small_disk
+from surgery.io.output_folder import REPORT, OutputFolder, machine_errors, refuse_small_disk
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
         _refuse_pickle_for_healing(base, options)
         refuse_early(recipe.heal, base)
     else:
-        _refuse_foreign(out, options)
+        _refuse_foreign(out, base, options)
     _refuse_small_disk(plan, out)
 
 
@@ -98,8 +98,9 @@ def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 
-def _refuse_foreign(out: Path, options: RunOptions) -> None:
+def _refuse_foreign(out: Path, base: Path, options: RunOptions) -> None:
     """Raise where OUT is something else than a result of ours; of a result, `OutputFolder` says how to go on."""
+    OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     if os.path.lexists(out) and not options.overwrite and not os.path.isfile(out / REPORT):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
