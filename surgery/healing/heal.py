@@ -1,4 +1,16 @@
-"""Healing from a converted folder to a healed one, or of a converted model in memory, in place."""
+"""Healing from a converted folder to a healed one, or of a converted model in memory, in place.
+
+What `surgery heal` checks before it trains, in this order (`surgery apply` checks 3 to 6 and the data before it
+converts: conversion/preflight.py):
+
+1. The command and the recipe: an output, surgery.json of ours, settings (config/heal_overrides.py, config/heal.py).
+2. The folder: headers of its weights, one dtype, no adapter beside them (`_refused`).
+3. The base, where training or scores ask it: known, the one of the record, scorable as asked (`_scorable_base`).
+4. The settings against the model: positions, rows for each process, what is reported where (`refuse_settings`).
+5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
+6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
+7. With the model loaded (run.py): vocabulary of the base, held-out text and gate, the data, an unfinished run's state.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class HealPlan:
             engine: default the one that launched this process.
 
         Raises:
-            SurgeryError: of `select_trainable`, and of `mixing.merges`.
+            SurgeryError: of `select_trainable`, and of `weighted_gqa.merges`.
         """
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
@@ -230,7 +230,7 @@ def rows_each(heal: Heal, processes: int) -> int:
 
 
 def token_bytes(top_k: int, vocabulary: int, each: int = 2) -> int:
-    """What `stored.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
+    """What `teacher.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
     kept = min(top_k, vocabulary)
     return each * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
 

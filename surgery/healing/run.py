@@ -120,7 +120,7 @@ def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
 
 
 def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:
-    """What of a model in memory trains; see `trained.choose`. `mixing`: weights that it does not have yet."""
+    """What of a model in memory trains; see `parameters.select_trainable`. `mixing`: weights that it does not have yet."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -294,7 +294,7 @@ class HealRun:
 
     Attributes:
         base: folder of the unconverted model, or that model; None where nothing asks it.
-        rewritten: projections that the surgery rewrote (`trained.touched`).
+        rewritten: projections that the surgery rewrote (`parameters.touched`).
         run: folder of checkpoints and metrics.
         operations: of the surgery, with their records; what mixing weights must know of it.
         identity: of settings, model and base; a run that goes on must have the same.

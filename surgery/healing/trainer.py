@@ -140,7 +140,7 @@ class HealTrainer(Trainer):
             steps, heal, clock = num_training_steps, self.heal, self.clock
 
             def factor(step: int) -> float:
-                # By the clock, what is known when the step begins; `Follow` knows better before it ends.
+                # By the clock, what is known when the step begins; `HealCallback` knows better before it ends.
                 return rate_at(clock.fraction if clock.limit else (step + 0.5) / steps, heal.warmup)
 
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)

@@ -11,7 +11,8 @@ Where to read on:
                            of which describes itself (`Part`): a new term is a file, a line in `FILES` and a test
     surgery_visibility.py  which keys a head sees (`Visibility`), the kinds of heads of a layer, and the mask function
     surgery_attention.py   the attention function, and the way of one call from `generate` through it
-    surgery_cache.py       what is kept of a text: a store for each kind of head
+    surgery_cache.py       the cache of a model
+    surgery_stores.py      what is kept of a text: a store for each kind of head
     surgery_kv_policy.py   policies that drop keys: a method of KV eviction is a file beside it
 
 How a mask gets from `generate` to the attention function: Transformers looks up the mask function under the name of

@@ -18,9 +18,10 @@ The way of one call, in the order of this file:
     _on_kept            keys in slots that differ from KV head to KV head, once a policy has dropped some
 
 The mask: `generate` gives [batch, length]; Transformers hands it once for a forward to `surgery_mask`
-(surgery_visibility.py), which gives the slots of real tokens or None, and that comes here as `attention_mask`. What a
-block of queries sees is made from it and from the heads' visibility, block by block (`seen_keys`), so that no [n, n]
-mask exists. The cache knows no mask.
+(surgery_visibility.py), for each kind of layer. It gives None (no padding), bool [batch, N] (True: a real token), or
+of packed rows long [batch, N], the number of the sequence that a token belongs to; that comes here as
+`attention_mask`. What a block of queries sees is made from it and from the heads' visibility, block by block
+(`seen_keys`), so that no [n, n] mask exists. The cache knows no mask.
 
 A method that drops keys from the cache is a policy, one file: surgery_kv_policy.py says how.
 
@@ -50,7 +51,8 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         module: attention module that carries `surgery_heads`, a `HeadKinds`.
         query: [batch, heads, n, head_dim].
         key, value: [batch, KV heads, N, head_dim], or what `SurgeryLayer.update` returned.
-        attention_mask: [batch, N] (True: a real token) as `surgery_mask` gives it, or None.
+        attention_mask: as `surgery_mask` gives it: None, bool [batch, N] (True: a real token), or long [batch, N],
+            the sequences of packed rows.
         scaling: factor on q.k. `softcap`, `s_aux` and `sliding_window` are honoured.
 
     Returns:

@@ -7,10 +7,12 @@ An entry of the `surgery` block may hold `policy`: a name, and whatever settings
 It is for KV heads that see all: those that see sinks + window keep what they see anyway. At the end of every call with
 a cache (a prompt, a chunk of one, a decoded token) the attention function calls `LayerPolicy.drop`, which shows the
 policy what was computed: `Kept`. The policy answers which keys stay, of each KV head others if it likes. What goes is
-seen by no later query, and its memory is freed (`surgery_cache.KeptStore`). Keys keep the position they were made at.
+seen by no later query, and its memory is freed (`surgery_stores.KeptStore`). Keys keep the position they were made at.
 
-A new policy is one file: a subclass of `Policy` whose fields are its settings, called `POLICY`, and a line in
-`surgery_config.FILES`, `"policy.<name>": "<file>"`. In your own process `POLICIES["<name>"] = YourPolicy` will do.
+A new policy is one file: a subclass of `Policy` whose fields are its settings, with `POLICY = YourPolicy` at its end,
+and a line in `surgery_config.FILES`, `"policy.<name>": "<file>"`; surgery_kv_log.py is a short one. A policy is not
+told whether a chunk of a prompt is its last: more than one query is a chunk, one query a decoded token. In your own
+process `POLICIES["<name>"] = YourPolicy` will do.
 
 Nothing is dropped without a cache, through a cache that is not ours, where gradients flow through the keys, and while
 the cache records what may be taken back (assisted generation).

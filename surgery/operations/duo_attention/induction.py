@@ -5,9 +5,9 @@ says nothing about it. A head that looks at the same token before (echo) or at t
 content, over any distance. A KV head's score is the largest mean mass of its query heads on those tokens, outside
 sinks + window.
 
-Source: Tang et al. 2024, "RazorAttention", arXiv 2407.15891 (random tokens four times; heads are kept by two quotas,
-14% of induction and 1% of echo heads). Here both masses are one score, so that one ratio decides, and both are in the
-origin; the tokens are the text's own, since a vocabulary holds tokens that no text has.
+Source: Tang et al. 2024, "RazorAttention", arXiv 2407.15891, which keeps a quota of each kind of head. Here both
+masses are one score, so that one ratio decides, and both are in the origin; the tokens are the text's own, since a
+vocabulary holds tokens that no text has.
 """
 
 from __future__ import annotations
