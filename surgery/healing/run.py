@@ -120,7 +120,7 @@ def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
 
 
 def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:
-    """What of a model in memory trains (`parameters.select_trainable`). `mixing`: weights that it does not have yet."""
+    """What of a model in memory trains (`select_trainable`). `mixing`: weights that it does not have yet."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
