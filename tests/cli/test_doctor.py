@@ -19,7 +19,7 @@ def test_doors_are_opened(capfd):
 def test_a_door_that_does_not_open(monkeypatch):
     good = {"missing": [], "unexpected": [], "mismatched": [], "finite": True}
     answers = [{"error": "ImportError: no torch"}, good | {"missing": ["a.weight"]}, good | {"finite": False}]
-    monkeypatch.setattr(checking, "run_doors", lambda jobs, timeout: answers)
+    monkeypatch.setattr(checking, "load_in_fresh_process", lambda jobs, timeout: answers)
     assert doctor._doors() == {
         "native": "fails: ImportError: no torch",
         "surgical, with surgery": "fails: the logits hold NaN or infinite values",

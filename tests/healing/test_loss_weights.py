@@ -120,7 +120,7 @@ def test_every_entry_of_the_registry_keeps_the_contract(name):
     if BASE_STATES in loss.needs:
         assert loss.not_stored == BASE_STATES, "a stored teacher keeps no hidden states"
     assert losses.goals(name) == f"{loss.goal} ({loss.method})"
-    field = recipes.schema()["$defs"]["Heal"]["properties"]["loss"]
+    field = recipes.schema()["$defs"]["Lora"]["properties"]["loss"]
     assert field["default"] == "distill"
     word, weights = field["anyOf"]
     assert name in word["enum"]

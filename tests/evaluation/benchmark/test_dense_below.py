@@ -10,6 +10,7 @@ from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
 from surgery.evaluation.benchmark import dense_below as calibrate
+from surgery.report.report import Report
 from surgery.runtime.modeling_surgery import attention_modules
 
 SCORES = {
@@ -104,7 +105,7 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
     assert done.code == 0, done.err
     assert "written to out" in done.out
     assert below_of(out) == [value, value]
-    report = package.report.Report.of(out).data
+    report = Report.of(out).data
     assert report["recipe"]["operations"][0]["dense_below"] == value
     assert report["overrides"][-1] == f"sparse_prefill.dense_below={value}"
     assert report["calibration"]["dense_below"] == value
