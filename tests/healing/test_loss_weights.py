@@ -120,13 +120,14 @@ def test_every_entry_of_the_registry_keeps_the_contract(name):
     if BASE_STATES in loss.needs:
         assert loss.not_stored == BASE_STATES, "a stored teacher keeps no hidden states"
     assert losses.goals(name) == f"{loss.goal} ({loss.method})"
-    field = recipes.schema()["$defs"]["Lora"]["properties"]["loss"]
-    assert field["default"] == "distill"
-    word, weights = field["anyOf"]
-    assert name in word["enum"]
-    assert {"ce", "distill", "both"} < set(word["enum"])
-    assert weights["properties"][name] == {"type": "number", "minimum": 0, "description": loss.summary}
-    assert weights["additionalProperties"] is False
+    kinds = recipes.schema()["$defs"]
+    for method in ("Lora", "Full", "Parts"):
+        field = kinds[method]["properties"]["loss"]
+        assert field["default"] == "distill"
+        word, weights = field["anyOf"]
+        assert {name, "ce", "distill", "both"} <= set(word["enum"])
+        assert weights["properties"][name] == {"type": "number", "minimum": 0, "description": loss.summary}
+        assert weights["additionalProperties"] is False
 
 
 def test_an_unknown_name_is_refused_by_the_registry():
