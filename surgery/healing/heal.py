@@ -4,12 +4,13 @@ What `surgery heal` checks before it trains, in this order (`surgery apply` chec
 converts: conversion/preflight.py):
 
 1. The command and the recipe: an output, surgery.json of ours, settings (config/heal_overrides.py, config/heal.py).
-2. The folder: headers of its weights, one dtype, no adapter beside them (`_refused`).
+2. The folder: headers of its weights, an anatomy that is understood, one dtype, no adapter beside them (`_checked`).
 3. The base, where training or scores ask it: known, the one of the record, scorable as asked (`_scorable_base`).
 4. The settings against the model: positions, rows for each process, what is reported where (`refuse_settings`).
 5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
 6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
-7. With the model loaded (run.py): vocabulary of the base, held-out text and gate, the data, an unfinished run's state.
+7. With the model loaded (run.py): vocabulary of the base, mixing and what trains in it, whether an adapter can be kept,
+   held-out text and gate, the unfinished run that --resume continues, the data.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def heal_folder(
 
     folder, resume, overwrite = report.folder, options.resume, options.overwrite
     ranks, weights = Ranks(), Checkpoint(folder)
+    anatomy, rewritten = _checked(folder), rewritten_by(report.data)
     source = _scorable_base(report, base, asked, judged_by if options.evaluate else None)
-    anatomy, rewritten = _refused(folder), rewritten_by(report.data)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(asked, anatomy.config)
     before = Anatomy.of(source) if source is not None else None
@@ -159,7 +160,7 @@ def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, op
     healed.data["heal"] |= records.compared(before, after)
 
 
-def _refused(folder: Path) -> Anatomy:
+def _checked(folder: Path) -> Anatomy:
     """The anatomy of a folder; raises where it cannot be trained and saved as it was stored."""
     anatomy = Anatomy.of(folder)
     refuse_unhealable(anatomy, str(folder))
