@@ -9,7 +9,7 @@ converts: conversion/preflight.py):
 4. The settings against the model: positions, rows for each process, what is reported where (`refuse_settings`).
 5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
 6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
-7. With the model loaded (run.py): vocabulary of the base, mixing and what trains in it, whether an adapter can be kept,
+7. With the model loaded (run.py): vocabulary of the base, mixing, what trains, whether an adapter can be kept,
    held-out text and gate, the unfinished run that --resume continues, the data.
 """
 

@@ -139,8 +139,8 @@ class Operation(BaseModel):
     op: str
     summary: ClassVar[str] = ""
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
-    # Of the equation, as the runtime's part calls it (`Part.terms`): "visibility", "visibility in prefill", "visibility
-    # of the cache", "bias", "virtual keys", "gate"; None: weights.
+    # Of the equation, as the runtime's part calls it (`Part.terms`): "visibility", "visibility in prefill",
+    # "visibility of the cache", "bias", "virtual keys", "gate"; None: weights.
     term: ClassVar[str | None] = None
     carries_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 

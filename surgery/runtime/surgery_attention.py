@@ -18,9 +18,9 @@ The way of one call, in the order of this file:
     _on_kept            keys in slots that differ from KV head to KV head, once a policy has dropped some
 
 The mask: `generate` gives [batch, length]; Transformers hands it to `surgery_mask` (surgery_visibility.py), once for
-each kind of layer. `surgery_mask` returns None (no padding), bool [batch, N] (True: a real token), or, where no mask was
-given and positions start again, long [batch, N]: the sequence of packed rows that a token belongs to. That comes here
-as `attention_mask`. What a block of queries sees is made from it and from the heads' visibility, block by block
+each kind of layer. It returns None (no padding), bool [batch, N] (True: a real token), or, where no mask was given and
+positions start again, long [batch, N]: the sequence of packed rows that a token belongs to. That comes here as
+`attention_mask`. What a block of queries sees is made from it and from the heads' visibility, block by block
 (`seen_keys`), so that no [n, n] mask exists. The cache knows no mask.
 
 A method that drops keys from the cache is a policy, one file: surgery_kv_policy.py says how.

@@ -11,7 +11,7 @@ text:
    (`fit_values.py`), and the output projection once more;
 4. `fit_mlp.py` refits the MLP's output projection to the base's hidden states after the layer;
 5. `closed_form.py` writes the new layers into the model (`architecture.edit.write_layers`); conversion/convert.py
-   saves it. The loaded engine runs all this: `rewrite`, layer by layer on disk, is for the methods of the weights alone.
+   saves it. The loaded engine runs all this: `rewrite`, layer by layer on disk, is of the other methods.
 
 `conjugate_gradient.py` solves the least squares of step 3; `cost.py` estimates time and memory for a plan.
 """
