@@ -63,9 +63,9 @@ def strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
 
 def touched(commit: str) -> list[str]:
     """The files outside tests/ that a commit added, changed or took away."""
-    command = ["git", "-C", str(ROOT), "show", "--no-renames", "--name-only", "--format=", commit]
-    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return [name for name in names if not name.startswith("tests/")]
+    command = ["git", "-C", str(ROOT), "diff", "--no-renames", "--name-only", "-z", f"{commit}^1", commit]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and not name.startswith("tests/")]
 
 
 def main() -> int:

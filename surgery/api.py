@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
@@ -89,7 +89,7 @@ def apply(
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     **fields: Any,
-) -> Report | None:
+) -> Report:
     """Carry out a recipe.
 
     A loaded model is edited in place (parameters are replaced: make the optimiser afterwards) and nothing is
@@ -121,7 +121,7 @@ def apply(
     resolved = recipes.load(recipe, tuple(overrides), **fields)
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
-        return pipeline.apply_to_folder(resolved, str(model), output, options)
+        return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
     given = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
     _refuse_folder_settings([name for name in given if given[name]] + ["engine"] * (engine == "streaming"))
     _refuse_no_model(model)
@@ -144,7 +144,7 @@ def heal(
     progress: Progress | None = None,
     on_plan: Callable[[HealPlan], None] | None = None,
     **fields: Any,
-) -> Report | None:
+) -> Report:
     """Train a converted model, and say how much of the damage came back.
 
     A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, scored beside base and converted model
@@ -187,7 +187,7 @@ def heal(
             f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
             fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
         )
-    return pipeline.heal_to_folder(model, base, output, settings, typed, options)
+    return cast("Report", pipeline.heal_to_folder(model, base, output, settings, typed, options))
 
 
 def check(

@@ -136,6 +136,6 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
-    asked = published_recipe(recipe.to_dict()) | {"heal": published(recipe.heal)}
+    asked = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
     same = report.data["recipe"] == asked and not another_base(report.data["base"], model)
     return report if same else None

@@ -201,7 +201,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
         f"attention of model type {model_type} is of a form that is not understood",
         where=where,
         exists=_attention_names(tensors) or f"known families: {', '.join(FAMILIES)}",
-        fix="a family is one row in surgery/families.py; unknown ones need q_proj, k_proj, v_proj and o_proj",
+        fix="a family is one row in surgery/architecture/families.py; others need q_proj, k_proj, v_proj, o_proj",
     )
 
 
@@ -303,7 +303,7 @@ def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
                 f"{name} {list(shape)} is not understood: it may follow the heads",
                 where=where,
                 fix="an unknown family is converted only where its attention holds q, k, v and o projections and "
-                "norms of the queries and keys; a family is one row in surgery/families.py",
+                "norms of the queries and keys; a family is one row in surgery/architecture/families.py",
             )
 
 

@@ -39,7 +39,7 @@ def evaluate(
     from surgery.cli.render.console import progress_bar
 
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
-    asked = _by_name(probe, settings or [], typed) if probe else _by_flags(options, settings or [], typed)
+    asked = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
     plot = options[PLOT]
     if plot:
         from surgery.report import plots

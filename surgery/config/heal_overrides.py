@@ -76,4 +76,4 @@ def published(heal: Heal) -> dict:
     from surgery.io.files import published as short
 
     data = heal.data
-    return heal.model_dump(mode="json") | {"data": short(data) if Path(data).exists() else data}
+    return heal.identity() | {"data": short(data) if Path(data).exists() else data}

@@ -76,7 +76,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json") | {"operations": [op.model_dump(mode="json") for op in self.operations]}
 
     def identity(self) -> dict:
-        """What resume hashes are of: `to_dict`, and the other methods' fields as earlier versions recorded them."""
+        """What surgery.json records and resume hashes are of: `to_dict`, and the other methods' fields, unset."""
         steps = [op.identity() if isinstance(op, Variants) else op.model_dump(mode="json") for op in self.operations]
         heal = {"heal": self.heal.identity()} if self.heal else {}
         return self.to_dict() | {"operations": steps} | heal

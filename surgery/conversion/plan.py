@@ -138,7 +138,7 @@ class Plan:
     def to_dict(self) -> dict:
         layers = zip(self.before.layers, self.after.layers, strict=True)
         return {
-            "recipe": self.recipe.to_dict(),
+            "recipe": self.recipe.identity(),
             "model": self.source,
             "model_type": self.before.model_type,
             "guess": self.before.guess,

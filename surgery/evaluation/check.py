@@ -178,13 +178,13 @@ def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, own: boo
 
 
 def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> list[dict]:
-    """Run `door.py` on a list of jobs in one fresh process, models one after the other.
+    """Run `fresh_process.py` on a list of jobs in one fresh process, models one after the other.
 
     Args:
         timeout: seconds for all of them.
 
     Returns:
-        What door.py answered, a job's error as {"error": text}.
+        What fresh_process.py answered, a job's error as {"error": text}.
     """
     env = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryDirectory() as modules:  # code that is run comes from the folder, not from an old copy

@@ -1,6 +1,6 @@
 """A stranger's machine: load checkpoints with stock Transformers in a process of its own, and say what came out.
 
-Run as a file (`python -P door.py`), never imported by the package: it reads a list of jobs as JSON from stdin,
+Run as a file (`python -P fresh_process.py`), never imported by the package: it reads jobs as JSON from stdin,
 each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
 "trust" runs the code in the folder (door 2 of a surgical checkpoint); it is set only for files that are this package's
 own, byte for byte. "package": folder opens door 1 instead: the package `surgery` found there is imported and

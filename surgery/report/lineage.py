@@ -22,7 +22,10 @@ def unrecordable(data: dict, base: object, given: Probe) -> str:
     if data["evaluation"] is not None:
         return "there is a score already, of when it was made"
     judged_by = data["recipe"].get("evaluate")
-    asked = next((probe for probe in asked_probes(judged_by) if probe.main), None) if judged_by else None
+    try:
+        asked = next((probe for probe in asked_probes(judged_by) if probe.main), None) if judged_by else None
+    except (ValueError, TypeError, AttributeError):  # a record that was edited, or is a later version's
+        asked = None
     if asked is None or _published(asked) != _published(given):
         *names, last = given.aliases.flags
         return f"{', '.join(names)} or {last} are not those of its recipe"

@@ -181,7 +181,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
             "fingerprint": fingerprint,
             "note": source.note,
         },
-        "recipe": published_recipe(plan.recipe.to_dict()),
+        "recipe": published_recipe(plan.recipe.identity()),
         "recipe_source": plan.recipe.source,
         "overrides": [published_override(text) for text in overrides],
         "plan": plan.summary(),

@@ -86,7 +86,7 @@ def counted(model) -> Iterator[Work]:
 
 
 class _Projection(torch.nn.Linear):
-    """A projection that computes the rows of heads that are on, where `Call.rows` says which."""
+    """A projection that computes the rows of heads that are on, where `GateState.rows` says which."""
 
     part = ""
 
@@ -278,7 +278,7 @@ DECODE_KEYS = 2048  # keys from which a single token leaves KV heads unread that
 
 
 def pays(query, keys) -> bool:
-    """Whether attention of these queries is done for the heads that are on alone, where `Call.on` says which."""
+    """Whether attention of these queries is done for the heads that are on alone, where `GateState.on` says which."""
     return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
 
 

@@ -289,7 +289,7 @@ def open_doors(folders: list[Path], scratch: Path, generate: int = 2, trust: boo
         trust: run the code in the folder (door 2).
 
     Returns:
-        folder -> what door.py says of it, and its "logits" on `TOKENS`.
+        folder -> what fresh_process.py says of it, and its "logits" on `TOKENS`.
     """
     jobs = [
         {"folder": str(f), "tokens": TOKENS.tolist(), "generate": generate, "trust": trust}

@@ -60,4 +60,7 @@ def summary(model: str | Path) -> list[str]:
         report: surgery.Report = surgery.apply(recipe, model, output="out", check=False)
     except surgery.SurgeryError as error:
         return [error.what, error.fix]
-    return [*plan.changes, *plan.notes, str(report.folder)]
+    result = surgery.evaluate(model, text="builtin", windows=2)
+    loaded = surgery.load("out")
+    figures = result.to_dict()
+    return [*plan.changes, *plan.notes, str(report.folder), type(loaded).__name__, *figures]

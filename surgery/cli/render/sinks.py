@@ -17,7 +17,7 @@ MOST = 6  # tokens and channels that are shown
 
 
 def show(found: SinkMap, facts: dict) -> None:
-    """Print what `measure_sinks` found; `facts` are its second result."""
+    """Print what `sink_map` found; `facts` are its second result."""
     out = console()
     out.print(
         f"{facts['model']}: attention sinks on {found.texts} texts of {found.length} tokens ({facts['text']}); "
