@@ -22,7 +22,7 @@ from surgery.healing import run as running
 from surgery.healing import trainer as training
 from surgery.healing import validate as beforehand
 from surgery.healing.contexts import use_bfloat16
-from surgery.healing.heal import _refused, _tidy
+from surgery.healing.heal import _checked, _tidy
 from surgery.healing.parameters import TrainableParameters
 from surgery.healing.validate import of_memory
 
@@ -225,10 +225,10 @@ def test_settings_of_another_kind():
 def test_a_rope_table_of_an_old_checkpoint_is_no_second_dtype(model):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(model, lambda tensors: tensors.update({name: torch.ones(4)}))
-    _refused(model)
+    _checked(model)
     edit_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.ones(72)}))
     with pytest.raises(SurgeryError, match="in one dtype, and this checkpoint has BF16, F32"):
-        _refused(model)
+        _checked(model)
 
 
 # --- while it trains ----------------------------------------------------------------------------------------
