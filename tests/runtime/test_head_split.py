@@ -8,30 +8,15 @@ import itertools
 import pytest
 import torch
 from dense import LENGTH, PADS, batch, chunked, dense_logits, difference, given
-from families import OFF_THE_INTERFACE, TINY, maker
-from head_split import SINKS, WINDOW, entries, kv_heads, operated, random_split
+from families import TINY, maker
+from head_split import FAMILIES, SINKS, WINDOW, entries, kv_heads, operated, random_split
+from head_split import base as base  # fixtures
+from head_split import bases as bases
 from transformers import DynamicCache, StaticCache
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_attention as attention
 from surgery.runtime.surgery_attention import fused
-
-COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
-FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]
-
-
-@pytest.fixture(scope="module")
-def bases():
-    return {}
-
-
-@pytest.fixture
-def base(request, bases):
-    name = request.param
-    if name not in bases:
-        bases[name] = TINY[name]().eval().requires_grad_(False)
-    return bases[name]
-
 
 every_family = pytest.mark.parametrize("base", FAMILIES, indirect=True)
 some = pytest.mark.parametrize("base", ["llama", "qwen3", "gemma2", "gpt_oss", "mistral"], indirect=True)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from dense import LENGTH, PADS, batch, chunked, dense_logits, difference, given
-from families import OFF_THE_INTERFACE, TINY, check_both_doors
-from head_split import entries, operated, random_split
+from families import TINY, check_both_doors
+from head_split import FAMILIES, entries, operated, random_split
+from head_split import base as base  # fixtures
+from head_split import bases as bases
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
@@ -18,8 +20,6 @@ from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kv_policy import Kept, Policy
 from surgery.runtime.surgery_stores import FullStore, KeptStore, RingStore
 
-COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
-FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]
 GENERATED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -110,19 +110,6 @@ def named(monkeypatch):
         ("heavy", Heavy),
     ):
         monkeypatch.setitem(surgery_kv_policy.POLICIES, name, policy)
-
-
-@pytest.fixture(scope="module")
-def bases():
-    return {}
-
-
-@pytest.fixture
-def base(request, bases):
-    name = request.param
-    if name not in bases:
-        bases[name] = TINY[name]().eval().requires_grad_(False)
-    return bases[name]
 
 
 every_family = pytest.mark.parametrize("base", FAMILIES, indirect=True)

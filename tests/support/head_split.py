@@ -1,14 +1,32 @@
-"""Models whose heads are split at random."""
+"""Models of the families with an attention interface, and splits of their heads at random."""
 
 from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
+from families import OFF_THE_INTERFACE, TINY
 
 from surgery.runtime import modeling_surgery as runtime
 
 SINKS, WINDOW = 3, 5
+COMPOSITES = {name for name in TINY if "image" in name or name == "gemma3"}
+FAMILIES = [name for name in TINY if name not in OFF_THE_INTERFACE | COMPOSITES]
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return {}
+
+
+@pytest.fixture
+def base(request, bases):
+    """The model of the family that a test is parametrised by, built once a file."""
+    name = request.param
+    if name not in bases:
+        bases[name] = TINY[name]().eval().requires_grad_(False)
+    return bases[name]
 
 
 def kv_heads(model) -> int:
