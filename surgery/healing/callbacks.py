@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -32,6 +32,8 @@ from surgery.report.gate import gate
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from surgery.config.heal import Heal
     from surgery.config.recipe import Evaluate
     from surgery.healing.trainer import HealTrainer
@@ -214,7 +216,8 @@ class SurgeryCallback(TrainerCallback):
     def __init__(self, report: Report):
         self.report = report
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write surgery.json and card into the checkpoint that the Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (files := weight_files(folder)) and (folder / "config.json").is_file():
             known = self.report.data
