@@ -22,9 +22,8 @@ from transformers import TrainerCallback
 
 from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
-from surgery.errors import SurgeryError
-from surgery.evaluation.probes import main
 from surgery.healing.trainer import rate_at
+from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
 from surgery.io.loading import read_config
 from surgery.io.output_folder import weight_files
@@ -144,7 +143,6 @@ def read(file: Path, last: int | None = None) -> list[dict]:
 
 
 WINDOWS, TOP_K = 2, 256
-WATCHED = tuple(main().limits)  # what a piece of text shows while the model trains
 
 
 @dataclass(frozen=True)
@@ -162,21 +160,10 @@ class HeldOutEvaluator:
         base: folder of the base, or the loaded model.
         tokenizer: of the model.
         settings: of the recipe's evaluation: text, length, limits.
-        stops: whether the training ends when the gate is passed.
-
-    Raises:
-        SurgeryError: it should end at a gate that has no limit which this text can show.
     """
 
-    def __init__(self, base, tokenizer, settings: Evaluate, stops: bool = False):
-        self.limits = {name: limit for name, limit in settings.limits.items() if name in WATCHED}
-        if stops and not self.limits:
-            raise SurgeryError(
-                "stop_at_gate: the recipe has no limit that can be watched",
-                where="heal",
-                exists=", ".join(WATCHED),
-                fix="evaluate.max_kl=..., or heal.stop_at_gate=false",
-            )
+    def __init__(self, base, tokenizer, settings: Evaluate):
+        self.limits = watched_limits(settings)
         asked = settings.main
         text = load_text(asked.text, part="held-out")
         self.pieces = windows(text, tokenizer, asked.length, min(WINDOWS, asked.windows))

@@ -39,6 +39,7 @@ from surgery.healing.validate import (
     converted_model,
     of_memory,
     refuse_settings,
+    refuse_unwatchable,
     rewritten_by,
     save_as_stored,
 )
@@ -88,6 +89,7 @@ def heal_folder(
     source = _scorable_base(report, base, asked, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(asked, anatomy.config)
+    refuse_unwatchable(asked, judged_by)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if options.on_plan and ranks.first:
