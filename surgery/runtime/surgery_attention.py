@@ -145,7 +145,7 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, correc
         with_lse, attend = bool(corrections) or sink is not None, _on_keys if view.slots is None else _on_kept
         out, lse = attend(query, view, mask, pad, scale, softcap, with_lse)
         if work is not None:
-            work.add_seen(view.visibility, query, view.end)
+            work.add_seen(view, query)
     for correction in corrections:
         out, lse = correction.apply(out, lse, query, view, pad, scale, softcap)
     if sink is not None:

@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 from .surgery_attention import fused, written_out
 from .surgery_config import Parameter, Part
 from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_token
+from .surgery_stores import KeyValues
 from .surgery_visibility import Visibility, slices
 
 # Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
@@ -57,13 +58,18 @@ class Work:
         self.done[part] = self.done.get(part, 0) + done
         self.whole[part] = self.whole.get(part, 0) + whole
 
-    def add_seen(self, visibility: Visibility, query: torch.Tensor, end: int) -> None:
-        """Attention of heads of one visibility whose rows [batch, heads, n, d] were all computed, up to key `end`."""
-        batch, heads, length, size = query.shape
+    def add_seen(self, view: KeyValues, query: torch.Tensor) -> None:
+        """Attention of the heads of a view whose rows [batch, heads, n, d] were all computed."""
+        (batch, heads, length, size), visibility, end = query.shape, view.visibility, view.end
         bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
         most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
         pairs = batch * heads * sum(min(position + 1, most) for position in range(end - length, end))
-        self.add("attention", 2 * size * pairs, 2 * size * pairs)
+        kept = pairs
+        if view.slots is not None:  # a policy has dropped some
+            at = torch.arange(end - length, end, device=query.device)
+            seen = (view.slots[..., None] <= at) & (view.slots[..., None] >= 0)
+            kept = int(seen.sum()) * (heads // view.slots.shape[1])
+        self.add("attention", 2 * size * kept, 2 * size * pairs)
 
 
 @contextmanager

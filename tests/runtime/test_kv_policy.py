@@ -16,6 +16,7 @@ from head_split import bases as bases
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_kv_policy
+from surgery.runtime.surgery_gated_compute import Work
 from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kv_policy import Kept, Policy
 from surgery.runtime.surgery_stores import FullStore, KeptStore, RingStore
@@ -144,6 +145,20 @@ def test_identity(base, policy):
         assert difference(model(**given(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
         for chunks in ([20, 1, 24], [7] * 6 + [1, 1, 1]):
             assert difference(chunked(model, *part, chunks), want, part[1]) <= 1e-5
+
+
+@torch.no_grad()
+def test_work_counts_the_keys_that_stay():
+    store, work = KeptStore(Visibility(by_policy=True)), Work()
+    keys = torch.randn(1, 2, 9, 8)
+    store.append(keys, keys, False)
+    stays = torch.zeros(1, 2, 9, dtype=torch.bool)
+    stays[0, 0, [0, 3, 8]] = stays[0, 1, [1]] = True
+    store.select(stays)
+    view = store.append(keys[:, :, :2], keys[:, :, :2], False)
+    work.add_seen(view, torch.randn(1, 6, 2, 8))  # 3 query heads read each KV head; tokens 9 and 10
+    assert work.done["attention"] == 2 * 8 * 3 * ((3 + 1) + (3 + 2) + (1 + 1) + (1 + 2))
+    assert work.whole["attention"] == 2 * 8 * 6 * (10 + 11)
 
 
 @torch.no_grad()
