@@ -106,25 +106,25 @@ class Benchmark:
         the attention of layers with a gate or sparse prefill, in the prompt; `pairs_read`: of the pairs of a query and
         a key that such layers would multiply, those that they did.
         """
-        found = []
+        rows = []
         for length in dict.fromkeys(t.length for t in self.timings):
-            at = {t.model: t for t in self.timings if t.length == length}
+            by_model = {t.model: t for t in self.timings if t.length == length}
             row: dict[str, Any] = {"length": length, "ranges": {}}
             for name, slow, fast, what in SPEEDS:
                 row[name] = None
-                if slow in at:
-                    pairs = zip(*(getattr(at[model], f"{what}_rounds") for model in (slow, fast)), strict=True)
+                if slow in by_model:
+                    pairs = zip(*(getattr(by_model[model], f"{what}_rounds") for model in (slow, fast)), strict=True)
                     quotients = [one / other for one, other in pairs]
                     row[name], row["ranges"][name] = statistics.median(quotients), [min(quotients), max(quotients)]
             for name, what in SHARES:
-                base, ours = getattr(at[STOCK], what), getattr(at[SPLIT], what)
+                base, ours = getattr(by_model[STOCK], what), getattr(by_model[SPLIT], what)
                 row[name] = ours / base if base and ours is not None else None
-            work = at[SPLIT].work
-            done, whole = (sum(part[i] for part in work.values()) for i in (0, 1))
-            row["multiply_adds"] = done / whole if whole else None
-            row["pairs_read"] = work["attention"][0] / work["attention"][1] if whole else None
-            found.append(row)
-        return found
+            work = by_model[SPLIT].work
+            counted, total = (sum(work_of_part[i] for work_of_part in work.values()) for i in (0, 1))
+            row["multiply_adds"] = counted / total if total else None
+            row["pairs_read"] = work["attention"][0] / work["attention"][1] if total else None
+            rows.append(row)
+        return rows
 
 
 def spread(rounds: Sequence[float]) -> float:
