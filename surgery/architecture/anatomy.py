@@ -121,8 +121,8 @@ class Anatomy:
         return ""
 
     def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
-        size, field = self.layers[0].head_dim, self.layers[0].layout.kv_field
-        return {"num_attention_heads": heads, "head_dim": size} | ({field: kv_heads} if field else {})
+        size, kv_field = self.layers[0].head_dim, self.layers[0].layout.kv_field
+        return {"num_attention_heads": heads, "head_dim": size} | ({kv_field: kv_heads} if kv_field else {})
 
     def runtime_problem(self) -> str:
         """Why the surgical tier cannot serve this model; "" if it can."""

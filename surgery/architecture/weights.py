@@ -52,6 +52,7 @@ class AttentionLayer:
         return {name: tensor for name, tensor in tensors if tensor is not None}
 
     def replace(self, **tensors) -> AttentionLayer:
+        """This layer with other values of these fields."""
         return replace(self, **tensors)
 
     def copy(self) -> AttentionLayer:

@@ -57,6 +57,7 @@ def load_in_this_process(job: dict) -> dict:
 
 
 def main() -> None:
+    """Answer every job of stdin with a line of JSON; a job that raises is answered with {"error": text}."""
     for job in json.load(sys.stdin):  # read to its end: a question later on gets no answer and waits for none
         try:
             result = load_in_this_process(job)

@@ -68,6 +68,7 @@ class DenseBelowSearch:
         return max(trial.length for trial in self.trials)
 
     def to_dict(self) -> dict[str, Any]:
+        """The search as plain data, for `--json` and surgery.json."""
         return asdict(self)
 
 

@@ -61,6 +61,7 @@ class Timing:
         return statistics.median(self.decode_rounds)
 
     def to_dict(self) -> dict[str, Any]:
+        """The timing as plain data: seconds, tokens a second, bytes; a spread is the slowest to the fastest round."""
         return asdict(self) | {
             "prefill": self.prefill,
             "prefill_spread": spread(self.prefill_rounds),
@@ -96,6 +97,7 @@ class Benchmark:
     sparse: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """All timings and ratios as plain data, for `--json`."""
         return {**vars(self), "timings": [t.to_dict() for t in self.timings], "ratios": self.ratios()}
 
     def ratios(self) -> list[dict[str, Any]]:
@@ -133,7 +135,7 @@ def spread(rounds: Sequence[float]) -> float:
 
 
 def plot(result: Benchmark, path: str | Path) -> Path:
-    """Ratios against length as a PNG; see `pictures.curves` for its errors."""
+    """Ratios against length as a PNG; see `surgery.report.plots.curves` for its errors."""
     from surgery.report.plots import curves
 
     rows = sorted(result.ratios(), key=lambda row: row["length"])

@@ -41,6 +41,7 @@ class Contender:
     block: dict | None = None
 
     def ready(self):
+        """The model, with this contender's `surgery` block attached."""
         from surgery.runtime.modeling_surgery import attach
 
         if self.block:

@@ -62,9 +62,11 @@ class ChoiceResult(CaseResult):
         return counts | {"p": min(1.0, 2 * tail / 2 ** (one + other))}
 
     def about(self) -> dict:
+        """The share that guessing gets right."""
         return {"chance": self.chance}
 
     def case(self, index: int) -> dict:
+        """One question: the index of its right choice, and its outcomes."""
         return {"answer": self.cases[index].answer} | super().case(index)
 
 

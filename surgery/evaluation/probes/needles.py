@@ -114,6 +114,7 @@ class NeedleResult(CaseResult):
         return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
 
     def about(self) -> dict:
+        """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
         if not self.reach:
             return {}
         sinks, window = self.reach
@@ -121,6 +122,7 @@ class NeedleResult(CaseResult):
         return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
 
     def case(self, index: int) -> dict:
+        """One needle, what was drawn for it, and its outcomes."""
         needle = self.cases[index]
         data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
         data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}

@@ -141,6 +141,7 @@ class Perplexity(Probe):
     )
 
     def refuse(self, base: Source) -> None:
+        """Raise what `tokens` raises for the base alone."""
         self.tokens({"base": base})
 
     def measure(
