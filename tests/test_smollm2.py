@@ -101,7 +101,7 @@ def main_exit(args: list[str], code: int) -> None:
 
 def test_expanded_and_turned_heads_merge_without_loss(base):
     """9 KV heads, three and three the same up to a legal turn and scale of keys and a mix of values → 3: the base."""
-    from families import legal_turn, orthogonal
+    from families import legal_rotation, orthogonal
 
     from surgery.architecture.anatomy import Anatomy
     from surgery.io.loading import read_tokenizer
@@ -114,7 +114,7 @@ def test_expanded_and_turned_heads_merge_without_loss(base):
         q, k, v = (getattr(module, f"{part}_proj").weight.data.view(9, 64, -1) for part in "qkv")
         o = module.o_proj.weight.data.view(-1, 9, 64)
         for head in range(9):
-            turn, mix = 1.5 * legal_turn(facts, generator), orthogonal(64, generator)
+            turn, mix = 1.5 * legal_rotation(facts, generator), orthogonal(64, generator)
             k[head], q[head] = (turn @ k[head].double()).float(), (turn @ q[head].double() / 1.5**2).float()
             v[head], o[:, head] = (mix @ v[head].double()).float(), (o[:, head].double() @ mix.T).float()
     mean = copy.deepcopy(model)

@@ -46,7 +46,7 @@ DECIDED = {
     "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "operation scorers",
     "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
-    "fit_values grouping layer layer_inputs low_rank merge merge_methods operation streams",
+    "fit_values grouping layer layer_inputs layerwise_fit low_rank merge merge_methods operation",
     "operations/moh": "operation router",
     "operations/prune_heads": "importance operation refit select",
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",

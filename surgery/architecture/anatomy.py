@@ -1,4 +1,4 @@
-"""Where attention is in a model: the facts every operation plans with.
+"""Where attention is in a model: the anatomy that every operation plans with.
 
 `Anatomy.of(x)` reads a checkpoint folder (its config and the safetensors headers, no weight), a loaded model
 or a bare config. What it does not understand it names: zero matches and partial matches are errors, a family
@@ -124,8 +124,8 @@ class Anatomy:
         return ""
 
     def _heads_edits(self, heads: int, kv_heads: int) -> dict[str, int]:
-        size, field = self.layers[0].head_dim, self.layers[0].layout.kv_field
-        return {"num_attention_heads": heads, "head_dim": size} | ({field: kv_heads} if field else {})
+        size, kv_field = self.layers[0].head_dim, self.layers[0].layout.kv_field
+        return {"num_attention_heads": heads, "head_dim": size} | ({kv_field: kv_heads} if kv_field else {})
 
     def runtime_problem(self) -> str:
         """Why the surgical tier cannot serve this model; "" if it can."""
@@ -174,13 +174,13 @@ class Anatomy:
         if len(set(kv_heads)) == 1:
             return self.with_kv_heads(kv_heads[0])
         pairs = zip(self.layers, kv_heads, strict=True)
-        made = (old if old.kv_heads == n else replace(old, kv_heads=n, kv_numbers=()) for old, n in pairs)
-        return replace(self, layers=tuple(made))
+        layers = (old if old.kv_heads == n else replace(old, kv_heads=n, kv_numbers=()) for old, n in pairs)
+        return replace(self, layers=tuple(layers))
 
     def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
         """This anatomy with other heads; `stock`: all layers alike, and the config says so."""
-        first = layers[0]
-        edits = self._heads_edits(first.heads, first.kv_heads) if stock else {}
+        first_layer = layers[0]
+        edits = self._heads_edits(first_layer.heads, first_layer.kv_heads) if stock else {}
         return replace(self, layers=tuple(layers), edits=self.edits | edits)
 
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
@@ -194,22 +194,22 @@ class Anatomy:
     @property
     def terms(self) -> dict[str, set[int]]:
         """The terms of the equation that a surgery has set already, and in which layers."""
-        held: dict[str, set[int]] = {}
+        layers_by_term: dict[str, set[int]] = {}
         for layer in self.layers:
             for part in layer.parts.values():
                 for term in part.terms(layer.entry):
-                    held.setdefault(term, set()).add(layer.index)
-        return held
+                    layers_by_term.setdefault(term, set()).add(layer.index)
+        return layers_by_term
 
     @property
     def descriptions(self) -> dict[str, list[str]]:
-        """What the parts of a surgery say of themselves to people: a title -> the words of each layer."""
-        found: dict[str, list[str]] = {}
+        """How the parts of the runtime describe what they do, for people: a title -> the words of each layer."""
+        words_by_title: dict[str, list[str]] = {}
         for layer in self.layers:
             for part in layer.parts.values():
-                if (said := part.describe(layer.entry)) is not None:
-                    found.setdefault(said[0], []).append(said[1])
-        return found
+                if (description := part.describe(layer.entry)) is not None:
+                    words_by_title.setdefault(description[0], []).append(description[1])
+        return words_by_title
 
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
@@ -221,7 +221,7 @@ class Anatomy:
             | {
                 "sparse": layer.entry.get("sparse"),
                 "sinks": bool(layer.layout.sinks),
-                "streaming": layer.split_facts,
+                "streaming": layer.split_info,
                 "query_groups": layer.query_groups,
             }
             for layer in self.layers
@@ -239,7 +239,7 @@ class Anatomy:
         }
 
     def edit_config(self, raw: dict) -> dict:
-        """A config.json with this anatomy's edits, everything else as it stands."""
+        """A config.json with this anatomy's edits, everything else unchanged."""
         if self.composite and "text_config" in raw:
             return raw | {"text_config": raw["text_config"] | self.edits}
         return raw | self.edits

@@ -1,4 +1,4 @@
-"""From a config and a table of tensors to the fields of an `Anatomy`: every fact is read once, here, and checked."""
+"""From a config and a table of tensors to the fields of an `Anatomy`: every field is read once, here, and checked."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     if family is None:
         family, prefix = _guess(config, tensors, where)
         guess = True
-    count = _number(text, "num_hidden_layers", where)
-    heads = _number(text, "num_attention_heads", where)
+    count = _positive_integer(text, "num_hidden_layers", where)
+    heads = _positive_integer(text, "num_attention_heads", where)
     kv_heads = _kv_heads(text, family, heads, where)
-    head_dim = getattr(text, "head_dim", None) or _number(text, "hidden_size", where) // heads
+    head_dim = getattr(text, "head_dim", None) or _positive_integer(text, "hidden_size", where) // heads
     if heads % kv_heads:
         raise SurgeryError(
             f"config.json has {heads} query heads on {kv_heads} KV heads",
@@ -52,8 +52,8 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     prefix = prefix or _find_layers(family, tensors, count, config, where)
     sizes = heads, kv_heads, head_dim
     layers = []
-    for i in range(count):
-        layer = _layer(config, family, tensors, f"{prefix}.{i}.{family.attn}", i, sizes, guess)
+    for index in range(count):
+        layer = _layer(config, family, tensors, f"{prefix}.{index}.{family.attn}", index, sizes, guess)
         if tensors:
             _verify(layer, tensors, config, where)
             if guess:
@@ -78,42 +78,42 @@ def _text(config):
 
 
 def _layer(
-    config, family: Family, tensors: dict, path: str, i: int, sizes: tuple[int, int, int], guess: bool
+    config, family: Family, tensors: dict, path: str, index: int, sizes: tuple[int, int, int], guess: bool
 ) -> LayerAnatomy:
     """Layer i.
 
     Args:
         sizes: query heads, KV heads and head size that the config has for all layers.
     """
-    text, own, (heads, kv_heads, head_dim) = _text(config), _surgery(config, i), sizes
+    text, entry, (heads, kv_heads, head_dim) = _text(config), _block_entry(config, index), sizes
     return LayerAnatomy(
-        index=i,
+        index=index,
         path=path,
-        heads=own.get("num_attention_heads", heads),
-        kv_heads=own.get("num_key_value_heads", kv_heads),
+        heads=entry.get("num_attention_heads", heads),
+        kv_heads=entry.get("num_key_value_heads", kv_heads),
         head_dim=head_dim,
-        rotary=_rotary(text, family, head_dim, i, guess),
-        positions=_positions(text, family, i, guess),
+        rotary=_rotary(text, family, head_dim, index, guess),
+        positions=_positions(text, family, index, guess),
         qk_norm=_qk_norm(text, family, tensors, path, (heads, head_dim), guess),
-        window=_window(text, i),
+        window=_window(text, index),
         soft_cap=getattr(text, "attn_logit_softcapping", None),
         biases=_biases(family, tensors, path),
         dtype=_dtype(family, tensors, path),
         layout=family,
-        query_groups=tuple(own.get("query_groups", ())) if len({*own.get("query_groups", ())}) > 1 else (),
-        query_numbers=tuple(own.get("query_numbers", ())),
-        kv_numbers=tuple(own.get("kv_numbers", ())),
-        entry=_of_parts(own),
+        query_groups=tuple(entry.get("query_groups", ())) if len({*entry.get("query_groups", ())}) > 1 else (),
+        query_numbers=tuple(entry.get("query_numbers", ())),
+        kv_numbers=tuple(entry.get("kv_numbers", ())),
+        entry=_part_entries(entry),
     )
 
 
-def _surgery(config, i: int) -> dict:
+def _block_entry(config, index: int) -> dict:
     """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
     block = getattr(config, "surgery", None)
-    return block["layers"][i] if block else {}
+    return block["layers"][index] if block else {}
 
 
-def _of_parts(entry: dict) -> dict:
+def _part_entries(entry: dict) -> dict:
     """What an entry in the `surgery` block says besides the layer's heads and shapes."""
     if not entry:
         return {}
@@ -122,7 +122,7 @@ def _of_parts(entry: dict) -> dict:
     return {name: value for name, value in entry.items() if name not in SHAPE}
 
 
-def _number(config, name: str, where: str) -> int:
+def _positive_integer(config, name: str, where: str) -> int:
     value = getattr(config, name, None)
     if not isinstance(value, int) or value < 1:
         raise SurgeryError(f"the config has no usable {name} (found {value!r})", where=where)
@@ -136,8 +136,8 @@ def _kv_heads(text, family: Family, heads: int, where: str) -> int:
         if text.new_decoder_architecture:
             return text.num_kv_heads
         return 1 if text.multi_query else heads
-    number = getattr(text, family.kv_field, None)
-    return heads if number is None else _number(text, family.kv_field, where)
+    kv_heads = getattr(text, family.kv_field, None)
+    return heads if kv_heads is None else _positive_integer(text, family.kv_field, where)
 
 
 def _settle_falcon(text, family: Family) -> Family:
@@ -152,21 +152,23 @@ def _find_layers(family: Family, tensors: dict, count: int, config, where: str) 
     if not tensors:
         return family.layers
     tail = f"{family.attn}.{family.o}.weight"
-    found = {path: sum(f"{path}.{i}.{tail}" in tensors for i in range(count)) for path in LAYER_PATHS[family.layers]}
-    path = max(found, key=found.get)
-    if found[path] == 0:
+    counts = {
+        path: sum(f"{path}.{index}.{tail}" in tensors for index in range(count)) for path in LAYER_PATHS[family.layers]
+    }
+    path = max(counts, key=counts.get)
+    if counts[path] == 0:
         _refuse_packed(config, tensors, where)
         raise SurgeryError(
-            f"no attention weights found under {' or '.join(found)}",
+            f"no attention weights found under {' or '.join(counts)}",
             where=where,
             exists=_attention_names(tensors),
         )
-    if found[path] < count:
-        lost = next(i for i in range(count) if f"{path}.{i}.{tail}" not in tensors)
+    if counts[path] < count:
+        missing = next(index for index in range(count) if f"{path}.{index}.{tail}" not in tensors)
         raise SurgeryError(
-            f"{path}.{lost}.{tail} is missing",
+            f"{path}.{missing}.{tail} is missing",
             where=where,
-            exists=f"{found[path]} of the {count} layers that config.json promises",
+            exists=f"{counts[path]} of the {count} layers that config.json promises",
         )
     return path
 
@@ -189,9 +191,9 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
         if any(tower in match["layers"] for tower in TOWERS):
             continue
         forms.setdefault((match["layers"], match["attn"]), set()).add(match["p"])
-    for (layers, attn), found in forms.items():
-        outputs = found & {"o_proj", "out_proj"}
-        if {"q_proj", "k_proj", "v_proj"} <= found and len(outputs) == 1:
+    for (layers, attn), projections in forms.items():
+        outputs = projections & {"o_proj", "out_proj"}
+        if {"q_proj", "k_proj", "v_proj"} <= projections and len(outputs) == 1:
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
             alias = "num_key_value_heads" in (getattr(text, "attribute_map", None) or {})  # Whisper's is the encoder's
             honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) and not alias else None
@@ -212,21 +214,21 @@ def _attention_names(tensors: dict) -> str:
     return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _positions(text, family: Family, i: int, guess: bool) -> str:
+def _positions(text, family: Family, index: int, guess: bool) -> str:
     if guess or family.positions in ("learned", "unknown"):
         return family.positions
     if getattr(text, "alibi", False) is True:
         return "alibi"
     no_rope = getattr(text, "no_rope_layers", None)  # SmolLM3: 1 = this layer does use RoPE
-    return "none" if no_rope and not no_rope[i] else family.positions
+    return "none" if no_rope and not no_rope[index] else family.positions
 
 
-def _rotary(text, family: Family, head_dim: int, i: int, guess: bool) -> int:
-    if _positions(text, family, i, guess) not in ("half", "interleaved"):
+def _rotary(text, family: Family, head_dim: int, index: int, guess: bool) -> int:
+    if _positions(text, family, index, guess) not in ("half", "interleaved"):
         return 0
     rope = getattr(text, "rope_parameters", None) or {}
     if rope and all(isinstance(v, dict) for v in rope.values()):  # one set for each layer type (Gemma 3)
-        rope = rope.get((getattr(text, "layer_types", None) or [""])[i], {})
+        rope = rope.get((getattr(text, "layer_types", None) or [""])[index], {})
     share = rope.get("partial_rotary_factor", 1.0)
     return getattr(text, "rotary_dim", None) or int(head_dim * share)
 
@@ -244,11 +246,11 @@ def _qk_norm(text, family: Family, tensors: dict, path: str, size: tuple[int, in
     return None if False in switches else kind
 
 
-def _window(text, i: int) -> int | None:
+def _window(text, index: int) -> int | None:
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     if kinds:
-        return window if kinds[i] == "sliding_attention" else None
+        return window if kinds[index] == "sliding_attention" else None
     return window if getattr(text, "use_sliding_window", True) else None
 
 
@@ -256,7 +258,7 @@ def _biases(family: Family, tensors: dict, path: str) -> str:
     if family.qkv:
         fused = "qkv" if f"{path}.{family.qkv}.bias" in tensors else ""
     else:
-        fused = "".join(p for p in "qkv" if f"{path}.{getattr(family, p)}.bias" in tensors)
+        fused = "".join(letter for letter in "qkv" if f"{path}.{getattr(family, letter)}.bias" in tensors)
     return fused + ("o" if f"{path}.{family.o}.bias" in tensors else "")
 
 
@@ -272,14 +274,16 @@ def _config_dtype(text) -> str:
 def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
     """Every tensor of the layer is there, unquantised, and of the shape that the config promises."""
     layout, rows = layer.layout, {"q": layer.heads, "k": layer.kv_heads, "v": layer.kv_heads}
-    wanted = {layout.qkv: sum(rows.values())} if layout.qkv else {getattr(layout, p): n for p, n in rows.items()}
+    wanted = (
+        {layout.qkv: sum(rows.values())} if layout.qkv else {getattr(layout, letter): n for letter, n in rows.items()}
+    )
     quantised = getattr(config, "quantization_config", None)
     for name in layer.tensor_names:
-        full = f"{layer.path}.{name}"
-        if full not in tensors or tensors[full][0] not in BYTES:
-            if quantised or full in tensors:
-                _refuse_quantised(config, full, tensors.get(full), where)
-            raise SurgeryError(f"{full} is missing", where=where, exists=_attention_names(tensors))
+        stored_name = f"{layer.path}.{name}"
+        if stored_name not in tensors or tensors[stored_name][0] not in BYTES:
+            if quantised or stored_name in tensors:
+                _refuse_quantised(config, stored_name, tensors.get(stored_name), where)
+            raise SurgeryError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
     for name, heads in wanted.items():
         shape = tensors[f"{layer.path}.{name}.weight"][1]
         if (shape[1] if layout.conv1d else shape[0]) != heads * layer.head_dim:
@@ -314,12 +318,12 @@ def _refuse_packed(config, tensors: dict, where: str) -> None:
             _refuse_quantised(config, name, (dtype, shape), where)
 
 
-def _refuse_quantised(config, name: str, found: tuple | None, where: str) -> None:
+def _refuse_quantised(config, name: str, stored_entry: tuple | None, where: str) -> None:
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = settings.get("quant_method") or (found[0] if found else "an unknown method")
+    method = settings.get("quant_method") or (stored_entry[0] if stored_entry else "an unknown method")
     base = getattr(config, "_name_or_path", "") or ""
-    stored = found[0] if found else "not stored as a matrix"
+    stored = stored_entry[0] if stored_entry else "not stored as a matrix"
     known = f"convert {base}, the unquantised model that the config names" if "/" in base else ""
     raise SurgeryError(
         f"the attention projections are quantised ({method}): {name} is {stored}",

@@ -33,14 +33,14 @@ def write_layers(
         results: of each layer, what `pack` gives.
         surgical: the model becomes a surgical one even if the config can say it all.
     """
-    for facts, target, tensors in zip(before.layers, after.layers, results, strict=True):
-        module = model.get_submodule(facts.path)
-        for name in set(facts.tensor_names) - set(target.tensor_names):
+    for old, new, tensors in zip(before.layers, after.layers, results, strict=True):
+        module = model.get_submodule(old.path)
+        for name in set(old.tensor_names) - set(new.tensor_names):
             _drop_norm(module, name)
         for name, tensor in tensors.items():
             _assign(module, name, tensor)
-        _keep_terms(module, facts, target)
-        _set_head_numbers(module, target, after.edits)
+        _keep_terms(module, old, new)
+        _set_head_numbers(module, new, after.edits)
     for name, value in after.edits.items():
         setattr(before.config, name, value)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in results]
@@ -51,6 +51,7 @@ def write_layers(
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
+    """Raise SurgeryError where a tensor of the layer at `path` holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
             raise SurgeryError(
@@ -111,7 +112,7 @@ def _drop_norm(module, name: str) -> None:
 
 
 def _set_head_numbers(module, target, edits: dict) -> None:
-    """The numbers that attention modules keep beside the config, under the names that families use."""
+    """The numbers that attention modules keep themselves, under the names that families use."""
     numbers = edits | {
         "num_key_value_heads": target.kv_heads,
         "num_kv_heads": target.kv_heads,

@@ -1,4 +1,4 @@
-"""Facts about model families, as one table: with `anatomy.py`, the only place that knows a name like q_proj.
+"""How model families lay out attention, as one table: with `anatomy.py`, the only place that knows a name like q_proj.
 
 Each row says how a family of Transformers 5 lays out its attention. What a row leaves out is as in Llama.
 Read from the modelling code of each family and tested on a tiny random model of each

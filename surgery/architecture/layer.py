@@ -21,7 +21,7 @@ class LayerAnatomy:
     Attributes:
         index, path: the layer's number and its attention module's path in this file or model.
         heads, kv_heads, head_dim: query heads, KV heads, channels of one head.
-        rotary: channels that RoPE turns (0: none; less than head_dim: partial).
+        rotary: channels that RoPE rotates (0: none; less than head_dim: partial).
         positions: "half", "interleaved", "learned", "alibi", "none" or "unknown" (a guessed family).
         qk_norm: None, "shared", "per head", "modules" or "whole" (see families.py).
         window: sliding window in tokens, or None for full attention.
@@ -80,10 +80,12 @@ class LayerAnatomy:
 
     @property
     def sinks(self) -> int:
+        """First tokens that the streaming heads see."""
         return self.entry.get("sinks", 0)
 
     @property
     def streaming_window(self) -> int:
+        """Last tokens that the streaming heads see."""
         return self.entry.get("window", 0)
 
     @property
@@ -101,7 +103,7 @@ class LayerAnatomy:
         return replace(self, entry=self.entry | changes)
 
     @property
-    def split_facts(self) -> dict | None:
+    def split_info(self) -> dict | None:
         """The head split as plain data, heads by the base's numbers; None where all heads are full."""
         if not self.streaming:
             return None
@@ -113,6 +115,7 @@ class LayerAnatomy:
 
     @property
     def norm_per_head(self) -> bool:
+        """Whether the QK-norm has weights for each head, which follow the heads."""
         return self.qk_norm in ("per head", "modules", "whole")
 
     @property
@@ -121,22 +124,22 @@ class LayerAnatomy:
         layout = self.layout
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
         names = [f"{name}.weight" for name in [*projections, layout.o]]
-        names += [f"{name}.bias" for name, part in projections.items() if part[0] in self.biases]
+        names += [f"{name}.bias" for name, letters in projections.items() if letters[0] in self.biases]
         if self.norm_per_head:
             names += norm_names(self, "q_norm", self.heads) + norm_names(self, "k_norm", self.kv_heads)
         return [*names, layout.sinks] if layout.sinks else names
 
 
-def groups_of(facts: LayerAnatomy) -> list[list[int]]:
+def groups_of(anatomy: LayerAnatomy) -> list[list[int]]:
     """The query heads that read each KV head of a layer."""
-    sizes = facts.query_groups or [facts.group] * facts.kv_heads
+    sizes = anatomy.query_groups or [anatomy.group] * anatomy.kv_heads
     firsts = [sum(sizes[:head]) for head in range(len(sizes))]
     return [list(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
 
 
-def query_names(facts: LayerAnatomy) -> list[int]:
+def query_names(anatomy: LayerAnatomy) -> list[int]:
     """The base's numbers of a layer's query heads, in the order in which they are stored."""
-    return [facts.query_name(head) for head in range(facts.heads)]
+    return [anatomy.query_name(head) for head in range(anatomy.heads)]
 
 
 def shown_names(names: list[int]) -> str:
@@ -144,9 +147,9 @@ def shown_names(names: list[int]) -> str:
     return f"0 to {names[-1]}" if names == list(range(len(names))) else ", ".join(map(str, names))
 
 
-def norm_names(facts: LayerAnatomy, part: str, heads: int) -> list[str]:
+def norm_names(anatomy: LayerAnatomy, norm: str, heads: int) -> list[str]:
     """Names of the tensors of a norm with one row per head, relative to the attention module."""
-    name = getattr(facts.layout, part)
-    if facts.qk_norm == "modules":
+    name = getattr(anatomy.layout, norm)
+    if anatomy.qk_norm == "modules":
         return [f"{name}.norms.{head}.weight" for head in range(heads)]
     return [f"{name}.weight"]

@@ -37,28 +37,35 @@ def layer_entries(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads  # families without the field: one for each
     stock = (heads, edits.get("num_key_value_heads", kv_heads))
     earlier = block["layers"] if block else [{}] * len(anatomy.layers)
-    for layer, named, old in zip(anatomy.layers, shapes, earlier, strict=True):
+    for layer, layer_shapes, old in zip(anatomy.layers, shapes, earlier, strict=True):
         entry = {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
         for name in ("query_groups", "query_numbers", "kv_numbers"):
             entry |= {name: list(getattr(layer, name))} if getattr(layer, name) else {}
         if (layer.heads, layer.kv_heads) != stock:
-            entry["shapes"] = {name: list(shape) for name, shape in sorted(named.items())}
-        entries.append(_following(old, layer) | entry)
+            entry["shapes"] = {name: list(shape) for name, shape in sorted(layer_shapes.items())}
+        entries.append(_follow_heads(old, layer) | entry)
     return entries
 
 
-def _following(old: dict, layer: LayerAnatomy) -> dict:
-    """An entry as it was, said of the heads that the layer has now."""
+def _follow_heads(old: dict, layer: LayerAnatomy) -> dict:
+    """An earlier entry, adapted to the heads that the layer has now."""
     from surgery.runtime.surgery_config import after_heads_change, used_parts
 
     numbers = {name: old[name] for name in ("query_numbers", "kv_numbers") if name in old}
-    now = {"query_groups": [layer.group] * layer.kv_heads, "query_numbers": [], "kv_numbers": [], "shapes": {}}
-    old = old | {name: value for name, value in now.items() if name in old}
+    of_present_heads = {
+        "query_groups": [layer.group] * layer.kv_heads,
+        "query_numbers": [],
+        "kv_numbers": [],
+        "shapes": {},
+    }
+    old = old | {name: value for name, value in of_present_heads.items() if name in old}
     if not used_parts(old):  # heads may have become others altogether
         return old
     queries, kv_heads = query_names(layer), [layer.kv_name(head) for head in range(layer.kv_heads)]
-    named = ((queries, numbers.get("query_numbers")), (kv_heads, numbers.get("kv_numbers")))
-    return after_heads_change(old, *([was.index(name) if was else name for name in names] for names, was in named))
+    pairs = ((queries, numbers.get("query_numbers")), (kv_heads, numbers.get("kv_numbers")))
+    return after_heads_change(
+        old, *([old_numbers.index(name) if old_numbers else name for name in names] for names, old_numbers in pairs)
+    )
 
 
 def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:

@@ -48,16 +48,16 @@ class AttentionLayer:
     sinks: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Part name -> tensor, for the parts that this layer has."""
-        parts = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "anatomy")
-        return {name: tensor for name, tensor in parts if tensor is not None}
+        """Field name -> tensor, for those that this layer has."""
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "anatomy")
+        return {name: tensor for name, tensor in tensors if tensor is not None}
 
-    def replace(self, **parts: Any) -> AttentionLayer:
+    def replace(self, **tensors: Any) -> AttentionLayer:
         """This layer with other tensors, or another anatomy that fits them."""
-        return replace(self, **parts)
+        return replace(self, **tensors)
 
     def copy(self) -> AttentionLayer:
-        """Every part in fresh contiguous memory on the CPU.
+        """A layer whose tensors are in fresh contiguous memory on the CPU.
 
         Both engines compute on such a copy: the last bits of a sum depend on how memory is aligned.
         """
@@ -77,28 +77,28 @@ def unpack(anatomy: LayerAnatomy, tensors: dict[str, Tensor]) -> AttentionLayer:
         tensors: name relative to the attention module ("q_proj.weight") -> tensor, as stored.
     """
     layout = anatomy.layout
-    parts: dict[str, Tensor] = {}
+    unpacked: dict[str, Tensor] = {}
     if layout.qkv is None:
-        for part, heads in _heads(anatomy).items():
-            name = getattr(layout, part)
+        for letter, heads in _heads(anatomy).items():
+            name = getattr(layout, letter)
             weight = _rows_first(layout, tensors[f"{name}.weight"])
-            parts[part] = weight.reshape(heads, anatomy.head_dim, -1)
+            unpacked[letter] = weight.reshape(heads, anatomy.head_dim, -1)
             if f"{name}.bias" in tensors:
-                parts[f"{part}_bias"] = tensors[f"{name}.bias"].reshape(heads, anatomy.head_dim)
+                unpacked[f"{letter}_bias"] = tensors[f"{name}.bias"].reshape(heads, anatomy.head_dim)
     else:
-        parts |= _split(anatomy, _rows_first(layout, tensors[f"{layout.qkv}.weight"]), "")
+        unpacked |= _split(anatomy, _rows_first(layout, tensors[f"{layout.qkv}.weight"]), "")
         if f"{layout.qkv}.bias" in tensors:
-            parts |= _split(anatomy, tensors[f"{layout.qkv}.bias"], "_bias")
-    parts["o"] = _rows_first(layout, tensors[f"{layout.o}.weight"]).reshape(-1, anatomy.heads, anatomy.head_dim)
+            unpacked |= _split(anatomy, tensors[f"{layout.qkv}.bias"], "_bias")
+    unpacked["o"] = _rows_first(layout, tensors[f"{layout.o}.weight"]).reshape(-1, anatomy.heads, anatomy.head_dim)
     if anatomy.norm_per_head:
-        for part, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
-            names = norm_names(anatomy, part, heads)
+        for norm, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
+            names = norm_names(anatomy, norm, heads)
             weights = [tensors[name] for name in names]
             stacked = weights[0] if len(weights) == 1 else _stack(weights)
-            parts[part] = stacked.reshape(heads, anatomy.head_dim)
+            unpacked[norm] = stacked.reshape(heads, anatomy.head_dim)
     if layout.sinks:
-        parts["sinks"] = tensors[layout.sinks]
-    return AttentionLayer(anatomy, **parts)
+        unpacked["sinks"] = tensors[layout.sinks]
+    return AttentionLayer(anatomy, **unpacked)
 
 
 def pack(layer: AttentionLayer) -> dict[str, Tensor]:
@@ -106,8 +106,8 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
     anatomy, layout = layer.anatomy, layer.anatomy.layout
     tensors: dict[str, Tensor] = {}
     if layout.qkv is None:
-        for part in ("q", "k", "v"):
-            name, weight, bias = getattr(layout, part), getattr(layer, part), getattr(layer, f"{part}_bias")
+        for letter in ("q", "k", "v"):
+            name, weight, bias = getattr(layout, letter), getattr(layer, letter), getattr(layer, f"{letter}_bias")
             tensors[f"{name}.weight"] = _rows_first(layout, weight.flatten(0, 1))
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.flatten()
@@ -118,10 +118,10 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
             biases = (layer.q_bias, layer.k_bias, layer.v_bias)
             tensors[f"{layout.qkv}.bias"] = _join(anatomy, *cast("tuple[Tensor, Tensor, Tensor]", biases))
     tensors[f"{layout.o}.weight"] = _rows_first(layout, layer.o.flatten(1))
-    for part, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
-        weight = getattr(layer, part)
+    for norm, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
+        weight = getattr(layer, norm)
         if weight is not None:
-            names = norm_names(anatomy, part, heads)
+            names = norm_names(anatomy, norm, heads)
             if anatomy.qk_norm == "modules":
                 tensors |= dict(zip(names, weight.unbind(0), strict=True))
             else:
@@ -131,8 +131,8 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def part_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that a layer of `anatomy` must have; `like` tells which parts there are, and the hidden size."""
+def unpacked_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
+    """Shapes that a layer of `anatomy` must have; `like` tells which tensors there are, and the hidden size."""
     hidden = like.q.shape[-1]
     shapes = {
         "q": (anatomy.heads, anatomy.head_dim, hidden),
@@ -146,14 +146,14 @@ def part_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[
         "k_norm": (anatomy.kv_heads, anatomy.head_dim),
         "sinks": (anatomy.heads,),
     }
-    return {part: shapes[part] for part in like.tensors()}
+    return {name: shapes[name] for name in like.tensors()}
 
 
 def packed_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that `pack` will give for `anatomy`, without any data; `like` tells which parts there are."""
+    """Shapes that `pack` will give for `anatomy`, without any data; `like` tells which tensors there are."""
     import torch
 
-    empty = {part: torch.empty(shape, device="meta") for part, shape in part_shapes(anatomy, like).items()}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in unpacked_shapes(anatomy, like).items()}
     packed = pack(AttentionLayer(anatomy, **empty))
     return {name: tuple(tensor.shape) for name, tensor in packed.items()}
 

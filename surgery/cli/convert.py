@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a recipe would change; touches no weight."""
-    from surgery.api import plan as make
+    from surgery.api import plan as make_plan
 
-    work = make(recipe, model, overrides=overrides or [])
+    made = make_plan(recipe, model, overrides=overrides or [])
     if as_json:
-        return emit(work.to_dict())
-    from surgery.cli.render import model as show
+        return emit(made.to_dict())
+    from surgery.cli.render import model as render
 
-    show.plan(work)
+    render.plan(made)
 
 
 def apply(
@@ -60,7 +60,7 @@ def apply(
 ) -> None:
     """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
     from surgery.api import apply as run
-    from surgery.cli.render import model as show
+    from surgery.cli.render import model as render
     from surgery.cli.render.console import progress_bar
 
     if output is None:
@@ -79,7 +79,7 @@ def apply(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             progress=progress,
-            on_plan=None if as_json or quiet else show.plan,
+            on_plan=None if as_json or quiet else render.plan,
         )
     if report is not None:  # else one of several processes, and not the one that speaks
         _show(report, model, as_json, quiet)
@@ -94,12 +94,12 @@ def push(
 ) -> None:
     """Put a checked checkpoint on the Hub: private by default, one commit, repeat to resume."""
     from surgery.api import push as send
-    from surgery.cli.render import tables as results
+    from surgery.cli.render import tables
 
-    facts = send(out, repo, public=public, dry_run=dry_run)
+    result = send(out, repo, public=public, dry_run=dry_run)
     if as_json:
-        return emit(facts)
-    results.pushed(facts)
+        return emit(result)
+    tables.pushed(result)
 
 
 def heal(
@@ -123,7 +123,7 @@ def heal(
 ) -> None:
     """Train a converted model to win back what the surgery took: tokens=1e6 method=lora loss=distill data=self."""
     from surgery.api import heal as run
-    from surgery.cli.render import model as show
+    from surgery.cli.render import model as render
     from surgery.cli.render.console import progress_bar
 
     if output is None:
@@ -140,7 +140,7 @@ def heal(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
-            on_plan=None if as_json or quiet else show.healing,
+            on_plan=None if as_json or quiet else render.healing,
         )
     if report is not None:  # else one of several processes, and not the one that speaks
         _show(report, base or str(report.data["base"]["name"]), as_json, quiet)
@@ -148,13 +148,12 @@ def heal(
 
 def _show(report: Report, base: str, as_json: bool, quiet: bool) -> None:
     """What was done, to people or as JSON; raises what the report holds against the result."""
-    from surgery.cli.render import summary as closing
-    from surgery.cli.render import tables as results
+    from surgery.cli.render import summary, tables
 
     if as_json:
         emit(report.to_dict())
     else:
         if report.data["check"] and not quiet:
-            results.checks(report.data["check"]["items"])
-        closing.summary(report, base)
+            tables.checks(report.data["check"]["items"])
+        summary.summary(report, base)
     report.raise_faults()

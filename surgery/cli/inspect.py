@@ -1,4 +1,4 @@
-"""Verbs that look: recipes, operations, a model, this machine. Nothing is written but a copied recipe."""
+"""Verbs that only read: recipes, operations, a model, this machine. Nothing is written but a copied recipe."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def ls(as_json: Json = False) -> None:
     if as_json:
         fields = {op: inline_schema(cls)["properties"] for op, cls in classes.items()}
         unions = {op: cls.METHODS for op, cls in classes.items() if issubclass(cls, Variants)} | {"heal": Heal.METHODS}
-        methods = {op: {name: method_facts(each) for name, each in found.items()} for op, found in unions.items()}
-        uses = {name: facts["ops"] for name, facts in recipes.items()}
-        recipes = {name: facts["description"] for name, facts in recipes.items()}
+        methods = {op: {name: method_facts(method) for name, method in known.items()} for op, known in unions.items()}
+        uses = {name: info["ops"] for name, info in recipes.items()}
+        recipes = {name: info["description"] for name, info in recipes.items()}
         return emit({"recipes": recipes, "uses": uses, "operations": fields, "methods": methods, "broken": broken})
     from surgery.cli.render.summary import print_catalogue
 
@@ -68,11 +68,11 @@ def inspect(
     """Show a model's attention, and which recipes fit it."""
     from surgery.api import anatomy_of, fitting_recipes
 
-    of_text = {"text": text, "samples": samples, "length": length}
-    of_text = {name: value for name, value in of_text.items() if value is not None}
+    text_settings = {"text": text, "samples": samples, "length": length}
+    text_settings = {name: value for name, value in text_settings.items() if value is not None}
     if heads and sinks:
         raise SurgeryError("--heads and --sinks are two maps", fix="ask for one at a time")
-    if of_text and not sinks:
+    if text_settings and not sinks:
         raise SurgeryError("--text, --samples and --length are of the attention sinks", fix="add --sinks")
     if scores and not heads:
         raise SurgeryError("--scores is of the map of KV heads", fix="add --heads")
@@ -81,57 +81,57 @@ def inspect(
     if heads:
         return _inspect_heads(model, scores, plot, as_json)
     if sinks:
-        return _inspect_sinks(model, of_text, plot, as_json, quiet)
-    facts = anatomy_of(model)
-    fits = fitting_recipes(facts)
+        return _inspect_sinks(model, text_settings, plot, as_json, quiet)
+    model_anatomy = anatomy_of(model)
+    fits = fitting_recipes(model_anatomy)
     if as_json:
-        held = {term: sorted(layers) for term, layers in facts.terms.items()}
-        return emit(facts.to_dict() | {"terms": held, "recipes": fits})
-    from surgery.cli.render import model as show
+        term_layers = {term: sorted(layers) for term, layers in model_anatomy.terms.items()}
+        return emit(model_anatomy.to_dict() | {"terms": term_layers, "recipes": fits})
+    from surgery.cli.render import model as render
 
-    show.anatomy(facts)
-    show.applicable(fits)
+    render.anatomy_table(model_anatomy)
+    render.applicable(fits)
 
 
 def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: bool) -> None:
     from surgery.cli.render import heads
-    from surgery.report import plots as pictures
+    from surgery.report import plots
 
     if plot:
-        pictures.ready(plot)
-    shown = heads.HeadMap.of_model(model, scores)
-    drawn = heads.draw(shown, plot) if plot else []
+        plots.ready(plot)
+    head_map = heads.HeadMap.of_model(model, scores)
+    files = heads.draw(head_map, plot) if plot else []
     if as_json:
-        return emit(shown.to_dict())
-    heads.show(shown)
-    heads.written(drawn)
+        return emit(head_map.to_dict())
+    heads.show(head_map)
+    heads.written(files)
 
 
-def _inspect_sinks(model: str, of_text: dict, plot: Path | None, as_json: bool, quiet: bool) -> None:
+def _inspect_sinks(model: str, text_settings: dict, plot: Path | None, as_json: bool, quiet: bool) -> None:
     from surgery.cli.render import heads
-    from surgery.cli.render import sinks as show
+    from surgery.cli.render import sinks as render
     from surgery.cli.render.console import progress_bar
-    from surgery.report import plots as pictures
+    from surgery.report import plots
 
     if plot:
-        pictures.ready(plot)
+        plots.ready(plot)
     from surgery.calibration.sinks import survey_sinks
 
     with progress_bar(quiet or as_json) as progress:
-        found, facts = survey_sinks(model, progress=progress, **of_text)
-    drawn = [show.draw(found, plot, facts["model"])] if plot else []
+        sink_map, info = survey_sinks(model, progress=progress, **text_settings)
+    files = [render.draw(sink_map, plot, info["model"])] if plot else []
     if as_json:
-        return emit(facts | found.to_dict())
-    show.show(found, facts)
-    heads.written(drawn)
+        return emit(info | sink_map.to_dict())
+    render.show(sink_map, info)
+    heads.written(files)
 
 
 def doctor(as_json: Json = False) -> None:
     """Say what works here: versions, devices, disk, doors, kernels."""
     from surgery.cli.doctor import examine
-    from surgery.cli.render import tables as results
+    from surgery.cli.render import tables
 
-    facts = examine()
+    report = examine()
     if as_json:
-        return emit(facts)
-    results.doctor(facts)
+        return emit(report)
+    tables.doctor(report)

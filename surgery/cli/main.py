@@ -1,4 +1,4 @@
-"""The command line: the verbs of surgery/verbs/ as one program, whose errors are messages and exit codes."""
+"""The command line: the verbs of surgery/cli/ as one program, whose errors are messages and exit codes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,27 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli import convert as converting
-from surgery.cli import convert as healing_verb
-from surgery.cli import evaluate as evaluating
-from surgery.cli import inspect as looking
-from surgery.cli import measure as measuring
-from surgery.cli import measure as scoring_verb
+from surgery.cli import convert as convert_verbs
+from surgery.cli import evaluate as evaluate_verb
+from surgery.cli import inspect as inspect_verbs
+from surgery.cli import measure as measure_verbs
 from surgery.cli.options import emit
 from surgery.errors import CheckError, GateError, MachineError, SurgeryError
 
 VERBS = {  # in the order in which `--help` lists them
-    "ls": looking.ls,
-    "cp": looking.cp,
-    "schema": looking.schema,
-    "inspect": looking.inspect,
-    "score": scoring_verb.score,
-    "plan": converting.plan,
-    "apply": converting.apply,
-    "heal": healing_verb.heal,
-    "check": measuring.check,
-    "eval": evaluating.evaluate,
-    "bench": measuring.bench,
-    "push": converting.push,
-    "doctor": looking.doctor,
+    "ls": inspect_verbs.ls,
+    "cp": inspect_verbs.cp,
+    "schema": inspect_verbs.schema,
+    "inspect": inspect_verbs.inspect,
+    "score": measure_verbs.score,
+    "plan": convert_verbs.plan,
+    "apply": convert_verbs.apply,
+    "heal": convert_verbs.heal,
+    "check": measure_verbs.check,
+    "eval": evaluate_verb.evaluate,
+    "bench": measure_verbs.bench,
+    "push": convert_verbs.push,
+    "doctor": inspect_verbs.doctor,
 }
 
 app = typer.Typer(
@@ -62,9 +60,9 @@ def main(args: list[str] | None = None) -> None:
     """The command `surgery`: a user's mistake is one message and an exit code, never a traceback."""
     args = sys.argv[1:] if args is None else args
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a pipe on Windows takes no arrows: print "?" rather than fail
-            stream.reconfigure(errors="replace")
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # a pipe on Windows takes no arrows: print "?" rather than fail
+            output.reconfigure(errors="replace")
     try:
         sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
     except SurgeryError as error:

@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Check a saved checkpoint: hashes, values, shapes, loading in a fresh process, generating."""
     from surgery.api import check as run
-    from surgery.cli.render import tables as results
+    from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
 
     with progress_bar(quiet or as_json) as progress:
@@ -32,7 +32,7 @@ def check(
     if as_json:
         emit(report.data["check"])
     else:
-        results.checks(report.data["check"]["items"])
+        tables.checks(report.data["check"]["items"])
     report.raise_faults(CheckError)
 
 
@@ -59,54 +59,55 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Time prefill and decoding beside the base, interleaved; count the cache's bytes and the peak of memory."""
-    from surgery.cli.render import tables as results
+    from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import result as timings
     from surgery.evaluation.benchmark import run as speed
     from surgery.evaluation.lengths import parse_lengths
-    from surgery.report import plots as pictures
+    from surgery.report import plots
 
-    _refuse_of_bench(context, base, calibrate)
-    asked = None if lengths is None else parse_lengths(lengths)
+    _refuse_unread_options(context, base, calibrate)
+    parsed_lengths = None if lengths is None else parse_lengths(lengths)
     if calibrate:
-        settings = {"candidates": asked, "rounds": rounds, "text": text, "device": device}
-        return _calibrate(out, settings, write, as_json, quiet)
-    chosen = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
+        search_settings = {"candidates": parsed_lengths, "rounds": rounds, "text": text, "device": device}
+        return _search_dense_below(out, search_settings, write, as_json, quiet)
+    settings = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
     if plot:
-        pictures.ready(plot)
+        plots.ready(plot)
     with progress_bar(quiet or as_json) as progress:
-        result = speed.bench(out, base, lengths=asked or (512, 2000), **chosen, device=device, progress=progress)
+        lengths_of_run = parsed_lengths or (512, 2000)
+        result = speed.bench(out, base, lengths=lengths_of_run, **settings, device=device, progress=progress)
     if as_json:
         emit(result.to_dict())
     else:
-        results.benchmark(result)
+        tables.benchmark(result)
     if plot:
         timings.plot(result, plot)
 
 
-def _calibrate(out: Path, asked: dict, write: bool, as_json: bool, quiet: bool) -> None:
+def _search_dense_below(out: Path, settings: dict, write: bool, as_json: bool, quiet: bool) -> None:
     """Find `dense_below` with these settings, print it, and write it to the checkpoint if asked."""
-    from surgery.cli.render import tables as calibration
+    from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
-    from surgery.evaluation.benchmark import dense_below as calibrate
+    from surgery.evaluation.benchmark import dense_below
 
     with progress_bar(quiet or as_json) as progress:
-        found = calibrate.calibrate(out, **asked, progress=progress)
+        search = dense_below.search_dense_below(out, **settings, progress=progress)
     if not as_json:
-        calibration.calibration_table(found)
+        tables.dense_below_table(search)
     try:
-        scored = calibrate.write(out, found) if write else None
+        report = dense_below.write_dense_below(out, search) if write else None
     except SurgeryError:
         if as_json:  # what took minutes is not lost
-            emit(found.to_dict() | {"written": False})
+            emit(search.to_dict() | {"written": False})
         raise
     if as_json:
-        return emit(found.to_dict() | {"written": write})
-    calibration.closing(found, out, scored)
+        return emit(search.to_dict() | {"written": write})
+    tables.dense_below_outcome(search, out, report)
 
 
-def _refuse_of_bench(context: typer.Context, base: str | None, calibrate: bool) -> None:
-    """Options that the one kind of run would not look at."""
+def _refuse_unread_options(context: typer.Context, base: str | None, calibrate: bool) -> None:
+    """Raise where an option was given that this kind of run does not read."""
     if base is None and not calibrate:
         raise SurgeryError("bench compares with a base", fix="--base the model that it was made from")
     others = ("decode", "synthetic", "layers", "ratio", "plot") if calibrate else ("write", "text")
@@ -139,14 +140,14 @@ def score(
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
     from surgery.operations.duo_attention.scorers import score_to_file
-    from surgery.report import plots as pictures
+    from surgery.report import plots
 
     if output is None:
         raise SurgeryError("no score file was named", fix="add -o scores.json")
     if plot:
-        pictures.ready(plot)
+        plots.ready(plot)
     with progress_bar(quiet or as_json) as progress:
-        found = score_to_file(
+        scores = score_to_file(
             model,
             output,
             method,
@@ -156,9 +157,9 @@ def score(
             **{"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed},
             **{"text": text, "steps": steps},
         )
-    shown = heads.HeadMap.of_scores(found)
-    drawn = heads.draw(shown, plot) if plot else []
+    head_map = heads.HeadMap.of_scores(scores)
+    files = heads.draw(head_map, plot) if plot else []
     if as_json:
-        return emit(found.to_dict())
-    heads.show(shown)
-    heads.written([output, *drawn])
+        return emit(scores.to_dict())
+    heads.show(head_map)
+    heads.written([output, *files])

@@ -16,7 +16,7 @@ from pydantic import (
 
 from surgery.evaluation.probes import REGISTRY, find
 from surgery.evaluation.probes import settings as probe_settings
-from surgery.evaluation.probes.base import Probe, own_words
+from surgery.evaluation.probes.base import Probe, settings_error
 
 Blocks: Any = probe_settings.blocks()
 
@@ -40,9 +40,9 @@ class Evaluate(_Aliases):
     @model_validator(mode="after")
     def _said_once(self) -> Evaluate:
         named = [name for name, block in (self.probes or ()) if block is not None]
-        for key, name in probe_settings.said_twice(self.model_fields_set, named).items():
+        for key, name in probe_settings.duplicate_keys(self.model_fields_set, named).items():
             block = name.rpartition(".")[0]
-            raise own_words(f"{key} and {block} are two ways to say the same", fix=f"write it as {name}")
+            raise settings_error(f"{key} and {block} are two ways to say the same", fix=f"write it as {name}")
         return self
 
     @model_serializer(mode="wrap")
@@ -52,7 +52,7 @@ class Evaluate(_Aliases):
     @property
     def asked(self) -> list[Probe]:
         """The probes that are run, with their settings."""
-        return probe_settings.asked(self.model_dump())
+        return probe_settings.requested_probes(self.model_dump())
 
     @property
     def main(self) -> Probe:

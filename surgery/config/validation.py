@@ -10,7 +10,7 @@ from surgery.config.yaml import line_of
 from surgery.errors import SurgeryError, any_of, nearest, shown, wanted
 from surgery.evaluation.probes import find as find_probe
 from surgery.evaluation.probes import settings as probe_settings
-from surgery.evaluation.probes.base import OWN_WORDS
+from surgery.evaluation.probes.base import SETTINGS_ERROR
 from surgery.operations.variants import OTHER_METHOD, Variants, keys_of
 
 PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and steps to a setting in one
@@ -100,7 +100,7 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
     if what == "heal":  # in words of its own, often of its fields together
         said = items[0]["ctx"]
         return SurgeryError(said["text"], where=at, exists=said["exists"], fix=said["fix"])
-    if what == OWN_WORDS:
+    if what == SETTINGS_ERROR:
         return SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"])
     if what == OTHER_METHOD:
         own = ", ".join(name for name in kind.model_fields if name not in ("op", "method"))
@@ -111,7 +111,7 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:
     """What is wrong at `evaluate.probes.NAME` or below."""
     _, _, name, *key = path
-    if key or items[0]["type"] == OWN_WORDS:
+    if key or items[0]["type"] == SETTINGS_ERROR:
         return probe_settings.fault(find_probe(name), str(key[0]) if key else "", items, where, in_recipe=True)
     try:
         find_probe(name)

@@ -1,4 +1,4 @@
-"""A plan, and carrying it out: on a model in memory, on a loaded folder, or streamed one layer at a time.
+"""Plan a conversion and carry it out: on a model in memory, on a loaded folder, or streamed one layer at a time.
 
 May import healing (a plan says what will train), evaluation, report, config, operations and the rooms below.
 """

@@ -1,4 +1,4 @@
-"""Carrying a plan out: from a model folder to a converted folder with either engine, or on a model in memory."""
+"""Carry a plan out: from a model folder to a converted folder with either engine, or on a model in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, problems_after
-from surgery.conversion.preflight import preflight, streams, unhealed_folder
+from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
@@ -94,16 +94,16 @@ def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions 
 
 def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
     plan, checkpoint, base = work.plan, work.checkpoint, work.source.path
-    streaming, fingerprint = streams(plan, options.engine), checkpoint.fingerprint()
+    streaming, fingerprint = uses_streaming_engine(plan, options.engine), checkpoint.fingerprint()
     plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
     out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
     if options.resume and not options.overwrite and out.is_same_conversion():  # stopped while it was checked or scored
         return Report.of(out.out)
     with out.opened(plan.output_bytes) as partial:
-        write = _stream if streaming else _load_and_write
+        write = _convert_streamed if streaming else _convert_loaded
         files, records = write(plan, checkpoint, base, partial, out, options.progress)
         read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
-        left = carry_files(base, partial, read)
+        left_behind = carry_files(base, partial, read)
         data = new_report(
             plan,
             work.source,
@@ -112,7 +112,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
             fingerprint=fingerprint,
             records=records,
         )
-        data |= {"plan_hash": plan_hash, "files": files, "left_behind": left, "history": history_of(base)}
+        data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
         for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
             state.unlink()
         Report(data, partial).save()
@@ -134,31 +134,31 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     steps = [
         (step.operation, ApplyContext(step.change, step.before, options.progress, tokenizer)) for step in plan.steps
     ]
-    together = list(takewhile(lambda step: step[0].streams, steps))
-    records = rewrite_steps(model, together) if together else []
-    if rest := plan.steps[len(together) :]:
-        for operation, context in _in_turn(rest, rest[0].before, model, options.progress, tokenizer):
+    rewrites = list(takewhile(lambda step: step[0].streams, steps))
+    records = rewrite_steps(model, rewrites) if rewrites else []
+    if later_steps := plan.steps[len(rewrites) :]:
+        for operation, context in _ready_steps(later_steps, later_steps[0].before, model, options.progress, tokenizer):
             records.append(operation.apply(model, context))
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
     source = Source(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
-    facts = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
-    return Report(new_report(plan, source, **facts, records=records))
+    details = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
+    return Report(new_report(plan, source, **details, records=records))
 
 
-def _stream(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
+def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
     stream = LayerStream(plan, checkpoint, out.records)
 
-    def finished(file: str, facts: dict) -> None:
-        out.finished(file, facts, stream.records)
+    def finished(file: str, info: dict) -> None:
+        out.finished(file, info, stream.records)
 
     files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
     _write_config(base, partial, plan)
     return files, stream.records
 
 
-def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
+def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
     import torch
 
     from surgery.io.loading import load_model, read_tokenizer
@@ -169,14 +169,14 @@ def _load_and_write(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     tokenizer = None if plan.streams else read_tokenizer(base)
     records = [
         operation.apply(model, context)
-        for operation, context in _in_turn(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
+        for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
     ]
     with quiet_in_pipes():
         model.save_pretrained(partial)
     return weight_files(partial), records
 
 
-def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer, folder: Path | None = None):
+def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer, folder: Path | None = None):
     """Operations with their context, made when those before it were carried out.
 
     Args:
@@ -185,21 +185,21 @@ def _in_turn(steps: tuple[Step, ...], current: Anatomy, model, progress, tokeniz
     Raises:
         SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
     """
-    for number, step in enumerate(steps):
+    for index, step in enumerate(steps):
         if problems := step.operation.problems(current):
             raise SurgeryError(problems[0], where=type(model).__name__)
         change = step.operation.plan(current)
-        context = ApplyContext(change, current, progress, tokenizer, folder=folder, number=number)
+        context = ApplyContext(change, current, progress, tokenizer, folder=folder, number=index)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured
-        if problems := problems_after(steps[:number], current):
+        if problems := problems_after(steps[:index], current):
             raise SurgeryError(problems[0], where=type(model).__name__)
 
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:
-    raw = plan.after.edit_config(read_json(base / "config.json"))
+    config = plan.after.edit_config(read_json(base / "config.json"))
     names = [{name: plan.shapes[f"{layer.path}.{name}"] for name in layer.tensor_names} for layer in plan.after.layers]
     if entries := layer_entries(plan.after, names):
-        raw = export(raw, plan.after, entries, partial)
-    write_text(partial / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+        config = export(config, plan.after, entries, partial)
+    write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

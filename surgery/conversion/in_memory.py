@@ -24,7 +24,7 @@ def note_origin(report: Report, model, was: str) -> None:
     folder = _folder(model)
     known = {"class": type(model).__name__, "heads": _heads(model)}
     history = history_of(folder) if folder else []
-    data |= {"in_memory": known, "history": [*history, *(_plain(each) for each in earlier)]}
+    data |= {"in_memory": known, "history": [*history, *(_plain(record) for record in earlier)]}
     if data["base"]["name"] == type(model).__name__:
         data["base"]["name"] = was
     if data["base"]["hub_id"]:
@@ -33,7 +33,7 @@ def note_origin(report: Report, model, was: str) -> None:
 
 
 def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, overwrite: bool = False) -> Report:
-    """As `surgery.save`."""
+    """Save a loaded model with its report; arguments and errors as for `surgery.save`."""
     _refuse_another(model, report)
     base = _folder(model)
     out = OutputFolder(folder, base, "in memory", overwrite=overwrite)
@@ -44,7 +44,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if base:
-            _carry_papers(base, partial)
+            _copy_documents(base, partial)
         saved = Report(_plain(report.data) | {"files": weight_files(partial)}, partial)
         saved.save()
     saved.folder = out.out
@@ -54,8 +54,8 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
 def _plain(data: dict) -> dict:
     """The data of a report as it is kept: without the list of heads, and not shared with the model's own."""
     known = data.get("in_memory")
-    kept = {key: value for key, value in data.items() if key != "in_memory"}
-    return kept | ({"in_memory": {"class": known["class"]}} if known else {})
+    rest = {key: value for key, value in data.items() if key != "in_memory"}
+    return rest | ({"in_memory": {"class": known["class"]}} if known else {})
 
 
 def _folder(model) -> Path | None:
@@ -77,10 +77,10 @@ def _refuse_another(model, report: Report) -> None:
     if not is_model(model):
         raise SurgeryError(f"{type(model).__name__} is not a loaded model", fix="surgery.save(model, folder, report)")
     known, kind = report.data.get("in_memory") or {}, report.data["base"].get("model_type")
-    where, of = type(model).__name__, known.get("class")
-    if of and of != where:
+    where, reported_class = type(model).__name__, known.get("class")
+    if reported_class and reported_class != where:
         adapters = "; merge adapters first: model = model.merge_and_unload()" if hasattr(model, "peft_config") else ""
-        raise SurgeryError(f"the report is of a {of}", where=where, fix=fix + adapters)
+        raise SurgeryError(f"the report is of a {reported_class}", where=where, fix=fix + adapters)
     if kind and model.config.model_type != kind:
         raise SurgeryError(f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix)
     if "heads" in known and known["heads"] != (heads := _heads(model)):
@@ -95,7 +95,7 @@ def _shape(heads: list[list[int]]) -> str:
     )
 
 
-def _carry_papers(base: Path, partial: Path) -> None:
+def _copy_documents(base: Path, partial: Path) -> None:
     """Licence, notices and card of the folder that the model was loaded from."""
     for path in sorted(p for p in base.iterdir() if p.is_file() and p.name.upper().startswith(NOTICES)):
         shutil.copyfile(path, partial / path.name)

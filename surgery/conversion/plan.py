@@ -52,24 +52,28 @@ class Plan:
 
     @property
     def after(self) -> Anatomy:
+        """The anatomy of the converted model."""
         return self.steps[-1].change.after
 
     @property
     def tier(self) -> str:
+        """NATIVE or SURGICAL, of the result."""
         surgical = self.before.surgical or any(step.change.tier == SURGICAL for step in self.steps)
         return SURGICAL if surgical else NATIVE
 
     @property
     def streams(self) -> bool:
-        """Whether the weights can be rewritten layer by layer, without building the model."""
+        """Whether the streaming engine can convert: layer by layer, without building the model."""
         return all(step.operation.streams for step in self.steps)
 
     @property
     def changes(self) -> list[str]:
+        """A sentence for each change, in the order of the operations."""
         return [line for step in self.steps for line in step.change.lines]
 
     @property
     def notes(self) -> list[str]:
+        """What the user must know of the result."""
         notes = [note for step in self.steps for note in step.change.notes]
         if self.before.guess:
             notes.append(
@@ -79,6 +83,7 @@ class Plan:
 
     @property
     def parameters_after(self) -> int:
+        """Number of stored values of the result; 0 if only the config is known."""
         old = {name: prod(self.before.tensors[name][1]) for name in self.shapes if name in self.before.tensors}
         new = sum(prod(shape) for shape in self.shapes.values() if shape is not None)
         return self.before.parameters - sum(old.values()) + new + self._added
@@ -93,8 +98,8 @@ class Plan:
         """The training after the surgery; None where there is none, or only the config is known."""
         if self.recipe.heal is None or not self.before.tensors:
             return None
-        kept = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
-        table = kept | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
+        unchanged = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
+        table = unchanged | {name: (dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items()}
         operations = self.recipe.to_dict()["operations"]
         heal, added = self.recipe.heal, self._added
         return HealPlan.of(
@@ -104,9 +109,11 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of weights that will be written."""
-        kept = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
+        unchanged = (entry for name, entry in self.before.tensors.items() if name not in self.shapes)
         new = ((dtype, self.shapes[name] or ()) for name, dtype in self.dtypes.items())
-        return sum(stored_bytes(dtype, shape) for dtype, shape in (*kept, *new, (self.before.dtype, (self._added,))))
+        return sum(
+            stored_bytes(dtype, shape) for dtype, shape in (*unchanged, *new, (self.before.dtype, (self._added,)))
+        )
 
     @property
     def memory_bytes(self) -> int:
@@ -119,6 +126,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
+        """Estimated seconds of the conversion on a laptop."""
         computed = sum(step.change.seconds for step in self.steps)
         return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers) + computed
 
@@ -136,6 +144,7 @@ class Plan:
         }
 
     def to_dict(self) -> dict:
+        """The plan as plain data, for `--json`."""
         layers = zip(self.before.layers, self.after.layers, strict=True)
         return {
             "recipe": self.recipe.identity(),
@@ -158,14 +167,15 @@ class Plan:
         """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
         from surgery.version import __version__
 
-        named = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
-        paths = [Path(name) for name in named if isinstance(name, str) and Path(name).is_file()]
+        names = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
+        paths = [Path(name) for name in names if isinstance(name, str) and Path(name).is_file()]
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        facts = {"recipe": self.recipe.identity(), "files": files, "base": fingerprint, "version": __version__}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        identity = {"recipe": self.recipe.identity(), "files": files, "base": fingerprint, "version": __version__}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def heads(layer: LayerAnatomy) -> dict[str, int]:
+    """Query heads, KV heads and head size of a layer, as plain data."""
     return {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
 
 
@@ -197,19 +207,21 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
 
 def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list[str]:
     """Why an operation cannot follow those before it, in this recipe or in the checkpoint it starts from."""
-    held, own = anatomy.terms, operation.term_layers(anatomy)
+    earlier_terms, own_layers = anatomy.terms, operation.term_layers(anatomy)
     if operation.term is None:
-        if blocking := [term for term in held if term not in operation.carries_terms]:
+        if blocking := [term for term in earlier_terms if term not in operation.carries_terms]:
             reason = f"sets the {' and the '.join(blocking)}, and weight rewrites come before"
             return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
-    elif shared := own & held.get(operation.term, set()):
+    elif shared := own_layers & earlier_terms.get(operation.term, set()):
         reason = f"sets the {operation.term} already{_where(shared, anatomy)}"
         return [f"{operation.op}: this checkpoint {reason}; write one recipe with all operations, from its base"]
     for step in steps:
         name, term = step.operation.op, step.operation.term
         if operation.term is None and term not in (None, *operation.carries_terms):
             return [f"{operation.op}: weight rewrites come before {name} in a recipe"]
-        shared = own & step.operation.term_layers(anatomy) if term is not None and term == operation.term else None
+        shared = (
+            own_layers & step.operation.term_layers(anatomy) if term is not None and term == operation.term else None
+        )
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
@@ -234,9 +246,11 @@ def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | N
         return shapes
     for old, new in zip(before.layers, after.layers, strict=True):
         names = {name: f"{old.path}.{name}" for name in old.tensor_names}
-        empty = {name: torch.empty(before.tensors[full][1], device="meta") for name, full in names.items()}
+        empty = {
+            name: torch.empty(before.tensors[stored_name][1], device="meta") for name, stored_name in names.items()
+        }
         packed = packed_shapes(new, unpack(old, empty))
-        shapes |= {full: packed.get(name) for name, full in names.items()}
+        shapes |= {stored_name: packed.get(name) for name, stored_name in names.items()}
         shapes |= {f"{old.path}.{name}": shape for name, shape in packed.items()}
     return shapes
 

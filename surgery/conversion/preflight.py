@@ -33,7 +33,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
         MachineError: the disk is too small.
     """
     out, recipe = Path(os.path.abspath(output)), plan.recipe
-    streams(plan, options.engine)
+    uses_streaming_engine(plan, options.engine)
     if recipe.heal is not None:
         _refuse_taken_for_healing(out, options)
     if options.on_plan:
@@ -50,8 +50,12 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     _refuse_small_disk(plan, out)
 
 
-def streams(plan: Plan, engine: str) -> bool:
-    """Whether the streaming engine converts; refuses an engine that cannot, or that would change a dtype."""
+def uses_streaming_engine(plan: Plan, engine: str) -> bool:
+    """Whether the streaming engine converts this plan, and not the loaded one.
+
+    Raises:
+        SurgeryError: the engine cannot convert this plan, or would change the dtype of some weights.
+    """
     streaming = plan.streams if engine == "auto" else engine == "streaming"
     if streaming and not plan.streams:
         raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
@@ -72,7 +76,7 @@ def preflight_in_memory(heal: Heal, model, tokenizer) -> str | None:
     """Refuse a healing of a loaded model before the model is edited.
 
     Returns:
-        Where the model was loaded from: its weights there are the base's. None where nobody asks the base.
+        Where the model was loaded from: its weights there are the base's. None where the healing needs no base.
     """
     base = base_of_memory(model, heal)
     if tokenizer is None:
@@ -82,7 +86,7 @@ def preflight_in_memory(heal: Heal, model, tokenizer) -> str | None:
 
 
 def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> None:
-    """Raise where a folder is to be converted and it is not said into what, or by an engine that does not exist."""
+    """Raise where a folder is to be converted and no output is named, or by an engine that does not exist."""
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if options.engine not in ENGINES:
@@ -117,7 +121,7 @@ def _refuse_pickle_for_healing(base: Path, options: RunOptions) -> None:
 
 
 def _refuse_small_disk(plan: Plan, out: Path) -> None:
-    """Raise where a first run would fill the disk. Of one that goes on, `OutputFolder` knows what is there already."""
+    """Raise where a first run would fill the disk. Of one that resumes, `OutputFolder` knows what is written."""
     needed, heal = plan.output_bytes, plan.heal
     earlier = [out.with_name(f"{name}.partial") for name in (out.name, unhealed_folder(out).name)]
     if heal is not None:

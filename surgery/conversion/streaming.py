@@ -1,6 +1,6 @@
 """Streaming conversion: safetensors in, safetensors out, one layer in memory at a time.
 
-Tensors that no operation touches are copied byte for byte in pieces; every file keeps its name, its order of
+Tensors that no operation touches are copied byte for byte in chunks; every file keeps its name, its order of
 tensors and its metadata; its sha256 is computed while it is written. Two files are written at a time, each by a
 thread of its own: Python's lock is free during a read, a hash, a write and an fsync.
 """
@@ -61,10 +61,10 @@ def convert_shards(
     def convert(shard: Shard) -> None:
         with shared.work():
             shared.count(0)
-            facts = _write_shard(folder, shard, layouts[shard.file], checkpoint, stream, shared.count)
+            info = _write_shard(folder, shard, layouts[shard.file], checkpoint, stream, shared.count)
             with shared.lock:
-                files[shard.file] = facts
-                finished(shard.file, facts)
+                files[shard.file] = info
+                finished(shard.file, info)
 
     for file in done:
         shared.count(done[file]["bytes"])
@@ -107,7 +107,7 @@ class _Shared:
         self.lock, self.fault = RLock(), None
 
     def count(self, size: int) -> None:
-        """Add bytes; called with every piece, so that a thread stops where it is."""
+        """Add bytes; called with every chunk, so that a thread stops soon."""
         with self.lock:
             if self.fault:
                 raise _Stopped
@@ -153,8 +153,8 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
 
         put(len(text).to_bytes(8, "little") + text)
         for name, (_, _, computed) in layout.items():
-            for piece in tensor_pieces(stream.tensor(name)) if computed else checkpoint.chunks(infos[name]):
-                put(piece)
+            for chunk in tensor_chunks(stream.tensor(name)) if computed else checkpoint.chunks(infos[name]):
+                put(chunk)
             begin, end = header[name]["data_offsets"]
             if file.tell() != 8 + len(text) + end:  # a file that lies about itself must never get its name
                 raise RuntimeError(f"{shard.file}: {name} has not the {end - begin} bytes that its header promises")
@@ -164,7 +164,7 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
-def tensor_pieces(tensor: Tensor):
+def tensor_chunks(tensor: Tensor):
     """The bytes of a tensor in memory, at most `CHUNK` at a time."""
     import torch
 
@@ -222,15 +222,15 @@ class LayerStream:
             return [{path: record[path] for path in paths if path in record} for record in self._records]
 
     def _compute(self, index: int) -> dict[str, Tensor]:
-        facts = self.plan.before.layers[index]
-        tensors = {name: self.checkpoint.read(f"{facts.path}.{name}") for name in facts.tensor_names}
-        refuse_non_finite(tensors, facts.path)
-        layer = unpack(facts, tensors)
-        for number, step in enumerate(self.plan.steps):
+        anatomy = self.plan.before.layers[index]
+        tensors = {name: self.checkpoint.read(f"{anatomy.path}.{name}") for name in anatomy.tensor_names}
+        refuse_non_finite(tensors, anatomy.path)
+        layer = unpack(anatomy, tensors)
+        for step_index, step in enumerate(self.plan.steps):
             layer, record = run_rewrite(step.operation, layer, step.change.after, index)
             if record:
-                self._records[number][facts.path] = record
-        new = {f"{facts.path}.{name}": tensor for name, tensor in pack(layer).items()}
+                self._records[step_index][anatomy.path] = record
+        new = {f"{anatomy.path}.{name}": tensor for name, tensor in pack(layer).items()}
         for name, tensor in new.items():
             planned = self.plan.dtypes.get(name), self.plan.shapes.get(name)
             if (stored_dtype(tensor), tuple(tensor.shape)) != planned:

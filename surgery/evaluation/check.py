@@ -16,7 +16,7 @@ from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
-from surgery.evaluation.check_code import FOREIGN, look_at_code
+from surgery.evaluation.check_code import FOREIGN, check_runtime_code
 from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
 from surgery.io.files import sha256
 from surgery.io.loading import no_class
@@ -25,13 +25,13 @@ from surgery.machine.device import too_big
 from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
-PACKAGE = str(Path(__file__).parents[2])  # where door 1 finds this package
+PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
 MEASURED = "measured"  # a figure to read: what is too much is the gate's business
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that was looked at."""
+    """The result of one check: its name, its status and a detail in words."""
 
     name: str
     status: str
@@ -49,12 +49,12 @@ def check_folder(
         memory: bytes that may be used; default what is free now.
 
     Returns:
-        The items, in the order in which they were looked at.
+        The items, in the order of the checks.
     """
     folder = Path(folder)
     report = Report.of(folder)
     items = [check_hashes(report, folder, progress)]
-    return [without_path(item, folder, base) for item in items + _look_into(folder, base, memory, progress)]
+    return [without_path(item, folder, base) for item in items + _check_contents(folder, base, memory, progress)]
 
 
 def check_report(report: Report, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> None:
@@ -71,7 +71,7 @@ def without_path(item: Item, *folders: str | Path | None) -> Item:
     return replace(item, detail=detail)
 
 
-def _look_into(folder: Path, base: str | Path | None, memory: int | None, progress) -> list[Item]:
+def _check_contents(folder: Path, base: str | Path | None, memory: int | None, progress) -> list[Item]:
     items: list[Item] = []
     try:
         checkpoint = Checkpoint(folder)
@@ -80,15 +80,15 @@ def _look_into(folder: Path, base: str | Path | None, memory: int | None, progre
         return [Item("structure", FAILED, str(error))]
     items.append(check_finite(checkpoint, progress))
     items.append(Item("shapes against config", *compare_shapes(folder, anatomy, checkpoint)))
-    own = True
+    own_code = True
     if anatomy.surgical:
-        status, detail = look_at_code(folder)
+        status, detail = check_runtime_code(folder)
         items.append(Item("runtime files", status, detail))
-        own = status == PASSED
-    needed = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
-    reason = no_class(folder) or too_big(needed, memory)
+        own_code = status == PASSED
+    weights = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
+    reason = no_class(folder) or too_big(weights, memory)
     if not reason:
-        return items + check_door(folder, anatomy, base, own)
+        return items + check_loading(folder, anatomy, base, own_code)
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
     if base is not None:
@@ -102,78 +102,81 @@ def passed(items: list[Item]) -> bool:
 
 
 def to_dict(items: list[Item]) -> dict:
+    """The items as surgery.json keeps them."""
     return {"passed": passed(items), "items": [asdict(item) for item in items]}
 
 
 def check_hashes(report: Report, folder: Path, progress=None) -> Item:
+    """Every weight file that surgery.json lists is there, with its size and sha256."""
     files = report.data.get("files") or {}
     if not files:
         return Item("hashes", FAILED, "surgery.json lists no weight files")
-    for number, (name, facts) in enumerate(files.items()):
+    for index, (name, info) in enumerate(files.items()):
         path = folder / name
         if not path.is_file():
             return Item("hashes", FAILED, f"{name} is missing")
-        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
+        if path.stat().st_size != info["bytes"] or sha256(path) != info["sha256"]:
             return Item("hashes", FAILED, f"{name} is not the file that was written")
         if progress:
-            progress(number + 1, len(files), "hashes")
+            progress(index + 1, len(files), "hashes")
     return Item("hashes", PASSED, f"{len(files)} file{'s' * (len(files) > 1)}, sha256")
 
 
 def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
-    """No NaN or infinite value in any floating-point tensor, a piece in memory at a time."""
+    """No NaN or infinite value in any floating-point tensor, one chunk in memory at a time."""
     import torch
 
     from surgery.io.safetensors import TORCH_NAMES
 
-    bad, seen = [], 0
-    for number, info in enumerate(checkpoint.tensors.values()):
+    bad, checked = [], 0
+    for index, info in enumerate(checkpoint.tensors.values()):
         if info.dtype in TORCH_NAMES:
             dtype = getattr(torch, TORCH_NAMES[info.dtype])
-            pieces = (torch.frombuffer(piece, dtype=dtype) for piece in checkpoint.chunks(info))
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
+            chunks = (torch.frombuffer(chunk, dtype=dtype) for chunk in checkpoint.chunks(info))
+            if not all(bool(chunk.isfinite().all()) for chunk in chunks):
                 bad.append(info.name)
-            seen += 1
+            checked += 1
         if progress:
-            progress(number + 1, len(checkpoint.tensors), "finite values")
+            progress(index + 1, len(checkpoint.tensors), "finite values")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         return Item("finite values", FAILED, f"NaN or infinite values in {', '.join(bad[:3])}{more}")
-    return Item("finite values", PASSED, f"{seen} tensors")
+    return Item("finite values", PASSED, f"{checked} tensors")
 
 
-def check_door(folder: Path, anatomy: Anatomy, base: str | Path | None, own: bool = True) -> list[Item]:
+def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_code: bool = True) -> list[Item]:
     """Load and generate in a fresh process with stock Transformers, and compare logits with the base there.
 
     Args:
-        own: the code in a surgical folder is this version's; else it is not run, and the package's is.
+        own_code: the code in a surgical folder is this version's; else it is not run, and the package's is.
     """
     import torch
 
-    longest = getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
-    used = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
-    reach = max([PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used)])
-    length = min(reach, longest - GENERATED)
+    positions = getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
+    used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
+    wanted_length = max([PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)])
+    length = min(wanted_length, positions - GENERATED)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(anatomy.config.vocab_size, (1, length), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as scratch:
 
-        def job(path, name: str, **door) -> dict:
-            facts = {"folder": str(path), "tokens": tokens, "generate": GENERATED}
-            return facts | door | {"logits": os.path.join(scratch, name)}
+        def job(path, name: str, **options) -> dict:
+            inputs = {"folder": str(path), "tokens": tokens, "generate": GENERATED}
+            return inputs | options | {"logits": os.path.join(scratch, name)}
 
-        door_1 = job(folder, "package", package=PACKAGE)
-        jobs = [job(folder, "new", trust=anatomy.surgical) if own else door_1]
+        with_package = job(folder, "package", package=PACKAGE)
+        jobs = [job(folder, "new", trust=anatomy.surgical) if own_code else with_package]
         if base is not None:
             jobs.append(job(base, "base"))
         results = load_in_fresh_process(jobs)
         name = "loads with trust_remote_code" if anatomy.surgical else "loads with stock Transformers"
-        items = [] if own else [Item(name, NOT_RUN, FOREIGN)]
-        items += _door_items(results[0], name if own else "loads with surgery.load")
-        if anatomy.surgical and own:
-            items.append(_same([*load_in_fresh_process([door_1]), results[0]], [door_1["logits"], jobs[0]["logits"]]))
+        items = [] if own_code else [Item(name, NOT_RUN, FOREIGN)]
+        items += _loading_items(results[0], name if own_code else "loads with surgery.load")
+        if anatomy.surgical and own_code:
+            both = [*load_in_fresh_process([with_package]), results[0]]
+            items.append(_compare_both_ways(both, [with_package["logits"], jobs[0]["logits"]]))
         if base is not None:
-            items.append(_compare(results, [job["logits"] for job in jobs]))
+            items.append(_compare_with_base(results, [job["logits"] for job in jobs]))
     return items
 
 
@@ -189,7 +192,7 @@ def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> lis
     env = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryDirectory() as modules:  # code that is run comes from the folder, not from an old copy
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-P", str(Path(__file__).with_name("fresh_process.py"))],
                 input=json.dumps(jobs),  # and no terminal: no question can wait for an answer
                 capture_output=True,
@@ -200,12 +203,12 @@ def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> lis
             )
         except subprocess.TimeoutExpired:
             return [{"error": f"no answer within {timeout:g} seconds"}] * len(jobs)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    lost = {"error": f"the process ended with {done.returncode}: {done.stderr.strip()[-500:]}"}
-    return results + [lost] * (len(jobs) - len(results))
+    results = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    failure = {"error": f"the process ended with {process.returncode}: {process.stderr.strip()[-500:]}"}
+    return results + [failure] * (len(jobs) - len(results))
 
 
-def _door_items(result: dict, name: str) -> list[Item]:
+def _loading_items(result: dict, name: str) -> list[Item]:
     if "no_class" in result:
         return [Item(name, NOT_RUN, result["no_class"]), Item("generates", NOT_RUN, result["no_class"])]
     if "error" in result:
@@ -221,28 +224,34 @@ def _door_items(result: dict, name: str) -> list[Item]:
     return [loads, Item("generates", PASSED, f"{len(result['generated'])} tokens, logits finite")]
 
 
-def _same(results: list[dict], files: list[str]) -> Item:
-    """Door 1 (this package) and door 2 (the code in the folder), in processes of their own: equal to the bit."""
+def _compare_both_ways(results: list[dict], files: list[str]) -> Item:
+    """Whether the model is equal to the bit when it is loaded with the package and with trust_remote_code.
+
+    Args:
+        results, files: of both ways, each from a process of its own: what it answered, and its logits.
+    """
     import torch
 
     name = "both doors agree"
     if errors := [result["error"] for result in results if "error" in result]:
         return Item(name, FAILED, errors[0])
-    one, two = (torch.load(file, weights_only=True) for file in files)
-    if torch.equal(one, two) and results[0]["generated"] == results[1]["generated"]:
+    with_package, with_trust = (torch.load(file, weights_only=True) for file in files)
+    if torch.equal(with_package, with_trust) and results[0]["generated"] == results[1]["generated"]:
         return Item(name, PASSED, "logits equal to the bit, same tokens generated")
-    return Item(name, FAILED, f"logits differ by {(one - two).abs().max().item():.3g}")
+    return Item(name, FAILED, f"logits differ by {(with_package - with_trust).abs().max().item():.3g}")
 
 
-def _compare(results: list[dict], files: list[str]) -> Item:
+def _compare_with_base(results: list[dict], files: list[str]) -> Item:
     import torch
 
     name = "logits against base"
-    if errors := [r.get("error") or r["no_class"] for r in results if "error" in r or "no_class" in r]:
+    if errors := [
+        result.get("error") or result["no_class"] for result in results if "error" in result or "no_class" in result
+    ]:
         return Item(name, NOT_RUN, errors[0])
-    new, old = (torch.load(file, weights_only=True).double() for file in files)
-    if new.shape != old.shape:
-        return Item(name, FAILED, f"shapes differ: {list(new.shape)}, base {list(old.shape)}")
-    difference, scale = (new - old).abs().max().item(), old.std().item()
+    logits, base_logits = (torch.load(file, weights_only=True).double() for file in files)
+    if logits.shape != base_logits.shape:
+        return Item(name, FAILED, f"shapes differ: {list(logits.shape)}, base {list(base_logits.shape)}")
+    difference, scale = (logits - base_logits).abs().max().item(), base_logits.std().item()
     status = MEASURED if math.isfinite(difference) else FAILED
     return Item(name, status, f"largest difference {difference:.3g} (base's spread {scale:.3g}), random tokens")

@@ -13,11 +13,11 @@ from surgery.io.output_folder import REPORT
 FOREIGN = "the code in the folder is not this version's"
 
 
-def look_at_code(folder: Path) -> tuple[str, str]:
+def check_runtime_code(folder: Path) -> tuple[str, str]:
     """What the code in a surgical folder is.
 
     With trust, Transformers runs what `auto_map` names, what that imports, and `custom_generate/generate.py`. Other
-    .py files beside them, carried from the base, are never run.
+    .py files of the folder, carried from the base, are never run.
 
     Returns:
         (status, detail): PASSED, it is what this version writes; NOTED, it is another version's, and as it was
@@ -26,33 +26,33 @@ def look_at_code(folder: Path) -> tuple[str, str]:
     from surgery.runtime.surgery_config import ENTRY, exported_files, parts_of
 
     config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
-    named = read_json(folder / "config.json").get("auto_map") or {}
-    named = [entry for value in named.values() for entry in (value if isinstance(value, list) else [value])]
-    if other := [entry for entry in named if str(entry).partition(".")[0] != ENTRY]:
+    entries = read_json(folder / "config.json").get("auto_map") or {}
+    entries = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
+    if other := [entry for entry in entries if str(entry).partition(".")[0] != ENTRY]:
         return FAILED, f"{FOREIGN}: auto_map names {other[0]}"
     if (folder / "custom_generate").exists():
         return FAILED, f"{FOREIGN}: it has custom_generate"
-    own = exported_files(parts_of(config.surgery["layers"]))
+    expected = exported_files(parts_of(config.surgery["layers"]))
     fault = ""
-    for name, content in own.items():
+    for name, content in expected.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             fault = f"{name} {'differs' if (folder / name).is_file() else 'is missing'}"
             break
     if not fault:
-        return PASSED, f"{len(own)} files, byte for byte this version's"
-    if version := _recorded(folder):
+        return PASSED, f"{len(expected)} files, byte for byte this version's"
+    if version := _recorded_version(folder):
         return NOTED, f"another version's ({version}), as it was written: {fault}; surgery.load runs this version's"
     return FAILED, f"{FOREIGN}: {fault}"
 
 
-def _recorded(folder: Path) -> str:
+def _recorded_version(folder: Path) -> str:
     """The version that wrote the code of a folder, "" where surgery.json does not know this code."""
     if not (folder / REPORT).is_file():
         return ""
     report = read_json(folder / REPORT)
     code, versions = report.get("code"), report.get("versions")
-    there = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in RUNTIME)}
-    if not isinstance(code, dict) or not isinstance(versions, dict) or there - set(code):
+    present = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in RUNTIME)}
+    if not isinstance(code, dict) or not isinstance(versions, dict) or present - set(code):
         return ""
-    same = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in code.items())
-    return f"surgery {versions.get('surgery')}" if same else ""
+    unchanged = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in code.items())
+    return f"surgery {versions.get('surgery')}" if unchanged else ""

@@ -1,4 +1,4 @@
-"""A checkpoint held against its own config, without loading it: shapes, and attention layers one at a time.
+"""Compare a checkpoint with its own config without loading it: shapes, and attention layers one at a time.
 
 Both work on the model without memory (the meta device) and need to know which of its tensors each stored one is:
 names on disk differ from those in memory by a prefix, which `names_in_memory` finds.
@@ -34,17 +34,17 @@ def names_in_memory(stored, wanted) -> dict[str, str]:
         stored: names on disk.
         wanted: the model's names.
     """
-    found = {}
+    matches = {}
     for name in stored:
         if name in wanted:
-            found[name] = name
+            matches[name] = name
             continue
         tails = [name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)]
         candidates = (prefix + tail for tail in tails for prefix in PREFIXES)
         if match := next((candidate for candidate in candidates if candidate in wanted), None):
-            found[name] = match
-    taken = list(found.values())  # two stored tensors cannot be one: then neither is known
-    return {name: match for name, match in found.items() if name == match or taken.count(match) == 1}
+            matches[name] = match
+    used = list(matches.values())  # two stored tensors cannot be one: then neither is known
+    return {name: match for name, match in matches.items() if name == match or used.count(match) == 1}
 
 
 def compare_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[str, str]:
@@ -146,30 +146,30 @@ def _arguments(model, module, path: str, config, index: int) -> dict:
     import torch
 
     accepted = inspect.signature(module.forward).parameters
-    x = torch.randn(1, PROBE, config.hidden_size, generator=torch.Generator().manual_seed(index))
+    hidden = torch.randn(1, PROBE, config.hidden_size, generator=torch.Generator().manual_seed(index))
     positions = torch.arange(PROBE)[None]
-    given = {"hidden_states": x, "attention_mask": None, "position_ids": positions, "alibi": None}
+    arguments = {"hidden_states": hidden, "attention_mask": None, "position_ids": positions, "alibi": None}
     if "position_embeddings" in accepted:
-        given["position_embeddings"] = _embeddings(model, path, config, x, positions, index)
+        arguments["position_embeddings"] = _embeddings(model, path, config, hidden, positions, index)
     required = {
         name
         for name, parameter in accepted.items()
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
     }
-    if lacking := sorted(required - set(given)):
-        raise NotRun(f"{config.model_type}'s attention needs {', '.join(lacking)} and does not run on its own")
-    return {name: value for name, value in given.items() if name in accepted}
+    if missing := sorted(required - set(arguments)):
+        raise NotRun(f"{config.model_type}'s attention needs {', '.join(missing)} and does not run on its own")
+    return {name: value for name, value in arguments.items() if name in accepted}
 
 
-def _embeddings(model, path: str, config, x, positions, index: int):
-    """RoPE's cosines and sines from a rotary module beside the layer list, made anew; None where there is none."""
+def _embeddings(model, path: str, config, hidden, positions, index: int):
+    """RoPE's cosines and sines from a new copy of the model's rotary module; None where it has none."""
     owner = model.get_submodule(re.sub(rf"\.?\w+\.{index}\.\w+$", "", path))
     if getattr(owner, "rotary_emb", None) is None:
         return None
     rotary = type(owner.rotary_emb)(config)
     kinds = getattr(config, "layer_types", None)
     extra = [kinds[index]] if "layer_type" in inspect.signature(rotary.forward).parameters else []
-    return rotary(x, positions, *extra)
+    return rotary(hidden, positions, *extra)
 
 
 def _forward(module, arguments: dict, model_type: str) -> tuple[bool, object]:

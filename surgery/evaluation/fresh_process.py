@@ -1,11 +1,11 @@
-"""A stranger's machine: load checkpoints with stock Transformers in a process of its own, and say what came out.
+"""Load checkpoints with stock Transformers in a process of its own, as on a stranger's machine, and print the results.
 
 Run as a file (`python -P fresh_process.py`), never imported by the package: it reads jobs as JSON from stdin,
 each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
-"trust" runs the code in the folder (door 2 of a surgical checkpoint); it is set only for files that are this package's
-own, byte for byte. "package": folder opens door 1 instead: the package `surgery` found there is imported and
-registered; without it, the job fails if `surgery` got in. A model that stock Transformers has no class for is answered
-with {"no_class": why}.
+"trust" loads a surgical checkpoint with trust_remote_code, which runs the code in its folder; it is set only for files
+that are this package's own, byte for byte. "package": folder loads it with the package instead: the `surgery` found
+there is imported and registered; without it, the job fails if `surgery` was imported. A model that stock Transformers
+has no class for is answered with {"no_class": why}.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 
 
 def load_in_this_process(job: dict) -> dict:
+    """Load the model of a job, run and generate; the answer is one JSON object."""
     import torch
     import transformers
 
@@ -22,25 +23,25 @@ def load_in_this_process(job: dict) -> dict:
         import surgery
 
         surgery.register()
-    folder, given = job["folder"], {"local_files_only": True, "trust_remote_code": bool(job.get("trust"))}
+    folder, options = job["folder"], {"local_files_only": True, "trust_remote_code": bool(job.get("trust"))}
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        kind = json.load(file).get("model_type")
-    if kind not in transformers.CONFIG_MAPPING and kind != "surgery":
-        return {"no_class": f"Transformers has no class for model_type {kind!r}"}
-    config = transformers.AutoConfig.from_pretrained(folder, **given)
+        model_type = json.load(file).get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING and model_type != "surgery":
+        return {"no_class": f"Transformers has no class for model_type {model_type!r}"}
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = transformers.AutoModelForCausalLM
     if config.get_text_config() is not config and not any("CausalLM" in c for c in config.architectures or []):
         auto = transformers.AutoModelForImageTextToText
     elif config.model_type not in names and not job.get("trust"):
-        return {"no_class": f"Transformers has no causal language model for model_type {kind!r}"}
-    given["use_safetensors"] = True  # never a pickle
-    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **given)
+        return {"no_class": f"Transformers has no causal language model for model_type {model_type!r}"}
+    options["use_safetensors"] = True  # never a pickle
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
     model.eval()
     tokens = torch.tensor(job["tokens"])
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
-        made = model.generate(
+        generated = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=job["generate"], do_sample=False
         )
     if job.get("logits"):
@@ -51,11 +52,12 @@ def load_in_this_process(job: dict) -> dict:
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
         "finite": bool(logits.isfinite().all()),
-        "generated": made[0, tokens.shape[1] :].tolist(),
+        "generated": generated[0, tokens.shape[1] :].tolist(),
     }
 
 
 def main() -> None:
+    """Answer every job of stdin with a line of JSON; a job that raises is answered with {"error": text}."""
     for job in json.load(sys.stdin):  # read to its end: a question later on gets no answer and waits for none
         try:
             result = load_in_this_process(job)

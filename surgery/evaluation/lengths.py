@@ -12,7 +12,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         SurgeryError: not positive whole numbers.
     """
     try:
-        lengths = tuple(int(part.strip().lower().replace("k", "000")) for part in text.split(","))
+        lengths = tuple(int(word.strip().lower().replace("k", "000")) for word in text.split(","))
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < 1:

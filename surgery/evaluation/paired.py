@@ -51,7 +51,7 @@ class CaseResult:
     COMPARISON: ClassVar[str] = "kept"
 
     def about(self) -> dict:
-        """Facts of the cases themselves, for JSON."""
+        """Figures of the cases themselves, for JSON."""
         return {}
 
     def side(self, label: str) -> dict:
@@ -67,31 +67,31 @@ class CaseResult:
         return {label: vars(outcomes[index]) for label, outcomes in self.outcomes.items()}
 
     def to_dict(self) -> dict:
-        """The same facts for JSON; NaN becomes None."""
-        facts: dict[str, Any] = {"status": self.status} | ({"reason": self.reason} if self.reason else {})
-        facts |= {"settings": self.settings, self.COUNT: len(self.cases)} | self.about()
-        facts |= {label: self.side(label) for label in self.outcomes}
+        """The result as plain data for JSON; NaN becomes None."""
+        data: dict[str, Any] = {"status": self.status} | ({"reason": self.reason} if self.reason else {})
+        data |= {"settings": self.settings, self.COUNT: len(self.cases)} | self.about()
+        data |= {label: self.side(label) for label in self.outcomes}
         if self.outcomes:
-            facts |= {self.COMPARISON: self.compare(), "cases": [self.case(i) for i in range(len(self.cases))]}
-        return finite(facts | ({"notes": self.notes} if self.notes else {}))
+            data |= {self.COMPARISON: self.compare(), "cases": [self.case(i) for i in range(len(self.cases))]}
+        return finite(data | ({"notes": self.notes} if self.notes else {}))
 
 
 def run_base_then_model(
     result: CaseResult,
     sources: dict[str, Source],
-    ask: Callable,
+    run_cases: Callable,
     *,
     what: str,
     extra: Callable[[int], int],
     broken: Callable,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Ask each model, the one gone from memory before the next is loaded; or say why it does not fit in memory.
+    """Run the cases on each model, one model in memory at a time; or record why a model does not fit in memory.
 
     Args:
         result: gets `outcomes` by label, `notes`, and where nothing was run a `status` "not run" and a `reason`.
         sources: label ("base", "out") -> folder or loaded model, in this order.
-        ask: called with a model and a callback(done); gives one outcome for each case.
+        run_cases: called with a model and a callback(done); gives one outcome for each case.
         what: what the cases are, for messages.
         extra: bytes needed besides the weights, from the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
@@ -100,26 +100,26 @@ def run_base_then_model(
     Raises:
         SurgeryError: a folder without safetensors, a base that yields NaN.
     """
-    need, cases = [], len(result.cases)
+    needs, cases = [], len(result.cases)
     for label, source in sources.items():
-        known = footprint(source, label, result.notes)
+        size = footprint(source, label, result.notes)
         on_disk = isinstance(source, str | Path)
         if on_disk:
             refuse_pickle(Path(source))
-        need.append((known.load_bytes if on_disk else 0, extra(known.kv_bytes_per_token or 0)))
-    if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in need)), ""):
+        needs.append((size.load_bytes if on_disk else 0, extra(size.kv_bytes_per_token or 0)))
+    if reason := next(filter(None, (too_big(weights, extra=more) for weights, more in needs)), ""):
         result.status, result.reason = "not run", reason
         return
-    for run, (label, source) in enumerate(sources.items()):
+    for index, (label, source) in enumerate(sources.items()):
 
-        def tick(done: int, before: int = run * cases, label: str = label) -> None:
+        def tick(done: int, before: int = index * cases, label: str = label) -> None:
             if progress:
                 progress(before + done, len(sources) * cases, label)
 
         with loaded(source) as model:
-            result.outcomes[label] = ask(model, tick)
+            result.outcomes[label] = run_cases(model, tick)
         del model
-        gc.collect()  # or a model held in a cycle would still be there beside the next one
+        gc.collect()  # or a model in a reference cycle would share the memory with the next one
         wrong = sum(map(broken, result.outcomes[label]))
         if wrong and label == "base":
             raise SurgeryError(
@@ -143,16 +143,16 @@ def kept_of(pairs: Iterable[tuple[bool, bool]]) -> dict:
 
     The share is NaN where the base has none.
     """
-    found = [out for base, out in pairs if base]
-    low, high = wilson(sum(found), len(found))
-    share = sum(found) / len(found) if found else math.nan
-    return {"of": len(found), "kept": sum(found), "share": share, "low": low, "high": high}
+    hits = [out for base, out in pairs if base]
+    low, high = wilson(sum(hits), len(hits))
+    share = sum(hits) / len(hits) if hits else math.nan
+    return {"of": len(hits), "kept": sum(hits), "share": share, "low": low, "high": high}
 
 
-def percent(facts: dict) -> str:
+def percent(figures: dict) -> str:
     """ "75.0%, 95% interval 30.1% to 95.4%" of what `share_of` or `kept_of` gives."""
-    share = facts.get("share", facts.get("accuracy"))
-    return f"{share:.1%}, 95% interval {facts['low']:.1%} to {facts['high']:.1%}"
+    share = figures.get("share", figures.get("accuracy"))
+    return f"{share:.1%}, 95% interval {figures['low']:.1%} to {figures['high']:.1%}"
 
 
 def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:

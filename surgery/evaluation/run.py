@@ -1,4 +1,4 @@
-"""What a recipe judges a checkpoint on: the probes that it asks for, beside the base's, and the gate."""
+"""What a recipe judges a checkpoint on: the probes that it asks for, compared with the base, and the gate."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def refuse_unscorable(base: Path, settings: Evaluate) -> None:
 def evaluate_report(
     report: Report, base: Path, settings: Evaluate, progress: Progress | None = None, allow_pickle: bool = False
 ) -> None:
-    """Measure the report's folder as its recipe asks, keep the figures, and hold them against the gate."""
+    """Measure the report's folder as its recipe asks, keep the figures, and compare them with the gate's limits."""
     main, *others = sorted(settings.asked, key=lambda probe: not probe.main)
     result = main.measure(report.folder, base, allow_pickle=allow_pickle, progress=progress).to_dict()
     if result["status"] == "done":
-        result |= {probe.name: _measured(probe, report, base, progress) for probe in others}
+        result |= {probe.name: _measure(probe, report, base, progress) for probe in others}
     report.record_evaluation(result)
 
 
-def _measured(probe: Probe, report: Report, base: Path, progress: Progress | None) -> dict:
+def _measure(probe: Probe, report: Report, base: Path, progress: Progress | None) -> dict:
     """What became of a probe; that tokenizer or text cannot make its cases is no fault of the checkpoint."""
 
     def tick(done: int, total: int, label: str) -> None:

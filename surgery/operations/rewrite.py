@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.layer import LayerAnatomy
-from surgery.architecture.weights import AttentionLayer, pack, part_shapes, unpack
+from surgery.architecture.weights import AttentionLayer, pack, unpack, unpacked_shapes
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> st
     """How a rewritten layer differs from what was planned; "" if it does not."""
     if new.anatomy != target:
         return "its anatomy is not that of the target (layer.replace(anatomy=target, ...))"
-    shapes, tensors = part_shapes(target, old), new.tensors()
+    shapes, tensors = unpacked_shapes(target, old), new.tensors()
     if unexpected := tensors.keys() ^ shapes.keys():
         return f"the parts {', '.join(sorted(unexpected))} came or went"
     for name, tensor in tensors.items():

@@ -32,7 +32,7 @@ def base_name(report: dict) -> str:
 
 
 def loading(report: dict) -> str:
-    """Code that loads the folder: the class that fits, and both doors of a surgical one."""
+    """Code that loads the folder: the class that fits, and both ways to load a surgical one."""
     composite, surgical = get(report, "base").get("composite"), report.get("tier") == "surgical"
     model = "AutoModelForImageTextToText" if composite else "AutoModelForCausalLM"
     reader = "AutoProcessor" if composite else "AutoTokenizer"

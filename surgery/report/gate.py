@@ -38,7 +38,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     missing = []
     for name, limit in limits.items():
         cls, bound = known[name]
-        facts = probes.part(evaluation, cls)
+        facts = probes.record_of(evaluation, cls)
         if limit is None:
             continue
         if evaluation.get("base") is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.base import Probe
-from surgery.evaluation.probes.settings import asked as asked_probes
+from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import published
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 
@@ -23,7 +23,7 @@ def unrecordable(data: dict, base: object, given: Probe) -> str:
         return "there is a score already, of when it was made"
     judged_by = data["recipe"].get("evaluate")
     try:
-        asked = next((probe for probe in asked_probes(judged_by) if probe.main), None) if judged_by else None
+        asked = next((probe for probe in requested_probes(judged_by) if probe.main), None) if judged_by else None
     except (ValueError, TypeError, AttributeError):  # a record that was edited, or is a later version's
         asked = None
     if asked is None or _published(asked) != _published(given):

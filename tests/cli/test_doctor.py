@@ -1,4 +1,4 @@
-"""`surgery doctor`: it opens the doors, and says what is wrong with an installation."""
+"""`surgery doctor`: it loads checkpoints in both ways, and says what is wrong with an installation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from surgery.evaluation import check as checking
 
 
 def test_doors_are_opened(capfd):
-    doors = doctor._doors()
-    assert list(doors) == ["native", "surgical, with surgery", "surgical, without it"]
-    assert all(state.startswith("works: ") for state in doors.values()), doors
+    states = doctor._both_ways()
+    assert list(states) == ["native", "surgical, with surgery", "surgical, without it"]
+    assert all(state.startswith("works: ") for state in states.values()), states
     assert capfd.readouterr().err == ""
 
 
@@ -20,7 +20,7 @@ def test_a_door_that_does_not_open(monkeypatch):
     good = {"missing": [], "unexpected": [], "mismatched": [], "finite": True}
     answers = [{"error": "ImportError: no torch"}, good | {"missing": ["a.weight"]}, good | {"finite": False}]
     monkeypatch.setattr(checking, "load_in_fresh_process", lambda jobs, timeout: answers)
-    assert doctor._doors() == {
+    assert doctor._both_ways() == {
         "native": "fails: ImportError: no torch",
         "surgical, with surgery": "fails: the logits hold NaN or infinite values",
         "surgical, without it": "fails: 1 weights do not fit, the first is a.weight",
@@ -32,7 +32,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch):
         raise subprocess.TimeoutExpired(args[0], timeout)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert doctor._doors()["native"] == "fails: no answer within 180 seconds"
+    assert doctor._both_ways()["native"] == "fails: no answer within 180 seconds"
 
 
 def test_another_package_of_that_name(monkeypatch):

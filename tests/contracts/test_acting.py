@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ACTING, CASES, FEW, recipe
 from dense import PADS, batch, chunked, difference, given
-from families import TINY, check_both_doors, logits_of, open_doors
+from families import TINY, check_both_ways_to_load, load_without_package, logits_of
 from families import one_thread as one_thread  # a fixture
 from sparse import base_of
 
@@ -69,7 +69,7 @@ def test_cached_is_uncached(converted, family, op):
 def test_round_trip_and_both_ways_to_load(converted, tmp_path):
     """Saved, loaded with the package and with trust_remote_code in a fresh process, saved and loaded again."""
     surgical = {tmp_path / f"{family}-{op}": converted[family, op][1] for family, op in RUNS if not CASES[op].native}
-    check_both_doors(surgical, tmp_path)
+    check_both_ways_to_load(surgical, tmp_path)
 
 
 def test_a_native_result_is_a_stock_checkpoint(converted, tmp_path):
@@ -77,7 +77,7 @@ def test_a_native_result_is_a_stock_checkpoint(converted, tmp_path):
     native = {tmp_path / f"{family}-{op}": converted[family, op][1] for family, op in RUNS if CASES[op].native}
     for folder, model in native.items():
         model.save_pretrained(folder)
-    for folder, answer in open_doors(list(native), tmp_path, trust=False).items():
+    for folder, answer in load_without_package(list(native), tmp_path, trust=False).items():
         assert "error" not in answer, f"{folder.name}: {answer}"
         assert (answer["logits"].double() - logits_of(native[folder])).abs().max() <= 1e-4, folder.name
 

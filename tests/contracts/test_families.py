@@ -25,9 +25,9 @@ from families import (
     head_dim_of,
     key_norm,
     kv_heads_of,
+    load_without_package,
     logits_of,
     one_thread,  # noqa: F401
-    open_doors,
     set_head,
     text_config,
 )
@@ -138,7 +138,7 @@ def saved(tmp_path_factory):
 class Run:
     folder: Path
     report: object
-    door: dict
+    answer: dict
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def runs(request, saved, tmp_path_factory):
             if (name, case) not in reports:
                 out = root / f"{name}-{case}"
                 reports[name, case] = (out, convert(recipe_of(case), saved(name, case), out))
-    doors = open_doors([out for out, _ in reports.values()], tmp_path_factory.mktemp("doors"))
-    return {key: Run(out, report, doors[out]) for key, (out, report) in reports.items()}
+    answers = load_without_package([out for out, _ in reports.values()], tmp_path_factory.mktemp("answers"))
+    return {key: Run(out, report, answers[out]) for key, (out, report) in reports.items()}
 
 
 @ALL_RUNS
@@ -178,19 +178,19 @@ def test_engines_agree(name, case, runs, saved):
 @ALL_RUNS
 def test_stock_transformers_gives_the_intended_logits(name, case, runs, saved):
     run = runs[name, case]
-    door = run.door
-    assert "error" not in door, door
-    assert not door["missing"]
-    assert not door["unexpected"]
-    assert not door["mismatched"]
-    assert door["finite"]
-    assert door["class"] == type(base(name)).__name__
+    answer = run.answer
+    assert "error" not in answer, answer
+    assert not answer["missing"]
+    assert not answer["unexpected"]
+    assert not answer["mismatched"]
+    assert answer["finite"]
+    assert answer["class"] == type(base(name)).__name__
     layers = Anatomy.of(run.folder).layers
     assert {layer.kv_heads for layer in layers} == {(CASES[case] or {"kv_heads": QUERIES})["kv_heads"]}
     if case == "random1" or case == "procrustes2":  # no closed form here; the tests of alignment have the meaning
         model = copy.deepcopy(base(name))
         surgery.apply(recipe_of(case), model)
-        assert difference(door["logits"], logits_of(model)) < TOLERANCE
+        assert difference(answer["logits"], logits_of(model)) < TOLERANCE
         return
     if case == "expand" or case.startswith("planted"):
         expected = base_of(name, case)
@@ -203,7 +203,7 @@ def test_stock_transformers_gives_the_intended_logits(name, case, runs, saved):
         ]
         groups = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
         expected = intended(name, groups, CASES[case].get("method", "mean"))
-    assert difference(door["logits"], logits_of(double(expected))) < TOLERANCE
+    assert difference(answer["logits"], logits_of(double(expected))) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*GROUPED, *MULTI_HEAD])

@@ -11,9 +11,9 @@ from dense import batch, chunked, difference, given
 from families import (
     TINY,
     TOKENS,
+    load_without_package,
     logits_of,
     one_thread,  # noqa: F401 (a fixture)
-    open_doors,
 )
 
 import surgery
@@ -78,7 +78,7 @@ def test_identity_through_both_doors_and_saved_again(bases, tmp_path):
         model.save_pretrained(tmp_path / family)
         surgery.load(tmp_path / family).save_pretrained(tmp_path / f"{family}-again")
         folders += [tmp_path / family, tmp_path / f"{family}-again"]
-    for folder, answer in open_doors(folders, tmp_path, trust=True).items():
+    for folder, answer in load_without_package(folders, tmp_path, trust=True).items():
         assert "error" not in answer, f"{folder.name}: {answer}"
         want = logits_of(bases[folder.name.removesuffix("-again")])
         assert (answer["logits"] - want).abs().max() <= 1e-5 * want.std(), folder.name

@@ -107,8 +107,8 @@ def test_a_rewrite_of_ours_of_another_form_is_a_bug(model, tmp_path, monkeypatch
 
 
 def test_bytes_that_the_header_does_not_promise_get_no_name(model, tmp_path, monkeypatch):
-    real = shards.tensor_pieces
-    monkeypatch.setattr(shards, "tensor_pieces", lambda tensor: real(tensor.double()))
+    real = shards.tensor_chunks
+    monkeypatch.setattr(shards, "tensor_chunks", lambda tensor: real(tensor.double()))
     with pytest.raises(RuntimeError, match=r"model.safetensors: .* its header promises"):
         convert(MQA, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -252,7 +252,7 @@ def on_hub(model, tmp_path):
         def run(name: str, *args: str):
             command = [sys.executable, "-m", "surgery", "apply", name, "org/tiny", "-o", "out", *FAST, *args]
             done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-            whole = [entry for entry in fake.asked("GET", WEIGHTS) if not entry[2]]
+            whole = [entry for entry in fake.requests("GET", WEIGHTS) if not entry[2]]
             return done, whole
 
         yield run

@@ -30,7 +30,7 @@ EVIL = "import pathlib\npathlib.Path({!r}).write_text('ran')\n"
 
 def items_of(folder: Path, base: Path | None = None) -> dict[str, Item]:
     """All items but the hashes, which need surgery.json."""
-    return {item.name: item for item in checking._look_into(folder, base, None, None)}
+    return {item.name: item for item in checking._check_contents(folder, base, None, None)}
 
 
 @pytest.fixture

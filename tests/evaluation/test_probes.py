@@ -25,7 +25,7 @@ STEP = {"version": 1, "name": "r", "operations": [{"op": "gqa", "kv_heads": 1, "
 def asked(evaluate: dict) -> dict[str, dict]:
     """Probe -> settings of a recipe, by way of its checked form and of what surgery.json keeps."""
     loaded = recipes.load(STEP | {"evaluate": evaluate})
-    kept = settings.asked(json.loads(json.dumps(loaded.to_dict()["evaluate"])))
+    kept = settings.requested_probes(json.loads(json.dumps(loaded.to_dict()["evaluate"])))
     assert kept == loaded.evaluate.asked
     again = recipes.load(loaded)
     assert again.evaluate.asked == loaded.evaluate.asked, "a recipe that is loaded again asks for the same"
@@ -154,7 +154,7 @@ def test_a_block_may_have_a_text_of_its_own():
 )
 def test_needles_in_all_are_at_least_so_many(given, places, repetitions):
     probe = settings.make("needles", given)
-    assert (probe.places, probe.repetitions) == (places, repetitions)
+    assert (probe.depth_shares, probe.repetitions) == (places, repetitions)
     if "cases" in given:
         cells = len(probe.tokens) * len(places)
         assert given["cases"] <= cells * repetitions < given["cases"] + cells

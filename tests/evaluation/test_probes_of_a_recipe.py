@@ -102,7 +102,7 @@ def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeyp
 
     def needles(probe, out, base, **given):
         asked.update(probe.model_dump())
-        drawn.update(lengths=probe.tokens, depths=probe.places, samples=probe.repetitions)
+        drawn.update(lengths=probe.tokens, depths=probe.depth_shares, samples=probe.repetitions)
         return result([True], [True])
 
     class Kept:

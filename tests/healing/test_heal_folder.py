@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TEXT, edit_json, listing
-from families import TINY, TOKENS, one_thread, open_doors  # noqa: F401
+from families import TINY, TOKENS, load_without_package, one_thread  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +113,7 @@ def test_what_came_back_is_told(converted, heal, tmp_path):
 
 
 def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
-    """Routers train, are saved, and load in a fresh process through both doors."""
+    """Routers train, are saved, and load in a fresh process in both ways."""
     out = converted("moh", "calibration_samples=4", "calibration_length=8", "router=random", "shared_ratio=0")
     done = heal(out, "method=lora", "loss=distill", check=True)
     assert {name.rpartition(".")[2] for name in changed(out, done.folder)} > {"surgery_router", "surgery_router_bias"}
@@ -213,8 +213,8 @@ def test_stock_transformers_finds_the_adapted_model_in_the_merged_one(converted,
     TINY["llama"]().save_pretrained(model)  # in float32
     out = converted()
     done = heal(out, "method=lora", "keep_adapter=true", "rank=2")
-    (tmp_path / "doors").mkdir()
-    stored = open_doors([done.folder], tmp_path / "doors")[done.folder]
+    (tmp_path / "fresh").mkdir()
+    stored = load_without_package([done.folder], tmp_path / "fresh")[done.folder]
     assert "error" not in stored, stored
     before = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():

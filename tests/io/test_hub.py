@@ -144,7 +144,7 @@ def test_headers_without_the_weights(hub, home):
     }  # fmt: skip
     assert list(two["headers"]) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert two["headers"]["model-00002-of-00002.safetensors"]["b"]["shape"] == [200000]
-    requests = hub.asked("GET", ".safetensors")
+    requests = hub.requests("GET", ".safetensors")
     weights = [entry for entry in requests if entry[1].endswith(".safetensors")]
     assert len(weights) == 3
     assert all(span.startswith("bytes=0-1000") for *_, span in weights), weights
@@ -281,7 +281,7 @@ def test_push(hub, home):
     assert new.messages[-1] == "attention-surgery: gqa on first"
     assert private["commit"] == again["commit"] == new.branches["main"]
     assert again["created"] is False
-    assert len(hub.asked("PUT", "/lfs/")) == 1, "the weights were sent once in all of these pushes"
+    assert len(hub.requests("PUT", "/lfs/")) == 1, "the weights were sent once in all of these pushes"
 
     assert not hub.repos["me/public"].private
     assert public["visibility"] == "public"

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from dense import KINDS, batch, chunked, dense_logits, dense_model, difference, given, random_terms
-from families import TINY, VOCAB, logits_of, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from families import TINY, VOCAB, load_without_package, logits_of, one_thread  # noqa: F401 (one_thread: a fixture)
 from safetensors import safe_open
 
 import surgery as package
@@ -63,7 +63,7 @@ def split_with_terms(stock, kind: str):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every family and kind of term, pruned: model in memory, what a padded batch must give, folder, its door."""
+    """Every family and kind of term, pruned: model in memory, what a padded batch must give, folder, what loads."""
     root, found = tmp_path_factory.mktemp("composed"), {}
     for family in FAMILIES:
         stock = merged(family)
@@ -77,8 +77,8 @@ def saved(tmp_path_factory):
             folder = root / f"{family}-{kind.replace(' ', '-')}"
             model.save_pretrained(folder)
             found[family, kind] = (model, want, (heard, without), folder)
-    doors = open_doors([folder for *_, folder in found.values()], root, trust=True)
-    return {key: (*value, doors[value[-1]]) for key, value in found.items()}
+    answers = load_without_package([folder for *_, folder in found.values()], root, trust=True)
+    return {key: (*value, answers[value[-1]]) for key, value in found.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +86,7 @@ def saved(tmp_path_factory):
 @torch.no_grad()
 def test_heads_pruned_under_a_split_and_terms(saved, family, kind):
     """gqa, head split, terms, pruning: logits of the dense model whose pruned heads say nothing."""
-    model, want, others, folder, door = saved[family, kind]
+    model, want, others, folder, answer = saved[family, kind]
     ids, mask = batch(model)
     assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-4
     for chunks in ([20, 1, 24], [7] * 6 + [3]):
@@ -102,9 +102,9 @@ def test_heads_pruned_under_a_split_and_terms(saved, family, kind):
             assert shape == list(getattr(module, name).shape)
             assert shape[0] == rows.get(name, (7, 4))[number]
     again = package.load(folder)
-    assert "error" not in door, door
-    assert door["missing"] == door["unexpected"] == door["mismatched"] == []
-    assert torch.equal(logits_of(again), door["logits"].double())
+    assert "error" not in answer, answer
+    assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
+    assert torch.equal(logits_of(again), answer["logits"].double())
     assert (logits_of(again) - logits_of(model)).abs().max() <= 1e-4
     again.save_pretrained(folder / "again")
     last = package.load(folder / "again").state_dict()
@@ -158,7 +158,7 @@ def test_heads_are_scored_and_the_output_refitted_with_the_terms_at_work(family)
 
 @pytest.mark.parametrize("method", ["zero_tuning", "learned", "kv_bias"])
 def test_four_operations_in_one_recipe_through_the_command(surgery, model, tmp_path, method):
-    """Fitted terms; what is pruned in one recipe is what is pruned later, and both doors agree."""
+    """Fitted terms; what is pruned in one recipe is what is pruned later, and both ways to load agree."""
     fit = {"start": "fit", "calibration_samples": 4, "calibration_length": 64}
     if method == "zero_tuning":
         fit = {"gamma": 2.0, "heads": [0, 4, 8]}
@@ -287,7 +287,7 @@ def test_gqa_on_heads_that_pruning_left_in_memory_and_streamed(tmp_path):
     out = tmp_path / "out"
     package.apply(recipe(merge), tmp_path / "pruned", output=out, engine="streaming", check=False, evaluate=False)
     assert torch.equal(logits_of(package.load(out)), logits_of(model))
-    assert torch.equal(open_doors([out], tmp_path, trust=True)[out]["logits"].double(), logits_of(model))
+    assert torch.equal(load_without_package([out], tmp_path, trust=True)[out]["logits"].double(), logits_of(model))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from families import (
     difference,
     double,
     head_dim_of,
+    load_without_package,
     logits_of,
     one_thread,  # noqa: F401
-    open_doors,
 )
 from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ def converted(tmp_path_factory):
                 recipe(mask(values=VALUES)), root / name, output=out, engine=engine, check=False, evaluate=False
             )
             assert report.data["tier"] == "native"
-    return folders, open_doors([folders[name, "streaming"] for name in TINY], root)
+    return folders, load_without_package([folders[name, "streaming"] for name in TINY], root)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -134,7 +134,7 @@ def opened(tiny_llama, tmp_path_factory):
             cwd=root,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        fetched = {path.rpartition("/")[2] for _, path, _ in hub.asked("GET", ".py")}
+        fetched = {path.rpartition("/")[2] for _, path, _ in hub.requests("GET", ".py")}
     answers = json.loads(done.stdout.partition("ANSWERS")[2])
     return root, models, dict(zip([*CASES, "lacking", "hub"], answers, strict=True)), fetched
 

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from dense import batch, chunked, difference, given
-from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_doors, double, one_thread  # noqa: F401 (one_thread: a fixture)
+from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_ways_to_load, double, one_thread  # noqa: F401 (one_thread: a fixture)
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from surgery.operations.sink_calibration.zero_tuning import first_tokens
@@ -652,7 +652,7 @@ def test_saved_files_through_both_doors(bases, tmp_path):
 
     settings = {"llama": GATES["shared"], "gemma2": GATES["groups"], "gpt_oss": GATES["hard"], "qwen3": GATES["soft"]}
     models = {tmp_path / name: gated(bases[name], gates) for name, gates in settings.items()}
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
 
 
 def test_a_missing_router_raises(bases, tmp_path):

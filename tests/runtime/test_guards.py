@@ -93,7 +93,7 @@ def test_a_model_that_runs_its_checkpoints_own_code(split, monkeypatch):
 
     import surgery
 
-    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "surgery")  # as in a process that did not open door 1
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "surgery")  # as in a process without `surgery.register()`
     model = AutoModelForCausalLM.from_pretrained(split, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules")
     ids = torch.tensor([[3, 4, 5] * 5])

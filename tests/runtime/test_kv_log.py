@@ -6,7 +6,7 @@ import copy
 
 import torch
 from dense import PADS, batch, chunked, difference, given
-from families import TINY, check_both_doors
+from families import TINY, check_both_ways_to_load
 
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime.surgery_kv_log import Counts, counts
@@ -25,5 +25,5 @@ def test_what_is_counted(tmp_path):
     real = [sum(CHUNKS) - pad for pad in PADS]
     each = Counts(sum(real), sum(n * (n + 1) // 2 for n in real), max(real))
     assert counts(model) == {layer: dict.fromkeys(range(kv_heads), each) for layer in range(layers)}
-    check_both_doors({tmp_path / "out": model}, tmp_path)
+    check_both_ways_to_load({tmp_path / "out": model}, tmp_path)
     assert (tmp_path / "out" / "surgery_kv_log.py").is_file()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from dense import LENGTH, PADS, batch, chunked, dense_logits, difference, given
-from families import TINY, check_both_doors
+from families import TINY, check_both_ways_to_load
 from head_split import FAMILIES, entries, operated, random_split
 from head_split import base as base  # fixtures
 from head_split import bases as bases
@@ -209,7 +209,7 @@ def test_identity_is_saved_and_loaded_both_ways(bases, tmp_path):
         models[tmp_path / name] = under(base, "identity")
         split = operated(base, random_split(base, 1))
         models[tmp_path / f"{name}-split"] = under(split, "identity")
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
     code = {path.name for path in (tmp_path / "llama").glob("*.py")}
     core = {"modeling_surgery.py"} | {
         f"surgery_{name}.py" for name in ("attention", "cache", "config", "stores", "visibility")

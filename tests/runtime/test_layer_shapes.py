@@ -1,4 +1,4 @@
-"""Layers of different shape: KV heads layer by layer, query groups of unequal size; values, doors, caches, peft."""
+"""Layers of different shape: KV heads layer by layer, query groups of unequal size; values, loading, caches, peft."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dense import chunked, given
-from families import TINY, VOCAB, build, difference, double, logits_of, maker, one_thread, open_doors  # noqa: F401
+from families import TINY, VOCAB, build, difference, double, load_without_package, logits_of, maker, one_thread  # noqa: F401
 
 import surgery
 from surgery.errors import SurgeryError
@@ -145,7 +145,7 @@ def saved(tmp_path_factory):
             out = root / f"{name}-{engine}"
             surgery.apply("mqa", root / name, output=out, kv_heads=BUDGET, engine=engine, evaluate=False, check=False)
             found[out] = found[root / f"{name}-budget"]
-    return found, open_doors(list(found), root, trust=True)
+    return found, load_without_package(list(found), root, trust=True)
 
 
 def test_both_doors_and_later_generations_agree(saved):

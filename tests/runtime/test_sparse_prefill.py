@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from dense import batch, chunked, dense_logits, dense_model, difference, given, random_terms
-from families import OFF_THE_INTERFACE, TINY, check_both_doors, one_thread  # noqa: F401 (one_thread: a fixture)
+from families import OFF_THE_INTERFACE, TINY, check_both_ways_to_load, one_thread  # noqa: F401 (one_thread: a fixture)
 from sparse import BLOCK, LENGTH, NARROW, PADS, base, base_of, bases, draw, ends, recipe, sparsened, written_out  # noqa: F401
 from transformers import DynamicCache
 
@@ -389,7 +389,7 @@ def test_both_doors_and_saved_again(bases, tmp_path, monkeypatch):
     ways["delta"] = NARROW | {"delta": 8}
     models = {tmp_path / f"llama-{name}": sparsened(base_of("llama"), way) for name, way in ways.items()}
     models |= {tmp_path / name: sparsened(base_of(name), NARROW) for name in ("gemma2", "gpt_oss")}
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
 
 
 FIVE = [
@@ -425,7 +425,7 @@ def test_five_operations_in_one_checkpoint(base, tmp_path, monkeypatch):
     assert difference(sparse[:, :24], want[:, :24], mask[:, :24]) <= 1e-5
     long = torch.randint(3, families.VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(families, "TOKENS", long)
-    check_both_doors({tmp_path / "five": found["sparse"]}, tmp_path)
+    check_both_ways_to_load({tmp_path / "five": found["sparse"]}, tmp_path)
 
 
 def sparse_step(**fields) -> dict:
@@ -540,7 +540,7 @@ def test_a_block_edited_by_hand_is_refused(sparse, says):
 
 
 def test_through_the_command_and_later_generations(surgery, model, tmp_path):
-    """A head split, then sparse retrieval heads, checked through both doors at a length where prefill is sparse."""
+    """A head split, then sparse retrieval heads, checked in both ways to load, at a length where prefill is sparse."""
     steps = [
         {
             "op": "duo_attention",

@@ -54,7 +54,7 @@ def same(one: dict, two: dict) -> bool:
 
 
 def copies_in(layer: int, name: str = "llama"):
-    """The family's model, with KV heads that are turned copies of others in one layer alone."""
+    """The family's model, with KV heads that are rotated copies of others in one layer."""
     model, source = copy.deepcopy(base(name)), planted(name)
     attention_modules(model)[layer].load_state_dict(attention_modules(source)[layer].state_dict())
     return model

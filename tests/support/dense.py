@@ -1,4 +1,4 @@
-"""Attention written out in float64, every weight of every row and head held; padded batches, forwards in pieces.
+"""Attention written out in float64, every weight of every row and head held; padded batches, forwards in chunks.
 
 The reference uses nothing of the runtime: a mask for each row and head, the terms as more columns of the scores.
 """
@@ -36,7 +36,7 @@ def given(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, begin: 
 
 
 def chunked(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, chunks, holder: list | None = None):
-    """Logits of a forward in pieces of these lengths, through the cache that the model makes.
+    """Logits of a forward in chunks of these lengths, through the cache that the model makes.
 
     Args:
         holder: gets the cache.
@@ -111,10 +111,10 @@ def sparse_rows(sparse: dict, real: list[bool]) -> torch.Tensor:
                 for j in range(own + 1)
                 if j in (0, own) or j * size < sparse["sinks"] or own * size - (j * size + size - 1) < sparse["window"]
             ]
-            whole = own * size >= first and (own + 1) * size <= last
+            complete = own * size >= first and (own + 1) * size <= last
             late = (own + 1) * size > last - sparse.get("last_rows_dense", 0)
             early = (own + 1) * size <= sparse.get("dense_below", 0)
-            if not whole or late or early or len(kept) > 0.6 * (own + 1):
+            if not complete or late or early or len(kept) > 0.6 * (own + 1):
                 kept = range(own + 1)
             for j in kept:
                 seen[start + i, start + j * size : start + (j + 1) * size] = True
@@ -145,12 +145,12 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
     first = real.int().argmax(1)[:, None, None, None]
 
     def attend(module, query, key, value, _mask, scaling=None, softcap=None, s_aux=None, **kwargs):
-        number, heads = module.layer_idx, query.shape[1]
-        entry, group = layers[number], heads // key.shape[1]
-        named = {name: tensor.double() for name, tensor in (tensors[number] if tensors else {}).items()}
+        layer_index, heads = module.layer_idx, query.shape[1]
+        entry, group = layers[layer_index], heads // key.shape[1]
+        terms = {name: tensor.double() for name, tensor in (tensors[layer_index] if tensors else {}).items()}
         limit = kwargs.get("sliding_window")
         if kinds is not None:
-            limit = text.sliding_window if kinds[number] == "sliding_attention" else None
+            limit = text.sliding_window if kinds[layer_index] == "sliding_attention" else None
 
         def score(product):
             scores = product * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -168,10 +168,10 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
         sees_first = (seen & (j == first)).any(-1, keepdim=True)
         columns, visible = [score(query @ key.repeat_interleave(group, 1).mT)], [seen]
         values = [value.repeat_interleave(group, 1)]
-        if "surgery_log_gamma" in named:
-            columns[0] = columns[0] + (j == first) * named["surgery_log_gamma"][:, None, None]
-        if "surgery_log_beta" in named:
-            probe, beta = named["surgery_sink_probe"][:, None], named["surgery_log_beta"].exp()[:, None, None]
+        if "surgery_log_gamma" in terms:
+            columns[0] = columns[0] + (j == first) * terms["surgery_log_gamma"][:, None, None]
+        if "surgery_log_beta" in terms:
+            probe, beta = terms["surgery_sink_probe"][:, None], terms["surgery_log_beta"].exp()[:, None, None]
             marks = (values[0] * probe[..., :-2]).sum(-1) + values[0].norm(dim=-1) * probe[..., -2] + probe[
                 ..., -1
             ] > 0
@@ -185,13 +185,13 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
             values.append(more.expand(len(mask), -1, -1, -1))
             visible.append(shown.expand(*seen.shape[:3], logits.shape[-1]))
 
-        if "surgery_sink_logit" in named:
-            logits = named["surgery_sink_logit"][:, None]
+        if "surgery_sink_logit" in terms:
+            logits = terms["surgery_sink_logit"][:, None]
             more = value.new_zeros(heads, logits.shape[-1], value.shape[-1])
-            if "surgery_key" in named:
-                logits = logits + score(query @ named["surgery_key"].repeat_interleave(group, 0).mT)
-            if "surgery_value" in named:
-                more = named["surgery_value"].repeat_interleave(group, 0)
+            if "surgery_key" in terms:
+                logits = logits + score(query @ terms["surgery_key"].repeat_interleave(group, 0).mT)
+            if "surgery_value" in terms:
+                more = terms["surgery_value"].repeat_interleave(group, 0)
             lost = ~sees_first & (i - first < (limit or length))  # to the split, not to the base's own window
             add(logits, more, lost if entry.get("stand_in") else torch.tensor(True))
         if s_aux is not None:
@@ -199,7 +199,7 @@ def dense_model(model, layers: list[dict], mask, tensors=None, silent=None):
         scores = torch.cat(columns, -1).masked_fill(~torch.cat(visible, -1), -1e300)
         out = (scores.softmax(-1) @ torch.cat(values, 2)).masked_fill(~seen.any(-1, keepdim=True), 0.0)
         if silent is not None:
-            out[:, silent[number]] = 0.0
+            out[:, silent[layer_index]] = 0.0
         return out.transpose(1, 2), None
 
     AttentionInterface.register("dense_reference", attend)

@@ -3,7 +3,7 @@
     with FakeHub() as hub:
         commit = hub.add("org/model", {"config.json": b"{}", "model.safetensors": weights})
         ...                      # a subprocess with HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET=1 and its own HF_HOME
-        assert hub.asked("GET", "model.safetensors") == []
+        assert hub.requests("GET", "model.safetensors") == []
 
 HF_ENDPOINT is read when huggingface_hub is imported, hence the subprocess. `hub.log` has every request.
 """
@@ -84,27 +84,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def chunks(self) -> bytes:
         """A body sent in chunks: the client streams what it uploads."""
-        parts = []
+        chunks = []
         while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
-            parts.append(self.rfile.read(size))
+            chunks.append(self.rfile.read(size))
             self.rfile.readline()
-        return b"".join(parts)
+        return b"".join(chunks)
 
-    def route(self, action: str, found: dict[str, str], body: bytes) -> None:
+    def route(self, action: str, fields: dict[str, str], body: bytes) -> None:
         """Who may: a private repository is a missing one to strangers, and the read-only token may not write."""
-        name = found.get("repo")
+        name = fields.get("repo")
         if name is None:
-            return getattr(self, action)(body=body, **found)
+            return getattr(self, action)(body=body, **fields)
         repo = self.server.repos.get(name)
         if repo is None or (repo.private and not self.token):
             return self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
         if self.command in ("POST", "PUT") and self.token != GOOD:
             return self.refuse(403, message="this token may not write")
-        sha = repo.find(found.pop("rev", None) or "main")
+        sha = repo.find(fields.pop("rev", None) or "main")
         if sha is None:
             return self.refuse(404, "RevisionNotFound", "Invalid rev id")
-        found.pop("repo")
-        return getattr(self, action)(repo=repo, name=name, sha=sha, body=body, **found)
+        fields.pop("repo")
+        return getattr(self, action)(repo=repo, name=name, sha=sha, body=body, **fields)
 
     def whoami(self, body: bytes) -> None:
         self.answer(200, {"name": "me"}) if self.token else self.refuse(401)
@@ -139,10 +139,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403 if self.token else 401, "GatedRepo", "Access is restricted")
         if content is None:
             return self.refuse(404, "EntryNotFound", "Entry not found")
-        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
-            piece = content[int(part[1]) : int(part[2]) + 1]
-            span = f"bytes {part[1]}-{int(part[1]) + len(piece) - 1}/{len(content)}"
-            return self.answer(206, piece, Content_Range=span, **commit)
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            chunk = content[int(byte_range[1]) : int(byte_range[2]) + 1]
+            span = f"bytes {byte_range[1]}-{int(byte_range[1]) + len(chunk) - 1}/{len(content)}"
+            return self.answer(206, chunk, Content_Range=span, **commit)
         return self.answer(200, content, ETag=f'"{blob(content)}"', Accept_Ranges="bytes", **commit)
 
     def branch(self, repo: Repo, name: str, sha: str, body: bytes, branch: str) -> None:
@@ -150,10 +150,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def preupload(self, repo: Repo, name: str, sha: str, body: bytes) -> None:
-        there, answers = repo.commits[sha], []
+        present, answers = repo.commits[sha], []
         for file in json.loads(body)["files"]:
             path, large = file["path"], file["path"].endswith(".safetensors")
-            oid = None if path not in there else self.server.oid(there[path], large)
+            oid = None if path not in present else self.server.oid(present[path], large)
             mode = "lfs" if large else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer(200, {"files": answers})
@@ -228,5 +228,5 @@ class FakeHub(ThreadingHTTPServer):
     def oid(content: bytes, large: bool) -> str:
         return hashlib.sha256(content).hexdigest() if large else blob(content)
 
-    def asked(self, method: str, part: str) -> list[tuple[str, str, str]]:
-        return [entry for entry in self.log if entry[0] == method and part in entry[1]]
+    def requests(self, method: str, fragment: str) -> list[tuple[str, str, str]]:
+        return [entry for entry in self.log if entry[0] == method and fragment in entry[1]]

@@ -1,4 +1,5 @@
-"""Tiny random models of every family, where their heads lie (by explicit index, not by surgery's unpack), and doors.
+"""Tiny random models of every family, where their heads lie (by explicit index, not by surgery's unpack), and
+both ways to load a saved model.
 
 Every parameter is random, norm weights, biases and sinks too, so that no mistake can hide behind ones and zeros.
 """
@@ -161,16 +162,16 @@ def head_dim_of(model: PreTrainedModel) -> int:
 
 
 def attention_modules(model: PreTrainedModel) -> list:
-    """The attention modules in order, found by what they hold: an output projection beside q/k/v or a fused one."""
+    """The attention modules in order, by what they hold: an output projection and q/k/v or a fused one."""
     fused = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
-    found = []
+    modules = []
     for path, module in model.named_modules():
         if "vision" not in path and (hasattr(module, "q_proj") or any(hasattr(module, name) for name in fused)):
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
-def head_rows(model: PreTrainedModel, part: str, head: int) -> tuple[str, list[int]]:
+def head_rows(model: PreTrainedModel, letter: str, head: int) -> tuple[str, list[int]]:
     """Projection's name and its output rows of one query, key or value head, from each family's own layout."""
     config, groups, size = text_config(model), kv_heads_of(model), head_dim_of(model)
     heads = config.num_attention_heads
@@ -178,33 +179,33 @@ def head_rows(model: PreTrainedModel, part: str, head: int) -> tuple[str, list[i
     if kind in ("phi3", "mpt", "gpt2") or (
         kind == "falcon" and config.multi_query and not config.new_decoder_architecture
     ):
-        before = {"q": 0, "k": heads, "v": heads + groups}[part]
+        before = {"q": 0, "k": heads, "v": heads + groups}[letter]
         name = {"phi3": "qkv_proj", "mpt": "Wqkv", "gpt2": "c_attn"}.get(kind, "query_key_value")
         return name, [(before + head) * size + i for i in range(size)]
     if kind in ("falcon", "bloom", "gpt_neox"):  # a KV head's queries, its key, its value, then the next KV head's
         per = heads // groups
-        if part == "q":
+        if letter == "q":
             block = (head // per) * (per + 2) + head % per
         else:
-            block = head * (per + 2) + per + (part == "v")
+            block = head * (per + 2) + per + (letter == "v")
         return "query_key_value", [block * size + i for i in range(size)]
-    return f"{part}_proj", [head * size + i for i in range(size)]
+    return f"{letter}_proj", [head * size + i for i in range(size)]
 
 
-def get_head(model: PreTrainedModel, module, part: str, head: int) -> torch.Tensor:
+def get_head(model: PreTrainedModel, module, letter: str, head: int) -> torch.Tensor:
     """Weight rows of one head [d, D], a bias as one more column, in float64."""
-    name, rows = head_rows(model, part, head)
+    name, rows = head_rows(model, letter, head)
     projection = getattr(module, name)
     weight = projection.weight.detach().double()
     weight = weight.T if name == "c_attn" else weight
-    found = weight[rows]
+    rows_of_head = weight[rows]
     if getattr(projection, "bias", None) is not None:
-        found = torch.cat([found, projection.bias.detach().double()[rows, None]], dim=1)
-    return found
+        rows_of_head = torch.cat([rows_of_head, projection.bias.detach().double()[rows, None]], dim=1)
+    return rows_of_head
 
 
-def set_head(model: PreTrainedModel, module, part: str, head: int, value: torch.Tensor) -> None:
-    name, rows = head_rows(model, part, head)
+def set_head(model: PreTrainedModel, module, letter: str, head: int, value: torch.Tensor) -> None:
+    name, rows = head_rows(model, letter, head)
     projection = getattr(module, name)
     bias = getattr(projection, "bias", None)
     with torch.no_grad():
@@ -238,27 +239,27 @@ def logits_of(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Te
         return model(input_ids=tokens).logits.double()
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a share of the expected logits' spread."""
-    return ((found.double() - expected).abs().max() / expected.std()).item()
+    return ((got.double() - expected).abs().max() / expected.std()).item()
 
 
 def orthogonal(size: int, generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
-def legal_turn(facts, generator) -> torch.Tensor:
-    """A random turn of keys that RoPE does not see: a rotation of each channel pair, anything on the rest."""
-    turn = torch.eye(facts.head_dim, dtype=torch.float64)
-    for f in range(facts.rotary // 2):
-        a, b = (2 * f, 2 * f + 1) if facts.positions == "interleaved" else (f, f + facts.rotary // 2)
+def legal_rotation(anatomy, generator) -> torch.Tensor:
+    """A random rotation of keys that commutes with RoPE: of each channel pair, and of all the other channels."""
+    rotation = torch.eye(anatomy.head_dim, dtype=torch.float64)
+    for f in range(anatomy.rotary // 2):
+        a, b = (2 * f, 2 * f + 1) if anatomy.positions == "interleaved" else (f, f + anatomy.rotary // 2)
         angle = torch.rand(1, generator=generator, dtype=torch.float64).item() * 2 * math.pi
-        turn[a, a] = turn[b, b] = math.cos(angle)
-        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
-    rest = facts.head_dim - facts.rotary
+        rotation[a, a] = rotation[b, b] = math.cos(angle)
+        rotation[a, b], rotation[b, a] = -math.sin(angle), math.sin(angle)
+    rest = anatomy.head_dim - anatomy.rotary
     if rest:
-        turn[facts.rotary :, facts.rotary :] = orthogonal(rest, generator)
-    return turn
+        rotation[anatomy.rotary :, anatomy.rotary :] = orthogonal(rest, generator)
+    return rotation
 
 
 def stranger(folder: Path) -> Path:
@@ -282,11 +283,13 @@ def stranger(folder: Path) -> Path:
     return python
 
 
-def open_doors(folders: list[Path], scratch: Path, generate: int = 2, trust: bool = False) -> dict[Path, dict]:
+def load_without_package(
+    folders: list[Path], scratch: Path, generate: int = 2, trust: bool = False
+) -> dict[Path, dict]:
     """Load every folder with stock Transformers in one fresh process without `surgery`.
 
     Args:
-        trust: run the code in the folder (door 2).
+        trust: with trust_remote_code, which runs the code in the folder.
 
     Returns:
         folder -> what fresh_process.py says of it, and its "logits" on `TOKENS`.
@@ -299,7 +302,7 @@ def open_doors(folders: list[Path], scratch: Path, generate: int = 2, trust: boo
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env["OMP_NUM_THREADS"] = "1"
     env |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [stranger(scratch / "env"), "-P", ROOT / "surgery" / "evaluation" / "fresh_process.py"],
         input=json.dumps(jobs),
         capture_output=True,
@@ -308,28 +311,32 @@ def open_doors(folders: list[Path], scratch: Path, generate: int = 2, trust: boo
         env=env,
         cwd=scratch,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(answers) == len(jobs), f"{done.returncode}: {done.stderr[-3000:]}"
+    answers = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(jobs), f"{process.returncode}: {process.stderr[-3000:]}"
     for job, answer in zip(jobs, answers, strict=True):
         if "error" not in answer:
             answer["logits"] = torch.load(job["logits"], weights_only=True)
     return dict(zip(folders, answers, strict=True))
 
 
-def check_both_doors(models: dict[Path, PreTrainedModel], scratch: Path) -> None:
-    """Save each model in its folder: both doors give the same bits, memory all but the same, and so on once more."""
+def check_both_ways_to_load(models: dict[Path, PreTrainedModel], scratch: Path) -> None:
+    """Save each model in its folder and load it with the package and with trust_remote_code.
+
+    The logits are equal to the bit, and all but equal to those of the model in memory. Saved once more, the tensors
+    are the same.
+    """
     import surgery
 
     for folder, model in models.items():
         model.save_pretrained(folder)
-    for folder, answer in open_doors(list(models), scratch, trust=True).items():
+    for folder, answer in load_without_package(list(models), scratch, trust=True).items():
         assert "error" not in answer, answer
         assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
         loaded = surgery.load(folder)
         with torch.no_grad():
-            one, memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
-        assert torch.equal(one, answer["logits"])
-        assert (one - memory).abs().max() <= 1e-4
+            logits, logits_in_memory = loaded(input_ids=TOKENS).logits, models[folder](input_ids=TOKENS).logits
+        assert torch.equal(logits, answer["logits"])
+        assert (logits - logits_in_memory).abs().max() <= 1e-4
         loaded.save_pretrained(f"{folder}-again")
         again = surgery.load(f"{folder}-again").state_dict()
         assert all(torch.equal(tensor, again[name]) for name, tensor in loaded.state_dict().items())
@@ -338,7 +345,7 @@ def check_both_doors(models: dict[Path, PreTrainedModel], scratch: Path) -> None
 def layers_of(report: dict) -> dict[str, dict]:
     """What the first operation of a report noted of each layer, by its path."""
     record = report["operations"][0]["record"]
-    return {path: facts for path, facts in record.items() if path != "calibration"}
+    return {path: layer_record for path, layer_record in record.items() if path != "calibration"}
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,8 +17,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from surgery.cli.main import main
-from surgery.healing import callbacks as following
-from surgery.healing import distributed as sharding
+from surgery.healing import callbacks as callbacks
+from surgery.healing import distributed as distributed
 
 shared = []
 
@@ -30,12 +30,12 @@ def begin(self, cpu=False, sagemaker_dp=False, backend=None):
     return "gloo", DistributedType.MULTI_GPU
 
 
-def whole(parameter, known=sharding.whole):
+def whole(parameter, known=distributed.whole):
     shared.append(hasattr(parameter, "full_tensor") and all(each.is_shard() for each in parameter.placements))
     return known(parameter)
 
 
-def on_step_begin(self, args, state, control, known=following.HealCallback.on_step_begin, **kwargs):
+def on_step_begin(self, args, state, control, known=callbacks.HealCallback.on_step_begin, **kwargs):
     if state.global_step == int(os.environ.get("STOP_AT", "-1")):
         os._exit(9)
     return known(self, args, state, control, **kwargs)
@@ -43,9 +43,9 @@ def on_step_begin(self, args, state, control, known=following.HealCallback.on_st
 
 if __name__ == "__main__":
     PartialState._prepare_backend = begin
-    sharding._refuse_fsdp = lambda: None
-    sharding.whole = whole
-    following.HealCallback.on_step_begin = on_step_begin
+    distributed._refuse_fsdp = lambda: None
+    distributed.whole = whole
+    callbacks.HealCallback.on_step_begin = on_step_begin
     try:
         main(sys.argv[1:])
     finally:

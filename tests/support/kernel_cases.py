@@ -67,8 +67,8 @@ def causal(n, length, pads, batch, device="cpu"):
 
 def brute(query, key, value, seen, scale=None, softcap=None, bias=None):
     """Attention and log-sum-exp in float64, every score written out; 0 and -inf where nothing is seen."""
-    query, key, value = (part.double().nan_to_num() for part in (query, key, value))
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    query, key, value = (tensor.double().nan_to_num() for tensor in (query, key, value))
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -79,23 +79,23 @@ def brute(query, key, value, seen, scale=None, softcap=None, bias=None):
     return weights / total.clamp(min=1e-300) @ value, total[..., 0].log()
 
 
-def ratio(found, wanted) -> float:
+def ratio(result, wanted) -> float:
     """Root of the mean square of the error over that of the wanted values."""
     wanted = wanted.double()
-    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    return float((result.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def measure(found, wanted, name="out") -> dict:
+def measure(result, wanted, name="out") -> dict:
     """Errors of (output, lse) or of one tensor; `holes` counts values that are NaN or wrongly finite or infinite."""
-    (out, lse), (wanted_out, wanted_lse) = found, wanted
+    (out, lse), (wanted_out, wanted_lse) = result, wanted
     finite, same = wanted_lse.isfinite(), lse.isneginf() == wanted_lse.isneginf()
     if not finite.any():
         raise RuntimeError("a case in which nothing is seen measures nothing")
-    lost = lse[finite].double() - wanted_lse[finite]
+    error = lse[finite].double() - wanted_lse[finite]
     empty = out[~finite]
     return {
         "out": ratio(out[finite], wanted_out[finite]),
-        "lse": float(lost.abs().max()),
+        "lse": float(error.abs().max()),
         "holes": int((~same).sum() + (~out.isfinite()).sum() + lse.isnan().sum() + (empty != 0).sum()),
     }
 
@@ -147,19 +147,19 @@ def run_sparse(device, seed, batch, heads, kv_heads, n, length, d, block, pads, 
     kept = random_kept(seed, kv_heads if per == "kv" else heads, batch, n, length, block, pads, 0.6)
     extra = made(seed + 3, batch, bias, length, device=device) if bias else None
     blocks = BlockList.of(kept.to(device), block)
-    found = block_sparse_prefill(query, key, value, blocks, pad=pad, softcap=softcap, bias=extra, **poisoned(query))
+    result = block_sparse_prefill(query, key, value, blocks, pad=pad, softcap=softcap, bias=extra, **poisoned(query))
     seen = seen_blocks(kept, heads, block, n, length, pads).to(device)
-    return measure(found, brute(query, key, value, seen, softcap=softcap, bias=extra))
+    return measure(result, brute(query, key, value, seen, softcap=softcap, bias=extra))
 
 
-for number, sizes in enumerate(SPARSE):
+for index, sizes in enumerate(SPARSE):
     names = dict(
         zip(("batch", "heads", "kv_heads", "n", "length", "d", "block", "pads", "per"), sizes, strict=True), dtype=FP32
     )
     case(f"block_sparse fp32 {sizes}", **names)(run_sparse)
-    if number % 3 == 1:
+    if index % 3 == 1:
         case(f"block_sparse fp16 {sizes}", **(names | {"dtype": FP16}))(run_sparse)
-    if number % 4 == 2:
+    if index % 4 == 2:
         case(f"block_sparse bf16 {sizes}", **(names | {"dtype": BF16}))(run_sparse)
 SHAPE = {
     "batch": 2,
@@ -185,11 +185,11 @@ def sparse_order(device, seed):
     query, key, value, _ = inputs(seed, 1, 4, 2, 100, 100, 16, FP32, device)
     blocks = BlockList.of(random_kept(seed, 2, 1, 100, 100, 16, None, 0.8).to(device), 16)
     wanted = block_sparse_prefill(query, key, value, blocks)
-    pieces = [piece.flip(0) for piece in torch.tensor_split(blocks.ids, blocks.offsets[1:-1].cpu())]
-    turned = BlockList(blocks.offsets, torch.cat(pieces), blocks.heads, blocks.rows, blocks.block)
-    if torch.equal(turned.ids, blocks.ids):
+    runs = [run.flip(0) for run in torch.tensor_split(blocks.ids, blocks.offsets[1:-1].cpu())]
+    permuted = BlockList(blocks.offsets, torch.cat(runs), blocks.heads, blocks.rows, blocks.block)
+    if torch.equal(permuted.ids, blocks.ids):
         raise RuntimeError("nothing was permuted")
-    return measure(block_sparse_prefill(query, key, value, turned), tuple(part.double() for part in wanted))
+    return measure(block_sparse_prefill(query, key, value, permuted), tuple(tensor.double() for tensor in wanted))
 
 
 @case("block_sparse fp32 full list is SDPA")
@@ -212,22 +212,23 @@ def sparse_diagonal(device, seed):
     out, _ = block_sparse_prefill(
         query, key, value, BlockList.of(torch.eye(3, device=device).bool().expand(1, 4, 3, 3), 32)
     )
-    parts = (part.double().unflatten(2, (3, 32)) for part in (query, key, value))
-    return {"out": ratio(out, scaled_dot_product_attention(*parts, is_causal=True).flatten(2, 3))}
+    blocks = (tensor.double().unflatten(2, (3, 32)) for tensor in (query, key, value))
+    return {"out": ratio(out, scaled_dot_product_attention(*blocks, is_causal=True).flatten(2, 3))}
 
 
 @case("block_sparse fp32 two disjoint lists merge")
 def sparse_merge(device, seed):
-    """o = (o1 e^l1 + o2 e^l2) / (e^l1 + e^l2), where one part, or both, may be empty."""
+    """o = (o1 e^l1 + o2 e^l2) / (e^l1 + e^l2), where one list, or both, may be empty."""
     from surgery.kernels.block_sparse_prefill import BlockList, block_sparse_prefill
 
     query, key, value, _ = inputs(seed, 1, 4, 2, 90, 90, 16, FP32, device)
     kept = random_kept(seed, 2, 1, 90, 90, 16, None, 0.7)
     half = kept & (torch.arange(kept.shape[3]) % 2 == 0)
-    parts = [
-        block_sparse_prefill(query, key, value, BlockList.of(part.to(device), 16)) for part in (half, kept & ~half)
+    results = [
+        block_sparse_prefill(query, key, value, BlockList.of(kept_blocks.to(device), 16))
+        for kept_blocks in (half, kept & ~half)
     ]
-    (one, first), (two, second) = ((out.double(), lse.double()) for out, lse in parts)
+    (one, first), (two, second) = ((out.double(), lse.double()) for out, lse in results)
     lse = torch.logaddexp(first, second)
     safe = lse.masked_fill(lse.isneginf(), 0.0)
     out = one * (first - safe).exp()[..., None] + two * (second - safe).exp()[..., None]
@@ -246,8 +247,8 @@ def sparse_strides(device, seed):
     kept = random_kept(seed, 4, 2, 50, 60, 16, None, 0.6)
     out = torch.full((2, 50, 4, 16), torch.nan, device=device).transpose(1, 2)
     lse = torch.full((2, 50, 4), torch.nan, device=device).transpose(1, 2)
-    found = block_sparse_prefill(query, key, value, BlockList.of(kept.to(device), 16), out=out, lse=lse)
-    return measure(found, brute(query, key, value, seen_blocks(kept, 4, 16, 50, 60, None).to(device)))
+    result = block_sparse_prefill(query, key, value, BlockList.of(kept.to(device), 16), out=out, lse=lse)
+    return measure(result, brute(query, key, value, seen_blocks(kept, 4, 16, 50, 60, None).to(device)))
 
 
 @case("block_sparse fp32 a row alone")
@@ -258,11 +259,11 @@ def sparse_row_alone(device, seed):
     query, key, value, pad = inputs(seed, 2, 4, 2, 40, 70, 16, FP32, device, (21, 0))
     kept = random_kept(seed, 2, 2, 40, 70, 16, (21, 0), 0.6).to(device)
     batch = block_sparse_prefill(query, key, value, BlockList.of(kept, 16), pad=pad)
-    alone = block_sparse_prefill(
+    single = block_sparse_prefill(
         query[:1], key[:1, :, 21:], value[:1, :, 21:], BlockList.of(kept[:1, :, :, :4].contiguous(), 16)
     )
-    bits = sum(int((a[:1] != b).sum()) for a, b in zip(batch, alone, strict=True))
-    return {"bits": bits, "out": ratio(batch[0][:1], alone[0])}
+    bits = sum(int((a[:1] != b).sum()) for a, b in zip(batch, single, strict=True))
+    return {"bits": bits, "out": ratio(batch[0][:1], single[0])}
 
 
 @case("block_sparse fp64 reference")
@@ -272,9 +273,9 @@ def sparse_reference(device, seed):
 
     query, key, value, pad = inputs(seed, 3, 6, 3, 40, 70, 16, torch.float64, device, (45, 0, 69))
     bias, kept = made(seed, 3, 6, 70, device=device), random_kept(seed, 3, 3, 40, 70, 16, (45, 0, 69), 0.6)
-    found = reference(query, key, value, BlockList.of(kept.to(device), 16), 0.3, pad=pad, softcap=3.0, bias=bias)
+    result = reference(query, key, value, BlockList.of(kept.to(device), 16), 0.3, pad=pad, softcap=3.0, bias=bias)
     seen = seen_blocks(kept, 6, 16, 40, 70, (45, 0, 69)).to(device)
-    return measure(found, brute(query, key, value, seen, 0.3, 3.0, bias))
+    return measure(result, brute(query, key, value, seen, 0.3, 3.0, bias))
 
 
 # --- streaming_prefill ---
@@ -288,7 +289,7 @@ STREAMING = [  # batch, heads, KV heads, n, N, head size, sinks, window, pads
 
 
 def seen_band(n, length, sinks, window, pads, batch, limit=None, device="cpu"):
-    of_query, of_key = (part[:, None] for part in positions(n, length, pads, batch, device))
+    of_query, of_key = (each[:, None] for each in positions(n, length, pads, batch, device))
     distance = of_query[..., None] - of_key[:, :, None]
     near = (distance < window) | (of_key[:, :, None] < sinks)
     return causal(n, length, pads, batch, device) & near & (distance < (limit or length + 1))
@@ -300,11 +301,11 @@ def run_streaming(
     from surgery.kernels.streaming_prefill import streaming_prefill
 
     query, key, value, pad = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device, pads)
-    found = streaming_prefill(
+    result = streaming_prefill(
         query, key, value, sinks, window, pad=pad, softcap=softcap, limit=limit, **poisoned(query)
     )
     seen = seen_band(n, length, sinks, window, pads, batch, limit, device)
-    return measure(found, brute(query, key, value, seen, softcap=softcap))
+    return measure(result, brute(query, key, value, seen, softcap=softcap))
 
 
 @case("streaming fp32 a window of all keys is SDPA")
@@ -313,8 +314,8 @@ def streaming_full(device, seed):
 
     query, key, value, _ = inputs(seed, 2, 6, 3, 77, 77, 64, FP32, device)
     out, _ = streaming_prefill(query, key, value, 0, 77)
-    parts = (part.double() for part in (query, key, value))
-    return {"out": ratio(out, scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True))}
+    tensors = (tensor.double() for tensor in (query, key, value))
+    return {"out": ratio(out, scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True))}
 
 
 # --- gathered_heads ---
@@ -335,9 +336,9 @@ def run_gathered(device, seed, batch, heads, kv_heads, n, length, d, pads, share
     if share < 1:
         on[:, :, -1] = False  # a head that is off everywhere
     on = on.to(device)
-    found = gathered_heads(query, key, value, on, pad=pad, softcap=softcap, **poisoned(query))
+    result = gathered_heads(query, key, value, on, pad=pad, softcap=softcap, **poisoned(query))
     seen = causal(n, length, pads, batch, device) & on.transpose(1, 2)[..., None]
-    return measure(found, brute(query, key, value, seen, softcap=softcap))
+    return measure(result, brute(query, key, value, seen, softcap=softcap))
 
 
 @case("gathered fp32 gradient of the reference")
@@ -351,10 +352,10 @@ def gathered_gradient(device, seed):
     seen, gradients = causal(20, 31, (14, 0), 2, device) & on.transpose(1, 2)[..., None], []
     weight = made(seed + 5, 2, 4, 20, 16, dtype=torch.float64, device=device)
     for run in (
-        lambda *parts: reference(*parts, on, 0.25, pad=pad)[0],
-        lambda *parts: brute(*parts, seen)[0],
+        lambda *tensors: reference(*tensors, on, 0.25, pad=pad)[0],
+        lambda *tensors: brute(*tensors, seen)[0],
     ):
-        leaves = [part.nan_to_num().requires_grad_() for part in (query, key, value)]
+        leaves = [tensor.nan_to_num().requires_grad_() for tensor in (query, key, value)]
         (run(*leaves) * weight).sum().backward()
         gradients.append(torch.cat([leaf.grad.flatten() for leaf in leaves]))
     return {"out": ratio(*gradients)}
@@ -382,25 +383,25 @@ def run_decode(device, seed, groups, ring, steps, d, sinks, window, pads, piece,
     query, key, value, pad = inputs(seed, batch, heads, len(groups), 1, length, d, dtype, device, pads)
     store, first = RingStore(Visibility(sinks, window)), 0
     for step in steps if ring else []:
-        parts = (part[:, ring, first : first + step].nan_to_num() for part in (key, value))
+        tensors = (tensor[:, ring, first : first + step].nan_to_num() for tensor in (key, value))
         with torch.no_grad():
-            store.append(*parts, recording=False).settle_sinks(pad)
+            store.append(*tensors, recording=False).settle_sinks(pad)
         first += step
     wanted = []
-    for number, group in enumerate(groups):
-        begin = sum(groups[:number])
+    for index, group in enumerate(groups):
+        begin = sum(groups[:index])
         rows = slice(begin, begin + group)
-        seen = seen_band(1, length, sinks, window, pads, batch, limit, device) if number in ring else None
+        seen = seen_band(1, length, sinks, window, pads, batch, limit, device) if index in ring else None
         seen = causal(1, length, pads, batch, device) if seen is None else seen
-        mine = (query[:, rows], key[:, number : number + 1], value[:, number : number + 1], seen)
-        wanted.append(brute(*mine, softcap=softcap))
+        inputs_of_head = (query[:, rows], key[:, index : index + 1], value[:, index : index + 1], seen)
+        wanted.append(brute(*inputs_of_head, softcap=softcap))
     others = [head for head in range(len(groups)) if head not in ring]
     kept = Ring(store.tensors["keys"], store.tensors["values"], store.seen, sinks, limit) if ring else None
-    found = split_decode(
+    result = split_decode(
         query, (key[:, others], value[:, others]) if others else None, kept, head_table(groups, ring, device),
         pad=pad, softcap=softcap, piece=piece, **poisoned(query),
     )  # fmt: skip
-    return measure(found, tuple(torch.cat(parts, 1) for parts in zip(*wanted, strict=True)))
+    return measure(result, tuple(torch.cat(tensors, 1) for tensors in zip(*wanted, strict=True)))
 
 
 # --- estimators ---
@@ -427,13 +428,13 @@ def run_pooled(device, seed, batch, heads, kv_heads, n, length, d, block, querie
 
     query, key, _, _ = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device)
     columns, start = -(-length // block), length - n
-    parts = [key[:, :, j * block : (j + 1) * block].double() for j in range(columns)]
-    middle = torch.stack([part.mean(2) for part in parts], 2)
-    bias = torch.tensor([part.shape[2] for part in parts], device=device).double().log()[None, None]
-    found = pooled_mass(query, middle.float(), bias.float(), 0.3, block, length, queries)
+    key_blocks = [key[:, :, j * block : (j + 1) * block].double() for j in range(columns)]
+    middle = torch.stack([key_block.mean(2) for key_block in key_blocks], 2)
+    bias = torch.tensor([key_block.shape[2] for key_block in key_blocks], device=device).double().log()[None, None]
+    result = pooled_mass(query, middle.float(), bias.float(), 0.3, block, length, queries)
     middle = middle.repeat_interleave(heads // kv_heads, 1)
-    wanted = torch.zeros(found.shape, dtype=torch.float64, device=device)
-    for line in range(found.shape[2]):
+    wanted = torch.zeros(result.shape, dtype=torch.float64, device=device)
+    for line in range(result.shape[2]):
         own = start // block + line
         rows = [i - start for i in range(own * block, min((own + 1) * block, length)) if i >= start]
         scores = torch.einsum("bhid,bhjd->bhij", query[:, :, rows].double(), middle[:, :, : own + 1]) * 0.3
@@ -443,8 +444,8 @@ def run_pooled(device, seed, batch, heads, kv_heads, n, length, d, block, querie
         else:
             wanted[:, :, line, : own + 1] = scores.sum(2) / scores.sum((2, 3))[..., None]
     return {
-        "out": ratio(found, wanted),
-        "holes": int((~found.isfinite()).sum() + ((found != 0) & (wanted == 0)).sum()),
+        "out": ratio(result, wanted),
+        "holes": int((~result.isfinite()).sum() + ((result != 0) & (wanted == 0)).sum()),
     }
 
 
@@ -459,12 +460,12 @@ def run_crossed(device, seed, batch, heads, kv_heads, n, length, d, block, strid
     from surgery.kernels.estimators import antidiagonal_mass
 
     query, key, _, _ = inputs(seed, batch, heads, kv_heads, n, length, d, dtype, device)
-    found = antidiagonal_mass(query, key, 0.3, block, stride)
+    result = antidiagonal_mass(query, key, 0.3, block, stride)
     start = length - n
     products = torch.zeros(batch, heads, length, length, dtype=torch.float64, device=device)
     wide = key.double().repeat_interleave(heads // kv_heads, 1)
     products[:, :, start:] = torch.einsum("bhid,bhjd->bhij", query.double(), wide) * 0.3
-    wanted = torch.zeros(found.shape, dtype=torch.float64, device=device)
+    wanted = torch.zeros(result.shape, dtype=torch.float64, device=device)
     for group in range(start // stride, -(-length // stride)):
         scores = []
         for other in range(group + 1):
@@ -477,18 +478,18 @@ def run_crossed(device, seed, batch, heads, kv_heads, n, length, d, block, strid
         for other in range(group + 1):
             wanted[:, :, group * stride // block - start // block, other * stride // block] += shares[..., other]
     return {
-        "out": ratio(found, wanted),
-        "holes": int((~found.isfinite()).sum() + ((found != 0) & (wanted == 0)).sum()),
+        "out": ratio(result, wanted),
+        "holes": int((~result.isfinite()).sum() + ((result != 0) & (wanted == 0)).sum()),
     }
 
 
 def register(kernel, run, fields, rows, half=()):
-    """A case in float32 for every row of sizes, in the other types for those at the places in `half`."""
-    for number, sizes in enumerate(rows):
-        named = dict(zip(fields, sizes, strict=True))
+    """A case in float32 for every row of sizes, in the other types for the rows whose index is in `half`."""
+    for index, sizes in enumerate(rows):
+        sizes_by_name = dict(zip(fields, sizes, strict=True))
         for label, dtype in {"fp32": FP32, "fp16": FP16, "bf16": BF16}.items():
-            if label == "fp32" or number in half:
-                case(f"{kernel} {label} {sizes}", **named, dtype=dtype)(run)
+            if label == "fp32" or index in half:
+                case(f"{kernel} {label} {sizes}", **sizes_by_name, dtype=dtype)(run)
 
 
 ATTENTION = ("batch", "heads", "kv_heads", "n", "length", "d")

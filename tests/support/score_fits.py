@@ -12,7 +12,7 @@ SMALL = 4  # channels of a head, inputs 5: the dense equations have 2 * 4 * 5 un
 
 
 def score_problem(groups: int, stride: int, seed: int):
-    """Random pieces, their base attention, and queries and keys to start from."""
+    """Random samples, their base attention, and queries and keys to start from."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.polar(torch.ones(12, 1).double(), torch.arange(12).double()[:, None] * 0.7)
     rotation = Rotation.of(factors, 1.0, SMALL, "half")

@@ -1,4 +1,4 @@
-"""Models that carry biases and virtual keys, and random attention to hold them against."""
+"""Models that carry biases and virtual keys, and random attention to compare them with."""
 
 from __future__ import annotations
 

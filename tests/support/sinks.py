@@ -20,7 +20,7 @@ def log_gammas(model) -> list[torch.Tensor]:
 
 
 class Toy(torch.nn.Module):
-    """Its objective is the squared distance of its parameters to targets, which differ on text held back."""
+    """Its objective is the squared distance of its parameters to targets, which differ on the validation text."""
 
     def __init__(self, fit: list[list[float]], validation: list[list[float]]):
         super().__init__()

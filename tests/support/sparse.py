@@ -48,7 +48,7 @@ def written_out(query, key, value, kept, block, scale, softcap=None):
     """The definition, pair by pair, in float64."""
     query, key, value = query.double(), key.double(), value.double()
     (_, heads, n, _), (_, kv_heads, length, _) = query.shape, key.shape
-    key, value = (part.repeat_interleave(heads // kv_heads, 1) for part in (key, value))
+    key, value = (tensor.repeat_interleave(heads // kv_heads, 1) for tensor in (key, value))
     kept, past = kept.repeat_interleave(heads // kept.shape[1], 1), length - n
     scores = query @ key.mT * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -62,8 +62,8 @@ def written_out(query, key, value, kept, block, scale, softcap=None):
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-def ends(pieces: list[int]) -> list[int]:
-    return [sum(pieces[: i + 1]) for i in range(len(pieces))]
+def ends(chunks: list[int]) -> list[int]:
+    return [sum(chunks[: i + 1]) for i in range(len(chunks))]
 
 
 def recipe(*steps: dict) -> dict:

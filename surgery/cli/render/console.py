@@ -33,9 +33,9 @@ def reader_left() -> None:
 
 def console(stderr: bool = False) -> Console:
     """A console that wraps nothing in a pipe, colours only a terminal, and prints a user's [text] as it is."""
-    stream = sys.stderr if stderr else sys.stdout
-    piped, plain = not stream.isatty(), {"highlight": False, "markup": False, "emoji": False}
-    return _Console(file=stream, soft_wrap=piped, width=1000 if piped else None, **plain)
+    output = sys.stderr if stderr else sys.stdout
+    piped, plain = not output.isatty(), {"highlight": False, "markup": False, "emoji": False}
+    return _Console(file=output, soft_wrap=piped, width=1000 if piped else None, **plain)
 
 
 @contextmanager

@@ -70,44 +70,44 @@ class HeadMap:
         if anatomy.surgical:
             streaming = [[layer.kv_name(head) for head in layer.streaming] for layer in anatomy.layers]
         sees = {(layer.sinks, layer.streaming_window) for layer in anatomy.layers if layer.streaming}
-        words = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
-        return cls(source.name, numbers, streaming, words, scores)
+        reach = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in sorted(sees))
+        return cls(source.name, numbers, streaming, reach, scores)
 
     def to_dict(self) -> dict:
         """Plain data, for `--json`."""
         layers = []
         for layer, numbers in enumerate(self.numbers):
-            facts = {"layer": layer, "kv_heads": len(numbers), "numbers": numbers}
+            entry = {"layer": layer, "kv_heads": len(numbers), "numbers": numbers}
             if self.streaming is not None:
-                facts["streaming"] = self.streaming[layer]
+                entry["streaming"] = self.streaming[layer]
             if self.scores is not None:
-                facts["scores"] = self.scores.scores[layer]
-            layers.append(facts)
+                entry["scores"] = self.scores.scores[layer]
+            layers.append(entry)
         origin = {"method": self.scores.method, "origin": self.scores.origin} if self.scores else {}
         return {"model": self.name, **({"sees": self.sees} if self.sees else {}), **origin, "layers": layers}
 
 
-def show(shown: HeadMap) -> None:
+def show(head_map: HeadMap) -> None:
     """Print the map: a column for each layer, a row for each KV head."""
-    out, total = console(), sum(map(len, shown.numbers))
-    if shown.streaming is not None:
-        count = sum(map(len, shown.streaming))
-        out.print(f"{count} of {total} KV heads stream ({STREAMING}: {shown.sees or 'none do'}), {FULL} see all")
+    out, total = console(), sum(map(len, head_map.numbers))
+    if head_map.streaming is not None:
+        count = sum(map(len, head_map.streaming))
+        out.print(f"{count} of {total} KV heads stream ({STREAMING}: {head_map.sees or 'none do'}), {FULL} see all")
         cells = {
-            (layer, head): (STREAMING, "cyan") if head in shown.streaming[layer] else (FULL, "bold")
-            for layer, heads in enumerate(shown.numbers)
+            (layer, head): (STREAMING, "cyan") if head in head_map.streaming[layer] else (FULL, "bold")
+            for layer, heads in enumerate(head_map.numbers)
             for head in heads
         }
-        _grid(out, len(shown.numbers), cells)
-    if shown.scores is not None:
+        _grid(out, len(head_map.numbers), cells)
+    if head_map.scores is not None:
         out.print(
-            f"{shown.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
+            f"{head_map.scores.method}: tenth in which each of {total} KV heads lies, 0 lowest (the first to stream), "
             "9 highest"
         )
-        tenths = tenth_of(shown.scores.scores)
-        cells = {(i, shown.numbers[i][place]): (str(n), SHADES[n]) for (i, place), n in tenths.items()}
-        _grid(out, len(shown.numbers), cells)
-        _facts(out, shown.scores)
+        tenths = tenth_of(head_map.scores.scores)
+        cells = {(layer, head_map.numbers[layer][index]): (str(n), SHADES[n]) for (layer, index), n in tenths.items()}
+        _grid(out, len(head_map.numbers), cells)
+        _show_origin(out, head_map.scores)
 
 
 def tenth_of(scores: list[list[float]]) -> dict[tuple[int, int], int]:
@@ -116,7 +116,7 @@ def tenth_of(scores: list[list[float]]) -> dict[tuple[int, int], int]:
     return {(layer, head): 10 * rank // len(order) for rank, (_, layer, head) in enumerate(order)}
 
 
-def _facts(out, scores: HeadScores) -> None:
+def _show_origin(out, scores: HeadScores) -> None:
     flat = sorted(x for row in scores.scores for x in row)
     out.print(f"scores from {flat[0]:.4g} to {flat[-1]:.4g}, median {flat[len(flat) // 2]:.4g}")
     origin = scores.origin
@@ -139,48 +139,49 @@ def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> Non
             out.print(line)
 
 
-def draw(shown: HeadMap, path: Path) -> list[Path]:
-    """Draw the map as a heat map, and the loss of `gates` beside it as FILE-loss.png.
+def draw(head_map: HeadMap, path: Path) -> list[Path]:
+    """Draw the map as a heat map, and the loss of `gates` as FILE-loss.png in the same folder.
 
     Returns:
         The files written.
     """
     from surgery.report.plots import curves, heat_maps
 
-    table = shown.scores.scores if shown.scores else [[1.0] * len(heads) for heads in shown.numbers]
-    width = 1 + max(max(heads) for heads in shown.numbers)
-    rows = [dict(zip(*pair, strict=True)) for pair in zip(shown.numbers, table, strict=True)]  # by number
-    panels = {"scores": [[row.get(h, math.nan) for h in range(width)] for row in rows]} if shown.scores else {}
-    if shown.streaming is not None:  # grey: it streams
+    table = head_map.scores.scores if head_map.scores else [[1.0] * len(heads) for heads in head_map.numbers]
+    width = 1 + max(max(heads) for heads in head_map.numbers)
+    rows = [dict(zip(*pair, strict=True)) for pair in zip(head_map.numbers, table, strict=True)]  # by number
+    panels = {"scores": [[row.get(h, math.nan) for h in range(width)] for row in rows]} if head_map.scores else {}
+    if head_map.streaming is not None:  # grey: it streams
         panels["full heads (grey: streaming)"] = [
             [math.nan if head in heads else row.get(head, math.nan) for head in range(width)]
-            for row, heads in zip(rows, shown.streaming, strict=True)
+            for row, heads in zip(rows, head_map.streaming, strict=True)
         ]
-    method = shown.scores.method if shown.scores else "full"
+    method = head_map.scores.method if head_map.scores else "full"
     written = [
         heat_maps(
             path,
             panels,
-            rows=range(len(shown.numbers)),
+            rows=range(len(head_map.numbers)),
             columns=range(width),
             row_label="layer",
             column_label="KV head",
             value_label=method,
-            title=shown.name,
+            title=head_map.name,
         )
     ]
-    losses = shown.scores.origin.get("losses") if shown.scores else None
+    losses = head_map.scores.origin.get("losses") if head_map.scores else None
     if losses:
         steps = range(1, len(losses) + 1)
         lines = {
             "distance of the answers' hidden states": (steps, [loss[0] for loss in losses]),
             "mean gate": (steps, [loss[1] for loss in losses]),
         }
-        beside = path.with_name(f"{path.stem}-loss.png")
-        written.append(curves(beside, lines, x_label="step", y_label="", title=f"{shown.name}: gates"))
+        loss_path = path.with_name(f"{path.stem}-loss.png")
+        written.append(curves(loss_path, lines, x_label="step", y_label="", title=f"{head_map.name}: gates"))
     return written
 
 
 def written(files: list[Path]) -> None:
+    """Print the name of each file that was written."""
     for file in files:
         console().print(f"wrote {file}")

@@ -11,15 +11,15 @@ from surgery.cli.render.console import console, size
 LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 
 
-def anatomy(facts) -> None:
-    """The anatomy as a table; equal layers are shown once."""
-    out, first = console(), facts.layers[0]
-    name = f"{facts.composite} ({facts.model_type})" if facts.composite else facts.model_type
+def anatomy_table(anatomy) -> None:
+    """Print an `Anatomy` as a table; equal layers are shown once."""
+    out, first = console(), anatomy.layers[0]
+    name = f"{anatomy.composite} ({anatomy.model_type})" if anatomy.composite else anatomy.model_type
     out.print(
-        f"{name}{', a guess' if facts.guess else ''}: {len(facts.layers)} attention layers, {facts.dtype or '?'}"
+        f"{name}{', a guess' if anatomy.guess else ''}: {len(anatomy.layers)} attention layers, {anatomy.dtype or '?'}"
     )
     table = Table(box=None, pad_edge=False)
-    split = any(layer.streaming for layer in facts.layers)
+    split = any(layer.streaming for layer in anatomy.layers)
     for column in (
         "layers",
         "query heads",
@@ -32,17 +32,17 @@ def anatomy(facts) -> None:
         "biases",
     ):
         table.add_column(column)
-    for run in _runs(facts.layers):
+    for run in _runs(anatomy.layers):
         layer = run[0]
         label = f"{layer.index}-{run[-1].index}" if len(run) > 1 else str(layer.index)
-        turned = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
+        rotated = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
         streaming = [len(layer.streaming)] * split
         cells = (
             layer.heads,
             layer.kv_heads,
             *streaming,
             layer.head_dim,
-            layer.positions + turned,
+            layer.positions + rotated,
             layer.qk_norm or "none",
         )
         table.add_row(label, *map(str, cells), str(layer.window or "none"), layer.biases or "none")
@@ -54,16 +54,16 @@ def anatomy(facts) -> None:
     extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]
     if extra:
         out.print("also: " + ", ".join(extra))
-    fixed = f", and {facts.kv_bytes_fixed:,} bytes of sinks and windows" if facts.kv_bytes_fixed else ""
-    out.print(f"KV cache: {facts.kv_bytes_per_token:,} bytes per token{fixed}")
-    for layer in (each for each in facts.layers if each.streaming):
+    fixed = f", and {anatomy.kv_bytes_fixed:,} bytes of sinks and windows" if anatomy.kv_bytes_fixed else ""
+    out.print(f"KV cache: {anatomy.kv_bytes_per_token:,} bytes per token{fixed}")
+    for layer in (each for each in anatomy.layers if each.streaming):
         out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
         break
-    if held := facts.terms:
-        what = ", ".join(f"{term} in {len(layers)} of {len(facts.layers)} layers" for term, layers in held.items())
+    if terms := anatomy.terms:
+        what = ", ".join(f"{term} in {len(layers)} of {len(anatomy.layers)} layers" for term, layers in terms.items())
         out.print(f"set by a surgery: {what}")
-    for title, words in facts.descriptions.items():
-        out.print(f"{title}: {', '.join(dict.fromkeys(words))}, in {len(words)} of {len(facts.layers)} layers")
+    for title, words in anatomy.descriptions.items():
+        out.print(f"{title}: {', '.join(dict.fromkeys(words))}, in {len(words)} of {len(anatomy.layers)} layers")
 
 
 def applicable(rows: dict[str, list[str]]) -> None:
@@ -132,12 +132,12 @@ def healing(work) -> None:
     out = console()
     for line in work.lines:
         out.print(line)
-    kept = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
-    kept += f", a stored teacher of at most {size(work.teacher_bytes)}" if work.teacher_bytes else ""
-    engine, parts = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
+    storage = f", checkpoints of {size(work.checkpoint_bytes)} on the disk" if work.heal.checkpoint_every else ""
+    storage += f", a stored teacher of at most {size(work.teacher_bytes)}" if work.teacher_bytes else ""
+    engine, memory = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
     where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
-    out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{kept}")
-    out.print(f"heal: of it {parts}")
+    out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{storage}")
+    out.print(f"heal: of it {memory}")
     if not engine.shared:
         states = work.memory["gradients"] + work.memory["optimizer"]
         out.print(
@@ -158,14 +158,14 @@ def _changes(before, after, known: bool, placed: bool) -> list[tuple]:
         known: which heads change; placed: which layers have how many.
     """
     runs: list[tuple] = []
-    facts = None
+    previous = None
     for old, new in zip(before, after, strict=True):
-        here = (_facts(old), _facts(new) if known else new.kv_heads if placed else None)
-        if here == facts:
+        change = (_comparison_key(old), _comparison_key(new) if known else new.kv_heads if placed else None)
+        if change == previous:
             runs[-1] = (*runs[-1][:2], old.index)
         else:
             runs.append((old, new, old.index))
-        facts = here
+        previous = change
     return runs
 
 
@@ -173,17 +173,17 @@ def _runs(layers) -> list[list]:
     """Neighbouring layers that differ in nothing but their number."""
     runs: list[list] = []
     for layer in layers:
-        if runs and _facts(runs[-1][0]) == _facts(layer):
+        if runs and _comparison_key(runs[-1][0]) == _comparison_key(layer):
             runs[-1].append(layer)
         else:
             runs.append([layer])
     return runs
 
 
-def _facts(layer) -> dict:
-    facts = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
-    apart = {name: part.told_apart(layer.entry) for name, part in layer.parts.items()}
-    return facts | {name: value for name, value in apart.items() if value is not None}
+def _comparison_key(layer) -> dict:
+    fields = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
+    part_keys = {name: part.told_apart(layer.entry) for name, part in layer.parts.items()}
+    return fields | {name: value for name, value in part_keys.items() if value is not None}
 
 
 def _readers(layer) -> int | str:

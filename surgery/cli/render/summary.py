@@ -1,4 +1,4 @@
-"""The lines that `apply` ends with: what changed, what a search found, what it cost, what to type next.
+"""The lines that `apply` ends with: what changed, what a search chose, what it cost, what to type next.
 
 What `surgery ls` prints: recipes with the operations they use, operations with their fields and legal values.
 """
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console
 from surgery.evaluation import probes
-from surgery.evaluation.probes.settings import asked as asked_probes
+from surgery.evaluation.probes.settings import requested_probes
 from surgery.operations.base import SURGICAL
 from surgery.operations.variants import Variants, inline_schema, method_facts
 from surgery.report.card_sections import healed, searched
@@ -21,7 +21,7 @@ from surgery.report.gate import damage
 
 
 def summary(report, base: str) -> None:
-    """Print them.
+    """Print the lines that `apply` ends with.
 
     Args:
         report: of a folder that was just written.
@@ -34,8 +34,8 @@ def summary(report, base: str) -> None:
         f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
         + also
     )
-    for found in searched(data):
-        out.print(f"found:   {found}")
+    for line in searched(data):
+        out.print(f"found:   {line}")
     for line in healed(data):
         out.print(f"healed:  {line}")
     gate = data["gate"]
@@ -51,11 +51,11 @@ def _cost(data: dict) -> str:
         return "not measured"
     if result["status"] != "done":
         return f"not measured ({result.get('reason', '')})"
-    said = [(cls, cls.sentence(facts)) for cls, facts in probes.done(result)]
-    if not all(sentence for cls, sentence in said if cls.main):
+    sentences = [(cls, cls.sentence(record)) for cls, record in probes.done(result)]
+    if not all(sentence for cls, sentence in sentences if cls.main):
         return "the model gives NaN: not usable"
     usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
-    return ", ".join(sentence for _, sentence in said if sentence) + usable
+    return ", ".join(sentence for _, sentence in sentences if sentence) + usable
 
 
 def _next(data: dict, folder: str, base: str) -> str:
@@ -65,9 +65,9 @@ def _next(data: dict, folder: str, base: str) -> str:
     if not data["check"]["passed"]:
         return f"surgery check {quoted} names the fault; the base is untouched"
     if data["evaluation"] is None:
-        return f"surgery eval {quoted} --base {model}{_as_asked(data)}"
+        return f"surgery eval {quoted} --base {model}{_requested_options(data)}"
     if data["evaluation"]["status"] != "done":
-        return f"surgery eval {quoted} --base {model}{_as_asked(data)}, on a machine with more memory"
+        return f"surgery eval {quoted} --base {model}{_requested_options(data)}, on a machine with more memory"
     train = f"surgery heal {quoted} tokens=1e6 -o HEALED --base {model}"
     if damage(data["evaluation"]) and data.get("heal"):
         return (
@@ -82,15 +82,15 @@ def _next(data: dict, folder: str, base: str) -> str:
     return f"{loader}({json.dumps(folder, ensure_ascii=False)}), or surgery push {quoted} OWNER/NAME"
 
 
-def _as_asked(data: dict) -> str:
+def _requested_options(data: dict) -> str:
     """The options of `eval` that make its result the one that the recipe asks for."""
-    judged_by = data["recipe"].get("evaluate") or {}
-    asked = next(probe for probe in asked_probes(judged_by) if probe.main)
-    flags = {option: (getattr(asked, flag.key), flag.key) for option, flag in asked.aliases.flags.items()}
+    settings = data["recipe"].get("evaluate") or {}
+    probe = next(probe for probe in requested_probes(settings) if probe.main)
+    flags = {option: (getattr(probe, flag.key), flag.key) for option, flag in probe.aliases.flags.items()}
     return "".join(
         f" --{option.replace('_', '-')} {shlex.quote(str(value))}"
         for option, (value, key) in flags.items()
-        if value != type(asked).model_fields[key].default
+        if value != type(probe).model_fields[key].default
     )
 
 
@@ -98,20 +98,20 @@ def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> No
     """What `ls` shows: recipes with the operations they use, operations with their fields."""
     out = console()
     table = Table("recipe", "uses", "what it does", title="Recipes", title_justify="left", box=None, pad_edge=False)
-    for name, facts in recipes.items():
-        table.add_row(name, " + ".join(facts["ops"]), facts["description"])
+    for name, info in recipes.items():
+        table.add_row(name, " + ".join(info["ops"]), info["description"])
     out.print(table)
     for op, cls in classes.items():
         out.print(Text.assemble("\n", (op, "bold"), "  ", cls.summary))
         schema, methods = inline_schema(cls), cls.METHODS if issubclass(cls, Variants) else {}
-        facts = {name: method_facts(method) for name, method in methods.items()}
-        own = {key for fact in facts.values() for key in fact["fields"]}
-        common = {name: field for name, field in schema["properties"].items() if name not in own | {"op"}}
+        methods_info = {name: method_facts(method) for name, method in methods.items()}
+        own_fields = {key for method_info in methods_info.values() for key in method_info["fields"]}
+        common = {name: field for name, field in schema["properties"].items() if name not in own_fields | {"op"}}
         out.print(_fields(common, schema))
-        for name, fact in facts.items():
-            out.print(Text.assemble("  method: ", (name, "bold"), ("  " + fact["description"], "dim")))
-            if fact["fields"]:
-                out.print(_fields(fact["fields"], fact, indent=4))
+        for name, method_info in methods_info.items():
+            out.print(Text.assemble("  method: ", (name, "bold"), ("  " + method_info["description"], "dim")))
+            if method_info["fields"]:
+                out.print(_fields(method_info["fields"], method_info, indent=4))
     for op, error in broken.items():
         out.print(Text.assemble("\n", (op, "bold red"), "  ", error))
 
@@ -138,8 +138,8 @@ def kind(field: dict, known: dict) -> str:
     if "enum" in field or "const" in field:
         return " | ".join(map(str, field.get("enum", [field.get("const")])))
     if "anyOf" in field:
-        parts = (part for part in field["anyOf"] if part.get("type") != "null")
-        return " | ".join(dict.fromkeys(kind(part, known) for part in parts))
+        choices = (choice for choice in field["anyOf"] if choice.get("type") != "null")
+        return " | ".join(dict.fromkeys(kind(choice, known) for choice in choices))
     if field.get("type") == "array":
         return f"list of {kind(field.get('items', {}), known)}"
     words = {"integer": "whole number", "string": "text", "boolean": "true | false", "object": "mapping"}

@@ -1,1 +1,1 @@
-"""Speed and memory of a converted model beside its base, in one run, in turn."""
+"""Speed and memory of a converted model compared with its base, interleaved in one run."""

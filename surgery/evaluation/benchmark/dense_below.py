@@ -1,9 +1,9 @@
 """From which position on sparse prefill pays on this machine: its `dense_below`, measured.
 
-What a layer's attention is given on a text is kept, and that attention is timed on it in turn: dense, and sparse from
-a candidate on. A candidate fits if neither a prompt that is a quarter longer nor one that is twice as long takes more
-than `LIMIT` of dense's time: every block beyond saves more than the one before. The smallest that fits is taken. The
-attention alone is timed: of a whole prompt its share grows with the length, so a prompt as a whole loses less.
+The inputs of a layer's attention on a text are recorded, and that attention is timed on them in turn: dense, and
+sparse from a candidate on. A candidate fits if neither a prompt that is a quarter longer nor one that is twice as long
+takes more than `LIMIT` of dense's time: every block beyond saves more than the one before. The smallest that fits is
+taken. The attention alone is timed: its share of a prompt grows with the length, so a whole prompt loses less.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class DenseBelowSearch:
     """What was measured, and what follows.
 
     Attributes:
@@ -68,10 +68,11 @@ class Calibration:
         return max(trial.length for trial in self.trials)
 
     def to_dict(self) -> dict[str, Any]:
+        """The search as plain data, for `--json` and surgery.json."""
         return asdict(self)
 
 
-def calibrate(
+def search_dense_below(
     out: str | Path,
     *,
     candidates: tuple[int, ...] | None = None,
@@ -79,7 +80,7 @@ def calibrate(
     text: str = "builtin",
     device: str = "cpu",
     progress=None,
-) -> Calibration:
+) -> DenseBelowSearch:
     """Find the `dense_below` of a checkpoint with sparse prefill on this machine.
 
     Args:
@@ -98,35 +99,37 @@ def calibrate(
     from surgery.evaluation.benchmark.run import device_of, machine_name
     from surgery.io.loading import load_model, read_tokenizer
 
-    place, loaded = device_of(device), load_text(text, "calibration")
-    model = load_model(Path(out)).to(place).eval()
+    torch_device, sample_text = device_of(device), load_text(text, "calibration")
+    model = load_model(Path(out)).to(torch_device).eval()
     entries = [layer.get("sparse") for layer in (getattr(model.config, "surgery", None) or {"layers": []})["layers"]]
-    sparse = [number for number, entry in enumerate(entries) if entry]
-    if not sparse:
+    sparse_layers = [layer_index for layer_index, entry in enumerate(entries) if entry]
+    if not sparse_layers:
         fix = "surgery apply sparse-prefill MODEL -o OUT"
         raise SurgeryError("no layer of this checkpoint has a sparse prefill to calibrate", where=str(out), fix=fix)
-    layers = [sparse[place] for place in spaced_layers(len(sparse), min(LAYERS, len(sparse)))]
-    block = max(entries[number]["block"] for number in sparse)
-    tokenizer, trials, value = read_tokenizer(Path(out)), [], None
-    tokens = len(tokenizer(loaded.text, add_special_tokens=False, verbose=False)["input_ids"])
+    layers = [sparse_layers[index] for index in spaced_layers(len(sparse_layers), min(LAYERS, len(sparse_layers)))]
+    block = max(entries[layer_index]["block"] for layer_index in sparse_layers)
+    tokenizer, trials, dense_below = read_tokenizer(Path(out)), [], None
+    tokens = len(tokenizer(sample_text.text, add_special_tokens=False, verbose=False)["input_ids"])
     positions = getattr(model.config, "max_position_embeddings", None) or tokens
     longest = min(positions, tokens)
     tried = [n for n in sorted(set(candidates or CANDIDATES)) if block <= n <= longest // 2]
     if not tried:
         raise _no_candidate(block, positions, tokens, str(out))
-    ids = windows(loaded, tokenizer, 2 * tried[-1], 1).to(place)
-    for number, candidate in enumerate(tried):
+    ids = windows(sample_text, tokenizer, 2 * tried[-1], 1).to(torch_device)
+    for index, candidate in enumerate(tried):
         calls = _calls(model, ids[:, : 2 * candidate], layers)
         for length in sorted({max(candidate * 5 // 4, candidate + block), 2 * candidate}):
             trials.append(_trial(calls, candidate, length, rounds))
         if progress:
-            progress(number + 1, len(tried), "calibrate")
+            progress(index + 1, len(tried), "calibrate")
         if max(trial.ratio for trial in trials if trial.dense_below == candidate) <= LIMIT:
-            value = candidate
+            dense_below = candidate
             break
-    before = sorted({entries[number].get("dense_below", 0) for number in sparse})
-    facts = (trials, machine_name(place), loaded.title, layers, rounds)
-    return Calibration(positions if value is None else value, before, value is not None, *facts)
+    before = sorted({entries[layer_index].get("dense_below", 0) for layer_index in sparse_layers})
+    details = (trials, machine_name(torch_device), sample_text.title, layers, rounds)
+    return DenseBelowSearch(
+        positions if dense_below is None else dense_below, before, dense_below is not None, *details
+    )
 
 
 def _no_candidate(block: int, positions: int, tokens: int, where: str) -> SurgeryError:
@@ -145,31 +148,37 @@ def _calls(model, ids, layers: list[int]) -> list[tuple]:
     from surgery.calibration.attention_hook import hook_attention
     from surgery.runtime.surgery_attention import surgery_attention
 
-    found = []
+    calls = []
 
     def attention(module, query, key, value, mask, **kwargs):
         if module.layer_idx in layers:
-            found.append((module, query, key, value, kwargs))
+            calls.append((module, query, key, value, kwargs))
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention, split=True), torch.no_grad():
         model.base_model(input_ids=ids, use_cache=False)
-    return found
+    return calls
 
 
 def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> Trial:
     """Both ways in turn; a round's time is that of all layers."""
     repeats, times = 1, []
-    for number in range(rounds + 1):  # the first counts for nothing but the number of repeats
+    for round_index in range(rounds + 1):  # the first counts for nothing but the number of repeats
         dense, sparse = (
             sum(_seconds(call, length, below, repeats) for call in calls) for below in (None, dense_below)
         )
-        if number:
+        if round_index:
             times.append((dense, sparse))
         else:
             repeats = max(1, round(SHORTEST * len(calls) / dense))
     dense, sparse = (statistics.median(column) / len(calls) for column in zip(*times, strict=True))
-    return Trial(dense_below, length, dense, sparse, statistics.median(one / other for other, one in times))
+    return Trial(
+        dense_below,
+        length,
+        dense,
+        sparse,
+        statistics.median(sparse_time / dense_time for dense_time, sparse_time in times),
+    )
 
 
 def _seconds(call: tuple, length: int, dense_below: int | None, repeats: int) -> float:
@@ -180,27 +189,29 @@ def _seconds(call: tuple, length: int, dense_below: int | None, repeats: int) ->
     from surgery.runtime.surgery_attention import surgery_attention
 
     module, *tensors, others = call
-    parts = [tensor[:, :, :length] for tensor in tensors]
+    inputs = [tensor[:, :, :length] for tensor in tensors]
     with torch.no_grad(), _dense_below(module, dense_below):
-        wait(parts[0].device)
+        wait(inputs[0].device)
         begin = time.perf_counter()
         for _ in range(repeats):
-            surgery_attention(module, *parts, None, **others)
-        wait(parts[0].device)
+            surgery_attention(module, *inputs, None, **others)
+        wait(inputs[0].device)
         return (time.perf_counter() - begin) / repeats
 
 
 @contextmanager
 def _dense_below(module, tokens: int | None):
-    own = module.surgery_sparse
-    module.surgery_sparse = tokens if tokens is None else [one and replace(one, dense_below=tokens) for one in own]
+    before = module.surgery_sparse
+    module.surgery_sparse = (
+        tokens if tokens is None else [settings and replace(settings, dense_below=tokens) for settings in before]
+    )
     try:
         yield
     finally:
-        module.surgery_sparse = own
+        module.surgery_sparse = before
 
 
-def write(folder: str | Path, found: Calibration):
+def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     """Give a checkpoint the `dense_below` that was found: config.json, surgery.json and the card.
 
     A larger value reads more than what was scored: the scores stay, and the card says of which value they are. With a
@@ -216,42 +227,42 @@ def write(folder: str | Path, found: Calibration):
     from surgery.io.output_folder import machine_errors
     from surgery.report.report import Report
 
-    if not found.fits and found.tried < found.dense_below:
+    if not search.fits and search.tried < search.dense_below:
         raise SurgeryError(
-            f"nothing was written: no prompt of up to {found.tried:,} tokens should be sparse here, and longer ones "
-            f"(the model has {found.dense_below:,} positions) were not tried",
+            f"nothing was written: no prompt of up to {search.tried:,} tokens should be sparse here, and longer ones "
+            f"(the model has {search.dense_below:,} positions) were not tried",
             where=str(folder),
             fix="give a longer --text and larger --lengths, or convert the base with a dense_below of yours",
         )
     folder = Path(folder)
     report, config = Report.of(folder), read_json(folder / "config.json")
-    value, data = found.dense_below, report.data
+    dense_below, data = search.dense_below, report.data
     for entry in (layer["sparse"] for layer in config["surgery"]["layers"] if "sparse" in layer):
-        entry["dense_below"] = value
+        entry["dense_below"] = dense_below
     steps = [step for step in data["recipe"]["operations"] if step.get("op") == "sparse_prefill"]
     for step in steps:
-        step["dense_below"] = value
+        step["dense_below"] = dense_below
         for changes in (step.get("per_layer") or {}).values():
             changes.pop("dense_below", None)
-    if [value] != found.before:
-        _note_change(data, found)
-    data["calibration"] = found.to_dict()
+    if [dense_below] != search.before:
+        _note_change(data, search)
+    data["calibration"] = search.to_dict()
     with machine_errors(folder):
         write_json(folder / "config.json", config)
         report.save()
     return report
 
 
-def _note_change(data: dict, found: Calibration) -> None:
+def _note_change(data: dict, search: DenseBelowSearch) -> None:
     """Say in a record that `dense_below` is another one now."""
-    value, before = found.dense_below, " or ".join(f"{tokens:,}" for tokens in found.before)
+    dense_below, before = search.dense_below, " or ".join(f"{tokens:,}" for tokens in search.before)
     plan, scored = data["plan"], data["evaluation"] is not None
-    for old in found.before:
-        words = [f"prompts beyond {tokens:,} tokens" for tokens in (old, value)]
-        plan["changes"] = [line.replace(*words) for line in plan["changes"]]
-    plan["notes"].append(f"dense_below was {before} and became {value:,} by calibration on {found.machine}")
-    data["overrides"].append(f"sparse_prefill.dense_below={value}")
-    if value < max(found.before):
+    for old in search.before:
+        phrases = [f"prompts beyond {tokens:,} tokens" for tokens in (old, dense_below)]
+        plan["changes"] = [line.replace(*phrases) for line in plan["changes"]]
+    plan["notes"].append(f"dense_below was {before} and became {dense_below:,} by calibration on {search.machine}")
+    data["overrides"].append(f"sparse_prefill.dense_below={dense_below}")
+    if dense_below < max(search.before):
         data["evaluation"] = None
         data["gate"] = {"status": "not run", "limits": data["gate"]["limits"]}
     elif scored:

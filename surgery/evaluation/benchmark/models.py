@@ -50,7 +50,7 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
 
 
 def loaded_pair(base, out, base_folder: Path, out_folder: Path, positions: int) -> tuple[Any, Any, dict]:
-    """Both models with their own weights, and no facts to add.
+    """Both models with their own weights, and no information to add.
 
     Raises:
         SurgeryError: more positions asked for than the base has.
@@ -89,8 +89,8 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
     if base.get_text_config() is not base:
         raise SurgeryError("composites (vision + text) have no synthetic counterpart", fix="leave out --synthetic")
     depth = base.num_hidden_layers
-    kept = spaced_layers(depth, layers)
-    stock, patched = (synthetic_config(config, kept, positions) for config in (base, out))
+    kept_layers = spaced_layers(depth, layers)
+    stock, patched = (synthetic_config(config, kept_layers, positions) for config in (base, out))
     block = getattr(patched, "surgery", None)
     if ratio is not None:
         if not block:
@@ -102,10 +102,10 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
             shapes = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         weights += sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
     _refuse_too_big(weights, stock, positions)
-    facts = {"layers_of_the_base": depth, "layers_kept": kept, "ratio_asked": ratio}
+    info = {"layers_of_the_base": depth, "layers_kept": kept_layers, "ratio_asked": ratio}
     models = random_model(stock), random_model(patched)
     _random_routers(models[1])
-    return *models, facts
+    return *models, info
 
 
 def _random_routers(model) -> None:
@@ -118,7 +118,7 @@ def _random_routers(model) -> None:
             router.data.copy_(torch.randn(router.shape, generator=generator) * router.shape[1] ** -0.5)
 
 
-def split_facts(config) -> dict[str, Any] | None:
+def split_figures(config) -> dict[str, Any] | None:
     """The head split of a config in figures; None for a native model."""
     block = getattr(config, "surgery", None)
     if not block:
@@ -135,7 +135,7 @@ def split_facts(config) -> dict[str, Any] | None:
     }
 
 
-def gate_facts(config) -> dict[str, Any] | None:
+def gate_figures(config) -> dict[str, Any] | None:
     """The gates of a config in figures; None where no layer has one."""
     from surgery.runtime.surgery_config import query_groups
     from surgery.runtime.surgery_gates import Gate
@@ -148,7 +148,7 @@ def gate_facts(config) -> dict[str, Any] | None:
     return {"layers": len(gates), "kinds": kinds, "on": sum(gate.on / gate.units for gate in gates) / len(gates)}
 
 
-def sparse_facts(config) -> dict[str, Any] | None:
+def sparse_figures(config) -> dict[str, Any] | None:
     """The sparse prefill of a config in figures; None where no layer has one.
 
     `by_text`: how many blocks are read follows from text and weights, not from the settings alone.
@@ -210,8 +210,8 @@ def make_prompts(folder: Path | None, vocabulary: int, lengths: tuple[int, ...])
 
         try:
             text = load_text(part="calibration")
-            whole = windows(text, read_tokenizer(folder), max(max(lengths), 2), 1)
-            return {length: whole[:, :length] for length in lengths}, text.title, ""
+            tokens = windows(text, read_tokenizer(folder), max(max(lengths), 2), 1)
+            return {length: tokens[:, :length] for length in lengths}, text.title, ""
         except SurgeryError as error:
             reason = error.what
     generator = torch.Generator().manual_seed(0)
@@ -278,9 +278,13 @@ def even_split(layers: list[dict], kv_heads: list[int], ratio: float, seed: int 
         raise SurgeryError(f"ratio {ratio:g}", where="--ratio", fix="from 0 to 1")
     heads = [(layer, head) for layer, count in enumerate(kv_heads) for head in range(count)]
     chosen = set(random.Random(seed).sample(heads, round(ratio * len(heads))))
-    named = next((layer for layer in layers if "window" in layer), {"sinks": 16, "window": 240})
-    reach = {"sinks": named.get("sinks", 0), "window": named["window"]}
+    with_window = next((layer for layer in layers if "window" in layer), {"sinks": 16, "window": 240})
+    reach = {"sinks": with_window.get("sinks", 0), "window": with_window["window"]}
     return [
-        {**reach, **layer, "streaming": [head for head in range(kv_heads[number]) if (number, head) in chosen]}
-        for number, layer in enumerate(layers)
+        {
+            **reach,
+            **layer,
+            "streaming": [head for head in range(kv_heads[layer_index]) if (layer_index, head) in chosen],
+        }
+        for layer_index, layer in enumerate(layers)
     ]

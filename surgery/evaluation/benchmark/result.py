@@ -61,6 +61,7 @@ class Timing:
         return statistics.median(self.decode_rounds)
 
     def to_dict(self) -> dict[str, Any]:
+        """The timing as plain data: seconds, tokens a second, bytes; a spread is the slowest to the fastest round."""
         return asdict(self) | {
             "prefill": self.prefill,
             "prefill_spread": spread(self.prefill_rounds),
@@ -96,6 +97,7 @@ class Benchmark:
     sparse: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """All timings and ratios as plain data, for `--json`."""
         return {**vars(self), "timings": [t.to_dict() for t in self.timings], "ratios": self.ratios()}
 
     def ratios(self) -> list[dict[str, Any]]:
@@ -106,25 +108,25 @@ class Benchmark:
         the attention of layers with a gate or sparse prefill, in the prompt; `pairs_read`: of the pairs of a query and
         a key that such layers would multiply, those that they did.
         """
-        found = []
+        rows = []
         for length in dict.fromkeys(t.length for t in self.timings):
-            at = {t.model: t for t in self.timings if t.length == length}
+            by_model = {t.model: t for t in self.timings if t.length == length}
             row: dict[str, Any] = {"length": length, "ranges": {}}
             for name, slow, fast, what in SPEEDS:
                 row[name] = None
-                if slow in at:
-                    pairs = zip(*(getattr(at[model], f"{what}_rounds") for model in (slow, fast)), strict=True)
+                if slow in by_model:
+                    pairs = zip(*(getattr(by_model[model], f"{what}_rounds") for model in (slow, fast)), strict=True)
                     quotients = [one / other for one, other in pairs]
                     row[name], row["ranges"][name] = statistics.median(quotients), [min(quotients), max(quotients)]
             for name, what in SHARES:
-                base, ours = getattr(at[STOCK], what), getattr(at[SPLIT], what)
+                base, ours = getattr(by_model[STOCK], what), getattr(by_model[SPLIT], what)
                 row[name] = ours / base if base and ours is not None else None
-            work = at[SPLIT].work
-            done, whole = (sum(part[i] for part in work.values()) for i in (0, 1))
-            row["multiply_adds"] = done / whole if whole else None
-            row["pairs_read"] = work["attention"][0] / work["attention"][1] if whole else None
-            found.append(row)
-        return found
+            work = by_model[SPLIT].work
+            counted, total = (sum(work_of_part[i] for work_of_part in work.values()) for i in (0, 1))
+            row["multiply_adds"] = counted / total if total else None
+            row["pairs_read"] = work["attention"][0] / work["attention"][1] if total else None
+            rows.append(row)
+        return rows
 
 
 def spread(rounds: Sequence[float]) -> float:
@@ -133,7 +135,7 @@ def spread(rounds: Sequence[float]) -> float:
 
 
 def plot(result: Benchmark, path: str | Path) -> Path:
-    """Ratios against length as a PNG; see `pictures.curves` for its errors."""
+    """Ratios against length as a PNG; see `surgery.report.plots.curves` for its errors."""
     from surgery.report.plots import curves
 
     rows = sorted(result.ratios(), key=lambda row: row["length"])

@@ -18,12 +18,12 @@ from typing import Any
 from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.benchmark.models import (
     compare,
-    gate_facts,
+    gate_figures,
     loaded_pair,
     make_prompts,
     random_pair,
-    sparse_facts,
-    split_facts,
+    sparse_figures,
+    split_figures,
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
 from surgery.machine.device import PeakMemory
@@ -41,6 +41,7 @@ class Contender:
     block: dict | None = None
 
     def ready(self):
+        """The model, with this contender's `surgery` block attached."""
         from surgery.runtime.modeling_surgery import attach
 
         if self.block:
@@ -55,7 +56,7 @@ BY_TEXT = (
 )
 
 
-def _facts_of(stock) -> dict:
+def _base_info(stock) -> dict:
     """What a reader must know of the base that was timed."""
     text = stock.config.get_text_config()
     return {
@@ -71,9 +72,9 @@ def _contenders(stock, model) -> list[Contender]:
     block = getattr(model.config, "surgery", None)
     if not block:
         return [Contender(STOCK, stock), Contender(SPLIT, model, block)]
-    full = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
-    whole = Contender(FULL, model, {**block, "layers": full})
-    return [Contender(STOCK, stock), whole, Contender(SPLIT, model, block)]
+    layers = [{name: layer[name] for name in SHAPE if name in layer} for layer in block["layers"]]
+    all_full = Contender(FULL, model, {**block, "layers": layers})
+    return [Contender(STOCK, stock), all_full, Contender(SPLIT, model, block)]
 
 
 def bench(
@@ -113,47 +114,47 @@ def bench(
     from surgery.io.loading import read_config
 
     _refuse(lengths, rounds, decode, synthetic, layers, ratio)
-    lengths, place = tuple(dict.fromkeys(lengths)), device_of(device)
+    lengths, torch_device = tuple(dict.fromkeys(lengths)), device_of(device)
     folder, positions = resolve(str(base), weights=not synthetic).path, max(lengths) + 1 + decode
     configs = read_config(folder), read_config(out)
     notes = compare(*configs, base, out)
     if synthetic:
-        stock, model, facts = random_pair(*configs, positions, layers, ratio)
+        stock, model, info = random_pair(*configs, positions, layers, ratio)
     else:
-        stock, model, facts = loaded_pair(*configs, folder, Path(out), positions)
-    split, gate, sparse = split_facts(model.config), gate_facts(model.config), sparse_facts(model.config)
-    facts = _facts_of(stock) | {"synthetic": synthetic} | facts
+        stock, model, info = loaded_pair(*configs, folder, Path(out), positions)
+    split, gate, sparse = split_figures(model.config), gate_figures(model.config), sparse_figures(model.config)
+    info = _base_info(stock) | {"synthetic": synthetic} | info
     vocabulary = stock.config.get_text_config().vocab_size
-    prompts, facts["prompts"], reason = make_prompts(None if synthetic else folder, vocabulary, lengths)
+    prompts, info["prompts"], reason = make_prompts(None if synthetic else folder, vocabulary, lengths)
     notes += [f"the prompts are random tokens, not text: {reason}"] if reason else []
     notes += [BY_TEXT] if sparse and sparse["by_text"] and (synthetic or reason) else []
-    with _out_of_memory(place):
+    with _out_of_memory(torch_device):
         for each in (stock, model):
-            _touch(each.to(place).eval())
+            _read_weights(each.to(torch_device).eval())
         with _short_collections():
-            timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, place, progress)
-    return Benchmark(machine_name(place), facts, split, gate, rounds, decode, timings, notes, sparse)
+            timings = _all_rounds(_contenders(stock, model), prompts, rounds, decode, torch_device, progress)
+    return Benchmark(machine_name(torch_device), info, split, gate, rounds, decode, timings, notes, sparse)
 
 
-def _all_rounds(contenders, prompts, rounds, decode, place, progress) -> list[Timing]:
+def _all_rounds(contenders, prompts, rounds, decode, device, progress) -> list[Timing]:
     done, total, timings = 0, sum(prompts) * (rounds + 1) * len(contenders), []
     for length, ids in prompts.items():
-        ids = ids.to(place)
-        samples: dict[str, list] = {each.name: [] for each in contenders}
+        ids = ids.to(device)
+        samples: dict[str, list] = {contender.name: [] for contender in contenders}
         peaks: dict[str, tuple[int | None, dict]] = {}
-        for turn in range(rounds + 1):
-            first = turn % len(contenders)
-            for each in contenders[first:] + contenders[:first]:
-                if turn == 0:
-                    peaks[each.name] = _peak(each.ready(), ids, place)
+        for round_index in range(rounds + 1):
+            first = round_index % len(contenders)
+            for contender in contenders[first:] + contenders[:first]:
+                if round_index == 0:
+                    peaks[contender.name] = _peak(contender.ready(), ids, device)
                 else:
-                    samples[each.name].append(_run(each.ready(), ids, decode))
+                    samples[contender.name].append(_run(contender.ready(), ids, decode))
                 done += length
                 if progress:
                     progress(done, total, "bench")
         for name, values in samples.items():
-            prefill, token, *held = zip(*values, strict=True)
-            timings.append(Timing(name, length, prefill, token, *map(max, held), *peaks[name]))
+            prefill, token, *cache_sizes = zip(*values, strict=True)
+            timings.append(Timing(name, length, prefill, token, *map(max, cache_sizes), *peaks[name]))
     return timings
 
 
@@ -163,23 +164,23 @@ def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
 
     from surgery.runtime.modeling_surgery import CACHE
 
-    seconds, given = [], {"input_ids": ids, "logits_to_keep": 1}
+    seconds, inputs = [], {"input_ids": ids, "logits_to_keep": 1}
     gc.collect()
     with torch.no_grad():
         for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, those that count
             wait(ids.device)
             begin = time.perf_counter()
-            out = model(**given, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
+            output = model(**inputs, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
             wait(ids.device)
             seconds.append(time.perf_counter() - begin)
             if len(seconds) == 1:
-                held = cache_bytes(out[CACHE])
-            given = {"input_ids": token, CACHE: out[CACHE]}
-    return seconds[0], statistics.median(seconds[2:]), held, cache_bytes(out[CACHE])
+                prompt_bytes = cache_bytes(output[CACHE])
+            inputs = {"input_ids": token, CACHE: output[CACHE]}
+    return seconds[0], statistics.median(seconds[2:]), prompt_bytes, cache_bytes(output[CACHE])
 
 
-def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
+def _peak(model, ids, device) -> tuple[int | None, dict[str, list[int]]]:
     """Most bytes that a prefill takes beyond the weights, and its multiply-adds as `Timing.work` has them.
 
     Decodes a token afterwards, so that all has run once.
@@ -190,17 +191,17 @@ def _peak(model, ids, place) -> tuple[int | None, dict[str, list[int]]]:
     from surgery.runtime.surgery_gated_compute import counted
 
     with torch.no_grad():
-        with PeakMemory(place) as peak, counted(model) as work:
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        model(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
-    return peak.bytes, {part: [done, work.whole[part]] for part, done in work.done.items()}
+        with PeakMemory(device) as peak, counted(model) as work:
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :1], **{CACHE: output[CACHE]}, use_cache=True)
+    return peak.bytes, {name: [done, work.whole[name]] for name, done in work.done.items()}
 
 
 def cache_bytes(cache) -> int:
     """Bytes of the tensors that a cache really holds."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    tensors = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
@@ -215,21 +216,27 @@ def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
 
 
 def device_of(name: str):
+    """The torch device of this name.
+
+    Raises:
+        SurgeryError: it is neither "cpu" nor "cuda".
+        MachineError: PyTorch sees no such GPU.
+    """
     import torch
 
     try:
-        place = torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise SurgeryError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"PyTorch sees no such device: {name}", where="--device", fix="--device cpu")
-    return place
+    return device
 
 
 @contextmanager
-def _out_of_memory(place):
+def _out_of_memory(device):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for GPUs alone
@@ -237,7 +244,7 @@ def _out_of_memory(place):
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
         what = (str(error) or "no more to be had").splitlines()[0]
-        raise MachineError(f"out of memory: {what}", where=str(place), fix="shorter --lengths") from error
+        raise MachineError(f"out of memory: {what}", where=str(device), fix="shorter --lengths") from error
 
 
 @contextmanager
@@ -252,26 +259,28 @@ def _short_collections():
         gc.unfreeze()
 
 
-def _touch(model) -> None:
+def _read_weights(model) -> None:
     """Read every page of the weights, which may be mapped from a file: that is part of no prompt's time or memory."""
     for parameter in model.parameters():
         parameter.detach().flatten()[::512].sum()
 
 
-def wait(place) -> None:
-    if place.type == "cuda":
+def wait(device) -> None:
+    """Wait until the device has done its work: a GPU's calls return before."""
+    if device.type == "cuda":
         import torch
 
-        torch.cuda.synchronize(place)
+        torch.cuda.synchronize(device)
 
 
-def machine_name(place) -> str:
+def machine_name(device) -> str:
+    """Processor, its threads, and the version of torch, in a line."""
     import platform
 
     import torch
 
-    if place.type == "cuda":
-        return f"{torch.cuda.get_device_name(place)}, torch {torch.__version__}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = f"{platform.machine()} CPU"
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

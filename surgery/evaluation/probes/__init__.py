@@ -46,23 +46,23 @@ def every() -> list[type[Probe]]:
 
 
 def main() -> type[Probe]:
-    """The probe that is run whatever a recipe asks: its facts are the top level of a report's `evaluation`."""
+    """The probe that is run whatever a recipe asks: its record is the top level of a report's `evaluation`."""
     return next(cls for cls in every() if cls.main)
 
 
-def part(evaluation: dict, cls: type[Probe]) -> dict:
+def record_of(evaluation: dict, cls: type[Probe]) -> dict:
     """What a report's `evaluation` holds of one probe; {} where it was not asked for."""
     return evaluation if cls.main else evaluation.get(cls.name) or {}
 
 
 def done(evaluation: dict) -> list[tuple[type[Probe], dict]]:
-    """The probes that an evaluation has figures of, with their facts."""
-    parts = [(cls, part(evaluation, cls)) for cls in every()]
-    return [(cls, facts) for cls, facts in parts if facts and facts.get("status", "done") == "done"]
+    """The probes that an evaluation has figures of, with their records."""
+    records = [(cls, record_of(evaluation, cls)) for cls in every()]
+    return [(cls, record) for cls, record in records if record and record.get("status", "done") == "done"]
 
 
 def limits() -> dict[str, tuple[type[Probe], Limit]]:
     """Every limit that a gate may have -> its probe, and what it bounds."""
-    found = {name: (cls, limit) for cls in every() for name, limit in cls.limits.items()}
+    bounded = {name: (cls, limit) for cls in every() for name, limit in cls.limits.items()}
     last = [name for cls in every() for name in cls.aliases.last]
-    return {name: found[name] for name in [*(name for name in found if name not in last), *last]}
+    return {name: bounded[name] for name in [*(name for name in bounded if name not in last), *last]}

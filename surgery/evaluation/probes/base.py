@@ -1,4 +1,4 @@
-"""What a probe is: settings, cases, a run of each model, a comparison, and how the figures are said and judged."""
+"""What a probe is: settings, cases, a run of each model, a comparison, and how the figures are shown and judged."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from surgery.io.loading import Source
 
 Progress = Callable[[int, int, str], None]
-OWN_WORDS = "own_words"  # kind of a pydantic error whose sentence is a SurgeryError's
+SETTINGS_ERROR = "settings_error"  # kind of a pydantic error whose sentence is a SurgeryError's
 
 
-def own_words(what: str, *, key: str = "", exists: str = "", fix: str = "") -> PydanticCustomError:
+def settings_error(what: str, *, key: str = "", exists: str = "", fix: str = "") -> PydanticCustomError:
     """An error for a validator of settings, shown to the user in these words.
 
     Args:
@@ -33,15 +33,15 @@ def own_words(what: str, *, key: str = "", exists: str = "", fix: str = "") -> P
         key: that setting. It is named as the user wrote it (`items`, or `--choice-items`).
         exists, fix: as of a `SurgeryError`.
     """
-    return PydanticCustomError(OWN_WORDS, "{what}", {"what": what, "key": key, "exists": exists, "fix": fix})
+    return PydanticCustomError(SETTINGS_ERROR, "{what}", {"what": what, "key": key, "exists": exists, "fix": fix})
 
 
-def in_own_words(check: Callable[..., object], *args: object) -> None:
+def check_setting(check: Callable[..., object], *args: object) -> None:
     """Call a check that raises SurgeryError inside a validator of settings."""
     try:
         check(*args)
     except SurgeryError as error:
-        raise own_words(error.what, exists=error.exists, fix=error.fix) from None
+        raise settings_error(error.what, exists=error.exists, fix=error.fix) from None
 
 
 class NamesFile:
@@ -72,7 +72,7 @@ def _lengths(value: object) -> object:
         try:
             return parse_lengths(value)
         except SurgeryError as error:
-            raise own_words(error.what, fix="write 512,2k") from None
+            raise settings_error(error.what, fix="write 512,2k") from None
     return (value,) if type(value) is int else value
 
 
@@ -89,7 +89,7 @@ class Limit:
     """A figure that a recipe may bound.
 
     Attributes:
-        figure: from the probe's facts to the number that is held against the limit; None where it is none.
+        figure: gives, from the probe's record, the number that is compared with the limit; None where there is none.
         at_least: whether the number may not be below the limit; otherwise it may not be above.
         description: for the schema.
         most: the largest limit that makes sense (1 for a share).
@@ -191,14 +191,14 @@ class Result(Protocol):
     notes: list[str]
 
     def to_dict(self) -> dict:
-        """The facts for JSON: what surgery.json keeps, and what the methods of `Probe` that take `facts` read."""
+        """The record for JSON: what surgery.json keeps, and what the methods of `Probe` that take `record` read."""
         ...
 
 
 class Probe(BaseModel):
     """One thing that is measured of a model and of its base: the fields are its settings.
 
-    Everything below that takes `facts` reads what `Result.to_dict` gave, possibly written by an earlier version.
+    Everything below that takes `record` reads what `Result.to_dict` gave, possibly written by an earlier version.
 
     Attributes:
         name: as in the registry.
@@ -226,9 +226,9 @@ class Probe(BaseModel):
         return [key for key, info in cls.model_fields.items() if _marked(info.annotation, info.metadata)]
 
     @classmethod
-    def shared(cls, given: Mapping[str, Any]) -> list[str]:
+    def shared(cls, settings: Mapping[str, Any]) -> list[str]:
         """The keys of `evaluate:` that these settings follow."""
-        return [key for key in SHARED if key in cls.model_fields and key not in given]
+        return [key for key in SHARED if key in cls.model_fields and key not in settings]
 
     # --- measuring ---
 
@@ -260,49 +260,49 @@ class Probe(BaseModel):
     # --- judging ---
 
     @classmethod
-    def missing(cls, facts: dict) -> str:
-        """Why there is nothing to hold against a limit, or ""; `facts` is {} where the probe was not asked for."""
-        return "" if facts else "it was not asked for"
+    def missing(cls, record: dict) -> str:
+        """Why there is nothing to compare with a limit, or ""; `record` is {} where the probe was not asked for."""
+        return "" if record else "it was not asked for"
 
     @classmethod
-    def faults(cls, facts: dict) -> list[str]:
+    def faults(cls, record: dict) -> list[str]:
         """What fails any gate: figures that are no numbers."""
         return []
 
     @classmethod
-    def damage(cls, facts: dict) -> list[str]:
+    def damage(cls, record: dict) -> list[str]:
         """What makes a model useless as it is, clauses of a sentence ("its perplexity is 3 times the base's")."""
         return []
 
-    # --- saying ---
+    # --- showing ---
 
     @classmethod
-    def rows(cls, facts: dict) -> list[Row]:
+    def rows(cls, record: dict) -> list[Row]:
         """Rows of the card's table, and of the terminal's."""
         return []
 
     @classmethod
-    def sentence(cls, facts: dict) -> str:
+    def sentence(cls, record: dict) -> str:
         """What `apply` says at its end, a clause ("needles kept 23 of 24"); "" for nothing."""
         return ""
 
     @classmethod
-    def paragraph(cls, facts: dict) -> str:
+    def paragraph(cls, record: dict) -> str:
         """What the card says below its table; "" for nothing. Also of a probe that was not run."""
         return ""
 
     @classmethod
     def lines(cls, result: Any) -> list[Table | str]:
         """What `surgery eval` prints of a result that was run; notes are added to it."""
-        facts = result.to_dict()
-        both = facts.get("base") is not None
+        record = result.to_dict()
+        both = record.get("base") is not None
         rows = [
-            [row.name, *(_cell(number, row.form) for number in ((row.base, row.model) if both else (row.model,)))]
-            for row in cls.rows(facts)
+            [row.name, *(_cell(figure, row.form) for figure in ((row.base, row.model) if both else (row.model,)))]
+            for row in cls.rows(record)
         ]
         table = Table(("", *(["base"] if both else []), "model"), rows)
-        said = cls.sentence(facts)
-        return [table, *([said] if said else [])]
+        sentence = cls.sentence(record)
+        return [table, *([sentence] if sentence else [])]
 
     @classmethod
     def picture(cls, result: Any) -> dict:
@@ -317,8 +317,8 @@ def _marked(annotation: Any, metadata: Iterable[object]) -> bool:
     return any(_marked(inner, getattr(inner, "__metadata__", ())) for inner in get_args(annotation))
 
 
-def _cell(number: float | None, form: str) -> str:
-    return "?" if number is None else form.format(number)
+def _cell(figure: float | None, form: str) -> str:
+    return "?" if figure is None else form.format(figure)
 
 
 class CaseProbe(Probe):

@@ -1,4 +1,4 @@
-"""Which choices a model makes, alone or beside its base: the one with the highest log-probability per token.
+"""Which choices a model makes, alone or compared with its base: the one with the highest log-probability per token.
 
 The mean over the tokens is taken, not the sum, so that a choice is not preferred for being short. Where all choices of
 a question have as many tokens, as those made from a text have, it makes no difference.
@@ -26,7 +26,7 @@ from surgery.evaluation.probes.base import (
     RecipeField,
     Table,
     TextSource,
-    own_words,
+    settings_error,
 )
 
 
@@ -62,9 +62,11 @@ class ChoiceResult(CaseResult):
         return counts | {"p": min(1.0, 2 * tail / 2 ** (one + other))}
 
     def about(self) -> dict:
+        """The share that guessing gets right."""
         return {"chance": self.chance}
 
     def case(self, index: int) -> dict:
+        """One question: the index of its right choice, and its outcomes."""
         return {"answer": self.cases[index].answer} | super().case(index)
 
 
@@ -85,7 +87,7 @@ class Choices(CaseProbe):
 
     limits: ClassVar[dict[str, Limit]] = {
         "min_choices": Limit(
-            lambda facts: facts["out"]["right"] / facts["base"]["right"],
+            lambda record: record["out"]["right"] / record["base"]["right"],
             at_least=True,
             description="Gate: right answers over the base's, at least.",
         )
@@ -110,16 +112,16 @@ class Choices(CaseProbe):
     )
 
     @model_validator(mode="after")
-    def _sensible(self) -> Choices:
+    def _refuse_text_settings(self) -> Choices:
         drawn, fields = ("text", "items", "seed", "context"), type(self).model_fields
         made = [key for key in drawn if getattr(self, key) != fields[key].default]
         if self.labelled is not None and made:
-            raise own_words("is not for questions of a file", key=made[0], fix="leave it out")
+            raise settings_error("is not for questions of a file", key=made[0], fix="leave it out")
         return self
 
     @classmethod
-    def shared(cls, given: Mapping[str, Any]) -> list[str]:
-        return [] if given.get("labelled") else super().shared(given)
+    def shared(cls, settings: Mapping[str, Any]) -> list[str]:
+        return [] if settings.get("labelled") else super().shared(settings)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChoiceResult:
         """See `make_choices`, `read_questions`.
@@ -129,14 +131,15 @@ class Choices(CaseProbe):
                 a tokenizer of another model.
         """
         if self.labelled is None:
-            words = load_text(self.text, part="held-out")
-            drawn = {"items": self.items, "context": self.context, "seed": self.seed}
-            made = make_choices(tokenizer, text=words, **drawn)
+            text = load_text(self.text, part="held-out")
+            draw_settings = {"items": self.items, "context": self.context, "seed": self.seed}
+            questions = make_choices(tokenizer, text=text, **draw_settings)
         else:
-            drawn, words = {}, load_text(Path(self.labelled))
-            made = encode(tokenizer, read_questions(self.labelled))
-        refuse_unfit(configs, made)
-        return ChoiceResult("done", {"text": {"title": words.title, "sha256": words.sha256[:12]}} | drawn, made)
+            draw_settings, text = {}, load_text(Path(self.labelled))
+            questions = encode(tokenizer, read_questions(self.labelled))
+        refuse_unfit(configs, questions)
+        settings = {"text": {"title": text.title, "sha256": text.sha256[:12]}} | draw_settings
+        return ChoiceResult("done", settings, questions)
 
     def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Chosen]:
         return ask(model, cases, progress)
@@ -149,46 +152,48 @@ class Choices(CaseProbe):
         return not all(map(math.isfinite, outcome.logps))
 
     @classmethod
-    def missing(cls, facts: dict) -> str:
-        counted = (facts.get("base") or {}).get("right")
-        return "" if counted else facts.get("reason") or "the base has no question right"
+    def missing(cls, record: dict) -> str:
+        right = (record.get("base") or {}).get("right")
+        return "" if right else record.get("reason") or "the base has no question right"
 
     @classmethod
-    def sentence(cls, facts: dict) -> str:
-        both = [facts.get(label) or {} for label in ("base", "out")]
+    def sentence(cls, record: dict) -> str:
+        both = [record.get(label) or {} for label in ("base", "out")]
         return "choices right {right} → {} of {of}".format(both[1]["right"], **both[0]) if all(both) else ""
 
     @classmethod
-    def paragraph(cls, facts: dict) -> str:
+    def paragraph(cls, record: dict) -> str:
         """How many questions are answered right, before and after."""
-        if facts.get("status") != "done":
-            return f"Multiple choice was **not run**: {facts.get('reason') or 'no reason was recorded'}."
-        base, out, paired = (facts.get(key) or {} for key in ("base", "out", "paired"))
-        right = [f"{of['right']} of {of['of']} ({of['low']:.1%} to {of['high']:.1%})" for of in (base, out)]
+        if record.get("status") != "done":
+            return f"Multiple choice was **not run**: {record.get('reason') or 'no reason was recorded'}."
+        base, out, paired = (record.get(key) or {} for key in ("base", "out", "paired"))
+        right = [f"{side['right']} of {side['of']} ({side['low']:.1%} to {side['high']:.1%})" for side in (base, out)]
         return (
             "Multiple choice (which ending continues a passage of that text; guessing gets "
-            f"{facts['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
+            f"{record['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
             f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
         )
 
     @classmethod
     def lines(cls, result: ChoiceResult) -> list[Table | str]:
         settings, both = result.settings, len(result.outcomes) > 1
-        said: list[Table | str] = []
+        lines: list[Table | str] = []
         for label in result.outcomes:
             side = result.side(label)
             name = NAMES[label] if both else "model"
-            said.append(
+            lines.append(
                 f"{name + ':':<9}{side['right']} of {side['of']} questions right ({percent(side)}), "
                 f"{side['nll']:.3f} nats for the right choice"
             )
         if paired := result.compare():
-            said.append(
+            lines.append(
                 f"paired:  both right {paired['both']}, only the base {paired['only_base']}, only the patched model "
                 f"{paired['only_out']}, neither {paired['neither']} (McNemar's exact test: p = {paired['p']:.2g})"
             )
-        size = sorted({len(item.choices) for item in result.cases})
-        counts = f"{size[0]}" if len(size) == 1 else f"{size[0]} to {size[-1]}"
-        made = f", passages of {settings['context']} tokens, seed {settings['seed']}" if "context" in settings else ""
-        said.append(f"{counts} choices each{made}; a guess is right with probability {result.chance:.1%}")
-        return [*said, f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+        sizes = sorted({len(item.choices) for item in result.cases})
+        counts = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        passages = ""
+        if "context" in settings:
+            passages = f", passages of {settings['context']} tokens, seed {settings['seed']}"
+        lines.append(f"{counts} choices each{passages}; a guess is right with probability {result.chance:.1%}")
+        return [*lines, f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]

@@ -32,7 +32,7 @@ from surgery.data.haystack import (
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import SurgeryError
 from surgery.evaluation.paired import percent
-from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Shares, Table, TextSource, in_own_words
+from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Shares, Table, TextSource, check_setting
 from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
 
 STRETCH = 2.5  # letters of the text from which a prompt is cut, over those of the prompt
@@ -69,7 +69,7 @@ class MultiNeedle(CaseProbe):
 
     limits: ClassVar[dict[str, Limit]] = {
         "min_multi_needle": Limit(
-            lambda facts: facts["kept"]["share"],
+            lambda record: record["kept"]["share"],
             at_least=True,
             description="Gate: share of the prompts answered by the base that are answered, at least.",
             most=1,
@@ -77,62 +77,63 @@ class MultiNeedle(CaseProbe):
     }
 
     @model_validator(mode="after")
-    def _sensible(self) -> MultiNeedle:
-        in_own_words(refuse_settings, (self.length,), spread(self.depths), self.cases, self.secret)
-        in_own_words(refuse_form, self.form)
+    def _refuse_unfit_settings(self) -> MultiNeedle:
+        check_setting(refuse_settings, (self.length,), spread(self.depths), self.cases, self.secret)
+        check_setting(refuse_form, self.form)
         return self
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> MultiNeedleResult:
         """Raises SurgeryError as `make_needles`; prompts longer than a model's positions, a foreign tokenizer."""
         refuse_too_long(configs, self.length, "prompt and answer", "a shorter length")
-        words, form = load_text(self.text, part="held-out"), form_for(tokenizer, self.form)
-        places = spread(self.depths)
-        samples = -(-self.cases // len(places))
-        cases = [self._case(tokenizer, words, form, place, i) for place in places for i in range(samples)]
+        text, form = load_text(self.text, part="held-out"), form_for(tokenizer, self.form)
+        depths = spread(self.depths)
+        samples = -(-self.cases // len(depths))
+        cases = [self._case(tokenizer, text, form, depth, i) for depth in depths for i in range(samples)]
         refuse_too_long(configs, _longest(cases), "prompt and answer", "a shorter length")
         refuse_other_tokenizer(configs, max(token for case in cases for token in (*case.prompt, *case.answer)))
-        drawn = {"lengths": [self.length], "depths": list(places), "samples": samples, "keys": self.keys}
-        drawn |= {"seed": self.seed, "secret": self.secret, "form": form, "chance": chance(self.secret)}
-        settings = drawn | {"text": {"title": words.title, "sha256": words.sha256[:12]}}
+        draw_settings = {"lengths": [self.length], "depths": list(depths), "samples": samples, "keys": self.keys}
+        draw_settings |= {"seed": self.seed, "secret": self.secret, "form": form, "chance": chance(self.secret)}
+        settings = draw_settings | {"text": {"title": text.title, "sha256": text.sha256[:12]}}
         return MultiNeedleResult("done", settings, cases, reach=reach_of(configs["out"]))
 
-    def _case(self, tokenizer: Any, words: Text, form: str, depth: float, sample: int) -> Needle:
+    def _case(self, tokenizer: Any, text: Text, form: str, depth: float, sample: int) -> Needle:
         """A prompt that asks for a key at a depth; all in it follows from settings, depth and sample."""
         draw = random.Random(f"{self.seed} {self.keys} {self.length} {depth:.6f} {sample}")
         statement, question = draw.choice(TEMPLATES)
-        key, *others = draw.sample(KEYS.split(), len(KEYS.split()))
-        spoken = [f"{statement.format(key=other)} {_secret(draw, self.secret)}." for other in others]
-        asked = ((statement.format(key=key), question.format(key=key)),)
-        where = {"lengths": (self.length,), "depths": (depth,), "samples": 1, "form": form, "templates": asked}
+        asked_key, *others = draw.sample(KEYS.split(), len(KEYS.split()))
+        statements = [f"{statement.format(key=other)} {_secret(draw, self.secret)}." for other in others]
+        templates = ((statement.format(key=asked_key), question.format(key=asked_key)),)
+        options = {"lengths": (self.length,), "depths": (depth,), "samples": 1, "form": form, "templates": templates}
         for _ in range(TRIES):
-            hay, seed = self._hay(draw, tokenizer, words.text.strip(), spoken), draw.getrandbits(32)
-            if sum(sentence in hay for sentence in spoken) < self.keys - 1:  # a text without sentences
+            stretch = self._stretch_with_other_keys(draw, tokenizer, text.text.strip(), statements)
+            seed = draw.getrandbits(32)
+            if sum(sentence in stretch for sentence in statements) < self.keys - 1:  # a text without sentences
                 continue
-            text = replace(words, text=hay)
-            (needle,) = make_needles(tokenizer, text=text, secret=self.secret, seed=seed, **where)
+            cut_text = replace(text, text=stretch)
+            (needle,) = make_needles(tokenizer, text=cut_text, secret=self.secret, seed=seed, **options)
             prompt = tokenizer.decode(needle.prompt)
-            counts = [prompt.count(sentence) for sentence in spoken]
+            counts = [prompt.count(sentence) for sentence in statements]
             if (sum(counts), max(counts)) == (self.keys - 1, 1):
                 return replace(needle, sample=sample, seed=self.seed)
         raise SurgeryError(
             f"this text has no room for {self.keys} keys in {self.length} tokens",
-            where=words.title,
+            where=text.title,
             fix="fewer keys, a longer length, or a text of shorter sentences",
         )
 
-    def _hay(self, draw: random.Random, tokenizer: Any, text: str, spoken: list[str]) -> str:
+    def _stretch_with_other_keys(self, draw: random.Random, tokenizer: Any, text: str, statements: list[str]) -> str:
         """A stretch of the text with the other keys at even distances."""
         letters = int(STRETCH * self.length * _letters_per_token(tokenizer, text[:LETTERS]))
         start = draw.choice([0, *(match.end() for match in SENTENCE_START.finditer(text))])
-        whole = f"{text[start:]}\n\n{text[:start]}\n\n".lstrip()  # a text that ends goes on from its beginning
-        stretch = (whole * (letters // len(whole) + 1))[:letters]
-        gap = _letters_per_token(tokenizer, stretch) * self.length / self.keys - len(spoken[0])
-        parts, done, turn = [], 0, 0
+        looped = f"{text[start:]}\n\n{text[:start]}\n\n".lstrip()  # a text that ends goes on from its beginning
+        stretch = (looped * (letters // len(looped) + 1))[:letters]
+        gap = _letters_per_token(tokenizer, stretch) * self.length / self.keys - len(statements[0])
+        passages, position, inserted = [], 0, 0
         for match in SENTENCE_START.finditer(stretch):
-            if match.end() >= (turn + 1) * gap:
-                parts += [stretch[done : match.end()], f"{spoken[turn % len(spoken)]} "]
-                done, turn = match.end(), turn + 1
-        return "".join([*parts, stretch[done:]])
+            if match.end() >= (inserted + 1) * gap:
+                passages += [stretch[position : match.end()], f"{statements[inserted % len(statements)]} "]
+                position, inserted = match.end(), inserted + 1
+        return "".join([*passages, stretch[position:]])
 
     def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Outcome]:
         return run_needles(model, cases, progress)
@@ -144,27 +145,27 @@ class MultiNeedle(CaseProbe):
         return outcome.nll - outcome.nll != 0  # NaN and infinity
 
     @classmethod
-    def missing(cls, facts: dict) -> str:
-        counted = (facts.get("kept") or {}).get("of")
-        return "" if counted else facts.get("reason") or "the base answers no prompt that counts"
+    def missing(cls, record: dict) -> str:
+        answered = (record.get("kept") or {}).get("of")
+        return "" if answered else record.get("reason") or "the base answers no prompt that counts"
 
     @classmethod
-    def rows(cls, facts: dict) -> list[Row]:
-        base, out = (facts.get(label) or {} for label in ("base", "out"))
-        name = f"right one of {facts['settings']['keys']} hidden secrets, share of prompts"
+    def rows(cls, record: dict) -> list[Row]:
+        base, out = (record.get(label) or {} for label in ("base", "out"))
+        name = f"right one of {record['settings']['keys']} hidden secrets, share of prompts"
         return [Row(name, base.get("accuracy"), out.get("accuracy"), "{:.1%}")]
 
     @classmethod
-    def sentence(cls, facts: dict) -> str:
-        kept = facts.get("kept") or {}
-        keys = facts["settings"]["keys"]
+    def sentence(cls, record: dict) -> str:
+        kept = record.get("kept") or {}
+        keys = record["settings"]["keys"]
         return f"right one of {keys} secrets kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
 
     @classmethod
-    def paragraph(cls, facts: dict) -> str:
-        if facts.get("status") != "done":
-            return f"Several needles in one text were **not run**: {facts.get('reason') or 'no reason was recorded'}."
-        settings, kept, *both = (facts.get(key) or {} for key in ("settings", "kept", "base", "out"))
+    def paragraph(cls, record: dict) -> str:
+        if record.get("status") != "done":
+            return f"Several needles in one text were **not run**: {record.get('reason') or 'no reason was recorded'}."
+        settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line = (
             f"Several needles ({settings['keys']} keys with {settings['secret']} each in a prompt of "
@@ -172,19 +173,21 @@ class MultiNeedle(CaseProbe):
         )
         if not kept.get("of"):
             return line
-        where = " and that lie outside sinks and window" if facts.get("streaming") else ""
+        condition = " and that lie outside sinks and window" if record.get("streaming") else ""
         interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
-        return f"{line} Of those that the base answers{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+        return (
+            f"{line} Of those that the base answers{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+        )
 
     @classmethod
     def lines(cls, result: MultiNeedleResult) -> list[Table | str]:
         settings, kept = result.settings, result.compare()
-        said = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
-        said.append(
+        lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
+        lines.append(
             f"{len(result.cases)} {settings['form']} prompts of {settings['lengths'][0]:,} tokens, seed "
             f"{settings['seed']}; a guess is right with probability {settings['chance']:.0e}"
         )
-        return [*said, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+        return [*lines, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
 
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:

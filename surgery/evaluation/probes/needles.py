@@ -1,5 +1,5 @@
-"""Which needles a model finds, alone or beside its base: exact match by decoding with the model's own cache, and the
-answer's NLL, over a grid of lengths and depths.
+"""Which needles a model finds, alone or compared with its base: exact match by decoding with the model's own cache,
+and the answer's NLL, over a grid of lengths and depths.
 
 Base and patched model run one after the other, never both in memory. Of the needles that the base answers, the share
 that the patched model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
@@ -39,8 +39,8 @@ from surgery.evaluation.probes.base import (
     Table,
     TextSource,
     TokenLengths,
-    in_own_words,
-    own_words,
+    check_setting,
+    settings_error,
 )
 from surgery.io.loading import loaded
 
@@ -95,16 +95,18 @@ class NeedleResult(CaseResult):
     def grid(self, label: str) -> list[list[float]]:
         """Share of hits [depths][lengths]; NaN where there was no needle."""
         return [
-            [hits / of if of else math.nan for hits, of in (self.cell(label, n, depth) for n in self.lengths)]
+            [hits / total if total else math.nan for hits, total in (self.cell(label, n, depth) for n in self.lengths)]
             for depth in self.depths
         ]
 
     @property
     def lengths(self) -> list[int]:
+        """Prompt lengths in tokens, the columns of the grid."""
         return self.settings["lengths"]
 
     @property
     def depths(self) -> list[float]:
+        """Depths as shares of the text, the rows of the grid."""
         return self.settings["depths"]
 
     def side(self, label: str) -> dict:
@@ -113,6 +115,7 @@ class NeedleResult(CaseResult):
         return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
 
     def about(self) -> dict:
+        """Reach of the streaming heads in tokens, and the number of needles within it; {} without such heads."""
         if not self.reach:
             return {}
         sinks, window = self.reach
@@ -120,10 +123,11 @@ class NeedleResult(CaseResult):
         return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
 
     def case(self, index: int) -> dict:
+        """One needle, what was drawn for it, and its outcomes."""
         needle = self.cases[index]
-        facts = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
-        facts |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
-        return facts | super().case(index)
+        data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
+        data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
+        return data | super().case(index)
 
 
 class Needles(CaseProbe):
@@ -155,7 +159,7 @@ class Needles(CaseProbe):
 
     limits: ClassVar[dict[str, Limit]] = {
         "min_needles": Limit(
-            lambda facts: facts["kept"]["share"],
+            lambda record: record["kept"]["share"],
             at_least=True,
             description="Gate: share of the needles found by the base that are found, at least.",
             most=1,
@@ -187,16 +191,16 @@ class Needles(CaseProbe):
     )
 
     @model_validator(mode="after")
-    def _sensible(self) -> Needles:
+    def _refuse_unfit_settings(self) -> Needles:
         for one, other in self.alternatives:
             if {one, other} <= self.model_fields_set:
-                raise own_words(f"and {other} are two ways to say the same", key=one, fix="one of them")
+                raise settings_error(f"and {other} are two ways to say the same", key=one, fix="one of them")
         if self.lengths and min(self.lengths) < SHORTEST:
-            raise own_words(
+            raise settings_error(
                 f"should be at least {SHORTEST} tokens; the shortest is {min(self.lengths)}", key="lengths"
             )
-        in_own_words(refuse_settings, self.tokens, self.places, self.repetitions, self.secret)
-        in_own_words(refuse_form, self.form)
+        check_setting(refuse_settings, self.tokens, self.depth_shares, self.repetitions, self.secret)
+        check_setting(refuse_form, self.form)
         return self
 
     @property
@@ -205,15 +209,15 @@ class Needles(CaseProbe):
         return self.lengths if self.length is None else (self.length,)
 
     @property
-    def places(self) -> tuple[float, ...]:
+    def depth_shares(self) -> tuple[float, ...]:
         """Depths, as shares of the text."""
-        given = FAR if self.cases is not None and "depths" not in self.model_fields_set else self.depths
-        return tuple(spread(given))
+        depths = FAR if self.cases is not None and "depths" not in self.model_fields_set else self.depths
+        return tuple(spread(depths))
 
     @property
     def repetitions(self) -> int:
         """Prompts for each length and depth."""
-        cells = max(1, len(self.tokens) * len(self.places))
+        cells = max(1, len(self.tokens) * len(self.depth_shares))
         return self.samples if self.cases is None else -(-self.cases // cells)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
@@ -222,17 +226,17 @@ class Needles(CaseProbe):
         Raises:
             SurgeryError: as `make_needles`; prompts longer than a model's positions, a tokenizer of another model.
         """
-        said = ("prompt and answer", "shorter lengths")
-        refuse_too_long(configs, max(self.tokens, default=0), *said)
-        words = load_text(self.text, part="held-out")
+        message = ("prompt and answer", "shorter lengths")
+        refuse_too_long(configs, max(self.tokens, default=0), *message)
+        text = load_text(self.text, part="held-out")
         form = form_for(tokenizer, self.form)
-        drawn = {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
-        needles = make_needles(tokenizer, lengths=self.tokens, depths=self.places, text=words, **drawn)
-        refuse_too_long(configs, _longest(needles), *said)
+        draw_settings = {"samples": self.repetitions, "seed": self.seed, "secret": self.secret, "form": form}
+        needles = make_needles(tokenizer, lengths=self.tokens, depths=self.depth_shares, text=text, **draw_settings)
+        refuse_too_long(configs, _longest(needles), *message)
         refuse_other_tokenizer(configs, max(token for n in needles for token in (*n.prompt, *n.answer)))
         grid = {name: list(dict.fromkeys(getattr(n, name[:-1]) for n in needles)) for name in ("lengths", "depths")}
-        text = {"title": words.title, "sha256": words.sha256[:12]}
-        settings = grid | drawn | {"text": text, "chance": chance(self.secret)}
+        text_info = {"title": text.title, "sha256": text.sha256[:12]}
+        settings = grid | draw_settings | {"text": text_info, "chance": chance(self.secret)}
         return NeedleResult("done", settings, needles, reach=reach_of(configs["out"]))
 
     def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Outcome]:
@@ -245,58 +249,58 @@ class Needles(CaseProbe):
         return not math.isfinite(outcome.nll)
 
     @classmethod
-    def missing(cls, facts: dict) -> str:
-        counted = (facts.get("kept") or {}).get("of")
-        return "" if counted else facts.get("reason") or "the base answers no needle that counts"
+    def missing(cls, record: dict) -> str:
+        answered = (record.get("kept") or {}).get("of")
+        return "" if answered else record.get("reason") or "the base answers no needle that counts"
 
     @classmethod
-    def sentence(cls, facts: dict) -> str:
-        kept = facts.get("kept") or {}
+    def sentence(cls, record: dict) -> str:
+        kept = record.get("kept") or {}
         return f"needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
 
     @classmethod
-    def paragraph(cls, facts: dict) -> str:
+    def paragraph(cls, record: dict) -> str:
         """How many hidden secrets are found, before and after."""
-        if facts.get("status") != "done":
-            reason = facts.get("reason") or "no reason was recorded"
+        if record.get("status") != "done":
+            reason = record.get("reason") or "no reason was recorded"
             return f"Needles (secrets hidden in a text) were **not run**: {reason}."
-        settings, kept, *both = (facts.get(key) or {} for key in ("settings", "kept", "base", "out"))
+        settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
         line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line += f"the base finds {base}, this model {out}."
         if not kept.get("of"):
             return line
-        where = " and that lie outside sinks and window" if facts.get("streaming") else ""
+        condition = " and that lie outside sinks and window" if record.get("streaming") else ""
         interval = f"95 % interval {kept['low']:.1%} to {kept['high']:.1%}"
-        return f"{line} Of those that the base finds{where}, it keeps {kept['kept']} of {kept['of']} ({interval})."
+        return f"{line} Of those that the base finds{condition}, it keeps {kept['kept']} of {kept['of']} ({interval})."
 
     @classmethod
     def lines(cls, result: NeedleResult) -> list[Table | str]:
         """Hits of every cell and what they sum up to."""
         labels, settings = list(result.outcomes), result.settings
-        said: list[Table | str] = [_grid(result, labels)]
-        said.append(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
+        lines: list[Table | str] = [_grid(result, labels)]
+        lines.append(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
         if inside := sum(not result.counts(n) for n in result.cases):
             sinks, window = result.reach
             verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
             seen = f"streaming heads see them, or a part, within {sinks} sinks and {window} tokens before the question"
-            said.append(f"*: {inside} of {len(result.cases)} needles {verdict}: {seen}")
-        said.append("")
+            lines.append(f"*: {inside} of {len(result.cases)} needles {verdict}: {seen}")
+        lines.append("")
         for label in labels:
             side = result.side(label)
             name = NAMES[label] if len(labels) > 1 else "model"
-            said.append(
+            lines.append(
                 f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
                 f"{side['nll']:.3f} nats per token of the answer"
             )
         if kept := result.compare():
             what = "the base finds" + (" outside sinks and window" if result.reach else "")
             share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
-            said.append(f"kept:    of those that {what}, the patched model finds {share}")
+            lines.append(f"kept:    of those that {what}, the patched model finds {share}")
         size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
-        said.append(f"{size}; a guess is right with probability {settings['chance']:.0e}")
-        return [*said, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+        lines.append(f"{size}; a guess is right with probability {settings['chance']:.0e}")
+        return [*lines, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
 
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:
@@ -359,27 +363,27 @@ def run_needles(
     outcomes = []
     with loaded(model), torch.no_grad():
         for needle in needles:
-            outcomes.append(_outcome(needle, (_decoded if cached else _at_once)(model, needle)))
+            outcomes.append(_outcome(needle, (_cached_logits if cached else _uncached_logits)(model, needle)))
             if progress:
                 progress(len(outcomes))
     return outcomes
 
 
-def _decoded(model, needle: Needle):
+def _cached_logits(model, needle: Needle):
     """Logits of each of the answer's tokens, one by one through the cache."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
 
-    given, cache = list(needle.prompt), {}
+    inputs, cache = list(needle.prompt), {}
     for token in needle.answer:
-        ids = torch.tensor([given], device=model.device)
+        ids = torch.tensor([inputs], device=model.device)
         step = model(input_ids=ids, use_cache=True, **cache, **last_logits(model, 1))
         yield step.logits[0, -1]
-        given, cache = [token], {CACHE: step[CACHE]}
+        inputs, cache = [token], {CACHE: step[CACHE]}
 
 
-def _at_once(model, needle: Needle):
+def _uncached_logits(model, needle: Needle):
     """The same from one forward without a cache."""
     import torch
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from surgery.calibration.scoring import score_model
 from surgery.data.text import BUILTIN, Text, load_text
-from surgery.data.text import windows as cut
+from surgery.data.text import windows as text_windows
 from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.paired import finite, sides
@@ -85,15 +85,15 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """The same facts for JSON. NaN and infinity, which JSON has not, become None; `gate` fails on them."""
-        facts = {"status": self.status, "reason": self.reason} if self.reason else {"status": self.status}
-        facts |= {
+        """The result as plain data for JSON. NaN and infinity become None; `gate` fails on them."""
+        data = {"status": self.status, "reason": self.reason} if self.reason else {"status": self.status}
+        data |= {
             "text": dict(self.text),
             "base": self.base and dict(vars(self.base)),
             "out": dict(vars(self.out)),
         }
-        facts |= {"kl": self.kl and dict(self.kl), "top1_agreement": self.top1_agreement}
-        return finite(facts | {"notes": list(self.notes)} if self.notes else facts)
+        data |= {"kl": self.kl and dict(self.kl), "top1_agreement": self.top1_agreement}
+        return finite(data | {"notes": list(self.notes)} if self.notes else data)
 
 
 class Perplexity(Probe):
@@ -112,15 +112,15 @@ class Perplexity(Probe):
 
     limits: ClassVar[dict[str, Limit]] = {
         "max_kl": Limit(
-            lambda facts: (facts.get("kl") or {}).get("mean"),
+            lambda record: (record.get("kl") or {}).get("mean"),
             at_least=False,
             description="Gate: mean KL to the base in nats per token, at most.",
         ),
         "max_perplexity_ratio": Limit(
-            lambda facts: _ratio(facts), at_least=False, description="Gate: perplexity over the base's, at most."
+            lambda record: _ratio(record), at_least=False, description="Gate: perplexity over the base's, at most."
         ),
         "min_top1": Limit(
-            lambda facts: facts.get("top1_agreement"),
+            lambda record: record.get("top1_agreement"),
             at_least=True,
             description="Gate: share of equal best tokens, at least.",
             most=1,
@@ -141,6 +141,7 @@ class Perplexity(Probe):
     )
 
     def refuse(self, base: Source) -> None:
+        """Raise what `tokens` raises for the base alone."""
         self.tokens({"base": base})
 
     def measure(
@@ -165,20 +166,20 @@ class Perplexity(Probe):
             MachineError: the temporary folder cannot be written.
         """
         sources = sides(out, base)
-        words, pieces, vocabulary = self.tokens(sources, tokenizer)
+        text, samples, vocabulary = self.tokens(sources, tokenizer)
         size = {"tokens": self.windows * (self.length - 1), "windows": self.windows, "length": self.length}
-        result = Evaluation("done", {"title": words.title, "sha256": words.sha256[:12], **size}, Side())
+        result = Evaluation("done", {"title": text.title, "sha256": text.sha256[:12], **size}, Side())
         for label, source in sources.items():
             if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
                 refuse_pickle(Path(source))
             setattr(result, label, Side(**vars(footprint(source, label, result.notes))))
-        loads = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
+        load_sizes = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
         # 8 bytes: logits as the model returns them, at most float32, and one copy.
-        if reason := too_big(max(loads, default=0), extra=8 * self.length * vocabulary):
+        if reason := too_big(max(load_sizes, default=0), extra=8 * self.length * vocabulary):
             result.status, result.reason = "not run", reason
             return result
         top_k = min(self.top_k, vocabulary)
-        scores = self._run(result, sources, pieces, top_k, progress, allow_pickle)
+        scores = self._run(result, sources, samples, top_k, progress, allow_pickle)
         if base is not None:
             kl = scores["kl"]
             percentile = kl.quantile(0.99) if kl.isfinite().all() else kl.max()
@@ -194,17 +195,17 @@ class Perplexity(Probe):
         """
         configs = {label: read_config(source) for label, source in sources.items()}
         vocabulary = _vocabulary(configs, self.length)
-        words = load_text(self.text, part="held-out")
+        text = load_text(self.text, part="held-out")
         tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
-        pieces = cut(words, tokenizer, length=self.length, count=self.windows)
-        if (largest := int(pieces.max())) >= vocabulary:
+        samples = text_windows(text, tokenizer, length=self.length, count=self.windows)
+        if (largest := int(samples.max())) >= vocabulary:
             raise SurgeryError(
                 f"the tokenizer gives token {largest}, the model knows {vocabulary}",
                 fix="use the tokenizer of this model",
             )
-        return words, pieces, vocabulary
+        return text, samples, vocabulary
 
-    def _run(self, result, sources, pieces, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
+    def _run(self, result, sources, samples, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
         """Score one model after the other; the scores of the last one, compared with the first."""
 
         def tick(label: str, before: int, done: int) -> None:
@@ -214,11 +215,11 @@ class Perplexity(Probe):
         try:
             with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
                 folder = Path(temporary) if "base" in sources else None
-                for run, (label, source) in enumerate(sources.items()):
-                    may = allow_pickle and label == "base"
-                    ticked = partial(tick, label, run * self.windows)
-                    scores = score_model(source, pieces, folder, top_k, ticked, may)
-                    gc.collect()  # or a model held in a cycle would still be there beside the next one
+                for index, (label, source) in enumerate(sources.items()):
+                    may_be_pickle = allow_pickle and label == "base"
+                    tick_of_side = partial(tick, label, index * self.windows)
+                    scores = score_model(source, samples, folder, top_k, tick_of_side, may_be_pickle)
+                    gc.collect()  # or a model in a reference cycle would share the memory with the next one
                     _sum_up(getattr(result, label), scores["loss"], label)
         except OSError as error:
             raise MachineError(
@@ -227,20 +228,20 @@ class Perplexity(Probe):
         return scores
 
     @classmethod
-    def missing(cls, facts: dict) -> str:
+    def missing(cls, record: dict) -> str:
         return ""  # a figure that is not there fails
 
     @classmethod
-    def faults(cls, facts: dict) -> list[str]:
-        out = facts["out"]
+    def faults(cls, record: dict) -> list[str]:
+        out = record["out"]
         if _is_number(out.get("perplexity")):
             return []
         return [f"the patched model's perplexity is not a number ({out.get('nonfinite_tokens')} tokens are NaN)"]
 
     @classmethod
-    def damage(cls, facts: dict) -> list[str]:
+    def damage(cls, record: dict) -> list[str]:
         """Perplexity more than doubled, mean KL above 1, or NaN."""
-        base, out, kl = (facts.get(key) or {} for key in ("base", "out", "kl"))
+        base, out, kl = (record.get(key) or {} for key in ("base", "out", "kl"))
         before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
         # JSON has null for NaN, which is not the same as a figure that is not there.
         if "perplexity" in out and not _is_number(after):
@@ -254,43 +255,44 @@ class Perplexity(Probe):
         return costs
 
     @classmethod
-    def rows(cls, facts: dict) -> list[Row]:
-        base, out, kl = (facts.get(key) or {} for key in ("base", "out", "kl"))
+    def rows(cls, record: dict) -> list[Row]:
+        base, out, kl = (record.get(key) or {} for key in ("base", "out", "kl"))
         loss = "cross-entropy, nats per token"
         return [
             Row("perplexity", base.get("perplexity"), out.get("perplexity")),
             Row(loss, base.get("cross_entropy"), out.get("cross_entropy"), "{:.4f}", ratio=False),
             Row("KL from the base, mean, nats per token", None, kl.get("mean")),
             Row("KL from the base, 99th percentile", None, kl.get("p99")),
-            Row("top-1 agreement with the base", None, facts.get("top1_agreement"), "{:.1%}"),
+            Row("top-1 agreement with the base", None, record.get("top1_agreement"), "{:.1%}"),
         ]
 
     @classmethod
-    def sentence(cls, facts: dict) -> str:
-        new, old, kl = facts["out"]["perplexity"], facts["base"]["perplexity"], facts["kl"]["mean"]
+    def sentence(cls, record: dict) -> str:
+        new, old, kl = record["out"]["perplexity"], record["base"]["perplexity"], record["kl"]["mean"]
         if new is None or kl is None:
             return ""
-        same = facts["top1_agreement"]
+        same = record["top1_agreement"]
         return f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {same:.1%}"
 
     @classmethod
-    def paragraph(cls, facts: dict) -> str:
+    def paragraph(cls, record: dict) -> str:
         """The text that it was measured on."""
-        text, top_k = facts.get("text") or {}, (facts.get("kl") or {}).get("top_k")
+        text, top_k = record.get("text") or {}, (record.get("kl") or {}).get("top_k")
         if not text:
             return "The text that it was measured on was not recorded."
-        known = [f"sha256 `{str(text['sha256'])[:12]}`"] if text.get("sha256") else []
-        known += [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
-        known += [f"{text['windows']} windows of {text.get('length')}"] if text.get("windows") else []
-        line = f"Measured on *{text.get('title') or 'an untitled text'}* ({', '.join(known)}), base and result alike."
+        details = [f"sha256 `{str(text['sha256'])[:12]}`"] if text.get("sha256") else []
+        details += [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
+        details += [f"{text['windows']} windows of {text.get('length')}"] if text.get("windows") else []
+        title = text.get("title") or "an untitled text"
+        line = f"Measured on *{title}* ({', '.join(details)}), base and result alike."
         return line + (
             f" KL is over the base's {top_k} likeliest tokens, the rest as one: a lower bound." if top_k else ""
         )
 
     @classmethod
     def lines(cls, result: Evaluation) -> list[Table | str]:
-        facts = result.to_dict()
-        text, base, new = facts["text"], facts["base"], facts["out"]
+        record = result.to_dict()
+        text, base, new = record["text"], record["base"], record["out"]
         rows = []
         for label, key, form in (
             ("perplexity", "perplexity", "{:,.3f}"),
@@ -300,23 +302,23 @@ class Perplexity(Probe):
         ):
             cells = [side.get(key) for side in ((base, new) if base else (new,))]
             rows.append([label, *("?" if cell is None else form.format(cell) for cell in cells)])
-        said: list[Table | str] = [Table(("", *(["base"] if base else []), "model"), rows)]
-        if base and facts["kl"].get("mean") is not None:
-            kl, same = facts["kl"], facts["top1_agreement"]
-            said.append(
+        lines: list[Table | str] = [Table(("", *(["base"] if base else []), "model"), rows)]
+        if base and record["kl"].get("mean") is not None:
+            kl, same = record["kl"], record["top1_agreement"]
+            lines.append(
                 f"KL to base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats (top {kl['top_k']} + rest)"
             )
-            said.append(f"same best token: {same:.1%}")
-        return [*said, f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}"]
+            lines.append(f"same best token: {same:.1%}")
+        return [*lines, f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}"]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _ratio(facts: dict) -> float | None:
-    both = (facts["out"].get("perplexity"), facts["base"].get("perplexity"))
-    return both[0] / both[1] if all(map(_is_number, both)) else None
+def _ratio(record: dict) -> float | None:
+    perplexities = (record["out"].get("perplexity"), record["base"].get("perplexity"))
+    return perplexities[0] / perplexities[1] if all(map(_is_number, perplexities)) else None
 
 
 def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:

@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.errors import SurgeryError, nearest, shown, wanted
 from surgery.evaluation.probes import every, find, limits
-from surgery.evaluation.probes.base import OWN_WORDS, Limit, Probe
+from surgery.evaluation.probes.base import SETTINGS_ERROR, Limit, Probe
 
 
-def make(name: str, given: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
+def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
     """A probe with these settings.
 
     Args:
         name: of the registry.
-        given: setting -> value; what is left out keeps its default.
+        settings: setting -> value; what is left out keeps its default.
         spelled: how the user wrote a setting, for messages.
         where: where the settings stand, for messages.
 
@@ -27,7 +27,7 @@ def make(name: str, given: Mapping[str, Any], spelled: Callable[[str], str] = st
     """
     cls = find(name)
     try:
-        return cls.model_validate(dict(given))
+        return cls.model_validate(dict(settings))
     except ValidationError as error:
         by_key: dict[str, list] = {}
         for item in error.errors(include_url=False):
@@ -44,21 +44,21 @@ def read(name: str, texts: Iterable[str]) -> Probe:
     Raises:
         SurgeryError: as `make`; a text that is none, a setting that is given twice.
     """
-    cls, given = find(name), {}
+    cls, settings = find(name), {}
     for text in texts:
-        key, equals, value = (part.strip() for part in text.partition("="))
+        key, equals, value = (word.strip() for word in text.partition("="))
         if not equals or not key:
             known = "; ".join(f"{key} ({info.description})" for key, info in cls.model_fields.items())
             raise SurgeryError("a setting is written key=value", where=f"--probe {name} {text}", exists=known)
-        if key in given:
+        if key in settings:
             raise SurgeryError(f"{key!r} is given twice", where=f"--probe {name}", fix="give it once")
         try:
-            given[key] = yaml.safe_load(value)
+            settings[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
             raise SurgeryError(
                 f"the value of {key} is not YAML: {shown(value)}", where=f"--probe {name}", fix="put it in quotes"
             ) from error
-    return make(name, given, where=f"--probe {name}")
+    return make(name, settings, where=f"--probe {name}")
 
 
 def fault(
@@ -89,7 +89,7 @@ def fault(
             fix = "a limit belongs in a recipe"
         what = f"unknown key {key!r} of the probe {cls.name}"
         return SurgeryError(what, where=where, exists=", ".join(names), fix=fix)
-    if kind == OWN_WORDS:
+    if kind == SETTINGS_ERROR:
         what = f"{spelled(context['key'])} {context['what']}" if context["key"] else context["what"]
         return SurgeryError(what, where=where, exists=context["exists"], fix=context["fix"])
     return SurgeryError(f"{spelled(key)} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
@@ -111,12 +111,12 @@ def limit_field(limit: Limit) -> tuple[Any, Any]:
 
 def alias_fields() -> dict[str, tuple[Any, Any]]:
     """The keys of `evaluate:` that are earlier spellings of a probe's settings and limits: name -> type, field."""
-    found: dict[str, tuple[Any, Any]] = {}
+    fields: dict[str, tuple[Any, Any]] = {}
     for cls in every():
-        found |= {flat: (alias.annotation, alias.field) for flat, alias in cls.aliases.recipe.items()}
-        found |= {name: limit_field(cls.limits[name]) for name in cls.aliases.limits}
+        fields |= {flat: (alias.annotation, alias.field) for flat, alias in cls.aliases.recipe.items()}
+        fields |= {name: limit_field(cls.limits[name]) for name in cls.aliases.limits}
     last = [name for cls in every() for name in cls.aliases.last]
-    return {name: found[name] for name in [*(name for name in found if name not in last), *last]}
+    return {name: fields[name] for name in [*(name for name in fields if name not in last), *last]}
 
 
 def blocks() -> type[BaseModel]:
@@ -134,17 +134,18 @@ def blocks() -> type[BaseModel]:
     )
 
 
-def said_twice(given: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
-    """Keys of `evaluate:` that stand beside a block of the same probe -> what they are called in the block.
+def duplicate_keys(given_keys: Iterable[str], probe_blocks: Iterable[str]) -> dict[str, str]:
+    """Keys of `evaluate:` whose probe has a block as well -> what they are called in the block.
 
     Args:
-        given: keys of `evaluate:` that were given.
-        blocks: names of the probes that have a block.
+        given_keys: keys of `evaluate:` that were given.
+        probe_blocks: names of the probes that have a block.
     """
-    found = {}
-    for cls in (cls for cls in every() if cls.name in set(blocks)):
-        found |= {flat: f"probes.{cls.name}.{key}" for flat, key in _earlier(cls).items() if flat in set(given)}
-    return found
+    block_keys = {}
+    for cls in (cls for cls in every() if cls.name in set(probe_blocks)):
+        names = _earlier_keys(cls).items()
+        block_keys |= {flat: f"probes.{cls.name}.{key}" for flat, key in names if flat in set(given_keys)}
+    return block_keys
 
 
 def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tuple[str, ...]:
@@ -187,7 +188,7 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
 def _into_block(evaluate: dict[str, Any], cls: type[Probe]) -> None:
     """Move the earlier keys of a probe into its block."""
     probes = evaluate.get("probes") or {}
-    values = {key: evaluate.pop(name) for name, key in _earlier(cls).items() if name in evaluate}
+    values = {key: evaluate.pop(name) for name, key in _earlier_keys(cls).items() if name in evaluate}
     asking = [alias.key for alias in cls.aliases.recipe.values() if alias.asks]
     if any(map(values.get, asking)):  # the earlier spelling has defaults of its own
         values = {alias.key: alias.field.default for alias in cls.aliases.recipe.values()} | values
@@ -207,26 +208,25 @@ def _block_key(evaluate: dict[str, Any], path: tuple[str, ...]) -> tuple[type[Pr
     blocks = evaluate.get("probes")
     if len(path) > 1 or not isinstance(blocks, dict):
         return None
-    owners = [(cls, _earlier(cls)) for cls in every() if isinstance(blocks.get(cls.name), dict)]
+    owners = [(cls, _earlier_keys(cls)) for cls in every() if isinstance(blocks.get(cls.name), dict)]
     return next(((cls, names[path[0]]) for cls, names in owners if path[0] in names), None)
 
 
-def _earlier(cls: type[Probe]) -> dict[str, str]:
+def _earlier_keys(cls: type[Probe]) -> dict[str, str]:
     """Keys of `evaluate:` that are a probe's earlier spellings -> what they are called in its block."""
-    return {flat: alias.key for flat, alias in cls.aliases.recipe.items()} | {
-        name: name for name in cls.aliases.limits
-    }
+    keys = {flat: alias.key for flat, alias in cls.aliases.recipe.items()}
+    return keys | {name: name for name in cls.aliases.limits}
 
 
-def asked(evaluate: Mapping[str, Any]) -> list[Probe]:
+def requested_probes(evaluate: Mapping[str, Any]) -> list[Probe]:
     """The probes that a recipe asks for, in the order in which they are run.
 
     Args:
         evaluate: the recipe's `evaluate`, as plain data; keys that another version wrote are left out.
     """
-    given, found = evaluate.get("probes") or {}, []
+    blocks, requested = evaluate.get("probes") or {}, []
     for cls in every():
-        block, aliases = given.get(cls.name), cls.aliases.recipe
+        block, aliases = blocks.get(cls.name), cls.aliases.recipe
         if block is not None:
             values = {key: block[key] for key in cls.model_fields if key in block}
         elif cls.main or any(evaluate.get(flat) for flat, alias in aliases.items() if alias.asks):
@@ -234,29 +234,29 @@ def asked(evaluate: Mapping[str, Any]) -> list[Probe]:
         else:
             continue
         shared = {key: evaluate[key] for key in cls.shared(values) if key in evaluate}
-        found.append(cls.model_validate(values | shared))
-    return found
+        requested.append(cls.model_validate(values | shared))
+    return requested
 
 
 def bounds(evaluate: Mapping[str, Any]) -> dict[str, float]:
     """The limits that a recipe's `evaluate` sets."""
-    given, found = evaluate.get("probes") or {}, {}
+    blocks, values = evaluate.get("probes") or {}, {}
     for name, (cls, _) in limits().items():
-        block = given.get(cls.name)
+        block = blocks.get(cls.name)
         value = evaluate.get(name) if block is None else block.get(name)
-        found |= {} if value is None else {name: value}
-    return found
+        values |= {} if value is None else {name: value}
+    return values
 
 
-def as_data(evaluate: dict[str, Any], given: BaseModel | None) -> dict[str, Any]:
+def as_data(evaluate: dict[str, Any], blocks: BaseModel | None) -> dict[str, Any]:
     """A recipe's `evaluate` as plain data that reads back as what it was.
 
     Args:
         evaluate: its fields, all written out.
-        given: its blocks.
+        blocks: its blocks.
     """
-    probes = {cls.name: block for cls in every() if (block := getattr(given, cls.name, None)) is not None}
-    data = {key: value for key, value in evaluate.items() if key not in said_twice(evaluate, probes)}
+    probes = {cls.name: block for cls in every() if (block := getattr(blocks, cls.name, None)) is not None}
+    data = {key: value for key, value in evaluate.items() if key not in duplicate_keys(evaluate, probes)}
     data.pop("probes", None)
     if not probes:
         return data

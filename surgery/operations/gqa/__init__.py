@@ -5,7 +5,7 @@
 text:
 
 1. `closed_form.py` orders the KV heads and chooses the layers that keep theirs (`choose_layers.py`);
-2. `streams.py` sends the text through the base and the converted model, layer by layer;
+2. `layerwise_fit.py` sends the text through the base and the converted model, layer by layer;
 3. `layer.py`, of each layer, against what the base's attention gave (`layer_inputs.py`): merges keys by low rank
    (`low_rank.py`), fits queries and keys (`fit_scores.py`), merges values, fits the output projection, then values
    (`fit_values.py`), and the output projection once more;

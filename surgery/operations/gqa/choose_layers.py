@@ -1,8 +1,9 @@
 """What the model loses when one layer alone shares its KV heads: it shows where KV heads are worth their bytes.
 
-Every layer is fitted to the base's inputs (`streams.Sharing`); then a few texts go through the base with this layer
-converted. They are the validation texts, which chose the layer's ridges and joined the last fit of W_O. The losses of
-single layers add up well enough to rank the layers: those that lose most keep their heads. MLPs are not refitted here.
+Every layer is fitted to the base's inputs (`layerwise_fit.Sharing`); then a few texts go through the base with this
+layer converted. They are the validation texts, which chose the layer's ridges and joined the last fit of W_O. The
+losses of single layers add up well enough to rank the layers: those that lose most keep their heads. MLPs are not
+refitted here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.layerwise import kl, replayed
 from surgery.operations.gqa.cost import TRIED
 from surgery.operations.gqa.layer_inputs import is_validation
-from surgery.operations.gqa.streams import LayerProgress, Sharing
+from surgery.operations.gqa.layerwise_fit import LayerProgress, Sharing
 
 
 def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept_layers: int) -> Anatomy:
@@ -54,7 +55,7 @@ class LayerLosses(Sharing):
 
     def measure(self, progress=None) -> list[float]:
         """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
-        with hook_attention(self.model, self.streams.attention) as hook, torch.no_grad():
+        with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             self.tried_samples = validation_samples(len(self.sequences))
             self.base_logps = [self._log_probabilities(index) for index in self.tried_samples]
@@ -62,22 +63,22 @@ class LayerLosses(Sharing):
             return self._map_layers(self._layer_loss, "layers tried alone", progress)
 
     def _run_base(self, anatomy, target) -> LayerProgress:
-        self.base_states[anatomy.index] = {index: self.streams.base[index] for index in self.tried_samples}
+        self.base_states[anatomy.index] = {index: self.states.base[index] for index in self.tried_samples}
         return super()._run_base(anatomy, target)
 
     def _layer_loss(self, anatomy, target) -> float:
         """The loss of one layer, in nats per token."""
-        progress, streams, layer_index = self._convert_attention(anatomy, target), self.streams, anatomy.index
+        progress, states, layer_index = self._convert_attention(anatomy, target), self.states, anatomy.index
         new, record = progress.result
         with self.converted_order.of(layer_index), self.exclusive:
             self.fits[layer_index] = new.tensors(), record
             if not progress.finished:
                 self.save_layer(layer_index, *self.fits[layer_index])
-            with streams.layer(layer_index), streams.output(layer_index, new.o.flatten(1)):
+            with states.layer(layer_index), states.output(layer_index, new.o.flatten(1)):
                 for index, state in self.base_states.pop(layer_index).items():
-                    streams.converted[index] = state
+                    states.converted[index] = state
                     heads = progress.conversion.head_outputs(new, index)
-                    streams.converted_step(layer_index, index, lambda _, heads=heads: heads)
+                    states.converted_step(layer_index, index, lambda _, heads=heads: heads)
             del progress  # log-probabilities need its memory
             return sum(
                 self._kl_to_base(layer_index, index, base_logps)
@@ -86,8 +87,8 @@ class LayerLosses(Sharing):
 
     def _kl_to_base(self, layer_index: int, index: int, base_logps: torch.Tensor) -> float:
         """KL to the base when the unchanged later layers continue from the converted state of this one."""
-        blocks = self.streams.run.blocks[: layer_index + 1]
-        state = self.streams.converted[index].to(self.model.dtype)
+        blocks = self.states.run.blocks[: layer_index + 1]
+        state = self.states.converted[index].to(self.model.dtype)
         with replayed(blocks, dict.fromkeys(blocks, state)):
             return kl(base_logps, self._log_probabilities(index)) / len(self.tried_samples)
 

@@ -14,8 +14,8 @@ from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
 from surgery.operations.gqa.layer_inputs import FitSettings
+from surgery.operations.gqa.layerwise_fit import Sharing, layer_of
 from surgery.operations.gqa.merge import permute_kv_heads
-from surgery.operations.gqa.streams import Sharing, layer_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def share_kv_heads(
             trial = LayerLosses(model, after.layers, sequences, settings, layer_files.load, layer_files.save)
             layer_losses = trial.measure(context.progress)
             fits_alone = {} if settings.sequential else trial.fits
-            del trial  # it holds streams and log-probabilities
+            del trial  # it holds hidden states and log-probabilities
             after = context.after = keep_layers(before, after, layer_losses, kept_layers)
             pairs = zip(layer_losses, after.layers, strict=True)
             losses = [{"lost_alone": round(loss, 6), "kv_heads": layer.kv_heads} for loss, layer in pairs]

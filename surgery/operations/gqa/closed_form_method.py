@@ -1,6 +1,6 @@
 """The method `closed_form` of `gqa`: what loses least on a calibration text, the rest refitted.
 
-The closed form is ours: see `closed_form.py`, `streams.py` and `fit_scores.py`.
+The closed form is ours: see `closed_form.py`, `layerwise_fit.py` and `fit_scores.py`.
 """
 
 from __future__ import annotations

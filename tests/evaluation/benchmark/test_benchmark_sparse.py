@@ -9,7 +9,7 @@ import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
 from surgery.data.text import load_text
-from surgery.evaluation.benchmark.models import RANDOM, make_prompts, sparse_facts
+from surgery.evaluation.benchmark.models import RANDOM, make_prompts, sparse_figures
 from surgery.evaluation.benchmark.result import SPLIT, STOCK
 
 WINDOW = ("method=streaming", "block=16", "gamma=null", "dense_below=32", "sinks=1", "window=1")
@@ -88,7 +88,7 @@ def test_random_weights_say_nothing_of_lists_that_follow_from_text(surgery, made
 
 def test_facts():
     entries = [{"sparse": {"method": "pooled", "dense_below": 8}}, {}, {"sparse": {"method": "streaming"}}]
-    facts = sparse_facts(SimpleNamespace(surgery={"layers": entries}))
+    facts = sparse_figures(SimpleNamespace(surgery={"layers": entries}))
     assert facts == {"layers": 2, "methods": ["pooled", "streaming"], "dense_below": [0, 8], "by_text": True}
-    assert sparse_facts(SimpleNamespace(surgery={"layers": [{}]})) is None
-    assert sparse_facts(SimpleNamespace()) is None
+    assert sparse_figures(SimpleNamespace(surgery={"layers": [{}]})) is None
+    assert sparse_figures(SimpleNamespace()) is None

@@ -9,7 +9,7 @@ from conftest import edit_json
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
-from surgery.evaluation.benchmark import dense_below as calibrate
+from surgery.evaluation.benchmark import dense_below
 from surgery.report.report import Report
 from surgery.runtime.modeling_surgery import attention_modules
 
@@ -47,8 +47,8 @@ def made_up(fixed: float, asked: list | None = None):
 def test_the_smallest_candidate_within_the_limit(out, monkeypatch):
     """A sparse query pays from 100 keys on: at 64 a prompt of 80 takes 1.126 of dense time, at 128 one of 160 0.90."""
     asked = []
-    monkeypatch.setattr(calibrate, "_seconds", made_up(90, asked))
-    found = calibrate.calibrate(out, candidates=(512, 64, 32, 128), rounds=2)
+    monkeypatch.setattr(dense_below, "_seconds", made_up(90, asked))
+    found = dense_below.search_dense_below(out, candidates=(512, 64, 32, 128), rounds=2)
     assert (found.dense_below, found.fits, found.before, found.layers) == (128, True, [64], [0, 1])
     tried = [(trial.dense_below, trial.length) for trial in found.trials]
     assert tried == [(32, 48), (32, 64), (64, 80), (64, 128), (128, 160), (128, 256)]
@@ -61,8 +61,8 @@ def test_the_smallest_candidate_within_the_limit(out, monkeypatch):
 
 
 def test_where_none_fits_no_prompt_is_sparse(surgery, out, monkeypatch):
-    monkeypatch.setattr(calibrate, "_seconds", made_up(1e6))
-    found = calibrate.calibrate(out)
+    monkeypatch.setattr(dense_below, "_seconds", made_up(1e6))
+    found = dense_below.search_dense_below(out)
     assert [trial.dense_below for trial in found.trials[::2]] == [256, 512]  # of the default ones, in 1,024 positions
     assert (found.dense_below, found.fits) == (1024, False)
     said = surgery("bench", "out", "--calibrate").out
@@ -70,17 +70,17 @@ def test_where_none_fits_no_prompt_is_sparse(surgery, out, monkeypatch):
 
 
 def test_real_timings_leave_the_model_as_it_was(out):
-    found = calibrate.calibrate(out, candidates=(32,), rounds=1)
+    found = dense_below.search_dense_below(out, candidates=(32,), rounds=1)
     assert [trial.length for trial in found.trials] == [48, 64]
     assert all(min(trial.dense, trial.sparse, trial.ratio) > 0 for trial in found.trials)
     model = package.load(out)
     module = attention_modules(model)[0]
     before = module.surgery_sparse
-    calls = calibrate._calls(model, model.dummy_inputs["input_ids"], [1])
+    calls = dense_below._calls(model, model.dummy_inputs["input_ids"], [1])
     assert [call[0].layer_idx for call in calls] == [1]
-    with calibrate._dense_below(module, 500):
+    with dense_below._dense_below(module, 500):
         assert [sparse.dense_below for sparse in module.surgery_sparse] == [500]
-    with calibrate._dense_below(module, None):
+    with dense_below._dense_below(module, None):
         assert module.surgery_sparse is None
     assert module.surgery_sparse is before
 
@@ -94,7 +94,7 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
     """A larger value keeps the scores and says of what they are, a smaller one takes them out."""
     limits = {"max_kl": 1.0}
     edit_json(out / "surgery.json", evaluation=SCORES, gate={"status": "passed", "limits": limits, "reasons": []})
-    monkeypatch.setattr(calibrate, "_seconds", made_up(fixed))
+    monkeypatch.setattr(dense_below, "_seconds", made_up(fixed))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     args = ("bench", "out", "--calibrate", "--lengths", "32,64,128", "--rounds", "2")
     shown = surgery(*args)
@@ -130,7 +130,7 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
 
 def test_a_value_that_was_not_tried_is_not_written(surgery, out, monkeypatch):
     """No candidate fits, and the model has positions for longer prompts: what was measured is shown, and no more."""
-    monkeypatch.setattr(calibrate, "_seconds", made_up(10_000))
+    monkeypatch.setattr(dense_below, "_seconds", made_up(10_000))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     done = surgery("bench", "out", "--calibrate", "--lengths", "32,64", "--rounds", "2", "--write")
     assert done.code == 2

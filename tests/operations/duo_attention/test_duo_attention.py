@@ -1,4 +1,4 @@
-"""The head split end to end: scores, choice, plan, both doors, later generations, peft."""
+"""The head split end to end: scores, choice, plan, both ways to load, later generations, peft."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_through_the_command(surgery, split, model):
 
 
 def test_later_generations_and_the_model_in_memory(split, tmp_path):
-    """Loaded, saved, loaded, saved again: equal tensors, equal logits, through a stranger's door."""
+    """Loaded, saved, loaded, saved again: equal tensors, equal logits, without the package."""
     ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
     model = surgery.load(split)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""method: closed_form on whole models: every family, planted structure, two streams, resuming, refusals."""
+"""method: closed_form on whole models: every family, planted structure, both models' states, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from families import (
     TINY,
     attention_modules,
     base,
-    check_both_doors,
+    check_both_ways_to_load,
     difference,
     kv_heads_of,
     layers_of,
@@ -32,7 +32,7 @@ from surgery.io.resume import LayerFiles
 from surgery.operations.gqa.fit_mlp import projection_of
 from surgery.operations.gqa.layer import SharedLayer
 from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.streams import Sharing
+from surgery.operations.gqa.layerwise_fit import Sharing
 
 FAMILIES = [
     name
@@ -121,9 +121,9 @@ def test_the_streams_are_those_of_the_base_and_of_the_converted_model(name, numb
     package.apply(recipe(closed(numbers, 2)), model, tokenizer=Tokens())
     _, after = states_of_the_last_layer(base(name))
     reached = states_of_the_last_layer(model)[name != "gpt_oss"]  # behind the last layer, if its MLP is refitted
-    for states, want in ((run.streams.base, after), (run.streams.converted, reached)):
+    for states, want in ((run.states.base, after), (run.states.converted, reached)):
         assert (torch.cat(states) - want).abs().max() <= 2e-4 * want.abs().max()
-    assert (torch.cat(run.streams.base) - torch.cat(run.streams.converted)).abs().max() > 1e-2
+    assert (torch.cat(run.states.base) - torch.cat(run.states.converted)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "qwen3"])
@@ -188,7 +188,7 @@ def test_a_list_of_kv_heads_through_both_doors(numbers, tmp_path):
         assert same(kept_layer.state_dict(), old.state_dict())
         assert len(layers_of(report.data)) == 1
         models[tmp_path / name] = model
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
 
 
 def test_all_kv_heads_is_the_base_and_needs_no_text():

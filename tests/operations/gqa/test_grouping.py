@@ -7,7 +7,7 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from families import attention_modules, base, get_head, legal_turn, one_thread, orthogonal, set_head  # noqa: F401
+from families import attention_modules, base, get_head, legal_rotation, one_thread, orthogonal, set_head  # noqa: F401
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.operations.gqa.grouping import (
@@ -19,9 +19,9 @@ from surgery.operations.gqa.grouping import (
     similar_order,
     turned_inner,
 )
+from surgery.operations.gqa.layerwise_fit import layer_of
 from surgery.operations.gqa.low_rank import merge_keys, merge_values
 from surgery.operations.gqa.merge import with_bias
-from surgery.operations.gqa.streams import layer_of
 
 
 def random_table(size: int, seed: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_inner_products_after_the_best_turn(rotary, positions):
     phased = phased_inner(a, b, rotary, positions).item()
     assert plain_inner(a, b) <= phased <= turned_inner(a, b) + 1e-12
     for _ in range(50):
-        turn = legal_turn(Layout, generator)
+        turn = legal_rotation(Layout, generator)
         assert plain_inner(a, turn @ b) <= phased + 1e-12
         assert phased_inner(a, turn @ b, rotary, positions).item() == pytest.approx(phased, rel=1e-10)
         any_turn = orthogonal(8, generator)
@@ -132,7 +132,7 @@ def test_inner_products_after_the_best_turn(rotary, positions):
         assert turned_inner(a, any_turn @ b).item() == pytest.approx(turned_inner(a, b).item(), rel=1e-10)
     if rotary == 0:
         assert phased == pytest.approx(turned_inner(a, b).item(), rel=1e-12)
-    assert phased_inner(a, legal_turn(Layout, generator) @ a, rotary, positions).item() == pytest.approx(
+    assert phased_inner(a, legal_rotation(Layout, generator) @ a, rotary, positions).item() == pytest.approx(
         plain_inner(a, a).item(), rel=1e-10
     )
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from closed_form import SEQUENCES, Stopped, Tokens, closed, copies_in, numbers, recipe, same  # noqa: F401
-from families import attention_modules, base, check_both_doors, difference, layers_of, logits_of, one_thread  # noqa: F401
+from families import attention_modules, base, check_both_ways_to_load, difference, layers_of, logits_of, one_thread  # noqa: F401
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
@@ -36,7 +36,7 @@ def test_layers_that_can_share_do(name, numbers, tmp_path):
         assert losses[layer] <= 1e-6 < 1e-3 < losses[1 - layer]
         assert difference(logits_of(model), logits_of(old)) <= 1e-3
         models[tmp_path / f"{layer}"] = model
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
 
 
 def test_a_loss_is_the_kl_to_the_base_with_that_layer_alone(numbers):

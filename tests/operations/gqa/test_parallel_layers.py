@@ -19,7 +19,7 @@ from surgery.operations.gqa.closed_form import share_kv_heads
 from surgery.operations.gqa.cost import Calibration, efforts
 from surgery.operations.gqa.layer import SharedLayer
 from surgery.operations.gqa.layer_inputs import FitSettings
-from surgery.operations.gqa.streams import Sharing
+from surgery.operations.gqa.layerwise_fit import Sharing
 
 LAYERS = 5
 

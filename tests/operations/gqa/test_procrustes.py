@@ -14,7 +14,7 @@ from families import (
     difference,
     get_head,
     kv_heads_of,
-    legal_turn,
+    legal_rotation,
     logits_of,
     one_thread,  # noqa: F401
     orthogonal,
@@ -94,7 +94,7 @@ def test_planted_turns_are_undone(kind):
     rotary, positions = KINDS[kind]
     facts = SimpleNamespace(head_dim=SIZE, rotary=rotary, positions=positions)
     generator, head = torch.Generator().manual_seed(5), random(SIZE, WIDTH)
-    heads = torch.stack([head] + [legal_turn(facts, generator) @ head for _ in range(3)])
+    heads = torch.stack([head] + [legal_rotation(facts, generator) @ head for _ in range(3)])
     turned = key_turns(heads, rotary, positions) @ heads
     assert torch.allclose(turned, head.expand_as(turned), atol=1e-12)
     assert torch.equal(turned[0], head)
@@ -118,7 +118,7 @@ def test_no_legal_turn_does_better(kind):
     generator = torch.Generator().manual_seed(6)
     for step in range(60):
         moved = aligned.clone()
-        turn = legal_turn(facts, generator)
+        turn = legal_rotation(facts, generator)
         if step % 2:  # a small one: a rotation near the identity by the matrix exponential of its skew part
             turn = torch.matrix_exp(1e-3 * (turn - turn.T))
         moved[step % 4] = turn @ moved[step % 4]

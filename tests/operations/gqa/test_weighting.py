@@ -33,9 +33,9 @@ from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.fit_scores import ScoreObjective
 from surgery.operations.gqa.fit_values import ValueProblem
 from surgery.operations.gqa.layer_inputs import FitSettings
+from surgery.operations.gqa.layerwise_fit import Sharing
 from surgery.operations.gqa.low_rank import fit_output, merge_keys, merge_values
 from surgery.operations.gqa.merge import with_bias
-from surgery.operations.gqa.streams import Sharing
 
 
 def uneven(name: str):

@@ -19,9 +19,9 @@ from families import (
     get_head,
     head_dim_of,
     kv_heads_of,
+    load_without_package,
     logits_of,
     one_thread,  # noqa: F401
-    open_doors,
     text_config,
 )
 
@@ -84,9 +84,9 @@ def saved(tmp_path_factory):
     answers = {}
     for kind in ("native", "surgical"):
         folders = [folder for folder in models if folder.name.startswith(kind)]
-        scratch = root / f"doors-{kind}"
+        scratch = root / f"fresh-{kind}"
         scratch.mkdir()
-        answers |= open_doors(folders, scratch, trust=kind == "surgical")
+        answers |= load_without_package(folders, scratch, trust=kind == "surgical")
     return models, answers
 
 
@@ -198,7 +198,7 @@ def test_streaming_heads_keep_their_names(removed, tmp_path):
     model = copy.deepcopy(base("llama"))
     surgery.apply(recipe, model)
     assert difference(logits_of(model), logits_of(full)) < 1e-4
-    names = [(layer.split_facts or {"kv_heads": []})["kv_heads"] for layer in Anatomy.of(model).layers]
+    names = [(layer.split_info or {"kv_heads": []})["kv_heads"] for layer in Anatomy.of(model).layers]
     removed_kv = [[kv for kv in range(4) if {2 * kv, 2 * kv + 1} <= {*heads}] for heads in removed]
     assert names == [[kv for kv in row if kv not in out] for row, out in zip(split, removed_kv, strict=True)]
     model.save_pretrained(tmp_path / "out")

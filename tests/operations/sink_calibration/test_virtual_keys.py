@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dense import KINDS, LENGTH, PADS, batch, chunked, dense_logits, difference, given, random_terms
-from families import TINY, TOKENS, check_both_doors, double, one_thread, open_doors  # noqa: F401 (one_thread: a fixture)
+from families import TINY, TOKENS, check_both_ways_to_load, double, load_without_package, one_thread  # noqa: F401 (one_thread: a fixture)
 from sink_terms import FAMILIES, SPLITS, WINDOW, entries, operated, random_attention
 
 from surgery.runtime import modeling_surgery as runtime
@@ -221,7 +221,7 @@ def test_saved_files_through_both_doors(bases, tmp_path):
     models = {
         tmp_path / name: operated(bases[name], 0, random_terms(bases[name], kinds[name], 5)) for name in FAMILIES
     }
-    check_both_doors(models, tmp_path)
+    check_both_ways_to_load(models, tmp_path)
 
 
 def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):
@@ -237,7 +237,7 @@ def test_a_missing_tensor_raises_through_both_doors(bases, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with pytest.raises(surgery.SurgeryError, match="surgery_key"):
         surgery.load(tmp_path / "out")
-    answer = open_doors([tmp_path / "out"], tmp_path, trust=True)[tmp_path / "out"]
+    answer = load_without_package([tmp_path / "out"], tmp_path, trust=True)[tmp_path / "out"]
     assert "surgery_key" in answer["error"]
 
 

@@ -3,8 +3,8 @@
 In each layer the base's attention is the goal. `layer.py` shares keys (complex PCA), refits queries and keys in turn
 to the base's scores, shares values (low rank), and refits values and the output projection to what the base's
 attention wrote. Then the converted model's own states go through the layer, and `fit_mlp.py` refits the MLP's output
-projection, which brings them back to the base's. Every sixth sequence is held back: it chooses ridges and stops the
-solvers; the last fits of both output projections include it.
+projection, which brings them back to the base's. Every sixth sequence is for validation: it chooses ridges and stops
+the solvers; the last fits of both output projections include it.
 
 Later layers of the converted model get what the earlier ones really give, and are fitted to what the base did on its
 own activations: errors are corrected, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
@@ -96,22 +96,22 @@ class Sharing:
         self.load_layer: Callable = load_layer or (lambda index: None)
         self.load_attention: Callable = load_attention or (lambda index: None)
         self.save_layer: Callable = save_layer or (lambda index, tensors, record: None)
-        self.streams = TwoStreams(model, sequences)
-        # Each stream goes through the layers in order, even where layers are fitted in parallel.
+        self.states = PairedStates(model, sequences)
+        # Each model's states go through the layers in order, even where layers are fitted in parallel.
         self.base_order, self.converted_order = OrderedSection(), OrderedSection()
         self.exclusive: AbstractContextManager = nullcontext()  # entered while the base runs through a layer
         self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
         """Packed tensors, and a record, of each layer in order; `mlps` then holds the new weights of MLPs."""
-        with hook_attention(self.model, self.streams.attention) as hook, torch.no_grad():
+        with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             results = self._map_layers(self._layer, "layers converted", progress)
         return [tensors for tensors, _ in results], [record for _, record in results]
 
     def _begin(self, hook: AttentionHook) -> None:
         self.hook = hook
-        self.streams.begin(hook)
+        self.states.begin(hook)
         pairs = zip(hook.anatomy.layers, self.targets, strict=True)
         changed = [old.kv_heads != new.kv_heads for old, new in pairs]
         self.last = max((index for index, changes in enumerate(changed) if changes), default=-1)
@@ -145,26 +145,26 @@ class Sharing:
         """Put the base's sequences through a layer; gather what its conversion needs, or load what was saved."""
         layer, layer_index = layer_of(self.model, anatomy), anatomy.index
         if target.kv_heads == anatomy.kv_heads:
-            with self.streams.layer(layer_index):
+            with self.states.layer(layer_index):
                 for index in range(len(self.sequences)) if layer_index < self.last else ():
-                    self.streams.base_step(layer_index, index)
-            return LayerProgress(layer_index, list(self.streams.base), result=(layer, {}))
+                    self.states.base_step(layer_index, index)
+            return LayerProgress(layer_index, list(self.states.base), result=(layer, {}))
         saved = self.load_layer(layer_index)
         mlp_weight = saved[0].pop(MLP, None) if saved else None
         attention = saved or self.load_attention(layer_index)
-        with self.streams.layer(layer_index):
+        with self.states.layer(layer_index):
             inputs = self._layer_inputs(layer_index, layer, inputs_only=attention is not None)
         conversion = SharedLayer(self.settings, layer, target, inputs, self.hook)
         result = None
         if attention is not None:
             conversion.key_heads = attention[1].get("key_heads", [])
             result = layer.replace(anatomy=target, **attention[0]), attention[1]
-        return LayerProgress(layer_index, list(self.streams.base), conversion, result, saved is not None, mlp_weight)
+        return LayerProgress(layer_index, list(self.states.base), conversion, result, saved is not None, mlp_weight)
 
     def _finish(self, progress: LayerProgress) -> tuple[dict[str, torch.Tensor], dict]:
         """Put the converted model's sequences through a layer and refit its MLP: packed tensors and a record."""
         layer_index, (new, record) = progress.index, progress.result
-        with self.streams.layer(layer_index):
+        with self.states.layer(layer_index):
             if progress.conversion is None:
                 for index in range(len(self.sequences)) if layer_index < self.last else ():
                     self._run_unchanged(progress, index)
@@ -183,32 +183,32 @@ class Sharing:
         return self.settings.sequential or "mlp" in self.settings.refit
 
     def _run_unchanged(self, progress: LayerProgress, index: int) -> None:
-        """Put one sequence of the converted stream through a layer that stays unchanged."""
+        """Put one sequence of the converted model through a layer that stays unchanged."""
         if self._needs_converted:
-            self.streams.converted_step(progress.index, index, None)
+            self.states.converted_step(progress.index, index, None)
         else:
-            self.streams.converted[index] = progress.base_states[index]
+            self.states.converted[index] = progress.base_states[index]
 
     def _mlp(self, layer_index: int) -> tuple[str, torch.nn.Module] | None:
         """Parameter name and module of the output projection of a layer's MLP; None where it is not refitted."""
         if "mlp" not in self.settings.refit:
             return None
-        run, module = self.streams.run, self.hook.modules[layer_index]
+        run, module = self.states.run, self.hook.modules[layer_index]
         block = run.blocks[layer_index]
         name = projection_of(block, module, run.outputs[layer_index])
         path = self.hook.anatomy.layers[layer_index].path.rpartition(".")[0]
         return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
 
     def _run_converted(self, progress: LayerProgress) -> tuple[torch.Tensor | None, dict]:
-        """Put the converted stream through a converted layer, and refit its MLP's output projection.
+        """Put the converted model's sequences through a converted layer, and refit its MLP's output projection.
 
         Returns:
             The new weight of that projection [D, n], or None, and a record.
         """
-        layer_index, conversion, (new, _), streams = progress.index, progress.conversion, progress.result, self.streams
+        layer_index, conversion, (new, _), states = progress.index, progress.conversion, progress.result, self.states
         mlp = self._mlp(layer_index)
         if not self._needs_converted:
-            streams.converted = list(progress.base_states)
+            states.converted = list(progress.base_states)
             return None, {}
         if mlp is None and layer_index >= self.last:
             return None, {}
@@ -219,15 +219,15 @@ class Sharing:
                     conversion.set_input(index, self._drop_unused(layer_index, call))
                 return conversion.head_outputs(new, index)
 
-            streams.converted_step(layer_index, index, heads)
+            states.converted_step(layer_index, index, heads)
 
         unchanged = {"mlp": "left as it is"} if "mlp" in self.settings.refit else {}
-        with streams.output(layer_index, new.o.flatten(1)):
+        with states.output(layer_index, new.o.flatten(1)):
             if mlp is None:
                 for index in range(len(self.sequences)):
                     step(index)
                 return None, unchanged
-            writer = MLPOutput(mlp[1], progress.base_states, streams.converted, step)
+            writer = MLPOutput(mlp[1], progress.base_states, states.converted, step)
             if progress.finished:
                 writer.run_with(progress.mlp_weight)
                 return progress.mlp_weight, {}
@@ -243,11 +243,11 @@ class Sharing:
         """Put the base's sequences through a layer and record it; `inputs_only`: without samples to fit."""
         inputs, module = LayerInputs(), self.hook.modules[layer_index]
         for index in range(len(self.sequences)):
-            state = self.streams.base[index][0]
+            state = self.states.base[index][0]
             inputs.rms.append(state.float().square().mean(-1).sqrt())
-            inputs.base.append(call := self.streams.base_step(layer_index, index))
+            inputs.base.append(call := self.states.base_step(layer_index, index))
             converted_call = (
-                self._drop_unused(layer_index, self.streams.inputs(layer_index, index))
+                self._drop_unused(layer_index, self.states.inputs(layer_index, index))
                 if self.settings.sequential
                 else call
             )
@@ -279,7 +279,7 @@ class _ThreadState(threading.local):
         self.call = AttentionCall(torch.empty(0))
 
 
-class TwoStreams:
+class PairedStates:
     """Hidden states of the base and of the converted model before the next layer, one [1, T, D] a sequence.
 
     Args:
