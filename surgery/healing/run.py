@@ -187,7 +187,7 @@ def _prepared(model, heal: Heal, trained: TrainableParameters):
 def _teacher(job: HealRun, packed: Packed) -> Teacher:
     """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
     heal = job.heal
-    if not heal.asks:
+    if not heal.loss_needs:
         job.forget_base()  # it may have written the text
         return Teacher()
     if heal.teacher == "live":

@@ -50,7 +50,7 @@ class Teacher:
             T²), "hidden" as a share of the hidden states' energy.
         """
         labels = batch["labels"].to(outputs.logits.device)
-        base, base_states = self.ask(outputs.logits, batch, heal) if heal.asks else (None, None)
+        base, base_states = self.ask(outputs.logits, batch, heal) if heal.loss_needs else (None, None)
         states = outputs.hidden_states[1:] if heal.reads_states else None
         inputs = LossInputs(predicts(labels), labels, base, states, base_states, heal.temperature)
         weighted = {name: (weight, losses.find(name)) for name, weight in heal.weights.items()}
