@@ -6,7 +6,7 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
@@ -98,7 +98,7 @@ class TrainingError(SurgeryError):
     resumable = True
 
 
-def nearest(word: str, known, cutoff: float = 0.5) -> str:
+def nearest(word: object, known: Iterable[object], cutoff: float = 0.5) -> str:
     """The known word closest to `word`, or "" if none is as close as `cutoff` (1: equal)."""
     from difflib import get_close_matches
 

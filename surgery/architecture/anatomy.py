@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
 from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.errors import SurgeryError
 from surgery.io.safetensors import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Anatomy:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source, tensors: dict | None = None) -> Anatomy:
+    def of(cls, source: str | Path | PreTrainedModel | PreTrainedConfig, tensors: dict | None = None) -> Anatomy:
         """Anatomy of a checkpoint folder, a loaded model or a config.
 
         Args:

@@ -96,7 +96,7 @@ class LayerAnatomy:
             heads = part.kv_cost(self.entry, heads)
         return heads
 
-    def with_entry(self, **changes) -> LayerAnatomy:
+    def with_entry(self, **changes: Any) -> LayerAnatomy:
         """This layer with other values of some keys of its entry in the `surgery` block."""
         return replace(self, entry=self.entry | changes)
 

@@ -10,13 +10,14 @@ Shapes: H query heads, G KV heads, d head size, D hidden size. Query head h read
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from surgery.architecture.layer import norm_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from surgery.architecture.families import Family
     from surgery.architecture.layer import LayerAnatomy
 
 
@@ -51,7 +52,8 @@ class AttentionLayer:
         parts = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "anatomy")
         return {name: tensor for name, tensor in parts if tensor is not None}
 
-    def replace(self, **parts) -> AttentionLayer:
+    def replace(self, **parts: Any) -> AttentionLayer:
+        """This layer with other tensors, or another anatomy that fits them."""
         return replace(self, **parts)
 
     def copy(self) -> AttentionLayer:
@@ -61,7 +63,7 @@ class AttentionLayer:
         """
         import torch
 
-        def fresh(tensor):
+        def fresh(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
         return replace(self, **{name: fresh(tensor) for name, tensor in self.tensors().items()})
@@ -113,7 +115,8 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
         joined = _join(anatomy, layer.q, layer.k, layer.v)
         tensors[f"{layout.qkv}.weight"] = _rows_first(layout, joined)
         if layer.q_bias is not None:
-            tensors[f"{layout.qkv}.bias"] = _join(anatomy, layer.q_bias, layer.k_bias, layer.v_bias)
+            biases = (layer.q_bias, layer.k_bias, layer.v_bias)
+            tensors[f"{layout.qkv}.bias"] = _join(anatomy, *cast("tuple[Tensor, Tensor, Tensor]", biases))
     tensors[f"{layout.o}.weight"] = _rows_first(layout, layer.o.flatten(1))
     for part, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
         weight = getattr(layer, part)
@@ -123,7 +126,7 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
                 tensors |= dict(zip(names, weight.unbind(0), strict=True))
             else:
                 tensors[names[0]] = weight.flatten() if anatomy.qk_norm == "whole" else weight
-    if layer.sinks is not None:
+    if layer.sinks is not None and layout.sinks is not None:
         tensors[layout.sinks] = layer.sinks
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -159,7 +162,7 @@ def _heads(anatomy: LayerAnatomy) -> dict[str, int]:
     return {"q": anatomy.heads, "k": anatomy.kv_heads, "v": anatomy.kv_heads}
 
 
-def _rows_first(layout, weight: Tensor) -> Tensor:
+def _rows_first(layout: Family, weight: Tensor) -> Tensor:
     """nn.Linear stores [out, in], Conv1D [in, out]: both directions of the change are the transpose."""
     return weight.T if layout.conv1d else weight
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -16,7 +15,7 @@ from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
-LARGEST_WEIGHT = sys.float_info.max
+LARGEST_WEIGHT = 1e6  # more would not add up with another loss in float32
 
 
 def _number(value: object) -> object:
@@ -62,7 +61,7 @@ def _weights(value: dict) -> dict[str, float]:
     weights = {name: _number(value[name]) for name in losses.LOSSES if name in value}
     for name, weight in weights.items():
         if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:  # false for NaN
-            raise _fault(f"heal.loss: the weight of {name} should be a number, at least 0; it is {shown(weight)}")
+            raise _fault(f"heal.loss: the weight of {name} should be a number from 0 to 1e6; it is {shown(weight)}")
     if not any(weights.values()):
         what = "all weights are 0" if weights else "it names no loss"
         raise _fault(f"heal.loss: {what}", exists=", ".join(losses.LOSSES), fix="{kl: 1, ce: 0.5}")

@@ -10,7 +10,7 @@ from surgery.config.overrides import as_text
 from surgery.config.validation import checked
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, shown
-from surgery.evaluation.probes.settings import without_defaults
+from surgery.evaluation.probes.settings import assign, without_defaults
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
@@ -46,13 +46,14 @@ def settings(
             raise SurgeryError(
                 "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
             )
-        path, target = section.split("."), data
-        for key_of_block in path:
-            inner = target.get(key_of_block)
-            target[key_of_block] = dict(inner) if isinstance(inner, dict) else {}
-            target = target[key_of_block]
-        target[name] = parse(value, repr(text), field=0)[0]
-        lines[*path, name] = f"override {text.strip()!r}"
+        path = (*section.split("."), name)
+        parsed = parse(value, repr(text), field=0)[0]
+        if path[0] == "evaluate":
+            data["evaluate"] = data["evaluate"] or {}
+            path = ("evaluate", *assign(data["evaluate"], path[1:], parsed))
+        else:
+            data["heal"][name] = parsed
+        lines[path] = f"override {text.strip()!r}"
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
     typed = {path[1] for path in lines if path[0] == "heal"} | (set(block) if block is not None else set())

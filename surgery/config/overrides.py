@@ -11,6 +11,7 @@ from surgery import operations
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
 from surgery.errors import SurgeryError, nearest
+from surgery.evaluation.probes.settings import assign
 from surgery.operations.variants import keys_of
 
 
@@ -52,6 +53,9 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
             fix=f"did you mean {close!r}?" if close else "",
         )
     *parents, last = paths[0]
+    if parents and parents[0] == "evaluate" and isinstance(data.get("evaluate"), dict | None):
+        data["evaluate"] = data.get("evaluate") or {}
+        return ("evaluate", *assign(data["evaluate"], paths[0][1:], value))
     target: Any = data
     for step in parents:
         if isinstance(target, dict) and target.get(step) is None:

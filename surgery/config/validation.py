@@ -103,7 +103,8 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
     if what == OWN_WORDS:
         return SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"])
     if what == OTHER_METHOD:
-        return SurgeryError(items[0]["msg"], where=at)
+        own = ", ".join(name for name in kind.model_fields if name not in ("op", "method"))
+        return SurgeryError(items[0]["msg"], where=at, exists=own)
     return SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at)
 
 

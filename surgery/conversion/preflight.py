@@ -10,7 +10,7 @@ from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
-from surgery.healing.validate import base_of_memory, refuse_early
+from surgery.healing.validate import base_of_memory, refuse_early, refuse_unwatchable
 from surgery.io.output_folder import REPORT, OutputFolder, machine_errors, refuse_small_disk
 from surgery.io.pickle import only_pickled
 
@@ -43,6 +43,8 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     if recipe.heal is not None:
         _refuse_pickle_for_healing(base, options)
         refuse_early(recipe.heal, base)
+        refuse_unwatchable(recipe.heal, recipe.evaluate)
+        OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     else:
         _refuse_foreign(out, base, options)
     _refuse_small_disk(plan, out)

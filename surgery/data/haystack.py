@@ -134,7 +134,7 @@ def form_for(tokenizer, form: str) -> str:
     refuse_form(form)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if form == "chat" and not has_template:
-        raise SurgeryError("the tokenizer has no chat template", fix="--form plain")
+        raise SurgeryError("the tokenizer has no chat template", fix="use the form plain")
     return ("chat" if has_template else "plain") if form == "auto" else form
 
 
@@ -149,7 +149,10 @@ def refuse_settings(
     """Raise where prompts of such settings make no sense; arguments as of `make_needles`, depths as shares."""
     size = SECRETS.get(secret, 0) if size is None else size
     if not lengths or min(lengths) < 1 or samples < 1 or not depths:
-        raise SurgeryError("needles need at least one length, one depth and one sample", fix="--lengths 512,1024")
+        raise SurgeryError(
+            "needles need at least one length, one depth and one sample",
+            fix="for example 512 tokens, 5 depths and 4 samples",
+        )
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise SurgeryError(f"depth {wrong[0]} is outside of the text", fix="depths go from 0 to 1")
     if secret not in SECRETS:
@@ -193,7 +196,7 @@ class _Maker:
         if secret not in self.tokenizer.decode(full[cut:]):
             raise SurgeryError(
                 f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(full[cut:])!r}",
-                fix="another kind of secret: --secret words" if self.secret == "digits" else "--secret digits",
+                fix=f"use the secret {'words' if self.secret == 'digits' else 'digits'}",
             )
         letters = (first, end, question_start)
         needle_start, needle_end, question_token = (common(self._ids(text[:letter]), prompt) for letter in letters)
@@ -231,7 +234,7 @@ class _Maker:
         text = self._chat(content)
         shift = text.find(content)
         if shift < 0:
-            raise SurgeryError("the chat template changes the text of a message", fix="--form plain")
+            raise SurgeryError("the chat template changes the text of a message", fix="use the form plain")
         return text + statement, (shift + first, shift + first + len(needle)), shift + question_start
 
     def _chat(self, content: str) -> str:
@@ -244,7 +247,7 @@ class _Maker:
                 enable_thinking=False,  # a variable that other templates ignore
             )
         except Exception as error:  # a template may raise whatever its author thought of
-            raise SurgeryError(f"the chat template does not work: {error}", fix="--form plain") from error
+            raise SurgeryError(f"the chat template does not work: {error}", fix="use the form plain") from error
 
     def _ids(self, text: str) -> list[int]:
         return self.bos + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

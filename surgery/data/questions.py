@@ -76,7 +76,7 @@ def make_choices(
         SurgeryError: an argument makes no sense, or the text is too short for so many questions.
     """
     if min(items, context, ending, wrong) < 1:
-        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="--choice-items 320")
+        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="leave them out")
     words = load_text(text, part="held-out")
     choices: list[Choice] = []
     for pattern in (SENTENCE_START, WORD_START):
@@ -86,7 +86,7 @@ def make_choices(
     raise SurgeryError(
         f"the text has room for {len(choices)} questions of {context} + {ending} tokens, not for {items}",
         where=words.title,
-        fix="a longer text, or fewer questions (--choice-items)",
+        fix="a longer text, or fewer questions",
     )
 
 

@@ -16,5 +16,5 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < 1:
-        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="--lengths 512,2k")
+        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
     return lengths

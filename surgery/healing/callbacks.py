@@ -16,16 +16,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
-from surgery.errors import SurgeryError
-from surgery.evaluation.probes import main
 from surgery.healing.trainer import rate_at
+from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
 from surgery.io.loading import read_config
 from surgery.io.output_folder import weight_files
@@ -33,6 +32,8 @@ from surgery.report.gate import gate
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from surgery.config.heal import Heal
     from surgery.config.recipe import Evaluate
     from surgery.healing.trainer import HealTrainer
@@ -147,7 +148,6 @@ def read(file: Path, last: int | None = None) -> list[dict]:
 
 
 WINDOWS, TOP_K = 2, 256
-HELD_OUT_LIMITS = tuple(main().limits)  # limits whose figures a little text shows while the model trains
 
 
 @dataclass(frozen=True)
@@ -165,21 +165,10 @@ class HeldOutEvaluator:
         base: folder of the base, or the loaded model.
         tokenizer: of the model.
         settings: of the recipe's evaluation: text, length, limits.
-        stops: whether the training ends when the gate is passed.
-
-    Raises:
-        SurgeryError: the training should end at a gate that has no limit which this text can show.
     """
 
-    def __init__(self, base, tokenizer, settings: Evaluate, stops: bool = False):
-        self.limits = {name: limit for name, limit in settings.limits.items() if name in HELD_OUT_LIMITS}
-        if stops and not self.limits:
-            raise SurgeryError(
-                "stop_at_gate: the recipe has no limit that can be watched",
-                where="heal",
-                exists=", ".join(HELD_OUT_LIMITS),
-                fix="evaluate.max_kl=..., or heal.stop_at_gate=false",
-            )
+    def __init__(self, base, tokenizer, settings: Evaluate):
+        self.limits = watched_limits(settings)
         probe = settings.main
         text = load_text(probe.text, part="held-out")
         self.samples = windows(text, tokenizer, probe.length, min(WINDOWS, probe.windows))
@@ -220,8 +209,8 @@ class SurgeryCallback(TrainerCallback):
     def __init__(self, report: Report):
         self.report = report
 
-    def on_save(self, args, state, control, **kwargs):
-        """Write the record into the checkpoint, if it holds the weights of a whole model."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write surgery.json and card into the checkpoint that the Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (files := weight_files(folder)) and (folder / "config.json").is_file():
             data = self.report.data

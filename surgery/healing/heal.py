@@ -38,6 +38,7 @@ from surgery.healing.validate import (
     base_folder,
     converted_model,
     refuse_settings,
+    refuse_unwatchable,
     report_in_memory,
     rewritten_by,
     save_as_stored,
@@ -73,8 +74,7 @@ def heal_folder(
     """Train a folder that surgery wrote, and write the healed one.
 
     Args:
-        report: of the folder.
-        base: what it was made from; default what its record names.
+        report, base: of the folder, and the model that it was made from; default what the record names.
         overrides: as typed in a command of its own; None where the healing is a part of a recipe.
         others: as for `surgery.heal`.
 
@@ -89,6 +89,7 @@ def heal_folder(
     source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(heal, anatomy.config)
+    refuse_unwatchable(heal, judged_by)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if options.on_plan and ranks.first:

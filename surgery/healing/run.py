@@ -45,6 +45,7 @@ from surgery.healing.trainer import (
     complete_checkpoints,
     remove_cut_off,
 )
+from surgery.healing.validate import refuse_unwatchable
 from surgery.healing.weighted_gqa import (
     add_mixing,
     fold_and_check,
@@ -170,12 +171,13 @@ def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
     """The held-out text, if it is to be scored while the model trains."""
     if not job.heal.eval_every:
         return None
-    if job.base is None or job.evaluate is None:
-        missing = "its base: --base MODEL" if job.base is None else "a recipe that evaluates: evaluate.text=builtin"
-        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=f"name {missing}")
+    refuse_unwatchable(job.heal, job.evaluate)
+    if job.base is None:
+        fix = "name its base: --base MODEL"
+        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=fix)
     base = job.base_model()
     with autocast_products(job.heal, base.device):  # as the student, while it trains
-        return HeldOutEvaluator(base, job.tokenizer, job.evaluate, job.heal.stop_at_gate)
+        return HeldOutEvaluator(base, job.tokenizer, job.evaluate)
 
 
 def _layerwise_start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:

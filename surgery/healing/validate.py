@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.data.generated import user_turn
 from surgery.errors import SurgeryError, nearest
+from surgery.evaluation.probes import main
 from surgery.healing.distributed import Ranks
 from surgery.healing.parameters import touched
 from surgery.healing.plan import rows_each
@@ -18,6 +19,7 @@ from surgery.report.report import Report
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
+    from surgery.config.evaluate import Evaluate
     from surgery.config.heal import Heal
 
 
@@ -40,6 +42,25 @@ def refuse_settings(heal: Heal, config) -> None:
         )
     rows_each(heal, Ranks().count)
     _refuse_report_to(heal.report_to)
+
+
+def refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
+    """Raise where the model should be scored while it trains, and the recipe does not say on what or at which gate."""
+    if heal.eval_every and evaluate is None:
+        fix = "name a recipe that evaluates: evaluate.text=builtin"
+        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=fix)
+    if heal.stop_at_gate and evaluate is not None and not watched_limits(evaluate):
+        raise SurgeryError(
+            "stop_at_gate: the recipe has no limit that can be watched",
+            where="heal",
+            exists=", ".join(main().limits),
+            fix="evaluate.max_kl=..., or heal.stop_at_gate=false",
+        )
+
+
+def watched_limits(evaluate: Evaluate) -> dict[str, float]:
+    """The limits of a recipe that a little text shows while the model trains: those of the main probe."""
+    return {name: limit for name, limit in evaluate.limits.items() if name in main().limits}
 
 
 def refuse_early(heal: Heal, base: str | Path | Any, tokenizer=None) -> None:

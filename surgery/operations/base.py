@@ -113,6 +113,16 @@ class ApplyContext:
         return self.tokenizer
 
 
+RENAMED = {  # members of an operation that had other names before -> the present ones
+    "caveats": "LIMITATIONS or limitations()",
+    "follows_terms": "carries_terms",
+    "limits": "LIMITATIONS or limitations()",
+    "problems_later": "problems_after",
+    "problems_of_checkpoint": "problems_before",
+    "touches": "rewritten_projections",
+}
+
+
 def missing_texts(operation: Operation) -> list[str]:
     """Problems of the calibration texts that an operation names: each must be a file or one of `TEXTS`."""
     problems = []
@@ -135,6 +145,12 @@ class Operation(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if old := next((name for name in RENAMED if name in vars(cls)), None):
+            raise TypeError(f"{cls.__name__} defines {old}, which nothing asks any more; it is {RENAMED[old]} now")
 
     op: str
     summary: ClassVar[str] = ""

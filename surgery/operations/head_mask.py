@@ -34,7 +34,13 @@ class HeadMask(WeightRewrite):
         "heads for real. Healing may give a silenced head weight again.",
     )
     # A factor on a head's output affects neither what the head sees nor its attention weights.
-    carries_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
+    carries_terms: ClassVar[tuple[str, ...]] = (
+        "visibility",
+        "visibility in prefill",
+        "visibility of the cache",
+        "bias",
+        "virtual keys",
+    )
 
     op: Literal["head_mask"] = "head_mask"
     values: Annotated[dict[WholeNumber, list[Gate] | dict[WholeNumber, Gate]], BeforeValidator(whole_keys)] | None = (

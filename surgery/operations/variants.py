@@ -257,11 +257,14 @@ def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -
     first, *others = found.values()
     if all(other == first for other in others):
         text = first.get("description", "")
-        return first if len(found) == len(methods) else first | {"description": f"{', '.join(found)}: {text}"}
+        if len(found) < len(methods):
+            text = f"{', '.join(found)}: {_continued(text)}"
+        return first | ({"description": text} if text else {})
     by_text: dict[str, list[str]] = {}
     for name, field in found.items():
         by_text.setdefault(field.get("description", ""), []).append(name)
-    text = "; ".join(f"{', '.join(names)}: {words}" for words, names in by_text.items())
+    said = [f"{', '.join(names)}: {_continued(words)}" for words, names in by_text.items()]
+    text = "; ".join([*(words.removesuffix(".") for words in said[:-1]), said[-1]])
     bare = [
         {name: value for name, value in field.items() if name not in ("description", "default", "title")}
         for field in found.values()
@@ -271,6 +274,12 @@ def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -
     shared = {"default": values[0]} if all(_same(value, values[0]) for value in values) else {}
     kinds = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
     return {"title": first["title"], **kinds, **shared, "description": text}
+
+
+def _continued(sentence: str) -> str:
+    """A sentence as it goes on behind a colon; words in capitals (MLP, JSONL) stay so."""
+    first, rest = sentence[:1], sentence[1:]
+    return sentence if rest[:1].isupper() else first.lower() + rest
 
 
 def _same(left: Any, right: Any) -> bool:

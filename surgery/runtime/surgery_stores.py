@@ -23,6 +23,7 @@ import torch
 
 from .surgery_visibility import Visibility
 
+HELD = ("keys", "values", "slots")  # what a store holds under these names
 GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
 
 
@@ -179,19 +180,25 @@ class KeptStore(FullStore):
     @property
     def notes(self) -> dict[str, torch.Tensor]:
         """What a policy has noted of the keys held: name -> [batch, KV heads, held, ...], 0 for those that are new."""
-        return {name: self._used(name) for name in self.tensors if name not in ("keys", "values", "slots")}
+        return {name: self._used(name) for name in self.tensors if name not in HELD}
 
     def note(self, notes: dict[str, torch.Tensor]) -> None:
         """Keep notes in the place of those of their names; they go where their keys go.
 
         Raises:
-            ValueError: one is not of all the keys held.
+            ValueError: one is not of all the keys held, or has the name of what the store itself holds.
         """
         for name, noted in notes.items():
             if noted.shape[:3] != self._used("keys").shape[:3]:
                 wanted = list(self._used("keys").shape[:3])
                 raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
-            self.tensors[name] = noted
+            if name in HELD:
+                raise ValueError(f"a policy's note may not be called {name!r}: the cache holds {', '.join(HELD)}")
+            old = self.tensors.get(name)
+            if old is None or (old.dtype, old.shape[3:]) != (noted.dtype, noted.shape[3:]):
+                self.tensors[name] = noted
+            elif noted.data_ptr() != old.data_ptr():  # else the policy changed what it was shown
+                old[:, :, : self.held] = noted
 
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.

@@ -200,12 +200,14 @@ def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_
         (Transformers sees it at positions that start anew) the number of each token's sequence, long [batch, length].
 
     Raises:
-        ValueError: a mask that is not plain causal (image blocks that see each other, chunks), or one with holes:
-            padding must be before a row's tokens or after them.
+        ValueError: a mask that is not plain causal (image blocks that see each other, chunks), one with holes
+            (padding must be before a row's tokens or after them), or one of packed rows.
     """
     segments = _segments(mask_function)
     if attention_mask is None:
         return segments
+    if segments is not None:
+        raise ValueError("packed rows have no padding: leave the attention mask out, their positions tell them apart")
     mask = attention_mask.to(torch.bool)
     if mask.shape[1] < kv_length:
         raise ValueError(f"the attention mask has {mask.shape[1]} columns, cache and input have {kv_length} tokens")

@@ -101,7 +101,11 @@ CASES: dict[str, Case] = {
         ("gate", "loud"),
         native=True,
     ),
-    "moh": Case({"active_ratio": 0.5, "shared_ratio": 0.0, "router": "random"}, {}, ("active_ratio", 0.0)),
+    "moh": Case(
+        {"active_ratio": 0.5, "shared_ratio": 0.0, "router": "random"},
+        {"moh, all heads on": lambda _: {"active_ratio": 1.0, "shared_ratio": 0.0, "router": "random"}},
+        ("active_ratio", 0.0),
+    ),
     "mae": Case(
         {"router": "random"}, {"mae, soft and even": lambda _: {"hard": False, "router": "zero"}}, ("hard", 1)
     ),

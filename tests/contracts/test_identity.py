@@ -27,7 +27,13 @@ RUNS = [
     if family not in CASES[op].refused_always
 ]
 # In one checkpoint, one operation of each term; where all heads have a window, none has a prompt to read by blocks.
-LEFT = ("duo_attention, none stream", "learned, identity", "kv_bias, identity", "sparse_prefill, gamma 1")
+LEFT = (
+    "duo_attention, none stream",
+    "learned, identity",
+    "kv_bias, identity",
+    "sparse_prefill, gamma 1",
+    "moh, all heads on",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,7 @@ def test_every_operation_has_a_case():
     from surgery import operations
 
     assert sorted(CASES) == operations.builtin_names()
+    assert len(SETTINGS) == sum(len(case.identity) for case in CASES.values()), "two settings have one name"
 
 
 @pytest.mark.parametrize(("family", "step"), RUNS)

@@ -73,6 +73,25 @@ def test_a_folder_that_is_not_ours_is_refused(refused, model, tmp_path, more):
     refused("apply", "mqa", model, *more, "-o", "out", *FAST, says=["out: OUT exists", "add --overwrite"])
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("heal.eval_every=1", "evaluate=null"), ["eval_every scores the model beside its base", "a recipe that"]),
+        (
+            ("heal.eval_every=1", "heal.stop_at_gate=true", "evaluate={needles: 4, min_needles: 0.5}"),
+            ["stop_at_gate: the recipe has no limit that can be watched", "max_kl"],
+        ),
+    ],
+)
+def test_a_healing_that_cannot_be_watched_is_refused_before_the_model_is_converted(refused, model, more, says):
+    refused("apply", "mqa", model, *HEAL, *more, "-o", "out", *FAST, says=says)
+
+
+def test_a_healed_folder_may_not_be_its_base_nor_lie_in_it(refused, model):
+    for out in (model, f"{model}/out"):
+        refused("apply", "mqa", model, *HEAL, "-o", out, "--overwrite", *FAST, says=["may not be the model folder"])
+
+
 def test_the_plan_is_shown_once_and_before_what_is_refused(model, tmp_path):
     plans = []
     with pytest.raises(package.SurgeryError, match="no such text file"):

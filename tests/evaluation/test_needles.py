@@ -359,6 +359,7 @@ def test_nan_of_the_base_is_refused_and_of_out_a_miss(tokenizer):
     [
         ({"lengths": (2000,)}, "base has 1024 positions"),
         ({"lengths": (90,)}, "too few for a needle"),
+        ({"lengths": (300, 63)}, "lengths should be at least 64 tokens; the shortest is 63"),
         ({"lengths": ()}, "at least one length"),
         ({"depths": [1.5]}, "depth 1.5 is outside"),
         ({"secret": "letters"}, "no secret 'letters'"),
@@ -419,7 +420,7 @@ def test_command(surgery, folder, tmp_path):
 
 
 def test_command_refuses(refused, folder):
-    refused("eval", folder, "--needles", "--lengths", "2k", says=["1024 positions", "--lengths"])
+    refused("eval", folder, "--needles", "--lengths", "2k", says=["1024 positions", "shorter lengths"])
     refused("eval", folder, "--plot", "x.png", says=["--plot is for needles alone", "--needles"])
     refused("eval", folder, "--depths", "3", says=["--depths is for needles alone"])
     refused("eval", folder, "--needles", "--windows", "3", says=["--windows is not for needles"])

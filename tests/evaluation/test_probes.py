@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import WORDS
@@ -264,7 +265,7 @@ REFUSED = {
     ),
     "a word": (("--probe", "needles", "secret=digit"), ["no secret 'digit'", "digits, words", "use digits"]),
     "a form": (("--probe", "needles", "form=chatty"), ["no form 'chatty'", "auto, chat, plain"]),
-    "lengths": (("--probe", "needles", "lengths=2x"), ["not '2x'", "lengths=512,2k"]),
+    "lengths": (("--probe", "needles", "lengths=2x"), ["not '2x'", "write 512,2k"]),
     "depth": (("--probe", "needles", "depths=[0.5, 2]"), ["depth 2.0 is outside of the text"]),
     "two ways in one": (("--probe", "needles", "cases=4", "samples=2"), ["cases and samples are two ways"]),
     "questions": (("--probe", "choices", "labelled=q.jsonl", "items=3"), ["items is not for questions of a file"]),
@@ -328,16 +329,72 @@ def test_a_recipe_is_refused(refused, model, tmp_path, case):
         ("evaluate.probes.needles.items=3", ["it is a key of the probe choices"]),
         ("evaluate.probes.needles=3", ["needles should be a mapping of keys"]),
         ("evaluate.probes.needles.depths=0", ["'evaluate.probes.needles.depths=0': needles need at least one"]),
-        (
-            "evaluate.probes.perplexity.windows=3",
-            ["max_kl and probes.perplexity are two ways", "probes.perplexity.max_kl"],
-        ),
         ("evaluate.probes.needles.cases.x=3", ["cases should be a whole number"]),
     ],
 )
 def test_an_override_is_refused(refused, model, override, says):
     refused("plan", "mqa", model, override, says=says)
     refused("plan", "mqa", model, "evaluate=5", override, says=["evaluate should be a mapping"])
+
+
+def test_an_override_finds_a_probe_in_the_recipe_s_spelling():
+    """A shipped recipe has the earlier keys; whoever sets a block's key means that probe with its other settings."""
+    from surgery.config.recipe import load
+
+    shipped = load("duo-attention")
+    needles = next(probe for probe in shipped.evaluate.asked if probe.name == "needles")
+    assert "min_needles" in shipped.evaluate.limits
+
+    changed = load("duo-attention", ["evaluate.probes.needles.cases=5"])
+    asked = next(probe for probe in changed.evaluate.asked if probe.name == "needles")
+    assert (asked.cases, asked.length, asked.text) == (5, needles.length, needles.text)
+    assert changed.evaluate.limits == shipped.evaluate.limits
+
+    again = load(changed, ["evaluate.needles=7", "min_needles=0.25"])
+    assert next(probe for probe in again.evaluate.asked if probe.name == "needles").cases == 7
+    assert again.evaluate.limits == shipped.evaluate.limits | {"min_needles": 0.25}
+
+    for nothing in ("evaluate.needles=0", "evaluate.probes.needles=null"):
+        for recipe in ("duo-attention", changed):
+            assert "needles" not in [probe.name for probe in load(recipe, [nothing]).evaluate.asked]
+
+    later = load("duo-attention", ["evaluate.probes.needles.samples=2", "evaluate.probes.needles.lengths=512,2k"])
+    asked = next(probe for probe in later.evaluate.asked if probe.name == "needles")
+    assert (asked.samples, asked.cases, asked.lengths, asked.length) == (2, None, (512, 2000), None)
+
+    none = {
+        "version": 1,
+        "name": "x",
+        "operations": [{"op": "expand"}],
+        "evaluate": {"needles": 0, "needle_length": 300},
+    }
+    asked = next(p for p in load(none, ["evaluate.probes.needles.samples=2"]).evaluate.asked if p.name == "needles")
+    assert (asked.samples, asked.cases, asked.length) == (2, None, 300)
+
+
+def test_a_healing_finds_a_probe_in_the_recipe_s_spelling():
+    from surgery.config.heal_overrides import settings
+    from surgery.config.recipe import load
+
+    recorded = load("gqa-uptrain").identity()
+    recorded["evaluate"] |= {"needles": 9, "min_needles": 0.5}
+    _, evaluate = settings(recorded, overrides=["evaluate.probes.needles.length=512"])
+    asked = next(probe for probe in evaluate.asked if probe.name == "needles")
+    assert (asked.cases, asked.length, evaluate.limits["min_needles"]) == (9, 512, 0.5)
+    _, evaluate = settings(recorded, overrides=["evaluate.probes.needles=null"])
+    assert "needles" not in [probe.name for probe in evaluate.asked]
+    assert "min_needles" not in evaluate.limits
+
+
+def test_python_may_give_ranges_arrays_and_defaults():
+    from surgery.evaluation.probes.settings import make
+
+    needles = make("needles", {"lengths": range(512, 1025, 512), "depths": np.linspace(0.0, 1.0, 3)})
+    assert (needles.lengths, needles.depths) == ((512, 1024), (0.0, 0.5, 1.0))
+    assert make("needles", {"lengths": [np.int64(512)]}).lengths == (512,)
+    assert make("choices", {"labelled": "q.jsonl", "text": "builtin", "seed": 0}).labelled == "q.jsonl"
+    with pytest.raises(SurgeryError, match="seed is not for questions of a file"):
+        make("choices", {"labelled": "q.jsonl", "seed": 1})
 
 
 def test_python_is_told_the_same():

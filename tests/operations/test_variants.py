@@ -53,6 +53,14 @@ class Holder(BaseModel):
     merge: Merge | None = None
 
 
+def test_a_member_that_nothing_asks_any_more_is_refused():
+    from surgery.operations.base import RENAMED, WeightRewrite
+
+    for old, new in RENAMED.items():
+        with pytest.raises(TypeError, match=f"defines {old}, which nothing asks any more; it is {new[:10]}"):
+            type("Old", (WeightRewrite,), {"__module__": __name__, "__annotations__": {}, old: lambda self: []})
+
+
 def test_the_shared_class_makes_the_method_that_is_named():
     assert {"mean": Mean, "draw": Draw} == METHODS
     assert type(Merge()) is type(Merge(weight=0.1)) is type(Merge.model_validate({})) is Mean
@@ -128,7 +136,7 @@ def test_its_schema_is_a_oneof_with_a_discriminator():
     assert [part.get("required", []) for part in inline["oneOf"]] == [[], ["method", "seed"]]
     assert [part["description"] for part in inline["oneOf"]] == ["The mean of all.", "New ones."]
     assert inline["properties"]["weight"]["default"] == 0.5
-    assert inline["properties"]["weight"]["description"] == "mean: Of the first."
+    assert inline["properties"]["weight"]["description"] == "mean: of the first."
     assert inline["properties"]["method"]["default"] == "mean"
     assert list(inline["properties"]) == keys_of(Merge) == ["method", "heads", "weight", "seed", "scale"]
     assert own_keys(Draw) == ["seed", "scale"]

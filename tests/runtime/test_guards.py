@@ -19,7 +19,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config as surgery_block
 from surgery.runtime.surgery_cache import SurgeryCache
-from surgery.runtime.surgery_visibility import base_windows, head_kinds
+from surgery.runtime.surgery_visibility import base_windows, head_kinds, surgery_mask
 
 
 @pytest.fixture
@@ -143,6 +143,17 @@ def test_gradients_of_values_alone_are_not_lost():
 
 
 @torch.no_grad()
+def test_packed_rows_with_a_mask_are_refused():
+    """Transformers gives one or the other; whoever gives both would lose the borders of the sequences."""
+    from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
+
+    numbers = torch.tensor([[0, 0, 1, 1]])
+    both = and_masks(causal_mask_function, packed_sequence_mask_function(numbers))
+    assert torch.equal(surgery_mask(1, 4, 4, both), numbers)
+    with pytest.raises(ValueError, match="packed rows have no padding"):
+        surgery_mask(1, 4, 4, both, attention_mask=torch.ones(1, 4))
+
+
 def test_layer_types_rule_over_the_switch():
     """SmolLM3's masks follow `layer_types`, whatever `use_sliding_window` says."""
     kinds = ["sliding_attention", "full_attention"]

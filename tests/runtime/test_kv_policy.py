@@ -19,6 +19,7 @@ from surgery.runtime import surgery_kv_policy
 from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kv_policy import Kept, Policy
 from surgery.runtime.surgery_stores import FullStore, KeptStore, RingStore
+from surgery.runtime.surgery_visibility import Visibility
 
 GENERATED = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -143,6 +144,30 @@ def test_identity(base, policy):
         assert difference(model(**given(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
         for chunks in ([20, 1, 24], [7] * 6 + [1, 1, 1]):
             assert difference(chunked(model, *part, chunks), want, part[1]) <= 1e-5
+
+
+@torch.no_grad()
+def test_notes_stay_in_their_buffer():
+    """A note that is made anew at each step is copied into the memory that it has, and frees none of another name."""
+    store = KeptStore(Visibility(by_policy=True))
+    keys = torch.randn(2, 3, 40, 8)
+    store.append(keys, keys, False)
+    store.note({"weight": torch.arange(240.0).reshape(2, 3, 40)})
+    store.append(keys[:, :, :1], keys[:, :, :1], False)
+    memory = store.tensors["weight"].data_ptr()
+    for step in range(60):
+        store.append(keys[:, :, :1], keys[:, :, :1], False)
+        assert torch.equal(store.notes["weight"][:, :, -1], torch.zeros(2, 3)), "0 for a key that is new"
+        store.note({"weight": store.notes["weight"] + step})
+        store.note(store.notes)
+        assert store.tensors["weight"].data_ptr() == memory
+    wanted = torch.arange(240.0).reshape(2, 3, 40) + sum(range(60))
+    assert torch.equal(store.notes["weight"][:, :, :40], wanted)
+    store.note({"weight": torch.ones(2, 3, 101, 2)})  # of another shape
+    assert store.notes["weight"].shape == (2, 3, 101, 2)
+    for name in ("keys", "values", "slots"):
+        with pytest.raises(ValueError, match=f"may not be called '{name}'"):
+            store.note({name: torch.zeros(2, 3, 101)})
 
 
 @some

@@ -58,17 +58,22 @@ def _plain_text(value: str | Path | Text) -> str:
     return value.title if isinstance(value, Text) else str(value)
 
 
-def _list(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _list(value: Any) -> object:
+    """Lists, ranges and arrays as tuples of Python's numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list | tuple | range):
+        return value
+    return tuple(item.item() if hasattr(item, "item") else item for item in value)
 
 
 def _lengths(value: object) -> object:
+    value = _list(value)
     if isinstance(value, str):
         try:
             return parse_lengths(value)
         except SurgeryError as error:
-            raise own_words(error.what, fix="lengths=512,2k") from None
-    return (value,) if type(value) is int else _list(value)
+            raise own_words(error.what, fix="write 512,2k") from None
+    return (value,) if type(value) is int else value
 
 
 # Types of settings. A text: "builtin", a file, or (from Python) a loaded `Text`.
@@ -202,6 +207,7 @@ class Probe(BaseModel):
         aliases: earlier spellings.
         main: it is run whatever a recipe asks, see `surgery.evaluation.probes.main`. One probe alone is.
         drawing: what `picture` shows, in a few words; "": it has no picture.
+        alternatives: pairs of settings of which one may be set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -212,6 +218,7 @@ class Probe(BaseModel):
     aliases: ClassVar[Aliases] = Aliases()
     main: ClassVar[bool] = False
     drawing: ClassVar[str] = ""
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def files(cls) -> list[str]:

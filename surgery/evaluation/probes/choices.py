@@ -111,7 +111,8 @@ class Choices(CaseProbe):
 
     @model_validator(mode="after")
     def _sensible(self) -> Choices:
-        made = [key for key in ("text", "items", "seed", "context") if key in self.model_fields_set]
+        drawn, fields = ("text", "items", "seed", "context"), type(self).model_fields
+        made = [key for key in drawn if getattr(self, key) != fields[key].default]
         if self.labelled is not None and made:
             raise own_words("is not for questions of a file", key=made[0], fix="leave it out")
         return self

@@ -44,6 +44,7 @@ from surgery.evaluation.probes.base import (
 )
 from surgery.io.loading import loaded
 
+SHORTEST = 64  # tokens of a prompt; fewer hold no needle with its question in any tokenizer
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
@@ -132,10 +133,11 @@ class Needles(CaseProbe):
     summary: ClassVar[str] = "secrets hidden in a text, one in a prompt, over lengths and depths: which are found"
     cases_are: ClassVar[str] = "needles"
     drawing: ClassVar[str] = "draw the grid."
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("length", "lengths"), ("cases", "samples"))
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
     lengths: TokenLengths = Field((512, 1024, 2048), description="Tokens of the prompts: 512,1024,2048.")
-    length: int | None = Field(None, ge=64, description="Tokens of the prompts, where all have one length.")
+    length: int | None = Field(None, ge=SHORTEST, description="Tokens of the prompts, where all have one length.")
     depths: int | Shares = Field(
         5, description="Places in the text: their number, evenly spaced, or a list of shares (0 begin, 1 end)."
     )
@@ -177,16 +179,22 @@ class Needles(CaseProbe):
                 Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none."),
                 asks=True,
             ),
-            "needle_length": RecipeField("length", int, Field(1024, ge=64, description="Tokens of such a prompt.")),
+            "needle_length": RecipeField(
+                "length", int, Field(1024, ge=SHORTEST, description="Tokens of such a prompt.")
+            ),
         },
         limits=("min_needles",),
     )
 
     @model_validator(mode="after")
     def _sensible(self) -> Needles:
-        for one, other in (("length", "lengths"), ("cases", "samples")):
+        for one, other in self.alternatives:
             if {one, other} <= self.model_fields_set:
                 raise own_words(f"and {other} are two ways to say the same", key=one, fix="one of them")
+        if self.lengths and min(self.lengths) < SHORTEST:
+            raise own_words(
+                f"should be at least {SHORTEST} tokens; the shortest is {min(self.lengths)}", key="lengths"
+            )
         in_own_words(refuse_settings, self.tokens, self.places, self.repetitions, self.secret)
         in_own_words(refuse_form, self.form)
         return self
@@ -214,7 +222,7 @@ class Needles(CaseProbe):
         Raises:
             SurgeryError: as `make_needles`; prompts longer than a model's positions, a tokenizer of another model.
         """
-        said = ("prompt and answer", "shorter --lengths")
+        said = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *said)
         words = load_text(self.text, part="held-out")
         form = form_for(tokenizer, self.form)

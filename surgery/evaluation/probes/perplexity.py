@@ -342,6 +342,6 @@ def _vocabulary(configs: dict, length: int) -> int:
         if longest and length > longest:
             raise SurgeryError(
                 f"{label} takes {longest} tokens, the windows have {length}",
-                fix=f"--length {longest} (in a recipe: evaluate.length={longest})",
+                fix=f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}",
             )
     return next(iter(sizes.values()))

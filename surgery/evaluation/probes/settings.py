@@ -143,10 +143,79 @@ def said_twice(given: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for cls in (cls for cls in every() if cls.name in set(blocks)):
-        names = {flat: alias.key for flat, alias in cls.aliases.recipe.items()}
-        names |= {name: name for name in cls.aliases.limits}
-        found |= {flat: f"probes.{cls.name}.{key}" for flat, key in names.items() if flat in set(given)}
+        found |= {flat: f"probes.{cls.name}.{key}" for flat, key in _earlier(cls).items() if flat in set(given)}
     return found
+
+
+def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tuple[str, ...]:
+    """Set one key of a recipe's `evaluate:` in place, in either spelling; of two of one meaning the later one holds.
+
+    A block that is set takes the probe's earlier keys into it, since the two may not stand side by side; an earlier
+    key of a probe that has a block is set in the block.
+
+    Args:
+        evaluate: as plain data, not checked yet.
+        path: of the key, in `evaluate`.
+
+    Returns:
+        The path that was set.
+    """
+    asks = False
+    if owner := _block_key(evaluate, path):
+        cls, key = owner
+        asks = path[0] in cls.aliases.recipe and cls.aliases.recipe[path[0]].asks
+        path = ("probes", cls.name, key)
+    elif path[0] == "probes" and len(path) > 1:
+        for cls in (cls for cls in every() if cls.name == path[1]):
+            _into_block(evaluate, cls)
+    if asks and not value:  # needles: 0
+        path, value = path[:-1], None
+    *outer, last = path
+    target: Any = evaluate
+    for step in outer:
+        if isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[step] if isinstance(target, dict) else None
+    if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+        target[last] = value
+        if path[0] == "probes" and len(path) == 3:
+            for other in _alternatives(path[1], last):
+                target.pop(other, None)
+    return path
+
+
+def _into_block(evaluate: dict[str, Any], cls: type[Probe]) -> None:
+    """Move the earlier keys of a probe into its block."""
+    probes = evaluate.get("probes") or {}
+    values = {key: evaluate.pop(name) for name, key in _earlier(cls).items() if name in evaluate}
+    asking = [alias.key for alias in cls.aliases.recipe.values() if alias.asks]
+    if any(map(values.get, asking)):  # the earlier spelling has defaults of its own
+        values = {alias.key: alias.field.default for alias in cls.aliases.recipe.values()} | values
+    values = {key: value for key, value in values.items() if value or key not in asking}
+    if isinstance(probes, dict) and isinstance(block := probes.get(cls.name), dict | None):
+        evaluate["probes"] = probes | {cls.name: values | (block or {})}
+
+
+def _alternatives(name: str, key: str) -> list[str]:
+    """The settings of a probe that say the same as this one in another way."""
+    pairs = [pair for cls in every() if cls.name == name for pair in cls.alternatives]
+    return [other for pair in pairs for one, other in (pair, pair[::-1]) if one == key]
+
+
+def _block_key(evaluate: dict[str, Any], path: tuple[str, ...]) -> tuple[type[Probe], str] | None:
+    """The probe whose earlier key this is, and the key in its block, if the probe has a block."""
+    blocks = evaluate.get("probes")
+    if len(path) > 1 or not isinstance(blocks, dict):
+        return None
+    owners = [(cls, _earlier(cls)) for cls in every() if isinstance(blocks.get(cls.name), dict)]
+    return next(((cls, names[path[0]]) for cls, names in owners if path[0] in names), None)
+
+
+def _earlier(cls: type[Probe]) -> dict[str, str]:
+    """Keys of `evaluate:` that are a probe's earlier spellings -> what they are called in its block."""
+    return {flat: alias.key for flat, alias in cls.aliases.recipe.items()} | {
+        name: name for name in cls.aliases.limits
+    }
 
 
 def asked(evaluate: Mapping[str, Any]) -> list[Probe]:

@@ -41,7 +41,13 @@ class PruneHeads(Operation):
         "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
         "text of another kind it may win back less.",
     )
-    carries_terms: ClassVar[tuple[str, ...]] = ("visibility", "visibility in prefill", "bias", "virtual keys")
+    carries_terms: ClassVar[tuple[str, ...]] = (
+        "visibility",
+        "visibility in prefill",
+        "visibility of the cache",
+        "bias",
+        "virtual keys",
+    )
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(

@@ -44,11 +44,9 @@ class ZeroTuning(SinkCalibration):
     gamma: Gamma | None = Field(None, description="The same for all these heads; default: searched.")
     groups: Literal["uniform", "layers", "heads"] = Field(
         "heads",
-        description="Searched: one gamma, one a layer, or gamma and 1 / gamma for heads by their slope.",
+        description="What is searched: one gamma, one a layer, or gamma and 1 / gamma for heads by their slope.",
     )
-    grid: Grid | None = Field(
-        None, description="Searched: values of gamma that are tried; default 1.1 to 2, and 1 over them."
-    )
+    grid: Grid | None = Field(None, description="Values of gamma that are tried; default 1.1 to 2, and 1 over them.")
     objective: Objective = "ce"
     calibration_samples: CalibrationSamples = 16
     calibration_length: CalibrationLength = 512
@@ -56,7 +54,7 @@ class ZeroTuning(SinkCalibration):
     labelled: str | None = Field(
         None,
         min_length=1,
-        description="Searched: a JSONL file of questions (prompt, choices, answer) in place of text; "
+        description="For the search, a JSONL file of questions (prompt, choices, answer) in place of text; "
         "what is lowered is -log of the right choice's share, and every second question is held back.",
     )
 

@@ -105,7 +105,7 @@ class Learned(VirtualKeys):
     logit: float | None = Field(
         None, allow_inf_nan=False, description="This logit for every query of these heads, in place of a fit."
     )
-    value: Literal["zero", "fit"] = Field("fit", description="Fitted: no value, or the first token's mean.")
+    value: Literal["zero", "fit"] = Field("fit", description="In a fit: no value, or the first token's mean.")
     calibration_samples: CalibrationSamples = 16
     calibration_length: CalibrationLength = 512
     text: CalibrationText = "builtin"

@@ -20,14 +20,14 @@ class ByHead(SparsePrefill):
     """A method of its own for each query head (MInference searches them so)."""
 
     method: Literal["by_head"]
-    density: Share | None = Field(DENSITY, description="Searched: share of the blocks that a head may read.")
+    density: Share | None = Field(DENSITY, description="Share of the blocks that a head may read, of the search.")
     patterns: list[dict[str, Any]] | None = Field(
         None,
         description="For each query head in order a method and its settings, {method: ..., ...}; null: the best of "
         "each head at this density is searched on calibration text, as in MInference.",
     )
-    calibration_samples: FromOne = Field(2, description="Searched: texts; and")
-    calibration_length: FromOne = Field(2048, description="tokens in each.")
+    calibration_samples: FromOne = Field(2, description="Texts of the search.")
+    calibration_length: FromOne = Field(2048, description="Tokens in each of them.")
 
     @property
     def searches(self) -> bool:
