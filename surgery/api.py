@@ -1,4 +1,4 @@
-"""The public API: what the command line calls, and what a fine-tuning script would."""
+"""The public API: the command line calls it, and so may a fine-tuning script."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def apply(
         output: the folder to make; needed for a name or folder, not allowed for a loaded model.
         tokenizer: of a loaded model, for operations that measure it.
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can). This,
-            resume, overwrite and allow_pickle are of the way from folder to folder, and refused for a loaded model.
+            resume, overwrite and allow_pickle apply to conversion into a folder, and are refused for a loaded model.
         check, evaluate, gate: what is done with the result; a skipped gate is recorded as skipped.
         resume, overwrite: what to do with an unfinished or finished earlier output.
         allow_pickle: read .bin weights (with `weights_only=True`).
@@ -122,8 +122,10 @@ def apply(
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
         return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
-    given = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-    _refuse_folder_settings([name for name in given if given[name]] + ["engine"] * (engine == "streaming"))
+    folder_settings = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+    _refuse_folder_settings(
+        [name for name in folder_settings if folder_settings[name]] + ["engine"] * (engine == "streaming")
+    )
     _refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 
@@ -147,9 +149,9 @@ def heal(
 ) -> Report:
     """Train a converted model, and say how much of the damage came back.
 
-    A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, scored beside base and converted model
+    A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, compared with base and converted model
     on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it. If that
-    fails it is left as it was, by a copy in main memory of what trains and of what low-rank updates are merged into.
+    fails it is left as it was: main memory holds a copy of what trains and of what updates are merged into.
 
     Args:
         model: the folder, or a model that `surgery.apply` edited.
@@ -159,8 +161,8 @@ def heal(
         overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
         tokenizer: of a model in memory.
         check, evaluate, gate: what is done with the result.
-        resume: go on from the last whole checkpoint of an unfinished run of the same settings, data and models.
-        overwrite: replace OUT, and begin anew where an unfinished run is; text that the base wrote for it is used.
+        resume: continue from the last complete checkpoint of an unfinished run of the same settings, data and models.
+        overwrite: replace OUT, and start an unfinished run again; text that the base wrote for it is used.
         progress: called with done, total and a label.
         on_plan: called with what will train before anything is done.
 
@@ -178,8 +180,8 @@ def heal(
     options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
     typed = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
-        given = {"output": output, "resume": resume, "overwrite": overwrite}
-        if names := [name for name in given if given[name]]:
+        folder_settings = {"output": output, "resume": resume, "overwrite": overwrite}
+        if names := [name for name in folder_settings if folder_settings[name]]:
             raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
         return heal_model(model, base, settings, typed, tokenizer, options)
     if base is not None and not isinstance(base, str | Path):
@@ -224,7 +226,7 @@ def evaluate(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
-    """Measure a model, alone or against its base.
+    """Measure a model, by itself or compared with its base.
 
     Args:
         model, base: folder, name or loaded model (then with `tokenizer`).
@@ -235,7 +237,7 @@ def evaluate(
         progress: called with done, total and a label.
 
     A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result of the default probe in its
-    surgery.json and card, and the gate is held against it, if text and base are those that its recipe and record
+    surgery.json and card, and the gate is compared with it, if text and base are those that its recipe and record
     name. Where it is not recorded, a note of the result says why.
 
     Returns:
@@ -253,12 +255,12 @@ def evaluate(
         raise _no_model(model)
     if isinstance(probe, Probe) and settings:
         raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
-    asked = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
+    chosen = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
     out: Any = _folder_of(model)
-    result = asked.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
-    if asked.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
+    result = chosen.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
+    if chosen.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
         report = Report.of(out)
-        if reason := unrecordable(report.data, base, asked):
+        if reason := unrecordable(report.data, base, chosen):
             result.notes.append(f"not recorded in surgery.json and card: {reason}")
         else:
             report.record_evaluation(result.to_dict())
@@ -267,12 +269,12 @@ def evaluate(
 
 
 def evaluate_needles(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
-    """Which hidden secrets a model finds, alone or beside its base: `evaluate(..., probe="needles")`."""
+    """Which hidden secrets a model finds, compared with its base if given: `evaluate(..., probe="needles")`."""
     return evaluate(model, base, probe="needles", **settings)
 
 
 def evaluate_choices(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
-    """Which of several answers a model chooses, alone or beside its base: `evaluate(..., probe="choices")`."""
+    """Which of several answers a model chooses, compared with its base if given: `evaluate(..., probe="choices")`."""
     return evaluate(model, base, probe="choices", **settings)
 
 

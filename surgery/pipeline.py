@@ -1,7 +1,7 @@
-"""What a run does, in order: convert, score, heal, check, score again.
+"""The steps of a run, in order: convert, score, heal, check, score again.
 
-A recipe that heals leaves the converted model in OUT.unhealed until OUT is complete: a run that was stopped goes on
-from there. It stays where an adapter is kept, which loads on it.
+A recipe that heals leaves the converted model in OUT.unhealed until OUT is complete: a run that was stopped resumes
+from there. The folder stays where an adapter is kept, which loads on it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.config.heal_overrides import published, settings
+from surgery.config.heal_overrides import published
+from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
 from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, unhealed_folder
@@ -55,9 +56,9 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     ranks.wait()
     if not ranks.first:
         converted, base = Report.of(unhealed), None
-    named = str(base) if base is not None else model
-    shown = replace(options, on_plan=None)  # the plan of the whole recipe was
-    healed, source = heal_folder(converted, named, recipe.heal, recipe.evaluate, out, shown)
+    base_name = str(base) if base is not None else model
+    shown = replace(options, on_plan=None)  # the plan of the full recipe was
+    healed, source = heal_folder(converted, base_name, recipe.heal, recipe.evaluate, out, shown)
     if healed is None:
         return None
     _judge_healed(healed, converted, source, recipe.evaluate, options)
@@ -70,7 +71,7 @@ def heal_to_folder(
     folder: str | Path,
     base: str | Path | None,
     output: str | Path | None,
-    given: Heal | dict | None,
+    settings: Heal | dict | None,
     overrides: Sequence[str],
     options: RunOptions,
 ) -> Report | None:
@@ -78,7 +79,7 @@ def heal_to_folder(
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='healed'")
     report = Report.of(folder)
-    heal, evaluate = settings(report.data["recipe"], given, overrides)
+    heal, evaluate = read_settings(report.data["recipe"], settings, overrides)
     healed, source = heal_folder(report, base, heal, evaluate, output, options, overrides)
     if healed is not None:
         _judge_healed(healed, report, source, evaluate, options)
@@ -87,11 +88,11 @@ def heal_to_folder(
 
 def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions) -> Report:
     """Carry a recipe out on a loaded model, in place."""
-    was, base = type(model).__name__, None
+    class_before, base = type(model).__name__, None
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, model, tokenizer)
     report = edit_model(recipe, model, tokenizer, options)
-    note_origin(report, model, was)
+    note_origin(report, model, class_before)
     if recipe.heal is not None:
         heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))
     return report
@@ -108,7 +109,7 @@ def _judge_healed(
 
 
 def _check(report: Report, options: RunOptions) -> bool:
-    """Check a folder, if that is asked for; whether nothing speaks against scoring it."""
+    """Check a folder, if the options say so; False: it failed, and is not scored."""
     if not options.check:
         return True
     check_report(report, progress=options.progress)
@@ -117,7 +118,7 @@ def _check(report: Report, options: RunOptions) -> bool:
 
 
 def _score(report: Report, base: Path, evaluate: Evaluate | None, options: RunOptions) -> bool:
-    """Score a folder against its base, if recipe and options ask for it; whether it was scored."""
+    """Score a folder against its base, if recipe and options say so; returns whether it was scored."""
     if not options.evaluate or evaluate is None:
         return False
     evaluate_report(report, base, evaluate, options.progress, options.allow_pickle)
@@ -136,6 +137,6 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
-    asked = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
-    same = report.data["recipe"] == asked and not another_base(report.data["base"], model)
+    expected = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
+    same = report.data["recipe"] == expected and not another_base(report.data["base"], model)
     return report if same else None

@@ -38,7 +38,7 @@ class Evaluate(_Aliases):
     )
 
     @model_validator(mode="after")
-    def _said_once(self) -> Evaluate:
+    def _no_setting_twice(self) -> Evaluate:
         named = [name for name, block in (self.probes or ()) if block is not None]
         for key, name in probe_settings.duplicate_keys(self.model_fields_set, named).items():
             block = name.rpartition(".")[0]
@@ -46,7 +46,7 @@ class Evaluate(_Aliases):
         return self
 
     @model_serializer(mode="wrap")
-    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict:
+    def _as_plain_data(self, handler: SerializerFunctionWrapHandler) -> dict:
         return probe_settings.as_data(handler(self), self.probes)
 
     @property
@@ -67,5 +67,5 @@ class Evaluate(_Aliases):
 
 def sections() -> dict[str, list[str]]:
     """The mappings of a recipe's `evaluate:` by their dotted names -> the keys that they may hold."""
-    found = {"evaluate": list(Evaluate.model_fields), "evaluate.probes": list(REGISTRY)}
-    return found | {f"evaluate.probes.{name}": probe_settings.keys(find(name)) for name in REGISTRY}
+    keys = {"evaluate": list(Evaluate.model_fields), "evaluate.probes": list(REGISTRY)}
+    return keys | {f"evaluate.probes.{name}": probe_settings.keys(find(name)) for name in REGISTRY}

@@ -35,7 +35,7 @@ def _count(value: object) -> object:
 
 
 def _loss(value: object) -> object:
-    """A word, the name of a loss, or weights of losses; what is neither is refused with what there is."""
+    """A word, the name of a loss, or weights of losses; any other value is refused, and the losses are listed."""
     if isinstance(value, dict):
         return _weights(value)
     if isinstance(value, str) and value in {**losses.WORDS, **losses.LOSSES}:
@@ -49,30 +49,32 @@ def _loss(value: object) -> object:
     )
 
 
-def _weights(given: dict) -> dict[str, float]:
+def _weights(value: dict) -> dict[str, float]:
     """Weights of losses by name, in the registry's order."""
-    if unknown := [name for name in given if name not in losses.LOSSES]:
+    if unknown := [name for name in value if name not in losses.LOSSES]:
         close = nearest(unknown[0], losses.LOSSES)
         raise _fault(
             f"heal.loss names an unknown loss {shown(unknown[0])}",
             exists=", ".join(losses.LOSSES),
             fix=f"did you mean {close!r}?" if close else "",
         )
-    found = {name: _number(given[name]) for name in losses.LOSSES if name in given}
-    for name, weight in found.items():
+    weights = {name: _number(value[name]) for name in losses.LOSSES if name in value}
+    for name, weight in weights.items():
         if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:  # false for NaN
             raise _fault(f"heal.loss: the weight of {name} should be a number from 0 to 1e6; it is {shown(weight)}")
-    if not any(found.values()):
-        what = "all weights are 0" if found else "it names no loss"
+    if not any(weights.values()):
+        what = "all weights are 0" if weights else "it names no loss"
         raise _fault(f"heal.loss: {what}", exists=", ".join(losses.LOSSES), fix="{kl: 1, ce: 0.5}")
-    return {name: float(weight) for name, weight in found.items()}
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _loss_schema() -> dict:
     """JSON Schema of `loss`, from the registry."""
-    one = {name: {"type": "number", "minimum": 0, "description": losses.find(name).summary} for name in losses.LOSSES}
+    each_weight = {
+        name: {"type": "number", "minimum": 0, "description": losses.find(name).summary} for name in losses.LOSSES
+    }
     names = list(dict.fromkeys([*losses.WORDS, *losses.LOSSES]))
-    weights = {"type": "object", "properties": one, "additionalProperties": False, "minProperties": 1}
+    weights = {"type": "object", "properties": each_weight, "additionalProperties": False, "minProperties": 1}
     return {"anyOf": [{"type": "string", "enum": names}, weights]}
 
 
@@ -164,27 +166,28 @@ class Heal(Variants):
 
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
-        method, found = cls.own_method(), []
+        """Faults of keys that this method does not read: (key, message) each."""
+        method, faults = cls.own_method(), []
         for key in keys:
             readers, unset = any_of(cls.readers(key)), json.dumps(cls.unset(key)[0])
             words = f"read by method: {readers}, and this is {method}: drop it, or write {unset}"
             if key == "keep_adapter":  # its own words, which are older
                 words = f"of method: {readers}, this is method: {method}"
-            found.append((key, f"heal.{key} is {words}"))
-        return found
+            faults.append((key, f"heal.{key} is {words}"))
+        return faults
 
     @model_validator(mode="after")
-    def _fitting(self) -> Heal:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = f"it has {' and '.join(given)}" if given else "it has none of them"
-            raise _fault(f"heal names one of tokens, steps, minutes; {found}")
+    def _settings_agree(self) -> Heal:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            named = f"it has {' and '.join(budgets)}" if budgets else "it has none of them"
+            raise _fault(f"heal names one of tokens, steps, minutes; {named}")
         if self.batch_tokens < self.length:
             raise _fault(f"heal.batch_tokens {self.batch_tokens} holds no row of heal.length {self.length}")
         if self.stop_at_gate and not self.eval_every:
             raise _fault("heal.stop_at_gate needs heal.eval_every: steps between two scores")
-        if found := unread(self.model_dump()):
-            raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in found.items()))
+        if unused := unread(self.model_dump()):
+            raise _fault("; ".join(f"heal.{name} is read {by}: {remedy}" for name, (by, remedy) in unused.items()))
         for name in self.weights if self.teacher == "stored" else ():
             if lacking := losses.find(name).not_stored:
                 field = "heal.hidden" if self.hidden and name == "hidden" else f"heal.loss: {name}"
@@ -210,72 +213,72 @@ class Heal(Variants):
 
     @property
     def keeps_adapter(self) -> bool:
-        """Whether the adapter is saved beside the merged weights."""
+        """Whether the adapter is saved along with the merged weights."""
         return False
 
     @property
     def weights(self) -> dict[str, float]:
-        """What is lowered: loss -> weight, in the registry's order; only those that weigh something."""
-        return _weighed(self.loss, self.mix, self.hidden)
+        """The losses that training lowers: name -> weight, in the registry's order; weights of 0 are left out."""
+        return _all_weights(self.loss, self.mix, self.hidden)
 
     @property
-    def asks(self) -> frozenset[str]:
-        """What the losses need of the base in every step: BASE_LOGITS and BASE_STATES of `losses.base`."""
-        return _asked(self.weights)
+    def loss_needs(self) -> frozenset[str]:
+        """What the losses read of the base in every step: BASE_LOGITS and BASE_STATES of `losses.base`."""
+        return _needs_of(self.weights)
 
     @property
     def reads_states(self) -> bool:
         """Whether a loss reads hidden states."""
-        return BASE_STATES in self.asks
+        return BASE_STATES in self.loss_needs
 
     @property
     def reads_probabilities(self) -> bool:
         """Whether a loss reads the base's probabilities."""
-        return BASE_LOGITS in self.asks
+        return BASE_LOGITS in self.loss_needs
 
     @property
     def needs_base(self) -> bool:
-        """Whether the training itself asks the base something."""
-        return bool(self.asks) or self.warm_start > 0 or self.mixing != "none" or self.data == "self"
+        """Whether the training itself reads the base."""
+        return bool(self.loss_needs) or self.warm_start > 0 or self.mixing != "none" or self.data == "self"
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
-    """Fields of all methods whose values nobody would read: name -> who reads it, and what to do.
+    """Fields of all methods whose values would not be read: name -> who reads it, and what to do.
 
     Args:
         fields: of a `Heal`; those that are not there have their defaults.
     """
-    known = {name: field.get_default() for name, field in Heal.model_fields.items()}
-    loss, teacher, data, hidden = ((known | fields)[x] for x in ("loss", "teacher", "data", "hidden"))
-    rows = f"of data with columns (.jsonl, data sets), not of {data}"
-    written, weights = losses.written(loss), _weighed(loss, 0.5, hidden)
-    idle = {"mix": f"with loss: both, and this is {written}"} if loss != "both" else {}
+    defaults = {name: field.get_default() for name, field in Heal.model_fields.items()}
+    loss, teacher, data, hidden = ((defaults | fields)[x] for x in ("loss", "teacher", "data", "hidden"))
+    needs_columns = f"of data with columns (.jsonl, data sets), not of {data}"
+    loss_text, weights = losses.written(loss), _all_weights(loss, 0.5, hidden)
+    idle = {"mix": f"with loss: both, and this is {loss_text}"} if loss != "both" else {}
     if loss not in list(losses.WORDS):
-        idle |= {"hidden": f"with a word as loss ({', '.join(losses.WORDS)}), and this is {written}"}
+        idle |= {"hidden": f"with a word as loss ({', '.join(losses.WORDS)}), and this is {loss_text}"}
     if not any(losses.find(name).reads_temperature for name in weights):
-        idle |= {"temperature": f"by distillation, and this is loss: {written}"}
-    if not _asked(weights):
-        idle |= {"teacher": f"where a teacher is asked, and loss: {written} asks none"}
+        idle |= {"temperature": f"by distillation, and this is loss: {loss_text}"}
+    if not _needs_of(weights):
+        idle |= {"teacher": f"where a teacher is asked, and loss: {loss_text} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}
-    idle |= {"column": rows} if data in ("self", "builtin") else {}
-    given = [name for name in idle if fields.get(name, known[name]) != known[name]]
-    return {name: (idle[name], f"drop it, or write {json.dumps(known[name])}") for name in given}
+    idle |= {"column": needs_columns} if data in ("self", "builtin") else {}
+    changed = [name for name in idle if fields.get(name, defaults[name]) != defaults[name]]
+    return {name: (idle[name], f"drop it, or write {json.dumps(defaults[name])}") for name in changed}
 
 
-def _weighed(loss: object, mix: float, hidden: object) -> dict[str, float]:
-    """Weights of a `loss` with its `hidden` beside; {} where it is none, as in settings that nobody checked yet."""
+def _all_weights(loss: object, mix: float, hidden: object) -> dict[str, float]:
+    """Weights of a `loss` and of `hidden`; {} for what is no loss, as in settings that were not checked yet."""
     if isinstance(loss, str) and loss in losses.WORDS:
         return losses.weights(losses.weights(loss, mix) | ({"hidden": hidden} if hidden else {}))
     known = isinstance(loss, dict) or (isinstance(loss, str) and loss in losses.LOSSES)
     return losses.weights(loss) if known else {}
 
 
-def _asked(weights: dict[str, float]) -> frozenset[str]:
+def _needs_of(weights: dict[str, float]) -> frozenset[str]:
     return frozenset().union(*(losses.find(name).needs for name in weights))
 
 
 def _fault(text: str, exists: str = "", fix: str = "") -> PydanticCustomError:
-    """A fault in words of its own; what there is instead and how to mend it go into the message of the command."""
+    """A fault with its own message; the command's message adds what exists and how to fix it."""
     return PydanticCustomError("heal", "{text}", {"text": text, "exists": exists, "fix": fix})
 
 
@@ -292,13 +295,14 @@ class Lora(Heal):
     )
 
     @model_validator(mode="after")
-    def _adapter_alone(self) -> Lora:
+    def _no_adapter_with_mixing(self) -> Lora:
         if self.keep_adapter and self.mixing != "none":
             raise _fault("heal.keep_adapter: an adapter file would not hold what heal.mixing makes of K and V")
         return self
 
     @property
     def keeps_adapter(self) -> bool:
+        """Whether the adapter is saved along with the merged weights."""
         return self.keep_adapter
 
 

@@ -1,4 +1,4 @@
-"""Settings of a healing from what a user gave: a block of a recipe, keywords, "key=value" texts."""
+"""Settings of a healing, read from a block of a recipe, keywords and "key=value" texts."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ SECTIONS = {"heal": Heal, "evaluate": Evaluate}
 
 
 def settings(
-    known: dict, given: Heal | dict | None = None, overrides: tuple[str, ...] | list[str] = (), **fields
+    recipe: dict, block: Heal | dict | None = None, overrides: tuple[str, ...] | list[str] = (), **fields
 ) -> tuple[Heal, Evaluate | None]:
-    """How to heal, and what to judge by.
+    """The settings to heal with, and the evaluation that judges the result.
 
     Args:
-        known: the recipe that the checkpoint was made with; what is given stands over its `heal`.
-        given: settings in place of the recipe's.
+        recipe: the recipe that the checkpoint was made with, as plain data.
+        block: a `heal:` block that replaces the recipe's; None keeps the recipe's.
         overrides: "key=value" texts: fields of `heal`, with or without the prefix, or "evaluate.key=value".
         fields: the same as keywords.
 
     Raises:
         SurgeryError: with every fault at once.
     """
-    given = given.model_dump() if isinstance(given, Heal) else given
-    if not isinstance(given, dict | None):
-        raise SurgeryError(f"settings is {shown(given)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
-    judged_by = known.get("evaluate")
-    data: dict = {"heal": dict(given if given is not None else known.get("heal") or {})}
+    block = block.model_dump() if isinstance(block, Heal) else block
+    if not isinstance(block, dict | None):
+        raise SurgeryError(f"settings is {shown(block)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
+    judged_by = recipe.get("evaluate")
+    data: dict = {"heal": dict(block if block is not None else recipe.get("heal") or {})}
     data["evaluate"] = None if judged_by is None else without_defaults(judged_by)
     faults: list[SurgeryError] = []
     lines: dict = {}
@@ -56,20 +56,20 @@ def settings(
         lines[path] = f"override {text.strip()!r}"
         if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
-    typed = {path[1] for path in lines if path[0] == "heal"} | (set(given) if given is not None else set())
+    typed = {path[1] for path in lines if path[0] == "heal"} | (set(block) if block is not None else set())
     method = Heal.variant(data["heal"].get("method"))
     idle = {*unread(data["heal"]), *method.strangers(data["heal"])}
     for name in idle - typed:  # of the recipe's own, what another method or loss leaves unread
         del data["heal"][name]
-    found: dict = {"evaluate": None}
+    models: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
         if data[section] is not None:
-            found[section], wrong = checked(kind, data[section], lines, section, (section,))
+            models[section], wrong = checked(kind, data[section], lines, section, (section,))
             faults += wrong
     if faults:
         first, *rest = faults
         raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
-    return found["heal"], found["evaluate"]
+    return models["heal"], models["evaluate"]
 
 
 def published(heal: Heal) -> dict:

@@ -1,4 +1,4 @@
-"""How a recipe is carried out, apart from what the recipe says: the options of one run."""
+"""The options of one run: what the recipe does not say about how it is carried out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunOptions:
         check: load and compare the result afterwards.
         evaluate: score the result against the base, if the recipe evaluates.
         gate: let a failed quality gate fail the run; otherwise it is recorded as skipped.
-        resume: go on from an unfinished earlier output.
+        resume: continue an unfinished earlier output.
         overwrite: replace a finished earlier output, and drop an unfinished one.
         allow_pickle: read .bin weights of the base (with `weights_only=True`).
         engine: of the conversion, one of `ENGINES`; auto: streaming where the recipe allows it.

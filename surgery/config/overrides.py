@@ -1,4 +1,4 @@
-"""Overrides of a recipe: "key=value" texts, as typed or as made from keywords."""
+"""Overrides of a recipe: "key=value" texts, which a user types or which keywords are turned into."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def as_text(key: str, value: object) -> str:
 
 
 def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tuple:
-    """Set one field in place; the path that was set.
+    """Set one field in place and return its path.
 
     Args:
         data: a recipe as plain data, not checked yet.
         text: "key=value" or "op.key=value".
         sections: the keys of `evaluate`, of the blocks in it, and of `heal`, by dotted name.
+
+    Raises:
+        SurgeryError: no such field, a key that could mean several fields, or a text that is not key=value.
     """
     key, equals, value = text.partition("=")
     key, where = key.strip(), f"override {text!r}"
@@ -36,11 +39,11 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
     value, _ = parse(value, where, field=0)
     steps = data.get("operations")
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    places = _places(steps, key, sections)
-    if len(places) > 1:
-        names = [".".join(map(str, place)) for place in places]
+    paths = _paths(steps, key, sections)
+    if len(paths) > 1:
+        names = [".".join(map(str, path)) for path in paths]
         raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
-    if not places:
+    if not paths:
         known = _known_keys(steps, sections)
         close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
         raise SurgeryError(
@@ -49,24 +52,24 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
             exists=", ".join(name for name in known if heals or not name.startswith("heal.")),
             fix=f"did you mean {close!r}?" if close else "",
         )
-    *path, last = places[0]
-    if path and path[0] == "evaluate" and isinstance(data.get("evaluate"), dict | None):
+    *parents, last = paths[0]
+    if parents and parents[0] == "evaluate" and isinstance(data.get("evaluate"), dict | None):
         data["evaluate"] = data.get("evaluate") or {}
-        return ("evaluate", *assign(data["evaluate"], places[0][1:], value))
+        return ("evaluate", *assign(data["evaluate"], paths[0][1:], value))
     target: Any = data
-    for step in path:
+    for step in parents:
         if isinstance(target, dict) and target.get(step) is None:
             target[step] = {}
         target = target[step] if isinstance(target, dict | list) else None
     if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
         target[last] = value
-        if path == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
+        if parents == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
             for other in set(BUDGETS) - {last}:
                 target.pop(other, None)
-    return places[0]
+    return paths[0]
 
 
-def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
+def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
     """Paths in the recipe that an override's key can mean."""
     head, _, tail = key.rpartition(".")
     if head.startswith("operations.") and head.split(".")[1].isdigit():
@@ -78,16 +81,16 @@ def _places(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -
         return [(head, tail)]
     if not head and key in ("name", "description", "evaluate", "heal"):
         return [(key,)]
-    places = [
+    paths = [
         ("operations", i, tail)
         for i, step in enumerate(steps)
         if (not head or step.get("op") == head) and tail in _fields(step)
     ]
-    if not places and tail in sections.get(f"evaluate.probes.{head}", ()):
-        places.append(("evaluate", "probes", head, tail))
+    if not paths and tail in sections.get(f"evaluate.probes.{head}", ()):
+        paths.append(("evaluate", "probes", head, tail))
     if not head and tail in sections["evaluate"]:  # those of heal share names with operations: by their full name
-        places.append(("evaluate", tail))
-    return places
+        paths.append(("evaluate", tail))
+    return paths
 
 
 def _fields(step: dict) -> list[str]:

@@ -27,8 +27,8 @@ SUFFIXES = (".yaml", ".yml")
 SECTIONS = {"evaluate": Evaluate, "heal": Heal}  # keys of a recipe whose value is a mapping of fields
 
 
-def _whole(value: object) -> object:
-    """To Python, and so to a Literal, true and 1.0 equal 1."""
+def _version(value: object) -> object:
+    """The version; Python, and so a Literal, would take true and 1.0 for 1."""
     if type(value) is not int:
         raise PydanticCustomError("literal_error", "Input should be 1")
     return value
@@ -39,7 +39,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(_version)] = Field(description="Version of this format.")
     name: str = Field(min_length=1, description="Name of the recipe.")
     description: str = Field("", description="One line on what it does.")
     operations: Annotated[list[Any], Field(min_length=1, description="What is done, in this order.")]
@@ -92,10 +92,10 @@ def shipped() -> dict[str, Path]:
 
 def descriptions() -> dict[str, dict]:
     """Name -> description and operations (`ops`) of every shipped recipe."""
-    found = {name: parse(_read(file), str(file))[0] for name, file in shipped().items()}
+    recipes = {name: parse(_read(file), str(file))[0] for name, file in shipped().items()}
     return {
         name: {"description": data.get("description", ""), "ops": [step["op"] for step in data["operations"]]}
-        for name, data in found.items()
+        for name, data in recipes.items()
     }
 
 
@@ -169,11 +169,11 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         what = f"a recipe holds plain data only: {error.args[0]!s}"
         raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
     for override in changes:
-        place = set_field(data, override, sections() | {"heal": keys_of(Heal)})
-        lines = {path: line for path, line in lines.items() if path[: len(place)] != place}
-        lines[place] = f"override {override.strip()!r}"
-        if place[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
-            lines[place[: BLOCK - 1]] = lines[place]
+        field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
+        lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}
+        lines[field_path] = f"override {override.strip()!r}"
+        if field_path[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
+            lines[field_path[: BLOCK - 1]] = lines[field_path]
     loaded = _validate(data, lines, where)
     loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
     return loaded
@@ -190,12 +190,12 @@ def schema() -> dict:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **full}
 
 
-def _required_op(part: dict, op: str) -> dict:
-    part["properties"]["op"] = {"const": op, "type": "string"}
-    part["required"] = ["op", *(name for name in part.get("required", []) if name != "op")]
-    for method in part.get("oneOf", []):
+def _required_op(schema: dict, op: str) -> dict:
+    schema["properties"]["op"] = {"const": op, "type": "string"}
+    schema["required"] = ["op", *(name for name in schema.get("required", []) if name != "op")]
+    for method in schema.get("oneOf", []):
         _required_op(method, op)
-    return part
+    return schema
 
 
 def _read(path: Path) -> str:
@@ -212,17 +212,17 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
     faults: list[SurgeryError] = []
     steps: list[Operation] = []
     raw = data.get("operations")
-    for i, step in enumerate(raw if isinstance(raw, list) else []):
-        path = ("operations", i)
+    for index, step in enumerate(raw if isinstance(raw, list) else []):
+        path = ("operations", index)
         if not isinstance(step, dict) or not isinstance(step.get("op"), str):
             faults.append(SurgeryError("an operation is a mapping with the key op", where=line_of(lines, path, where)))
             continue
         try:
-            made, wrong = checked(operations.find(step["op"]), step, lines, where, path)
+            operation, wrong = checked(operations.find(step["op"]), step, lines, where, path)
         except SurgeryError as error:
             at = line_of(lines, (*path, "op"), where)
-            made, wrong = None, [SurgeryError(error.what, where=at, exists=error.exists, fix=error.fix)]
-        steps += [made] if made else []
+            operation, wrong = None, [SurgeryError(error.what, where=at, exists=error.exists, fix=error.fix)]
+        steps += [operation] if operation else []
         faults += wrong
     sections: dict = {}
     for name, kind in SECTIONS.items():
@@ -231,8 +231,8 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
             faults += wrong
     faults += files_elsewhere(data, lines, where)
     try:
-        given = {"operations": steps or raw} if isinstance(raw, list) else {}
-        recipe = Recipe.model_validate(data | sections | given, context="load")
+        checked_steps = {"operations": steps or raw} if isinstance(raw, list) else {}
+        recipe = Recipe.model_validate(data | sections | checked_steps, context="load")
     except ValidationError as error:
         faults = faults_of(error, lines, where, (), Recipe) + faults
     if faults:

@@ -1,4 +1,4 @@
-"""A mapping of fields against its class, or against the method that it names; faults in a recipe's words."""
+"""Check a mapping of fields with its class, or with the method that it names; faults name the recipe's keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checked(
     method = fields.get("method", kind.default_method())
     if isinstance(method, str) and method in kind.METHODS:
         return _validated(kind.variant(method), fields, lines, where, path)
-    # What is wrong besides shows with the method that was meant; what another method reads may be right.
+    # The other faults are those of the method that was meant; a field that only another method reads may be right.
     meant = kind.variant(nearest(method, kind.METHODS) if isinstance(method, str) else None)
     rest = {key: value for key, value in fields.items() if key in meant.model_fields or not kind.readers(key)}
     _, faults = _validated(meant, rest | {"method": meant.own_method()}, lines, where, path)
@@ -98,8 +98,8 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
     if what == "missing":
         return SurgeryError(f"the key {key!r} is missing", where=at)
     if what == "heal":  # in words of its own, often of its fields together
-        said = items[0]["ctx"]
-        return SurgeryError(said["text"], where=at, exists=said["exists"], fix=said["fix"])
+        context = items[0]["ctx"]
+        return SurgeryError(context["text"], where=at, exists=context["exists"], fix=context["fix"])
     if what == SETTINGS_ERROR:
         return SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"])
     if what == OTHER_METHOD:

@@ -62,14 +62,14 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> N
             if key.tag != "tag:yaml.org,2002:str" and not numbered:
                 line = key.start_mark.line + 1
                 raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
-            here = (*path, str(key.value))
-            if here in lines:
+            key_path = (*path, str(key.value))
+            if key_path in lines:
                 raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
-            lines[here] = key.start_mark.line + 1
-            _walk(value, here, lines, where, field)
+            lines[key_path] = key.start_mark.line + 1
+            _walk(value, key_path, lines, where, field)
     elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            _walk(value, (*path, i), lines, where, field)
+        for index, value in enumerate(node.value):
+            _walk(value, (*path, index), lines, where, field)
     elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
         raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
 
@@ -93,8 +93,8 @@ def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
         named |= {("evaluate", "probes", name, key): block for key in files}
     if isinstance(heal := data.get("heal"), dict):
         named["heal", "data"] = heal
-    for number, step in enumerate(steps if isinstance(steps, list) else []):
-        named |= {("operations", number, key): step for key in FILE_FIELDS if isinstance(step, dict)}
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        named |= {("operations", index, key): step for key in FILE_FIELDS if isinstance(step, dict)}
     for path, fields in named.items():
         file, key = fields.get(path[-1]), path[-1] if path[0] == "operations" else ".".join(path)
         if isinstance(file, str) and isinstance(lines.get(path), int):  # data and overrides are the user's own

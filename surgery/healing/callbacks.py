@@ -1,8 +1,9 @@
-"""What is seen of a training while it runs: metrics.jsonl, progress, held-out scores, and when it ends early.
+"""Callbacks of a training: metrics.jsonl, progress, held-out scores, and the end before the last step.
 
-A little held-out text that is scored while the model trains: the curve that is not of the training text.
+`HeldOutEvaluator` scores a little held-out text while the model trains: a curve of text that it does not train on.
 
-For a user's own Trainer: checkpoints that carry the record of the surgery, as `check` and `push` need it.
+`SurgeryCallback` is for a user's own Trainer: its checkpoints carry the record of the surgery, which `check` and
+`push` need.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ METRICS = "metrics.jsonl"
 
 
 class HealCallback(TrainerCallback):
-    """Writes a line of metrics a step, reports progress, and stops at the clock or the gate.
+    """Writes a line of metrics for each step, reports progress, and stops the training by the clock or the gate.
 
     Args:
-        folder: where metrics.jsonl is.
+        folder: the folder of metrics.jsonl.
         steps: planned; None where the clock ends the training.
-        watch: held-out text, or None.
+        held_out: scores held-out text, or None.
         earlier: seconds of training before a resume.
         progress: called with done, total and a label.
     """
@@ -57,36 +58,39 @@ class HealCallback(TrainerCallback):
         heal: Heal,
         folder: Path,
         steps: int | None,
-        watch: HeldOutEvaluator | None,
+        held_out: HeldOutEvaluator | None,
         earlier: float,
         progress: Callable[[int, int, str], None] | None,
     ):
         self.heal, self.file, self.steps = heal, folder / METRICS, steps
-        self.watch, self.earlier, self.progress = watch, earlier, progress
-        self.trainer: HealTrainer | None = None  # given when it is there
-        self.rate, self.before, self.begun = 0.0, 0.0, 0.0
+        self.held_out, self.earlier, self.progress = held_out, earlier, progress
+        self.trainer: HealTrainer | None = None  # set when the Trainer exists
+        self.rate, self.step_started, self.fraction_at_start = 0.0, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Drop lines of metrics after the resumed step, and start the clock."""
         if state.is_world_process_zero:
             write_text(self.file, "".join(json.dumps(line) + "\n" for line in read(self.file, state.global_step)))
         self.trainer.clock.start(self.earlier)
-        self.before = time.monotonic()
+        self.step_started = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.trainer.clock.limit:  # the rate is that of the middle of the step, which nobody knew when it began
-            middle = self._of_all((self.begun + self.trainer.clock.fraction) / 2, "mean")
+        """Set the learning rate by the clock, where `heal.minutes` ends the training."""
+        if self.trainer.clock.limit:  # the middle of the step sets the rate; it is known only when the step ends
+            middle = self._of_all((self.fraction_at_start + self.trainer.clock.fraction) / 2, "mean")
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_at(middle, self.heal.warmup)
         self.rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Write the step's metrics, score held-out text when it is due, and end the training where it should."""
         means = self.trainer.step_means()
         tokens, now = self.heal.rows * self.heal.length, time.monotonic()
         line = {"step": state.global_step, "tokens": state.global_step * tokens, "seconds": self.trainer.clock.seconds}
         line |= means | {"learning_rate": self.rate, "gradient_norm": self.trainer.norm}
-        line["tokens_per_second"] = tokens / (now - self.before)
-        if self.watch and self._due(state.global_step):
-            scores = self.watch.measure(model)
+        line["tokens_per_second"] = tokens / (now - self.step_started)
+        if self.held_out and self._due(state.global_step):
+            scores = self.held_out.measure(model)
             line |= scores.figures
             if self.heal.stop_at_gate and self._of_all(float(scores.passed), "sum"):
                 self.trainer.ended = "gate"
@@ -98,12 +102,13 @@ class HealCallback(TrainerCallback):
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self._show(line)
-        self.before = time.monotonic()  # a score and a checkpoint are no part of a step's time
+        self.step_started = time.monotonic()  # a score and a checkpoint are no part of a step's time
         return control
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.before = time.monotonic()
-        self.begun = self.trainer.clock.fraction if self.trainer.clock.limit else 0.0
+        """Note when the step starts."""
+        self.step_started = time.monotonic()
+        self.fraction_at_start = self.trainer.clock.fraction if self.trainer.clock.limit else 0.0
 
     def _due(self, step: int) -> bool:
         return bool(self.heal.eval_every) and step % self.heal.eval_every == 0
@@ -131,7 +136,7 @@ class HealCallback(TrainerCallback):
 
 
 def read(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of a metrics file, up to a step; what a kill cut off is left out."""
+    """The lines of a metrics file, up to the step `last`; a line that a kill cut off is left out."""
     lines = []
     if file.is_file():
         for text in file.read_text(encoding="utf-8").splitlines():
@@ -164,28 +169,29 @@ class HeldOutEvaluator:
 
     def __init__(self, base, tokenizer, settings: Evaluate):
         self.limits = watched_limits(settings)
-        asked = settings.main
-        text = load_text(asked.text, part="held-out")
-        self.pieces = windows(text, tokenizer, asked.length, min(WINDOWS, asked.windows))
+        probe = settings.main
+        text = load_text(probe.text, part="held-out")
+        self.samples = windows(text, tokenizer, probe.length, min(WINDOWS, probe.windows))
         self.top_k = min(TOP_K, read_config(base).get_text_config().vocab_size)
         self.folder = tempfile.TemporaryDirectory(prefix="surgery-")
         self.base_loss = self._score(base)["loss"].mean().item()
 
     def measure(self, model) -> Scores:
+        """The model's scores on the held-out text: loss and KL to the base in nats a token, top-1 agreement."""
         scores = self._score(model)
-        loss, kl, same = (scores[name].double().mean().item() for name in ("loss", "kl", "same"))
-        figures = {"held_out_loss": loss, "held_out_kl": kl, "held_out_top1": same}
+        loss, kl, top1 = (scores[name].double().mean().item() for name in ("loss", "kl", "same"))
+        figures = {"held_out_loss": loss, "held_out_kl": kl, "held_out_top1": top1}
         evaluation = {
             "status": "done",
             "base": {"perplexity": math.exp(self.base_loss)},
             "out": {"perplexity": math.exp(loss) if loss < 700 else math.inf},
             "kl": {"mean": kl},
-            "top1_agreement": same,
+            "top1_agreement": top1,
         }
         return Scores(figures, bool(self.limits) and gate(evaluation, self.limits)[0] == "passed")
 
     def _score(self, source) -> dict:
-        return score_model(source, self.pieces, Path(self.folder.name), self.top_k, lambda done: None)
+        return score_model(source, self.samples, Path(self.folder.name), self.top_k, lambda done: None)
 
 
 class SurgeryCallback(TrainerCallback):
@@ -207,8 +213,8 @@ class SurgeryCallback(TrainerCallback):
         """Write surgery.json and card into the checkpoint that the Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (files := weight_files(folder)) and (folder / "config.json").is_file():
-            known = self.report.data
-            gate = {"status": "not run", "limits": known["gate"]["limits"]}
-            now = {"files": files, "check": None, "evaluation": None, "gate": gate, "code": None}
-            in_memory = {"class": (known.get("in_memory") or {}).get("class"), "steps": state.global_step}
-            Report(known | now | {"in_memory": in_memory}, folder).save()
+            data = self.report.data
+            gate_record = {"status": "not run", "limits": data["gate"]["limits"]}
+            changes = {"files": files, "check": None, "evaluation": None, "gate": gate_record, "code": None}
+            in_memory = {"class": (data.get("in_memory") or {}).get("class"), "steps": state.global_step}
+            Report(data | changes | {"in_memory": in_memory}, folder).save()

@@ -1,4 +1,4 @@
-"""What is set while a model trains, and as it was before when that is over, in whatever way."""
+"""Context managers that change model state for training and always restore it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def autocast_products(heal: Heal, device: torch.device):
 
 @contextmanager
 def unprepared(model) -> Iterator[None]:
-    """The model without what accelerate leaves on it: a part of its `forward` for mixed precision, and the mark of one
-    that is prepared, by which a second training would run in float32."""
+    """Take off the model what accelerate leaves on it: a wrapped `forward` for mixed precision, and the mark of a
+    prepared model, which would make a second training run in float32."""
     before = {name: vars(model).get(name) for name in PREPARED}
     try:
         yield
@@ -56,21 +56,23 @@ def unprepared(model) -> Iterator[None]:
 
 @contextmanager
 def restore_weights_on_error(model, trained: TrainableParameters, mixing: bool) -> Iterator[None]:
-    """After an error or an interruption the weights are those from before: a copy of what may change is kept.
+    """After an error or an interruption the weights are those from before: a copy is kept of those that may change.
 
     Args:
         trained: what trains; low-rank updates are merged into others.
         mixing: mixing weights are folded into K and V.
     """
-    there = dict(model.named_parameters())  # mixing weights are not yet
+    parameters = dict(model.named_parameters())  # mixing weights are not yet
     names = [*trained.parameters, *(f"{path}.weight" for path in trained.adapted)]
     for layer in Anatomy.of(model).layers if mixing else ():
-        names += [f"{layer.path}.{part}.{leaf}" for part in (layer.layout.k, layer.layout.v) for leaf in LEAVES]
-    first = {name: there[name].detach().to("cpu", copy=True) for name in names if name in there}
+        names += [
+            f"{layer.path}.{projection}.{leaf}" for projection in (layer.layout.k, layer.layout.v) for leaf in LEAVES
+        ]
+    originals = {name: parameters[name].detach().to("cpu", copy=True) for name in names if name in parameters}
     try:
         yield
     except BaseException:
-        for name, tensor in first.items():
+        for name, tensor in originals.items():
             model.get_parameter(name).data.copy_(tensor)
         raise
 
@@ -89,10 +91,10 @@ def in_float32(model) -> Iterator[None]:
         yield
     finally:
         for name, parameter in model.named_parameters():
-            dtype, wanted = parameters.get(name, (parameter.dtype, True))
+            dtype, requires_grad = parameters.get(name, (parameter.dtype, True))
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(requires_grad)
         for module, name, tensor in buffers:
             module.register_buffer(name, tensor.to(model.device), name not in module._non_persistent_buffers_set)
         for module, mode in modes:
@@ -101,7 +103,7 @@ def in_float32(model) -> Iterator[None]:
 
 @contextmanager
 def own_precision(heal: Heal) -> Iterator[None]:
-    """What a launcher says of precision (accelerate's own variable) is what `heal.precision` says."""
+    """Set the launcher's precision (accelerate's own variable) to that of `heal.precision`."""
     before = os.environ.get(PRECISION)
     os.environ[PRECISION] = "bf16" if use_bfloat16(heal) else "no"
     try:
@@ -134,34 +136,38 @@ def checkpointed(model, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def without_attention_dropout(model) -> Iterator[None]:
-    """The attention of a surgical model without the dropout that its base was trained with, which the runtime refuses.
+    """Turn off the attention dropout that the base of a surgical model was trained with: the runtime refuses it.
 
     Adapters come later and keep their own.
     """
-    found = []
+    dropouts = []
     if hasattr(model.config, "surgery"):
         for layer in Anatomy.of(model).layers:
             for module in model.get_submodule(layer.path).modules():
                 names = ["p"] if isinstance(module, torch.nn.Dropout) else [n for n in vars(module) if "dropout" in n]
-                found += [(module, name, getattr(module, name)) for name in names]
-    found = [(module, name, rate) for module, name, rate in found if isinstance(rate, float)]
+                dropouts += [(module, name, getattr(module, name)) for name in names]
+    dropouts = [(module, name, rate) for module, name, rate in dropouts if isinstance(rate, float)]
     try:
-        for module, name, _ in found:
+        for module, name, _ in dropouts:
             setattr(module, name, 0.0)
         yield
     finally:
-        for module, name, rate in found:
+        for module, name, rate in dropouts:
             setattr(module, name, rate)
 
 
-def anew(in_memory: bool) -> str:
-    """What else an error's remedy needs, where it changes a setting."""
+def overwrite_hint(in_memory: bool) -> str:
+    """The end of an error's remedy that changes a setting: a run on disk must be overwritten then."""
     return "" if in_memory else "; a changed setting begins anew: --overwrite"
 
 
 @contextmanager
 def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
-    """Out of memory as an error that names what can be turned."""
+    """Turn "out of memory" into an error that names the settings which take less.
+
+    Raises:
+        MachineError: memory ran out.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -174,5 +180,5 @@ def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
             exists=f"batch_tokens {heal.batch_tokens}, gradient_checkpointing {heal.gradient_checkpointing}, "
             f"length {heal.length}",
             fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length"
-            + anew(in_memory),
+            + overwrite_hint(in_memory),
         ) from error

@@ -1,11 +1,11 @@
-"""What an engine of accelerate shares out among the processes of a training, and how whole tensors come back.
+"""What an engine of accelerate shards over the processes of a training, and how full tensors are gathered.
 
 The launcher says by its environment which engine it is (`accelerate launch --config_file ...`; examples/accelerate).
-DDP gives every process all; ZeRO-1 shares out the optimiser, ZeRO-2 gradients too, FSDP and ZeRO-3 weights too.
+DDP gives every process everything; ZeRO-1 shards the optimiser, ZeRO-2 gradients too, FSDP and ZeRO-3 weights too.
 
-The base of a distillation is shared out by none: every process holds it whole.
+No engine shards the base of a distillation: every process holds all of it.
 
-Several processes of one training (accelerate launch, torchrun): the first one writes, the others train along.
+Of several processes of one training (accelerate launch, torchrun) the first one writes; the others only train.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ ZERO = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "grad
 
 @dataclass(frozen=True)
 class Engine:
-    """Processes of a training, and what they share out.
+    """Processes of a training, and what is sharded over them.
 
     Attributes:
         name: for people.
-        shared: of "weights", "gradients", "optimizer" those of which a process holds a part.
+        sharded: of "weights", "gradients", "optimizer" those of which a process holds a part.
     """
 
     name: str = ""
     processes: int = 1
-    shared: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
 
     @classmethod
     def here(cls) -> Engine:
         """The engine that launched this process.
 
         Raises:
-            SurgeryError: its settings would train something else than was asked.
+            SurgeryError: the launcher's settings would train something else than the user asked for.
         """
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if _says("ACCELERATE_USE_FSDP"):
@@ -63,9 +63,9 @@ class Engine:
             return cls(f"ZeRO-{stage}", processes, ZERO.get(stage, ()))
         return cls("copies (DDP)" if processes > 1 else "", processes)
 
-    def part(self, what: str) -> int:
-        """Of how many processes one holds its part."""
-        return self.processes if what in self.shared else 1
+    def shards(self, what: str) -> int:
+        """Over how many processes "weights", "gradients" or "optimizer" are sharded; 1: each holds all of it."""
+        return self.processes if what in self.sharded else 1
 
 
 def _says(name: str) -> bool:
@@ -92,8 +92,8 @@ def _refuse_fsdp() -> None:
         )
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's whole tensor, in every process; all must ask."""
+def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a parameter, in every process; all processes must call this."""
     if hasattr(parameter, "full_tensor"):  # FSDP: a DTensor
         return parameter.detach().full_tensor()
     with _gathered(parameter):
@@ -109,7 +109,7 @@ def _gathered(parameter):
 
 
 def put(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Write a whole tensor into a parameter, of which this process may hold a part."""
+    """Write a full tensor into a parameter, of which this process may hold a shard."""
     import torch
 
     with torch.no_grad():
@@ -120,11 +120,11 @@ def put(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
         parameter.copy_(tensor)
 
 
-def training(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors of what trains, on the CPU; every process must ask for all of them."""
+def trainable_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and full tensors of the parameters that train, on the CPU; every process must iterate over all of them."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield name, whole(parameter).cpu()
+            yield name, full_tensor(parameter).cpu()
 
 
 PATIENCE = timedelta(days=2)
@@ -141,7 +141,7 @@ def on_cpu() -> bool:
 def processes():
     """The state of all processes, `accelerate.PartialState`; the first call of a process connects it.
 
-    The others wait for as long as the first converts, lets the base write or asks a teacher: hours, where torch would
+    The others wait for as long as the first converts, lets the base write or runs a teacher: hours, where torch would
     give up after minutes. (Where a script has connected them before, by an Accelerator of its own, its timeout holds.)
     """
     from accelerate import PartialState
@@ -150,7 +150,7 @@ def processes():
 
 
 class Ranks:
-    """Which process this is, by the launcher's environment; alone where there is no launcher."""
+    """Which process this is, by the launcher's environment; without a launcher it is the only one."""
 
     def __init__(self):
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -158,7 +158,7 @@ class Ranks:
         self.first = not self.several or int(os.environ.get("RANK", "0")) == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.several:
             processes().wait_for_everyone()
 

@@ -4,7 +4,7 @@ What `surgery heal` checks before it trains, in this order (`surgery apply` chec
 converts: conversion/preflight.py):
 
 1. The command and the recipe: an output, surgery.json of ours, settings (config/heal_overrides.py, config/heal.py).
-2. The folder: headers of its weights, an anatomy that is understood, one dtype, no adapter beside them (`_checked`).
+2. The folder: headers of its weights, an anatomy that is understood, one dtype, no adapter (`_trainable_anatomy`).
 3. The base, where training or scores ask it: known, the one of the record, scorable as asked (`_scorable_base`).
 4. The settings against the model: positions, rows for each process, what is reported where (`refuse_settings`).
 5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
@@ -37,9 +37,9 @@ from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.healing.validate import (
     base_folder,
     converted_model,
-    of_memory,
     refuse_settings,
     refuse_unwatchable,
+    report_in_memory,
     rewritten_by,
     save_as_stored,
 )
@@ -58,13 +58,14 @@ if TYPE_CHECKING:
 
 
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
-KEPT = ("metrics.jsonl", "loss.png", "runs")  # of RUN, when the training is over; runs: tensorboard's, never pushed
+# What stays of RUN when the training is over; runs: tensorboard's, never pushed.
+KEPT_FILES = ("metrics.jsonl", "loss.png", "runs")
 
 
 def heal_folder(
     report: Report,
     base: str | Path | None,
-    asked: Heal,
+    heal: Heal,
     judged_by: Evaluate | None,
     output: str | Path,
     options: RunOptions,
@@ -73,8 +74,7 @@ def heal_folder(
     """Train a folder that surgery wrote, and write the healed one.
 
     Args:
-        report: of the folder.
-        base: what it was made from; default what its record names.
+        report, base: of the folder, and the model that it was made from; default what the record names.
         overrides: as typed in a command of its own; None where the healing is a part of a recipe.
         others: as for `surgery.heal`.
 
@@ -85,26 +85,26 @@ def heal_folder(
 
     folder, resume, overwrite = report.folder, options.resume, options.overwrite
     ranks, weights = Ranks(), Checkpoint(folder)
-    anatomy, rewritten = _checked(folder), rewritten_by(report.data)
-    source = _scorable_base(report, base, asked, judged_by if options.evaluate else None)
+    anatomy, rewritten = _trainable_anatomy(folder), rewritten_by(report.data)
+    source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
-    refuse_settings(asked, anatomy.config)
-    refuse_unwatchable(asked, judged_by)
+    refuse_settings(heal, anatomy.config)
+    refuse_unwatchable(heal, judged_by)
     before = Anatomy.of(source) if source is not None else None
-    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=report.data["operations"])
+    plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if options.on_plan and ranks.first:
         options.on_plan(plan)
-    identity = _identity(asked, report, source if asked.needs_base or asked.eval_every else None)
+    identity = _identity(heal, report, source if heal.needs_base or heal.eval_every else None)
     out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, preserve=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
-    if resume and not overwrite and out.is_same_conversion():  # stopped while it was checked or scored
+    if resume and not overwrite and out.is_same_conversion():  # it was stopped in its check or score
         return (Report.of(out.out) if ranks.first else None), source
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
-    with ranks.opened(out, max(0, needed)) as partial, _keeping(partial / RUN):
+    with ranks.opened(out, max(0, needed)) as partial, _mark_resumable(partial / RUN):
         model, dtype = converted_model(folder, anatomy)
         job = HealRun(
-            asked,
+            heal,
             source,
             read_tokenizer(folder),
             rewritten,
@@ -115,38 +115,38 @@ def heal_folder(
             adapter=partial / ADAPTER,
             progress=options.progress if ranks.first else None,
         )
-        facts = train(model, job)
+        training = train(model, job)
         if overrides is not None:
-            facts["overrides"] = [published_override(text) for text in overrides]
+            training["overrides"] = [published_override(text) for text in overrides]
         if ranks.first:
             save_as_stored(model, partial, dtype)
-            _document(partial, report, job, asked, facts)
+            _document(partial, report, job, heal, training)
     return (Report.of(out.out) if ranks.first else None), source
 
 
-def _scorable_base(report: Report, base: str | Path | None, asked: Heal, scored_by: Evaluate | None) -> Path | None:
+def _scorable_base(report: Report, base: str | Path | None, heal: Heal, scored_by: Evaluate | None) -> Path | None:
     """The folder of the base, where training or scores ask it; raises where it cannot be scored as asked."""
-    wanted = scored_by is not None or bool(asked.eval_every)
-    source = base_folder(report.data, base, needed=asked.needs_base, wanted=wanted)
+    wanted = scored_by is not None or bool(heal.eval_every)
+    source = base_folder(report.data, base, needed=heal.needs_base, wanted=wanted)
     if scored_by is not None and source is not None:
         refuse_unscorable(source, scored_by)
     return source
 
 
-def _document(partial: Path, report: Report, job: HealRun, asked: Heal, facts: dict) -> None:
-    """Put record, curve and the other files of the converted folder beside the healed weights.
+def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training: dict) -> None:
+    """Add record, curve and the other files of the converted folder to the healed weights.
 
     Args:
         report: of the converted folder.
-        facts: of the training.
+        training: what `train` returned.
     """
     records.draw(job.run)
-    data = records.renewed(report.data, asked, job.evaluate) | {"plan_hash": job.identity}
-    data["heal"] = records.made(asked, facts, report.data.get("heal"))
+    data = records.report_after_healing(report.data, heal, job.evaluate) | {"plan_hash": job.identity}
+    data["heal"] = records.new_record(heal, training, report.data.get("heal"))
     files = weight_files(partial) | weight_files(partial, ADAPTER)
     data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}
     Report(data, partial).save()
-    _tidy(job.run)
+    _remove_working_files(job.run)
 
 
 def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, options: RunOptions) -> None:
@@ -159,10 +159,10 @@ def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, op
     before, after = Report.of(converted).data["evaluation"], healed.data["evaluation"]
     if not before or before.get("text") != after.get("text") or before.get("status") != "done":
         before = judged_by.main.measure(converted, base, progress=options.progress).to_dict()
-    healed.data["heal"] |= records.compared(before, after)
+    healed.data["heal"] |= records.recovery(before, after)
 
 
-def _checked(folder: Path) -> Anatomy:
+def _trainable_anatomy(folder: Path) -> Anatomy:
     """The anatomy of a folder; raises where it cannot be trained and saved as it was stored."""
     anatomy = Anatomy.of(folder)
     refuse_unhealable(anatomy, str(folder))
@@ -181,14 +181,14 @@ def _checked(folder: Path) -> Anatomy:
     return anatomy
 
 
-def _identity(asked: Heal, report: Report, source: Path | None) -> str:
-    """What a run must share with one that it goes on from: settings, weights, base, version."""
+def _identity(heal: Heal, report: Report, source: Path | None) -> str:
+    """A hash of what a run and the run that it resumes must have in common: settings, weights, base, version."""
     from surgery.version import __version__
 
-    files = {name: facts["sha256"] for name, facts in report.data["files"].items()}
+    files = {name: entry["sha256"] for name, entry in report.data["files"].items()}
     base = Checkpoint(source).fingerprint() if source is not None else ""
-    facts = {"heal": asked.identity(), "files": files, "base": base, "version": __version__}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    identity = {"heal": heal.identity(), "files": files, "base": base, "version": __version__}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes_in(folder: Path) -> int:
@@ -200,27 +200,29 @@ def _files(weights: Checkpoint) -> set[str]:
 
 
 @contextmanager
-def _keeping(run: Path) -> Iterator[None]:
-    """No error takes away checkpoints, text of the base or a stored teacher: what is mended goes on with --resume."""
+def _mark_resumable(run: Path) -> Iterator[None]:
+    """Mark an error as resumable where checkpoints, text of the base or a stored teacher are left for --resume."""
     from surgery.healing.run import TEACHER
-    from surgery.healing.trainer import whole
+    from surgery.healing.trainer import complete_checkpoints
 
     try:
         yield
     except SurgeryError as error:
-        error.resumable = error.resumable or any((whole(run), (run / TEACHER).exists(), *run.glob(f"{SELF_TEXT}-*")))
+        error.resumable = error.resumable or any(
+            (complete_checkpoints(run), (run / TEACHER).exists(), *run.glob(f"{SELF_TEXT}-*"))
+        )
         raise
 
 
-def _tidy(run: Path) -> None:
-    """Of a training's folder, keep what a reader of the result may want."""
+def _remove_working_files(run: Path) -> None:
+    """Remove from a training's folder all but the files that a reader of the result may want."""
     for path in run.iterdir():
-        if path.name not in KEPT:
+        if path.name not in KEPT_FILES:
             shutil.rmtree(path) if path.is_dir() else os.remove(path)
 
 
 def heal_model(
-    model, base, given: Heal | dict | None, overrides: Sequence[str], tokenizer, options: RunOptions
+    model, base, settings: Heal | dict | None, overrides: Sequence[str], tokenizer, options: RunOptions
 ) -> Report:
     """Train a converted model in memory, in place; arguments as for `surgery.heal`."""
     from accelerate.utils import broadcast_object_list
@@ -228,16 +230,16 @@ def heal_model(
     from surgery.healing.distributed import processes
     from surgery.healing.run import HealRun, train, trained_of
 
-    report = of_memory(model)
-    asked, judged_by = read_settings(report.data["recipe"], given, overrides)
+    report = report_in_memory(model)
+    heal, judged_by = read_settings(report.data["recipe"], settings, overrides)
     if not callable(tokenizer):
         raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
     anatomy, rewritten = Anatomy.of(model), rewritten_by(report.data)
     refuse_unhealable(anatomy, type(model).__name__)
-    refuse_settings(asked, model.config)
+    refuse_settings(heal, model.config)
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
-        source = base_folder(report.data, base, needed=asked.needs_base, wanted=bool(asked.eval_every))
+        source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))
     elif source is model:
         raise SurgeryError(
             "the base is this very model, which was edited in place",
@@ -247,47 +249,47 @@ def heal_model(
     _refuse_tokenizer(tokenizer, source if source is not None else model)
     operations, table = report.data["operations"], model_table(model)
     before = Anatomy.of(source) if source is not None else None
-    plan = HealPlan.of(asked, anatomy, table, rewritten, base=before, operations=operations)
-    trained = trained_of(model, asked, rewritten, plan.mixing)
+    plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=operations)
+    trained = trained_of(model, heal, rewritten, plan.mixing)
     if options.on_plan:
         options.on_plan(plan)
-    run_settings = asked.model_copy(update={"checkpoint_every": 0})  # nobody could go on from a temporary folder
+    run_settings = heal.model_copy(update={"checkpoint_every": 0})  # a run in a temporary folder cannot be resumed
     with (
         restore_weights_on_error(model, trained, bool(plan.mixing)),
         in_float32(model),
-        tempfile.TemporaryDirectory(prefix="surgery-") as own,
+        tempfile.TemporaryDirectory(prefix="surgery-") as temporary,
     ):
         # One folder for all processes; they are of one machine.
-        run = broadcast_object_list([own])[0] if processes().num_processes > 1 else own
-        more = {"operations": operations, "evaluate": judged_by, "progress": options.progress, "in_memory": True}
-        job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **more)
-        facts = train(model, job)
+        run = broadcast_object_list([temporary])[0] if processes().num_processes > 1 else temporary
+        optional = {"operations": operations, "evaluate": judged_by, "progress": options.progress, "in_memory": True}
+        job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **optional)
+        training = train(model, job)
         processes().wait_for_everyone()  # or the first would take the folder away from the others
     earlier = report.data.get("heal")
-    # What was checked and measured was the model before.
-    report.data.update(records.renewed(report.data, asked, judged_by))
-    report.data["heal"] = records.made(asked, facts, earlier)
+    # Check and scores of the record are those of the model before the training.
+    report.data.update(records.report_after_healing(report.data, heal, judged_by))
+    report.data["heal"] = records.new_record(heal, training, earlier)
     return report
 
 
-def _refuse_tokenizer(tokenizer, known) -> None:
-    """Raise where words have other numbers than in the base's own tokenizer, where that is on this machine.
+def _refuse_tokenizer(tokenizer, base) -> None:
+    """Raise where words have other tokens than in the base's own tokenizer, if that is on this machine.
 
     Args:
-        known: folder of the base, or a loaded model.
+        base: folder of the base, or a loaded model.
     """
-    folder = Path(known if isinstance(known, Path) else getattr(known.config, "_name_or_path", "") or "nowhere")
+    folder = Path(base if isinstance(base, Path) else getattr(base.config, "_name_or_path", "") or "nowhere")
     if not folder.is_dir():
         return
     try:
-        base = read_tokenizer(folder).get_vocab()
+        words = read_tokenizer(folder).get_vocab()
     except SurgeryError:  # it has none
         return
     ours = tokenizer.get_vocab()
-    other = sum(ours.get(word) != number for word, number in base.items())
+    other = sum(ours.get(word) != token for word, token in words.items())
     if other:
         raise SurgeryError(
-            f"this is another tokenizer than the base's: {other:,} of its {len(base):,} words have other numbers",
+            f"this is another tokenizer than the base's: {other:,} of its {len(words):,} words have other numbers",
             where=type(tokenizer).__name__,
             fix=f"AutoTokenizer.from_pretrained({str(folder)!r})",
         )

@@ -1,19 +1,17 @@
-"""A layer-wise start: each layer's attention fitted to the base's, on the base's inputs, before anything end to end.
+"""A layer-wise start: each layer's attention is fitted to the base's, on the base's inputs, before the training.
 
-All layers take a step of their own in one forward (forced.py), and no gradient goes from layer to layer. In memory
-are, beside both models, what the base's layers and attentions gave for the rows of one step, the activations of one
-attention, and of what trains a copy and AdamW's moments.
+All layers take a step of their own in one forward (`run_teacher_forced`), and no gradient goes from layer to layer.
+Memory holds both models, the outputs of the base's layers and attentions for the rows of one step, the activations of
+one attention, and of the parameters that train a copy and AdamW's moments.
 
 The error is |y − y'|² summed over tokens, each relative to the mean square of the layer's input at that token, as a
 share of the same sum of |y|²: the first token's input is many times as large as others', and its error would rule.
 
-A layer that is not nearer to the base on rows that were held back gets its weights back.
+A layer that is not nearer to the base on the validation rows gets its weights back.
 
-A student's attention, layer by layer, on what the base's layers were given.
-
-The base reads some rows. Then the student does, but each of its layers gives what the base's layer gave, so that the
-next one is given what the base's was; and of the layer only the attention runs. Neither the student's MLPs nor its
-head are computed, and no gradient goes from layer to layer.
+Teacher forcing runs a student's attention, layer by layer, on the inputs of the base's layers. The base reads some
+rows. Then the student reads them, but each of its layers returns the output of the base's layer, so that the next one
+gets the base's input; and of the layer only the attention runs. Neither the student's MLPs nor its head are computed.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ from surgery.healing.contexts import autocast_products
 # inputs of a row, so wider rows take smaller ones (Yang et al. 2022, arXiv 2203.03466).
 RATE, WIDTH = 3e-3, 576
 STEP_TOKENS = 2048
-HELD = 8  # of so many rows one is held back
-MOST_HELD = 4096  # tokens held back at most
+VALIDATION_EVERY = 8  # of so many rows one is for validation
+VALIDATION_TOKENS = 4096  # at most
 
 
 def warm_start(student, base, rows, heal, trainable: Collection[str], progress=None) -> dict:
@@ -62,39 +60,47 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     """
     layers, length = pairs(student, base), rows.ids.shape[1]
     fits = _fits(student, layers, trainable)
-    held, order = _rows(len(rows), length, heal.seed)
-    each = max(1, STEP_TOKENS // length)  # rows of a step
-    steps = math.ceil(heal.warm_start / (each * length))
-    with _prepared(student, base, fits):
-        before = _errors(student, base, layers, rows, held, each, heal)
+    validation, order = _split_rows(len(rows), length, heal.seed)
+    step_rows = max(1, STEP_TOKENS // length)  # rows of a step
+    steps = math.ceil(heal.warm_start / (step_rows * length))
+    with _only_fits_train(student, base, fits):
+        before = _errors(student, base, layers, rows, validation, step_rows, heal)
         for step in range(steps):
-            batch = _batch(rows, [next(order) for _ in range(each)], student.device)
+            batch = _batch(rows, [next(order) for _ in range(step_rows)], student.device)
             factor = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             with autocast_products(heal, student.device):
-                forced(student, base, layers, batch, lambda at, error, by=factor: fits[at.number].step(error, by))
+                run_teacher_forced(
+                    student, base, layers, batch, lambda layer, error, by=factor: fits[layer.index].step(error, by)
+                )
             if progress:
-                progress((step + 1) * each * length, steps * each * length, "layer-wise start")
-        after = _errors(student, base, layers, rows, held, each, heal)
+                progress((step + 1) * step_rows * length, steps * step_rows * length, "layer-wise start")
+        after = _errors(student, base, layers, rows, validation, step_rows, heal)
     records = []
-    for number, fit in fits.items():
-        kept = not after[number] < before[number]
-        if kept:
+    for index, fit in fits.items():
+        undone = not after[index] < before[index]
+        if undone:
             fit.undo()
-        new = before[number] if kept else after[number]
-        records.append({"layer": number, "before": before[number], "after": new, "kept": kept})
-    return {"tokens": steps * each * length, "steps": steps, "held_back": len(held) * length, "layers": records}
+        new = before[index] if undone else after[index]
+        records.append({"layer": index, "before": before[index], "after": new, "kept": undone})
+    return {
+        "tokens": steps * step_rows * length,
+        "steps": steps,
+        "held_back": len(validation) * length,
+        "layers": records,
+    }
 
 
 class LayerFit:
-    """What trains of one layer.
+    """The parameters of one layer that train, with their optimiser.
 
     Args:
+        index: of the layer.
         parameters: of its attention.
     """
 
-    def __init__(self, number: int, parameters: list[torch.nn.Parameter]):
-        self.number, self.parameters = number, parameters
-        self.first = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, index: int, parameters: list[torch.nn.Parameter]):
+        self.index, self.parameters = index, parameters
+        self.originals = [parameter.detach().clone() for parameter in parameters]
         self.rates = [RATE * min(1.0, WIDTH / p.shape[-1]) if p.dim() > 1 else RATE for p in parameters]
         self.optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.0)
 
@@ -102,47 +108,48 @@ class LayerFit:
         """One step of the optimiser down the gradient of `error`, at `factor` times the rates."""
         if not error.isfinite():
             raise SurgeryError(
-                f"layer {self.number}'s attention gave numbers that are not finite",
+                f"layer {self.index}'s attention gave numbers that are not finite",
                 where="heal.warm_start",
                 fix="heal.warm_start=0, or heal.precision=float32",
             )
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         with torch.autocast(error.device.type, enabled=False):
-            found = torch.autograd.grad(error, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, found, strict=True):
+            gradients = torch.autograd.grad(error, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def undo(self) -> None:
-        for parameter, first in zip(self.parameters, self.first, strict=True):
-            parameter.data.copy_(first)
+        """Put the weights from before the fit back."""
+        for parameter, original in zip(self.parameters, self.originals, strict=True):
+            parameter.data.copy_(original)
 
 
 def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, LayerFit]:
-    """Of each layer that something trains of; the others are told not to run."""
-    wanted, found = set(trainable), {}
+    """The fits of layers in which something trains, by layer; the other pairs are marked not to run."""
+    wanted, fits = set(trainable), {}
     for layer in layers:
         named = layer.attention.named_parameters(layer.path)
         parameters = [parameter for name, parameter in named if name in wanted]
         layer.runs = bool(parameters)
         if parameters:
-            found[layer.number] = LayerFit(layer.number, parameters)
-    if not found:
+            fits[layer.index] = LayerFit(layer.index, parameters)
+    if not fits:
         raise SurgeryError(
             "a layer-wise start has nothing to train: no attention parameter is among those that train",
             where="heal.warm_start",
             fix="heal.warm_start=0, or another heal.method",
         )
-    return found
+    return fits
 
 
-def _rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator[int]]:
-    """Rows that are held back, and the others without end, each time round in another order."""
-    held = list(range(0, count, HELD))[: max(1, MOST_HELD // length)]
-    others = [row for row in range(count) if row not in set(held)]
-    if not others:
+def _split_rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator[int]]:
+    """Indices of the validation rows, and those of the training rows without end, each round in another order."""
+    validation = list(range(0, count, VALIDATION_EVERY))[: max(1, VALIDATION_TOKENS // length)]
+    training = [row for row in range(count) if row not in set(validation)]
+    if not training:
         raise SurgeryError(
             f"a layer-wise start needs 2 rows at least, there is {count}", where="heal.warm_start", fix="use more data"
         )
@@ -150,19 +157,19 @@ def _rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator[int]]
 
     def endless():
         while True:
-            yield from (others[place] for place in torch.randperm(len(others), generator=generator).tolist())
+            yield from (training[index] for index in torch.randperm(len(training), generator=generator).tolist())
 
-    return held, endless()
+    return validation, endless()
 
 
-def _batch(rows, numbers: list[int], device) -> dict[str, torch.Tensor]:
-    items = [rows[number] for number in numbers]
+def _batch(rows, indices: list[int], device) -> dict[str, torch.Tensor]:
+    items = [rows[index] for index in indices]
     return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
 
 
 @contextmanager
-def _prepared(student, base, fits: dict[int, LayerFit]) -> Iterator[None]:
-    """Both in eval mode (no dropout, and gates choose as they will), gradients for what trains alone."""
+def _only_fits_train(student, base, fits: dict[int, LayerFit]) -> Iterator[None]:
+    """Put both models in eval mode (no dropout; routers choose as in use); only the fits' parameters get gradients."""
     training = [(module, module.training) for model in (student, base) for module in model.modules()]
     wanted = [(p, p.requires_grad) for model in (student, base) for p in model.parameters()]
     try:
@@ -180,17 +187,17 @@ def _prepared(student, base, fits: dict[int, LayerFit]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _errors(student, base, layers: list[Pair], rows, held: list[int], each: int, heal) -> dict[int, float]:
+def _errors(student, base, layers: list[Pair], rows, validation: list[int], step_rows: int, heal) -> dict[int, float]:
     """The error of each layer that runs, on some rows."""
     sums: dict[int, float] = {}
-    for first in range(0, len(held), each):
-        some = held[first : first + each]
+    for first in range(0, len(validation), step_rows):
+        some = validation[first : first + step_rows]
 
-        def add(layer: Pair, error: torch.Tensor, share=len(some) / len(held)) -> None:
-            sums[layer.number] = sums.get(layer.number, 0.0) + float(error) * share
+        def add(layer: Pair, error: torch.Tensor, share=len(some) / len(validation)) -> None:
+            sums[layer.index] = sums.get(layer.index, 0.0) + float(error) * share
 
         with autocast_products(heal, student.device):
-            forced(student, base, layers, _batch(rows, some, student.device), add)
+            run_teacher_forced(student, base, layers, _batch(rows, some, student.device), add)
     return sums
 
 
@@ -210,7 +217,7 @@ class Pair:
         runs: whether the attention runs; the layer of a pair that does not is passed over.
     """
 
-    number: int
+    index: int
     path: str
     block: torch.nn.Module
     attention: torch.nn.Module
@@ -222,12 +229,12 @@ class Pair:
 
 @dataclass
 class BaseLayerOutput:
-    """What one layer of the base was given and gave.
+    """Input scale and outputs of one layer of the base.
 
     Attributes:
         rms: [batch, length], mean square of the layer's input.
-        output: [batch, length, D], what its attention's output projection gave.
-        result: what the whole layer gave.
+        output: [batch, length, D], of its attention's output projection.
+        result: of the layer.
     """
 
     rms: torch.Tensor | None = None
@@ -244,45 +251,47 @@ def pairs(student, base) -> list[Pair]:
     ours, theirs = Anatomy.of(student), Anatomy.of(base)
     if len(ours.layers) != len(theirs.layers):
         raise SurgeryError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
-    found = []
+    paired = []
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         block, attention, output = _modules(student, mine)
         base_block, _, base_output = _modules(base, other)
-        found.append(Pair(mine.index, mine.path, block, attention, output, base_block, base_output))
-    return found
+        paired.append(Pair(mine.index, mine.path, block, attention, output, base_block, base_output))
+    return paired
 
 
-def _modules(model, facts) -> tuple:
+def _modules(model, layer) -> tuple:
     """A layer's block, attention and output projection."""
-    block = model.get_submodule(facts.path.rpartition(".")[0])
-    return block, model.get_submodule(facts.path), model.get_submodule(f"{facts.path}.{facts.layout.o}")
+    block = model.get_submodule(layer.path.rpartition(".")[0])
+    return block, model.get_submodule(layer.path), model.get_submodule(f"{layer.path}.{layer.layout.o}")
 
 
-def forced(student, base, layers: list[Pair], batch: dict, then: Callable[[Pair, torch.Tensor], None]) -> None:
-    """Call `then` with the error of each layer's attention on a batch of `Packed` rows, one layer after the other."""
-    seen = [BaseLayerOutput() for _ in layers]
+def run_teacher_forced(
+    student, base, layers: list[Pair], batch: dict, on_error: Callable[[Pair, torch.Tensor], None]
+) -> None:
+    """Call `on_error` with each layer's pair and its attention's error on a batch of `Packed` rows, layer by layer."""
+    outputs = [BaseLayerOutput() for _ in layers]
     with ExitStack() as hooks:
-        for layer, what in zip(layers, seen, strict=True):
-            hooks.enter_context(_recorded(layer, what))
+        for layer, output in zip(layers, outputs, strict=True):
+            hooks.enter_context(_recording(layer, output))
         with torch.no_grad(), ended(layers[-1].base_block):
             base(**arguments(base, {name: tensor.to(base.device) for name, tensor in batch.items()}, hidden=False))
     with ExitStack() as hooks:
-        for layer, what in zip(layers, seen, strict=True):
-            hooks.enter_context(_led(layer, what, then))
+        for layer, output in zip(layers, outputs, strict=True):
+            hooks.enter_context(_teacher_forcing(layer, output, on_error))
         with ended(layers[-1].block):
             student(**arguments(student, batch, hidden=False))
 
 
 @contextmanager
-def _recorded(layer: Pair, seen: BaseLayerOutput) -> Iterator[None]:
-    """What a layer of the base does goes to `seen`."""
+def _recording(layer: Pair, base_output: BaseLayerOutput) -> Iterator[None]:
+    """Record the input scale and the outputs of a layer of the base in `base_output`."""
 
     def after_block(_, args, kwargs, result):
         states = args[0] if args else kwargs["hidden_states"]
-        seen.rms, seen.result = wide(states).square().mean(-1), result
+        base_output.rms, base_output.result = wide(states).square().mean(-1), result
 
     def after_output(_, __, output):
-        seen.output = output
+        base_output.output = output
 
     hooks = [
         layer.base_block.register_forward_hook(after_block, with_kwargs=True),
@@ -296,21 +305,24 @@ def _recorded(layer: Pair, seen: BaseLayerOutput) -> Iterator[None]:
 
 
 @contextmanager
-def _led(layer: Pair, seen: BaseLayerOutput, then: Callable[[Pair, torch.Tensor], None]) -> Iterator[None]:
-    """A layer of the student runs its attention alone, and gives what the base's layer gave."""
-    own, found = layer.block.forward, []
+def _teacher_forcing(
+    layer: Pair, base_output: BaseLayerOutput, on_error: Callable[[Pair, torch.Tensor], None]
+) -> Iterator[None]:
+    """Of a layer of the student run only the attention, and return the output of the base's layer."""
+    own, outputs = layer.block.forward, []
 
     def forward(*args, **kwargs):
         if layer.runs:
             with suppress(StopForward):
                 own(*args, **kwargs)
-        return _as(seen.result, layer.output.weight.dtype)  # a base in bfloat16 beside a student in float32
+        # The base may be in bfloat16, and the student in float32.
+        return _cast(base_output.result, layer.output.weight.dtype)
 
     def after_output(_, __, output):
-        found.append(output)
+        outputs.append(output)
 
     def after_attention(*_):
-        then(layer, error_of(found.pop(), seen.output, seen.rms))
+        on_error(layer, error_of(outputs.pop(), base_output.output, base_output.rms))
         raise StopForward  # the MLP is not needed
 
     hooks = [
@@ -330,10 +342,10 @@ def _led(layer: Pair, seen: BaseLayerOutput, then: Callable[[Pair, torch.Tensor]
             del layer.block.forward
 
 
-def _as(result, dtype: torch.dtype):
-    """What a layer gave, a tensor or a tuple with some in it, in another dtype."""
+def _cast(result, dtype: torch.dtype):
+    """A layer's output, a tensor or a tuple that holds tensors, in another dtype."""
     if isinstance(result, tuple):
-        return tuple(_as(each, dtype) for each in result)
+        return tuple(_cast(each, dtype) for each in result)
     return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
@@ -352,4 +364,5 @@ def error_of(output: torch.Tensor, wanted: torch.Tensor, rms: torch.Tensor) -> t
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or in its own dtype where that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

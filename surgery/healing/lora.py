@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: put on by explicit paths, merged in float32, and the merge looked at.
+"""Low-rank adapters through peft: added by explicit paths, merged, and the merge is checked.
 
 Source: Hu et al. 2021, "LoRA", arXiv 2106.09685.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.healing.parameters import TrainableParameters
 
 TOLERANCE, ROUNDING = 1e-4, 1e-2  # of the logits, in float64 and in float32
-PROBE = (2, 24)  # rows and tokens
+RANDOM_SHAPE = (2, 24)  # rows and tokens of the input that checks a merge
 
 
 def freeze(model, names: tuple[str, ...]) -> None:
@@ -67,8 +67,8 @@ def bare(model, trained: TrainableParameters) -> list[str]:
 def merge(adapted, vocabulary: int):
     """The model with its updates added to its weights, and by how much the logits of random tokens moved.
 
-    Merged and looked at in float64 on the CPU, where there is memory for it: in float32 the logits of a model with
-    massive activations move by a thousandth from rounding alone.
+    The merge and its check are in float64 on the CPU, where there is memory for it: in float32 rounding moves the
+    logits of a model with massive activations by a thousandth.
 
     Args:
         adapted: of `adapt`; its weights are in float32, since in bfloat16 a small update is rounded away.
@@ -78,14 +78,14 @@ def merge(adapted, vocabulary: int):
     """
     from surgery.machine.device import too_big
 
-    parameters, several = list(adapted.parameters()), processes().num_processes
-    device, numbers = parameters[0].device, sum(parameter.numel() for parameter in parameters)
-    here = device.type == "cpu"
-    fits = (here or several == 1) and not too_big(0, extra=(6 if here else 10) * numbers * several)
+    parameters, count = list(adapted.parameters()), processes().num_processes
+    device, size = parameters[0].device, sum(parameter.numel() for parameter in parameters)
+    on_cpu = device.type == "cpu"
+    fits = (on_cpu or count == 1) and not too_big(0, extra=(6 if on_cpu else 10) * size * count)
     try:
         if fits:
             adapted.cpu()  # not every other device has float64
-        tokens = probe(adapted, vocabulary)
+        tokens = random_tokens(adapted, vocabulary)
         before = _wide_logits(adapted, tokens) if fits else None
         wide = before is not None
         if not wide:
@@ -117,11 +117,11 @@ def _wide_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-def probe(model, vocabulary: int) -> torch.Tensor:
+def random_tokens(model, vocabulary: int) -> torch.Tensor:
     """Random tokens [rows, tokens] on the model's device."""
     import torch
 
-    return torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(model.device)
+    return torch.randint(vocabulary, RANDOM_SHAPE, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:

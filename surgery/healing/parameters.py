@@ -1,4 +1,4 @@
-"""What trains, from the record of the surgery and the model's anatomy; no list of names per family.
+"""Selects what trains, from the record of the surgery and the model's anatomy; no list of names per family.
 
 Sources: after a merge of KV heads a low-rank update of a wrong matrix is the wrong prior, so K and V train in full
 beside LoRA; LoRA on all linears of attention and MLP: Hu et al. 2021, "LoRA", arXiv 2106.09685; Ma et al. 2023,
@@ -29,7 +29,7 @@ Table = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 @dataclass(frozen=True)
 class TrainableParameters:
-    """What of a model trains.
+    """The parameters of a model that train.
 
     Attributes:
         parameters: names of those that train themselves.
@@ -48,15 +48,15 @@ def touched(operations: Iterable[dict]) -> frozenset[str]:
     Args:
         operations: entries of recipes: {"op": name, field: value, ...}.
     """
-    from surgery import operations as known
+    from surgery import operations as registry
 
-    found: set[str] = set()
+    rewritten: set[str] = set()
     for fields in operations:
         try:
-            found |= set(known.find(str(fields.get("op"))).model_validate(fields).rewritten_projections)
+            rewritten |= set(registry.find(str(fields.get("op"))).model_validate(fields).rewritten_projections)
         except (SurgeryError, ValueError):  # not installed here, or of another version: it may have changed anything
-            found |= EVERY
-    return frozenset(found)
+            rewritten |= EVERY
+    return frozenset(rewritten)
 
 
 def select_trainable(
@@ -95,8 +95,8 @@ def select_trainable(
             )
         return TrainableParameters(tuple(names), (), _count(names, table) + more)
     names = added + _projections(anatomy, rewritten & {"k", "v"}, table)
-    apart = {name.rpartition(".")[0] for name in names}
-    adapted = [path for path in _linears(anatomy, table) if path not in apart and is_linear(path)]
+    full_paths = {name.rpartition(".")[0] for name in names}
+    adapted = [path for path in _linears(anatomy, table) if path not in full_paths and is_linear(path)]
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted)
     return TrainableParameters(tuple(names), tuple(adapted), _count(names, table) + more + low_rank)
 
@@ -110,15 +110,15 @@ def _count(names: Iterable[str], table: Table) -> int:
     return sum(prod(table[name][1]) for name in names)
 
 
-def _projections(anatomy: Anatomy, parts: Iterable[str], table: Table) -> list[str]:
+def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table) -> list[str]:
     """Parameters of these projections in every layer: weights, biases, and norms that have a row for each head."""
     names: list[str] = []
     for layer in anatomy.layers:
-        for part in sorted(parts):
-            module = layer.layout.qkv if layer.layout.qkv and part != "o" else getattr(layer.layout, part)
+        for letter in sorted(letters):
+            module = layer.layout.qkv if layer.layout.qkv and letter != "o" else getattr(layer.layout, letter)
             own = [f"{module}.weight", f"{module}.bias"]
-            if layer.norm_per_head and part in ("q", "k"):
-                own += norm_names(layer, f"{part}_norm", layer.heads if part == "q" else layer.kv_heads)
+            if layer.norm_per_head and letter in ("q", "k"):
+                own += norm_names(layer, f"{letter}_norm", layer.heads if letter == "q" else layer.kv_heads)
             names += [f"{layer.path}.{name}" for name in own]
     return [name for name in dict.fromkeys(names) if name in table]
 
@@ -141,5 +141,5 @@ def _linears(anatomy: Anatomy, table: Table) -> list[str]:
 def _block(layer: LayerAnatomy) -> str:
     """The path of the layer that an attention module is in, with a dot: "model.layers.0."."""
     steps = layer.path.split(".")
-    number = max(index for index, step in enumerate(steps) if step.isdigit())
-    return ".".join(steps[: number + 1]) + "."
+    last = max(index for index, step in enumerate(steps) if step.isdigit())
+    return ".".join(steps[: last + 1]) + "."

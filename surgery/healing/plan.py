@@ -1,4 +1,4 @@
-"""What a healing will do, worked out before it: what trains, how long, and the memory that it takes. Estimates."""
+"""The plan of a healing: what trains, for how long, and estimates of the memory and disk that it takes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class HealPlan:
 
     Attributes:
         trained: what trains.
-        parameters: of the model; `base_parameters` of the base where it runs beside it, else 0.
-        engine: that the processes are of.
+        parameters: of the model; `base_parameters` of the base where it is in memory too, else 0.
+        engine: of the processes.
         mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
             heads that they mix, in memory while it trains.
     """
@@ -73,11 +73,9 @@ class HealPlan:
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
-        trained, inside = (
-            select_trainable(heal, anatomy, table | mixing, rewritten, more=more),
-            [x.path for x in anatomy.layers],
-        )
-        if heal.warm_start and not more and not any(name.startswith(tuple(inside)) for name in trained.parameters):
+        trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
+        paths = tuple(layer.path for layer in anatomy.layers)
+        if heal.warm_start and not more and not any(name.startswith(paths) for name in trained.parameters):
             raise SurgeryError(
                 "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
                 where="heal.warm_start",
@@ -110,26 +108,26 @@ class HealPlan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes in each process: a part of what its engine shares out, the rest whole; as of float32.
+        """Bytes in each process, in float32: a shard of what its engine shards, and all of the rest.
 
         In bfloat16 activations take half, and the rounded copies of frozen weights, which a backward pass reads, half
         of what these weights take.
         """
-        part = self.engine.part
+        shards = self.engine.shards
         layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
-        kept = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
+        stored = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
         return {
-            "weights": -(-4 * self.parameters // part("weights")) + 4 * self.mixed,
-            "gradients": -(-4 * self.trained.count // part("gradients")),
-            "optimizer": -(-4 * MOMENTS * self.trained.count // part("optimizer")),
+            "weights": -(-4 * self.parameters // shards("weights")) + 4 * self.mixed,
+            "gradients": -(-4 * self.trained.count // shards("gradients")),
+            "optimizer": -(-4 * MOMENTS * self.trained.count // shards("optimizer")),
             "base": 4 * self.base_parameters,
-            "activations": self.micro_tokens * kept,
+            "activations": self.micro_tokens * stored,
             "logits": self.micro_tokens * 4 * self.vocabulary * (3 if self.base_parameters else 2),
         }
 
     @property
     def memory_bytes(self) -> int:
-        """Of one process."""
+        """Bytes of one process, in all."""
         return sum(self.memory.values())
 
     @property
@@ -142,6 +140,7 @@ class HealPlan:
 
     @property
     def checkpoint_bytes(self) -> int:
+        """Of one checkpoint on disk: the parameters that train and AdamW's moments, in float32."""
         return 4 * (1 + MOMENTS) * self.trained.count
 
     @property
@@ -151,7 +150,7 @@ class HealPlan:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """The plan in words, a line each."""
         heal = self.heal
         how_long = (
             f"{heal.planned_steps:,} steps of {heal.rows * heal.length:,} tokens"
@@ -174,6 +173,7 @@ class HealPlan:
         ]
 
     def to_dict(self) -> dict:
+        """The plan as plain data."""
         return {
             "settings": self.heal.model_dump(mode="json"),
             "parameters": self.trained.count,
@@ -196,13 +196,13 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     """Table of the mixing weights, and how many numbers of the base's heads they mix."""
     if heal.mixing == "none" or base is None:
         return {}, 0
-    from surgery.healing.weighted_gqa import merges, orders_of, planned
+    from surgery.healing.weighted_gqa import merges, mixing_table, orders_of
 
     orders_of(operations, anatomy)
-    found = merges(anatomy, base)
+    merged = merges(anatomy, base)
     hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
-    heads = sum(len(members) for _, _, groups in found for members in groups)
-    return planned(found, heal.mixing), 2 * heads * found[0][1].head_dim * hidden
+    heads = sum(len(members) for _, _, groups in merged for members in groups)
+    return mixing_table(merged, heal.mixing), 2 * heads * merged[0][1].head_dim * hidden
 
 
 def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
@@ -231,8 +231,8 @@ def rows_each(heal: Heal, processes: int) -> int:
 
 def token_bytes(top_k: int, vocabulary: int, each: int = 2) -> int:
     """What `teacher.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
-    kept = min(top_k, vocabulary)
-    return each * (kept + 1) + kept * (2 if vocabulary <= 1 << 16 else 4)
+    count = min(top_k, vocabulary)
+    return each * (count + 1) + count * (2 if vocabulary <= 1 << 16 else 4)
 
 
 def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:

@@ -1,6 +1,6 @@
-"""One training from data to merged weights: what the folder-to-folder way and the way in memory have in common.
+"""One training from data to merged weights: what healing of a folder and healing in memory have in common.
 
-What is asked of a training, and the rows that it reads.
+`HealRun` holds the settings of a training; `rows_of` gives the rows that it reads.
 """
 
 from __future__ import annotations
@@ -29,16 +29,32 @@ from surgery.healing.contexts import (
     use_bfloat16,
     without_attention_dropout,
 )
-from surgery.healing.distributed import Engine, processes, put, training
+from surgery.healing.distributed import Engine, processes, put, trainable_tensors
 from surgery.healing.layerwise_distillation import warm_start
 from surgery.healing.lora import adapt, bare, freeze, merge
 from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
-from surgery.healing.trainer import Clock, HealTrainer, Rows, arguments, facts_of, remove_cut_off, whole
+from surgery.healing.trainer import (
+    Clock,
+    HealTrainer,
+    Rows,
+    arguments,
+    checkpoint_record,
+    complete_checkpoints,
+    remove_cut_off,
+)
 from surgery.healing.validate import refuse_unwatchable
-from surgery.healing.weighted_gqa import add_mixing, folded, inside, merges, orders_of, planned, unmix
+from surgery.healing.weighted_gqa import (
+    add_mixing,
+    fold_and_check,
+    merges,
+    mixing_table,
+    names_while_mixed,
+    orders_of,
+    unmix,
+)
 from surgery.io.files import read_json, write_json
 from surgery.io.loading import load_model, read_config
 from surgery.io.model_folder import model_table
@@ -56,7 +72,7 @@ CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are mea
 
 
 def train(model, job: HealRun) -> dict:
-    """Heal a model in place, adapters merged; what was done, for the record.
+    """Heal a model in place, with adapters merged, and return the record of the training.
 
     Args:
         model: converted, in float32.
@@ -66,7 +82,7 @@ def train(model, job: HealRun) -> dict:
         TrainingError: NaN, or an unfinished run of something else; checkpoints are kept.
         MachineError: disk or memory.
     """
-    job.heal, began = settled(job), time.time()
+    job.heal, began = with_known_precision(job), time.time()
     heal = job.heal
     refuse_vocabulary(model, job.base)
     mixing, orders = _mixing(model, job)
@@ -80,7 +96,7 @@ def train(model, job: HealRun) -> dict:
         without_attention_dropout(model),
         checkpointed(model, heal.gradient_checkpointing),
     ):
-        watch = _watch(job)  # before a text is written, which takes longest: it may refuse
+        held_out = _held_out_evaluator(job)  # first, since it may raise, and writing a text takes longest
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
@@ -89,12 +105,12 @@ def train(model, job: HealRun) -> dict:
         try:
             if mixing:
                 add_mixing(model, job.base, heal.mixing, orders)
-                trained = replace(trained, parameters=inside(model, trained.parameters))
-            record["warm_start"] = _start(model, job, packed, trained)
+                trained = replace(trained, parameters=names_while_mixed(model, trained.parameters))
+            record["warm_start"] = _layerwise_start(model, job, packed, trained)
             student = _prepared(model, heal, trained)
-            record |= _loop(student, model, job, packed, watch)
+            record |= _loop(student, model, job, packed, held_out)
             if mixing:
-                record["mixing"] = folded(model)
+                record["mixing"] = fold_and_check(model)
             if heal.method == "lora":
                 if heal.keeps_adapter and job.adapter is not None and processes().is_main_process:
                     _keep_adapter(student, job)
@@ -117,7 +133,7 @@ def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
         return {}, None
     ours = Anatomy.of(model)
     orders = orders_of(job.operations, ours)
-    return planned(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
+    return mixing_table(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
 
 
 def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:
@@ -128,14 +144,14 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
     def is_linear(path: str) -> bool:
         return isinstance(model.get_submodule(path), nn.Linear | Conv1D)
 
-    found = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
-    if heal.keeps_adapter and (names := bare(model, found)):
+    trainable = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
+    if heal.keeps_adapter and (names := bare(model, trainable)):
         raise SurgeryError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
             where="heal",
             fix="heal.keep_adapter=false: the merged model has them",
         )
-    return found
+    return trainable
 
 
 def refuse_vocabulary(model, base) -> None:
@@ -151,7 +167,7 @@ def refuse_vocabulary(model, base) -> None:
         )
 
 
-def _watch(job: HealRun) -> HeldOutEvaluator | None:
+def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
     """The held-out text, if it is to be scored while the model trains."""
     if not job.heal.eval_every:
         return None
@@ -164,12 +180,12 @@ def _watch(job: HealRun) -> HeldOutEvaluator | None:
         return HeldOutEvaluator(base, job.tokenizer, job.evaluate)
 
 
-def _start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:
-    """The layer-wise start, if one is asked for; where a checkpoint has its weights already, its record alone."""
+def _layerwise_start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:
+    """Run the layer-wise start, if heal has one; where a checkpoint has its weights already, only read its record."""
     file = job.run / STARTED
     if not job.heal.warm_start:
         return None
-    if whole(job.run) and file.is_file():
+    if complete_checkpoints(job.run) and file.is_file():
         return read_json(file)
     model.to(processes().device)
     record = warm_start(model, job.base_model(), packed, job.heal, trained.parameters, job.progress)
@@ -187,60 +203,60 @@ def _prepared(model, heal: Heal, trained: TrainableParameters):
 
 
 def _teacher(job: HealRun, packed: Packed) -> Teacher:
-    """Who gives the loss: the text alone, the base beside it, or what the base said of these rows before."""
+    """The teacher that gives the loss: none (the text's loss), the base in memory, or its stored probabilities."""
     heal = job.heal
-    if not heal.asks:
+    if not heal.loss_needs:
         job.forget_base()  # it may have written the text
         return Teacher()
     if heal.teacher == "live":
         return LiveTeacher(job.base_model())
     folder = job.run / TEACHER
     with processes().main_process_first():
-        kept = {"top_k": heal.top_k, "temperature": heal.temperature}
+        distribution = {"top_k": heal.top_k, "temperature": heal.temperature}
         base = job.base_model()
         within = autocast_products(heal, base.device)
-        store(base, _read_rows(packed, heal), folder, **kept, progress=job.progress, within=within)
+        store(base, _read_rows(packed, heal), folder, **distribution, progress=job.progress, within=within)
     job.forget_base()
     return StoredTeacher(folder)
 
 
 def _read_rows(packed: Packed, heal: Heal) -> Packed:
-    """The rows that a training of so many steps will read: of a long text these may be few."""
+    """The rows that the planned steps read: of a long text these may be few."""
     if not heal.planned_steps or (count := heal.planned_steps * heal.rows) >= len(packed):
         return packed
     rows = Rows(packed, count, heal.seed)
-    return packed.select(sorted(rows.place(number) for number in range(count)))
+    return packed.select(sorted(rows.row(step_row) for step_row in range(count)))
 
 
-def _loop(student, plain, job: HealRun, packed: Packed, watch: HeldOutEvaluator | None) -> dict:
+def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluator | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     engine, original = Engine.here(), student
-    if "weights" in engine.shared:  # what is shared out is a copy: this model gets the whole tensors at the end
+    if "weights" in engine.sharded:  # a copy is sharded: this model gets the full tensors at the end
         student, plain = copy.deepcopy((student.cpu(), plain))
     steps = heal.planned_steps or ENDLESS
     with state.main_process_first():
         if state.is_main_process:
             remove_cut_off(job.run)
-        last = (whole(job.run) or [None])[-1]
-    facts = facts_of(last) if last else {"seconds": 0.0, "shared": list(engine.shared)}
-    if facts.get("ended"):  # by the clock or the gate: nothing is left to train
-        steps = facts["step"]
-    if facts.get("shared", []) != list(engine.shared):
+        last = (complete_checkpoints(job.run) or [None])[-1]
+    checkpoint = checkpoint_record(last) if last else {"seconds": 0.0, "shared": list(engine.sharded)}
+    if checkpoint.get("ended"):  # by the clock or the gate: nothing is left to train
+        steps = checkpoint["step"]
+    if checkpoint.get("shared", []) != list(engine.sharded):
         raise TrainingError(
             "the checkpoint's optimizer is stored as another engine shares it out",
             where=str(last),
-            exists=f"shared out there: {', '.join(facts.get('shared', [])) or 'nothing'}",
+            exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
             fix="the accelerate config that it began with, or start anew with --overwrite",
         )
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
-    follow = HealCallback(heal, job.run, heal.planned_steps, watch, facts["seconds"], progress)
-    with quiet_transformers(), unprepared(student):  # what the Trainer would say is in metrics.jsonl
+    callback = HealCallback(heal, job.run, heal.planned_steps, held_out, checkpoint["seconds"], progress)
+    with quiet_transformers(), unprepared(student):  # the Trainer's messages are in metrics.jsonl
         trainer = HealTrainer(
             model=student,
             args=arguments(heal, job.run, steps, state.num_processes, plain.config.get_text_config().vocab_size),
             train_dataset=Rows(packed, steps * heal.rows, heal.seed),
-            callbacks=[follow],
+            callbacks=[callback],
             heal=heal,
             plain=plain,
             teacher=teacher,
@@ -248,24 +264,24 @@ def _loop(student, plain, job: HealRun, packed: Packed, watch: HeldOutEvaluator 
             in_memory=job.in_memory,
         )
         trainer.remove_callback(PrinterCallback)
-        follow.trainer, trainer.ended = trainer, facts.get("ended", "")
-        clock.start(facts["seconds"])  # the first rate is made before the training begins
+        callback.trainer, trainer.ended = trainer, checkpoint.get("ended", "")
+        clock.start(checkpoint["seconds"])  # the first rate is made before the training begins
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     if student is not original:
-        for name, tensor in training(trained):
+        for name, tensor in trainable_tensors(trained):
             put(original.get_parameter(name), tensor)
-    curve = [line["loss"] for line in read(job.run / METRICS)]
-    ends, done = max(1, min(CURVE_ENDS, len(curve) // 4)), trainer.state.global_step
+    losses = [line["loss"] for line in read(job.run / METRICS)]
+    span, done = max(1, min(CURVE_ENDS, len(losses) // 4)), trainer.state.global_step
     return {
         "steps": done,
         "step_tokens": heal.rows * heal.length,
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
         "ended_by": trainer.ended or "steps",
-        "loss": {"first": _mean(curve[:ends]), "last": _mean(curve[-ends:])},
+        "loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])},
         "processes": state.num_processes,
         "engine": engine.name,
         "device": state.device.type,
@@ -292,17 +308,17 @@ RUN = "run.json"  # what a run is of, for --resume
 
 @dataclass
 class HealRun:
-    """What is asked of a training besides the model.
+    """The settings and data of a training, without the model.
 
     Attributes:
-        base: folder of the unconverted model, or that model; None where nothing asks it.
+        base: folder of the unconverted model, or that model; None where nothing reads it.
         rewritten: projections that the surgery rewrote (`parameters.touched`).
         run: folder of checkpoints and metrics.
         operations: of the surgery, with their records; what mixing weights must know of it.
-        identity: of settings, model and base; a run that goes on must have the same.
+        identity: of settings, model and base; a run that is resumed must have the same.
         evaluate: text and limits of the recipe, for held-out scores while it trains.
         adapter: where the adapter is kept, if `heal.keep_adapter`.
-        in_memory: the model is the user's: an error leaves it as it was, and there is no run to go on from.
+        in_memory: the model is the user's: an error leaves it as it was, and there is no run to resume.
     """
 
     heal: Heal
@@ -331,12 +347,12 @@ class HealRun:
         return self._base[0]
 
     def forget_base(self) -> None:
-        """Give its memory back."""
+        """Free the memory of the base."""
         self._base.clear()
 
 
-def settled(job: HealRun) -> Heal:
-    """The settings with the precision that this run has, also on another machine that goes on with it."""
+def with_known_precision(job: HealRun) -> Heal:
+    """The settings with the precision that this run began with, also where another machine resumes it."""
     file = job.run / RUN
     known = read_json(file).get("precision") if file.is_file() else None
     here = "bfloat16" if use_bfloat16(job.heal) else "float32"
@@ -344,7 +360,7 @@ def settled(job: HealRun) -> Heal:
 
 
 def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Packed]:
-    """What is said of the data, and their rows.
+    """The record of the data, and their rows.
 
     Raises:
         SurgeryError: of `documents`.
@@ -360,10 +376,10 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
                 fix="finish that one with its own command, or start anew with --overwrite",
             )
         rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
-        facts = {"identity": job.identity, "rows": rows, "precision": heal.precision}
+        run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
         if not known and state.is_main_process:  # the base may write for hours now
-            write_json(file, facts)
-        found = documents(
+            write_json(file, run_record)
+        texts = documents(
             heal,
             job.tokenizer,
             job.base_model() if heal.data == SELF else model if source is None else source,
@@ -371,17 +387,17 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             folder=job.run if heal.data == SELF else None,
             progress=job.progress,
         )
-        packed = Packed(found, heal.length, isolated=isolates_documents(model))
-        facts["data"] = packed.sha256
-        if known.get("data", facts["data"]) != facts["data"]:
+        packed = Packed(texts, heal.length, isolated=isolates_documents(model))
+        run_record["data"] = packed.sha256
+        if known.get("data", run_record["data"]) != run_record["data"]:
             raise TrainingError(
                 "the data are not those that the checkpoints were trained on",
                 where=f"heal.data: {heal.data}",
                 fix="put them back as they were, or start anew with --overwrite",
             )
         if "data" not in known and state.is_main_process:
-            write_json(file, facts)
-    return found.record | {"rows": len(packed)}, packed
+            write_json(file, run_record)
+    return texts.record | {"rows": len(packed)}, packed
 
 
 def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
@@ -390,12 +406,12 @@ def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
         return heal.planned_steps * heal.rows
     vocabulary = model.config.get_text_config().vocab_size
     rows = micro_rows(heal.rows, heal.length, vocabulary)
-    # Gradients of what trains, not of all weights: nobody has planned the memory of those.
-    there = dict(model.named_parameters())  # mixing weights are not yet
-    names = [name for name in trained.parameters if name in there] or [
+    # Gradients of what trains, not of all weights: the plan has no memory for those.
+    parameters = dict(model.named_parameters())  # mixing weights are not yet
+    names = [name for name in trained.parameters if name in parameters] or [
         f"{name}.weight" for name in trained.adapted[:1]
     ]
-    wanted = [there[name].requires_grad_() for name in names or list(there)[-1:]]
+    wanted = [parameters[name].requires_grad_() for name in names or list(parameters)[-1:]]
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
     batch = batch.to(processes().device)
     model.to(processes().device).train()

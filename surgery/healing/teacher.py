@@ -1,15 +1,16 @@
-"""The base as the teacher of a converted model: run beside it, or asked once before and kept on disk.
+"""The base as the teacher of a converted model: in memory, or run once before the training and stored on disk.
 
 Both give what the losses of `heal.loss` need of the base, and no more: with `loss: ce` no teacher runs.
 
-A base's most probable tokens on disk, for every row that a student will see: one pass, then no teacher is needed.
+A stored teacher is a base's most probable tokens on disk, for every row that a student will see: after one pass the
+base is not needed.
 
-Of each prediction the k largest log-probabilities are kept, their tokens, and the log of the mass of all others, so
-that what is kept is a distribution over k + 1 outcomes. Rows are found again by a hash of their tokens and positions:
-in whatever order a training asks for them, it cannot get another row's.
+Of each prediction the k largest log-probabilities are stored, their tokens, and the log of the mass of all others: a
+distribution over k + 1 outcomes. Rows are looked up by a hash of their tokens and positions: in whatever order a
+training asks for them, it cannot get another row's.
 
-Files: `teacher.json` says what it was made of and with; each safetensors file holds some rows, and is complete or not
-there, so that a run that was killed goes on where it was.
+Files: `teacher.json` holds the base, data and settings; each safetensors file holds some rows, and is complete or
+missing, so that a run that was killed resumes where it was.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from surgery.io.resume import LayerFiles, fingerprint
 
 
 class Teacher:
-    """Serves losses that ask no base; the others add what they know of it."""
+    """Serves losses that read no base; a subclass adds what it knows of the base."""
 
     def loss(self, outputs, batch: dict, heal, count: int | None = None) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of one forward of the student.
@@ -50,7 +51,7 @@ class Teacher:
             T²), "hidden" as a share of the hidden states' energy.
         """
         labels = batch["labels"].to(outputs.logits.device)
-        base, base_states = self.ask(outputs.logits, batch, heal) if heal.asks else (None, None)
+        base, base_states = self.ask(outputs.logits, batch, heal) if heal.loss_needs else (None, None)
         states = outputs.hidden_states[1:] if heal.reads_states else None
         inputs = LossInputs(predicts(labels), labels, base, states, base_states, heal.temperature)
         weighted = {name: (weight, losses.find(name)) for name, weight in heal.weights.items()}
@@ -58,7 +59,11 @@ class Teacher:
         return loss, {name: float(mean.detach()) for name, mean in means.items()}
 
     def ask(self, logits: torch.Tensor, batch: dict, heal) -> tuple[BaseLogits | BaseTopK | None, tuple | None]:
-        """What `heal.asks` of the base: its probabilities, and its hidden states after each layer."""
+        """What the losses need of the base (`heal.loss_needs`): its probabilities, its hidden states after each layer.
+
+        Raises:
+            SurgeryError: there is no teacher, or it does not have what the losses need.
+        """
         word = isinstance(heal.loss, str) and heal.loss == "ce"
         raise SurgeryError(
             "a teacher is needed, and there is none",
@@ -68,7 +73,7 @@ class Teacher:
 
 
 class LiveTeacher(Teacher):
-    """The base in memory. It is put in eval mode and its weights are frozen, for good."""
+    """The base in memory. It is put in eval mode and its weights are frozen, permanently."""
 
     def __init__(self, model):
         self.model = model.eval().requires_grad_(False)
@@ -76,22 +81,22 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def ask(self, logits, batch, heal):
         device = self.model.device
-        given = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
         with autocast_products(heal, device):
-            outputs = self.model(**arguments(self.model, given, heal.reads_states))
+            outputs = self.model(**arguments(self.model, inputs, heal.reads_states))
         refuse_vocabulary(logits.shape[-1], outputs.logits.shape[-1])
         base = BaseLogits(outputs.logits) if heal.reads_probabilities else None
         return base, outputs.hidden_states[1:] if heal.reads_states else None
 
 
 class StoredTeacher(Teacher):
-    """What `store` kept of the base: the most probable tokens of every row, and the mass of all others."""
+    """What `store` wrote of the base: the most probable tokens of every row, and the mass of all others."""
 
     def __init__(self, folder: str | Path):
-        self.kept = TopK(Path(folder))
+        self.stored = TopK(Path(folder))
 
     def ask(self, logits, batch, heal):
-        facts = self.kept.facts
+        info = self.stored.info
         for name in heal.weights:
             if lacking := losses.find(name).not_stored:
                 raise SurgeryError(
@@ -99,18 +104,19 @@ class StoredTeacher(Teacher):
                     where=f"heal.loss: {name}",
                     fix="heal.teacher=live, or leave that loss out",
                 )
-        if heal.temperature != facts["temperature"]:
+        if heal.temperature != info["temperature"]:
             raise SurgeryError(
-                f"the teacher was stored for temperature {facts['temperature']:g}, not {heal.temperature:g}",
-                where=str(self.kept.folder),
-                fix=f"heal.temperature={facts['temperature']:g}, or remove the folder to store it anew",
+                f"the teacher was stored for temperature {info['temperature']:g}, not {heal.temperature:g}",
+                where=str(self.stored.folder),
+                fix=f"heal.temperature={info['temperature']:g}, or remove the folder to store it anew",
             )
-        refuse_vocabulary(logits.shape[-1], facts["vocabulary"])
-        found = self.kept.rows(batch["input_ids"], batch["position_ids"])
-        return BaseTopK(found["values"], found["indices"], found["rest"]), None
+        refuse_vocabulary(logits.shape[-1], info["vocabulary"])
+        rows = self.stored.rows(batch["input_ids"], batch["position_ids"])
+        return BaseTopK(rows["values"], rows["indices"], rows["rest"]), None
 
 
 def refuse_vocabulary(student: int, teacher: int) -> None:
+    """Raise where the vocabularies, in tokens, differ."""
     if student != teacher:
         raise SurgeryError(
             f"model and teacher have different vocabularies: {student} and {teacher} tokens",
@@ -118,7 +124,7 @@ def refuse_vocabulary(student: int, teacher: int) -> None:
         )
 
 
-FACTS, FORMAT, NAME = "teacher.json", 1, "teacher"
+INFO, FORMAT, NAME = "teacher.json", 1, "teacher"
 ROWS = 32  # in a file
 LOGITS = 1 << 27  # values of the logits of a forward
 
@@ -134,7 +140,7 @@ def store(
     progress=None,
     within=nullcontext(),
 ):
-    """Keep what the base says of every row; files that are there already are left as they are.
+    """Store the base's predictions for every row; files that exist already are left unchanged.
 
     Args:
         model: the base, in memory; it is run in eval mode and left in the mode that it was in.
@@ -146,49 +152,51 @@ def store(
         within: a context that the model is run in.
 
     Raises:
-        SurgeryError: the folder holds what another base, or another data set, gave.
+        SurgeryError: the folder holds predictions of another base, or for another data set.
         MachineError: the disk is full, or not ours to write on; what is there stays.
     """
     folder = Path(folder)
     vocabulary = model.config.get_text_config().vocab_size
-    facts = {"format": FORMAT, "base": fingerprint(model), "data": rows.sha256, "rows": len(rows)}
-    facts |= {"length": rows.ids.shape[1], "vocabulary": vocabulary, "top_k": min(top_k, vocabulary)}
-    facts |= {"temperature": temperature, "dtype": str(dtype).removeprefix("torch."), "rows_in_a_file": ROWS}
+    info = {"format": FORMAT, "base": fingerprint(model), "data": rows.sha256, "rows": len(rows)}
+    info |= {"length": rows.ids.shape[1], "vocabulary": vocabulary, "top_k": min(top_k, vocabulary)}
+    info |= {"temperature": temperature, "dtype": str(dtype).removeprefix("torch."), "rows_in_a_file": ROWS}
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_another(folder, facts)
-        write_json(folder / FACTS, facts)
-        files, training = _files(folder, facts), model.training
+        _refuse_another(folder, info)
+        write_json(folder / INFO, info)
+        files, training = _files(folder, info), model.training
         model.eval()
         try:
-            for number in range(math.ceil(len(rows) / ROWS)):
-                if not files.path(number).is_file():
-                    some = slice(number * ROWS, (number + 1) * ROWS)
-                    kept = ask(model, rows.ids[some].long(), rows.positions[some].long(), facts, within)
-                    files.save(number, kept, {})
+            for file_index in range(math.ceil(len(rows) / ROWS)):
+                if not files.path(file_index).is_file():
+                    selection = slice(file_index * ROWS, (file_index + 1) * ROWS)
+                    tensors = ask(model, rows.ids[selection].long(), rows.positions[selection].long(), info, within)
+                    files.save(file_index, tensors, {})
                 if progress:
-                    progress(min((number + 1) * ROWS, len(rows)), len(rows), "teacher")
+                    progress(min((file_index + 1) * ROWS, len(rows)), len(rows), "teacher")
         finally:
             model.train(training)
 
 
 @torch.no_grad()
-def ask(model, ids: torch.Tensor, positions: torch.Tensor, facts: dict, within) -> dict[str, torch.Tensor]:
-    """What a model says of some rows [r, length]: `values`, `indices` [r, length, k], `rest` [r, length], `keys`."""
-    step = max(1, LOGITS // (ids.shape[1] * facts["vocabulary"]))
-    small = torch.uint16 if facts["vocabulary"] <= 1 << 16 else torch.int32
-    parts: dict[str, list] = {"values": [], "indices": [], "rest": []}
+def ask(model, ids: torch.Tensor, positions: torch.Tensor, info: dict, within) -> dict[str, torch.Tensor]:
+    """A model's predictions for rows [r, length]: `values`, `indices` [r, length, k], `rest` [r, length], `keys`."""
+    step = max(1, LOGITS // (ids.shape[1] * info["vocabulary"]))
+    index_dtype = torch.uint16 if info["vocabulary"] <= 1 << 16 else torch.int32
+    columns: dict[str, list] = {"values": [], "indices": [], "rest": []}
     for first in range(0, len(ids), step):
         batch = {"input_ids": ids[first : first + step], "position_ids": positions[first : first + step]}
-        given = arguments(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden=False)
+        inputs = arguments(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden=False)
         with within:
-            logits = model(**given).logits
+            logits = model(**inputs).logits
         for row in logits:  # one at a time: [length, V] in float32 is the most that is made
-            found = top_k_and_rest(row, facts["top_k"], facts["temperature"])
-            for name, tensor in zip(parts, found, strict=True):
-                parts[name].append(tensor.to(small if name == "indices" else getattr(torch, facts["dtype"])).cpu())
+            row_tensors = top_k_and_rest(row, info["top_k"], info["temperature"])
+            for name, tensor in zip(columns, row_tensors, strict=True):
+                columns[name].append(
+                    tensor.to(index_dtype if name == "indices" else getattr(torch, info["dtype"])).cpu()
+                )
     keys = torch.tensor([list(key) for key in keys_of(ids, positions)], dtype=torch.uint8)
-    return {name: torch.stack(each) for name, each in parts.items()} | {"keys": keys}
+    return {name: torch.stack(each) for name, each in columns.items()} | {"keys": keys}
 
 
 def top_k_and_rest(logits: torch.Tensor, top_k: int, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -222,16 +230,16 @@ class TopK:
     float16 holds what is needed: with 64 tokens of SmolLM2-135M the gradient is 3.05% off that of the whole
     distribution in either precision, and a token takes 258 bytes in place of 388 (measured by
     `examples/benchmarks/bench_healing.py stored`).
-    What rounding makes of the mass is put right here.
+    The rounded probabilities are normalised when they are read (`as_distribution`).
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.facts = folder, read_facts(folder)
-        if self.facts is None:
+        self.folder, self.info = folder, read_info(folder)
+        if self.info is None:
             raise SurgeryError("no stored teacher is here", where=str(folder), fix="heal.teacher=live")
         from safetensors import safe_open
 
-        paths = [_files(folder, self.facts).path(n) for n in range(math.ceil(self.facts["rows"] / ROWS))]
+        paths = [_files(folder, self.info).path(n) for n in range(math.ceil(self.info["rows"] / ROWS))]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise SurgeryError(
                 f"{len(lost)} of {len(paths)} files of the stored teacher are missing, the first is {lost[0]}",
@@ -239,9 +247,9 @@ class TopK:
                 fix="run the same command with --resume",
             )
         self._open = [safe_open(path, "pt") for path in paths]
-        self._place = {
-            bytes(key.tolist()): (number, row)
-            for number, file in enumerate(self._open)
+        self._index = {
+            bytes(key.tolist()): (file_index, row)
+            for file_index, file in enumerate(self._open)
             for row, key in enumerate(file.get_tensor("keys"))
         }
 
@@ -252,37 +260,39 @@ class TopK:
             SurgeryError: a row that the teacher was not asked about.
         """
         keys = keys_of(ids, positions)
-        if any(key not in self._place for key in keys):
+        if any(key not in self._index for key in keys):
             raise SurgeryError(
                 "the stored teacher does not know these rows: they are of other data, or packed otherwise",
                 where=str(self.folder),
                 fix="heal.teacher=live, or remove the folder to store it anew",
             )
-        found: dict[str, list] = {"values": [], "indices": [], "rest": []}
-        for number, row in map(self._place.get, keys):
-            for name, parts in found.items():
-                parts.append(self._open[number].get_slice(name)[row])
-        joined = {name: torch.stack(parts) for name, parts in found.items()}
+        columns: dict[str, list] = {"values": [], "indices": [], "rest": []}
+        for file_index, row in map(self._index.get, keys):
+            for name, column in columns.items():
+                column.append(self._open[file_index].get_slice(name)[row])
+        joined = {name: torch.stack(column) for name, column in columns.items()}
         values, rest = as_distribution(joined["values"], joined["rest"])
         return {"values": values, "indices": joined["indices"].int(), "rest": rest}
 
 
-def read_facts(folder: Path) -> dict | None:
-    """What a folder's teacher was made of, or None if there is none."""
-    path = folder / FACTS
+def read_info(folder: Path) -> dict | None:
+    """The base, data and settings of a folder's teacher, or None if there is none."""
+    path = folder / INFO
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _files(folder: Path, facts: dict) -> LayerFiles:
-    return LayerFiles(folder, NAME, sorted(facts.items()))
+def _files(folder: Path, info: dict) -> LayerFiles:
+    return LayerFiles(folder, NAME, sorted(info.items()))
 
 
-def _refuse_another(folder: Path, facts: dict) -> None:
-    there = read_facts(folder)
-    differ = [name for name in facts if there and there.get(name) != facts[name]]
+def _refuse_another(folder: Path, info: dict) -> None:
+    stored = read_info(folder)
+    differ = [name for name in info if stored and stored.get(name) != info[name]]
     if differ:
-        named = {"base": "another base", "data": "other data", "rows": "other data", "length": "other data"}
-        words = dict.fromkeys(named.get(name, f"{name} {there.get(name)}, not {facts[name]}") for name in differ)
+        descriptions = {"base": "another base", "data": "other data", "rows": "other data", "length": "other data"}
+        words = dict.fromkeys(
+            descriptions.get(name, f"{name} {stored.get(name)}, not {info[name]}") for name in differ
+        )
         raise SurgeryError(
             f"the stored teacher here is of {', '.join(words)}",
             where=str(folder),

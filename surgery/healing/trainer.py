@@ -1,14 +1,12 @@
 """The training loop: Transformers' Trainer with the loss of a teacher, checkpoints that survive any kill, and a clock.
 
-A checkpoint keeps the parameters that train, whatever the method, and what the Trainer adds: optimiser, schedule,
-random numbers. From it a run on a CPU goes on to the same weights, bit for bit.
+A checkpoint has the parameters that train, whatever the method, and what the Trainer adds: optimiser, schedule,
+random numbers. A run on a CPU that resumes from it ends with the same weights, bit for bit.
 
-Checkpoints of a training: which are whole, which is the last, and what a kill inside a write leaves.
-
-A checkpoint is a folder `checkpoint-STEP` that the Trainer fills. Its last file is COMPLETE, put there in one step: it
+A checkpoint is a folder `checkpoint-STEP` that the Trainer fills. Its last file is COMPLETE, written in one step: it
 lists the others with their sizes. A folder without it, or with a file of another size, was cut off and counts as none.
 
-How a training runs through its time: the learning rate, the clock, and which row comes when.
+The learning rate, the clock and the order of rows are here too.
 """
 
 from __future__ import annotations
@@ -28,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
-from surgery.data.packing import arguments as called_with
+from surgery.data.packing import arguments as forward_arguments
 from surgery.errors import MachineError, TrainingError
 from surgery.healing import distributed as sharding
-from surgery.healing.contexts import anew, use_bfloat16
+from surgery.healing.contexts import overwrite_hint, use_bfloat16
 from surgery.healing.distributed import on_cpu
 from surgery.healing.losses.base import predicts
 from surgery.healing.parameters import SURGERY
@@ -55,10 +53,10 @@ class HealTrainer(Trainer):
 
     Args:
         heal: the settings.
-        plain: the Transformers model, which adapters may be around.
-        teacher: gives the loss and its parts.
+        plain: the Transformers model itself, also where `model` wraps it in adapters.
+        teacher: gives the loss and its terms.
         clock: counts the seconds; ends the training where `heal.minutes` says so.
-        in_memory: there is no run that could be begun anew.
+        in_memory: the model is the user's, and there is no run to start again.
     """
 
     loss_is_scaled_for_ga = True
@@ -74,24 +72,25 @@ class HealTrainer(Trainer):
         self.norm = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the tokens of a step: this forward's share of it."""
+        """This forward's term of the mean loss over the tokens of a step; a scalar."""
         try:
-            outputs = model(**called_with(type(self.plain), inputs, self.heal.reads_states))
+            outputs = model(**forward_arguments(type(self.plain), inputs, self.heal.reads_states))
         except ValueError as error:  # a router is worked out from what was NaN before the loss is
             if "not finite" not in str(error):
                 raise
             self._stop(str(error).partition(":")[0])
-        loss, parts = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
+        loss, terms = self.teacher.loss(outputs, inputs, self.heal, num_items_in_batch)
         if self.routed and self.heal.balance:
             share = predicted(inputs["labels"]) / num_items_in_batch
             balance = share * load_balance_loss(self.plain).to(loss.device)
-            parts = parts | {"balance": balance.item()}
+            terms = terms | {"balance": balance.item()}
             loss = loss + self.heal.balance * balance
         if not loss.isfinite():
             self._stop("the loss is not a number")
-        for name, value in (parts | {"loss": loss.item()}).items():
+        for name, value in (terms | {"loss": loss.item()}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        loss = loss * self.accelerator.num_processes  # their gradients are averaged, and this is a part of a sum
+        # Gradients are averaged over processes, and this is a term of a sum.
+        loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -100,7 +99,7 @@ class HealTrainer(Trainer):
         return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
 
     def step_means(self) -> dict[str, float]:
-        """Loss and its parts of the step that ended, means over its tokens in all processes."""
+        """Loss and its terms of the step that ended: means over its tokens in all processes."""
         names, values = zip(*sorted(self.sums.items()), strict=True)
         totals = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
         self.sums, self.means = {}, dict(zip(names, totals.tolist(), strict=True))
@@ -116,26 +115,29 @@ class HealTrainer(Trainer):
         return norm
 
     def _stop(self, what: str) -> None:
-        kept = whole(Path(self.args.output_dir))
-        there = "" if self.in_memory else "no checkpoint yet"
+        checkpoints = complete_checkpoints(Path(self.args.output_dir))
+        otherwise = "" if self.in_memory else "no checkpoint yet"
         raise TrainingError(
             f"{what} in step {self.state.global_step + 1}",
             where="heal",
-            exists=f"the last good checkpoint is {kept[-1]}" if kept else there,
+            exists=f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else otherwise,
             fix=f"a lower heal.learning_rate (now {self.heal.rate:g}), heal.precision=float32, or other data"
-            + anew(self.in_memory),
+            + overwrite_hint(self.in_memory),
         )
 
     def log(self, logs, start_time=None) -> None:
+        """Report the means of the loss's terms too."""
         super().log(logs | {name: mean for name, mean in self.means.items() if name != "loss"}, start_time)
 
     def create_optimizer(self, model=None):
+        """The optimiser over `parameter_groups`."""
         model = self.model if model is None else model
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = kind(parameter_groups(model, self.heal), **settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The schedule of `rate_at`, by steps or by the clock."""
         if self.lr_scheduler is None:
             steps, heal, clock = num_training_steps, self.heal, self.clock
 
@@ -151,9 +153,10 @@ class HealTrainer(Trainer):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # `Rows` has shuffled them
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """What trains, of whatever engine: where processes hold a part each, all of them give theirs."""
+        """Save the parameters that train, under any engine; where they are sharded, every process takes part."""
         tensors = {
-            name: each.contiguous() for name, each in sharding.training(self.accelerator.unwrap_model(self.model))
+            name: each.contiguous()
+            for name, each in sharding.trainable_tensors(self.accelerator.unwrap_model(self.model))
         }
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -175,9 +178,9 @@ class HealTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                shared = sharding.Engine.here().shared
-                facts = {"step": self.state.global_step, "seconds": self.clock.seconds, "ended": self.ended}
-                complete(folder, **facts, shared=list(shared))
+                sharded = sharding.Engine.here().sharded
+                record = {"step": self.state.global_step, "seconds": self.clock.seconds, "ended": self.ended}
+                complete(folder, **record, shared=list(sharded))
         if self.args.should_save:
             keep_newest(folder.parent, self.heal.keep_checkpoints)
 
@@ -188,7 +191,10 @@ def predicted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model, heal: Heal) -> list[dict]:
-    """What trains, by learning rate and weight decay: matrices; vectors; the surgery's own logits and scalars."""
+    """The parameters that train, in groups with a learning rate and weight decay each.
+
+    The groups are matrices, vectors, and the surgery's own logits and scalars.
+    """
     groups = {"matrices": [], "vectors": [], "scalars": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -207,7 +213,7 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
     """The Trainer's arguments; raises as `rows_each`."""
     rows = rows_each(heal, processes)
     micro = micro_rows(rows, heal.length, vocabulary)
-    made = TrainingArguments(
+    result = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -228,51 +234,52 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
         ddp_broadcast_buffers=False,  # they are alike everywhere, and the heads that are mixed are large
         label_names=["labels"],
     )
-    made._n_gpu = min(1, made.n_gpu)  # several GPUs of one process would run copies of the model, whose gates are lost
-    return made
+    # Several GPUs of one process would run copies of the model, whose gates are lost.
+    result._n_gpu = min(1, result.n_gpu)
+    return result
 
 
 COMPLETE = "complete.json"
 WEIGHTS = "trainable.safetensors"
 
 
-def complete(folder: Path, **facts) -> None:
-    """Mark a checkpoint as whole."""
+def complete(folder: Path, **record) -> None:
+    """Mark a checkpoint as complete, with a record of it."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    write_json(folder / COMPLETE, facts | {"files": sizes})
+    write_json(folder / COMPLETE, record | {"files": sizes})
 
 
-def facts_of(folder: Path) -> dict | None:
-    """What `complete` noted; None for a checkpoint that was cut off."""
+def checkpoint_record(folder: Path) -> dict | None:
+    """The record that `complete` wrote; None for a checkpoint that was cut off."""
     with suppress(OSError, ValueError, KeyError, AttributeError):
-        facts = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        if all((folder / name).stat().st_size == size for name, size in facts["files"].items()):
-            return facts
+        record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if all((folder / name).stat().st_size == size for name, size in record["files"].items()):
+            return record
     return None
 
 
-def whole(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return [path for path in _all(run) if facts_of(path) is not None]
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return [path for path in _all(run) if checkpoint_record(path) is not None]
 
 
 def remove_cut_off(run: Path) -> None:
-    """Remove what a kill inside a write left: the Trainer would write into it again."""
+    """Remove folders that a kill cut off in a write: the Trainer would write into them again."""
     for path in _all(run):
-        if facts_of(path) is None:
+        if checkpoint_record(path) is None:
             shutil.rmtree(path)
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Remove all but the newest whole checkpoints. The mark goes first: after a kill, what is left counts as none."""
-    for path in whole(run)[:-count]:
+    """Remove all but the newest complete checkpoints. The mark goes first: a folder without it counts as none."""
+    for path in complete_checkpoints(run)[:-count]:
         (path / COMPLETE).unlink()
         shutil.rmtree(path)
 
 
 def _all(run: Path) -> list[Path]:
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"\d+", _step(path))]
-    return sorted(found, key=lambda path: int(_step(path)))
+    folders = [path for path in run.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"\d+", _step(path))]
+    return sorted(folders, key=lambda path: int(_step(path)))
 
 
 def _step(path: Path) -> str:
@@ -281,7 +288,7 @@ def _step(path: Path) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Around the write of a checkpoint: where it fails, what was written goes, and the error says what is left.
+    """A context for the write of a checkpoint: if it fails, its folder is removed, and the error names what is left.
 
     Raises:
         MachineError: the disk is full, or the system refuses to write.
@@ -293,11 +300,11 @@ def writing(folder: Path) -> Iterator[None]:
         full = disk_full(error)
         if not full and not isinstance(error, OSError):
             raise
-        kept = whole(folder.parent)
+        checkpoints = complete_checkpoints(folder.parent)
         raise MachineError(
             f"a checkpoint could not be written: {'the disk is full' if full else error}",
             where=str(folder),
-            exists=f"the last whole checkpoint is {kept[-1].name}" if kept else "no checkpoint yet",
+            exists=f"the last whole checkpoint is {checkpoints[-1].name}" if checkpoints else "no checkpoint yet",
             fix="free some space, then run the same command with --resume",
         ) from error
 
@@ -326,10 +333,12 @@ class Clock:
         self.earlier, self.began = 0.0, time.monotonic()
 
     def start(self, earlier: float = 0.0) -> None:
+        """Start to count, from the seconds of training before a resume."""
         self.earlier, self.began = earlier, time.monotonic()
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far."""
         return self.earlier + time.monotonic() - self.began
 
     @property
@@ -342,8 +351,8 @@ class Rows(torch.utils.data.Dataset):
     """The rows of a data set in shuffled rounds, `count` of them: the n-th is the same in every process and run.
 
     Args:
-        packed: rows by number.
-        count: rows in all; more than there are begins the next round, shuffled anew.
+        packed: rows by index.
+        count: rows in all; more than the data has begin the next round, which is shuffled again.
         seed: of the order.
     """
 
@@ -354,13 +363,13 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int):
-        return self.packed[self.place(number)]
+    def __getitem__(self, index: int):
+        return self.packed[self.row(index)]
 
-    def place(self, number: int) -> int:
-        """Which row of the data the n-th is."""
-        this, place = divmod(number, len(self.packed))
-        if self._round[0] != this:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + this)
-            self._round = (this, torch.randperm(len(self.packed), generator=generator).tolist())
-        return self._round[1][place]
+    def row(self, index: int) -> int:
+        """The row of the data at an index of the shuffled rounds."""
+        round_index, position = divmod(index, len(self.packed))
+        if self._round[0] != round_index:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + round_index)
+            self._round = (round_index, torch.randperm(len(self.packed), generator=generator).tolist())
+        return self._round[1][position]

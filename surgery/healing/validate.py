@@ -1,6 +1,6 @@
-"""What can be refused before a model is converted, a text written or anything trained, not hours later.
+"""Validate healing settings up front, before any expensive work starts.
 
-What is healed: the converted model, the base it was made from, and what its record says.
+The converted model, the base that it was made from and its record are found here too.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def refuse_settings(heal: Heal, config) -> None:
-    """Raise where settings cannot be: rows, processes, who is reported to.
+    """Raise where settings do not fit: length of rows, number of processes, the tracker that is reported to.
 
     Args:
         config: of the model.
 
     Raises:
-        SurgeryError: rows are longer than the model has positions, or it is reported to what is not there.
+        SurgeryError: rows are longer than the model has positions, or the tracker to report to is not installed.
         TrainingError: the rows of a step cannot be shared evenly by the processes.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -71,7 +71,7 @@ def refuse_early(heal: Heal, base: str | Path | Any, tokenizer=None) -> None:
         tokenizer: of a loaded model.
 
     Raises:
-        SurgeryError: of `refuse_settings`, or of the data that heal names; all but text of the base is looked at.
+        SurgeryError: of `refuse_settings`, or of the data that heal names; only text that the base writes is not read.
     """
     from surgery.data.documents import SELF, documents
     from surgery.io.loading import read_config, read_tokenizer
@@ -104,13 +104,13 @@ def _refuse_report_to(name: str) -> None:
 
 
 def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path | None:
-    """The folder of the base; None where it is not known, or nobody asks for it.
+    """The folder of the base; None where it is not known, or not needed.
 
     Args:
         data: of surgery.json.
         base: what the user named, or None: then what the record names, if it is the demo model or on the Hub.
-        needed: whether the training asks the base something.
-        wanted: whether anything else does: else it is not looked for, which may be a download.
+        needed: whether the training reads the base.
+        wanted: whether anything else reads it. If not, it is not resolved: that may be a download.
 
     Raises:
         SurgeryError: it is needed and unknown, or what was named is another model than the record's.
@@ -118,21 +118,25 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
     from surgery.io.hub import DEMO, resolve
     from surgery.report.lineage import another_base, comparable
 
-    known = data["base"]
+    recorded = data["base"]
     if base is None and not needed and not wanted:
         return None
     if base is None:
-        name = f"{known['hub_id']}@{known['revision']}" if known.get("hub_id") and known.get("revision") else None
-        name = DEMO if known.get("name") == DEMO else name
+        name = (
+            f"{recorded['hub_id']}@{recorded['revision']}"
+            if recorded.get("hub_id") and recorded.get("revision")
+            else None
+        )
+        name = DEMO if recorded.get("name") == DEMO else name
         if name is None and needed:
             raise SurgeryError(
-                f"the base is not known here (the record names {known.get('name')!r})",
+                f"the base is not known here (the record names {recorded.get('name')!r})",
                 where="heal",
                 fix="--base MODEL; or heal.loss=ce with heal.data=builtin or a file, which ask no base",
             )
         return resolve(name).path if name else None
     path = resolve(str(base)).path
-    if comparable(known) and (reason := another_base(known, base)):
+    if comparable(recorded) and (reason := another_base(recorded, base)):
         raise SurgeryError(reason, where=f"--base {base}", fix="name the model that it was made from")
     return path
 
@@ -151,20 +155,20 @@ def converted_model(folder: Path, anatomy: Anatomy):
 
 def rewritten_by(data: dict) -> frozenset[str]:
     """Which projections this surgery and those before it rewrote; `data`: of surgery.json."""
-    recipes = [old.get("recipe") or {} for old in [*data["history"], data]]
+    recipes = [record.get("recipe") or {} for record in [*data["history"], data]]
     return touched(step for recipe in recipes for step in recipe.get("operations") or [])
 
 
-def base_of_memory(model, asked: Heal) -> str | None:
+def base_of_memory(model, heal: Heal) -> str | None:
     """Where a model that is to be edited in memory was loaded from: its weights there are the base's.
 
     Raises:
-        SurgeryError: the healing asks the base, and nobody knows where it is.
+        SurgeryError: the healing reads the base, and its folder is not known.
     """
     name = getattr(model.config, "_name_or_path", "")
     if name and (Path(name).is_dir() or name.count("/") == 1):
         return name
-    if asked.needs_base:
+    if heal.needs_base:
         raise SurgeryError(
             "healing asks the base, and this model was not loaded from a folder or the Hub",
             where=type(model).__name__,
@@ -182,8 +186,8 @@ def save_as_stored(model, folder: Path, dtype) -> None:
         model.save_pretrained(folder)
 
 
-def of_memory(model) -> Report:
-    """The report of a model in memory: of what `surgery.apply` did to it, or of the folder it was loaded from.
+def report_in_memory(model) -> Report:
+    """The report of a model in memory: that of `surgery.apply`, or of the folder that it was loaded from.
 
     Raises:
         SurgeryError: not a model, or nothing is known of a surgery on it.

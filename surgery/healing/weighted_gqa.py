@@ -2,12 +2,12 @@
 
     W_K' = W_K + Σ_h w_h W_K^h        and the same for V, with weights of their own
 
-W_K is the shared head as the conversion made it, frozen or trained beside; the sum is over the base's heads of its
+W_K is the shared head as the conversion made it, frozen or trained too; the sum is over the base's heads of its
 group. All w_h begin at 0, so the start is the conversion's, whichever it was. The mean is w_h = 1 / group in the
-paper's spelling. The closed form has none: it turns each head's RoPE pairs by angles of their own before it sums them,
-takes the best values of lower rank and refits both. So it is W_K here, and the heads that are added to it are the
-base's as they stand there, not turned. A number for each head trains, or one for each of its channels, and W_K' costs
-nothing once it is folded.
+paper's spelling. The closed form has none: it rotates each head's RoPE pairs by angles of their own before it sums
+them, takes the best values of lower rank and refits both. So its result is W_K here, and the heads that are added to
+it are the base's, not rotated. A number for each head trains, or one for each of its channels, and W_K' costs nothing
+once it is folded.
 
 Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in Transformers", arXiv 2407.10855.
 """
@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.errors import SurgeryError, TrainingError
-from surgery.healing.lora import TOLERANCE, logits, probe
+from surgery.healing.lora import TOLERANCE, logits, random_tokens
 from surgery.io.safetensors import Checkpoint
 from surgery.operations.gqa.merge import group_members
 
@@ -53,6 +53,7 @@ class Mixing(torch.nn.Module):
         self.surgery_mixing, self.transposed = weights, transposed
 
     def forward(self, own: torch.Tensor) -> torch.Tensor:
+        """The weight or bias W' = W + Σ_h w_h W^h, in the shape and dtype of `own`, W."""
         weights = self.surgery_mixing.to(self.heads)
         mixed = ((weights if self.heads.dim() == 3 else weights[..., None]) * self.heads).sum(1).flatten(0, 1)
         return own + (mixed.T if self.transposed else mixed).to(own)
@@ -70,7 +71,7 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
     """
     if len(ours.layers) != len(theirs.layers):
         raise SurgeryError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
-    found = []
+    merged = []
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if mine.layout.qkv:
             raise SurgeryError(
@@ -88,23 +89,23 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
         if mine.kv_heads < other.kv_heads:
             order = orders[mine.index] if orders else list(range(other.kv_heads))
             groups = group_members(other, mine.kv_heads)
-            found.append((mine, other, [[order[head] for head in group] for group in groups]))
-    if not found:
+            merged.append((mine, other, [[order[head] for head in group] for group in groups]))
+    if not merged:
         raise SurgeryError(
             f"every layer has the base's {ours.layers[0].kv_heads} KV heads: there is nothing to mix",
             where="heal.mixing",
             fix="convert the base with gqa to fewer KV heads, or heal.mixing=none",
         )
-    return found
+    return merged
 
 
-def planned(found: list[Merge], per: Per) -> Table:
+def mixing_table(merged: list[Merge], per: Per) -> Table:
     """The weights that `add_mixing` will add: name -> (dtype, shape)."""
     return {
-        f"{mine.path}.{getattr(mine.layout, part)}.parametrizations.weight.0.surgery_mixing": ("F32", size)
-        for mine, _, groups in found
+        f"{mine.path}.{getattr(mine.layout, letter)}.parametrizations.weight.0.surgery_mixing": ("F32", size)
+        for mine, _, groups in merged
         if (size := _size(mine, groups, per))
-        for part in "kv"
+        for letter in "kv"
     }
 
 
@@ -153,21 +154,21 @@ def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None 
     for mine, other, groups in merges(Anatomy.of(student), Anatomy.of(base), orders):
         module = student.get_submodule(mine.path)
         heads = unpack(other, {name: read(f"{other.path}.{name}") for name in other.tensor_names})
-        for part in "kv":
-            projection = module.get_submodule(getattr(mine.layout, part))
-            first = next(projection.parameters())
+        for letter in "kv":
+            projection = module.get_submodule(getattr(mine.layout, letter))
+            weight = next(projection.parameters())
             size = _size(mine, groups, per)
-            weights = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
+            weights = torch.nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
             added.add(id(weights))
-            for name, each in (("weight", getattr(heads, part)), ("bias", getattr(heads, f"{part}_bias"))):
+            for name, each in (("weight", getattr(heads, letter)), ("bias", getattr(heads, f"{letter}_bias"))):
                 if each is not None:
                     transposed = mine.layout.conv1d and name == "weight"
-                    mixing = Mixing(_stacked(each, groups).to(first), weights, transposed)
+                    mixing = Mixing(_stacked(each, groups).to(weight), weights, transposed)
                     parametrize.register_parametrization(projection, name, mixing)
     return [name for name, p in student.named_parameters() if id(p) in added]
 
 
-def inside(student, names: Iterable[str]) -> tuple[str, ...]:
+def names_while_mixed(student, names: Iterable[str]) -> tuple[str, ...]:
     """Names of parameters as they are called while heads are mixed: a mixed weight is the `original` of a sum."""
     mixed = {(id(projection), name) for projection, name in _mixed(student)}
 
@@ -180,8 +181,8 @@ def inside(student, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(map(called, names))
 
 
-def folded(student) -> dict:
-    """Fold, and look whether the logits moved.
+def fold_and_check(student) -> dict:
+    """Fold the mixing weights, and check that the logits did not move.
 
     Returns:
         A record: "weights", the "largest" of them, and by how much the logits of random tokens "moved".
@@ -191,7 +192,7 @@ def folded(student) -> dict:
     """
     weights = [p.detach().abs().max().item() for name, p in student.named_parameters() if name.endswith("_mixing")]
     count = sum(p.numel() for name, p in student.named_parameters() if name.endswith("_mixing"))
-    tokens = probe(student, student.config.get_text_config().vocab_size)
+    tokens = random_tokens(student, student.config.get_text_config().vocab_size)
     before = logits(student, tokens)
     fold(student)
     moved = (logits(student, tokens) - before).abs().max().item()
@@ -201,15 +202,15 @@ def folded(student) -> dict:
 
 
 def fold(student) -> int:
-    """Make plain weights of mixed ones, in place; how many were mixed."""
-    found = list(_mixed(student))
-    for projection, name in found:
+    """Turn mixed weights into plain ones, in place, and return how many were mixed."""
+    mixed = list(_mixed(student))
+    for projection, name in mixed:
         parametrize.remove_parametrizations(projection, name, leave_parametrized=True)
-    return len(found)
+    return len(mixed)
 
 
 def unmix(student) -> None:
-    """Take mixing weights away again, as if there had been none."""
+    """Remove mixing weights without folding them: the weights are those from before `add_mixing`."""
     for projection, name in list(_mixed(student)):
         parametrize.remove_parametrizations(projection, name, leave_parametrized=False)
 
@@ -225,10 +226,10 @@ def _size(mine: LayerAnatomy, groups: list[list[int]], per: Per) -> tuple[int, i
 
 def _stacked(heads: torch.Tensor, members: list[list[int]]) -> torch.Tensor:
     """Heads [G, d, ...] of each group [groups, r, d, ...]; groups with fewer than r are filled with zeros."""
-    room = heads.new_zeros(len(members), max(map(len, members)), *heads.shape[1:])
-    for number, group in enumerate(members):
-        room[number, : len(group)] = heads[group]
-    return room
+    padded = heads.new_zeros(len(members), max(map(len, members)), *heads.shape[1:])
+    for index, group in enumerate(members):
+        padded[index, : len(group)] = heads[group]
+    return padded
 
 
 def _mixed(student) -> Iterator[tuple[torch.nn.Module, str]]:

@@ -1,6 +1,6 @@
 """The model card: what was changed, what it cost, how to load it, and the base's own card below.
 
-`render_card` takes surgery.json as a dict. A missing piece is no error: what was not measured is said to be so.
+`render_card` takes surgery.json as a dict. A missing key is no error: the card says what was not measured.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def render_card(report: dict, base_card: str | None) -> str:
     Returns:
         Markdown with a metadata block that the Hub accepts.
     """
-    metadata, text = split_card(base_card or "")
+    metadata, base_text = split_card(base_card or "")
     recipe = yaml.safe_dump(get(report, "recipe"), sort_keys=False, allow_unicode=True)
-    parts = [
+    sections = [
         f"# {_title(report)}",
         *_warnings(report),
         _summary(report),
@@ -63,10 +63,10 @@ def render_card(report: dict, base_card: str | None) -> str:
         "## How it was made\n\n" + provenance(report),
         "## Licence\n\n" + licence(report, metadata),
     ]
-    if text.strip():
-        whose = "*Written for the base model. Every score in it is the base's, not this model's.*"
-        parts.append(f"## The base model's card\n\n{whose}\n\n{text.strip()}")
-    return f"---\n{_metadata(report, metadata)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    if base_text.strip():
+        origin_note = "*Written for the base model. Every score in it is the base's, not this model's.*"
+        sections.append(f"## The base model's card\n\n{origin_note}\n\n{base_text.strip()}")
+    return f"---\n{_metadata(report, metadata)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _metadata(report: dict, base: dict) -> str:
@@ -81,7 +81,7 @@ def _metadata(report: dict, base: dict) -> str:
     tags += [tag for tag in listed(base.get("tags")) if tag.lower() not in STALE_TAGS and ":" not in tag]
     task = "image-text-to-text" if get(report, "base").get("composite") else "text-generation"
     languages, base_model = listed(base.get("language")), _base_model(report)
-    # All else of the base's metadata stays behind: scores, widgets, gating prompts, formats.
+    # The rest of the base's metadata is left out: scores, widgets, gating prompts, formats.
     data = ModelCardData(
         base_model=base_model,
         language=(languages if len(languages) > 1 else languages[0]) if languages else None,
@@ -98,10 +98,10 @@ def _metadata(report: dict, base: dict) -> str:
 
 def _base_model(report: dict) -> str | None:
     """The Hub id of the base, or of the nearest ancestor that has one. The Hub rejects anything else."""
-    for each in [report, *reversed(report.get("history") or [])]:
-        for known in (get(each, "base").get("hub_id"), get(each, "base").get("base_model")):
-            if known and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(known)):
-                return str(known)
+    for record in [report, *reversed(report.get("history") or [])]:
+        for name in (get(record, "base").get("hub_id"), get(record, "base").get("base_model")):
+            if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+                return str(name)
     return None
 
 
@@ -117,7 +117,7 @@ def _done(report: dict) -> dict:
 
 
 def _warnings(report: dict) -> list[str]:
-    """The first lines of the card, where the model is not fit for use or nobody knows."""
+    """The first lines of the card, where the model is not fit for use or that is not known."""
     gate, lines = get(report, "gate"), []
     status = gate.get("status") or "not run"
     if costs := damage(get(report, "evaluation")):
@@ -136,21 +136,21 @@ def _summary(report: dict) -> str:
     origin = f"[{name}](https://huggingface.co/{name})" if base.get("hub_id") else f"`{name}`"
     origin += f" ({base['note']})" if base.get("note") else ""
     trained = [f"Then healed by training ({get(report, 'heal')['settings']['method']})"] if report.get("heal") else []
-    said = (f"Made from {origin} with attention-surgery: {what}", *searched(report), *trained)
-    made = " ".join(f"{each}." for each in said)
-    return f"{made} {TIERS.get(str(report.get('tier')), '')}".rstrip()
+    sentences = (f"Made from {origin} with attention-surgery: {what}", *searched(report), *trained)
+    summary = " ".join(f"{each}." for each in sentences)
+    return f"{summary} {TIERS.get(str(report.get('tier')), '')}".rstrip()
 
 
 def _table(report: dict) -> str:
-    """Before and after, and the text that it was measured on. A figure that is not known is left empty."""
-    known, evaluation, plan = get(report, "evaluation"), _done(report), get(report, "plan")
-    base, out = get(known, "base"), get(known, "out")  # cache and load size are known without a run
-    fixed = get(plan, "kv_bytes_fixed")  # of streaming heads alone
+    """The table of base and result, and the paragraphs of the probes. A figure that is not known is left empty."""
+    recorded, evaluation, plan = get(report, "evaluation"), _done(report), get(report, "plan")
+    base, out = get(recorded, "base"), get(recorded, "out")  # cache and load size are known without a run
+    fixed = get(plan, "kv_bytes_fixed")  # only of streaming heads
     cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
     kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
     window = Row("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")
     rows = [
-        *(row for cls, facts in probes.done(evaluation) for row in cls.rows(facts)),
+        *(row for cls, result in probes.done(evaluation) for row in cls.rows(result)),
         Row("KV cache, bytes per token", *kv, "{:,.0f}"),
         *[window] * bool(fixed.get("before") or fixed.get("after")),
         Row("weights, bytes", base.get("load_bytes"), out.get("load_bytes"), "{:,.0f}"),
@@ -162,13 +162,13 @@ def _table(report: dict) -> str:
         both = all(cells) and row.base > 0 and row.ratio
         if any(cells):
             lines.append(f"| {row.name} | {cells[0]} | {cells[1]} | {f'{row.model / row.base:.3g}' if both else ''} |")
-    why = known.get("reason") or known.get("status") or "no evaluation was asked for"
-    said = probes.main().paragraph(evaluation) if evaluation else f"Quality was **not measured**: {why}."
+    why = recorded.get("reason") or recorded.get("status") or "no evaluation was asked for"
+    main_text = probes.main().paragraph(evaluation) if evaluation else f"Quality was **not measured**: {why}."
     note = get(report, "base").get("note")
-    notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in known.get("notes") or []]
+    notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in recorded.get("notes") or []]
     others = [(cls, get(evaluation, cls.name)) for cls in probes.every() if not cls.main]
-    found = [paragraph for cls, facts in others if facts and (paragraph := cls.paragraph(facts))]
-    return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + found + [" ".join([said, *notes])])
+    paragraphs = [paragraph for cls, result in others if result and (paragraph := cls.paragraph(result))]
+    return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + paragraphs + [" ".join([main_text, *notes])])
 
 
 def _checks(report: dict) -> str:

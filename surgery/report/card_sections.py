@@ -1,7 +1,4 @@
-"""Parts of the model card: how to load, limits, how it was made, licence.
-
-The part of the model card that says how a model was healed, and how much of the damage came back.
-"""
+"""Sections of the model card: how to load, limits, how it was made, licence, healing and how much damage came back."""
 
 from __future__ import annotations
 
@@ -13,19 +10,20 @@ from surgery.healing import losses
 from surgery.report.gate import finite
 
 HERE = '"this repository or folder"'
-# For operations whose class has no `limits` yet.
 
 
 def get(report: dict, key: str) -> dict:
+    """The mapping at a key, {} where it is missing or null."""
     return report.get(key) or {}
 
 
 def operations_of(report: dict) -> list[str]:
+    """Names of the operations of the report's recipe, in order."""
     return [str(op["op"]) for op in get(report, "recipe").get("operations") or [] if op.get("op")]
 
 
 def base_name(report: dict) -> str:
-    """The Hub id, or the last part of a name: a card is published, and a path says where its author lives."""
+    """The Hub id, or the last step of a path: a card is published, and a full path names folders of its author."""
     base = get(report, "base")
     name = str(base.get("name") or base.get("base_model") or "an unnamed base").replace("\\", "/")
     return str(base.get("hub_id") or name.rstrip("/").rsplit("/", 1)[-1])
@@ -55,55 +53,56 @@ def loading(report: dict) -> str:
 
 
 def searched(report: dict) -> list[str]:
-    """What the operations that search for a setting found, a sentence each: a plan says only what is looked for."""
+    """A sentence for each operation that searched for a setting: the result, which no plan can say."""
     names = {"ce": "cross-entropy", "entropy": "entropy of the predictions", "labelled": "loss of the right choices"}
-    found = []
-    for each in report.get("operations") or []:
-        record = get(each, "record")
-        found += _calibrated(str(each.get("op")), record) + _spared(str(each.get("op")), record)
+    sentences = []
+    for operation in report.get("operations") or []:
+        record = get(operation, "record")
+        sentences += _fitted_text(str(operation.get("op")), record) + _kept_layers(str(operation.get("op")), record)
         if "kept" not in record:
             continue
-        name = " ".join(filter(None, (str(each.get("op")), record.get("method"))))
+        name = " ".join(filter(None, (str(operation.get("op")), record.get("method"))))
         figures = [record.get(key) for key in ("held_back_before", "held_back_change", "standard_error")]
         aim = names.get(record.get("objective"), "objective")
-        told = ""
+        figures_text = ""
         if all(map(finite, figures)):
-            told = "{} on what was held back {:.4f}, change {:+.4f} ± {:.4f}".format(aim, *figures)
+            figures_text = "{} on what was held back {:.4f}, change {:+.4f} ± {:.4f}".format(aim, *figures)
         if record["kept"]:
-            found.append(f"{name}: a setting was kept ({told}: a gain of over two standard errors)")
+            sentences.append(f"{name}: a setting was kept ({figures_text}: a gain of over two standard errors)")
         else:
-            alike = "what was held back is one piece, or copies of one, so that a gain has no standard error"
-            none = alike if finite(figures[1]) else f"none that was tried lowers the {aim}"
-            why = f"{told}: a gain of two standard errors is asked" if told else none
-            found.append(f"{name}: no setting was kept ({why}), so it changes nothing")
-    return found
+            no_error = "what was held back is one piece, or copies of one, so that a gain has no standard error"
+            nothing_better = no_error if finite(figures[1]) else f"none that was tried lowers the {aim}"
+            why = f"{figures_text}: a gain of two standard errors is asked" if figures_text else nothing_better
+            sentences.append(f"{name}: no setting was kept ({why}), so it changes nothing")
+    return sentences
 
 
-def _calibrated(op: str, record: dict) -> list[str]:
+def _fitted_text(op: str, record: dict) -> list[str]:
     """The text that weights were fitted to."""
-    facts = get(record, "calibration")
-    if not facts.get("text"):
+    fitted = get(record, "calibration")
+    if not fitted.get("text"):
         return []
-    digest = f" (sha256 {facts['sha256']})" if facts.get("sha256") else ""
-    return [f"{op}: fitted to {facts.get('tokens', 0):,} tokens: {facts['text']}{digest}"]
+    digest = f" (sha256 {fitted['sha256']})" if fitted.get("sha256") else ""
+    return [f"{op}: fitted to {fitted.get('tokens', 0):,} tokens: {fitted['text']}{digest}"]
 
 
-def _spared(op: str, record: dict) -> list[str]:
-    """Which layers keep their KV heads, where each was tried alone."""
+def _kept_layers(op: str, record: dict) -> list[str]:
+    """Which layers keep their KV heads, where each layer was merged by itself to measure its loss."""
     tried = [
-        facts for facts in record.values() if isinstance(facts, dict) and {"lost_alone", "kv_heads"} <= facts.keys()
+        layer for layer in record.values() if isinstance(layer, dict) and {"lost_alone", "kv_heads"} <= layer.keys()
     ]
-    most = max((facts["kv_heads"] for facts in tried), default=0)
-    kept = [number for number, facts in enumerate(tried) if facts["kv_heads"] == most]
-    if not kept or len(kept) == len(tried):
+    most = max((layer["kv_heads"] for layer in tried), default=0)
+    kept_layers = [index for index, layer in enumerate(tried) if layer["kv_heads"] == most]
+    if not kept_layers or len(kept_layers) == len(tried):
         return []
-    sides = ([facts["lost_alone"] for facts in tried if (facts["kv_heads"] == most) == side] for side in (True, False))
+    sides = ([layer["lost_alone"] for layer in tried if (layer["kv_heads"] == most) == side] for side in (True, False))
     cost, rest = (f"{min(side):.4f} to {max(side):.4f}" for side in sides)
-    names = ", ".join(map(str, kept))
+    names = ", ".join(map(str, kept_layers))
     return [f"{op}: layers {names} keep their KV heads: sharing each alone costs {cost} nats (KL), the others {rest}"]
 
 
 def limits(report: dict) -> str:
+    """The list of limits: of the operations, of the surgical tier, of the plan's notes and of the measurement."""
     operations = get(report, "recipe").get("operations") or []
     lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
     if report.get("tier") == "surgical":
@@ -117,25 +116,26 @@ def limits(report: dict) -> str:
 
 
 def _limits_of(fields: dict) -> tuple[str, ...]:
-    """What an operation says of itself; one that is not installed here says nothing."""
+    """The limitations of an operation; none for one that is not installed here."""
     from surgery import operations
 
     try:
-        found = operations.find(str(fields["op"]))
+        operation = operations.find(str(fields["op"]))
     except SurgeryError:
         return ()
     try:
-        return found.model_validate(fields).limitations()
+        return operation.model_validate(fields).limitations()
     except ValueError:  # another version's fields
-        return found.LIMITATIONS
+        return operation.LIMITATIONS
 
 
 def provenance(report: dict) -> str:
+    """The command that repeats the surgery, and a list of base, versions, seeds and hashes."""
     base, files = get(report, "base"), get(report, "files")
     pinned = base.get("hub_id") and base.get("revision")
     origin = f"{base_name(report)}@{base['revision']}" if pinned else base_name(report)
-    earlier = [f"{' + '.join(operations_of(old))} on {base_name(old)}" for old in report.get("history") or []]
-    facts = {
+    earlier = [f"{' + '.join(operations_of(record))} on {base_name(record)}" for record in report.get("history") or []]
+    entries = {
         "base": f"`{origin}`",
         "note on the base": base.get("note"),
         "model type": base.get("model_type"),
@@ -148,12 +148,12 @@ def provenance(report: dict) -> str:
         "seeds": ", ".join(f"{name} {seed}" for name, seed in get(report, "seeds").items()),
         "files of the base left behind": ", ".join(f"`{name}`" for name in report.get("left_behind") or []),
     }
-    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact not in (None, "")]
+    lines = [f"- {name}: {fact}" for name, fact in entries.items() if fact not in (None, "")]
     lines += [f"- `{name}`: sha256 `{get(files, name).get('sha256')}`" for name in files]
-    return f"{_how_again(report, origin)}\n\n" + "\n".join(lines)
+    return f"{_how_to_repeat(report, origin)}\n\n" + "\n".join(lines)
 
 
-def _how_again(report: dict, origin: str) -> str:
+def _how_to_repeat(report: dict, origin: str) -> str:
     """The command that gives the same weights, where there is one."""
     source, changes = str(report.get("recipe_source") or "data"), [str(each) for each in report.get("overrides") or []]
     if report.get("in_memory"):
@@ -174,6 +174,7 @@ def _how_again(report: dict, origin: str) -> str:
 
 
 def licence(report: dict, base: dict) -> str:
+    """The paragraph on the licence; `base`: metadata of the base's card."""
     name = base.get("license_name") or base.get("license") or get(report, "base").get("license")
     unnamed = "its card does not name it" if base else "its card is not here to name it"
     name = f"**{', '.join(name) if isinstance(name, list) else name}**" if name else unnamed
@@ -198,16 +199,16 @@ def healing(report: dict) -> list[str]:
     record = report.get("heal")
     if not record:
         return []
-    told = " ".join(f"{each}." for each in [*_how(record), *healed(report)])
-    return ["## Healing\n\n" + "\n\n".join(filter(None, (told, _table(report))))]
+    summary = " ".join(f"{each}." for each in [*_how(record), *healed(report)])
+    return ["## Healing\n\n" + "\n\n".join(filter(None, (summary, _table(report))))]
 
 
 def healed(report: dict) -> list[str]:
-    """How much came back, a sentence each."""
+    """How much of the damage came back, a sentence for each figure."""
     record = report.get("heal") or {}
     if not record:
         return []
-    found, before, shares = [], record.get("converted"), record.get("recovered") or {}
+    sentences, before, shares = [], record.get("converted"), record.get("recovered") or {}
     evaluation = report.get("evaluation") or {}
     if before and evaluation.get("status") == "done":
         base, out = evaluation["base"], evaluation["out"]
@@ -216,16 +217,16 @@ def healed(report: dict) -> list[str]:
             line = "Cross-entropy: base {:.3f}, {} {:.3f}, healed {:.3f} nats a token"
             line = line.format(figures[0], _before(record), *figures[1:])
             share = shares.get("cross_entropy")
-            found.append(line + _came_back(share))
+            sentences.append(line + _came_back(share))
         kl = (before["kl"], evaluation["kl"]["mean"])
         if None not in kl:
             line = "KL to the base: {} {:.3f}, healed {:.3f}".format(_before(record), *kl)
-            found.append(line + _came_back(shares.get("kl")))
-    return found
+            sentences.append(line + _came_back(shares.get("kl")))
+    return sentences
 
 
 def _before(record: dict) -> str:
-    """What the model is called that this training began with."""
+    """The name of the model that this training began with."""
     return "healed before" if record.get("earlier") else "converted"
 
 
@@ -240,9 +241,9 @@ def heal_commands(report: dict) -> list[str]:
     record = report.get("heal") or {}
     steps = [each for each in [*record.get("earlier", []), record] if "overrides" in each]
     commands = []
-    for number, step in enumerate(steps):
-        names = ["OUT", *(f"HEALED{place + 1}" for place in range(len(steps) - 1)), "HEALED"]
-        commands.append(shlex.join(["surgery", "heal", names[number], *step["overrides"], "-o", names[number + 1]]))
+    for index, step in enumerate(steps):
+        names = ["OUT", *(f"HEALED{step_index + 1}" for step_index in range(len(steps) - 1)), "HEALED"]
+        commands.append(shlex.join(["surgery", "heal", names[index], *step["overrides"], "-o", names[index + 1]]))
     return commands
 
 
@@ -270,10 +271,10 @@ def _how(record: dict) -> list[str]:
     if data.get("rows") and (rounds := record["tokens"] / (data["rows"] * settings["length"])) > 1.5:
         lines.append(f"It read these texts {rounds:.1f} times")
     for earlier in reversed(record.get("earlier") or []):
-        asked = earlier["settings"]
+        earlier_settings = earlier["settings"]
         lines.append(
             f"Before that it was trained on {earlier['tokens']:,} tokens of {(earlier.get('data') or {}).get('data')} "
-            f"({asked['method']}, {losses.written(asked['loss'])})"
+            f"({earlier_settings['method']}, {losses.written(earlier_settings['loss'])})"
         )
     if settings.get("keep_adapter"):
         before = "" if "overrides" in record else ", which this recipe makes with `heal=null`"

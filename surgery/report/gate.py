@@ -1,4 +1,4 @@
-"""The gate: what was measured, held against a recipe's limits."""
+"""The gate: compares measured figures with a recipe's limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery.evaluation import probes
 
 
 def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
-    """Hold a report's `evaluation` against a recipe's limits.
+    """Compare a report's `evaluation` with a recipe's limits.
 
     Args:
         limits: of the probes (`surgery.evaluation.probes.limits`); None is no limit.
@@ -34,18 +34,18 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     if evaluation.get("status") != "done":
         return "not run", [evaluation.get("reason") or "the evaluation was not run"]
 
-    failed = [fault for cls, facts in probes.done(evaluation) for fault in cls.faults(facts)]
+    failed = [fault for cls, result in probes.done(evaluation) for fault in cls.faults(result)]
     missing = []
     for name, limit in limits.items():
         cls, bound = known[name]
-        facts = probes.record_of(evaluation, cls)
+        result = probes.record_of(evaluation, cls)
         if limit is None:
             continue
         if evaluation.get("base") is None:
             missing.append(f"{name} needs the base model to compare with")
-        elif reason := cls.missing(facts):
+        elif reason := cls.missing(result):
             missing.append(f"{name}: {reason}")
-        elif not finite(value := bound.figure(facts)):
+        elif not finite(value := bound.figure(result)):
             failed.append(f"{name}: the figure is not a number")
         elif value < limit if bound.at_least else value > limit:
             failed.append(f"{name}: {value:.4g}, the limit is {limit:g}")
@@ -53,15 +53,16 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
 
 
 def damage(evaluation: dict | None) -> list[str]:
-    """What makes a model useless as it is, by every probe that was run; clauses of a sentence.
+    """What makes a model unusable, by every probe that was run; clauses of a sentence.
 
     Args:
         evaluation: of a report; where there is none, or it was not run, nothing is known: [].
     """
     if not evaluation or evaluation.get("status", "done") != "done":
         return []
-    return [cost for cls, facts in probes.done(evaluation) for cost in cls.damage(facts)]
+    return [cost for cls, result in probes.done(evaluation) for cost in cls.damage(result)]
 
 
 def finite(value: object) -> bool:
+    """Whether a value is a number, and neither NaN nor infinite."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -81,9 +81,9 @@ def curves(
     plt = _pyplot(path)
     many = len(lines) > COLOURS
     figure, axis = plt.subplots(figsize=(8.6 if many else 6.4, 4.0), layout="constrained")
-    for number, (label, (x, y)) in enumerate(lines.items()):
-        own = {"marker": "os^D"[number // COLOURS % 4] if len(x) < 40 else "", "label": label}
-        own["linestyle"] = ("-", "--", ":", "-.")[number // COLOURS % 4]  # colours begin again
+    for index, (label, (x, y)) in enumerate(lines.items()):
+        own = {"marker": "os^D"[index // COLOURS % 4] if len(x) < 40 else "", "label": label}
+        own["linestyle"] = ("-", "--", ":", "-.")[index // COLOURS % 4]  # colours begin again
         axis.plot(x, y, **own | (styles or {}).get(label, {}))
     if reference is not None:
         axis.axhline(reference, color="0.5", linestyle="--", linewidth=1, label=reference_label)
@@ -95,8 +95,8 @@ def curves(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
-        axis.legend(fontsize=8, handlelength=3, **beside)
+        legend_position = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+        axis.legend(fontsize=8, handlelength=3, **legend_position)
     return _write(plt, figure, path, title)
 
 

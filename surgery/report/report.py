@@ -18,8 +18,8 @@ from surgery.operations.base import SURGICAL
 
 FORMAT, FILE = 1, "surgery.json"
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
-# The parts that are read again after a report was written, and what each must be.
-PARTS = {
+# The keys that are read after a report was written, and the type of each.
+REQUIRED = {
     "base": dict, "recipe": dict, "plan": dict, "gate": dict, "files": dict, "check": dict | None,
     "evaluation": dict | None, "history": list, "overrides": list, "operations": list,
 }  # fmt: skip
@@ -38,6 +38,7 @@ class Report:
     folder: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of surgery.json."""
         return self.data
 
     @property
@@ -51,7 +52,7 @@ class Report:
             raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
         from surgery.report.card import render_card
 
-        # What is said to travel with the weights is what is there; code is hashed once, when it was written.
+        # The card names the notices that are in the folder; code is hashed once, when it was written.
         names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         self.data["notices"] = [name for name in names if name.upper().startswith(NOTICES)]
         if self.data.get("tier") == SURGICAL and not self.data.get("code"):
@@ -60,7 +61,7 @@ class Report:
         write_text(self.folder / "README.md", render_card(self.data, base_card(self.folder)))
 
     def record_evaluation(self, result: dict) -> None:
-        """Keep a score, and hold it against the recipe's gate."""
+        """Record a score, and compare it with the recipe's gate; `result`: `to_dict()` of the main probe's result."""
         from surgery.report.gate import gate
 
         self.data["evaluation"] = result
@@ -69,7 +70,7 @@ class Report:
             self.data["gate"] |= {"status": status, "reasons": reasons}
 
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
-        """Raise what the report holds against the checkpoint: a failed check, else a failed gate.
+        """Raise the fault that the report has of the checkpoint: a failed check, else a failed gate.
 
         Args:
             kind: only faults of this class.
@@ -89,7 +90,11 @@ class Report:
 
     @classmethod
     def of(cls, folder: str | Path) -> Report:
-        """The report of a saved checkpoint."""
+        """The report of a saved checkpoint.
+
+        Raises:
+            SurgeryError: the folder has no surgery.json, one of another format, or a damaged one.
+        """
         from surgery.io.files import read_json
 
         folder = Path(folder)
@@ -109,14 +114,14 @@ class Report:
 
 
 def _damage_of_file(data: dict) -> str:
-    """What makes a surgery.json unfit to be read by what is done with it here, or ""."""
-    for name, kind in PARTS.items():
+    """Why a surgery.json cannot be read, or ""."""
+    for name, kind in REQUIRED.items():
         if name not in data:
             return f"it has no {name}"
         if not isinstance(data[name], kind):
             return f"{name} is {shown(data[name])}"
-    for name, facts in data["files"].items():
-        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
+    for name, entry in data["files"].items():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
     healing = data.get("heal")
     if not isinstance(healing, dict | None) or (healing and not isinstance(healing.get("settings"), dict)):
@@ -133,21 +138,21 @@ def _damage_of_file(data: dict) -> str:
     steps = data["recipe"].get("operations")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         return "recipe has no operations"
-    parts = {"evaluation": evaluation or {}, "plan": data["plan"], "recipe": data["recipe"]}
+    blocks = {"evaluation": evaluation or {}, "plan": data["plan"], "recipe": data["recipe"]}
     inner = {
         "evaluation": ("text", "base", "out", "kl", *REGISTRY),
         "plan": ("parameters", "kv_bytes_per_token", "kv_bytes_fixed"),
         "recipe": ("evaluate",),
     }
-    for part, names in inner.items():
+    for block, names in inner.items():
         for name in names:
-            if not isinstance(parts[part].get(name), dict | None):
-                return f"{part}.{name} is {shown(parts[part][name])}"
+            if not isinstance(blocks[block].get(name), dict | None):
+                return f"{block}.{name} is {shown(blocks[block][name])}"
     return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
 
 
 def base_card(folder: Path) -> str | None:
-    """The base model's card, kept beside ours."""
+    """The text of the base model's card, which a folder keeps in a file of its own; None: it has none."""
     path = folder / BASE_CARD
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
@@ -205,18 +210,19 @@ def history_of(base: Path) -> list[dict]:
     if not (base / FILE).is_file():
         return []
     try:
-        earlier = json.loads((base / FILE).read_text(encoding="utf-8"))
+        record = json.loads((base / FILE).read_text(encoding="utf-8"))
     except ValueError:
         return []
-    if not isinstance(earlier, dict):
+    if not isinstance(record, dict):
         return []
-    return [*earlier.pop("history", []), earlier]
+    return [*record.pop("history", []), record]
 
 
 def versions() -> dict[str, str]:
+    """Versions of surgery, Python and the libraries that a result depends on."""
     from surgery.version import __version__
 
-    found = {"surgery": __version__, "python": platform.python_version()}
+    known = {"surgery": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors"):
-        found[name] = metadata.version(name)
-    return found
+        known[name] = metadata.version(name)
+    return known

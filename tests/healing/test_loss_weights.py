@@ -100,8 +100,8 @@ def test_fields_that_no_loss_reads_are_refused(fields, says):
 def test_what_a_loss_says_of_itself_is_what_the_training_asks():
     def asks(loss):
         heal = Heal(steps=1, loss=loss, data="builtin")
-        assert heal.needs_base == bool(heal.asks)
-        return heal.asks, heal.reads_probabilities, heal.reads_states
+        assert heal.needs_base == bool(heal.loss_needs)
+        return heal.loss_needs, heal.reads_probabilities, heal.reads_states
 
     assert asks({"ce": 2}) == (set(), False, False)
     assert asks("kl") == ({BASE_LOGITS}, True, False)

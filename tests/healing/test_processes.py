@@ -109,7 +109,7 @@ def test_engines_are_known_by_their_launcher(monkeypatch):
     for stage, shared in (("2", {"optimizer", "gradients"}), ("3", {"optimizer", "gradients", "weights"})):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
         engine = Engine.here()
-        assert (engine.name, engine.processes, set(engine.shared)) == (f"ZeRO-{stage}", 4, shared)
+        assert (engine.name, engine.processes, set(engine.sharded)) == (f"ZeRO-{stage}", 4, shared)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")
     with pytest.raises(SurgeryError, match="zero3_init_flag"):
         Engine.here()
@@ -162,7 +162,7 @@ def both(surgery, model, text, tmp_path):
         assert apart < 0.01
         assert all(torch.isfinite(tensor.float()).all() for tensor in theirs.values())
         assert not list(tmp_path.glob("two.*"))
-        assert not checkpoints.whole(tmp_path / "two/healing")
+        assert not checkpoints.complete_checkpoints(tmp_path / "two/healing")
         return report, done.stdout.decode()
 
     return run

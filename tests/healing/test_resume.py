@@ -177,7 +177,7 @@ def test_checkpoints_are_kept_so_many_deep(healing, stop, tmp_path):
     with pytest.raises(Killed):
         healing("healed", "method=parts", "keep_checkpoints=2")
     run = tmp_path / "healed.partial/healing"
-    assert [path.name for path in checkpoints.whole(run)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in checkpoints.complete_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_another_run_does_not_go_on(healing, stop, monkeypatch, text, tmp_path):
@@ -309,7 +309,9 @@ def test_what_the_gate_ended_is_not_trained_on(healing, monkeypatch, tmp_path):
     monkeypatch.setattr(heal, "save_as_stored", full)
     with pytest.raises(MachineError, match=r"the disk is full(.|\n)*--resume"):
         healing("healed", *asked)
-    assert [path.name for path in checkpoints.whole(tmp_path / "healed.partial/healing")] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path / "healed.partial/healing")] == [
+        "checkpoint-3"
+    ]
     monkeypatch.undo()
     record = healing("healed", *asked, resume=True).data["heal"]
     assert (record["ended_by"], record["steps"], record["resumed"]) == ("gate", 3, True)
@@ -429,5 +431,5 @@ def _unfinished(run) -> list:
         return []
     found, marks = checkpoints._all(run), []
     for path in found:
-        marks = [*marks, path] if checkpoints.facts_of(path) is None else []
+        marks = [*marks, path] if checkpoints.checkpoint_record(path) is None else []
     return marks

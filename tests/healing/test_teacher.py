@@ -113,7 +113,7 @@ def test_cross_entropy_asks_no_teacher(models, rows, tmp_path):
     student, base = copy.deepcopy(models)
     store(base, rows, tmp_path, top_k=4)
     live, kept = LiveTeacher(base), StoredTeacher(tmp_path)
-    base.forward = kept.kept.rows = None  # a call would raise
+    base.forward = kept.stored.rows = None  # a call would raise
     batch = batch_of(rows, [0, 1])
     outputs = run(student, batch)
     for teacher in (Teacher(), live, kept):
@@ -162,7 +162,7 @@ def test_half_precision_keeps_the_kl(models, rows, tmp_path):
         store(base, rows, folder, top_k=16, dtype=dtype)
         teacher = StoredTeacher(folder)
         batch = batch_of(rows, range(len(rows)))
-        kept = teacher.kept.rows(batch["input_ids"], batch["position_ids"])
+        kept = teacher.stored.rows(batch["input_ids"], batch["position_ids"])
         mass = kept["values"].double().exp().sum(-1) + kept["rest"].double().exp()
         assert (mass - 1).abs().max() < 1e-6
         found[dtype] = teacher.loss(run(student, batch), batch, heal())[0].item()

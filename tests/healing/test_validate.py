@@ -22,9 +22,9 @@ from surgery.healing import run as running
 from surgery.healing import trainer as training
 from surgery.healing import validate as beforehand
 from surgery.healing.contexts import use_bfloat16
-from surgery.healing.heal import _checked, _tidy
+from surgery.healing.heal import _remove_working_files, _trainable_anatomy
 from surgery.healing.parameters import TrainableParameters
-from surgery.healing.validate import of_memory
+from surgery.healing.validate import report_in_memory
 
 SMALL = {"length": 16, "batch_tokens": 32, "steps": 2}
 
@@ -86,7 +86,7 @@ def test_a_foreign_tokenizer_is_refused_and_more_words_are_not(edited, tiny_llam
 
 
 def test_scores_of_before_are_not_of_the_healed_model(edited, tiny_llama, tokenizer, text):
-    report = of_memory(edited)
+    report = report_in_memory(edited)
     report.data |= {"evaluation": {"status": "done"}, "check": {"passed": True, "items": []}}
     healed = package.heal(edited, tiny_llama, tokenizer=tokenizer, data=str(text), method="parts", loss="ce", **SMALL)
     assert healed.data is report.data
@@ -163,7 +163,7 @@ def test_every_model_that_runs_computes_in_the_same_precision(tiny_llama, edited
     monkeypatch.setattr(LlamaModel, "forward", watched)
     monkeypatch.setattr(job, "isolates_documents", lambda model: True)  # which compares what rounding would hide
     asked_for = SMALL | {"data": str(text), "precision": asked, "warm_start": 64, "method": "parts"}
-    of_memory(edited).data["recipe"]["evaluate"] = {"text": str(text), "length": 16, "windows": 2}
+    report_in_memory(edited).data["recipe"]["evaluate"] = {"text": str(text), "length": 16, "windows": 2}
     for way in ({"teacher": "stored"}, {"eval_every": 1}, {"steps": None, "minutes": 0.01}):
         package.heal(edited, tiny_llama, tokenizer=tokenizer, **asked_for | way)
     teacher, rough = getattr(torch, asked), asked == "bfloat16"
@@ -225,10 +225,10 @@ def test_settings_of_another_kind():
 def test_a_rope_table_of_an_old_checkpoint_is_no_second_dtype(model):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(model, lambda tensors: tensors.update({name: torch.ones(4)}))
-    _checked(model)
+    _trainable_anatomy(model)
     edit_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.ones(72)}))
     with pytest.raises(SurgeryError, match="in one dtype, and this checkpoint has BF16, F32"):
-        _checked(model)
+        _trainable_anatomy(model)
 
 
 # --- while it trains ----------------------------------------------------------------------------------------
@@ -278,5 +278,5 @@ def test_what_is_kept_of_a_run(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     (tmp_path / "metrics.jsonl").touch()
-    _tidy(tmp_path)
+    _remove_working_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]

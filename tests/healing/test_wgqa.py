@@ -21,7 +21,7 @@ from surgery.healing import trainer as checkpoints
 from surgery.healing.callbacks import HealCallback, read
 from surgery.healing.parameters import select_trainable
 from surgery.healing.plan import HealPlan
-from surgery.healing.weighted_gqa import add_mixing, inside, merges, orders_of, planned
+from surgery.healing.weighted_gqa import add_mixing, merges, mixing_table, names_while_mixed, orders_of
 from surgery.io.model_folder import model_table
 from surgery.operations import find
 from surgery.report.report import Report
@@ -147,7 +147,7 @@ def test_a_kill_is_survived(healing, monkeypatch, tmp_path, method):
     with pytest.raises(Killed):
         healing("healed", *how)
     monkeypatch.undo()
-    last = checkpoints.whole(tmp_path / "healed.partial/healing")[-1]
+    last = checkpoints.complete_checkpoints(tmp_path / "healed.partial/healing")[-1]
     held = load_file(last / checkpoints.WEIGHTS)
     mixing = [tensor for name, tensor in held.items() if name.endswith("surgery_mixing")]
     assert len(mixing) == 4
@@ -209,14 +209,14 @@ def test_the_plan_names_what_is_added(family, per):
     student = copy.deepcopy(base)
     package.apply("gqa", student, kv_heads=2, method="mean")
     anatomy, table = Anatomy.of(student), model_table(student)
-    weights_of = planned(merges(anatomy, Anatomy.of(base)), per)
+    weights_of = mixing_table(merges(anatomy, Anatomy.of(base)), per)
     heal = Heal(steps=1, method="full", mixing=per)
     names = select_trainable(heal, anatomy, table | weights_of, frozenset("kv")).parameters
     assert add_mixing(student, base, per) == list(weights_of)
     assert {name: (shape) for name, (_, shape) in weights_of.items()} == {
         name: tuple(student.get_parameter(name).shape) for name in weights_of
     }
-    assert set(inside(student, names)) == {name for name, _ in student.named_parameters()}
+    assert set(names_while_mixed(student, names)) == {name for name, _ in student.named_parameters()}
     assert model_table(student).keys() == table.keys() | weights_of.keys(), "mixed weights keep their names"
     assert Anatomy.of(student).layers == anatomy.layers
 

@@ -30,7 +30,7 @@ def begin(self, cpu=False, sagemaker_dp=False, backend=None):
     return "gloo", DistributedType.MULTI_GPU
 
 
-def whole(parameter, known=distributed.whole):
+def full_tensor(parameter, known=distributed.full_tensor):
     shared.append(hasattr(parameter, "full_tensor") and all(each.is_shard() for each in parameter.placements))
     return known(parameter)
 
@@ -44,7 +44,7 @@ def on_step_begin(self, args, state, control, known=callbacks.HealCallback.on_st
 if __name__ == "__main__":
     PartialState._prepare_backend = begin
     distributed._refuse_fsdp = lambda: None
-    distributed.whole = whole
+    distributed.full_tensor = full_tensor
     callbacks.HealCallback.on_step_begin = on_step_begin
     try:
         main(sys.argv[1:])

@@ -138,7 +138,7 @@ def healing(work) -> None:
     where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
     out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{storage}")
     out.print(f"heal: of it {memory}")
-    if not engine.shared:
+    if not engine.sharded:
         states = work.memory["gradients"] + work.memory["optimizer"]
         out.print(
             f"heal: several processes hold as much each; ZeRO-2 shares {size(states)} of it out among them, "

@@ -1,7 +1,7 @@
 """The registry of losses: name in `heal.loss` -> class. One loss is one file, which is imported when it is asked for.
 
 A new loss is a file of this folder with a subclass of `LogitLoss` or `StateLoss` (base.py states the contract), and
-a line in `LOSSES`. The schema, the plan, the metrics and the card follow from what the class says of itself. Neither
+a line in `LOSSES`. The schema, the plan, the metrics and the card follow from the attributes of the class. Neither
 this package nor a file of a loss imports torch before a loss is computed; `objective` does.
 """
 
@@ -64,17 +64,17 @@ def find(name: str) -> Loss:
 
 
 def weights(loss: str | dict, mix: float = 0.5) -> dict[str, float]:
-    """What a value of `heal.loss` weighs: loss -> weight, in the registry's order; losses of weight 0 are left out.
+    """Weights of a value of `heal.loss`: loss -> weight, in the registry's order; losses of weight 0 are left out.
 
     Args:
         loss: a word, the name of a loss, or weights by name.
         mix: weight of the cross-entropy, which the word "both" reads.
     """
     if isinstance(loss, str):
-        given = WORDS[loss].weights(mix) if loss in WORDS else {loss: 1.0}
+        by_name = WORDS[loss].weights(mix) if loss in WORDS else {loss: 1.0}
     else:
-        given = loss
-    return {name: given[name] for name in LOSSES if given.get(name)}
+        by_name = loss
+    return {name: by_name[name] for name in LOSSES if by_name.get(name)}
 
 
 def written(loss: str | dict) -> str:
@@ -96,5 +96,5 @@ def goals(loss: str | dict) -> str:
     known = [find(name) if name in LOSSES else None for name in names]
     if len(known) == 1 and known[0]:
         return f"{known[0].goal} ({known[0].method})"
-    said = [each.goal if each else name for name, each in zip(names, known, strict=True)]
-    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+    words = [each.goal if each else name for name, each in zip(names, known, strict=True)]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""What a loss is: what it says of itself, its value for each row, and its gradient with respect to the logits.
+"""The contract of a loss: its description, its value for each row, and its gradient with respect to the logits.
 
 Logits are [batch, length, V], often the largest tensor of a training step, and no second tensor of their size and no
 float32 copy of them is made but their gradient. So a loss on logits sees some rows at a time (`Chunk`), in float32 or
@@ -13,7 +13,7 @@ that autograd can follow: the slopes are then worked out by autograd on the same
 of the chunk's size. A row's value may depend on nothing but this row. Rows that do not count are masked afterwards,
 so a loss needs no mask; it must be finite on them.
 
-A loss on hidden states gives its mean with its own autograd graph: hidden states are small beside logits.
+A loss on hidden states gives its mean with its own autograd graph: hidden states are small compared with logits.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ BASE_LOGITS, BASE_STATES = "logits", "hidden states"  # what a loss may need of 
 
 
 class Loss:
-    """What healing can lower, and what it says of itself. `goal` and `method` are words for plan and card.
+    """A quantity that healing lowers, with its description. `goal` and `method` are words for plan and card.
 
     Attributes:
         summary: one line for the schema.
         goal: what a model is trained towards ("the base's probabilities").
         method: what that is called ("distillation").
-        needs: of the base, BASE_LOGITS and BASE_STATES; empty: no base is asked.
+        needs: of the base, BASE_LOGITS and BASE_STATES; empty: the loss reads no base.
         not_stored: what of it a stored teacher (the likeliest tokens and the mass of the rest) does not keep; "" where
             that is all it needs.
         reads_temperature: whether `heal.temperature` changes it.
@@ -84,7 +84,7 @@ class StateLoss(Loss):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the losses of one forward may read besides the student's logits.
+    """The inputs of the losses of one forward, without the student's logits.
 
     Attributes:
         kept: bool [batch, length], the rows that count.
@@ -121,7 +121,7 @@ class Chunk:
     _known: dict = field(default_factory=dict)
 
     def once(self, key: tuple, make: Callable):
-        """What `make` gives, worked out once for this chunk; not to be changed."""
+        """The result of `make`, computed once for this chunk; not to be changed."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -143,10 +143,10 @@ class BaseLogits:
 
     def log_probabilities(self, chunk: Chunk, temperature: float) -> tuple[Tensor, Tensor]:
         """log p and p of the softmax at a temperature, both [r, V]; not to be changed."""
-        here = chunk.logits
+        student = chunk.logits
 
         def make():
-            return _with_exp(log_softmax(self.flat[chunk.rows].to(here.device, here.dtype), temperature))
+            return _with_exp(log_softmax(self.flat[chunk.rows].to(student.device, student.dtype), temperature))
 
         return chunk.once(("base", temperature), make)
 
@@ -166,10 +166,10 @@ class BaseTopK:
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """log p [r, k], the tokens as long [r, k], and log of the rest [r], where the chunk is."""
-        here = chunk.logits
-        where = self.indices[chunk.rows].to(here.device).long()
-        values, rest = (part[chunk.rows].to(here.device, here.dtype) for part in (self.values, self.rest))
-        return values, where, rest
+        student = chunk.logits
+        tokens = self.indices[chunk.rows].to(student.device).long()
+        values, rest = (tensor[chunk.rows].to(student.device, student.dtype) for tensor in (self.values, self.rest))
+        return values, tokens, rest
 
 
 def predicts(labels: Tensor) -> Tensor:
@@ -180,6 +180,7 @@ def predicts(labels: Tensor) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log of the softmax over the last dimension, at a temperature; shape as `logits`."""
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 

@@ -39,13 +39,13 @@ def _of_top_k(chunk: Chunk, base: BaseTopK, temperature: float) -> tuple[Tensor,
     import torch
 
     log_q, q = chunk.log_probabilities(temperature)
-    log_p, where, log_p_rest = base.of(chunk)
+    log_p, tokens, log_p_rest = base.of(chunk)
     p, p_rest = log_p.exp(), log_p_rest.exp()
-    slopes = q.scatter(1, where, 0.0)  # q of the others: their sum is exact where 1 − Σ q of the k would be noise
+    slopes = q.scatter(1, tokens, 0.0)  # q of the others: their sum is exact where 1 − Σ q of the k would be noise
     q_rest = slopes.sum(-1).clamp(min=torch.finfo(q.dtype).tiny)
     of_rest = torch.where(p_rest > 0, p_rest * (log_p_rest - q_rest.log()), 0.0)
-    of_k = torch.where(p > 0, p * (log_p - log_q.gather(1, where)), 0.0).sum(-1)
-    slopes.mul_((1 - p_rest / q_rest)[:, None]).scatter_(1, where, q.gather(1, where) - p)
+    of_k = torch.where(p > 0, p * (log_p - log_q.gather(1, tokens)), 0.0).sum(-1)
+    slopes.mul_((1 - p_rest / q_rest)[:, None]).scatter_(1, tokens, q.gather(1, tokens) - p)
     return temperature**2 * (of_k + of_rest), slopes.mul_(temperature)
 
 

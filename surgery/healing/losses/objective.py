@@ -1,7 +1,7 @@
 """The weighted sum of losses that a training lowers, a mean over the tokens that count.
 
-Losses on logits read them a few rows at a time, and each chunk leaves the gradient of its rows at once: beside the
-logits one tensor of their size and dtype is made, no float32 copy of them, and none of their softmax. Several losses
+Losses on logits read them a few rows at a time, and each chunk leaves the gradient of its rows at once: one
+tensor of the logits' size and dtype is made, no float32 copy of them, and none of their softmax. Several losses
 share that tensor.
 """
 
@@ -27,18 +27,18 @@ def measure(
         count: tokens to average over; default those that `inputs` keeps.
     """
     rows = rows_counted(inputs.kept, count)
-    on_logits = {name: each for name, each in losses.items() if isinstance(each[1], LogitLoss)}
+    logit_losses = {name: each for name, each in losses.items() if isinstance(each[1], LogitLoss)}
     loss, means = None, {}
-    if on_logits:
+    if logit_losses:
         wanted = logits.requires_grad and torch.is_grad_enabled()
-        weights, functions = zip(*on_logits.values(), strict=True)
+        weights, functions = zip(*logit_losses.values(), strict=True)
         loss, each = _Chunked.apply(logits, inputs, weights, functions, rows, wanted)
-        means = dict(zip(on_logits, each, strict=True))
+        means = dict(zip(logit_losses, each, strict=True))
     for name, (weight, function) in losses.items():
-        if name not in on_logits:
+        if name not in logit_losses:
             means[name] = function.mean(inputs, rows)
-            part = weight * (means[name] if loss is None else means[name].to(loss))
-            loss = part if loss is None else loss + part
+            term = weight * (means[name] if loss is None else means[name].to(loss))
+            loss = term if loss is None else loss + term
     return loss, means
 
 
@@ -54,13 +54,13 @@ class _Chunked(torch.autograd.Function):
             rows = slice(first, min(first + step, len(flat)))
             chunk, real = Chunk(rows, flat[rows].to(wide)), counts[rows]
             slope = None
-            for number, (weight, loss) in enumerate(zip(weights, losses, strict=True)):
+            for index, (weight, loss) in enumerate(zip(weights, losses, strict=True)):
                 if wanted:
                     values, slopes = loss.rows_and_slopes(chunk, inputs)
                     slope = slopes.mul_(weight) if slope is None else slope.add_(slopes, alpha=weight)
                 else:
                     values = loss.rows(chunk, inputs)
-                sums[number] += values.masked_fill(~real, 0.0).sum()
+                sums[index] += values.masked_fill(~real, 0.0).sum()
             if wanted:  # rows that do not count get 0
                 torch.mul(slope, (real.to(wide) / count)[:, None], out=gradient[rows])
         means = (sums / count).to(wide)

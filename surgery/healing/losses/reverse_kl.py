@@ -45,14 +45,14 @@ def _of_top_k(chunk: Chunk, base: BaseTopK, temperature: float) -> tuple[Tensor,
     import torch
 
     log_q, q = chunk.log_probabilities(temperature)
-    log_p, where, log_p_rest = base.of(chunk)
+    log_p, tokens, log_p_rest = base.of(chunk)
     tiny = torch.finfo(q.dtype).tiny
-    slopes = q.scatter(1, where, 0.0)
-    q_k, q_rest = q.gather(1, where), slopes.sum(-1)
-    of_k = log_q.gather(1, where) - log_p
+    slopes = q.scatter(1, tokens, 0.0)
+    q_k, q_rest = q.gather(1, tokens), slopes.sum(-1)
+    of_k = log_q.gather(1, tokens) - log_p
     of_rest = q_rest.clamp(min=tiny).log() - log_p_rest.clamp(
         min=math.log(tiny)
     )  # a rest without mass is not infinite
     values = (q_k * of_k).sum(-1) + q_rest * of_rest
-    slopes.mul_((of_rest - values)[:, None]).scatter_(1, where, q_k * (of_k - values[:, None]))
+    slopes.mul_((of_rest - values)[:, None]).scatter_(1, tokens, q_k * (of_k - values[:, None]))
     return temperature**2 * values, slopes.mul_(temperature)
