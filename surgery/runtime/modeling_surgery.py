@@ -44,6 +44,10 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from .surgery_attention import surgery_attention
@@ -376,6 +380,10 @@ def _make(name: str):
         return made
     attributes = {"__module__": __name__, "config_class": _make(PREFIX + base.config_class.__name__)}
     made = globals()[name] = type(name, (_ModelMixin, base), attributes)
+    # Transformers renames tensors of some classes as it reads and writes them (GPT-NeoX's output layer), and finds
+    # out which by the name of the class. What goes by `model_type` it finds in the model inside.
+    if (renamed := get_checkpoint_conversion_mapping(base.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)  # another copy of this code did the same
     return made
 
 
