@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import get_ident
 
 import torch
 from torch.nn.functional import linear
@@ -175,8 +176,31 @@ def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | 
     return logits.shape[-1] ** 2 * (means[0] * means[1]).mean()
 
 
+class _Call:
+    """What is of one forward. A forward runs in one thread, and a server answers each request in one of its own."""
+
+    gates = on = rows = None
+
+
+def _of_call(name: str) -> property:
+    """An attribute of the call that this thread runs; None outside of one.
+
+    Not `threading.local`: code that torch.compile has traced reads it wrongly.
+    """
+
+    def read(state):
+        return getattr(state.calls.get(get_ident()), name, None)
+
+    def write(state, value) -> None:
+        setattr(state.calls.setdefault(get_ident(), _Call()), name, value)
+
+    return property(read, write)
+
+
 class GateState:
     """What the gate says of the forward that runs. The attention module and its projections hold the same one.
+
+    Every thread has `gates`, `on` and `rows` of its own, while its forward is in the layer.
 
     Attributes:
         gates: [batch, n, query heads].
@@ -188,14 +212,16 @@ class GateState:
         gathered: what the attention function calls where heads are off (surgery_gated_compute.py).
     """
 
+    gates, on, rows = map(_of_call, ("gates", "on", "rows"))
+
     def __init__(self, gathered=None):
         self.gathered = gathered
         self.loss = self.work = self.packed = None
-        self.clear()
+        self.calls: dict[int, _Call] = {}  # thread -> its call
 
     def clear(self) -> None:
         """Forget what is of one forward."""
-        self.gates = self.on = self.rows = None
+        self.calls.pop(get_ident(), None)
 
     def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
         return GateState(self.gathered)
@@ -282,7 +308,8 @@ def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
     another one or other memory took its place (`load_state_dict(assign=True)`, `.data = ...`).
     """
     call, now = module.surgery_call, _states(module)
-    if call.packed is None or call.packed[0] != now:
+    packed = call.packed  # read once: a longer forward in another thread forgets it
+    if packed is None or packed[0] != now:
         parameters = parameters_of(module)
         wide = torch.promote_types(parameters["router"].dtype, torch.float32)
         routers = [parameters[name] for name in ("router", "shared_router", "balance") if name in parameters]
@@ -291,8 +318,8 @@ def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
         bias = torch.nn.functional.pad(parameters["router_bias"].to(wide), (0, len(weight) - len(routers[0])))
         made = weight, bias, parameters["router_temperature"].item() if "router_temperature" in parameters else 0.0
         kept = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets this memory
-        call.packed = now, made, kept
-    return call.packed[1]
+        call.packed = packed = now, made, kept
+    return packed[1]
 
 
 def _states(module) -> list[tuple]:
