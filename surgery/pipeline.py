@@ -90,7 +90,7 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
     """Carry a recipe out on a loaded model, in place."""
     class_before, base = type(model).__name__, None
     if recipe.heal is not None:
-        base = preflight_in_memory(recipe.heal, model, tokenizer)
+        base = preflight_in_memory(recipe.heal, recipe.evaluate, model, tokenizer)
     report = edit_model(recipe, model, tokenizer, options)
     note_origin(report, model, class_before)
     if recipe.heal is not None:

@@ -15,7 +15,7 @@ from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
-LARGEST_WEIGHT = 1e6  # more would not add up with another loss in float32
+LARGEST_WEIGHT = 1_000_000  # more would not add up with another loss in float32
 
 
 def _number(value: object) -> object:
@@ -61,7 +61,8 @@ def _weights(value: dict) -> dict[str, float]:
     weights = {name: _number(value[name]) for name in losses.LOSSES if name in value}
     for name, weight in weights.items():
         if type(weight) not in (int, float) or not 0 <= weight <= LARGEST_WEIGHT:  # false for NaN
-            raise _fault(f"heal.loss: the weight of {name} should be a number from 0 to 1e6; it is {shown(weight)}")
+            wanted = f"a number from 0 to {LARGEST_WEIGHT:,}"
+            raise _fault(f"heal.loss: the weight of {name} should be {wanted}; it is {shown(weight)}")
     if not any(weights.values()):
         what = "all weights are 0" if weights else "it names no loss"
         raise _fault(f"heal.loss: {what}", exists=", ".join(losses.LOSSES), fix="{kl: 1, ce: 0.5}")
@@ -71,7 +72,8 @@ def _weights(value: dict) -> dict[str, float]:
 def _loss_schema() -> dict:
     """JSON Schema of `loss`, from the registry."""
     each_weight = {
-        name: {"type": "number", "minimum": 0, "description": losses.find(name).summary} for name in losses.LOSSES
+        name: {"type": "number", "minimum": 0, "maximum": LARGEST_WEIGHT, "description": losses.find(name).summary}
+        for name in losses.LOSSES
     }
     names = list(dict.fromkeys([*losses.WORDS, *losses.LOSSES]))
     weights = {"type": "object", "properties": each_weight, "additionalProperties": False, "minProperties": 1}

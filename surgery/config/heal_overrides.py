@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 from surgery.config.evaluate import Evaluate, sections
@@ -33,8 +34,8 @@ def settings(
     if not isinstance(block, dict | None):
         raise SurgeryError(f"settings is {shown(block)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
     judged_by = recipe.get("evaluate")
-    data: dict = {"heal": dict(block if block is not None else recipe.get("heal") or {})}
-    data["evaluate"] = None if judged_by is None else without_defaults(judged_by)
+    data: dict = {"heal": deepcopy(dict(block if block is not None else recipe.get("heal") or {}))}
+    data["evaluate"] = None if judged_by is None else deepcopy(without_defaults(judged_by))
     faults: list[SurgeryError] = []
     lines: dict = {}
     for text in [*overrides, *(as_text(key, value) for key, value in fields.items())]:

@@ -10,11 +10,12 @@ from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
-from surgery.healing.validate import base_of_memory, refuse_early, refuse_unwatchable
+from surgery.healing.validate import base_of_memory, refuse_early
 from surgery.io.output_folder import REPORT, OutputFolder, machine_errors, refuse_small_disk
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
+    from surgery.config.evaluate import Evaluate
     from surgery.config.heal import Heal
     from surgery.conversion.plan import Plan
 
@@ -42,8 +43,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
         refuse_unscorable(base, recipe.evaluate)
     if recipe.heal is not None:
         _refuse_pickle_for_healing(base, options)
-        refuse_early(recipe.heal, base)
-        refuse_unwatchable(recipe.heal, recipe.evaluate)
+        refuse_early(recipe.heal, recipe.evaluate, base)
         OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     else:
         _refuse_foreign(out, base, options)
@@ -72,7 +72,7 @@ def uses_streaming_engine(plan: Plan, engine: str) -> bool:
     return streaming
 
 
-def preflight_in_memory(heal: Heal, model, tokenizer) -> str | None:
+def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer) -> str | None:
     """Refuse a healing of a loaded model before the model is edited.
 
     Returns:
@@ -81,7 +81,7 @@ def preflight_in_memory(heal: Heal, model, tokenizer) -> str | None:
     base = base_of_memory(model, heal)
     if tokenizer is None:
         raise SurgeryError("healing needs the tokenizer", fix="surgery.apply(recipe, model, tokenizer=tokenizer)")
-    refuse_early(heal, model, tokenizer)
+    refuse_early(heal, judged_by, model, tokenizer)
     return base
 
 

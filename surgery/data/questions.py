@@ -76,7 +76,7 @@ def make_choices(
         SurgeryError: an argument makes no sense, or the text is too short for so many questions.
     """
     if min(items, context, ending, wrong) < 1:
-        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="leave them out")
+        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="for example 320 items")
     words = load_text(text, part="held-out")
     choices: list[Choice] = []
     for pattern in (SENTENCE_START, WORD_START):

@@ -6,11 +6,12 @@ converts: conversion/preflight.py):
 1. The command and the recipe: an output, surgery.json of ours, settings (config/heal_overrides.py, config/heal.py).
 2. The folder: headers of its weights, an anatomy that is understood, one dtype, no adapter (`_trainable_anatomy`).
 3. The base, where training or scores ask it: known, the one of the record, scorable as asked (`_scorable_base`).
-4. The settings against the model: positions, rows for each process, what is reported where (`refuse_settings`).
+4. The settings against the model: positions, rows for each process, what is reported where, what is scored while it
+   trains (`refuse_settings`).
 5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
 6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
 7. With the model loaded (run.py): vocabulary of the base, mixing, what trains, whether an adapter can be kept,
-   held-out text and gate, the unfinished run that --resume continues, the data.
+   held-out text, the unfinished run that --resume continues, the data.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from surgery.healing.validate import (
     base_folder,
     converted_model,
     refuse_settings,
-    refuse_unwatchable,
     report_in_memory,
     rewritten_by,
     save_as_stored,
@@ -88,8 +88,7 @@ def heal_folder(
     anatomy, rewritten = _trainable_anatomy(folder), rewritten_by(report.data)
     source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
-    refuse_settings(heal, anatomy.config)
-    refuse_unwatchable(heal, judged_by)
+    refuse_settings(heal, anatomy.config, judged_by)
     before = Anatomy.of(source) if source is not None else None
     plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=report.data["operations"])
     if options.on_plan and ranks.first:
@@ -236,7 +235,7 @@ def heal_model(
         raise SurgeryError("healing needs the tokenizer", fix="surgery.heal(model, base, tokenizer=tokenizer)")
     anatomy, rewritten = Anatomy.of(model), rewritten_by(report.data)
     refuse_unhealable(anatomy, type(model).__name__)
-    refuse_settings(heal, model.config)
+    refuse_settings(heal, model.config, judged_by)
     source = base if base is not None and not isinstance(base, str | Path) else None
     if source is None:
         source = base_folder(report.data, base, needed=heal.needs_base, wanted=bool(heal.eval_every))

@@ -45,7 +45,6 @@ from surgery.healing.trainer import (
     complete_checkpoints,
     remove_cut_off,
 )
-from surgery.healing.validate import refuse_unwatchable
 from surgery.healing.weighted_gqa import (
     add_mixing,
     fold_and_check,
@@ -171,7 +170,6 @@ def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
     """The held-out text, if it is to be scored while the model trains."""
     if not job.heal.eval_every:
         return None
-    refuse_unwatchable(job.heal, job.evaluate)
     if job.base is None:
         fix = "name its base: --base MODEL"
         raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=fix)

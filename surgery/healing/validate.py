@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
 
 
-def refuse_settings(heal: Heal, config) -> None:
-    """Raise where settings do not fit: length of rows, number of processes, the tracker that is reported to.
+def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
+    """Raise where settings do not fit: rows, processes, the tracker that is reported to, what is scored meanwhile.
 
     Args:
         config: of the model.
+        judged_by: the recipe's `evaluate`.
 
     Raises:
         SurgeryError: rows are longer than the model has positions, or the tracker to report to is not installed.
@@ -42,9 +43,10 @@ def refuse_settings(heal: Heal, config) -> None:
         )
     rows_each(heal, Ranks().count)
     _refuse_report_to(heal.report_to)
+    _refuse_unwatchable(heal, judged_by)
 
 
-def refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
+def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
     """Raise where the model should be scored while it trains, and the recipe does not say on what or at which gate."""
     if heal.eval_every and evaluate is None:
         fix = "name a recipe that evaluates: evaluate.text=builtin"
@@ -63,7 +65,7 @@ def watched_limits(evaluate: Evaluate) -> dict[str, float]:
     return {name: limit for name, limit in evaluate.limits.items() if name in main().limits}
 
 
-def refuse_early(heal: Heal, base: str | Path | Any, tokenizer=None) -> None:
+def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any, tokenizer=None) -> None:
     """Raise before the base is converted what its healing would raise afterwards.
 
     Args:
@@ -76,7 +78,7 @@ def refuse_early(heal: Heal, base: str | Path | Any, tokenizer=None) -> None:
     from surgery.data.documents import SELF, documents
     from surgery.io.loading import read_config, read_tokenizer
 
-    refuse_settings(heal, read_config(base))
+    refuse_settings(heal, read_config(base), judged_by)
     tokenizer = tokenizer or read_tokenizer(base)
     if heal.data != SELF:
         documents(heal, tokenizer, base, rows_needed=1)
@@ -168,7 +170,7 @@ def base_of_memory(model, heal: Heal) -> str | None:
     name = getattr(model.config, "_name_or_path", "")
     if name and (Path(name).is_dir() or name.count("/") == 1):
         return name
-    if heal.needs_base:
+    if heal.needs_base or heal.eval_every:
         raise SurgeryError(
             "healing asks the base, and this model was not loaded from a folder or the Hub",
             where=type(model).__name__,

@@ -149,8 +149,10 @@ class Operation(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if old := next((name for name in RENAMED if name in vars(cls)), None):
-            raise TypeError(f"{cls.__name__} defines {old}, which nothing asks any more; it is {RENAMED[old]} now")
+        own = cls.__mro__[: cls.__mro__.index(Operation)]
+        if old := next((name for name in RENAMED if any(name in vars(each) for each in own)), None):
+            what = f"{cls.__name__} defines {old}, which nothing asks any more: it is {RENAMED[old]} now"
+            raise TypeError(f"{what}; give a member of another meaning another name")
 
     op: str
     summary: ClassVar[str] = ""

@@ -78,6 +78,10 @@ class Policy:
         """What the cache holds of a KV head under this policy; `cost`: without it."""
         return cost
 
+    def after_heads_change(self, queries: list[int], kv_heads: list[int]) -> dict:
+        """The settings that change where only these heads stay: of a policy that has a setting for each head."""
+        return {}
+
 
 @dataclass
 class Identity(Policy):
@@ -197,6 +201,9 @@ class KVPolicy(Part):
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
         policy = policy_of(layer["policy"])
         return [policy.kv_cost(cost) if cost.growing else cost for cost in heads]
+
+    def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
+        return {"policy": layer["policy"] | policy_of(layer["policy"]).after_heads_change(queries, kv_heads)}
 
     def describe(self, layer: dict) -> tuple[str, str]:
         return "policy of the cache", layer["policy"]["name"]

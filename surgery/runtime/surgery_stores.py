@@ -188,16 +188,24 @@ class KeptStore(FullStore):
         Raises:
             ValueError: one is not of all the keys held, or has the name of what the store itself holds.
         """
+        memory = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+        changed = {}
         for name, noted in notes.items():
             if noted.shape[:3] != self._used("keys").shape[:3]:
                 wanted = list(self._used("keys").shape[:3])
                 raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
             if name in HELD:
                 raise ValueError(f"a policy's note may not be called {name!r}: the cache holds {', '.join(HELD)}")
+            shown = self._used(name) if name in self.tensors else None
+            same = shown is not None and (noted.data_ptr(), noted.stride()) == (shown.data_ptr(), shown.stride())
+            if not (same and noted.shape == shown.shape and noted.dtype == shown.dtype):
+                shared = noted.untyped_storage().data_ptr() in memory  # a view of a note, or another note
+                changed[name] = noted.clone() if shared else noted
+        for name, noted in changed.items():
             old = self.tensors.get(name)
             if old is None or (old.dtype, old.shape[3:]) != (noted.dtype, noted.shape[3:]):
                 self.tensors[name] = noted
-            elif noted.data_ptr() != old.data_ptr():  # else the policy changed what it was shown
+            else:
                 old[:, :, : self.held] = noted
 
     def select(self, stays: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
+import torch
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
@@ -85,6 +86,19 @@ def test_a_folder_that_is_not_ours_is_refused(refused, model, tmp_path, more):
 )
 def test_a_healing_that_cannot_be_watched_is_refused_before_the_model_is_converted(refused, model, more, says):
     refused("apply", "mqa", model, *HEAL, *more, "-o", "out", *FAST, says=says)
+
+
+def test_a_model_in_memory_is_not_edited_where_its_healing_cannot_be_watched(model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    overrides = [*HEAL, "heal.eval_every=1", "evaluate=null"]
+    with pytest.raises(package.SurgeryError, match="eval_every scores the model"):
+        package.apply("mqa", loaded, tokenizer=tokenizer, overrides=overrides)
+    after = loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_healed_folder_may_not_be_its_base_nor_lie_in_it(refused, model):

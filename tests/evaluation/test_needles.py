@@ -359,7 +359,6 @@ def test_nan_of_the_base_is_refused_and_of_out_a_miss(tokenizer):
     [
         ({"lengths": (2000,)}, "base has 1024 positions"),
         ({"lengths": (90,)}, "too few for a needle"),
-        ({"lengths": (300, 63)}, "lengths should be at least 64 tokens; the shortest is 63"),
         ({"lengths": ()}, "at least one length"),
         ({"depths": [1.5]}, "depth 1.5 is outside"),
         ({"secret": "letters"}, "no secret 'letters'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -354,6 +355,22 @@ def test_an_override_finds_a_probe_in_the_recipe_s_spelling():
     assert next(probe for probe in again.evaluate.asked if probe.name == "needles").cases == 7
     assert again.evaluate.limits == shipped.evaluate.limits | {"min_needles": 0.25}
 
+    for blocks in (
+        ["evaluate.probes.needles={cases: 5}", "evaluate.probes.perplexity={windows: 4}"],
+        ["evaluate.probes={needles: {cases: 5}, perplexity: {windows: 4}}"],
+    ):
+        for recipe in ("duo-attention", changed):
+            whole = load(recipe, blocks)
+            by_name = {probe.name: probe for probe in whole.evaluate.asked}
+            assert (by_name["needles"].cases, by_name["perplexity"].windows) == (5, 4)
+            assert whole.evaluate.limits == shipped.evaluate.limits, "a gate is lowered by its name alone"
+    lower = load("duo-attention", ["evaluate.probes.needles={cases: 5, min_needles: 0.1}"])
+    assert lower.evaluate.limits == shipped.evaluate.limits | {"min_needles": 0.1}
+    for recipe in ("duo-attention", changed):
+        assert load(recipe, ["evaluate.needles=0"]).evaluate.limits == shipped.evaluate.limits
+    labelled = load("duo-attention", ["evaluate.choices=40", "evaluate.probes.choices.labelled=q.jsonl"])
+    assert next(probe for probe in labelled.evaluate.asked if probe.name == "choices").labelled == "q.jsonl"
+
     for nothing in ("evaluate.needles=0", "evaluate.probes.needles=null"):
         for recipe in ("duo-attention", changed):
             assert "needles" not in [probe.name for probe in load(recipe, [nothing]).evaluate.asked]
@@ -381,6 +398,12 @@ def test_a_healing_finds_a_probe_in_the_recipe_s_spelling():
     _, evaluate = settings(recorded, overrides=["evaluate.probes.needles.length=512"])
     asked = next(probe for probe in evaluate.asked if probe.name == "needles")
     assert (asked.cases, asked.length, evaluate.limits["min_needles"]) == (9, 512, 0.5)
+    blocks = copy.deepcopy(recorded)
+    blocks["evaluate"] = {"probes": {"needles": {"samples": 4, "min_needles": 0.9}}}
+    before = copy.deepcopy(blocks)
+    for override in ("evaluate.needles=0", "evaluate.needles=3", "evaluate.min_needles=0.1", "loss={kl: 1}"):
+        settings(blocks, overrides=[override])
+        assert blocks == before, "the record of the converted model stays"
     _, evaluate = settings(recorded, overrides=["evaluate.probes.needles=null"])
     assert "needles" not in [probe.name for probe in evaluate.asked]
     assert "min_needles" not in evaluate.limits

@@ -59,14 +59,14 @@ def test_every_spelling_is_weights_in_one_order(fields, weights):
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        ({"kl": -1}, "the weight of kl should be a number from 0 to 1e6; it is -1"),
-        ({"kl": math.nan}, "the weight of kl should be a number from 0 to 1e6; it is nan"),
-        ({"kl": math.inf}, "from 0 to 1e6; it is inf"),
-        ({"kl": "nan"}, "from 0 to 1e6; it is nan"),
+        ({"kl": -1}, "the weight of kl should be a number from 0 to 1,000,000; it is -1"),
+        ({"kl": math.nan}, "the weight of kl should be a number from 0 to 1,000,000; it is nan"),
+        ({"kl": math.inf}, "from 0 to 1,000,000; it is inf"),
+        ({"kl": "nan"}, "from 0 to 1,000,000; it is nan"),
         ({"kl": 10**400}, "the weight of kl should be a number"),
-        ({"kl": 1e300}, "from 0 to 1e6; it is 1e.300"),
-        ({"kl": True}, "from 0 to 1e6; it is True"),
-        ({"kl": None}, "from 0 to 1e6; it is None"),
+        ({"kl": 1e300}, "from 0 to 1,000,000; it is 1e.300"),
+        ({"kl": True}, "from 0 to 1,000,000; it is True"),
+        ({"kl": None}, "from 0 to 1,000,000; it is None"),
         ({"kl": 0, "ce": 0.0}, "all weights are 0"),
         ({}, "it names no loss"),
         ({"kll": 1}, "unknown loss 'kll'"),
@@ -127,7 +127,8 @@ def test_every_entry_of_the_registry_keeps_the_contract(name):
         assert field["default"] == "distill"
         word, weights = field["anyOf"]
         assert {name, "ce", "distill", "both"} <= set(word["enum"])
-        assert weights["properties"][name] == {"type": "number", "minimum": 0, "description": loss.summary}
+        bounds = {"type": "number", "minimum": 0, "maximum": 1e6}
+        assert weights["properties"][name] == bounds | {"description": loss.summary}
         assert weights["additionalProperties"] is False
 
 
@@ -239,7 +240,7 @@ heal:
     ("loss", "says"),
     [
         ("{kll: 1}", ["mine.yaml:7: heal.loss names an unknown loss 'kll'", "ce, kl", "did you mean 'kl'?"]),
-        ("{kl: -1}", ["mine.yaml:7: heal.loss: the weight of kl should be a number from 0 to 1e6; it is -1"]),
+        ("{kl: -1}", ["mine.yaml:7: heal.loss: the weight of kl should be a number from 0 to 1,000,000; it is -1"]),
         ("{kl: .nan}", ["mine.yaml:7: heal.loss: the weight of kl", "it is nan"]),
         ("{kl: 0}", ["mine.yaml:7: heal.loss: all weights are 0"]),
         ("distil", ["loss should be 'ce', 'distill' or 'both'", "it is 'distil'", "did you mean 'distill'?"]),

@@ -57,8 +57,11 @@ def test_a_member_that_nothing_asks_any_more_is_refused():
     from surgery.operations.base import RENAMED, WeightRewrite
 
     for old, new in RENAMED.items():
-        with pytest.raises(TypeError, match=f"defines {old}, which nothing asks any more; it is {new[:10]}"):
+        with pytest.raises(TypeError, match=f"defines {old}, which nothing asks any more: it is {new[:10]}"):
             type("Old", (WeightRewrite,), {"__module__": __name__, "__annotations__": {}, old: lambda self: []})
+        mixin = type("Mixin", (), {old: lambda self: []})
+        with pytest.raises(TypeError, match=f"defines {old}, which nothing asks any more"):
+            type("Old", (mixin, WeightRewrite), {"__module__": __name__, "__annotations__": {}})
 
 
 def test_the_shared_class_makes_the_method_that_is_named():

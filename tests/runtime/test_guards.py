@@ -142,7 +142,6 @@ def test_gradients_of_values_alone_are_not_lost():
         model(input_ids=ids[:, 5:], **{runtime.CACHE: cache})
 
 
-@torch.no_grad()
 def test_packed_rows_with_a_mask_are_refused():
     """Transformers gives one or the other; whoever gives both would lose the borders of the sequences."""
     from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
@@ -154,6 +153,7 @@ def test_packed_rows_with_a_mask_are_refused():
         surgery_mask(1, 4, 4, both, attention_mask=torch.ones(1, 4))
 
 
+@torch.no_grad()
 def test_layer_types_rule_over_the_switch():
     """SmolLM3's masks follow `layer_types`, whatever `use_sliding_window` says."""
     kinds = ["sliding_attention", "full_attention"]

@@ -15,7 +15,7 @@ from head_split import bases as bases
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_kv_policy
+from surgery.runtime import surgery_config, surgery_kv_policy
 from surgery.runtime.surgery_gated_compute import Work
 from surgery.runtime.surgery_gates import Gate
 from surgery.runtime.surgery_kv_policy import Kept, Policy
@@ -147,6 +147,22 @@ def test_identity(base, policy):
             assert difference(chunked(model, *part, chunks), want, part[1]) <= 1e-5
 
 
+def test_a_setting_by_head_follows_the_heads(monkeypatch):
+    @dataclass
+    class Budgets(Policy):
+        budgets: list
+
+        def after_heads_change(self, queries, kv_heads):
+            return {"budgets": [self.budgets[head] for head in kv_heads]}
+
+    monkeypatch.setitem(surgery_kv_policy.POLICIES, "budgets", Budgets)
+    entry = {"policy": {"name": "budgets", "budgets": [5, 6, 7, 8]}}
+    changed = surgery_config.after_heads_change(entry, [0, 1, 4, 5], [0, 2])
+    assert changed == {"policy": {"name": "budgets", "budgets": [5, 7]}}
+    same = {"policy": {"name": "identity"}}
+    assert surgery_config.after_heads_change(same, [0], [0]) == same
+
+
 @torch.no_grad()
 def test_work_counts_the_keys_that_stay():
     store, work = KeptStore(Visibility(by_policy=True)), Work()
@@ -178,6 +194,14 @@ def test_notes_stay_in_their_buffer():
         assert store.tensors["weight"].data_ptr() == memory
     wanted = torch.arange(240.0).reshape(2, 3, 40) + sum(range(60))
     assert torch.equal(store.notes["weight"][:, :, :40], wanted)
+    store.note({"other": torch.rand(2, 3, 101)})
+    notes = store.notes
+    weight, other = notes["weight"].clone(), notes["other"].clone()
+    store.note({"weight": notes["other"], "other": notes["weight"]})
+    assert torch.equal(store.notes["weight"], other), "two notes may be exchanged"
+    assert torch.equal(store.notes["other"], weight)
+    store.note({"weight": store.notes["weight"][:, :1].expand(-1, 3, -1)})  # the same address, other strides
+    assert torch.equal(store.notes["weight"], other[:, :1].expand(-1, 3, -1))
     store.note({"weight": torch.ones(2, 3, 101, 2)})  # of another shape
     assert store.notes["weight"].shape == (2, 3, 101, 2)
     for name in ("keys", "values", "slots"):

@@ -85,6 +85,7 @@ class Choices(CaseProbe):
     context: int = Field(96, ge=1, description="Tokens of a passage.")
     seed: int = Field(0, description="Seed of what is drawn.")
 
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("labelled", "items"),)
     limits: ClassVar[dict[str, Limit]] = {
         "min_choices": Limit(
             lambda record: record["out"]["right"] / record["base"]["right"],

@@ -44,7 +44,6 @@ from surgery.evaluation.probes.base import (
 )
 from surgery.io.loading import loaded
 
-SHORTEST = 64  # tokens of a prompt; fewer hold no needle with its question in any tokenizer
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
@@ -141,7 +140,7 @@ class Needles(CaseProbe):
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
     lengths: TokenLengths = Field((512, 1024, 2048), description="Tokens of the prompts: 512,1024,2048.")
-    length: int | None = Field(None, ge=SHORTEST, description="Tokens of the prompts, where all have one length.")
+    length: int | None = Field(None, ge=64, description="Tokens of the prompts, where all have one length.")
     depths: int | Shares = Field(
         5, description="Places in the text: their number, evenly spaced, or a list of shares (0 begin, 1 end)."
     )
@@ -183,9 +182,7 @@ class Needles(CaseProbe):
                 Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none."),
                 asks=True,
             ),
-            "needle_length": RecipeField(
-                "length", int, Field(1024, ge=SHORTEST, description="Tokens of such a prompt.")
-            ),
+            "needle_length": RecipeField("length", int, Field(1024, ge=64, description="Tokens of such a prompt.")),
         },
         limits=("min_needles",),
     )
@@ -195,10 +192,6 @@ class Needles(CaseProbe):
         for one, other in self.alternatives:
             if {one, other} <= self.model_fields_set:
                 raise settings_error(f"and {other} are two ways to say the same", key=one, fix="one of them")
-        if self.lengths and min(self.lengths) < SHORTEST:
-            raise settings_error(
-                f"should be at least {SHORTEST} tokens; the shortest is {min(self.lengths)}", key="lengths"
-            )
         check_setting(refuse_settings, self.tokens, self.depth_shares, self.repetitions, self.secret)
         check_setting(refuse_form, self.form)
         return self

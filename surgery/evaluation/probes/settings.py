@@ -152,7 +152,8 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
     """Set one key of a recipe's `evaluate:` in place, in either spelling; of two of one meaning the later one holds.
 
     A block that is set takes the probe's earlier keys into it, since the two may not stand side by side; an earlier
-    key of a probe that has a block is set in the block.
+    key of a probe that has a block is set in the block. A whole block takes the place of the settings; limits that it
+    does not name stay: a gate is lowered by its name alone.
 
     Args:
         evaluate: as plain data, not checked yet.
@@ -161,6 +162,10 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
     Returns:
         The path that was set.
     """
+    if path == ("probes",) and isinstance(value, dict):
+        for name, block in value.items():
+            assign(evaluate, ("probes", name), block)
+        return path
     asks = False
     if owner := _block_key(evaluate, path):
         cls, key = owner
@@ -171,6 +176,8 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
             _into_block(evaluate, cls)
     if asks and not value:  # needles: 0
         path, value = path[:-1], None
+        block = evaluate["probes"][path[1]]
+        evaluate |= {name: block[name] for name in cls.aliases.limits if name in block}
     *outer, last = path
     target: Any = evaluate
     for step in outer:
@@ -178,6 +185,8 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
             target[step] = {}
         target = target[step] if isinstance(target, dict) else None
     if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+        if path[0] == "probes" and len(path) == 2 and isinstance(value, dict):
+            value = _limits_in(target.get(last), last) | value
         target[last] = value
         if path[0] == "probes" and len(path) == 3:
             for other in _alternatives(path[1], last):
@@ -195,6 +204,12 @@ def _into_block(evaluate: dict[str, Any], cls: type[Probe]) -> None:
     values = {key: value for key, value in values.items() if value or key not in asking}
     if isinstance(probes, dict) and isinstance(block := probes.get(cls.name), dict | None):
         evaluate["probes"] = probes | {cls.name: values | (block or {})}
+
+
+def _limits_in(block: object, name: str) -> dict[str, Any]:
+    """The limits that a probe's block sets."""
+    names = [limit for cls in every() if cls.name == name for limit in cls.limits]
+    return {key: value for key, value in block.items() if key in names} if isinstance(block, dict) else {}
 
 
 def _alternatives(name: str, key: str) -> list[str]:
