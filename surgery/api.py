@@ -11,7 +11,7 @@ from surgery.config import recipe as recipes
 from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
 from surgery.conversion.plan import Plan, make_plan
-from surgery.errors import SurgeryError
+from surgery.errors import CheckError, SurgeryError
 from surgery.io.safetensors import header_table
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
@@ -211,7 +211,12 @@ def check(
     """
     from surgery.evaluation.check import check_report
 
-    report = Report.of(folder)
+    try:
+        report = Report.of(folder)
+    except SurgeryError as error:
+        if not (Path(folder) / REPORT).is_file():
+            raise
+        raise CheckError(error.what, where=error.where, exists=error.exists, fix=error.fix) from None  # damaged
     check_report(report, None if base is None else _folder(base), memory=memory, progress=progress)
     report.save()
     return report

@@ -142,6 +142,14 @@ def edit_json(path: Path, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def edit_record(folder: Path, **fields) -> None:
+    """Change surgery.json as surgery itself would: it says of itself what it holds."""
+    from surgery.io.manifest import record_hash
+
+    record = json.loads((folder / "surgery.json").read_text()) | fields
+    (folder / "surgery.json").write_text(json.dumps(record | {"record_sha256": record_hash(record)}))
+
+
 def edit_tensors(folder: Path, change) -> None:
     """Rewrite model.safetensors: `change` gets the dict of tensors and edits it in place."""
     from safetensors.torch import load, save

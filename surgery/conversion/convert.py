@@ -115,7 +115,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
         data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
         for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
             state.unlink()
-        Report(data, partial).save()
+        Report(data, partial).save(list_files=True)
     return Report.of(out.out)
 
 

@@ -46,7 +46,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
         if base:
             _copy_documents(base, partial)
         saved = Report(_plain(report.data) | {"files": weight_files(partial)}, partial)
-        saved.save()
+        saved.save(list_files=True)
     saved.folder = out.out
     return saved
 

@@ -18,11 +18,12 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
 from surgery.evaluation.check_code import FOREIGN, check_runtime_code
 from surgery.evaluation.check_layers import FAILED, NOT_RUN, PASSED, compare_shapes, run_layers
-from surgery.io.files import sha256
+from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import too_big
-from surgery.report.report import Report
+from surgery.operations.base import NATIVE, SURGICAL
+from surgery.report.report import FILE, Report
 
 PROBE_LENGTH, GENERATED = 24, 8
 PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
@@ -54,7 +55,8 @@ def check_folder(
     folder = Path(folder)
     report = Report.of(folder)
     items = [check_hashes(report, folder, progress)]
-    return [without_path(item, folder, base) for item in items + _check_contents(folder, base, memory, progress)]
+    items += [*check_record(report, folder), *_check_contents(folder, base, memory, progress)]
+    return [without_path(item, folder, base) for item in items]
 
 
 def check_report(report: Report, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> None:
@@ -107,19 +109,41 @@ def to_dict(items: list[Item]) -> dict:
 
 
 def check_hashes(report: Report, folder: Path, progress=None) -> Item:
-    """Every weight file that surgery.json lists is there, with its size and sha256."""
-    files = report.data.get("files") or {}
-    if not files:
+    """Every file that surgery.json lists is there, with its size and sha256, and there is no other."""
+    if not report.data["files"]:
         return Item("hashes", FAILED, "surgery.json lists no weight files")
-    for index, (name, info) in enumerate(files.items()):
-        path = folder / name
-        if not path.is_file():
-            return Item("hashes", FAILED, f"{name} is missing")
-        if path.stat().st_size != info["bytes"] or sha256(path) != info["sha256"]:
-            return Item("hashes", FAILED, f"{name} is not the file that was written")
+
+    def tick(done: int, total: int) -> None:
         if progress:
-            progress(index + 1, len(files), "hashes")
-    return Item("hashes", PASSED, f"{len(files)} file{'s' * (len(files) > 1)}, sha256")
+            progress(done, total, "hashes")
+
+    faults = [] if report.intact else [f"{FILE} is not as surgery wrote it"]
+    if faults := faults + manifest.differences(folder, report.data, tick):
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        return Item("hashes", FAILED, f"{'; '.join(faults[:3])}{more}")
+    count = len(manifest.listed(report.data))
+    if manifest.is_complete(report.data):
+        return Item("hashes", PASSED, f"{count} files, sha256")
+    weights = f"{count} weight file{'s' * (count > 1)}, sha256"
+    return Item("hashes", PASSED, f"{weights}; an earlier version wrote this, and listed no other files")
+
+
+def check_record(report: Report, folder: Path) -> list[Item]:
+    """What surgery.json says of tier and cache is what config.json says; none of a folder that is not understood."""
+    name, data = "record against config", report.data
+    try:
+        anatomy = Anatomy.of(folder)
+    except SurgeryError:
+        return []
+    wanted = SURGICAL if anatomy.surgical else NATIVE
+    if data.get("tier") != wanted:
+        what = f"surgery.json says that this is a {data.get('tier')} checkpoint, config.json that it is {wanted}"
+        return [Item(name, FAILED, what)]
+    for key, words in (("kv_bytes_per_token", "KV bytes per token"), ("kv_bytes_fixed", "KV bytes held always")):
+        planned = (data["plan"].get(key) or {}).get("after")
+        if planned is not None and planned != (real := getattr(anatomy, key)):
+            return [Item(name, FAILED, f"{words}: {planned:,} in surgery.json, {real:,} by config.json")]
+    return [Item(name, PASSED, f"{wanted}, the cache as planned")]
 
 
 def check_finite(checkpoint: Checkpoint, progress=None) -> Item:

@@ -217,4 +217,4 @@ class SurgeryCallback(TrainerCallback):
             gate_record = {"status": "not run", "limits": data["gate"]["limits"]}
             changes = {"files": files, "check": None, "evaluation": None, "gate": gate_record, "code": None}
             in_memory = {"class": (data.get("in_memory") or {}).get("class"), "steps": state.global_step}
-            Report(data | changes | {"in_memory": in_memory}, folder).save()
+            Report(data | changes | {"in_memory": in_memory}, folder).save(list_files=True)

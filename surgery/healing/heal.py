@@ -146,6 +146,7 @@ def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training:
     data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}
     Report(data, partial).save()
     _remove_working_files(job.run)
+    Report(data, partial).save(list_files=True)  # of what stays
 
 
 def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, options: RunOptions) -> None:

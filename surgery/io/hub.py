@@ -15,8 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError, nearest
-from surgery.io.files import sha256
+from surgery.io import manifest
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
+from surgery.io.manifest import WEIGHTS
+from surgery.io.model_folder import is_carried
+from surgery.io.output_folder import REPORT
 from surgery.io.safetensors import SINGLE_FILE, inside_folder
 
 DEMO, DEMO_BASE = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,9 +34,6 @@ NOT_FETCHED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
     "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
 ]  # fmt: skip
-TRAINERS = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json"]
-NOT_PUSHED = [*TRAINERS, "*.partial*", "*.lock", ".*", "*/.*", "*__pycache__/*", "healing/runs/*"]
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -273,28 +273,31 @@ def _send(out: Path, result: dict, token: str, public: bool, message: str, revis
 
 
 def _checked(out: Path) -> tuple[dict, list[dict]]:
-    """surgery.json and the files to send, of a folder that passed `check` and has not changed since."""
+    """surgery.json and the files to send, of a folder that passed `check` and has not changed since.
+
+    What surgery wrote and carried is sent, nothing else that lies there.
+    """
     fix = f"run `surgery check {out.name}`"
     try:
-        report = json.loads((out / "surgery.json").read_text(encoding="utf-8"))
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         passed = (report["check"] or {}).get("passed") is True
-        sums = {inside_folder(n, "surgery.json"): (int(f["bytes"]), f["sha256"]) for n, f in report["files"].items()}
+        sizes = {inside_folder(name, REPORT): int(info["bytes"]) for name, info in manifest.listed(report).items()}
     except (FileNotFoundError, NotADirectoryError):
         what = "this folder was not made by surgery: it has no surgery.json"
         raise SurgeryError(what, where=str(out), fix="push the folder that `surgery apply` wrote") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise SurgeryError("surgery.json is damaged", where=str(out), fix=fix) from None
     if not passed:
         raise SurgeryError("this folder has not passed `surgery check`", where=str(out), fix=fix)
-    paths = sorted(p for p in out.rglob("*") if p.is_symlink() or p.is_file())
-    files = {p.relative_to(out).as_posix(): p for p in paths}
-    files = {n: p for n, p in files.items() if not any(fnmatch(n, pattern) for pattern in NOT_PUSHED)}
-    if links := [name for name, path in files.items() if path.is_symlink()]:
+    there = manifest.paths_in(out)
+    if links := [name for name, path in there.items() if path.is_symlink()]:
         raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")
-    changed = [name for name in files if name.endswith(WEIGHTS) and name not in sums]
-    changed += [n for n, (size, _) in sums.items() if n not in files or files[n].stat().st_size != size]
-    changed = changed or [name for name, (_, digest) in sums.items() if sha256(files[name]) != digest]
-    if changed or not any(name.endswith(".safetensors") for name in sums):
-        names = ", ".join(changed[:4]) or "no weights are recorded"
-        raise SurgeryError(f"changed since it was checked: {names}", where=str(out), fix=fix)
-    return report, [{"name": name, "bytes": path.stat().st_size} for name, path in files.items()]
+    changed = [] if manifest.is_intact(report) else [f"{REPORT} is not as surgery wrote it"]
+    changed += manifest.differences(out, report)
+    if changed or not any(name.endswith(".safetensors") for name in report["files"]):
+        faults = "; ".join(changed[:4]) or "no weights are recorded"
+        raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix)
+    names = [*sizes]
+    if not manifest.is_complete(report):  # of an earlier version, which listed the weights alone
+        names += [name for name in there if name not in sizes and is_carried(name)]
+    return report, [{"name": name, "bytes": (out / name).stat().st_size} for name in sorted({*names, REPORT})]

@@ -78,6 +78,16 @@ REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json"}
 RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
 
+def is_carried(name: str) -> bool:
+    """Whether a file of this path is of the kinds that are copied, or one that surgery writes beside the weights."""
+    return name in REWRITTEN or _matches(name)
+
+
+def _matches(name: str) -> bool:
+    patterns = (pattern.lower() for pattern in CARRIED if "/" in pattern or "/" not in name)
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
     """Copy the base's other files that are on the allow list; a link becomes the file that it points to.
 
@@ -87,14 +97,14 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
     Returns:
         The names of the files that were left behind.
     """
-    left_behind, patterns = [], [pattern.lower() for pattern in CARRIED]
+    left_behind = []
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()
         if any(component.startswith(".") for component in path.relative_to(base).parts) or name in REWRITTEN:
             continue
         if any(fnmatchcase(name, pattern) for pattern in RUNTIME):
             continue
-        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns if "/" in pattern or "/" not in name):
+        if _matches(name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         elif name not in weights:

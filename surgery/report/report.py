@@ -13,6 +13,7 @@ from typing import Any
 from surgery.errors import CheckError, GateError, SurgeryError, shown
 from surgery.evaluation.probes import REGISTRY
 from surgery.io.files import published_override, published_recipe, sha256, write_json, write_text
+from surgery.io.manifest import CARD, entry, is_intact, other_files, record_hash
 from surgery.io.output_folder import BASE_CARD
 from surgery.operations.base import SURGICAL
 
@@ -32,10 +33,12 @@ class Report:
     Attributes:
         data: exactly what surgery.json holds.
         folder: the checkpoint, if it was saved.
+        intact: the record is as surgery wrote it. One that was edited stays known as such, however often it is saved.
     """
 
     data: dict[str, Any]
     folder: Path | None = None
+    intact: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The content of surgery.json."""
@@ -46,8 +49,13 @@ class Report:
         """ "passed", "failed", "skipped" or "not run"."""
         return self.data["gate"]["status"]
 
-    def save(self) -> None:
-        """Write surgery.json and the card that follows from it."""
+    def save(self, *, list_files: bool = False) -> None:
+        """Write surgery.json and the card that follows from it. A card that somebody has edited stays as it is.
+
+        Args:
+            list_files: record every file of the folder, as it is when a checkpoint was written. Later it is held
+                against that.
+        """
         if self.folder is None:
             raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
         from surgery.report.card import render_card
@@ -57,8 +65,17 @@ class Report:
         self.data["notices"] = [name for name in names if name.upper().startswith(NOTICES)]
         if self.data.get("tier") == SURGICAL and not self.data.get("code"):
             self.data["code"] = {name: sha256(self.folder / name) for name in names if name.endswith(".py")}
+        if list_files:
+            self.data["other_files"] = other_files(self.folder, {*self.data["files"], CARD})
+        card, text = self.folder / CARD, render_card(self.data, base_card(self.folder))
+        known = (self.data.get("other_files") or {}).get(CARD)
+        if known is None or not card.exists() or sha256(card) == known["sha256"]:
+            write_text(card, text)
+            if "other_files" in self.data:
+                self.data["other_files"][CARD] = entry(card)
+        if self.intact:
+            self.data["record_sha256"] = record_hash(self.data)
         write_json(self.folder / FILE, self.data)
-        write_text(self.folder / "README.md", render_card(self.data, base_card(self.folder)))
 
     def record_evaluation(self, result: dict) -> None:
         """Record a score, and compare it with the recipe's gate; `result`: `to_dict()` of the main probe's result."""
@@ -110,7 +127,7 @@ class Report:
         if fault := _damage_of_file(data):
             fix = "take surgery.json from the folder as it was written, or convert again (surgery apply)"
             raise SurgeryError(f"surgery.json is damaged: {fault}", where=str(folder), fix=fix)
-        return cls(data, folder)
+        return cls(data, folder, is_intact(data))
 
 
 def _damage_of_file(data: dict) -> str:
@@ -120,8 +137,10 @@ def _damage_of_file(data: dict) -> str:
             return f"it has no {name}"
         if not isinstance(data[name], kind):
             return f"{name} is {shown(data[name])}"
-    for name, entry in data["files"].items():
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
+    if not isinstance(data.get("other_files"), dict | None):
+        return f"other_files is {shown(data['other_files'])}"
+    for name, info in (data["files"] | (data.get("other_files") or {})).items():
+        if not isinstance(info, dict) or type(info.get("bytes")) is not int or type(info.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
     healing = data.get("heal")
     if not isinstance(healing, dict | None) or (healing and not isinstance(healing.get("settings"), dict)):
@@ -215,7 +234,10 @@ def history_of(base: Path) -> list[dict]:
         return []
     if not isinstance(record, dict):
         return []
-    return [*record.pop("history", []), record]
+    earlier = record.pop("history", [])
+    for name in ("other_files", "record_sha256"):  # of a folder that is another one
+        record.pop(name, None)
+    return [*earlier, record]
 
 
 def versions() -> dict[str, str]:

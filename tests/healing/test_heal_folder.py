@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXT, edit_json, listing
+from conftest import TEXT, edit_json, edit_record, listing
 from families import TINY, TOKENS, load_without_package, one_thread  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -198,7 +198,7 @@ def test_an_adapter_kept_gives_the_merged_model(converted, heal, model):
     assert apart < 0.05, "the merged weights were rounded to bfloat16"
     (done.folder / "healing/runs").mkdir()
     (done.folder / "healing/runs/events.of-this-machine").touch()
-    edit_json(done.folder / "surgery.json", check={"passed": True, "items": []})
+    edit_record(done.folder, check={"passed": True, "items": []})
     sent = [file["name"] for file in package.push(done.folder, "me/x", dry_run=True)["files"]]
     assert "adapter/adapter_model.safetensors" in sent
     assert not [name for name in sent if "runs" in name]
@@ -467,7 +467,7 @@ def test_a_trainers_own_checkpoints_carry_the_record(tiny_llama, tmp_path):
     card = (tmp_path / "run/checkpoint-2/README.md").read_text()
     assert "KV heads 3 → 1 in 2 layers" in card
     folder = tmp_path / "run/checkpoint-2"
-    edit_json(folder / "surgery.json", check={"passed": True, "items": []})
+    edit_record(folder, check={"passed": True, "items": []})
     sent = {file["name"] for file in package.push(folder, "me/x", dry_run=True)["files"]}
     assert "model.safetensors" in sent
     assert not [name for name in sent if name.startswith(("optimizer", "scheduler", "rng_state", "training_args"))]

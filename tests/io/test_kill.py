@@ -160,7 +160,8 @@ def hashes(folder: Path) -> dict[str, str]:
         data = path.read_bytes() if path.suffix in (".json", ".md") else None
         if path.name == "surgery.json":
             report = json.loads(data)
-            data = json.dumps(report | {"created": ""}, sort_keys=True).encode()
+            del report["other_files"]["README.md"]
+            data = json.dumps(report | {"created": "", "record_sha256": ""}, sort_keys=True).encode()
         if data is not None:
             digests[path.name] = hashlib.sha256(data).hexdigest()
         else:

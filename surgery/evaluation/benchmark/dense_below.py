@@ -223,6 +223,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     Raises:
         SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
     """
+    from surgery.io import manifest
     from surgery.io.files import read_json, write_json
     from surgery.io.output_folder import machine_errors
     from surgery.report.report import Report
@@ -237,6 +238,9 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     folder = Path(folder)
     report, config = Report.of(folder), read_json(folder / "config.json")
     dense_below, data = search.dense_below, report.data
+    changed = [] if report.intact else ["surgery.json is not as surgery wrote it"]
+    if changed := changed + manifest.differences(folder, data):
+        raise SurgeryError(f"{changed[0]}: nothing was written", where=str(folder), fix=f"surgery check {folder.name}")
     for entry in (layer["sparse"] for layer in config["surgery"]["layers"] if "sparse" in layer):
         entry["dense_below"] = dense_below
     steps = [step for step in data["recipe"]["operations"] if step.get("op") == "sparse_prefill"]
@@ -249,6 +253,8 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     data["calibration"] = search.to_dict()
     with machine_errors(folder):
         write_json(folder / "config.json", config)
+        if manifest.is_complete(data):
+            data["other_files"]["config.json"] = manifest.entry(folder / "config.json")
         report.save()
     return report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import edit_json
+from conftest import edit_record
 from families import one_thread  # noqa: F401 (a fixture)
 
 import surgery as package
@@ -93,7 +93,7 @@ def below_of(folder) -> list[int]:
 def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, value):
     """A larger value keeps the scores and says of what they are, a smaller one takes them out."""
     limits = {"max_kl": 1.0}
-    edit_json(out / "surgery.json", evaluation=SCORES, gate={"status": "passed", "limits": limits, "reasons": []})
+    edit_record(out, evaluation=SCORES, gate={"status": "passed", "limits": limits, "reasons": []})
     monkeypatch.setattr(dense_below, "_seconds", made_up(fixed))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     args = ("bench", "out", "--calibrate", "--lengths", "32,64,128", "--rounds", "2")

@@ -1,0 +1,97 @@
+"""What an output folder consists of: every file that surgery wrote or carried, and whether it is as it was written.
+
+surgery.json lists them: weights in `files`, all others in `other_files`, path -> sha256 and bytes. It does not list
+itself: `record_sha256` is of all else that it says. A record of an earlier version lists the weights alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from surgery.io.files import sha256
+from surgery.io.output_folder import PROGRESS, REPORT
+
+CARD = "README.md"
+# Not part of a checkpoint, wherever they come from: a training's states, hidden files, what is being written.
+TRAINERS = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
+UNLISTED = (
+    *TRAINERS, PROGRESS, REPORT, "*.partial*", "*.unfinished", "*.lock", "*.state", ".*", "*/.*", "*__pycache__/*",
+    "healing/runs/*",
+)  # fmt: skip
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def paths_in(folder: Path) -> dict[str, Path]:
+    """Path in a folder -> the file or link, of all that a manifest lists or should."""
+    found = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: path for name, path in names.items() if not any(fnmatch(name, pattern) for pattern in UNLISTED)}
+
+
+def entry(path: Path) -> dict:
+    """What a manifest says of a file."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def other_files(folder: Path, weights: Collection[str]) -> dict[str, dict]:
+    """The manifest of a folder without its weights, of the files that are in it now."""
+    return {name: entry(path) for name, path in paths_in(folder).items() if name not in weights}
+
+
+def listed(record: dict) -> dict[str, dict]:
+    """Every file that a record lists."""
+    return record["files"] | (record.get("other_files") or {})
+
+
+def is_complete(record: dict) -> bool:
+    """Whether a record lists more than the weights: one of an earlier version does not."""
+    return isinstance(record.get("other_files"), dict)
+
+
+def record_hash(record: dict) -> str:
+    """`record_sha256` of a record: of all that it says but that."""
+    data = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def is_intact(record: dict) -> bool:
+    """Whether a record, as it was read, is as surgery wrote it; of one of an earlier version nobody can say."""
+    return record.get("record_sha256") in (None, record_hash(record))
+
+
+def added(folder: Path, record: dict) -> list[str]:
+    """Files of a folder that its record does not list; of a record that lists weights alone, weights."""
+    known = listed(record)
+    names = [name for name in paths_in(folder) if name not in known]
+    return names if is_complete(record) else [name for name in names if name.endswith(WEIGHTS)]
+
+
+def differences(folder: Path, record: dict, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """How the files of a folder, but surgery.json, differ from its record, a clause each ("config.json is missing").
+
+    Args:
+        progress: called with files done and their number.
+    """
+    known, found = listed(record), []
+    for index, (name, info) in enumerate(known.items()):
+        found += [f"{name} {fault}" for fault in [_fault(folder, name, info)] if fault]
+        if progress:
+            progress(index + 1, len(known))
+    return found + [f"{name} is not of this checkpoint" for name in added(folder, record)]
+
+
+def _fault(folder: Path, name: str, info: dict) -> str:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        return "is listed, and is not in this folder"
+    path = folder / name
+    if path.is_symlink():
+        return "is a link"
+    if not path.is_file():
+        return "is missing"
+    same = path.stat().st_size == info["bytes"] and sha256(path) == info["sha256"]
+    return "" if same else "is not the file that was written"
