@@ -54,7 +54,7 @@ DECIDED = {
     "recipes": "",
     "report": "card card_sections gate lineage plots report",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
-    "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates "
+    "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.

@@ -56,17 +56,18 @@ FILES = {
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
     "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
-    # The ways to choose blocks in sparse prefill. `by_head`, which uses others, comes with "sparse".
-    "sparse.block_topk": "surgery_estimate_block_topk",
-    "sparse.flexprefill": "surgery_estimate_flexprefill",
-    "sparse.hierarchical": "surgery_estimate_hierarchical",
-    "sparse.max_threshold": "surgery_estimate_max_threshold",
+    # The estimators of blocks, in the order in which people read them.
     "sparse.pooled": "surgery_estimate_pooled",
     "sparse.sampled": "surgery_estimate_sampled",
     "sparse.streaming": "surgery_estimate_streaming",
     "sparse.tri_shape": "surgery_estimate_streaming",
     "sparse.vertical_slash": "surgery_estimate_vertical_slash",
+    "sparse.flexprefill": "surgery_estimate_flexprefill",
     "sparse.xattention": "surgery_estimate_xattention",
+    "sparse.block_topk": "surgery_estimate_block_topk",
+    "sparse.max_threshold": "surgery_estimate_max_threshold",
+    "sparse.hierarchical": "surgery_estimate_hierarchical",
+    "sparse.by_head": "surgery_estimators",  # which every one of them needs
 }
 PARTS = tuple(name for name in FILES if "." not in name)
 LIST = b"\n\nif False:  # read by Transformers, which takes what it finds imported here\n"

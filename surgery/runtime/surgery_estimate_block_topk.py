@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .surgery_block_selection import Blocks, block_means, by_group, keep_top, widen
+from .surgery_estimators import Estimator, Setting, is_number
 
 
 def block_topk(query, key, scale: float, block: int, *, top=8, votes: float = 0.0) -> torch.Tensor:
@@ -42,3 +43,9 @@ def block_topk(query, key, scale: float, block: int, *, top=8, votes: float = 0.
     queries = (begin + block).clamp_max(blocks.keys) - begin.clamp_min(blocks.start)  # [rows, 1]
     kept = (picked >= votes * queries) & (picked > 0)
     return (kept | blocks.forced(device=device)) & blocks.causal(device)
+
+
+VOTES = Setting("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+ESTIMATORS = {
+    "block_topk": Estimator(block_topk, chunk_exact=True, head_lists=True, by_head=("top",), settings={"votes": VOTES})
+}

@@ -8,11 +8,14 @@ a head adds the largest of all its blocks by pooled queries and keys, `gamma` of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .surgery_block_selection import Blocks, block_means, by_group, keep_by_coverage, keep_top, widen
 from .surgery_estimate_pooled import block_mass
 from .surgery_estimate_vertical_slash import by_block, columns_and_diagonals, crossing, last_weights
+from .surgery_estimators import FROM_NONE, FROM_ONE, Estimator, Setting, is_number
 
 
 def flexprefill(
@@ -68,3 +71,11 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence of distributions over the last dimension, in nats; 0 log 0 = 0."""
     entropy = torch.special.entr
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp_min(0)
+
+
+SETTINGS = {
+    "tau": Setting("a number from 0", lambda value: is_number(value) and value >= 0),
+    "min_budget": FROM_NONE,
+    "max_budget": replace(FROM_ONE, optional=True),
+}
+ESTIMATORS = {"flexprefill": Estimator(flexprefill, chunk_exact=False, head_lists=True, settings=SETTINGS)}

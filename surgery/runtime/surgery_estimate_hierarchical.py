@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from .surgery_block_selection import CELLS, Blocks, block_means, keep_top, widen
+from .surgery_estimators import Estimator, Setting
 
 
 def hierarchical(
@@ -73,3 +74,11 @@ def _search(query, stands, blocks: Blocks, rows: slice, top: int, middle: bool) 
         order = (~best).byte().sort(dim=-1, stable=True).indices[..., :top]  # of the best, by place
         low, high = low.gather(-1, order), high.gather(-1, order)
     return low, high
+
+
+REPRESENTATIVE = Setting("mean or middle", lambda value: value in ("mean", "middle"))
+ESTIMATORS = {
+    "hierarchical": Estimator(
+        hierarchical, chunk_exact=True, head_lists=True, settings={"representative": REPRESENTATIVE}
+    )
+}

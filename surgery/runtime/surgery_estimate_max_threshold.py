@@ -14,6 +14,7 @@ import torch
 
 from .surgery_block_selection import Blocks, block_means, keep, reduce_groups, widen
 from .surgery_estimate_pooled import block_mass
+from .surgery_estimators import FROM_ONE, Estimator
 
 
 def max_threshold(
@@ -48,3 +49,8 @@ def max_threshold(
     mass = block_mass(query, block_means(key, block), scale, blocks, queries, bias)
     mass = reduce_groups(mass.masked_fill_(blocks.distance(key.device) == 0, 0.0), key.shape[1], reduce)
     return keep(mass, blocks, blocks.forced(first, local, device=key.device), None, None, alpha)
+
+
+ESTIMATORS = {
+    "max_threshold": Estimator(max_threshold, chunk_exact=True, head_lists=True, settings={"first": FROM_ONE})
+}

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import normalize
 
 from .surgery_block_selection import Blocks, block_means, by_group, keep, reduce_groups, widen
+from .surgery_estimators import Estimator, Setting, is_number
 
 
 def pooled(
@@ -95,3 +96,7 @@ def block_mass(query, means, scale: float, blocks: Blocks, queries: str, bias: t
             found = blocks.fold(scores, rows, -torch.inf).logsumexp(-2) + bias[..., :seen]
         mass[:, :, rows, :seen] = found.flatten(1, 2)
     return mass if queries == "each" else mass.masked_fill_(later, -torch.inf).softmax(-1)
+
+
+SIMILARITY = Setting("a number from -1 to 1", lambda value: is_number(value) and -1 <= value <= 1, optional=True)
+ESTIMATORS = {"pooled": Estimator(pooled, chunk_exact=True, settings={"similarity": SIMILARITY})}

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from .surgery_block_selection import Blocks, by_group, keep, reduce_groups, widen
+from .surgery_estimators import STEP, Estimator
 
 
 def sampled(
@@ -65,3 +66,6 @@ def sampled(
         mass[..., :seen].index_add_(2, places // block - blocks.first, found)
     forced = blocks.forced(local=local, device=device)
     return keep(reduce_groups(mass, kv_heads, reduce), blocks, forced, gamma, density, alpha)
+
+
+ESTIMATORS = {"sampled": Estimator(sampled, chunk_exact=True, settings={"every": STEP})}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .surgery_block_selection import Blocks
+from .surgery_estimators import Estimator
 
 
 def streaming(query, key, scale, block: int, *, sinks=128, window=4096) -> torch.Tensor:
@@ -46,3 +47,10 @@ def tri_shape(query, key, scale, block: int, *, sinks=128, window=4096, last: in
     """
     dense = Blocks.of(query, key, block).forced(last_rows_dense=last, device=key.device)
     return streaming(query, key, scale, block, sinks=sinks, window=window) | dense
+
+
+LISTS = ("sinks", "window")
+ESTIMATORS = {
+    "streaming": Estimator(streaming, chunk_exact=True, reads_text=False, by_head=LISTS),
+    "tri_shape": Estimator(tri_shape, chunk_exact=False, reads_text=False, by_head=LISTS),
+}

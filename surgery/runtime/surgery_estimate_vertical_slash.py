@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from .surgery_block_selection import Blocks, by_group, keep_top, widen
+from .surgery_estimators import FROM_NONE, Estimator
 
 
 def vertical_slash(
@@ -96,3 +97,14 @@ def crossing(columns, near, far, blocks: Blocks) -> torch.Tensor:
     distance = blocks.distance(columns.device)
     kept = columns[:, :, None] | near[:, :, distance.clamp_min(0)]
     return (kept | blocks.forced(device=columns.device)) & (distance >= 0)
+
+
+ESTIMATORS = {
+    "vertical_slash": Estimator(
+        vertical_slash,
+        chunk_exact=False,
+        head_lists=True,
+        by_head=("vertical", "slash"),
+        settings=dict.fromkeys(("vertical", "slash", "nearest"), FROM_NONE),
+    )
+}

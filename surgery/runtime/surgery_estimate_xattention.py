@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from .surgery_block_selection import Blocks, by_group, keep, reduce_groups, shares, widen
+from .surgery_estimators import STEP, Estimator
 
 
 def xattention(
@@ -83,3 +84,6 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int) -> torc
         found = pad(shares(scores), (0, seen * side - end)).unflatten(-1, (seen, side)).sum(-1)
         mass[:, :, rows, :seen] = cells.fold(found, rows, 0.0).sum(-2).flatten(1, 2)
     return mass
+
+
+ESTIMATORS = {"xattention": Estimator(xattention, chunk_exact=True, head_lists=True, settings={"stride": STEP})}

@@ -4,8 +4,8 @@ An entry of the `surgery` block may hold `sparse`:
 
     {"method": "pooled", "block": 128, "dense_below": 1024, "last_rows_dense": 0, "delta": null, ...}
 
-and whatever other settings the method has (surgery_block_selection.py). It is for heads that see all, and for calls
-with more than one query. What is sparse is a whole block of queries: those of a block that a call holds only a part
+and whatever other settings the method has (surgery_estimators.py). It is for heads that see all, and for calls with
+more than one query. What is sparse is a whole block of queries: those of a block that a call holds only a part
 of read all keys, as a decoded token does. So a prompt in one piece, in chunks that end at block edges, and with
 speculated tokens at its end gives the same, and a short call behind a long past is decoding. (Without a cache every
 step is a prompt again, and the generated tokens are a part of it.)
@@ -25,8 +25,8 @@ from math import ceil
 import torch
 
 from .surgery_block_attention import attend_blocks, attend_rows
-from .surgery_block_selection import METHODS, choose, settings_problems
 from .surgery_config import FILES, Part
+from .surgery_estimators import choose, estimator, settings_problems
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
@@ -40,7 +40,7 @@ class Sparse:
     """How the heads of one visibility attend to a prompt.
 
     Attributes:
-        method: a name of `surgery_block_selection.METHODS`.
+        method: the name of an estimator (`surgery_estimators.estimator_names`).
         block: tokens in a block of queries and of keys, a power of two.
         dense_below: query blocks that end at this position or before read all keys.
         last_rows_dense: so do the query blocks that hold the last so many tokens of a call.
@@ -142,7 +142,7 @@ class Sparse:
         causal = columns <= torch.arange(first, len(columns), device=device)[:, None]
         if not rows:
             return causal.expand(len(keys), keys.shape[1], -1, -1)
-        if METHODS[self.method].chunk_exact:  # these rows get the same without the others, which need none
+        if estimator(self.method).chunk_exact:  # these rows get the same without the others, which need none
             query, keys, first = query[:, :, rows.start * size - past : rows.stop * size - past], keys, rows.start
             keys = keys[:, :, : rows.stop * size]
         with torch.autocast(device.type, enabled=False):  # else what is kept would follow from rounded sums

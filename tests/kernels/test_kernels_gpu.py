@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import BF16, CASES, FP32, brute, causal, made, ratio, seen_blocks
 
-from surgery.runtime.surgery_block_selection import METHODS
+from surgery.runtime.surgery_estimators import estimator_names
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 5e-3, "bf16": 1e-2}
@@ -75,7 +75,7 @@ def test_float32_is_not_tf32():
     assert ratio(out, brute(query, key, value, causal(512, 512, None, 1, "cuda"))[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"by_head"}))
+@pytest.mark.parametrize("method", sorted({*estimator_names()} - {"by_head"}))
 def test_the_runtime_on_a_gpu_is_that_on_a_cpu(method):
     """Estimator, lists and attention, in float32."""
     from surgery.runtime.surgery_sparse_prefill import Sparse

@@ -1,13 +1,17 @@
 """Which blocks sparse prefill keeps: every method against its formula, written out in float64 with loops."""
 
+import importlib
 import math
+import sys
 from fractions import Fraction
 
 import pytest
 import torch
 from families import one_thread  # noqa: F401
 
-from surgery.runtime.surgery_block_selection import METHODS, choose, settings_problems, with_defaults
+from surgery.runtime import surgery_config
+from surgery.runtime.surgery_estimators import choose, estimator, estimator_names, settings_problems, with_defaults
+from surgery.runtime.surgery_sparse_prefill import PART, problem_of
 
 # heads, KV heads, tokens, queries (the last of them), block
 SHAPES = [
@@ -345,7 +349,7 @@ IDENTITY = {
 
 
 def test_every_method_is_tested():
-    assert set(NAMES) == set(IDENTITY) == set(METHODS) - {"by_head"}
+    assert set(NAMES) == set(IDENTITY) == set(estimator_names()) - {"by_head"}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
@@ -388,7 +392,23 @@ def test_chunks_at_block_edges_keep_what_one_shot_keeps(method, settings):
         for begin, end in ((0, 96), (96, 112), (112, 250))
     ]
     joined = torch.cat([torch.nn.functional.pad(piece, (0, 16 - piece.shape[-1])) for piece in pieces], dim=2)
-    assert torch.equal(joined, whole) == METHODS[method].chunk_exact
+    assert torch.equal(joined, whole) == estimator(method).chunk_exact
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_lists_are_of_query_heads_by_default_where_the_description_says_so(method):
+    query, key = made(9, 3, 150, 70)
+    found = choose(method, query, key, SCALE, 64, {})
+    assert found.shape[1] == (9 if estimator(method).head_lists else 3)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_what_reads_no_text_keeps_the_same_of_any(method):
+    """Whatever the settings are; what reads text keeps another thing of another text under some."""
+    texts = [made(9, 3, 150, 70, seed=seed) for seed in range(2)]
+    every = [settings for name, _, settings in CASES if name == method]
+    alike = [torch.equal(*(choose(method, *text, SCALE, 16, settings) for text in texts)) for settings in every]
+    assert all(alike) != estimator(method).reads_text
 
 
 @pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
@@ -413,7 +433,7 @@ def test_inputs_are_left_alone(method, settings):
 @pytest.mark.parametrize(("method", "settings"), EVERY, ids=NAMES)
 def test_lists_of_query_heads_are_as_if_keys_were_repeated(method, settings):
     """And those of KV heads follow them, where keys are shared."""
-    if "reduce" in METHODS[method].defaults:
+    if "reduce" in estimator(method).defaults:
         settings = settings | {"reduce": "none"}
     query, key = made(9, 3, 150, 70)
     found = choose(method, query, key, SCALE, 16, settings)
@@ -432,14 +452,13 @@ PIECEWISE = ["pooled", "sampled", "xattention", "block_topk", "max_threshold", "
 @pytest.mark.parametrize("method", PIECEWISE)
 def test_scores_made_in_pieces_give_the_same(method, sizes, monkeypatch):
     """XAttention's released code masks every key where the length is a multiple of its chunk (pad = 0)."""
-    from surgery.runtime import surgery_block_selection as surgery_blocks
-    from surgery.runtime import surgery_estimate_hierarchical
+    from surgery.runtime import surgery_block_selection, surgery_estimate_hierarchical
 
     settings = dict(EVERY)[method]
     query, key = made(*sizes)
     whole = choose(method, query, key, SCALE, 16, settings)
     for cells in (1, 2**14):
-        for module in (surgery_blocks, surgery_estimate_hierarchical):
+        for module in (surgery_block_selection, surgery_estimate_hierarchical):
             monkeypatch.setattr(module, "CELLS", cells)
         assert torch.equal(choose(method, query, key, SCALE, 16, settings), whole)
 
@@ -634,7 +653,105 @@ def test_block_sizes_that_do_not_fit_are_named(block):
 
 
 def test_defaults_are_right_and_a_given_rule_replaces_the_default_one():
-    for method in METHODS:
+    for method in estimator_names():
         assert (settings_problems(method, {}, 128, 9) == []) == (method != "by_head")
     assert with_defaults("pooled", {"density": 0.5})["gamma"] is None
-    assert with_defaults("pooled", {"local": 2})["gamma"] == METHODS["pooled"].defaults["gamma"]
+    assert with_defaults("pooled", {"local": 2})["gamma"] == estimator("pooled").defaults["gamma"]
+
+
+TOY = '''"""Sparse prefill where a block is kept if the number of its distance has the parity asked for."""
+
+import torch
+
+from .surgery_block_selection import Blocks
+from .surgery_estimators import Estimator, Setting
+
+
+def parity(query, key, scale, block: int, *, odd=False, local: int = 1, of: int | None = 2) -> torch.Tensor:
+    blocks = Blocks.of(query, key, block)
+    distance = blocks.distance(key.device)
+    left = torch.as_tensor(odd, device=key.device).long().view(-1, 1, 1)
+    kept = (distance % of == left) | blocks.forced(local=local, device=key.device)
+    return (kept & blocks.causal(key.device)).expand(query.shape[0], query.shape[1], -1, -1)
+
+
+ESTIMATORS = {
+    "parity": Estimator(
+        parity,
+        chunk_exact=True,
+        head_lists=True,
+        reads_text=False,
+        by_head=("odd",),
+        settings={
+            "odd": Setting("true or false", lambda value: isinstance(value, bool)),
+            "of": Setting("2 or 32", lambda value: value in (2, 32), optional=True, within_block=True),
+        },
+    )
+}
+'''
+
+
+@pytest.fixture
+def parity(tmp_path, monkeypatch):
+    """A new estimator: a file beside the others and a line of `FILES`, no more."""
+    runtime, name = importlib.import_module("surgery.runtime"), "surgery_estimate_parity"
+    (tmp_path / f"{name}.py").write_text(TOY)
+    monkeypatch.setattr(runtime, "__path__", [*runtime.__path__, str(tmp_path)])
+    monkeypatch.setitem(surgery_config.FILES, "sparse.parity", name)
+    yield "parity"
+    surgery_config.load_file.cache_clear()
+    sys.modules.pop(f"{runtime.__name__}.{name}", None)
+    vars(runtime).pop(name, None)
+
+
+def test_a_new_estimator_is_a_file_and_a_line(parity):
+    """It is chosen by, alone and for one of many heads; its defaults and its own setting are known."""
+    query, key = made(4, 2, 151, 61)
+    columns, first = 10, (151 - 61) // 16
+
+    def expected(odd, local=1):
+        return torch.tensor(
+            [
+                [c <= r and (c == 0 or r - c < local or (r - c) % 2 == odd) for c in range(columns)]
+                for r in range(first, columns)
+            ]
+        )
+
+    assert estimator_names()[-1] == parity
+    assert with_defaults(parity, {"local": 2}) == {"odd": False, "local": 2, "of": 2}
+    assert torch.equal(choose(parity, query, key, SCALE, 16, {})[1, 2], expected(0))
+    assert torch.equal(choose(parity, query, key, SCALE, 16, {"odd": True, "local": 3})[0, 0], expected(1, 3))
+    lists = choose(parity, query, key, SCALE, 16, {"odd": [True, False, False, True]})
+    assert torch.equal(lists[0], torch.stack([expected(odd) for odd in (1, 0, 0, 1)]))
+    patterns = [{"method": parity, "odd": head > 1} for head in range(3)] + [{"method": "block_topk", "top": 99}]
+    assert settings_problems("by_head", {"patterns": patterns}, 16, 4) == []
+    kept = choose("by_head", query, key, SCALE, 16, {"patterns": patterns})
+    assert torch.equal(kept[0, :3], torch.stack([expected(odd) for odd in (0, 0, 1)]))
+    assert torch.equal(kept[0, 3], torch.ones_like(kept[0, 3]).tril(first))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, None),
+        ({"odd": True, "local": 2, "of": 32}, "of of parity is 32, and must not be larger than the block of 16"),
+        ({"odd": [True, False]}, None),
+        ({"odd": [True, 2]}, "odd of parity is [True, 2], and must be one for each query head, each true or false"),
+        ({"odd": 1}, "odd of parity is 1, and must be true or false"),
+        ({"odd": None}, "odd of parity is None, and must be true or false"),
+        ({"of": None}, None),
+        ({"of": 3}, "of of parity is 3, and must be 2 or 32"),
+        ({"local": 0}, "local of parity is 0, and must be a whole number from 1"),
+        ({"ood": True}, "parity has no setting 'ood', did you mean odd?; it has: odd, local, of"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_new_estimator_are_checked_by_what_it_says(parity, settings, says):
+    assert settings_problems(parity, settings, 16, 2) == ([says] if says else [])
+
+
+def test_an_entry_of_a_new_estimator_is_right_and_names_its_file(parity):
+    entry = {"method": parity, "block": 16, "odd": True}
+    assert problem_of(entry, 4) == ""
+    assert problem_of(entry | {"odd": 3}, 4) == "odd of parity is 3, and must be true or false"
+    assert PART.methods({"sparse": entry}) == {"sparse.kernel", "sparse.parity"}

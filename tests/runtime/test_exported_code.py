@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import surgery
 from surgery.io.files import sha256
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config
-from surgery.runtime.surgery_block_selection import METHODS
+from surgery.runtime.surgery_estimators import estimator_names
 from surgery.runtime.surgery_gates import Gate
 
 HERE = Path(runtime.__file__).parent
@@ -28,7 +29,7 @@ ALL = {path.name for path in HERE.glob("*.py")} - {"__init__.py"} | KERNEL
 CORE = {"modeling_surgery.py"} | {
     f"surgery_{name}.py" for name in ("attention", "cache", "config", "stores", "visibility")
 }
-SPARSE = {"sparse_prefill", "block_attention", "block_selection"}
+SPARSE = {"sparse_prefill", "block_attention", "block_selection", "estimators"}
 GATE = {"kind": "moh", "unit": "head", "shared": [0, 1], "active": 4}
 ROUTERS = Gate.of(GATE, [3, 3, 3]).shapes(72)
 PATTERNS = [{"method": "streaming", "sinks": 16, "window": 16}] * 8
@@ -193,8 +194,14 @@ def test_every_file_is_the_cores_or_a_parts():
         found |= set(surgery_config.exported_files([name]))
     assert found == ALL
     assert set(surgery_config.exported_files([])) == CORE
-    of_sparse = {name.partition(".")[2] for name in surgery_config.FILES if name.startswith("sparse.")}
-    assert set(METHODS) - {"by_head"} == of_sparse - {"kernel"}
+
+
+def test_a_file_describes_the_estimators_that_have_a_line_for_it():
+    """Of both, no more: files that are not the runtime's (a kernel) describe none."""
+    files = {file for file in surgery_config.FILES.values() if (HERE / f"{file}.py").is_file()}
+    described = {file: getattr(import_module(f"surgery.runtime.{file}"), "ESTIMATORS", {}) for file in files}
+    found = {f"sparse.{name}": file for file, names in described.items() for name in names}
+    assert found == {f"sparse.{name}": surgery_config.FILES[f"sparse.{name}"] for name in estimator_names()}
 
 
 def test_a_split_alone_carries_less_than_half(opened):

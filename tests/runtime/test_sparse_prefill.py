@@ -18,7 +18,7 @@ from surgery.errors import SurgeryError
 from surgery.operations.sparse_prefill import operation
 from surgery.operations.variants import own_keys
 from surgery.runtime import modeling_surgery as runtime
-from surgery.runtime import surgery_block_selection as estimators
+from surgery.runtime import surgery_estimators as estimators
 from surgery.runtime.surgery_block_attention import attend_blocks, attend_rows
 from surgery.runtime.surgery_sparse_prefill import Sparse
 
@@ -379,7 +379,7 @@ def test_settings_by_head_follow_their_heads():
 def test_both_doors_and_saved_again(bases, tmp_path, monkeypatch):
     long = torch.randint(3, families.VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(families, "TOKENS", long)
-    ways = {name: {"method": name, "block": BLOCK} for name in estimators.METHODS if name != "by_head"}
+    ways = {name: {"method": name, "block": BLOCK} for name in estimators.estimator_names() if name != "by_head"}
     ways["sampled"] |= {"every": 8}
     ways["by_head"] = {
         "method": "by_head",
@@ -433,11 +433,11 @@ def sparse_step(**fields) -> dict:
 
 
 def test_the_operation_knows_every_method_and_setting():
-    assert set(operation.METHODS) == set(estimators.METHODS)
+    assert set(operation.METHODS) == set(estimators.estimator_names())
     for name, method in operation.METHODS.items():
         own = {key: method.model_fields[key].default for key in own_keys(method)}
         searched = ("density", "calibration_samples", "calibration_length") if name == "by_head" else ()
-        known = estimators.METHODS[name].defaults
+        known = estimators.estimator(name).defaults
         if name == "by_head":
             known["patterns"] = None  # searched
         assert {key: value for key, value in own.items() if key not in searched} == known, name

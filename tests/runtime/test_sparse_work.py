@@ -10,7 +10,7 @@ from sparse import BLOCK, LENGTH, NARROW, PADS, base_of, draw, ends, sparsened, 
 
 from surgery.runtime import surgery_block_attention as executor
 from surgery.runtime import surgery_sparse_prefill as prefill
-from surgery.runtime.surgery_block_selection import METHODS, choose
+from surgery.runtime.surgery_estimators import choose, estimator_names
 from surgery.runtime.surgery_gated_compute import counted
 from surgery.runtime.surgery_sparse_prefill import DENSE, Sparse
 
@@ -40,7 +40,7 @@ def looks(n: int, length: int, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", estimator_names())
 @torch.no_grad()
 def test_rows_that_are_not_estimated_change_nothing_for_the_others(method, where):
     """The rule, on the choice made for all rows at once."""
@@ -123,7 +123,7 @@ def test_the_kernels_lists_mean_what_the_executor_means():
                 assert (one - other).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", estimator_names())
 @torch.no_grad()
 def test_autocast_changes_no_choice(method):
     query, key = looks(150, 150, torch.float32)

@@ -139,7 +139,7 @@ class SparsePrefill(Variants, Operation):
         return {name: value for name, value in (own | changes).items() if value is not None}
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
-        from surgery.runtime.surgery_block_selection import METHODS as KNOWN
+        from surgery.runtime.surgery_estimators import estimator
 
         layers = self.term_layers(anatomy)
         entries = {layer: self._entry(self.per_layer.get(layer, {})) for layer in layers}
@@ -156,7 +156,7 @@ class SparsePrefill(Variants, Operation):
         kept = [layer.index for layer in anatomy.layers if layer.window is not None]
         if kept and self.layers is None:
             notes.append(f"{len(kept)} layers keep the base's own sliding window")
-        free = [entry["method"] for entry in entries.values() if not KNOWN[entry["method"]].chunk_exact]
+        free = [entry["method"] for entry in entries.values() if not estimator(entry["method"]).chunk_exact]
         if free or any(entry["last_rows_dense"] for entry in entries.values()):
             notes.append(
                 f"{', '.join(sorted(set(free))) or 'last_rows_dense'} looks at the last queries of a call: a prompt "
@@ -182,10 +182,11 @@ class SparsePrefill(Variants, Operation):
         """How much of a prompt is read, where the settings alone say it."""
         import torch
 
+        from surgery.runtime.surgery_estimators import estimator
         from surgery.runtime.surgery_sparse_prefill import Sparse
 
         sparse = Sparse.of(entry)
-        if "density" not in entry and self.method not in ("streaming", "tri_shape"):
+        if "density" not in entry and estimator(self.method).reads_text:
             return "how many blocks are read follows from the text"
         heads = max([len(value) for value in entry.values() if isinstance(value, list)], default=1)
         shares = []

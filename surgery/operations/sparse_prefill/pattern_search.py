@@ -1,6 +1,6 @@
 """The sparse pattern that suits each head: the search of MInference, on the blocks that sparse prefill really reads.
 
-A pattern is a method of `surgery_block_selection` with its settings. The patterns of a head compete at equal cost: of
+A pattern is an estimator of `surgery_estimators` with its settings. The patterns of a head compete at equal cost: of
 those that read at most a given share of the causal blocks, that one wins whose blocks hold most of the attention
 weight, as a mean over rows of real text. Only the weights of some rows are in memory: [rows, n], not [n, n].
 
@@ -20,7 +20,7 @@ from surgery.data.passkeys import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
 from surgery.runtime.surgery_attention import surgery_attention
-from surgery.runtime.surgery_block_selection import settings_problems
+from surgery.runtime.surgery_estimators import settings_problems
 from surgery.runtime.surgery_sparse_prefill import Sparse
 
 SLACK = 0.02  # by which share a pattern may cost more than the density: costs vary with the text

@@ -9,7 +9,7 @@ from families import base, one_thread  # noqa: F401 (a fixture)
 from surgery.calibration.attention_hook import attention_weights
 from surgery.errors import SurgeryError
 from surgery.operations.sparse_prefill.pattern_search import best, candidates, measure, search_patterns
-from surgery.runtime.surgery_block_selection import choose, settings_problems
+from surgery.runtime.surgery_estimators import choose, settings_problems
 
 
 @pytest.fixture(scope="module")
