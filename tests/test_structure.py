@@ -57,6 +57,8 @@ DECIDED = {
     "surgery_block_selection surgery_cache surgery_config surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
 }
+# Names that two classes have: an operation, and the part of the runtime that reads what it writes.
+REPEATED = {"SparsePrefill"}
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {
     "api": "apply heal",
@@ -132,6 +134,18 @@ def test_every_module_has_a_name_that_was_decided():
     assert {room: sorted(names) for room, names in found.items()} == {
         room: sorted(names.split()) for room, names in DECIDED.items()
     }
+
+
+def test_no_class_name_means_two_things():
+    """Over all classes of the package, private ones too; `REPEATED` lists the exceptions."""
+    owners: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, set()).add(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    repeated = {name: sorted(where) for name, where in owners.items() if len(where) > 1 and name not in REPEATED}
+    assert not repeated
+    assert {name for name in REPEATED if len(owners.get(name, ())) < 2} == set(), "take these out of REPEATED"
 
 
 def test_operations_that_must_not_know_each_other_are_all_of_them():
