@@ -134,6 +134,17 @@ def test_every_module_has_a_name_that_was_decided():
     }
 
 
+def test_no_class_name_means_two_things():
+    """Over all classes of the package, private ones too."""
+    owners: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, set()).add(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    repeated = {name: sorted(where) for name, where in owners.items() if len(where) > 1}
+    assert not repeated
+
+
 def test_operations_that_must_not_know_each_other_are_all_of_them():
     contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "independence")
     shared = {"__init__", "base", "rewrite", "variants"}

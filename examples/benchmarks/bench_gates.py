@@ -110,7 +110,7 @@ def report(args, base, gated, length: int, active: float) -> None:
         attention, new, given = calls[1]
         attention(new, **given)
     plain, ours = (statistics.median(found[1:]) for found in times)
-    ratio = sum(work.done.values()) / sum(work.whole.values())
+    ratio = sum(work.done.values()) / sum(work.dense.values())
     print(f"| {length:,} | {active:g} | {plain:.3g} | {ours:.3g} | {ours / plain:.2f} | {ratio:.2f} |", flush=True)
 
 

@@ -20,7 +20,7 @@ from surgery.io.loading import loaded
 if TYPE_CHECKING:
     import torch
 
-    from surgery.io.loading import Source
+    from surgery.io.loading import ModelSource
 
 
 def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
@@ -194,7 +194,7 @@ ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
 
 
 def score_model(
-    source: Source,
+    source: ModelSource,
     windows: torch.Tensor,
     folder: Path | None,
     top_k: int,
@@ -257,17 +257,17 @@ def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> 
         # with itself.
         best = logp.argmax(-1).cpu()
         tokens = reference["tokens"][chunk].to(logp.device).long() if reference else logp.topk(top_k).indices
-        mine = logp.gather(-1, tokens)
+        own_logp = logp.gather(-1, tokens)
         rest = logp.scatter(-1, tokens, -math.inf).logsumexp(-1, keepdim=True)
-        mine = torch.cat([mine, rest], dim=-1).cpu()  # [rows, top_k + 1]
+        own_logp = torch.cat([own_logp, rest], dim=-1).cpu()  # [rows, top_k + 1]
         if reference:
-            theirs, mine = reference["logp"][chunk].double(), mine.double()
-            gap = theirs.exp() * (theirs - mine)
+            reference_logp, own_logp = reference["logp"][chunk].double(), own_logp.double()
+            gap = reference_logp.exp() * (reference_logp - own_logp)
             # 0 * log(0 / q) is 0; rounding can leave a sum of -1e-9, which no KL is.
-            add("kl", gap.where(theirs > -math.inf, 0).sum(-1).clamp(min=0))
+            add("kl", gap.where(reference_logp > -math.inf, 0).sum(-1).clamp(min=0))
             add("same", best == reference["best"][chunk])
         else:
-            for name, values in (("tokens", tokens.int()), ("logp", mine), ("best", best)):
+            for name, values in (("tokens", tokens.int()), ("logp", own_logp), ("best", best)):
                 add(name, values)
     joined = {name: torch.cat(chunks) for name, chunks in vectors.items()}
     if file and not reference:

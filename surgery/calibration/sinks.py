@@ -263,8 +263,8 @@ class _Residual:
         """The channels with massive activations, the largest ratio first; `name` turns a token id into text."""
         channels = sorted(self.channels.values(), key=lambda channel: -channel["ratio"])
         for channel in channels:
-            places = channel["places"].most_common(8)
-            channel["places"] = [{"token": name(t), "position": p, "count": count} for (t, p), count in places]
+            most_common = channel["places"].most_common(8)
+            channel["places"] = [{"token": name(t), "position": p, "count": count} for (t, p), count in most_common]
         return channels
 
 

@@ -16,14 +16,16 @@ def ls(as_json: Json = False) -> None:
     from surgery import operations
     from surgery.config import recipe
     from surgery.config.heal import Heal
-    from surgery.operations.variants import Variants, inline_schema, method_facts
+    from surgery.operations.variants import Variants, describe_method, inline_schema
 
     classes, broken = operations.catalogue()
     recipes = recipe.descriptions()
     if as_json:
         fields = {op: inline_schema(cls)["properties"] for op, cls in classes.items()}
         unions = {op: cls.METHODS for op, cls in classes.items() if issubclass(cls, Variants)} | {"heal": Heal.METHODS}
-        methods = {op: {name: method_facts(method) for name, method in known.items()} for op, known in unions.items()}
+        methods = {
+            op: {name: describe_method(method) for name, method in known.items()} for op, known in unions.items()
+        }
         uses = {name: info["ops"] for name, info in recipes.items()}
         recipes = {name: info["description"] for name, info in recipes.items()}
         return emit({"recipes": recipes, "uses": uses, "operations": fields, "methods": methods, "broken": broken})

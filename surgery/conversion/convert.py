@@ -31,7 +31,7 @@ from surgery.report.report import Report, history_of, new_report
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Recipe
-    from surgery.io.hub import Source
+    from surgery.io.hub import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Conversion:
     """
 
     plan: Plan
-    source: Source
+    source: ResolvedModel
     checkpoint: Checkpoint
 
 
@@ -125,7 +125,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     An error leaves the model as it was, with one exception: where a surgical operation (which measures the model as
     the weight rewrites before it left it) raises, those rewrites stay.
     """
-    from surgery.io.hub import Source
+    from surgery.io.hub import ResolvedModel
 
     refuse_wrapped(model)
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
@@ -142,7 +142,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
-    source = Source(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
+    source = ResolvedModel(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
     details = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
     return Report(new_report(plan, source, **details, records=records))
 

@@ -75,7 +75,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Texts, and their name in messages (`where`) and in the record (`title`)."""
 
     title: str
@@ -119,7 +119,7 @@ def documents(
     return Documents(source.title, digest.hexdigest(), ids, begin)
 
 
-def _refuse_unusable(ids: list[Sequence[int]], source: Source, heal, vocabulary: int) -> None:
+def _refuse_unusable(ids: list[Sequence[int]], source: TextSource, heal, vocabulary: int) -> None:
     tokens, largest = sum(map(len, ids)), max((max(document) for document in ids if document), default=0)
     if not tokens:
         raise SurgeryError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")
@@ -146,15 +146,15 @@ def _update(digest, texts: Iterable[str]) -> None:
 # --- sources of texts ---------------------------------------------------------------------------------------
 
 
-def _source(heal, tokenizer) -> Source:
+def _source(heal, tokenizer) -> TextSource:
     name = heal.data
     if name == BUILTIN:
         _refuse_columns(heal, name)
         text = load_text(BUILTIN, "calibration")
-        return Source(text.title, name, iter([text.text]))
+        return TextSource(text.title, name, iter([text.text]))
     path = Path(name).expanduser()
     if path.is_file():
-        return Source(path.name, name, _file(path, heal, tokenizer))
+        return TextSource(path.name, name, _file(path, heal, tokenizer))
     if path.is_dir():
         files, tables = _files_in(path, LINES + PLAIN), _files_in(path, TABLES)
         if files and tables:
@@ -165,8 +165,10 @@ def _source(heal, tokenizer) -> Source:
                 fix="name the file that is meant, or a folder with one kind alone",
             )
         if files:
-            return Source(path.resolve().name, name, (text for file in files for text in _file(file, heal, tokenizer)))
-        return Source(path.resolve().name, name, _data_set(str(path), None, heal, tokenizer))
+            return TextSource(
+                path.resolve().name, name, (text for file in files for text in _file(file, heal, tokenizer))
+            )
+        return TextSource(path.resolve().name, name, _data_set(str(path), None, heal, tokenizer))
     endings = (*LINES, *PLAIN, ".json", ".csv", ".parquet")
     looks_like_file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
     if looks_like_file or not HUB_NAME.fullmatch(name):
@@ -184,7 +186,7 @@ def _source(heal, tokenizer) -> Source:
             fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
         )
     repository, _, config = name.partition(":")
-    return Source(name, name, _data_set(repository, config or None, heal, tokenizer))
+    return TextSource(name, name, _data_set(repository, config or None, heal, tokenizer))
 
 
 def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:

@@ -110,7 +110,7 @@ def make_needles(
     size = SECRETS.get(secret, 0) if size is None else size
     refuse_settings(lengths, fractions, samples, secret, size)
     words = load_text(text, part="held-out")
-    maker = _Maker(tokenizer, words, form_for(tokenizer, form), secret, size, templates)
+    maker = _NeedleMaker(tokenizer, words, form_for(tokenizer, form), secret, size, templates)
     return [maker.make(n, depth, i, seed) for n in lengths for depth in fractions for i in range(samples)]
 
 
@@ -162,7 +162,7 @@ def refuse_settings(
         raise SurgeryError(f"a secret of {size} {secret} is none", fix="use at least 1")
 
 
-class _Maker:
+class _NeedleMaker:
     """Makes needles in one text with one tokenizer."""
 
     def __init__(self, tokenizer, text: Text, form: str, secret: str, size: int, templates):

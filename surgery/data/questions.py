@@ -80,7 +80,7 @@ def make_choices(
     words = load_text(text, part="held-out")
     choices: list[Choice] = []
     for pattern in (SENTENCE_START, WORD_START):
-        choices = _Maker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
+        choices = _QuestionMaker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
         if len(choices) == items:
             return choices
     raise SurgeryError(
@@ -90,7 +90,7 @@ def make_choices(
     )
 
 
-class _Maker:
+class _QuestionMaker:
     """Makes questions of one text with one tokenizer, cut at sentences or at words."""
 
     def __init__(self, tokenizer, text: Text, pattern, context: int, ending: int, wrong: int, seed: int):

@@ -10,7 +10,7 @@ from surgery.errors import SurgeryError
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, Checkpoint
 
 if TYPE_CHECKING:
-    from surgery.io.loading import Source
+    from surgery.io.loading import ModelSource
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Footprint:
     kv_bytes_per_token: int | None = None
 
 
-def footprint(source: Source, label: str, notes: list[str]) -> Footprint:
+def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
     """Measure a model at rest.
 
     Args:
@@ -44,7 +44,7 @@ def footprint(source: Source, label: str, notes: list[str]) -> Footprint:
         return Footprint(size)
 
 
-def _bytes(source: Source) -> int:
+def _bytes(source: ModelSource) -> int:
     """Bytes of what is loaded: other weight files in the folder (adapters, `consolidated*`) do not count."""
     if not isinstance(source, str | Path):
         return sum(weight.numel() * weight.element_size() for weight in source.parameters())

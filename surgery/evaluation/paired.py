@@ -15,13 +15,13 @@ from surgery.io.loading import loaded, refuse_pickle
 from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
-    from surgery.io.loading import Source
+    from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
 NAMES = {"base": "base", "out": "patched"}  # label -> what a person reads
 
 
-def sides(out: Source, base: Source | None) -> dict[str, Source]:
+def sides(out: ModelSource, base: ModelSource | None) -> dict[str, ModelSource]:
     """The models by label, in the order in which they are run."""
     return dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
 
@@ -78,7 +78,7 @@ class CaseResult:
 
 def run_base_then_model(
     result: CaseResult,
-    sources: dict[str, Source],
+    sources: dict[str, ModelSource],
     run_cases: Callable,
     *,
     what: str,

@@ -151,7 +151,7 @@ WINDOWS, TOP_K = 2, 256
 
 
 @dataclass(frozen=True)
-class Scores:
+class HeldOutScores:
     """What was measured, for a line of metrics, and whether it passes the gate."""
 
     figures: dict[str, float]
@@ -176,7 +176,7 @@ class HeldOutEvaluator:
         self.folder = tempfile.TemporaryDirectory(prefix="surgery-")
         self.base_loss = self._score(base)["loss"].mean().item()
 
-    def measure(self, model) -> Scores:
+    def measure(self, model) -> HeldOutScores:
         """The model's scores on the held-out text: loss and KL to the base in nats a token, top-1 agreement."""
         scores = self._score(model)
         loss, kl, top1 = (scores[name].double().mean().item() for name in ("loss", "kl", "same"))
@@ -188,7 +188,7 @@ class HeldOutEvaluator:
             "kl": {"mean": kl},
             "top1_agreement": top1,
         }
-        return Scores(figures, bool(self.limits) and gate(evaluation, self.limits)[0] == "passed")
+        return HeldOutScores(figures, bool(self.limits) and gate(evaluation, self.limits)[0] == "passed")
 
     def _score(self, source) -> dict:
         return score_model(source, self.samples, Path(self.folder.name), self.top_k, lambda done: None)

@@ -37,7 +37,7 @@ NOT_FETCHED = [
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """A resolved model: a folder on this machine, and what is known of its origin.
 
     Attributes:
@@ -60,7 +60,7 @@ class Source:
     headers: dict[str, dict] | None = None
 
 
-def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> Source:
+def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> ResolvedModel:
     """Find a model. An existing folder wins, then the demo model's name, then the Hub.
 
     Args:
@@ -78,13 +78,13 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> S
         raise SurgeryError("no model was named", exists=f"a folder, a Hub id, `{DEMO}`")
     path, (repo, _, revision) = Path(os.path.expanduser(model)), model.partition("@")
     if os.path.isdir(path):  # os.path: no error where the user may not look, or on a name too long
-        return Source(path, path.resolve().name)
+        return ResolvedModel(path, path.resolve().name)
     if os.path.exists(path):
         raise SurgeryError("a file, not a folder", where=model, fix="give the folder that holds config.json")
     if model == DEMO:
         from surgery.io.demo_model import demo_model
 
-        return Source(Path(demo_model()), DEMO, note="dequantised Q4_1 weights", base_model=DEMO_BASE)
+        return ResolvedModel(Path(demo_model()), DEMO, note="dequantised Q4_1 weights", base_model=DEMO_BASE)
     pathlike = re.match(r"[.~/\\]|[A-Za-z]:[\\/]|.*\\", model) or repo.count("/") > 1 or repo.endswith("/")
     # `runs/exp1` where runs/ exists is a typo in a path, unless `@revision` says that the Hub is meant.
     if pathlike or ("/" in repo and not revision and os.path.isdir(os.path.dirname(repo))):
@@ -113,7 +113,7 @@ def _valid_id(repo: str) -> str:
     return repo
 
 
-def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached_only: bool) -> Source:
+def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached_only: bool) -> ResolvedModel:
     from huggingface_hub import snapshot_download
 
     patterns = FETCHED + ["*.safetensors"] * weights
@@ -131,7 +131,7 @@ def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached
         if headers is None or weights:  # a snapshot cached earlier without its weights; the Hub is away now
             what = f"the weights of `{repo}` are not all in the Hub cache"
             raise MachineError(what, fix="allow the network once")
-    return Source(path, model, hub_id=repo, revision=path.name, base_model=repo, headers=headers)
+    return ResolvedModel(path, model, hub_id=repo, revision=path.name, base_model=repo, headers=headers)
 
 
 def _indexed(path: Path) -> list[str]:

@@ -15,14 +15,14 @@ from surgery.machine.transformers_logging import quiet_in_pipes, quiet_transform
 if TYPE_CHECKING:
     import torch
 
-    Source = str | Path | torch.nn.Module  # a model folder, or a loaded Transformers model
+    ModelSource = str | Path | torch.nn.Module  # a model folder, or a loaded Transformers model
 
 # False, not left out: with None, Transformers asks "run the code of this repository? [y/N]" on the terminal.
 STRICT = {"local_files_only": True, "trust_remote_code": False}
 
 
 @contextmanager
-def loaded(source: Source, allow_pickle: bool = False) -> Iterator[Any]:
+def loaded(source: ModelSource, allow_pickle: bool = False) -> Iterator[Any]:
     """Yield the model in eval mode; one that was loaded before gets its own mode back at the end."""
     if isinstance(source, str | Path):
         with quiet_transformers():  # on a terminal as well: scoring has a bar of its own there
@@ -88,7 +88,7 @@ def auto_class(folder: Path):
     return transformers.AutoModelForImageTextToText
 
 
-def read_config(source: Source):
+def read_config(source: ModelSource):
     """The config of a model folder or of a loaded model; never runs code from the folder.
 
     Raises:
@@ -118,7 +118,7 @@ def no_class(folder: Path) -> str:
     return "" if kind in CONFIG_MAPPING else f"Transformers has no class for model_type {kind!r}"
 
 
-def read_tokenizer(source: Source):
+def read_tokenizer(source: ModelSource):
     """The tokenizer of a model folder; never runs code from the folder.
 
     Raises:

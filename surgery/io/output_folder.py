@@ -201,8 +201,8 @@ def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None
     Raises:
         MachineError: with what is needed and what is free.
     """
-    there = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder)
-    free = shutil.disk_usage(there).free
+    existing = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder)
+    free = shutil.disk_usage(existing).free
     if needed_bytes - present + SPARE_BYTES > free:
         raise MachineError(
             f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",

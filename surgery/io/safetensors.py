@@ -136,8 +136,8 @@ class Checkpoint:
             digest.update(f"{shard.file}\0".encode() + shard.header)
             with open(self.folder / shard.file, "rb") as file:
                 for info in shard.tensors:
-                    for number in range(SAMPLES):
-                        file.seek(info.start + number * max(0, info.size - SAMPLE) // max(1, SAMPLES - 1))
+                    for sample_index in range(SAMPLES):
+                        file.seek(info.start + sample_index * max(0, info.size - SAMPLE) // max(1, SAMPLES - 1))
                         digest.update(file.read(min(SAMPLE, info.size)))
         return BY_CONTENT + digest.hexdigest()
 
@@ -191,7 +191,7 @@ def stored_dtype(tensor: Tensor) -> str:
 
 
 def header_table(headers: dict[str, dict] | None) -> dict[str, tuple[str, tuple[int, ...]]] | None:
-    """Name -> (dtype, shape) from headers that were fetched without their weights (`hub.Source.headers`)."""
+    """Name -> (dtype, shape) from headers that were fetched without their weights (`hub.ResolvedModel.headers`)."""
     if headers is None:
         return None
     entries = (pair for header in headers.values() for pair in header.items() if pair[0] != "__metadata__")

@@ -55,17 +55,17 @@ def find(op: str) -> type[Operation]:
 
 def catalogue() -> tuple[dict[str, type[Operation]], dict[str, str]]:
     """All operations that load, and the error of each third-party one that does not."""
-    found, broken = {}, {}
+    operations, broken = {}, {}
     for op in [*builtin_names(), *third_party()]:
         try:
             cls = find(op)
             cls.model_json_schema()  # `ls --json` and `schema` print it: one that has none is broken
-            found[op] = cls
+            operations[op] = cls
         except SurgeryError as error:
             broken[op] = error.what
         except PydanticUserError as error:
             broken[op] = f"its fields have no JSON Schema: {error.message}"
-    return found, broken
+    return operations, broken
 
 
 def _load(point: metadata.EntryPoint) -> type[Operation]:

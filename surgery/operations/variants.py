@@ -116,13 +116,13 @@ class Variants(BaseModel):
     @classmethod
     def unset(cls, key: str) -> list[Any]:
         """What a record may hold for a field of other methods that nobody set; nothing, if each must be given."""
-        found = []
+        values = []
         for method in cls.readers(key):
             variant = cls.METHODS[method]
             field = variant.model_fields[key]
             if not field.is_required():
-                found.append(None if key in variant._null_is_default() else field.get_default())
-        return found
+                values.append(None if key in variant._null_is_default() else field.get_default())
+        return values
 
     def identity(self) -> dict[str, Any]:
         """The record, with other methods' fields as earlier versions recorded them: what resume hashes are of."""
@@ -169,8 +169,8 @@ class Variants(BaseModel):
     def _record(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unset = self._null_is_default() - self.model_fields_set
         data = {key: None if key in unset else value for key, value in handler(self).items()}
-        behind = {key for keys in self.RECORDED_AFTER.values() for key in keys}
-        order = (name for key in data if key not in behind for name in (key, *self.RECORDED_AFTER.get(key, ())))
+        followers = {key for keys in self.RECORDED_AFTER.values() for key in keys}
+        order = (name for key in data if key not in followers for name in (key, *self.RECORDED_AFTER.get(key, ())))
         return {key: data[key] for key in order if key in data}
 
     @classmethod
@@ -213,7 +213,7 @@ def inline_schema(cls: type[BaseModel]) -> dict[str, Any]:
     if not (issubclass(cls, Variants) and cls.is_union()):
         return cls.model_json_schema()
     methods = {name: method_schema(method) for name, method in cls.METHODS.items()}
-    required = set.intersection(*(set(part.get("required", [])) for part in methods.values()))
+    required = set.intersection(*(set(schema.get("required", [])) for schema in methods.values()))
     return {
         "title": cls.__name__,
         "description": first_words(cls),
@@ -226,7 +226,7 @@ def inline_schema(cls: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def method_facts(cls: type[Variants]) -> dict[str, Any]:
+def describe_method(cls: type[Variants]) -> dict[str, Any]:
     """What a method is, and its own fields: {"description", "fields": {name: JSON Schema}, "required": [names]}."""
     schema = method_schema(cls)
     fields = {key: schema["properties"][key] for key in own_keys(cls) if key != "method"}
@@ -248,29 +248,31 @@ def first_words(cls: type[BaseModel]) -> str:
 
 def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A field as the methods that have it describe it together."""
-    found = {name: part["properties"][key] for name, part in methods.items() if key in part["properties"]}
+    fields_by_method = {
+        name: schema["properties"][key] for name, schema in methods.items() if key in schema["properties"]
+    }
     if key == "method":
         default = cls.default_method()
         described = {"title": "Method", "type": "string", "enum": list(methods)}
         text = cls.model_fields["method"].description
         return described | ({"default": default} if default else {}) | ({"description": text} if text else {})
-    first, *others = found.values()
+    first, *others = fields_by_method.values()
     if all(other == first for other in others):
         text = first.get("description", "")
-        if len(found) < len(methods):
-            text = f"{', '.join(found)}: {_continued(text)}"
+        if len(fields_by_method) < len(methods):
+            text = f"{', '.join(fields_by_method)}: {_continued(text)}"
         return first | ({"description": text} if text else {})
     by_text: dict[str, list[str]] = {}
-    for name, field in found.items():
+    for name, field in fields_by_method.items():
         by_text.setdefault(field.get("description", ""), []).append(name)
-    said = [f"{', '.join(names)}: {_continued(words)}" for words, names in by_text.items()]
-    text = "; ".join([*(words.removesuffix(".") for words in said[:-1]), said[-1]])
+    sentences = [f"{', '.join(names)}: {_continued(words)}" for words, names in by_text.items()]
+    text = "; ".join([*(words.removesuffix(".") for words in sentences[:-1]), sentences[-1]])
     bare = [
         {name: value for name, value in field.items() if name not in ("description", "default", "title")}
-        for field in found.values()
+        for field in fields_by_method.values()
     ]
-    alternatives = [field for number, field in enumerate(bare) if field not in bare[:number]]
-    values = [field.get("default") for field in found.values()]
+    alternatives = [field for index, field in enumerate(bare) if field not in bare[:index]]
+    values = [field.get("default") for field in fields_by_method.values()]
     shared = {"default": values[0]} if all(_same(value, values[0]) for value in values) else {}
     kinds = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
     return {"title": first["title"], **kinds, **shared, "description": text}

@@ -181,7 +181,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
 
     Args:
         plan: the `Plan` that was carried out.
-        source: the `hub.Source` of the base.
+        source: the `hub.ResolvedModel` of the base.
         overrides: what the user changed in the recipe, as typed.
         engine: "streaming" or "loaded".
         fingerprint: of the base's weight files.

@@ -82,8 +82,8 @@ AttentionMaskInterface.register(ATTENTION, surgery_mask)
 
 def attention_modules(model) -> list:
     """The attention modules of a model, in the order of their layers."""
-    found = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")]
-    return sorted(found, key=lambda module: module.layer_idx)
+    modules = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")]
+    return sorted(modules, key=lambda module: module.layer_idx)
 
 
 def attach(model) -> None:
@@ -112,10 +112,10 @@ def _fitting(model) -> tuple[list, list[dict]]:
         ValueError: the block does not fit the model, or its attention would never call ours.
     """
     layers, modules = validate(model.config), attention_modules(model)
-    numbers = [module.layer_idx for module in modules]
-    if numbers != list(range(len(layers))):
+    layer_indices = [module.layer_idx for module in modules]
+    if layer_indices != list(range(len(layers))):
         raise ValueError(
-            f"the model has attention modules for layers {numbers}, the surgery block {len(layers)} layers"
+            f"the model has attention modules for layers {layer_indices}, the surgery block {len(layers)} layers"
         )
     for module, layer in zip(modules, layers, strict=True):
         if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
@@ -172,9 +172,9 @@ def give_cache(module, args, kwargs):
     if weights or (weights is None and getattr(module.config, "output_attentions", False)):
         raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
     if CACHE != "past_key_values" and "past_key_values" in kwargs:  # the old name, until Transformers drops it
-        given = kwargs["past_key_values"]
+        legacy_cache = kwargs["past_key_values"]
         kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else given}
+        kwargs |= {CACHE: kwargs.get(CACHE) if kwargs.get(CACHE) is not None else legacy_cache}
     position = _cache_position(type(module))
     cache = args[position] if len(args) > position else kwargs.get(CACHE)
     if cache is not None:
@@ -182,10 +182,10 @@ def give_cache(module, args, kwargs):
         if isinstance(cache, SurgeryCache):
             cache.refuse_other(module.config)
         return args, kwargs
-    asked = kwargs.get("use_cache")
-    if asked is None and module.training and torch.is_grad_enabled():
+    requested = kwargs.get("use_cache")
+    if requested is None and module.training and torch.is_grad_enabled():
         return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
-    use_cache = module.config.use_cache if asked is None else asked
+    use_cache = module.config.use_cache if requested is None else requested
     checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
     if not use_cache or checkpointing or len(args) > position:
         return args, kwargs
@@ -275,8 +275,8 @@ class _ModelMixin:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         """As Transformers' own; where it would fill in a parameter of the surgery that the file lacks, an error."""
-        if asked := [name for name in ("tp_plan", "tp_size", "device_mesh") if kwargs.get(name) is not None]:
-            raise ValueError(f"{asked[0]} cuts attention by heads, which would undo the surgery: use device_map")
+        if sharding := [name for name in ("tp_plan", "tp_size", "device_mesh") if kwargs.get(name) is not None]:
+            raise ValueError(f"{sharding[0]} cuts attention by heads, which would undo the surgery: use device_map")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         own = {name for layer in model.config.surgery["layers"] for name in layer.get("parameters", {})}
         if lost := sorted(key for key in info["missing_keys"] if key.rpartition(".")[2] in own):
@@ -295,12 +295,12 @@ class _ModelMixin:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "offloaded"):
             raise ValueError(f"cache_implementation={kind!r} would undo the surgery: leave it out")
-        given = model_kwargs.get(CACHE)
-        if isinstance(given, SurgeryCache):  # of an assisted generation: what it recorded may go now
-            given.stop_past_recording()
+        user_cache = model_kwargs.get(CACHE)
+        if isinstance(user_cache, SurgeryCache):  # of an assisted generation: what it recorded may go now
+            user_cache.stop_past_recording()
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
-        if made is not None and made is not given:
+        if made is not None and made is not user_cache:
             ours = self.make_cache(offloading=kind == "offloaded")
             if getattr(generation_config, "is_assistant", False):
                 ours.activate_past_recording()
@@ -332,10 +332,10 @@ def patch(model, block: dict) -> None:
             what this does not set: of each layer's entry, and of the block.
     """
     config, base = model.config, type(model)
-    fresh = not hasattr(base, "make_cache")
-    if not fresh and not issubclass(base, _ModelMixin):
+    is_stock = not hasattr(base, "make_cache")
+    if not is_stock and not issubclass(base, _ModelMixin):
         raise ValueError("this model runs the code that came with its checkpoint: load it with surgery.load(FOLDER)")
-    if fresh:
+    if is_stock:
         known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}
         if base.__name__ not in known or getattr(transformers, base.__name__, None) is not base:
             raise ValueError(f"{base.__name__} is not a causal language model of Transformers: it cannot be saved so")
@@ -350,7 +350,7 @@ def patch(model, block: dict) -> None:
     except ValueError:
         setattr(config, NAME, before) if before is not None else delattr(config, NAME)
         raise
-    if fresh:
+    if is_stock:
         config.__class__, model.__class__ = classes
     config.architectures = [type(model).__name__]
     model.set_attn_implementation(ATTENTION)

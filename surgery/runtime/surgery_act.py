@@ -29,7 +29,7 @@ MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to:
 ROWS = 256  # queries whose scores with the sinks are held at once
 
 
-def scale_share(out, lse, share, part, log_beta):
+def scale_share(out, lse, share, share_output, log_beta):
     """Attention in which some keys together get beta times their weight, and the others the rest in proportion.
 
     Half-precision `out` was rounded, which is enlarged by (1 - beta a) / (1 - a), at most 10.
@@ -37,7 +37,7 @@ def scale_share(out, lse, share, part, log_beta):
     Args:
         out: [..., n, d], the softmax's output. lse: [..., n], its log-sum-exp, -inf for a row that sees nothing.
         share: [..., n], a: the weight of these keys in `out`, 0 to 1; above `MOST` the bias is that of `MOST`.
-        part: [..., n, d], the sum of their weights times their values.
+        share_output: [..., n, d], the sum of their weights times their values.
         log_beta: log of beta, at most 0; broadcast to [..., n].
 
     Returns:
@@ -45,7 +45,7 @@ def scale_share(out, lse, share, part, log_beta):
     """
     more = torch.expm1(log_beta) / (1 - log_beta.exp() * share.clamp(max=MOST))  # e ** bias, less 1
     total = 1 + more * share
-    return (out + more[..., None] * part) / total[..., None], lse + total.log()
+    return (out + more[..., None] * share_output) / total[..., None], lse + total.log()
 
 
 @dataclass
@@ -93,29 +93,29 @@ def scale_sinks(out, lse, query, view: KeyValues, pad, scores, *, probe, log_bet
         return out, lse
     index = marked.int().topk(most, dim=-1).indices  # [batch, heads, m]
     flat = index.reshape(batch, keys.shape[1], -1, 1).expand(-1, -1, -1, size)
-    keys, values = (part.gather(2, flat).reshape(batch, heads, most, size) for part in (keys, values))
+    keys, values = (tensor.gather(2, flat).reshape(batch, heads, most, size) for tensor in (keys, values))
     position = position[:, None].expand(batch, heads, -1).gather(2, index)[:, :, None]
     lasting, marked = lasting[index][:, :, None], marked.gather(2, index)[:, :, None]
     start = 0 if pad is None else pad.long()[:, None]
     at = torch.arange(view.end - length, view.end, device=query.device) - start  # [n] or [batch, n]
     at = at.expand(batch, -1)[:, None, :, None]
-    log_beta, parts = log_beta.clamp(max=0.0)[:, None], []
+    log_beta, chunks = log_beta.clamp(max=0.0)[:, None], []
     for begin in range(0, length, ROWS):
-        here = slice(begin, begin + ROWS)
-        distance = at[:, :, here] - position
-        seen = marked & (distance >= 0) & (lse[:, :, here, None] > -torch.inf)
+        rows = slice(begin, begin + ROWS)
+        distance = at[:, :, rows] - position
+        seen = marked & (distance >= 0) & (lse[:, :, rows, None] > -torch.inf)
         if view.visibility.limit is not None:
             seen = seen & (distance < view.visibility.limit)
         if view.visibility.window is not None:
             seen = seen & (lasting | (distance < view.visibility.window))
         if view.read is not None:
-            seen = seen & view.read(at[:, :, here], position)
-        logits = scores(query[:, :, here], keys) - lse[:, :, here, None]
+            seen = seen & view.read(at[:, :, rows], position)
+        logits = scores(query[:, :, rows], keys) - lse[:, :, rows, None]
         weights = logits.masked_fill(~seen, -torch.inf).exp()
         share = weights.sum(-1).clamp(max=1.0)  # rounding may put it above
-        part = weights @ values.to(weights.dtype)
-        parts.append(scale_share(out[:, :, here], lse[:, :, here], share, part, log_beta))
-    outs, lses = zip(*parts, strict=True)
+        sink_output = weights @ values.to(weights.dtype)
+        chunks.append(scale_share(out[:, :, rows], lse[:, :, rows], share, sink_output, log_beta))
+    outs, lses = zip(*chunks, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 

@@ -15,7 +15,7 @@ The way of one call, in the order of this file:
                         (`surgery_corrections`, `surgery_sparse`), and at the end the policy (`surgery_policy`)
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     _on_keys, _block    keys in consecutive slots, as a full store or a ring holds them
-    _on_kept            keys in slots that differ from KV head to KV head, once a policy has dropped some
+    _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some
 
 The mask: `generate` gives [batch, length]; Transformers hands it to `surgery_mask` (surgery_visibility.py), once for
 each kind of layer. It returns None (no padding), bool [batch, N] (True: a real token), or, where no mask was given and
@@ -39,7 +39,7 @@ from .surgery_stores import KeyValues, uncached
 from .surgery_visibility import HeadKinds, bias, for_groups, seen_keys, unpadded
 
 BLOCK = 128  # queries of a band that share one slice of keys
-LONG, SHORTEST = 4096, 512  # keys from which one query reads them in pieces of so many at least, for the threads
+LONG, SHORTEST = 4096, 512  # keys from which one query reads them in splits of so many at least, for the threads
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
 IGNORED = {"position_ids", "labels", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}
 
@@ -92,12 +92,12 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
     nothing, sinks = [None] * len(views), options["s_aux"]
     made = [make(module, kinds) for make in getattr(module, "surgery_corrections", {}).values()]
     corrections = list(zip(*made, strict=True)) or [()] * len(views)
-    sinks = nothing if sinks is None else [part[0] for part in kinds.split_queries(sinks[None])]
+    sinks = nothing if sinks is None else [logits[0] for logits in kinds.split_queries(sinks[None])]
     sparse = getattr(module, "surgery_sparse", None) or nothing
     work, queries = getattr(module, "surgery_work", None), kinds.split_queries(query)
-    parts = [
+    outputs = [
         _attend(
-            part,
+            kind_queries,
             view,
             attention_mask,
             pad,
@@ -108,11 +108,11 @@ def _attention(module, query, key, value, attention_mask, scaling, options) -> t
             sink=sink,
             work=work,
         )
-        for part, view, blocks, added, sink in zip(queries, views, sparse, corrections, sinks, strict=True)
+        for kind_queries, view, blocks, added, sink in zip(queries, views, sparse, corrections, sinks, strict=True)
     ]
     if (policy := getattr(module, "surgery_policy", None)) is not None:
         policy.drop(kinds, queries, views, attention_mask, pad, scale, options["softcap"])
-    return kinds.join(parts)
+    return kinds.join(outputs)
 
 
 def _options(kwargs: dict) -> dict:
@@ -142,7 +142,7 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, correc
     if sparse is not None and sparse.applies(query.shape[2], view.end):
         out, lse, view.read = sparse.attend(query, view.keys, view.values, mask, scale, softcap, work)
     else:
-        with_lse, attend = bool(corrections) or sink is not None, _on_keys if view.slots is None else _on_kept
+        with_lse, attend = bool(corrections) or sink is not None, _on_keys if view.slots is None else _on_survivors
         out, lse = attend(query, view, mask, pad, scale, softcap, with_lse)
         if work is not None:
             work.add_seen(view, query)
@@ -158,17 +158,17 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
     batch, heads, length, size = query.shape
     kv_heads, visibility = view.keys.shape[1], view.visibility
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
-    if plain and length == batch == 1 and view.end >= LONG and _pieces_pay(query, view):
-        return _in_pieces(query, view.keys, view.values, scale)
+    if plain and length == batch == 1 and view.end >= LONG and _splits_pay(query, view):
+        return _attend_in_splits(query, view.keys, view.values, scale)
     if plain and visibility.window is None and view.start == 0 and (length == view.end or length == 1):
         return fused(query, view.keys, view.values, scale, with_lse, causal=length > 1)
-    if plain and view.whole is not None and visibility.limit is None:
-        return fused(query, *view.whole, scale, with_lse)
+    if plain and view.sinks_and_ring is not None and visibility.limit is None:
+        return fused(query, *view.sinks_and_ring, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
     first, lead, step, blocks = view.end - length, 0, BLOCK, []
     if plain and first == 0 and visibility.window is not None:  # up to there the window reaches back to the begin
         lead = min(length, visibility.window)
-        begin = (part[:, :, :lead] for part in (query, view.keys, view.values))
+        begin = (tensor[:, :, :lead] for tensor in (query, view.keys, view.values))
         out, lse = fused(*begin, scale, with_lse, causal=True)
         shape = (*grouped.shape[:3], lead)
         blocks = [(out.reshape(*shape, size), lse.reshape(shape) if with_lse else None)]
@@ -187,23 +187,27 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, wit
     group, length = query.shape[2:4]
     visibility, device, end = view.visibility, query.device, first + length
     low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
-    apart = visibility.sinks > 0  # the sinks are read from their own buffer, not where they lie among the keys
+    # The sinks are read from their own buffer, not where they lie among the keys.
+    separate_sinks = visibility.sinks > 0
     if view.ring:
         keys, values = view.keys, view.values
     else:
         if mask is None and view.start == 0 and low <= max(visibility.sinks, length):
-            low, apart = 0, False
-        keys, values = (part[:, :, low - view.start : end - view.start] for part in (view.keys, view.values))
-    if apart:
+            low, separate_sinks = 0, False
+        keys, values = (tensor[:, :, low - view.start : end - view.start] for tensor in (view.keys, view.values))
+    if separate_sinks:
         keys = torch.cat([view.sink_keys, keys], dim=2)
         values = torch.cat([view.sink_values, values], dim=2)
     if mask is None and visibility.window is not None and not view.ring:
-        alike = apart and visibility.limit is None  # blocks beyond sinks + window, if the sinks stay in sight
-        shift = max(low - visibility.sinks - 1, 0) if alike else 0
-        seen = unpadded(visibility, first - shift, length, low - shift, apart, group, dtype=query.dtype, device=device)
+        # Blocks beyond sinks + window have one mask, if the sinks stay in sight.
+        reusable_mask = separate_sinks and visibility.limit is None
+        shift = max(low - visibility.sinks - 1, 0) if reusable_mask else 0
+        seen = unpadded(
+            visibility, first - shift, length, low - shift, separate_sinks, group, dtype=query.dtype, device=device
+        )
     else:
         key_slots = view.store.slots(device) if view.ring else torch.arange(low, end, device=device)
-        seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, apart)
+        seen = seen_keys(visibility, torch.arange(first, end, device=device), key_slots, mask, pad, separate_sinks)
         seen = for_groups(seen, group)
     return _under_mask(query, keys, values, seen, scale, softcap, with_lse, empty_rows=mask is not None)
 
@@ -222,34 +226,34 @@ def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, em
     return out.reshape(query.shape), lse.reshape(query.shape[:4]) if with_lse else None
 
 
-def _on_kept(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
+def _on_survivors(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
     """As `_on_keys`, of full heads from whose cache a policy has dropped keys, of each KV head others."""
     (batch, _, length, size), kv_heads = query.shape, view.keys.shape[1]
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
     if plain and length == 1 and not view.gaps:  # the newest token sees all
         return fused(query, view.keys, view.values, scale, with_lse)
-    grouped, first, found = query.reshape(batch, kv_heads, -1, length, size), view.end - length, []
-    held = view.slots >= 0  # [batch, KV heads, kept]
+    grouped, first, blocks = query.reshape(batch, kv_heads, -1, length, size), view.end - length, []
+    real = view.slots >= 0  # [batch, KV heads, kept]
     if mask is not None:
-        held = held & mask[:, None].expand(-1, kv_heads, -1).gather(2, view.slots.clamp(min=0))
+        real = real & mask[:, None].expand(-1, kv_heads, -1).gather(2, view.slots.clamp(min=0))
     for begin in range(0, length, BLOCK):
         rows = grouped[:, :, :, begin : begin + BLOCK]
         at = torch.arange(first + begin, first + begin + rows.shape[3], device=query.device)
-        seen = (view.slots[:, :, None] <= at[:, None]) & held[:, :, None]
+        seen = (view.slots[:, :, None] <= at[:, None]) & real[:, :, None]
         seen = seen.repeat(1, 1, rows.shape[2], 1)
-        found.append(_under_mask(rows, view.keys, view.values, seen, scale, softcap, with_lse, empty_rows=True))
-    outs, lses = zip(*found, strict=True)
+        blocks.append(_under_mask(rows, view.keys, view.values, seen, scale, softcap, with_lse, empty_rows=True))
+    outs, lses = zip(*blocks, strict=True)
     lse = torch.cat(lses, dim=3).reshape(query.shape[:3]) if with_lse else None
     return torch.cat(outs, dim=3).reshape(query.shape), lse
 
 
-def _pieces_pay(query, view: KeyValues) -> bool:
-    """Whether one query of full heads reads its keys in pieces: where the kernel gives a log-sum-exp."""
+def _splits_pay(query, view: KeyValues) -> bool:
+    """Whether one query of full heads reads its keys in splits: where the kernel gives a log-sum-exp."""
     return view.visibility.window is None and not written_out(query, view.keys, view.values)
 
 
-def _in_pieces(query, keys, values, scale) -> tuple:
-    """One query of each head over all keys, which are cut in pieces for the threads; a group reads its keys once.
+def _attend_in_splits(query, keys, values, scale) -> tuple:
+    """One query of each head over all keys, which are split for the threads; a group reads its keys once.
 
     Args:
         query: [1, heads, 1, head_dim].
@@ -260,19 +264,19 @@ def _in_pieces(query, keys, values, scale) -> tuple:
     """
     kv_heads, length = keys.shape[1:3]
     threads = torch.get_num_threads()
-    pieces = min(threads // gcd(kv_heads, threads), length // SHORTEST)
-    size = length // pieces
-    if pieces == 1:
+    splits = min(threads // gcd(kv_heads, threads), length // SHORTEST)
+    size = length // splits
+    if splits == 1:
         return fused(query, keys, values, scale, True)
     rows = query.reshape(kv_heads, 1, -1, query.shape[-1])
-    parts = (part[0, :, : pieces * size].unflatten(1, (pieces, size)) for part in (keys, values))
-    out, lse = fused(rows.expand(-1, pieces, -1, -1), *parts, scale, True)
-    if rest := length - pieces * size:
-        last, last_lse = fused(rows, *(part[0, :, None, -rest:] for part in (keys, values)), scale, True)
+    key_splits = (tensor[0, :, : splits * size].unflatten(1, (splits, size)) for tensor in (keys, values))
+    out, lse = fused(rows.expand(-1, splits, -1, -1), *key_splits, scale, True)
+    if rest := length - splits * size:
+        last, last_lse = fused(rows, *(tensor[0, :, None, -rest:] for tensor in (keys, values)), scale, True)
         out, lse = torch.cat([out, last], dim=1), torch.cat([lse, last_lse], dim=1)
-    whole = lse.logsumexp(1)  # [KV heads, group]
-    out = (out * (lse - whole[:, None]).exp()[..., None].to(out.dtype)).sum(1)
-    return out.reshape(query.shape), whole.reshape(query.shape[:3])
+    total = lse.logsumexp(1)  # [KV heads, group]
+    out = (out * (lse - total[:, None]).exp()[..., None].to(out.dtype)).sum(1)
+    return out.reshape(query.shape), total.reshape(query.shape[:3])
 
 
 def _by_segment(module, query, key, value, segments, scaling, options):
@@ -280,16 +284,16 @@ def _by_segment(module, query, key, value, segments, scaling, options):
     if isinstance(key, list):  # the cache of this call: all its keys are new
         raise ValueError("packed rows are for training: pass use_cache=False")
     rows = []
-    for row, numbers in enumerate(segments.expand(query.shape[0], -1)):
-        lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
-        pieces = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
-        outputs = [_attention(module, *piece, None, scaling, options) for piece in pieces]
+    for row, sequence_ids in enumerate(segments.expand(query.shape[0], -1)):
+        lengths = torch.unique_consecutive(sequence_ids, return_counts=True)[1].tolist()
+        sequences = zip(*(tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        outputs = [_attention(module, *sequence, None, scaling, options) for sequence in sequences]
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows)
 
 
 # Before torch 2.9 at least, this kernel knows no groups of query heads, and reads other memory without an error.
-OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
+OLD = tuple(int(component) for component in torch.__version__.split(".")[:2]) < (2, 10)
 
 
 def written_out(query, keys, values) -> bool:
@@ -305,7 +309,7 @@ def fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen
     decoding = query.shape[2] == 1 and seen is None and not causal and query.device.type == "cpu"
     if decoding and gqa:
         # One query of each head: as rows of one head a group reads its keys once. 32 heads, 8 KV heads, 4,000 keys,
-        # one core: 8.6 -> 3.9 ms; in bfloat16, whose keys the kernel converts for each head anew, 19.5 -> 1.8 ms.
+        # one core: 8.6 -> 3.9 ms; in bfloat16, whose keys the kernel converts again for each head, 19.5 -> 1.8 ms.
         rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
         out, lse = fused(rows, keys, values, scale, with_lse)
         return out.reshape(*query.shape[:3], -1), None if lse is None else lse.reshape(query.shape[:3])

@@ -101,11 +101,11 @@ def split_terms(module, kinds: HeadKinds, stand_in: bool = False) -> list[Terms]
 
 def parameters_of_kinds(module, kinds: HeadKinds, known: dict[str, Parameter]) -> list[dict[str, torch.Tensor]]:
     """Those of the known parameters that an attention module has, apart by kind: name without `surgery_` -> rows."""
-    parts = {}
+    rows = {}
     for name in (name for name in module.surgery_parameters if name in known):
         split = kinds.split_keys if known[name].rows == KV_HEADS else kinds.split_queries
-        parts[name.removeprefix("surgery_")] = [part[0] for part in split(getattr(module, name)[None])]
-    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+        rows[name.removeprefix("surgery_")] = [tensor[0] for tensor in split(getattr(module, name)[None])]
+    return [dict(zip(rows, one, strict=True)) for one in zip(*rows.values(), strict=True)]
 
 
 def fault_of_shapes(config, named: dict, groups: list[int]) -> str:
@@ -134,8 +134,8 @@ def scores(query, keys, scale, softcap, dtype) -> torch.Tensor:
     """Scores [batch, heads, n, m] of queries [batch, heads, n, d] and keys [1 or batch, KV heads, m, d]."""
     batch, heads, length, size = query.shape
     rows = query.reshape(batch, keys.shape[1], -1, size).to(dtype)
-    found = (rows @ keys.to(dtype).mT * scale).reshape(batch, heads, length, -1)
-    return found if softcap is None else softcap * torch.tanh(found / softcap)
+    product = (rows @ keys.to(dtype).mT * scale).reshape(batch, heads, length, -1)
+    return product if softcap is None else softcap * torch.tanh(product / softcap)
 
 
 class _FirstToken:
@@ -161,8 +161,8 @@ class _FirstToken:
         every = torch.ones_like(position, dtype=torch.bool)
         own = visibility.window if visibility.of_base else visibility.limit
         reached = every if own is None else position < own
-        kept = every if visibility.sinks or visibility.window is None else position < visibility.window
-        self.reached, self.seen = reached[:, None], ((position >= 0) & reached & kept)[:, None]
+        in_window = every if visibility.sinks or visibility.window is None else position < visibility.window
+        self.reached, self.seen = reached[:, None], ((position >= 0) & reached & in_window)[:, None]
 
 
 class BiasAndVirtualKeys(Part):

@@ -45,7 +45,9 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
 
     def by_pytorch() -> tuple:
         rows = [run(*row, block, scale, softcap) for row in zip(query, keys, values, kept, strict=True)]
-        return tuple(part[0][None] if len(part) == 1 else torch.stack(part) for part in zip(*rows, strict=True))
+        return tuple(
+            tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) for tensors in zip(*rows, strict=True)
+        )
 
     if query.device.type != "cuda" or _trains(query, keys, values) or (kernel := _kernel()) is None:
         return by_pytorch()
@@ -53,29 +55,29 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
     return kernel.block_sparse_prefill(query, keys, values, lists, scale, softcap=softcap, fallback=by_pytorch)
 
 
-def attend_rows(query, keys, values, places: list[int], scale: float, softcap=None) -> tuple:
+def attend_rows(query, keys, values, positions: list[int], scale: float, softcap=None) -> tuple:
     """Causal attention of some rows, which may lie far from one another, to all keys.
 
     Args:
-        query: [batch, heads, r, head_dim], of the tokens at `places`, which ascend.
+        query: [batch, heads, r, head_dim], of the tokens at `positions`, which ascend.
         keys, values: [batch, KV heads, N, head_dim].
 
     Returns:
         [batch, heads, r, head_dim] and the log-sum-exp [batch, heads, r].
     """
     query, keys = query.to(values.dtype), keys.to(values.dtype)
-    (batch, heads, _, size), kv_heads, parts = query.shape, keys.shape[1], []
+    (batch, heads, _, size), kv_heads, chunks = query.shape, keys.shape[1], []
     plain = softcap is None and not written_out(query, keys, values)
-    for begin in range(0, len(places), ROWS):
-        near = places[begin : begin + ROWS]
+    for begin in range(0, len(positions), ROWS):
+        near = positions[begin : begin + ROWS]
         end, shape = near[-1] + 1, (batch, heads, len(near))
         rows = query[:, :, begin : begin + ROWS].reshape(batch, kv_heads, -1, size)
         seen = torch.arange(end) <= torch.tensor(near)[:, None]
         seen = seen.repeat(heads // kv_heads, 1)[None, None].to(query.device)
         far = rows, keys[:, :, :end], values[:, :, :end]
         out, lse = fused(*far, scale, True, seen=seen) if plain else explicit(*far, seen, scale, softcap, True)
-        parts.append((out.reshape(*shape, size), lse.reshape(shape)))
-    return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        chunks.append((out.reshape(*shape, size), lse.reshape(shape)))
+    return tuple(torch.cat(tensors, dim=2) for tensors in zip(*chunks, strict=True))
 
 
 @lru_cache
@@ -95,32 +97,35 @@ def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> t
     """`attend_blocks` of one row by the CPU's flash kernel."""
     (heads, length, size), lists = query.shape, len(kept)
     past, group = keys.shape[1] - length, heads // lists
-    first, whole = past // block, keys.shape[1] // block
+    first, full_blocks = past // block, keys.shape[1] // block
     lead = 0 if past else _causal_rows(kept)
     if lead > 1:
         end = min(lead * block, length)
-        early = fused(*(part[None, :, :end] for part in (query, keys, values)), scale, True, causal=True)
+        early = fused(*(tensor[None, :, :end] for tensor in (query, keys, values)), scale, True, causal=True)
         if end == length:
             return early[0][0], early[1][0]
         late = _gathered(query[:, end:], keys, values, kept[:, lead:], block, scale, softcap)
         return tuple(torch.cat([one[0], other], dim=1) for one, other in zip(early, late, strict=True))
     out, lse = _own_blocks(query, keys, values, block, scale)
     folded = [
-        tuple(part[head, : whole * block].contiguous().unflatten(0, (whole, block)) for part in (keys, values))
+        tuple(
+            tensor[head, : full_blocks * block].contiguous().unflatten(0, (full_blocks, block))
+            for tensor in (keys, values)
+        )
         for head in range(len(keys))
     ]
-    for number, row, ids in _lists(kept, first):
+    for list_index, row, ids in _lists(kept, first):
         begin = max((first + row) * block - past, 0)
         end = min((first + row + 1) * block - past, length)
         low, high = int(ids[0]), int(ids[-1]) + 1
-        mine = slice(number * group, (number + 1) * group), slice(begin, end)
+        own_rows = slice(list_index * group, (list_index + 1) * group), slice(begin, end)
         near = [
-            part[low:high] if high - low == len(ids) else part.index_select(0, ids)
-            for part in folded[number * len(keys) // lists]
+            tensor[low:high] if high - low == len(ids) else tensor.index_select(0, ids)
+            for tensor in folded[list_index * len(keys) // lists]
         ]
-        rows = query[mine].reshape(1, 1, -1, size)
-        more, more_lse = fused(rows, *(part.view(1, 1, -1, size) for part in near), scale, True)
-        here, here_lse = out[mine], lse[mine]
+        rows = query[own_rows].reshape(1, 1, -1, size)
+        more, more_lse = fused(rows, *(tensor.view(1, 1, -1, size) for tensor in near), scale, True)
+        here, here_lse = out[own_rows], lse[own_rows]
         more, more_lse = more.view(here.shape), more_lse.view(here_lse.shape)
         here.lerp_(more, torch.sigmoid(more_lse - here_lse)[..., None].to(out.dtype))
         torch.logaddexp(here_lse, more_lse, out=here_lse)
@@ -129,19 +134,19 @@ def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> t
 
 def _causal_rows(kept) -> int:
     """How many query blocks, from the first of a prompt on, keep all that lies before them in every list."""
-    whole = (kept | ~torch.ones_like(kept[0]).tril()).all(-1).all(0)
-    return int(whole.cumprod(0).sum())
+    complete = (kept | ~torch.ones_like(kept[0]).tril()).all(-1).all(0)
+    return int(complete.cumprod(0).sum())
 
 
 def _lists(kept, first: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Number of the list's head, its row, and the key blocks before the row's own, where there are any."""
+    """Index of the list's head, its row, and the key blocks before the row's own, where there are any."""
     _, rows, columns = kept.shape
     before = torch.arange(columns, device=kept.device) < first + torch.arange(rows, device=kept.device)[:, None]
     where = (kept & before).nonzero()
-    heads, places = where[:, 0], where[:, 1]
-    lists, counts = torch.unique_consecutive(heads * rows + places, return_counts=True)
-    for number, ids in zip(lists.tolist(), where[:, 2].split(counts.tolist()), strict=True):
-        yield number // rows, number % rows, ids
+    heads, query_blocks = where[:, 0], where[:, 1]
+    lists, counts = torch.unique_consecutive(heads * rows + query_blocks, return_counts=True)
+    for list_index, ids in zip(lists.tolist(), where[:, 2].split(counts.tolist()), strict=True):
+        yield list_index // rows, list_index % rows, ids
 
 
 def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
@@ -150,23 +155,25 @@ def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
     past = end - length
     lead = min(-past % block, length)  # queries of a block that began before them
     middle = lead + (length - lead) // block * block
-    parts = []
+    outputs = []
     if lead:
         begin, stop = past // block * block, past + lead
         seen = torch.arange(begin, stop) <= torch.arange(past, stop)[:, None]
-        near = (part[None, :, begin:stop] for part in (keys, values))
-        parts.append(fused(query[None, :, :lead], *near, scale, True, seen=seen[None, None]))
+        near = (tensor[None, :, begin:stop] for tensor in (keys, values))
+        outputs.append(fused(query[None, :, :lead], *near, scale, True, seen=seen[None, None]))
     if middle > lead:
         folded = [
-            part[:, begin : begin + middle - lead].unflatten(1, (-1, block)).transpose(0, 1)
-            for part, begin in ((query, lead), (keys, past + lead), (values, past + lead))
+            tensor[:, begin : begin + middle - lead].unflatten(1, (-1, block)).transpose(0, 1)
+            for tensor, begin in ((query, lead), (keys, past + lead), (values, past + lead))
         ]
         out, lse = fused(*folded, scale, True, causal=True)
-        parts.append((out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]))
+        outputs.append((out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]))
     if middle < length:
-        near = (part[None, :, -(length - middle) :] for part in (keys, values))
-        parts.append(fused(query[None, :, middle:], *near, scale, True, causal=True))
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        near = (tensor[None, :, -(length - middle) :] for tensor in (keys, values))
+        outputs.append(fused(query[None, :, middle:], *near, scale, True, causal=True))
+    out, lse = (
+        outputs[0] if len(outputs) == 1 else (torch.cat(tensors, dim=2) for tensors in zip(*outputs, strict=True))
+    )
     return out[0], lse[0]
 
 
@@ -174,16 +181,16 @@ def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -
     """`attend_blocks` of one row with the softmax written out, list by list."""
     (heads, length, size), lists, end = query.shape, len(kept), keys.shape[1]
     past, group, device = end - length, heads // lists, query.device
-    first, tokens, found = past // block, torch.arange(end, device=device), []
-    for number, head_lists in enumerate(kept):
-        pieces = []
+    first, tokens, by_list = past // block, torch.arange(end, device=device), []
+    for list_index, head_lists in enumerate(kept):
+        by_row = []
         for row, blocks in enumerate(head_lists):
             begin, stop = max((first + row) * block, past), min((first + row + 1) * block, end)
             near = tokens[:stop][blocks.repeat_interleave(block)[:stop]]
-            mine = slice(number * group, (number + 1) * group), slice(begin - past, stop - past)
+            own_rows = slice(list_index * group, (list_index + 1) * group), slice(begin - past, stop - past)
             seen = (near <= tokens[begin:stop, None]).repeat(group, 1)
-            held = (part[number * len(keys) // lists, near] for part in (keys, values))
-            out, lse = explicit(query[mine].reshape(-1, size), *held, seen, scale, softcap, True)
-            pieces.append((out.reshape(group, -1, size), lse.reshape(group, -1)))
-        found.append([torch.cat(part, dim=1) for part in zip(*pieces, strict=True)])
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+            selected = (tensor[list_index * len(keys) // lists, near] for tensor in (keys, values))
+            out, lse = explicit(query[own_rows].reshape(-1, size), *selected, seen, scale, softcap, True)
+            by_row.append((out.reshape(group, -1, size), lse.reshape(group, -1)))
+        by_list.append([torch.cat(tensors, dim=1) for tensors in zip(*by_row, strict=True)])
+    return tuple(torch.cat(tensors) for tensors in zip(*by_list, strict=True))

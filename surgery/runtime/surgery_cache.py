@@ -141,7 +141,7 @@ class SurgeryCache(Cache):
         """Raise a ValueError if the heads of such a model are not split as they are here."""
         block = getattr(config, "surgery", None)
         if block is not self.fits:
-            if [layer.heads.facts for layer in self.layers] != [heads.facts for heads in head_kinds(config)]:
+            if [layer.heads.spec for layer in self.layers] != [heads.spec for heads in head_kinds(config)]:
                 raise ValueError("this cache was made by a model whose heads are split otherwise: begin a new one")
             self.fits = block
 

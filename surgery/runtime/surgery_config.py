@@ -152,7 +152,7 @@ class Part:
         """A title and some words for `surgery inspect`, where the terms alone do not say it."""
         return None
 
-    def told_apart(self, layer: dict):
+    def display_key(self, layer: dict):
         """What neighbouring layers must have in common to be shown to people as one row; compared by ==."""
         return None
 
@@ -168,7 +168,7 @@ def validate(config) -> list[dict]:
         ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
             not fit the model.
     """
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
         least, below = (".".join(map(str, bound)) for bound in TRANSFORMERS)
         raise ValueError(
@@ -176,14 +176,14 @@ def validate(config) -> list[dict]:
         )
     block = getattr(config, NAME, None)
     if not isinstance(block, dict) or block.get("format") != FORMAT:
-        found = block.get("format") if isinstance(block, dict) else block
-        raise ValueError(f"the surgery block has format {found!r}; this code reads format {FORMAT}")
+        block_format = block.get("format") if isinstance(block, dict) else block
+        raise ValueError(f"the surgery block has format {block_format!r}; this code reads format {FORMAT}")
     layers, count = block.get("layers"), config.get_text_config().num_hidden_layers
     if not isinstance(layers, list) or len(layers) != count:
         raise ValueError(f"the surgery block must have a list of {count} layers")
-    for number, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         if reason := _fault(config, layer):
-            raise ValueError(f"layer {number} of the surgery block {reason}")
+            raise ValueError(f"layer {index} of the surgery block {reason}")
     return layers
 
 
@@ -212,8 +212,8 @@ def _fault_of_shape(config, layer: dict) -> str:
         return f"has {layer['num_key_value_heads']} KV heads, more than query heads"
     groups, kv_heads = query_groups(config, layer), layer.get("num_key_value_heads", len(query_groups(config)))
     heads = layer.get("num_attention_heads", sum(query_groups(config)))
-    whole = isinstance(groups, list) and all(is_whole(size, 1) for size in groups)
-    if not whole or len(groups) != kv_heads or sum(groups) != heads:
+    valid = isinstance(groups, list) and all(is_whole(size, 1) for size in groups)
+    if not valid or len(groups) != kv_heads or sum(groups) != heads:
         return f"spreads {heads} query heads over {kv_heads} KV heads as {groups}"
     for name, count in (("query_numbers", heads), ("kv_numbers", kv_heads)):
         numbers = layer.get(name, [])
@@ -233,7 +233,7 @@ def _owners(layer: dict) -> tuple[dict[str, Part], set[str]]:
     for name in sorted(PARTS, key=lambda name: name not in layer):
         if not left:
             break
-        if name not in layer and _beside(FILES[name]) is None:
+        if name not in layer and _sibling(FILES[name]) is None:
             continue
         part = load_part(name)
         if own := left & {*part.keys, *part.parameters}:
@@ -277,12 +277,12 @@ def after_heads_change(layer: dict, queries: list[int], kv_heads: list[int]) -> 
 
 def _parts_here() -> list[Part]:
     """Every part whose code is here: in a checkpoint those that it uses."""
-    return [load_part(name) for name in PARTS if _beside(FILES[name])]
+    return [load_part(name) for name in PARTS if _sibling(FILES[name])]
 
 
 def _lost_files() -> str:
     """Which parts' code did not come with this checkpoint, the end of an error; "" where all is here."""
-    lost = [f"{FILES[name]}.py" for name in PARTS if _beside(FILES[name]) is None]
+    lost = [f"{FILES[name]}.py" for name in PARTS if _sibling(FILES[name]) is None]
     return f" ({', '.join(lost)} did not come with this checkpoint: load it with surgery.load)" if lost else ""
 
 
@@ -336,22 +336,22 @@ def load_part(name: str) -> Part:
     return load_file(name).PART
 
 
-def _beside(file: str):
-    """Where a file of code is beside this one, where every part is; or None."""
+def _sibling(file: str):
+    """Where the file of code is in the folder of this one, where every part is; or None."""
     return find_spec(f".{file}", __package__)
 
 
 def _spec(file: str):
-    """Where a file of code is: a checkpoint has all beside this one, the package its kernels elsewhere; or None."""
-    return _beside(file) or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
+    """Where a file of code is: a checkpoint has all in one folder, the package has its kernels elsewhere; or None."""
+    return _sibling(file) or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
 
 
 def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
     files = sorted({FILES[name] for name in parts})
     roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
-    found = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
-    code = {path.name: path.read_bytes() for path in sorted(found)}
+    sources = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}
+    code = {path.name: path.read_bytes() for path in sorted(sources)}
     own = Path(__file__).name
     code[own] = code[own].partition(LIST)[0]
     if files:

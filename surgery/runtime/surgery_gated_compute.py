@@ -43,7 +43,7 @@ class Work:
     """Multiply-adds of the layers that have a gate or sparse prefill: what ran, and what runs without it.
 
     Attributes:
-        done, whole: "router", "keys and values", "query projection", "attention" and "output projection" of a gate,
+        done, dense: "router", "keys and values", "query projection", "attention" and "output projection" of a gate,
             "attention" and "estimator" of sparse prefill -> a number.
             Attention: of every row that was computed, all keys that it was multiplied with, for scores and for
             values. Where all rows are computed, each counts the keys that it sees; in sparse prefill, those of them
@@ -52,11 +52,11 @@ class Work:
 
     def __init__(self):
         self.done: dict[str, int] = {}
-        self.whole: dict[str, int] = {}
+        self.dense: dict[str, int] = {}
 
-    def add(self, part: str, done: int, whole: int) -> None:
-        self.done[part] = self.done.get(part, 0) + done
-        self.whole[part] = self.whole.get(part, 0) + whole
+    def add(self, component: str, done: int, dense: int) -> None:
+        self.done[component] = self.done.get(component, 0) + done
+        self.dense[component] = self.dense.get(component, 0) + dense
 
     def add_seen(self, view: KeyValues, query: torch.Tensor) -> None:
         """Attention of the heads of a view whose rows [batch, heads, n, d] were all computed."""
@@ -64,12 +64,12 @@ class Work:
         bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
         most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
         pairs = batch * heads * sum(min(position + 1, most) for position in range(end - length, end))
-        kept = pairs
+        computed = pairs
         if view.slots is not None:  # a policy has dropped some
             at = torch.arange(end - length, end, device=query.device)
             seen = (view.slots[..., None] <= at) & (view.slots[..., None] >= 0)
-            kept = int(seen.sum()) * (heads // view.slots.shape[1])
-        self.add("attention", 2 * size * kept, 2 * size * pairs)
+            computed = int(seen.sum()) * (heads // view.slots.shape[1])
+        self.add("attention", 2 * size * computed, 2 * size * pairs)
 
 
 @contextmanager
@@ -94,27 +94,27 @@ def counted(model) -> Iterator[Work]:
 class _Projection(torch.nn.Linear):
     """A projection that computes the rows of heads that are on, where `GateState.rows` says which."""
 
-    part = ""
+    component = ""
 
     def forward(self, x):
-        call, whole = self.surgery_call, x.shape[:-1].numel() * self.weight.numel()
-        out, done = (super().forward(x), whole) if call.rows is None else self.gathered(x, call.rows)
+        call, dense = self.surgery_call, x.shape[:-1].numel() * self.weight.numel()
+        out, done = (super().forward(x), dense) if call.rows is None else self.gathered(x, call.rows)
         if call.work is not None:
-            call.work.add(self.part, done, whole)
+            call.work.add(self.component, done, dense)
         return out
 
 
 class _Query(_Projection):
     """The rows of what is off are zero."""
 
-    part = "query projection"
+    component = "query projection"
 
     def gathered(self, x, rows):
         out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
         room = x.new_empty(x.shape[1:])  # one for all heads: new memory costs more than what is put there
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.out_features):
-            part = x[row] if index is None else torch.index_select(x[row], 0, index, out=room[: len(index)])
-            made = linear(part, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
+            inputs = x[row] if index is None else torch.index_select(x[row], 0, index, out=room[: len(index)])
+            made = linear(inputs, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
             done += made.numel() * self.in_features
             if index is None:
                 out[row, :, begin:end] = made
@@ -126,7 +126,7 @@ class _Query(_Projection):
 class _Output(_Projection):
     """The channels of what is off are not read."""
 
-    part = "output projection"
+    component = "output projection"
 
     def gathered(self, x, rows):
         wide = torch.promote_types(x.dtype, torch.float32)  # of many sums, none is rounded to half precision
@@ -135,10 +135,10 @@ class _Output(_Projection):
             out += self.bias
         room = x.new_empty(out.shape[1:])
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.in_features):
-            part, weight = x[row, :, begin:end], self.weight[:, begin:end].T
-            part = part if index is None else part.index_select(0, index)
-            done += part.numel() * self.out_features
-            made = torch.mm(part, weight, out=room[: len(part)])
+            inputs, weight = x[row, :, begin:end], self.weight[:, begin:end].T
+            inputs = inputs if index is None else inputs.index_select(0, index)
+            done += inputs.numel() * self.out_features
+            made = torch.mm(inputs, weight, out=room[: len(inputs)])
             if index is None:
                 out[row] += made
             else:
@@ -200,8 +200,8 @@ def _validation_error(config, layer: dict, groups: list[int]) -> str:
         if gate["unit"] not in ("head", "kv_group"):
             return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
         count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
-        whole = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
-        if not whole or len({*shared}) < len(shared) or len(shared) >= count:
+        valid = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
+        if not valid or len({*shared}) < len(shared) or len(shared) >= count:
             return f"has a gate with shared {shared}; they are some of 0 to {count - 1}, each once, and not all"
         routed = count - len(shared)
         if type(gate["active"]) is not int or not 1 <= gate["active"] <= routed:
@@ -224,8 +224,8 @@ def _detach(module) -> None:
 def _mixed(module, query, output) -> bool:
     """Whether a row of the query projection is not one head's alone, as attention gets it."""
     norm = getattr(getattr(module, "q_norm", None), "weight", None)
-    whole = norm is not None and norm.dim() == 1 and len(norm) == query.out_features
-    return whole or not isinstance(output, torch.nn.Linear) or output.in_features != query.out_features
+    spans_heads = norm is not None and norm.dim() == 1 and len(norm) == query.out_features
+    return spans_heads or not isinstance(output, torch.nn.Linear) or output.in_features != query.out_features
 
 
 def before(module, args, kwargs) -> None:
@@ -250,9 +250,9 @@ def before(module, args, kwargs) -> None:
         if saves and batch * length >= ROWS:
             call.on = gate.of_heads(torch.cat([chosen.new_ones(batch, length, len(gate.shared)), chosen], dim=-1))
             flat = chosen.permute(2, 0, 1).reshape(-1, length)
-            found = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
+            on_tokens = iter(flat.nonzero()[:, 1].split(flat.sum(1).tolist()))
             units = range(gate.units)
-            call.rows = [[None if unit in gate.shared else next(found) for _ in range(batch)] for unit in units]
+            call.rows = [[None if unit in gate.shared else next(on_tokens) for _ in range(batch)] for unit in units]
     if call.work is not None:
         _count_inputs(module, call.work, batch * length)
 
@@ -268,11 +268,11 @@ def _count_inputs(module, work: Work, tokens: int) -> None:
     weights = [module.get_parameter(name) for name in ROUTERS if hasattr(module, name)]
     work.add("router", tokens * sum(weight.numel() for weight in weights if weight.dim() == 2), 0)
     stock = {"k_proj": "keys and values", "v_proj": "keys and values"}
-    stock |= {"q_proj": _Query.part, "o_proj": _Output.part}
-    for name, part in stock.items():
+    stock |= {"q_proj": _Query.component, "o_proj": _Output.component}
+    for name, component in stock.items():
         projection = getattr(module, name, None)
         if isinstance(projection, torch.nn.Linear) and not isinstance(projection, _Projection):
-            work.add(part, *[tokens * projection.weight.numel()] * 2)
+            work.add(component, *[tokens * projection.weight.numel()] * 2)
 
 
 # Both from the times of one block of SmolLM2's shape (examples/benchmarks/bench_gates.py).
@@ -321,14 +321,14 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
             token, head = call.on[row, :, first : first + group].nonzero(as_tuple=True)
             if not len(token):
                 continue
-            here, place = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
-            rows = by_token.index_select(0, place)
+            kv_slice, row_index = (slice(row, row + 1), slice(kv_head, kv_head + 1)), token * heads + head + first
+            rows = by_token.index_select(0, row_index)
             made, lse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=_lse_dtype(rows))
-            pairs += _attend_rows(rows, past + token, keys[here], values[here], 0, scale, (made, lse))
-            out[row].view(-1, size).index_copy_(0, place, made.mul_(gates.index_select(0, place)[:, None]))
+            pairs += _attend_rows(rows, past + token, keys[kv_slice], values[kv_slice], 0, scale, (made, lse))
+            out[row].view(-1, size).index_copy_(0, row_index, made.mul_(gates.index_select(0, row_index)[:, None]))
     if call.work is not None:
-        whole = batch * heads * (length * past + length * (length + 1) // 2)
-        call.work.add("attention", 2 * size * pairs, 2 * size * whole)
+        dense = batch * heads * (length * past + length * (length + 1) // 2)
+        call.work.add("attention", 2 * size * pairs, 2 * size * dense)
     return out
 
 
@@ -345,7 +345,7 @@ def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     rows = query.reshape(1, kv_heads, group, size)
     out = torch.zeros_like(rows)
     for heads in slices(used) if used else ():
-        near = (part[:, heads] for part in (rows, keys, values))
+        near = (tensor[:, heads] for tensor in (rows, keys, values))
         out[:, heads] = fused(*near, scale, with_lse=True)[0]
     if call.work is not None:
         work = 2 * size * length * group
@@ -353,11 +353,11 @@ def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
     return out.reshape(query.shape).transpose(1, 2).mul_(call.gates[..., None])
 
 
-def _attend_rows(query, places, keys, values, first: int, scale, into: tuple) -> int:
+def _attend_rows(query, positions, keys, values, first: int, scale, into: tuple) -> int:
     """Attention of some rows of a KV head's queries to the keys from `first` on.
 
     Args:
-        query: [r, head_dim], of the tokens at `places` (long [r], not falling, from `first` on).
+        query: [r, head_dim], of the tokens at `positions` (long [r], not falling, from `first` on).
         keys, values: [1, 1, N, head_dim].
         into: [r, head_dim] and [r], where output and log-sum-exp are put.
 
@@ -366,16 +366,16 @@ def _attend_rows(query, places, keys, values, first: int, scale, into: tuple) ->
     """
     count, (out, lse) = len(query), into
     if count <= LEAF:
-        end = int(places[-1]) + 1
-        late = torch.arange(first, end) > places[:, None]
+        end = int(positions[-1]) + 1
+        late = torch.arange(first, end) > positions[:, None]
         bias = torch.zeros(late.shape, dtype=query.dtype).masked_fill_(late, -torch.inf)
-        for whole, part in zip((out, lse), _kernel(query, keys, values, first, end, scale, bias), strict=True):
-            whole.copy_(part)
+        for target, result in zip((out, lse), _kernel(query, keys, values, first, end, scale, bias), strict=True):
+            target.copy_(result)
         return count * (end - first)
     half = count - _later_half(count)
-    middle = int(places[half])
-    pairs = _attend_rows(query[:half], places[:half], keys, values, first, scale, (out[:half], lse[:half]))
-    late = query[half:], places[half:], out[half:], lse[half:]
+    middle = int(positions[half])
+    pairs = _attend_rows(query[:half], positions[:half], keys, values, first, scale, (out[:half], lse[:half]))
+    late = query[half:], positions[half:], out[half:], lse[half:]
     pairs += _attend_rows(*late[:2], keys, values, middle, scale, late[2:])
     if middle > first:
         early, early_lse = _kernel(late[0], keys, values, first, middle, scale)
@@ -388,8 +388,8 @@ def _attend_rows(query, places, keys, values, first: int, scale, into: tuple) ->
 def _later_half(count: int) -> int:
     """How many of so many rows are the later half: what the threads share evenly, if it comes near."""
     half = count // 2
-    whole = next(share for least, share in SHARES if half >= least) * torch.get_num_threads()
-    even = (half + whole // 2) // whole * whole
+    multiple = next(share for least, share in SHARES if half >= least) * torch.get_num_threads()
+    even = (half + multiple // 2) // multiple * multiple
     return even if 0 < even < count else half
 
 
@@ -400,7 +400,7 @@ def _lse_dtype(query) -> torch.dtype:
 
 def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [r, head_dim] and log-sum-exp [r] of the CPU's flash attention to the keys from `first` to `end` - 1."""
-    near = (part[:, :, first:end] for part in (keys, values))
+    near = (tensor[:, :, first:end] for tensor in (keys, values))
     seen = None if bias is None else bias[None, None]
     out, lse = fused(query[None, None], *near, scale, with_lse=True, seen=seen)
     return out[0, 0], lse[0, 0]

@@ -270,13 +270,13 @@ def parameters_of(module) -> dict[str, torch.Tensor]:
     Accelerate fetches what it has offloaded (`device_map`) when the module's own forward begins, and the gate is
     worked out before: then they are read from where it keeps them.
     """
-    found = {name: getattr(module, name) for name in ROUTERS if hasattr(module, name)}
-    if any(tensor.is_meta for tensor in found.values()):
+    tensors = {name: getattr(module, name) for name in ROUTERS if hasattr(module, name)}
+    if any(tensor.is_meta for tensor in tensors.values()):
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            if (kept := getattr(each, "weights_map", None)) is not None:
-                found = {name: kept[name].to(each.execution_device) for name in found}
-    return {name.removeprefix("surgery_"): tensor for name, tensor in found.items()}
+            if (weights_map := getattr(each, "weights_map", None)) is not None:
+                tensors = {name: weights_map[name].to(each.execution_device) for name in tensors}
+    return {name.removeprefix("surgery_"): tensor for name, tensor in tensors.items()}
 
 
 # The gate of a single token, in Python's numbers. While a CPU decodes with a small model, the dozen of little tensors
@@ -291,10 +291,10 @@ def prepare_token(module, hidden: torch.Tensor) -> list:
     """
     gate, call = module.surgery_gate, module.surgery_call
     weight, bias, temperature = _packed(module)
-    numbers = torch.addmv(bias, weight, hidden.to(weight.dtype)).tolist()
-    if not math.isfinite(sum(numbers) + temperature):
+    outputs = torch.addmv(bias, weight, hidden.to(weight.dtype)).tolist()
+    if not math.isfinite(sum(outputs) + temperature):
         raise ValueError(NOT_FINITE.format(module.layer_idx))
-    values, on = gate_of_token(gate, numbers, temperature)
+    values, on = gate_of_token(gate, outputs, temperature)
     if gate.units < sum(gate.groups):
         values = [value for value, group in zip(values, gate.groups, strict=True) for _ in range(group)]
     call.gates, call.rows = torch.tensor([[values]], dtype=hidden.dtype), None
@@ -302,9 +302,9 @@ def prepare_token(module, hidden: torch.Tensor) -> list:
 
 
 def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Routers [numbers, D], their biases, and the temperature, kept from token to token.
+    """Routers [outputs, D], their biases, and the temperature, kept from token to token.
 
-    They are made anew after every longer forward, as one begins every generation, and when a parameter was changed, or
+    They are made again after every longer forward (one begins every generation), and when a parameter was changed, or
     another one or other memory took its place (`load_state_dict(assign=True)`, `.data = ...`).
     """
     call, now = module.surgery_call, _states(module)
@@ -317,24 +317,24 @@ def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
         weight = torch.cat(routers).to(wide)
         bias = torch.nn.functional.pad(parameters["router_bias"].to(wide), (0, len(weight) - len(routers[0])))
         made = weight, bias, parameters["router_temperature"].item() if "router_temperature" in parameters else 0.0
-        kept = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets this memory
-        call.packed = packed = now, made, kept
+        references = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets this memory
+        call.packed = packed = now, made, references
     return packed[1]
 
 
 def _states(module) -> list[tuple]:
     """What changes when a parameter of the gate does; tensors made in inference mode count no versions."""
-    held = (module._parameters.get(name) for name in ROUTERS)
-    return [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in held if p is not None]
+    parameters = (module._parameters.get(name) for name in ROUTERS)
+    return [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters if p is not None]
 
 
-def gate_of_token(gate: Gate, numbers: list[float], temperature: float) -> tuple[list[float], list]:
+def gate_of_token(gate: Gate, outputs: list[float], temperature: float) -> tuple[list[float], list]:
     """The gates of a single token and which are on, of the units in order, as Python's numbers.
 
     Args:
-        numbers: the router's logits, then those of shared router and balance; without these where they are 0.
+        outputs: the router's logits, then those of shared router and balance; without these where they are 0.
     """
-    logits, more = numbers[: len(gate.routed)], numbers[len(gate.routed) :]
+    logits, more = outputs[: len(gate.routed)], outputs[len(gate.routed) :]
     order = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)  # of equal ones the first
     if gate.kind == "mae":
         if not gate.hard:
@@ -343,7 +343,7 @@ def gate_of_token(gate: Gate, numbers: list[float], temperature: float) -> tuple
         values[order[0]] = 0.0
         return values, [value > 0 for value in values]
     on = [False] * gate.units
-    for unit in (*gate.shared, *(gate.routed[place] for place in order[: gate.active])):
+    for unit in (*gate.shared, *(gate.routed[index] for index in order[: gate.active])):
         on[unit] = True
     values = [float(x) for x in on]
     if temperature or more:
@@ -351,11 +351,11 @@ def gate_of_token(gate: Gate, numbers: list[float], temperature: float) -> tuple
         if more:
             first, second = _softmax_times_count(more[-2:])
             always = _softmax_times_count(more[:-2])
-        weights = _softmax_times_count([temperature * logits[place] for place in order[: gate.active]])
+        weights = _softmax_times_count([temperature * logits[index] for index in order[: gate.active]])
         for unit, x in zip(gate.shared, always, strict=True):
             values[unit] = first * x
-        for place, x in zip(order, weights, strict=False):
-            values[gate.routed[place]] = second * x
+        for index, x in zip(order, weights, strict=False):
+            values[gate.routed[index]] = second * x
     return values, on
 
 

@@ -33,12 +33,12 @@ class Log(Policy):
 
     def survivors(self, kept: Kept) -> None:
         real = kept.positions >= 0
-        asked = kept.positions[:, :, -kept.queries.shape[2] :]  # the call's own tokens, by their positions
-        seen = ((kept.positions[:, :, None] <= asked[..., None]) & real[:, :, None]).sum((0, 2, 3)).tolist()
-        queries, held = asked.ge(0).sum((0, 2)).tolist(), real.sum(-1).amax(0).tolist()
-        for head, *numbers in zip(kept.kv_heads, queries, seen, held, strict=True):
+        query_positions = kept.positions[:, :, -kept.queries.shape[2] :]  # the call's own tokens, by their positions
+        seen = ((kept.positions[:, :, None] <= query_positions[..., None]) & real[:, :, None]).sum((0, 2, 3)).tolist()
+        queries, held = query_positions.ge(0).sum((0, 2)).tolist(), real.sum(-1).amax(0).tolist()
+        for head, *added in zip(kept.kv_heads, queries, seen, held, strict=True):
             old = self.heads.get(head, Counts())
-            self.heads[head] = Counts(old.queries + numbers[0], old.seen + numbers[1], max(old.held, numbers[2]))
+            self.heads[head] = Counts(old.queries + added[0], old.seen + added[1], max(old.held, added[2]))
 
 
 def counts(model) -> dict[int, dict[int, Counts]]:

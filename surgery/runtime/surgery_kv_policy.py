@@ -101,9 +101,9 @@ def policy_of(entry: dict) -> Policy:
         ValueError: there is none of this name, it has other settings, or they are wrong.
     """
     name = entry.get("name") if isinstance(entry, dict) else None
-    there = sorted({*POLICIES, *(each.partition(".")[2] for each in FILES if each.startswith("policy."))})
-    if name not in there:
-        raise ValueError(f"{entry!r} names no policy; there is: {', '.join(there)}")
+    names = sorted({*POLICIES, *(each.partition(".")[2] for each in FILES if each.startswith("policy."))})
+    if name not in names:
+        raise ValueError(f"{entry!r} names no policy; there is: {', '.join(names)}")
     cls = POLICIES[name] if name in POLICIES else load_file(f"policy.{name}").POLICY
     settings, known = (
         {key: value for key, value in entry.items() if key != "name"},
@@ -135,11 +135,11 @@ class LayerPolicy:
             mask: bool [batch, N], the slots of real tokens, or None. pad: [batch], those before each row's first, or
                 None.
         """
-        for (visibility, numbers), query, view in zip(kinds.facts[1], queries, views, strict=True):
+        for (visibility, kv_heads), query, view in zip(kinds.spec[1], queries, views, strict=True):
             if not visibility.by_policy or view.store is None:
                 continue
-            held = view.keys, view.values, _positions(view, mask, pad)
-            shown = Kept(self.layer, numbers, query, *held, scale, softcap, view.store.notes)
+            cached = view.keys, view.values, _positions(view, mask, pad)
+            shown = Kept(self.layer, kv_heads, query, *cached, scale, softcap, view.store.notes)
             stays = self.policy.survivors(shown)
             view.store.note(shown.notes)
             if stays is not None:
@@ -163,8 +163,8 @@ def _checked(stays: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: it is neither bool for each key nor indices for each KV head.
     """
-    whole = stays.dtype == torch.bool and stays.shape == positions.shape
-    if not whole and (stays.dtype != torch.long or stays.shape[:2] != positions.shape[:2] or stays.dim() != 3):
+    is_mask = stays.dtype == torch.bool and stays.shape == positions.shape
+    if not is_mask and (stays.dtype != torch.long or stays.shape[:2] != positions.shape[:2] or stays.dim() != 3):
         kind, wanted = f"{stays.dtype} {list(stays.shape)}", list(positions.shape)
         raise ValueError(f"a policy gave {kind}; it is bool {wanted}, or long {[*wanted[:2], 'm']}")
     return stays
@@ -208,7 +208,7 @@ class KVPolicy(Part):
     def describe(self, layer: dict) -> tuple[str, str]:
         return "policy of the cache", layer["policy"]["name"]
 
-    def told_apart(self, layer: dict):
+    def display_key(self, layer: dict):
         return layer["policy"]
 
 

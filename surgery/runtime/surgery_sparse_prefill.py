@@ -235,7 +235,7 @@ def problem_of(entry, heads: int) -> str:
     return ""
 
 
-class SparsePrefill(Part):
+class SparsePart(Part):
     """Which blocks of keys the full heads read of a prompt; an entry has `sparse`, as this file's beginning says."""
 
     keys = ("sparse",)
@@ -273,7 +273,7 @@ class SparsePrefill(Part):
     def describe(self, layer: dict) -> tuple[str, str]:
         return "sparse prefill", layer["sparse"]["method"]
 
-    def told_apart(self, layer: dict):
+    def display_key(self, layer: dict):
         return layer["sparse"]
 
     def probe_length(self, layer: dict, least: int) -> int:
@@ -281,4 +281,4 @@ class SparsePrefill(Part):
         return max(least, sparse.dense_below + PROBED * sparse.block)
 
 
-PART = SparsePrefill()
+PART = SparsePart()

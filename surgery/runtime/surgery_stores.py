@@ -23,7 +23,7 @@ import torch
 
 from .surgery_visibility import Visibility
 
-HELD = ("keys", "values", "slots")  # what a store holds under these names
+RESERVED = ("keys", "values", "slots")  # names of the tensors that a store itself has
 GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
 
 
@@ -40,7 +40,7 @@ class KeyValues:
         store: where the sinks are kept, or keys may be dropped, if anywhere.
         slots: long [batch, heads, n], the slot of each key, -1 where there is none; None: they are consecutive.
         gaps: there are slots of -1.
-        whole: sinks and ring in one buffer, once both are full: all that an unpadded row's next query sees.
+        sinks_and_ring: both in one buffer, once both are full: all that an unpadded row's next query sees.
         read: where prefill was sparse, which keys were read of those seen (surgery_sparse_prefill.py); None: all.
     """
 
@@ -56,7 +56,7 @@ class KeyValues:
     store: RingStore | KeptStore | None = None
     slots: torch.Tensor | None = None
     gaps: bool = False
-    whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    sinks_and_ring: tuple[torch.Tensor, torch.Tensor] | None = None
     read: Callable | None = None
 
     @property
@@ -109,7 +109,7 @@ class FullStore:
 
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.seen = self.held = 0  # tokens that came, and those of them that are in the buffer
+        self.seen = self.stored = 0  # tokens that came, and those of them that are in the buffer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         return self._append({"keys": keys, "values": values})
@@ -117,18 +117,18 @@ class FullStore:
     def _append(self, added: dict[str, torch.Tensor]) -> KeyValues:
         """Add tensors [batch, heads, n, ...] to those of their names."""
         new = added["keys"].shape[2]
-        end = self.held + new
+        end = self.stored + new
         if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing in place
             self.tensors = {name: torch.cat([self._used(name), tensor], dim=2) for name, tensor in added.items()}
         else:
             for name, tensor in added.items():
                 self._reserve(name, tensor, end)
-                self.tensors[name][:, :, self.held : end] = tensor
-        self.seen, self.held = self.seen + new, end
+                self.tensors[name][:, :, self.stored : end] = tensor
+        self.seen, self.stored = self.seen + new, end
         return KeyValues(self.visibility, self._used("keys"), self._used("values"), new, self.seen)
 
     def _used(self, name: str) -> torch.Tensor:
-        return self.tensors[name][:, :, : self.held]
+        return self.tensors[name][:, :, : self.stored]
 
     def _reserve(self, name: str, like: torch.Tensor, end: int) -> None:
         old = self.tensors.get(name)
@@ -137,11 +137,11 @@ class FullStore:
         room = end if old is None and end > GROWTH else end + _spare(end)
         new = like.new_empty((*like.shape[:2], room, *like.shape[3:]))
         if old is not None:
-            new[:, :, : self.held] = old[:, :, : self.held]
+            new[:, :, : self.stored] = old[:, :, : self.stored]
         self.tensors[name] = new
 
     def crop(self, count: int) -> None:
-        self.seen, self.held = max(self.seen - count, 0), max(self.held - count, 0)
+        self.seen, self.stored = max(self.seen - count, 0), max(self.stored - count, 0)
 
     def can_crop(self, count: int) -> bool:
         return True
@@ -179,14 +179,14 @@ class KeptStore(FullStore):
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:
-        """What a policy has noted of the keys held: name -> [batch, KV heads, held, ...], 0 for those that are new."""
-        return {name: self._used(name) for name in self.tensors if name not in HELD}
+        """What a policy noted of the stored keys: name -> [batch, KV heads, stored, ...], 0 for those that are new."""
+        return {name: self._used(name) for name in self.tensors if name not in RESERVED}
 
     def note(self, notes: dict[str, torch.Tensor]) -> None:
         """Keep notes in the place of those of their names; they go where their keys go.
 
         Raises:
-            ValueError: one is not of all the keys held, or has the name of what the store itself holds.
+            ValueError: one is not of all stored keys, or has the name of a tensor of the store itself.
         """
         memory = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
         changed = {}
@@ -194,8 +194,8 @@ class KeptStore(FullStore):
             if noted.shape[:3] != self._used("keys").shape[:3]:
                 wanted = list(self._used("keys").shape[:3])
                 raise ValueError(f"a policy's note {name!r} is {list(noted.shape)}, and begins with {wanted}")
-            if name in HELD:
-                raise ValueError(f"a policy's note may not be called {name!r}: the cache holds {', '.join(HELD)}")
+            if name in RESERVED:
+                raise ValueError(f"a policy's note may not be called {name!r}: the cache holds {', '.join(RESERVED)}")
             shown = self._used(name) if name in self.tensors else None
             same = shown is not None and (noted.data_ptr(), noted.stride()) == (shown.data_ptr(), shown.stride())
             if not (same and noted.shape == shown.shape and noted.dtype == shown.dtype):
@@ -206,15 +206,15 @@ class KeptStore(FullStore):
             if old is None or (old.dtype, old.shape[3:]) != (noted.dtype, noted.shape[3:]):
                 self.tensors[name] = noted
             else:
-                old[:, :, : self.held] = noted
+                old[:, :, : self.stored] = noted
 
     def select(self, stays: torch.Tensor) -> None:
         """Drop keys and free their memory.
 
         Args:
-            stays: of the keys held, bool [batch, KV heads, held] or indices [batch, KV heads, m], those that stay.
+            stays: of the stored keys, bool [batch, KV heads, stored] or indices [batch, KV heads, m], those that stay.
         """
-        short, held = None, self.held
+        short, stored = None, self.stored
         if stays.dtype == torch.bool:
             real = self._used("slots") >= 0 if "slots" in self.tensors else torch.ones_like(stays)
             if bool((stays | ~real).all()):
@@ -226,23 +226,23 @@ class KeptStore(FullStore):
         else:
             index = stays.sort(dim=-1).values
         if "slots" not in self.tensors:
-            slots = torch.arange(held, dtype=torch.int32, device=index.device)
+            slots = torch.arange(stored, dtype=torch.int32, device=index.device)
             self.tensors["slots"] = slots.repeat(*index.shape[:2], 1)
         for name in self.tensors:
             old, where = self._used(name), index if self.tensors[name].dim() == 3 else index[..., None]
             self._put(name, old.gather(2, where.expand(*index.shape, *old.shape[3:])))
-        self.held, self.settled = index.shape[-1], self.seen
+        self.stored, self.settled = index.shape[-1], self.seen
         if short is not None:
-            self.tensors["slots"][:, :, : self.held].masked_fill_(short, -1)
+            self.tensors["slots"][:, :, : self.stored].masked_fill_(short, -1)
         self.gaps = bool((self._used("slots") < 0).any())
 
-    def _put(self, name: str, kept: torch.Tensor) -> None:
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
         """Put what stays into the buffer, or in memory of its own where the buffer is far longer."""
-        buffer, length = self.tensors[name], kept.shape[2]
+        buffer, length = self.tensors[name], tensor.shape[2]
         if buffer.shape[2] - length <= _spare(length):
-            buffer[:, :, :length] = kept
+            buffer[:, :, :length] = tensor
         else:
-            self.tensors[name] = kept
+            self.tensors[name] = tensor
 
     def crop(self, count: int) -> None:
         super().crop(count)
@@ -280,24 +280,24 @@ class RingStore:
             self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
         training = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         if new == 1 and not recording and self.pending is None and not training:
-            held = (self.tensors["keys"], self.tensors["values"])
-            for tensor, one in zip(held, (keys, values), strict=True):
+            buffers = (self.tensors["keys"], self.tensors["values"])
+            for tensor, one in zip(buffers, (keys, values), strict=True):
                 tensor[:, :, sinks + self.seen % window] = one[:, :, 0].detach()
             self.seen += 1
-            near = [tensor.narrow(2, sinks, window) for tensor in held]
+            near = [tensor.narrow(2, sinks, window) for tensor in buffers]
             view = KeyValues(self.visibility, *near, 1, self.seen, ring=True)
-            view.whole = held if self.seen >= sinks + window else None
+            view.sinks_and_ring = buffers if self.seen >= sinks + window else None
         else:
             near = self._ordered(keys, values)
             end = self.seen + (self.pending[0].shape[2] if self.pending else 0) + new
             if recording:
-                parts = zip(self.pending or (None, None), (keys, values), strict=True)
-                self.pending = tuple(new if old is None else torch.cat([old, new], dim=2) for old, new in parts)
+                pairs = zip(self.pending or (None, None), (keys, values), strict=True)
+                self.pending = tuple(new if old is None else torch.cat([old, new], dim=2) for old, new in pairs)
             else:
                 self._flush()
                 self._write(keys, values)
             reach = window - 1 + new
-            view = KeyValues(self.visibility, *(part[:, :, -reach:] for part in near), new, end)
+            view = KeyValues(self.visibility, *(tensor[:, :, -reach:] for tensor in near), new, end)
         view.sink_keys, view.sink_values = (self.tensors[name].narrow(2, 0, sinks) for name in ("keys", "values"))
         view.incoming, view.store = (keys, values), self
         return view
@@ -317,10 +317,10 @@ class RingStore:
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         new = keys.shape[2]
-        kept = min(self.visibility.window, new)
-        index = self._index(self.seen + new - kept, self.seen + new, keys.device)
-        self.tensors["keys"].index_copy_(2, index, keys[:, :, new - kept :].detach())
-        self.tensors["values"].index_copy_(2, index, values[:, :, new - kept :].detach())
+        count = min(self.visibility.window, new)
+        index = self._index(self.seen + new - count, self.seen + new, keys.device)
+        self.tensors["keys"].index_copy_(2, index, keys[:, :, new - count :].detach())
+        self.tensors["values"].index_copy_(2, index, values[:, :, new - count :].detach())
         self.seen += new
 
     def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -329,8 +329,8 @@ class RingStore:
             return keys, values
         index = self._index(self.seen - min(self.seen, self.visibility.window), self.seen, keys.device)
         old = tuple(self.tensors[name].index_select(2, index) for name in ("keys", "values"))
-        parts = [old, *([self.pending] if self.pending else []), (keys, values)]
-        return tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        chunks = [old, *([self.pending] if self.pending else []), (keys, values)]
+        return tuple(torch.cat(tensors, dim=2) for tensors in zip(*chunks, strict=True))
 
     def _flush(self) -> None:
         if self.pending:
@@ -341,7 +341,7 @@ class RingStore:
         if self.pending:
             taken = min(count, self.pending[0].shape[2])
             left = self.pending[0].shape[2] - taken
-            self.pending = tuple(part[:, :, :left] for part in self.pending) if left else None
+            self.pending = tuple(tensor[:, :, :left] for tensor in self.pending) if left else None
             count -= taken
             self._flush()
         self.seen = max(self.seen - count, 0)

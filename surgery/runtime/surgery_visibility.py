@@ -52,7 +52,7 @@ class HeadKinds:
 
     def __init__(self, groups: list[int], kinds: list[tuple[Visibility, list[int]]]):
         self.visibilities = [visibility for visibility, _ in kinds]
-        self.facts = (groups, kinds)  # equal ones split heads alike
+        self.spec = (groups, kinds)  # equal ones split heads alike
         first = [sum(groups[:head]) for head in range(len(groups))]
         self._keys = _Order([heads for _, heads in kinds])
         self._queries = _Order([[first[h] + i for h in heads for i in range(groups[h])] for _, heads in kinds])
@@ -65,9 +65,9 @@ class HeadKinds:
         """Anything [batch, query heads, ...] apart by kind."""
         return self._queries.split(tensor)
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def join(self, outputs: list[torch.Tensor]) -> torch.Tensor:
         """Outputs of the kinds, each [batch, heads, n, head_dim], as [batch, n, query heads, head_dim] in order."""
-        return self._queries.join(parts)
+        return self._queries.join(outputs)
 
 
 class _Order:
@@ -82,16 +82,16 @@ class _Order:
             raise ValueError(f"the surgery block is of {self.count} heads, this layer made {tensor.shape[1]}")
         return [_take(tensor, slices) for slices in self.kinds]
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0].transpose(1, 2).contiguous()
-        batch, _, length, size = parts[0].shape
-        joined = parts[0].new_empty(batch, length, self.count, size)
-        for part, slices in zip(parts, self.kinds, strict=True):
+    def join(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        if len(outputs) == 1:
+            return outputs[0].transpose(1, 2).contiguous()
+        batch, _, length, size = outputs[0].shape
+        joined = outputs[0].new_empty(batch, length, self.count, size)
+        for output, slices in zip(outputs, self.kinds, strict=True):
             first = 0
             for heads in slices:
                 last = first + len(range(self.count)[heads])
-                joined[:, :, heads] = part[:, first:last].transpose(1, 2)
+                joined[:, :, heads] = output[:, first:last].transpose(1, 2)
                 first = last
         return joined
 
@@ -106,13 +106,13 @@ def slices(heads: list[int]) -> list[slice]:
 
 
 def _take(tensor: torch.Tensor, slices: list[slice]) -> torch.Tensor:
-    parts = [tensor[:, heads] for heads in slices]
-    if len(parts) == 1:
-        return parts[0]
+    chunks = [tensor[:, heads] for heads in slices]
+    if len(chunks) == 1:
+        return chunks[0]
     if tensor.dim() < 4:
-        return torch.cat(parts, dim=1)
+        return torch.cat(chunks, dim=1)
     # As attention makes them, the heads of one token lie side by side, and are copied so.
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
+    return torch.cat([chunk.transpose(1, 2) for chunk in chunks], dim=2).transpose(1, 2)
 
 
 def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int = 1, limit=None) -> HeadKinds:
@@ -174,15 +174,15 @@ class HeadSplit(Part):
         return ("visibility",) if layer.get("streaming") else ()
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        held, streaming = layer.get("sinks", 0) + layer.get("window", 0), {*layer.get("streaming", ())}
-        return [HeadCost(0, held) if head in streaming else cost for head, cost in enumerate(heads)]
+        tokens, streaming = layer.get("sinks", 0) + layer.get("window", 0), {*layer.get("streaming", ())}
+        return [HeadCost(0, tokens) if head in streaming else cost for head, cost in enumerate(heads)]
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
         streaming = layer.get("streaming")
-        kept = [new for new, old in enumerate(kv_heads) if old in (streaming or ())]
-        return {} if streaming is None else {"streaming": kept}
+        remaining = [new for new, old in enumerate(kv_heads) if old in (streaming or ())]
+        return {} if streaming is None else {"streaming": remaining}
 
-    def told_apart(self, layer: dict):
+    def display_key(self, layer: dict):
         return len(layer.get("streaming", ())), layer.get("sinks", 0), layer.get("window", 0)
 
     def probe_length(self, layer: dict, least: int) -> int:
@@ -223,10 +223,10 @@ def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_
 def _segments(mask_function) -> torch.Tensor | None:
     """Sequence numbers of a packed batch; masks that are neither causal nor windows nor packed rows are refused."""
     segments = None
-    for part in _mask_parts(mask_function):
-        name = getattr(part, "__qualname__", str(part)).removesuffix(".<locals>.inner_mask")
+    for function in _mask_functions(mask_function):
+        name = getattr(function, "__qualname__", str(function)).removesuffix(".<locals>.inner_mask")
         if name == "packed_sequence_mask_function":
-            segments = part.__closure__[0].cell_contents.long()
+            segments = function.__closure__[0].cell_contents.long()
         elif name not in ("causal_mask_function", "sliding_window_overlay"):
             raise ValueError(
                 f"this model asks for a mask that is not causal ({name}); a surgical model supports causal attention, "
@@ -235,8 +235,8 @@ def _segments(mask_function) -> torch.Tensor | None:
     return segments
 
 
-def _mask_parts(function):
-    """The pieces a mask function is made of: Transformers joins them with `and_masks` and wraps packed rows."""
+def _mask_functions(function):
+    """The functions that a mask function joins: Transformers makes it with `and_masks` and wraps packed rows."""
     if function is None:
         return
     name = getattr(function, "__qualname__", "")
@@ -244,18 +244,18 @@ def _mask_parts(function):
         yield function
         return
     for cell in function.__closure__ or ():
-        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
-        for part in parts:
-            if callable(part) and not isinstance(part, torch.Tensor):
-                yield from _mask_parts(part)
+        members = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        for member in members:
+            if callable(member) and not isinstance(member, torch.Tensor):
+                yield from _mask_functions(member)
 
 
 @lru_cache(maxsize=8)
-def unpadded(visibility, first: int, length: int, low: int, apart: bool, group: int, *, dtype, device):
+def unpadded(visibility, first: int, length: int, low: int, separate_sinks: bool, group: int, *, dtype, device):
     """`seen_keys` of a block without padding, for its groups, as a bias: alike in all layers and in most blocks."""
     with torch.inference_mode(False):  # kept, and used in training later
         slots, key_slots = (torch.arange(begin, first + length, device=device) for begin in (first, low))
-        return bias(for_groups(seen_keys(visibility, slots, key_slots, None, None, apart), group), dtype)
+        return bias(for_groups(seen_keys(visibility, slots, key_slots, None, None, separate_sinks), group), dtype)
 
 
 def for_groups(seen: torch.Tensor, group: int) -> torch.Tensor | None:
@@ -263,23 +263,23 @@ def for_groups(seen: torch.Tensor, group: int) -> torch.Tensor | None:
     return None if bool(seen.all()) else seen[:, None].repeat(1, 1, group, 1)
 
 
-def seen_keys(visibility, slots, key_slots, mask, pad, apart: bool) -> torch.Tensor:
+def seen_keys(visibility, slots, key_slots, mask, pad, separate_sinks: bool) -> torch.Tensor:
     """Which keys the queries in these slots see: bool [1 or batch, queries, keys].
 
     Args:
-        apart: the sinks come first, and then the keys, among which they may be once more.
+        separate_sinks: the sinks come first, and then the keys, among which they may be once more.
     """
     distance = slots[:, None] - key_slots[None, :]
     seen = (distance >= 0) & (key_slots >= 0)
     if visibility.window is not None:
         near = distance < visibility.window
-        seen = seen & (near if apart or not visibility.sinks else near | (key_slots < visibility.sinks))
+        seen = seen & (near if separate_sinks or not visibility.sinks else near | (key_slots < visibility.sinks))
     if visibility.limit is not None:
         seen = seen & (distance < visibility.limit)
     seen = seen[None]  # [1 or batch, b, keys]
     if mask is not None:
         seen = seen & mask[:, None, key_slots.clamp(min=0)]
-    if apart:
+    if separate_sinks:
         start = 0 if pad is None else pad[:, None, None]
         seen = seen & (key_slots >= visibility.sinks + start)
         position = slots[None, :, None] - start

@@ -481,7 +481,7 @@ def test_counted_multiply_adds_are_those_of_brute_force(bases, path):
         "attention": 2 * 2 * heads * size * length * (length + 1) // 2,
         "router": 0,
     }
-    assert work.whole == whole
+    assert work.dense == whole
     assert work.done["router"] == length * hidden * ((6 + 2 + 2) + (3 + 1 + 2))
     if path == "multiplied":
         assert {name: n for name, n in work.done.items() if name != "router"} == {
@@ -511,8 +511,8 @@ def test_a_token_of_scaled_mae_counts_the_heads_that_are_on(bases, monkeypatch):
     with counted(model) as work:
         model(input_ids=TOKENS[:1, :1], use_cache=False)
     for part in ("query projection", "output projection"):
-        assert work.done[part] * 8 == work.whole[part] * 7, part
-    assert work.done["attention"] == work.whole["attention"], "a KV head is read for both its heads or for none"
+        assert work.done[part] * 8 == work.dense[part] * 7, part
+    assert work.done["attention"] == work.dense["attention"], "a KV head is read for both its heads or for none"
 
 
 @torch.no_grad()
@@ -530,7 +530,7 @@ def test_a_token_leaves_kv_heads_unread_and_counts_it(bases, monkeypatch):
             found = model(input_ids=ids[:, place : place + 1], **{runtime.CACHE: cache}).logits
         assert (found[0, 0] - want[0, place]).abs().max() < 1e-4
         per_head = 2 * 8 * (place + 1) * 2  # scores and values, head size, keys, query heads
-        whole, left = work.whole["attention"], work.whole["attention"] - work.done["attention"]
+        whole, left = work.dense["attention"], work.dense["attention"] - work.done["attention"]
         assert whole == 2 * 4 * per_head
         assert left % per_head == 0
         assert left >= 2 * per_head
@@ -547,7 +547,7 @@ def test_no_work_is_skipped_where_it_does_not_pay_or_gradients_are_wanted(bases)
     def skipped(ids, **kwargs) -> bool:
         with counted(model) as work:
             model(input_ids=ids, use_cache=False, **kwargs)
-        return work.done["attention"] < work.whole["attention"]
+        return work.done["attention"] < work.dense["attention"]
 
     model.config.max_position_embeddings = 4096
     assert not skipped(ids)

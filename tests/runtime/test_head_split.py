@@ -353,8 +353,8 @@ def test_one_query_of_each_head(dtype, with_lse, kv_heads):
 def test_one_query_reads_many_keys_in_pieces(base, monkeypatch):
     """With and without keys left over, and with more pieces than threads; what has a soft-cap or sinks stays right."""
     called = []
-    pieces = attention._in_pieces
-    monkeypatch.setattr(attention, "_in_pieces", lambda *given: called.append(1) or pieces(*given))
+    attend = attention._attend_in_splits
+    monkeypatch.setattr(attention, "_attend_in_splits", lambda *given: called.append(1) or attend(*given))
     monkeypatch.setattr(attention, "LONG", 8)
     monkeypatch.setattr(attention, "SHORTEST", 3)
     base = TINY[base]().eval()

@@ -174,7 +174,7 @@ def test_work_counts_the_keys_that_stay():
     view = store.append(keys[:, :, :2], keys[:, :, :2], False)
     work.add_seen(view, torch.randn(1, 6, 2, 8))  # 3 query heads read each KV head; tokens 9 and 10
     assert work.done["attention"] == 2 * 8 * 3 * ((3 + 1) + (3 + 2) + (1 + 1) + (1 + 2))
-    assert work.whole["attention"] == 2 * 8 * 6 * (10 + 11)
+    assert work.dense["attention"] == 2 * 8 * 6 * (10 + 11)
 
 
 @torch.no_grad()
@@ -329,7 +329,7 @@ def test_by_scores_and_what_the_policy_is_shown(base):
         layers.append({"held": held} if window is None else {})
     want = dense_logits(base, layers, ids, mask)
     assert difference(got, want, mask) <= 1e-4
-    assert {store.held for store in stores(holder[0]) if isinstance(store, KeptStore)} == {9}
+    assert {store.stored for store in stores(holder[0]) if isinstance(store, KeptStore)} == {9}
 
 
 @some
@@ -406,7 +406,7 @@ def test_memory_is_freed():
         one, mask = torch.full((2, 1), 3 + step), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         ids = torch.cat([ids, one], 1)
         model(**given(model, ids, mask, length + step), use_cache=True, **{runtime.CACHE: caches["largest"]})
-        assert {store.held for store in stores(caches["largest"])} == {count}
+        assert {store.stored for store in stores(caches["largest"])} == {count}
         room = room or caches["largest"].nbytes
         assert caches["largest"].nbytes == room
     assert caches["largest"].get_seq_length() == length + 40
@@ -421,11 +421,11 @@ def test_only_what_came_since_can_be_taken_back():
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         holder[0].crop(-1)
     holder[0].activate_past_recording()  # now nothing is dropped
-    before = [store.held for store in stores(holder[0])]
+    before = [store.stored for store in stores(holder[0])]
     want = model(**given(model, ids[:, :36], mask[:, :36], 30), use_cache=True, **{runtime.CACHE: holder[0]}).logits
-    assert [store.held for store in stores(holder[0])] == [held + 6 for held in before]
+    assert [store.stored for store in stores(holder[0])] == [held + 6 for held in before]
     holder[0].crop(-6)
-    assert [store.held for store in stores(holder[0])] == before
+    assert [store.stored for store in stores(holder[0])] == before
     got = model(**given(model, ids[:, :36], mask[:, :36], 30), use_cache=True, **{runtime.CACHE: holder[0]}).logits
     assert torch.equal(got, want)
 
@@ -436,7 +436,7 @@ def test_gradients_keep_all():
     model, (ids, mask) = under(base, "thirds"), batch(base, (0, 3))
     out = model(**given(model, ids[:, :30], mask[:, :30]), use_cache=True)
     late = model(**given(model, ids, mask, 30), use_cache=True, **{runtime.CACHE: out[runtime.CACHE]}).logits
-    assert {store.held for store in stores(out[runtime.CACHE])} == {LENGTH}
+    assert {store.stored for store in stores(out[runtime.CACHE])} == {LENGTH}
     whole = base(**given(base, ids, mask), use_cache=False).logits
     assert difference(late.detach(), whole.detach()[:, 30:], mask[:, 30:]) <= 1e-5
     name = "model.layers.0.self_attn.k_proj.weight"

@@ -167,7 +167,7 @@ def test_counted_pairs_are_those_of_the_blocks_that_are_read(pads, delta):
                 begin = end
         each = 2 * 8 * 8 * 2  # scores and values, head size, heads, layers
         assert work.done == {"attention": pairs * each, "estimator": 0}
-        assert work.whole == {"attention": whole * each, "estimator": 0}
+        assert work.dense == {"attention": whole * each, "estimator": 0}
     with counted(model) as work:
         pass
     assert not any(hasattr(module, "surgery_work") for module in model.modules())
@@ -180,4 +180,4 @@ def test_counted_estimator_is_its_matrix_products():
     with counted(model) as work:
         model(input_ids=ids, use_cache=False)
     assert work.done["estimator"] == 2 * 8 * 9 * 9 * 8  # layers, heads, query blocks, key blocks, head size
-    assert work.done["attention"] < 0.75 * work.whole["attention"]
+    assert work.done["attention"] < 0.75 * work.dense["attention"]

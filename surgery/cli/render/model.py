@@ -182,7 +182,7 @@ def _runs(layers) -> list[list]:
 
 def _comparison_key(layer) -> dict:
     fields = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
-    part_keys = {name: part.told_apart(layer.entry) for name, part in layer.parts.items()}
+    part_keys = {name: part.display_key(layer.entry) for name, part in layer.parts.items()}
     return fields | {name: value for name, value in part_keys.items() if value is not None}
 
 

@@ -15,7 +15,7 @@ from surgery.cli.render.console import STATUS_STYLE, console
 from surgery.evaluation import probes
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.operations.base import SURGICAL
-from surgery.operations.variants import Variants, inline_schema, method_facts
+from surgery.operations.variants import Variants, describe_method, inline_schema
 from surgery.report.card_sections import healed, searched
 from surgery.report.gate import damage
 
@@ -104,7 +104,7 @@ def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> No
     for op, cls in classes.items():
         out.print(Text.assemble("\n", (op, "bold"), "  ", cls.summary))
         schema, methods = inline_schema(cls), cls.METHODS if issubclass(cls, Variants) else {}
-        methods_info = {name: method_facts(method) for name, method in methods.items()}
+        methods_info = {name: describe_method(method) for name, method in methods.items()}
         own_fields = {key for method_info in methods_info.values() for key in method_info["fields"]}
         common = {name: field for name, field in schema["properties"].items() if name not in own_fields | {"op"}}
         out.print(_fields(common, schema))

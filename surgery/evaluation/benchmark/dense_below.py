@@ -24,7 +24,7 @@ SHORTEST = 0.05  # seconds that a timing lasts at least; a shorter call is repea
 
 
 @dataclass(frozen=True)
-class Trial:
+class TimedPrompt:
     """A prompt whose first `dense_below` positions are dense.
 
     Attributes:
@@ -56,7 +56,7 @@ class DenseBelowSearch:
     dense_below: int
     before: list[int]
     fits: bool
-    trials: list[Trial]
+    trials: list[TimedPrompt]
     machine: str
     text: str
     layers: list[int]
@@ -160,7 +160,7 @@ def _calls(model, ids, layers: list[int]) -> list[tuple]:
     return calls
 
 
-def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> Trial:
+def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> TimedPrompt:
     """Both ways in turn; a round's time is that of all layers."""
     repeats, times = 1, []
     for round_index in range(rounds + 1):  # the first counts for nothing but the number of repeats
@@ -172,7 +172,7 @@ def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> Tr
         else:
             repeats = max(1, round(SHORTEST * len(calls) / dense))
     dense, sparse = (statistics.median(column) / len(calls) for column in zip(*times, strict=True))
-    return Trial(
+    return TimedPrompt(
         dense_below,
         length,
         dense,

@@ -194,7 +194,7 @@ def _peak(model, ids, device) -> tuple[int | None, dict[str, list[int]]]:
         with PeakMemory(device) as peak, counted(model) as work:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, :1], **{CACHE: output[CACHE]}, use_cache=True)
-    return peak.bytes, {name: [done, work.whole[name]] for name, done in work.done.items()}
+    return peak.bytes, {name: [done, work.dense[name]] for name, done in work.done.items()}
 
 
 def cache_bytes(cache) -> int:

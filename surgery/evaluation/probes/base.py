@@ -19,7 +19,7 @@ from surgery.evaluation.paired import CaseResult, run_base_then_model, sides
 from surgery.io.loading import read_config, read_tokenizer
 
 if TYPE_CHECKING:
-    from surgery.io.loading import Source
+    from surgery.io.loading import ModelSource
 
 Progress = Callable[[int, int, str], None]
 SETTINGS_ERROR = "settings_error"  # kind of a pydantic error whose sentence is a SurgeryError's
@@ -232,14 +232,14 @@ class Probe(BaseModel):
 
     # --- measuring ---
 
-    def refuse(self, base: Source) -> None:
+    def refuse(self, base: ModelSource) -> None:
         """Raise, before a base is converted, what `measure` would raise when all is done."""
 
     @abstractmethod
     def measure(
         self,
-        out: Source,
-        base: Source | None = None,
+        out: ModelSource,
+        base: ModelSource | None = None,
         *,
         tokenizer: Any = None,
         progress: Progress | None = None,
@@ -352,8 +352,8 @@ class CaseProbe(Probe):
 
     def measure(
         self,
-        out: Source,
-        base: Source | None = None,
+        out: ModelSource,
+        base: ModelSource | None = None,
         *,
         tokenizer: Any = None,
         progress: Progress | None = None,

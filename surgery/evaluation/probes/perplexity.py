@@ -39,7 +39,7 @@ from surgery.machine.device import too_big
 if TYPE_CHECKING:
     import torch
 
-    from surgery.io.loading import Source
+    from surgery.io.loading import ModelSource
 
 DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
 
@@ -140,14 +140,14 @@ class Perplexity(Probe):
         last=("min_top1",),
     )
 
-    def refuse(self, base: Source) -> None:
+    def refuse(self, base: ModelSource) -> None:
         """Raise what `tokens` raises for the base alone."""
         self.tokens({"base": base})
 
     def measure(
         self,
-        out: Source,
-        base: Source | None = None,
+        out: ModelSource,
+        base: ModelSource | None = None,
         *,
         tokenizer: Any = None,
         progress: Progress | None = None,
@@ -187,7 +187,7 @@ class Perplexity(Probe):
             result.top1_agreement = scores["same"].double().mean().item()
         return result
 
-    def tokens(self, sources: dict[str, Source], tokenizer: Any = None) -> tuple[Text, torch.Tensor, int]:
+    def tokens(self, sources: dict[str, ModelSource], tokenizer: Any = None) -> tuple[Text, torch.Tensor, int]:
         """The text, its windows [windows, length] and the size of the vocabulary; no weight is read.
 
         Raises:

@@ -58,20 +58,20 @@ def induction(
     rows = torch.arange(length - period, length)  # of the last copy
 
     def attention(module, query, key, value, mask, **kwargs):
-        weights = seen.weights(module, query, key, rows, **kwargs)
-        found = torch.stack(copy_mass(weights, rows, period, max(sinks, len(start))))
-        totals[module.layer_idx] += found.double().cpu()
+        weights = hook.weights(module, query, key, rows, **kwargs)
+        masses = torch.stack(copy_mass(weights, rows, period, max(sinks, len(start))))
+        totals[module.layer_idx] += masses.double().cpu()
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
-    with hook_attention(model, attention) as seen, torch.no_grad():
-        totals = [torch.zeros(2, layer.heads, dtype=torch.float64) for layer in seen.anatomy.layers]
-        for number, ids in enumerate(sequences):
+    with hook_attention(model, attention) as hook, torch.no_grad():
+        totals = [torch.zeros(2, layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        for index, ids in enumerate(sequences):
             model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
             if progress:
-                progress(number + 1, samples, "head scores")
+                progress(index + 1, samples, "head scores")
         means = [total / samples for total in totals]
-        table = seen.largest_of_groups([mean.sum(0) for mean in means])
-        kinds = {name: seen.largest_of_groups([mean[kind] for mean in means]) for kind, name in enumerate(KINDS)}
+        table = hook.largest_of_groups([mean.sum(0) for mean in means])
+        kinds = {name: hook.largest_of_groups([mean[kind] for mean in means]) for kind, name in enumerate(KINDS)}
     origin = {"text": loaded.title, "sha256": loaded.sha256[:12], "sinks": sinks, "window": window}
     origin |= {"samples": samples, "length": length, "period": period, "seed": seed}
     return HeadScores("induction", table, origin | kinds)

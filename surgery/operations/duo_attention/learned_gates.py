@@ -89,7 +89,7 @@ class MixedAttention:
     """An attention function for `hook_attention` that mixes a KV head's full and streaming output by its gate.
 
     Attributes:
-        watched: set inside the context.
+        hook: set inside the context.
         gates: [KV heads of all layers], or None: all heads see all.
     """
 

@@ -1,7 +1,7 @@
 """Split the heads: retrieval heads keep the whole past, streaming heads keep a few sinks and a window.
 
 Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819 (the split); Xiao et al. 2023, "StreamingLLM", arXiv
-2309.17453 (sinks + window). Unlike the released code, visibility is a set of positions here: prefill in one piece, in
+2309.17453 (sinks + window). Unlike the released code, visibility is a set of positions here: prefill at once, in
 chunks and decoding give the same result, and a streaming head sees sinks + window in all of them.
 """
 
@@ -48,24 +48,24 @@ class DuoAttention(Operation):
     seed: WholeNumber = Field(0, description="Seed of the calibration sequences.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        found = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
+        problems = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []
         if (self.streaming_ratio is None) == (self.threshold is None):
-            found.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
+            problems.append("duo_attention: give either streaming_ratio or threshold (the other one null)")
         if wrong := [i for i in self.protect_layers if i >= len(anatomy.layers)]:
-            found.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
+            problems.append(f"duo_attention: protect_layers {wrong}: there are layers 0 to {len(anatomy.layers) - 1}")
         fewest = min(layer.kv_heads for layer in anatomy.layers)
         if self.per_layer_min_retrieval > fewest:
-            found.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
-        if not found:
+            problems.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
+        if not problems:
             try:
                 if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
-                    found.append(f"duo_attention: {UNEQUAL}: put it before prune_heads, or give a score file")
+                    problems.append(f"duo_attention: {UNEQUAL}: put it before prune_heads, or give a score file")
                 if not is_method(self.scores):
                     load_scores(self.scores, anatomy)
             except SurgeryError as error:
-                facts = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
-                found.append("duo_attention: " + "; ".join(fact for fact in facts if fact))
-        return found
+                phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
+                problems.append("duo_attention: " + "; ".join(phrase for phrase in phrases if phrase))
+        return problems
 
     def problems_before(self, earlier: Anatomy) -> list[str]:
         """It weighs the first token of some heads, which heads that stream without sinks would lose."""

@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError, nearest
 
 
 @dataclass(frozen=True)
-class Method:
+class Scorer:
     """A scorer: the module of this package and the function in it, and one line on what it measures."""
 
     module: str
@@ -29,11 +29,11 @@ class Method:
 
 
 METHODS = {
-    "far-mass": Method("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
-    "retrieval": Method("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
-    "gates": Method("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
-    "ablation": Method("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
-    "induction": Method("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
+    "far-mass": Scorer("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
+    "retrieval": Scorer("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
+    "gates": Scorer("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
+    "ablation": Scorer("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
+    "induction": Scorer("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
 }
 
 
@@ -63,7 +63,7 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
     return HeadScores(scores.method, scores.scores, {"model": model_origin} | scores.origin)
 
 
-def method_named(method: str) -> Method:
+def method_named(method: str) -> Scorer:
     """The method of this name.
 
     Raises:

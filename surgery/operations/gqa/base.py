@@ -81,20 +81,20 @@ class GQA(Variants, WeightRewrite):
         targets = self.targets(anatomy)
         if len(targets) != len(anatomy.layers):
             return [f"gqa: kv_heads lists {len(targets)} layers, the model has {len(anatomy.layers)}"]
-        asked = targets if isinstance(self.kv_heads, list) else [self.kv_heads]
-        found = [problem for target in dict.fromkeys(asked) for problem in self._problems(anatomy, target)]
+        wanted = targets if isinstance(self.kv_heads, list) else [self.kv_heads]
+        problems = [problem for target in dict.fromkeys(wanted) for problem in self._problems(anatomy, target)]
         if len(set(targets)) > 1 and (reason := anatomy.shapes_problem()):
-            found.append(f"gqa: {reason}: give one number of KV heads for all layers")
-        return list(dict.fromkeys(found))
+            problems.append(f"gqa: {reason}: give one number of KV heads for all layers")
+        return list(dict.fromkeys(problems))
 
     def targets(self, anatomy: Anatomy) -> list[int]:
         """KV heads after, for each layer; which of them keep their heads is not known yet."""
         if isinstance(self.kv_heads, list):
             return self.kv_heads
-        kept, heads = self.kept(anatomy), [layer.kv_heads for layer in anatomy.layers]
-        return heads[:kept] + [self.kv_heads] * (len(heads) - kept)
+        kept_layers, heads = self.kept_layers(anatomy), [layer.kv_heads for layer in anatomy.layers]
+        return heads[:kept_layers] + [self.kv_heads] * (len(heads) - kept_layers)
 
-    def kept(self, anatomy: Anatomy) -> int:
+    def kept_layers(self, anatomy: Anatomy) -> int:
         """How many layers keep their KV heads; which, is measured."""
         return 0
 
@@ -125,32 +125,32 @@ class GQA(Variants, WeightRewrite):
             ]
         if target == layer.kv_heads:
             return []
-        found = []
+        problems = []
         if reason := anatomy.kv_heads_problem(target):
-            found.append(
+            problems.append(
                 f"gqa: {reason}; what would work: a family that honours the number (llama, mistral, qwen2, gemma, "
                 "phi, ...); others need code beyond stock Transformers, which this version does not have"
             )
-        found += self.problems_of_method(anatomy)
+        problems += self.problems_of_method(anatomy)
         if self.align != "none" and layer.positions == "unknown":
-            found.append(
+            problems.append(
                 f"gqa: align: {self.align} must know how RoPE pairs channels, and {anatomy.model_type} is a guess: "
                 "use align: none"
             )
         if self.grouping == "similarity" and layer.kv_heads % target:
-            found.append(
+            problems.append(
                 f"gqa: grouping: similarity makes groups of equal size, and {target} does not divide {layer.kv_heads}"
             )
         if self.grouping == "similarity" and layer.positions == "unknown":
-            found.append(
+            problems.append(
                 f"gqa: grouping: similarity reorders heads, and what else follows them in {anatomy.model_type}, "
                 "a guess, is not known: use grouping: neighbours"
             )
         if self.grouping == "similarity" and layer.positions == "alibi" and target > 1:
-            found.append(
+            problems.append(
                 "gqa: ALiBi ties slopes to head numbers, so heads cannot be reordered; use grouping: neighbours"
             )
-        return found
+        return problems
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, targets = anatomy.layers[0], self.targets(anatomy)
@@ -166,7 +166,7 @@ class GQA(Variants, WeightRewrite):
         )
         seconds = self.seconds(anatomy, len(merged))
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
-        measured = self.kept(anatomy) > 0
+        measured = self.kept_layers(anatomy) > 0
         return PlannedChange(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]) -> Iterator[str]:

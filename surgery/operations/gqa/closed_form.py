@@ -54,7 +54,7 @@ def share_kv_heads(
         settings_of_files = [REVISION, settings, counts, heads.records, sequences.tolist()]
         return LayerFiles(context.folder, context.state_name(name), settings_of_files)
 
-    fits_alone: dict[int, tuple] = {}
+    trial_fits: dict[int, tuple] = {}
     losses: list[dict] = [{} for _ in before.layers]
     try:
         heads.reorder()
@@ -63,14 +63,14 @@ def share_kv_heads(
             layer_files = files("gqa-alone")
             trial = LayerLosses(model, after.layers, sequences, settings, layer_files.load, layer_files.save)
             layer_losses = trial.measure(context.progress)
-            fits_alone = {} if settings.sequential else trial.fits
+            trial_fits = {} if settings.sequential else trial.fits
             del trial  # it holds hidden states and log-probabilities
             after = context.after = keep_layers(before, after, layer_losses, kept_layers)
             pairs = zip(layer_losses, after.layers, strict=True)
             losses = [{"lost_alone": round(loss, 6), "kv_heads": layer.kv_heads} for loss, layer in pairs]
             heads.restore(after)
         layer_files = files("gqa")
-        run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, fits_alone.get)
+        run = Sharing(model, after.layers, sequences, settings, layer_files.load, layer_files.save, trial_fits.get)
         tensors_of_layers, records = run.layers(context.progress)
         for tensors, layer in zip(tensors_of_layers, after.layers, strict=True):
             refuse_non_finite(tensors, layer.path)

@@ -19,7 +19,7 @@ from surgery.operations.gqa.cost import TRIED, Calibration
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 pieces took five minutes on two slow cores
+FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 samples took five minutes on two slow cores
 
 
 class ClosedForm(GQA):
@@ -65,21 +65,21 @@ class ClosedForm(GQA):
     def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o")  # queries and outputs absorb
 
-    def kept(self, anatomy: Anatomy) -> int:
+    def kept_layers(self, anatomy: Anatomy) -> int:
         return int(self.keep_layers * len(anatomy.layers) + 0.5)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        found = super().problems(anatomy)
+        problems = super().problems(anatomy)
         if not anatomy.alike or not self.keep_layers or len(targets := self.targets(anatomy)) != len(anatomy.layers):
-            return found
+            return problems
         if isinstance(self.kv_heads, list):
-            found.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
-        elif (kept := self.kept(anatomy)) in (0, len(targets)):
-            share = "none" if kept == 0 else "all"
-            found.append(
+            problems.append("gqa: kv_heads lists what each layer gets: drop keep_layers, or give kv_heads one number")
+        elif (kept_layers := self.kept_layers(anatomy)) in (0, len(targets)):
+            share = "none" if kept_layers == 0 else "all"
+            problems.append(
                 f"gqa: keep_layers: {self.keep_layers} of {len(targets)} layers is {share} of them; 0 keeps none"
             )
-        return found
+        return problems
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
         return [f"gqa: method: closed_form: {reason}" for reason in self._problems_of_fit(anatomy)]
@@ -95,7 +95,7 @@ class ClosedForm(GQA):
             yield f"refit names a projection twice: {', '.join(self.refit)}"
 
     def seconds(self, anatomy: Anatomy, shared: int) -> float:
-        fitted = len(anatomy.layers) if self.kept(anatomy) else shared
+        fitted = len(anatomy.layers) if self.kept_layers(anatomy) else shared
         return self._calibration(anatomy).flops(anatomy, fitted) / FLOPS
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
@@ -106,7 +106,7 @@ class ClosedForm(GQA):
             max(0, 2 * of_scores - 1),  # queries twice, where keys are fitted, too
             "v" in self.refit,
             written=written_samples(self.calibration_text, self.calibration_samples) * self.calibration_length,
-            tried=TRIED if self.kept(anatomy) else 0,
+            tried=TRIED if self.kept_layers(anatomy) else 0,
             mlp="mlp" in self.refit,
             copied=self.grouping == "similarity",
             ahead=not self.sequential,
@@ -114,16 +114,16 @@ class ClosedForm(GQA):
 
     def notes_of_method(self, anatomy: Anatomy) -> Iterator[str]:
         norm = anatomy.layers[0].qk_norm
-        parts = [part for part in self.refit if not (norm and part in "qk")]
-        fitted = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "nothing"
-        fitted += ", this where an MLP has one output that is added as it is" if "mlp" in parts else ""
+        projections = [projection for projection in self.refit if not (norm and projection in "qk")]
+        fitted = " and ".join(filter(None, [", ".join(projections[:-1]), *projections[-1:]])) or "nothing"
+        fitted += ", this where an MLP has one output that is added as it is" if "mlp" in projections else ""
         calibration = self._calibration(anatomy)
         needed = calibration.memory(anatomy, len(anatomy.layers))
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
         yield f"measured on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
-        if kept := self.kept(anatomy):
-            which = f"which {kept} of {len(anatomy.layers)} layers keep their KV heads is measured"
+        if kept_layers := self.kept_layers(anatomy):
+            which = f"which {kept_layers} of {len(anatomy.layers)} layers keep their KV heads is measured"
             yield f"{which}: those where sharing, each tried alone, costs most"
         yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
         if norm:
@@ -143,10 +143,10 @@ class ClosedForm(GQA):
             return {}
         orders = None
         if self.grouping == "similarity":
-            one = self.kv_heads if self.kept(before) and isinstance(self.kv_heads, int) else None
+            one = self.kv_heads if self.kept_layers(before) and isinstance(self.kv_heads, int) else None
             shared = [one] * len(targets) if one else targets
             orders = [partial(self.order, groups=target) for target in shared]
         ridges = {} if self.ridge == "auto" else dict.fromkeys(("ridges", "mlp_ridges"), (self.ridge,))
         settings = FitSettings(refit=tuple(self.refit), sequential=self.sequential, **ridges)
-        asked = self.calibration_text, self.calibration_length, self.calibration_samples
-        return share_kv_heads(model, context, asked, settings, orders, self.kept(before))
+        text = self.calibration_text, self.calibration_length, self.calibration_samples
+        return share_kv_heads(model, context, text, settings, orders, self.kept_layers(before))

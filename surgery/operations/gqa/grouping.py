@@ -21,7 +21,7 @@ def head_distances(heads: Tensor, inner) -> Tensor:
 
     Args:
         inner: function of two heads that gives their inner product; with alignment it is the largest one that
-            the allowed turns can reach.
+            the allowed transformations can reach.
 
     Returns:
         float64 [G, G], symmetric, with a zero diagonal.
@@ -41,15 +41,15 @@ def plain_inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-def turned_inner(a: Tensor, b: Tensor) -> Tensor:
-    """Largest inner product over orthogonal turns of one head: the nuclear norm of a b^T."""
+def aligned_inner(a: Tensor, b: Tensor) -> Tensor:
+    """Largest inner product over orthogonal transformations of one head: the nuclear norm of a b^T."""
     import torch
 
     return torch.linalg.svdvals(a @ b.mT).sum()
 
 
 def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
-    """Largest inner product over turns of keys that commute with RoPE."""
+    """Largest inner product over rotations of keys that commute with RoPE."""
     import torch
 
     from surgery.operations.gqa.merge import pair_channels
@@ -57,7 +57,7 @@ def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
     real, imag = pair_channels(rotary, positions)
     za, zb = torch.complex(a[real], a[imag]), torch.complex(b[real], b[imag])
     inner = (za * zb.conj()).sum(-1).abs().sum()
-    return inner + turned_inner(a[rotary:], b[rotary:]) if rotary < len(a) else inner
+    return inner + aligned_inner(a[rotary:], b[rotary:]) if rotary < len(a) else inner
 
 
 def partition(distances: Tensor, groups: int) -> list[list[int]]:
@@ -194,5 +194,5 @@ def similar_order(layer: AttentionLayer, groups: int, aligned: bool, closed_form
     anatomy, keys, values = layer.anatomy, with_bias(layer, "k"), with_bias(layer, "v")
     phased = partial(phased_inner, rotary=anatomy.rotary, positions=anatomy.positions)
     distances = head_distances(keys, phased if aligned and not anatomy.qk_norm else plain_inner)
-    distances += head_distances(values, turned_inner if aligned else plain_inner)
+    distances += head_distances(values, aligned_inner if aligned else plain_inner)
     return [head for group in partition(distances, groups) for head in group]

@@ -214,7 +214,7 @@ class SharedLayer:
                 samples = list(self._map_samples(partial(self._reweighted, q, k)))
             rope = self.query_rotation.to(dtype), self.key_rotation.to(dtype)
             train, validation = (
-                ScoreObjective(part, scale_of(call), *rope, len(k)) for part in train_and_validation(samples)
+                ScoreObjective(subset, scale_of(call), *rope, len(k)) for subset in train_and_validation(samples)
             )
             projection = refit[step % len(refit)]
             options = {"steps": round(effort * settings.steps), "damping": settings.damping}
@@ -262,7 +262,9 @@ class SharedLayer:
         for index, (sample, sample_weights) in enumerate(zip(self.inputs.samples, weights, strict=True)):
             wanted, rms = self.inputs.base[index].output[sample.rows], self.inputs.rms[index][sample.rows]
             samples.append(ValueSample(sample.x, sample.rows, sample_weights, wanted, _row_weights(rms)))
-        train, validation = (ValueProblem(part, new.o, self.target.kv_heads) for part in train_and_validation(samples))
+        train, validation = (
+            ValueProblem(subset, new.o, self.target.kv_heads) for subset in train_and_validation(samples)
+        )
         solution = solve(train, validation, v, steps=self.settings.steps, damping=self.settings.damping)
         record["values_fit"] = [round(solution.before, 6), round(solution.after, 6)]
         return new.replace(**stacked(new, "v", list(solution.weight)))

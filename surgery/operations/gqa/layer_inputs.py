@@ -66,7 +66,7 @@ class LayerInputs:
 
 
 @dataclass
-class Scores:
+class BaseScores:
     """The base's scores of some rows [H, r, T], computed when called; 0 where the attention weight is 0."""
 
     call: AttentionCall

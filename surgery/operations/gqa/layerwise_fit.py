@@ -32,7 +32,7 @@ from surgery.operations.gqa.cost import layers_at_a_time
 from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
 from surgery.operations.gqa.fit_scores import ScoreSample
 from surgery.operations.gqa.layer import SharedLayer
-from surgery.operations.gqa.layer_inputs import AttentionCall, FitSettings, LayerInputs, Scores
+from surgery.operations.gqa.layer_inputs import AttentionCall, BaseScores, FitSettings, LayerInputs
 from surgery.runtime.surgery_attention import surgery_attention
 
 MLP = "mlp"  # name of the MLP's output weight among the saved tensors of a layer
@@ -259,7 +259,7 @@ class Sharing:
             first, stride = 1 + index % self.settings.stride, self.settings.stride
             rows = torch.arange(min(first, length - 1), length, stride, device=converted_call.x.device)
             weights = self.hook.weights(module, call.query[None], call.key[None], rows, **call.settings)[0]
-            scores = Scores(call, rows, weights)
+            scores = BaseScores(call, rows, weights)
             inputs.samples.append(ScoreSample(inputs.x[-1], rows, weights, scores))
         return inputs
 

@@ -115,30 +115,30 @@ def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict
     return tensors
 
 
-def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned: bool) -> AttentionLayer:
+def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, aligned: bool) -> AttentionLayer:
     """A layer whose KV heads are merged group by group, from the weights alone.
 
     Args:
         merge: makes one head of several, from their numbers of readers: `mean_head`, `first_head`.
-        turned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
+        aligned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
     """
     anatomy = layer.anatomy
     k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
-    if turned:  # queries and outputs change only then; in float64 they are the largest part
+    if aligned:  # queries and outputs change only then; in float64 they are the largest part
         q, o = with_bias(layer, "q"), layer.o.double()
     for group in group_members(anatomy, target.kv_heads):
         sources, counts = list(group), [len(queries) for queries in group.values()]
         keys, values = k[sources], v[sources]
-        if turned:
-            turns = orthogonal_turns(values)
-            values = turns @ values
-            for turn, queries in zip(turns, group.values(), strict=True):
-                o[:, queries] = o[:, queries] @ turn.T
-        if turned and not anatomy.qk_norm:
-            turns = key_turns(keys, anatomy.rotary, anatomy.positions)
-            keys = turns @ keys
-            for turn, queries in zip(turns, group.values(), strict=True):
-                q[queries] = turn @ q[queries]
+        if aligned:
+            rotations = orthogonal_matrices(values)
+            values = rotations @ values
+            for rotation, queries in zip(rotations, group.values(), strict=True):
+                o[:, queries] = o[:, queries] @ rotation.T
+        if aligned and not anatomy.qk_norm:
+            rotations = key_rotations(keys, anatomy.rotary, anatomy.positions)
+            keys = rotations @ keys
+            for rotation, queries in zip(rotations, group.values(), strict=True):
+                q[queries] = rotation @ q[queries]
         new["k"].append(merge(keys, counts))
         new["v"].append(merge(values, counts))
         if layer.k_norm is not None:
@@ -147,7 +147,7 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, turned:
     if layer.k_norm is not None:
         scale = mean_square_ratio(new["k"], k) if anatomy.qk_norm == "whole" else 1.0
         tensors |= stacked(layer, "k_norm", [norm * scale for norm in new["k_norm"]])
-    if turned:
+    if aligned:
         tensors |= stacked(layer, "q", list(q)) | {"o": o.to(layer.o.dtype)}
     return layer.replace(anatomy=target, **tensors)
 
@@ -162,42 +162,42 @@ def pair_channels(rotary: int, positions: str) -> tuple[list[int], list[int]]:
     return list(range(rotary // 2)), list(range(rotary // 2, rotary))
 
 
-def key_turns(keys: Tensor, rotary: int, positions: str) -> Tensor:
-    """Turns [m, d, d] that bring m key heads [m, d, n] closest to their mean; they commute with RoPE."""
+def key_rotations(keys: Tensor, rotary: int, positions: str) -> Tensor:
+    """Rotations [m, d, d] that bring m key heads [m, d, n] closest to their mean; they commute with RoPE."""
     import torch
 
     heads, size, _ = keys.shape
-    turns = torch.eye(size, dtype=torch.float64).repeat(heads, 1, 1)
+    rotations = torch.eye(size, dtype=torch.float64).repeat(heads, 1, 1)
     if rotary:
         real, imag = pair_channels(rotary, positions)
         phases = _phases(torch.complex(keys[:, real], keys[:, imag]))
-        turns[:, real, real] = phases.real
-        turns[:, imag, imag] = phases.real
-        turns[:, real, imag] = -phases.imag
-        turns[:, imag, real] = phases.imag
+        rotations[:, real, real] = phases.real
+        rotations[:, imag, imag] = phases.real
+        rotations[:, real, imag] = -phases.imag
+        rotations[:, imag, real] = phases.imag
     if rotary < size:
-        turns[:, rotary:, rotary:] = orthogonal_turns(keys[:, rotary:])
-    return turns
+        rotations[:, rotary:, rotary:] = orthogonal_matrices(keys[:, rotary:])
+    return rotations
 
 
-def orthogonal_turns(heads: Tensor) -> Tensor:
+def orthogonal_matrices(heads: Tensor) -> Tensor:
     """Orthogonal matrices R [m, d, d] that minimise sum_h |R_h X_h - mean|^2 for X [m, d, n]; R_0 is the identity."""
     import torch
 
     count, size, _ = heads.shape
-    turns = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
+    matrices = torch.eye(size, dtype=torch.float64).repeat(count, 1, 1)
     target, last_energy = heads[0], -1.0
     for _ in range(ROUNDS):
         u, _, vh = torch.linalg.svd(target @ heads.mT)
-        turns = u @ vh
-        target = (turns @ heads).mean(dim=0)
+        matrices = u @ vh
+        target = (matrices @ heads).mean(dim=0)
         energy = float(target.square().sum())
         if energy - last_energy <= TOLERANCE * energy:
             break
         last_energy = energy
-    turns = turns[0].mT @ turns
-    turns[0] = torch.eye(size, dtype=torch.float64)  # exactly, not to round-off: its weights keep their bits
-    return turns
+    matrices = matrices[0].mT @ matrices
+    matrices[0] = torch.eye(size, dtype=torch.float64)  # exactly, not to round-off: its weights keep their bits
+    return matrices
 
 
 def _phases(heads: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Mean(GQA):
     seed: Seed = 0
 
     def merge(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
-        return merged(layer, target, mean_head, turned=self.align == "procrustes")
+        return merged(layer, target, mean_head, aligned=self.align == "procrustes")
 
 
 class First(GQA):
@@ -30,7 +30,7 @@ class First(GQA):
     seed: Seed = 0
 
     def merge(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
-        return merged(layer, target, first_head, turned=self.align == "procrustes")
+        return merged(layer, target, first_head, aligned=self.align == "procrustes")
 
 
 class Random(GQA):

@@ -80,10 +80,10 @@ class Gated(Operation):
         from surgery.runtime.surgery_gated_compute import SHARE
 
         notes = []
-        if whole := sum(on > SHARE * units for on, units in counts):
-            where = f"{whole} of {len(counts)} layers"
+        if full_layers := sum(on > SHARE * units for on, units in counts):
+            where = f"{full_layers} of {len(counts)} layers"
             notes.append(f"no work is skipped in {where}: with more than {SHARE:.0%} on, computing all is faster")
-        if whole < len(counts):
+        if full_layers < len(counts):
             notes += _still_computed(anatomy)
         if self._measures:
             notes.append(
@@ -96,7 +96,7 @@ class Gated(Operation):
         hidden = anatomy.config.get_text_config().hidden_size
         return sum(prod(shape) for gate in gates for shape in gate.shapes(hidden).values())
 
-    def _place(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
+    def _install_gates(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
         """Measure, put the gates into the model and give their parameters values; a record."""
         import torch
 
@@ -106,35 +106,35 @@ class Gated(Operation):
 
         if self._measures or any(layer.shared for layer in planned.values()):
             tokenizer = context.tokenizer_for("calibration text needs the tokenizer", self.op)
-            asked = self.text, self.calibration_length, self.calibration_samples
-            sequences = calibration_sequences(model, tokenizer, *asked)
+            text_settings = self.text, self.calibration_length, self.calibration_samples
+            sequences = calibration_sequences(model, tokenizer, *text_settings)
             settings = {"score": self.score, "router": self.router, "seed": self.seed}
-            found, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
+            routed, records = route(model, anatomy, planned, sequences, **settings, progress=context.progress)
         else:
-            found, records = unmeasured(model, planned, self.router, self.seed), []
+            routed, records = unmeasured(model, planned, self.router, self.seed), []
         try:
-            entries = [self._entry(found.get(layer.index), model) for layer in anatomy.layers]
+            entries = [self._entry(routed.get(layer.index), model) for layer in anatomy.layers]
             patch(model, {"layers": entries})
         except ValueError as error:
             raise SurgeryError(f"{self.op}: {error}", where=type(model).__name__) from None
         with torch.no_grad():
             for module in attention_modules(model):
-                for name, values in found.get(module.layer_idx, (None, {}))[1].items():
+                for name, values in routed.get(module.layer_idx, (None, {}))[1].items():
                     parameter = getattr(module, f"surgery_{name}")
                     parameter.copy_(values.to(parameter))
         return {"layers": records} if records else {}
 
-    def _entry(self, found, model) -> dict[str, Any]:
+    def _entry(self, routed, model) -> dict[str, Any]:
         """A layer's entry in the `surgery` block."""
-        if found is None:
+        if routed is None:
             return {}
-        gate, _ = found
+        gate, _ = routed
         if gate.kind == "mae":
-            said = {"kind": "mae", "hard": gate.hard, "rescale": gate.rescale}
+            gate_entry = {"kind": "mae", "hard": gate.hard, "rescale": gate.rescale}
         else:
             unit = getattr(self, "granularity", "head")
-            said = {"kind": "moh", "unit": unit, "shared": list(gate.shared), "active": gate.active}
-        return {"gate": said, "parameters": gate.shapes(model.config.get_text_config().hidden_size)}
+            gate_entry = {"kind": "moh", "unit": unit, "shared": list(gate.shared), "active": gate.active}
+        return {"gate": gate_entry, "parameters": gate.shapes(model.config.get_text_config().hidden_size)}
 
 
 class Moh(Gated):
@@ -157,9 +157,9 @@ class Moh(Gated):
     )
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        found = super().problems(anatomy)
-        if found:
-            return found
+        problems = super().problems(anatomy)
+        if problems:
+            return problems
         if 0 < self.shared_ratio >= self.active_ratio:
             return [
                 f"moh: shared_ratio {self.shared_ratio:g} is not less than active_ratio {self.active_ratio:g}: shared "
@@ -168,12 +168,12 @@ class Moh(Gated):
         units = "KV groups" if self.granularity == "kv_group" else "query heads"
         for layer, (on, _) in zip(self._layers(anatomy), self._counts(anatomy), strict=True):
             if on < 1:
-                found.append(
+                problems.append(
                     f"moh: active_ratio {self.active_ratio:g} of {self._units(layer)} {units} leaves layer "
                     f"{layer.index} none that is on; give at least 1/{self._units(layer)}, "
                     f"{ceil(1000 / self._units(layer)) / 1000:g}"
                 )
-        return found[:1]
+        return problems[:1]
 
     def _units(self, layer: LayerAnatomy) -> int:
         return layer.kv_heads if self.granularity == "kv_group" else layer.heads
@@ -183,7 +183,7 @@ class Moh(Gated):
 
         What rounding leaves over goes on to the next layer, so that the ratios hold over all of them.
         """
-        found, want_on, want_shared = [], 0.0, 0.0
+        counts, want_on, want_shared = [], 0.0, 0.0
         for layer in self._layers(anatomy):
             units = self._units(layer)
             want_on += self.active_ratio * units
@@ -191,13 +191,13 @@ class Moh(Gated):
             on = min(units, _round(want_on))
             shared = max(0, min(on - 1, _round(want_shared)))
             want_on, want_shared = want_on - on, want_shared - shared
-            found.append((on, shared))
-        return found
+            counts.append((on, shared))
+        return counts
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layers, counts = self._layers(anatomy), self._counts(anatomy)
         units = sum(self._units(layer) for layer in layers)
-        on, shared = (sum(numbers) for numbers in zip(*counts, strict=True))
+        on, shared = (sum(column) for column in zip(*counts, strict=True))
         name = "KV groups" if self.granularity == "kv_group" else "query heads"
         each = sorted({(f"{a} of {self._units(layer)}", s) for layer, (a, s) in zip(layers, counts, strict=True)})
         shown = ", ".join(f"{a} ({s} shared)" for a, s in each[:4]) + (", ..." if len(each) > 4 else "")
@@ -228,7 +228,7 @@ class Moh(Gated):
         anatomy = Anatomy.of(model)
         counts = zip(self._layers(anatomy), self._counts(anatomy), strict=True)
         planned = {layer.index: Planned(self._gate(layer, *pair), pair[1]) for layer, pair in counts}
-        return self._place(model, anatomy, planned, context)
+        return self._install_gates(model, anatomy, planned, context)
 
 
 class Mae(Gated):
@@ -248,12 +248,12 @@ class Mae(Gated):
     rescale: bool = Field(False, description="Hard: the heads that are on count H / (H - 1), as in the paper.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        found = super().problems(anatomy)
-        if not found and any(layer.heads < 2 for layer in self._layers(anatomy)):
-            found.append("mae: a layer with a single query head has none to leave out")
+        problems = super().problems(anatomy)
+        if not problems and any(layer.heads < 2 for layer in self._layers(anatomy)):
+            problems.append("mae: a layer with a single query head has none to leave out")
         if self.rescale and not self.hard:
-            found.append("mae: rescale is for hard: true; soft weights are scaled by themselves")
-        return found
+            problems.append("mae: rescale is for hard: true; soft weights are scaled by themselves")
+        return problems
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layers = self._layers(anatomy)
@@ -279,12 +279,12 @@ class Mae(Gated):
 
         anatomy = Anatomy.of(model)
         planned = {layer.index: Planned(self._gate(layer), 0) for layer in self._layers(anatomy)}
-        return self._place(model, anatomy, planned, context)
+        return self._install_gates(model, anatomy, planned, context)
 
 
-def _round(number: float) -> int:
+def _round(value: float) -> int:
     """To the nearest whole number, halves up; what is lost in adding ratios does not turn the scale."""
-    return int(number + 0.5 + 1e-9)
+    return int(value + 0.5 + 1e-9)
 
 
 def _still_computed(anatomy: Anatomy) -> list[str]:
@@ -306,8 +306,8 @@ def unmeasured(model, planned: dict[int, Planned], router: str, seed: int) -> di
     import torch
 
     hidden, draw = model.config.get_text_config().hidden_size, torch.Generator().manual_seed(seed)
-    found = {}
+    routed = {}
     for layer, plan in planned.items():
         values = torch.randn(plan.gate.units, hidden, generator=draw, dtype=torch.float64) * hidden**-0.5
-        found[layer] = (plan.gate, {"router": values} if router == "random" else {})
-    return found
+        routed[layer] = (plan.gate, {"router": values} if router == "random" else {})
+    return routed

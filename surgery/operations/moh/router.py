@@ -28,7 +28,7 @@ ROUTERS = ("fit", "static", "random", "zero")
 GRID = tuple(10.0**power for power in range(-6, 3))  # strengths of the ridge, relative to the inputs' mean variance
 
 
-class Moments:
+class RegressionSums:
     """Sums over tokens of a regression with intercept, in float64.
 
     Attributes:
@@ -47,8 +47,8 @@ class Moments:
         self.xy.addmm_(x.T, y)
         self.yy += y.square().sum(0)
 
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(len(self.xx) - 1, len(self.yy), self.xx.device)
+    def __add__(self, other: RegressionSums) -> RegressionSums:
+        total = RegressionSums(len(self.xx) - 1, len(self.yy), self.xx.device)
         total.xx, total.xy, total.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
         return total
 
@@ -76,7 +76,7 @@ class Moments:
         return self.yy - 2 * (coefficients * self.xy).sum(0) + fitted
 
 
-def ridge(train: Moments, validation: Moments, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def ridge(train: RegressionSums, validation: RegressionSums, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Ridge regression: its strength is chosen on `validation`, then it is solved on both.
 
     Returns:
@@ -183,8 +183,8 @@ def route(
     return gates, records
 
 
-def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Moments, Moments]:
-    """Moments of one layer's inputs and its units' worths, on the sequences to fit and on those held back."""
+def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[RegressionSums, RegressionSums]:
+    """RegressionSums of one layer's inputs and its units' worths, on the sequences to fit and on those held back."""
     module, inputs = model.get_submodule(layer.path), []
     tensors = {name: module.get_parameter(name).detach() for name in layer.tensor_names}
     output = unpack(layer, tensors).o
@@ -198,7 +198,7 @@ def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Mome
         for index, heads in enumerate(run.heads(layer.index)):
             x, y = inputs.pop().flatten(0, -2), worth(heads, output, gate.groups, score, chance)
             if not moments:
-                moments = [Moments(x.shape[-1], gate.units, x.device) for _ in range(2)]
+                moments = [RegressionSums(x.shape[-1], gate.units, x.device) for _ in range(2)]
             moments[index % 4 == 3].add(x, y)
     finally:
         hook.remove()
@@ -206,7 +206,7 @@ def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Mome
 
 
 def _route_layer(
-    planned: Planned, moments: tuple[Moments, Moments], router: str, generator
+    planned: Planned, moments: tuple[RegressionSums, RegressionSums], router: str, generator
 ) -> tuple[Gate, dict, dict]:
     """One layer's gate with its shared units, its parameters, and a record."""
     train, validation = moments

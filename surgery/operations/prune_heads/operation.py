@@ -141,10 +141,10 @@ class PruneHeads(Operation):
             elif self.granularity == "kv_group":
                 for kv_head, group in enumerate(groups_of(layer)):
                     members = [layer.query_name(head) for head in group]
-                    if kept := [name for name in members if name not in named] if {*members} & {*named} else []:
+                    if remaining := [name for name in members if name not in named] if {*members} & {*named} else []:
                         yield (
                             f"heads: layer {layer.index}: KV group {layer.kv_name(kv_head)} cannot go while its query "
-                            f"heads {kept} stay: name them too, or granularity: head"
+                            f"heads {remaining} stay: name them too, or granularity: head"
                         )
 
     def _problems_of_tier(self, anatomy: Anatomy) -> list[str]:

@@ -93,13 +93,13 @@ def without_heads(
     groups = groups_of(layer.anatomy)
     queries = [head for group in groups for head in group if head not in removed]
     kv_heads = [index for index, group in enumerate(groups) if set(group) - set(removed)]
-    parts = {}
+    tensors = {}
     for name, tensor in layer.tensors().items():
         if name == "o":
-            parts[name] = tensor[:, queries] if o is None else o.to(tensor.dtype)
+            tensors[name] = tensor[:, queries] if o is None else o.to(tensor.dtype)
         else:
-            parts[name] = tensor[kv_heads if name.startswith(("k", "v")) else queries]
-    return layer.replace(anatomy=target, **parts)
+            tensors[name] = tensor[kv_heads if name.startswith(("k", "v")) else queries]
+    return layer.replace(anatomy=target, **tensors)
 
 
 def magnitudes(layer: AttentionLayer) -> list[float]:

@@ -97,31 +97,31 @@ class SinkCalibration(Variants, Operation):
     def problems(self, anatomy: Anatomy) -> list[str]:
         if reason := unsupported(anatomy):
             return [f"sink_calibration: {reason}"]
-        found, count = [], len(anatomy.layers)
+        problems, count = [], len(anatomy.layers)
         if wrong := [layer for layer in self.layers or [] if layer >= count]:
-            found.append(f"layers {wrong}: there are layers 0 to {count - 1}")
+            problems.append(f"layers {wrong}: there are layers 0 to {count - 1}")
         chosen = [anatomy.layers[i] for i in self._layers(anatomy) if i < count]
         for names in map(query_names, chosen):
             if wrong := [head for head in self.heads or [] if head not in names]:
-                found.append(f"heads {wrong}: a layer has query heads {shown_names(names)}")
+                problems.append(f"heads {wrong}: a layer has query heads {shown_names(names)}")
                 break
         if [] in (self.layers, self.heads):
-            found.append("layers and heads must not be empty; leave them out for all")
+            problems.append("layers and heads must not be empty; leave them out for all")
         layers = dict(enumerate(anatomy.layers))
         if wrong := [
             pair for pair in self.exclude if pair[0] not in layers or pair[1] not in query_names(layers[pair[0]])
         ]:
-            found.append(f"exclude {wrong}: there are no such layers and query heads")
-        if not found and not any(map(self._heads, chosen)):
-            found.append("exclude leaves no head")
-        found += self.contradictions()
+            problems.append(f"exclude {wrong}: there are no such layers and query heads")
+        if not problems and not any(map(self._heads, chosen)):
+            problems.append("exclude leaves no head")
+        problems += self.contradictions()
         if self.measures and self.needs_equal_groups and any(layer.query_groups for layer in anatomy.layers):
-            found.append(f"{self.method}: {UNEQUAL}: calibrate before pruning, or prune whole KV groups")
-        if not found:
-            found += self.problems_of_visibility(anatomy)
-        return [f"sink_calibration: {problem}" for problem in found]
+            problems.append(f"{self.method}: {UNEQUAL}: calibrate before pruning, or prune whole KV groups")
+        if not problems:
+            problems += self.problems_of_visibility(anatomy)
+        return [f"sink_calibration: {problem}" for problem in problems]
 
-    def given(self) -> set[str]:
+    def changed_fields(self) -> set[str]:
         """Fields whose values are not the defaults."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
@@ -131,8 +131,8 @@ class SinkCalibration(Variants, Operation):
         Args:
             otherwise: what takes its place, in words.
         """
-        given = self.given()
-        if (of_text := [name for name in OF_TEXT if name in given]) and (otherwise or not self.measures):
+        changed = self.changed_fields()
+        if (of_text := [name for name in OF_TEXT if name in changed]) and (otherwise or not self.measures):
             yield f"calibration text, and {otherwise or 'nothing is measured here'}: drop {' and '.join(of_text)}"
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
@@ -142,7 +142,7 @@ class SinkCalibration(Variants, Operation):
         return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
 
     def _heads(self, layer: LayerAnatomy) -> list[int]:
-        """The places of the chosen query heads in a layer; they are chosen by the base's numbers."""
+        """Indices of the chosen query heads in a layer; they are chosen by the base's numbers."""
         chosen = (name for name in query_names(layer) if self.heads is None or name in self.heads)
         return [query_names(layer).index(name) for name in chosen if [layer.index, name] not in self.exclude]
 
@@ -164,8 +164,8 @@ class SinkCalibration(Variants, Operation):
         return [head for head in self._heads(layer) if owner[head] in layer.streaming]
 
     def _targets(self, anatomy: Anatomy) -> Targets:
-        found = {i: self.chosen(anatomy.layers[i]) for i in self._layers(anatomy)}
-        return {layer: heads for layer, heads in found.items() if heads}
+        targets = {i: self.chosen(anatomy.layers[i]) for i in self._layers(anatomy)}
+        return {layer: heads for layer, heads in targets.items() if heads}
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         targets = self._targets(anatomy)
@@ -191,7 +191,7 @@ class SinkCalibration(Variants, Operation):
         return self.set_values(model, anatomy, targets, data, context)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
-        """What the method measures on: pieces of text, long [pieces, tokens], or what it reads in their place."""
+        """What the method measures on: samples of text, long [samples, tokens], or what it reads in their place."""
         from surgery.data.passkeys import calibration_sequences
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)

@@ -63,7 +63,7 @@ class ZeroTuning(SinkCalibration):
         return self.gamma is None
 
     def contradictions(self) -> Iterator[str]:
-        if self.gamma is not None and {"grid", "groups", "objective"} & self.given():
+        if self.gamma is not None and {"grid", "groups", "objective"} & self.changed_fields():
             yield "grid, groups and objective are for a gamma that is searched: drop them, or gamma"
         yield from self.unread_text("labelled takes its place" if self.labelled else "")
         if self.labelled is not None:
@@ -74,8 +74,8 @@ class ZeroTuning(SinkCalibration):
                 yield "labelled is for a gamma that is searched, with objective: ce"
 
     def problems_after(self, later: Anatomy) -> list[str]:
-        found = self.problems_of_visibility(later)
-        return [f"sink_calibration before duo_attention: {found[0]}"] if found else []
+        problems = self.problems_of_visibility(later)
+        return [f"sink_calibration before duo_attention: {problems[0]}"] if problems else []
 
     def problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
         lost = self.lost_by_layer(anatomy)
@@ -148,8 +148,8 @@ class Act(SinkCalibration):
 
         record: dict[str, Any] = {"method": self.method, "beta": self.beta, "threshold": self.threshold}
         if data is not None:  # else beta is 1
-            given = {"beta": self.beta, "alpha": self.threshold, "objective": self.objective}
-            record |= calibrate_sinks(model, targets, data, **given, progress=context.progress)
+            options = {"beta": self.beta, "alpha": self.threshold, "objective": self.objective}
+            record |= calibrate_sinks(model, targets, data, **options, progress=context.progress)
             for layer, heads in record["heads"].items():
                 heads[:] = map(anatomy.layers[int(layer)].query_name, heads)
         return record

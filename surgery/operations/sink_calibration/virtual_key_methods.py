@@ -64,7 +64,7 @@ class VirtualKeys(SinkCalibration):
             ]
         window = max(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
         positions = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
-        if (positions or window + 2) < window + 2:  # pieces of text are cut to them
+        if (positions or window + 2) < window + 2:  # samples of text are cut to them
             return [f"the model has no positions behind the window of {window} tokens: choose a smaller window"]
         if self.calibration_length < window + 2:
             what = f"calibration_length {self.calibration_length} does not leave the window of {window} tokens"
@@ -72,8 +72,8 @@ class VirtualKeys(SinkCalibration):
         return []
 
     def entry(self, layer: LayerAnatomy, targets: Targets) -> dict[str, Any]:
-        found = super().entry(layer, targets)
-        return found | {"stand_in": True} if found and self.measures else found
+        entry = super().entry(layer, targets)
+        return entry | {"stand_in": True} if entry and self.measures else entry
 
     def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
         if self.measures:
@@ -115,9 +115,9 @@ class Learned(VirtualKeys):
         return super().measures and self.logit is None
 
     def contradictions(self) -> Iterator[str]:
-        if self.start == "identity" and {"logit", "value"} & self.given():
+        if self.start == "identity" and {"logit", "value"} & self.changed_fields():
             yield "logit and value are for start: fit"
-        if self.logit is not None and "value" in self.given():
+        if self.logit is not None and "value" in self.changed_fields():
             yield "value is fitted, and logit takes the place of a fit: drop one of them"
         yield from super().contradictions()
 

@@ -11,13 +11,13 @@ from families import attention_modules, base, get_head, legal_rotation, one_thre
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.operations.gqa.grouping import (
+    aligned_inner,
     head_distances,
     merge_losses,
     partition,
     phased_inner,
     plain_inner,
     similar_order,
-    turned_inner,
 )
 from surgery.operations.gqa.layerwise_fit import layer_of
 from surgery.operations.gqa.low_rank import merge_keys, merge_values
@@ -122,16 +122,16 @@ def test_inner_products_after_the_best_turn(rotary, positions):
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
     phased = phased_inner(a, b, rotary, positions).item()
-    assert plain_inner(a, b) <= phased <= turned_inner(a, b) + 1e-12
+    assert plain_inner(a, b) <= phased <= aligned_inner(a, b) + 1e-12
     for _ in range(50):
         turn = legal_rotation(Layout, generator)
         assert plain_inner(a, turn @ b) <= phased + 1e-12
         assert phased_inner(a, turn @ b, rotary, positions).item() == pytest.approx(phased, rel=1e-10)
         any_turn = orthogonal(8, generator)
-        assert plain_inner(a, any_turn @ b) <= turned_inner(a, b) + 1e-12
-        assert turned_inner(a, any_turn @ b).item() == pytest.approx(turned_inner(a, b).item(), rel=1e-10)
+        assert plain_inner(a, any_turn @ b) <= aligned_inner(a, b) + 1e-12
+        assert aligned_inner(a, any_turn @ b).item() == pytest.approx(aligned_inner(a, b).item(), rel=1e-10)
     if rotary == 0:
-        assert phased == pytest.approx(turned_inner(a, b).item(), rel=1e-12)
+        assert phased == pytest.approx(aligned_inner(a, b).item(), rel=1e-12)
     assert phased_inner(a, legal_rotation(Layout, generator) @ a, rotary, positions).item() == pytest.approx(
         plain_inner(a, a).item(), rel=1e-10
     )

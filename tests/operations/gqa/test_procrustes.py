@@ -26,7 +26,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.operations.gqa.merge import key_turns, orthogonal_turns
+from surgery.operations.gqa.merge import key_rotations, orthogonal_matrices
 
 SIZE, WIDTH, LENGTH = 8, 24, 7
 IDENTITY = torch.eye(SIZE, dtype=torch.float64)
@@ -73,7 +73,7 @@ ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 def test_turns_commute_with_rope(kind):
     """Queries and keys turned alike: the same scores at every pair of positions. An illegal turn is caught."""
     tolerance = 1e-5 if kind == "interleaved" else 1e-10  # Cohere's RoPE computes in float32
-    turns = key_turns(random(4, SIZE, WIDTH), *KINDS[kind])
+    turns = key_rotations(random(4, SIZE, WIDTH), *KINDS[kind])
     query, key = random(LENGTH, SIZE, seed=1), random(LENGTH, SIZE, seed=2)
     expected = scores(kind, query, key)
     for turn in turns:
@@ -84,7 +84,7 @@ def test_turns_commute_with_rope(kind):
     if kind != "none":
         assert not torch.allclose(scores(kind, query @ wrong.T, key @ wrong.T), expected, atol=0.1)
         other = "half" if "interleaved" in kind else "interleaved"
-        crossed = key_turns(random(4, SIZE, WIDTH), KINDS[kind][0], other)[1]
+        crossed = key_rotations(random(4, SIZE, WIDTH), KINDS[kind][0], other)[1]
         assert not torch.allclose(scores(kind, query @ crossed.T, key @ crossed.T), expected, atol=0.1)
 
 
@@ -95,12 +95,12 @@ def test_planted_turns_are_undone(kind):
     facts = SimpleNamespace(head_dim=SIZE, rotary=rotary, positions=positions)
     generator, head = torch.Generator().manual_seed(5), random(SIZE, WIDTH)
     heads = torch.stack([head] + [legal_rotation(facts, generator) @ head for _ in range(3)])
-    turned = key_turns(heads, rotary, positions) @ heads
+    turned = key_rotations(heads, rotary, positions) @ heads
     assert torch.allclose(turned, head.expand_as(turned), atol=1e-12)
     assert torch.equal(turned[0], head)
     assert (heads.mean(0) - head).norm() > 0.3 * head.norm()
     values = torch.stack([head] + [orthogonal(SIZE, generator) @ head for _ in range(3)])
-    assert torch.allclose(orthogonal_turns(values) @ values, head.expand_as(values), atol=1e-12)
+    assert torch.allclose(orthogonal_matrices(values) @ values, head.expand_as(values), atol=1e-12)
 
 
 @ALL_KINDS
@@ -113,7 +113,7 @@ def test_no_legal_turn_does_better(kind):
     def kept(turned):
         return turned.mean(0).square().sum().item()
 
-    aligned = key_turns(heads, rotary, positions) @ heads
+    aligned = key_rotations(heads, rotary, positions) @ heads
     assert kept(aligned) > kept(heads)
     generator = torch.Generator().manual_seed(6)
     for step in range(60):
@@ -131,18 +131,26 @@ def test_degenerate_heads():
     half_zero = random(3, SIZE, WIDTH)
     half_zero[1] = 0
     for heads in (zero, one, thin, half_zero, random(1, SIZE, WIDTH).expand(3, -1, -1)):
-        for turns in (key_turns(heads, SIZE, "half"), key_turns(heads, SIZE // 2, "half"), orthogonal_turns(heads)):
+        for turns in (
+            key_rotations(heads, SIZE, "half"),
+            key_rotations(heads, SIZE // 2, "half"),
+            orthogonal_matrices(heads),
+        ):
             assert turns.isfinite().all()
             assert torch.allclose(turns @ turns.mT, IDENTITY.expand_as(turns), atol=1e-10)
             assert torch.equal(turns[0], IDENTITY)
     same = random(1, SIZE, WIDTH).expand(3, -1, -1)
-    for turns in (key_turns(same, SIZE, "half"), orthogonal_turns(same)):
+    for turns in (key_rotations(same, SIZE, "half"), orthogonal_matrices(same)):
         assert torch.allclose(turns, IDENTITY.expand_as(turns), atol=1e-10)
 
 
 def test_the_same_twice():
     heads = random(4, SIZE, WIDTH)
-    for turn in (orthogonal_turns, lambda h: key_turns(h, 4, "half"), lambda h: key_turns(h, SIZE, "interleaved")):
+    for turn in (
+        orthogonal_matrices,
+        lambda h: key_rotations(h, 4, "half"),
+        lambda h: key_rotations(h, SIZE, "interleaved"),
+    ):
         assert torch.equal(turn(heads), turn(heads.clone()))
 
 
@@ -154,7 +162,7 @@ def test_alignment_without_merging_leaves_the_model(name):
     for module, facts in zip(attention_modules(model), Anatomy.of(model).layers, strict=True):
         values = torch.stack([get_head(model, module, "v", g) for g in range(groups)])
         keys = torch.stack([get_head(model, module, "k", g) for g in range(groups)])
-        turns = orthogonal_turns(values)
+        turns = orthogonal_matrices(values)
         output = getattr(module, facts.layout.o).weight.data
         for g in range(groups):
             set_head(model, module, "v", g, turns[g] @ values[g])
@@ -163,7 +171,7 @@ def test_alignment_without_merging_leaves_the_model(name):
                 output[:, columns] = (output[:, columns].double() @ turns[g].T).float()
         if facts.qk_norm:
             continue
-        turns = key_turns(keys, facts.rotary, facts.positions)
+        turns = key_rotations(keys, facts.rotary, facts.positions)
         for g in range(groups):
             set_head(model, module, "k", g, turns[g] @ keys[g])
             for query in range(g * facts.group, (g + 1) * facts.group):

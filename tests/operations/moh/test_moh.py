@@ -16,7 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
 from surgery.io.loading import load_model, read_tokenizer
 from surgery.operations import find
-from surgery.operations.moh.router import Moments, Planned, ridge, route, worth
+from surgery.operations.moh.router import Planned, RegressionSums, ridge, route, worth
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_gates import Gate
 
@@ -44,8 +44,8 @@ def planted(seed: int = 0, tokens: int = 600, inputs: int = 9, outputs: int = 5,
     return x + 2, weights, bias, (x + 2) @ weights.T + bias + noise * torch.randn(tokens, outputs, generator=generator)
 
 
-def moments_of(x, y, chunks: int = 3) -> Moments:
-    moments = Moments(x.shape[1], y.shape[1])
+def moments_of(x, y, chunks: int = 3) -> RegressionSums:
+    moments = RegressionSums(x.shape[1], y.shape[1])
     for x_chunk, y_chunk in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
         moments.add(x_chunk, y_chunk)
     return moments
@@ -118,8 +118,8 @@ def test_a_layer_is_measured_on_what_the_gated_layers_before_it_give(monkeypatch
     """The last layer's inputs are those of the model with its gates in place, run as a whole."""
     base = TINY["llama"]().eval()
     sequences = torch.randint(3, VOCAB, (4, 20), generator=torch.Generator().manual_seed(0))
-    measured, add = [], Moments.add
-    monkeypatch.setattr(Moments, "add", lambda self, x, y: measured.append(x.clone()) or add(self, x, y))
+    measured, add = [], RegressionSums.add
+    monkeypatch.setattr(RegressionSums, "add", lambda self, x, y: measured.append(x.clone()) or add(self, x, y))
     planned = {layer: Planned(Gate("moh", (1,) * 8, (), 2), 1) for layer in (0, 1)}
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     gates, records = route(base, Anatomy.of(base), planned, sequences, score="energy", router="fit")
