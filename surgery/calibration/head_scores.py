@@ -121,8 +121,8 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
     """The scores of its heads in a checkpoint's surgery.json, if there are any of this shape [layers][counts]."""
+    from surgery.io.files import REPORT as FILE
     from surgery.io.files import read_json
-    from surgery.io.output_folder import REPORT as FILE
 
     if not (folder / FILE).is_file():
         return None
@@ -167,6 +167,15 @@ def _of_json(text: str, path: Path) -> HeadScores:
             exists='{"format": 1, "method": ..., "scores": [a list of numbers for each layer], "origin": {...}}',
             fix="`surgery score MODEL -o FILE` writes one; a table without a name is plain text, a row for each layer",
         ) from None
+
+
+def is_score_file(path: Path) -> bool:
+    """Whether a file is one that `HeadScores.save` wrote."""
+    try:
+        _of_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return True
 
 
 def _of_dict(raw: dict) -> HeadScores:

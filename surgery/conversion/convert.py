@@ -20,7 +20,7 @@ from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
 from surgery.io.loading import refuse_wrapped
-from surgery.io.model_folder import carry_files
+from surgery.io.model_folder import carry_files, refuse_links_out
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
@@ -58,6 +58,7 @@ def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions
     from surgery.io.hub import resolve
 
     source = resolve(model, weights=False)
+    refuse_links_out(source.path)
     read_json(source.path / "config.json")  # before any weight: the plainest mistakes get the plainest errors
     remote = source.headers is not None
     if remote:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import SurgeryError
+from surgery.io.files import BASE_CARD
 from surgery.io.loading import DONE, is_model
-from surgery.io.output_folder import BASE_CARD, OutputFolder, weight_files
+from surgery.io.model_folder import refuse_links_out
+from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.machine.transformers_logging import quiet_in_pipes
 from surgery.report.report import NOTICES, Report, history_of
 
@@ -22,6 +25,8 @@ def note_origin(report: Report, model, was: str) -> None:
     data, config = report.data, model.config
     earlier = getattr(model, DONE, [])
     folder = _folder(model)
+    if folder:  # whoever changes the working folder must not make another one of it
+        config._name_or_path = str(folder)
     known = {"class": type(model).__name__, "heads": _heads(model)}
     history = history_of(folder) if folder else []
     data |= {"in_memory": known, "history": [*history, *(_plain(record) for record in earlier)]}
@@ -36,6 +41,8 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
     """Save a loaded model with its report; arguments and errors as for `surgery.save`."""
     _refuse_another(model, report)
     base = _folder(model)
+    if base:
+        refuse_links_out(base)
     out = OutputFolder(folder, base, "in memory", overwrite=overwrite)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     with out.opened(needed) as partial:
@@ -61,7 +68,7 @@ def _plain(data: dict) -> dict:
 def _folder(model) -> Path | None:
     """The folder that a model was loaded from, if it was one."""
     name = getattr(model.config, "_name_or_path", "")
-    return Path(name) if name and (Path(name) / "config.json").is_file() else None
+    return Path(os.path.abspath(name)) if name and (Path(name) / "config.json").is_file() else None
 
 
 def _heads(model) -> list[list[int]]:

@@ -11,7 +11,8 @@ from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.healing.validate import base_of_memory, refuse_early
-from surgery.io.output_folder import REPORT, OutputFolder, machine_errors, refuse_small_disk
+from surgery.io.files import REPORT
+from surgery.io.output_folder import OutputFolder, machine_errors, refuse_small_disk, refuse_to_replace
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     """
     out, recipe = Path(os.path.abspath(output)), plan.recipe
     uses_streaming_engine(plan, options.engine)
+    OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     if recipe.heal is not None:
         _refuse_taken_for_healing(out, options)
     if options.on_plan:
@@ -44,9 +46,8 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     if recipe.heal is not None:
         _refuse_pickle_for_healing(base, options)
         refuse_early(recipe.heal, recipe.evaluate, base)
-        OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     else:
-        _refuse_foreign(out, base, options)
+        _refuse_foreign(out, options)
     _refuse_small_disk(plan, out)
 
 
@@ -102,12 +103,15 @@ def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
     unfinished = options.resume and unhealed_folder(out).exists()
     if os.path.lexists(out) and not options.overwrite and not unfinished:
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+    if os.path.lexists(out) and options.overwrite:
+        refuse_to_replace(out)
 
 
-def _refuse_foreign(out: Path, base: Path, options: RunOptions) -> None:
+def _refuse_foreign(out: Path, options: RunOptions) -> None:
     """Raise where OUT is something else than a result of ours; of a result, `OutputFolder` says how to go on."""
-    OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
-    if os.path.lexists(out) and not options.overwrite and not os.path.isfile(out / REPORT):
+    if os.path.lexists(out) and options.overwrite:
+        refuse_to_replace(out)
+    elif os.path.lexists(out) and not os.path.isfile(out / REPORT):
         raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 

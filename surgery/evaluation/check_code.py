@@ -6,9 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery.evaluation.check_layers import FAILED, NOTED, PASSED
-from surgery.io.files import read_json, sha256
+from surgery.io.files import REPORT, read_json, sha256
 from surgery.io.model_folder import RUNTIME, load_config
-from surgery.io.output_folder import REPORT
 
 FOREIGN = "the code in the folder is not this version's"
 

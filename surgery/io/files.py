@@ -13,6 +13,8 @@ import yaml
 from surgery.errors import SurgeryError
 
 MAX_CONFIG_BYTES = 16 << 20
+# Files of an output folder: its record, its card, the base's card, and what stands there while it is being written.
+REPORT, CARD, BASE_CARD, PROGRESS = "surgery.json", "README.md", "base-card.md", "surgery-progress.json"
 
 
 def read_json(path: Path) -> dict:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError, nearest
 from surgery.io import manifest
+from surgery.io.files import REPORT
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
+from surgery.io.loading import refuse_adapter
 from surgery.io.manifest import WEIGHTS
 from surgery.io.model_folder import is_carried
-from surgery.io.output_folder import REPORT
 from surgery.io.safetensors import SINGLE_FILE, inside_folder
 
 DEMO, DEMO_BASE = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -78,6 +79,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         raise SurgeryError("no model was named", exists=f"a folder, a Hub id, `{DEMO}`")
     path, (repo, _, revision) = Path(os.path.expanduser(model)), model.partition("@")
     if os.path.isdir(path):  # os.path: no error where the user may not look, or on a name too long
+        refuse_adapter(path)
         return ResolvedModel(path, path.resolve().name)
     if os.path.exists(path):
         raise SurgeryError("a file, not a folder", where=model, fix="give the folder that holds config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     Raises:
         SurgeryError: not a model folder, no safetensors, weights that are missing or of another shape.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # the model remembers where it was loaded from
+    refuse_adapter(folder)
     auto = auto_class(folder)
     if not allow_pickle:
         refuse_pickle(folder)
@@ -57,6 +59,21 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise SurgeryError(f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder))
     return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise where an adapter lies beside the weights: Transformers adds it whenever the folder is loaded.
+
+    A conversion would lose it, and every figure of the base would be the adapter's.
+    """
+    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        raise SurgeryError(
+            "an adapter lies beside the weights, and Transformers adds it whenever this folder is loaded",
+            where=str(folder),
+            fix="move the adapter_* files into a folder ADAPTER of their own; to have it in the weights, merge it: "
+            "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), ADAPTER).merge_and_unload()"
+            ".save_pretrained(MERGED)",
+        )
 
 
 def refuse_pickle(folder: Path) -> None:

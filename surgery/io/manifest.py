@@ -12,16 +12,16 @@ from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from surgery.io.files import sha256
-from surgery.io.output_folder import PROGRESS, REPORT
+from surgery.io.files import PROGRESS, REPORT, sha256
+from surgery.io.model_folder import is_carried
 
-CARD = "README.md"
 # Not part of a checkpoint, wherever they come from: a training's states, hidden files, what is being written.
 TRAINERS = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
 UNLISTED = (
     *TRAINERS, PROGRESS, REPORT, "*.partial*", "*.unfinished", "*.lock", "*.state", ".*", "*/.*", "*__pycache__/*",
     "healing/runs/*",
 )  # fmt: skip
+OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -68,6 +68,27 @@ def added(folder: Path, record: dict) -> list[str]:
     known = listed(record)
     names = [name for name in paths_in(folder) if name not in known]
     return names if is_complete(record) else [name for name in names if name.endswith(WEIGHTS)]
+
+
+def strangers(folder: Path) -> list[str]:
+    """Files of an output folder that surgery did not write, hidden ones and a training's states among them.
+
+    Of a folder whose record lists weights alone, or cannot be read: what is of no kind that surgery writes.
+    """
+    try:
+        record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        known = set(listed(record)) if is_complete(record) else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        known = None
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    if known is None:
+        weights = (".safetensors", ".safetensors.index.json")
+        ours = [name for name in names if is_carried(name) or name.endswith(weights)]
+        ours += [name for name in names if name.startswith(("healing/", "adapter/"))]
+    else:
+        ours = [name for name in names if name in known or name.startswith("healing/runs/")]
+    return [name for name in names if name not in {*ours, REPORT, PROGRESS, *OF_THE_SYSTEM}]
 
 
 def differences(folder: Path, record: dict, progress: Callable[[int, int], None] | None = None) -> list[str]:

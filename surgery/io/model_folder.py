@@ -8,8 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.io.files import read_json
-from surgery.io.output_folder import BASE_CARD
+from surgery.io.files import BASE_CARD, CARD, REPORT, read_json
 from surgery.io.safetensors import STORED_NAMES, Checkpoint
 
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
@@ -73,7 +72,7 @@ CARRIED = (
     "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "*.py",
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
-REWRITTEN = {BASE_CARD, "config.json", "README.md", "surgery.json"}
+REWRITTEN = {BASE_CARD, "config.json", CARD, REPORT}
 # These files of a base that is surgical already are not copied: OUT has this version's.
 RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
@@ -88,6 +87,28 @@ def _matches(name: str) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Raise where a file that would be carried or read is a link out of the model folder, as a clone may hold one.
+
+    What it points to would be in OUT as a plain file, and published. Links into the Hub's cache are followed, and
+    weights wherever they are: nothing but tensors is taken from them.
+    """
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if is_carried(name) and _leads_out(path, folder):
+            raise SurgeryError(
+                f"{name} is a link that leaves the model folder",
+                where=str(folder),
+                fix="put a copy of the file in its place if it belongs to the model, else remove the link",
+            )
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    target, root = path.resolve(), folder.resolve()
+    blobs = target.parent
+    return root not in target.parents and not (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))
+
+
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
     """Copy the base's other files that are on the allow list; a link becomes the file that it points to.
 
@@ -96,7 +117,11 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
 
     Returns:
         The names of the files that were left behind.
+
+    Raises:
+        SurgeryError: a link leaves the folder.
     """
+    refuse_links_out(base)
     left_behind = []
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()

@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError
-from surgery.io.files import sha256, write_json
+from surgery.io.files import PROGRESS, REPORT, sha256, write_json
+from surgery.io.manifest import strangers
 
-PROGRESS, REPORT = "surgery-progress.json", "surgery.json"
 SPARE_BYTES = 64 << 20
-BASE_CARD = "base-card.md"
 FULL = ("No space left", "failed writing file", "Disk quota")  # words of torch and safetensors for a full disk
 
 
@@ -132,12 +131,8 @@ class OutputFolder:
             raise SurgeryError(
                 "OUT exists", where=str(self.out), fix=f"choose another name, or add {resume}--overwrite"
             )
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
-            raise SurgeryError(
-                "--overwrite replaces what surgery wrote, and this folder has no surgery.json",
-                where=str(self.out),
-                fix="choose another name, or remove the folder yourself",
-            )
+        if os.path.lexists(self.out):
+            refuse_to_replace(self.out)
         if os.path.lexists(self.partial):
             self._take_over()
         present = sum(info.get("bytes", 0) for info in self.done.values())
@@ -214,6 +209,28 @@ def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None
 def is_complete(folder: Path) -> bool:
     """Whether surgery finished writing this folder, and did not begin to remove it."""
     return (folder / REPORT).is_file() and not (folder / PROGRESS).exists()
+
+
+def refuse_to_replace(out: Path) -> None:
+    """Raise where --overwrite would remove what surgery did not write: it replaces a folder of ours, or an empty one.
+
+    Raises:
+        SurgeryError: a file, a link, a device; a folder without surgery.json; or one with files that it does not list.
+    """
+    fix = "choose another name (-o), or move it away yourself"
+    if out.is_symlink() or not out.is_dir():
+        kind = "a link" if out.is_symlink() else "a file" if out.is_file() else "no folder"
+        what = f"--overwrite replaces a folder that surgery wrote, and this is {kind}"
+        raise SurgeryError(what, where=str(out), fix=fix)
+    if not any(out.iterdir()):
+        return
+    if not (out / REPORT).is_file():
+        what = "--overwrite replaces what surgery wrote, and this folder has no surgery.json"
+        raise SurgeryError(what, where=str(out), fix=fix)
+    if mine := strangers(out):
+        more = f" and {len(mine) - 3} more" if len(mine) > 3 else ""
+        what = f"--overwrite would remove what surgery did not write: {', '.join(mine[:3])}{more}"
+        raise SurgeryError(what, where=str(out), fix="move these files away, or choose another name (-o)")
 
 
 def refuse_foreign(folder: Path) -> None:

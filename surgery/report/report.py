@@ -12,9 +12,8 @@ from typing import Any
 
 from surgery.errors import CheckError, GateError, SurgeryError, shown
 from surgery.evaluation.probes import REGISTRY
-from surgery.io.files import published_override, published_recipe, sha256, write_json, write_text
-from surgery.io.manifest import CARD, entry, is_intact, other_files, record_hash
-from surgery.io.output_folder import BASE_CARD
+from surgery.io.files import BASE_CARD, CARD, published_override, published_recipe, sha256, write_json, write_text
+from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.operations.base import SURGICAL
 
 FORMAT, FILE = 1, "surgery.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from surgery.calibration.head_scores import HeadScores, model_identity, model_name, refuse_not_finite
+from surgery.calibration.head_scores import HeadScores, is_score_file, model_identity, model_name, refuse_not_finite
 from surgery.errors import SurgeryError, nearest
 
 
@@ -139,6 +139,9 @@ def score_to_file(
         raise SurgeryError(f"{method} has no steps to go on from", fix="leave out --resume")
     if output.exists() and not overwrite:
         raise SurgeryError("the score file exists", where=str(output), fix="another name (-o), or --overwrite")
+    if output.exists() and not output.is_dir() and not is_score_file(output):
+        what = "--overwrite replaces a score file, and this is none"
+        raise SurgeryError(what, where=str(output), fix="another name (-o)")
     if output.is_dir():
         raise SurgeryError("this is a folder, not a score file", where=str(output), fix="-o FILE.json")
     if state.exists() and not (resume or overwrite):
