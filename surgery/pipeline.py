@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.calibration.gradients import with_gradients
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
@@ -91,7 +92,8 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
     class_before, base = type(model).__name__, None
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, recipe.evaluate, model, tokenizer)
-    report = edit_model(recipe, model, tokenizer, options)
+    with with_gradients():  # and no weight made in a script's inference mode, which could never train
+        report = edit_model(recipe, model, tokenizer, options)
     note_origin(report, model, class_before)
     if recipe.heal is not None:
         heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))

@@ -28,7 +28,7 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
-    "calibration": "attention_hook head_scores layerwise moments scoring sinks",
+    "calibration": "attention_hook gradients head_scores layerwise moments scoring sinks",
     "cli": "convert doctor evaluate inspect main measure options",
     "cli/render": "console heads model sinks summary tables",
     "config": "evaluate heal heal_overrides options overrides recipe validation yaml",

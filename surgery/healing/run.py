@@ -16,6 +16,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from surgery.architecture.anatomy import Anatomy
+from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, isolates_documents
 from surgery.errors import SurgeryError, TrainingError
@@ -90,6 +91,7 @@ def train(model, job: HealRun) -> dict:
     use_cache = model.config.use_cache
     job.run.mkdir(parents=True, exist_ok=True)
     with (
+        with_gradients(),
         enough_memory(heal, job.in_memory),
         own_precision(heal),
         without_attention_dropout(model),

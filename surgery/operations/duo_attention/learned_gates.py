@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
+from surgery.calibration.gradients import with_gradients
 from surgery.calibration.head_scores import HeadScores, model_identity
 from surgery.data.passkeys import Recall, calibration
 from surgery.data.text import BUILTIN
@@ -60,7 +61,7 @@ def gates(
     sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **options)
     settings |= {"steps": steps, "rate": rate, "weight": weight}
     mixed = MixedAttention(sinks, window)
-    with hook_attention(model, mixed) as hook:
+    with with_gradients(), hook_attention(model, mixed) as hook:
         mixed.hook = hook
         run = _Run(sum(hook.kv_heads), model.device, rate, settings | {"model": model_identity(hook.anatomy)["hash"]})
         if state is not None and Path(state).is_file():

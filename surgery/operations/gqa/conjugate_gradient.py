@@ -66,9 +66,10 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
 
     head_scale, moments = problem.preconditioner()
     moments = moments.cpu()
-    inverse = torch.linalg.inv(
-        moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
-    )
+    system = moments + damping * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    inverse, failed = torch.linalg.inv_ex(system)
+    if failed:  # x is 0 on this text: there is nothing to correct
+        inverse = torch.linalg.pinv(system, hermitian=True)
     scale = (head_scale + 1e-9 * head_scale.mean()).clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
 
     def precondition(gradient: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
         preconditioned = precondition(residual)
         slope = float((residual * preconditioned).sum())
         first_slope = first_slope or slope
-        finished = slope <= 1e-28 * first_slope  # solved, to the last bits
+        finished = slope <= 1e-28 * first_slope or slope == 0  # solved, to the last bits
         if not finished:
             direction = preconditioned if direction is None else preconditioned + slope / last_slope * direction
             last_slope, curved = slope, problem.product(direction)

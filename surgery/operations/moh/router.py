@@ -21,6 +21,7 @@ import torch
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
+from surgery.errors import SurgeryError
 from surgery.runtime.surgery_gates import Gate
 
 SCORES = ("energy", "damage")
@@ -169,7 +170,9 @@ def route(
                 routed = None
                 if layer.index in planned:
                     moments = _measure(model, layer, run, planned[layer.index].gate, score)
-                    gate, parameters, record = _route_layer(planned[layer.index], moments, router, generator)
+                    gate, parameters, record = _route_layer(
+                        layer.index, planned[layer.index], moments, router, generator
+                    )
                     routed = gates[layer.index] = (gate, parameters)
                     name = layer.query_name if gate.units == layer.heads else layer.kv_name
                     records.append({"layer": layer.index, "shared": [*map(name, gate.shared)]} | record)
@@ -206,9 +209,13 @@ def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Regr
 
 
 def _route_layer(
-    planned: Planned, moments: tuple[RegressionSums, RegressionSums], router: str, generator
+    layer: int, planned: Planned, moments: tuple[RegressionSums, RegressionSums], router: str, generator
 ) -> tuple[Gate, dict, dict]:
-    """One layer's gate with its shared units, its parameters, and a record."""
+    """One layer's gate with its shared units, its parameters, and a record.
+
+    Raises:
+        SurgeryError: what was fitted is not finite.
+    """
     train, validation = moments
     means, gate = (train + validation).means, planned.gate
     shared = sorted(means.argsort(descending=True, stable=True)[: planned.shared].tolist())
@@ -224,6 +231,11 @@ def _route_layer(
     elif router == "random":
         weights = (torch.randn(weights.shape, generator=generator, dtype=torch.float64) * weights.shape[1] ** -0.5).to(
             means
+        )
+    if not (weights.isfinite().all() and bias.isfinite().all()):
+        raise SurgeryError(
+            f"the router's fit to the calibration text is not finite in layer {layer}",
+            fix="more text (calibration_samples, calibration_length), text of another kind, or router=static",
         )
     sign = -1.0 if gate.kind == "mae" else 1.0  # the router of MAE weighs the experts, each of which lacks a head
     return gate, {"router": sign * weights[routed], "router_bias": sign * bias[routed]}, record

@@ -99,12 +99,15 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     """Mean |d loss / d mask| over sequences; the loss is the cross-entropy of a sequence, in nats per token."""
     import torch
 
+    from surgery.calibration.gradients import with_gradients
+
     sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in anatomy.layers]
     for index, sequence in enumerate(sequences):
-        masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
-        with torch.enable_grad(), masked(model, anatomy, masks):
-            loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
-            gradients = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
+        with with_gradients():
+            masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
+            with masked(model, anatomy, masks):
+                loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
+                gradients = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient.abs().double().cpu()
         if progress:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.calibration.attention_hook import hook_attention
+from surgery.calibration.gradients import with_gradients
 from surgery.io.resume import SavedFigures
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
@@ -215,11 +216,14 @@ def search_gammas(
 
 
 def gradients(trial: Trial) -> list[torch.Tensor]:
-    """Gradient of the objective by each parameter, summed over the texts of `fit`."""
+    """Gradient of the objective by each parameter, summed over the texts of `fit`; 0 where no text depends on it."""
     total = [torch.zeros_like(parameter) for parameter in trial.parameters]
     for sample in trial.fit:
-        loss = objective(trial.model, sample, trial.kind)
-        slopes = torch.autograd.grad(loss, trial.parameters, materialize_grads=True)  # 0 where this text gives none
+        with with_gradients():
+            loss = objective(trial.model, sample, trial.kind)
+        if not loss.requires_grad:  # nothing in this text is changed by any of them: no sink, say
+            continue
+        slopes = torch.autograd.grad(loss, trial.parameters, materialize_grads=True)
         total = [old + new for old, new in zip(total, slopes, strict=True)]
     return total
 
