@@ -27,6 +27,8 @@ def check(
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
 
+    if memory is not None and not 0 < memory < 2**40:  # NaN and infinity too
+        raise SurgeryError("memory is a number of GiB above 0", where=f"--memory {memory}", fix="--memory 8")
     with progress_bar(quiet or as_json) as progress:
         report = run(out, base, memory=None if memory is None else int(memory * 2**30), progress=progress)
     if as_json:

@@ -10,6 +10,7 @@ import yaml
 
 from surgery.errors import SurgeryError, shown
 from surgery.evaluation.probes import REGISTRY, find
+from surgery.io.files import MAX_DEPTH
 from surgery.io.safetensors import inside_folder
 
 MAX_BYTES = 256 << 10
@@ -34,8 +35,12 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
         )
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=loader):
             line = event.start_mark.line + 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise SurgeryError(f"this is nested more than {MAX_DEPTH} levels deep", where=f"{where}:{line}")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise SurgeryError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
             if getattr(event, "tag", None):

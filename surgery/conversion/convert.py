@@ -20,7 +20,7 @@ from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
 from surgery.io.loading import refuse_wrapped
-from surgery.io.model_folder import carry_files, refuse_links_out
+from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
@@ -59,7 +59,7 @@ def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions
 
     source = resolve(model, weights=False)
     refuse_links_out(source.path)
-    read_json(source.path / "config.json")  # before any weight: the plainest mistakes get the plainest errors
+    read_config_json(source.path)  # before any weight: the plainest mistakes get the plainest errors
     remote = source.headers is not None
     if remote:
         plan = make_plan(recipe, Anatomy.of(source.path, header_table(source.headers)), source.name)
@@ -200,6 +200,8 @@ def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tok
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     config = plan.after.edit_config(read_json(base / "config.json"))
+    for own in ("_name_or_path", "_attn_implementation"):  # of the machine that wrote it, as Transformers drops them
+        config.pop(own, None)
     names = [{name: plan.shapes[f"{layer.path}.{name}"] for name in layer.tensor_names} for layer in plan.after.layers]
     if entries := layer_entries(plan.after, names):
         config = export(config, plan.after, entries, partial)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from surgery.errors import shown
 from surgery.evaluation.check_layers import FAILED, NOTED, PASSED
 from surgery.io.files import REPORT, read_json, sha256
 from surgery.io.model_folder import RUNTIME, load_config
+from surgery.version import __version__
 
 FOREIGN = "the code in the folder is not this version's"
 
@@ -25,7 +27,9 @@ def check_runtime_code(folder: Path) -> tuple[str, str]:
     from surgery.runtime.surgery_config import ENTRY, exported_files, parts_of
 
     config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
-    entries = read_json(folder / "config.json").get("auto_map") or {}
+    entries = read_json(folder / "config.json").get("auto_map")
+    if not isinstance(entries, dict):
+        return FAILED, f"{FOREIGN}: auto_map is {shown(entries)}"
     entries = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
     if other := [entry for entry in entries if str(entry).partition(".")[0] != ENTRY]:
         return FAILED, f"{FOREIGN}: auto_map names {other[0]}"
@@ -39,7 +43,7 @@ def check_runtime_code(folder: Path) -> tuple[str, str]:
             break
     if not fault:
         return PASSED, f"{len(expected)} files, byte for byte this version's"
-    if version := _recorded_version(folder):
+    if (version := _recorded_version(folder)) and version != f"surgery {__version__}":
         return NOTED, f"another version's ({version}), as it was written: {fault}; surgery.load runs this version's"
     return FAILED, f"{FOREIGN}: {fault}"
 

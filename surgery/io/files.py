@@ -7,12 +7,13 @@ import json
 import os
 import re
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import yaml
 
 from surgery.errors import SurgeryError
 
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES, MAX_DEPTH = 16 << 20, 100
 # Files of an output folder: its record, its card, the base's card, and what stands there while it is being written.
 REPORT, CARD, BASE_CARD, PROGRESS = "surgery.json", "README.md", "base-card.md", "surgery-progress.json"
 
@@ -28,12 +29,38 @@ def read_json(path: Path) -> dict:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise SurgeryError(f"{path.name} has {path.stat().st_size:,} bytes: not a config", where=str(path.parent))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = parse_json(path.read_bytes())
+    except ValueError as error:
         raise SurgeryError(f"{path.name} is not JSON: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise SurgeryError(f"{path.name} holds no JSON object", where=str(path))
     return raw
+
+
+def parse_json(content: str | bytes) -> Any:
+    """JSON that nothing which walks through it later can stumble over.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, holds a number of thousands of digits, or is nested too deep.
+    """
+    try:
+        data = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+    except RecursionError:
+        data, level = None, MAX_DEPTH + 1
+    else:
+        level, inner = 0, [data]
+        while inner and level <= MAX_DEPTH:
+            level += 1
+            inner = [
+                value
+                for each in inner
+                if isinstance(each, dict | list)
+                for value in (each.values() if isinstance(each, dict) else each)
+                if isinstance(value, dict | list)
+            ]
+    if level > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return data
 
 
 def sha256(path: Path) -> str:
@@ -89,5 +116,5 @@ def split_card(card: str) -> tuple[dict, str]:
         return {}, card
     try:
         return ModelCard(card, ignore_metadata_errors=True).data.to_dict(), card[block.end() :]
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError):
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}, card[block.end() :]

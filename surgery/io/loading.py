@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
-from surgery.io.files import read_json
+from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX
 from surgery.machine.transformers_logging import quiet_in_pipes, quiet_transformers
 
@@ -131,7 +131,7 @@ def no_class(folder: Path) -> str:
     from surgery.runtime import register
 
     register()
-    kind = read_json(Path(folder) / "config.json").get("model_type")
+    kind = read_config_json(Path(folder)).get("model_type")
     return "" if kind in CONFIG_MAPPING else f"Transformers has no class for model_type {kind!r}"
 
 

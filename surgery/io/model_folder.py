@@ -7,7 +7,7 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 from surgery.io.files import BASE_CARD, CARD, REPORT, read_json
 from surgery.io.safetensors import STORED_NAMES, Checkpoint
 
@@ -22,7 +22,7 @@ def load_config(folder: Path):
     Raises:
         SurgeryError: no config.json, or one that Transformers refuses.
     """
-    raw = read_json(folder / "config.json")
+    raw = read_config_json(folder)
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     kind = raw.get("model_type")
@@ -40,6 +40,45 @@ def load_config(folder: Path):
             where=str(folder / "config.json"),
             fix="check its numbers (heads, sizes, layers) against the model's original",
         ) from None
+
+
+# Numbers of a config: (name, largest). Transformers makes lists of that many elements.
+NUMBERS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    **dict.fromkeys(("num_labels", "vocab_size"), 100_000_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_kv_heads"), 1_000_000),
+    **dict.fromkeys(("hidden_size", "head_dim", "sliding_window", "max_position_embeddings"), 10**12),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_dim", "rope_theta"), 10**12),
+}
+
+
+def read_config_json(folder: Path) -> dict:
+    """config.json of a model folder, of which no later step can make lists without end.
+
+    Raises:
+        SurgeryError: no config.json, no JSON, a number that is a text, or more layers than any model has.
+    """
+    raw = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    for part in [raw, *(value for value in raw.values() if isinstance(value, dict))]:
+        for name, most in NUMBERS.items():
+            value = part.get(name)
+            if isinstance(value, str | dict):
+                raise SurgeryError(f"{name} should be a number; it is {shown(value)}", where=where)
+            if isinstance(value, int | float) and value > most:
+                what = f"{name} is {value:,}, which is more than any model has"
+                raise SurgeryError(what, where=where, fix="check it against the model's original")
+        for name in ("_attn_implementation", "attn_implementation"):
+            if "/" in str(part.get(name)):  # Transformers would fetch it from the Hub, and run it
+                what = f"{name} is {shown(part[name])}: code of somebody's, which is not loaded"
+                raise SurgeryError(what, where=where, fix="remove this key")
+        if not isinstance(part.get("model_type"), str | None):
+            raise SurgeryError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
+    labels = raw.get("num_labels")
+    if isinstance(labels, int) and labels > 100_000:
+        what = f"num_labels is {labels:,}, which is more than any model has"
+        raise SurgeryError(what, where=where, fix="leave it out: a language model has no labels")
+    return raw
 
 
 def tensor_table(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -129,11 +168,11 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
             continue
         if any(fnmatchcase(name, pattern) for pattern in RUNTIME):
             continue
-        if _matches(name):
+        if _matches(name) and name.isprintable():  # a name that is not UTF-8 cannot be recorded
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         elif name not in weights:
-            left_behind.append(name)
+            left_behind.append(name.encode("utf-8", "replace").decode())
     card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
     if card:
         shutil.copyfile(card, folder / BASE_CARD)

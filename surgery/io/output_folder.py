@@ -7,14 +7,13 @@ with a list of its finished files; `--resume` continues it if it is the same con
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError
-from surgery.io.files import PROGRESS, REPORT, sha256, write_json
+from surgery.io.files import PROGRESS, REPORT, read_json, sha256, write_json
 from surgery.io.manifest import strangers
 
 SPARE_BYTES = 64 << 20
@@ -47,6 +46,10 @@ class OutputFolder:
         preserve: str = "",
     ):
         self.out = Path(os.path.abspath(out))
+        if not self.out.name:
+            raise SurgeryError(
+                "the root of a file system is no output folder", where=str(out), fix="name a folder (-o)"
+            )
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.replaced = self.out.with_name(self.out.name + ".replaced")
         self.plan_hash, self.resume, self.overwrite, self.preserve = plan_hash, resume, overwrite, preserve
@@ -94,9 +97,8 @@ class OutputFolder:
 
     def is_same_conversion(self) -> bool:
         """Whether OUT is complete and the result of this conversion."""
-        with suppress(OSError, ValueError):
-            report = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
-            return isinstance(report, dict) and report.get("plan_hash") == self.plan_hash
+        with suppress(OSError, SurgeryError):
+            return read_json(self.out / REPORT).get("plan_hash") == self.plan_hash
         return False
 
     def _note_progress(self) -> None:
@@ -115,9 +117,14 @@ class OutputFolder:
                 )
 
     def _progress(self) -> dict:
-        with suppress(OSError, ValueError):
-            progress = json.loads((self.partial / PROGRESS).read_text(encoding="utf-8"))
-            if isinstance(progress, dict):
+        """What an earlier run noted; nothing, where it is not of the form that surgery writes."""
+        with suppress(OSError, SurgeryError):
+            progress = read_json(self.partial / PROGRESS)
+            done, records = progress.get("done", {}), progress.get("records")
+            known = isinstance(done, dict) and all(
+                isinstance(info, dict) and "sha256" in info for info in done.values()
+            )
+            if known and isinstance(records, list | None):
                 return progress
         return {}
 

@@ -8,19 +8,19 @@ count as resident memory: a 4 GiB conversion must fit in 1 GiB.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import SurgeryError, nearest, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
+LONGEST_NAME = 255  # bytes, in every common file system
 MAX_HEADER = 100 << 20  # the format's own limit
 BY_CONTENT = "content:"  # how a fingerprint begins; those of earlier versions held the times of files
 SAMPLES, SAMPLE = 4, 1024  # of each tensor for a fingerprint: how many samples, and the bytes of each
@@ -206,6 +206,9 @@ def read_index(path: Path) -> dict:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise SurgeryError("the index has no weight_map of names to files", where=str(path))
+    if not weight_map or not isinstance(index.get("metadata"), dict | None):
+        what = "its weight_map names no tensor" if not weight_map else "its metadata is no mapping"
+        raise SurgeryError(f"the index is damaged: {what}", where=str(path), fix="download it again")
     for file in weight_map.values():
         inside_folder(file, str(path))
     return index
@@ -222,6 +225,8 @@ def inside_folder(name: str, where: str) -> str:
             raise SurgeryError(
                 f"the name {name!r} leaves its folder", where=where, fix="names must be relative, without .."
             )
+        if any(len(part) > LONGEST_NAME for part in path.parts):
+            raise SurgeryError(f"the name {shown(name)} is too long for a file", where=where)
     return name
 
 
@@ -237,8 +242,10 @@ def read_header(path: Path, file: str) -> Shard:
                 fix="download it again (a Git LFS pointer of 130 bytes becomes the file by `git lfs pull`)",
             )
         header = stream.read(length)
+    from surgery.io.files import parse_json
+
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         metadata = entries.pop("__metadata__", None) or {}
         tensors = [
             TensorInfo(
@@ -251,9 +258,11 @@ def read_header(path: Path, file: str) -> Shard:
             )
             for name, entry in entries.items()
             if all(type(n) is int and n >= 0 for n in (*entry["shape"], *entry["data_offsets"]))
+            and len(entry["data_offsets"]) == 2
+            and isinstance(entry["dtype"], str)
         ]
         if len(tensors) < len(entries):
-            raise ValueError("a shape or an offset is not a number")
+            raise ValueError("a shape or an offset is not a number, or a dtype no text")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise SurgeryError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
     tensors.sort(key=lambda info: info.start)

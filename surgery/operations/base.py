@@ -21,6 +21,7 @@ each with fields of its own, is a union of classes: see `variants.py`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -128,7 +129,7 @@ def missing_texts(operation: Operation) -> list[str]:
     problems = []
     for field in ("text", "calibration_text"):
         text = getattr(operation, field, None)
-        if isinstance(text, str) and text not in TEXTS and not Path(text).is_file():
+        if isinstance(text, str) and text not in TEXTS and not os.path.isfile(text):
             words = "; ".join((*TEXTS, "a UTF-8 text file"))
             problems.append(f"{operation.op}: {field}: no such text file: {text!r} (there is: {words})")
     return problems

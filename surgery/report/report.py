@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,16 @@ from typing import Any
 
 from surgery.errors import CheckError, GateError, SurgeryError, shown
 from surgery.evaluation.probes import REGISTRY
-from surgery.io.files import BASE_CARD, CARD, published_override, published_recipe, sha256, write_json, write_text
+from surgery.io.files import (
+    BASE_CARD,
+    CARD,
+    published_override,
+    published_recipe,
+    read_json,
+    sha256,
+    write_json,
+    write_text,
+)
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.operations.base import SURGICAL
 
@@ -21,7 +29,7 @@ NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 # The keys that are read after a report was written, and the type of each.
 REQUIRED = {
     "base": dict, "recipe": dict, "plan": dict, "gate": dict, "files": dict, "check": dict | None,
-    "evaluation": dict | None, "history": list, "overrides": list, "operations": list,
+    "evaluation": dict | None, "history": list, "overrides": list, "operations": list, "versions": dict,
 }  # fmt: skip
 
 
@@ -111,8 +119,6 @@ class Report:
         Raises:
             SurgeryError: the folder has no surgery.json, one of another format, or a damaged one.
         """
-        from surgery.io.files import read_json
-
         folder = Path(folder)
         if not (folder / FILE).is_file():
             raise SurgeryError(
@@ -228,12 +234,12 @@ def history_of(base: Path) -> list[dict]:
     if not (base / FILE).is_file():
         return []
     try:
-        record = json.loads((base / FILE).read_text(encoding="utf-8"))
-    except ValueError:
-        return []
-    if not isinstance(record, dict):
+        record = read_json(base / FILE)
+    except SurgeryError:
         return []
     earlier = record.pop("history", [])
+    if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+        return []
     for name in ("other_files", "record_sha256"):  # of a folder that is another one
         record.pop(name, None)
     return [*earlier, record]

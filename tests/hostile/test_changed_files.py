@@ -164,6 +164,33 @@ def test_record_and_config_that_do_not_agree(checkpoints, edit, tmp_path):
     assert "record against config" in failed
 
 
+def test_code_of_this_version_that_is_not_this_versions(checkpoints, tmp_path):
+    """Its hash was forged with it: what the running version wrote is known to the byte."""
+    out = copy_of(checkpoints, "surgical", tmp_path)
+    mark = tmp_path / "ran"
+    code = out / "modeling_surgery.py"
+    code.write_text(f"open({str(mark)!r}, 'w')\n" + code.read_text())
+    record = json.loads((out / "surgery.json").read_text())
+    record["other_files"][code.name] = manifest.entry(code)
+    record["code"][code.name] = manifest.entry(code)["sha256"]
+    record["record_sha256"] = manifest.record_hash(record)
+    (out / "surgery.json").write_text(json.dumps(record))
+    report = surgery.check(out)
+    items = {item["name"]: item for item in report.data["check"]["items"]}
+    assert items["runtime files"]["status"] == "failed"
+    assert not mark.exists()
+
+
+def test_what_a_config_says_of_its_machine_stays_there(checkpoints, tmp_path):
+    base = Path(shutil.copytree(checkpoints["native"].parent / "base", tmp_path / "base"))
+    edit_json(base / "config.json", _name_or_path="/home/me/secret-project/model", _attn_implementation="eager")
+    recipe = {"version": 1, "name": "x", "operations": [MEAN], "evaluate": None}
+    report = surgery.apply(recipe, str(base), output=tmp_path / "out", check=False, evaluate=False)
+    assert report.data["engine"] == "streaming"
+    assert b"secret-project" not in b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert "_attn_implementation" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["/etc/hostname", "../base/config.json", "model.safetensors"])
 def test_a_record_that_lists_too_little(checkpoints, name, tmp_path):

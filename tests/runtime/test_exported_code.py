@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json
+from conftest import edit_json, edit_record
 from fake_hub import FakeHub
 from families import stranger
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import surgery
+from surgery.io import manifest
 from surgery.io.files import sha256
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_config
@@ -242,7 +243,8 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())
     code = {path.name: sha256(path) for path in out.glob("*.py")}
-    edit_json(out / "surgery.json", code=code, versions=report["versions"] | {"surgery": "0.0.7"})
+    files = report["other_files"] | {name: manifest.entry(out / name) for name in code}
+    edit_record(out, code=code, other_files=files, versions=report["versions"] | {"surgery": "0.0.7"})
     ran = surgery("check", out, "--json")
     assert ran.code == 0, ran.out
     status, detail = looked_at(ran)
