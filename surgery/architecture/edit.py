@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
@@ -48,6 +50,44 @@ def write_layers(
         from surgery.runtime.modeling_surgery import patch
 
         patch(model, {"layers": entries})
+
+
+def snapshot(model) -> Callable[[], None]:
+    """Remember what a model is made of: classes, modules, parameters, hooks and configs, but no copy of a weight.
+
+    Returns:
+        A function that makes the model of these again. Values that were changed in place stay changed.
+    """
+    modules = [(module, type(module), _shallow(vars(module))) for module in model.modules()]
+    known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
+    inner = {id(value): value for config in known.values() for value in vars(config).values() if _is_config(value)}
+    configs = [(config, type(config), _shallow(vars(config))) for config in {**known, **inner}.values()]
+
+    def restore() -> None:
+        for owner, cls, state in (*modules, *configs):
+            owner.__class__ = cls
+            vars(owner).clear()
+            vars(owner).update(state)
+
+    return restore
+
+
+def _shallow(state: dict) -> dict:
+    """A copy of an object's attributes: its own dicts are copied at every depth, what they hold is not."""
+    return {name: _copied(value) for name, value in state.items()}
+
+
+def _copied(value):
+    if isinstance(value, dict):
+        copied = copy(value)
+        for name, inner in value.items():
+            copied[name] = _copied(inner)
+        return copied
+    return list(map(_copied, value)) if type(value) is list else value
+
+
+def _is_config(value) -> bool:
+    return hasattr(value, "to_diff_dict") and hasattr(value, "model_type")
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
+from surgery.architecture.edit import snapshot
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, problems_after
@@ -123,8 +124,8 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
 def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`.
 
-    An error leaves the model as it was, with one exception: where a surgical operation (which measures the model as
-    the weight rewrites before it left it) raises, those rewrites stay.
+    An error leaves the model as it was, with one exception: where an operation raises after another one has rewritten
+    weights, that rewrite stays.
     """
     from surgery.io.hub import ResolvedModel
 
@@ -138,8 +139,16 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     rewrites = list(takewhile(lambda step: step[0].streams, steps))
     records = rewrite_steps(model, rewrites) if rewrites else []
     if later_steps := plan.steps[len(rewrites) :]:
-        for operation, context in _ready_steps(later_steps, later_steps[0].before, model, options.progress, tokenizer):
-            records.append(operation.apply(model, context))
+        ready_steps = _ready_steps(later_steps, later_steps[0].before, model, options.progress, tokenizer)
+        restore = snapshot(model)
+        try:
+            for operation, context in ready_steps:
+                records.append(operation.apply(model, context))
+                if operation.term is None:  # weights were rewritten, some in place
+                    restore = snapshot(model)
+        except BaseException:
+            restore()
+            raise
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
