@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .surgery_stores import RingStore, store_of
+from .surgery_stores import store_of
 from .surgery_visibility import HeadKinds, head_kinds
 
 # Transformers renamed the forward's argument during 5.x.
@@ -41,16 +41,13 @@ class SurgeryLayer(CacheLayerMixin):
         self.device = key_states.device
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store new keys and values [batch, KV heads, n, head_dim].
+        """Store new keys and values [batch, KV heads, n, head_dim]; gradients flow through what is kept of them.
 
         Returns:
             One object twice, in place of keys and values: the list of `KeyValues`, one for each visibility.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if grad and self.get_seq_length() and any(isinstance(store, RingStore) for store in self.stores):
-            raise ValueError("gradients do not flow through a surgical cache: use torch.no_grad(), or one call")
         if not torch.is_inference_mode_enabled():  # tensors made in inference mode cannot be written outside it
             self.change(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
         new = zip(self.stores, self.heads.split_keys(key_states), self.heads.split_keys(value_states), strict=True)

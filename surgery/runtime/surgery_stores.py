@@ -254,6 +254,11 @@ class KeptStore(FullStore):
         return self.seen - count >= self.settled
 
 
+def _tracked(*tensors: torch.Tensor) -> bool:
+    """Whether gradients flow through these: then nothing is changed in place."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
     """An empty store for the heads of one visibility."""
     if visibility.window is not None:
@@ -278,11 +283,13 @@ class RingStore:
         if not self.tensors:
             shape = (*keys.shape[:2], sinks + window, keys.shape[3])
             self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
-        training = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        training = _tracked(keys, values, *self.tensors.values())
+        if not training:  # what a graph holds is not written to
+            self.tensors = {n: t.detach().clone() if t.requires_grad else t for n, t in self.tensors.items()}
         if new == 1 and not recording and self.pending is None and not training:
             buffers = (self.tensors["keys"], self.tensors["values"])
             for tensor, one in zip(buffers, (keys, values), strict=True):
-                tensor[:, :, sinks + self.seen % window] = one[:, :, 0].detach()
+                tensor[:, :, sinks + self.seen % window] = one[:, :, 0]
             self.seen += 1
             near = [tensor.narrow(2, sinks, window) for tensor in buffers]
             view = KeyValues(self.visibility, *near, 1, self.seen, ring=True)
@@ -303,8 +310,12 @@ class RingStore:
         return view
 
     def keep_sinks(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.tensors["keys"][:, :, : self.visibility.sinks] = keys.detach()
-        self.tensors["values"][:, :, : self.visibility.sinks] = values.detach()
+        count = self.visibility.sinks
+        for name, sinks in (("keys", keys), ("values", values)):
+            if _tracked(keys, values):
+                self.tensors[name] = torch.cat([sinks, self.tensors[name][:, :, count:]], dim=2)
+            else:
+                self.tensors[name][:, :, :count] = sinks
 
     def slots(self, device) -> torch.Tensor:
         """Slot of each index of the ring, -1 where nothing was written yet."""
@@ -319,8 +330,12 @@ class RingStore:
         new = keys.shape[2]
         count = min(self.visibility.window, new)
         index = self._index(self.seen + new - count, self.seen + new, keys.device)
-        self.tensors["keys"].index_copy_(2, index, keys[:, :, new - count :].detach())
-        self.tensors["values"].index_copy_(2, index, values[:, :, new - count :].detach())
+        for name, tensor in (("keys", keys), ("values", values)):
+            newest = tensor[:, :, new - count :]
+            if _tracked(keys, values, self.tensors[name]):
+                self.tensors[name] = self.tensors[name].index_copy(2, index, newest)
+            else:
+                self.tensors[name].index_copy_(2, index, newest)
         self.seen += new
 
     def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:

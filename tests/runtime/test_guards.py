@@ -132,14 +132,28 @@ def test_a_cache_of_another_split_is_refused():
     assert torch.allclose(got, one(input_ids=ids, use_cache=False).logits[:, -1:], atol=1e-5)
 
 
-def test_gradients_of_values_alone_are_not_lost():
-    model = all_streaming(TINY["llama"]())
+@pytest.mark.parametrize("chunks", [[5, 40], [20, 25], [40, 1, 4], [1] * 6 + [39]])
+@pytest.mark.parametrize("trained", ["", "layers.1.self_attn.v_proj"])
+def test_gradients_flow_through_the_cache(chunks, trained):
+    """Of the last chunk, as of one call: through sinks, ring and full heads; and a later call changes no graph."""
+    model = operated(TINY["llama"](), [[0], [0, 1]])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.1.self_attn.v_proj" in name)
-    ids = batch(model, (0,))[0]
-    cache = model(input_ids=ids[:, :5], use_cache=True)[runtime.CACHE]
-    with pytest.raises(ValueError, match="gradients do not flow"):
-        model(input_ids=ids[:, 5:], **{runtime.CACHE: cache})
+        parameter.requires_grad_(trained in name)
+    ids = batch(model, (0,))[0][:, : sum(chunks)]
+    weights = torch.randn(chunks[-1], 1, generator=torch.Generator().manual_seed(0))
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = (model(input_ids=ids, use_cache=False).logits[0, -chunks[-1] :] * weights).sum()
+    want = torch.autograd.grad(whole, wanted)
+    cache, begin = model.make_cache(), 0
+    for size in chunks:
+        logits = model(input_ids=ids[:, begin : begin + size], **{runtime.CACHE: cache}).logits
+        begin += size
+    with torch.no_grad():
+        model(input_ids=ids[:, :3], **{runtime.CACHE: cache})
+    loss = (logits[0] * weights).sum()
+    assert (loss - whole).abs() <= 1e-3
+    for one, other in zip(torch.autograd.grad(loss, wanted), want, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * max(1, other.abs().max())
 
 
 def test_packed_rows_with_a_mask_are_refused():
