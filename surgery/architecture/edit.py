@@ -52,6 +52,16 @@ def write_layers(
         patch(model, {"layers": entries})
 
 
+def own_config(model) -> None:
+    """Give a model a config of its own: two models may have been made from one, and the other keeps what it says."""
+    from copy import deepcopy
+
+    memo: dict = {}
+    for module in model.modules():
+        if _is_config(getattr(module, "config", None)):
+            module.config = deepcopy(module.config, memo)
+
+
 def snapshot(model) -> Callable[[], None]:
     """Remember what a model is made of: classes, modules, parameters, hooks and configs, but no copy of a weight.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
-from surgery.architecture.edit import snapshot
+from surgery.architecture.edit import own_config, snapshot
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, problems_after
@@ -130,6 +130,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
     from surgery.io.hub import ResolvedModel
 
     refuse_wrapped(model)
+    own_config(model)
     plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
     if options.on_plan:
         options.on_plan(plan)

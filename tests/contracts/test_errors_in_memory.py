@@ -1,4 +1,4 @@
-"""An operation that is interrupted leaves a loaded model as it was."""
+"""An operation that is interrupted leaves a loaded model as it was, and one that is not leaves others alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from cases import CASES, recipe
 from families import TINY, one_thread  # noqa: F401 (a fixture)
 from tokenizers_of_bytes import byte_tokenizer
+from transformers import LlamaForCausalLM
 
 import surgery
 
@@ -64,6 +65,20 @@ def test_an_error_while_it_measures(family, case, tmp_path):
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     surgery.apply(asked, model, tokenizer=byte_tokenizer())
     model(input_ids=torch.arange(2, 20)[None])
+
+
+@pytest.mark.parametrize("op", [op for op, case in CASES.items() if "llama" not in case.refused])
+def test_two_models_of_one_config(op):
+    """What is done to one does not change the other."""
+    config = TINY["llama"]().config
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    known, ids = (type(config), config.to_dict()), torch.arange(2, 20)[None]
+    before = other(input_ids=ids).logits
+    surgery.apply(recipe({"op": op} | CASES[op].acts), one)
+    assert (type(config), config.to_dict()) == known
+    assert torch.equal(other(input_ids=ids).logits, before)
+    surgery.apply(recipe({"op": op} | CASES[op].acts), other)
+    assert (type(config), config.to_dict()) == known
 
 
 def test_an_error_of_a_later_operation(monkeypatch):
