@@ -129,6 +129,20 @@ def test_without_a_base(folders, direct):
     assert gate(facts, {"max_kl": 1.0}) == ("not run", ["max_kl needs the base model to compare with"])
 
 
+def test_a_text_of_unknown_tokens_is_said_to_be_one(folders, tmp_path):
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    model = make_model(0)
+    (tmp_path / "known.txt").write_text("the " * 5000)
+    (tmp_path / "unknown.txt").write_text("das Haus ist das Haus " * 1000)
+    known, unknown = (
+        evaluate(model, tokenizer=words, text=str(tmp_path / f"{n}.txt"), **SIZE) for n in ("known", "unknown")
+    )
+    assert not known.notes
+    assert "100% of the scored tokens are unknown to this tokenizer" in unknown.notes[0]
+
+
 def test_loaded_models(folders, tokenizer):
     base, out = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
     out.train()

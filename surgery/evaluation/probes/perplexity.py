@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from surgery.io.loading import ModelSource
 
+UNKNOWN = 0.2  # share of unknown tokens from which a text is not the model's
 DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
 
 
@@ -166,9 +167,14 @@ class Perplexity(Probe):
             MachineError: the temporary folder cannot be written.
         """
         sources = sides(out, base)
-        text, samples, vocabulary = self.tokens(sources, tokenizer)
+        text, samples, vocabulary, unknown = self.tokens(sources, tokenizer)
         size = {"tokens": self.windows * (self.length - 1), "windows": self.windows, "length": self.length}
         result = Evaluation("done", {"title": text.title, "sha256": text.sha256[:12], **size}, Side())
+        if unknown > UNKNOWN:
+            result.notes.append(
+                f"{unknown:.0%} of the scored tokens are unknown to this tokenizer: the figures say little of "
+                "the model; score a text of its language (text=FILE)"
+            )
         for label, source in sources.items():
             if isinstance(source, str | Path) and not (allow_pickle and label == "base"):
                 refuse_pickle(Path(source))
@@ -187,8 +193,10 @@ class Perplexity(Probe):
             result.top1_agreement = scores["same"].double().mean().item()
         return result
 
-    def tokens(self, sources: dict[str, ModelSource], tokenizer: Any = None) -> tuple[Text, torch.Tensor, int]:
-        """The text, its windows [windows, length] and the size of the vocabulary; no weight is read.
+    def tokens(self, sources: dict[str, ModelSource], tokenizer: Any = None) -> tuple[Text, torch.Tensor, int, float]:
+        """The text, its windows [windows, length], the size of the vocabulary, and the share of unknown tokens.
+
+        No weight is read.
 
         Raises:
             SurgeryError: whatever makes it impossible to score these models on this text.
@@ -203,7 +211,9 @@ class Perplexity(Probe):
                 f"the tokenizer gives token {largest}, the model knows {vocabulary}",
                 fix="use the tokenizer of this model",
             )
-        return text, samples, vocabulary
+        token = getattr(tokenizer, "unk_token_id", None)
+        unknown = 0.0 if token is None else (samples == token).double().mean().item()
+        return text, samples, vocabulary, unknown
 
     def _run(self, result, sources, samples, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
         """Score one model after the other; the scores of the last one, compared with the first."""
