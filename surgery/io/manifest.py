@@ -102,7 +102,7 @@ def differences(folder: Path, record: dict, progress: Callable[[int, int], None]
         found += [f"{name} {fault}" for fault in [_fault(folder, name, info)] if fault]
         if progress:
             progress(index + 1, len(known))
-    return found + [f"{name} is not of this checkpoint" for name in added(folder, record)]
+    return found + [f"{name} was added: move it away" for name in added(folder, record)]
 
 
 def _fault(folder: Path, name: str, info: dict) -> str:

@@ -118,7 +118,7 @@ def test_one_file_more(checkpoints, file, tmp_path):
     out = copy_of(checkpoints, "surgical", tmp_path)
     (out / file).parent.mkdir(exist_ok=True)
     (out / file).write_text("mine")
-    refuses(out, f"{file} is not of this checkpoint")
+    refuses(out, f"{file} was added: move it away")
 
 
 def test_hidden_files_and_training_states_are_nobodys_business(checkpoints, tmp_path):
