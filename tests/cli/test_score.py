@@ -59,6 +59,11 @@ def test_a_file_is_not_replaced_unasked(score, tmp_path):
     refused = score("-o", "scores.json")
     assert (refused.code, (tmp_path / "scores.json").read_text()) == (2, "mine")
     assert "--overwrite" in refused.err
+    assert score("-o", "scores.json", "--overwrite").code == 2, "it is no score file"
+    assert (tmp_path / "scores.json").read_text() == "mine"
+    (tmp_path / "scores.json").unlink()
+    assert score("-o", "scores.json").code == 0
+    assert score("-o", "scores.json").code == 2
     assert score("-o", "scores.json", "--overwrite").code == 0
     assert json.loads((tmp_path / "scores.json").read_text())["method"] == "far-mass"
 

@@ -185,12 +185,12 @@ def test_check_of_a_folder_that_surgery_did_not_write(refused, model, tmp_path):
     refused("check", model, says=says)
     refused("check", "nowhere", says=["nowhere: no surgery.json"])
     (model / "surgery.json").write_text("{")
-    refused("check", model, says=["surgery.json is not JSON"])
+    refused("check", model, says=["surgery.json is not JSON"], code=4)
     for content in ("{}", '{"format": 99}'):
         (model / "surgery.json").write_text(content)
-        refused("check", model, says=["surgery.json has format", "known: 1"])
+        refused("check", model, says=["surgery.json has format", "known: 1"], code=4)
     (model / "surgery.json").write_text("[]")
-    refused("check", model, says=["surgery.json holds no JSON object"])
+    refused("check", model, says=["surgery.json holds no JSON object"], code=4)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_check_of_a_folder_that_surgery_did_not_write(refused, model, tmp_path):
 )
 def test_a_damaged_record_is_one_error(refused, out, part, says):
     edit_json(out / "surgery.json", **part)
-    refused("check", out, says=[f"surgery.json is damaged: {says}", "as it was written"])
+    refused("check", out, says=[f"surgery.json is damaged: {says}", "as it was written"], code=4)
 
 
 def test_a_record_without_a_part_is_one_error(refused, out):
     (out / "surgery.json").write_text('{"format": 1}')
-    refused("check", out, says=["surgery.json is damaged: it has no base"])
+    refused("check", out, says=["surgery.json is damaged: it has no base"], code=4)
 
 
 def flip_a_byte(out):
