@@ -42,6 +42,7 @@ class SurgeryError(Exception):
 
     exit_code = 2
     resumable = False  # whether what was written until then is kept for --resume
+    reported = False  # whether it follows a report that says the same: a command has printed that
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from surgery.cli import evaluate as evaluate_verb
 from surgery.cli import inspect as inspect_verbs
 from surgery.cli import measure as measure_verbs
 from surgery.cli.options import emit
-from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+from surgery.errors import MachineError, SurgeryError
 
 VERBS = {  # in the order in which `--help` lists them
     "ls": inspect_verbs.ls,
@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
 
 def _fail(error: SurgeryError, args: list[str]) -> None:
     """Print an error, on stdout as an object where JSON was asked for, and end with its exit code."""
-    if "--json" in args and not isinstance(error, (GateError, CheckError)):  # those follow a printed report
+    if "--json" in args and not error.reported:
         emit(error.to_dict())
     else:
         typer.echo(f"error: {error}", err=True)

@@ -103,14 +103,18 @@ class Report:
         if checked and not checked["passed"] and issubclass(CheckError, kind):
             faults = [item for item in checked["items"] if item["status"] == "failed"]
             what = "; ".join(f"{item['name']}: {item['detail']}" for item in faults)
-            raise CheckError(f"the check found a fault: {what}", where=folder)
+            error = CheckError(f"the check found a fault: {what}", where=folder)
+            error.reported = True
+            raise error
         if self.gate == "failed" and issubclass(GateError, kind):
-            raise GateError(
+            error = GateError(
                 f"the quality gate failed: {'; '.join(self.data['gate'].get('reasons', []))}",
                 where=folder,
                 fix="the folder is kept and marked `gate: failed`; train it, choose a milder setting, raise the limit "
                 "(evaluate.max_kl=...), or accept the damage with --no-gate",
             )
+            error.reported = True
+            raise error
 
     @classmethod
     def of(cls, folder: str | Path) -> Report:
