@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
@@ -54,8 +54,6 @@ def write_layers(
 
 def own_config(model) -> None:
     """Give a model a config of its own: two models may have been made from one, and the other keeps what it says."""
-    from copy import deepcopy
-
     memo: dict = {}
     for module in model.modules():
         if _is_config(getattr(module, "config", None)):
@@ -68,10 +66,10 @@ def snapshot(model) -> Callable[[], None]:
     Returns:
         A function that makes the model of these again. Values that were changed in place stay changed.
     """
-    modules = [(module, type(module), _shallow(vars(module))) for module in model.modules()]
+    modules = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
     inner = {id(value): value for config in known.values() for value in vars(config).values() if _is_config(value)}
-    configs = [(config, type(config), _shallow(vars(config))) for config in {**known, **inner}.values()]
+    configs = [(config, type(config), _copied(vars(config))) for config in {**known, **inner}.values()]
 
     def restore() -> None:
         for owner, cls, state in (*modules, *configs):
@@ -82,12 +80,8 @@ def snapshot(model) -> Callable[[], None]:
     return restore
 
 
-def _shallow(state: dict) -> dict:
-    """A copy of an object's attributes: its own dicts are copied at every depth, what they hold is not."""
-    return {name: _copied(value) for name, value in state.items()}
-
-
 def _copied(value):
+    """A value whose dicts and lists are copied at every depth, and what they hold is not."""
     if isinstance(value, dict):
         copied = copy(value)
         for name, inner in value.items():

@@ -23,7 +23,7 @@ from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import too_big
 from surgery.operations.base import NATIVE, SURGICAL
-from surgery.report.report import FILE, Report
+from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
 PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
@@ -117,8 +117,7 @@ def check_hashes(report: Report, folder: Path, progress=None) -> Item:
         if progress:
             progress(done, total, "hashes")
 
-    faults = [] if report.intact else [f"{FILE} is not as surgery wrote it"]
-    if faults := faults + manifest.differences(folder, report.data, tick):
+    if faults := manifest.differences(folder, report.data, report.intact, tick):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         return Item("hashes", FAILED, f"{'; '.join(faults[:3])}{more}")
     count = len(manifest.listed(report.data))

@@ -294,8 +294,7 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
     there = manifest.paths_in(out)
     if links := [name for name, path in there.items() if path.is_symlink()]:
         raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")
-    changed = [] if manifest.is_intact(report) else [f"{REPORT} is not as surgery wrote it"]
-    changed += manifest.differences(out, report)
+    changed = manifest.differences(out, report, manifest.is_intact(report))
     if changed or not any(name.endswith(".safetensors") for name in report["files"]):
         faults = "; ".join(changed[:4]) or "no weights are recorded"
         raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix)

@@ -91,13 +91,16 @@ def strangers(folder: Path) -> list[str]:
     return [name for name in names if name not in {*ours, REPORT, PROGRESS, *OF_THE_SYSTEM}]
 
 
-def differences(folder: Path, record: dict, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """How the files of a folder, but surgery.json, differ from its record, a clause each ("config.json is missing").
+def differences(
+    folder: Path, record: dict, intact: bool, progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """How the files of a folder differ from its record, a clause each ("config.json is missing").
 
     Args:
+        intact: what `is_intact` said of the record when it was read; it may have been changed since.
         progress: called with files done and their number.
     """
-    known, found = listed(record), []
+    known, found = listed(record), [] if intact else [f"{REPORT} is not as surgery wrote it"]
     for index, (name, info) in enumerate(known.items()):
         found += [f"{name} {fault}" for fault in [_fault(folder, name, info)] if fault]
         if progress:

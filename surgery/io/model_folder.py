@@ -45,7 +45,8 @@ def load_config(folder: Path):
 # Numbers of a config: (name, largest). Transformers makes lists of that many elements.
 NUMBERS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
-    **dict.fromkeys(("num_labels", "vocab_size"), 100_000_000),
+    "num_labels": 100_000,
+    "vocab_size": 100_000_000,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_kv_heads"), 1_000_000),
     **dict.fromkeys(("hidden_size", "head_dim", "sliding_window", "max_position_embeddings"), 10**12),
     **dict.fromkeys(("partial_rotary_factor", "rotary_dim", "rope_theta"), 10**12),
@@ -74,10 +75,6 @@ def read_config_json(folder: Path) -> dict:
                 raise SurgeryError(what, where=where, fix="remove this key")
         if not isinstance(part.get("model_type"), str | None):
             raise SurgeryError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
-    labels = raw.get("num_labels")
-    if isinstance(labels, int) and labels > 100_000:
-        what = f"num_labels is {labels:,}, which is more than any model has"
-        raise SurgeryError(what, where=where, fix="leave it out: a language model has no labels")
     return raw
 
 

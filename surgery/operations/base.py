@@ -114,6 +114,8 @@ class ApplyContext:
         return self.tokenizer
 
 
+# What goes with a head that a weight change leaves or silences: every term of the equation but its gate.
+TERMS_OF_A_HEAD = ("visibility", "visibility in prefill", "visibility of the cache", "bias", "virtual keys")
 RENAMED = {  # members of an operation that had other names before -> the present ones
     "caveats": "LIMITATIONS or limitations()",
     "follows_terms": "carries_terms",

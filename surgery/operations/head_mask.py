@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import SurgeryError
-from surgery.operations.base import PlannedChange, WeightRewrite, WholeNumber, whole_keys
+from surgery.operations.base import TERMS_OF_A_HEAD, PlannedChange, WeightRewrite, WholeNumber, whole_keys
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -34,13 +34,7 @@ class HeadMask(WeightRewrite):
         "heads for real. Healing may give a silenced head weight again.",
     )
     # A factor on a head's output affects neither what the head sees nor its attention weights.
-    carries_terms: ClassVar[tuple[str, ...]] = (
-        "visibility",
-        "visibility in prefill",
-        "visibility of the cache",
-        "bias",
-        "virtual keys",
-    )
+    carries_terms: ClassVar[tuple[str, ...]] = TERMS_OF_A_HEAD
 
     op: Literal["head_mask"] = "head_mask"
     values: Annotated[dict[WholeNumber, list[Gate] | dict[WholeNumber, Gate]], BeforeValidator(whole_keys)] | None = (

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import edit_json
 from families import TINY
 from tokenizers_of_bytes import byte_tokenizer
 
@@ -32,12 +33,8 @@ def model(tiny, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
-def edit(file: Path, **fields) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
 def config(**fields):
-    return lambda model: edit(model / "config.json", **fields)
+    return lambda model: edit_json(model / "config.json", **fields)
 
 
 def with_text(name: str, key: str, text: str):
@@ -185,7 +182,7 @@ def test_check_of_a_config_of_another_shape(surgery, model, tmp_path, fields):
     split = RECIPE.replace("{op: gqa, kv_heads: 1, method: mean}", "{op: duo_attention, streaming_ratio: 1.0}")
     Path("r.yaml").write_text(split)
     assert surgery("apply", "r.yaml", "model", "-o", "out", *FAST).code == 0
-    edit(tmp_path / "out/config.json", **fields)
+    edit_json(tmp_path / "out/config.json", **fields)
     ran = surgery("check", "out")
     assert ran.code == 4
     assert "Traceback" not in ran.err
@@ -194,7 +191,7 @@ def test_check_of_a_config_of_another_shape(surgery, model, tmp_path, fields):
 @pytest.mark.parametrize("versions", [5, [], "x", None])
 def test_check_of_a_record_of_another_shape(surgery, model, tmp_path, versions):
     assert surgery("apply", "mqa", "model", "-o", "out", *FAST).code == 0
-    edit(tmp_path / "out/surgery.json", versions=versions)
+    edit_json(tmp_path / "out/surgery.json", versions=versions)
     ran = surgery("check", "out")
     assert ran.code == 4
     assert "Traceback" not in ran.err

@@ -238,8 +238,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     folder = Path(folder)
     report, config = Report.of(folder), read_json(folder / "config.json")
     dense_below, data = search.dense_below, report.data
-    changed = [] if report.intact else ["surgery.json is not as surgery wrote it"]
-    if changed := changed + manifest.differences(folder, data):
+    if changed := manifest.differences(folder, data, report.intact):
         raise SurgeryError(f"{changed[0]}: nothing was written", where=str(folder), fix=f"surgery check {folder.name}")
     for entry in (layer["sparse"] for layer in config["surgery"]["layers"] if "sparse" in layer):
         entry["dense_below"] = dense_below

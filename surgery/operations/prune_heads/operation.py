@@ -14,7 +14,15 @@ from pydantic import Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
-from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import (
+    NATIVE,
+    SURGICAL,
+    TERMS_OF_A_HEAD,
+    ApplyContext,
+    Operation,
+    PlannedChange,
+    WholeNumber,
+)
 from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
 from surgery.operations.prune_heads.select import (
     anatomy_without_heads,
@@ -41,13 +49,7 @@ class PruneHeads(Operation):
         "The refit fits the output projections to its calibration text (built in: Python's language reference); on "
         "text of another kind it may win back less.",
     )
-    carries_terms: ClassVar[tuple[str, ...]] = (
-        "visibility",
-        "visibility in prefill",
-        "visibility of the cache",
-        "bias",
-        "virtual keys",
-    )
+    carries_terms: ClassVar[tuple[str, ...]] = TERMS_OF_A_HEAD
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(
