@@ -11,8 +11,9 @@ from surgery.config import recipe as recipes
 from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
 from surgery.conversion.plan import Plan, make_plan
-from surgery.errors import CheckError, SurgeryError
+from surgery.errors import CheckError, SurgeryError, shown
 from surgery.io.safetensors import header_table
+from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
@@ -72,6 +73,7 @@ def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
     return fits
 
 
+@made_on_cpu()
 def apply(
     recipe: AnyRecipe,
     model: AnyModel,
@@ -118,6 +120,8 @@ def apply(
     """
     from surgery import pipeline
 
+    _refuse_no_path("output", output)
+    _refuse_no_tokenizer(tokenizer)
     resolved = recipes.load(recipe, tuple(overrides), **fields)
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
@@ -130,6 +134,7 @@ def apply(
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 
 
+@made_on_cpu()
 def heal(
     model: AnyModel,
     base: AnyModel | None = None,
@@ -177,6 +182,10 @@ def heal(
     from surgery import pipeline
     from surgery.healing.heal import heal_model
 
+    _refuse_no_path("output", output)
+    _refuse_no_tokenizer(tokenizer)
+    if base is not None and not isinstance(base, str | Path):
+        _refuse_no_model(base)
     options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
     typed = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
@@ -192,6 +201,7 @@ def heal(
     return cast("Report", pipeline.heal_to_folder(model, base, output, settings, typed, options))
 
 
+@made_on_cpu()
 def check(
     folder: str | Path,
     base: str | Path | None = None,
@@ -211,6 +221,7 @@ def check(
     """
     from surgery.evaluation.check import check_report
 
+    _refuse_no_path("folder", folder, needed=True)
     try:
         report = Report.of(folder)
     except SurgeryError as error:
@@ -222,6 +233,7 @@ def check(
     return report
 
 
+@made_on_cpu()
 def evaluate(
     model: AnyModel,
     base: AnyModel | None = None,
@@ -258,6 +270,7 @@ def evaluate(
 
     if model is None:
         raise _no_model(model)
+    _refuse_no_tokenizer(tokenizer)
     if isinstance(probe, Probe) and settings:
         raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
     chosen = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
@@ -287,6 +300,7 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
     from surgery.io.loading import load_model
 
+    _refuse_no_path("folder", folder, needed=True)
     return load_model(_folder(folder), **kwargs)
 
 
@@ -310,6 +324,8 @@ def save(
     """
     from surgery.conversion.in_memory import save_model
 
+    _refuse_no_path("folder", folder, needed=True)
+    _refuse_no_tokenizer(tokenizer)
     return save_model(model, folder, report, tokenizer=tokenizer, overwrite=overwrite)
 
 
@@ -319,6 +335,7 @@ def push(
     """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it."""
     from surgery.io.hub import push as send
 
+    _refuse_no_path("folder", folder, needed=True)
     return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
 
 
@@ -330,6 +347,17 @@ def _refuse_folder_settings(names: list[str]) -> None:
         )
 
 
+def _refuse_no_path(name: str, value: object, needed: bool = False) -> None:
+    if not isinstance(value, str | Path) and (needed or value is not None):
+        raise SurgeryError(f"{shown(value)} is not a path", where=name, fix="give a text or a pathlib.Path")
+
+
+def _refuse_no_tokenizer(tokenizer: object) -> None:
+    if tokenizer is not None and not callable(tokenizer):
+        fix = "give a loaded one: transformers.AutoTokenizer.from_pretrained(MODEL)"
+        raise SurgeryError(f"{shown(tokenizer)} is not a tokenizer", where="tokenizer", fix=fix)
+
+
 def _refuse_no_model(model: object) -> None:
     from surgery.io.loading import is_model
 
@@ -338,7 +366,7 @@ def _refuse_no_model(model: object) -> None:
 
 
 def _no_model(model: object) -> SurgeryError:
-    kind = "None" if model is None else f"a {type(model).__name__}"
+    kind = "None" if model is None else type(model).__name__
     fix = "give a folder, a Hub id, smollm2-135m, or a model loaded with from_pretrained"
     return SurgeryError(f"{kind} is not a model", fix=fix)
 

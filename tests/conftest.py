@@ -157,3 +157,21 @@ def edit_tensors(folder: Path, change) -> None:
     tensors = load((folder / "model.safetensors").read_bytes())
     change(tensors)
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny Llama of 1,024 positions that knows every byte; not to be changed."""
+    from families import TINY
+    from tokenizers_of_bytes import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("bytes") / "tiny"
+    TINY["llama"](vocab_size=300, max_position_embeddings=1024).save_pretrained(folder)
+    byte_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(tiny, tmp_path) -> Path:
+    """A copy of it, in `tmp_path`."""
+    return Path(shutil.copytree(tiny, tmp_path / "base"))

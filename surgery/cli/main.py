@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -16,6 +19,7 @@ from surgery.cli import inspect as inspect_verbs
 from surgery.cli import measure as measure_verbs
 from surgery.cli.options import emit
 from surgery.errors import MachineError, SurgeryError
+from surgery.machine.device import is_out_of_memory
 
 VERBS = {  # in the order in which `--help` lists them
     "ls": inspect_verbs.ls,
@@ -41,6 +45,7 @@ app = typer.Typer(
 )
 
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM)
+INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -60,34 +65,95 @@ def main(args: list[str] | None = None) -> None:
     """The command `surgery`: a user's mistake is one message and an exit code, never a traceback."""
     args = sys.argv[1:] if args is None else args
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _open_streams()
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a pipe on Windows takes no arrows: print "?" rather than fail
             output.reconfigure(errors="replace")
     try:
-        sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
-    except SurgeryError as error:
-        _fail(error, args)
-    except BrokenPipeError:
-        from surgery.cli.render.console import reader_left
+        os.getcwd()
+    except OSError:
+        what, fix = "the folder that you are in no longer exists", "change to one that does (cd)"
+        _fail(MachineError(what, fix=fix), args)
+    with _Interrupts() as interrupts:
+        try:
+            sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except SurgeryError as error:
+            _fail(error, args)
+        except BrokenPipeError:
+            from surgery.cli.render.console import reader_left
 
-        reader_left()
-    except Exception as error:
-        if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
-            _fail(SurgeryError(error.format_message(), fix="see `surgery --help`"), args)
-        if getattr(error, "errno", None) in MACHINE:
-            _fail(MachineError(f"the system refused: {error.strerror}", where=str(error.filename or "")), args)
-        traceback.print_exc()
-        bug = SurgeryError("this is a bug in surgery; please report the lines above")
-        bug.exit_code = 1
-        _fail(bug, args)
+            reader_left()
+        except Exception as error:
+            if interrupts.pressed:  # while a library was read, which made another error of it
+                sys.exit(INTERRUPTED)
+            _fail(_translate(error), args)
+
+
+def _translate(error: Exception) -> SurgeryError:
+    """An error that is none of ours as one; a bug's traceback is printed."""
+    if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
+        return SurgeryError(error.format_message(), fix="see `surgery --help`")
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return MachineError(f"the system refused: {error.strerror}", where=str(error.filename or ""))
+    if is_out_of_memory(error):
+        words = (str(error) or "no more to be had").splitlines()[0]
+        fix = "close other programs, or measure less: fewer or shorter samples and windows"
+        return MachineError("out of memory", exists=words, fix=fix)
+    traceback.print_exc()
+    bug = SurgeryError("this is a bug in surgery; please report the lines above")
+    bug.exit_code = 1
+    return bug
+
+
+class _Interrupts:
+    """Remembers that Ctrl-C was pressed; `with` it, for as long as a command runs."""
+
+    def __init__(self):
+        self.pressed, self._before = False, None
+
+    def __enter__(self) -> _Interrupts:
+        with suppress(ValueError):  # not the main thread, which alone may ask for signals
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.default_int_handler(number, frame)
+
+
+def _open_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr one that leads nowhere.
+
+    Otherwise the next file that is opened would have the number of a standard stream, and get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which has the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115 (until the end)
 
 
 def _fail(error: SurgeryError, args: list[str]) -> None:
     """Print an error, on stdout as an object where JSON was asked for, and end with its exit code."""
-    if "--json" in args and not error.reported:
-        emit(error.to_dict())
-    else:
-        typer.echo(f"error: {error}", err=True)
+    as_json = "--json" in args and not error.reported
+    try:
+        emit(error.to_dict()) if as_json else typer.echo(f"error: {error}", err=True)
+    except OSError:  # stdout is full or gone: what is wrong is said where it still can be
+        with suppress(OSError):
+            typer.echo(f"error: {error}", err=True)
+        with suppress(OSError):
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # or Python fails when it flushes at its end
     sys.exit(error.exit_code)
 
 

@@ -106,10 +106,11 @@ def copy(name: str | Path, target: Path | None = None) -> Path:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise SurgeryError("the file exists", where=str(target), fix="name another file: surgery cp NAME FILE")
+    from surgery.io.files import write_text
     from surgery.io.output_folder import machine_errors
 
     with machine_errors(target):
-        target.write_text(_read(source), encoding="utf-8")
+        write_text(target, _read(source))
     return target
 
 
@@ -151,6 +152,9 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
             data["evaluate"] = probe_settings.without_defaults(data["evaluate"])
     elif isinstance(recipe, dict):
         data, where = recipe, "recipe"
+    elif not isinstance(recipe, str | Path):
+        fix = "give the name of a recipe (surgery ls), the path of a .yaml file, or plain data: {'version': 1, ...}"
+        raise SurgeryError(f"{shown(recipe)} is not a recipe", fix=fix)
     else:
         path = find(recipe)
         data, lines = parse(_read(path), str(path))

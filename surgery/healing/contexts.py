@@ -12,7 +12,7 @@ import torch
 from surgery.architecture.anatomy import Anatomy
 from surgery.errors import MachineError
 from surgery.healing.distributed import on_cpu
-from surgery.machine.device import fast_in_bfloat16
+from surgery.machine.device import fast_in_bfloat16, is_out_of_memory
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
@@ -170,9 +170,8 @@ def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise MachineError(
             "out of memory",

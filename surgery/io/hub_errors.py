@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError, nearest
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -70,6 +72,10 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
         return MachineError(
             "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {retry}"
         )
+    if isinstance(error, ValueError) and "proxy URL" in str(error):  # which may hold a password: it is not shown
+        named = sorted(name for name in os.environ if name.lower() in PROXIES)
+        what = "the proxy that the environment names is not one of http, https, socks5 or socks5h"
+        return MachineError(what, exists=", ".join(named), fix="set these variables to a proxy's URL, or unset them")
     if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
         return SurgeryError(f"the Hub refused the request: {brief(error)}", where=repo)
     if status is not None:

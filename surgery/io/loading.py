@@ -187,6 +187,12 @@ def refuse_wrapped(model) -> None:
             where=type(model).__name__,
             fix="pass the model inside the wrapper",
         )
+    if computed := next((name for name, module in model.named_modules() if hasattr(module, "parametrizations")), ""):
+        raise SurgeryError(
+            f"weights of {computed} are computed from others (torch.nn.utils.parametrize)",
+            where=type(model).__name__,
+            fix="remove_parametrizations(module, 'weight') first, which keeps the weight that they compute",
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise SurgeryError(
             "some weights are not in memory (offloaded, or never loaded)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -302,7 +303,15 @@ def parent_folder(path: Path):
 
 def disk_full(error: Exception) -> bool:
     """Whether an error of the system, or of a library that writes weights, says that the disk is full."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in FULL)
+    return system_error(error) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in FULL)
+
+
+def system_error(error: Exception) -> int | None:
+    """The number of the system's error, also where safetensors reports it in words; None: it is none of the system."""
+    if isinstance(error, OSError):
+        return error.errno
+    reported = re.search(r"\(os error (\d+)\)", str(error))
+    return int(reported[1]) if reported else None
 
 
 @contextmanager
@@ -316,16 +325,20 @@ def machine_errors(where: Path, partial: Path | None = None):
     try:
         yield
     except Exception as error:
-        if isinstance(error, SurgeryError) or not (isinstance(error, OSError) or disk_full(error)):
+        number = system_error(error)
+        if isinstance(error, SurgeryError) or not (isinstance(error, OSError) or number or disk_full(error)):
             raise
         if disk_full(error):
             what, fix = "the disk is full", "free some space"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             what, fix = "no permission here", "choose another folder (-o), or make this readable and writable"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        elif number in (errno.ENOTDIR, errno.EEXIST):
             what, fix = "a part of this path is a file, not a folder", "choose another folder (-o)"
+        elif number == errno.EFBIG:
+            what = "a file would be larger than this disk or your limit (ulimit -f) allows"
+            fix = "choose another folder (-o), or raise the limit"
         else:
-            what, fix = f"the system refused: {error.strerror or error}", ""
+            what, fix = f"the system refused: {os.strerror(number) if number else error}", ""
         if partial is not None and partial.exists():
             fix += f"{', then ' if fix else ''}run the same command with --resume"
         raise MachineError(what, where=str(getattr(error, "filename", None) or where), fix=fix) from error

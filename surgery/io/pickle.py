@@ -12,7 +12,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors, parent_folder
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
@@ -81,4 +81,11 @@ def _plain_tensors(base: Path, file: str) -> dict:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise SurgeryError(f"{file} holds more than tensors", where=str(base))
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise SurgeryError(f"{file} names a tensor {shown(name)}, which is no text", where=str(base))
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            what = f"{name} in {file} is no plain tensor ({'quantized' if tensor.is_quantized else kind})"
+            raise SurgeryError(what, where=str(base), fix="save the model with save_pretrained, in safetensors")
     return state

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
 BFLOAT16 = ("avx512_bf16", "amx_bf16")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 def fast_in_bfloat16() -> bool:
@@ -25,6 +29,27 @@ def fast_in_bfloat16() -> bool:
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
     return any(capabilities.get(name) for name in BFLOAT16)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch has a class of its own for that on GPUs alone."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
+    )
+
+
+@contextmanager
+def made_on_cpu() -> Iterator[None]:
+    """A block in which tensors are made on the CPU unless their maker says otherwise.
+
+    Scripts may have set another default (torch.set_default_device), which is not meant for what we read and measure.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None or torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

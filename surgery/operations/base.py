@@ -106,11 +106,15 @@ class ApplyContext:
             otherwise: what works without it, in words after the way to give it.
 
         Raises:
-            SurgeryError: there is none.
+            SurgeryError: there is none, or it has more tokens than the model.
         """
         if self.tokenizer is None:
             fix = f"surgery.apply(recipe, model, tokenizer=tokenizer){otherwise}"
             raise SurgeryError(what, where=where, fix=fix)
+        known, tokens = self.before.config.get_text_config().vocab_size, getattr(self.tokenizer, "vocab_size", 0)
+        if tokens > known:
+            what = f"the tokenizer has {tokens:,} tokens, the model knows {known:,}"
+            raise SurgeryError(what, where=where, fix="use the tokenizer of this model")
         return self.tokenizer
 
 

@@ -183,7 +183,7 @@ def give_cache(module, args, kwargs):
             cache.refuse_other(module.config)
         return args, kwargs
     requested = kwargs.get("use_cache")
-    if requested is None and module.training and torch.is_grad_enabled():
+    if requested is None and module.training and torch.is_grad_enabled() and module.device.type != "meta":
         return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
     use_cache = module.config.use_cache if requested is None else requested
     checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)

@@ -15,6 +15,8 @@ import torch
 
 from .surgery_config import HeadCost, Part, all_whole, base_windows, is_whole, query_groups, used_parts, validate
 
+MOST_KEPT = 1 << 20  # sinks, and tokens of a window: memory for them is taken at the first token
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -157,8 +159,8 @@ class HeadSplit(Part):
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
         for name, least in (("sinks", 0), ("window", 1)):
-            if name in layer and not is_whole(layer[name], least):
-                return f"has {name} {layer[name]!r}, which must be whole and from {least}"
+            if name in layer and not (is_whole(layer[name], least) and layer[name] <= MOST_KEPT):
+                return f"has {name} {layer[name]!r}, which must be whole and from {least} to {MOST_KEPT}"
         kv_heads, streaming = len(groups), layer.get("streaming", [])
         if not all_whole(streaming, 0) or len({*streaming}) < len(streaming) or max(streaming, default=0) >= kv_heads:
             return f"must list KV heads from 0 to {kv_heads - 1} as streaming, each once, not {streaming}"

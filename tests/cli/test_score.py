@@ -81,7 +81,7 @@ def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
         step(self, *args)
 
     monkeypatch.setattr(gates._Run, "step", stops)
-    assert score(*gates_of, "-o", "scores.json").code == 1
+    assert score(*gates_of, "-o", "scores.json").code == 5
     assert not (tmp_path / "scores.json").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import edit_json
-from families import TINY
 from tokenizers_of_bytes import byte_tokenizer
 
 import surgery
@@ -20,12 +19,11 @@ CHEAP = {"check": True, "evaluate": False, "gate": False}
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
+def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
     """A native and a surgical checkpoint with everything that is carried along, both checked."""
     root = tmp_path_factory.mktemp("changed")
     base = root / "base"
-    TINY["llama"]().save_pretrained(base)
-    byte_tokenizer(chat=True).save_pretrained(base)
+    shutil.copytree(tiny, base)
     (base / "LICENSE").write_text("free\n")
     (base / "README.md").write_text("# The base\n")
     (base / "logo.png").write_bytes(b"\x89PNG")

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_json
-from families import TINY
-from tokenizers_of_bytes import byte_tokenizer
 
 DEEP = "[" * 100_000 + "]" * 100_000
 DIGITS = "9" * 5_000
 FAST = ("--no-check", "--no-eval")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("crafted") / "tiny"
-    TINY["llama"]().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -208,3 +198,36 @@ def test_a_text_with_a_long_name(surgery, model):
     ran = surgery("plan", "gqa", "model", "kv_heads=1", f"calibration_text={'x' * 5_000}")
     assert ran.code == 2
     assert "no such text file" in ran.err
+
+
+def sparse(state):
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].to_sparse()
+
+
+def meta(state):
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].to("meta")
+
+
+def quantized(state):
+    import torch
+
+    table = state["model.embed_tokens.weight"]
+    state["model.embed_tokens.weight"] = torch.quantize_per_tensor(table.float(), 0.1, 0, torch.qint8)
+
+
+def a_number_as_name(state):
+    state[5] = state.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("change", [sparse, meta, quantized, a_number_as_name])
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantised tensors
+def test_odd_pickles(refused, model, change):
+    import torch
+    from safetensors.torch import load_file
+
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    change(state)
+    torch.save(state, model / "pytorch_model.bin")
+    words = {"a_number_as_name": "names a tensor 5"}.get(change.__name__, "model.embed_tokens.weight in")
+    refused("apply", "gqa", model, "kv_heads=2", "method=mean", "-o", "out", "--allow-pickle", *FAST, says=[words])

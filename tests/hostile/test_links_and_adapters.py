@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY
-from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import surgery
 
 MEAN = {"version": 1, "name": "mean", "operations": [{"op": "gqa", "kv_heads": 2, "method": "mean"}], "evaluate": None}
 QUICK = {"check": False, "evaluate": False}
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    folder = tmp_path / "base"
-    TINY["llama"]().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

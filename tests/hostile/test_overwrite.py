@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from families import TINY
-from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 import surgery
@@ -16,14 +14,6 @@ import surgery
 MEAN = {"version": 1, "name": "mean", "operations": [{"op": "gqa", "kv_heads": 2, "method": "mean"}], "evaluate": None}
 HEAL = MEAN | {"heal": {"steps": 1, "length": 16, "batch_tokens": 16, "data": "builtin", "loss": "ce"}}
 QUICK = {"check": False, "evaluate": False, "overwrite": True}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("overwrite") / "base"
-    TINY["llama"]().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def a_file(out: Path) -> None:
@@ -65,18 +55,18 @@ def state(folder: Path) -> dict:
 
 @pytest.mark.parametrize("recipe", [MEAN, HEAL], ids=["converted", "healed"])
 @pytest.mark.parametrize("make", [a_file, an_empty_file, a_link, a_dangling_link, a_pipe, a_folder])
-def test_what_is_no_folder_of_ours_stays(base, tmp_path, make, recipe):
+def test_what_is_no_folder_of_ours_stays(tiny, tmp_path, make, recipe):
     make(tmp_path / "out")
     before = state(tmp_path)
     with pytest.raises(surgery.SurgeryError, match="--overwrite replaces"):
-        surgery.apply(recipe, str(base), output=tmp_path / "out", **QUICK)
+        surgery.apply(recipe, str(tiny), output=tmp_path / "out", **QUICK)
     assert state(tmp_path) == before
 
 
-def test_an_empty_folder_and_one_of_ours_are_replaced(base, tmp_path):
+def test_an_empty_folder_and_one_of_ours_are_replaced(tiny, tmp_path):
     (tmp_path / "out").mkdir()
-    first = surgery.apply(MEAN, str(base), output=tmp_path / "out", **QUICK)
-    second = surgery.apply(MEAN, str(base), output=tmp_path / "out", **QUICK)
+    first = surgery.apply(MEAN, str(tiny), output=tmp_path / "out", **QUICK)
+    second = surgery.apply(MEAN, str(tiny), output=tmp_path / "out", **QUICK)
     assert first.data["files"] == second.data["files"]
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
@@ -86,20 +76,20 @@ MINE = ["my_notes.txt", "runs/loss.png", ".git/HEAD", "checkpoint-3/optimizer.pt
 
 @pytest.mark.parametrize("name", MINE)
 @pytest.mark.parametrize("recipe", [MEAN, HEAL], ids=["converted", "healed"])
-def test_files_of_the_users_in_out_are_kept(base, tmp_path, name, recipe):
-    surgery.apply(MEAN, str(base), output=tmp_path / "out", **QUICK)
+def test_files_of_the_users_in_out_are_kept(tiny, tmp_path, name, recipe):
+    surgery.apply(MEAN, str(tiny), output=tmp_path / "out", **QUICK)
     (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / name).write_text("mine")
     before = state(tmp_path)
     with pytest.raises(surgery.SurgeryError, match=f"would remove what surgery did not write: {name}"):
-        surgery.apply(recipe, str(base), output=tmp_path / "out", **QUICK)
+        surgery.apply(recipe, str(tiny), output=tmp_path / "out", **QUICK)
     assert state(tmp_path) == before
     shutil.rmtree(tmp_path / "out" / name.split("/")[0]) if "/" in name else (tmp_path / "out" / name).unlink()
-    surgery.apply(MEAN, str(base), output=tmp_path / "out", **QUICK)
+    surgery.apply(MEAN, str(tiny), output=tmp_path / "out", **QUICK)
 
 
-def test_scores_replace_scores_alone(base, tmp_path, surgery):
-    shutil.copytree(base, tmp_path / "model")
+def test_scores_replace_scores_alone(tiny, tmp_path, surgery):
+    shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "notes.json").write_text('{"format": 1, "mine": true}')
     for file in ("model/config.json", "notes.json"):
         before = state(tmp_path)
@@ -109,9 +99,9 @@ def test_scores_replace_scores_alone(base, tmp_path, surgery):
         assert state(tmp_path) == before
 
 
-def test_a_base_named_by_a_relative_path_is_not_replaced_from_another_folder(base, tmp_path, monkeypatch):
+def test_a_base_named_by_a_relative_path_is_not_replaced_from_another_folder(tiny, tmp_path, monkeypatch):
     """`_name_or_path` of the config was read relative to a folder that had changed."""
-    surgery.apply(MEAN, str(base), output=tmp_path / "model", **QUICK)
+    surgery.apply(MEAN, str(tiny), output=tmp_path / "model", **QUICK)
     again = MEAN | {"operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}]}
     (tmp_path / "sub").mkdir()
     for load in (surgery.load, AutoModelForCausalLM.from_pretrained):

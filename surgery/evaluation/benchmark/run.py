@@ -26,7 +26,7 @@ from surgery.evaluation.benchmark.models import (
     split_figures,
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
-from surgery.machine.device import PeakMemory
+from surgery.machine.device import PeakMemory, is_out_of_memory
 
 # What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
 SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
@@ -239,9 +239,8 @@ def device_of(name: str):
 def _out_of_memory(device):
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for GPUs alone
-        known = ("out of memory", "allocate memory")
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         what = (str(error) or "no more to be had").splitlines()[0]
         raise MachineError(f"out of memory: {what}", where=str(device), fix="shorter --lengths") from error

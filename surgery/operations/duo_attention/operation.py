@@ -19,6 +19,8 @@ from surgery.operations.duo_attention.scorers import METHODS, is_method, score
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
+MOST_KEPT = 1 << 20  # sinks, and tokens of a window, as the runtime has it (surgery_visibility.py)
+
 
 class DuoAttention(Operation):
     """Give the KV heads with the lowest scores the visibility sinks + window."""
@@ -35,8 +37,8 @@ class DuoAttention(Operation):
     op: Literal["duo_attention"] = "duo_attention"
     streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of the KV heads that stream.")
     threshold: float | None = Field(None, description="Instead of a ratio: KV heads with a lower score stream.")
-    sinks: WholeNumber = Field(16, description="First tokens of a sequence that a streaming head keeps.")
-    window: int = Field(240, ge=1, strict=True, description="Newest tokens that a streaming head keeps.")
+    sinks: WholeNumber = Field(16, le=MOST_KEPT, description="First tokens of a sequence that a streaming head keeps.")
+    window: int = Field(240, ge=1, le=MOST_KEPT, strict=True, description="Newest tokens that a streaming head keeps.")
     scores: str = Field(
         "far-mass",
         description=f"{', '.join(METHODS)} (measured here); or a score file, sought from the working folder.",
