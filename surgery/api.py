@@ -126,10 +126,8 @@ def apply(
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
         return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
-    folder_settings = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-    _refuse_folder_settings(
-        [name for name in folder_settings if folder_settings[name]] + ["engine"] * (engine == "streaming")
-    )
+    settings = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
+    _refuse_folder_settings("edited", **settings, engine=engine == "streaming")
     _refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 
@@ -168,8 +166,7 @@ def heal(
         check, evaluate, gate: what is done with the result.
         resume: continue from the last complete checkpoint of an unfinished run of the same settings, data and models.
         overwrite: replace OUT, and start an unfinished run again; text that the base wrote for it is used.
-        progress: called with done, total and a label.
-        on_plan: called with what will train before anything is done.
+        progress, on_plan: as for `apply`; `on_plan` gets what will train.
 
     Returns:
         The report; None in all processes but the first, where several train.
@@ -184,14 +181,11 @@ def heal(
 
     _refuse_no_path("output", output)
     _refuse_no_tokenizer(tokenizer)
-    if base is not None and not isinstance(base, str | Path):
-        _refuse_no_model(base)
+    _refuse_no_base(base)
     options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
     typed = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
-        folder_settings = {"output": output, "resume": resume, "overwrite": overwrite}
-        if names := [name for name in folder_settings if folder_settings[name]]:
-            raise SurgeryError(f"{', '.join(names)}: for a folder, and this is a loaded model, healed in place")
+        _refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)
         return heal_model(model, base, settings, typed, tokenizer, options)
     if base is not None and not isinstance(base, str | Path):
         raise SurgeryError(
@@ -339,10 +333,10 @@ def push(
     return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
 
 
-def _refuse_folder_settings(names: list[str]) -> None:
-    if names:
+def _refuse_folder_settings(done: str, **settings: object) -> None:
+    if names := [name for name, value in settings.items() if value]:
         raise SurgeryError(
-            f"{', '.join(names)}: for a name or folder, and this is a loaded model, which is edited in place",
+            f"{', '.join(names)}: for a name or folder, and this is a loaded model, which is {done} in place",
             fix="leave it out, and surgery.save(model, folder, report) afterwards; or give the model's folder",
         )
 
@@ -363,6 +357,11 @@ def _refuse_no_model(model: object) -> None:
 
     if not is_model(model):
         raise _no_model(model)
+
+
+def _refuse_no_base(base: object) -> None:
+    if base is not None and not isinstance(base, str | Path):
+        _refuse_no_model(base)
 
 
 def _no_model(model: object) -> SurgeryError:
