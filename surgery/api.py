@@ -15,6 +15,7 @@ from surgery.errors import CheckError, SurgeryError, shown
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
+from surgery.operations.base import NATIVE
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
 
@@ -66,8 +67,10 @@ def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
     fits = {}
     for name in recipes.shipped():
         try:
-            make_plan(recipes.load(name), anatomy, "")
-            fits[name] = []
+            recipe = recipes.load(name)
+            work, reason = make_plan(recipe, anatomy, ""), recipe.misfit(anatomy.config)
+            unchanged = all(step.change.after is step.before for step in work.steps) and work.tier == NATIVE
+            fits[name] = [f"it changes {'; '.join(work.changes)}"] if unchanged else [reason] if reason else []
         except SurgeryError as error:
             fits[name] = [fault.what for fault in (error, *error.others)]
     return fits

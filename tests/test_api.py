@@ -148,3 +148,23 @@ def test_a_model_without_a_name_is_called_by_the_class_it_had(loaded):
     report = surgery.apply("streaming", loaded, window=6)
     assert report.data["base"]["name"] == "LlamaForCausalLM"
     assert report.data["in_memory"]["class"] == type(loaded).__name__ == "SurgeryLlamaForCausalLM"
+
+
+def test_inspect_plans_with_the_models_limits():
+    """What `inspect` says of a recipe is what `apply` does before it writes: of 512 positions, of one KV head."""
+    from families import TINY
+    from surgery.api import anatomy_of, fitting_recipes
+
+    def fits(**fields):
+        return fitting_recipes(anatomy_of(TINY["llama"](**fields)))
+
+    short = fits(max_position_embeddings=512)
+    assert "it takes 512 tokens, the windows have 4096" in short["flexprefill"][0]
+    assert "takes 512 tokens, sinks + window are 512" in short["sparse-duo"][0]
+    assert short["gqa"] == short["duo-attention"] == []
+    assert not any(fits(max_position_embeddings=8192).values())
+    single = fits(num_key_value_heads=1, max_position_embeddings=8192)
+    assert single["mqa"] == ["it changes nothing: there is 1 KV head already"]
+    assert single["duo-attention"] == []
+    changes = surgery.plan("streaming", TINY["llama"](max_position_embeddings=512)).notes
+    assert changes == ["this model takes 512 tokens, all of which these heads see: nothing changes"]

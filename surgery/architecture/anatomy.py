@@ -77,6 +77,11 @@ class Anatomy:
         return BYTES.get(self.dtype, 2) * sum(tokens)
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens the model takes; None: its config names no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def surgical(self) -> bool:
         """Whether this is a checkpoint with a `surgery` block."""
         return getattr(self.config, "surgery", None) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -20,6 +20,9 @@ from surgery.errors import SurgeryError, nearest, shown
 from surgery.evaluation.probes import settings as probe_settings
 from surgery.operations.base import Operation
 from surgery.operations.variants import Variants, inline_schema, keys_of, method_schema
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -70,6 +73,12 @@ class Recipe(BaseModel):
                 fix="give plain data to surgery.plan or surgery.apply in place of a Recipe: {'version': 1, ...}",
             )
         return steps
+
+    def misfit(self, config: PretrainedConfig) -> str:
+        """Why its evaluation does not fit a model with this config; "" if it does."""
+        if self.evaluate is None or not (reason := self.evaluate.main.misfit(config)):
+            return ""
+        return f"its evaluation does not fit this model: {reason} (evaluate.length=N)"
 
     def to_dict(self) -> dict:
         """Plain data, every default written out."""

@@ -79,6 +79,8 @@ class Plan:
             notes.append(
                 f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
             )
+        if reason := self.recipe.misfit(self.before.config):
+            notes.append(reason)
         return notes
 
     @property

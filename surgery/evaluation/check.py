@@ -175,7 +175,7 @@ def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_c
     """
     import torch
 
-    positions = getattr(anatomy.config, "max_position_embeddings", None) or PROBE_LENGTH
+    positions = anatomy.positions or PROBE_LENGTH
     used_parts = [(part, layer.entry) for layer in anatomy.layers for part in layer.parts.values()]
     wanted_length = max([PROBE_LENGTH, *(part.probe_length(entry, PROBE_LENGTH) for part, entry in used_parts)])
     length = min(wanted_length, positions - GENERATED)

@@ -82,7 +82,11 @@ def test_inspect(surgery, model):
     facts = surgery("inspect", model, "--json")
     assert facts.err == ""
     assert facts.json["layers"][1]["heads"] == 9
-    assert facts.json["recipes"] == {name: [] for name in SHIPPED}
+    refused = {name: reasons for name, reasons in facts.json["recipes"].items() if reasons}
+    assert set(facts.json["recipes"]) == set(SHIPPED)
+    assert {"flexprefill", "moba"} <= set(refused)
+    assert {"gqa", "duo-attention", "moh", "streaming"}.isdisjoint(refused)
+    assert all("it takes 1024 tokens, the windows have 4096" in reasons[0] for reasons in refused.values())
 
 
 def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):

@@ -19,6 +19,8 @@ from surgery.evaluation.paired import CaseResult, run_base_then_model, sides
 from surgery.io.loading import read_config, read_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from surgery.io.loading import ModelSource
 
 Progress = Callable[[int, int, str], None]
@@ -231,6 +233,10 @@ class Probe(BaseModel):
         return [key for key in SHARED if key in cls.model_fields and key not in settings]
 
     # --- measuring ---
+
+    def misfit(self, config: PretrainedConfig) -> str:
+        """Why these settings do not fit a model with this config; "" if they do."""
+        return ""
 
     def refuse(self, base: ModelSource) -> None:
         """Raise, before a base is converted, what `measure` would raise when all is done."""

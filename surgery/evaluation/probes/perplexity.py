@@ -38,6 +38,7 @@ from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from surgery.io.loading import ModelSource
 
@@ -141,6 +142,12 @@ class Perplexity(Probe):
         last=("min_top1",),
     )
 
+    def misfit(self, config: PretrainedConfig) -> str:
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return (
+            f"it takes {longest} tokens, the windows have {self.length}" if longest and self.length > longest else ""
+        )
+
     def refuse(self, base: ModelSource) -> None:
         """Raise what `tokens` raises for the base alone."""
         self.tokens({"base": base})
@@ -202,7 +209,12 @@ class Perplexity(Probe):
             SurgeryError: whatever makes it impossible to score these models on this text.
         """
         configs = {label: read_config(source) for label, source in sources.items()}
-        vocabulary = _vocabulary(configs, self.length)
+        vocabulary = _vocabulary(configs)
+        for label, config in configs.items():
+            if reason := self.misfit(config):
+                longest = config.get_text_config().max_position_embeddings
+                fix = f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}"
+                raise SurgeryError(reason, where=label, fix=fix)
         text = load_text(self.text, part="held-out")
         tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
         samples = text_windows(text, tokenizer, length=self.length, count=self.windows)
@@ -342,18 +354,11 @@ def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:
     side.perplexity = loss.mean().exp().item()
 
 
-def _vocabulary(configs: dict, length: int) -> int:
+def _vocabulary(configs: dict) -> int:
     sizes = {label: config.get_text_config().vocab_size for label, config in configs.items()}
     if len(set(sizes.values())) > 1:
         raise SurgeryError(
             f"base and out have different vocabularies: {sizes['base']} and {sizes['out']} tokens",
             fix="compare a model with the one it was made from",
         )
-    for label, config in configs.items():
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if longest and length > longest:
-            raise SurgeryError(
-                f"{label} takes {longest} tokens, the windows have {length}",
-                fix=f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}",
-            )
     return next(iter(sizes.values()))

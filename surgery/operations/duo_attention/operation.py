@@ -58,6 +58,12 @@ class DuoAttention(Operation):
         fewest = min(layer.kv_heads for layer in anatomy.layers)
         if self.per_layer_min_retrieval > fewest:
             problems.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
+        reach = self.sinks + self.window
+        if self._needs_scores and is_method(self.scores) and (anatomy.positions or reach + 1) <= reach:
+            problems.append(
+                f"duo_attention: this model takes {anatomy.positions} tokens, sinks + window are {reach}: there is no "
+                "far past to measure heads on; choose a smaller window"
+            )
         if not problems:
             try:
                 if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
@@ -85,6 +91,8 @@ class DuoAttention(Operation):
         local, measured = self._local(anatomy), is_method(self.scores)
         total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
         notes, known = [], ""
+        if anatomy.positions and anatomy.positions <= self.sinks + self.window:
+            notes.append(f"this model takes {anatomy.positions} tokens, all of which these heads see: nothing changes")
         if local:
             notes.append(
                 f"{len(local)} of {len(anatomy.layers)} layers see no farther than {self.window} tokens by the base's "

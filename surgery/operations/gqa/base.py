@@ -155,7 +155,8 @@ class GQA(Variants, WeightRewrite):
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layer, targets = anatomy.layers[0], self.targets(anatomy)
         if set(targets) == {layer.kv_heads}:
-            return PlannedChange(anatomy, (f"nothing: there are {layer.kv_heads} KV heads already",))
+            heads = "is 1 KV head" if layer.kv_heads == 1 else f"are {layer.kv_heads} KV heads"
+            return PlannedChange(anatomy, (f"nothing: there {heads} already",))
         how = [self.method.replace("_", " ")] + [
             x for x in (self.align, self.grouping) if x not in ("none", "neighbours")
         ]

@@ -63,8 +63,7 @@ class VirtualKeys(SinkCalibration):
                 "and these heads see it: split them before (duo_attention with sinks: 0), or start: identity"
             ]
         window = max(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
-        positions = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
-        if (positions or window + 2) < window + 2:  # samples of text are cut to them
+        if (anatomy.positions or window + 2) < window + 2:  # samples of text are cut to them
             return [f"the model has no positions behind the window of {window} tokens: choose a smaller window"]
         if self.calibration_length < window + 2:
             what = f"calibration_length {self.calibration_length} does not leave the window of {window} tokens"

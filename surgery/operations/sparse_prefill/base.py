@@ -167,7 +167,7 @@ class SparsePrefill(Variants, Operation):
                 f"a prompt in chunks gets what it gets in one piece where chunks end at multiples of {self.block} "
                 "tokens, counted from a row's first real one; queries of a block that was cut read all keys"
             )
-        longest = getattr(anatomy.config, "max_position_embeddings", None)
+        longest = anatomy.positions
         if longest and longest <= max(self.dense_below, self.block):
             notes.append(f"this model takes {longest} tokens: no prompt becomes sparse")
         after = [
