@@ -153,6 +153,7 @@ def test_a_model_without_a_name_is_called_by_the_class_it_had(loaded):
 def test_inspect_plans_with_the_models_limits():
     """What `inspect` says of a recipe is what `apply` does before it writes: of 512 positions, of one KV head."""
     from families import TINY
+
     from surgery.api import anatomy_of, fitting_recipes
 
     def fits(**fields):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError
-from surgery.evaluation.probes.base import Probe, Progress
+from surgery.evaluation.probes.base import UNASKED, Probe, Progress
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate
@@ -36,6 +36,8 @@ def _measure(probe: Probe, report: Report, base: Path, progress: Progress | None
         if progress:
             progress(done, total, probe.name)
 
+    if reason := probe.unasked(base):
+        return {"status": UNASKED, "reason": reason}
     try:
         result = probe.measure(report.folder, base, progress=tick).to_dict()
     except SurgeryError as error:

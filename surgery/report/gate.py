@@ -6,6 +6,7 @@ import math
 
 from surgery.errors import SurgeryError, nearest
 from surgery.evaluation import probes
+from surgery.evaluation.probes.base import UNASKED
 
 
 def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
@@ -39,7 +40,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     for name, limit in limits.items():
         cls, bound = known[name]
         result = probes.record_of(evaluation, cls)
-        if limit is None:
+        if limit is None or result.get("status") == UNASKED:
             continue
         if evaluation.get("base") is None:
             missing.append(f"{name} needs the base model to compare with")

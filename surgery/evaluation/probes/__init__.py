@@ -20,6 +20,7 @@ REGISTRY = {  # name -> module of this package : class; in the order in which th
     "needles": "needles:Needles",
     "choices": "choices:Choices",
     "multi_needle": "multi_needle:MultiNeedle",
+    "chat": "chat:Chat",
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 Progress = Callable[[int, int, str], None]
+UNASKED = "not asked"  # status of a probe that says nothing of such a model (`Probe.unasked`)
 SETTINGS_ERROR = "settings_error"  # kind of a pydantic error whose sentence is a SurgeryError's
 
 
@@ -236,6 +237,14 @@ class Probe(BaseModel):
 
     def misfit(self, config: PretrainedConfig) -> str:
         """Why these settings do not fit a model with this config; "" if they do."""
+        return ""
+
+    def unasked(self, base: ModelSource) -> str:
+        """Why it says nothing of such a model, and no gate waits for it; "" if it does.
+
+        Args:
+            base: a model folder.
+        """
         return ""
 
     def refuse(self, base: ModelSource) -> None:
