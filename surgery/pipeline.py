@@ -2,6 +2,8 @@
 
 A recipe that heals leaves the converted model in OUT.unhealed until OUT is complete: a run that was stopped resumes
 from there. The folder stays where an adapter is kept, which loads on it.
+
+What trains is imported where something is trained: it takes seconds, which a conversion should not wait for.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.gradients import with_gradients
 from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
@@ -22,8 +23,6 @@ from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
-from surgery.healing.distributed import Ranks
-from surgery.healing.heal import compare, heal_folder, heal_model
 from surgery.io.files import published_recipe
 from surgery.io.output_folder import remove_own
 from surgery.report.lineage import another_base
@@ -47,6 +46,9 @@ def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, optio
 
 
 def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions) -> Report | None:
+    from surgery.healing.distributed import Ranks
+    from surgery.healing.heal import heal_folder
+
     ranks, unhealed = Ranks(), unhealed_folder(out)
     if options.resume and not options.overwrite and (done := _finished(out, unhealed, recipe, model)):
         return done if ranks.first else None
@@ -77,6 +79,8 @@ def heal_to_folder(
     options: RunOptions,
 ) -> Report | None:
     """Heal a folder that surgery wrote into a folder; None in all processes but the first."""
+    from surgery.healing.heal import heal_folder
+
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='healed'")
     report = Report.of(folder)
@@ -89,6 +93,8 @@ def heal_to_folder(
 
 def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions) -> Report:
     """Carry a recipe out on a loaded model, in place."""
+    from surgery.calibration.gradients import with_gradients
+
     class_before, base = type(model).__name__, None
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, recipe.evaluate, model, tokenizer)
@@ -96,6 +102,8 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
         report = edit_model(recipe, model, tokenizer, options)
     note_origin(report, model, class_before)
     if recipe.heal is not None:
+        from surgery.healing.heal import heal_model
+
         heal_model(model, base, recipe.heal, (), tokenizer, replace(options, on_plan=None))
     return report
 
@@ -104,6 +112,8 @@ def _judge_healed(
     healed: Report, converted: Report, base: Path | None, evaluate: Evaluate | None, options: RunOptions
 ) -> None:
     """Check the healed folder, score it against base and converted model, and write both into record and card."""
+    from surgery.healing.heal import compare
+
     gc.collect()  # the trained model and its base, which a cycle may hold
     if _check(healed, options) and base is not None and _score(healed, base, evaluate, options):
         compare(healed, converted.folder, base, evaluate, options)

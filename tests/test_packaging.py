@@ -84,6 +84,19 @@ def test_importing_surgery_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_streamed_conversion_starts_without_what_trains_or_runs_models(base, tmp_path):
+    """Its imports took longer than the copying of 4 GiB."""
+    code = (
+        "import sys, surgery;"
+        "surgery.apply('mqa', sys.argv[1], output=sys.argv[2], check=False, evaluate=False);"
+        "heavy = ('peft', 'datasets', 'matplotlib', 'transformers.trainer', 'transformers.modeling_utils');"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(base), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_public_names_survive_their_modules():
     """A submodule that is imported becomes an attribute of the package: no public function may have its name."""
     import importlib

@@ -1,4 +1,7 @@
-"""Everything that can be refused before a base is fetched, a file is written or anything is trained."""
+"""Everything that can be refused before a base is fetched, a file is written or anything is trained.
+
+What healing needs is imported where a recipe heals: it takes seconds, which a conversion alone should not wait for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
-from surgery.healing.validate import base_of_memory, refuse_early
 from surgery.io.files import REPORT
 from surgery.io.output_folder import OutputFolder, machine_errors, refuse_small_disk, refuse_to_replace
 from surgery.io.pickle import only_pickled
@@ -44,6 +46,8 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     if options.evaluate and recipe.evaluate is not None:
         refuse_unscorable(base, recipe.evaluate)
     if recipe.heal is not None:
+        from surgery.healing.validate import refuse_early
+
         _refuse_pickle_for_healing(base, options)
         refuse_early(recipe.heal, recipe.evaluate, base)
     else:
@@ -79,6 +83,8 @@ def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer
     Returns:
         Where the model was loaded from: its weights there are the base's. None where the healing needs no base.
     """
+    from surgery.healing.validate import base_of_memory, refuse_early
+
     base = base_of_memory(model, heal)
     if tokenizer is None:
         raise SurgeryError("healing needs the tokenizer", fix="surgery.apply(recipe, model, tokenizer=tokenizer)")

@@ -1,8 +1,9 @@
 """Streaming conversion: safetensors in, safetensors out, one layer in memory at a time.
 
-Tensors that no operation touches are copied byte for byte in chunks; every file keeps its name, its order of
-tensors and its metadata; its sha256 is computed while it is written. Two files are written at a time, each by a
-thread of its own: Python's lock is free during a read, a hash, a write and an fsync.
+Tensors that no operation touches are copied byte for byte, in the kernel where the system can do that; every file
+keeps its name, its order of tensors and its metadata; its sha256 is computed while it is written. Two files are
+written at a time, each by a thread of its own, and a third thread waits for the disk: Python's lock is free during a
+copy, a read, a hash, a write and an fsync.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock, RLock
+from threading import BoundedSemaphore, Lock, RLock
 from typing import TYPE_CHECKING
 
 from surgery.architecture.edit import refuse_non_finite
 from surgery.architecture.weights import pack, unpack
 from surgery.errors import SurgeryError
+from surgery.io.ranges import RangeCopier, write_all
 from surgery.io.safetensors import CHUNK, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
 from surgery.machine.progress import Progress
 from surgery.operations.rewrite import run_rewrite
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery.conversion.plan import Plan
-    from surgery.io.safetensors import Checkpoint
+    from surgery.io.safetensors import Checkpoint, TensorInfo
 
-SHARDS_AT_ONCE = 2  # as many are lost by a kill
+SHARDS_AT_ONCE = 2
+SHARDS_UNSYNCED = 4  # written, and perhaps not on disk yet: as many are lost by a kill, with those that are written
 WORTH_THREADS = 128 << 20  # bytes; smaller checkpoints are written in order
 
 
@@ -58,18 +61,33 @@ def convert_shards(
     shared, files = _Shared(plan.output_bytes, progress), dict(done)
     layouts = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}
 
+    syncs: list[Future] = []
+
     def convert(shard: Shard) -> None:
         with shared.work():
             shared.count(0)
-            info = _write_shard(folder, shard, layouts[shard.file], checkpoint, stream, shared.count)
-            with shared.lock:
-                files[shard.file] = info
-                finished(shard.file, info)
+            path = folder / shard.file
+            digest = _write_shard(path, shard, layouts[shard.file], checkpoint, stream, shared.count)
+            unsynced.acquire()
+            syncs.append(syncer.submit(complete, path, digest))
+
+    def complete(path: Path, digest: str) -> None:
+        try:
+            with shared.work():
+                info = {"sha256": digest, "bytes": _put_in_place(path)}
+                with shared.lock:
+                    files[path.relative_to(folder).as_posix()] = info
+                    finished(path.relative_to(folder).as_posix(), info)
+        finally:
+            unsynced.release()
 
     for file in done:
         shared.count(done[file]["bytes"])
-    with ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1) as pool, shared.work():
-        wait([pool.submit(convert, shard) for shard in checkpoint.shards if shard.file not in done])
+    unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
+    writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)
+    with ThreadPoolExecutor(1) as syncer, writers, shared.work():
+        wait([writers.submit(convert, shard) for shard in checkpoint.shards if shard.file not in done])
+        wait(syncs)
     if shared.fault:
         raise shared.fault
     files = {shard.file: files[shard.file] for shard in checkpoint.shards}
@@ -131,7 +149,10 @@ class _Stopped(Exception):
     """Another thread has failed."""
 
 
-def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoint, stream: LayerStream, count) -> dict:
+def _write_shard(
+    path: Path, shard: Shard, layout: dict, checkpoint: Checkpoint, stream: LayerStream, count: Callable[[int], None]
+) -> str:
+    """Write a shard under its unfinished name; returns the sha256 of its bytes."""
     header, position, infos = {}, 0, {info.name: info for info in shard.tensors}
     if shard.metadata:
         header["__metadata__"] = shard.metadata
@@ -141,27 +162,62 @@ def _write_shard(folder: Path, shard: Shard, layout: dict, checkpoint: Checkpoin
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format asks for data that begins at a multiple of 8
-    path, digest = folder / shard.file, hashlib.sha256()
+    digest = hashlib.sha256()
+
+    def written(data) -> None:
+        digest.update(data)
+        count(len(data))
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
+    with open(checkpoint.folder / shard.file, "rb", buffering=0) as source, open(_unfinished(path), "wb", 0) as target:
+        begin = len(text).to_bytes(8, "little") + text
+        write_all(target, begin)
+        written(begin)
+        copier, promised = RangeCopier(source, target), len(begin)
+        for piece in _pieces(layout, infos):
+            if isinstance(piece, str):
+                promised += stored_bytes(*layout[piece][:2])
+                for chunk in tensor_chunks(stream.tensor(piece)):
+                    write_all(target, chunk)
+                    written(chunk)
+            else:
+                promised += piece[1]
+                try:
+                    for data in copier.copy(*piece):
+                        written(data)
+                except EOFError:
+                    raise checkpoint.ended(shard.file) from None
+            if target.tell() != promised:  # a file that lies about itself must never get its name
+                raise RuntimeError(f"{shard.file}: byte {target.tell()} where its header promises byte {promised}")
+    return digest.hexdigest()
 
-        def put(data) -> None:
-            digest.update(data)
-            file.write(data)
-            count(len(data))
 
-        put(len(text).to_bytes(8, "little") + text)
-        for name, (_, _, computed) in layout.items():
-            for chunk in tensor_chunks(stream.tensor(name)) if computed else checkpoint.chunks(infos[name]):
-                put(chunk)
-            begin, end = header[name]["data_offsets"]
-            if file.tell() != 8 + len(text) + end:  # a file that lies about itself must never get its name
-                raise RuntimeError(f"{shard.file}: {name} has not the {end - begin} bytes that its header promises")
-        file.flush()
+def _pieces(layout: dict, infos: dict[str, TensorInfo]) -> Iterator[str | tuple[int, int]]:
+    """What a file is made of: the names of computed tensors, and (start, bytes) of what is copied from the source."""
+    start = end = 0
+    for name, (_, _, computed) in layout.items():
+        if end > start and (computed or infos[name].start != end):
+            yield start, end - start
+            start = end = 0
+        if computed:
+            yield name
+        else:
+            start = start if end > start else infos[name].start
+            end = infos[name].start + infos[name].size
+    if end > start:
+        yield start, end - start
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".unfinished")
+
+
+def _put_in_place(path: Path) -> int:
+    """Wait until a shard is on disk and give it its name; returns its bytes."""
+    with open(_unfinished(path), "rb+") as file:
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    os.replace(_unfinished(path), path)
+    return path.stat().st_size
 
 
 def tensor_chunks(tensor: Tensor):

@@ -158,7 +158,7 @@ class Checkpoint:
         with open(self.folder / info.file, "rb") as file:
             file.seek(info.start)
             if file.readinto(data) != info.size:
-                raise self._ended(info)
+                raise self.ended(info.file)
         flat = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype])) if data else torch.empty(0)
         return flat.reshape(info.shape)
 
@@ -171,12 +171,13 @@ class Checkpoint:
             while remaining:
                 read = file.readinto(buffer[: min(remaining, len(buffer))])
                 if not read:
-                    raise self._ended(info)
+                    raise self.ended(info.file)
                 remaining -= read
                 yield buffer[:read]
 
-    def _ended(self, info: TensorInfo) -> SurgeryError:
-        return SurgeryError(f"{info.file} ended while {info.name} was read", where=str(self.folder))
+    def ended(self, file: str) -> SurgeryError:
+        """The error where a file has become shorter while it was read."""
+        return SurgeryError(f"{file} ended while it was read", where=str(self.folder))
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
