@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,22 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 900  # seconds for one run; a test that hangs on the parent has failed
+LIMIT, CASE_LIMIT, MEMORY = 900, 60, 12 << 30  # seconds for a run and for a test in it, bytes
+PLUGIN = f"""# A test that hangs on the parent has failed.
+import signal
+import pytest
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    def stop(*_):
+        raise TimeoutError("no end within {CASE_LIMIT} s")
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm({CASE_LIMIT})
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+"""
 
 
 def git(*words: str) -> str:
@@ -39,10 +55,14 @@ def mends() -> list[tuple[str, str, list[str]]]:
 
 def run(tree: Path, arguments: list[str]) -> str:
     """The last line of pytest."""
+    (tree / "case_limit.py").write_text(PLUGIN)
     env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "case_limit", *arguments]
+    options = {"cwd": tree, "env": env, "capture_output": True, "text": True, "timeout": LIMIT}
     try:
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, **options, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, [MEMORY] * 2)
+        )
     except subprocess.TimeoutExpired:
         return f"no end within {LIMIT} s"
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
