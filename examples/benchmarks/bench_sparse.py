@@ -11,6 +11,10 @@ and every way run in turn on the same queries, keys and values: medians of the r
     error     |sparse - dense| / |dense| of a row of the layer's output, after the output projection, the mean over the
               rows beyond `dense_below` and over the layers; each layer gets what the dense model gives it
     read      pairs of a query and a key that were multiplied, as a share of those of causal attention
+    GFLOP/s   of these products (4 * head_dim operations a pair: scores and values), without the estimator
+
+What is gained is the share read, times how fast it is multiplied beside the dense kernel, less the estimator: it is
+smaller on a machine whose dense kernel is faster, and says nothing without that machine's GFLOP/s.
 
 `--whole` runs the model as a user would, stock and sparse, and prints seconds of the prompt and the KL of the logits
 (every 16th row beyond `dense_below`) in place of the table of layers.
@@ -102,18 +106,29 @@ def layers(args, path, length: int, tokens) -> None:
     model, note = load(path, length)
     with torch.no_grad(), hook_attention(model, attend):
         model.model(input_ids=tokens)
-    base = statistics.mean(dense_times)
-    print(f"\n{length:,} tokens{note}, layers {args.layers}: dense attention {base * 1e3:,.0f} ms a layer\n")
+    base, products = statistics.mean(dense_times), operations(model.config, length)
     print(
-        "| way | read | estimator, ms | all, ms | times as fast | error |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+        f"\n{length:,} tokens{note}, layers {args.layers}: dense attention {base * 1e3:,.0f} ms a layer, "
+        f"{products / base / 1e9:,.0f} GFLOP/s\n"
+    )
+    print(
+        "| way | read | estimator, ms | all, ms | GFLOP/s | times as fast | error |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
     for name, row in found.items():
         mean = {key: statistics.mean(values) for key, values in row.items() if values}
+        speed = mean["read"] * products / (mean["all"] - mean["estimator"]) / 1e9
         print(
             f"| {name} | {mean['read']:.1%} | {mean['estimator'] * 1e3:,.0f} | {mean['all'] * 1e3:,.0f} | "
-            f"{base / mean['all']:.2f} | {mean['error']:.2%} |",
+            f"{speed:,.0f} | {base / mean['all']:.2f} | {mean['error']:.2%} |",
             flush=True,
         )
+
+
+def operations(config, length: int) -> int:
+    """Floating-point operations of causal attention in one layer: products of queries and keys, and with values."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4 * size * config.num_attention_heads * length * (length + 1) // 2
 
 
 def whole(args, path, length: int, tokens) -> None:
