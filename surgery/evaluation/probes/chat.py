@@ -140,7 +140,7 @@ class Chat(CaseProbe):
     requests: TextSource = Field(BUILTIN, description="'builtin' (ten of them), or a text file with one in each line.")
     tokens: int = Field(128, ge=1, description="Tokens of an answer, at most; one that goes on does not count.")
     margin: float = Field(
-        1.0, ge=0, description="Nats a token by which an answer may be less likely to the base than the base's own."
+        0.5, ge=0, description="Nats a token by which an answer may be less likely to the base than the base's own."
     )
 
     limits: ClassVar[dict[str, Limit]] = {
