@@ -9,7 +9,6 @@ What trains is imported where something is trained: it takes seconds, which a co
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
-from surgery.io.output_folder import remove_own
+from surgery.io.output_folder import output_path, remove_own
 from surgery.report.lineage import another_base
 from surgery.report.report import Report
 
@@ -38,7 +37,7 @@ def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, optio
     """Carry a recipe out from a name or folder into a folder; None in all processes but the first."""
     refuse_output_and_engine(output, options)
     if recipe.heal is not None:
-        return _convert_and_heal(recipe, model, Path(os.path.abspath(output)), options)
+        return _convert_and_heal(recipe, model, output_path(output), options)
     report, base = convert(recipe, model, output, options)
     if _check(report, options):
         _score(report, base, recipe.evaluate, options)

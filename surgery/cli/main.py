@@ -97,6 +97,8 @@ def _translate(error: Exception) -> SurgeryError:
         return SurgeryError(error.format_message(), fix="see `surgery --help`")
     if isinstance(error, OSError) and error.errno in MACHINE:
         return MachineError(f"the system refused: {error.strerror}", where=str(error.filename or ""))
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return MachineError("no folder for temporary files can be written", fix="set TMPDIR to one that can")
     if is_out_of_memory(error):
         words = (str(error) or "no more to be had").splitlines()[0]
         fix = "close other programs, or measure less: fewer or shorter samples and windows"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from surgery.errors import SurgeryError
 from surgery.io.files import read_json, write_text
 from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
-from surgery.io.output_folder import OutputFolder, weight_files
+from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
@@ -89,7 +88,7 @@ def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions 
     with prepared(recipe, model, output, options) as work:
         folder = Path(output)
         if recipe.heal is not None:
-            folder = unhealed_folder(Path(os.path.abspath(output)))
+            folder = unhealed_folder(output_path(output))
             work = replace(work, plan=replace(work.plan, recipe=recipe.model_copy(update={"heal": None})))
         return _write(work, folder, options), work.source.path
 

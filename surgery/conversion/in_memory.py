@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def _plain(data: dict) -> dict:
 def _folder(model) -> Path | None:
     """The folder that a model was loaded from, if it was one."""
     name = getattr(model.config, "_name_or_path", "")
-    return Path(os.path.abspath(name)) if name and (Path(name) / "config.json").is_file() else None
+    return Path(name).absolute() if name and (Path(name) / "config.json").is_file() else None
 
 
 def _heads(model) -> list[list[int]]:

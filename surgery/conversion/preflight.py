@@ -14,7 +14,7 @@ from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.io.files import REPORT
-from surgery.io.output_folder import OutputFolder, machine_errors, refuse_small_disk, refuse_to_replace
+from surgery.io.output_folder import OutputFolder, machine_errors, output_path, refuse_small_disk, refuse_to_replace
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
             healing cannot run as asked.
         MachineError: the disk is too small.
     """
-    out, recipe = Path(os.path.abspath(output)), plan.recipe
+    out, recipe = output_path(output), plan.recipe
     uses_streaming_engine(plan, options.engine)
     OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
     if recipe.heal is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -76,10 +77,11 @@ def write_json(path: Path, data: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step by `text` in UTF-8."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    """Replace a file in one step by `text` in UTF-8; no file of another name is touched."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with open(unfinished, "x", encoding="utf-8") as file:
+            file.write(text)
         os.replace(unfinished, path)
     except BaseException:
         with suppress(OSError):

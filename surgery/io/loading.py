@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     Raises:
         SurgeryError: not a model folder, no safetensors, weights that are missing or of another shape.
     """
-    folder = Path(os.path.abspath(folder))  # the model remembers where it was loaded from
+    folder = Path(folder).absolute()  # the model remembers where it was loaded from; ".." may follow a link
     refuse_adapter(folder)
     auto = auto_class(folder)
     if not allow_pickle:

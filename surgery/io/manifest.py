@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ UNLISTED = (
     *TRAINERS, PROGRESS, REPORT, "*.partial*", "*.unfinished", "*.lock", "*.state", ".*", "*/.*", "*__pycache__/*",
     "healing/runs/*",
 )  # fmt: skip
+UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what a run that was killed may leave of a file (`write_text`)
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -88,7 +90,8 @@ def strangers(folder: Path) -> list[str]:
         ours += [name for name in names if name.startswith(("healing/", "adapter/"))]
     else:
         ours = [name for name in names if name in known or name.startswith("healing/runs/")]
-    return [name for name in names if name not in {*ours, REPORT, PROGRESS, *OF_THE_SYSTEM}]
+    own = {*ours, REPORT, PROGRESS, *OF_THE_SYSTEM}
+    return [name for name in names if name not in own and not UNFINISHED.search(name)]
 
 
 def differences(

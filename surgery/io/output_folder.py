@@ -46,7 +46,7 @@ class OutputFolder:
         overwrite: bool = False,
         preserve: str = "",
     ):
-        self.out = Path(os.path.abspath(out))
+        self.out = output_path(out)
         if not self.out.name:
             raise SurgeryError(
                 "the root of a file system is no output folder", where=str(out), fix="name a folder (-o)"
@@ -107,9 +107,9 @@ class OutputFolder:
 
     def refuse_nesting(self, base: Path) -> None:
         """Raise a SurgeryError where OUT is the base's folder, lies in it or holds it."""
-        base = base.resolve()
+        base = Path(os.path.realpath(base))
         for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
-            out = path.resolve()
+            out = Path(os.path.realpath(path))
             if out == base or base in out.parents or out in base.parents:
                 raise SurgeryError(
                     "OUT (with its .partial and .replaced) may not be the model folder, lie in it or hold it",
@@ -152,7 +152,7 @@ class OutputFolder:
     def _has_no_progress(self) -> bool:
         """Whether the run of OUT.partial was killed before it first wrote its progress or after it removed it."""
         names = {path.name for path in self.partial.iterdir()}
-        return names <= {f"{PROGRESS}.unfinished"} or (REPORT in names and PROGRESS not in names)
+        return all(map(_begins_progress, names)) or (REPORT in names and PROGRESS not in names)
 
     def _take_over(self) -> None:
         """Continue or remove what an earlier run left."""
@@ -165,6 +165,8 @@ class OutputFolder:
                     where=str(self.partial),
                     fix="finish that one with its own command, or start anew with --overwrite",
                 )
+            for path in self.partial.glob("*.unfinished"):  # what the run was killed with
+                path.unlink()
             self.records = progress.get("records")
             self.done = {
                 file: info
@@ -180,7 +182,20 @@ class OutputFolder:
                 fix="add --resume to go on from it, or --overwrite to start anew",
             )
 
+    def _set_modes(self) -> None:
+        """Give every file the mode of new files: safetensors writes some that only their owner may read."""
+        mode = (self.partial / PROGRESS).stat().st_mode & 0o777
+        for path in self.partial.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
+                path.chmod(mode)
+
     def _finish(self) -> None:
+        if os.path.lexists(self.out):  # it may have come, or changed, while this ran
+            if not self.overwrite:
+                what = "somebody else made OUT during the run"
+                raise MachineError(what, where=str(self.out), fix="move it away, then run the command with --resume")
+            refuse_to_replace(self.out)
+        self._set_modes()
         (self.partial / PROGRESS).unlink()
         if os.path.lexists(self.out):
             remove_own(self.replaced)
@@ -193,6 +208,25 @@ class OutputFolder:
             self._note_progress()
             raise
         remove_own(self.replaced)
+
+
+def output_path(out: str | Path) -> Path:
+    """Where an output goes: links in the folders above it are followed as the system does, a link of its name is not.
+
+    Raises:
+        SurgeryError: a path that no system takes.
+    """
+    if "\0" in str(out):
+        raise SurgeryError("a path holds no zero byte", where=repr(str(out)), fix="name another folder (-o)")
+    path = Path(out).absolute()
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name if os.path.isdir(path.parent) else path
+
+
+def _begins_progress(name: str) -> bool:
+    """Whether a file is what a run was killed with that had noted nothing yet."""
+    return name.startswith(f"{PROGRESS}.") and name.endswith(".unfinished")
 
 
 def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None:
@@ -245,7 +279,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise where OUT.partial or OUT.replaced is not ours by what it holds: a user's own folder may have that name."""
     if folder.is_dir() and not folder.is_symlink():
         names = {path.name for path in folder.iterdir()}
-        if names & {PROGRESS, REPORT} or names <= {f"{PROGRESS}.unfinished"}:
+        if names & {PROGRESS, REPORT} or all(map(_begins_progress, names)):
             return
     raise SurgeryError(
         "surgery needs this name while it writes OUT, and did not write what is there",

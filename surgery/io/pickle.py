@@ -5,7 +5,6 @@ Even then they are read with `weights_only=True`, which builds tensors and nothi
 
 from __future__ import annotations
 
-import os
 import pickle
 import tempfile
 import zipfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import write_json
-from surgery.io.output_folder import machine_errors, parent_folder
+from surgery.io.output_folder import machine_errors, output_path, parent_folder
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -32,7 +31,7 @@ def readable(base: Path, output: str | Path, allow_pickle: bool):
         yield base  # Checkpoint() names what is wrong, if anything is
         return
     with (
-        parent_folder(Path(os.path.abspath(output))) as parent,
+        parent_folder(output_path(output)) as parent,
         machine_errors(parent),
         tempfile.TemporaryDirectory(dir=parent, prefix=".unpickled-") as folder,
     ):

@@ -350,21 +350,10 @@ def test_groups_that_do_not_divide(tmp_path):
 
 # --- terms of the scores --------------------------------------------------------------------------
 
-NAN = "wrong result: the first token's output is 0 / 0, and all logits are NaN"
-LOST = "wrong result: 1 + (gamma - 1) a loses its digits where a is near 1: logits off by up to 11 % of their spread"
-OVERFLOW = "wrong result: gamma - 1 overflows float32, and all logits are NaN"
-BAD_GAMMAS = {1e-300: NAN, 1e-30: NAN, 1e-8: NAN, 1e-6: LOST, 1e-4: LOST, 1e300: OVERFLOW}
-GAMMAS = [*BAD_GAMMAS, 1e-2, 0.5, 1.0, 100.0, 1e8, 1e30, 1e38]
+GAMMAS = [1e-300, 1e-30, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 0.5, 1.0, 100.0, 1e6, 1e8, 1e38, 1e300]
 
 
-def known_bad(values, reasons: dict) -> list:
-    return [
-        pytest.param(each, marks=[pytest.mark.xfail(strict=True, reason=reasons[each])] if each in reasons else [])
-        for each in values
-    ]
-
-
-@pytest.mark.parametrize("gamma", known_bad(GAMMAS, BAD_GAMMAS))
+@pytest.mark.parametrize("gamma", GAMMAS)
 def test_gamma_at_its_ends(gamma):
     """A gamma adds its logarithm to the first token's score; the first token's own output does not depend on it."""
     import math
@@ -379,10 +368,7 @@ def test_gamma_at_its_ends(gamma):
     assert close(chunked(model, ids, [1, 4, 1]), expected, 1e-3)
 
 
-TOO_LARGE = "traceback: a logit that float32 cannot hold ends in torch's RuntimeError"
-LOGITS = known_bad(
-    [-1e300, -1e38, -1e4, -80.0, 0.0, 80.0, 1e4, 1e38, 1e300], dict.fromkeys((-1e300, 1e300), TOO_LARGE)
-)
+LOGITS = [-1e300, -1e38, -1e4, -80.0, 0.0, 80.0, 1e4, 1e38, 1e300]
 
 
 @pytest.mark.parametrize("logit", LOGITS)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
 
-Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Below, the first token's share is a difference of numbers that float32 cannot tell apart; above, nothing is left of
+# the other keys.
+Gamma = Annotated[float, Field(ge=1e-3, le=1e6)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
 BETA, THRESHOLD = 0.4, 5.0  # ACT's own

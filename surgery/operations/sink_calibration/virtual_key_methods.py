@@ -102,7 +102,7 @@ class Learned(VirtualKeys):
     method: Literal["learned"]
     start: Start = "fit"
     logit: float | None = Field(
-        None, allow_inf_nan=False, description="This logit for every query of these heads, in place of a fit."
+        None, ge=-1e38, le=1e38, description="This logit for every query of these heads, in place of a fit."
     )
     value: Literal["zero", "fit"] = Field("fit", description="In a fit: no value, or the first token's mean.")
     calibration_samples: CalibrationSamples = 16
