@@ -310,8 +310,8 @@ def test_recipes(surgery, model, name):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["gamma=0"], ["gamma", "greater than 0"]),
-        (["gamma=-1"], ["gamma", "greater than 0"]),
+        (["gamma=0"], ["gamma", "at least 0.001"]),
+        (["gamma=-1"], ["gamma", "at least 0.001"]),
         (["gamma=.inf"], ["gamma"]),
         (["gamma=.nan"], ["gamma"]),
         (["grid=[]"], ["grid"]),
