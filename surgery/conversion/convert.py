@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -17,15 +17,15 @@ from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, problems_after
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
-from surgery.errors import SurgeryError
-from surgery.io.files import read_json, write_text
+from surgery.errors import SurgeryError, shown
+from surgery.io.files import read_json, utf8, write_json, write_text
 from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
 from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
-from surgery.operations.base import ApplyContext
+from surgery.operations.base import SURGICAL, ApplyContext
 from surgery.operations.rewrite import rewrite_steps
 from surgery.report.report import Report, history_of, new_report
 
@@ -62,14 +62,15 @@ def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions
     read_config_json(source.path)  # before any weight: the plainest mistakes get the plainest errors
     remote = source.headers is not None
     if remote:
-        plan = make_plan(recipe, Anatomy.of(source.path, header_table(source.headers)), source.name)
+        anatomy = Anatomy.of(source.path, header_table(source.headers))
+        plan = _with_base_notes(make_plan(recipe, anatomy, source.name), _cache_kinds(source.path))
         preflight(plan, source.path, output, options)
         fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned: the branch may move
         source = replace(fetched, name=source.name)
     with readable(source.path, output, options.allow_pickle) as weights:
         checkpoint = Checkpoint(weights)
         anatomy = Anatomy.of(source.path, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
-        plan = make_plan(recipe, anatomy, source.name)
+        plan = _with_base_notes(make_plan(recipe, anatomy, source.name), _cache_kinds(source.path))
         if not remote:
             preflight(plan, source.path, output, options)
         yield Conversion(plan, source, checkpoint)
@@ -105,6 +106,8 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
         files, records = write(plan, checkpoint, base, partial, out, options.progress)
         read = {shard.file for shard in checkpoint.shards} | ({WEIGHT_INDEX} if checkpoint.index else set())
         left_behind = carry_files(base, partial, read)
+        if plan.base_notes:
+            _drop_cache_kind(partial)
         data = new_report(
             plan,
             work.source,
@@ -130,7 +133,9 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
 
     refuse_wrapped(model)
     own_config(model)
-    plan = make_plan(recipe, Anatomy.of(model), type(model).__name__)
+    generation = getattr(model, "generation_config", None)
+    kinds = {"generation_config": getattr(generation, "cache_implementation", None)}
+    plan = _with_base_notes(make_plan(recipe, Anatomy.of(model), type(model).__name__), kinds)
     if options.on_plan:
         options.on_plan(plan)
     steps = [
@@ -149,10 +154,13 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
         except BaseException:
             restore()
             raise
+    if plan.base_notes:
+        for key in CACHE_SETTINGS:
+            setattr(generation, key, None)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     local = Path(name).exists()
     hub_id = name if name.count("/") == 1 and not local else None
-    source = ResolvedModel(Path(), Path(name).name if local else name, hub_id=hub_id, base_model=hub_id)
+    source = ResolvedModel(Path(), utf8(Path(name).name) if local else name, hub_id=hub_id, base_model=hub_id)
     details = {"overrides": recipe.overrides, "engine": "loaded", "fingerprint": ""}
     return Report(new_report(plan, source, **details, records=records))
 
@@ -176,7 +184,10 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
 
     dtype = getattr(torch, TORCH_NAMES[stored_dtypes(plan.before)[0]])  # config.json may name another
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
-    tokenizer = None if plan.streams else read_tokenizer(base)
+    try:
+        tokenizer = None if plan.streams else read_tokenizer(base)
+    except SurgeryError as error:  # of an operation that measures nothing nobody asks for it
+        tokenizer = error
     records = [
         operation.apply(model, context)
         for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
@@ -186,11 +197,22 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     return weight_files(partial), records
 
 
+class _Context(ApplyContext):
+    """What an operation is given; where the tokenizer is an error, the operation that needs it raises this."""
+
+    def tokenizer_for(self, what: str, where: str, otherwise: str = ""):
+        if isinstance(error := self.tokenizer, SurgeryError):
+            fix = f"copy the base's tokenizer files there{otherwise}"
+            raise SurgeryError(f"{where}: {what}: {error.what}", where=error.where, fix=fix)
+        return super().tokenizer_for(what, where, otherwise)
+
+
 def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer, folder: Path | None = None):
     """Operations with their context, made when those before it were carried out.
 
     Args:
         current: of the model in memory, whose tensors may have other names than those on disk.
+        tokenizer: an error where it cannot be read.
 
     Raises:
         SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
@@ -199,7 +221,7 @@ def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tok
         if problems := step.operation.problems(current):
             raise SurgeryError(problems[0], where=type(model).__name__)
         change = step.operation.plan(current)
-        context = ApplyContext(change, current, progress, tokenizer, folder=folder, number=index)
+        context = _Context(change, current, progress, tokenizer, folder=folder, number=index)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured
@@ -215,3 +237,38 @@ def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     if entries := layer_entries(plan.after, names):
         config = export(config, plan.after, entries, partial)
     write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+# What a surgical model generates with is a cache of its own: of the kinds that a generation config may name it takes
+# these (`_prepare_cache_for_generation` in runtime/modeling_surgery.py). config.json held such settings before there
+# was a file for them, and Transformers still reads them there.
+CACHES, CACHE_FILES = (None, "dynamic", "offloaded"), ("generation_config.json", "config.json")
+CACHE_SETTINGS = ("cache_implementation", "cache_config")
+
+
+def _cache_kinds(folder: Path) -> dict[str, object]:
+    """File -> the kind of cache that it names; one that is no JSON names none."""
+    kinds = {}
+    for name in CACHE_FILES:
+        with suppress(SurgeryError):
+            kinds[name] = read_json(folder / name).get("cache_implementation")
+    return kinds
+
+
+def _with_base_notes(plan: Plan, kinds: dict[str, object]) -> Plan:
+    """The plan, with a note where the base names a kind of cache that the result does not take."""
+    notes = (
+        f"the base's cache_implementation {shown(kind)} in {name} is left out: a surgical model has a cache of its own"
+        for name, kind in kinds.items()
+        if plan.tier == SURGICAL and kind not in CACHES
+    )
+    return replace(plan, base_notes=tuple(notes))
+
+
+def _drop_cache_kind(folder: Path) -> None:
+    """Take out of a surgical folder the kind of cache of its base, with which it would refuse to generate."""
+    for name in [name for name, kind in _cache_kinds(folder).items() if kind not in CACHES]:
+        settings = read_json(folder / name)
+        for key in CACHE_SETTINGS:
+            settings.pop(key, None)
+        write_json(folder / name, settings)

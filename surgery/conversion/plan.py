@@ -41,6 +41,7 @@ class Plan:
         steps: the operations in order.
         shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
         dtypes: stored name -> dtype, for the tensors that are rewritten and stay or are new.
+        base_notes: what becomes of other settings of the base.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Plan:
     steps: tuple[Step, ...]
     shapes: dict[str, tuple[int, ...] | None]
     dtypes: dict[str, str]
+    base_notes: tuple[str, ...] = ()
 
     @property
     def after(self) -> Anatomy:
@@ -81,7 +83,7 @@ class Plan:
             )
         if reason := self.recipe.misfit(self.before.config):
             notes.append(reason)
-        return notes
+        return [*notes, *self.base_notes]
 
     @property
     def parameters_after(self) -> int:

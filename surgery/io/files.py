@@ -89,6 +89,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def utf8(name: str) -> str:
+    """The name of a file or folder as it may be written: a byte that is not UTF-8 is shown as "?"."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def published(value: str) -> str:
     """A setting as it may be published: of a path the last name alone, since its folders tell who made it, where."""
     path = value.strip(" \"'")

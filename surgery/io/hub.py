@@ -16,7 +16,7 @@ from pathlib import Path
 
 from surgery.errors import MachineError, SurgeryError, nearest
 from surgery.io import manifest
-from surgery.io.files import REPORT
+from surgery.io.files import REPORT, utf8
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
 from surgery.io.loading import refuse_adapter
 from surgery.io.manifest import WEIGHTS
@@ -66,6 +66,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
 
     Args:
         model: folder, `smollm2-135m`, `org/name`, `name`, or a Hub id with `@revision` (branch, tag, commit).
+            Spaces around it are dropped where no folder has this very name.
         weights: if False and the weights are not cached, their names and shapes come back in `headers`
             instead (range requests of some kilobytes).
         cached_only: use the Hub's local cache and no network.
@@ -74,13 +75,15 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         SurgeryError: no such folder, repository or revision, or one without safetensors.
         MachineError: no network, access or space, or not in the cache when nothing else may be used.
     """
-    model = str(model).strip()
+    model = str(model)
+    if not os.path.isdir(os.path.expanduser(model)):
+        model = model.strip()
     if not model:
         raise SurgeryError("no model was named", exists=f"a folder, a Hub id, `{DEMO}`")
     path, (repo, _, revision) = Path(os.path.expanduser(model)), model.partition("@")
     if os.path.isdir(path):  # os.path: no error where the user may not look, or on a name too long
         refuse_adapter(path)
-        return ResolvedModel(path, path.resolve().name)
+        return ResolvedModel(path, utf8(path.resolve().name))
     if os.path.exists(path):
         raise SurgeryError("a file, not a folder", where=model, fix="give the folder that holds config.json")
     if model == DEMO:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
+from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
-from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX
+from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
 from surgery.machine.transformers_logging import quiet_in_pipes, quiet_transformers
 
 if TYPE_CHECKING:
@@ -52,10 +53,20 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     if not allow_pickle:
         refuse_pickle(folder)
     options = {"dtype": "auto", **STRICT, "use_safetensors": None if allow_pickle else True} | kwargs
+    # Tensors of other shapes are listed, and refused below: Transformers itself would only say that there are some.
+    listed = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet_in_pipes(), _loading_errors(folder):
-        model, info = auto.from_pretrained(folder, **(options | {"output_loading_info": True}))
+        model, info = auto.from_pretrained(folder, **(options | listed))
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise SurgeryError(
+            f"{name} has the shape {tuple(stored)} in the file, and {tuple(expected)} by config.json{more}",
+            where=str(folder),
+            fix="check the sizes in config.json against the model's original",
+        )
     # Transformers fills what is missing with random numbers: every figure would be random, too.
-    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+    if missing := sorted(info["missing_keys"]):
         raise SurgeryError(f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder))
     return (model, info) if kwargs.get("output_loading_info") else model
 
@@ -76,8 +87,18 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise where a folder has no safetensors: a pickle can run code and is read only with --allow-pickle."""
-    if (folder / SINGLE_FILE).is_file() or (folder / WEIGHT_INDEX).is_file():
+    """Raise where weights would not be read as safetensors: a pickle can run code, and needs --allow-pickle."""
+    if (folder / SINGLE_FILE).is_file():
+        return
+    if (folder / WEIGHT_INDEX).is_file():
+        named = sorted(set(read_index(folder / WEIGHT_INDEX)["weight_map"].values()))
+        # Transformers goes by the name, and reads a file of any other as a pickle.
+        if other := next((name for name in named if not name.endswith(".safetensors")), ""):
+            raise SurgeryError(
+                f"the index names {shown(other)}, which Transformers would read as a pickle",
+                where=str(folder / WEIGHT_INDEX),
+                fix="pickles can run code and are not loaded; name a folder whose index names .safetensors files",
+            )
         return
     suffixes = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
     files = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
@@ -165,8 +186,30 @@ def _loading_errors(folder: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SurgeryError(f"Transformers cannot load this: {reason}", where=str(folder)) from error
+        reason, fix = (str(error).strip() or type(error).__name__).splitlines()[0], ""
+        if isinstance(error, KeyError):  # of a table, and says no more than what is not in it
+            reason = _unknown(folder, error.args[0] if error.args else None)
+        elif utf8(str(folder)) != str(folder) and "utf-8" in reason.lower():
+            reason, fix = "the path of this folder is not UTF-8", "rename it"
+        raise SurgeryError(f"Transformers cannot load this: {reason}", where=str(folder), fix=fix) from error
+
+
+def _unknown(folder: Path, value: object) -> str:
+    """What a KeyError of Transformers says of this value, with the field of config.json that has it."""
+    with suppress(SurgeryError):
+        if field := _field(read_json(folder / "config.json"), value):
+            return f"{field} in config.json is {shown(value)}, which it does not know"
+    return f"it finds no {shown(value)}"
+
+
+def _field(config: dict, value: object) -> str:
+    """The field of a config that has this value, with a dot before one of a mapping; "" if none has."""
+    for name, found in config.items():
+        if isinstance(found, dict) and (inner := _field(found, value)):
+            return f"{name}.{inner}"
+        if type(found) is type(value) and found == value:
+            return name
+    return ""
 
 
 def refuse_wrapped(model) -> None:

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery.errors import SurgeryError, shown
-from surgery.io.files import BASE_CARD, CARD, REPORT, read_json
-from surgery.io.safetensors import STORED_NAMES, Checkpoint
+from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, utf8
+from surgery.io.safetensors import SINGLE_FILE, STORED_NAMES, WEIGHT_INDEX, Checkpoint
 
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
 
@@ -57,7 +57,8 @@ def read_config_json(folder: Path) -> dict:
     """config.json of a model folder, of which no later step can make lists without end.
 
     Raises:
-        SurgeryError: no config.json, no JSON, a number that is a text, or more layers than any model has.
+        SurgeryError: no config.json, no JSON, a number that is a text, more layers than any model has, or a key with
+            which Transformers cannot run the model or reads other files than we do.
     """
     raw = read_json(folder / "config.json")
     where = str(folder / "config.json")
@@ -75,6 +76,12 @@ def read_config_json(folder: Path) -> dict:
                 raise SurgeryError(what, where=where, fix="remove this key")
         if not isinstance(part.get("model_type"), str | None):
             raise SurgeryError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
+        if part.get("return_dict") is False:  # its own forward asks what the layers return for names
+            what = "return_dict is false: Transformers cannot run a model that returns tuples"
+            raise SurgeryError(what, where=where, fix="remove this key")
+    if (file := raw.get("transformers_weights")) not in (None, SINGLE_FILE, WEIGHT_INDEX):
+        what = f"transformers_weights is {shown(file)}: Transformers would load this in place of {SINGLE_FILE}"
+        raise SurgeryError(what, where=where, fix=f"remove this key, and call the file {SINGLE_FILE}")
     return raw
 
 
@@ -109,7 +116,8 @@ CARRIED = (
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
 REWRITTEN = {BASE_CARD, "config.json", CARD, REPORT}
-# These files of a base that is surgical already are not copied: OUT has this version's.
+# These files of a base that is surgical already are not copied: OUT has this version's. Those of a stock base are its
+# own, and are copied.
 RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
 
@@ -158,19 +166,34 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
         SurgeryError: a link leaves the folder.
     """
     refuse_links_out(base)
-    left_behind = []
+    left_behind, runtime, surgical = [], _runtime_names(folder), _is_surgical(base)
     for path in sorted(p for p in base.rglob("*") if p.is_file()):
         name = path.relative_to(base).as_posix()
         if any(component.startswith(".") for component in path.relative_to(base).parts) or name in REWRITTEN:
             continue
-        if any(fnmatchcase(name, pattern) for pattern in RUNTIME):
+        if surgical and name in runtime:  # the same, of this version
             continue
-        if _matches(name) and name.isprintable():  # a name that is not UTF-8 cannot be recorded
+        if name in runtime or (surgical and any(fnmatchcase(name, pattern) for pattern in RUNTIME)):
+            left_behind.append(utf8(name))
+        elif _matches(name) and name.isprintable():  # a name that is not UTF-8 cannot be recorded
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         elif name not in weights:
-            left_behind.append(name.encode("utf-8", "replace").decode())
+            left_behind.append(utf8(name))
     card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)
     if card:
         shutil.copyfile(card, folder / BASE_CARD)
     return left_behind
+
+
+def _is_surgical(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "surgery"
+
+
+def _runtime_names(folder: Path) -> set[str]:
+    """The files of code that a surgical folder runs; none of a stock one."""
+    if not _is_surgical(folder):
+        return set()
+    from surgery.runtime.surgery_config import exported_files, parts_of
+
+    return set(exported_files(parts_of(load_config(folder).surgery["layers"])))

@@ -220,12 +220,7 @@ def test_more_layers_than_the_config_has(tmp_path):
     assert after["model.layers.1.self_attn.k_proj.weight"].shape[0] == 16
 
 
-PICKLE = "unclear: a pickle that an index of safetensors names is read (weights_only) without --allow-pickle"
-
-
-@pytest.mark.parametrize(
-    "call", [pytest.param("load", marks=pytest.mark.xfail(strict=True, reason=PICKLE)), "evaluate"]
-)
+@pytest.mark.parametrize("call", ["load", "evaluate"])
 def test_an_index_that_names_a_pickle(base, call):
     """A pickle is read with --allow-pickle alone, whatever the index that names it is called."""
     torch.save(load_file(base / WEIGHTS), base / "weights.bin")
@@ -237,16 +232,20 @@ def test_an_index_that_names_a_pickle(base, call):
         library.load(base) if call == "load" else library.evaluate(str(base), windows=1, length=32)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="unclear: a split that measures nothing asks for a tokenizer, and names --no-eval that was given",
-)
 def test_a_folder_without_a_tokenizer(surgery, base):
     """All heads stream, nothing is measured and nothing scored: the model in memory needs none either."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
     arguments = ("streaming", base, "-o", "out", "sinks=2", "window=4", "--no-eval", "--no-check")
     assert surgery("apply", *arguments).code == 0
+
+
+def test_a_folder_without_a_tokenizer_that_is_asked_for(refused, base):
+    """What measures text needs one: the sentence says so of the folder, and nothing is left."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    says = [str(base), "needs the tokenizer", "no tokenizer files", "copy the base's"]
+    refused("apply", "mqa", base, "-o", "out", "method=closed_form", "--no-eval", "--no-check", says=says)
 
 
 # --- configs --------------------------------------------------------------------------------------
@@ -326,22 +325,12 @@ REFUSED = {
     "a text config within": ({"text_config": {"hidden_size": 64}}, "num_hidden_layers"),
     "a RoPE that is none": ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope"),
     "an activation that is none": ({"hidden_act": "nope"}, "hidden_act"),
+    "weights of another name": ({"transformers_weights": "x.safetensors.index.json"}, "transformers_weights"),
     "a vocabulary larger than its table": ({"vocab_size": 400}, "embed_tokens"),
 }
-UNCLEAR = {
-    "a RoPE that is none": "unclear: the sentence is: Transformers cannot load this: 'nope'",
-    "an activation that is none": "unclear: the sentence is: Transformers cannot load this: 'nope'",
-    "a vocabulary larger than its table": "unclear: the sentence points to a report above, which is not printed",
-}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=UNCLEAR[name])] if name in UNCLEAR else [])
-        for name in REFUSED
-    ],
-)
+@pytest.mark.parametrize("name", REFUSED)
 def test_configs_that_are_refused(surgery, base, name):
     """The sentence names what is wrong, whichever engine reads the folder."""
     fields, says = REFUSED[name]
@@ -353,7 +342,6 @@ def test_configs_that_are_refused(surgery, base, name):
     assert says in ran.err.replace("/base", "")
 
 
-@pytest.mark.xfail(strict=True, reason="traceback: a base that returns tuples ends in an AttributeError, exit code 1")
 def test_a_config_that_asks_for_tuples(surgery, base):
     """Stock Transformers cannot run such a model: the user is told so, in one sentence."""
     edit_json(base / "config.json", return_dict=False)
@@ -421,19 +409,7 @@ GENERATION = {
 }
 
 
-CACHES = (
-    "unclear: the base's cache_implementation is carried, and OUT refuses to generate until it is taken out by hand"
-)
-OTHER_CACHES = ("a cache that is static", "a cache of integers")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=CACHES)] if name in OTHER_CACHES else [])
-        for name in GENERATION
-    ],
-)
+@pytest.mark.parametrize("name", GENERATION)
 def test_generation_configs(base, tmp_path, name):
     """A surgical model made of it generates what a stock model of the same keys does, without further arguments."""
     edit_json(base / "generation_config.json", **GENERATION[name])
@@ -450,6 +426,17 @@ def test_generation_configs(base, tmp_path, name):
         model.generation_config.output_attentions = model.generation_config.return_dict_in_generate = False
     got = model.generate(IDS[:1], **arguments) if name == "prompt lookup" else model.generate(IDS, **arguments)
     assert torch.equal(got, wanted[: len(got)])
+
+
+def test_the_cache_of_a_model_in_memory(base, tmp_path):
+    """The model generates after its surgery, the saved one too, and the report says what was left out."""
+    edit_json(base / "generation_config.json", cache_implementation="static")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    report = library.apply(recipe(WIDE), model)
+    assert any("'static'" in note for note in report.data["plan"]["notes"])
+    library.save(model, tmp_path / "out", report)
+    for each in (model, library.load(tmp_path / "out")):
+        assert each.generate(IDS, max_new_tokens=2).shape[1] > IDS.shape[1]
 
 
 # --- tokenizers and templates ---------------------------------------------------------------------
@@ -531,7 +518,6 @@ def test_folders_of_odd_names(surgery, base, tmp_path, name):
     assert surgery("inspect", out).code == 0
 
 
-@pytest.mark.xfail(strict=True, reason="wrong result: a name that ends in a space is read as the one without it")
 @pytest.mark.parametrize("name", ["base ", "base\n", "\tbase"])
 def test_a_folder_beside_one_of_nearly_its_name(surgery, base, tmp_path, monkeypatch, name):
     """Of two folders the one that was named is converted."""
@@ -542,18 +528,19 @@ def test_a_folder_beside_one_of_nearly_its_name(surgery, base, tmp_path, monkeyp
     assert ran.json["layers"][0]["kv_heads"] == 8
 
 
-NOT_UTF8 = pytest.mark.xfail(
-    strict=True, reason="traceback: a folder whose name is not UTF-8 ends in a UnicodeEncodeError after the conversion"
-)
-
-
-@NOT_UTF8
 def test_a_folder_whose_name_is_not_utf8(surgery, base, tmp_path):
     folder = base.rename(Path(os.fsdecode(bytes(tmp_path) + b"/m\xff")))
     ran = surgery("apply", "mqa", folder, "-o", "out", "--no-eval", "--no-check")
     assert ran.code in (0, 2), ran.err[-300:]
     assert "Traceback" not in ran.err
     assert ran.code == 0 or not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("arguments", [("sinks=2", "window=4", "--no-eval"), ("sinks=2", "window=4")])
+def test_a_folder_to_load_whose_name_is_not_utf8(refused, base, tmp_path, arguments):
+    """Transformers cannot load it, and nothing is left."""
+    folder = base.rename(Path(os.fsdecode(bytes(tmp_path) + b"/m\xff")))
+    refused("apply", "streaming", folder, "-o", "out", *arguments, says=["not UTF-8", "rename it"])
 
 
 def test_an_output_whose_name_is_not_utf8(surgery, base, tmp_path):
@@ -614,15 +601,23 @@ def test_what_is_no_file_in_a_model_folder(base, tmp_path, kind):
     assert not (tmp_path / "out/LICENSE").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="data lost: a base's own surgery_*.py is neither carried nor listed as left behind"
-)
 @pytest.mark.parametrize("name", ["surgery_notes.py", "modeling_surgery.py"])
 def test_code_of_the_base_that_is_called_as_ours(base, tmp_path, name):
     """The base is a stock model: its file is carried, or listed as left behind."""
     (base / name).write_text("VALUE = 1\n")
     report = convert(base, tmp_path / "out", MERGE)
     assert (tmp_path / "out" / name).exists() or name in report.data["left_behind"]
+
+
+def test_code_of_the_base_that_is_called_as_what_the_result_runs(base, tmp_path):
+    """A surgical result has code of that name: the base's is listed as left behind, and other files are carried."""
+    for name in ("surgery_stores.py", "surgery_notes.py"):
+        (base / name).write_text("VALUE = 1\n")
+    report = convert(base, tmp_path / "out", WIDE, check=True)
+    assert report.data["left_behind"] == ["surgery_stores.py"]
+    assert (tmp_path / "out/surgery_notes.py").read_text() == "VALUE = 1\n"
+    again = convert(tmp_path / "out", tmp_path / "again", {"op": "moh", "router": "zero"})
+    assert again.data["left_behind"] == ["surgery_notes.py"]
 
 
 def test_a_composite_is_whole_and_in_order(tmp_path):
