@@ -155,7 +155,7 @@ def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, t
     assert {item["status"] for item in report["check"]["items"]} == {"passed"}
     assert report["evaluation"]["text"]["title"] == "Wörter.txt"
     assert report["evaluation"]["text"]["tokens"] == 15
-    assert report["gate"] == {"status": "passed", "limits": {"max_kl": 1.0}, "reasons": []}
+    assert report["gate"] == {"status": "passed", "limits": {"max_kl": 1.0, "min_chat": 0.7}, "reasons": []}
     assert report["base"]["name"] == "mein Modell"
     assert report["engine"] == "streaming"
     assert "Wörter.txt" in card

@@ -411,7 +411,7 @@ def test_a_model_with_adapters_or_without_a_surgery(tiny_llama):
     package.apply("mqa", plain, tokenizer=tokenizer)
     with pytest.raises(SurgeryError, match="needs the tokenizer"):
         package.heal(plain, tiny_llama, steps=1)
-    with pytest.raises(SurgeryError, match="for a folder"):
+    with pytest.raises(SurgeryError, match="for a name or folder"):
         package.heal(plain, tiny_llama, steps=1, tokenizer=tokenizer, output="x")
     adapted = get_peft_model(plain, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(SurgeryError, match="carries adapters"):
