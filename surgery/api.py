@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +41,7 @@ def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), *
     Raises:
         SurgeryError: with all faults of the recipe, or all reasons why it does not fit this model.
     """
-    resolved = recipes.load(recipe, tuple(overrides), **fields)
+    resolved = recipes.load(recipe, _texts(overrides), **fields)
     if not isinstance(model, str | Path):
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from surgery.io.hub import resolve
@@ -125,7 +125,8 @@ def apply(
 
     _refuse_no_path("output", output)
     _refuse_no_tokenizer(tokenizer)
-    resolved = recipes.load(recipe, tuple(overrides), **fields)
+    _refuse_no_function(progress=progress, on_plan=on_plan)
+    resolved = recipes.load(recipe, _texts(overrides), **fields)
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
         return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
@@ -186,16 +187,12 @@ def heal(
     _refuse_no_tokenizer(tokenizer)
     _refuse_no_base(base)
     options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
-    typed = [*overrides, *(as_text(key, value) for key, value in fields.items())]
+    _refuse_no_function(progress=progress, on_plan=on_plan)
+    typed = [*_texts(overrides), *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
         _refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)
         return heal_model(model, base, settings, typed, tokenizer, options)
-    if base is not None and not isinstance(base, str | Path):
-        raise SurgeryError(
-            f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
-            fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
-        )
-    return cast("Report", pipeline.heal_to_folder(model, base, output, settings, typed, options))
+    return cast("Report", pipeline.heal_to_folder(model, _base_on_disk(base), output, settings, typed, options))
 
 
 @made_on_cpu()
@@ -219,6 +216,7 @@ def check(
     from surgery.evaluation.check import check_report
 
     _refuse_no_path("folder", folder, needed=True)
+    _refuse_no_function(progress=progress)
     try:
         report = Report.of(folder)
     except SurgeryError as error:
@@ -268,6 +266,7 @@ def evaluate(
     if model is None:
         raise _no_model(model)
     _refuse_no_tokenizer(tokenizer)
+    _refuse_no_function(progress=progress)
     if isinstance(probe, Probe) and settings:
         raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
     chosen = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
@@ -355,6 +354,24 @@ def _refuse_no_tokenizer(tokenizer: object) -> None:
         raise SurgeryError(f"{shown(tokenizer)} is not a tokenizer", where="tokenizer", fix=fix)
 
 
+def _refuse_no_function(**callbacks: object) -> None:
+    for name, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise SurgeryError(f"{shown(value)} is not a function", where=name, fix="give one that can be called")
+
+
+def _texts(overrides: Any) -> tuple[str, ...]:
+    """Overrides, each of them a text."""
+    if isinstance(overrides, str):
+        what = f"{shown(overrides)} is one text, and a list of them is wanted"
+        raise SurgeryError(what, where="overrides", fix=f"write overrides=[{shown(overrides)}]")
+    listed = isinstance(overrides, Iterable) and not isinstance(overrides, bytes)
+    texts: tuple[Any, ...] = tuple(overrides) if listed else (overrides,)
+    if wrong := [each for each in texts if not isinstance(each, str)]:
+        raise SurgeryError(f"{shown(wrong[0])} is not a text", where="overrides", fix='write overrides=["key=value"]')
+    return texts
+
+
 def _refuse_no_model(model: object) -> None:
     from surgery.io.loading import is_model
 
@@ -365,6 +382,15 @@ def _refuse_no_model(model: object) -> None:
 def _refuse_no_base(base: object) -> None:
     if base is not None and not isinstance(base, str | Path):
         _refuse_no_model(base)
+
+
+def _base_on_disk(base: AnyModel | None) -> str | Path | None:
+    if base is None or isinstance(base, str | Path):
+        return base
+    raise SurgeryError(
+        f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
+        fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
+    )
 
 
 def _no_model(model: object) -> SurgeryError:

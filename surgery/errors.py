@@ -6,6 +6,7 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ WORDS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
 }
+READ_AS_TEXT = re.compile(r"([-+]?[0-9]+)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")  # numbers that YAML 1.1 takes for words
 
 
 class SurgeryError(Exception):
@@ -116,6 +118,15 @@ def wanted(complaints: list[dict]) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
+def number_meant(complaints: list[dict]) -> str:
+    """What to write for a number that YAML reads as text, as 1.0e-3 for 1e-3; "" where none stands there."""
+    for each in complaints:
+        if each["type"] == "float_type" and (found := READ_AS_TEXT.fullmatch(str(each["input"]))):
+            whole, fraction, sign, power = found.groups()
+            return f"write {whole}.{fraction or 0}e{sign or '+'}{power}: YAML reads {each['input']} as text"
+    return ""
+
+
 def any_of(words: Sequence[str]) -> str:
     """ "a, b or c"."""
     *most, last = words
@@ -124,5 +135,8 @@ def any_of(words: Sequence[str]) -> str:
 
 def shown(value: object) -> str:
     """A user's value as it may stand in a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no int of more
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -14,7 +14,7 @@ from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.architecture.edit import own_config, snapshot
 from surgery.architecture.surgery_block import export, layer_entries
 from surgery.config.options import RunOptions
-from surgery.conversion.plan import Plan, Step, make_plan, problems_after
+from surgery.conversion.plan import Plan, Step, make_plan, planned_change, problems_after, problems_of
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
 from surgery.errors import SurgeryError, shown
@@ -26,7 +26,7 @@ from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
 from surgery.operations.base import SURGICAL, ApplyContext
-from surgery.operations.rewrite import rewrite_steps
+from surgery.operations.rewrite import checked_record, rewrite_steps
 from surgery.report.report import Report, history_of, new_report
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
         restore = snapshot(model)
         try:
             for operation, context in ready_steps:
-                records.append(operation.apply(model, context))
+                records.append(checked_record(operation, operation.apply(model, context)))
                 if operation.term is None:  # weights were rewritten, some in place
                     restore = snapshot(model)
         except BaseException:
@@ -189,7 +189,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     except SurgeryError as error:  # of an operation that measures nothing nobody asks for it
         tokenizer = error
     records = [
-        operation.apply(model, context)
+        checked_record(operation, operation.apply(model, context))
         for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
     ]
     with quiet_in_pipes():
@@ -218,9 +218,9 @@ def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tok
         SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
     """
     for index, step in enumerate(steps):
-        if problems := step.operation.problems(current):
+        if problems := problems_of(step.operation, "problems", current):
             raise SurgeryError(problems[0], where=type(model).__name__)
-        change = step.operation.plan(current)
+        change = planned_change(step.operation, current)
         context = _Context(change, current, progress, tokenizer, folder=folder, number=index)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after

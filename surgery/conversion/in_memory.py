@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 from surgery.io.files import BASE_CARD
 from surgery.io.loading import DONE, is_model
 from surgery.io.model_folder import refuse_links_out
@@ -76,13 +76,16 @@ def _heads(model) -> list[list[int]]:
 
 
 def _refuse_another(model, report: Report) -> None:
-    """Raise where the report is plainly not of this model."""
+    """Raise where the report is plainly not of this model, or was edited into what cannot be written."""
     fix = "give the report that surgery.apply returned for this very model"
     if not isinstance(report, Report):
         raise SurgeryError(f"report is {type(report).__name__}, not a surgery.Report", fix=fix)
     if not is_model(model):
         raise SurgeryError(f"{type(model).__name__} is not a loaded model", fix="surgery.save(model, folder, report)")
+    report.refuse_unreadable()  # before a weight is written
     known, kind = report.data.get("in_memory") or {}, report.data["base"].get("model_type")
+    if not _is_origin(known):
+        raise SurgeryError(f"this report cannot be written: in_memory is {shown(known)}", fix=fix)
     where, reported_class = type(model).__name__, known.get("class")
     if reported_class and reported_class != where:
         adapters = "; merge adapters first: model = model.merge_and_unload()" if hasattr(model, "peft_config") else ""
@@ -92,6 +95,14 @@ def _refuse_another(model, report: Report) -> None:
     if "heads" in known and known["heads"] != (heads := _heads(model)):
         what = f"the report is of {_shape(known['heads'])}, this model has {_shape(heads)}"
         raise SurgeryError(what, where=where, fix=fix)
+
+
+def _is_origin(known: object) -> bool:
+    """Whether this is of the form in which `note_origin` records a model; {}: it recorded none."""
+    if not isinstance(known, dict) or (known and "class" not in known):
+        return False
+    heads = known.get("heads", [[0, 0, 0]])
+    return isinstance(heads, list) and heads != [] and all(isinstance(row, list) and len(row) == 3 for row in heads)
 
 
 def _shape(heads: list[list[int]]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
@@ -14,11 +14,12 @@ from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.architecture.weights import packed_shapes, unpack
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.io.safetensors import stored_bytes
 from surgery.operations.base import NATIVE, SURGICAL, Operation, PlannedChange, missing_texts
+from surgery.operations.rewrite import author_error
 
 BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
 
@@ -191,11 +192,12 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
     """
     steps, current = [], anatomy
     for operation in recipe.operations:
-        problems = conflicts(operation, steps, anatomy) or missing_texts(operation) or operation.problems(current)
+        problems = conflicts(operation, steps, anatomy) or missing_texts(operation)
+        problems = problems or problems_of(operation, "problems", current)
         if problems:
             first, *rest = (SurgeryError(problem, where=source) for problem in problems)
             raise SurgeryError(first.what, where=source, others=tuple(rest))
-        change = operation.plan(current)
+        change = planned_change(operation, current)
         if problems := problems_after(steps, change.after):
             raise SurgeryError(problems[0], where=source)
         steps.append(Step(operation, current, change))
@@ -229,12 +231,63 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
         if shared:
             what = f"{operation.op}: {name} before it sets the {term} of the same heads{_where(shared, anatomy)}"
             return [f"{what}; a layer's {term} is set by one operation"]
-    return operation.problems_before(anatomy)
+    return problems_of(operation, "problems_before", anatomy)
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
     """Why what these operations have set cannot stand in a model that another has made into `later`."""
-    return [problem for step in steps for problem in step.operation.problems_after(later)]
+    return [problem for step in steps for problem in problems_of(step.operation, "problems_after", later)]
+
+
+def problems_of(operation: Operation, member: str, anatomy: Anatomy) -> list[str]:
+    """What `problems`, `problems_before` or `problems_after` of an operation says of a model.
+
+    Raises:
+        SurgeryError: a third party's operation returns no texts; TypeError: one of ours does.
+    """
+    problems = getattr(operation, member)(anatomy)
+    if problems is not None and not _are_texts(problems):
+        raise author_error(operation, f"{member} returns {shown(problems)}, and a list of texts is wanted")
+    return list(problems or ())
+
+
+def planned_change(operation: Operation, anatomy: Anatomy) -> PlannedChange:
+    """What an operation plans for a model.
+
+    Raises:
+        SurgeryError: a third party's operation plans what is no change of this model; TypeError: one of ours does.
+    """
+    change = operation.plan(anatomy)
+    if fault := _fault_of_change(change, anatomy):
+        raise author_error(operation, fault)
+    return change
+
+
+def _fault_of_change(change: object, before: Anatomy) -> str:
+    """Why this is no change of such a model, as a clause; "" if it is one."""
+    if not isinstance(change, PlannedChange):
+        return f"plan returns {shown(change)}, and a PlannedChange is wanted"
+    if not isinstance(change.after, Anatomy) or len(change.after.layers) != len(before.layers):
+        return f"after of the planned change is no Anatomy of {len(before.layers)} layers"
+    wanted = {
+        "lines": (_are_texts, "a tuple of texts"),
+        "notes": (_are_texts, "a tuple of texts"),
+        "tier": ((NATIVE, SURGICAL).__contains__, f"{NATIVE!r} or {SURGICAL!r}"),
+        "seconds": (_is_amount, "a number from 0"),
+        "parameters": (_is_amount, "a number from 0"),
+    }
+    for name, (fits, words) in wanted.items():
+        if not fits(value := getattr(change, name)):
+            return f"{name} of the planned change is {shown(value)}, and {words} is wanted"
+    return ""
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < inf
 
 
 def _where(layers: set[int], anatomy: Anatomy) -> str:

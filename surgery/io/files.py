@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 16 << 20, 100
 # Files of an output folder: its record, its card, the base's card, and what stands there while it is being written.
@@ -47,22 +47,62 @@ def parse_json(content: str | bytes) -> Any:
     """
     try:
         data = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        deep = too_deep(data)
     except RecursionError:
-        data, level = None, MAX_DEPTH + 1
-    else:
-        level, inner = 0, [data]
-        while inner and level <= MAX_DEPTH:
-            level += 1
-            inner = [
-                value
-                for each in inner
-                if isinstance(each, dict | list)
-                for value in (each.values() if isinstance(each, dict) else each)
-                if isinstance(value, dict | list)
-            ]
-    if level > MAX_DEPTH:
+        data, deep = None, True
+    if deep:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     return data
+
+
+def too_deep(data: object) -> bool:
+    """Whether data are nested more than `MAX_DEPTH` levels deep, as what holds itself is."""
+    level, inner = 0, [data]
+    while inner and level <= MAX_DEPTH:
+        level += 1
+        found = [
+            value
+            for each in inner
+            if isinstance(each, dict | list | tuple)
+            for value in (each.values() if isinstance(each, dict) else each)
+            if isinstance(value, dict | list | tuple)
+        ]
+        inner = list({id(value): value for value in found}.values())  # one object in many places is walked once
+    return level > MAX_DEPTH
+
+
+def json_fault(data: object) -> str:
+    """Why data cannot be written as JSON that is read again, as a clause that names the value; "" if they can."""
+    if too_deep(data):
+        return f"it is nested more than {MAX_DEPTH} levels deep"
+    try:
+        _json(data)
+    except (TypeError, ValueError):
+        return _faulty_value(data, "")
+    return ""
+
+
+def _json(data: object) -> str:
+    """Indented JSON that UTF-8 can hold; NaN and infinity are no JSON."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text.encode("utf-8")
+    return text
+
+
+def _faulty_value(data: object, name: str) -> str:
+    """A clause on the first value, in depth, that JSON cannot hold."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in items:
+        inner = f"{name}[{key}]" if not isinstance(data, dict) else f"{name}.{key}" if name else f"{key}"
+        try:
+            _json({key: None})
+        except (TypeError, ValueError):
+            return f"{name or 'it'} has the key {shown(key)}"
+        try:
+            _json(value)
+        except (TypeError, ValueError):
+            return _faulty_value(value, inner)
+    return f"{shown(name)[1:-1] or 'it'} is {shown(data)}"
 
 
 def sha256(path: Path) -> str:
@@ -72,8 +112,14 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Replace a file in one step by `data` as indented JSON in UTF-8."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    """Replace a file in one step by `data` as indented JSON in UTF-8.
+
+    Raises:
+        SurgeryError: the data hold what JSON cannot; the file stays as it was.
+    """
+    if fault := json_fault(data):
+        raise SurgeryError(f"this is no JSON: {fault}", where=str(path), fix="plain data: text, finite numbers, lists")
+    write_text(path, _json(data) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

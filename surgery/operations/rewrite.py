@@ -1,17 +1,43 @@
-"""Run a weight rewrite: on one layer, or on a loaded model in place."""
+"""Run a weight rewrite, on one layer or on a loaded model in place; refuse what no operation may give."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, pack, unpack, unpacked_shapes
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
+from surgery.io.files import json_fault
 
 if TYPE_CHECKING:
-    from surgery.operations.base import ApplyContext, WeightRewrite
+    from surgery.operations.base import ApplyContext, Operation, WeightRewrite
+
+
+def author_error(operation: Operation, fault: str) -> Exception:
+    """The error of an operation whose member gives what it may not: of a third party's, one that names its author.
+
+    Args:
+        fault: a clause that names the member ("plan returns None, ...").
+    """
+    message, module = f"{operation.op}: {fault}", type(operation).__module__
+    if module.startswith("surgery.operations."):
+        return TypeError(message)
+    return SurgeryError(message, where=module, fix="this operation is not of surgery: tell its authors")
+
+
+def checked_record(operation: Operation, record: Any) -> dict[str, Any]:
+    """What an operation has recorded; {} for None.
+
+    Raises:
+        SurgeryError: a third party's operation records what JSON cannot hold; TypeError: one of ours does.
+    """
+    if not isinstance(record, dict | None):
+        raise author_error(operation, f"its record is {shown(record)}, and a dict of plain data is wanted")
+    if fault := json_fault(record):
+        raise author_error(operation, f"its record is no JSON: {fault}")
+    return record or {}
 
 
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
@@ -28,14 +54,13 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
         SurgeryError: a third party's operation gives another form; TypeError: one of ours does.
     """
     target = after.layers[index]
-    new, record = operation.rewrite(layer.copy(), target)
+    result = operation.rewrite(layer.copy(), target)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], AttentionLayer)):
+        raise author_error(operation, f"rewrite returns {shown(result)}, and an AttentionLayer and a dict are wanted")
+    new, record = result
     if fault := _fault(new, layer, target):
-        message = f"{operation.op}: layer {index}: {fault}"
-        module = type(operation).__module__
-        if module.startswith("surgery.operations."):
-            raise TypeError(message)
-        raise SurgeryError(message, where=module, fix="this operation is not of surgery: tell its authors")
-    return new, record
+        raise author_error(operation, f"layer {index}: {fault}")
+    return new, checked_record(operation, record)
 
 
 def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> str:

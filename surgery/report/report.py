@@ -14,6 +14,7 @@ from surgery.evaluation.probes import REGISTRY
 from surgery.io.files import (
     BASE_CARD,
     CARD,
+    json_fault,
     published_override,
     published_recipe,
     read_json,
@@ -62,9 +63,13 @@ class Report:
         Args:
             list_files: record every file of the folder, as it is when a checkpoint was written. Later it is held
                 against that.
+
+        Raises:
+            SurgeryError: it is of a model in memory, or its data were edited and cannot be written.
         """
         if self.folder is None:
             raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
+        self.refuse_unreadable()
         from surgery.report.card import render_card
 
         # The card names the notices that are in the folder; code is hashed once, when it was written.
@@ -83,6 +88,18 @@ class Report:
         if self.intact:
             self.data["record_sha256"] = record_hash(self.data)
         write_json(self.folder / FILE, self.data)
+
+    def refuse_unreadable(self) -> None:
+        """Raise where somebody has edited the data into what surgery.json cannot hold, or what could not be read."""
+        if not isinstance(self.data, dict):
+            fault = f"its data are {shown(self.data)}"
+        elif self.data.get("format") != FORMAT:
+            fault = f"format is {shown(self.data.get('format'))}; known: {FORMAT}"
+        else:
+            fault = json_fault(self.data) or _damage_of_file(self.data)
+        if fault:
+            fix = "give it as surgery made it; notes of yours are plain data: text, finite numbers, lists, dicts"
+            raise SurgeryError(f"this report cannot be written: {fault}", fix=fix)
 
     def record_evaluation(self, result: dict) -> None:
         """Record a score, and compare it with the recipe's gate; `result`: `to_dict()` of the main probe's result."""
@@ -176,6 +193,12 @@ def _damage_of_file(data: dict) -> str:
         for name in names:
             if not isinstance(blocks[block].get(name), dict | None):
                 return f"{block}.{name} is {shown(blocks[block][name])}"
+    for block, name, kind in ((data["plan"], "changes", list), (data["plan"], "notes", list),
+                              (data, "left_behind", list), (data, "seeds", dict)):  # fmt: skip
+        if not isinstance(block.get(name), kind | None):
+            return f"{name} is {shown(block[name])}"
+    if not all(isinstance(each, dict) and isinstance(each.get("record"), dict | None) for each in data["operations"]):
+        return "operations holds something else"
     return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
 
 
@@ -243,6 +266,8 @@ def history_of(base: Path) -> list[dict]:
         return []
     earlier = record.pop("history", [])
     if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+        return []
+    if json_fault([*earlier, record]):  # an earlier version wrote NaN
         return []
     for name in ("other_files", "record_sha256"):  # of a folder that is another one
         record.pop(name, None)

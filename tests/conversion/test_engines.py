@@ -42,6 +42,16 @@ def convert(steps, folder: Path, output: Path, **options):
     return surgery.apply(steps, str(folder), output=output, check=False, evaluate=False, **options)
 
 
+RETURNS = {
+    "nothing": lambda layer: None,
+    "no record": lambda layer: layer,
+    "no layer": lambda layer: ({}, {}),
+    "a tensor in the record": lambda layer: (layer, {"x": layer.k}),
+    "NaN in the record": lambda layer: (layer, {"x": [float("nan")]}),
+    "a list as the record": lambda layer: (layer, [1]),
+}
+
+
 class Odd(WeightRewrite):
     """A third party's rewrite with a fault."""
 
@@ -54,6 +64,8 @@ class Odd(WeightRewrite):
     def rewrite(self, layer, target):
         if self.fault == "raises" and layer.anatomy.index == 1:
             raise SurgeryError("the last layer is not to its taste")
+        if self.fault in RETURNS:
+            return RETURNS[self.fault](layer)
         changes = {
             "dtype": lambda: {"v": layer.v.double()},
             "shape of o": lambda: {"o": layer.o[:-1]},
@@ -95,6 +107,16 @@ def test_a_rewrite_of_another_form_is_its_authors_fault(foreign, model, tmp_path
         convert(odd(fault), model, tmp_path / "out", engine=engine)
     assert FAULTS[fault] in caught.value.what
     assert caught.value.what.startswith("odd: layer 0: ")
+    assert caught.value.where == __name__
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("fault", RETURNS)
+@pytest.mark.parametrize("engine", ["streaming", "loaded"])
+def test_a_rewrite_that_returns_something_else_is_its_authors_fault(foreign, model, tmp_path, fault, engine):
+    with pytest.raises(SurgeryError, match="tell its authors") as caught:
+        convert(odd(fault), model, tmp_path / "out", engine=engine)
+    assert caught.value.what.startswith(("odd: rewrite returns ", "odd: its record is "))
     assert caught.value.where == __name__
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 

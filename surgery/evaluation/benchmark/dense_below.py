@@ -8,6 +8,7 @@ taken. The attention alone is timed: its share of a prompt grows with the length
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
         SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
     """
     from surgery.io import manifest
-    from surgery.io.files import read_json, write_json
+    from surgery.io.files import read_json, write_text
     from surgery.io.output_folder import machine_errors
     from surgery.report.report import Report
 
@@ -251,7 +252,8 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
         _note_change(data, search)
     data["calibration"] = search.to_dict()
     with machine_errors(folder):
-        write_json(folder / "config.json", config)
+        text = json.dumps(config, indent=2, ensure_ascii=False)  # of Transformers, which knows Infinity
+        write_text(folder / "config.json", text + "\n")
         if manifest.is_complete(data):
             data["other_files"]["config.json"] = manifest.entry(folder / "config.json")
         report.save()
