@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -10,15 +11,46 @@ import yaml
 from surgery import operations
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import SurgeryError, nearest, shown
 from surgery.evaluation.probes.settings import assign
+from surgery.io.files import MAX_DEPTH, too_deep
 from surgery.operations.variants import keys_of
 
 
+class _WrittenOut(yaml.SafeDumper):
+    """Writes an object that stands in several places out in each: anchors are not allowed in a recipe."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def copy_of(data: dict, where: str) -> dict:
+    """A copy of a recipe's data that overrides may change; `where` names them in messages.
+
+    Raises:
+        SurgeryError: they are no plain data, or nested too deep.
+    """
+    with _plain(data, where):
+        return yaml.safe_load(yaml.dump(data, Dumper=_WrittenOut))
+
+
 def as_text(key: str, value: object) -> str:
-    """A keyword as the override that a person would type."""
-    shown = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return f"{key}={shown.removesuffix(chr(10)).removesuffix('...').strip()}"
+    """A keyword as the override that a person would type; errors as of `copy_of`."""
+    with _plain(value, key):
+        form = {"default_flow_style": True, "allow_unicode": True, "width": float("inf")}
+        written = yaml.dump(value, Dumper=_WrittenOut, **form)
+    return f"{key}={written.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
+@contextmanager
+def _plain(data: object, where: str) -> Iterator[None]:
+    if too_deep(data):
+        raise SurgeryError(f"this is nested more than {MAX_DEPTH} levels deep", where=where)
+    try:
+        yield
+    except (yaml.YAMLError, ValueError) as error:
+        what = f"a recipe holds plain data only: {error.args[0]!s}"
+        raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
 
 
 def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tuple:
@@ -33,7 +65,7 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
         SurgeryError: no such field, a key that could mean several fields, or a text that is not key=value.
     """
     key, equals, value = text.partition("=")
-    key, where = key.strip(), f"override {text!r}"
+    key, where = key.strip(), f"override {shown(text)}"
     if not equals or not key:
         raise SurgeryError("an override is written key=value", where=where)
     value, _ = parse(value, where, field=0)
@@ -47,7 +79,7 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
         known = _known_keys(steps, sections)
         close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
         raise SurgeryError(
-            f"no field {key!r} in this recipe",
+            f"no field {shown(key)} in this recipe",
             where=where,
             exists=", ".join(name for name in known if heals or not name.startswith("heal.")),
             fix=f"did you mean {close!r}?" if close else "",
@@ -72,9 +104,9 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
 def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
     """Paths in the recipe that an override's key can mean."""
     head, _, tail = key.rpartition(".")
-    if head.startswith("operations.") and head.split(".")[1].isdigit():
-        index = int(head.split(".")[1])
-        return [("operations", index, tail)] if index < len(steps) else []
+    if head.startswith("operations.") and (number := head.split(".")[1]).isdecimal():
+        numbers = {str(index): index for index in range(len(steps))}
+        return [("operations", numbers[number], tail)] if number in numbers else []
     if key.startswith("evaluate.probes."):  # what a block may hold is said when the recipe is checked
         return [tuple(key.split("."))]
     if tail in sections.get(head, ()):

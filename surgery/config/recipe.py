@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from surgery import operations
 from surgery.config.evaluate import Evaluate, sections
 from surgery.config.heal import Heal
-from surgery.config.overrides import as_text, set_field
+from surgery.config.overrides import as_text, copy_of, set_field
 from surgery.config.validation import BLOCK, PROBES, checked, faults_of
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
 from surgery.errors import SurgeryError, nearest, shown
@@ -175,12 +174,8 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
             exists=f"keys: {', '.join(Recipe.model_fields)}",
             fix="`surgery cp gqa` writes one to start from",
         )
-    try:
-        data = yaml.safe_load(yaml.safe_dump(data))  # a copy that overrides may change
-        changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
-    except (yaml.YAMLError, ValueError) as error:
-        what = f"a recipe holds plain data only: {error.args[0]!s}"
-        raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
+    data = copy_of(data, where)
+    changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
     for override in changes:
         field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
         lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from surgery.config.yaml import line_of
-from surgery.errors import SurgeryError, any_of, nearest, shown, wanted
+from surgery.errors import SurgeryError, any_of, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import find as find_probe
 from surgery.evaluation.probes import settings as probe_settings
 from surgery.evaluation.probes.base import SETTINGS_ERROR
@@ -105,7 +105,8 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
     if what == OTHER_METHOD:
         own = ", ".join(name for name in kind.model_fields if name not in ("op", "method"))
         return SurgeryError(items[0]["msg"], where=at, exists=own)
-    return SurgeryError(f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=at)
+    what = f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}"
+    return SurgeryError(what, where=at, fix=number_meant(items))
 
 
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:

@@ -63,7 +63,8 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> N
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            numbered = len(path) >= field and key.value.isdecimal() and str(int(key.value)) == key.value
+            digits = key.value.isdecimal() and len(key.value) <= MAX_DIGITS  # int() refuses thousands of them
+            numbered = len(path) >= field and digits and str(int(key.value)) == key.value
             if key.tag != "tag:yaml.org,2002:str" and not numbered:
                 line = key.start_mark.line + 1
                 raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")

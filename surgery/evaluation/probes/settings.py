@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from surgery.errors import SurgeryError, nearest, shown, wanted
+from surgery.errors import SurgeryError, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import every, find, limits
 from surgery.evaluation.probes.base import SETTINGS_ERROR, Limit, Probe
 
@@ -92,7 +92,8 @@ def fault(
     if kind == SETTINGS_ERROR:
         what = f"{spelled(context['key'])} {context['what']}" if context["key"] else context["what"]
         return SurgeryError(what, where=where, exists=context["exists"], fix=context["fix"])
-    return SurgeryError(f"{spelled(key)} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
+    what = f"{spelled(key)} should be {wanted(items)}; it is {shown(items[0]['input'])}"
+    return SurgeryError(what, where=where, fix=number_meant(items))
 
 
 def keys(cls: type[Probe]) -> list[str]:
