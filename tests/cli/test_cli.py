@@ -159,7 +159,7 @@ def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, t
     assert report["base"]["name"] == "mein Modell"
     assert report["engine"] == "streaming"
     assert "Wörter.txt" in card
-    assert "quality gate, max_kl 1.0: **passed**" in card
+    assert "quality gate, max_kl 1.0, min_chat 0.7: **passed**" in card
     again = surgery("check", out, "--base", base)
     assert again.code == 0, again.err
     assert "logits against base" in again.out
