@@ -187,7 +187,7 @@ def test_a_method_that_must_be_named():
     with pytest.raises(SurgeryError, match="the key 'method' is missing") as caught:
         recipes.load(data("sink_calibration", gamma=-1.0))
     assert "zero_tuning, act, learned, kv_bias" in caught.value.exists
-    assert [fault.what for fault in caught.value.others] == ["gamma should be greater than 0; it is -1.0"]
+    assert [fault.what for fault in caught.value.others] == ["gamma should be at least 0.001; it is -1.0"]
     defaults = [union(name).default_method() for name in UNIONS]
     assert defaults == ["mean", None, "pooled", "lora"]
 

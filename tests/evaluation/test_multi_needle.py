@@ -197,8 +197,8 @@ def test_a_recipe_from_end_to_end(surgery, folder, tmp_path):
     assert data["gate"]["limits"] == {"min_multi_needle": 0.5}
     assert data["gate"]["status"] == "not run", "this base answers nothing"
     assert "Several needles (4 keys with digits each" in (tmp_path / "out/README.md").read_text()
-    loaded = recipes.load("mqa", ["multi_needle.cases=3", "evaluate.probes.multi_needle.min_multi_needle=0.5"])
-    assert loaded.evaluate.limits == {"max_kl": 1.0, "min_multi_needle": 0.5}
+    loaded = recipes.load("expand-kv", ["multi_needle.cases=3", "evaluate.probes.multi_needle.min_multi_needle=0.5"])
+    assert loaded.evaluate.limits == {"max_kl": 0.001, "min_multi_needle": 0.5}
 
 
 def test_refused(refused, folder, tokenizer):

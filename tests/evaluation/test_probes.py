@@ -172,7 +172,7 @@ def test_overrides_reach_into_a_block():
     loaded = recipes.load("duo-after-gqa", ["evaluate={max_kl: 1}", *texts]).evaluate
     assert loaded.asked[1].model_dump(exclude_unset=True) == {"cases": 8, "length": 512, "text": "builtin"}
     assert loaded.limits == {"max_kl": 1.0, "min_needles": 0.5}
-    again = recipes.load(recipes.load("mqa"), ["evaluate.probes.choices.items=5"])
+    again = recipes.load(recipes.load("expand-kv"), ["evaluate.probes.choices.items=5"])
     assert [probe.name for probe in again.evaluate.asked] == ["perplexity", "choices"]
 
 

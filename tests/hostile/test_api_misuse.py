@@ -67,7 +67,7 @@ def test_one_sentence(name, base, tmp_path, monkeypatch):
     ids=lambda step: step["op"],
 )
 def test_a_tokenizer_with_more_tokens_than_the_model(step):
-    model = TINY["llama"](vocab_size=100)
+    model = TINY["llama"](vocab_size=100, max_position_embeddings=1024)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     recipe = {"version": 1, "name": "x", "operations": [step], "evaluate": None}
     with pytest.raises(surgery.SurgeryError, match="the tokenizer has 258 tokens, the model knows 100"):

@@ -483,7 +483,13 @@ def test_an_environment_of_nothing(base, tmp_path):
 def test_ended_while_it_is_checked(surgery, base, tmp_path, number):
     """OUT is whole by then: it stays, and --resume does the rest."""
     command = [*COMMAND, "apply", "gqa", str(base), *MEAN, "-o", "out", "--no-eval", "--quiet"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has it ignored
+    ) as run:
         for _ in range(2000):
             if (tmp_path / "out").exists() or run.poll() is not None:
                 break

@@ -251,7 +251,7 @@ def test_one_term_by_two_operations_in_one_layer_is_refused_with_both_names():
     base = TINY["llama"]()
     with pytest.raises(SurgeryError, match=r"sink_calibration: sink_calibration before it sets the bias .* layers 1;"):
         package.plan(recipe(gamma(2.0, layers=[0, 1]), gamma(2.0, layers=[1])), base)
-    split = {"op": "duo_attention", "streaming_ratio": 0.5}
+    split = {"op": "duo_attention", "streaming_ratio": 0.5, "sinks": 4, "window": 16}
     with pytest.raises(SurgeryError, match="duo_attention: duo_attention before it sets the visibility of the same"):
         package.plan(recipe(split, split), base)
     model = copy.deepcopy(base)

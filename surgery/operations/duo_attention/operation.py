@@ -58,12 +58,6 @@ class DuoAttention(Operation):
         fewest = min(layer.kv_heads for layer in anatomy.layers)
         if self.per_layer_min_retrieval > fewest:
             problems.append(f"duo_attention: per_layer_min_retrieval: a layer has only {fewest} KV heads")
-        reach = self.sinks + self.window
-        if self._needs_scores and is_method(self.scores) and (anatomy.positions or reach + 1) <= reach:
-            problems.append(
-                f"duo_attention: this model takes {anatomy.positions} tokens, sinks + window are {reach}: there is no "
-                "far past to measure heads on; choose a smaller window"
-            )
         if not problems:
             try:
                 if is_method(self.scores) and any(layer.query_groups for layer in anatomy.layers):
@@ -73,6 +67,17 @@ class DuoAttention(Operation):
             except SurgeryError as error:
                 phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
                 problems.append("duo_attention: " + "; ".join(phrase for phrase in phrases if phrase))
+        reach = self.sinks + self.window
+        if (
+            not problems
+            and self._needs_scores
+            and is_method(self.scores)
+            and (anatomy.positions or reach + 1) <= reach
+        ):
+            problems.append(
+                f"duo_attention: this model takes {anatomy.positions} tokens, sinks + window are {reach}: there is no "
+                "far past to measure heads on; choose a smaller window"
+            )
         return problems
 
     def problems_before(self, earlier: Anatomy) -> list[str]:

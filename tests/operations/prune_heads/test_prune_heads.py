@@ -525,7 +525,7 @@ def test_a_config_that_refuses_the_number_goes_surgical():
 
 
 def test_order_of_operations():
-    split = {"op": "duo_attention", "streaming_ratio": 0.5}
+    split = {"op": "duo_attention", "streaming_ratio": 0.5, "sinks": 4, "window": 16}
     steps = [{"op": "prune_heads", "granularity": "head", "per_layer": 1, "scores": "magnitude"}, split]
     recipe = {"version": 1, "name": "x", "operations": steps}
     with pytest.raises(SurgeryError, match="put it before prune_heads"):
