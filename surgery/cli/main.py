@@ -152,10 +152,10 @@ def _fail(error: SurgeryError, args: list[str]) -> None:
     except OSError:  # stdout is full or gone: what is wrong is said where it still can be
         with suppress(OSError):
             typer.echo(f"error: {error}", err=True)
+        from surgery.cli.render.console import discard_stdout
+
         with suppress(OSError):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # or Python fails when it flushes at its end
+            discard_stdout()
     sys.exit(error.exit_code)
 
 

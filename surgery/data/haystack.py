@@ -231,26 +231,31 @@ class _NeedleMaker:
         question_start = len(content) - len(question)
         if self.form == "plain":
             return f"{content}\n\n{statement}", (first, first + len(needle)), question_start
-        text = self._chat(content)
+        text = chat_prompt(self.tokenizer, content, fix="use the form plain")
         shift = text.find(content)
         if shift < 0:
             raise SurgeryError("the chat template changes the text of a message", fix="use the form plain")
         return text + statement, (shift + first, shift + first + len(needle)), shift + question_start
 
-    def _chat(self, content: str) -> str:
-        """The user's message as the model wants to see it, up to where it would answer."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,  # a variable that other templates ignore
-            )
-        except Exception as error:  # a template may raise whatever its author thought of
-            raise SurgeryError(f"the chat template does not work: {error}", fix="use the form plain") from error
-
     def _ids(self, text: str) -> list[int]:
         return self.bos + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def chat_prompt(tokenizer, content: str, fix: str) -> str:
+    """A user's message as the model wants to see it, up to where it would answer.
+
+    Raises:
+        SurgeryError: the template raises; `fix`: what to do then.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # a variable that other templates ignore
+        )
+    except Exception as error:  # a template may raise whatever its author thought of
+        raise SurgeryError(f"the chat template does not work: {error}", fix=fix) from error
 
 
 def _nearest_start(hay: str, wanted: float) -> int:

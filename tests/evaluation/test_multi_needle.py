@@ -139,8 +139,8 @@ def test_who_matches_the_key_is_right_and_who_takes_the_first_secret_is_not(toke
         return spoken(text)[0][2]
 
     probe = MultiNeedle()
-    assert all(each.hit for each in probe.run(Reader(tokenizer, by_key), result.cases, lambda done: None))
-    hits = [each.hit for each in probe.run(Reader(tokenizer, first), result.cases, lambda done: None)]
+    assert all(each.hit for each in probe.run(Reader(tokenizer, by_key), result, lambda done: None))
+    hits = [each.hit for each in probe.run(Reader(tokenizer, first), result, lambda done: None)]
     assert hits == [first(tokenizer.decode(case.prompt)) == case.secret for case in result.cases]
     assert not all(hits)
 

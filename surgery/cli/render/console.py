@@ -27,8 +27,13 @@ class _Console(Console):
 
 def reader_left() -> None:
     """End quietly where stdout is a pipe that nobody reads any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+    discard_stdout()
     raise SystemExit(BROKEN_PIPE)
+
+
+def discard_stdout() -> None:
+    """Lead stdout nowhere, or Python complains when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console(stderr: bool = False) -> Console:

@@ -341,9 +341,11 @@ class CaseProbe(Probe):
 
     Attributes:
         cases_are: what the cases are, for messages ("needles").
+        model_first: the model is run before its base, which reads what the model wrote.
     """
 
     cases_are: ClassVar[str]
+    model_first: ClassVar[bool] = False
 
     @abstractmethod
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> CaseResult:
@@ -354,8 +356,12 @@ class CaseProbe(Probe):
         """
 
     @abstractmethod
-    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list:
-        """One outcome a case by a loaded model; `progress` is called with the number of cases done."""
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list:
+        """One outcome a case by a loaded model; `progress` is called with the number of cases done.
+
+        Args:
+            result: has the cases, and the outcomes of the model that was run before, if one was.
+        """
 
     @abstractmethod
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
@@ -380,11 +386,12 @@ class CaseProbe(Probe):
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
         run_base_then_model(
             result,
-            sources,
-            lambda model, tick: self.run(model, result.cases, tick),
+            dict(reversed(sources.items())) if self.model_first else sources,
+            lambda model, tick: self.run(model, result, tick),
             what=self.cases_are,
             extra=lambda kv_bytes: self.extra_bytes(result.cases, kv_bytes),
             broken=self.is_broken,
             progress=progress,
         )
+        result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         return result

@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field
 
 from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
+from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
-from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, run_base_then_model, sides
+from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Limit, Row, Table, TextSource
-from surgery.io.loading import loaded, read_config, read_tokenizer
+from surgery.io.loading import loaded, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.evaluation.probes.base import Progress
     from surgery.io.loading import ModelSource
 
 REQUESTS = (
@@ -80,7 +80,13 @@ class Answer:
 
 @dataclass
 class ChatResult(CaseResult):
-    """What was measured; `cases` are requests, an outcome is an `Answer`."""
+    """What was measured; `cases` are requests, an outcome is an `Answer`.
+
+    Attributes:
+        tokenizer: with which answers become letters.
+    """
+
+    tokenizer: Any = None
 
     COUNT: ClassVar[str] = "requests"
     COMPARISON: ClassVar[str] = "kept"
@@ -136,6 +142,7 @@ class Chat(CaseProbe):
     name: ClassVar[str] = "chat"
     summary: ClassVar[str] = "greetings and short requests with the chat template: which are answered"
     cases_are: ClassVar[str] = "requests"
+    model_first: ClassVar[bool] = True
 
     requests: TextSource = Field(BUILTIN, description="'builtin' (ten of them), or a text file with one in each line.")
     tokens: int = Field(128, ge=1, description="Tokens of an answer, at most; one that goes on does not count.")
@@ -173,44 +180,16 @@ class Chat(CaseProbe):
         longest = max(len(case.prompt) for case in cases)
         refuse_too_long(configs, longest + self.tokens, "request and answer", "fewer tokens for an answer")
         refuse_other_tokenizer(configs, max(token for case in cases for token in case.prompt))
-        return ChatResult("done", {"requests": source, "tokens": self.tokens, "margin": self.margin}, cases)
+        settings = {"requests": source, "tokens": self.tokens, "margin": self.margin}
+        return ChatResult("done", settings, cases, tokenizer=tokenizer)
 
-    def measure(
-        self,
-        out: ModelSource,
-        base: ModelSource | None = None,
-        *,
-        tokenizer: Any = None,
-        progress: Progress | None = None,
-        allow_pickle: bool = False,
-    ) -> ChatResult:
-        """See `Probe.measure`; the model comes first here, since the base reads its answers."""
-        sources = sides(out, base)
-        configs = {label: read_config(source) for label, source in sources.items()}
-        tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
-        result = self.make_cases(tokenizer, configs)
-
-        def run(model: Any, tick: Callable[[int], None]) -> list[Answer]:
-            answers = _answers(model, result.cases, tokenizer, self.tokens, tick)
-            if "out" in result.outcomes:  # this is the base
-                for written in (answers, result.outcomes["out"]):
-                    _score(model, result.cases, written)
-            return answers
-
-        run_base_then_model(
-            result,
-            dict(reversed(sources.items())),
-            run,
-            what=self.cases_are,
-            extra=lambda kv_bytes: self.extra_bytes(result.cases, kv_bytes),
-            broken=self.is_broken,
-            progress=progress,
-        )
-        result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
-        return result
-
-    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Answer]:
-        raise NotImplementedError  # `measure` has a run of its own
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Answer]:
+        tokenizer = cast("ChatResult", result).tokenizer
+        answers = _answers(model, result.cases, tokenizer, self.tokens, progress)
+        if "out" in result.outcomes:  # this is the base
+            for written in (answers, result.outcomes["out"]):
+                _score(model, result.cases, written)
+        return answers
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * (max(len(case.prompt) for case in cases) + self.tokens) * kv_bytes
@@ -299,15 +278,7 @@ def goes_in_circles(ids: Sequence[int]) -> bool:
 
 def _prompt(tokenizer: Any, request: str) -> list[int]:
     """The tokens of a user's message as the template writes it, up to where the model answers."""
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": request}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # a variable that other templates ignore
-        )
-    except Exception as error:  # a template may raise whatever its author thought of
-        raise SurgeryError(f"the chat template does not work: {error}", fix="choose another probe") from error
+    text = chat_prompt(tokenizer, request, fix="choose another probe")
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

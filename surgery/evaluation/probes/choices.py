@@ -142,8 +142,8 @@ class Choices(CaseProbe):
         settings = {"text": {"title": text.title, "sha256": text.sha256[:12]}} | draw_settings
         return ChoiceResult("done", settings, questions)
 
-    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Chosen]:
-        return ask(model, cases, progress)
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Chosen]:
+        return ask(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         tokens = max(item.longest * len(item.choices) for item in cases)

@@ -31,7 +31,7 @@ from surgery.data.haystack import (
 )
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import SurgeryError
-from surgery.evaluation.paired import percent
+from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Shares, Table, TextSource, check_setting
 from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
 
@@ -135,8 +135,8 @@ class MultiNeedle(CaseProbe):
                 position, inserted = match.end(), inserted + 1
         return "".join([*passages, stretch[position:]])
 
-    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Outcome]:
-        return run_needles(model, cases, progress)
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
+        return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * _longest(cases) * kv_bytes  # twice the cache: growing it copies it

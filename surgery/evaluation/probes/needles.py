@@ -232,8 +232,8 @@ class Needles(CaseProbe):
         settings = grid | draw_settings | {"text": text_info, "chance": chance(self.secret)}
         return NeedleResult("done", settings, needles, reach=reach_of(configs["out"]))
 
-    def run(self, model: Any, cases: list, progress: Callable[[int], None]) -> list[Outcome]:
-        return run_needles(model, cases, progress)
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Outcome]:
+        return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 2 * _longest(cases) * kv_bytes  # twice the cache: growing it copies it
