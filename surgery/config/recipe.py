@@ -16,6 +16,7 @@ from surgery.config.overrides import as_text, copy_of, set_field
 from surgery.config.validation import BLOCK, PROBES, checked, faults_of
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
 from surgery.errors import SurgeryError, nearest, shown
+from surgery.evaluation.lengths import too_short
 from surgery.evaluation.probes import settings as probe_settings
 from surgery.operations.base import Operation
 from surgery.operations.variants import Variants, inline_schema, keys_of, method_schema
@@ -78,6 +79,17 @@ class Recipe(BaseModel):
         if self.evaluate is None or not (reason := self.evaluate.main.misfit(config)):
             return ""
         return f"its evaluation does not fit this model: {reason} (evaluate.length=N)"
+
+    @property
+    def unchanged_within(self) -> int:
+        """A sequence of so many tokens gives the base's outputs; 0: every token may change."""
+        return min(operation.unchanged_within for operation in self.operations)
+
+    def too_short(self, positions: int | None) -> str:
+        """Why its evaluation shows too little of what it changes in a model with so many positions; "" if enough."""
+        if self.evaluate is None:
+            return ""
+        return too_short(self.evaluate.main.length, self.unchanged_within, "windows", "evaluate.length", positions)
 
     def to_dict(self) -> dict:
         """Plain data, every default written out."""
@@ -185,6 +197,14 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
     loaded = _validate(data, lines, where)
     loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
     return loaded
+
+
+def recorded(data: dict) -> Recipe | None:
+    """The recipe that a surgery.json records; None where this version or this machine does not have its operations."""
+    try:
+        return load(data["recipe"])
+    except SurgeryError:
+        return None
 
 
 def schema() -> dict:

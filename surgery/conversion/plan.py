@@ -82,8 +82,9 @@ class Plan:
             notes.append(
                 f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
             )
-        if reason := self.recipe.misfit(self.before.config):
-            notes.append(reason)
+        short = self.recipe.misfit(self.before.config) or self.recipe.too_short(self.before.positions)
+        if short:
+            notes.append(short)
         return [*notes, *self.base_notes]
 
     @property
@@ -108,7 +109,14 @@ class Plan:
         operations = self.recipe.to_dict()["operations"]
         heal, added = self.recipe.heal, self._added
         return HealPlan.of(
-            heal, self.after, table, touched(operations), added, base=self.before, operations=operations
+            heal,
+            self.after,
+            table,
+            touched(operations),
+            added,
+            base=self.before,
+            operations=operations,
+            unchanged=self.recipe.unchanged_within,
         )
 
     @property

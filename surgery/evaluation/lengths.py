@@ -1,8 +1,12 @@
-"""Numbers of tokens as a person types them."""
+"""Numbers of tokens: as a person types them, and how many a surgery must be judged on."""
 
 from __future__ import annotations
 
+from math import inf
+
 from surgery.errors import SurgeryError
+
+JUDGED = 4  # a row is long enough where it has so many times the tokens that a surgery leaves alone
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -18,3 +22,23 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     if not lengths or min(lengths) < 1:
         raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
     return lengths
+
+
+def too_short(length: int, unchanged: int, rows: str, key: str, positions: int | None = None) -> str:
+    """Why rows show too little of a surgery, as a sentence with the length to take; "" if they are long enough.
+
+    Args:
+        length: tokens of a row.
+        unchanged: tokens of a sequence that the surgery leaves as they are (`Operation.unchanged_within`).
+        rows: what they are, in the plural ("windows").
+        key: how their length is set ("evaluate.length").
+        positions: of the model; where they are used up nothing is said. None: unknown.
+    """
+    if length >= min(JUDGED * unchanged, positions or inf):
+        return ""
+    enough = min(1 << (JUDGED * unchanged - 1).bit_length(), positions or inf)
+    if length <= unchanged:
+        seen = f"lie within the {unchanged:,} tokens that this surgery leaves alone: nothing that it changed is seen"
+    else:
+        seen = f"show little of this surgery, which leaves the first {unchanged:,} of them alone"
+    return f"{rows} of {length:,} tokens {seen}; {key}={enough} shows it"

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.config.heal_overrides import settings as read_settings
+from surgery.config.recipe import recorded
 from surgery.data.text import SELF_TEXT
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
@@ -90,7 +91,16 @@ def heal_folder(
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(heal, anatomy.config, judged_by)
     before = Anatomy.of(source) if source is not None else None
-    plan = HealPlan.of(heal, anatomy, table, rewritten, base=before, operations=report.data["operations"])
+    recipe = recorded(report.data)
+    plan = HealPlan.of(
+        heal,
+        anatomy,
+        table,
+        rewritten,
+        base=before,
+        operations=report.data["operations"],
+        unchanged=recipe.unchanged_within if recipe else 0,
+    )
     if options.on_plan and ranks.first:
         options.on_plan(plan)
     identity = _identity(heal, report, source if heal.needs_base or heal.eval_every else None)

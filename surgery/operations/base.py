@@ -17,6 +17,7 @@ each with fields of its own, is a union of classes: see `variants.py`.
     carries_terms              optional            terms of earlier operations that a weight change takes along
     rewritten_projections      optional            what healing in parts trains
     limitations, streams       optional            where these depend on the settings
+    unchanged_within           optional            tokens of a sequence that it leaves as they are in the base
 """
 
 from __future__ import annotations
@@ -182,6 +183,14 @@ class Operation(BaseModel):
     def rewritten_projections(self) -> tuple[str, ...]:
         """Which of the projections "q", "k", "v", "o" have other weights afterwards: healing in parts trains them."""
         return ()
+
+    @property
+    def unchanged_within(self) -> int:
+        """A sequence of so many tokens gives the base's outputs, whatever the weights; 0: every token may change.
+
+        Shorter rows can neither judge nor heal what it does.
+        """
+        return 0
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""

@@ -140,6 +140,10 @@ class DuoAttention(Operation):
         return {"streaming": named, "scores": scores.to_dict()}
 
     @property
+    def unchanged_within(self) -> int:
+        return self.sinks + self.window
+
+    @property
     def _needs_scores(self) -> bool:
         return self.streaming_ratio not in (0.0, 1.0) or self.per_layer_min_retrieval > 0
 

@@ -83,6 +83,11 @@ class SparsePrefill(Variants, Operation):
         return self.problems_of_search(anatomy) or self._faults_of_settings(anatomy)
 
     @property
+    def unchanged_within(self) -> int:
+        entries = [self._entry({}), *(self._entry(changes) for changes in self.per_layer.values())]
+        return min(entry["dense_below"] // entry["block"] * entry["block"] for entry in entries)
+
+    @property
     def searches(self) -> bool:
         """Whether settings are found by measuring the model on text."""
         return False

@@ -1,0 +1,89 @@
+"""Rows that are too short to show what a surgery does are said to be: in a plan, an evaluation and a healing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import TINY
+from tokenizers_of_bytes import byte_tokenizer
+
+import surgery
+from surgery.config import recipe as recipes
+from surgery.evaluation.lengths import too_short
+
+SPLIT = {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 2, "window": 6}
+SPARSE = {"op": "sparse_prefill", "method": "streaming", "block": 16, "dense_below": 40, "sinks": 1, "window": 16}
+
+
+def recipe(*operations, length=32, **rest) -> dict:
+    return {"version": 1, "name": "x", "operations": list(operations), "evaluate": {"length": length}} | rest
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    TINY["llama"](vocab_size=258).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("operations", "unchanged"),
+    [
+        ([SPLIT], 8),
+        ([SPARSE], 32),  # blocks of 16 that end by position 40
+        ([SPARSE | {"per_layer": {0: {"dense_below": 16}}}], 16),
+        ([SPLIT, SPARSE | {"heads": "retrieval"}], 8),
+        ([{"op": "gqa", "kv_heads": 1, "method": "mean"}, SPLIT], 0),
+    ],
+)
+def test_what_a_recipe_leaves_alone_is_the_least_that_any_operation_leaves(operations, unchanged):
+    assert recipes.load(recipe(*operations)).unchanged_within == unchanged
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("operation", [SPLIT, SPARSE])
+def test_a_row_of_so_many_tokens_gives_the_base_s_logits_and_a_longer_one_others(operation, extra):
+    torch.manual_seed(0)
+    model = TINY["llama"](vocab_size=258).eval()
+    made = recipes.load(recipe(operation))
+    length = made.unchanged_within + extra * (1 if operation is SPLIT else 128)
+    ids = torch.randint(3, 60, (1, length))
+    with torch.no_grad():
+        before = model(ids).logits
+        surgery.apply(recipe(operation), model, tokenizer=byte_tokenizer())
+        after = model(ids).logits
+    assert torch.allclose(before, after, atol=1e-6) is (extra == 0)
+
+
+@pytest.mark.parametrize(
+    ("length", "positions", "words"),
+    [
+        (8, None, ["lie within the 8 tokens", "length=32"]),
+        (9, None, ["show little", "first 8", "length=32"]),
+        (31, 64, ["length=32"]),
+        (20, 24, ["length=24"]),
+        (32, None, []),
+        (24, 24, []),  # the model has no room for more
+    ],
+)
+def test_the_note_names_a_length_that_is_long_enough_and_fits(length, positions, words):
+    note = too_short(length, 8, "rows", "length", positions)
+    assert bool(note) is bool(words)
+    assert all(word in note for word in words), note
+
+
+def test_plan_evaluation_and_healing_say_so(base, tmp_path):
+    heal = {"heal": {"steps": 1, "length": 16, "batch_tokens": 16, "data": "builtin"}}
+    plan = surgery.plan(recipe(SPLIT, length=16, **heal), str(base))
+    assert any("windows of 16 tokens show little" in note and "evaluate.length=32" in note for note in plan.notes)
+    assert any("rows of 16 tokens show little" in line and "heal.length=32" in line for line in plan.heal.lines)
+    assert not any("windows" in note for note in surgery.plan(recipe(SPLIT, length=32), str(base)).notes)
+
+    surgery.apply(recipe(SPLIT, length=16), str(base), output=tmp_path / "out", check=False, evaluate=False)
+    shown = {}
+    for length in (8, 16, 32):
+        result = surgery.evaluate(tmp_path / "out", base, windows=1, length=length)
+        shown[length] = [note for note in result.notes if "windows of" in note]
+    assert "lie within" in shown[8][0] and "show little" in shown[16][0] and not shown[32]
