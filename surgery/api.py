@@ -12,7 +12,6 @@ from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
 from surgery.conversion.plan import Plan, make_plan
 from surgery.errors import CheckError, SurgeryError, shown
-from surgery.evaluation.lengths import too_short
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
@@ -275,8 +274,8 @@ def evaluate(
     result = chosen.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
     if chosen.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
         report = Report.of(out)
-        made_by = recipes.recorded(report.data)
-        if made_by and (short := too_short(chosen.length, made_by.unchanged_within, "windows", "length")):
+        recipe = recipes.recorded(report.data)
+        if recipe and (short := recipe.too_short(chosen.length, "windows", "length")):
             result.notes.append(short)
         if reason := unrecordable(report.data, base, chosen):
             result.notes.append(f"not recorded in surgery.json and card: {reason}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -199,6 +200,13 @@ def model_name(config) -> str:
     """The name by which a model was loaded; of a local path only the last folder, since score files are shared."""
     name = getattr(config, "_name_or_path", "") or ""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def ranks(table: list[list[float]]) -> list[list[float]]:
+    """The share of all other heads that score lower than each head, 0 to 1; heads that score the same count half."""
+    order = sorted(x for row in table for x in row)
+    others = max(1, len(order) - 1)
+    return [[(bisect_left(order, x) + bisect_right(order, x) - 1) / 2 / others for x in row] for row in table]
 
 
 def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:

@@ -45,13 +45,12 @@ class Layerwise:
     def _record(self, model, ids: torch.Tensor, all_layers: bool) -> None:
         def hook(index: int) -> Callable:
             def before(block, args, kwargs):
-                states = args[0] if args else kwargs["hidden_states"]
+                states, *others = _split(args, kwargs)
                 if index == 0:
                     self.states.append(states.detach().clone())
                 if not all_layers:
                     raise StopForward
-                others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                self._calls[index] = (args[1:], others)
+                self._calls[index] = tuple(others)
 
             return before
 
@@ -100,6 +99,12 @@ class Layerwise:
         """Replace the hidden states by the output of a layer."""
         for sample, state in enumerate(self.states):
             self.states[sample] = self.call(layer, state)
+
+
+def _split(args: tuple, kwargs: dict) -> tuple:
+    """Of a call of a decoder layer: the hidden states, and its other arguments."""
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return args[0] if args else kwargs["hidden_states"], args[1:], others
 
 
 def _wide(value):
@@ -157,6 +162,22 @@ def recorded(blocks: list) -> Iterator[dict]:
     hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
     try:
         yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def recorded_calls(blocks: list) -> Iterator[dict]:
+    """Record the call of each block in the forward pass that runs inside: block -> (hidden states, args, kwargs)."""
+    calls: dict = {}
+
+    def before(block, args, kwargs):
+        calls[block] = _split(args, kwargs)
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()

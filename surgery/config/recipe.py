@@ -80,16 +80,16 @@ class Recipe(BaseModel):
             return ""
         return f"its evaluation does not fit this model: {reason} (evaluate.length=N)"
 
-    @property
-    def unchanged_within(self) -> int:
-        """A sequence of so many tokens gives the base's outputs; 0: every token may change."""
-        return min(operation.unchanged_within for operation in self.operations)
+    def too_short(self, length: int, rows: str, key: str, positions: int | None = None) -> str:
+        """Why rows of so many tokens show too little of one of its operations; "" if they show enough of all.
 
-    def too_short(self, positions: int | None) -> str:
-        """Why its evaluation shows too little of what it changes in a model with so many positions; "" if enough."""
-        if self.evaluate is None:
-            return ""
-        return too_short(self.evaluate.main.length, self.unchanged_within, "windows", "evaluate.length", positions)
+        Args:
+            rows: what they are, in the plural ("windows").
+            key: how their length is set ("evaluate.length").
+            positions: of the model; None: unknown.
+        """
+        most = max(self.operations, key=lambda operation: operation.unchanged_within)
+        return too_short(length, most.unchanged_within, most.op, rows=rows, key=key, positions=positions)
 
     def to_dict(self) -> dict:
         """Plain data, every default written out."""

@@ -82,10 +82,13 @@ class Plan:
             notes.append(
                 f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
             )
-        short = self.recipe.misfit(self.before.config) or self.recipe.too_short(self.before.positions)
-        if short:
-            notes.append(short)
-        return [*notes, *self.base_notes]
+        if reason := self.recipe.misfit(self.before.config):
+            notes.append(reason)
+        elif evaluate := self.recipe.evaluate:
+            notes.append(
+                self.recipe.too_short(evaluate.main.length, "windows", "evaluate.length", self.before.positions)
+            )
+        return [note for note in (*notes, *self.base_notes) if note]
 
     @property
     def parameters_after(self) -> int:
@@ -116,7 +119,7 @@ class Plan:
             added,
             base=self.before,
             operations=operations,
-            unchanged=self.recipe.unchanged_within,
+            note=self.recipe.too_short(heal.length, "rows", "heal.length"),
         )
 
     @property

@@ -24,12 +24,12 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def too_short(length: int, unchanged: int, rows: str, key: str, positions: int | None = None) -> str:
-    """Why rows show too little of a surgery, as a sentence with the length to take; "" if they are long enough.
+def too_short(length: int, unchanged: int, op: str, *, rows: str, key: str, positions: int | None = None) -> str:
+    """Why rows show too little of an operation, as a sentence with the length to take; "" if they are long enough.
 
     Args:
         length: tokens of a row.
-        unchanged: tokens of a sequence that the surgery leaves as they are (`Operation.unchanged_within`).
+        unchanged: tokens of a sequence that the operation `op` leaves as they are (`Operation.unchanged_within`).
         rows: what they are, in the plural ("windows").
         key: how their length is set ("evaluate.length").
         positions: of the model; where they are used up nothing is said. None: unknown.
@@ -38,7 +38,7 @@ def too_short(length: int, unchanged: int, rows: str, key: str, positions: int |
         return ""
     enough = min(1 << (JUDGED * unchanged - 1).bit_length(), positions or inf)
     if length <= unchanged:
-        seen = f"lie within the {unchanged:,} tokens that this surgery leaves alone: nothing that it changed is seen"
+        seen = f"lie within the {unchanged:,} tokens that {op} leaves unchanged: they show nothing of it"
     else:
-        seen = f"show little of this surgery, which leaves the first {unchanged:,} of them alone"
+        seen = f"show little of {op}, which leaves the first {unchanged:,} of them unchanged"
     return f"{rows} of {length:,} tokens {seen}; {key}={enough} shows it"

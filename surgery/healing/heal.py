@@ -99,7 +99,7 @@ def heal_folder(
         rewritten,
         base=before,
         operations=report.data["operations"],
-        unchanged=recipe.unchanged_within if recipe else 0,
+        note=recipe.too_short(heal.length, "rows", "heal.length") if recipe else "",
     )
     if options.on_plan and ranks.first:
         options.on_plan(plan)

@@ -8,7 +8,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, TrainingError
-from surgery.evaluation.lengths import too_short
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
@@ -34,7 +33,7 @@ class HealPlan:
         engine: of the processes.
         mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
             heads that they mix, in memory while it trains.
-        unchanged: tokens of a row that the surgery leaves as they are in the base.
+        note: what the user should know of the rows; "": nothing.
     """
 
     heal: Heal
@@ -48,7 +47,7 @@ class HealPlan:
     mixing: Table = field(default_factory=dict)
     mixed: int = 0
     engine: Engine = field(default_factory=Engine)
-    unchanged: int = 0
+    note: str = ""
 
     @classmethod
     def of(
@@ -61,7 +60,7 @@ class HealPlan:
         *,
         base: Anatomy | None = None,
         operations: Sequence[dict] = (),
-        unchanged: int = 0,
+        note: str = "",
         engine: Engine | None = None,
     ) -> HealPlan:
         """The plan for a converted model; arguments as for `select_trainable`.
@@ -69,7 +68,7 @@ class HealPlan:
         Args:
             base: of the model before the surgery; None where it is not known.
             operations: of the surgery, those of its record or of its recipe.
-            unchanged: its `Recipe.unchanged_within`.
+            note: see the attribute.
             engine: default the one that launched this process.
 
         Raises:
@@ -98,7 +97,7 @@ class HealPlan:
             mixing,
             mixed,
             engine or Engine.here(),
-            unchanged,
+            note,
         )
 
     @property
@@ -171,13 +170,12 @@ class HealPlan:
         if self.mixing:
             each = f"one for each {heal.mixing}"
             mixing.append(f"heal: {self.mixing_count:,} of them mix the base's K and V heads ({each}), folded after")
-        note = too_short(heal.length, self.unchanged, "rows", "heal.length")
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
             *mixing,
             f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
             f"learning rate {heal.rate:g}",
-            *([f"note: {note}"] if note else []),
+            *([f"note: {self.note}"] if self.note else []),
         ]
 
     def to_dict(self) -> dict:

@@ -28,18 +28,26 @@ def base(tmp_path_factory):
     return folder
 
 
+MERGE = {"op": "gqa", "kv_heads": 1, "method": "mean"}
+
+
 @pytest.mark.parametrize(
-    ("operations", "unchanged"),
+    ("operations", "unchanged", "op"),
     [
-        ([SPLIT], 8),
-        ([SPARSE], 32),  # blocks of 16 that end by position 40
-        ([SPARSE | {"per_layer": {0: {"dense_below": 16}}}], 16),
-        ([SPLIT, SPARSE | {"heads": "retrieval"}], 8),
-        ([{"op": "gqa", "kv_heads": 1, "method": "mean"}, SPLIT], 0),
+        ([SPLIT], 8, "duo_attention"),
+        ([SPARSE], 32, "sparse_prefill"),  # blocks of 16 that end by position 40
+        ([SPARSE | {"per_layer": {0: {"dense_below": 16}}}], 16, "sparse_prefill"),
+        ([SPLIT, SPARSE | {"heads": "retrieval"}], 32, "sparse_prefill"),
+        ([MERGE, SPLIT], 8, "duo_attention"),
+        ([MERGE], 0, None),
     ],
 )
-def test_what_a_recipe_leaves_alone_is_the_least_that_any_operation_leaves(operations, unchanged):
-    assert recipes.load(recipe(*operations)).unchanged_within == unchanged
+def test_rows_must_show_every_operation(operations, unchanged, op):
+    made = recipes.load(recipe(*operations))
+    for length in (unchanged or 1, unchanged + 1, 4 * unchanged - 1 if unchanged else 2, 4 * unchanged or 3):
+        note = made.too_short(length, "rows", "length")
+        assert bool(note) is (length < 4 * unchanged)
+        assert not note or (op in note and f"{unchanged} " in note)
 
 
 @pytest.mark.parametrize("extra", [0, 1])
@@ -48,7 +56,7 @@ def test_a_row_of_so_many_tokens_gives_the_base_s_logits_and_a_longer_one_others
     torch.manual_seed(0)
     model = TINY["llama"](vocab_size=258).eval()
     made = recipes.load(recipe(operation))
-    length = made.unchanged_within + extra * (1 if operation is SPLIT else 128)
+    length = made.operations[0].unchanged_within + extra * (1 if operation is SPLIT else 128)
     ids = torch.randint(3, 60, (1, length))
     with torch.no_grad():
         before = model(ids).logits
@@ -69,7 +77,7 @@ def test_a_row_of_so_many_tokens_gives_the_base_s_logits_and_a_longer_one_others
     ],
 )
 def test_the_note_names_a_length_that_is_long_enough_and_fits(length, positions, words):
-    note = too_short(length, 8, "rows", "length", positions)
+    note = too_short(length, 8, "op", rows="rows", key="length", positions=positions)
     assert bool(note) is bool(words)
     assert all(word in note for word in words), note
 
@@ -86,4 +94,6 @@ def test_plan_evaluation_and_healing_say_so(base, tmp_path):
     for length in (8, 16, 32):
         result = surgery.evaluate(tmp_path / "out", base, windows=1, length=length)
         shown[length] = [note for note in result.notes if "windows of" in note]
-    assert "lie within" in shown[8][0] and "show little" in shown[16][0] and not shown[32]
+    assert "lie within" in shown[8][0]
+    assert "show little" in shown[16][0]
+    assert not shown[32]

@@ -9,13 +9,12 @@ before the changed one are not computed again.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import torch
 
 from surgery.calibration.attention_hook import hook_attention, row_logits
-from surgery.calibration.head_scores import HeadScores, refuse_not_finite
+from surgery.calibration.head_scores import HeadScores, ranks, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
 from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import BUILTIN, fitting_length, load_text
@@ -60,13 +59,6 @@ def ablation(
     orders = [ranks(table) for table in tables]
     scores = [[sum(pair) / 2 for pair in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]
     return HeadScores("ablation", scores, origin | {"lost": dict(zip(("answers", "plain text"), tables, strict=True))})
-
-
-def ranks(table: list[list[float]]) -> list[list[float]]:
-    """The share of all other heads that score lower than each head, 0 to 1; heads that score the same count half."""
-    order = sorted(x for row in table for x in row)
-    others = max(1, len(order) - 1)
-    return [[(bisect_left(order, x) + bisect_right(order, x) - 1) / 2 / others for x in row] for row in table]
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ METHODS = {
     "far-mass": Scorer("far_mass", "far_mass", "attention mass beyond sinks + window where passkeys are repeated"),
     "retrieval": Scorer("retrieval", "retrieval", "how often a head looks at the token that it copies (Wu et al.)"),
     "gates": Scorer("learned_gates", "gates", "a gate for each KV head, optimised on passkeys (DuoAttention)"),
+    "fisher": Scorer("fisher", "fisher", "KL that streaming costs on text, by the Fisher information, and far-mass"),
     "ablation": Scorer("ablation", "ablation", "what answers and plain text lose when one KV head alone streams (KL)"),
     "induction": Scorer("induction", "induction", "attention to earlier copies of random tokens (RazorAttention)"),
 }

@@ -13,17 +13,18 @@ from families import TINY, double
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.attention_hook import answer_logits, attention_weights, hook_attention
-from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_identity
+from surgery.calibration.head_scores import HeadScores, choose_streaming, load_scores, model_identity, ranks
 from surgery.data.passkeys import Recall, passkeys, plain_windows
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
+from surgery.operations.duo_attention import fisher
 from surgery.operations.duo_attention import learned_gates as gates_module
-from surgery.operations.duo_attention.ablation import ranks
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.operations.duo_attention.learned_gates import MixedAttention, answer_states, gates, schedule
 from surgery.operations.duo_attention.retrieval import copies
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 from surgery.runtime import modeling_surgery as runtime
+from surgery.runtime.surgery_attention import surgery_attention
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt_oss")
 SINKS, WINDOW, LENGTH = 2, 9, 180
@@ -206,6 +207,120 @@ def test_retrieval_against_eager_attention(tokenizer):
     assert got.origin["steps"] == steps
     assert got.origin["answered"] == pytest.approx(right / steps, abs=1e-4)
     assert got.scores == (hits / steps).view(2, 4, 2).amax(-1).tolist()
+
+
+# --- fisher --------------------------------------------------------------------------------------------------
+
+
+class Mixed:
+    """An attention function whose heads add `share[layer, head, position]` of what streaming changes."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, module, query, key, value, mask, **kwargs):
+        layer, heads = module.layer_idx, self.share.shape[1]
+        self.hook.set_streaming(layer)
+        full, _ = surgery_attention(module, query, key, value, mask, **kwargs)
+        self.hook.set_streaming(layer, range(heads), **REACH)
+        near, _ = surgery_attention(module, query, key, value, mask, **kwargs)
+        share = self.share[layer].repeat_interleave(query.shape[1] // heads, 0).T[None, :, :, None]
+        return full + share * (near - full), None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fisher_has_the_slope_of_the_log_probabilities(family, tokenizer):
+    """Against central differences in float64 of the whole model, a head at a position at a time."""
+    every_expert = {"num_experts_per_tok": 4} if family == "gpt_oss" else {}  # a choice of experts jumps
+    model = double(tiny(family, **every_expert).eval())
+    each = passkeys(WORDS, tokenizer, **PASSKEYS)[0]
+    rows, heads = torch.arange(REACH["sinks"] + REACH["window"], LENGTH), model.config.num_key_value_heads
+    targets = each.ids[rows - 1, None]  # any tokens: they are the same on both sides
+
+    remembered = iter(targets.split(fisher.ROWS))
+    attention = fisher._BothOutputs(**REACH)
+    attention.rows = each.rows
+    with hook_attention(model, attention) as hook:
+        attention.hook, attention.mass = hook, [torch.zeros(x.heads, dtype=torch.float64) for x in hook.anatomy.layers]
+        changes = fisher.output_changes(model, attention, each.ids, rows, lambda logps: next(remembered))
+        got = dict(changes)
+    mixed = Mixed(torch.zeros(2, heads, LENGTH, dtype=torch.float64))
+    with hook_attention(model, mixed) as mixed.hook, torch.no_grad():
+
+        def total() -> float:
+            logps = model(input_ids=each.ids[None], use_cache=False).logits[0, rows].log_softmax(-1)
+            return float(logps.gather(-1, targets).sum())
+
+        for layer, head, position in [(0, 0, 50), (0, heads - 1, LENGTH - 9), (1, 0, 70), (1, heads - 1, LENGTH - 2)]:
+            sides = {}
+            for steps in (-2, -1, 1, 2):  # not tiny: norms compute in float32
+                mixed.share[layer, head, position] = steps * 0.02
+                sides[steps] = total()
+            mixed.share.zero_()
+            slope = (8 * (sides[1] - sides[-1]) - (sides[2] - sides[-2])) / 12 / 0.02
+            assert float(got[layer][position, head]) == pytest.approx(slope, abs=2e-3, rel=1e-3)
+        assert max(float(table.abs().max()) for table in got.values()) > 1e-4
+        assert max(float(table[: REACH["sinks"] + REACH["window"]].abs().max()) for table in got.values()) < 1e-6
+
+
+def test_fisher_takes_the_mean_rank_on_text_and_on_passkeys(tokenizer):
+    """Far-mass is that of the scorer of this name, on the same sequences."""
+    model = tiny("llama")
+    got = score(model, tokenizer, "fisher", **PASSKEYS, text=WORDS)
+    again = score(model, tokenizer, "fisher", **PASSKEYS, text=WORDS)
+    mass = score(model, tokenizer, "far-mass", **PASSKEYS, text=WORDS).scores
+    assert got == again
+    assert torch.allclose(torch.tensor(got.origin["far_mass"]), torch.tensor(mass), atol=1e-6)
+    pairs = zip(ranks(got.origin["lost"]), ranks(got.origin["far_mass"]), strict=True)
+    assert got.scores == [[(a + b) / 2 for a, b in zip(*rows, strict=True)] for rows in pairs]
+    assert min(x for row in got.origin["lost"] for x in row) > 0
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fisher_is_the_kl_that_small_changes_cost(tokenizer):
+    """A change of one position against the KL itself, with the mean over the whole vocabulary in place of draws."""
+    model, share = double(tiny("llama").eval()), 0.05
+    each, heads = passkeys(WORDS, tokenizer, **PASSKEYS)[0], model.config.num_key_value_heads
+    rows, position = torch.tensor([LENGTH - 1]), LENGTH - 1
+    attention, probabilities, squares = fisher._BothOutputs(**REACH), [], []
+    attention.rows = each.rows
+    with hook_attention(model, attention) as hook:
+        attention.hook, attention.mass = hook, [torch.zeros(x.heads, dtype=torch.float64) for x in hook.anatomy.layers]
+        for token in range(model.config.vocab_size):
+
+            def target(logps, token=token):
+                probabilities.append(logps.detach().exp()[0, token])
+                return torch.tensor([[token]])
+
+            terms = dict(fisher.output_changes(model, attention, each.ids, rows, target))
+            squares.append(torch.stack([terms[layer][position] for layer in range(2)]).square())
+    estimate = (torch.stack(probabilities)[:, None, None] * torch.stack(squares)).sum(0) / 2 * share**2
+    mixed = Mixed(torch.zeros(2, heads, LENGTH, dtype=torch.float64))
+    with hook_attention(model, mixed) as mixed.hook, torch.no_grad():
+
+        def logps(layer, head, change):
+            mixed.share[layer, head, position] = change
+            result = model(input_ids=each.ids[None], use_cache=False).logits[0, -1].log_softmax(-1)
+            mixed.share.zero_()
+            return result
+
+        full = logps(0, 0, 0.0)
+        for layer in range(2):
+            for head in range(heads):
+                both = [(full.exp() * (full - logps(layer, head, sign * share))).sum() for sign in (1, -1)]
+                kl = float(sum(both)) / 2  # without terms of third order
+                assert float(estimate[layer, head]) == pytest.approx(kl, rel=0.02)
+
+
+def test_fisher_draws_tokens_as_often_as_the_model_says():
+    probabilities = torch.tensor([[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]])
+    draw = fisher.sampled_tokens(torch.Generator().manual_seed(0))
+    drawn = torch.cat([draw(probabilities.log()) for _ in range(2000)], dim=1)
+    assert [(drawn[0] == token).double().mean().item() for token in range(3)] == pytest.approx(
+        [0.1, 0.2, 0.7], abs=0.03
+    )
+    assert not drawn[1].any()
 
 
 # --- ablation ------------------------------------------------------------------------------------------------
