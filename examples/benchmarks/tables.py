@@ -1,61 +1,118 @@
-"""The tables of recipes/README.md, made from the figures in results/*.json, so that page and figures cannot drift.
+"""Write every table and plot of the pages, from the figures in results/*.json and from the code.
 
-    python examples/benchmarks/tables.py           says which tables of the page are not those of the results
-    python examples/benchmarks/tables.py --write   writes them into the page
+    python examples/benchmarks/tables.py           says which tables and plots are stale, and in which rows
+    python examples/benchmarks/tables.py --write   writes them
 
-A results file holds the command that printed the figures, the machine where it matters, and the table: `columns`,
-`align` (left or right) and `rows` of texts. `<!-- results: NAME -->` in the page stands before the table of NAME.json.
+A page is any README.md of the repository and any page of recipes/. What is written stands between two marks:
+
+    <!-- results: NAME -->    the table of results/NAME.json, and what printed it (see results.py)
+    <!-- plot: NAME -->       recipes/plots/NAME.svg (see plots.py)
+    <!-- reference: NAME -->  a table from the code (see reference.py)
+    <!-- end -->
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-RESULTS = Path(__file__).with_name("results")
-PAGE = Path(__file__).resolve().parents[2] / "recipes" / "README.md"
-MARK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n\n)((?:\|.*\n)*)")
+import plots
+import reference
+import results
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("results", "plot", "reference")
+MARK = re.compile(rf"(<!-- ({'|'.join(KINDS)}): ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
+BEGIN = re.compile(rf"<!-- (?:{'|'.join(KINDS)}): ")
 
 
-def table(name: str) -> str:
-    """The Markdown table of a results file, a line a row.
+class Block(NamedTuple):
+    """What stands between two marks of a page."""
+
+    kind: str
+    name: str
+    text: str
+
+
+def pages() -> list[Path]:
+    """The pages that hold tables or plots of ours."""
+    found = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("surgery/**/*.md"), *ROOT.glob("kernels/*.md")]
+    return sorted(page for page in found if BEGIN.search(page.read_text(encoding="utf-8")))
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page, as they stand there.
 
     Raises:
-        SystemExit: there is no such file, or a row has more or fewer cells than there are columns.
+        SystemExit: a mark has no end.
     """
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        raise SystemExit(f"no results {name}: there is {', '.join(sorted(p.stem for p in RESULTS.glob('*.json')))}")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if uneven := [row for row in found["rows"] if len(row) != len(found["columns"])]:
-        raise SystemExit(
-            f"{path.name}: a row of {len(uneven[0])} cells under {len(found['columns'])} columns: {uneven[0]}"
-        )
-    rules = ["---:" if align == "right" else "---" for align in found["align"]]
-    return "".join(
-        f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in (found["columns"], rules, *found["rows"])
+    text = page.read_text(encoding="utf-8")
+    found = [Block(*match.group(2, 3, 4)) for match in MARK.finditer(text)]
+    if any(BEGIN.search(block.text) for block in found) or len(BEGIN.findall(text)) > len(found):
+        raise SystemExit(f"{page.relative_to(ROOT)}: a mark has no <!-- end -->")
+    return found
+
+
+def rendered(page: Path, kind: str, name: str) -> str:
+    """What should stand in a block of `page`.
+
+    Raises:
+        SystemExit: there are no such results, plot or reference.
+    """
+    if kind == "results":
+        return f"\n{results.table(name)}\n"
+    known = plots.PLOTS if kind == "plot" else reference.REFERENCES
+    if name not in known:
+        raise SystemExit(f"{page.relative_to(ROOT)}: no {kind} {name}: there is {', '.join(known)}")
+    if kind == "reference":
+        return f"\n{reference.REFERENCES[name]()}\n"
+    picture = Path(os.path.relpath(plots.FOLDER / f"{name}.svg", page.parent)).as_posix()
+    return f"\n![{plots.PLOTS[name].says}]({picture})\n\n"
+
+
+def rewritten(page: Path) -> str:
+    """The page with every block as it should be."""
+    blocks(page)
+    return MARK.sub(
+        lambda match: match[1] + rendered(page, match[2], match[3]) + match[5], page.read_text(encoding="utf-8")
     )
 
 
-def page(text: str) -> str:
-    """The page with every marked table as the results have it."""
-    return MARK.sub(lambda match: match.group(1) + table(match.group(2)), text)
+def stale() -> Iterator[str]:
+    """A sentence for each table or plot that is not that of the results, or of the code."""
+    for page in pages():
+        for kind, name, text in blocks(page):
+            right = rendered(page, kind, name)
+            if text == right:
+                continue
+            has, wants = text.splitlines(), right.splitlines()
+            rows = [f"lacks {line}" for line in wants if line and line not in has]
+            rows += [f"should not have {line}" for line in has if line and line not in wants]
+            where = page.relative_to(ROOT).as_posix()
+            yield f"{where}: {kind} {name}: {'; '.join(rows) or 'its rows are in another order'}"
+    for name in plots.PLOTS:
+        if why := plots.stale(name):
+            yield f"recipes/plots/{name}.svg: {why}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
     if parser.parse_args().write:
-        PAGE.write_text(new, encoding="utf-8")
+        for page in pages():
+            page.write_text(rewritten(page), encoding="utf-8", newline="\n")
+        plots.FOLDER.mkdir(exist_ok=True)
+        for name, plot in plots.PLOTS.items():
+            (plots.FOLDER / f"{name}.svg").write_text(plots.svg(plot), encoding="utf-8", newline="\n")
         return 0
-    stale = [match.group(2) for match in MARK.finditer(old) if match.group(3) != table(match.group(2))]
-    print(f"not those of the results: {', '.join(stale)}" if stale else "every table is that of its results")
-    return int(bool(stale))
+    faults = list(stale())
+    print("\n".join(faults) or "every table and plot is that of its results")
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

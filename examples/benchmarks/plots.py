@@ -1,0 +1,271 @@
+"""The plots of the pages, drawn from results/*.json into recipes/plots/NAME.svg by tables.py.
+
+Each plot has one meaning an axis and one a colour. The same results and the same matplotlib give the same bytes: ids
+come from a fixed salt, no date is written, letters stay text. A plot's description in the file names the digest of the
+figures that it was drawn from and the version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from results import Results, read
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "plots"
+# Okabe and Ito's colours, which people with any colour vision tell apart.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#999999"
+STYLE = {
+    "svg.hashsalt": "surgery",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a page.
+
+    Attributes:
+        draw: draws on the axes what it is given, the results in the order of `sources`.
+        sources: names of the results.
+        says: what it shows, in a sentence: the text for those who do not see it.
+        size: width and height in inches.
+    """
+
+    draw: Callable[..., None]
+    sources: tuple[str, ...]
+    says: str
+    size: tuple[float, float] = (7.0, 3.4)
+
+    @property
+    def digest(self) -> str:
+        """Of the figures that it is drawn from."""
+        figures = [[[column.name for column in read(name).columns], read(name).rows] for name in self.sources]
+        return hashlib.sha256(json.dumps(figures).encode()).hexdigest()[:16]
+
+    @property
+    def description(self) -> str:
+        """What the file says of its origin."""
+        return f"figures {self.digest}, matplotlib {matplotlib.__version__}"
+
+
+def figure(plot: Plot) -> Figure:
+    """The plot as a figure, which no window shows."""
+    drawn = Figure(figsize=plot.size, facecolor="white")
+    plot.draw(drawn.add_subplot(), *map(read, plot.sources))
+    return drawn
+
+
+def svg(plot: Plot) -> str:
+    """The text of the plot's file."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        file = io.StringIO()
+        metadata: dict[str, Any] = {"Date": None, "Creator": None, "Description": plot.description}
+        figure(plot).savefig(file, format="svg", metadata=metadata)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def png(plot: Plot, path: Path) -> None:
+    """Write the plot as a picture of points, to look at."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure(plot).savefig(path, format="png", dpi=110)
+
+
+def stale(name: str) -> str:
+    """Why the file of a plot is not that of its results, "" if it is."""
+    path, plot = FOLDER / f"{name}.svg", PLOTS[name]
+    if not path.is_file():
+        return "it was not drawn"
+    text = path.read_text(encoding="utf-8")
+    if plot.digest not in text:
+        return f"the figures of {', '.join(plot.sources)} are others"
+    if plot.description in text and text != svg(plot):  # another matplotlib places letters otherwise
+        return "it is drawn otherwise"
+    return ""
+
+
+def gqa(axes: Axes, closed: Results, means: Results) -> None:
+    base, mean = means.row("the base"), means.row("`mean`")
+    nats = "cross-entropy, nats"
+    lost = (means.number(mean, nats) or 0) - (means.number(base, nats) or 0)
+    rows = [("mean of the heads\n(for training)", lost, None)]
+    for row in closed.rows[1:]:
+        label = row[0].replace("`", "").replace(" keep_layers", "\nkeep_layers")
+        values = [closed.number(row, f"perplexity, {text}", "nats") for text in (HELD, NOVEL)]
+        rows.append((f"closed form,\n{label}", *values))
+    places = range(len(rows))
+    axes.scatter([row[1] for row in rows], places, color=BLUE, s=45, label="held-out reference")
+    known = [(row[2], place) for place, row in enumerate(rows) if row[2] is not None]
+    axes.scatter(*zip(*known, strict=True), color=ORANGE, marker="s", s=40, label="Pride and Prejudice")
+    axes.set_yticks(places, [row[0] for row in rows])
+    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    axes.minorticks_off()
+    axes.set_xlim(0.1, 10)
+    axes.grid(axis="x", color="#DDDDDD")
+    axes.set_xlabel("loss above the base, nats a token (log scale; left is better)")
+    axes.legend(loc="upper left")
+
+
+def duo_attention(axes: Axes, scores: Results) -> None:
+    looks = {
+        "`far-mass` (default)": (BLUE, "o"),
+        "`gates`": (ORANGE, "s"),
+        "`ablation`": (GREEN, "^"),
+        "`retrieval`": (PURPLE, "D"),
+        "the inverse of `far-mass`": (BLACK, "v"),
+    }
+    for shift, (name, (color, marker)) in enumerate(looks.items()):
+        row, places, shares, errors = scores.row(name), [], [], []
+        for place, ratio in enumerate(("25%", "50%", "75%")):
+            share, low, high = (scores.number(row, f"{ratio} stream", key) or 0.0 for key in ("share", "low", "high"))
+            places.append(place + (shift - 2) * 0.09)
+            shares.append(share)
+            errors.append((share - low, high - share))
+        bars = list(zip(*errors, strict=True))
+        label = name.replace("`", "")
+        axes.errorbar(places, shares, yerr=bars, color=color, marker=marker, ls="none", capsize=2.5, label=label)
+    axes.set_xticks(range(3), ["25%", "50%", "75%"])
+    axes.set_xlabel("KV heads that stream")
+    axes.set_ylim(-3, 106)
+    axes.set_ylabel("recall kept, % of the base's 107")
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.legend(title="heads chosen by", loc="center left", bbox_to_anchor=(1.0, 0.5), alignment="left")
+
+
+def prune_heads(axes: Axes, pruned: Results) -> None:
+    labels = []
+    for place, row in enumerate(pruned.rows):
+        cut, refitted = (pruned.number(row, column) or 0 for column in ("nats above the base, cut", "refitted"))
+        axes.plot([refitted, cut], [place, place], color=GREY, lw=2, zorder=1)
+        axes.scatter(cut, place, color=VERMILION, marker="s", s=40, label="" if place else "cut", zorder=2)
+        axes.scatter(refitted, place, color=BLUE, s=45, label="" if place else "output projections refitted", zorder=2)
+        labels.append(f"{'KV group' if 'group' in row[0] else 'query head'}, {row[1].replace('`', '')}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.minorticks_off()
+    axes.grid(axis="x", color="#DDDDDD")
+    axes.set_xlabel("loss above the base, nats a token (log scale; left is better)")
+    axes.set_ylabel("removed from every layer, chosen by")
+    axes.legend(loc="lower right")
+
+
+def moh(axes: Axes, gates: Results) -> None:
+    looks = {
+        "router, by energy (default)": (BLUE, "o", "-"),
+        "router, by damage": (GREEN, "^", "-"),
+        "same heads for every token, by damage": (ORANGE, "s", "--"),
+        "same heads for every token, by energy": (VERMILION, "D", "--"),
+        "random router": (BLACK, "v", ":"),
+    }
+    for column, (color, marker, line) in looks.items():
+        known = [(100 * row[0], y) for row in gates.rows if (y := gates.number(row, column)) is not None]
+        axes.plot(*zip(*known, strict=True), color=color, marker=marker, ls=line, label=column)
+    axes.set_xticks([50, 67, 78, 89])
+    axes.invert_xaxis()
+    axes.set_xlabel("query heads that are on for a token, %")
+    axes.set_ylabel("loss above the base, nats a token")
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.legend(loc="upper left")
+
+
+def sparse_prefill(axes: Axes, methods: Results) -> None:
+    looks = {
+        "`sampled`": (BLUE, "o"),
+        "`max_threshold`": (GREEN, "^"),
+        "`block_topk`": (SKY, "P"),
+        "`vertical_slash`": (ORANGE, "s"),
+        "`flexprefill`": (PURPLE, "D"),
+        "`tri_shape`": (VERMILION, "v"),
+    }
+    shares = [column.name for column in methods.columns[1:]]
+    for row in methods.rows:
+        color, marker = looks.get(row[0], ("#CCCCCC", "."))
+        points = [[methods.number(row, share, key) for share in shares] for key in ("speed", "found")]
+        label = row[0].replace("`", "") if row[0] in looks else None
+        axes.plot(*points, color=color, marker=marker, lw=1.2, label=label, zorder=2 if label else 1)
+    axes.plot([], [], color="#CCCCCC", marker=".", lw=1.2, label="the others")
+    axes.set_xlabel("attention of a layer, times as fast as dense (each line: 40%, 20%, 10% of the blocks)")
+    axes.set_ylabel("answers found in the\nrecall test, of 12")
+    axes.set_ylim(0, 12.7)
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def sinks(axes: Axes, streamed: Results) -> None:
+    names = ["window, no sinks", "window and 4 real sinks", "window and `kv_bias`", "window and `learned`"]
+    full = streamed.row("full attention")
+    for shift, (length, color) in enumerate((("1,024", BLUE), ("8,192", ORANGE))):
+        column = f"nats, {length} tokens"
+        base = streamed.number(full, column) or 0
+        lost = [(streamed.number(streamed.row(name), column) or 0) - base for name in names]
+        places = [place + (shift - 0.5) * 0.34 for place in range(len(names))]
+        axes.barh(places, lost, height=0.32, color=color, label=f"texts of {length} tokens")
+    axes.set_yticks(range(len(names)), [name.replace("`", "") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("loss above full attention, nats a token (left is better)")
+    axes.grid(axis="x", color="#DDDDDD")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right")
+
+
+def healing(axes: Axes, routes: Results) -> None:
+    base, start, *trained = routes.rows
+    labels = [row[0].replace("`", "") for row in trained]
+    for text, color, marker in ((HELD, BLUE, "o"), (NOVEL, ORANGE, "s")):
+        name = text.replace("*", "")
+        values = [routes.number(row, text) for row in trained]
+        axes.scatter(values, range(len(trained)), color=color, marker=marker, s=42, label=name, zorder=2)
+        axes.axvline(routes.number(base, text) or 0, color=color, ls=":", label=f"{name}: the base")
+        axes.axvline(routes.number(start, text) or 0, color=color, ls="--", label=f"{name}: before training")
+    axes.set_yticks(range(len(trained)), labels)
+    axes.set_ylim(len(trained) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("loss after 10 minutes of training, nats a token (left is better)")
+    axes.grid(axis="x", color="#DDDDDD")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.18), ncols=2)
+
+
+PLOTS = {
+    "gqa": Plot(
+        gqa,
+        ("gqa-closed-form", "gqa-means"),
+        "Loss above the base of four ways to merge three KV heads into one, on two texts.",
+    ),
+    "duo-attention": Plot(
+        duo_attention, ("head-scores",), "Recall that is kept when 25%, 50% or 75% of the KV heads stream, by scorer."
+    ),
+    "prune-heads": Plot(
+        prune_heads, ("prune-heads",), "Loss above the base of removed heads, before and after the refit."
+    ),
+    "moh": Plot(moh, ("moh",), "Loss above the base against the share of the query heads that is on, by router."),
+    "sparse-prefill": Plot(
+        sparse_prefill, ("sparse-methods",), "Recall against speed of sparse prefill at three shares of the blocks."
+    ),
+    "sinks": Plot(sinks, ("sinks",), "Loss above full attention of windows without sinks and with four stand-ins."),
+    "healing": Plot(
+        healing, ("heal-routes",), "Loss after ten minutes of training by seven routes, on two texts.", (7.4, 4.4)
+    ),
+}
