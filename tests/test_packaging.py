@@ -1,6 +1,7 @@
 """What users install, and the rules that keep the repository readable."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -36,6 +38,8 @@ def test_wheel_holds_kernels_and_recipes_and_no_top_level_package_of_their_own(w
         assert f"surgery/kernels/{kernel.name}" in names
     shims = {"surgery/kernels/__init__.py", "surgery/recipes/__init__.py"}
     assert ours - shims <= set(names)
+    inside = [name for name in names if ".dist-info" not in name and name != "surgery/py.typed"]
+    assert {Path(name).suffix for name in inside} == {".py", ".yaml"}, "pages and plots are in the sdist alone"
 
 
 def test_wheel_runs_from_anywhere(wheel, tmp_path):
@@ -51,6 +55,16 @@ def test_wheel_runs_from_anywhere(wheel, tmp_path):
     assert str(target) in done.stdout
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert recipe.stem in done.stdout
+
+
+def test_the_workflow_runs_the_test_command_on_every_python_of_the_classifiers():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
+    classifiers = "\n".join(PROJECT["project"]["classifiers"])
+    assert job["strategy"]["matrix"]["python"] == re.findall(r"Python :: (3\.\d+)$", classifiers, re.MULTILINE)
+    assert PROJECT["project"]["requires-python"] == f">={job['strategy']['matrix']['python'][0]}"
+    assert job["steps"][-1]["run"] == ".ci/run"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 @pytest.mark.parametrize("folder", ["kernels", "recipes"])

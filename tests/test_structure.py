@@ -221,7 +221,8 @@ def test_every_room_is_a_layer_and_has_a_docstring():
     # Rooms of two floors: what settings, recipe and card follow from, and what knows settings and reports.
     for room in ("evaluation", "healing"):
         floors = [name.split(".")[1] for name in modules if name.startswith(f"{room}.")]
-        inside = {path.stem for path in (PACKAGE / room).iterdir() if not path.stem.startswith("__")}
+        entries = (path for path in (PACKAGE / room).iterdir() if path.is_dir() or path.suffix == ".py")
+        inside = {path.stem for path in entries if not path.stem.startswith("__")}
         assert sorted(floors) == sorted(inside)
     for init in PACKAGE.rglob("__init__.py"):
         said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
