@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / "recipes").glob("*.md"), *(ROOT / ".github").glob("*.md"), *(ROOT / "surgery").rglob("*.md")]
+FOLDERS = (".", "recipes", ".github", "kernels", "surgery", "surgery/*", "examples/*")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 SETTINGS = {  # numbers in sentences that were chosen, not measured
     "duo-attention.md": {"0.1", "0.4", "95%"},
     "gqa.md": {"70%"},
@@ -185,6 +186,11 @@ def test_cells(copied):
         ["a|b", 12934, 0.5],
         ["c", None, {"low": 0.25, "high": 1, "format": "{low} to {high}"}],
         ["d", "x", {"from": "gqa-means", "row": "`mean`", "format": "{2:.1f}"}],
+        [
+            "e",
+            {"from": "gqa-means", "row": "`mean`", "column": "perplexity"},
+            {"from": "new", "row": "a|b", "column": "share"},
+        ],
     ]
     data = {"command": ["one", "two"], "machine": "a machine", "columns": columns, "rows": rows}
     (results.FOLDER / "new.json").write_text(json.dumps(data), encoding="utf-8")
@@ -194,6 +200,7 @@ def test_cells(copied):
         "| a\\|b | 12,934 | 50% |",
         "| c | | 0.25 to 1 |",
         "| d | x | 9.5 |",
+        "| e | 12,934 | 50% |",
         "",
         "Printed by `one` · `two`, on a machine.",
     ]
@@ -201,6 +208,7 @@ def test_cells(copied):
     assert found.number(found.rows[0], "share") == 0.5
     assert found.number(found.rows[1], "share", "low") == 0.25
     assert found.number(found.rows[1], "plain") is None
+    assert found.number(found.rows[3], "plain") == 12934
     with pytest.raises(SystemExit, match=r"new.json has no column 'other'; it has what, plain, share"):
         found.number(found.rows[0], "other")
     with pytest.raises(SystemExit, match="'x' below 'plain' is no number"):

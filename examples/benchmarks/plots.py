@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Results, read
+from results import Results, read, referred
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "plots"
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -58,7 +58,10 @@ class Plot:
     @property
     def digest(self) -> str:
         """Of the figures that it is drawn from."""
-        figures = [[[column.name for column in read(name).columns], read(name).rows] for name in self.sources]
+        figures = [
+            [[column.name for column in found.columns], [[referred(cell) for cell in row] for row in found.rows]]
+            for found in map(read, self.sources)
+        ]
         return hashlib.sha256(json.dumps(figures).encode()).hexdigest()[:16]
 
     @property

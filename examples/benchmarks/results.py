@@ -10,8 +10,10 @@ A results file is an object:
 
 A cell is a text, which is printed as it is; null, which is printed as nothing; a number, printed by the column's
 `format` (a Python format string; with none as 12,934 or 0.5); an object of numbers, whose keys the format names
-("{ratio:.2f}x ({low:.2f} to {high:.2f})"), or its own "format"; or {"from": NAME, "row": FIRST CELL, "format": ...},
-which prints cells of a row of another results file, by their number ("{1:.2f}", "{3[kept]}").
+("{ratio:.2f}x ({low:.2f} to {high:.2f})"), or its own "format". A figure is written once; elsewhere a cell refers:
+
+    {"from": NAME, "row": FIRST CELL, "column": NAME}    to a cell of another file; an object may get a "format"
+    {"from": NAME, "row": FIRST CELL, "format": ...}     to cells of that row by number ("{1:.2f}", "{3[kept]}")
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Results:
         Raises:
             SystemExit: there is none.
         """
-        first_cells = [texts[0] for texts in self.texts()]
+        first_cells = [printed(row[0], self.columns[0].format) for row in self.rows]
         if first not in first_cells:
             raise SystemExit(f"results/{self.name}.json has no row {first!r}; it has {', '.join(first_cells)}")
         return self.rows[first_cells.index(first)]
@@ -83,7 +85,7 @@ class Results:
         names = [each.name for each in self.columns]
         if column not in names:
             raise SystemExit(f"results/{self.name}.json has no column {column!r}; it has {', '.join(names)}")
-        cell = row[names.index(column)]
+        cell = referred(row[names.index(column)])
         value = cell.get(key) if isinstance(cell, dict) else cell
         if value is None or value == "":
             return None
@@ -120,13 +122,27 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+def referred(cell: Any) -> Any:
+    """The cell to which a cell refers by row and column; a cell that does not is itself."""
+    if not (isinstance(cell, dict) and "column" in cell):
+        return cell
+    found = read(cell["from"])
+    row, names = found.row(cell["row"]), [column.name for column in found.columns]
+    if cell["column"] not in names:
+        raise SystemExit(f"results/{found.name}.json has no column {cell['column']!r}; it has {', '.join(names)}")
+    target = referred(row[names.index(cell["column"])])
+    return {**target, "format": cell["format"]} if isinstance(target, dict) and "format" in cell else target
+
+
 def printed(cell: Any, format: str) -> str:
     """A cell as it is printed; `format`: the column's."""
     if cell is None or isinstance(cell, str):
         return cell or ""
+    if isinstance(cell, dict) and "from" in cell:
+        if "column" in cell:
+            return printed(referred(cell), cell.get("format", format))
+        return cell["format"].format(*map(referred, read(cell["from"]).row(cell["row"])))
     if isinstance(cell, dict):
-        if "from" in cell:
-            return cell["format"].format(*read(cell["from"]).row(cell["row"]))
         return cell.get("format", format).format(**{key: value for key, value in cell.items() if key != "format"})
     return format.format(cell)
 
