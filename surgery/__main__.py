@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 
 def run() -> None:
     """Run the command; Ctrl-C while its modules are read ends it as quietly as later."""
@@ -9,7 +11,10 @@ def run() -> None:
         from surgery.cli.main import main
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    main()
+    try:
+        main()
+    finally:
+        gc.freeze()  # or Python would look for garbage among all that torch made, for half a second, before it ends
 
 
 if __name__ == "__main__":

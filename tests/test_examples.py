@@ -117,8 +117,32 @@ def test_with_a_trainer(tiny_llama, tmp_path):
 
 @pytest.mark.slow
 def test_bench_streaming(tmp_path):
-    printed = run("benchmarks/bench_streaming.py", "--gib", "0.25", "--folder", str(tmp_path), cwd=tmp_path)
-    assert "RSS" in printed
+    options = ("--gib", "0.25", "--shards", "3", "--rounds", "1", "--env", "BENCH=1", "--folder", str(tmp_path))
+    printed = run("benchmarks/bench_streaming.py", *options, cwd=tmp_path)
+    assert "in 3 shards BENCH=1" in printed
+    assert "median: convert" in printed
+    assert "round 2" not in printed
+
+
+def test_bench_streaming_keeps_the_rows_of_other_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    script, path = importlib.import_module("bench_streaming"), tmp_path / "streaming.json"
+    run = {"seconds": 3.0, "cpu": 2.0, "rss": 600 << 20, "others": None}
+    sides = {
+        "convert": script.median([run, run | {"seconds": 9.0}, run | {"seconds": 4.0}]),
+        "copy": run | {"seconds": 2.0},
+    }
+    assert sides["convert"] == run | {"seconds": 4.0}
+    result = {"medians": sides, "ratio": 2.0, "conditions": "", "machine": script.machine(), "shards": 5}
+    for size, conditions, command in ((2, "", "a"), (4, "", "b"), (2, "taskset -c 0", "c"), (2, "", "a")):
+        script.save(result | {"bytes": size << 30, "conditions": conditions}, path, command)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert [row[:2] for row in saved["rows"]] == [
+        ["4.00 GiB, 5 shards", ""], ["2.00 GiB, 5 shards", "`taskset -c 0`"], ["2.00 GiB, 5 shards", ""],
+    ]  # fmt: skip
+    assert saved["rows"][0][2:] == ["4.0 s", "2.0 s", "2.00", "2.0 s", "2.0 s", "600 MiB"]
+    assert saved["command"] == "b; c; a"
+    assert {len(saved["columns"]), len(saved["align"])} == {8}
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ DECIDED = {
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
-    "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle ranges resume "
-    "safetensors",
+    "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config ranges "
+    "resume safetensors",
     "kernels": "",
     "machine": "device parallel progress transformers_logging",
     "operations": "base expand head_mask rewrite variants",

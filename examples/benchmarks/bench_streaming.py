@@ -1,17 +1,21 @@
 """How long a streamed conversion takes beside a plain copy, and how much memory.
 
-    python examples/benchmarks/bench_streaming.py --gib 4
+    python examples/benchmarks/bench_streaming.py --gib 4 --shards 42
+    python examples/benchmarks/bench_streaming.py --gib 2 --shards 20 --save
+    python examples/benchmarks/bench_streaming.py --prefix "taskset -c 0"                     on one core
+    python examples/benchmarks/bench_streaming.py --env "OPENSSL_ia32cap=~0x0:~0x20000000"    no SHA instructions
 
-Two sides on the same synthetic Llama checkpoint, in turn, twice; the second round counts:
+Two sides on the same synthetic Llama checkpoint, in turn, `--rounds` times; the medians are compared:
 
     convert   python -m surgery apply mqa BASE -o OUT --no-check --no-eval
-    copy      cp -r BASE COPY && sha256sum COPY/*
+    copy      cp -r BASE COPY && sync && sha256sum COPY/*
 
-A conversion reads, rewrites, hashes and fsyncs every file, so a copy followed by its hashes is the least that could
-be asked for. `cp` leaves its data in the page cache; "to disk" adds the `sync` that ends this. Each side begins after
-a `sync` and a rest: a virtual machine hands freed memory back to its host after some seconds, and writing into memory
-that was freed just now is four times as fast as into memory that the host must find first. Memory is ru_maxrss of the
-process. Timings taken on a busy machine mean nothing: "others" is the CPU time that everybody else took meanwhile.
+A conversion reads, rewrites, hashes and fsyncs every file, so a copy on the disk and its hashes are the least that
+could be asked for. The time of either side ends with a `sync`. Each begins after a `sync` and a rest: a virtual
+machine hands freed memory back to its host after some seconds, and writing into memory that was freed just now is
+four times as fast as into memory that the host must find first. Memory is ru_maxrss of the process. Timings taken on a
+busy machine mean nothing: "others" is the CPU time that everybody else took meanwhile. `--save` puts the medians into
+results/streaming.json, in place of those of the same checkpoint under the same conditions.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +35,15 @@ from importlib import metadata
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint
+from tables import RESULTS
 
 SHARD = 1 << 30
 REST = 10  # seconds
 COPY_IN_PYTHON = """
-import hashlib, pathlib, shutil, sys
+import hashlib, os, pathlib, shutil, sys
 base, copy = map(pathlib.Path, sys.argv[1:])
 shutil.copytree(base, copy)
+getattr(os, "sync", bool)()
 for path in sorted(copy.iterdir()):
     with open(path, "rb") as file:
         print(hashlib.file_digest(file, "sha256").hexdigest(), path)
@@ -48,8 +56,8 @@ def convert_command(base: Path, out: Path) -> list[str]:
 
 
 def copy_command(base: Path, out: Path) -> list[str]:
-    if all(map(shutil.which, ("sh", "cp", "sha256sum"))):
-        return ["sh", "-c", 'cp -r "$0" "$1" && sha256sum "$1"/*', str(base), str(out)]
+    if all(map(shutil.which, ("sh", "cp", "sync", "sha256sum"))):
+        return ["sh", "-c", 'cp -r "$0" "$1" && sync && sha256sum "$1"/*', str(base), str(out)]
     return [sys.executable, "-c", COPY_IN_PYTHON, str(base), str(out)]
 
 
@@ -67,11 +75,11 @@ def sync() -> None:
         os.sync()
 
 
-def measure(command: list[str], out: Path) -> dict:
-    """Seconds, seconds until the data is on disk, CPU seconds and peak memory of a command; `out` is removed."""
+def measure(command: list[str], out: Path, env: dict[str, str]) -> dict:
+    """Seconds until the data is on disk, CPU seconds and peak memory of a command; `out` is removed."""
     sync()
     time.sleep(REST)
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1"} | env
     with tempfile.TemporaryFile() as log:
         busy, began = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -82,15 +90,19 @@ def measure(command: list[str], out: Path) -> dict:
             rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             cpu = usage.ru_utime + usage.ru_stime
         process.wait()
+        sync()
         seconds = time.perf_counter() - began
         others = None if busy is None or cpu is None else busy_seconds() - busy - cpu
-        sync()
-        on_disk = time.perf_counter() - began
         if process.returncode:
             log.seek(0)
-            sys.exit(f"{' '.join(command)}\nexit code {process.returncode}\n{log.read().decode(errors='replace')}")
+            sys.exit(f"{shlex.join(command)}\nexit code {process.returncode}\n{log.read().decode(errors='replace')}")
     shutil.rmtree(out)
-    return {"seconds": seconds, "to_disk": on_disk, "cpu": cpu, "rss": rss, "others": others}
+    return {"seconds": seconds, "cpu": cpu, "rss": rss, "others": others}
+
+
+def median(runs: list[dict]) -> dict:
+    """The median of each figure of several runs; None where the system does not tell it."""
+    return {key: None if runs[0][key] is None else statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def busy_seconds() -> float | None:
@@ -129,62 +141,135 @@ def machine() -> dict:
     }
 
 
-def bench(folder: Path, gib: float, mergekit: str | None) -> dict:
-    size = int(gib * 2**30)
-    base = make_checkpoint(folder / "base", size, shards=-(-size // SHARD))
+def bench(folder: Path, options: argparse.Namespace) -> dict:
+    """All measurements, as plain data."""
+    size, prefix, env = int(options.gib * 2**30), shlex.split(options.prefix), dict(options.env)
+    base = make_checkpoint(folder / "base", size, shards=options.shards or -(-size // SHARD))
     tiny = make_checkpoint(folder / "tiny", 0, shards=1, hidden=64, heads=4, kv_heads=2, mlp=128, vocab=128)
     out, sides = folder / "out", {"convert": convert_command, "copy": copy_command}
-    rounds = [{name: measure(command(base, out), out) for name, command in sides.items()} for _ in range(2)]
-    start = min((measure(convert_command(tiny, out), out) for _ in range(2)), key=lambda run: run["seconds"])
+    rounds = [
+        {name: measure([*prefix, *command(base, out)], out, env) for name, command in sides.items()}
+        for _ in range(options.rounds)
+    ]
+    medians = {name: median([each[name] for each in rounds]) for name in sides}
+    tiny_runs = [measure([*prefix, *convert_command(tiny, out)], out, env) for _ in range(2)]
     result = {
         "bytes": sum(path.stat().st_size for path in base.iterdir()),
+        "shards": len(list(base.glob("*.safetensors"))),
+        "conditions": " ".join([options.prefix, *(f"{name}={value}" for name, value in env.items())]).strip(),
         "rounds": rounds,
-        "ratio": rounds[1]["convert"]["seconds"] / rounds[1]["copy"]["seconds"],
-        "ratio_to_disk": rounds[1]["convert"]["to_disk"] / rounds[1]["copy"]["to_disk"],
-        "start": start,
+        "medians": medians,
+        "ratio": medians["convert"]["seconds"] / medians["copy"]["seconds"],
+        "start": min(tiny_runs, key=lambda run: run["seconds"]),
         "disk": disk_speed(folder),
         "machine": machine(),
     }
-    if mergekit:
-        command = mergekit_command(mergekit, folder, base, out)
-        result["mergekit"] = [measure(command, out) for _ in range(2)]
+    if options.mergekit:
+        command = [*prefix, *mergekit_command(options.mergekit, folder, base, out)]
+        result["mergekit"] = [measure(command, out, env) for _ in range(2)]
     return result
+
+
+def mebibytes(size: float | None) -> str:
+    return "?" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def show(result: dict) -> None:
     computer, versions = result["machine"], result["machine"]["versions"]
-    print(f"{result['bytes'] / 2**30:.2f} GiB, {computer['cpu']}, {computer['cores']} cores, {computer['system']}")
+    print(f"{result['bytes'] / 2**30:.2f} GiB in {result['shards']} shards {result['conditions']}".rstrip())
+    print(f"{computer['cpu']}, {computer['cores']} cores, {computer['system']}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"disk: {result['disk'] / 1e6:.0f} MB/s written, fsync included\n")
-    print(f"{'':<28}{'seconds':>9}{'to disk':>9}{'CPU':>8}{'peak RSS':>11}{'others':>8}")
+    print(f"{'':<28}{'seconds':>9}{'CPU':>8}{'peak RSS':>11}{'others':>8}")
 
     def row(label: str, run: dict) -> None:
-        rss = "?" if run["rss"] is None else f"{run['rss'] / 2**20:.0f} MiB"
         others, cpu = ("?" if run[key] is None else f"{run[key]:.2f}" for key in ("others", "cpu"))
-        print(f"{label:<28}{run['seconds']:>9.2f}{run['to_disk']:>9.2f}{cpu:>8}{rss:>11}{others:>8}")
+        print(f"{label:<28}{run['seconds']:>9.2f}{cpu:>8}{mebibytes(run['rss']):>11}{others:>8}")
 
     for number, sides in enumerate(result["rounds"], 1):
         row(f"round {number}: convert", sides["convert"])
         row(f"round {number}: cp + sha256sum", sides["copy"])
     for number, run in enumerate(result.get("mergekit", []), 1):
         row(f"round {number}: mergekit", run)
+    row("median: convert", result["medians"]["convert"])
+    row("median: cp + sha256sum", result["medians"]["copy"])
     row("convert a tiny model", result["start"])
-    second, start = result["rounds"][1], result["start"]["seconds"]
-    alone = second["convert"]["seconds"] - start
-    print(f"\nratio of the second rounds: {result['ratio']:.2f} (to disk: {result['ratio_to_disk']:.2f})")
-    print(f"without start-up and imports ({start:.2f} s): {alone:.2f} s, {alone / second['copy']['seconds']:.2f}")
+    print(f"\nratio of the medians: {result['ratio']:.2f}")
 
 
-if __name__ == "__main__":
+COLUMNS = [
+    "checkpoint",
+    "conditions",
+    "`surgery apply mqa`",
+    "copy and hashes",
+    "ratio",
+    "CPU",
+    "CPU of the copy",
+    "peak memory",
+]
+
+
+def save(result: dict, path: Path, command: str) -> None:
+    """Put the medians into a results file (see tables.py), whose other rows stay."""
+    convert, copy = result["medians"]["convert"], result["medians"]["copy"]
+    cpu, copied = ("?" if side["cpu"] is None else f"{side['cpu']:.1f} s" for side in (convert, copy))
+    row = [
+        f"{result['bytes'] / 2**30:.2f} GiB, {result['shards']} shards",
+        f"`{result['conditions']}`" if result["conditions"] else "",
+        f"{convert['seconds']:.1f} s",
+        f"{copy['seconds']:.1f} s",
+        f"{result['ratio']:.2f}",
+        cpu,
+        copied,
+        mebibytes(convert["rss"]),
+    ]
+    computer = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in computer["versions"].items())
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"command": "", "rows": []}
+    rows = [old for old in known["rows"] if old[:2] != row[:2]]
+    commands = [old for old in known["command"].split("; ") if old and old != command]
+    saved = {
+        "command": "; ".join([*commands, command]),
+        "machine": f"{computer['cpu']}, {computer['cores']} cores, {computer['system']}, {versions}",
+        "columns": COLUMNS,
+        "align": ["left", "left", *["right"] * 6],
+        "rows": [*rows, row],
+    }
+    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+
+
+def setting(text: str) -> tuple[str, str]:
+    """NAME=VALUE as a pair."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--shards", type=int, help="its files, at most; default one for each GiB")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
+    parser.add_argument("--prefix", default="", help="a command that both sides are started with")
+    parser.add_argument(
+        "--env", type=setting, action="append", default=[], metavar="NAME=VALUE", help="for both sides"
+    )
     parser.add_argument("--folder", type=Path, help="where to work; it decides which disk is measured")
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="mergekit-yaml, for its passthrough")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save", action="store_true", help="put the medians into results/streaming.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-") as name:
-        measured = bench(Path(name), options.gib, options.mergekit)
+        measured = bench(Path(name), options)
     if options.json:
         print(json.dumps(measured, indent=2))
     else:
         show(measured)
+    if options.save:
+        words = shlex.join(word for word in sys.argv[1:] if word != "--save")
+        save(measured, RESULTS / "streaming.json", f"python examples/benchmarks/bench_streaming.py {words}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

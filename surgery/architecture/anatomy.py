@@ -56,7 +56,7 @@ class Anatomy:
         from surgery.io import model_folder as folder
 
         if isinstance(source, str | Path):
-            config, where = folder.load_config(Path(source)), str(source)
+            config, where = folder.settled_config(Path(source)), str(source)
             tensors = tensors if tensors is not None else folder.tensor_table(Path(source))
         elif hasattr(source, "named_parameters"):
             config, where, tensors = source.config, type(source).__name__, folder.model_table(source)
@@ -121,7 +121,7 @@ class Anatomy:
         if self.layers[0].qk_norm == "shared" and self.model_type == "phi":
             return "phi makes its QK-norm as wide as its hidden size divided by its heads"
         try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
-            config = type(self.config).from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
+            config = self.config.from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
             getattr(config, "validate", bool)()  # of a surgical model, making it does not
         except Exception as error:
             reason = str(error).strip().splitlines()[-1].strip()

@@ -149,13 +149,26 @@ def unpacked_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tu
     return {name: shapes[name] for name in like.tensors()}
 
 
-def packed_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that `pack` will give for `anatomy`, without any data; `like` tells which tensors there are."""
-    import torch
+def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tuple[int, ...]]:
+    """Shapes that `pack` gives for a layer of `anatomy`, in the order of its `tensor_names`; needs no torch.
 
-    empty = {name: torch.empty(shape, device="meta") for name, shape in unpacked_shapes(anatomy, like).items()}
-    packed = pack(AttentionLayer(anatomy, **empty))
-    return {name: tuple(tensor.shape) for name, tensor in packed.items()}
+    Args:
+        hidden: channels that the projections read.
+        out: channels that the output projection writes.
+    """
+    layout, size = anatomy.layout, anatomy.head_dim
+    queries, kv = anatomy.heads * size, anatomy.kv_heads * size
+    rows = {layout.qkv: queries + 2 * kv} if layout.qkv else {layout.q: queries, layout.k: kv, layout.v: kv}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, count in rows.items():
+        shapes |= {f"{name}.weight": (hidden, count) if layout.conv1d else (count, hidden), f"{name}.bias": (count,)}
+    shapes[f"{layout.o}.weight"] = (queries, out) if layout.conv1d else (out, queries)
+    for norm, heads in (("q_norm", anatomy.heads), ("k_norm", anatomy.kv_heads)):
+        whole = {"whole": (heads * size,), "modules": (size,)}.get(anatomy.qk_norm or "", (heads, size))
+        shapes |= dict.fromkeys(norm_names(anatomy, norm, heads), whole)
+    if layout.sinks:
+        shapes[layout.sinks] = (anatomy.heads,)
+    return {name: shapes[name] for name in anatomy.tensor_names}
 
 
 def _heads(anatomy: LayerAnatomy) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import BYTES, LayerAnatomy
-from surgery.architecture.weights import packed_shapes, unpack
+from surgery.architecture.weights import packed_shapes
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
 from surgery.errors import SurgeryError, shown
@@ -307,20 +307,29 @@ def _where(layers: set[int], anatomy: Anatomy) -> str:
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:
     """Stored name -> shape after, for the tensors of every attention layer that is rewritten; None: it goes."""
-    import torch
-
     shapes: dict[str, tuple[int, ...] | None] = {}
     if not before.tensors:
         return shapes
     for old, new in zip(before.layers, after.layers, strict=True):
-        names = {name: f"{old.path}.{name}" for name in old.tensor_names}
-        empty = {
-            name: torch.empty(before.tensors[stored_name][1], device="meta") for name, stored_name in names.items()
-        }
-        packed = packed_shapes(new, unpack(old, empty))
-        shapes |= {stored_name: packed.get(name) for name, stored_name in names.items()}
+        stored = {name: before.tensors[f"{old.path}.{name}"][1] for name in old.tensor_names}
+        sizes = _hidden_and_out(old, stored)
+        for name, shape in packed_shapes(old, *sizes).items():
+            if prod(stored[name]) != prod(shape):
+                raise SurgeryError(
+                    f"{old.path}.{name} has shape {list(stored[name])}, and {list(shape)} is what the config promises",
+                    fix="the config and the weights are of different models",
+                )
+        packed = packed_shapes(new, *sizes)
+        shapes |= {f"{old.path}.{name}": packed.get(name) for name in stored}
         shapes |= {f"{old.path}.{name}": shape for name, shape in packed.items()}
     return shapes
+
+
+def _hidden_and_out(layer: LayerAnatomy, stored: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Channels that the projections of a layer read, and those that its output projection writes."""
+    layout = layer.layout
+    read, written = stored[f"{layout.qkv or layout.q}.weight"], stored[f"{layout.o}.weight"]
+    return (read[0], written[1]) if layout.conv1d else (read[1], written[0])
 
 
 def _dtype(name: str, before: Anatomy) -> str:

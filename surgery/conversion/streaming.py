@@ -86,7 +86,10 @@ def convert_shards(
     unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
     writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)
     with ThreadPoolExecutor(1) as syncer, writers, shared.work():
-        wait([writers.submit(convert, shard) for shard in checkpoint.shards if shard.file not in done])
+        written = [writers.submit(convert, shard) for shard in checkpoint.shards if shard.file not in done]
+        import torch  # noqa: F401 (takes a second, in which the writers copy; they need it when they first compute)
+
+        wait(written)
         wait(syncs)
     if shared.fault:
         raise shared.fault

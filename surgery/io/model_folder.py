@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, utf8
+from surgery.io.plain_config import plain_config
 from surgery.io.safetensors import SINGLE_FILE, STORED_NAMES, WEIGHT_INDEX, Checkpoint
 
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original$")
@@ -40,6 +42,15 @@ def load_config(folder: Path):
             where=str(folder / "config.json"),
             fix="check its numbers (heads, sizes, layers) against the model's original",
         ) from None
+
+
+def settled_config(folder: Path):
+    """The config of a model folder, read without Transformers where config.json is plain (see `plain_config`).
+
+    Raises:
+        SurgeryError: as for `load_config`.
+    """
+    return plain_config(read_config_json(folder), partial(load_config, folder)) or load_config(folder)
 
 
 # Numbers of a config: (name, largest). Transformers makes lists of that many elements.

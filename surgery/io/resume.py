@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from surgery.io.files import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".state"  # of such files in OUT.partial; they are removed when OUT is complete
 
@@ -72,7 +73,7 @@ class LayerFiles:
         """The file of a layer, whether it exists or not."""
         return self.folder / f"{self.name}-{index:04}{SUFFIX}"
 
-    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and record of a layer, or None."""
         from safetensors import safe_open
 
@@ -81,7 +82,7 @@ class LayerFiles:
         with safe_open(self.path(index), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["record"])  # noqa: SIM118
 
-    def save(self, index: int, tensors: dict[str, torch.Tensor], record: dict) -> None:
+    def save(self, index: int, tensors: dict[str, Tensor], record: dict) -> None:
         """Write the tensors of a layer and a record of plain data, in one step."""
         from safetensors.torch import save
 
@@ -96,6 +97,8 @@ class LayerFiles:
 
 def fingerprint(model) -> str:
     """sha256 over names, dtypes, shapes and bytes of all parameters and saved buffers; about a second a gigabyte."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -70,7 +70,7 @@ def render_card(report: dict, base_card: str | None) -> str:
 
 
 def _metadata(report: dict, base: dict) -> str:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # the package would import its client for the same
 
     def listed(value: object) -> list[str]:
         values = value if isinstance(value, list) else [value]

@@ -36,9 +36,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import transformers
-from transformers.dynamic_module_utils import get_relative_import_files
-
 NAME, FORMAT = "surgery", 1
 TRANSFORMERS = ((5, 21), (6, 0))  # from, before; 5.20 drops the soft-cap of gemma2 under SDPA
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
@@ -168,6 +165,8 @@ def validate(config) -> list[dict]:
         ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
             not fit the model.
     """
+    import transformers  # here: what a part costs is asked of stock configs too, before it is imported
+
     version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
         least, below = (".".join(map(str, bound)) for bound in TRANSFORMERS)
@@ -348,6 +347,8 @@ def _spec(file: str):
 
 def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
     """The files of code that a checkpoint with these parts carries: name -> content."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
     files = sorted({FILES[name] for name in parts})
     roots = [Path(_spec(name).origin) for name in (ENTRY, *files)]
     sources = {Path(file) for root in roots for file in (root, *get_relative_import_files(root))}

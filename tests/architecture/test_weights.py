@@ -65,7 +65,8 @@ def test_pack_is_the_inverse(name):
             assert packed.keys() == tensors.keys()
             assert all(torch.equal(packed[n], tensors[n]) for n in tensors)
             assert all(tensor.is_contiguous() for tensor in packed.values())
-        assert packed_shapes(facts, layer) == {n: tuple(t.shape) for n, t in tensors.items()}
+        hidden, out = layer.q.shape[-1], layer.o.shape[0]
+        assert packed_shapes(facts, hidden, out) == {n: tuple(t.shape) for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2", "falcon_new", "stablelm_qk_layernorm", "gpt_oss"])
