@@ -3,7 +3,7 @@
 Tensors that no operation touches are copied byte for byte, in the kernel where the system can do that; every file
 keeps its name, its order of tensors and its metadata; its sha256 is computed while it is written. Two files are
 written at a time, each by a thread of its own, and a third thread waits for the disk: Python's lock is free during a
-copy, a read, a hash, a write and an fsync.
+copy, a read, a hash, a write and an fsync. What is copied needs no torch, which is imported meanwhile.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def convert_shards(
     unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
     writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)
     with ThreadPoolExecutor(1) as syncer, writers, shared.work():
-        written = [writers.submit(convert, shard) for shard in checkpoint.shards if shard.file not in done]
-        import torch  # noqa: F401 (takes a second, in which the writers copy; they need it when they first compute)
+        shards = [shard for shard in _copies_first(checkpoint, layouts) if shard.file not in done]
+        written = [writers.submit(convert, shard) for shard in shards]
+        import torch  # noqa: F401 (takes a second, in which the writers copy; they wait for it before they compute)
 
         wait(written)
         wait(syncs)
@@ -118,6 +119,11 @@ def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ..
                 if name not in plan.before.tensors:
                     layout[name] = (plan.dtypes[name], plan.shapes[name], True)
     return layout
+
+
+def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict]) -> list[Shard]:
+    """The shards as they are written: first those of which nothing is computed, which need no torch."""
+    return sorted(checkpoint.shards, key=lambda shard: any(computed for *_, computed in layouts[shard.file].values()))
 
 
 class _Shared:

@@ -154,13 +154,12 @@ class Checkpoint:
             raise SurgeryError(
                 f"{name} is {info.dtype}: only floating-point tensors are computed with", where=info.file
             )
-        data = bytearray(info.size)
+        data = torch.empty(info.size, dtype=torch.uint8)
         with open(self.folder / info.file, "rb") as file:
             file.seek(info.start)
-            if file.readinto(data) != info.size:
+            if file.readinto(data.numpy()) != info.size:
                 raise self.ended(info.file)
-        flat = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype])) if data else torch.empty(0)
-        return flat.reshape(info.shape)
+        return data.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         """The bytes of one tensor, at most `CHUNK` at a time; the buffer is reused."""

@@ -41,8 +41,11 @@ def base(tmp_path):
     return make_checkpoint(tmp_path / "base", 0, shards=2, hidden=64, heads=4, kv_heads=2, mlp=128, vocab=128)
 
 
-def run(base: Path, *options: str) -> dict:
-    args = ("apply", "mqa", str(base), "-o", str(base.parent / "out"), "--no-check", "--no-eval", "--json", *options)
+def apply(base: Path) -> dict:
+    return run("apply", "mqa", str(base), "-o", str(base.parent / "out"), "--no-check", "--no-eval", "--json")
+
+
+def run(*args: str) -> dict:
     command = [sys.executable, "-c", SCRIPT, ",".join(HEAVY), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -50,17 +53,21 @@ def run(base: Path, *options: str) -> dict:
 
 def test_a_plain_base_is_planned_without_torch_and_converted_without_transformers(base):
     """PyTorch is imported while the first tensors are copied: they need it to compute others, and no earlier."""
-    found = run(base)
+    found = apply(base)
     assert found["code"] == 0
     assert found["began"][0] == []
     assert "torch" in found["ended"]
     assert "transformers" not in found["ended"]
 
 
+def test_a_plan_of_a_plain_base_imports_neither(base):
+    assert run("plan", "mqa", str(base), "--json") == {"began": [], "ended": [], "code": 0}
+
+
 def test_any_other_base_is_read_by_transformers(base):
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | {"partial_rotary_factor": 1.0}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "transformers" in run(base)["began"][0]
+    assert "transformers" in apply(base)["began"][0]
 
 
 def test_what_torch_cannot_be_imported_for_ends_the_run(base, monkeypatch):
@@ -69,6 +76,6 @@ def test_what_torch_cannot_be_imported_for_ends_the_run(base, monkeypatch):
     fake.mkdir()
     (fake / "torch.py").write_text("raise MemoryError('out of memory')", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", f"{fake}{os.pathsep}{ROOT}")
-    assert run(base)["code"] == 5
+    assert apply(base)["code"] == 5
     assert not (base.parent / "out").exists()
     assert (base.parent / "out.partial").exists()

@@ -36,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the bac
 import surgery
 from surgery.cli import main as cli
 surgery.plan("mqa", sys.argv[1])  # imports what a conversion imports; nothing is computed, so no threads are lost
-import surgery.conversion
+import surgery.conversion.convert, torch
 print("ready", flush=True)
 for line in sys.stdin:
     if pid := os.fork():
