@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint
-from tables import RESULTS
+from results import FOLDER
 
 SHARD = 1 << 30
 REST = 10  # seconds
@@ -199,43 +199,37 @@ def show(result: dict) -> None:
 
 COLUMNS = [
     "checkpoint",
-    "conditions",
-    "`surgery apply mqa`",
-    "copy and hashes",
-    "ratio",
-    "CPU",
-    "CPU of the copy",
-    "peak memory",
+    {"name": "conditions", "align": "left"},
+    {"name": "conversion", "format": "{:.1f} s"},
+    {"name": "copy", "format": "{:.1f} s"},
+    {"name": "ratio", "format": "{:.2f}"},
+    {"name": "CPU", "format": "{:.1f} s"},
+    {"name": "CPU of the copy", "format": "{:.1f} s"},
+    {"name": "peak memory", "format": "{:,.0f} MiB"},
 ]
 
 
 def save(result: dict, path: Path, command: str) -> None:
-    """Put the medians into a results file (see tables.py), whose other rows stay."""
+    """Put the medians into a results file (see results.py), whose other rows stay."""
     convert, copy = result["medians"]["convert"], result["medians"]["copy"]
-    cpu, copied = ("?" if side["cpu"] is None else f"{side['cpu']:.1f} s" for side in (convert, copy))
     row = [
         f"{result['bytes'] / 2**30:.2f} GiB, {result['shards']} shards",
         f"`{result['conditions']}`" if result["conditions"] else "",
-        f"{convert['seconds']:.1f} s",
-        f"{copy['seconds']:.1f} s",
-        f"{result['ratio']:.2f}",
-        cpu,
-        copied,
-        mebibytes(convert["rss"]),
+        round(convert["seconds"], 1),
+        round(copy["seconds"], 1),
+        round(result["ratio"], 2),
+        convert["cpu"] and round(convert["cpu"], 1),
+        copy["cpu"] and round(copy["cpu"], 1),
+        convert["rss"] and round(convert["rss"] / 2**20),
     ]
-    computer = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in computer["versions"].items())
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"command": "", "rows": []}
-    rows = [old for old in known["rows"] if old[:2] != row[:2]]
-    commands = [old for old in known["command"].split("; ") if old and old != command]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"command": [], "rows": []}
     saved = {
-        "command": "; ".join([*commands, command]),
-        "machine": f"{computer['cpu']}, {computer['cores']} cores, {computer['system']}, {versions}",
+        "command": [*(old for old in known["command"] if old != command), command],
+        "machine": f"{result['machine']['cpu']}, {result['machine']['cores']} threads",
         "columns": COLUMNS,
-        "align": ["left", "left", *["right"] * 6],
-        "rows": [*rows, row],
+        "rows": [*(old for old in known["rows"] if old[:2] != row[:2]), row],
     }
-    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -268,7 +262,7 @@ def main() -> None:
         show(measured)
     if options.save:
         words = shlex.join(word for word in sys.argv[1:] if word != "--save")
-        save(measured, RESULTS / "streaming.json", f"python examples/benchmarks/bench_streaming.py {words}".rstrip())
+        save(measured, FOLDER / "streaming.json", f"python examples/benchmarks/bench_streaming.py {words}".rstrip())
 
 
 if __name__ == "__main__":
