@@ -19,6 +19,7 @@ from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 ALPHA, MAGNITUDE, RATIO = 5.0, 100.0, 1000.0
@@ -71,8 +72,8 @@ def received(hook: AttentionHook, module, query, key, **kwargs) -> tuple[torch.T
         [heads, n], summed over all queries, float64, and [heads], the first query's weight on itself.
     """
     length, total, own = query.shape[2], 0.0, None
-    for begin in range(0, length, BLOCK):
-        rows = torch.arange(begin, min(begin + BLOCK, length))
+    for first in range(0, length, BLOCK):
+        rows = torch.arange(first, min(first + BLOCK, length))
         weights = hook.weights(module, query, key, rows, **kwargs)[0]
         own = weights[:, 0, 0].double() if own is None else own
         total = total + weights.double().sum(1)
@@ -156,11 +157,12 @@ def sink_map(
         marks, eligible = torch.zeros_like(sequences), torch.zeros_like(sequences, dtype=torch.bool)
         residual = _Residual(sequences, spans, len(layers))
         with residual.watch(model, hook):
-            for begin in range(0, len(sequences), batch):
-                texts = residual.texts = range(begin, min(begin + batch, len(sequences)))
+            begin(progress, "measuring sinks", len(sequences))
+            for start in range(0, len(sequences), batch):
+                texts = residual.texts = range(start, min(start + batch, len(sequences)))
                 model.base_model(**_inputs(model, sequences, mask, list(texts)), use_cache=False)
                 if progress:
-                    progress(texts[-1] + 1, len(sequences), "sinks")
+                    progress(texts[-1] + 1, len(sequences), "measuring sinks")
 
     def name(token: int) -> str:
         return str(token) if tokenizer is None else tokenizer.decode([token])

@@ -25,6 +25,7 @@ from surgery.io.output_folder import OutputFolder, output_path, weight_files
 from surgery.io.pickle import readable
 from surgery.io.resume import SUFFIX
 from surgery.io.safetensors import TORCH_NAMES, WEIGHT_INDEX, Checkpoint, header_table
+from surgery.machine.progress import begin
 from surgery.operations.base import SURGICAL, ApplyContext
 from surgery.operations.rewrite import checked_record, rewrite_steps
 from surgery.report.report import Report, history_of, new_report
@@ -180,8 +181,9 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
     import torch
 
     from surgery.io.loading import load_model, read_tokenizer
-    from surgery.machine.transformers_logging import quiet_in_pipes
+    from surgery.machine.transformers_logging import quiet_transformers
 
+    begin(progress, "loading the model")
     dtype = getattr(torch, TORCH_NAMES[stored_dtypes(plan.before)[0]])  # config.json may name another
     model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
     try:
@@ -192,7 +194,8 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         checked_record(operation, operation.apply(model, context))
         for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
     ]
-    with quiet_in_pipes():
+    begin(progress, "writing")
+    with quiet_transformers():
         model.save_pretrained(partial)
     return weight_files(partial), records
 

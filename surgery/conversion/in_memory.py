@@ -11,7 +11,7 @@ from surgery.io.files import BASE_CARD
 from surgery.io.loading import DONE, is_model
 from surgery.io.model_folder import refuse_links_out
 from surgery.io.output_folder import OutputFolder, weight_files
-from surgery.machine.transformers_logging import quiet_in_pipes
+from surgery.machine.transformers_logging import quiet_transformers
 from surgery.report.report import NOTICES, Report, history_of
 
 
@@ -45,7 +45,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
     out = OutputFolder(folder, base, "in memory", overwrite=overwrite)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     with out.opened(needed) as partial:
-        with quiet_in_pipes():
+        with quiet_transformers():
             model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

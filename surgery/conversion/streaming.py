@@ -140,7 +140,7 @@ class _Shared:
                 raise _Stopped
             self.written += size
             if self.progress:
-                self.progress(min(self.written, self.total), self.total, "weights")
+                self.progress(min(self.written, self.total), self.total, "writing")
 
     @contextmanager
     def work(self):

@@ -29,6 +29,8 @@ from surgery.data.packing import Packed
 from surgery.data.text import BUILTIN, begin_of_text, load_text
 from surgery.errors import SurgeryError, nearest
 from surgery.io.loading import loaded, read_config
+from surgery.machine.progress import begin as begin_stage
+from surgery.machine.progress import renamed
 
 __all__ = ["Documents", "Packed", "documents"]
 
@@ -36,6 +38,7 @@ SELF, TEXT, MESSAGES = "self", "text", "messages"
 LINES = (".jsonl", ".ndjson")
 PLAIN = (".txt", ".md", ".text")
 TEXTS_AT_ONCE = 64  # texts that are tokenised at a time
+TRAINING_TEXT = "training text"  # the stage
 ABOUT = ("readme", "license", "licence", "changelog")  # files about a folder, which are not its text
 TABLES = (".parquet", ".arrow", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -101,10 +104,11 @@ def documents(
     wanted, begin = rows_needed * heal.length, begin_of_text(tokenizer)
     if heal.data == SELF:
         with loaded(base) as model:
-            written = sample(model, tokenizer, heal, wanted, folder=folder, progress=progress)
+            written = sample(model, tokenizer, heal, wanted, folder=folder, progress=renamed(progress, TRAINING_TEXT))
         digest = hashlib.sha256(repr(written).encode())
         return Documents("text that the base wrote itself", digest.hexdigest(), written, begin)
     source = _source(heal, tokenizer)
+    begin_stage(progress, TRAINING_TEXT, wanted)
     digest, ids, tokens = hashlib.sha256(), [], 0
     texts = (text for text in source.texts if text.strip())
     while tokens < wanted and (batch := list(islice(texts, TEXTS_AT_ONCE))):
@@ -114,7 +118,7 @@ def documents(
         ids += [array("i", document) for document in new]  # a list would take eight times as much
         tokens += sum(map(len, new))
         if progress:
-            progress(min(tokens, wanted), wanted, "data")
+            progress(min(tokens, wanted), wanted, TRAINING_TEXT)
     _refuse_unusable(ids, source, heal, read_config(base).get_text_config().vocab_size)
     return Documents(source.title, digest.hexdigest(), ids, begin)
 

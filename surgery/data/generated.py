@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,8 @@ from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_cache import CACHE
 
 MARK = "surgery-mark"
+STAGE = "text that the model writes"
+REPORTED = 16  # tokens of a sample between two reports of progress
 REVISION = 1  # raised when the same settings give another text
 
 
@@ -65,13 +68,20 @@ def sample(
     files = LayerFiles(folder, SELF_TEXT, settings)
     documents: list[list[int]] = []
     index, tokens_done = 0, 0
+
+    def written(more: int) -> None:
+        """Report the tokens of all batches, with `more` of the one that is being written."""
+        if progress:
+            progress(min(tokens_done + more, tokens), tokens, STAGE)
+
+    written(0)
     while tokens_done < tokens:
         stored = files.load(index)
         if stored is None:
             generator = torch.Generator(device).manual_seed(_seed(heal.seed, index))
             remaining = math.ceil((tokens - tokens_done) * len(documents) / tokens_done) if documents else batch
             count = min(batch, remaining)
-            rows = _write(writer, begin.draw(count, generator), length, ends, generator).cpu()
+            rows = _write(writer, begin.draw(count, generator), length, ends, generator, written).cpu()
             if folder:
                 with machine_errors(folder):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +91,7 @@ def sample(
         new_documents = [_document(row, len(begin.prefix), ends) for row in rows.tolist()]
         new_tokens = sum(len(document) - len(begin.prefix) for document in new_documents)
         documents, tokens_done, index = documents + new_documents, tokens_done + new_tokens, index + 1
-        if progress:
-            progress(min(tokens_done, tokens), tokens, "text of the base")
+        written(0)
     return documents
 
 
@@ -116,8 +125,12 @@ def _rounded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 @torch.no_grad()
-def _write(model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator) -> torch.Tensor:
+def _write(
+    model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator, written: Callable = int
+) -> torch.Tensor:
     """Samples [batch, length] that begin with `ids` [batch, n]; what follows one of `ends` in a row is to be ignored.
+
+    `written` is called now and then with the number of tokens so far.
 
     The model's own `generate` would read its generation config: penalties and a top-p that are meant for chats.
     """
@@ -125,13 +138,16 @@ def _write(model, ids: torch.Tensor, length: int, ends: set[int], generator: tor
     rows = ids.new_zeros(len(ids), length)
     rows[:, : ids.shape[1]] = ids
     live, ended = torch.arange(len(ids), device=ids.device), torch.zeros_like(ids[:, 0], dtype=torch.bool)
-    state, new = {}, ids
+    state, new, tokens = {}, ids, ids.numel()
     for position in range(ids.shape[1], length):
         out = model(input_ids=new, use_cache=True, logits_to_keep=1, **state)
         state = {CACHE: out[CACHE]}
         new = _sample_tokens(out.logits[:, -1], generator)
         rows[live, position] = new[:, 0]
         ended |= torch.isin(new[:, 0], stop)
+        tokens += len(live) - int(ended.sum())
+        if position % REPORTED == 0:
+            written(tokens)
         if ended.all():
             break
         if 4 * ended.sum() >= len(ended):  # rows that have ended would still be computed

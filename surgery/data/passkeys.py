@@ -25,6 +25,7 @@ from surgery.data.text import (
     written_samples,
 )
 from surgery.errors import SurgeryError
+from surgery.machine.progress import renamed
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
@@ -99,9 +100,9 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     try:
         settings = SimpleNamespace(length=length, chat=False, seed=0)
         batch = samples_to_begin(samples)
-        documents = sample(
-            model.eval(), tokenizer, settings, samples * length, folder=folder, batch=batch, progress=progress
-        )
+        tokens = samples * length
+        ticks = renamed(progress, "calibration text")
+        documents = sample(model.eval(), tokenizer, settings, tokens, folder=folder, batch=batch, progress=ticks)
     finally:
         model.train(training)
     start = begin_of_text(tokenizer)

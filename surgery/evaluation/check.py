@@ -22,10 +22,13 @@ from surgery.io import manifest
 from surgery.io.loading import no_class
 from surgery.io.safetensors import Checkpoint
 from surgery.machine.device import too_big
+from surgery.machine.progress import PERCENT, begin
 from surgery.operations.base import NATIVE, SURGICAL
 from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
+FILES, FRESH = "checking files", "checking in a fresh process"  # stages
+FILES_SHARE = 50  # of a hundred: of the time that files take, hashes take about half, values the rest
 PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
 MEASURED = "measured"  # a figure to read: what is too much is the gate's business
 
@@ -54,6 +57,7 @@ def check_folder(
     """
     folder = Path(folder)
     report = Report.of(folder)
+    begin(progress, FILES, PERCENT)
     items = [check_hashes(report, folder, progress)]
     items += [*check_record(report, folder), *_check_contents(folder, base, memory, progress)]
     return [without_path(item, folder, base) for item in items]
@@ -90,6 +94,7 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
     weights = max(checkpoint.size, Checkpoint(base).size if base is not None else 0)
     reason = no_class(folder) or too_big(weights, memory)
     if not reason:
+        begin(progress, FRESH)
         return items + check_loading(folder, anatomy, base, own_code)
     items.append(Item("loads with stock Transformers", NOT_RUN, reason))
     items.append(Item("generates", NOT_RUN, reason))
@@ -115,7 +120,7 @@ def check_hashes(report: Report, folder: Path, progress=None) -> Item:
 
     def tick(done: int, total: int) -> None:
         if progress:
-            progress(done, total, "hashes")
+            progress(done * FILES_SHARE // total, PERCENT, FILES)
 
     if faults := manifest.differences(folder, report.data, report.intact, tick):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -160,7 +165,8 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
                 bad.append(info.name)
             checked += 1
         if progress:
-            progress(index + 1, len(checkpoint.tensors), "finite values")
+            done = (PERCENT - FILES_SHARE) * (index + 1) // len(checkpoint.tensors)
+            progress(FILES_SHARE + done, PERCENT, FILES)
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         return Item("finite values", FAILED, f"NaN or infinite values in {', '.join(bad[:3])}{more}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
+MODELS = {"base": "the base", "out": "the converted model"}  # label -> whose turn it is
 NAMES = {"base": "base", "out": "patched"}  # label -> what a person reads
 
 
@@ -84,6 +85,7 @@ def run_base_then_model(
     what: str,
     extra: Callable[[int], int],
     broken: Callable,
+    stage: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Run the cases on each model, one model in memory at a time; or record why a model does not fit in memory.
@@ -95,6 +97,7 @@ def run_base_then_model(
         what: what the cases are, for messages.
         extra: bytes needed besides the weights, from the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
+        stage: what `progress` reports.
         progress: called as progress(done, total, label) after each case.
 
     Raises:
@@ -112,10 +115,11 @@ def run_base_then_model(
         return
     for index, (label, source) in enumerate(sources.items()):
 
-        def tick(done: int, before: int = index * cases, label: str = label) -> None:
+        def tick(done: int, before: int = index * cases, which: str = MODELS[label]) -> None:
             if progress:
-                progress(before + done, len(sources) * cases, label)
+                progress(before + done, len(sources) * cases, f"{stage}: {which}" if len(sources) > 1 else stage)
 
+        tick(0)
         with loaded(source) as model:
             result.outcomes[label] = run_cases(model, tick)
         del model

@@ -31,15 +31,10 @@ def evaluate_report(
 
 def _measure(probe: Probe, report: Report, base: Path, progress: Progress | None) -> dict:
     """What became of a probe; that tokenizer or text cannot make its cases is no fault of the checkpoint."""
-
-    def tick(done: int, total: int, label: str) -> None:
-        if progress:
-            progress(done, total, probe.name)
-
     if reason := probe.unasked(base):
         return {"status": UNASKED, "reason": reason}
     try:
-        result = probe.measure(report.folder, base, progress=tick).to_dict()
+        result = probe.measure(report.folder, base, progress=progress).to_dict()
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}
     return {key: value for key, value in result.items() if key != "cases"}

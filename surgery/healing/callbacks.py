@@ -28,6 +28,7 @@ from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
 from surgery.io.loading import read_config
 from surgery.io.output_folder import weight_files
+from surgery.machine.progress import begin
 from surgery.report.gate import gate
 from surgery.report.report import Report
 
@@ -72,6 +73,7 @@ class HealCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_text(self.file, "".join(json.dumps(line) + "\n" for line in read(self.file, state.global_step)))
         self.trainer.clock.start(self.earlier)
+        begin(self.progress, "training", self.steps or int(self.trainer.clock.limit))
         self.step_started = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -127,7 +129,7 @@ class HealCallback(TrainerCallback):
         if not self.progress:
             return
         kl = f", KL {line['kl']:.3f}" if line.get("kl", line["loss"]) != line["loss"] else ""
-        label = f"healing: loss {line['loss']:.3f}{kl}, {line['tokens_per_second']:,.0f} tokens/s"
+        label = f"training: loss {line['loss']:.3f}{kl}, {line['tokens_per_second']:,.0f} tokens/s"
         if self.steps is not None:
             self.progress(line["step"], self.steps, label)
         else:

@@ -29,6 +29,7 @@ from surgery.calibration.layerwise import StopForward, ended
 from surgery.data.packing import arguments
 from surgery.errors import SurgeryError
 from surgery.healing.contexts import autocast_products
+from surgery.machine.progress import begin
 
 # AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
 # the errors 0.64, 0.51, 0.80, 0.95 to 0.04, 0.11, 0.39, 0.50; at 1e-3 to 0.10, 0.16, 0.50, 0.59. Steps add up over the
@@ -63,6 +64,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     validation, order = _split_rows(len(rows), length, heal.seed)
     step_rows = max(1, STEP_TOKENS // length)  # rows of a step
     steps = math.ceil(heal.warm_start / (step_rows * length))
+    begin(progress, "fitting layer by layer", steps * step_rows * length)
     with _only_fits_train(student, base, fits):
         before = _errors(student, base, layers, rows, validation, step_rows, heal)
         for step in range(steps):
@@ -73,7 +75,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
                     student, base, layers, batch, lambda layer, error, by=factor: fits[layer.index].step(error, by)
                 )
             if progress:
-                progress((step + 1) * step_rows * length, steps * step_rows * length, "layer-wise start")
+                progress((step + 1) * step_rows * length, steps * step_rows * length, "fitting layer by layer")
         after = _errors(student, base, layers, rows, validation, step_rows, heal)
     records = []
     for index, fit in fits.items():

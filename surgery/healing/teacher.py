@@ -32,6 +32,7 @@ from surgery.healing.losses.objective import measure
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
+from surgery.machine.progress import begin
 
 
 class Teacher:
@@ -167,13 +168,14 @@ def store(
         files, training = _files(folder, info), model.training
         model.eval()
         try:
+            begin(progress, "answers of the base", len(rows))
             for file_index in range(math.ceil(len(rows) / ROWS)):
                 if not files.path(file_index).is_file():
                     selection = slice(file_index * ROWS, (file_index + 1) * ROWS)
                     tensors = ask(model, rows.ids[selection].long(), rows.positions[selection].long(), info, within)
                     files.save(file_index, tensors, {})
                 if progress:
-                    progress(min((file_index + 1) * ROWS, len(rows)), len(rows), "teacher")
+                    progress(min((file_index + 1) * ROWS, len(rows)), len(rows), "answers of the base")
         finally:
             model.train(training)
 

@@ -11,7 +11,7 @@ from surgery.errors import SurgeryError, shown
 from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
-from surgery.machine.transformers_logging import quiet_in_pipes, quiet_transformers
+from surgery.machine.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     options = {"dtype": "auto", **STRICT, "use_safetensors": None if allow_pickle else True} | kwargs
     # Tensors of other shapes are listed, and refused below: Transformers itself would only say that there are some.
     listed = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet_in_pipes(), _loading_errors(folder):
+    with quiet_transformers(), _loading_errors(folder):
         model, info = auto.from_pretrained(folder, **(options | listed))
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]

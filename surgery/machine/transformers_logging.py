@@ -1,9 +1,8 @@
-"""Transformers without its progress bars and warnings: they would end up in pipes and in the output of `--json`."""
+"""Transformers without its progress bars and warnings: they would end up in pipes and beside our own bars."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 
@@ -21,9 +20,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def quiet_in_pipes() -> contextlib.AbstractContextManager[None]:
-    """`quiet_transformers`, except on a terminal, where a person sees by the bar that work goes on."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    return contextlib.nullcontext() if terminal else quiet_transformers()

@@ -10,6 +10,7 @@ from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import AttentionLayer, pack, unpack, unpacked_shapes
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import json_fault
+from surgery.machine.progress import begin
 
 if TYPE_CHECKING:
     from surgery.operations.base import ApplyContext, Operation, WeightRewrite
@@ -94,6 +95,8 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> lis
     """
     before, after = steps[0][1].before, steps[-1][1].change.after
     records, results = [{} for _ in steps], []
+    progress = steps[0][1].progress
+    begin(progress, "rewriting layers", len(before.layers))
     for anatomy in before.layers:
         module = model.get_submodule(anatomy.path)
         tensors = {name: module.get_parameter(name).detach() for name in anatomy.tensor_names}
@@ -104,7 +107,7 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> lis
             if record:
                 records[index][anatomy.path] = record
         results.append(pack(layer))
-        if progress := steps[0][1].progress:
-            progress(anatomy.index + 1, len(before.layers), "layers")
+        if progress:
+            progress(anatomy.index + 1, len(before.layers), "rewriting layers")
     write_layers(model, before, after, results)
     return records

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 
 CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LIMIT = 1.02
@@ -90,7 +91,7 @@ def search_dense_below(
         rounds: repetitions of every timing.
         text: see `load_text`; of the built-in text the calibration part.
         device: "cpu" or "cuda".
-        progress: called as progress(candidates done, candidates, "calibrate").
+        progress: called as progress(candidates done, candidates, "timing").
 
     Raises:
         SurgeryError: no layer's prefill is sparse, no candidate can be tried, the text is too short.
@@ -117,12 +118,13 @@ def search_dense_below(
     if not tried:
         raise _no_candidate(block, positions, tokens, str(out))
     ids = windows(sample_text, tokenizer, 2 * tried[-1], 1).to(torch_device)
+    begin(progress, "timing", len(tried))
     for index, candidate in enumerate(tried):
         calls = _calls(model, ids[:, : 2 * candidate], layers)
         for length in sorted({max(candidate * 5 // 4, candidate + block), 2 * candidate}):
             trials.append(_trial(calls, candidate, length, rounds))
         if progress:
-            progress(index + 1, len(tried), "calibrate")
+            progress(index + 1, len(tried), "timing")
         if max(trial.ratio for trial in trials if trial.dense_below == candidate) <= LIMIT:
             dense_below = candidate
             break

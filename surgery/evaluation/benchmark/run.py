@@ -27,6 +27,7 @@ from surgery.evaluation.benchmark.models import (
 )
 from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, Timing
 from surgery.machine.device import PeakMemory, is_out_of_memory
+from surgery.machine.progress import begin
 
 # What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
 SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
@@ -104,7 +105,7 @@ def bench(
         layers: of a synthetic model; fewer than the base's are evenly spaced among them, with their head split.
         ratio: of a synthetic model: this share of the KV heads streams, chosen at random, instead of `out`'s split.
         device: "cpu" or "cuda".
-        progress: called as progress(tokens done, tokens in all, "bench").
+        progress: called as progress(tokens done, tokens in all, "timing").
 
     Raises:
         SurgeryError: settings out of range, a length beyond the base's positions, models of different shape.
@@ -138,6 +139,7 @@ def bench(
 
 def _all_rounds(contenders, prompts, rounds, decode, device, progress) -> list[Timing]:
     done, total, timings = 0, sum(prompts) * (rounds + 1) * len(contenders), []
+    begin(progress, "timing", total)
     for length, ids in prompts.items():
         ids = ids.to(device)
         samples: dict[str, list] = {contender.name: [] for contender in contenders}
@@ -151,7 +153,7 @@ def _all_rounds(contenders, prompts, rounds, decode, device, progress) -> list[T
                     samples[contender.name].append(_run(contender.ready(), ids, decode))
                 done += length
                 if progress:
-                    progress(done, total, "bench")
+                    progress(done, total, "timing")
         for name, values in samples.items():
             prefill, token, *cache_sizes = zip(*values, strict=True)
             timings.append(Timing(name, length, prefill, token, *map(max, cache_sizes), *peaks[name]))

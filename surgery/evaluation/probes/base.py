@@ -265,7 +265,7 @@ class Probe(BaseModel):
         Args:
             out, base: model folder, or loaded model. A loaded model stays where and as it is.
             tokenizer: needed where no folder is given; otherwise taken from base, or from out without a base.
-            progress: called as progress(done, total, label); label is "base" or "out".
+            progress: called as progress(done, total, label); the label names the stage.
             allow_pickle: the base may have .bin weights alone.
 
         Raises:
@@ -342,9 +342,11 @@ class CaseProbe(Probe):
     Attributes:
         cases_are: what the cases are, for messages ("needles").
         model_first: the model is run before its base, which reads what the model wrote.
+        stage: what progress reports while it runs.
     """
 
     cases_are: ClassVar[str]
+    stage: ClassVar[str]
     model_first: ClassVar[bool] = False
 
     @abstractmethod
@@ -391,6 +393,7 @@ class CaseProbe(Probe):
             what=self.cases_are,
             extra=lambda kv_bytes: self.extra_bytes(result.cases, kv_bytes),
             broken=self.is_broken,
+            stage=self.stage,
             progress=progress,
         )
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}

@@ -142,6 +142,7 @@ class Chat(CaseProbe):
     name: ClassVar[str] = "chat"
     summary: ClassVar[str] = "greetings and short requests with the chat template: which are answered"
     cases_are: ClassVar[str] = "requests"
+    stage: ClassVar[str] = "short requests"
     model_first: ClassVar[bool] = True
 
     requests: TextSource = Field(BUILTIN, description="'builtin' (ten of them), or a text file with one in each line.")

@@ -76,6 +76,7 @@ class Choices(CaseProbe):
     name: ClassVar[str] = "choices"
     summary: ClassVar[str] = "multiple choice: which ending continues a passage, or the questions of a file"
     cases_are: ClassVar[str] = "questions"
+    stage: ClassVar[str] = "multiple choice"
 
     text: TextSource = Field(BUILTIN, description="Where the passages are from: 'builtin' or a text file.")
     labelled: TextSource | None = Field(

@@ -53,6 +53,7 @@ class MultiNeedle(CaseProbe):
     name: ClassVar[str] = "multi_needle"
     summary: ClassVar[str] = "several keys with a secret each in one text: is the one found that is asked for"
     cases_are: ClassVar[str] = "prompts"
+    stage: ClassVar[str] = "recall test with several keys"
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
     length: int = Field(1024, ge=64, description="Tokens of the prompts.")

@@ -135,6 +135,7 @@ class Needles(CaseProbe):
     name: ClassVar[str] = "needles"
     summary: ClassVar[str] = "secrets hidden in a text, one in a prompt, over lengths and depths: which are found"
     cases_are: ClassVar[str] = "needles"
+    stage: ClassVar[str] = "recall test"
     drawing: ClassVar[str] = "draw the grid."
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("length", "lengths"), ("cases", "samples"))
 

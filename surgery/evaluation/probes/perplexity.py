@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 UNKNOWN = 0.2  # share of unknown tokens from which a text is not the model's
 DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
 
+STAGES = {"base": "scoring the base", "out": "scoring the converted model"}  # label -> what progress reports
+SCORING = "scoring the model"  # where it is measured by itself
+
 
 @dataclass
 class Side:
@@ -230,16 +233,17 @@ class Perplexity(Probe):
     def _run(self, result, sources, samples, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
         """Score one model after the other; the scores of the last one, compared with the first."""
 
-        def tick(label: str, before: int, done: int) -> None:
+        def tick(label: str, done: int) -> None:
             if progress:
-                progress(before + done, self.windows * len(sources), label)
+                progress(done, self.windows, STAGES[label] if "base" in sources else SCORING)
 
         try:
             with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
                 folder = Path(temporary) if "base" in sources else None
-                for index, (label, source) in enumerate(sources.items()):
+                for label, source in sources.items():
                     may_be_pickle = allow_pickle and label == "base"
-                    tick_of_side = partial(tick, label, index * self.windows)
+                    tick_of_side = partial(tick, label)
+                    tick_of_side(0)
                     scores = score_model(source, samples, folder, top_k, tick_of_side, may_be_pickle)
                     gc.collect()  # or a model in a reference cycle would share the memory with the next one
                     _sum_up(getattr(result, label), scores["loss"], label)

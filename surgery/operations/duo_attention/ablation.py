@@ -18,6 +18,7 @@ from surgery.calibration.head_scores import HeadScores, ranks, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, each_layer
 from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import BUILTIN, fitting_length, load_text
+from surgery.machine.progress import begin
 
 
 def ablation(
@@ -47,6 +48,7 @@ def ablation(
     with hook_attention(model) as hook, torch.no_grad():
         total = sum(map(len, kinds)) * sum(hook.kv_heads)
         done, tables = 0, []
+        begin(progress, "measuring heads", total)
         for kind in kinds:
             tables.append([[0.0] * heads for heads in hook.kv_heads])
             for ids, rows in kind:
@@ -54,7 +56,7 @@ def ablation(
                     tables[-1][layer][head] += kl / len(kind)
                     done += 1
                     if progress:
-                        progress(done, total, "head scores")
+                        progress(done, total, "measuring heads")
     refuse_not_finite(tables, "ablation")
     orders = [ranks(table) for table in tables]
     scores = [[sum(pair) / 2 for pair in zip(*rows, strict=True)] for rows in zip(*orders, strict=True)]

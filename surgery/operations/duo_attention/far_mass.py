@@ -13,6 +13,7 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 
@@ -50,10 +51,11 @@ def far_mass(
 
     with hook_attention(model, attention) as hook, torch.no_grad():
         totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        begin(progress, "measuring heads", samples)
         for index, sequence in enumerate(sequences):
             model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False)
             if progress:
-                progress(index + 1, samples, "head scores")
+                progress(index + 1, samples, "measuring heads")
         table = hook.largest_of_groups([total / samples for total in totals])
     return HeadScores("far-mass", table, origin)
 

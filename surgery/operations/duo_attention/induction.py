@@ -21,6 +21,7 @@ from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import plain_windows
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 
@@ -65,10 +66,11 @@ def induction(
 
     with hook_attention(model, attention) as hook, torch.no_grad():
         totals = [torch.zeros(2, layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        begin(progress, "measuring heads", samples)
         for index, ids in enumerate(sequences):
             model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
             if progress:
-                progress(index + 1, samples, "head scores")
+                progress(index + 1, samples, "measuring heads")
         means = [total / samples for total in totals]
         table = hook.largest_of_groups([mean.sum(0) for mean in means])
         kinds = {name: hook.largest_of_groups([mean[kind] for mean in means]) for kind, name in enumerate(KINDS)}

@@ -24,6 +24,7 @@ from surgery.calibration.head_scores import HeadScores, model_identity
 from surgery.data.passkeys import Recall, calibration
 from surgery.data.text import BUILTIN
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 UNDECIDED = (0.1, 0.9)
@@ -67,6 +68,7 @@ def gates(
         if state is not None and Path(state).is_file():
             run.load(Path(state))
         full_states: dict[int, torch.Tensor] = {}
+        begin(progress, "training gates", steps)
         for step in range(len(run.losses), steps):
             index = step % samples
             if index not in full_states:
@@ -79,7 +81,7 @@ def gates(
             if state is not None:
                 run.save(Path(state))
             if progress:
-                progress(step + 1, steps, "gates")
+                progress(step + 1, steps, "training gates")
         table = [row.tolist() for row in run.gates.detach().cpu().split(hook.kv_heads)]
     flat = [gate for table_row in table for gate in table_row]
     undecided = sum(UNDECIDED[0] < gate < UNDECIDED[1] for gate in flat) / len(flat)

@@ -19,6 +19,7 @@ from surgery.calibration.attention_hook import answer_logits, hook_attention
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 
@@ -50,11 +51,12 @@ def retrieval(
     answered = steps = 0
     with hook_attention(model, attention) as hook, torch.no_grad():
         totals = [torch.zeros(layer.heads, dtype=torch.float64) for layer in hook.anatomy.layers]
+        begin(progress, "measuring heads", samples)
         for index, sequence in enumerate(sequences):
             right = answer_logits(model, sequence).argmax(-1).cpu() == sequence.ids[sequence.rows + 1]
             answered, steps = answered + int(right.sum()), steps + len(right)
             if progress:
-                progress(index + 1, samples, "head scores")
+                progress(index + 1, samples, "measuring heads")
         table = hook.largest_of_groups([total / steps for total in totals])
     origin |= {"steps": steps, "answered": round(answered / steps, 4)}
     return HeadScores("retrieval", table, origin)

@@ -60,7 +60,7 @@ class LayerLosses(Sharing):
             self.tried_samples = validation_samples(len(self.sequences))
             self.base_logps = [self._log_probabilities(index) for index in self.tried_samples]
             self.base_states: dict[int, dict[int, torch.Tensor]] = {}
-            return self._map_layers(self._layer_loss, "layers tried alone", progress)
+            return self._map_layers(self._layer_loss, "trying layers alone", progress)
 
     def _run_base(self, anatomy, target) -> LayerProgress:
         self.base_states[anatomy.index] = {index: self.states.base[index] for index in self.tried_samples}

@@ -28,6 +28,7 @@ from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import Layerwise, StopForward
 from surgery.calibration.moments import with_ones
 from surgery.machine.parallel import OrderedSection, check_cancelled, parallel_map
+from surgery.machine.progress import begin
 from surgery.operations.gqa.cost import layers_at_a_time
 from surgery.operations.gqa.fit_mlp import MLPOutput, projection_of
 from surgery.operations.gqa.fit_scores import ScoreSample
@@ -106,7 +107,7 @@ class Sharing:
         """Packed tensors, and a record, of each layer in order; `mlps` then holds the new weights of MLPs."""
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
-            results = self._map_layers(self._layer, "layers converted", progress)
+            results = self._map_layers(self._layer, "merging layers", progress)
         return [tensors for tensors, _ in results], [record for _, record in results]
 
     def _begin(self, hook: AttentionHook) -> None:
@@ -122,6 +123,7 @@ class Sharing:
         Layers that are fitted to the base's inputs wait for no converted layer: a CPU works on some in parallel.
         """
         results, device = [], self.model.device
+        begin(progress, label, len(self.targets))
         at_once = 1 if self.settings.sequential else layers_at_a_time(self.hook.anatomy)
         for result in parallel_map(work, self.hook.anatomy.layers, self.targets, device=device, at_once=at_once):
             results.append(result)

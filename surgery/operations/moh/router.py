@@ -22,6 +22,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_gates import Gate
 
 SCORES = ("energy", "damage")
@@ -166,6 +167,7 @@ def route(
         model.eval()
         with torch.no_grad():
             run = Layerwise(model, anatomy, sequences)
+            begin(progress, "fitting routers", len(anatomy.layers))
             for layer in anatomy.layers:
                 routed = None
                 if layer.index in planned:
@@ -179,7 +181,7 @@ def route(
                 if layer.index < max(planned):
                     _advance(model, layer, run, routed)
                 if progress:
-                    progress(layer.index + 1, len(anatomy.layers), "routers")
+                    progress(layer.index + 1, len(anatomy.layers), "fitting routers")
     finally:
         for module, mode in modes:
             module.training = mode

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from surgery.calibration.head_scores import HeadScores, refuse_not_finite
 from surgery.errors import SurgeryError, nearest
+from surgery.machine.progress import begin
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +103,7 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     from surgery.calibration.gradients import with_gradients
 
     sums = [torch.zeros(layer.heads, dtype=torch.float64) for layer in anatomy.layers]
+    begin(progress, "measuring heads", len(sequences))
     for index, sequence in enumerate(sequences):
         with with_gradients():
             masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
@@ -111,7 +113,7 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient.abs().double().cpu()
         if progress:
-            progress(index + 1, len(sequences), "gradients of heads")
+            progress(index + 1, len(sequences), "measuring heads")
     return [(total / (total.norm() or 1)).tolist() for total in sums]
 
 
@@ -139,6 +141,7 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     with torch.no_grad():
+        begin(progress, "measuring heads", total)
         for sequence in sequences:
             ids = sequence[None].to(model.device)
             for layer, measure in each_layer(blocks, partial(answer, ids)):
@@ -149,7 +152,7 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
                         table[layer][head] += measure() / len(sequences)
                     done += 1
                     if progress:
-                        progress(done, total, "heads silenced")
+                        progress(done, total, "measuring heads")
     return table
 
 

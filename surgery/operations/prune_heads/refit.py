@@ -16,6 +16,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
 from surgery.calibration.moments import Moments, refit_output
+from surgery.machine.progress import begin
 from surgery.operations.prune_heads.select import lost_share
 
 
@@ -57,12 +58,13 @@ def refit(
         with torch.no_grad():
             run = Layerwise(model, anatomy, sequences)
             last = max((index for index, removed_heads in enumerate(removed) if removed_heads), default=-1)
+            begin(progress, "refitting output projections", len(removed))
             for layer, removed_heads in zip(anatomy.layers, removed, strict=True):
                 fits.append(_refit_layer(model, layer, removed_heads, run, ridge) if removed_heads else None)
                 if layer.index < last:
                     _advance(run, layer, removed_heads, fits[-1])
                 if progress:
-                    progress(layer.index + 1, len(removed), "output projections")
+                    progress(layer.index + 1, len(removed), "refitting output projections")
     finally:
         for module, mode in training:
             module.training = mode

@@ -16,6 +16,7 @@ import torch
 
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.sinks import other_sinks, received
+from surgery.machine.progress import begin
 from surgery.operations.sink_calibration.zero_tuning import Trial, frozen, gradients, parameters_of
 from surgery.runtime.surgery_act import probe_features, probe_scores
 from surgery.runtime.surgery_attention import surgery_attention
@@ -65,7 +66,7 @@ def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, pr
         grams[layer] = grams.get(layer, 0) + x.mT @ x
         moments[layer] = moments.get(layer, 0) + y @ x
 
-    _each_call(model, probes, samples, alpha, learn, progress, "sinks: probes")
+    _each_call(model, probes, samples, alpha, learn, progress, "fitting probes")
     for layer, gram in grams.items():
         damping = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -77,7 +78,7 @@ def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, pr
     def record_scores(layer: int, value, total, marked, judged) -> None:
         scores_and_marks[layer].append((probe_scores(value, probes[layer])[0, :, judged], marked[:, judged]))
 
-    _each_call(model, probes, samples, alpha, record_scores, progress, "sinks: thresholds")
+    _each_call(model, probes, samples, alpha, record_scores, progress, "setting thresholds")
     with torch.no_grad():
         for layer, recorded in scores_and_marks.items():
             scores, marked = (torch.cat(each, dim=1) for each in zip(*recorded, strict=True))
@@ -111,7 +112,7 @@ def agreement(model, probes: dict[int, torch.Tensor], samples, alpha: float, pro
         for column, chosen in enumerate((predicted & marked, predicted, marked)):
             sums[:, column] += torch.stack([chosen.sum().double(), total[chosen].sum().double()]).cpu()
 
-    _each_call(model, probes, samples, alpha, count, progress, "sinks: agreement")
+    _each_call(model, probes, samples, alpha, count, progress, "judging probes")
     record = {}
     for name, (both, predicted, marked) in zip(("", "mass_"), sums.tolist(), strict=True):
         record |= {
@@ -136,6 +137,7 @@ def _each_call(model, layers, samples, alpha: float, visit: Callable, progress, 
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention, split=True) as hook, torch.no_grad():
+        begin(progress, label, len(samples))
         for index, sample in enumerate(samples):
             model.base_model(input_ids=sample[None].to(model.device), use_cache=False)
             if progress:
@@ -155,6 +157,7 @@ def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=Non
     Returns:
         A record: every setting that was tried, and the record of `Trial.settle`.
     """
+    begin(progress, "choosing heads", len(SHARES))
     ranked = sorted(
         ((slope[head].item(), layer, head) for layer, slope in enumerate(gradients(trial)) for head in heads[layer]),
         reverse=True,
@@ -172,7 +175,7 @@ def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=Non
         if loss < lowest:
             best, lowest = setting, loss
         if progress:
-            progress(index + 1, len(SHARES), "sinks: heads")
+            progress(index + 1, len(SHARES), "choosing heads")
     if best is None:
         trial.set(trial.nothing)
         return {"tried": tried, "kept": False, "objective": trial.kind}

@@ -17,6 +17,7 @@ import torch
 from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.gradients import with_gradients
 from surgery.io.resume import SavedFigures
+from surgery.machine.progress import begin
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_bias import scores
@@ -60,10 +61,11 @@ def first_tokens(model, samples: torch.Tensor, reach: list[int], progress=None) 
 
     sums = [[0.0, 0.0, 0.0] for _ in reach]
     with hook_attention(model, attention, split=True) as hook, torch.no_grad():
+        begin(progress, "measuring first tokens", len(samples))
         for index, sample in enumerate(samples):
             model.base_model(input_ids=sample[None].to(model.device), use_cache=False)
             if progress:
-                progress(index + 1, len(samples), "first tokens")
+                progress(index + 1, len(samples), "measuring first tokens")
     return [FirstToken(*(total / len(samples) for total in layer)) for layer in sums]
 
 
@@ -208,7 +210,7 @@ def search_gammas(
                 if fit < lowest:
                     best, lowest = setting, fit
                 if progress:
-                    progress(len(tried) - 1, total, f"gammas: best {lowest:.4f}")
+                    progress(len(tried) - 1, total, f"trying gammas: best {lowest:.4f}")
     if best is trial.nothing:
         trial.set(trial.nothing)
         return {"tried": tried, "kept": False, "objective": trial.kind}

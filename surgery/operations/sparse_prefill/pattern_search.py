@@ -19,6 +19,7 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.data.passkeys import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
+from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_estimators import settings_problems
 from surgery.runtime.surgery_sparse_prefill import Sparse
@@ -124,10 +125,11 @@ def search_patterns(
         return surgery_attention(module, query, key, value, mask, **kwargs)
 
     with hook_attention(model, attention) as hook, torch.no_grad():
+        begin(progress, "measuring patterns", samples)
         for index, sequence in enumerate(sequences):
             model.base_model(input_ids=sequence[None].to(model.device), use_cache=False)
             if progress:
-                progress(index + 1, samples, "patterns")
+                progress(index + 1, samples, "measuring patterns")
         count = len(hook.modules)
     layers, recovered, cost = [], [], []
     for layer in range(count):
