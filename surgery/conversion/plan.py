@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.architecture.layer import BYTES, LayerAnatomy
+from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import packed_shapes
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
@@ -21,7 +23,8 @@ from surgery.io.safetensors import stored_bytes
 from surgery.operations.base import NATIVE, SURGICAL, Operation, PlannedChange, missing_texts
 from surgery.operations.rewrite import author_error
 
-BYTES_PER_SECOND = 400e6  # of a streamed conversion on a laptop: an estimate, and called one
+if TYPE_CHECKING:
+    from surgery.conversion.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -131,20 +134,22 @@ class Plan:
             stored_bytes(dtype, shape) for dtype, shape in (*unchanged, *new, (self.before.dtype, (self._added,)))
         )
 
+    @functools.cached_property
+    def estimate(self) -> Estimate:
+        """Time, memory and disk of the whole run on this machine; it is timed when this is first asked for."""
+        from surgery.conversion.estimate import estimate
+
+        return estimate(self)
+
     @property
     def memory_bytes(self) -> int:
-        """Peak memory of the weights while streaming: a layer as stored, twice, and in float64, twice."""
-        layer = self.before.layers[0]
-        values = (
-            sum(prod(self.before.tensors[f"{layer.path}.{n}"][1]) for n in layer.tensor_names) if self.shapes else 0
-        )
-        return values * (2 * BYTES.get(self.before.dtype, 2) + 16) + (64 << 20)
+        """Peak memory of the whole run."""
+        return self.estimate.memory_bytes
 
     @property
     def seconds(self) -> float:
-        """Estimated seconds of the conversion on a laptop."""
-        computed = sum(step.change.seconds for step in self.steps)
-        return self.output_bytes / BYTES_PER_SECOND + 0.02 * len(self.before.layers) + computed
+        """Estimated seconds of the whole run on this machine."""
+        return self.estimate.seconds
 
     def summary(self) -> dict:
         """What surgery.json keeps of the plan."""
@@ -172,11 +177,7 @@ class Plan:
             **self.summary(),
             **({"heal": heal.to_dict()} if (heal := self.heal) else {}),
             "layers": [{"path": a.path, "before": heads(a), "after": heads(b)} for a, b in layers],
-            "estimate": {
-                "output_bytes": self.output_bytes,
-                "memory_bytes": self.memory_bytes,
-                "seconds": round(self.seconds, 1),
-            },
+            "estimate": self.estimate.to_dict(),
         }
 
     def hash(self, fingerprint: str) -> str:

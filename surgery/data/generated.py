@@ -126,7 +126,7 @@ def _rounded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def _write(
-    model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator, written: Callable = int
+    model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator, written: Callable | None = None
 ) -> torch.Tensor:
     """Samples [batch, length] that begin with `ids` [batch, n]; what follows one of `ends` in a row is to be ignored.
 
@@ -146,7 +146,7 @@ def _write(
         rows[live, position] = new[:, 0]
         ended |= torch.isin(new[:, 0], stop)
         tokens += len(live) - int(ended.sum())
-        if position % REPORTED == 0:
+        if written and position % REPORTED == 0:
             written(tokens)
         if ended.all():
             break

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
+from surgery.calibration.cost import GRADIENT
 from surgery.errors import SurgeryError, TrainingError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
+from surgery.operations.base import Measurement
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -152,6 +154,20 @@ class HealPlan:
     def disk_bytes(self) -> int:
         """Checkpoints that are on the disk at once."""
         return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """The stages of the training, for the time that `plan` gives. Data from files are read as they come."""
+        heal, steps = self.heal, self.heal.planned_steps
+        tokens = (steps or 0) * heal.rows * heal.length
+        base = self.base_parameters or self.parameters
+        stages = [Measurement("training text", 3 * base * tokens if heal.data == "self" else 0.0)]
+        if heal.loss_needs and heal.teacher == "stored":
+            stages.append(Measurement("answers of the base", 2 * base * tokens))
+        if heal.warm_start:
+            stages.append(Measurement("fitting layer by layer", (GRADIENT + 1) * 2 * base * heal.warm_start))
+        live = 2 * base * tokens if heal.loss_needs and heal.teacher == "live" else 0
+        seconds = 0.0 if steps else 60 * (heal.minutes or 0)
+        return *stages, Measurement("training", GRADIENT * 2 * self.parameters * tokens + live, seconds=seconds)
 
     @property
     def lines(self) -> list[str]:

@@ -44,6 +44,23 @@ TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """A stage in which an operation measures or fits, for the time and memory that `plan` gives.
+
+    Attributes:
+        stage: as progress reports it.
+        flops: floating-point operations, in float32 (one in float64 counts as two).
+        memory: bytes beside the model.
+        seconds: where the clock ends it, or nothing else is known; counts in place of `flops`.
+    """
+
+    stage: str
+    flops: float
+    memory: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class PlannedChange:
     """What one operation will do.
 
@@ -52,9 +69,10 @@ class PlannedChange:
         lines: what changes, for people ("KV heads 3 → 1 in 30 layers, mean").
         tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
         notes: what is lost, guessed or worth knowing.
-        seconds: rough time of the computation on a laptop, beyond reading and writing.
+        seconds: rough time of the computation on a laptop, beyond reading, writing and `measurements`.
         measured: what each layer becomes is known only when the model was measured; `after` has the right totals.
         parameters: numbers that the surgery adds to the weights (routers, gammas, virtual keys).
+        measurements: what it measures or fits, in order.
     """
 
     after: Anatomy
@@ -64,6 +82,7 @@ class PlannedChange:
     seconds: float = 0.0
     measured: bool = False
     parameters: int = 0
+    measurements: tuple[Measurement, ...] = ()
 
 
 @dataclass

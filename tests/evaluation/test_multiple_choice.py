@@ -419,7 +419,7 @@ def test_search_on_questions(model, tmp_path, monkeypatch, groups):
 
     assert record["tried"][0]["fit"] == pytest.approx(losses(before, items[::2])[0], abs=1e-4)
     best = [min(trial["fit"] for trial in record["tried"][: i + 2]) for i in range(len(labels))]
-    assert labels == [f"gammas: best {value:.4f}" for value in best]
+    assert labels == [f"trying gammas: best {value:.4f}" for value in best]
     if "held_back_change" in record:
         loss, right = losses(before, items[1::2])
         assert record["held_back_before"] == pytest.approx(loss, abs=1e-4)

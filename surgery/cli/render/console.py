@@ -1,12 +1,15 @@
-"""The console: what a pipe gets, a progress bar, sizes in bytes."""
+"""The console: what a pipe gets, what shows how far a run is, sizes in bytes."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from surgery.cli.render.stages import Stages
 
 STATUS_STYLE = {
     "passed": "green",
@@ -43,38 +46,13 @@ def console(stderr: bool = False) -> Console:
     return _Console(file=output, soft_wrap=piped, width=1000 if piped else None, **plain)
 
 
-@contextmanager
-def progress_bar(quiet: bool):
-    """A callback(done, total, label) that draws a bar on stderr once two seconds have passed, in a terminal only.
+def progress_bar(quiet: bool) -> Stages:
+    """What shows on stderr how far a run is: a bar for each stage in a terminal, lines in a pipe; `with` it."""
+    from surgery.cli.render.stages import StageBars, StageLines, Stages
 
-    What a label says after a colon may change from call to call; the bar is the same one.
-    """
-    import time
-
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True)
-    tasks, began, shown = {}, time.monotonic(), False
-
-    def update(done: int, total: int, label: str) -> None:
-        nonlocal shown
-        if not shown and time.monotonic() - began > 2:
-            bar.start()
-            shown = True
-        name = label.partition(":")[0]
-        if name not in tasks:
-            tasks[name] = bar.add_task(label, total=total)
-        bar.update(tasks[name], description=label, completed=done, total=total, visible=done < total)
-
-    try:
-        yield update
-    finally:
-        if shown:
-            bar.stop()
+    if quiet:
+        return Stages()
+    return StageBars(console(stderr=True)) if sys.stderr.isatty() else StageLines()
 
 
 def size(count: float) -> str:

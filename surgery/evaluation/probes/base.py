@@ -162,6 +162,21 @@ SHARED = ("text",)  # keys of `evaluate:` that every probe with such a setting f
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a probe makes one model do, for the time and memory that `plan` gives.
+
+    Attributes:
+        read: tokens that are read, in texts of `length` tokens.
+        length: of the longest text.
+        written: tokens that are written one by one.
+    """
+
+    read: int
+    length: int
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class Row:
     """A figure before and after, for a table; an empty cell where a number is None or not finite.
 
@@ -238,6 +253,15 @@ class Probe(BaseModel):
     def misfit(self, config: PretrainedConfig) -> str:
         """Why these settings do not fit a model with this config; "" if they do."""
         return ""
+
+    @property
+    def effort(self) -> Effort:
+        """What it makes each of the two models do."""
+        return Effort(0, 0)
+
+    def stages(self, compared: bool = True) -> list[str]:
+        """The stages that `measure` reports; `compared`: with a base."""
+        return []
 
     def unasked(self, base: ModelSource) -> str:
         """Why it says nothing of such a model, and no gate waits for it; "" if it does.
@@ -348,6 +372,9 @@ class CaseProbe(Probe):
     cases_are: ClassVar[str]
     stage: ClassVar[str]
     model_first: ClassVar[bool] = False
+
+    def stages(self, compared: bool = True) -> list[str]:
+        return [self.stage]
 
     @abstractmethod
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> CaseResult:

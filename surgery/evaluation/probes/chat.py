@@ -20,7 +20,7 @@ from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import SurgeryError
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
-from surgery.evaluation.probes.base import UNASKED, CaseProbe, Limit, Row, Table, TextSource
+from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Row, Table, TextSource
 from surgery.io.loading import loaded, read_tokenizer
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ class Chat(CaseProbe):
             most=1,
         )
     }
+
+    @property
+    def effort(self) -> Effort:
+        tokens = len(REQUESTS) * self.tokens  # an answer takes a third of them, more or less; the base reads it again
+        return Effort(tokens, self.tokens, tokens // 3)
 
     def unasked(self, base: ModelSource) -> str:
         """A model that was not trained on conversations has no template for them."""

@@ -21,6 +21,7 @@ from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
 from surgery.evaluation.probes.base import (
     Aliases,
     CaseProbe,
+    Effort,
     Flag,
     Limit,
     RecipeField,
@@ -124,6 +125,10 @@ class Choices(CaseProbe):
     @classmethod
     def shared(cls, settings: Mapping[str, Any]) -> list[str]:
         return [] if settings.get("labelled") else super().shared(settings)
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(2 * self.items * self.context, 2 * self.context)  # a passage and its endings
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChoiceResult:
         """See `make_choices`, `read_questions`.

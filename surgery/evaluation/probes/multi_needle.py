@@ -32,7 +32,7 @@ from surgery.data.haystack import (
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import SurgeryError
 from surgery.evaluation.paired import CaseResult, percent
-from surgery.evaluation.probes.base import CaseProbe, Limit, Row, Shares, Table, TextSource, check_setting
+from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Shares, Table, TextSource, check_setting
 from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
 
 STRETCH = 2.5  # letters of the text from which a prompt is cut, over those of the prompt
@@ -82,6 +82,11 @@ class MultiNeedle(CaseProbe):
         check_setting(refuse_settings, (self.length,), spread(self.depths), self.cases, self.secret)
         check_setting(refuse_form, self.form)
         return self
+
+    @property
+    def effort(self) -> Effort:
+        depths = len(spread(self.depths))
+        return Effort(-(-self.cases // depths) * depths * self.length, self.length)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> MultiNeedleResult:
         """Raises SurgeryError as `make_needles`; prompts longer than a model's positions, a foreign tokenizer."""

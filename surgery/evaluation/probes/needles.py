@@ -32,6 +32,7 @@ from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share
 from surgery.evaluation.probes.base import (
     Aliases,
     CaseProbe,
+    Effort,
     Flag,
     Limit,
     RecipeField,
@@ -213,6 +214,11 @@ class Needles(CaseProbe):
         """Prompts for each length and depth."""
         cells = max(1, len(self.tokens) * len(self.depth_shares))
         return self.samples if self.cases is None else -(-self.cases // cells)
+
+    @property
+    def effort(self) -> Effort:
+        prompts = len(self.depth_shares) * self.repetitions
+        return Effort(prompts * sum(self.tokens), max(self.tokens, default=0))
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """See `make_needles`.

@@ -24,6 +24,7 @@ from surgery.evaluation.footprint import footprint
 from surgery.evaluation.paired import finite, sides
 from surgery.evaluation.probes.base import (
     Aliases,
+    Effort,
     Flag,
     Limit,
     Probe,
@@ -150,6 +151,13 @@ class Perplexity(Probe):
         return (
             f"it takes {longest} tokens, the windows have {self.length}" if longest and self.length > longest else ""
         )
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(self.windows * self.length, self.length)
+
+    def stages(self, compared: bool = True) -> list[str]:
+        return [*STAGES.values()] if compared else [SCORING]
 
     def refuse(self, base: ModelSource) -> None:
         """Raise what `tokens` raises for the base alone."""

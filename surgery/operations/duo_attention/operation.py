@@ -7,14 +7,16 @@ chunks and decoding give the same result, and a streaming head sees sinks + wind
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from surgery.calibration.cost import GRADIENT, forward_flops
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
-from surgery.operations.duo_attention.scorers import METHODS, is_method, score
+from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
+from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -123,7 +125,20 @@ class DuoAttention(Operation):
             SURGICAL,
             tuple(notes),
             measured=measured,
+            measurements=self._measurements(anatomy) if measured and self._needs_scores else (),
         )
+
+    def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """What the scorer runs, in forwards of its sequences."""
+        defaults = settings_of(self.scores)
+        samples = self.calibration_samples or defaults["samples"]
+        length = min(self.calibration_length or defaults["length"], anatomy.positions or inf)
+        one = forward_flops(anatomy, length, length)
+        if "steps" in defaults:
+            return (Measurement("training gates", one * (samples + GRADIENT * defaults["steps"])),)
+        # An ablation runs two texts from each head's layer on, which is half of a forward on average.
+        forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
+        return (Measurement("measuring heads", one * samples * forwards),)
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.runtime.modeling_surgery import patch

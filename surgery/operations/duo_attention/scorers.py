@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from surgery.calibration.head_scores import HeadScores, is_score_file, model_identity, model_name, refuse_not_finite
 from surgery.errors import SurgeryError, nearest
@@ -80,10 +81,10 @@ def method_named(method: str) -> Scorer:
     return METHODS[method]
 
 
-def settings_of(method: str) -> list[str]:
-    """The names of a method's settings."""
-    parameters = inspect.signature(method_named(method).load()).parameters
-    return [name for name in parameters if name not in ("model", "tokenizer", "progress")]
+def settings_of(method: str) -> dict[str, Any]:
+    """The names of a method's settings and their defaults; `inspect.Parameter.empty` where there is none."""
+    parameters = inspect.signature(method_named(method).load()).parameters.items()
+    return {name: each.default for name, each in parameters if name not in ("model", "tokenizer", "progress")}
 
 
 def is_method(scores: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from surgery.errors import any_of
-from surgery.operations.base import NATIVE, SURGICAL, PlannedChange, WeightRewrite
+from surgery.operations.base import NATIVE, SURGICAL, Measurement, PlannedChange, WeightRewrite
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.variants import Variants
@@ -113,6 +113,10 @@ class GQA(Variants, WeightRewrite):
         flops = 30 * 4 * layer.kv_heads * layer.head_dim**2 * getattr(anatomy.config, "hidden_size", 0)
         return shared * flops / 25e9 if self.align != "none" else 0.0
 
+    def measurements(self, anatomy: Anatomy, shared: int) -> tuple[Measurement, ...]:
+        """What is measured, where so many layers share heads."""
+        return ()
+
     def _problems(self, anatomy: Anatomy, target: int) -> list[str]:
         """Why no layer can have so many KV heads."""
         layer = anatomy.layers[0]
@@ -168,7 +172,8 @@ class GQA(Variants, WeightRewrite):
         seconds = self.seconds(anatomy, len(merged))
         after, tier = anatomy.with_kv_heads_by_layer(targets), SURGICAL if len(set(targets)) > 1 else NATIVE
         measured = self.kept_layers(anatomy) > 0
-        return PlannedChange(after, lines, tier, tuple(self._notes(anatomy, targets)), seconds, measured)
+        notes, measurements = tuple(self._notes(anatomy, targets)), self.measurements(anatomy, len(merged))
+        return PlannedChange(after, lines, tier, notes, seconds, measured, measurements=measurements)
 
     def _notes(self, anatomy: Anatomy, targets: list[int]) -> Iterator[str]:
         layer = anatomy.layers[0]

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from surgery.data.text import written_samples
-from surgery.operations.base import ApplyContext
+from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.gqa.base import GQA, Seed
 from surgery.operations.gqa.cost import TRIED, Calibration
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
-
-FLOPS = 91e9  # a second, in float32: SmolLM2-135M and 28 samples took five minutes on two slow cores
 
 
 class ClosedForm(GQA):
@@ -94,9 +92,9 @@ class ClosedForm(GQA):
         if len(set(self.refit)) < len(self.refit):
             yield f"refit names a projection twice: {', '.join(self.refit)}"
 
-    def seconds(self, anatomy: Anatomy, shared: int) -> float:
+    def measurements(self, anatomy: Anatomy, shared: int) -> tuple[Measurement, ...]:
         fitted = len(anatomy.layers) if self.kept_layers(anatomy) else shared
-        return self._calibration(anatomy).flops(anatomy, fitted) / FLOPS
+        return self._calibration(anatomy).measurements(anatomy, fitted)
 
     def _calibration(self, anatomy: Anatomy) -> Calibration:
         of_scores = len({"q", "k"} & set(self.refit)) if not anatomy.layers[0].qk_norm else 0

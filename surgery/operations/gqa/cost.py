@@ -10,6 +10,7 @@ from surgery.architecture.layer import BYTES
 from surgery.data.text import samples_to_begin
 from surgery.machine.device import fast_in_bfloat16
 from surgery.machine.parallel import WORKERS
+from surgery.operations.base import Measurement
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -71,13 +72,27 @@ class Calibration:
         """Tokens of all samples."""
         return self.samples * self.length
 
+    def measurements(self, anatomy: Anatomy, merged: int) -> tuple[Measurement, ...]:
+        """The stages for `merged` layers: the model writes text, layers are tried alone, layers are merged."""
+        memory = self.memory(anatomy, merged)
+        flops = {
+            "calibration text": 3 * anatomy.parameters * self.written,
+            "trying layers alone": self._trial_flops(anatomy),
+            "merging layers": self.flops(anatomy, merged),
+        }
+        return tuple(Measurement(stage, count, memory) for stage, count in flops.items() if count)
+
+    def _trial_flops(self, anatomy: Anatomy) -> float:
+        """Of a trial of single layers: the text goes through the base, the trial's texts from every layer on."""
+        layers = len(anatomy.layers)
+        return anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
+
     def flops(self, anatomy: Anatomy, merged: int) -> float:
-        """Floating-point operations in float32 for `merged` layers; one in float64 counts as two.
+        """Floating-point operations in float32 of the merge of `merged` layers; one in float64 counts as two.
 
         The text goes through the base and through the converted model. A fit makes a product with its Hessian for
         each step, for its start and for its goal. An MLP's output projection takes the moments of its input, and for
-        each ridge a factorisation, a solution and its loss. A trial of single layers puts the text through the base
-        once more, and its own texts through the model from every layer on.
+        each ridge a factorisation, a solution and its loss.
         """
         layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
@@ -87,8 +102,7 @@ class Calibration:
         refitted_mlps = merged * self.mlp
         per_token += refitted_mlps * 2 * inner * (inner + hidden)
         solves = refitted_mlps * RIDGES * 2 * (inner**3 / 3 + 4 * inner**2 * hidden)
-        trials = anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
-        return per_token * self.tokens + solves + 3 * anatomy.parameters * self.written + trials
+        return per_token * self.tokens + solves
 
     def memory(self, anatomy: Anatomy, merged: int) -> float:
         """Bytes beyond the model for `merged` layers, on a CPU.

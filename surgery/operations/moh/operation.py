@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -95,6 +96,13 @@ class Gated(Operation):
         """How many numbers these gates add to the weights."""
         hidden = anatomy.config.get_text_config().hidden_size
         return sum(prod(shape) for gate in gates for shape in gate.shapes(hidden).values())
+
+    def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """The text goes through each layer of the base, through its heads one by one, and through the gated layer."""
+        length = min(self.calibration_length, anatomy.positions or self.calibration_length)
+        flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
+        states = 2 * 4 * self.calibration_samples * length * anatomy.config.get_text_config().hidden_size
+        return (Measurement("fitting routers", flops, states),)
 
     def _install_gates(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
         """Measure, put the gates into the model and give their parameters values; a record."""
@@ -210,7 +218,8 @@ class Moh(Gated):
         notes = self._notes(anatomy, [(on, self._units(layer)) for layer, (on, _) in zip(layers, counts, strict=True)])
         gates = [self._gate(layer, *pair, tuple(range(pair[1]))) for layer, pair in zip(layers, counts, strict=True)]
         more = self._parameters(anatomy, gates)
-        return PlannedChange(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, parameters=more)
+        details = {"parameters": more, "measurements": self._measurements(anatomy) if measured else ()}
+        return PlannedChange(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, **details)
 
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
         """A layer's gate; which units are shared is not known before they are measured."""
@@ -266,7 +275,8 @@ class Mae(Gated):
         notes = self._notes(anatomy, [(layer.heads - 1, layer.heads) for layer in layers])
         notes = notes if self.hard else ["soft weights turn nothing off: no work is skipped"]
         more = self._parameters(anatomy, [self._gate(layer) for layer in layers])
-        return PlannedChange(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, parameters=more)
+        details = {"parameters": more, "measurements": self._measurements(anatomy) if self._measures else ()}
+        return PlannedChange(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, **details)
 
     def _gate(self, layer: LayerAnatomy) -> Gate:
         from surgery.runtime.surgery_gates import Gate

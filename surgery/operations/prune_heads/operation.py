@@ -6,12 +6,14 @@ on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.architecture.layer import groups_of, query_names, shown_names
+from surgery.calibration.cost import GRADIENT, forward_flops
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
 from surgery.operations.base import (
@@ -19,6 +21,7 @@ from surgery.operations.base import (
     SURGICAL,
     TERMS_OF_A_HEAD,
     ApplyContext,
+    Measurement,
     Operation,
     PlannedChange,
     WholeNumber,
@@ -183,7 +186,23 @@ class PruneHeads(Operation):
             tier,
             tuple(notes),
             measured=not known and (streaming or not alike),
+            measurements=tuple(self._measurements(anatomy, known)),
         )
+
+    def _forwards(self, anatomy: Anatomy) -> float:
+        """How often a text goes through the model to score its heads; an ablation begins at each head's layer."""
+        heads = sum(layer.heads for layer in anatomy.layers)
+        return {"gradient": GRADIENT, "ablation": heads / 2}.get(self.scores, 0)
+
+    def _measurements(self, anatomy: Anatomy, known: bool) -> Iterator[Measurement]:
+        """Scores of the heads, where they are measured on text, and the refit."""
+        length = min(self.calibration_length, anatomy.positions or self.calibration_length)
+        if not known and (forwards := self._forwards(anatomy)):
+            tokens = self.score_samples * length
+            yield Measurement("measuring heads", forwards * forward_flops(anatomy, tokens, length))
+        if self.refit and self._removes_something(anatomy):
+            tokens = self.calibration_samples * length
+            yield Measurement("refitting output projections", 2 * forward_flops(anatomy, tokens, length))
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.edit import refuse_non_finite, write_layers

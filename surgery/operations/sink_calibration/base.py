@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.architecture.layer import groups_of, query_names, shown_names
+from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import SurgeryError
-from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
 from surgery.operations.variants import Variants
 
 if TYPE_CHECKING:
@@ -175,7 +176,18 @@ class SinkCalibration(Variants, Operation):
             notes.append("a setting that is not two standard errors better than none on text held back is not kept")
         entries = (self.entry(layer, targets).get("parameters", {}) for layer in anatomy.layers)
         more = sum(map(prod, (shape for entry in entries for shape in entry.values())))
-        return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self.measures, parameters=more)
+        details = {"parameters": more, "measurements": self.measurements(anatomy) if self.measures else ()}
+        return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self.measures, **details)
+
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """What a method that measures runs, where it measures."""
+        return ()
+
+    def _half(self, anatomy: Anatomy) -> float:
+        """Floating-point operations of one forward of half of the calibration texts."""
+        samples, length = (getattr(self, name) for name in ("calibration_samples", "calibration_length"))
+        length = min(length, anatomy.positions or length)
+        return forward_flops(anatomy, samples / 2 * length, length)
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import ApplyContext
+from surgery.calibration.cost import GRADIENT
+from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.sink_calibration.base import (
     CalibrationLength,
     CalibrationSamples,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Below, the first token's share is a difference of numbers that float32 cannot tell apart; above, nothing is left of
 # the other keys.
+GAMMAS, SHARES_TRIED = 4, 4  # tried by default: `GRID` of zero_tuning.py, `SHARES` of act.py
 Gamma = Annotated[float, Field(ge=1e-3, le=1e6)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
@@ -100,6 +102,13 @@ class ZeroTuning(SinkCalibration):
     def shapes(self, layer: LayerAnatomy) -> Shapes:
         return {"surgery_log_gamma": [layer.heads]}
 
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """Every gamma once on half of the texts, a gradient where it sorts the heads, and twice the other half."""
+        grid = len(self.grid) if self.grid else GAMMAS
+        tried = {"heads": 3 * grid, "uniform": 2 * grid, "layers": 2 * grid * len(anatomy.layers)}[self.groups]
+        forwards = 1 + tried + GRADIENT * (self.groups == "heads") + 2
+        return (Measurement("trying gammas", forwards * self._half(anatomy)),)
+
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
         if self.labelled is None:
             return super().calibration_data(model, context)
@@ -135,6 +144,13 @@ class Act(SinkCalibration):
 
     def contradictions(self) -> Iterator[str]:
         yield from self.unread_text()
+
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """Probes and their thresholds on half of the texts, their judgement on the other, and the choice of heads."""
+        half = self._half(anatomy)
+        stages = {"fitting probes": half, "setting thresholds": half, "judging probes": half}
+        stages["choosing heads"] = (GRADIENT + 1 + SHARES_TRIED + 2) * half
+        return tuple(Measurement(stage, flops) for stage, flops in stages.items())
 
     def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
         how = f"{self.beta:g} of their weight is left, the heads by their slope ({self.objective})"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import ApplyContext
+from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.sink_calibration.base import (
     CalibrationLength,
     CalibrationSamples,
@@ -78,6 +78,10 @@ class VirtualKeys(SinkCalibration):
         if self.measures:
             return f"virtual keys in place of the lost first token in {many}: {self.kind()}, measured", []
         return f"a virtual key {self.kind()} in {many} ({self.method})", []
+
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """The first token is measured on half of the texts, and tried on the other."""
+        return (Measurement("measuring first tokens", 3 * self._half(anatomy)),)
 
     def kind(self) -> str:
         """What a head gets, in words."""

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from surgery.errors import SurgeryError, any_of
-from surgery.operations.base import SURGICAL, ApplyContext, Operation, PlannedChange, WholeNumber, whole_keys
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    Measurement,
+    Operation,
+    PlannedChange,
+    WholeNumber,
+    whole_keys,
+)
 from surgery.operations.variants import Variants, keys_of
 
 if TYPE_CHECKING:
@@ -179,9 +187,12 @@ class SparsePrefill(Variants, Operation):
             layer.with_entry(sparse=entries[layer.index]) if layer.index in entries else layer
             for layer in anatomy.layers
         ]
-        return PlannedChange(
-            replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), measured=self.searches
-        )
+        details = {"measured": self.searches, "measurements": self.measurements(anatomy)}
+        return PlannedChange(replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), **details)
+
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """What a method that searches runs."""
+        return ()
 
     def _read(self, entry: dict[str, Any]) -> str:
         """How much of a prompt is read, where the settings alone say it."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import ApplyContext
+from surgery.calibration.cost import forward_flops
+from surgery.operations.base import ApplyContext, Measurement
 from surgery.operations.sparse_prefill.base import FromOne, Share, SparsePrefill
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ class ByHead(SparsePrefill):
     @property
     def searches(self) -> bool:
         return self.patterns is None
+
+    def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
+        """The texts go through the model once, and every head's attention is compared with that of each pattern."""
+        length = min(self.calibration_length, anatomy.positions or self.calibration_length)
+        flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
+        return (Measurement("measuring patterns", flops),) if self.searches else ()
 
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
         if self.searches and any(layer.streaming for layer in anatomy.layers):

@@ -1,0 +1,239 @@
+"""How far a run is, on stderr: a bar for each stage in a terminal, lines elsewhere.
+
+A stage is known by the name that a progress callback is given (`surgery.machine.progress`). Where the stages of a run
+are known before it begins, they are numbered: "2/5 merging layers".
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.progress import Task as BarTask
+from rich.spinner import Spinner
+from rich.text import Text
+
+from surgery.cli.render.durations import about, clock, lasted
+from surgery.machine.progress import PERCENT
+
+SILENCE = 30.0  # seconds after which a stage that goes on is mentioned again in a pipe
+MANY = 100_000  # a total beyond this (bytes) says less than a percentage
+WIDE, BAR = (
+    120,
+    40,
+)  # from so many columns on the bar has this width; in a narrower terminal it takes what is left
+
+
+@dataclass
+class Stage:
+    """One stage, from its first call on; times are those of the monotonic clock.
+
+    Attributes:
+        label: its name, with its number where the stages of the run are known.
+        done, total, detail: of the last call; a total of 0 is not known.
+        began: when it began, having done `done_before` (a run that goes on begins with what an earlier one did).
+        updated: when `done` last grew.
+    """
+
+    name: str
+    label: str
+    total: int = 0
+    done: int = 0
+    detail: str = ""
+    done_before: int = 0
+    began: float = field(default_factory=time.monotonic)
+    updated: float = 0.0
+
+    def update(self, done: int, total: int, detail: str) -> None:
+        if done != self.done:
+            self.updated = time.monotonic()
+        self.done, self.total, self.detail = done, total, detail
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that it will still take, if what is left takes as long as what is done; None: not known yet."""
+        worked = self.done - self.done_before
+        if not self.total or worked <= 0:
+            return None
+        needed = (self.total - self.done) * (self.updated - self.began) / worked
+        return max(0.0, needed - (time.monotonic() - self.updated))
+
+    @property
+    def count(self) -> str:
+        """ "10 of 30", or "31 %" where numbers say less; "" where the total is not known."""
+        if not self.total:
+            return ""
+        if self.total == PERCENT or self.total > MANY:
+            return f"{self.done / self.total:.0%}".replace("%", " %")
+        return f"{self.done:,} of {self.total:,}"
+
+
+class Stages:
+    """A progress callback that shows nothing; what shows something is made from it.
+
+    `with` it: the last stage ends with the block.
+    """
+
+    def __init__(self) -> None:
+        self.stage: Stage | None = None
+        self._expected: list[str] = []
+        self._numbered, self._position = False, 0
+        self._lock = threading.RLock()
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Number the stages: these come, in this order. One of another name is taken in where it begins."""
+        self._expected, self._numbered, self._position = list(names), len(names) > 1, 0
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        name, _, detail = label.partition(":")
+        with self._lock:
+            if self.stage is None or self.stage.name != name:
+                self._end()
+                self.stage = Stage(name, self._label(name), total, done, detail.strip(), done)
+                self.began(self.stage)
+            self.stage.update(done, total, detail.strip())
+            self.moved(self.stage)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        with self._lock:
+            if kind is None:
+                self._end()
+            self.stage = None
+        self.closed()
+
+    def began(self, stage: Stage) -> None:
+        """A stage has begun."""
+
+    def moved(self, stage: Stage) -> None:
+        """A stage has come further."""
+
+    def ended(self, stage: Stage) -> None:
+        """A stage is complete."""
+
+    def closed(self) -> None:
+        """Nothing more will come."""
+
+    def _end(self) -> None:
+        if self.stage is not None:
+            self.ended(self.stage)
+            self.stage = None
+
+    def _label(self, name: str) -> str:
+        if not self._numbered:
+            return name
+        if name in self._expected[self._position :]:
+            self._position = self._expected.index(name, self._position)
+        else:
+            self._expected.insert(self._position, name)
+        self._position += 1
+        return f"{self._position}/{len(self._expected)} {name}"
+
+
+class StageLines(Stages):
+    """A line on stderr when a stage begins, when it ends, and at least every 30 seconds between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closed, self._spoke = threading.Event(), 0.0
+        self._thread: threading.Thread | None = None
+
+    def began(self, stage: Stage) -> None:
+        self._say(stage.label)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._repeat, name="surgery progress", daemon=True)
+            self._thread.start()
+
+    def ended(self, stage: Stage) -> None:
+        self._say(f"{stage.label}: done in {lasted(stage.elapsed)}")
+
+    def closed(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _repeat(self) -> None:
+        while not self._closed.wait(max(0.05, self._spoke + SILENCE - time.monotonic())):
+            with self._lock:
+                if self.stage is not None and time.monotonic() - self._spoke >= SILENCE:
+                    self._say(f"{self.stage.label}: {_state(self.stage)}")
+
+    def _say(self, words: str) -> None:
+        self._spoke = time.monotonic()
+        with suppress(OSError, ValueError):  # stderr is closed or full: the work goes on
+            print(f"[{time.strftime('%H:%M:%S')}] {words}", file=sys.stderr, flush=True)
+
+
+def _state(stage: Stage) -> str:
+    """ "10 of 30, about 3 min left"."""
+    left = stage.remaining
+    words = [stage.count, stage.detail, f"about {about(left)} left" if left is not None else ""]
+    if not stage.total:
+        words.append(f"{lasted(stage.elapsed)} so far")
+    return ", ".join(filter(None, words))
+
+
+class StageBars(Stages):
+    """One bar in a terminal, of the stage that is at work; it is gone when its stage has ended."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        columns = (TextColumn("{task.description}"), _Bar(BAR if console.width >= WIDE else None), _Count(), _Time())
+        # What others print on stderr comes above the bar; stdout is for results, and is left alone.
+        options: dict[str, Any] = {"console": console, "transient": True, "redirect_stdout": False}
+        self._bars = Bars(*columns, expand=console.width < WIDE, **options)
+        self._task: Any = None
+
+    def began(self, stage: Stage) -> None:
+        self._task = self._bars.add_task(stage.label, total=stage.total or None, stage=stage)
+        self._bars.start()
+
+    def moved(self, stage: Stage) -> None:
+        self._bars.update(self._task, completed=stage.done, total=stage.total or None)
+
+    def ended(self, stage: Stage) -> None:
+        self._bars.remove_task(self._task)
+
+    def closed(self) -> None:
+        self._bars.stop()
+
+
+class _Bar(BarColumn):
+    """A bar; of a stage without a count a spinner."""
+
+    def __init__(self, width: int | None):
+        super().__init__(bar_width=width)
+        self._spinner = Spinner("line")
+
+    def render(self, task: BarTask) -> Any:
+        return super().render(task) if task.total else self._spinner.render(task.get_time())
+
+
+class _Count(ProgressColumn):
+    def render(self, task: BarTask) -> Text:
+        stage = task.fields["stage"]
+        return Text(", ".join(filter(None, (stage.count, stage.detail))))
+
+
+class _Time(ProgressColumn):
+    """ "1:12 elapsed, about 4:50 left"; steps of any length get an estimate as soon as one of them is done."""
+
+    def render(self, task: BarTask) -> Text:
+        stage = task.fields["stage"]
+        left = f", about {clock(stage.remaining)} left" if stage.remaining is not None else ""
+        return Text(f"{clock(stage.elapsed)} elapsed{left}", no_wrap=True)

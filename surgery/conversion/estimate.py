@@ -1,0 +1,178 @@
+"""About how long a run takes on this machine and how much memory and disk it needs, stage by stage.
+
+Floating-point operations follow from the plan; how many a second this machine does is measured (`machine/speed.py`).
+What is no product is a constant: seen on two cores of an AMD EPYC with SmolLM2-135M. Whole runs of duo-attention and
+gqa there lie within a factor of two of what is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from surgery.architecture.layer import BYTES
+from surgery.calibration.cost import forward_flops
+from surgery.evaluation.check import FILES, FRESH
+from surgery.machine.speed import bytes_per_second, flops_per_second
+from surgery.operations.base import SURGICAL, Measurement
+
+if TYPE_CHECKING:
+    from surgery.conversion.plan import Plan
+    from surgery.evaluation.probes.base import Probe
+
+LOADING, LOADED_BYTES = 2.0, 500e6  # seconds to make a model's classes, and bytes a second that are loaded
+WRITTEN_BYTES, HASHED_BYTES = 400e6, 700e6  # bytes a second
+PROCESS_SECONDS, PROCESS_BYTES = 8.0, 500e6  # of a Python process that imports PyTorch and Transformers
+REWRITTEN_LAYER = 0.02  # seconds
+GROUPS = ("measure", "write", "heal", "check", "score")
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage: its name as progress reports it, its group (one of `GROUPS`), seconds, and bytes at its peak."""
+
+    stage: str
+    group: str
+    seconds: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A whole run: conversion, healing, check and scores.
+
+    Attributes:
+        stages: in the order in which they come.
+        output_bytes: of the weights of the result; `disk_bytes` with all that is on the disk at once.
+        threads: that PyTorch uses, for which the seconds are meant.
+    """
+
+    stages: tuple[StageEstimate, ...]
+    output_bytes: int
+    disk_bytes: int
+    threads: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The peak over all stages, of the processes that run at the same time."""
+        return int(max(stage.memory_bytes for stage in self.stages))
+
+    def names(self, check: bool = True, evaluate: bool = True) -> list[str]:
+        """The stages in order, without those of a check or of scores that are left out."""
+        left_out = {group for group, asked in (("check", check), ("score", evaluate)) if not asked}
+        return [stage.stage for stage in self.stages if stage.group not in left_out]
+
+    def groups(self) -> dict[str, tuple[float, float]]:
+        """Group -> seconds in all and bytes at its peak, of the groups that there are."""
+        found: dict[str, tuple[float, float]] = {}
+        for group in GROUPS:
+            if stages := [stage for stage in self.stages if stage.group == group]:
+                found[group] = sum(s.seconds for s in stages), max(s.memory_bytes for s in stages)
+        return found
+
+    def to_dict(self) -> dict:
+        """The estimate as plain data: what the text says, in seconds and bytes."""
+        groups = self.groups().items()
+        return {
+            "output_bytes": self.output_bytes,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "seconds": round(self.seconds, 1),
+            "threads": self.threads,
+            "parts": {group: {"seconds": round(s, 1), "memory_bytes": int(m)} for group, (s, m) in groups},
+        }
+
+
+def estimate(plan: Plan) -> Estimate:
+    """The estimate for a plan whose weights are known."""
+    import torch
+
+    heal = plan.heal
+    disk = plan.output_bytes
+    if heal is not None:  # the converted model stays until the healed one is complete
+        disk += plan.output_bytes + heal.disk_bytes + heal.teacher_bytes
+    stages = tuple(_Stages(plan).all())
+    return Estimate(stages, plan.output_bytes, disk, torch.get_num_threads())
+
+
+class _Stages:
+    """The stages of a plan's run."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.anatomy, self.weights = plan, plan.before, plan.output_bytes
+        config = plan.before.config.get_text_config()
+        hidden = getattr(config, "hidden_size", None) or 1
+        self.speed = flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
+        self.vocabulary = getattr(config, "vocab_size", None) or 0
+        self.load = LOADING + self.weights / LOADED_BYTES
+        self.loaded = PROCESS_BYTES + self.weights
+
+    def all(self) -> Iterator[StageEstimate]:
+        """In the order of `pipeline.py`."""
+        plan = self.plan
+        yield from self._conversion()
+        if heal := plan.heal:
+            yield from self._scores()
+            for each in heal.measurements():
+                yield self._measured(each, "heal", PROCESS_BYTES + heal.memory_bytes)
+            yield StageEstimate("writing", "heal", self.weights / WRITTEN_BYTES, PROCESS_BYTES + heal.memory_bytes)
+        yield from self._check()
+        yield from self._scores()
+
+    def _conversion(self) -> Iterator[StageEstimate]:
+        plan, layers = self.plan, len(self.anatomy.layers)
+        writing = self.weights / WRITTEN_BYTES
+        unknown = sum(step.change.seconds for step in plan.steps)
+        if plan.streams:
+            seconds = writing + REWRITTEN_LAYER * layers + unknown
+            yield StageEstimate("writing", "write", seconds, PROCESS_BYTES + _streaming_bytes(plan))
+            return
+        yield StageEstimate("loading the model", "measure", self.load + unknown, self.loaded)
+        for step in plan.steps:
+            if step.operation.streams:
+                yield StageEstimate("rewriting layers", "measure", REWRITTEN_LAYER * layers, self.loaded)
+            for each in step.change.measurements:
+                yield self._measured(each, "measure", self.loaded)
+        yield StageEstimate("writing", "write", writing, self.loaded)
+
+    def _measured(self, measurement: Measurement, group: str, memory: float) -> StageEstimate:
+        seconds = measurement.seconds or measurement.flops / self.speed
+        return StageEstimate(measurement.stage, group, seconds, memory + measurement.memory)
+
+    def _check(self) -> Iterator[StageEstimate]:
+        yield StageEstimate(FILES, "check", 2 * self.weights / HASHED_BYTES, PROCESS_BYTES)
+        processes = 2 if self.plan.tier == SURGICAL else 1  # both ways to load
+        seconds = processes * (PROCESS_SECONDS + self.load)
+        yield StageEstimate(FRESH, "check", seconds, PROCESS_BYTES + self.loaded)
+
+    def _scores(self) -> Iterator[StageEstimate]:
+        evaluate = self.plan.recipe.evaluate
+        for probe in sorted(evaluate.asked, key=lambda probe: not probe.main) if evaluate else ():
+            stages = probe.stages()
+            for stage in stages:  # of which each runs one model, or the one runs both
+                yield StageEstimate(stage, "score", 2 / len(stages) * self._of_one_model(probe), self._memory(probe))
+
+    def _of_one_model(self, probe: Probe) -> float:
+        effort = probe.effort
+        reading = forward_flops(self.anatomy, effort.read, effort.length) / self.speed
+        return self.load + reading + effort.written * self.weights / bytes_per_second()
+
+    def _memory(self, probe: Probe) -> float:
+        """A model with the logits of a text or its cache, and the attention of one layer."""
+        length, layer = probe.effort.length, self.anatomy.layers[0]
+        logits = 8 * length * self.vocabulary if probe.main else 2 * length * self.anatomy.kv_bytes_per_token
+        return self.loaded + logits + 3 * 4 * layer.heads * length**2
+
+
+def _streaming_bytes(plan: Plan) -> float:
+    """Weights in memory while streaming: a layer as stored, twice, and in float64, twice."""
+    layer, stored = plan.before.layers[0], plan.before.tensors
+    values = sum(prod(stored[f"{layer.path}.{name}"][1]) for name in layer.tensor_names) if plan.shapes else 0
+    return values * (2 * BYTES.get(plan.before.dtype, 2) + 16)
