@@ -18,14 +18,16 @@ from surgery.config.heal_overrides import published
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.conversion.convert import convert, edit_model
 from surgery.conversion.in_memory import note_origin
-from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, unhealed_folder
+from surgery.conversion.preflight import preflight_in_memory, refuse_output_and_engine, refuse_taken, unhealed_folder
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
 from surgery.io.output_folder import output_path, remove_own
+from surgery.machine.progress import StageClock
 from surgery.report.lineage import another_base
 from surgery.report.report import Report
+from surgery.report.timing import KEY, timing
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
     """Carry a recipe out from a name or folder into a folder; None in all processes but the first."""
     refuse_output_and_engine(output, options)
+    options = _timed(options)
     if recipe.heal is not None:
         return _convert_and_heal(recipe, model, output_path(output), options)
     report, base = convert(recipe, model, output, options)
@@ -82,6 +85,8 @@ def heal_to_folder(
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='healed'")
+    refuse_taken(output_path(output), options)
+    options = _timed(options)
     report = Report.of(folder)
     heal, evaluate = read_settings(report.data["recipe"], settings, overrides)
     healed, source = heal_folder(report, base, heal, evaluate, output, options, overrides)
@@ -139,8 +144,15 @@ def _score(report: Report, base: Path, evaluate: Evaluate | None, options: RunOp
 def _close(report: Report, options: RunOptions) -> Report:
     if not options.gate and report.data["gate"]["limits"]:
         report.data["gate"]["status"] = "skipped"
+    if isinstance(options.progress, StageClock):
+        report.data[KEY] = timing(options.progress)
     report.save()
     return report
+
+
+def _timed(options: RunOptions) -> RunOptions:
+    """The options with a clock that notes how long each stage takes."""
+    return replace(options, progress=StageClock(options.progress))
 
 
 def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report | None:

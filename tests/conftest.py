@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,17 @@ LLAMA = {
 }  # fmt: skip
 
 
+STAGE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # of a progress that is no terminal's
+
+
 @dataclass
 class Ran:
-    """What one call of the command did."""
+    """What one call of the command did; `err` is stderr without the lines on its stages."""
 
     code: int
     out: str
     err: str
+    stages: list[str] = field(default_factory=list)
 
     @property
     def json(self) -> dict:
@@ -59,7 +64,10 @@ def surgery(capsys, monkeypatch, tmp_path):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main([str(arg) for arg in args])
-        return Ran(stopped.value.code or 0, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        lines = err.splitlines(keepends=True)
+        stages = [line for line in lines if STAGE_LINE.match(line)]
+        return Ran(stopped.value.code or 0, out, "".join(line for line in lines if line not in stages), stages)
 
     return run
 

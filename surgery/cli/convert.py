@@ -5,11 +5,14 @@ The verb that trains: heal.
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from surgery.cli import interrupt
 from surgery.cli.options import (
     Base,
     Json,
@@ -26,6 +29,8 @@ from surgery.cli.options import (
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from surgery.conversion.plan import Plan
+    from surgery.healing.plan import HealPlan
     from surgery.report.report import Report
 
 
@@ -36,9 +41,12 @@ def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_j
     made = make_plan(recipe, model, overrides=overrides or [])
     if as_json:
         return emit(made.to_dict())
+    from surgery.cli.render import console
     from surgery.cli.render import model as render
 
     render.plan(made)
+    if made.before.tensors:
+        console.labelled("next", shlex.join(["surgery", "apply", recipe, model, *(overrides or [])]) + " -o OUT")
 
 
 def apply(
@@ -65,7 +73,14 @@ def apply(
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o OUT")
-    with progress_bar(quiet or as_json) as progress:
+    began = time.monotonic()
+
+    def show_plan(plan: Plan) -> None:
+        if not (as_json or quiet):
+            render.plan(plan)
+            progress.expect(plan.estimate.names(not no_check, not no_eval) if plan.before.tensors else ())
+
+    with interrupt.advised(interrupt.of_output(output)), progress_bar(quiet or as_json) as progress:
         report = run(
             recipe,
             model,
@@ -79,10 +94,10 @@ def apply(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             progress=progress,
-            on_plan=None if as_json or quiet else render.plan,
+            on_plan=show_plan,
         )
     if report is not None:  # else one of several processes, and not the one that speaks
-        _show(report, model, as_json, quiet)
+        _show(report, ("apply", recipe, model, tuple(overrides or ())), began, as_json, quiet)
 
 
 def push(
@@ -128,7 +143,14 @@ def heal(
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o HEALED")
-    with progress_bar(quiet or as_json) as progress:
+    began = time.monotonic()
+
+    def show_plan(plan: HealPlan) -> None:
+        if not (as_json or quiet):
+            render.healing(plan)
+            progress.expect(_stages_of_healing(plan, out, not no_check, not no_eval))
+
+    with interrupt.advised(interrupt.of_output(output)), progress_bar(quiet or as_json) as progress:
         report = run(
             out,
             base,
@@ -140,20 +162,39 @@ def heal(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
-            on_plan=None if as_json or quiet else render.healing,
+            on_plan=show_plan,
         )
     if report is not None:  # else one of several processes, and not the one that speaks
-        _show(report, base or str(report.data["base"]["name"]), as_json, quiet)
+        named = base or str(report.data["base"]["name"])
+        _show(report, ("heal", str(out), named, tuple(overrides or ())), began, as_json, quiet)
 
 
-def _show(report: Report, base: str, as_json: bool, quiet: bool) -> None:
-    """What was done, to people or as JSON; raises what the report holds against the result."""
+def _stages_of_healing(plan: HealPlan, out: Path, check: bool, evaluate: bool) -> list[str]:
+    """The stages of `heal`, in order."""
+    from surgery.evaluation.check import FILES, FRESH
+    from surgery.evaluation.probes.settings import requested_probes
+    from surgery.report.report import Report
+
+    stages = [*(each.stage for each in plan.measurements()), "writing", *([FILES, FRESH] if check else [])]
+    settings = Report.of(out).data["recipe"].get("evaluate") if evaluate else None
+    probes = sorted(requested_probes(settings), key=lambda probe: not probe.main) if settings else []
+    return stages + [stage for probe in probes for stage in probe.stages()]
+
+
+def _show(report: Report, typed: tuple[str, str, str, tuple[str, ...]], began: float, as_json: bool, quiet: bool):
+    """What was done, to people or as JSON; raises what the report holds against the result.
+
+    Args:
+        typed: fields of the `verdict.Command`.
+        began: when, by the monotonic clock.
+    """
     from surgery.cli.render import summary, tables
+    from surgery.cli.render.verdict import Command
 
     if as_json:
         emit(report.to_dict())
     else:
         if report.data["check"] and not quiet:
             tables.checks(report.data["check"]["items"])
-        summary.summary(report, base)
+        summary.summary(report, Command(*typed), time.monotonic() - began)
     report.raise_faults()

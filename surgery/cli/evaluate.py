@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from surgery.cli import interrupt
 from surgery.cli.options import Base, Json, ModelName, Quiet, emit
 from surgery.errors import SurgeryError
 from surgery.evaluation import probes
@@ -45,7 +46,8 @@ def evaluate(
         from surgery.report import plots
 
         plots.ready(plot)
-    with progress_bar(quiet or as_json) as progress:
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+        progress.expect(chosen.stages(base is not None))
         result = run(out, base, probe=chosen, progress=progress)
     if plot and result.status == "done":
         plots.heat_maps(plot, **chosen.picture(result))

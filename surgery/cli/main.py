@@ -9,16 +9,18 @@ import sys
 import traceback
 from contextlib import suppress
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from surgery.cli import convert as convert_verbs
 from surgery.cli import evaluate as evaluate_verb
 from surgery.cli import inspect as inspect_verbs
+from surgery.cli import interrupt
 from surgery.cli import measure as measure_verbs
 from surgery.cli.options import emit
 from surgery.errors import MachineError, SurgeryError
+from surgery.machine import command
 from surgery.machine.device import is_out_of_memory
 
 VERBS = {  # in the order in which `--help` lists them
@@ -74,11 +76,13 @@ def main(args: list[str] | None = None) -> None:
     except OSError:
         what, fix = "the folder that you are in no longer exists", "change to one that does (cd)"
         _fail(MachineError(what, fix=fix), args)
+    interrupt.forget()
+    typed = command.typed.set(tuple(args))
     with _Interrupts() as interrupts:
         try:
             sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
         except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
+            _interrupted(args)
         except SurgeryError as error:
             _fail(error, args)
         except BrokenPipeError:
@@ -87,8 +91,17 @@ def main(args: list[str] | None = None) -> None:
             reader_left()
         except Exception as error:
             if interrupts.pressed:  # while a library was read, which made another error of it
-                sys.exit(INTERRUPTED)
+                _interrupted(args)
             _fail(_translate(error), args)
+        finally:
+            command.typed.reset(typed)
+
+
+def _interrupted(args: list[str]) -> NoReturn:
+    """Say on stderr what is kept and how to go on, and end."""
+    with suppress(OSError):
+        typer.echo(interrupt.message(args), err=True)
+    sys.exit(INTERRUPTED)
 
 
 def _translate(error: Exception) -> SurgeryError:

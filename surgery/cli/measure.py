@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from surgery.cli import interrupt
 from surgery.cli.options import Base, Json, ModelName, OutName, Quiet, emit
 from surgery.errors import CheckError, SurgeryError
 from surgery.operations.duo_attention.scorers import METHODS
@@ -26,10 +27,12 @@ def check(
     from surgery.api import check as run
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
+    from surgery.evaluation.check import FILES, FRESH
 
     if memory is not None and not 0 < memory < 2**40:  # NaN and infinity too
         raise SurgeryError("memory is a number of GiB above 0", where=f"--memory {memory}", fix="--memory 8")
-    with progress_bar(quiet or as_json) as progress:
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
+        progress.expect([FILES, FRESH])
         report = run(out, base, memory=None if memory is None else int(memory * 2**30), progress=progress)
     if as_json:
         emit(report.data["check"])
@@ -76,7 +79,7 @@ def bench(
     settings = {"rounds": rounds, "decode": decode, "synthetic": synthetic, "layers": layers, "ratio": ratio}
     if plot:
         plots.ready(plot)
-    with progress_bar(quiet or as_json) as progress:
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
         lengths_of_run = parsed_lengths or (512, 2000)
         result = speed.bench(out, base, lengths=lengths_of_run, **settings, device=device, progress=progress)
     if as_json:
@@ -93,7 +96,7 @@ def _search_dense_below(out: Path, settings: dict, write: bool, as_json: bool, q
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import dense_below
 
-    with progress_bar(quiet or as_json) as progress:
+    with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
         search = dense_below.search_dense_below(out, **settings, progress=progress)
     if not as_json:
         tables.dense_below_table(search)
@@ -148,7 +151,7 @@ def score(
         raise SurgeryError("no score file was named", fix="add -o scores.json")
     if plot:
         plots.ready(plot)
-    with progress_bar(quiet or as_json) as progress:
+    with interrupt.advised(interrupt.of_scores(output)), progress_bar(quiet or as_json) as progress:
         scores = score_to_file(
             model,
             output,

@@ -13,7 +13,7 @@ from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.run import refuse_unscorable
-from surgery.io.files import REPORT
+from surgery.io.files import REPORT, read_json
 from surgery.io.output_folder import OutputFolder, machine_errors, output_path, refuse_small_disk, refuse_to_replace
 from surgery.io.pickle import only_pickled
 
@@ -98,6 +98,27 @@ def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> 
         raise SurgeryError("no output folder was named", fix="output='out'")
     if options.engine not in ENGINES:
         raise SurgeryError(f"unknown engine {options.engine!r}", exists=", ".join(ENGINES))
+    refuse_taken(output_path(output), options)
+
+
+def refuse_taken(out: Path, options: RunOptions) -> None:
+    """Raise where OUT exists and the options say neither that it is replaced nor that it is gone on from.
+
+    This is known before anything is worked out; whether a run that resumes fits OUT is known only with its plan.
+    """
+    if not os.path.lexists(out) or options.overwrite or options.resume:
+        return
+    resume = "--resume to go on with its check and scores, or " if _is_unjudged(out) else ""
+    raise SurgeryError("OUT exists", where=str(out), fix=f"choose another name, or add {resume}--overwrite")
+
+
+def _is_unjudged(out: Path) -> bool:
+    """Whether OUT is a result of ours whose run was stopped before it was checked or scored."""
+    try:
+        record = read_json(out / REPORT)
+    except (OSError, SurgeryError):
+        return False
+    return record.get("check") is None or record.get("evaluation") is None
 
 
 def unhealed_folder(out: Path) -> Path:

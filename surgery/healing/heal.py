@@ -49,6 +49,7 @@ from surgery.io.loading import read_tokenizer
 from surgery.io.model_folder import carry_files, model_table
 from surgery.io.output_folder import OutputFolder, weight_files
 from surgery.io.safetensors import WEIGHT_INDEX, Checkpoint
+from surgery.machine.progress import begin
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def heal_folder(
         if overrides is not None:
             training["overrides"] = [published_override(text) for text in overrides]
         if ranks.first:
+            begin(job.progress, "writing")
             save_as_stored(model, partial, dtype)
             _document(partial, report, job, heal, training)
     return (Report.of(out.out) if ranks.first else None), source

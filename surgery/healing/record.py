@@ -45,7 +45,7 @@ def report_after_healing(data: dict, heal: Heal, judged_by: Evaluate | None) -> 
     limits = judged_by.limits if judged_by is not None else data["gate"]["limits"]
     return copy.deepcopy(data) | {
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "versions": versions(),
+        "versions": data["versions"] | versions(),
         "threads": torch.get_num_threads(),
         "seeds": data["seeds"] | {"heal": heal.seed},
         "check": None,

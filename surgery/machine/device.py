@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -115,6 +116,32 @@ def _resident(name: str) -> int | None:
         return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had since it began, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def processor() -> str:
+    """The name of the CPU, as well as the system knows it."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def accelerator() -> str:
+    """The name of the GPU that PyTorch has computed on; "": none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
 
 
 def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:

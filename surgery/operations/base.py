@@ -18,6 +18,7 @@ each with fields of its own, is a union of classes: see `variants.py`.
     rewritten_projections      optional            what healing in parts trains
     limitations, streams       optional            where these depend on the settings
     unchanged_within           optional            tokens of a sequence that it leaves as they are in the base
+    milder                     optional            a setting that changes less, for a result that lost too much
 """
 
 from __future__ import annotations
@@ -210,6 +211,10 @@ class Operation(BaseModel):
         Shorter rows can neither judge nor heal what it does.
         """
         return 0
+
+    def milder(self) -> str:
+        """A setting, "key=value", that changes less: for a user whose result lost too much. "": none is known."""
+        return ""
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         """Why this cannot be applied to such a model, in words that say what would work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from surgery.errors import SurgeryError, nearest
 from surgery.evaluation import probes
@@ -51,6 +52,43 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
         elif value < limit if bound.at_least else value > limit:
             failed.append(f"{name}: {value:.4g}, the limit is {limit:g}")
     return ("failed" if failed else "not run" if missing else "passed"), failed + missing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure beside its limit."""
+
+    words: str
+    value: float
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        """ "KL 0.502 ≤ 1.0", "KL 1.32 > 1.0"."""
+        sign = ("≥" if self.passed else "<") if self.at_least else ("≤" if self.passed else ">")
+        shown = f"{self.value:.3f}"
+        if not self.passed and abs(self.value - self.limit) < 0.001:  # three decimals would hide it
+            shown = f"{self.value:.6g}"
+        return f"{self.words} {shown} {sign} {self.limit}"
+
+
+def comparisons(evaluation: dict | None, limits: dict) -> list[Comparison]:
+    """Every figure that was measured and has a limit, beside it; limits and evaluation as for `gate`."""
+    known, found = probes.limits(), []
+    for name, limit in limits.items():
+        if limit is None or name not in known or not evaluation or evaluation.get("status") != "done":
+            continue
+        cls, bound = known[name]
+        record = probes.record_of(evaluation, cls)
+        if record.get("status") == UNASKED or evaluation.get("base") is None or cls.missing(record):
+            continue
+        if finite(value := bound.figure(record)):
+            found.append(Comparison(bound.words or name, value, limit, bound.at_least))
+    return found
 
 
 def damage(evaluation: dict | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,6 +24,7 @@ from surgery.io.files import (
     write_text,
 )
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
+from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
 
 FORMAT, FILE = 1, "surgery.json"
@@ -163,8 +165,9 @@ def _damage_of_file(data: dict) -> str:
             return f"it has no {name}"
         if not isinstance(data[name], kind):
             return f"{name} is {shown(data[name])}"
-    if not isinstance(data.get("other_files"), dict | None):
-        return f"other_files is {shown(data['other_files'])}"
+    for name in ("other_files", "timing"):
+        if not isinstance(data.get(name), dict | None):
+            return f"{name} is {shown(data[name])}"
     for name, info in (data["files"] | (data.get("other_files") or {})).items():
         if not isinstance(info, dict) or type(info.get("bytes")) is not int or type(info.get("sha256")) is not str:
             return f"the entry of {name} has no bytes and sha256"
@@ -244,7 +247,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
         "operations": [
             {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
         ],
-        "versions": versions(),
+        "versions": versions(step.operation.op for step in plan.steps),
         "threads": torch.get_num_threads(),
         "seeds": {step.operation.op: step.operation.seed for step in plan.steps if hasattr(step.operation, "seed")},
         "files": {},
@@ -269,16 +272,22 @@ def history_of(base: Path) -> list[dict]:
         return []
     if json_fault([*earlier, record]):  # an earlier version wrote NaN
         return []
-    for name in ("other_files", "record_sha256"):  # of a folder that is another one
+    for name in ("other_files", "record_sha256", "timing"):  # of a folder that is another one, of another run
         record.pop(name, None)
     return [*earlier, record]
 
 
-def versions() -> dict[str, str]:
-    """Versions of surgery, Python and the libraries that a result depends on."""
+def versions(ops: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of surgery, Python, the libraries that a result depends on, and the packages that provide operations.
+
+    Args:
+        ops: the operations of the recipe.
+    """
     from surgery.version import __version__
 
     known = {"surgery": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors"):
         known[name] = metadata.version(name)
-    return known
+    points = third_party()
+    packages = (points[op].dist for op in ops if op in points)
+    return known | {package.name: package.version for package in packages if package is not None}

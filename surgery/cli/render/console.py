@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from surgery.cli.render.stages import Stages
@@ -19,6 +20,7 @@ STATUS_STYLE = {
     "not run": "yellow",
     "skipped": "yellow",
 }
+LABEL = 11  # columns of a label with its colon
 BROKEN_PIPE = 141  # what a shell gives for a command whose reader went away
 
 
@@ -53,6 +55,17 @@ def progress_bar(quiet: bool) -> Stages:
     if quiet:
         return Stages()
     return StageBars(console(stderr=True)) if sys.stderr.isatty() else StageLines()
+
+
+def labelled(label: str, words: str | Text) -> None:
+    """Print "label:   words" on stdout; in a terminal, further lines begin below the words."""
+    out = console()
+    head, text = Text(f"{label}:".ljust(LABEL)), Text(words) if isinstance(words, str) else words
+    if out.soft_wrap or out.width <= 2 * LABEL:
+        return out.print(head + text)
+    for line in text.wrap(out, out.width - len(head)):
+        out.print(head + line)
+        head = Text(" " * len(head))
 
 
 def size(count: float) -> str:

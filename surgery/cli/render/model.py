@@ -7,8 +7,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from surgery.cli.render.console import console, size
-
-LOADED = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
+from surgery.cli.render.estimate import cost
 
 
 def anatomy_table(anatomy) -> None:
@@ -111,20 +110,10 @@ def plan(work) -> None:
         out.print(f"KV cache of sinks and windows: {_arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed")
     if before.tensors:
         out.print(f"parameters: {_arrow(before.parameters, work.parameters_after)}")
-        loaded = size(work.output_bytes * LOADED)
-        if work.streams:
-            out.print(
-                f"rewriting: {size(work.output_bytes)} of output, about {size(work.memory_bytes)} of memory, "
-                f"{work.seconds:.0f} s"
-            )
-        else:
-            time = f"; some {work.seconds / 60:.0f} minutes on a laptop" if work.seconds > 90 else ""
-            out.print(
-                f"editing: {size(work.output_bytes)} of output; the model is loaded: about {loaded} of memory{time}"
-            )
-        out.print(f"check and eval load the model: about {loaded} of memory")
     if heal := work.heal:
         healing(heal)
+    if before.tensors:
+        cost(work.estimate)
 
 
 def healing(work) -> None:
@@ -137,7 +126,7 @@ def healing(work) -> None:
     engine, memory = work.engine, ", ".join(f"{name} {size(count)}" for name, count in work.memory.items() if count)
     where = f"in each of {engine.processes} processes ({engine.name})" if engine.name else "in each process"
     out.print(f"heal: about {size(work.memory_bytes)} of memory {where}{storage}")
-    out.print(f"heal: of it {memory}")
+    out.print(f"heal: of which {memory}")
     if not engine.sharded:
         states = work.memory["gradients"] + work.memory["optimizer"]
         out.print(

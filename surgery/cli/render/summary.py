@@ -6,43 +6,62 @@ What `surgery ls` prints: recipes with the operations they use, operations with 
 from __future__ import annotations
 
 import json
-import shlex
 
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.render.console import STATUS_STYLE, console
+from surgery.cli.render.console import STATUS_STYLE, console, labelled
+from surgery.cli.render.durations import lasted
+from surgery.cli.render.verdict import Command, gate_words, next_command, notes, verdict
 from surgery.evaluation import probes
-from surgery.evaluation.probes.settings import requested_probes
 from surgery.operations.base import SURGICAL
 from surgery.operations.variants import Variants, describe_method, inline_schema
 from surgery.report.card_sections import healed, searched
-from surgery.report.gate import damage
+from surgery.report.report import Report
 
 
-def summary(report, base: str) -> None:
-    """Print the lines that `apply` ends with.
+def summary(report: Report, command: Command, seconds: float) -> None:
+    """Print the lines that `apply` and `heal` end with.
 
     Args:
         report: of a folder that was just written.
-        base: the model as the user typed it, for a command to copy.
+        command: what the user typed, for a command to copy.
+        seconds: that it took.
     """
-    data, out = report.data, console()
-    kv, fixed = data["plan"]["kv_bytes_per_token"], (data["plan"].get("kv_bytes_fixed") or {}).get("after")
-    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
-    out.print(
-        f"changed: {'; '.join(data['plan']['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token"
-        + also
-    )
-    for line in searched(data):
-        out.print(f"found:   {line}")
-    for line in healed(data):
-        out.print(f"healed:  {line}")
-    gate = data["gate"]
-    verdict = ("gate ", (gate["status"], STATUS_STYLE.get(gate["status"], ""))) if gate["limits"] else ("no gate",)
-    out.print(Text.assemble("cost:    ", _cost(data), ", ", *verdict))
+    data, gate = report.data, report.data["gate"]
     folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
-    out.print(f"next:    {_next(data, folder, base)}")
+    labelled("changed", _changed(data["plan"]))
+    fitted = _fitted(data)
+    for line in fitted:
+        labelled("fitted on", line)
+    for line in searched(data):
+        if not any(line.endswith(text) for text in fitted):
+            labelled("found", line)
+    for line in healed(data):
+        labelled("healed", line)
+    labelled("cost", _cost(data))
+    for note in notes(data):
+        labelled("note", note)
+    labelled("gate", Text(gate_words(data), style=STATUS_STYLE.get(gate["status"], "") if gate["limits"] else ""))
+    labelled("verdict", verdict(data))
+    if (data["check"] or {}).get("passed"):
+        labelled("load", _loading(data, folder))
+    labelled("next", next_command(data, folder, command))
+    console().print(f"done in {lasted(seconds)}")
+
+
+def _changed(plan: dict) -> str:
+    kv, fixed = plan["kv_bytes_per_token"], (plan.get("kv_bytes_fixed") or {}).get("after")
+    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
+    return f"{'; '.join(plan['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
+
+
+def _fitted(data: dict) -> list[str]:
+    """The texts that weights were fitted to, as `searched` ends its sentences of them."""
+    texts = [(each.get("record") or {}).get("calibration") or {} for each in data["operations"]]
+    digests = [f" (sha256 {text['sha256']})" if text.get("sha256") else "" for text in texts]
+    lines = zip(texts, digests, strict=True)
+    return [f"{text.get('tokens', 0):,} tokens: {text['text']}{digest}" for text, digest in lines if text.get("text")]
 
 
 def _cost(data: dict) -> str:
@@ -53,45 +72,14 @@ def _cost(data: dict) -> str:
         return f"not measured ({result.get('reason', '')})"
     sentences = [(cls, cls.sentence(record)) for cls, record in probes.done(result)]
     if not all(sentence for cls, sentence in sentences if cls.main):
-        return "the model gives NaN: not usable"
-    usable = f": not usable{'' if data.get('heal') else ' before healing'}" if damage(result) else ""
-    return ", ".join(sentence for _, sentence in sentences if sentence) + usable
+        return "the model gives NaN"
+    return ", ".join(sentence for _, sentence in sentences if sentence)
 
 
-def _next(data: dict, folder: str, base: str) -> str:
-    quoted, model = shlex.quote(folder), shlex.quote(base)
-    if data["check"] is None:
-        return f"surgery check {quoted} --base {model}"
-    if not data["check"]["passed"]:
-        return f"surgery check {quoted} names the fault; the base is untouched"
-    if data["evaluation"] is None:
-        return f"surgery eval {quoted} --base {model}{_requested_options(data)}"
-    if data["evaluation"]["status"] != "done":
-        return f"surgery eval {quoted} --base {model}{_requested_options(data)}, on a machine with more memory"
-    train = f"surgery heal {quoted} tokens=1e6 -o HEALED --base {model}"
-    if damage(data["evaluation"]) and data.get("heal"):
-        return (
-            "train it longer (heal.tokens=...), or choose a milder setting (surgery plan shows what it would change)"
-        )
-    if damage(data["evaluation"]):
-        return f"{train}, or choose a milder setting (surgery plan shows what one would change)"
-    if data["gate"]["status"] == "failed":
-        return f"choose a milder setting, {train}, or accept what it costs (--no-gate)"
+def _loading(data: dict, folder: str) -> str:
     auto = "AutoModelForImageTextToText" if data["base"].get("composite") else "AutoModelForCausalLM"
     loader = "surgery.load" if data["tier"] == SURGICAL else f"{auto}.from_pretrained"
-    return f"{loader}({json.dumps(folder, ensure_ascii=False)}), or surgery push {quoted} OWNER/NAME"
-
-
-def _requested_options(data: dict) -> str:
-    """The options of `eval` that make its result the one that the recipe asks for."""
-    settings = data["recipe"].get("evaluate") or {}
-    probe = next(probe for probe in requested_probes(settings) if probe.main)
-    flags = {option: (getattr(probe, flag.key), flag.key) for option, flag in probe.aliases.flags.items()}
-    return "".join(
-        f" --{option.replace('_', '-')} {shlex.quote(str(value))}"
-        for option, (value, key) in flags.items()
-        if value != type(probe).model_fields[key].default
-    )
+    return f"{loader}({json.dumps(folder, ensure_ascii=False)})"
 
 
 def print_catalogue(recipes: dict[str, dict], classes: dict, broken: dict) -> None:

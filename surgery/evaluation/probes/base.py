@@ -96,12 +96,14 @@ class Limit:
         at_least: whether the number may not be below the limit; otherwise it may not be above.
         description: for the schema.
         most: the largest limit that makes sense (1 for a share).
+        words: what the number is called where it stands beside its limit ("KL").
     """
 
     figure: Callable[[dict], float | None]
     at_least: bool
     description: str
     most: float | None = None
+    words: str = ""
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ class Chat(CaseProbe):
             at_least=True,
             description="Gate: share of the requests answered by the base that are answered, at least.",
             most=1,
+            words="requests kept",
         )
     }
 

@@ -93,6 +93,7 @@ class Choices(CaseProbe):
             lambda record: record["out"]["right"] / record["base"]["right"],
             at_least=True,
             description="Gate: right answers over the base's, at least.",
+            words="right answers, × the base's",
         )
     }
     aliases: ClassVar[Aliases] = Aliases(

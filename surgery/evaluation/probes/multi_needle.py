@@ -74,6 +74,7 @@ class MultiNeedle(CaseProbe):
             at_least=True,
             description="Gate: share of the prompts answered by the base that are answered, at least.",
             most=1,
+            words="keys kept",
         )
     }
 

@@ -164,6 +164,7 @@ class Needles(CaseProbe):
             at_least=True,
             description="Gate: share of the needles found by the base that are found, at least.",
             most=1,
+            words="needles kept",
         )
     }
     aliases: ClassVar[Aliases] = Aliases(

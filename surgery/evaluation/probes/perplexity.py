@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 UNKNOWN = 0.2  # share of unknown tokens from which a text is not the model's
+NO_MODEL = 10_000  # a base of a higher perplexity is no language model
 DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
 
 STAGES = {"base": "scoring the base", "out": "scoring the converted model"}  # label -> what progress reports
@@ -121,15 +122,20 @@ class Perplexity(Probe):
             lambda record: (record.get("kl") or {}).get("mean"),
             at_least=False,
             description="Gate: mean KL to the base in nats per token, at most.",
+            words="KL",
         ),
         "max_perplexity_ratio": Limit(
-            lambda record: _ratio(record), at_least=False, description="Gate: perplexity over the base's, at most."
+            lambda record: _ratio(record),
+            at_least=False,
+            description="Gate: perplexity over the base's, at most.",
+            words="perplexity, × the base's",
         ),
         "min_top1": Limit(
             lambda record: record.get("top1_agreement"),
             at_least=True,
             description="Gate: share of equal best tokens, at least.",
             most=1,
+            words="same best token",
         ),
     }
     aliases: ClassVar[Aliases] = Aliases(
@@ -305,8 +311,8 @@ class Perplexity(Probe):
         new, old, kl = record["out"]["perplexity"], record["base"]["perplexity"], record["kl"]["mean"]
         if new is None or kl is None:
             return ""
-        same = record["top1_agreement"]
-        return f"perplexity {old:,.2f} → {new:,.2f}, KL {kl:.3f} nats, same best token {same:.1%}"
+        perplexities = f"perplexity {shown_perplexity(old)} → {shown_perplexity(new)}"
+        return f"{perplexities}, KL {kl:.3f} nats, same best token {record['top1_agreement']:.1%}"
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -344,6 +350,11 @@ class Perplexity(Probe):
             )
             lines.append(f"same best token: {same:.1%}")
         return [*lines, f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}"]
+
+
+def shown_perplexity(value: float) -> str:
+    """With two decimals; of a number so large that digits say nothing, the four that count."""
+    return f"{value:,.2f}" if value <= NO_MODEL else f"{value:.4g}"
 
 
 def _is_number(value: object) -> bool:

@@ -82,6 +82,9 @@ class DuoAttention(Operation):
             )
         return problems
 
+    def milder(self) -> str:
+        return f"streaming_ratio={self.streaming_ratio / 2:g}" if self.streaming_ratio else ""
+
     def problems_before(self, earlier: Anatomy) -> list[str]:
         """It weighs the first token of some heads, which heads that stream without sinks would lose."""
         entries = (getattr(earlier.config, "surgery", None) or {}).get("layers", [])

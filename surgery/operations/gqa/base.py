@@ -68,6 +68,9 @@ class GQA(Variants, WeightRewrite):
             for readers, some in by_readers.items()
         ]
 
+    def milder(self) -> str:
+        return "method=closed_form"
+
     def limitations(self) -> tuple[str, ...]:
         return self.LIMITATIONS[self.streams :]
 

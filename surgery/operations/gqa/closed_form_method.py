@@ -63,6 +63,9 @@ class ClosedForm(GQA):
     def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o")  # queries and outputs absorb
 
+    def milder(self) -> str:
+        return "keep_layers=0.5" if not self.keep_layers else ""
+
     def kept_layers(self, anatomy: Anatomy) -> int:
         return int(self.keep_layers * len(anatomy.layers) + 0.5)
 

@@ -202,6 +202,9 @@ class Moh(Gated):
             counts.append((on, shared))
         return counts
 
+    def milder(self) -> str:
+        return f"active_ratio={(1 + self.active_ratio) / 2:.2g}" if self.active_ratio < 0.95 else ""
+
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         layers, counts = self._layers(anatomy), self._counts(anatomy)
         units = sum(self._units(layer) for layer in layers)

@@ -162,6 +162,9 @@ class PruneHeads(Operation):
             return [f"prune_heads: {stock}; and on the surgical tier {reason}"]
         return []
 
+    def milder(self) -> str:
+        return f"ratio={self.ratio / 2:g}" if self.ratio else ""
+
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         if not self._removes_something(anatomy):
             return PlannedChange(anatomy, ("nothing: no head is to go",))

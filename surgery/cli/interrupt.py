@@ -1,0 +1,125 @@
+"""What Ctrl-C leaves, and the command that goes on from there: one line on stderr, true of the verb at work."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+from surgery.io.files import PROGRESS, REPORT, read_json
+
+# Given the arguments of the command: what is kept, and how to go on, as one sentence each.
+Advice = Callable[[list[str]], str]
+_advice: list[Advice] = []
+
+
+@contextmanager
+def advised(advice: Advice) -> Iterator[None]:
+    """A block in which Ctrl-C is answered so; it stays in force after an interrupt, until the next command begins."""
+    _advice.append(advice)
+    yield
+    _advice.remove(advice)
+
+
+def forget() -> None:
+    """Begin a command: nothing is known of what it keeps."""
+    _advice.clear()
+
+
+def message(args: list[str]) -> str:
+    """What is printed after Ctrl-C.
+
+    Args:
+        args: of the command, without `surgery`.
+    """
+    words = _advice[-1](args) if _advice else ""
+    return f"interrupted{f'; {words}' if words else ''}"
+
+
+def of_output(out: Path) -> Advice:
+    """For verbs that write OUT by way of OUT.partial: `apply`, `heal`."""
+    from surgery.conversion.preflight import unhealed_folder
+    from surgery.io.output_folder import output_path
+
+    def advice(args: list[str]) -> str:
+        folder = output_path(out)
+        partial, unhealed = (folder.with_name(f"{folder.name}.partial"), unhealed_folder(folder))
+        for unfinished in (partial, unhealed.with_name(f"{unhealed.name}.partial")):
+            if unfinished.is_dir():
+                kept, name = _kept(unfinished), _shown(out, unfinished)
+                if unhealed.is_dir():
+                    kept = f"the converted model is kept in {_shown(out, unhealed)}, and {kept}"
+                where = "" if kept.startswith("nothing") else f" in {name}"
+                return f"{kept}{where}. Go on: {_again(args, '--resume')}"
+        if unhealed.is_dir():
+            return f"the converted model is kept in {_shown(out, unhealed)}. Go on: {_again(args, '--resume')}"
+        if _is_unjudged(folder):
+            done = "is complete, but for its check and scores"
+            return f"{out} {done}. Go on: {_again(args, '--resume', drop='--overwrite')}"
+        return f"nothing was written. Begin again: {_again(args)}"
+
+    return advice
+
+
+def of_scores(file: Path) -> Advice:
+    """For `score`: a method with steps leaves FILE.state."""
+
+    def advice(args: list[str]) -> str:
+        state = file.with_name(f"{file.name}.state")
+        if state.exists():
+            return f"the steps so far are kept in {state}. Go on: {_again(args, '--resume')}"
+        return f"nothing was written. Begin again: {_again(args)}"
+
+    return advice
+
+
+def nothing_kept(args: list[str]) -> str:
+    """For verbs that record their result at the end, all of it: `check`, `eval`, `bench`."""
+    return f"nothing was recorded. Begin again: {_again(args)}"
+
+
+def _kept(partial: Path) -> str:
+    """What an unfinished folder holds that a run with --resume does not make again."""
+    from surgery.data.text import SELF_TEXT
+    from surgery.io.resume import SUFFIX
+
+    states = [path.name for path in partial.rglob(f"*{SUFFIX}")]
+    if (training := partial / "healing").is_dir():
+        from surgery.healing.trainer import complete_checkpoints
+
+        if complete_checkpoints(training):
+            return "checkpoints of the training are kept"
+        return "text and answers of the base are kept" if states else "nothing of the training is kept yet"
+    if any("-gqa" in name for name in states):
+        return "finished layers are kept"
+    if any(not name.startswith(SELF_TEXT) for name in states):
+        return "what was measured is kept"
+    if states:
+        return "the calibration text is kept"
+    return "finished files are kept" if _record(partial / PROGRESS).get("done") else "nothing is finished yet"
+
+
+def _is_unjudged(folder: Path) -> bool:
+    record = _record(folder / REPORT)
+    return bool(record) and (record.get("check") is None or record.get("evaluation") is None)
+
+
+def _record(file: Path) -> dict:
+    """A file of ours; {} where it is missing or no JSON object."""
+    try:
+        return read_json(file)
+    except (OSError, SurgeryError):
+        return {}
+
+
+def _shown(out: Path, folder: Path) -> str:
+    """The folder beside OUT, as OUT was typed."""
+    return str(out.parent / folder.name) if os.path.dirname(out) else folder.name
+
+
+def _again(args: list[str], add: str = "", drop: str = "") -> str:
+    kept = [arg for arg in args if arg != drop]
+    return shlex.join(["surgery", *kept, *([add] if add and add not in kept else [])])

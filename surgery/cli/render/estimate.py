@@ -1,0 +1,22 @@
+"""What a run will take: time, memory and disk, in two lines."""
+
+from __future__ import annotations
+
+from surgery.cli.render.console import console, size
+from surgery.cli.render.durations import about
+from surgery.conversion.estimate import Estimate
+
+LEAST = 1.0  # seconds from which a part of the run is named
+
+
+def cost(estimate: Estimate) -> None:
+    """Print about how long the whole run takes, how much memory at its peak, and what it writes."""
+    groups = estimate.groups()
+    parts = ", ".join(f"{group} {about(seconds)}" for group, (seconds, _) in groups.items() if seconds >= LEAST)
+    peak = max(groups, key=lambda group: groups[group][1])
+    threads = f"{estimate.threads} thread{'s' * (estimate.threads != 1)}"
+    out = console()
+    out.print(f"time:    about {about(estimate.seconds)} on {threads}" + (f" ({parts})" if parts else ""))
+    out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({peak})")
+    kept = f"; {size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
+    out.print(f"disk:    {size(estimate.output_bytes)}{kept}")

@@ -1,0 +1,45 @@
+"""How long a run took and on what: `timing` of surgery.json.
+
+No two runs agree in it, so no hash of the record covers it, and `check` compares nothing with it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from surgery.io.files import published, published_override
+from surgery.machine import command
+from surgery.machine.device import accelerator, peak_memory, processor
+from surgery.machine.progress import StageClock
+
+KEY = "timing"  # in surgery.json
+
+
+def timing(clock: StageClock) -> dict[str, Any]:
+    """What `timing` holds.
+
+    Returns:
+        seconds: stage -> wall seconds; total_seconds; peak_memory_bytes of this process since it began (None where the
+        system does not say); device ("cpu", or a GPU's name), processor, threads; command, with the names of files
+        and folders but not where they are (None: a script ran).
+    """
+    import torch
+
+    seconds = clock.seconds()
+    return {
+        "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 1),
+        "peak_memory_bytes": peak_memory(),
+        "device": accelerator() or "cpu",
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "command": _published_command(),
+    }
+
+
+def _published_command() -> str | None:
+    arguments = command.typed.get()
+    if arguments is None:
+        return None
+    return shlex.join(["surgery", *(published_override(a) if "=" in a else published(a) for a in arguments)])
