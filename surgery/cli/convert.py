@@ -46,7 +46,8 @@ def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_j
 
     render.plan(made)
     if made.before.tensors:
-        console.labelled("next", shlex.join(["surgery", "apply", recipe, model, *(overrides or [])]) + " -o OUT")
+        again = shlex.join(["surgery", "apply", recipe, model, *(overrides or [])])
+        console.labelled("next", f"{again} -o OUT", copied=True)
 
 
 def apply(

@@ -57,12 +57,16 @@ def progress_bar(quiet: bool) -> Stages:
     return StageBars(console(stderr=True)) if sys.stderr.isatty() else StageLines()
 
 
-def labelled(label: str, words: str | Text) -> None:
-    """Print "label:   words" on stdout; in a terminal, further lines begin below the words."""
+def labelled(label: str, words: str | Text, *, copied: bool = False) -> None:
+    """Print "label:   words" on stdout; in a terminal, further lines begin below the words.
+
+    Args:
+        copied: the words are for copying: the terminal breaks them, and what is copied has no line end in it.
+    """
     out = console()
     head, text = Text(f"{label}:".ljust(LABEL)), Text(words) if isinstance(words, str) else words
-    if out.soft_wrap or out.width <= 2 * LABEL:
-        return out.print(head + text)
+    if copied or out.soft_wrap or out.width <= 2 * LABEL:
+        return out.print(head + text, soft_wrap=True)
     for line in text.wrap(out, out.width - len(head)):
         out.print(head + line)
         head = Text(" " * len(head))

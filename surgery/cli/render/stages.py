@@ -19,6 +19,7 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.progress import Task as BarTask
 from rich.spinner import Spinner
+from rich.table import Column
 from rich.text import Text
 
 from surgery.cli.render.durations import about, clock, lasted
@@ -26,10 +27,8 @@ from surgery.machine.progress import PERCENT
 
 SILENCE = 30.0  # seconds after which a stage that goes on is mentioned again in a pipe
 MANY = 100_000  # a total beyond this (bytes) says less than a percentage
-WIDE, BAR = (
-    120,
-    40,
-)  # from so many columns on the bar has this width; in a narrower terminal it takes what is left
+LEAST = 8  # columns of a bar
+WIDE, BAR = 120, 40  # from so many columns on, the bar has this width; below, it takes what is left
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Stage:
     def remaining(self) -> float | None:
         """Seconds that it will still take, if what is left takes as long as what is done; None: not known yet."""
         worked = self.done - self.done_before
-        if not self.total or worked <= 0:
+        if worked <= 0 or self.done >= self.total:
             return None
         needed = (self.total - self.done) * (self.updated - self.began) / worked
         return max(0.0, needed - (time.monotonic() - self.updated))
@@ -217,7 +216,7 @@ class _Bar(BarColumn):
     """A bar; of a stage without a count a spinner."""
 
     def __init__(self, width: int | None):
-        super().__init__(bar_width=width)
+        super().__init__(bar_width=width, table_column=Column(ratio=1, min_width=LEAST))
         self._spinner = Spinner("line")
 
     def render(self, task: BarTask) -> Any:

@@ -45,8 +45,8 @@ def summary(report: Report, command: Command, seconds: float) -> None:
     labelled("gate", Text(gate_words(data), style=STATUS_STYLE.get(gate["status"], "") if gate["limits"] else ""))
     labelled("verdict", verdict(data))
     if (data["check"] or {}).get("passed"):
-        labelled("load", _loading(data, folder))
-    labelled("next", next_command(data, folder, command))
+        labelled("load", _loading(data, folder), copied=True)
+    labelled("next", next_command(data, folder, command), copied=True)
     console().print(f"done in {lasted(seconds)}")
 
 
