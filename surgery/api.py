@@ -47,7 +47,7 @@ def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), *
     from surgery.io.hub import resolve
 
     source = resolve(str(model), weights=False)
-    return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name)
+    return make_plan(resolved, Anatomy.of(source.path, header_table(source.headers)), source.name, source.path)
 
 
 def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:

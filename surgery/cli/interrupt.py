@@ -16,11 +16,18 @@ Advice = Callable[[list[str]], str]
 _advice: list[Advice] = []
 
 
+class Interrupted(Exception):
+    """Ctrl-C in the work of a verb; a KeyboardInterrupt would be answered by typer, with an empty line."""
+
+
 @contextmanager
 def advised(advice: Advice) -> Iterator[None]:
     """A block in which Ctrl-C is answered so; it stays in force after an interrupt, until the next command begins."""
     _advice.append(advice)
-    yield
+    try:
+        yield
+    except KeyboardInterrupt as pressed:
+        raise Interrupted from pressed
     _advice.remove(advice)
 
 

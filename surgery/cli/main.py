@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
     with _Interrupts() as interrupts:
         try:
             sys.exit(app(args, prog_name="surgery", standalone_mode="--json" not in args))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, interrupt.Interrupted):
             _interrupted(args)
         except SurgeryError as error:
             _fail(error, args)

@@ -64,14 +64,14 @@ def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions
     remote = source.headers is not None
     if remote:
         anatomy = Anatomy.of(source.path, header_table(source.headers))
-        plan = _with_base_notes(make_plan(recipe, anatomy, source.name), _cache_kinds(source.path))
+        plan = _with_base_notes(make_plan(recipe, anatomy, source.name, source.path), _cache_kinds(source.path))
         preflight(plan, source.path, output, options)
         fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned: the branch may move
         source = replace(fetched, name=source.name)
     with readable(source.path, output, options.allow_pickle) as weights:
         checkpoint = Checkpoint(weights)
         anatomy = Anatomy.of(source.path, {n: (i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
-        plan = _with_base_notes(make_plan(recipe, anatomy, source.name), _cache_kinds(source.path))
+        plan = _with_base_notes(make_plan(recipe, anatomy, source.name, source.path), _cache_kinds(source.path))
         if not remote:
             preflight(plan, source.path, output, options)
         yield Conversion(plan, source, checkpoint)

@@ -8,12 +8,14 @@ gqa there lie within a factor of two of what is said here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
 from surgery.calibration.cost import forward_flops
+from surgery.errors import SurgeryError
 from surgery.evaluation.check import FILES, FRESH
 from surgery.machine.speed import bytes_per_second, flops_per_second
 from surgery.operations.base import SURGICAL, Measurement
@@ -111,6 +113,7 @@ class _Stages:
         hidden = getattr(config, "hidden_size", None) or 1
         self.speed = flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
         self.vocabulary = getattr(config, "vocab_size", None) or 0
+        self.probes = sorted(self._asked(), key=lambda probe: not probe.main)
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
 
@@ -125,6 +128,17 @@ class _Stages:
             yield StageEstimate("writing", "heal", self.weights / WRITTEN_BYTES, PROCESS_BYTES + heal.memory_bytes)
         yield from self._check()
         yield from self._scores()
+
+    def _asked(self) -> Iterator[Probe]:
+        """The probes that will run; some say nothing of a model without a chat template."""
+        evaluate, folder = self.plan.recipe.evaluate, self.plan.folder
+        for probe in evaluate.asked if evaluate else ():
+            reason = ""
+            if folder is not None:
+                with suppress(SurgeryError):  # no tokenizer: the run itself says so
+                    reason = probe.unasked(folder)
+            if not reason:
+                yield probe
 
     def _conversion(self) -> Iterator[StageEstimate]:
         plan, layers = self.plan, len(self.anatomy.layers)
@@ -153,8 +167,7 @@ class _Stages:
         yield StageEstimate(FRESH, "check", seconds, PROCESS_BYTES + self.loaded)
 
     def _scores(self) -> Iterator[StageEstimate]:
-        evaluate = self.plan.recipe.evaluate
-        for probe in sorted(evaluate.asked, key=lambda probe: not probe.main) if evaluate else ():
+        for probe in self.probes:
             stages = probe.stages()
             for stage in stages:  # of which each runs one model, or the one runs both
                 yield StageEstimate(stage, "score", 2 / len(stages) * self._of_one_model(probe), self._memory(probe))

@@ -46,6 +46,7 @@ class Plan:
         shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
         dtypes: stored name -> dtype, for the tensors that are rewritten and stay or are new.
         base_notes: what becomes of other settings of the base.
+        folder: of the base, with its tokenizer; None where it was planned without one.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Plan:
     shapes: dict[str, tuple[int, ...] | None]
     dtypes: dict[str, str]
     base_notes: tuple[str, ...] = ()
+    folder: Path | None = None
 
     @property
     def after(self) -> Anatomy:
@@ -196,8 +198,8 @@ def heads(layer: LayerAnatomy) -> dict[str, int]:
     return {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
 
 
-def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
-    """Work a recipe out for a model.
+def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None = None) -> Plan:
+    """Work a recipe out for a model; arguments as of `Plan`.
 
     Raises:
         SurgeryError: with every problem of the first operation that cannot be applied.
@@ -216,7 +218,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str) -> Plan:
         current = change.after
     shapes = new_shapes(anatomy, current)
     dtypes = {name: _dtype(name, anatomy) for name, shape in shapes.items() if shape is not None}
-    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes)
+    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes, folder=folder)
     if recipe.heal is not None:
         refuse_unhealable(current, source)
         _ = plan.heal  # a method that would train nothing is refused now
