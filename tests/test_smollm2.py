@@ -77,9 +77,9 @@ def test_the_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main_exit(["apply", "mqa", MODEL, "-o", "out", "--no-gate", "evaluate.windows=2"], 0)
     printed = capsys.readouterr().out
-    last = printed.strip().splitlines()[-3:]
-    assert [line.split(":")[0] for line in last] == ["changed", "cost", "next"]
-    assert "not usable before healing" in last[1]
+    last = printed.strip().splitlines()[-7:-1]
+    assert [line.split(":")[0] for line in last] == ["changed", "cost", "gate", "verdict", "load", "next"]
+    assert "not usable before healing" in last[3]
     report = json.loads((tmp_path / "out/surgery.json").read_text())
     assert report["gate"]["status"] == "skipped"
     assert report["check"]["passed"]

@@ -146,10 +146,10 @@ def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, t
         "passed   hashes",
         "passed   generates",
         "changed: ",
-        "cost:    perplexity",
+        "cost:      perplexity",
     ):
         assert line in done.out
-    assert done.out.splitlines()[-1].startswith("next:    ")
+    assert done.out.splitlines()[-2].startswith("next:      ")
     report, card = report_of(out), (out / "README.md").read_text(encoding="utf-8")
     assert report["check"]["passed"] is True
     assert {item["status"] for item in report["check"]["items"]} == {"passed"}
@@ -204,8 +204,10 @@ def test_a_failed_gate_is_3_and_keeps_the_folder(surgery, model, text, tmp_path)
 def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
     done = surgery("apply", "mqa", model, "-o", "out", *FAST)
     assert done.code == 0
-    assert "cost:    not measured, gate not run" in done.out
-    assert "next:    surgery check out" in done.out
+    assert "cost:      not measured\n" in done.out
+    assert "gate:      not run\n" in done.out
+    assert "verdict:   nothing is known of its quality\n" in done.out
+    assert "next:      surgery check out" in done.out
     report, card = report_of(tmp_path / "out"), (tmp_path / "out/README.md").read_text()
     assert (report["check"], report["evaluation"], report["gate"]["status"]) == (None, None, "not run")
     assert "**not measured**" in card
@@ -214,7 +216,8 @@ def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
 
 def test_without_limits_there_is_no_gate(surgery, model, tmp_path):
     done = surgery("apply", "mqa", model, "-o", "out", *FAST, "evaluate=null")
-    assert "cost:    not measured, no gate\n" in done.out
+    assert "cost:      not measured\n" in done.out
+    assert "gate:      none\n" in done.out
     assert "> **The quality gate" not in (tmp_path / "out/README.md").read_text()
 
 
@@ -223,18 +226,20 @@ def test_what_comes_next_is_a_command_that_can_be_copied(surgery, model, text, t
     (tmp_path / "deep er").mkdir()
     base = model.rename(tmp_path / "deep er/model")
     scored = (f"evaluate.text={text}", *SCORED)
-    last = surgery("apply", "mqa", base, *scored, "-o", "a", *FAST).out.splitlines()[-1]
-    assert last == f"next:    surgery check a --base '{base}'"
-    last = surgery("apply", "mqa", base, *scored, "-o", "b", "--no-eval").out.splitlines()[-1]
-    assert last == f"next:    surgery eval b --base '{base}' --text words.txt --windows 1 --length 16"
-    last = surgery("apply", "mqa", base, *scored, "-o", "c", "max_kl=0").out.splitlines()[-1]
-    assert last.startswith("next:    choose a milder setting, surgery heal c tokens=1e6 -o HEALED --base '")
-    last = surgery("apply", "mqa", base, *scored, "-o", "d").out.splitlines()[-1]
-    assert last == 'next:    AutoModelForCausalLM.from_pretrained("d"), or surgery push d OWNER/NAME'
+    last = surgery("apply", "mqa", base, *scored, "-o", "a", *FAST).out.splitlines()[-2]
+    assert last == f"next:      surgery check a --base '{base}'"
+    last = surgery("apply", "mqa", base, *scored, "-o", "b", "--no-eval").out.splitlines()[-2]
+    assert last == f"next:      surgery eval b --base '{base}' --text words.txt --windows 1 --length 16"
+    last = surgery("apply", "mqa", base, *scored, "-o", "c", "max_kl=0").out.splitlines()[-2]
+    assert last.startswith(f"next:      surgery apply mqa '{base}' evaluate.text=")
+    assert last.endswith(" max_kl=0 method=closed_form -o c-2")
+    load, last = surgery("apply", "mqa", base, *scored, "-o", "d").out.splitlines()[-3:-1]
+    assert load == 'load:      AutoModelForCausalLM.from_pretrained("d")'
+    assert last == "next:      surgery push d OWNER/NAME"
     heads = ("streaming_ratio=1", "window=6", "sinks=2")
     done = surgery("apply", "duo-attention", base, *heads, *scored, "-o", "e", "--no-gate")
-    assert done.out.splitlines()[-1].startswith('next:    surgery.load("e"), or '), done.out + done.err
-    assert "bytes of sinks and windows" in done.out.splitlines()[-3]
+    assert done.out.splitlines()[-3] == 'load:      surgery.load("e")', done.out + done.err
+    assert "bytes of sinks and windows" in done.out
 
 
 def test_a_name_is_printed_as_it_is(surgery, model):
@@ -257,7 +262,7 @@ def test_plan_of_a_head_split(surgery, model):
     assert "streaming KV heads" not in shown, "which layer has how many is not known before the model is measured"
     assert shown.count("self_attn") == 1
     assert "KV cache of sinks and windows: 0 → 768 bytes, fixed" in shown
-    assert "the model is loaded" in shown
+    assert re.search(r"^time: .*measure", shown, re.MULTILINE)
     (model.parent / "scores.tsv").write_text("0\t0\t1\n0\t1\t1\n")
     shown = surgery("plan", "duo-attention", model, f"scores={model.parent / 'scores.tsv'}").out
     assert "streaming KV heads 0 → 2" in shown
@@ -286,8 +291,15 @@ def test_inspect_of_gates_and_terms(surgery, model):
 
 def test_the_estimate_says_of_what_it_is(surgery, model):
     shown = surgery("plan", "mqa", model).out
-    assert re.search(r"^rewriting: \d.* of output, about \d.* of memory, \d+ s$", shown, re.MULTILINE)
-    assert re.search(r"^check and eval load the model: about \d", shown, re.MULTILINE)
+    assert re.search(r"^time:    about [\d.]+ (s|min) on \d+ threads? \(.*check \d", shown, re.MULTILINE)
+    assert re.search(r"^memory:  about \d.* at the peak", shown, re.MULTILINE)
+    assert re.search(r"^disk:    \d", shown, re.MULTILINE)
+    assert shown.splitlines()[-1] == f"next:      surgery apply mqa {model} -o OUT"
+    estimate = surgery("plan", "mqa", model, "--json").json["estimate"]
+    parts = estimate["parts"]
+    assert list(parts) == ["write", "check", "score"]
+    assert estimate["seconds"] == pytest.approx(sum(part["seconds"] for part in parts.values()), abs=0.3)
+    assert estimate["memory_bytes"] == max(part["memory_bytes"] for part in parts.values())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")

@@ -107,7 +107,7 @@ def test_what_came_back_is_told(converted, heal, tmp_path):
     assert f"| KL from the base, mean |  | {kl[0]:.4g} | {kl[1]:.4g} |" in card
     assert "surgery heal OUT " in card
     assert str(tmp_path) not in card
-    assert f"healed:  KL to the base: converted {kl[0]:.3f}, healed {kl[1]:.3f}" in done.out
+    assert f"healed:    KL to the base: converted {kl[0]:.3f}, healed {kl[1]:.3f}" in done.out
     assert (done.folder / "healing/loss.png").stat().st_size > 0
     assert sorted(path.name for path in (done.folder / "healing").iterdir()) == ["loss.png", "metrics.jsonl"]
 

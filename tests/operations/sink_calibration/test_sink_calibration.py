@@ -283,7 +283,7 @@ def test_apply_says_that_a_search_kept_nothing(surgery, model, text):
     overrides = ["gamma=null", "grid=[1]", "calibration_samples=4", "calibration_length=32"]
     run = surgery("apply", "zero-tuning", model, "-o", "out", f"operations.0.text={text}", *overrides, "--no-eval")
     assert run.code == 0, run.err
-    assert "found:   sink_calibration zero_tuning: no setting was kept (none that was tried" in " ".join(
+    assert "found:     sink_calibration zero_tuning: no setting was kept (none that was tried" in " ".join(
         run.out.split("\n")
     )
     assert "no setting was kept" in (model.parent / "out" / "README.md").read_text()
