@@ -28,11 +28,11 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
-    "calibration": "attention_hook gradients head_scores layerwise moments scoring sinks",
-    "cli": "convert doctor evaluate inspect main measure options",
-    "cli/render": "console heads model sinks summary tables",
+    "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
+    "cli": "convert doctor evaluate inspect interrupt main measure options",
+    "cli/render": "console durations estimate heads model sinks stages summary tables verdict",
     "config": "evaluate heal heal_overrides options overrides recipe validation yaml",
-    "conversion": "convert in_memory plan preflight streaming",
+    "conversion": "convert estimate in_memory plan preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
     "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
     "evaluation/benchmark": "dense_below models result run",
@@ -43,7 +43,7 @@ DECIDED = {
     "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config ranges "
     "resume safetensors",
     "kernels": "",
-    "machine": "device parallel progress transformers_logging",
+    "machine": "command device parallel progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",
     "operations/duo_attention": "operation scorers",
     "operations/gqa": "base choose_layers closed_form closed_form_method conjugate_gradient cost fit_mlp fit_scores "
@@ -53,7 +53,7 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
-    "report": "card card_sections gate lineage plots report",
+    "report": "card card_sections gate lineage plots report timing",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",

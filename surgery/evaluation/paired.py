@@ -85,7 +85,6 @@ def run_base_then_model(
     what: str,
     extra: Callable[[int], int],
     broken: Callable,
-    stage: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Run the cases on each model, one model in memory at a time; or record why a model does not fit in memory.
@@ -97,8 +96,7 @@ def run_base_then_model(
         what: what the cases are, for messages.
         extra: bytes needed besides the weights, from the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
-        stage: what `progress` reports.
-        progress: called as progress(done, total, label) after each case.
+        progress: called as progress(done, total, whose turn it is) after each case; "" where there is one model.
 
     Raises:
         SurgeryError: a folder without safetensors, a base that yields NaN.
@@ -117,7 +115,7 @@ def run_base_then_model(
 
         def tick(done: int, before: int = index * cases, which: str = MODELS[label]) -> None:
             if progress:
-                progress(before + done, len(sources) * cases, f"{stage}: {which}" if len(sources) > 1 else stage)
+                progress(before + done, len(sources) * cases, which if len(sources) > 1 else "")
 
         tick(0)
         with loaded(source) as model:

@@ -412,6 +412,11 @@ class CaseProbe(Probe):
         allow_pickle: bool = False,
     ) -> CaseResult:
         """See `Probe.measure`; weights as pickles are refused. `progress` is called after each case."""
+
+        def tick(done: int, total: int, whose: str) -> None:
+            if progress:
+                progress(done, total, f"{self.stage}: {whose}" if whose else self.stage)
+
         sources = sides(out, base)
         configs = {label: read_config(source) for label, source in sources.items()}
         result = self.make_cases(tokenizer or read_tokenizer(next(iter(sources.values()))), configs)
@@ -422,8 +427,7 @@ class CaseProbe(Probe):
             what=self.cases_are,
             extra=lambda kv_bytes: self.extra_bytes(result.cases, kv_bytes),
             broken=self.is_broken,
-            stage=self.stage,
-            progress=progress,
+            progress=tick if progress else None,
         )
         result.outcomes = {label: result.outcomes[label] for label in sources if label in result.outcomes}
         return result

@@ -112,8 +112,7 @@ def search_patterns(
     length = sequences.shape[1]
     among = candidates(length, block) if among is None else among
     _refuse(density, among, block)
-    positions = torch.linspace(length // 8, length - 1, rows).long().unique()
-    totals: dict[int, torch.Tensor] = {}
+    positions, totals = torch.linspace(length // 8, length - 1, rows).long().unique(), dict[int, torch.Tensor]()
 
     def attention(module, query, key, value, mask, **kwargs):
         layer = module.layer_idx
