@@ -69,11 +69,15 @@ def losses() -> str:
 
 def verbs() -> str:
     """One row for each verb, in the words of its help."""
-    from surgery.cli.main import VERBS
+    from typer.main import get_group
 
-    rows = []
-    for name, verb in VERBS.items():
-        rows.append([f"`surgery {name}`", " ".join((verb.__doc__ or "").split("\n\n")[0].split())])
+    from surgery.cli.main import app
+
+    commands = {name: command for name, command in get_group(app).commands.items() if not command.hidden}
+    rows = [
+        [f"`surgery {name}`", " ".join((command.help or "").split("\n\n")[0].split())]
+        for name, command in commands.items()
+    ]
     return markdown([["verb", "what it does"], ["---"] * 2, *rows])
 
 
