@@ -62,7 +62,7 @@ class SurgeryError(Exception):
         head = f"{self.where}: {self.what}" if self.where else self.what
         lines = [head]
         if self.exists:
-            lines.append(f"  there is: {self.exists}")
+            lines.append(f"  available: {self.exists}")
         if self.fix:
             lines.append(f"  to fix: {self.fix}")
         return "\n".join([*lines, *(str(other) for other in self.others)])

@@ -119,6 +119,18 @@ def descriptions() -> dict[str, dict]:
     }
 
 
+def read(name: str | Path) -> dict[str, Any]:
+    """A recipe's file as plain data, unchecked, by name or path; {} where it holds no mapping."""
+    path = find(name)
+    data, _ = parse(_read(path), str(path))
+    return data if isinstance(data, dict) else {}
+
+
+def text_of(name: str | Path) -> str:
+    """A recipe's file as it is written, by name or path."""
+    return _read(find(name))
+
+
 def copy(name: str | Path, target: Path | None = None) -> Path:
     """Write a recipe's file to `target` (default: here, under its own name); never over an existing file."""
     source = find(name)
@@ -188,13 +200,25 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         )
     data = copy_of(data, where)
     changes = [*overrides, *(as_text(key, value) for key, value in fields.items())]
+    faults: list[SurgeryError] = []
     for override in changes:
-        field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
+        try:
+            field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
+        except SurgeryError as error:
+            if faults and faults[-1].exists == error.exists:  # the same keys, listed once
+                faults[-1] = SurgeryError(faults[-1].what, where=faults[-1].where, fix=faults[-1].fix)
+            faults.append(error)
+            continue
         lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}
         lines[field_path] = f"override {override.strip()!r}"
         if field_path[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
             lines[field_path[: BLOCK - 1]] = lines[field_path]
-    loaded = _validate(data, lines, where)
+    try:
+        loaded = _validate(data, lines, where)
+    except SurgeryError as error:
+        faults += [_together([error]), *error.others]
+    if faults:
+        raise _together(faults)
     loaded._source, loaded._overrides = source, (*earlier, *map(str.strip, changes))
     return loaded
 
@@ -264,9 +288,14 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
     except ValidationError as error:
         faults = faults_of(error, lines, where, (), Recipe) + faults
     if faults:
-        first, *rest = sorted(faults, key=_line_number)
-        raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
+        raise _together(sorted(faults, key=_line_number))
     return recipe
+
+
+def _together(faults: list[SurgeryError]) -> SurgeryError:
+    """One error that shows all of these."""
+    first, *rest = faults
+    return SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
 
 
 def _line_number(fault: SurgeryError) -> int:

@@ -176,7 +176,7 @@ def _question(line: str) -> Question:
     if not isinstance(data, dict):
         raise ValueError(f"a question is an object, this is {shown(data)}")
     if missing := [key for key in ("prompt", "choices", "answer") if key not in data]:
-        raise ValueError(f"the key {missing[0]!r} is missing; there is: {', '.join(data) or 'none'}")
+        raise ValueError(f"the key {missing[0]!r} is missing; available: {', '.join(data) or 'none'}")
     prompt, choices, answer = data["prompt"], data["choices"], data["answer"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt should be text, it is {shown(prompt)}")

@@ -261,12 +261,12 @@ def _compare_both_ways(results: list[dict], files: list[str]) -> Item:
     """
     import torch
 
-    name = "both doors agree"
+    name = "both ways to load agree"
     if errors := [result["error"] for result in results if "error" in result]:
         return Item(name, FAILED, errors[0])
     with_package, with_trust = (torch.load(file, weights_only=True) for file in files)
     if torch.equal(with_package, with_trust) and results[0]["generated"] == results[1]["generated"]:
-        return Item(name, PASSED, "logits equal to the bit, same tokens generated")
+        return Item(name, PASSED, "logits bit-identical, same tokens")
     return Item(name, FAILED, f"logits differ by {(with_package - with_trust).abs().max().item():.3g}")
 
 
@@ -283,4 +283,4 @@ def _compare_with_base(results: list[dict], files: list[str]) -> Item:
         return Item(name, FAILED, f"shapes differ: {list(logits.shape)}, base {list(base_logits.shape)}")
     difference, scale = (logits - base_logits).abs().max().item(), base_logits.std().item()
     status = MEASURED if math.isfinite(difference) else FAILED
-    return Item(name, status, f"largest difference {difference:.3g} (base's spread {scale:.3g}), random tokens")
+    return Item(name, status, f"largest difference {difference:.3g} on random tokens (base's spread {scale:.3g})")

@@ -99,13 +99,13 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         raise SurgeryError("no such folder", where=model, exists=exists, fix=fix)
     try:
         return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
-    except MachineError as error:
+    except SurgeryError as error:
         if "/" in repo or revision:
             raise
-        # A bare name may be a typo for a folder or for the demo model: say that there is none.
+        # A bare name may be a typo for a folder or for the demo model: say first that there is none.
         close = nearest(repo, [DEMO, *folders(Path())])
-        what = f"there is no folder `{repo}` here, and {error.what}"
-        raise MachineError(what, where=error.where, exists=close, fix=error.fix) from error
+        fix = f"did you mean {close!r}? As a Hub id: {error.fix}" if close else error.fix
+        raise type(error)(f"no folder `{repo}` here, and {error.what}", fix=fix) from error
 
 
 def _valid_id(repo: str) -> str:

@@ -49,7 +49,9 @@ def find(op: str) -> type[Operation]:
     raise SurgeryError(
         f"unknown operation {op!r}",
         exists=", ".join(known),
-        fix=f"did you mean {close!r}?" if close else "a newer version of attention-surgery may know it",
+        fix=f"did you mean {close!r}?"
+        if close
+        else "a newer version of attention-surgery may have it, or the package that provides it is not installed",
     )
 
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckError, GateError, SurgeryError, shown
+from surgery.errors import CheckError, GateError, SurgeryError, nearest, shown
 from surgery.evaluation.probes import REGISTRY
 from surgery.io.files import (
     BASE_CARD,
@@ -23,6 +23,7 @@ from surgery.io.files import (
     write_json,
     write_text,
 )
+from surgery.io.hub_errors import folders
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
 from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
@@ -143,6 +144,14 @@ class Report:
             SurgeryError: the folder has no surgery.json, one of another format, or a damaged one.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            close = nearest(folder.name, folders(folder.parent))
+            fix = (
+                f"did you mean {folder.with_name(close).as_posix()!r}?"
+                if close
+                else "name a folder that surgery wrote"
+            )
+            raise SurgeryError("no such folder", where=str(folder), fix=fix)
         if not (folder / FILE).is_file():
             raise SurgeryError(
                 "no surgery.json: not a checkpoint that surgery wrote",

@@ -25,7 +25,7 @@ BOMB = "version: 1\nname: x\na: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 FAULTS = {
     "misspelt key": (
         GOOD.replace("method: mean", "metod: mean"),
-        ["mine.yaml:6: unknown key 'metod'", "there is: op, kv_heads, method", "did you mean 'method'?"],
+        ["mine.yaml:6: unknown key 'metod'", "available: op, kv_heads, method", "did you mean 'method'?"],
     ),
     "misspelt key at the top": (
         GOOD.replace("evaluate: null", "evalute: null"),
@@ -55,7 +55,7 @@ FAULTS = {
     "operation that is a word": ("version: 1\nname: x\noperations: [gqa]\n", ["mine.yaml:3", "key op"]),
     "unknown operation": (
         GOOD.replace("op: gqa", "op: qga"),
-        ["mine.yaml:4: unknown operation 'qga'", "there is: duo_attention, expand, gqa", "did you mean 'gqa'?"],
+        ["mine.yaml:4: unknown operation 'qga'", "available: duo_attention, expand, gqa", "did you mean 'gqa'?"],
     ),
     "operation of a later version": (
         GOOD.replace("op: gqa", "op: kv_quant"),

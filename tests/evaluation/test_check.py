@@ -100,7 +100,7 @@ def test_foreign_code_in_a_surgical_folder_is_a_fault_and_is_not_run(split, tmp_
     assert "is not this version's" in items["runtime files"].detail
     assert items["loads with trust_remote_code"].status == "not run"
     assert items["loads with surgery.load"].status == "passed"  # this package's own code
-    assert "both doors agree" not in items
+    assert "both ways to load agree" not in items
     assert not (tmp_path / "ran").exists()
 
 

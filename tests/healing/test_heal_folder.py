@@ -119,7 +119,7 @@ def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
     assert {name.rpartition(".")[2] for name in changed(out, done.folder)} > {"surgery_router", "surgery_router_bias"}
     report = Report.of(done.folder).data
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-    assert statuses["both doors agree"] == "passed"
+    assert statuses["both ways to load agree"] == "passed"
     assert report["tier"] == "surgical"
     curve = read(done.folder / "healing/metrics.jsonl")
     assert all(line["balance"] > 0 for line in curve)
@@ -354,7 +354,7 @@ def test_bad_data(refuse, tmp_path):
     refuse("data=empty.txt", says=["empty.txt", "the text file is empty"])
     refuse("data=short.txt", says=["too short: it has 10 tokens, one row has 16"])
     refuse("data=binary.txt", says=["binary.txt"])
-    refuse("data=rows.jsonl", says=["no column 'text'", "there is: body", "heal.column=body"])
+    refuse("data=rows.jsonl", says=["no column 'text'", "available: body", "heal.column=body"])
     refuse("data=rows.jsonl", "column=boddy", says=["no column 'boddy'"])
 
 

@@ -68,7 +68,7 @@ def test_a_proxy_of_an_unknown_scheme(surgery, refused, monkeypatch, scheme, var
     huggingface_hub.close_session()  # it keeps the proxies that it was made with
     try:
         ran = refused(
-            "inspect", "owner/name", says=[f"there is: {variable}", "the proxy that the environment"], code=5
+            "inspect", "owner/name", says=[f"available: {variable}", "the proxy that the environment"], code=5
         )
     finally:
         huggingface_hub.close_session()

@@ -183,7 +183,7 @@ def test_four_operations_in_one_recipe_through_the_command(surgery, model, tmp_p
         assert done.code == 0, done.err
         report = json.loads((tmp_path / name / "surgery.json").read_text())
         statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-        assert statuses["loads with trust_remote_code"] == statuses["both doors agree"] == "passed"
+        assert statuses["loads with trust_remote_code"] == statuses["both ways to load agree"] == "passed"
     assert [len(gone) for gone in report["operations"][3]["record"]["removed"]] == [1, 1]
     assert all(layer["refitted"] < layer["pruned"] for layer in report["operations"][3]["record"]["lost_share"])
     three, four, later = (package.load(tmp_path / name) for name in ("three", "four", "later"))

@@ -557,7 +557,7 @@ def test_through_the_command_and_later_generations(surgery, model, tmp_path):
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "surgery.json").read_text())
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-    assert statuses["loads with trust_remote_code"] == statuses["both doors agree"] == "passed"
+    assert statuses["loads with trust_remote_code"] == statuses["both ways to load agree"] == "passed"
     block = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
     assert all(("sparse" in layer) == (len(layer["streaming"]) < 3) for layer in block)
     shown = surgery("inspect", "out")

@@ -37,7 +37,7 @@ def test_through_the_command(surgery, split, model):
     assert report["tier"] == "surgical"
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
     assert statuses["loads with trust_remote_code"] == "passed"
-    assert statuses["both doors agree"] == "passed"
+    assert statuses["both ways to load agree"] == "passed"
     assert sum(map(len, report["operations"][0]["record"]["streaming"])) == 3
     config = json.loads((split / "config.json").read_text())
     assert config["model_type"] == "surgery"

@@ -224,7 +224,7 @@ def test_gqa_split_and_prune_in_one_recipe_through_the_command(surgery, model):
     assert ran.code == 0, ran.err
     report = json.loads((model.parent / "out" / "surgery.json").read_text())
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-    assert statuses["both doors agree"] == "passed"
+    assert statuses["both ways to load agree"] == "passed"
     assert [len(heads) for heads in report["operations"][2]["record"]["removed"]] == [2, 2]
     layers = surgery("inspect", model.parent / "out", "--json").json["layers"]
     assert [layer["heads"] for layer in layers] == [7, 7]

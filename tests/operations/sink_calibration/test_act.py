@@ -294,7 +294,7 @@ def test_after_a_head_split_saved_and_through_both_doors(surgery, model, tmp_pat
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "surgery.json").read_text())
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-    assert statuses["loads with trust_remote_code"] == statuses["both doors agree"] == "passed"
+    assert statuses["loads with trust_remote_code"] == statuses["both ways to load agree"] == "passed"
     (_, layer) = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
     assert layer["parameters"] == {"surgery_log_beta": [9], "surgery_sink_probe": [9, 10]}
     assert layer["streaming"] == [0, 1, 2]

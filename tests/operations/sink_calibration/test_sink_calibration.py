@@ -264,7 +264,7 @@ def test_one_recipe_with_every_part_saved_and_through_both_doors(surgery, model,
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "surgery.json").read_text())
     statuses = {item["name"]: item["status"] for item in report["check"]["items"]}
-    assert statuses["loads with trust_remote_code"] == statuses["both doors agree"] == "passed"
+    assert statuses["loads with trust_remote_code"] == statuses["both ways to load agree"] == "passed"
     one, two = json.loads((tmp_path / "out" / "config.json").read_text())["surgery"]["layers"]
     assert one["parameters"] == {"surgery_sink_logit": [9, 1], "surgery_value": [1, 1, 8], "surgery_key": [1, 1, 8]}
     assert (two["parameters"], two["streaming"]) == ({"surgery_log_gamma": [9]}, [0])
