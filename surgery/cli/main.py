@@ -18,32 +18,36 @@ from surgery.cli import evaluate as evaluate_verb
 from surgery.cli import inspect as inspect_verbs
 from surgery.cli import interrupt
 from surgery.cli import measure as measure_verbs
+from surgery.cli.help import Command, Group, context_settings
 from surgery.cli.options import emit
 from surgery.errors import MachineError, SurgeryError
 from surgery.machine import command
 from surgery.machine.device import is_out_of_memory
 
-VERBS = {  # in the order in which `--help` lists them
-    "ls": inspect_verbs.ls,
-    "cp": inspect_verbs.cp,
-    "schema": inspect_verbs.schema,
-    "inspect": inspect_verbs.inspect,
-    "score": measure_verbs.score,
-    "plan": convert_verbs.plan,
-    "apply": convert_verbs.apply,
-    "heal": convert_verbs.heal,
-    "check": measure_verbs.check,
-    "eval": evaluate_verb.evaluate,
-    "bench": measure_verbs.bench,
-    "push": convert_verbs.push,
-    "doctor": inspect_verbs.doctor,
+VERBS = {  # in the order in which `--help` lists them: what runs, and its line there (58 characters at most)
+    "ls": (inspect_verbs.ls, "List recipes; with a name, its parameters."),
+    "cp": (inspect_verbs.cp, "Copy a recipe here, to edit it."),
+    "schema": (inspect_verbs.schema, "Print the JSON Schema of recipes, for editors."),
+    "inspect": (inspect_verbs.inspect, "Show a model's attention, and what each recipe would do."),
+    "score": (measure_verbs.score, "Rank KV heads by how far back they look."),
+    "plan": (convert_verbs.plan, "Show what a recipe would change; writes nothing."),
+    "apply": (convert_verbs.apply, "Convert a model, check it, score it, write its card."),
+    "heal": (convert_verbs.heal, "Train a converted model towards its base."),
+    "check": (measure_verbs.check, "Verify files, weights and loading of an output."),
+    "eval": (evaluate_verb.evaluate, "Measure perplexity and recall, compared with the base."),
+    "bench": (measure_verbs.bench, "Measure speed and memory, compared with the base."),
+    "push": (convert_verbs.push, "Upload to the Hub (private by default)."),
+    "doctor": (inspect_verbs.doctor, "Report what works on this machine."),
 }
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings=context_settings(),
     help="Rewrite the attention of a pretrained Hugging Face checkpoint from a recipe, check it, save it.",
+    epilog="Start with: surgery apply duo-attention smollm2-135m -o out",
 )
 
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM)
@@ -51,7 +55,7 @@ INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         from surgery.version import __version__
 
@@ -59,8 +63,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for verb, run in VERBS.items():
-    app.command(verb)(run)
+for verb, (run, line) in VERBS.items():
+    app.command(verb, cls=Command, short_help=line, context_settings=context_settings())(run)
 
 
 def main(args: list[str] | None = None) -> None:

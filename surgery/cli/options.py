@@ -9,20 +9,50 @@ from typing import Annotated
 
 import typer
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe (`surgery ls`) or a .yaml file.")]
+from surgery.cli import completion
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="The name of a recipe (`surgery ls` lists them), or a .yaml file.",
+        autocompletion=completion.recipes,
+    ),
+]
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, smollm2-135m, or a Hub id (name@revision).")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, smollm2-135m, or a Hub id (OWNER/NAME or OWNER/NAME@REVISION).",
+        autocompletion=completion.models,
+    ),
 ]
-OutName = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote.")]
+OutName = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="A folder that surgery wrote.", autocompletion=completion.outputs),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe to change.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings of the recipe to change (`surgery ls RECIPE` lists them).",
+        autocompletion=completion.recipe_settings,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and all else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not check the result.")]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")]
-NoGate = Annotated[bool, typer.Option("--no-gate", help="Score it, but let a failing gate pass.")]
-Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="The model it was made from.")]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Score the result, but let a failing gate pass.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Compare with this model, the base it was made from.",
+        autocompletion=completion.models,
+    ),
+]
 
 
 def emit(data: dict) -> None:

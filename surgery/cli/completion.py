@@ -1,0 +1,176 @@
+"""What the shell offers for a word: recipes, models, folders that surgery wrote, settings. No weight library is read.
+
+Each function takes the word as typed so far, and gives (word, help) pairs. An error here would be printed into the
+user's prompt, so that what cannot be read offers nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+Offer = tuple[str, str]
+DEMO = "smollm2-135m"
+
+
+def _silent(offers: Callable[..., Iterator[Offer]]) -> Callable[..., list[Offer]]:
+    """Nothing is offered, and nothing printed, where the offers cannot be made."""
+
+    @functools.wraps(offers)
+    def listed(*args: Any, **kwargs: Any) -> list[Offer]:
+        try:
+            return list(offers(*args, **kwargs))
+        except Exception:  # a recipe that is being edited, a folder that may not be read
+            return []
+
+    return listed
+
+
+@_silent
+def recipes(incomplete: str) -> Iterator[Offer]:
+    """The shipped recipes, and the recipe files here."""
+    from surgery.config import recipe
+
+    for name, info in recipe.descriptions().items():
+        yield name, info["description"]
+    for path in _below(incomplete):
+        if path.suffix in recipe.SUFFIXES:
+            yield _as_typed(path, incomplete), ""
+
+
+@_silent
+def recipes_and_operations(incomplete: str) -> Iterator[Offer]:
+    """What `surgery ls NAME` describes."""
+    from surgery.operations import builtin_names, third_party
+
+    offered = recipes(incomplete)
+    yield from offered
+    known = {name for name, _ in offered}
+    yield from ((name, "operation") for name in (*builtin_names(), *third_party()) if name not in known)
+
+
+@_silent
+def models(incomplete: str) -> Iterator[Offer]:
+    """The demo model, and the model folders here."""
+    yield DEMO, "the demo model"
+    yield from _folders_with("config.json", incomplete)
+
+
+@_silent
+def outputs(incomplete: str) -> Iterator[Offer]:
+    """The folders here that surgery wrote."""
+    yield from _folders_with("surgery.json", incomplete)
+
+
+@_silent
+def recipe_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
+    """KEY= of the recipe that was named, and its values where they are words."""
+    from surgery.config import recipe
+
+    if not (name := ctx.params.get("recipe")):
+        return
+    data = recipe.read(name)
+    steps = [step for step in data.get("operations") or [] if isinstance(step, dict)]
+    yield from _offered(ctx, incomplete, _fields_of_recipe(steps, data.get("heal") is not None))
+
+
+@_silent
+def heal_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
+    """KEY= of a heal: block."""
+    from surgery.config.heal import Heal
+    from surgery.operations.variants import inline_schema
+
+    yield from _offered(ctx, incomplete, inline_schema(Heal)["properties"])
+
+
+@_silent
+def probe_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
+    """KEY= of the probe of --probe."""
+    from surgery.evaluation import probes
+
+    if name := ctx.params.get("probe"):
+        yield from _offered(ctx, incomplete, probes.find(name).model_json_schema()["properties"])
+
+
+@_silent
+def probe_names(incomplete: str) -> Iterator[Offer]:
+    """The probes of `surgery eval --probe`."""
+    from surgery.evaluation import probes
+
+    yield from ((cls.name, cls.summary) for cls in probes.every())
+
+
+@_silent
+def score_methods(incomplete: str) -> Iterator[Offer]:
+    """The ways to score KV heads."""
+    from surgery.operations.duo_attention.scorers import METHODS
+
+    yield from ((name, "") for name in METHODS)
+
+
+def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:
+    """Key -> JSON Schema of its field: bare where that is plain, dotted where it is not, or for a section."""
+    from surgery import operations
+    from surgery.config.evaluate import Evaluate
+    from surgery.config.heal import Heal
+    from surgery.operations.variants import inline_schema
+
+    fields: dict[str, dict] = {}
+    ops = [str(step.get("op")) for step in steps]
+    schemas = {op: inline_schema(operations.find(op))["properties"] for op in dict.fromkeys(ops)}
+    owners = [key for op in ops for key in schemas[op]]
+    for op, schema in schemas.items():
+        for key, field in schema.items():
+            if key != "op":
+                fields |= {key: field} if owners.count(key) == 1 else {}
+                fields[f"{op}.{key}"] = field
+    sections = {"evaluate": Evaluate.model_json_schema()["properties"]}
+    sections |= {"heal": inline_schema(Heal)["properties"]} if heals else {}
+    return fields | {f"{name}.{key}": field for name, section in sections.items() for key, field in section.items()}
+
+
+def _offered(ctx: typer.Context, incomplete: str, fields: dict[str, dict]) -> Iterator[Offer]:
+    """KEY=, or KEY=VALUE where the field takes words and the key was begun.
+
+    bash takes `=` for a word of its own: of "method=me" it asks for "me", after "method" and "=".
+    """
+    typed = [*(ctx.params.get("overrides") or ctx.params.get("settings") or ()), *ctx.args]
+    if len(typed) > 1 and typed[-1] == "=":
+        yield from ((value, "") for value in _values(fields.get(typed[-2], {})))
+        return
+    # Dotted keys are many: those that a bare key says too are offered when they were begun.
+    dotted = "." in incomplete or not any(key.startswith(incomplete) for key in fields if "." not in key)
+    for key, field in fields.items():
+        if dotted or "." not in key:
+            values = _values(field) if incomplete else []
+            yield from ((f"{key}={value}", field.get("description", "")) for value in values or [""])
+
+
+def _values(field: dict) -> list[str]:
+    """The words that a field takes."""
+    choices = [field, *field.get("anyOf", ())]
+    words = [value for choice in choices for value in choice.get("enum", [choice.get("const")])]
+    if any(choice.get("type") == "boolean" for choice in choices):
+        words += ["true", "false"]
+    return [str(word) for word in words if word is not None]
+
+
+def _below(incomplete: str) -> list[Path]:
+    """What lies in the folder that was typed so far."""
+    folder = Path(incomplete).expanduser() if incomplete.endswith("/") else Path(incomplete).expanduser().parent
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _folders_with(name: str, incomplete: str) -> Iterator[Offer]:
+    for path in _below(incomplete):
+        if (path / name).is_file():
+            yield _as_typed(path, incomplete), ""
+
+
+def _as_typed(path: Path, incomplete: str) -> str:
+    """The path in the user's spelling: "out", "./out", "~/out"."""
+    return incomplete[: incomplete.rfind("/") + 1] + path.name
