@@ -2,45 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from surgery.cli import completion
 from surgery.cli.options import Json, ModelName, Quiet, RecipeName, emit
 from surgery.errors import SurgeryError
 
+if TYPE_CHECKING:
+    from surgery.config.catalogue import Entry
+    from surgery.operations.base import Operation
 
-def ls(as_json: Json = False) -> None:
-    """List recipes and operations with their parameters."""
+
+HEADS, SINKS = "Map of KV heads (with --heads)", "Attention sinks (with --sinks)"
+
+
+def ls(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A recipe, an operation or a .yaml file: show it in full, with its settings and an example.",
+            autocompletion=completion.recipes_and_operations,
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show all settings of all operations.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the recipes by what one wants them for; with a name, show one in full."""
     from surgery import operations
-    from surgery.config import recipe
+    from surgery.cli.render import catalogue as render
+    from surgery.config import catalogue
+
+    if name is not None:
+        return _ls_one(name, as_json)
+    classes, broken = operations.catalogue()
+    entries = catalogue.entries()
+    if as_json:
+        return emit(_catalogue_as_data(entries, classes, broken))
+    if everything:
+        return render.parameters(entries, classes, broken)
+    used = {op for entry in entries for op in entry.ops}
+    render.recipes(entries, (op for op in classes if op not in used), broken)
+
+
+def _ls_one(name: str, as_json: bool) -> None:
+    """A recipe, or else an operation, in full."""
+    from surgery import operations
+    from surgery.cli.render import catalogue as render
+    from surgery.config import catalogue, recipe
+
+    path = Path(name)
+    if name in recipe.shipped() or path.suffix in recipe.SUFFIXES or len(path.parts) > 1:
+        loaded = recipe.load(name)
+        entry = catalogue.Entry.of(loaded, name)
+        if as_json:
+            facts = {"name": name, "tier": entry.tier, "training": entry.training, "purpose": entry.purpose}
+            return emit(facts | {"recipe": loaded.to_dict(), "operations": _fields_of(entry.ops)})
+        return render.recipe(loaded, entry)
+    if not catalogue.find_operation(name):
+        raise catalogue.unknown(name)
+    cls = operations.find(name)
+    if as_json:
+        return emit({"name": name, "summary": cls.summary, "operations": _fields_of((name,))})
+    render.operation(cls)
+
+
+def _fields_of(ops: Iterable[str]) -> dict[str, dict]:
+    """Operation -> field -> JSON Schema."""
+    from surgery import operations
+    from surgery.operations.variants import inline_schema
+
+    return {op: inline_schema(operations.find(op))["properties"] for op in ops}
+
+
+def _catalogue_as_data(entries: list[Entry], classes: dict[str, type[Operation]], broken: dict[str, str]) -> dict:
+    """What `surgery ls --json` prints."""
     from surgery.config.heal import Heal
     from surgery.operations.variants import Variants, describe_method, inline_schema
 
-    classes, broken = operations.catalogue()
-    recipes = recipe.descriptions()
-    if as_json:
-        fields = {op: inline_schema(cls)["properties"] for op, cls in classes.items()}
-        unions = {op: cls.METHODS for op, cls in classes.items() if issubclass(cls, Variants)} | {"heal": Heal.METHODS}
-        methods = {
-            op: {name: describe_method(method) for name, method in known.items()} for op, known in unions.items()
-        }
-        uses = {name: info["ops"] for name, info in recipes.items()}
-        recipes = {name: info["description"] for name, info in recipes.items()}
-        return emit({"recipes": recipes, "uses": uses, "operations": fields, "methods": methods, "broken": broken})
-    from surgery.cli.render.summary import print_catalogue
-
-    print_catalogue(recipes, classes, broken)
+    fields = {op: inline_schema(cls)["properties"] for op, cls in classes.items()}
+    unions = {op: cls.METHODS for op, cls in classes.items() if issubclass(cls, Variants)} | {"heal": Heal.METHODS}
+    methods = {op: {name: describe_method(method) for name, method in known.items()} for op, known in unions.items()}
+    return {
+        "recipes": {entry.name: entry.description for entry in entries},
+        "uses": {entry.name: list(entry.ops) for entry in entries},
+        "about": {
+            entry.name: {"purpose": entry.purpose, "tier": entry.tier, "training": entry.training} for entry in entries
+        },
+        "operations": fields,
+        "methods": methods,
+        "broken": broken,
+    }
 
 
 def cp(
     recipe: RecipeName,
-    target: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to; default here.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Write to this file (default: here, by its own name); - prints it."),
+    ] = None,
 ) -> None:
     """Copy a recipe here, to edit it."""
-    from surgery.config.recipe import copy
+    from surgery.config.recipe import copy, text_of
 
+    if str(target) == "-":
+        return typer.echo(text_of(recipe), nl=False)
     typer.echo(f"wrote {copy(recipe, target)}")
 
 
@@ -54,22 +124,42 @@ def schema() -> None:
 def inspect(
     model: ModelName,
     heads: Annotated[
-        bool, typer.Option("--heads", help="The map of KV heads: which stream, what they scored.")
+        bool,
+        typer.Option(
+            "--heads", help="Show the map of KV heads: which stream, and what they scored.", rich_help_panel=HEADS
+        ),
     ] = False,
-    scores: Annotated[Path | None, typer.Option(metavar="FILE", help="With --heads: a score file's map.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the scores of this file.", rich_help_panel=HEADS)
+    ] = None,
     sinks: Annotated[
-        bool, typer.Option("--sinks", help="The attention sinks: the model is loaded and measured on text.")
+        bool,
+        typer.Option(
+            "--sinks", help="Load the model and measure its attention sinks on a text.", rich_help_panel=SINKS
+        ),
     ] = False,
-    text: Annotated[str | None, typer.Option(help="With --sinks: builtin (default), or a UTF-8 text file.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="With --sinks: pieces of text; default 8.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="With --sinks: tokens in each; default 512.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --heads or --sinks: draw it.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure on this text: builtin (the default), or a UTF-8 text file.",
+            rich_help_panel=SINKS,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure on this many pieces of the text (default 8).", rich_help_panel=SINKS),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each piece (default 512).", rich_help_panel=SINKS)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="With --heads or --sinks, draw the map into this file.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a model's attention, and which recipes fit it."""
-    from surgery.api import anatomy_of, fitting_recipes
-
+    """Show a model's attention, and what each recipe would do to it."""
     text_settings = {"text": text, "samples": samples, "length": length}
     text_settings = {name: value for name, value in text_settings.items() if value is not None}
     if heads and sinks:
@@ -84,15 +174,43 @@ def inspect(
         return _inspect_heads(model, scores, plot, as_json)
     if sinks:
         return _inspect_sinks(model, text_settings, plot, as_json, quiet)
-    model_anatomy = anatomy_of(model)
-    fits = fitting_recipes(model_anatomy)
-    if as_json:
-        term_layers = {term: sorted(layers) for term, layers in model_anatomy.terms.items()}
-        return emit(model_anatomy.to_dict() | {"terms": term_layers, "recipes": fits})
-    from surgery.cli.render import model as render
+    _inspect_model(model, as_json)
 
-    render.anatomy_table(model_anatomy)
-    render.applicable(fits)
+
+def _inspect_model(model: str, as_json: bool) -> None:
+    """Its attention, and what each recipe would do to it."""
+    from surgery.architecture.anatomy import Anatomy
+    from surgery.conversion.fit import fits
+    from surgery.io.hub import resolve
+    from surgery.io.safetensors import header_table
+
+    source = resolve(model, weights=False)
+    anatomy = Anatomy.of(source.path, header_table(source.headers))
+    fitting, made_by = fits(anatomy), _made_by(source.path)
+    if as_json:
+        hidden = getattr(anatomy.config.get_text_config(), "hidden_size", None)
+        known = {"name": source.name, "context": anatomy.positions, "hidden_size": hidden, "made_by": made_by or None}
+        terms = {term: sorted(layers) for term, layers in anatomy.terms.items()}
+        problems = {fit.entry.name: list(fit.problems) for fit in fitting}
+        effects = {fit.entry.name: fit.to_dict() for fit in fitting}
+        return emit(known | anatomy.to_dict() | {"terms": terms, "recipes": problems, "effects": effects})
+    from surgery.cli.render import anatomy as render
+
+    render.model(source.name, anatomy)
+    if anatomy.surgical:
+        render.followers(fitting, made_by, model)
+    else:
+        render.effects(fitting, model)
+
+
+def _made_by(folder: Path) -> str:
+    """The recipe that made a folder; "" where surgery did not, or its record cannot be read."""
+    from surgery.report.report import Report
+
+    try:
+        return str(Report.of(folder).data["recipe"].get("name") or "")
+    except SurgeryError:
+        return ""
 
 
 def _inspect_heads(model: str, scores: Path | None, plot: Path | None, as_json: bool) -> None:
@@ -129,7 +247,7 @@ def _inspect_sinks(model: str, text_settings: dict, plot: Path | None, as_json: 
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what works here: versions, devices, disk, doors, kernels."""
+    """Report what works on this machine: versions, devices, disk, both ways to load, kernels."""
     from surgery.cli.doctor import examine
     from surgery.cli.render import tables
 

@@ -19,6 +19,8 @@ each with fields of its own, is a union of classes: see `variants.py`.
     limitations, streams       optional            where these depend on the settings
     unchanged_within           optional            tokens of a sequence that it leaves as they are in the base
     milder                     optional            a setting that changes less, for a result that lost too much
+    purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
+    usual_tier                 optional            the tier of the result, as far as the settings tell
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 NATIVE, SURGICAL = "native", "surgical"
+PURPOSES = {  # what people want an operation for -> heading of `surgery ls`, in its order
+    "cache": "A smaller KV cache",
+    "prompt": "Faster long prompts",
+    "quality": "A better model",
+    "training": "A start for training, or trained",
+    "exact": "Exact, or a building block",
+}
 TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
 
 
@@ -158,7 +167,7 @@ def missing_texts(operation: Operation) -> list[str]:
         text = getattr(operation, field, None)
         if isinstance(text, str) and text not in TEXTS and not os.path.isfile(text):
             words = "; ".join((*TEXTS, "a UTF-8 text file"))
-            problems.append(f"{operation.op}: {field}: no such text file: {text!r} (there is: {words})")
+            problems.append(f"{operation.op}: {field}: no such text file: {text!r} (available: {words})")
     return problems
 
 
@@ -190,9 +199,21 @@ class Operation(BaseModel):
     term: ClassVar[str | None] = None
     carries_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
 
+    purpose: ClassVar[str] = "exact"  # one of PURPOSES
+
     def limitations(self) -> tuple[str, ...]:
         """Those of `LIMITATIONS` that hold with these settings."""
         return self.LIMITATIONS
+
+    @property
+    def start_only(self) -> bool:
+        """Whether the result is meant to be trained: it is no usable model as it is."""
+        return self.purpose == "training"
+
+    @property
+    def usual_tier(self) -> str:
+        """NATIVE or SURGICAL, as far as the settings tell it; for a given model `plan` knows."""
+        return NATIVE if self.term is None else SURGICAL
 
     @property
     def streams(self) -> bool:

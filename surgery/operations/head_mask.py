@@ -39,14 +39,18 @@ class HeadMask(WeightRewrite):
     op: Literal["head_mask"] = "head_mask"
     values: Annotated[dict[WholeNumber, list[Gate] | dict[WholeNumber, Gate]], BeforeValidator(whole_keys)] | None = (
         Field(
-            None, description="layer: a gate for each query head, in order, or {head: gate}; what is left out is 1. Or"
+            None,
+            description="Gates by hand. Layer: a gate for each query head, in order, or {head: gate}; what is left "
+            "out is 1.",
         )
     )
     scores: str | None = Field(
-        None, description="a file of `surgery score` (KV heads), or a table [layers][query heads], higher = keep:"
+        None,
+        description="Instead of values: a file of `surgery score` (KV heads), or a table [layers][query heads]; heads "
+        "with low scores get `gate`.",
     )
-    ratio: float | None = Field(None, ge=0, le=1, description="share of its heads, those that score lowest, that get")
-    gate: Gate = Field(0.0, description="this gate.")
+    ratio: float | None = Field(None, ge=0, le=1, description="With scores: the share of the heads that get `gate`.")
+    gate: Gate = Field(0.0, description="With scores: the weight of the heads that score lowest.")
     protect_layers: list[WholeNumber] = Field([], description="With scores: layers whose heads all keep gate 1.")
 
     @property

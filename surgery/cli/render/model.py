@@ -1,76 +1,12 @@
-"""A model's attention, and what a plan would make of it, as tables and trees."""
+"""What a plan would make of a model, as a tree, and what a healing will train."""
 
 from __future__ import annotations
 
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from surgery.cli.render.console import console, size
 from surgery.cli.render.estimate import cost
-
-
-def anatomy_table(anatomy) -> None:
-    """Print an `Anatomy` as a table; equal layers are shown once."""
-    out, first = console(), anatomy.layers[0]
-    name = f"{anatomy.composite} ({anatomy.model_type})" if anatomy.composite else anatomy.model_type
-    out.print(
-        f"{name}{', a guess' if anatomy.guess else ''}: {len(anatomy.layers)} attention layers, {anatomy.dtype or '?'}"
-    )
-    table = Table(box=None, pad_edge=False)
-    split = any(layer.streaming for layer in anatomy.layers)
-    for column in (
-        "layers",
-        "query heads",
-        "KV heads",
-        *["streaming"] * split,
-        "head size",
-        "positions",
-        "QK-norm",
-        "window",
-        "biases",
-    ):
-        table.add_column(column)
-    for run in _runs(anatomy.layers):
-        layer = run[0]
-        label = f"{layer.index}-{run[-1].index}" if len(run) > 1 else str(layer.index)
-        rotated = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
-        streaming = [len(layer.streaming)] * split
-        cells = (
-            layer.heads,
-            layer.kv_heads,
-            *streaming,
-            layer.head_dim,
-            layer.positions + rotated,
-            layer.qk_norm or "none",
-        )
-        table.add_row(label, *map(str, cells), str(layer.window or "none"), layer.biases or "none")
-    out.print(table)
-    kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
-    out.print(f"projections: {kind}, {first.path.replace('.0.', '.N.')}")
-    extra = [f"soft-cap {first.soft_cap}"] if first.soft_cap else []
-    extra += ["learned sinks"] if first.layout.sinks else []
-    extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]
-    if extra:
-        out.print("also: " + ", ".join(extra))
-    fixed = f", and {anatomy.kv_bytes_fixed:,} bytes of sinks and windows" if anatomy.kv_bytes_fixed else ""
-    out.print(f"KV cache: {anatomy.kv_bytes_per_token:,} bytes per token{fixed}")
-    for layer in (each for each in anatomy.layers if each.streaming):
-        out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
-        break
-    if terms := anatomy.terms:
-        what = ", ".join(f"{term} in {len(layers)} of {len(anatomy.layers)} layers" for term, layers in terms.items())
-        out.print(f"set by a surgery: {what}")
-    for title, words in anatomy.descriptions.items():
-        out.print(f"{title}: {', '.join(dict.fromkeys(words))}, in {len(words)} of {len(anatomy.layers)} layers")
-
-
-def applicable(rows: dict[str, list[str]]) -> None:
-    """Which recipes fit the model: name -> reasons against it."""
-    out, width = console(), max(map(len, rows), default=0) + 2
-    for name, problems in rows.items():
-        mark = Text("can be applied  ", style="green") if not problems else Text("cannot be  ", style="yellow")
-        out.print(Text.assemble((f"{name:<{width}}", "bold"), mark, "; ".join(problems)))
 
 
 def plan(work) -> None:
@@ -149,7 +85,7 @@ def _changes(before, after, known: bool, placed: bool) -> list[tuple]:
     runs: list[tuple] = []
     previous = None
     for old, new in zip(before, after, strict=True):
-        change = (_comparison_key(old), _comparison_key(new) if known else new.kv_heads if placed else None)
+        change = (comparison_key(old), comparison_key(new) if known else new.kv_heads if placed else None)
         if change == previous:
             runs[-1] = (*runs[-1][:2], old.index)
         else:
@@ -158,18 +94,8 @@ def _changes(before, after, known: bool, placed: bool) -> list[tuple]:
     return runs
 
 
-def _runs(layers) -> list[list]:
-    """Neighbouring layers that differ in nothing but their number."""
-    runs: list[list] = []
-    for layer in layers:
-        if runs and _comparison_key(runs[-1][0]) == _comparison_key(layer):
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
-
-
-def _comparison_key(layer) -> dict:
+def comparison_key(layer) -> dict:
+    """What makes a layer differ from another one for a reader: all but its number."""
     fields = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
     part_keys = {name: part.display_key(layer.entry) for name, part in layer.parts.items()}
     return fields | {name: value for name, value in part_keys.items() if value is not None}

@@ -28,6 +28,7 @@ class DuoAttention(Operation):
     """Give the KV heads with the lowest scores the visibility sinks + window."""
 
     summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
+    purpose: ClassVar[str] = "cache"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
         "the other heads. Needles, where the card has them, test it with literal answers alone.",
@@ -43,7 +44,7 @@ class DuoAttention(Operation):
     window: int = Field(240, ge=1, le=MOST_KEPT, strict=True, description="Newest tokens that a streaming head keeps.")
     scores: str = Field(
         "far-mass",
-        description=f"{', '.join(METHODS)} (measured here); or a score file, sought from the working folder.",
+        description=f"{', '.join(METHODS)} (measured here); or a score file, relative to the current folder.",
     )
     calibration_samples: int | None = Field(None, ge=1, description="Calibration sequences; null: the method's own.")
     calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")

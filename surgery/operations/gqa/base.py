@@ -33,6 +33,7 @@ class GQA(Variants, WeightRewrite):
     """Merge the KV heads of each group into one; computed in float64, rounded once."""
 
     summary: ClassVar[str] = "Share key/value heads between query heads (GQA, MQA)."
+    purpose: ClassVar[str] = "cache"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "method: closed_form fits weights to its calibration text (by default half Python's language reference, half "
         "what the model writes itself); text of another kind loses more.",
@@ -56,6 +57,15 @@ class GQA(Variants, WeightRewrite):
     grouping: Literal["neighbours", "similarity"] = Field(
         "neighbours", description="similarity: reorder the heads so that like ones share a group."
     )
+
+    @property
+    def start_only(self) -> bool:
+        """The mean of a group, its first head or a random one is where the papers start to train."""
+        return True
+
+    @property
+    def usual_tier(self) -> str:
+        return SURGICAL if isinstance(self.kv_heads, list) and len(set(self.kv_heads)) > 1 else NATIVE
 
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:

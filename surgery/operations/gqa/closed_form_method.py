@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from surgery.data.text import written_samples
-from surgery.operations.base import ApplyContext, Measurement
+from surgery.operations.base import SURGICAL, ApplyContext, Measurement
 from surgery.operations.gqa.base import GQA, Seed
 from surgery.operations.gqa.cost import TRIED, Calibration
 
@@ -54,6 +54,14 @@ class ClosedForm(GQA):
         description="builtin (the calibration part of Python's language reference), self (what the model writes), "
         "mixed (half of each), or a UTF-8 text file.",
     )
+
+    @property
+    def start_only(self) -> bool:
+        return False
+
+    @property
+    def usual_tier(self) -> str:
+        return SURGICAL if self.keep_layers else super().usual_tier
 
     @property
     def streams(self) -> bool:

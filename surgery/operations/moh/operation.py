@@ -36,8 +36,9 @@ class Gated(Operation):
     """A gate for each head and token, chosen by a router on the layer's input."""
 
     term: ClassVar[str | None] = "gate"
+    purpose: ClassVar[str] = "training"
 
-    keep_first_layers: WholeNumber = Field(0, description="Layers at the begin that keep all heads on.")
+    keep_first_layers: WholeNumber = Field(0, description="Layers at the beginning that keep all heads on.")
     score: Literal["energy", "damage"] = Field(
         "energy",
         description="What a head is worth to a token: energy of its output (best where most heads are on), or damage, "
@@ -247,6 +248,7 @@ class Mae(Gated):
     """Experts are all heads but one; a router weighs them, or chooses one."""
 
     summary: ClassVar[str] = "Mixture of h - 1 heads (MAE): for each token one head is off, or heads are weighed."
+    purpose: ClassVar[str] = "exact"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Soft weights skip no work, and hard ones one head's, which is left out only where a layer has four heads or "
         "fewer: of more it costs less to compute all. The cache is as large as before.",

@@ -45,6 +45,7 @@ class PruneHeads(Operation):
     """Remove the query heads, or whole KV groups, that the model needs least."""
 
     summary: ClassVar[str] = "Remove heads: whole KV groups alike in all layers (stock checkpoint), or any heads."
+    purpose: ClassVar[str] = "cache"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Heads are gone for good.",
         "Which ones matter was judged on a text: what only rare inputs need (recall over a long distance, other "
@@ -58,12 +59,12 @@ class PruneHeads(Operation):
     granularity: Literal["head", "kv_group"] = Field(
         "kv_group", description="kv_group: a KV head with all its query heads. head: query heads one by one."
     )
-    per_layer: WholeNumber | None = Field(None, description="Heads (or KV groups) to remove from every layer; or")
+    per_layer: WholeNumber | None = Field(None, description="Heads (or KV groups) to remove from every layer.")
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="share of all heads (or groups), ranked over all layers; or"
+        None, ge=0, lt=1, description="Instead: share of all heads (or groups) to remove, ranked over all layers."
     )
     heads: list[list[WholeNumber]] | None = Field(
-        None, description="the query heads to remove, a list for each layer."
+        None, description="Instead: the query heads to remove, a list for each layer."
     )
     scores: str = Field("gradient", description=f"{', '.join(METHODS)}; or a file [layers][query heads].")
     refit: bool = Field(True, description="Fit the output projections of the heads that stay, on calibration text.")
@@ -78,6 +79,12 @@ class PruneHeads(Operation):
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
         return ("q", "o")
+
+    @property
+    def usual_tier(self) -> str:
+        """Native where every layer loses as many whole KV groups."""
+        alike = self.granularity == "kv_group" and self.per_layer is not None and not self.protect_layers
+        return NATIVE if alike else SURGICAL
 
     def limitations(self) -> tuple[str, ...]:
         return tuple(compress(self.LIMITATIONS, (True, self._judges(), self.refit)))

@@ -39,6 +39,7 @@ class SinkCalibration(Variants, Operation):
     summary: ClassVar[str] = (
         "Another weight for the first token (ZeroTuning) or other sinks (ACT), or virtual keys: learned, k' and v'."
     )
+    purpose: ClassVar[str] = "quality"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "The sink was calibrated on one text or set of questions; a setting is kept only where its gain on text "
         "held back from the search is more than two standard errors, and the record in surgery.json "

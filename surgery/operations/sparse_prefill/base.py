@@ -39,6 +39,7 @@ class SparsePrefill(Variants, Operation):
     """Block-sparse attention in prefill, for the heads that see all."""
 
     summary: ClassVar[str] = "Sparse prefill: a long prompt's queries read the blocks of keys that an estimator keeps."
+    purpose: ClassVar[str] = "prompt"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Prefill alone is sparse: the cache keeps every key, decoding reads all of them, and a prompt of up to "
         "dense_below tokens is computed as in the base.",
@@ -53,7 +54,7 @@ class SparsePrefill(Variants, Operation):
     dense_below: WholeNumber = Field(1024, description="Blocks of queries that end by this position read all keys.")
     last_rows_dense: WholeNumber = Field(0, description="So do the last queries of a prompt, so many (whole blocks).")
     delta: FromOne | None = Field(
-        None, description="Correct outputs from every so-manieth row, computed densely (Delta attention); null: no."
+        None, description="Compute every n-th row densely and correct the others by it (Delta attention); null: no."
     )
     layers: list[WholeNumber] | None = Field(None, description="Layers that become sparse; default all that see all.")
     heads: Literal["all", "retrieval"] = Field(
@@ -123,7 +124,7 @@ class SparsePrefill(Variants, Operation):
         known = own | set(keys_of(SparsePrefill)) - NOT_OF_A_LAYER
         for layer, changes in sorted(self.per_layer.items()):
             for name in sorted(set(changes) - known):
-                found.append(f"per_layer {layer}: there is no field {name!r}; there is: {', '.join(sorted(known))}")
+                found.append(f"per_layer {layer}: there is no field {name!r}; available: {', '.join(sorted(known))}")
             found += [f"per_layer {layer}: {problem}" for problem in self.problems_of_layer(changes)]
         for layer in sorted(self.term_layers(anatomy)) if not found else []:
             where = f"per_layer {layer}: " if layer in self.per_layer else ""

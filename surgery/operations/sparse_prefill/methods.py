@@ -131,7 +131,7 @@ class MaxThreshold(SparsePrefill):
         "each", description="each: every query of a block has one vote; all: by its norm; mean: their mean alone."
     )
     reduce: Reduce | None = Field("none", description=OVER_GROUP)
-    first: FromOne | None = Field(2, description="Blocks at the begin that are kept.")
+    first: FromOne | None = Field(2, description="Blocks at the beginning that are kept.")
     local: FromOne | None = Field(4, description=LOCAL)
 
 

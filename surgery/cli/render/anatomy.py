@@ -1,0 +1,172 @@
+"""A model's attention as a table, and what each recipe would do to it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.architecture.layer import LayerAnatomy
+from surgery.cli.render.console import console, size
+from surgery.cli.render.layout import columns, count, hanging, show
+from surgery.cli.render.model import comparison_key
+from surgery.config.catalogue import Entry
+from surgery.conversion.fit import Fit
+from surgery.conversion.plan import Plan
+from surgery.errors import any_of
+
+POSITIONS = {"half": "RoPE", "interleaved": "RoPE (interleaved)", "alibi": "ALiBi", "unknown": "unknown (a guess)"}
+EXTRAS: dict[str, Callable[[LayerAnatomy], object]] = {  # columns of the table, where some layer has one
+    "QK-norm": lambda layer: layer.qk_norm,
+    "window": lambda layer: layer.window,
+    "biases": lambda layer: layer.biases,
+}
+BILLION = 1e9
+
+
+def model(name: str, anatomy: Anatomy) -> None:
+    """Print what a model is and where its attention is; equal layers are shown once."""
+    out, first = console(), anatomy.layers[0]
+    hanging(out, Text(f"{name}:", style="bold"), ", ".join(_facts(anatomy)), 4)
+    show(out, _layers(anatomy))
+    kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
+    absent = [title for title, of_layer in EXTRAS.items() if not any(map(of_layer, anatomy.layers))]
+    without = f"; no {any_of(absent)}" if absent else ""
+    hanging(out, "projections:", f"{kind}, {first.path.replace('.0.', '.N.')}{without}", 4)
+    extra = [f"soft-cap {first.soft_cap}"] if first.soft_cap else []
+    extra += ["learned sinks"] if first.layout.sinks else []
+    extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]
+    if extra:
+        hanging(out, "also:", ", ".join(extra), 4)
+    hanging(out, "KV cache:", _cache(anatomy), 4)
+    for layer in (each for each in anatomy.layers if each.streaming):
+        out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
+        break
+    depth = len(anatomy.layers)
+    if terms := anatomy.terms:
+        what = ", ".join(f"{term} in {len(layers)} of {depth} layers" for term, layers in terms.items())
+        hanging(out, "set by a surgery:", what, 4)
+    for title, words in anatomy.descriptions.items():
+        hanging(out, f"{title}:", f"{', '.join(dict.fromkeys(words))}, in {len(words)} of {depth} layers", 4)
+
+
+def _facts(anatomy: Anatomy) -> list[str]:
+    """Family, size, context, dtype of a model."""
+    family = f"{anatomy.composite} ({anatomy.model_type})" if anatomy.composite else anatomy.model_type
+    hidden = getattr(anatomy.config.get_text_config(), "hidden_size", None)
+    parameters = anatomy.parameters
+    amount = f"{parameters / 1e9:.2f}B" if parameters >= BILLION else f"{parameters / 1e6:.1f}M"
+    return [
+        f"{family}{', a guess' if anatomy.guess else ''}",
+        *([f"{amount} parameters"] if parameters else []),
+        count(len(anatomy.layers), "attention layer"),
+        *([f"context {anatomy.positions:,}"] if anatomy.positions else []),
+        *([f"hidden size {hidden:,}"] if hidden else []),
+        anatomy.dtype or "dtype unknown",
+    ]
+
+
+def _cache(anatomy: Anatomy) -> str:
+    """Bytes of a token, and of the full context."""
+    token, fixed = anatomy.kv_bytes_per_token, anatomy.kv_bytes_fixed
+    words = f"{token:,} bytes per token" + (f", and {fixed:,} bytes of sinks and windows" if fixed else "")
+    full = anatomy.positions and f" ({size(token * anatomy.positions + fixed)} at {anatomy.positions:,} tokens)"
+    return words + (full or "")
+
+
+def _layers(anatomy: Anatomy) -> Table:
+    table = Table(box=None, pad_edge=False)
+    split = any(layer.streaming for layer in anatomy.layers)
+    titles = ("layers", "query heads", "KV heads", *["streaming"] * split, "head size", "position")
+    extras = {title: of_layer for title, of_layer in EXTRAS.items() if any(map(of_layer, anatomy.layers))}
+    for title in (*titles, *extras):
+        table.add_column(title)
+    for run in _runs(anatomy.layers):
+        layer = run[0]
+        label = f"{layer.index}-{run[-1].index}" if len(run) > 1 else str(layer.index)
+        rotated = f", {layer.rotary} of {layer.head_dim}" if 0 < layer.rotary < layer.head_dim else ""
+        position = POSITIONS.get(layer.positions, layer.positions) + rotated
+        counts = (layer.heads, layer.kv_heads, *[len(layer.streaming)] * split, layer.head_dim)
+        table.add_row(label, *map(str, counts), position, *(str(get(layer) or "none") for get in extras.values()))
+    return table
+
+
+def _runs(layers: tuple[LayerAnatomy, ...]) -> list[list[LayerAnatomy]]:
+    """Neighbouring layers that differ in nothing but their number."""
+    runs: list[list[LayerAnatomy]] = []
+    for layer in layers:
+        if runs and comparison_key(runs[-1][0]) == comparison_key(layer):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def effects(fits: list[Fit], typed: str) -> None:
+    """What each recipe would do to a plain model, why others cannot be applied, and what to type next.
+
+    Args:
+        typed: the model as the user named it.
+    """
+    out = console()
+    able = [fit for fit in fits if not fit.problems]
+    if able:
+        out.print()
+        head = [Text(word, style="dim") for word in ("recipe", "tier", "what it would do", "training")]
+        columns(out, [head, *(_effect(fit.entry, fit.plan) for fit in able if fit.plan)], cut=True)
+        if any(fit.plan and fit.plan.after.kv_bytes_fixed for fit in able):
+            out.print(Text("+ MB: sinks and windows, held once however long the text is", style="dim"))
+    _reasons(out, [fit for fit in fits if fit.problems])
+    if able:
+        names = [fit.entry.name for fit in able]
+        chosen = "duo-attention" if "duo-attention" in names else names[0]
+        out.print(f"\nnext: surgery plan {chosen} {shlex.quote(typed)}", soft_wrap=True)
+
+
+def followers(fits: list[Fit], made_by: str, typed: str) -> None:
+    """Which recipes can follow the surgery that a checkpoint has, in one block.
+
+    Args:
+        made_by: the recipe that made it; "" where that is not recorded.
+    """
+    out = console()
+    able = [fit.entry.name for fit in fits if not fit.problems]
+    base = [fit.entry.name for fit in fits if fit.needs_base]
+    sentences = [
+        f"Made by surgery{f': {made_by}' if made_by else ''}.",
+        f"{count(len(able), 'recipe')} can follow it: {', '.join(able)}." if able else "No recipe can follow it.",
+        f"{len(base)} {'needs' if len(base) == 1 else 'need'} the base: {', '.join(base)} (combine operations in one "
+        "recipe, such as surgery cp duo-after-gqa)."
+        if base
+        else "",
+    ]
+    out.print()
+    hanging(out, "", " ".join(filter(None, sentences)), 0)
+    _reasons(out, [fit for fit in fits if fit.problems and not fit.needs_base])
+    out.print(f"\nnext: surgery check {shlex.quote(typed)}", soft_wrap=True)
+
+
+def _effect(entry: Entry, plan: Plan) -> list[Text | str]:
+    before, after, fixed = plan.before, plan.after, plan.after.kv_bytes_fixed
+    words = entry.line
+    if (after.kv_bytes_per_token, fixed) != (before.kv_bytes_per_token, before.kv_bytes_fixed):
+        words = f"KV {before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} B/token"
+        words += f" + {size(fixed)}" if fixed else ""
+    tier = Text(plan.tier, style="green" if plan.tier == "native" else "cyan")
+    return [Text(entry.name, style="bold"), tier, words, entry.training]
+
+
+def _reasons(out: Console, fits: list[Fit]) -> None:
+    """Why recipes cannot be applied; those with the same reasons together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for fit in fits:
+        groups.setdefault(fit.problems, []).append(fit.entry.name)
+    if not groups:
+        return
+    out.print(Text("\nNot as they are:", style="yellow"))
+    for problems, names in groups.items():
+        hanging(out, "  ", f"{', '.join(names)}: {'; '.join(problems)}", 4)

@@ -1,0 +1,73 @@
+"""How lines are laid out: tables without trailing blanks, texts with hanging indents, in a terminal of any width."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+NARROW = 40  # columns below which a hanging indent leaves no room for words
+PIPED = 1000  # the width of a console that wraps nothing, see `console`
+
+
+def show(out: Console, renderable: RenderableType) -> None:
+    """Print a table or tree; in a pipe without the blanks that pad its lines."""
+    if out.is_terminal:
+        out.print(renderable)
+        return
+    with out.capture() as capture:
+        out.print(renderable)
+    for line in capture.get().splitlines():
+        out.print(line.rstrip(), soft_wrap=True)
+
+
+def hanging(out: Console, label: Text | str, words: str, indent: int, style: str = "") -> None:
+    """Print a label and words that wrap below themselves, `indent` columns in; one line in a pipe.
+
+    Args:
+        label: shown as it is; words begin at `indent`, or behind a longer label.
+        indent: columns.
+        style: of the words.
+    """
+    label = Text(label) if isinstance(label, str) else label.copy()
+    least = 1 if words and label.plain and not label.plain.endswith(" ") else 0
+    label.append(" " * max(least, indent - label.cell_len))
+    width = out.width
+    indent = indent if width >= indent + NARROW else min(4, indent)
+    lines = wrapped(words, width, first=label.cell_len, rest=indent)
+    out.print(Text.assemble(label, (lines[0], style), end="\n"), soft_wrap=True)
+    for line in lines[1:]:
+        out.print(Text.assemble(" " * indent, (line, style)), soft_wrap=True)
+
+
+def wrapped(words: str, width: int, first: int = 0, rest: int = 0) -> list[str]:
+    """The words in lines that fit, without the indents: of the first line, and of the others."""
+    if width >= PIPED:
+        return [words]
+    filled = textwrap.wrap(
+        words, max(width, 10 + rest), initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False
+    )
+    if not filled:
+        return [""]
+    return [filled[0][first:] if filled[0].strip() else "", *(line[rest:] for line in filled[1:])]
+
+
+def columns(out: Console, rows: Iterable[Sequence[Text | str]], gap: int = 2, cut: bool = False) -> None:
+    """Print rows whose cells stand below one another; the last one wraps below itself, or is cut where it ends."""
+    rows = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    widths = [max(cell.cell_len for cell in column) + gap for column in list(zip(*rows, strict=True))[:-1]]
+    for *cells, last in rows:
+        head = Text.assemble(
+            *(Text.assemble(cell, " " * (width - cell.cell_len)) for cell, width in zip(cells, widths, strict=True))
+        )
+        if cut and head.cell_len + last.cell_len > out.width > head.cell_len:
+            last = last.copy()
+            last.truncate(out.width - head.cell_len, overflow="ellipsis")
+        hanging(out, head, last.plain, head.cell_len, str(last.style or ""))
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 sample", "3 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

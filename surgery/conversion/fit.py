@@ -1,0 +1,55 @@
+"""Which recipes fit a model, and what each would do to it; worked out without a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.architecture.anatomy import Anatomy
+from surgery.config import recipe as recipes
+from surgery.config.catalogue import Entry, entries
+from surgery.conversion.plan import Plan, conflicts, make_plan
+from surgery.errors import SurgeryError
+from surgery.operations.base import NATIVE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One shipped recipe on one model.
+
+    Attributes:
+        entry: what the recipe is.
+        plan: what it would do; None where it cannot be applied.
+        problems: why not, or why its evaluation does not fit; empty: it fits.
+        needs_base: it cannot follow the surgery that the checkpoint has, and can be applied to its base only.
+    """
+
+    entry: Entry
+    plan: Plan | None
+    problems: tuple[str, ...] = ()
+    needs_base: bool = False
+
+    def to_dict(self) -> dict:
+        """What it would do, as plain data."""
+        facts = {"tier": self.entry.tier, "training": self.entry.training, "purpose": self.entry.purpose}
+        if self.plan is None:
+            return facts | {"needs_base": self.needs_base}
+        cache = {key: self.plan.summary()[key] for key in ("kv_bytes_per_token", "kv_bytes_fixed")}
+        return facts | {"tier": self.plan.tier, "changes": self.plan.changes} | cache
+
+
+def fits(anatomy: Anatomy) -> list[Fit]:
+    """Every shipped recipe on such a model, in the order of `surgery ls`."""
+    return [_fit(entry, anatomy) for entry in entries()]
+
+
+def _fit(entry: Entry, anatomy: Anatomy) -> Fit:
+    recipe = recipes.load(entry.name)
+    try:
+        plan = make_plan(recipe, anatomy, "")
+    except SurgeryError as error:
+        needs_base = bool(anatomy.terms) and any(conflicts(op, [], anatomy) for op in recipe.operations)
+        return Fit(entry, None, tuple(fault.what for fault in (error, *error.others)), needs_base)
+    if all(step.change.after is step.before for step in plan.steps) and plan.tier == NATIVE:
+        return Fit(entry, None, (f"it changes {'; '.join(plan.changes)}",))
+    reason = recipe.misfit(anatomy.config)
+    return Fit(entry, plan, (reason,) if reason else ())
