@@ -10,12 +10,12 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
 from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
+from surgery.conversion.fit import fits
 from surgery.conversion.plan import Plan, make_plan
 from surgery.errors import CheckError, SurgeryError, shown
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
-from surgery.operations.base import NATIVE
 from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
 
@@ -64,16 +64,7 @@ def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:
 
 def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
     """Shipped recipe -> why it cannot be applied to such a model (empty: it can)."""
-    fits = {}
-    for name in recipes.shipped():
-        try:
-            recipe = recipes.load(name)
-            work, reason = make_plan(recipe, anatomy, ""), recipe.misfit(anatomy.config)
-            unchanged = all(step.change.after is step.before for step in work.steps) and work.tier == NATIVE
-            fits[name] = [f"it changes {'; '.join(work.changes)}"] if unchanged else [reason] if reason else []
-        except SurgeryError as error:
-            fits[name] = [fault.what for fault in (error, *error.others)]
-    return fits
+    return {fit.entry.name: list(fit.problems) for fit in fits(anatomy)}
 
 
 @made_on_cpu()
@@ -261,7 +252,7 @@ def evaluate(
     from surgery.evaluation import probes
     from surgery.evaluation.probes.base import Probe
     from surgery.evaluation.probes.settings import make
-    from surgery.report.lineage import unrecordable
+    from surgery.report.lineage import KEPT, unrecordable
 
     if model is None:
         raise _no_model(model)
@@ -278,7 +269,7 @@ def evaluate(
         if recipe and (short := recipe.too_short(chosen.length, "windows", "length")):
             result.notes.append(short)
         if reason := unrecordable(report.data, base, chosen):
-            result.notes.append(f"not recorded in surgery.json and card: {reason}")
+            result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")
         else:
             report.record_evaluation(result.to_dict())
             report.save()

@@ -82,7 +82,7 @@ def _verdict(result: dict, works: str) -> str:
     if fault := result.get("error") or result.get("no_class"):
         return f"fails: {fault}"
     if unfit := result["missing"] + result["unexpected"] + result["mismatched"]:
-        return f"fails: {len(unfit)} weights do not fit, the first is {unfit[0]}"
+        return f"fails: {len(unfit)} of the weights do not fit, the first is {unfit[0]}"
     return f"works: {works}" if result["finite"] else "fails: the logits hold NaN or infinite values"
 
 
@@ -104,12 +104,7 @@ def _devices(torch) -> list[str]:
 
 # What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although there is a kernel.
 WIRED = {"sparse_prefill": "block_sparse_prefill"}
-NOT_CALLED = {
-    "duo_attention, prompt": "streaming_prefill",
-    "duo_attention, decoding": "split_decode",
-    "moh, mae": "gathered_heads",
-    "estimators of sparse_prefill": "estimators",
-}
+ON_PYTORCH = ("duo_attention", "moh and mae", "the estimators of sparse_prefill")
 
 
 def _kernels() -> dict[str, str]:
@@ -122,10 +117,8 @@ def _kernels() -> dict[str, str]:
     runs = executor("cuda" if gpu else "cpu")
     if gpu and (broken := _not_launched("cuda")):
         runs = f"PyTorch: it cannot be launched ({'; '.join(broken)})"
-    states = {operation: f"{kernel}: {runs}" for operation, kernel in WIRED.items()}
-    for operation, name in NOT_CALLED.items():
-        states[operation] = f"PyTorch (surgery.kernels.{name} is not called)"
-    return states
+    states = {operation: f"{runs} ({kernel})" for operation, kernel in WIRED.items()}
+    return states | dict.fromkeys(ON_PYTORCH, "PyTorch (no GPU kernel in this version)")
 
 
 def _not_launched(device: str) -> list[str]:

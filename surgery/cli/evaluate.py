@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -9,19 +10,31 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli import interrupt
+from surgery.cli import completion, interrupt
 from surgery.cli.options import Base, Json, ModelName, Quiet, emit
 from surgery.errors import SurgeryError
 from surgery.evaluation import probes
 from surgery.evaluation.probes.base import Flag, Probe
 from surgery.evaluation.probes.settings import make, read
+from surgery.io.files import REPORT
 
 PLOT = "plot"
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --probe: settings of the probe.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="With --probe, settings of the probe.",
+        autocompletion=completion.probe_settings,
+    ),
 ]
 ProbeName = Annotated[
-    str | None, typer.Option("--probe", metavar="NAME", help=f"What to measure: {', '.join(probes.REGISTRY)}.")
+    str | None,
+    typer.Option(
+        "--probe",
+        metavar="NAME",
+        help=f"Measure with this probe: {', '.join(probes.REGISTRY)}.",
+        autocompletion=completion.probe_names,
+    ),
 ]
 
 
@@ -53,7 +66,21 @@ def evaluate(
         plots.heat_maps(plot, **chosen.picture(result))
     if as_json:
         return emit(result.to_dict())
-    tables.measured(type(chosen), result)
+    tables.measured(type(chosen), result, _following(type(chosen), result.to_dict(), out, base))
+
+
+def _following(probe: type[Probe], record: dict, out: str, base: str | None) -> str:
+    """The command that comes next: what was not measured yet, or what mends the damage; "" for none."""
+    model, compared = shlex.quote(out), f"--base {shlex.quote(base or 'MODEL')}"
+    made = (Path(out) / REPORT).is_file()
+    if base is None:
+        return f"surgery eval {model} {compared}" if made else ""
+    if made and probe.damage(record):
+        return f"surgery heal {model} tokens=1e6 -o HEALED {compared}"
+    switches = [cls.name for cls in probes.every() if cls.aliases.switch and cls is not probe]
+    if probe.main and switches:
+        return f"surgery eval {model} {compared} {_option(switches[0])}"
+    return f"surgery bench {model} {compared}" if made else ""
 
 
 def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
@@ -124,7 +151,8 @@ def _parameters() -> list[Parameter]:
     }
     for cls in probes.every():
         if cls.aliases.switch:
-            switch = Annotated[bool, typer.Option(_option(cls.name), help=cls.aliases.switch)]
+            info = typer.Option(_option(cls.name), help=cls.aliases.switch, rich_help_panel=_panel([cls]))
+            switch = Annotated[bool, info]
             parameters[cls.name] = parameter(cls.name, switch, False)
         for name, flag in _options_of(cls).items():
             if name not in parameters:
@@ -136,13 +164,21 @@ def _parameters() -> list[Parameter]:
 def _typed(name: str, flag: Flag, cls: type[Probe]) -> tuple[Any, Any]:
     """Annotation and default of an option."""
     users = [other for other in probes.every() if name in _options_of(other)]
-    whose = "" if any(other.main for other in users) else f"{', '.join(other.name for other in users)}: ".capitalize()
     default = cls.model_fields[flag.key].default if flag.key else None
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
     kind = flag.kind if default is not None else flag.kind | None
-    info = typer.Option(min=flag.least, metavar=flag.metavar, help=whose + flag.help)
+    info = typer.Option(min=flag.least, metavar=flag.metavar, help=flag.help, rich_help_panel=_panel(users))
     return Annotated[kind, info], default
+
+
+def _panel(users: list[type[Probe]]) -> str | None:
+    """The section of the help in which an option of these probes stands; None: the common one."""
+    if len(users) > 1:
+        return None
+    (probe,) = users
+    when = "the usual measure" if probe.main else f"with {_option(probe.name)}"
+    return f"{probe.name.capitalize()} ({when})"
 
 
 def _described(function: Callable[..., None]) -> Callable[..., None]:
@@ -150,8 +186,11 @@ def _described(function: Callable[..., None]) -> Callable[..., None]:
     parameters = _parameters()
     function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {each.name: each.annotation for each in parameters}
-    others = ", or ".join(cls.name for cls in probes.every() if cls.aliases.switch)
-    function.__doc__ = f"Score a model, alone or against its base: {probes.main().summary}; or {others}."
+    switches = " or ".join(_option(cls.name) for cls in probes.every() if cls.aliases.switch)
+    function.__doc__ = (
+        f"Measure a model, alone or compared with its base: {probes.main().summary}. With {switches}, that instead; "
+        "--probe NAME measures with any probe."
+    )
     return function
 
 

@@ -10,20 +10,25 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli import interrupt
+from surgery.cli import completion, interrupt
 from surgery.cli.options import Base, Json, ModelName, OutName, Quiet, emit
 from surgery.errors import CheckError, SurgeryError
 from surgery.operations.duo_attention.scorers import METHODS
+
+SYNTHETIC, CALIBRATE = "Random weights (with --synthetic)", "Sparse prefill (with --calibrate)"
+GATES = "Learned gates (with --method gates)"
 
 
 def check(
     out: OutName,
     base: Base = None,
-    memory: Annotated[float | None, typer.Option(help="GiB that may be used; default what is free.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Use at most this much memory; the default is what is free.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a saved checkpoint: hashes, values, shapes, loading in a fresh process, generating."""
+    """Verify a folder that surgery wrote: hashes, values, shapes, loading in a fresh process, generating."""
     from surgery.api import check as run
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
@@ -38,6 +43,7 @@ def check(
         emit(report.data["check"])
     else:
         tables.checks(report.data["check"]["items"])
+        tables.check_verdict(report.data, str(out))
     report.raise_faults(CheckError)
 
 
@@ -46,24 +52,57 @@ def bench(
     out: OutName,
     base: Base = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths in tokens; 2k is 2000. Default 512,2k. Calibrate: candidates.")
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Time prompts of these many tokens (2k is 2000). The default is 512,2k.",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the models take turns.")] = 3,
-    decode: Annotated[int, typer.Option(min=1, help="Tokens timed after each prompt.")] = 16,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Random weights: any length.")] = False,
-    layers: Annotated[int | None, typer.Option(min=1, help="Synthetic: so many of the layers.")] = None,
-    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Synthetic: share of streaming KV heads.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios against length.")] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Find the dense_below from which on sparse prefill pays here.")
+    rounds: Annotated[int, typer.Option(min=1, help="Repeat this many times; the models take turns.")] = 3,
+    decode: Annotated[int, typer.Option(min=1, help="Time this many tokens after each prompt.")] = 16,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Run on this device: cpu or cuda.")] = "cpu",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the ratios against length into this file.")
+    ] = None,
+    synthetic: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic",
+            help="Use random weights of the same shape, so that prompts of any length can be timed.",
+            rich_help_panel=SYNTHETIC,
+        ),
     ] = False,
-    write: Annotated[bool, typer.Option("--write", help="Calibrate: and give it to OUT.")] = False,
-    text: Annotated[str, typer.Option(help="Calibrate: builtin, or a UTF-8 text file.")] = "builtin",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Use this many of the layers.", rich_help_panel=SYNTHETIC)
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Let this share of the KV heads stream (from 0 to 1).", rich_help_panel=SYNTHETIC
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Find the prompt length from which sparse prefill pays on this machine (dense_below). "
+            "--lengths are then the candidates.",
+            rich_help_panel=CALIBRATE,
+        ),
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the length that was found to OUT.", rich_help_panel=CALIBRATE)
+    ] = False,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Measure on this text: builtin, or a UTF-8 text file.", rich_help_panel=CALIBRATE
+        ),
+    ] = "builtin",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time prefill and decoding beside the base, interleaved; count the cache's bytes and the peak of memory."""
+    """Time prompt and decoding of a converted model and of its base, in turn; count cache bytes and peak memory."""
     from surgery.cli.render import tables
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.benchmark import result as timings
@@ -114,7 +153,7 @@ def _search_dense_below(out: Path, settings: dict, write: bool, as_json: bool, q
 def _refuse_unread_options(context: typer.Context, base: str | None, calibrate: bool) -> None:
     """Raise where an option was given that this kind of run does not read."""
     if base is None and not calibrate:
-        raise SurgeryError("bench compares with a base", fix="--base the model that it was made from")
+        raise SurgeryError("bench compares with a base", fix="add --base MODEL, the model that it was made from")
     others = ("decode", "synthetic", "layers", "ratio", "plot") if calibrate else ("write", "text")
     for name in others:
         if context.get_parameter_source(name).name == "COMMANDLINE":
@@ -124,24 +163,47 @@ def _refuse_unread_options(context: typer.Context, base: str | None, calibrate: 
 
 def score(
     model: ModelName,
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "far-mass",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="The score file to write.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the scores to this file.")
     ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="Sinks of the streaming heads that are planned.")] = 16,
-    window: Annotated[int, typer.Option(min=1, help="Their window.")] = 240,
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences; default the method's own.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens in each; default the method's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sequences.")] = 0,
-    text: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
-    steps: Annotated[int | None, typer.Option(min=1, help="gates: steps of the optimiser.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the scores (gates: the loss).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="gates: go on from an unfinished run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.json.")] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help=f"Score the heads by this method: {', '.join(METHODS)}.",
+            autocompletion=completion.score_methods,
+        ),
+    ] = "far-mass",
+    sinks: Annotated[int, typer.Option(min=0, help="Number of sink tokens that the streaming heads will keep.")] = 16,
+    window: Annotated[int, typer.Option(min=1, help="Window of the streaming heads, in tokens.")] = 240,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Measure on this many sequences; the default is the method's own.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each sequence; the default is the method's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the calibration sequences.")] = 0,
+    text: Annotated[
+        str, typer.Option(metavar="FILE", help="Measure on this text: builtin, or a UTF-8 text file.")
+    ] = "builtin",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw the scores into this file (and the loss, with gates)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.json if it exists.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Train the gates for this many steps.", rich_help_panel=GATES)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run.", rich_help_panel=GATES)
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure which KV heads need the far past; the file serves `surgery apply duo-attention ... scores=FILE`."""
+    """Rank KV heads by how much they need the far past.
+
+    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file.
+    """
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
     from surgery.operations.duo_attention.scorers import score_to_file

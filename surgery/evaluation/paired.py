@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LABELS = ("base", "out")
 MODELS = {"base": "the base", "out": "the converted model"}  # label -> whose turn it is
-NAMES = {"base": "base", "out": "patched"}  # label -> what a person reads
+NAMES = {"base": "base", "out": "converted"}  # label -> what a person reads
 
 
 def sides(out: ModelSource, base: ModelSource | None) -> dict[str, ModelSource]:

@@ -10,6 +10,8 @@ from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import published
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 
+KEPT = "which keeps the score of the conversion"  # a clause after "not added to the card"
+
 
 def unrecordable(data: dict, base: object, probe: Probe) -> str:
     """Why a score does not belong in a checkpoint's record, or "".
@@ -20,7 +22,7 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
         probe: the probe that gave the score, with its settings.
     """
     if data["evaluation"] is not None:
-        return "there is a score already, of when it was made"
+        return KEPT
     judged_by = data["recipe"].get("evaluate")
     try:
         recipe_probe = next((each for each in requested_probes(judged_by) if each.main), None) if judged_by else None

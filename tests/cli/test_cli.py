@@ -48,14 +48,14 @@ def report_of(folder: Path) -> dict:
 
 
 def test_ls(surgery):
-    shown = surgery("ls")
+    shown = surgery("ls", "--all")
     assert shown.code == 0
     for word in ("expand-kv", "gqa", "mqa", "kv_heads", "required", "default mean", "KV heads after"):
         assert word in shown.out
-    for word in ("mean | first | random", "whole number ≥ 1", "number ≥ 0 ≤ 1", "uses", "default 240"):
+    for word in ("mean | first | random", "whole number from 1", "number from 0 to 1", "uses", "default 240"):
         assert word in shown.out
     assert "default None" not in shown.out
-    assert re.search(r"^mqa +gqa +One key", shown.out, re.MULTILINE)
+    assert re.search(r"^mqa +gqa +One KV head", shown.out, re.MULTILINE)
     data = surgery("ls", "--json").json
     assert set(data["recipes"]) == SHIPPED
     assert data["uses"]["mqa"] == ["gqa"]
@@ -76,9 +76,10 @@ def test_version_and_help(surgery):
 
 def test_inspect(surgery, model):
     shown = surgery("inspect", model)
-    assert "llama: 2 attention layers, BF16" in shown.out
-    assert "can be applied" in shown.out
-    assert "KV cache: 192 bytes per token" in shown.out
+    assert re.search(r"^model: llama, 0.1M parameters, 2 attention layers, context 1,024, .*, BF16$", shown.out, re.M)
+    assert "KV cache: 192 bytes per token (196.6 kB at 1,024 tokens)\n" in shown.out
+    assert re.search(r"^gqa +native +KV 192 → 64 B/token +no$", shown.out, re.M)
+    assert shown.out.splitlines()[-1] == f"next: surgery plan duo-attention {model}"
     facts = surgery("inspect", model, "--json")
     assert facts.err == ""
     assert facts.json["layers"][1]["heads"] == 9
@@ -104,13 +105,17 @@ def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):
 
 
 def test_doctor(surgery):
-    assert "packages: torch" in surgery("doctor").out
-    assert surgery("doctor", "--json").json["packages"]["torch"]
+    shown, data = surgery("doctor").out, surgery("doctor", "--json").json
+    assert "packages: torch" in shown
+    assert data["packages"]["torch"]
+    verdict = shown.splitlines()[-1]
+    assert verdict.startswith("Everything works here. " if not data["problems"] else "Not everything works here: ")
 
 
 def test_no_colour_codes_in_a_pipe(surgery, model, out, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    for args in (("ls",), ("inspect", model), ("plan", "mqa", model), ("push", out, "me/x", "--dry-run"), ("doctor",)):
+    push = ("push", out, "me/x", "--dry-run")
+    for args in (("ls",), ("ls", "gqa"), ("inspect", model), ("plan", "mqa", model), push, ("doctor",)):
         done = surgery(*args)
         assert done.code == 0, done.err
         assert "\x1b" not in done.out + done.err
@@ -163,6 +168,7 @@ def test_apply_in_a_folder_with_spaces_and_other_letters(surgery, model, text, t
     again = surgery("check", out, "--base", base)
     assert again.code == 0, again.err
     assert "logits against base" in again.out
+    assert re.fullmatch(r"\d checks passed\. next: surgery push '.*' OWNER/NAME", again.out.splitlines()[-1])
 
 
 def test_apply_json_is_one_object_on_stdout(surgery, model, text):
@@ -283,9 +289,15 @@ def test_inspect_of_gates_and_terms(surgery, model):
     assert surgery("apply", "mae", model, "-o", "out", *args).code == 0
     shown = surgery("inspect", "out").out
     assert "set by a surgery: gate in 1 of 2 layers\n" in shown
-    assert re.search(r"^duo-after-gqa +cannot be  gqa: this", shown, re.MULTILINE)
-    assert re.search(r"^act +can be applied", shown, re.MULTILINE)
-    assert surgery("inspect", "out", "--json").json["terms"] == {"gate": [1]}
+    block = next(line for line in shown.splitlines() if line.startswith("Made by surgery: mae."))
+    can, need = re.search(r"can follow it: (.*?)\. \d+ need the base: (.*?) \(", block).groups()
+    data = surgery("inspect", "out", "--json").json
+    assert data["terms"] == {"gate": [1]}
+    assert data["made_by"] == "mae"
+    assert can.split(", ") == [name for name, reasons in data["recipes"].items() if not reasons]
+    assert need.split(", ") == [name for name, effect in data["effects"].items() if effect.get("needs_base")]
+    assert "act" in can.split(", ")
+    assert "duo-after-gqa" in need.split(", ")
     assert "set by a surgery" not in surgery("inspect", model).out
 
 
@@ -369,8 +381,11 @@ def test_eval(surgery, out, text):
     assert same["kl"]["mean"] == pytest.approx(0, abs=1e-7)
     assert same["top1_agreement"] == 1
     shown = surgery("eval", "out", "--base", "model", *args)
-    assert "perplexity" in shown.out
-    assert "30 tokens of words.txt" in shown.out
+    assert re.search(r"^ +base +converted +ratio$", shown.out, re.M)
+    assert re.search(r"^KV bytes per token +192 +64 +0\.333$", shown.out, re.M)
+    assert "Measured on 30 tokens of words.txt" in shown.out
+    assert shown.out.splitlines()[-1] == "next: surgery eval out --base model --needles"
+    assert re.search(r"^\d\.\d{3} of the base's perplexity, and the same best token for ", shown.out, re.M)
 
 
 def test_a_gate_is_not_passed_with_another_base(surgery, model, text, tmp_path):
@@ -380,7 +395,8 @@ def test_a_gate_is_not_passed_with_another_base(surgery, model, text, tmp_path):
     before = listing(tmp_path)
     wrong = surgery("eval", "o1", "--base", "o1", *args)
     assert wrong.code == 0
-    assert any("not recorded" in note and "not the base it was made from" in note for note in wrong.json["notes"])
+    (note,) = wrong.json["notes"]
+    assert note.startswith("not added to the card: this is not the base it was made from")
     assert listing(tmp_path) == before
     other = surgery("eval", "o1", "--base", "model", "--text", text, "--windows", "2", "--length", "16", "--json")
     assert any("not those of its recipe" in note for note in other.json["notes"])
@@ -412,10 +428,10 @@ def spied(*args: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["apply", "--help"], ["--version"], ["ls"], ["ls", "--json"], ["schema"]]
+    "args", ["--help", "apply -h", "--version", "ls", "ls gqa", "ls expand", "ls --all", "ls --json", "schema"]
 )
 def test_help_and_lists_import_nothing_heavy(args):
-    assert spied(*args).stderr == "heavy:\n"
+    assert spied(*args.split()).stderr == "heavy:\n"
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("surgery ", "inspect"), ("surgery apply --ov", "--overwrite")])
@@ -487,7 +503,11 @@ def test_an_operation_is_one_file_and_one_recipe(surgery, refused, plugin, model
 
     plugin("keep_one", "headless:KeepOne", HALVES)
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    assert "Keep one KV head." in surgery("ls").out
+    assert "keep_one" in surgery("ls").out
+    assert "Keep one KV head." in surgery("ls", "keep_one").out
+    listed = surgery("ls", "mine.yaml").out
+    assert "quality gate: max_kl 5" in listed
+    assert "head=2" in listed
     assert surgery("ls", "--json").json["operations"]["keep_one"]["head"]["default"] == 0
     assert "keep_one" in str(surgery("schema").json["properties"]["operations"])
     assert "KV head 2 alone" in surgery("plan", "mine.yaml", model).out

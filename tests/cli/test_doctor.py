@@ -23,7 +23,7 @@ def test_a_door_that_does_not_open(monkeypatch):
     assert doctor._both_ways() == {
         "native": "fails: ImportError: no torch",
         "surgical, with surgery": "fails: the logits hold NaN or infinite values",
-        "surgical, without it": "fails: 1 weights do not fit, the first is a.weight",
+        "surgical, without it": "fails: 1 of the weights do not fit, the first is a.weight",
     }
 
 
@@ -56,7 +56,7 @@ def test_it_says_what_runs_each_operation(monkeypatch):
     monkeypatch.setattr(doctor, "_not_launched", lambda device: [])
     runs = doctor._kernels()
     assert asked == ["cuda"]
-    assert runs["sparse_prefill"] == "block_sparse_prefill: Triton 3.9.0, compiled for sm_90"
+    assert runs["sparse_prefill"] == "Triton 3.9.0, compiled for sm_90 (block_sparse_prefill)"
     assert all(said.startswith("PyTorch") for name, said in runs.items() if name != "sparse_prefill")
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -369,7 +369,14 @@ def test_command(surgery, model, tmp_path):
     (tmp_path / "q.jsonl").write_text(questions())
     done = surgery("eval", model, "--base", model, "--choices", "--labelled", "q.jsonl")
     assert done.code == 0, done.err
-    for words in ("base:    ", "patched: ", " of 12 questions right", "only the base 0", "33.3%", "q.jsonl, sha256"):
+    for words in (
+        "base:      ",
+        "converted: ",
+        " of 12 questions right",
+        "only the base 0",
+        "33.3%",
+        "q.jsonl (sha256",
+    ):
         assert words in done.out
     facts = surgery("eval", model, "--choices", "--labelled", "q.jsonl", "--json").json
     exact, tokenizer = double(load_model(model)), read_tokenizer(model)

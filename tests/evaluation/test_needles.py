@@ -288,7 +288,7 @@ def test_nothing_that_counts_is_no_number(capsys):
     assert result.to_dict()["kept"]["share"] is None
     display.measured(Needles, result)
     said = capsys.readouterr().out
-    assert "there are none" in said
+    assert "kept:      nothing to compare (the base finds no needle outside sinks and window)\n" in said
     assert "2 of 2 needles do not count" in said
     result.settings["depths"].append(0.9)
     assert math.isnan(result.grid("base")[-1][0])
@@ -410,7 +410,7 @@ def test_command(surgery, folder, tmp_path):
     options = ("--needles", "--lengths", "300,500", "--depths", "2", "--samples", "1")
     done = surgery("eval", folder, "--base", folder, *options, "--plot", "n.png")
     assert done.code == 0, done.err
-    for words in ("300 tokens", "0.33", "0 -> 0 of 1", "base:    0 of 4 needles (0.0%", "kept:", "1e-05", "seed 0"):
+    for words in ("300 tokens", "0.33", "0 → 0 of 1", "base:      0 of 4 needles (0.0%", "kept:", "1e-05", "seed 0"):
         assert words in done.out
     assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
     facts = surgery("eval", folder, *options, "--json").json

@@ -217,7 +217,7 @@ def test_a_probe_by_its_name_says_what_its_flags_say(surgery, model, tmp_path):
 
 def test_the_help_lists_the_probes(surgery):
     shown = " ".join(surgery("eval", "--help").out.split())
-    assert f"--probe NAME What to measure: {', '.join(probes.REGISTRY)}." in shown
+    assert f"--probe NAME Measure with this probe: {', '.join(probes.REGISTRY)}." in shown
     for option in ("--needles", "--choice-items", "--windows", "--plot FILE.png"):
         assert option in shown
 
@@ -242,7 +242,7 @@ def test_blocks_of_a_recipe_from_end_to_end(surgery, model, tmp_path):
         "eval", "later", "--base", model, "--probe", "perplexity", f"text={text}", "windows=1", "length=64"
     )
     assert scored.code == 0, scored.err
-    assert "not recorded" not in scored.out
+    assert "not added" not in scored.out
     assert json.loads((tmp_path / "later/surgery.json").read_text())["evaluation"]["text"]["windows"] == 1
 
 

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console, size
+from surgery.cli.render.layout import count, hanging, show
+from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
+
+SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what a person reads
 
 
 def checks(items: list[dict]) -> None:
     """Print the items of a check, as surgery.json keeps them."""
     out = console()
+    width = max((len(item["name"]) for item in items), default=0) + 2
     for item in items:
         style = STATUS_STYLE.get(item["status"], "")
-        out.print(Text.assemble((f"{item['status']:<9}", style), f"{item['name']:<32}", (item["detail"], "dim")))
+        label = Text.assemble((f"{item['status']:<10}", style), f"{item['name']:<{width}}")
+        hanging(out, label, item["detail"], label.cell_len, "dim")
 
 
-def measured(probe: type[Probe], result: Result) -> None:
-    """What a probe says of its result."""
+def check_verdict(data: dict, folder: str) -> None:
+    """Print how many checks passed, and what to type next.
+
+    Args:
+        data: surgery.json of the folder that was checked.
+        folder: as the user named it.
+    """
+    statuses = [item["status"] for item in data["check"]["items"]]
+    failed, passed, left_out = (statuses.count(status) for status in ("failed", "passed", "not run"))
+    out, quoted, base = console(), shlex.quote(folder), data["base"].get("name")
+    more = f", {left_out} not run" if left_out else ""
+    if failed:
+        out.print(Text(f"{failed} of {count(len(statuses), 'check')} failed{more}.", style="bold red"))
+        return
+    compare = f"surgery eval {quoted} --base {shlex.quote(base or 'MODEL')}"
+    following = f"surgery push {quoted} OWNER/NAME" if data["evaluation"] else compare
+    hanging(out, "", f"{count(passed, 'check')} passed{more}. next: {following}", 0)
+
+
+def measured(probe: type[Probe], result: Result, following: str = "") -> None:
+    """What a probe says of its result: figures, notes, what they mean.
+
+    Args:
+        following: a command to type next; "": none.
+    """
     out = console()
     if result.status != "done":
         out.print(f"not run: {result.reason}")
         return
     for line in probe.lines(result):
-        out.print(_as_rich(line) if isinstance(line, Data) else line)
+        if isinstance(line, Data):
+            show(out, _as_rich(line))
+        else:
+            hanging(out, "", line, 0)
     for note in result.notes:
-        out.print(f"note: {note}")
+        hanging(out, "note:", note, 4)
+    if verdict := probe.verdict(result.to_dict()):
+        hanging(out, "", verdict, 0, "bold" if out.is_terminal else "")
+    if following:
+        out.print(f"next: {following}", soft_wrap=True)
 
 
 def _as_rich(data: Data) -> Table:
@@ -42,40 +79,65 @@ def _as_rich(data: Data) -> Table:
 
 
 def benchmark(result) -> None:
-    """Print a `Benchmark`: timings, ratios, and what they were taken on."""
+    """Print a `Benchmark`: timings, ratios, what they were taken on, and a verdict in words."""
     out = console()
-    rate = ("\ntok/s", "\nspread")
-    table = _narrow("\ntokens", "", "prefill\ns", *rate, "decode\nms", *rate, "\ncache", "\npeak")
+    table = _narrow("tokens", "", "prompt", "tok/s", "spread", "decode", "tok/s", "spread", "cache", "peak")
     last = None
     for timing in result.timings:
         figures = timing.to_dict()
         table.add_row(
             f"{timing.length:,}" if timing.length != last else "",
-            timing.model,
-            f"{timing.prefill:.2f}",
+            SHOWN.get(timing.model, timing.model),
+            f"{timing.prefill:.2f} s",
             f"{figures['prefill_tokens_per_second']:,.0f}",
             f"{figures['prefill_spread']:.2f}",
-            f"{timing.decode * 1000:.1f}",
+            f"{timing.decode * 1000:.1f} ms",
             f"{figures['decode_tokens_per_second']:,.1f}",
             f"{figures['decode_spread']:.2f}",
             size(timing.cache_bytes),
             "?" if timing.peak_memory is None else size(timing.peak_memory),
         )
         last = timing.length
-    out.print(table)
-    out.print("spread: slowest to fastest round; peak: what the prompt takes beyond the weights, its cache included")
+    show(out, table)
+    if result.split:
+        hanging(out, "all full:", "the converted model's weights and its cache, with every head full and on", 4)
+    hanging(out, "decode:", "one token after the prompt; spread: the slowest round over the fastest", 4)
+    hanging(out, "peak:", "what the prompt takes beyond the weights, its cache included", 4)
     out.print()
-    table = _narrow("patched\ntokens", "", "\nprefill", "\ndecode", "\ncache", "cache,\ndecoding", "\npeak")
+    table = _narrow("tokens", "converted", "prompt", "decode", "cache", "cache+", "peak")
     for ratios in result.ratios():
         shares = ("cache_bytes_vs_stock", "decode_cache_bytes_vs_stock", "peak_memory_vs_stock")
         shares = ["?" if ratios[name] is None else f"{ratios[name]:.3f}" for name in shares]
         table.add_row(f"{ratios['length']:,}", "to base", *_speedups(ratios, "stock"), *shares)
         if result.split:
             table.add_row("", "to all full", *_speedups(ratios, "block_cache"), "", "", "")
-    out.print(table)
-    out.print("prefill, decode: times as fast (lowest-highest of the rounds); cache, peak: share of the base's bytes")
+    show(out, table)
+    hanging(out, "prompt, decode:", "times as fast (lowest to highest of the rounds)", 4)
+    cached = f"share of the base's bytes; cache+: after {count(result.decode, 'decoded token')}"
+    hanging(out, "cache, peak:", cached, 4)
     out.print()
     _benchmarked(out, result)
+    out.print()
+    for ratios in result.ratios():
+        hanging(out, "", bench_verdict(ratios), 0, "bold" if out.is_terminal else "")
+
+
+def bench_verdict(ratios: dict) -> str:
+    """The row of one prompt length in words: "At 1,000 tokens: cache 0.63 of the base's; ..."."""
+    cache = ratios["cache_bytes_vs_stock"]
+    parts = [] if cache is None else [f"cache {cache:.2f} of the base's"]
+    names = {"prompt": "prefill_vs_stock", "decoding": "decode_vs_stock"}
+    ranges = {what: ratios["ranges"][name] for what, name in names.items()}
+    noise = [what for what, (low, high) in ranges.items() if low <= 1 <= high]
+    for what, name in names.items():
+        if what not in noise:
+            faster = ratios[name] >= 1
+            times = ratios[name] if faster else 1 / ratios[name]
+            parts.append(f"{what} {times:.2f} times as {'fast' if faster else 'slow'}")
+    if noise:
+        widest = max(high / low for low, high in (ranges[what] for what in noise))
+        parts.append(f"{' and '.join(noise)} within the noise (spread {widest:.2f})")
+    return f"At {ratios['length']:,} tokens: {'; '.join(parts)}."
 
 
 def _benchmarked(out, result) -> None:
@@ -84,20 +146,18 @@ def _benchmarked(out, result) -> None:
     out.print(
         f"base: {model['base_attention']}, {model['base_cache']}; {model['layers']} layers, {model['dtype']}, batch 1"
     )
-    if split:
-        out.print("all full: the patched model's weights and its cache, with every head full and on")
     if split and split["streaming"]:
         reach = " or ".join(f"{sinks} sinks + {window} tokens" for sinks, window in split["sinks_and_windows"])
         share = f"{split['streaming']} of {split['kv_heads']} KV heads ({split['ratio']:.3f})"
         layers = " ".join(map(str, split["streaming_per_layer"]))
-        out.print(f"patched: {share} see {reach or 'no less'}; by layer {layers}")
+        out.print(f"converted: {share} see {reach or 'no less'}; by layer {layers}")
     if gate := result.gate:
         kinds = " and ".join(gate["kinds"])
-        out.print(f"patched: {kinds} in {gate['layers']} layers, {gate['on']:.0%} of the heads on for a token")
+        out.print(f"converted: {kinds} in {gate['layers']} layers, {gate['on']:.0%} of the heads on for a token")
     if sparse := result.sparse:
         below = " or ".join(f"{tokens:,}" for tokens in sparse["dense_below"])
         ways = " and ".join(sparse["methods"])
-        out.print(f"patched: sparse prefill beyond {below} tokens, {ways}, in {sparse['layers']} layers")
+        out.print(f"converted: sparse prefill beyond {below} tokens, {ways}, in {sparse['layers']} layers")
         read = [f"{ratios['pairs_read']:.1%} at {ratios['length']:,}" for ratios in result.ratios()]
         out.print(f"pairs of a query and a key that these layers multiplied in the prompt: {', '.join(read)}")
     if gate or sparse:
@@ -110,7 +170,8 @@ def _benchmarked(out, result) -> None:
         source = "the checkpoint's" if model["ratio_asked"] is None else "a random"
         out.print(f"synthetic: random weights, {layers}" + (f", {source} head split" if split else ""))
     out.print(
-        f"medians of {result.rounds} rounds, models in turn, {result.decode} decoded tokens each; {result.machine}"
+        f"medians of {count(result.rounds, 'round')}, models in turn, {count(result.decode, 'decoded token')} each; "
+        f"{result.machine}"
     )
     out.print(f"prompts: {model['prompts']}")
     for note in result.notes:
@@ -148,31 +209,44 @@ def pushed(result: dict) -> None:
 
 
 def doctor(report: dict) -> None:
-    """Print what `surgery.cli.doctor.examine` gives."""
+    """Print what `surgery.cli.doctor.examine` gives, and a verdict."""
     out = console()
     out.print(f"surgery {report['surgery']}, Python {report['python']}, {report['system']}")
     packages = (f"{name} {version or 'absent'}" for name, version in report["packages"].items())
-    out.print(f"packages: {', '.join(packages)}")
+    hanging(out, "packages:", ", ".join(packages), 10)
     memory = "unknown" if report["memory_free"] is None else size(report["memory_free"])
-    out.print(f"devices:  {', '.join(report['devices'])}; {report['threads']} threads; {memory} memory free")
-    out.print(
-        f"disk:     {size(report['disk_free']['here'])} free here, {size(report['disk_free']['cache'])} in the cache"
-    )
-    out.print("Hub:      " + ("offline (HF_HUB_OFFLINE)" if report["offline"] else "may be used"))
+    threads = count(report["threads"], "thread")
+    hanging(out, "devices:", f"{', '.join(report['devices'])}; {threads}; {memory} memory free", 10)
+    disk = report["disk_free"]
+    hanging(out, "disk:", f"{size(disk['here'])} free here, {size(disk['cache'])} in the cache", 10)
+    hanging(out, "Hub:", "offline (HF_HUB_OFFLINE)" if report["offline"] else "may be used", 10)
     for name, state in report["doors"].items():
-        out.print(f"door:     {name}: {state}")
+        hanging(out, "loading:", f"{name}: {state}", 10)
     for operation, runs in report["kernels"].items():
-        out.print(f"runs:     {operation}: {runs}")
+        hanging(out, "runs:", f"{operation} on {runs}", 10)
     for problem in report["problems"]:
-        out.print(Text(f"problem:  {problem}", style="yellow"))
+        hanging(out, Text("problem:", style="yellow"), problem, 10, "yellow")
+    out.print()
+    hanging(out, "", doctor_verdict(report), 0, "bold" if out.is_terminal else "")
+
+
+def doctor_verdict(report: dict) -> str:
+    """Whether all works here, and on what."""
+    faults = [name for name, state in report["doors"].items() if not state.startswith("works")]
+    faults = [f"loading ({', '.join(faults)}) fails"] if faults else []
+    if report["problems"]:
+        faults.append(f"{count(len(report['problems']), 'problem')} named above")
+    verdict = f"Not everything works here: {'; '.join(faults)}." if faults else "Everything works here."
+    others = [device for device in report["devices"] if device != "cpu"]
+    return f"{verdict} {'GPU: ' + ', '.join(others) + '.' if others else 'CPU only: no CUDA device found.'}"
 
 
 def dense_below_table(search) -> None:
     """Print a `DenseBelowSearch`."""
     from surgery.evaluation.benchmark.dense_below import LIMIT
 
-    console().print(_rows(search))
     out = console()
+    show(out, _rows(search))
     layers = ", ".join(map(str, search.layers))
     out.print(f"attention of layers {layers} on {search.text}, ms a layer; sparse beyond the first dense_below tokens")
     out.print(f"medians of {search.rounds} rounds, both in turn; {search.machine}")
@@ -195,7 +269,7 @@ def dense_below_outcome(search, out: Path, report) -> None:
     lines = console()
     if report is None:
         if search.fits:
-            another_way = f"make the checkpoint anew with dense_below={search.dense_below}"
+            another_way = f"make the checkpoint again with dense_below={search.dense_below}"
             lines.print(f"write it to {out}: add --write; or {another_way}")
         return
     lines.print(f"written to {out}: config.json, surgery.json, README.md")

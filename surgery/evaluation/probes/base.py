@@ -341,9 +341,15 @@ class Probe(BaseModel):
             [row.name, *(_cell(figure, row.form) for figure in ((row.base, row.model) if both else (row.model,)))]
             for row in cls.rows(record)
         ]
-        table = Table(("", *(["base"] if both else []), "model"), rows)
+        table = Table(("", *(["base", "converted"] if both else ["model"])), rows)
         sentence = cls.sentence(record)
         return [table, *([sentence] if sentence else [])]
+
+    @classmethod
+    def verdict(cls, record: dict) -> str:
+        """What the figures mean, in a sentence that ends what `surgery eval` prints; "" for nothing."""
+        costs = cls.damage(record)
+        return f"The converted model is not usable as it is: {'; '.join(costs)}." if costs else ""
 
     @classmethod
     def picture(cls, result: Any) -> dict:

@@ -262,11 +262,11 @@ class Chat(CaseProbe):
             name = NAMES[label] if both else "model"
             likely = f", {side['nll']:.2f} nats a token under the base" if "nll" in side else ""
             lines.append(
-                f"{name + ':':<9}{side['answered']} of {side['of']} answered; {side['ended']} end, {side['loops']} go "
-                f"round in circles{likely}"
+                f"{name + ':':<11}{side['answered']} of {side['of']} answered; {side['ended']} end, {side['loops']} "
+                f"go round in circles{likely}"
             )
         if (kept := result.compare()) and kept["of"]:
-            lines.append(f"kept:    {kept['kept']} of {kept['of']} ({percent(kept)})")
+            lines.append(f"kept:      {kept['kept']} of {kept['of']} ({percent(kept)})")
         margin = f", within {result.settings['margin']:g} nats a token of the base's own" if both else ""
         lines.append(f"+: it ends within {result.settings['tokens']} tokens, does not go round in circles{margin}")
         return lines

@@ -97,12 +97,14 @@ class Choices(CaseProbe):
         )
     }
     aliases: ClassVar[Aliases] = Aliases(
-        switch="Multiple choice instead: how many are right?",
+        switch="Ask multiple-choice questions and count the right answers.",
         flags={
-            "text": Flag("text", "builtin, or a UTF-8 text file."),
-            "seed": Flag("seed", "what is drawn.", int),
-            "labelled": Flag("labelled", "questions with prompt, choices, answer.", Path, metavar="FILE.jsonl"),
-            "choice_items": Flag("items", "questions made from the text.", int, 1),
+            "text": Flag("text", "The text to measure on: builtin, or a UTF-8 text file.", metavar="FILE"),
+            "seed": Flag("seed", "Random seed for what is hidden and asked.", int),
+            "labelled": Flag(
+                "labelled", "Ask the questions of this file: prompt, choices, answer.", Path, metavar="FILE.jsonl"
+            ),
+            "choice_items": Flag("items", "Make this many questions from the text.", int, 1),
         },
         recipe={
             "choices": RecipeField(
@@ -190,18 +192,19 @@ class Choices(CaseProbe):
             side = result.side(label)
             name = NAMES[label] if both else "model"
             lines.append(
-                f"{name + ':':<9}{side['right']} of {side['of']} questions right ({percent(side)}), "
+                f"{name + ':':<11}{side['right']} of {side['of']} questions right ({percent(side)}), "
                 f"{side['nll']:.3f} nats for the right choice"
             )
         if paired := result.compare():
             lines.append(
-                f"paired:  both right {paired['both']}, only the base {paired['only_base']}, only the patched model "
-                f"{paired['only_out']}, neither {paired['neither']} (McNemar's exact test: p = {paired['p']:.2g})"
+                f"paired:    both right {paired['both']}, only the base {paired['only_base']}, only the converted "
+                f"model {paired['only_out']}, neither {paired['neither']} "
+                f"(McNemar's exact test: p = {paired['p']:.2g})"
             )
         sizes = sorted({len(item.choices) for item in result.cases})
         counts = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         passages = ""
         if "context" in settings:
             passages = f", passages of {settings['context']} tokens, seed {settings['seed']}"
-        lines.append(f"{counts} choices each{passages}; a guess is right with probability {result.chance:.1%}")
-        return [*lines, f"questions: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+        lines.append(f"{counts} choices each{passages}; a guess is right with probability {result.chance:.1%}.")
+        return [*lines, f"The questions: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]

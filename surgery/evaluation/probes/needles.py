@@ -1,8 +1,8 @@
 """Which needles a model finds, alone or compared with its base: exact match by decoding with the model's own cache,
 and the answer's NLL, over a grid of lengths and depths.
 
-Base and patched model run one after the other, never both in memory. Of the needles that the base answers, the share
-that the patched model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
+Base and converted model run one after the other, never both in memory. Of the needles that the base answers, the share
+that the converted model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
 heads see anyway, through sinks or window, prove nothing and are left out of it.
 """
 
@@ -137,7 +137,7 @@ class Needles(CaseProbe):
     summary: ClassVar[str] = "secrets hidden in a text, one in a prompt, over lengths and depths: which are found"
     cases_are: ClassVar[str] = "needles"
     stage: ClassVar[str] = "recall test"
-    drawing: ClassVar[str] = "draw the grid."
+    drawing: ClassVar[str] = "Draw the hits by length and place into this file."
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("length", "lengths"), ("cases", "samples"))
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
@@ -168,15 +168,15 @@ class Needles(CaseProbe):
         )
     }
     aliases: ClassVar[Aliases] = Aliases(
-        switch="Hidden secrets instead: which does it find?",
+        switch="Run a recall test: hide secrets in a text and ask for them.",
         flags={
-            "text": Flag("text", "builtin, or a UTF-8 text file."),
-            "lengths": Flag("lengths", "prompt lengths in tokens."),
-            "depths": Flag("depths", "places, evenly spaced.", int, 1),
-            "samples": Flag("samples", "prompts for each length and place.", int, 1),
-            "seed": Flag("seed", "what is drawn.", int),
-            "secret": Flag("secret", "digits or words."),
-            "form": Flag("form", "chat, plain, or auto (by the tokenizer)."),
+            "text": Flag("text", "The text to measure on: builtin, or a UTF-8 text file.", metavar="FILE"),
+            "lengths": Flag("lengths", "Make prompts of these many tokens.", metavar="N,N,..."),
+            "depths": Flag("depths", "Hide a secret at this many places, evenly spaced.", int, 1),
+            "samples": Flag("samples", "Ask this many times for each length and place.", int, 1),
+            "seed": Flag("seed", "Random seed for what is hidden and asked.", int),
+            "secret": Flag("secret", "What is hidden: digits or words.", metavar="KIND"),
+            "form": Flag("form", "How to ask: chat, plain, or auto (as the tokenizer can).", metavar="FORM"),
         },
         recipe={
             "needles": RecipeField(
@@ -281,27 +281,40 @@ class Needles(CaseProbe):
         """Hits of every cell and what they sum up to."""
         labels, settings = list(result.outcomes), result.settings
         lines: list[Table | str] = [_grid(result, labels)]
-        lines.append(f"answered exactly{', base -> patched' if len(labels) > 1 else ''}")
+        lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
         if inside := sum(not result.counts(n) for n in result.cases):
             sinks, window = result.reach
             verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
-            seen = f"streaming heads see them, or a part, within {sinks} sinks and {window} tokens before the question"
-            lines.append(f"*: {inside} of {len(result.cases)} needles {verdict}: {seen}")
+            seen = f"they lie, or begin, within the {sinks} sinks and the {window} tokens that streaming heads see"
+            lines.append(f"* {inside} of {len(result.cases)} needles {verdict}: {seen}.")
         lines.append("")
         for label in labels:
             side = result.side(label)
             name = NAMES[label] if len(labels) > 1 else "model"
             lines.append(
-                f"{name + ':':<9}{side['hits']} of {side['of']} needles ({percent(side)}), "
+                f"{name + ':':<11}{side['hits']} of {side['of']} needles ({percent(side)}), "
                 f"{side['nll']:.3f} nats per token of the answer"
             )
         if kept := result.compare():
-            what = "the base finds" + (" outside sinks and window" if result.reach else "")
-            share = f"{kept['kept']} of {kept['of']} ({percent(kept)})" if kept["of"] else "there are none"
-            lines.append(f"kept:    of those that {what}, the patched model finds {share}")
-        size = f"{settings['samples']} samples in a cell, {settings['form']} prompts, seed {settings['seed']}"
-        lines.append(f"{size}; a guess is right with probability {settings['chance']:.0e}")
-        return [*lines, f"haystack: {settings['text']['title']}, sha256 {settings['text']['sha256']}"]
+            where = " outside sinks and window" if result.reach else ""
+            share = f"{kept['kept']} of {kept['of']} that the base finds{where} ({percent(kept)})"
+            nothing = f"nothing to compare (the base finds no needle{where})"
+            lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
+        samples = f"{settings['samples']} sample{'s' * (settings['samples'] != 1)} in a cell"
+        size = f"{samples}, {settings['form']} prompts, seed {settings['seed']}"
+        lines.append(f"{size}; a guess is right with probability {settings['chance']:.0e}.")
+        return [*lines, f"The text around them: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
+
+    @classmethod
+    def verdict(cls, record: dict) -> str:
+        kept = record.get("kept") or {}
+        if not kept.get("of"):
+            return ""
+        if not kept["kept"]:
+            return "The converted model no longer copies from its prompt: it finds none of what the base finds."
+        if kept["kept"] == kept["of"]:
+            return f"Nothing was lost: the converted model finds all {kept['of']} needles that the base finds."
+        return f"The converted model finds {kept['kept']} of the {kept['of']} needles that the base finds."
 
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:
@@ -336,7 +349,7 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
         for length in result.lengths:
             hits = [result.cell(label, length, depth) for label in labels]
             star = "* " if (length, depth) in starred else ""
-            cells.append(f"{star}{' -> '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
+            cells.append(f"{star}{' → '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
         rows.append([f"{depth:.2f}", *cells])
     return Table(("depth", *(f"{length:,} tokens" for length in result.lengths)), rows, justify="right")
 

@@ -1,6 +1,6 @@
 """What a surgery cost and gained: perplexity, distance to the base model, KV cache bytes.
 
-Base and patched model run one after the other, never both in memory. What is kept of the base between the two
+Base and converted model run one after the other, never both in memory. What is kept of the base between the two
 runs is, for each predicted token, its `top_k` most probable next tokens and the mass of all others, on disk.
 """
 
@@ -107,7 +107,7 @@ class Perplexity(Probe):
     """Perplexity, KL to the base, top-1 agreement, KV bytes and load size."""
 
     name: ClassVar[str] = "perplexity"
-    summary: ClassVar[str] = "perplexity, KL, top-1 agreement, KV bytes"
+    summary: ClassVar[str] = "perplexity, KL, same best token, KV bytes"
     main: ClassVar[bool] = True
 
     text: TextSource = Field(
@@ -140,9 +140,9 @@ class Perplexity(Probe):
     }
     aliases: ClassVar[Aliases] = Aliases(
         flags={
-            "text": Flag("text", "builtin, or a UTF-8 text file."),
-            "windows": Flag("windows", "Windows of text that are scored.", int, 1),
-            "length": Flag("length", "Tokens in a window.", int, 2),
+            "text": Flag("text", "The text to measure on: builtin, or a UTF-8 text file.", metavar="FILE"),
+            "windows": Flag("windows", "Score this many windows of the text.", int, 1),
+            "length": Flag("length", "Make each window this many tokens long.", int, 2),
         },
         recipe={
             "windows": RecipeField("windows", int, Field(8, ge=1, description="Windows of text that are scored.")),
@@ -276,7 +276,7 @@ class Perplexity(Probe):
         out = record["out"]
         if _is_number(out.get("perplexity")):
             return []
-        return [f"the patched model's perplexity is not a number ({out.get('nonfinite_tokens')} tokens are NaN)"]
+        return [f"the converted model's perplexity is not a number ({out.get('nonfinite_tokens')} tokens are NaN)"]
 
     @classmethod
     def damage(cls, record: dict) -> list[str]:
@@ -341,15 +341,34 @@ class Perplexity(Probe):
             ("bytes to load", "load_bytes", "{:,}"),
         ):
             cells = [side.get(key) for side in ((base, new) if base else (new,))]
-            rows.append([label, *("?" if cell is None else form.format(cell) for cell in cells)])
-        lines: list[Table | str] = [Table(("", *(["base"] if base else []), "model"), rows)]
+            quotient = [_quotient(*cells)] if base else []
+            rows.append([label, *("?" if cell is None else form.format(cell) for cell in cells), *quotient])
+        headers = ("", "base", "converted", "ratio") if base else ("", "model")
+        lines: list[Table | str] = [Table(headers, rows)]
         if base and record["kl"].get("mean") is not None:
             kl, same = record["kl"], record["top1_agreement"]
-            lines.append(
-                f"KL to base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats (top {kl['top_k']} + rest)"
-            )
+            lines.append(f"KL from the base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats per token")
             lines.append(f"same best token: {same:.1%}")
-        return [*lines, f"on {text['tokens']:,} tokens of {text['title']}, sha256 {text['sha256']}"]
+            lines.append(
+                f"The KL is over the base's {kl['top_k']} likeliest tokens and all others as one: a lower bound."
+            )
+        tokens = f"{text['tokens']:,} token{'s' * (text['tokens'] != 1)}"
+        return [*lines, f"Measured on {tokens} of {text['title']} (sha256 {text['sha256']})."]
+
+    @classmethod
+    def verdict(cls, record: dict) -> str:
+        ratio = _ratio(record) if record.get("base") else None
+        if ratio is None or cls.damage(record):
+            return super().verdict(record)
+        equal = 0.9995 <= ratio < 1.0005
+        words = "The same perplexity as the base's" if equal else f"{ratio:.3f} of the base's perplexity"
+        same = record.get("top1_agreement")
+        return words + (f", and the same best token for {same:.1%} of the text." if same is not None else ".")
+
+
+def _quotient(base: float | None, new: float | None) -> str:
+    """The converted model's figure over the base's, for a cell."""
+    return f"{new / base:.3f}" if base and new is not None else ""
 
 
 def shown_perplexity(value: float) -> str:

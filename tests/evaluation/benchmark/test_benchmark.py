@@ -183,7 +183,7 @@ def test_a_gate_is_off_for_the_full_model_and_counted_for_the_patched_one(surger
     assert at[SPLIT].work["query projection"][0] * 2 == at[SPLIT].work["query projection"][1]
     assert 0.5 < share < 1
     said = surgery("bench", "moh", "--base", model, "--lengths", "600", "--rounds", "1").out
-    assert "patched: moh in 2 layers, 50% of the heads on for a token" in said
+    assert "converted: moh in 2 layers, 50% of the heads on for a token" in said
     assert "multiply-adds of these layers' attention in the prompt, to the base's: 0." in said
 
 

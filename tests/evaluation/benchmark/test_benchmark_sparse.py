@@ -66,7 +66,7 @@ def test_pairs_that_were_multiplied(surgery, made, model):
     assert work[STOCK] == {}
     assert set(work[SPLIT]) == {"attention", "estimator"}
     said = surgery(*args).out
-    assert "patched: sparse prefill beyond 32 tokens, streaming, in 2 layers" in said
+    assert "converted: sparse prefill beyond 32 tokens, streaming, in 2 layers" in said
     assert f"at 24, {read / (150 * 151 / 2):.1%} at 150" in said
     assert "prompts: Python" in said
     assert "note:" not in said
