@@ -112,6 +112,11 @@ def score_methods(incomplete: str) -> Iterator[Offer]:
     yield from ((name, "") for name in METHODS)
 
 
+def engines(incomplete: str) -> list[Offer]:
+    """The ways to convert."""
+    return [("auto", "as the recipe can"), ("streaming", "layer by layer"), ("loaded", "the model in memory")]
+
+
 def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:
     """Key -> JSON Schema of its field: bare where that is plain, dotted where it is not, or for a section."""
     from surgery import operations

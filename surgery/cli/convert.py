@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgery.cli import interrupt
+from surgery.cli import completion, interrupt
 from surgery.cli.options import (
     Base,
+    HealSettings,
     Json,
     ModelName,
     NoCheck,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def plan(recipe: RecipeName, model: ModelName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a recipe would change; touches no weight."""
+    """Show what a recipe would change in a model. No weight is read and nothing is written."""
     from surgery.api import plan as make_plan
 
     made = make_plan(recipe, model, overrides=overrides or [])
@@ -54,20 +55,31 @@ def apply(
     recipe: RecipeName,
     model: ModelName,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write this new folder.")
+    ] = None,
     no_check: NoCheck = False,
     no_eval: NoEval = False,
     no_gate: NoGate = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an unfinished OUT.partial.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished OUT.partial.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT (when the new one is complete).")
+        bool, typer.Option("--overwrite", help="Replace OUT as soon as the new one is complete.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="streaming, loaded or auto.")] = "auto",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights (weights_only).")] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE",
+            help="Convert layer by layer (streaming), with the model in memory (loaded), or as the recipe can (auto).",
+            autocompletion=completion.engines,
+        ),
+    ] = "auto",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights, which are pickles (tensors alone are taken).")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a model: plan, rewrite, heal if the recipe says so, check, score against the base, write the card."""
+    """Convert a model: plan it, rewrite it, train it if the recipe says so, check it, score it, write its card."""
     from surgery.api import apply as run
     from surgery.cli.render import model as render
     from surgery.cli.render.console import progress_bar
@@ -103,12 +115,12 @@ def apply(
 
 def push(
     out: OutName,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public (default: private).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a checked checkpoint on the Hub: private by default, one commit, repeat to resume."""
+    """Upload a checked folder to the Hub as one commit, private by default. Run it again to resume."""
     from surgery.api import push as send
     from surgery.cli.render import tables
 
@@ -120,24 +132,22 @@ def push(
 
 def heal(
     out: OutName,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in a recipe's heal: block.")
-    ] = None,
+    overrides: HealSettings = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="HEALED", help="The folder to make.")
+        Path | None, typer.Option("--output", "-o", metavar="HEALED", help="Write this new folder.")
     ] = None,
     base: Base = None,
     no_check: NoCheck = False,
     no_eval: NoEval = False,
     no_gate: NoGate = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace HEALED (when the new one is complete).")
+        bool, typer.Option("--overwrite", help="Replace HEALED as soon as the new one is complete.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a converted model to win back what the surgery took: tokens=1e6 method=lora loss=distill data=self."""
+    """Train a converted model towards its base, such as with tokens=1e6 method=lora loss=distill data=self."""
     from surgery.api import heal as run
     from surgery.cli.render import model as render
     from surgery.cli.render.console import progress_bar

@@ -39,6 +39,14 @@ Overrides = Annotated[
         autocompletion=completion.recipe_settings,
     ),
 ]
+HealSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings of the training, as in a recipe's heal: block (`surgery ls gqa-distill`).",
+        autocompletion=completion.heal_settings,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not check the result.")]

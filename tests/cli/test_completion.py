@@ -97,4 +97,6 @@ def test_a_key_of_two_operations_is_offered_with_its_operation(offered, here):
 def test_names_of_options(offered, here):
     assert set(offered("surgery eval out --probe ")) == set(probes.REGISTRY)
     assert {"secret=digits", "secret=words"} <= set(offered("surgery eval out --probe needles se"))
+    assert offered("surgery apply gqa model --engine s") == ["streaming"]
+    assert "tokens=" in offered("surgery heal out ")
     assert set(offered("surgery score model --method ")) == set(METHODS)
