@@ -56,7 +56,7 @@ def apply(
     model: ModelName,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write this new folder.")
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the result to this folder.")
     ] = None,
     no_check: NoCheck = False,
     no_eval: NoEval = False,
@@ -134,7 +134,7 @@ def heal(
     out: OutName,
     overrides: HealSettings = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="HEALED", help="Write this new folder.")
+        Path | None, typer.Option("--output", "-o", metavar="HEALED", help="Write the result to this folder.")
     ] = None,
     base: Base = None,
     no_check: NoCheck = False,

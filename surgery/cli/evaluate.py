@@ -91,7 +91,7 @@ def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
     if aliases := sorted(typed - {PLOT}):
         flag = cls.aliases.flags.get(aliases[0])
         fix = f"write {flag.key}=..." if flag else "leave one of them out"
-        raise SurgeryError(f"{_option(aliases[0])} and --probe are two ways to ask", fix=fix)
+        raise SurgeryError(f"use either {_option(aliases[0])} or --probe, not both", fix=fix)
     return read(name, settings)
 
 
@@ -103,7 +103,7 @@ def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Pro
         raise SurgeryError(f"{texts[0]!r} is a setting of a probe", fix=f"name the probe: {fix}")
     if len(chosen) > 1:
         names = [_option(cls.name) for cls in chosen[:2]]
-        raise SurgeryError(f"{' and '.join(names)} are two measures", fix="one at a time")
+        raise SurgeryError(f"use either {' or '.join(names)}, not both", fix="run the command once for each")
     probe = chosen[0] if chosen else probes.main()
     flags = probe.aliases.flags
     for name in options:
@@ -122,7 +122,7 @@ def _refuse_option(name: str, probe: type[Probe]) -> None:
         switch = f", or leave out {_option(probe.name)}" if probe.aliases.switch else ""
         raise SurgeryError(f"{_option(name)} is not for {probe.name}", fix=f"leave it out{switch}")
     names = [cls.name for cls in users]
-    what = f"{_option(name)} is for {' and '.join(names)} alone"
+    what = f"{_option(name)} is only for {' and '.join(names)}"
     raise SurgeryError(what, fix=f"add {_option(names[0])}, or leave it out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -163,13 +164,13 @@ def inspect(
     text_settings = {"text": text, "samples": samples, "length": length}
     text_settings = {name: value for name, value in text_settings.items() if value is not None}
     if heads and sinks:
-        raise SurgeryError("--heads and --sinks are two maps", fix="ask for one at a time")
+        raise SurgeryError("use either --heads or --sinks, not both", fix="run the command once for each")
     if text_settings and not sinks:
-        raise SurgeryError("--text, --samples and --length are of the attention sinks", fix="add --sinks")
+        raise SurgeryError("--text, --samples and --length need --sinks", fix="add --sinks")
     if scores and not heads:
-        raise SurgeryError("--scores is of the map of KV heads", fix="add --heads")
+        raise SurgeryError("--scores needs --heads", fix="add --heads")
     if plot and not (heads or sinks):
-        raise SurgeryError("--plot draws the map of KV heads or of attention sinks", fix="add --heads or --sinks")
+        raise SurgeryError("--plot needs --heads or --sinks, whose map it draws", fix="add one of them")
     if heads:
         return _inspect_heads(model, scores, plot, as_json)
     if sinks:
@@ -250,8 +251,12 @@ def doctor(as_json: Json = False) -> None:
     """Report what works on this machine: versions, devices, disk, both ways to load, kernels."""
     from surgery.cli.doctor import examine
     from surgery.cli.render import tables
+    from surgery.cli.render.console import console
 
-    report = examine()
+    errors = console(stderr=True)
+    waiting = errors.is_terminal and not as_json
+    with errors.status("loading two tiny checkpoints in a fresh process") if waiting else nullcontext():
+        report = examine()
     if as_json:
         return emit(report)
     tables.doctor(report)

@@ -157,7 +157,7 @@ def _refuse_unread_options(context: typer.Context, base: str | None, calibrate: 
     others = ("decode", "synthetic", "layers", "ratio", "plot") if calibrate else ("write", "text")
     for name in others:
         if context.get_parameter_source(name).name == "COMMANDLINE":
-            what = f"--{name} is {'not for' if calibrate else 'for'} --calibrate{'' if calibrate else ' alone'}"
+            what = f"--{name} is {'not' if calibrate else 'only'} for --calibrate"
             raise SurgeryError(what, fix="leave it out" if calibrate else "add --calibrate, or leave it out")
 
 

@@ -191,7 +191,7 @@ def test_a_bos_that_the_tokenizer_adds_or_has_not():
     ("args", "says"),
     [
         (["--samples", 2], ["--samples", "add --sinks"]),
-        (["--sinks", "--heads"], ["two maps"]),
+        (["--sinks", "--heads"], ["use either --heads or --sinks, not both"]),
         (["--sinks", "--scores", "x.json"], ["--scores", "add --heads"]),
         (["--plot", "x.png"], ["add --heads or --sinks"]),
         (["--sinks", "--plot", "x.pdf"], ["PNG"]),

@@ -395,12 +395,12 @@ def test_command(surgery, model, tmp_path):
 
 def test_command_refuses(refused, model, tmp_path):
     (tmp_path / "q.jsonl").write_text(questions())
-    refused("eval", model, "--labelled", "q.jsonl", says=["--labelled is for choices alone", "--choices"])
-    refused("eval", model, "--choice-items", "5", says=["--choice-items is for choices alone"])
+    refused("eval", model, "--labelled", "q.jsonl", says=["--labelled is only for choices", "--choices"])
+    refused("eval", model, "--choice-items", "5", says=["--choice-items is only for choices"])
     refused("eval", model, "--choices", "--windows", "5", says=["--windows is not for choices"])
-    refused("eval", model, "--choices", "--depths", "5", says=["--depths is for needles alone"])
-    refused("eval", model, "--seed", "5", says=["--seed is for needles and choices alone"])
-    refused("eval", model, "--choices", "--needles", says=["two measures"])
+    refused("eval", model, "--choices", "--depths", "5", says=["--depths is only for needles"])
+    refused("eval", model, "--seed", "5", says=["--seed is only for needles and choices"])
+    refused("eval", model, "--choices", "--needles", says=["use either --needles or --choices, not both"])
     refused("eval", model, "--choices", "--labelled", "q.jsonl", "--seed", "1", says=["not for questions of a file"])
 
 

@@ -421,8 +421,8 @@ def test_command(surgery, folder, tmp_path):
 
 def test_command_refuses(refused, folder):
     refused("eval", folder, "--needles", "--lengths", "2k", says=["1024 positions", "shorter lengths"])
-    refused("eval", folder, "--plot", "x.png", says=["--plot is for needles alone", "--needles"])
-    refused("eval", folder, "--depths", "3", says=["--depths is for needles alone"])
+    refused("eval", folder, "--plot", "x.png", says=["--plot is only for needles", "--needles"])
+    refused("eval", folder, "--depths", "3", says=["--depths is only for needles"])
     refused("eval", folder, "--needles", "--windows", "3", says=["--windows is not for needles"])
     refused("eval", folder, "--needles", "--plot", "x.pdf", says=["PNG"])
     refused(

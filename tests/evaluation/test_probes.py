@@ -271,11 +271,11 @@ REFUSED = {
     "two ways in one": (("--probe", "needles", "cases=4", "samples=2"), ["cases and samples are two ways"]),
     "questions": (("--probe", "choices", "labelled=q.jsonl", "items=3"), ["items is not for questions of a file"]),
     "flag and name": (("--probe", "needles", "--depths", "3"), ["--depths and --probe are two ways", "write depths="]),
-    "switch and name": (("--probe", "needles", "--needles"), ["--needles and --probe are two ways to ask"]),
-    "other flag and name": (("--probe", "choices", "--depths", "3"), ["--depths and --probe are two ways to ask"]),
+    "switch and name": (("--probe", "needles", "--needles"), ["use either --needles or --probe, not both"]),
+    "other flag and name": (("--probe", "choices", "--depths", "3"), ["use either --depths or --probe, not both"]),
     "a setting without a probe": (("depths=3",), ["'depths=3' is a setting of a probe", "--probe needles"]),
     "a setting beside a switch": (("--needles", "depths=3"), ["'depths=3' is a setting", "name the probe: --probe"]),
-    "no picture": (("--probe", "perplexity", "--plot", "x.png"), ["--plot is for needles alone"]),
+    "no picture": (("--probe", "perplexity", "--plot", "x.png"), ["--plot is only for needles"]),
 }
 
 

@@ -44,14 +44,15 @@ def hanging(out: Console, label: Text | str, words: str, indent: int, style: str
 
 def wrapped(words: str, width: int, first: int = 0, rest: int = 0) -> list[str]:
     """The words in lines that fit, without the indents: of the first line, and of the others."""
-    if width >= PIPED:
+    if width >= PIPED or not words.strip():
         return [words]
-    filled = textwrap.wrap(
-        words, max(width, 10 + rest), initial_indent=" " * first, subsequent_indent=" " * rest, break_on_hyphens=False
-    )
-    if not filled:
-        return [""]
-    return [filled[0][first:] if filled[0].strip() else "", *(line[rest:] for line in filled[1:])]
+    narrow = textwrap.TextWrapper(max(width, 10 + rest), subsequent_indent=" " * rest, break_on_hyphens=False)
+    if first > rest and first + len(words.split()[0]) > width:  # no room for a word: all of them stand below
+        narrow.initial_indent = " " * rest
+        return ["", *(line[rest:] for line in narrow.wrap(words))]
+    narrow.initial_indent = " " * first
+    lines = narrow.wrap(words)
+    return [lines[0][first:], *(line[rest:] for line in lines[1:])]
 
 
 def columns(out: Console, rows: Iterable[Sequence[Text | str]], gap: int = 2, cut: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from surgery.cli.render import layout
 from surgery.cli.render.console import console
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def show(sink_map: SinkMap, info: dict) -> None:
         "share of attention of all later queries on the first token, and on other sinks: keys whose mean weight is "
         f"above {sink_map.alpha:g} / {sink_map.length}"
     )
-    out.print(_table(sink_map))
+    layout.show(out, _table(sink_map))
     out.print(
         "|v|: norm of the first token's value over that of other tokens (median; mean of the KV heads). residual: "
         "largest value after the layer, over the median"

@@ -222,8 +222,11 @@ def doctor(report: dict) -> None:
     hanging(out, "Hub:", "offline (HF_HUB_OFFLINE)" if report["offline"] else "may be used", 10)
     for name, state in report["doors"].items():
         hanging(out, "loading:", f"{name}: {state}", 10)
+    operations: dict[str, list[str]] = {}
     for operation, runs in report["kernels"].items():
-        hanging(out, "runs:", f"{operation} on {runs}", 10)
+        operations.setdefault(runs, []).append(operation)
+    for runs, names in operations.items():
+        hanging(out, "runs:", f"{', '.join(names)} on {runs}", 10)
     for problem in report["problems"]:
         hanging(out, Text("problem:", style="yellow"), problem, 10, "yellow")
     out.print()

@@ -141,7 +141,7 @@ def test_a_value_that_was_not_tried_is_not_written(surgery, out, monkeypatch):
 
 def test_refused(refused, surgery, out, model):
     refused("bench", "out", says=("bench compares with a base", "--base"))
-    refused("bench", "out", "--base", "model", "--write", says=("--write is for --calibrate alone",))
+    refused("bench", "out", "--base", "model", "--write", says=("--write is only for --calibrate",))
     refused("bench", "out", "--calibrate", "--synthetic", says=("--synthetic is not for --calibrate",))
     refused("bench", "out", "--calibrate", "--lengths", "8,600", says=("from a block (16) to half of 1,024 tokens",))
     refused("bench", "model", "--calibrate", says=("no layer of this checkpoint has a sparse prefill",))
