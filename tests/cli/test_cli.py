@@ -76,7 +76,7 @@ def test_version_and_help(surgery):
 
 def test_inspect(surgery, model):
     shown = surgery("inspect", model)
-    assert re.search(r"^model: llama, 0.1M parameters, 2 attention layers, context 1,024, .*, BF16$", shown.out, re.M)
+    assert re.search(r"^model: llama, 0.1M parameters, context 1,024, hidden size 72, BF16$", shown.out, re.M)
     assert "KV cache: 192 bytes per token (196.6 kB at 1,024 tokens)\n" in shown.out
     assert re.search(r"^gqa +native +KV 192 → 64 B/token +no$", shown.out, re.M)
     assert shown.out.splitlines()[-1] == f"next: surgery plan duo-attention {model}"

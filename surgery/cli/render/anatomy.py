@@ -63,7 +63,6 @@ def _facts(anatomy: Anatomy) -> list[str]:
     return [
         f"{family}{', a guess' if anatomy.guess else ''}",
         *([f"{amount} parameters"] if parameters else []),
-        count(len(anatomy.layers), "attention layer"),
         *([f"context {anatomy.positions:,}"] if anatomy.positions else []),
         *([f"hidden size {hidden:,}"] if hidden else []),
         anatomy.dtype or "dtype unknown",

@@ -23,7 +23,7 @@ def checks(items: list[dict]) -> None:
     width = max((len(item["name"]) for item in items), default=0) + 2
     for item in items:
         style = STATUS_STYLE.get(item["status"], "")
-        label = Text.assemble((f"{item['status']:<10}", style), f"{item['name']:<{width}}")
+        label = Text.assemble((f"{item['status']:<9}", style), f"{item['name']:<{width}}")
         hanging(out, label, item["detail"], label.cell_len, "dim")
 
 

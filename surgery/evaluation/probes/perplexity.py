@@ -104,7 +104,7 @@ class Evaluation:
 
 
 class Perplexity(Probe):
-    """Perplexity, KL to the base, top-1 agreement, KV bytes and load size."""
+    """Perplexity, KL from the base, same best token, KV bytes and load size."""
 
     name: ClassVar[str] = "perplexity"
     summary: ClassVar[str] = "perplexity, KL, same best token, KV bytes"
