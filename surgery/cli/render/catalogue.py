@@ -149,7 +149,7 @@ def _fields(out, fields: dict[str, dict], required: list[str], known: dict, valu
 
 def _sentence(description: str, default: object) -> str:
     """The description with a capital, unless it begins with a value as it is typed: "mean: the mean of all"."""
-    typed = description.split()[0] == default or re.match(r"[\w-]+[:,]", description)
+    typed = description.split()[0] == default or re.match(r"[\w-]+(?:[:,]| \()", description)
     return description if typed else description[:1].upper() + description[1:]
 
 
