@@ -1,9 +1,11 @@
 """Attention surgery: rewrite the attention of a pretrained Hugging Face checkpoint from a declarative recipe.
 
     import surgery
-    plan = surgery.plan("mqa", "smollm2-135m")          # what would change; touches no weight
-    report = surgery.apply("mqa", model)                 # a loaded model, in place
+    plan = surgery.plan("mqa", "smollm2-135m")             # what would change; touches no weight
     report = surgery.apply("mqa", "folder", output="out")  # a folder, streamed
+    model, tokenizer = surgery.load("smollm2-135m"), surgery.load_tokenizer("smollm2-135m")
+    report = surgery.apply("mqa", model)                   # a loaded model, in place
+    print(report, report.kv_bytes, report.passed)
 
 Importing this package imports neither torch nor transformers.
 """
@@ -16,15 +18,34 @@ from typing import TYPE_CHECKING
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.api import apply, check, evaluate, evaluate_choices, evaluate_needles, heal, load, plan, push, save
+    from surgery.api import (
+        apply,
+        check,
+        evaluate,
+        evaluate_choices,
+        evaluate_needles,
+        heal,
+        load,
+        load_tokenizer,
+        plan,
+        push,
+        save,
+        text_windows,
+    )
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
     from surgery.architecture.weights import AttentionLayer
+    from surgery.config.heal import Heal
     from surgery.config.recipe import Recipe
     from surgery.conversion.plan import Plan
-    from surgery.errors import CheckError, GateError, MachineError, SurgeryError
+    from surgery.errors import CheckError, GateError, MachineError, SurgeryError, TrainingError
+    from surgery.evaluation.probes.choices import ChoiceResult
+    from surgery.evaluation.probes.needles import NeedleResult
+    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.result import Result
     from surgery.healing.callbacks import SurgeryCallback
-    from surgery.operations.base import ApplyContext, Operation, PlannedChange, WeightRewrite
+    from surgery.healing.plan import HealPlan
+    from surgery.operations.base import NATIVE, SURGICAL, ApplyContext, Operation, PlannedChange, WeightRewrite
     from surgery.report.report import Report
     from surgery.runtime import register
 
@@ -39,12 +60,22 @@ _PUBLIC = {
     "heal": "api",
     "SurgeryCallback": "healing.callbacks",
     "load": "api",
+    "load_tokenizer": "api",
+    "text_windows": "api",
     "save": "api",
     "push": "api",
     "register": "runtime",
     "Anatomy": "architecture.anatomy",
     "Report": "report.report",
     "Recipe": "config.recipe",
+    "Heal": "config.heal",
+    "HealPlan": "healing.plan",
+    "Result": "evaluation.result",
+    "Evaluation": "evaluation.probes.perplexity",
+    "NeedleResult": "evaluation.probes.needles",
+    "ChoiceResult": "evaluation.probes.choices",
+    "NATIVE": "operations.base",
+    "SURGICAL": "operations.base",
     "Operation": "operations.base",
     "WeightRewrite": "operations.base",
     "PlannedChange": "operations.base",
@@ -56,22 +87,32 @@ _PUBLIC = {
     "GateError": "errors",
     "CheckError": "errors",
     "MachineError": "errors",
+    "TrainingError": "errors",
 }
 __all__ = [
+    "NATIVE",
+    "SURGICAL",
     "Anatomy",
     "ApplyContext",
     "AttentionLayer",
     "CheckError",
+    "ChoiceResult",
+    "Evaluation",
     "GateError",
+    "Heal",
+    "HealPlan",
     "LayerAnatomy",
     "MachineError",
+    "NeedleResult",
     "Operation",
     "Plan",
     "PlannedChange",
     "Recipe",
     "Report",
+    "Result",
     "SurgeryCallback",
     "SurgeryError",
+    "TrainingError",
     "WeightRewrite",
     "__version__",
     "apply",
@@ -81,10 +122,12 @@ __all__ = [
     "evaluate_needles",
     "heal",
     "load",
+    "load_tokenizer",
     "plan",
     "push",
     "register",
     "save",
+    "text_windows",
 ]
 
 

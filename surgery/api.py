@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.config import recipe as recipes
+from surgery.config.arguments import (
+    no_model,
+    refuse_folder_settings,
+    refuse_no_base,
+    refuse_no_function,
+    refuse_no_model,
+    refuse_no_path,
+    refuse_no_text,
+    refuse_no_tokenizer,
+    refuse_swapped,
+    texts,
+)
 from surgery.config.options import RunOptions
 from surgery.config.overrides import as_text
 from surgery.conversion.fit import fits
 from surgery.conversion.plan import Plan, make_plan
-from surgery.errors import CheckError, SurgeryError, shown
+from surgery.data.text import Text
+from surgery.errors import CheckError, SurgeryError
+from surgery.evaluation.evaluate import evaluate as evaluate
+from surgery.evaluation.evaluate import evaluate_choices as evaluate_choices
+from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
 from surgery.io.safetensors import header_table
 from surgery.machine.device import made_on_cpu
 from surgery.machine.progress import Progress
@@ -20,14 +36,17 @@ from surgery.report.report import FILE as REPORT
 from surgery.report.report import Report
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.config.heal import Heal
-    from surgery.evaluation.probes.base import Probe, Result
     from surgery.healing.plan import HealPlan
+    from surgery.io.hub import Pushed
 
     AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
     AnyRecipe = str | Path | dict[str, Any] | recipes.Recipe  # a name, a path, plain data, or a recipe
+    AnyText = str | Path | Text  # "builtin", a text file, or a text
+    AnyTokenizer = PreTrainedTokenizerBase
 
 
 def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), **fields: Any) -> Plan:
@@ -41,7 +60,8 @@ def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), *
     Raises:
         SurgeryError: with all faults of the recipe, or all reasons why it does not fit this model.
     """
-    resolved = recipes.load(recipe, _texts(overrides), **fields)
+    refuse_swapped(recipe, model)
+    resolved = recipes.load(recipe, texts(overrides), **fields)
     if not isinstance(model, str | Path):
         return make_plan(resolved, anatomy_of(model), type(model).__name__)
     from surgery.io.hub import resolve
@@ -54,7 +74,7 @@ def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:
     """The anatomy of a folder, a name, a Hub id, a loaded model or a config; no weight is read."""
     if not isinstance(model, str | Path):
         if not hasattr(model, "config") and not hasattr(model, "get_text_config"):
-            raise _no_model(model)
+            raise no_model(model)
         return Anatomy.of(model)
     from surgery.io.hub import resolve
 
@@ -73,7 +93,7 @@ def apply(
     model: AnyModel,
     *,
     output: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: AnyTokenizer | None = None,
     overrides: Sequence[str] = (),
     engine: str = "auto",
     check: bool = True,
@@ -105,7 +125,7 @@ def apply(
         on_plan: called with the plan before anything is done.
 
     Returns:
-        The report. `report.gate` says whether the recipe's gate was passed; `report.data["check"]` what was checked.
+        The report. `report.gate` says whether the recipe's gate was passed, `report.passed` whether the check was.
         None only where a recipe heals in several processes (accelerate launch), in all but the first.
 
     Raises:
@@ -114,16 +134,17 @@ def apply(
     """
     from surgery import pipeline
 
-    _refuse_no_path("output", output)
-    _refuse_no_tokenizer(tokenizer)
-    _refuse_no_function(progress=progress, on_plan=on_plan)
-    resolved = recipes.load(recipe, _texts(overrides), **fields)
+    refuse_swapped(recipe, model)
+    refuse_no_path("output", output)
+    refuse_no_tokenizer(tokenizer)
+    refuse_no_function(progress=progress, on_plan=on_plan)
+    resolved = recipes.load(recipe, texts(overrides), **fields)
     options = RunOptions(check, evaluate, gate, resume, overwrite, allow_pickle, engine, progress, on_plan)
     if isinstance(model, str | Path):
         return cast("Report", pipeline.apply_to_folder(resolved, str(model), output, options))
     settings = {"output": output, "resume": resume, "overwrite": overwrite, "allow_pickle": allow_pickle}
-    _refuse_folder_settings("edited", **settings, engine=engine == "streaming")
-    _refuse_no_model(model)
+    refuse_folder_settings("edited", **settings, engine=engine == "streaming")
+    refuse_no_model(model)
     return pipeline.apply_in_memory(resolved, model, tokenizer, options)
 
 
@@ -135,7 +156,7 @@ def heal(
     output: str | Path | None = None,
     settings: Heal | dict[str, Any] | None = None,
     overrides: Sequence[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: AnyTokenizer | None = None,
     check: bool = True,
     evaluate: bool = True,
     gate: bool = True,
@@ -174,14 +195,15 @@ def heal(
     from surgery import pipeline
     from surgery.healing.heal import heal_model
 
-    _refuse_no_path("output", output)
-    _refuse_no_tokenizer(tokenizer)
-    _refuse_no_base(base)
+    refuse_no_path("output", output)
+    refuse_no_tokenizer(tokenizer)
+    refuse_no_base(base)
     options = RunOptions(check, evaluate, gate, resume, overwrite, progress=progress, on_plan=on_plan)
-    _refuse_no_function(progress=progress, on_plan=on_plan)
-    typed = [*_texts(overrides), *(as_text(key, value) for key, value in fields.items())]
+    refuse_no_function(progress=progress, on_plan=on_plan)
+    typed = [*texts(overrides), *(as_text(key, value) for key, value in fields.items())]
     if not isinstance(model, str | Path):
-        _refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)
+        refuse_folder_settings("healed", output=output, resume=resume, overwrite=overwrite)
+        refuse_no_model(model)
         return heal_model(model, base, settings, typed, tokenizer, options)
     return cast("Report", pipeline.heal_to_folder(model, _base_on_disk(base), output, settings, typed, options))
 
@@ -202,12 +224,13 @@ def check(
         memory: bytes that may be used (default: what is free); what does not fit is recorded as not run.
 
     Returns:
-        The report; `report.data["check"]` has `passed` and the `items`.
+        The report: `passed` and `checks` say what was found.
     """
     from surgery.evaluation.check import check_report
 
-    _refuse_no_path("folder", folder, needed=True)
-    _refuse_no_function(progress=progress)
+    refuse_no_path("folder", folder, needed=True)
+    refuse_no_path("base", base)
+    refuse_no_function(progress=progress)
     try:
         report = Report.of(folder)
     except SurgeryError as error:
@@ -219,79 +242,57 @@ def check(
     return report
 
 
-@made_on_cpu()
-def evaluate(
-    model: AnyModel,
-    base: AnyModel | None = None,
-    *,
-    probe: str | Probe | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> Result:
-    """Measure a model, by itself or compared with its base.
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A checkpoint as a Transformers model, native or surgical, in the dtype of the file.
 
     Args:
-        model, base: folder, name or loaded model (then with `tokenizer`).
-        probe: what is measured: a name of `surgery.evaluation.probes`. The default is the one that every recipe is
-            judged by: perplexity, KL to the base, top-1 agreement, KV bytes and load size.
-        settings: of the probe, as in `surgery eval --probe NAME key=value` (text, windows and length of the default
-            one: "builtin" or a text file, and how much of it is scored).
-        progress: called with done, total and a label.
-
-    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result of the default probe in its
-    surgery.json and card, and the gate is compared with it, if text and base are those that its recipe and record
-    name. Where it is not recorded, a note of the result says why.
-
-    Returns:
-        The probe's result: `status`, `notes`, `to_dict()`, and figures of its own.
+        folder: a folder, `smollm2-135m` (the demo model), or a Hub id (`org/name@revision`).
+        kwargs: for `from_pretrained` (`dtype`, `device_map`, ...). No code of the checkpoint is run.
 
     Raises:
-        SurgeryError: no such probe, bad settings, or models that cannot be measured so.
+        SurgeryError: no such model, or one that cannot be loaded.
     """
-    from surgery.evaluation import probes
-    from surgery.evaluation.probes.base import Probe
-    from surgery.evaluation.probes.settings import make
-    from surgery.report.lineage import KEPT, unrecordable
-
-    if model is None:
-        raise _no_model(model)
-    _refuse_no_tokenizer(tokenizer)
-    _refuse_no_function(progress=progress)
-    if isinstance(probe, Probe) and settings:
-        raise SurgeryError(f"this probe has its settings already: {', '.join(settings)}", fix="give its name instead")
-    chosen = probe if isinstance(probe, Probe) else make(probe or probes.main().name, settings)
-    out: Any = _folder_of(model)
-    result = chosen.measure(out, _folder_of(base), tokenizer=tokenizer, progress=progress)
-    if chosen.main and isinstance(out, Path) and base is not None and (out / REPORT).is_file():
-        report = Report.of(out)
-        recipe = recipes.recorded(report.data)
-        if recipe and (short := recipe.too_short(chosen.length, "windows", "length")):
-            result.notes.append(short)
-        if reason := unrecordable(report.data, base, chosen):
-            result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")
-        else:
-            report.record_evaluation(result.to_dict())
-            report.save()
-    return result
-
-
-def evaluate_needles(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
-    """Which hidden secrets a model finds, compared with its base if given: `evaluate(..., probe="needles")`."""
-    return evaluate(model, base, probe="needles", **settings)
-
-
-def evaluate_choices(model: AnyModel, base: AnyModel | None = None, **settings: Any) -> Result:
-    """Which of several answers a model chooses, compared with its base if given: `evaluate(..., probe="choices")`."""
-    return evaluate(model, base, probe="choices", **settings)
-
-
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A saved checkpoint as a Transformers model, in the dtype of the file unless `dtype=` says otherwise."""
     from surgery.io.loading import load_model
 
-    _refuse_no_path("folder", folder, needed=True)
+    refuse_no_path("folder", folder, needed=True)
     return load_model(_folder(folder), **kwargs)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; arguments and errors as for `load`, and no weight is fetched."""
+    from surgery.io.hub import resolve
+    from surgery.io.loading import read_tokenizer
+
+    refuse_no_path("folder", folder, needed=True)
+    return cast("PreTrainedTokenizerBase", read_tokenizer(resolve(str(folder), weights=False).path))
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: AnyText = "builtin",
+    *,
+    part: str = "calibration",
+    length: int = 512,
+    count: int = 8,
+) -> Tensor:
+    """Windows of a text as tokens, to try a training or a measurement with: they do not overlap.
+
+    Args:
+        tokenizer: of the model.
+        text: "builtin" (Python's language reference), the path of a UTF-8 text file, or a `Text`.
+        part: of the built-in text: "calibration", or "held-out", which `evaluate` scores.
+        length, count: tokens in a window, and windows.
+
+    Returns:
+        LongTensor [count, length].
+
+    Raises:
+        SurgeryError: the text is missing, no text, or too short.
+    """
+    from surgery.data.text import load_text, windows
+
+    refuse_no_tokenizer(tokenizer)
+    return windows(load_text(text, part=part), tokenizer, length=length, count=count)
 
 
 def save(
@@ -299,7 +300,7 @@ def save(
     folder: str | Path,
     report: Report,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: AnyTokenizer | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Save a model that `apply` edited in memory, with its report and card; as atomic as `apply` with an output.
@@ -314,68 +315,37 @@ def save(
     """
     from surgery.conversion.in_memory import save_model
 
-    _refuse_no_path("folder", folder, needed=True)
-    _refuse_no_tokenizer(tokenizer)
+    refuse_no_path("folder", folder, needed=True)
+    refuse_no_tokenizer(tokenizer)
     return save_model(model, folder, report, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def push(
-    folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = False, **kwargs: Any
-) -> dict[str, Any]:
-    """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it."""
+    folder: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    revision: str | None = None,
+) -> Pushed:
+    """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it.
+
+    Args:
+        folder: a folder that `check` has passed.
+        repo: "owner/name", or "name" for your own namespace.
+        public: make a new repository public; one that exists stays as it is.
+        dry_run: list what would be sent; needs neither token nor network.
+        message, revision: of the commit: its message, and the branch (default main; made if missing).
+
+    Raises:
+        SurgeryError: not a checked output, or a bad name. MachineError: the network, or no right to write.
+    """
     from surgery.io.hub import push as send
 
-    _refuse_no_path("folder", folder, needed=True)
-    return send(folder, repo, public=public, dry_run=dry_run, **kwargs)
-
-
-def _refuse_folder_settings(done: str, **settings: object) -> None:
-    if names := [name for name, value in settings.items() if value]:
-        raise SurgeryError(
-            f"{', '.join(names)}: for a name or folder, and this is a loaded model, which is {done} in place",
-            fix="leave it out, and surgery.save(model, folder, report) afterwards; or give the model's folder",
-        )
-
-
-def _refuse_no_path(name: str, value: object, needed: bool = False) -> None:
-    if not isinstance(value, str | Path) and (needed or value is not None):
-        raise SurgeryError(f"{shown(value)} is not a path", where=name, fix="give a text or a pathlib.Path")
-
-
-def _refuse_no_tokenizer(tokenizer: object) -> None:
-    if tokenizer is not None and not callable(tokenizer):
-        fix = "give a loaded one: transformers.AutoTokenizer.from_pretrained(MODEL)"
-        raise SurgeryError(f"{shown(tokenizer)} is not a tokenizer", where="tokenizer", fix=fix)
-
-
-def _refuse_no_function(**callbacks: object) -> None:
-    for name, value in callbacks.items():
-        if value is not None and not callable(value):
-            raise SurgeryError(f"{shown(value)} is not a function", where=name, fix="give one that can be called")
-
-
-def _texts(overrides: Any) -> tuple[str, ...]:
-    """Overrides, each of them a text."""
-    if isinstance(overrides, str):
-        what = f"{shown(overrides)} is one text, and a list of them is wanted"
-        raise SurgeryError(what, where="overrides", fix=f"write overrides=[{shown(overrides)}]")
-    listed = isinstance(overrides, Iterable) and not isinstance(overrides, bytes)
-    texts: tuple[Any, ...] = tuple(overrides) if listed else (overrides,)
-    if wrong := [each for each in texts if not isinstance(each, str)]:
-        raise SurgeryError(f"{shown(wrong[0])} is not a text", where="overrides", fix='write overrides=["key=value"]')
-    return texts
-
-
-def _refuse_no_model(model: object) -> None:
-    from surgery.io.loading import is_model
-
-    if not is_model(model):
-        raise _no_model(model)
-
-
-def _refuse_no_base(base: object) -> None:
-    if base is not None and not isinstance(base, str | Path):
-        _refuse_no_model(base)
+    refuse_no_path("folder", folder, needed=True)
+    refuse_no_text("repo", repo)
+    return send(folder, repo, public=public, dry_run=dry_run, message=message, revision=revision)
 
 
 def _base_on_disk(base: AnyModel | None) -> str | Path | None:
@@ -385,21 +355,6 @@ def _base_on_disk(base: AnyModel | None) -> str | Path | None:
         f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
         fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
     )
-
-
-def _no_model(model: object) -> SurgeryError:
-    kind = "None" if model is None else type(model).__name__
-    fix = "give a folder, a Hub id, smollm2-135m, or a model loaded with from_pretrained"
-    return SurgeryError(f"{kind} is not a model", fix=fix)
-
-
-def _folder_of(model: Any) -> Any:
-    """A folder for a name; a loaded model as it is."""
-    if isinstance(model, str | Path):
-        return _folder(model)
-    if model is not None and not hasattr(model, "config"):
-        raise _no_model(model)
-    return model
 
 
 def _folder(model: str | Path) -> Path:

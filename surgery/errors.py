@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 # Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
 WORDS = {
@@ -31,6 +31,38 @@ WORDS = {
 READ_AS_TEXT = re.compile(r"([-+]?[0-9]+)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")  # numbers that YAML 1.1 takes for words
 
 
+# What kind of error it is, for programs: codes stay as they are, words may change.
+Code = Literal[
+    "invalid-argument",  # an argument, an option or a command that cannot be
+    "invalid-setting",  # a setting of a probe, a healing or a benchmark
+    "unknown-recipe",  # no recipe of this name, no such recipe file
+    "invalid-recipe",  # a fault in a recipe or an override
+    "recipe-mismatch",  # the recipe cannot be applied to this model
+    "model-not-found",  # no such folder, repository or revision
+    "invalid-model",  # config, index or weights that are damaged or contradict each other
+    "unsupported-model",  # a model that is sound, and cannot be edited, measured or trained here
+    "unsafe-weights",  # pickles, or files that lead out of the folder
+    "model-mismatch",  # model, base, tokenizer, report or score file that do not belong together
+    "unusable-text",  # a text or questions: missing, no text, or too short
+    "invalid-file",  # another file that is missing or cannot be read
+    "out-exists",  # something that must not be replaced has the name of the output
+    "unfinished-run",  # an earlier run left a part that does not fit, or must be resumed
+    "invalid-record",  # surgery.json is missing or damaged
+    "unchecked-output",  # a push of what has not passed the check, or was changed since
+    "missing-package",  # an optional package that is not installed
+    "plugin-fault",  # an operation of another package does not keep to the contract
+    "gate-failed",  # the surgery costs more than the recipe allows
+    "check-failed",  # the check found a fault
+    "training-failed",  # a training cannot go on
+    "machine-failure",  # the system, for another reason than the next four
+    "disk-full",
+    "permission-denied",  # of the system or of the Hub
+    "out-of-memory",
+    "network-failure",
+    "internal-error",  # a bug of ours
+]
+
+
 class SurgeryError(Exception):
     """A mistake of the user's that has one clear remedy. Never a traceback.
 
@@ -40,9 +72,11 @@ class SurgeryError(Exception):
         exists: what is there instead (the known names, the legal values).
         fix: what to type or change.
         others: further faults found in the same pass, shown together (a recipe shows all at once).
+        code: what kind of error it is, for programs; default that of the class.
     """
 
-    exit_code = 2
+    code: Code = "invalid-argument"
+    exit_code: int = 2
     resumable = False  # whether what was written until then is kept for --resume
     reported = False  # whether it follows a report that says the same: a command has printed that
 
@@ -54,8 +88,10 @@ class SurgeryError(Exception):
         exists: str = "",
         fix: str = "",
         others: tuple[SurgeryError, ...] = (),
+        code: Code | None = None,
     ):
         self.what, self.where, self.exists, self.fix, self.others = what, where, exists, fix, tuple(others)
+        self.code = code or type(self).code
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -68,8 +104,9 @@ class SurgeryError(Exception):
         return "\n".join([*lines, *(str(other) for other in self.others)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same facts as an object, for `--json`."""
+        """The same facts as an object, for `--json`: `code` for programs, `message` as printed, and its parts."""
         words = {"error": self.what, "where": self.where, "exists": self.exists, "fix": self.fix}
+        words |= {"code": self.code, "message": str(self)}
         facts: dict[str, Any] = {key: value for key, value in words.items() if value} | {"exit_code": self.exit_code}
         if self.others:
             facts["others"] = [other.to_dict() for other in self.others]
@@ -79,18 +116,21 @@ class SurgeryError(Exception):
 class GateError(SurgeryError):
     """The surgery was done and saved, and costs more quality than the recipe's gate allows."""
 
+    code = "gate-failed"
     exit_code = 3
 
 
 class CheckError(SurgeryError):
     """`check` found a fault in a saved checkpoint."""
 
+    code = "check-failed"
     exit_code = 4
 
 
 class MachineError(SurgeryError):
     """Disk, network or permission: nothing in the recipe or the model is at fault."""
 
+    code = "machine-failure"
     exit_code = 5
     resumable = True
 
@@ -98,6 +138,7 @@ class MachineError(SurgeryError):
 class TrainingError(SurgeryError):
     """A training cannot go on as it was asked for; its checkpoints are kept."""
 
+    code = "training-failed"
     resumable = True
 
 

@@ -31,17 +31,16 @@ DECIDED = {
     "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
     "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
     "cli/render": "anatomy catalogue console durations estimate heads layout model sinks stages summary tables verdict",
-    "config": "catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
-    "conversion": "convert estimate fit in_memory plan preflight streaming",
+    "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
+    "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
-    "evaluation": "check check_code check_layers footprint fresh_process lengths paired run",
+    "evaluation": "check check_code check_layers evaluate footprint fresh_process lengths paired result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/probes": "base settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
-    "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config ranges "
-    "resume safetensors",
+    "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device parallel progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",
@@ -53,7 +52,7 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
-    "report": "card card_sections gate lineage plots report timing",
+    "report": "card card_sections gate lineage plots report summary timing",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
@@ -61,6 +60,7 @@ DECIDED = {
 # Functions of more than PARAMETERS: their keywords are a user's options or the settings of one method, by name.
 MANY = {
     "api": "apply heal",
+    "evaluation": "evaluate evaluate_choices evaluate_needles",
     "data": "calibration make_needles passkeys",
     "evaluation/benchmark": "bench",
     "healing": "of store",

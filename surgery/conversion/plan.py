@@ -16,9 +16,11 @@ from surgery.architecture.layer import LayerAnatomy
 from surgery.architecture.weights import packed_shapes
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
+from surgery.conversion import plan_tree
 from surgery.errors import SurgeryError, shown
 from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
+from surgery.io.printing import Block, Printed
 from surgery.io.safetensors import stored_bytes
 from surgery.operations.base import NATIVE, SURGICAL, Operation, PlannedChange, missing_texts
 from surgery.operations.rewrite import author_error
@@ -36,9 +38,9 @@ class Step:
     change: PlannedChange
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A recipe worked out for one model.
+@dataclass(frozen=True, repr=False)
+class Plan(Printed):
+    """A recipe worked out for one model. `print(plan)` shows it as a tree.
 
     Attributes:
         recipe, source: what is applied to what (the name that the user gave).
@@ -126,6 +128,13 @@ class Plan:
             operations=operations,
             note=self.recipe.too_short(heal.length, "rows", "heal.length"),
         )
+
+    def headline(self) -> str:
+        return plan_tree.headline(self)
+
+    def blocks(self) -> list[Block]:
+        heal = self.heal
+        return ["\n".join(plan_tree.lines(self)), *(heal.lines if heal else [])]
 
     @property
     def output_bytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.footprint import footprint
+from surgery.evaluation.result import Result
 from surgery.io.loading import loaded, refuse_pickle
 from surgery.machine.device import too_big
 
@@ -27,8 +28,8 @@ def sides(out: ModelSource, base: ModelSource | None) -> dict[str, ModelSource]:
     return dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
 
 
-@dataclass
-class CaseResult:
+@dataclass(repr=False)
+class CaseResult(Result):
     """What two models made of the same cases.
 
     Attributes:
@@ -67,7 +68,12 @@ class CaseResult:
         """One case with its outcomes, for JSON."""
         return {label: vars(outcomes[index]) for label, outcomes in self.outcomes.items()}
 
-    def to_dict(self) -> dict:
+    def alone(self) -> str:
+        """Hits and number of cases of the only model."""
+        figures = self.side("out")
+        return f"{self.PROBE.replace('_', ' ')}: {next(iter(figures.values()))} of {figures['of']}"
+
+    def to_dict(self) -> dict[str, Any]:
         """The result as plain data for JSON; NaN becomes None."""
         data: dict[str, Any] = {"status": self.status} | ({"reason": self.reason} if self.reason else {})
         data |= {"settings": self.settings, self.COUNT: len(self.cases)} | self.about()

@@ -1,15 +1,21 @@
-"""What a recipe judges a checkpoint on: the probes that it asks for, compared with the base, and the gate."""
+"""What a recipe judges a model on: the probes that it asks for, compared with the base, and the gate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
+from surgery.evaluation.probes.settings import requested_probes
+from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate
+    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.result import Result
+    from surgery.io.loading import ModelSource
     from surgery.report.report import Report
 
 
@@ -22,19 +28,99 @@ def evaluate_report(
     report: Report, base: Path, settings: Evaluate, progress: Progress | None = None, allow_pickle: bool = False
 ) -> None:
     """Measure the report's folder as its recipe asks, keep the figures, and compare them with the gate's limits."""
-    main, *others = sorted(settings.asked, key=lambda probe: not probe.main)
-    result = main.measure(report.folder, base, allow_pickle=allow_pickle, progress=progress).to_dict()
-    if result["status"] == "done":
-        result |= {probe.name: _measure(probe, report, base, progress) for probe in others}
-    report.record_evaluation(result)
+    options = {"progress": progress, "allow_pickle": allow_pickle}
+    report.record_evaluation(_measure_all(settings.asked, cast("Path", report.folder), base, **options).to_dict())
 
 
-def _measure(probe: Probe, report: Report, base: Path, progress: Progress | None) -> dict:
+def evaluate_in_memory(
+    report: Report,
+    model: Any,
+    base: ModelSource | None,
+    probe: Probe | None,
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Measure a loaded model, enter the figures into its report, and compare them with the gate's limits.
+
+    Args:
+        probe: what is measured; default all that the report's recipe asks for.
+
+    Raises:
+        SurgeryError: no base; settings that are not the recipe's; another probe before the main one.
+    """
+    if base is None:
+        fix = "surgery.evaluate(model, base, report=report)"
+        raise SurgeryError("a score in a report is compared with the base, and none was given", where="base", fix=fix)
+    measured: dict[str, Any] | None = report.data["evaluation"]
+    options = {"tokenizer": tokenizer, "progress": progress}
+    if probe is None:
+        asked = requested_probes(report.data["recipe"].get("evaluate") or {})
+        result: Result = _measure_all(asked, model, base, **options)
+        record = result.to_dict()
+    else:
+        _refuse_other_settings(report.data, probe)
+        if not probe.main and (measured or {}).get("status") != "done":
+            raise SurgeryError(
+                f"the figures of {probe.name} stand beside the perplexity, and this report has none yet",
+                where="report",
+                fix="surgery.evaluate(model, base, report=report) first",
+            )
+        result = probe.measure(model, base, **options)
+        record = result.to_dict()
+        record = record if probe.main else (measured or {}) | {probe.name: _without_cases(record)}
+    report.record_evaluation(record)
+    report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}
+    return result
+
+
+def weights_version(model: Any) -> int:
+    """A number that is another one after a training step: PyTorch counts what is written into each parameter."""
+    return hash(tuple((id(weight), getattr(weight, "_version", 0)) for weight in model.parameters()))
+
+
+def _refuse_other_settings(data: dict[str, Any], probe: Probe) -> None:
+    """Raise where figures could not be compared with the recipe's gate: they are of other settings."""
+    wanted = recipe_probe(data, type(probe))
+    if wanted is not None and not same_settings(wanted, probe):
+        asked = ", ".join(f"{key}={value!r}" for key, value in wanted.model_dump(exclude_unset=True).items())
+        raise SurgeryError(
+            f"these are not the settings by which the report's recipe judges ({asked or 'the defaults'})",
+            where="report",
+            fix="leave the settings out; or leave out report=, and only the result has the figures",
+            code="invalid-setting",
+        )
+
+
+def _measure_all(
+    asked: Iterable[Probe],
+    out: ModelSource,
+    base: ModelSource,
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    allow_pickle: bool = False,
+) -> Evaluation:
+    """The result of the main probe, which holds the records of the others."""
+    main, *others = sorted(asked, key=lambda probe: not probe.main)
+    options = {"tokenizer": tokenizer, "progress": progress}
+    result = cast("Evaluation", main.measure(out, base, allow_pickle=allow_pickle, **options))
+    if result.status == "done":
+        result.probes = {probe.name: _measure(probe, out, base, **options) for probe in others}
+    return result
+
+
+def _measure(
+    probe: Probe, out: ModelSource, base: ModelSource, tokenizer: Any, progress: Progress | None
+) -> dict[str, Any]:
     """What became of a probe; that tokenizer or text cannot make its cases is no fault of the checkpoint."""
-    if reason := probe.unasked(base):
+    if reason := probe.unasked(base, tokenizer):
         return {"status": UNASKED, "reason": reason}
     try:
-        result = probe.measure(report.folder, base, progress=progress).to_dict()
+        return _without_cases(probe.measure(out, base, tokenizer=tokenizer, progress=progress).to_dict())
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}
-    return {key: value for key, value in result.items() if key != "cases"}
+
+
+def _without_cases(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "cases"}

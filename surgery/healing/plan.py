@@ -12,6 +12,7 @@ from surgery.errors import SurgeryError, TrainingError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
+from surgery.io.printing import Printed
 from surgery.operations.base import Measurement
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ MICRO_TOKENS = 4096  # of one forward, at most
 MICRO_LOGITS = 1 << 28
 
 
-@dataclass(frozen=True)
-class HealPlan:
-    """A healing worked out for one model.
+@dataclass(frozen=True, repr=False)
+class HealPlan(Printed):
+    """A healing worked out for one model. `print(plan)` shows it in a few lines.
 
     Attributes:
         trained: what trains.
@@ -193,6 +194,13 @@ class HealPlan:
             f"learning rate {heal.rate:g}",
             *([f"note: {self.note}"] if self.note else []),
         ]
+
+    def headline(self) -> str:
+        heal = self.heal
+        return f"{heal.method}: {self.trained.count:,} parameters train, on {heal.data}"
+
+    def blocks(self) -> list[str]:
+        return self.lines
 
     def to_dict(self) -> dict:
         """The plan as plain data."""

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
 
 from surgery.errors import MachineError, SurgeryError, nearest
 from surgery.io import manifest
@@ -35,6 +36,29 @@ NOT_FETCHED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "openvino/*", "original/*",
     "checkpoint-*/*", "*/*.safetensors", "consolidated*", "params.json", "adapter_*",
 ]  # fmt: skip
+
+
+class SentFile(TypedDict):
+    """A file of a push, and its size in bytes."""
+
+    name: str
+    bytes: int
+
+
+class Pushed(TypedDict):
+    """What a push did, or would do: the last four keys only when it was done."""
+
+    repo: str
+    visibility: str
+    dry_run: bool
+    files: list[SentFile]
+    bytes: int
+    metadata: dict[str, Any]
+    warnings: list[str]
+    url: NotRequired[str]
+    commit: NotRequired[str]
+    created: NotRequired[bool]
+    removed: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
@@ -191,7 +215,7 @@ def push(
     dry_run: bool = False,
     message: str | None = None,
     revision: str | None = None,
-) -> dict:
+) -> Pushed:
     """Put a checked output folder on the Hub as one commit, private unless `public`.
 
     Files that the Hub has already (compared by hash before anything is sent) are not sent again: running the
@@ -220,17 +244,21 @@ def push(
         report, files = _checked(out)
     except OSError as error:
         raise MachineError(f"cannot be read: {error.strerror}", where=str(out)) from None
-    result = {"repo": _valid_id(repo), "visibility": "public" if public else "private", "dry_run": dry_run}
+    result: dict[str, Any] = {
+        "repo": _valid_id(repo),
+        "visibility": "public" if public else "private",
+        "dry_run": dry_run,
+    }
     result |= {"files": files, "bytes": sum(file["bytes"] for file in files)}
     result["metadata"], result["warnings"] = _metadata_and_warnings(out, report)
     if dry_run:
-        return result
+        return cast("Pushed", result)
     if not (token := hub_token()):
         raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
     recipe, base = (report.get(key) or {} for key in ("recipe", "base"))
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
-    return result | _send(out, result, token, public, message, revision)
+    return cast("Pushed", result | _send(out, result, token, public, message, revision))
 
 
 def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:

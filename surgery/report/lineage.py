@@ -1,14 +1,17 @@
-"""Checks that a score is of the base that a checkpoint was made from: only then does it belong in the record."""
+"""Checks what belongs together: a score and the base that a checkpoint was made from, a report and its model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.errors import SurgeryError
+from surgery.architecture.anatomy import Anatomy
+from surgery.errors import SurgeryError, shown
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import published
+from surgery.io.loading import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
+from surgery.report.report import Report
 
 KEPT = "which keeps the score of the conversion"  # a clause after "not added to the card"
 
@@ -23,15 +26,25 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
     """
     if data["evaluation"] is not None:
         return KEPT
-    judged_by = data["recipe"].get("evaluate")
-    try:
-        recipe_probe = next((each for each in requested_probes(judged_by) if each.main), None) if judged_by else None
-    except (ValueError, TypeError, AttributeError):  # a record that was edited, or is a later version's
-        recipe_probe = None
-    if recipe_probe is None or _published(recipe_probe) != _published(probe):
+    wanted = recipe_probe(data, type(probe))
+    if wanted is None or not same_settings(wanted, probe):
         *names, last = probe.aliases.flags
         return f"{', '.join(names)} or {last} are not those of its recipe"
     return another_base(data["base"], base)
+
+
+def recipe_probe(data: dict, kind: type[Probe]) -> Probe | None:
+    """The probe of a kind that a record's recipe asks for, with the recipe's settings; None: it does not."""
+    judged_by = data["recipe"].get("evaluate")
+    try:
+        return next((each for each in requested_probes(judged_by) if type(each) is kind), None) if judged_by else None
+    except (ValueError, TypeError, AttributeError):  # a record that was edited, or is a later version's
+        return None
+
+
+def same_settings(one: Probe, other: Probe) -> bool:
+    """Whether two probes measure the same; of a text file, the name alone is kept in a record."""
+    return _published(one) == _published(other)
 
 
 def _published(probe: Probe) -> dict:
@@ -67,3 +80,45 @@ def another_base(recorded: dict, base) -> str:
     except SurgeryError as error:
         return f"the base cannot be compared with the one it was made from ({error.what})"
     return "" if same else f"this is not the base it was made from ({recorded.get('name')}), or its files were changed"
+
+
+def heads_of(model) -> list[list[int]]:
+    """Query heads, KV heads and streaming KV heads of every layer."""
+    return [[layer.heads, layer.kv_heads, len(layer.streaming)] for layer in Anatomy.of(model).layers]
+
+
+def refuse_another(model, report: Report) -> None:
+    """Raise where the report is plainly not of this model, or was edited into what cannot be written."""
+    fix = "give the report that surgery.apply returned for this very model"
+    if not isinstance(report, Report):
+        raise SurgeryError(f"report is {type(report).__name__}, not a surgery.Report", fix=fix)
+    if not is_model(model):
+        raise SurgeryError(f"{type(model).__name__} is not a loaded model", fix="surgery.save(model, folder, report)")
+    report.refuse_unreadable()  # before a weight is written
+    known, kind = report.data.get("in_memory") or {}, report.data["base"].get("model_type")
+    if not _is_origin(known):
+        raise SurgeryError(f"this report cannot be written: in_memory is {shown(known)}", fix=fix)
+    where, reported_class = type(model).__name__, known.get("class")
+    if reported_class and reported_class != where:
+        adapters = "; merge adapters first: model = model.merge_and_unload()" if hasattr(model, "peft_config") else ""
+        raise SurgeryError(f"the report is of a {reported_class}", where=where, fix=fix + adapters)
+    if kind and model.config.model_type != kind:
+        raise SurgeryError(f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix)
+    if "heads" in known and known["heads"] != (heads := heads_of(model)):
+        what = f"the report is of {_shape(known['heads'])}, this model has {_shape(heads)}"
+        raise SurgeryError(what, where=where, fix=fix)
+
+
+def _is_origin(known: object) -> bool:
+    """Whether this is of the form in which `note_origin` records a model; {}: it recorded none."""
+    if not isinstance(known, dict) or (known and "class" not in known):
+        return False
+    heads = known.get("heads", [[0, 0, 0]])
+    return isinstance(heads, list) and heads != [] and all(isinstance(row, list) and len(row) == 3 for row in heads)
+
+
+def _shape(heads: list[list[int]]) -> str:
+    first = heads[0]
+    return (
+        f"{len(heads)} layers with {first[0]} query heads, {first[1]} KV heads and {first[2]} streaming in the first"
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from surgery.errors import CheckError, GateError, SurgeryError, nearest, shown
 from surgery.evaluation.probes import REGISTRY
@@ -25,8 +25,14 @@ from surgery.io.files import (
 )
 from surgery.io.hub_errors import folders
 from surgery.io.manifest import entry, is_intact, other_files, record_hash
+from surgery.io.printing import Block, Printed
 from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
+
+if TYPE_CHECKING:
+    from surgery.evaluation.probes.perplexity import Evaluation
+
+GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
@@ -37,9 +43,11 @@ REQUIRED = {
 }  # fmt: skip
 
 
-@dataclass
-class Report:
-    """The record of one surgery.
+@dataclass(repr=False)
+class Report(Printed):
+    """The record of one surgery. `print(report)` shows it in a few lines.
+
+    A figure that was not measured is None.
 
     Attributes:
         data: exactly what surgery.json holds.
@@ -56,9 +64,86 @@ class Report:
         return self.data
 
     @property
-    def gate(self) -> str:
-        """ "passed", "failed", "skipped" or "not run"."""
-        return self.data["gate"]["status"]
+    def gate(self) -> GateStatus:
+        """Whether the cost stays within the recipe's limits: "passed", "failed", "skipped" or "not run"."""
+        return cast("GateStatus", self.data["gate"]["status"])
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the check of the folder found no fault; None: not checked. What it costs is the gate's business."""
+        return self.data["check"]["passed"] if self.data["check"] else None
+
+    @property
+    def checks(self) -> dict[str, str]:
+        """Name of each check -> "passed", "failed", "measured" or "not run"; {}: not checked."""
+        return {item["name"]: item["status"] for item in (self.data["check"] or {}).get("items", [])}
+
+    @property
+    def changes(self) -> list[str]:
+        """What changed, a sentence for each change ("KV heads 3 → 1 in 30 layers")."""
+        return list(self.data["plan"].get("changes") or [])
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the surgery cost, as `surgery.evaluate` gives it; `probes` has what else the recipe asked for."""
+        from surgery.evaluation.probes.perplexity import Evaluation
+
+        return Evaluation.of(self.data["evaluation"]) if self.data["evaluation"] else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity of the converted model."""
+        return self._figure("out", "perplexity")
+
+    @property
+    def base_perplexity(self) -> float | None:
+        """Perplexity of the base, on the same text."""
+        return self._figure("base", "perplexity")
+
+    @property
+    def kl(self) -> float | None:
+        """KL(base || converted model), mean, in nats per token."""
+        return self._figure("kl", "mean")
+
+    @property
+    def recall(self) -> float | None:
+        """Of the needles that the base finds, the share that the converted model finds too: 0 to 1.
+
+        Needles that the streaming heads of a head split see anyway do not count (the probe `needles`).
+        """
+        return self._figure("needles", "kept", "share")
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of the converted model's KV cache that each token adds, all layers."""
+        return (self.data["plan"].get("kv_bytes_per_token") or {}).get("after")
+
+    @property
+    def base_kv_bytes(self) -> int | None:
+        """Bytes of the base's KV cache that each token adds, all layers."""
+        return (self.data["plan"].get("kv_bytes_per_token") or {}).get("before")
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the converted model; None: it is in memory."""
+        return self.folder
+
+    def _figure(self, *keys: str) -> Any:
+        """A figure of the evaluation, None where there is none."""
+        value: Any = self.data["evaluation"]
+        for key in keys:
+            value = (value or {}).get(key)
+        return value
+
+    def headline(self) -> str:
+        from surgery.report.summary import headline
+
+        return headline(self.data, self.folder)
+
+    def blocks(self) -> list[Block]:
+        from surgery.report.summary import blocks
+
+        return blocks(self.data, self.folder)
 
     def save(self, *, list_files: bool = False) -> None:
         """Write surgery.json and the card that follows from it. A card that somebody has edited stays as it is.

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
 from pydantic.fields import FieldInfo
@@ -16,7 +16,9 @@ from surgery.data.text import Text
 from surgery.errors import SurgeryError
 from surgery.evaluation.lengths import parse_lengths
 from surgery.evaluation.paired import CaseResult, run_base_then_model, sides
+from surgery.evaluation.result import Result
 from surgery.io.loading import read_config, read_tokenizer
+from surgery.io.printing import Table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -194,27 +196,6 @@ class Row:
     ratio: bool = True
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table for the terminal; `justify` is that of every column."""
-
-    headers: tuple[str, ...]
-    rows: list[list[str]]
-    justify: str = "left"
-
-
-class Result(Protocol):
-    """What `measure` gives. `status` is "done", or "not run" for the stated `reason`."""
-
-    status: str
-    reason: str
-    notes: list[str]
-
-    def to_dict(self) -> dict:
-        """The record for JSON: what surgery.json keeps, and what the methods of `Probe` that take `record` read."""
-        ...
-
-
 class Probe(BaseModel):
     """One thing that is measured of a model and of its base: the fields are its settings.
 
@@ -265,11 +246,12 @@ class Probe(BaseModel):
         """The stages that `measure` reports; `compared`: with a base."""
         return []
 
-    def unasked(self, base: ModelSource) -> str:
+    def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
         """Why it says nothing of such a model, and no gate waits for it; "" if it does.
 
         Args:
-            base: a model folder.
+            base: a model folder, or a loaded model.
+            tokenizer: needed where the base is a loaded model.
         """
         return ""
 

@@ -78,7 +78,7 @@ class Answer:
         return bool(self.text) and self.ended and not self.loops and not self.broken
 
 
-@dataclass
+@dataclass(repr=False)
 class ChatResult(CaseResult):
     """What was measured; `cases` are requests, an outcome is an `Answer`.
 
@@ -88,6 +88,7 @@ class ChatResult(CaseResult):
 
     tokenizer: Any = None
 
+    PROBE: ClassVar[str] = "chat"
     COUNT: ClassVar[str] = "requests"
     COMPARISON: ClassVar[str] = "kept"
 
@@ -166,9 +167,9 @@ class Chat(CaseProbe):
         tokens = len(REQUESTS) * self.tokens  # an answer takes a third of them, more or less; the base reads it again
         return Effort(tokens, self.tokens, tokens // 3)
 
-    def unasked(self, base: ModelSource) -> str:
+    def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
         """A model that was not trained on conversations has no template for them."""
-        return "" if read_tokenizer(base).chat_template else "the tokenizer has no chat template"
+        return "" if (tokenizer or read_tokenizer(base)).chat_template else "the tokenizer has no chat template"
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChatResult:
         """The requests as tokens.

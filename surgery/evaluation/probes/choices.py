@@ -31,10 +31,11 @@ from surgery.evaluation.probes.base import (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class ChoiceResult(CaseResult):
     """What was measured; `cases` are encoded questions (`Choice`), an outcome is a `Chosen`."""
 
+    PROBE: ClassVar[str] = "choices"
     COUNT: ClassVar[str] = "items"
     COMPARISON: ClassVar[str] = "paired"
 

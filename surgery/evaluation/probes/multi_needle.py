@@ -40,10 +40,11 @@ LETTERS = 20_000  # of the text that tell how many letters a token has
 TRIES = 20  # stretches of the text that are tried until a prompt holds as many keys as were asked for
 
 
-@dataclass
+@dataclass(repr=False)
 class MultiNeedleResult(NeedleResult):
     """What was measured; `cases` are the needles that are asked for, the other keys are part of their prompts."""
 
+    PROBE: ClassVar[str] = "multi_needle"
     COUNT: ClassVar[str] = "prompts"
 
 

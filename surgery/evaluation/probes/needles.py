@@ -61,7 +61,7 @@ class Outcome:
     nll: float
 
 
-@dataclass
+@dataclass(repr=False)
 class NeedleResult(CaseResult):
     """What was measured; `cases` are needles, an outcome is an `Outcome`.
 
@@ -72,6 +72,7 @@ class NeedleResult(CaseResult):
 
     reach: tuple[int, int] | None = None
 
+    PROBE: ClassVar[str] = "needles"
     COUNT: ClassVar[str] = "needles"
     COMPARISON: ClassVar[str] = "kept"
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +23,7 @@ from surgery.data.text import windows as text_windows
 from surgery.errors import MachineError, SurgeryError
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.paired import finite, sides
+from surgery.evaluation.probes import REGISTRY, find
 from surgery.evaluation.probes.base import (
     Aliases,
     Effort,
@@ -34,7 +36,9 @@ from surgery.evaluation.probes.base import (
     Table,
     TextSource,
 )
+from surgery.evaluation.result import Result
 from surgery.io.loading import read_config, read_tokenizer, refuse_pickle
+from surgery.io.printing import Block
 from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
@@ -68,9 +72,14 @@ class Side:
     load_bytes: int | None = None
     nonfinite_tokens: int = 0
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Side:
+        """The figures of a record; what it does not have is None."""
+        return cls(**{each.name: record[each.name] for each in fields(cls) if each.name in record})
 
-@dataclass
-class Evaluation:
+
+@dataclass(repr=False)
+class Evaluation(Result):
     """What `evaluate` measured, with the text it was measured on.
 
     Attributes:
@@ -80,18 +89,41 @@ class Evaluation:
         kl: KL(base || out) in nats per token: mean, p99 (99th percentile over tokens), top_k.
         top1_agreement: share of tokens where both models find the same next token most probable.
         notes: what could not be found out.
+        probes: records of the other probes that a recipe asks for, by name ("needles"); {} where there are none.
     """
 
     status: str
-    text: dict
+    text: dict[str, Any]
     out: Side
     base: Side | None = None
-    kl: dict | None = None
+    kl: dict[str, Any] | None = None
     top1_agreement: float | None = None
     reason: str = ""
     notes: list[str] = field(default_factory=list)
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict:
+    PROBE: ClassVar[str] = "perplexity"
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Evaluation:
+        """The result that a report keeps, possibly of an earlier version; what it does not have is None."""
+        base, own = record.get("base"), {"kl", "top1_agreement", "reason", "notes"}
+        sides = {"out": Side.of(record.get("out") or {}), "base": None if base is None else Side.of(base)}
+        others = {name: record[name] for name in REGISTRY if name != cls.PROBE and record.get(name)}
+        kept = {name: record[name] for name in own if record.get(name) is not None}
+        return cls(record.get("status", "done"), record.get("text") or {}, **sides, **kept, probes=others)
+
+    def alone(self) -> str:
+        """The perplexity of the only model."""
+        return "perplexity ?" if self.out.perplexity is None else f"perplexity {self.out.perplexity:,.2f}"
+
+    def blocks(self) -> list[Block]:
+        """Its own figures, and a sentence for each of the other probes."""
+        others = [(find(name), record) for name, record in self.probes.items()]
+        sentences = [cls.sentence(record) for cls, record in others if record.get("status") == "done"]
+        return [*super().blocks(), *filter(None, sentences)]
+
+    def to_dict(self) -> dict[str, Any]:
         """The result as plain data for JSON. NaN and infinity become None; `gate` fails on them."""
         data = {"status": self.status, "reason": self.reason} if self.reason else {"status": self.status}
         data |= {
@@ -100,6 +132,7 @@ class Evaluation:
             "out": dict(vars(self.out)),
         }
         data |= {"kl": self.kl and dict(self.kl), "top1_agreement": self.top1_agreement}
+        data |= self.probes
         return finite(data | {"notes": list(self.notes)} if self.notes else data)
 
 
@@ -308,11 +341,17 @@ class Perplexity(Probe):
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        new, old, kl = record["out"]["perplexity"], record["base"]["perplexity"], record["kl"]["mean"]
-        if new is None or kl is None:
+        base, out, kl = (record.get(key) or {} for key in ("base", "out", "kl"))
+        figures = old, new, kl, same = (
+            base.get("perplexity"),
+            out.get("perplexity"),
+            kl.get("mean"),
+            record.get("top1_agreement"),
+        )
+        if None in figures:
             return ""
         perplexities = f"perplexity {shown_perplexity(old)} → {shown_perplexity(new)}"
-        return f"{perplexities}, KL {kl:.3f} nats, same best token {record['top1_agreement']:.1%}"
+        return f"{perplexities}, KL {kl:.3f} nats, same best token {same:.1%}"
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
@@ -345,13 +384,15 @@ class Perplexity(Probe):
             rows.append([label, *("?" if cell is None else form.format(cell) for cell in cells), *quotient])
         headers = ("", "base", "converted", "ratio") if base else ("", "model")
         lines: list[Table | str] = [Table(headers, rows)]
-        if base and record["kl"].get("mean") is not None:
+        if base and (record["kl"] or {}).get("mean") is not None:
             kl, same = record["kl"], record["top1_agreement"]
             lines.append(f"KL from the base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats per token")
             lines.append(f"same best token: {same:.1%}")
             lines.append(
                 f"The KL is over the base's {kl['top_k']} likeliest tokens and all others as one: a lower bound."
             )
+        if not {"tokens", "title", "sha256"} <= text.keys():  # a record of an earlier version
+            return lines
         tokens = f"{text['tokens']:,} token{'s' * (text['tokens'] != 1)}"
         return [*lines, f"Measured on {tokens} of {text['title']} (sha256 {text['sha256']})."]
 

@@ -1,0 +1,129 @@
+"""A plan in lines: which layers change to what, what the user must know, and the sizes before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery.architecture.layer import LayerAnatomy
+
+if TYPE_CHECKING:
+    from surgery.conversion.plan import Plan
+
+LOADS_WITH = {"native": "native (loads with stock Transformers)", "surgical": "surgical (needs the bundled code)"}
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan as a tree of text, with its sizes below it."""
+    branches: list[tuple[str, list[str]]] = layer_branches(plan)
+    branches += [(change, []) for change in plan.changes] + [(f"note: {note}", []) for note in plan.notes]
+    name = f"{plan.recipe.name} on {plan.source} ({plan.before.model_type})"
+    return [f"{name}: {LOADS_WITH[plan.tier]}", *_drawn(branches), *sizes(plan)]
+
+
+def headline(plan: Plan) -> str:
+    """The plan in one line."""
+    changes = plan.changes or ["no change"]
+    more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+    return f"{plan.recipe.name} on {plan.source or plan.before.model_type}: {changes[0]}{more}; {plan.tier}"
+
+
+def sizes(plan: Plan) -> list[str]:
+    """KV cache and parameters, before and after."""
+    before, after = plan.before, plan.after
+    rows = [f"KV cache per token: {arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes"]
+    if before.kv_bytes_fixed or after.kv_bytes_fixed:
+        rows.append(
+            f"KV cache of sinks and windows: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed"
+        )
+    return [*rows, *([f"parameters: {arrow(before.parameters, plan.parameters_after)}"] if before.tensors else [])]
+
+
+def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Neighbouring layers that change alike: their path, and a line for each thing that changes or is worth knowing.
+
+    Where the model is measured first, which heads of which layer change is not known yet: totals alone are.
+    """
+    measured = [step for step in plan.steps if step.change.measured]
+    placed = all(
+        _same_kv_heads(step.change.after.layers) or not _same_kv_heads(step.before.layers) for step in measured
+    )
+    branches = []
+    for old, new, last in _runs(plan.before.layers, plan.after.layers, not measured, placed):
+        path = old.path if last == old.index else old.path.replace(f".{old.index}.", f".{old.index}-{last}.", 1)
+        branches.append((path, _layer_lines(plan, old, new, not measured, placed)))
+    return branches
+
+
+def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, placed: bool) -> list[str]:
+    rows = [f"query heads {arrow(old.heads, new.heads)}, of {old.head_dim}"]
+    if not placed:
+        counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
+        return [*rows, f"KV heads {old.kv_heads} → {counts}: which layers get which is measured"]
+    readers = arrow(_readers(old), _readers(new))
+    rows.append(f"KV heads {arrow(old.kv_heads, new.kv_heads)}, {readers} query heads each")
+    if known and (old.streaming or new.streaming):
+        rows.append(f"streaming KV heads {arrow(len(old.streaming), len(new.streaming))}")
+    for name in new.tensor_names:
+        full = f"{old.path}.{name}"
+        before = plan.before.tensors.get(full, ("", None))[1]
+        after = plan.shapes.get(full, before)
+        if before != after:
+            rows.append(f"{name} {arrow(_shape(before), _shape(after))}")
+    return rows
+
+
+def _runs(before: Sequence[LayerAnatomy], after: Sequence[LayerAnatomy], known: bool, placed: bool) -> list[tuple]:
+    """(old layer, new layer, number of the last) of neighbouring layers that change alike.
+
+    Args:
+        known: which heads change; placed: which layers have how many.
+    """
+    runs: list[tuple[LayerAnatomy, LayerAnatomy, int]] = []
+    previous = None
+    for old, new in zip(before, after, strict=True):
+        change = (_without_place(old), _without_place(new) if known else new.kv_heads if placed else None)
+        if change == previous:
+            runs[-1] = (*runs[-1][:2], old.index)
+        else:
+            runs.append((old, new, old.index))
+        previous = change
+    return runs
+
+
+def _without_place(layer: LayerAnatomy) -> dict[str, Any]:
+    """What a layer is, but for its number and the heads by name that its parts hold."""
+    fields = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
+    parts = {name: part.display_key(layer.entry) for name, part in layer.parts.items()}
+    return fields | {name: value for name, value in parts.items() if value is not None}
+
+
+def _drawn(branches: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Branches with their leaves, as the lines of a tree."""
+    drawn = []
+    for place, (branch, leaves) in enumerate(branches):
+        last = place == len(branches) - 1
+        drawn.append(f"{'└── ' if last else '├── '}{branch}")
+        for number, leaf in enumerate(leaves):
+            drawn.append(f"{'    ' if last else '│   '}{'└── ' if number == len(leaves) - 1 else '├── '}{leaf}")
+    return drawn
+
+
+def _same_kv_heads(layers: Sequence[LayerAnatomy]) -> bool:
+    return len({layer.kv_heads for layer in layers}) == 1
+
+
+def _readers(layer: LayerAnatomy) -> int | str:
+    """Query heads that read a KV head."""
+    counts = layer.query_groups
+    return f"{min(counts)} to {max(counts)}" if counts else layer.group
+
+
+def arrow(old: int | str, new: int | str) -> str:
+    """ "46,080 → 15,360", or the one value of what stays."""
+    shown = [f"{value:,}" if isinstance(value, int) else value for value in (old, new)]
+    return shown[0] if shown[0] == shown[1] else " → ".join(shown)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))

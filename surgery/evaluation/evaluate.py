@@ -1,0 +1,246 @@
+"""The public functions that measure a model: `evaluate`, and the two probes that have functions of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
+
+from surgery.config.arguments import no_model, refuse_no_function, refuse_no_text, refuse_no_tokenizer
+from surgery.errors import SurgeryError
+from surgery.machine.device import made_on_cpu
+from surgery.machine.progress import Progress
+from surgery.report.report import FILE, Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from surgery.data.text import Text
+    from surgery.evaluation.probes.base import Probe
+    from surgery.evaluation.probes.choices import ChoiceResult
+    from surgery.evaluation.probes.needles import NeedleResult
+    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.result import Result
+
+    AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
+    AnyText = str | Path | Text  # "builtin", a text file, or a text
+    AnyTokenizer = PreTrainedTokenizerBase
+
+
+@overload
+def evaluate(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    probe: None = None,
+    tokenizer: AnyTokenizer | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    text: AnyText | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    top_k: int | None = None,
+) -> Evaluation: ...
+@overload
+def evaluate(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    probe: str | Probe,
+    tokenizer: AnyTokenizer | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result: ...
+@made_on_cpu()
+def evaluate(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    probe: str | Probe | None = None,
+    tokenizer: AnyTokenizer | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    text: AnyText | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    top_k: int | None = None,
+    **settings: Any,
+) -> Result:
+    """Measure a model, by itself or compared with its base: `result["out"]["perplexity"]`, `result.kl`.
+
+    Args:
+        model, base: folder, name or loaded model (then with `tokenizer`).
+        probe: what is measured: a name of `surgery.evaluation.probes`. The default is the one that every recipe is
+            judged by: perplexity, KL to the base, top-1 agreement, KV bytes and load size.
+        report: of the loaded model; the figures are entered, so that `surgery.save` writes them. Without a probe and
+            settings, all that its recipe asks for is measured.
+        progress: called with done, total and a label.
+        text, windows, length, top_k: of the default probe: "builtin" or a text file; how many windows of it are scored
+            (8), of how many tokens (512); over how many tokens of the base the KL is computed (512).
+        settings: of another probe, as in `surgery eval --probe NAME key=value`.
+
+    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result of the default probe in its
+    surgery.json and card, and the gate is compared with it, if text and base are those that its recipe and record
+    name. Where it is not recorded, a note of the result says why.
+
+    Returns:
+        The probe's result, a mapping that prints: `status`, `notes`, `to_dict()`, and figures of its own.
+
+    Raises:
+        SurgeryError: no such probe, bad settings, or models that cannot be measured so.
+    """
+    named = {"text": text, "windows": windows, "length": length, "top_k": top_k}
+    given = {key: value for key, value in named.items() if value is not None} | settings
+    return _evaluate(model, base, probe, given, tokenizer, report, progress)
+
+
+def evaluate_needles(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    text: AnyText | None = None,
+    lengths: int | str | Sequence[int] | None = None,
+    length: int | None = None,
+    depths: int | Sequence[float] | None = None,
+    samples: int | None = None,
+    cases: int | None = None,
+    seed: int | None = None,
+    secret: str | None = None,
+    form: str | None = None,
+) -> NeedleResult:
+    """Which secrets hidden in a text a model finds, compared with its base if one is given (the recall test).
+
+    Args:
+        model, base, tokenizer, report, progress: as for `evaluate`.
+        text: the text around them: "builtin" or a text file.
+        lengths, length: tokens of the prompts: several lengths (512, 1024, 2048), or one.
+        depths: places in the text: their number, evenly spaced (5), or shares (0 the beginning, 1 the end).
+        samples, cases: prompts for each length and place (4), or in all, at least.
+        seed: of what is drawn (0).
+        secret: "digits" or "words".
+        form: "chat", "plain", or "auto", by the tokenizer.
+    """
+    settings = {"text": text, "lengths": lengths, "length": length, "depths": depths, "samples": samples}
+    settings |= {"cases": cases, "seed": seed, "secret": secret, "form": form}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
+
+
+def evaluate_choices(
+    model: AnyModel,
+    base: AnyModel | None = None,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    text: AnyText | None = None,
+    labelled: str | Path | None = None,
+    items: int | None = None,
+    context: int | None = None,
+    seed: int | None = None,
+) -> ChoiceResult:
+    """Which of several answers a model finds most probable, compared with its base if one is given.
+
+    Args:
+        model, base, tokenizer, report, progress: as for `evaluate`.
+        text: where the questions are made from: "builtin" or a text file; which ending continues a passage.
+        labelled: a JSONL file of questions (prompt, choices, answer) in place of a text.
+        items, context: questions made from the text (320), and tokens of a passage (96).
+        seed: of what is drawn (0).
+    """
+    settings = {"text": text, "labelled": labelled, "items": items, "context": context, "seed": seed}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return cast("ChoiceResult", _evaluate(model, base, "choices", given, tokenizer, report, progress))
+
+
+@made_on_cpu()
+def _evaluate(
+    model: AnyModel,
+    base: AnyModel | None,
+    probe: str | Probe | None,
+    settings: dict[str, Any],
+    tokenizer: AnyTokenizer | None,
+    report: Report | None,
+    progress: Progress | None,
+) -> Result:
+    from surgery.evaluation.run import evaluate_in_memory
+    from surgery.report.lineage import refuse_another
+
+    if model is None:
+        raise no_model(model)
+    refuse_no_tokenizer(tokenizer)
+    refuse_no_function(progress=progress)
+    if report is not None:
+        refuse_another(model, report)
+    chosen, out, beside = _chosen(probe, settings, report), _source(model), _source(base, "base")
+    options = {"tokenizer": tokenizer, "progress": progress}
+    if report is not None:
+        return evaluate_in_memory(report, out, beside, chosen, **options)
+    result = (chosen or _usual()).measure(out, beside, **options)
+    if base is not None and isinstance(out, Path):
+        _record(out, base, chosen or _usual(), result)
+    return result
+
+
+def _chosen(probe: str | Probe | None, settings: dict[str, Any], report: Report | None) -> Probe | None:
+    """The probe that was asked for, with the recipe's settings where a report has some and none were given.
+
+    None: nothing was asked for.
+    """
+    from surgery.evaluation import probes
+    from surgery.evaluation.probes.base import Probe
+    from surgery.evaluation.probes.settings import make
+    from surgery.report.lineage import recipe_probe
+
+    if isinstance(probe, Probe):
+        if settings:
+            what = f"this probe has its settings already: {', '.join(settings)}"
+            raise SurgeryError(what, where="probe", fix="give its name instead", code="invalid-setting")
+        return probe
+    if probe is None and not settings:
+        return None
+    if probe is not None:
+        refuse_no_text("probe", probe)
+    name = probe or probes.main().name
+    of_recipe = recipe_probe(report.data, probes.find(name)) if report is not None and not settings else None
+    return of_recipe or make(name, settings)
+
+
+def _usual() -> Probe:
+    """The probe that every recipe is judged by, with its default settings."""
+    from surgery.evaluation import probes
+
+    return probes.main()()
+
+
+def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
+    """Enter a score into the record of a checkpoint of ours that has none, or note why it does not belong there."""
+    from surgery.config.recipe import recorded
+    from surgery.report.lineage import KEPT, unrecordable
+
+    if not probe.main or not (folder / FILE).is_file():
+        return
+    report = Report.of(folder)
+    recipe = recorded(report.data)
+    if recipe and (short := recipe.too_short(probe.length, "windows", "length")):
+        result.notes.append(short)
+    if reason := unrecordable(report.data, base, probe):
+        result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")
+    else:
+        report.record_evaluation(result.to_dict())
+        report.save()
+
+
+def _source(model: Any, name: str = "model") -> Any:
+    """A folder for a name; a loaded model, or none, as it is."""
+    if isinstance(model, str | Path):
+        from surgery.io.hub import resolve
+
+        return resolve(str(model)).path
+    if model is not None and not hasattr(model, "config"):
+        raise no_model(model, name)
+    return model
