@@ -56,14 +56,14 @@ def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
 
 
 def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, placed: bool) -> list[str]:
-    rows = [f"query heads {arrow(old.heads, new.heads)}, of {old.head_dim}"]
+    rows = [f"{arrow(old.heads, new.heads)} query heads of size {old.head_dim}"]
     if not placed:
         counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
-        return [*rows, f"KV heads {old.kv_heads} → {counts}: which layers get which is measured"]
-    readers = arrow(_readers(old), _readers(new))
-    rows.append(f"KV heads {arrow(old.kv_heads, new.kv_heads)}, {readers} query heads each")
+        return [*rows, f"{old.kv_heads} → {counts} KV heads: which layers get which is measured"]
+    earlier = f" ({_readers(old)} before)" if _readers(old) != _readers(new) else ""
+    rows.append(f"{arrow(old.kv_heads, new.kv_heads)} KV heads, each read by {_readers(new)} query heads{earlier}")
     if known and (old.streaming or new.streaming):
-        rows.append(f"streaming KV heads {arrow(len(old.streaming), len(new.streaming))}")
+        rows.append(f"{arrow(len(old.streaming), len(new.streaming))} streaming KV heads")
     for name in new.tensor_names:
         full = f"{old.path}.{name}"
         before = plan.before.tensors.get(full, ("", None))[1]

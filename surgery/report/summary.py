@@ -8,7 +8,7 @@ from typing import Any
 from surgery.evaluation import probes
 from surgery.io.printing import Block
 from surgery.report.card_sections import base_name, healed, searched
-from surgery.report.gate import damage
+from surgery.report.gate import damage, finite
 
 FAILED, PASSED = "failed", "passed"
 
@@ -46,11 +46,10 @@ def blocks(data: dict[str, Any], folder: Path | None) -> list[Block]:
         also = f" and {fixed['after']:,} bytes of sinks and windows" if fixed.get("after") else ""
         lines.append(("KV cache", f"{kv['before']:,} → {kv['after']:,} bytes per token{also}"))
     lines += [("found", line) for line in searched(data)]
-    lines += [("healed", line) for line in healed(data)]
+    lines += [("healed", line) for line in healed(data) or trained(data.get("heal"))]
     lines.append(("cost", cost(data["evaluation"], bool(data.get("heal")))))
     if data["gate"]["limits"]:
-        reasons = "; ".join(data["gate"].get("reasons") or [])
-        lines.append(("gate", data["gate"]["status"] + (f": {reasons}" if reasons else "")))
+        lines.append(("gate", judged(data["gate"], data["evaluation"])))
     lines.append(("check", checked(data["check"])))
     lines.append(("folder", place(folder) if folder else "none: the model is in memory (surgery.save writes it)"))
     return lines
@@ -67,6 +66,30 @@ def cost(evaluation: dict[str, Any] | None, after_healing: bool) -> str:
         return "the model gives NaN: not usable"
     usable = f": not usable{'' if after_healing else ' before healing'}" if damage(evaluation) else ""
     return ", ".join(sentence for _, sentence in sentences if sentence) + usable
+
+
+def judged(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """The gate in a sentence: the figures beside their limits where it was passed, else what is against it."""
+    reasons = list(gate.get("reasons") or [])
+    if gate["status"] == PASSED and evaluation:
+        known = probes.limits()
+        for name, value in gate["limits"].items():
+            cls, limit = known.get(name, (None, None))
+            record = probes.record_of(evaluation, cls) if cls else {}
+            figure = limit.figure(record) if limit and record.get("status", "done") == "done" and record else None
+            if finite(figure):
+                reasons.append(f"{name} {value:g}, measured {figure:.4g}")
+    return gate["status"] + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def trained(heal: dict[str, Any] | None) -> list[str]:
+    """What a healing did whose result was not scored; [] where there was none."""
+    if not heal:
+        return []
+    settings, steps, tokens = heal["settings"], heal.get("steps"), heal.get("tokens")
+    facts = [str(settings.get("method") or "trained"), *([f"{tokens:,} tokens"] if isinstance(tokens, int) else [])]
+    facts += [f"{steps:,} {'step' if steps == 1 else 'steps'}"] if isinstance(steps, int) else []
+    return [f"{', '.join(facts)}; how much came back was not measured"]
 
 
 def checked(check: dict[str, Any] | None) -> str:

@@ -119,9 +119,12 @@ class Evaluation(Result):
 
     def blocks(self) -> list[Block]:
         """Its own figures, and a sentence for each of the other probes."""
-        others = [(find(name), record) for name, record in self.probes.items()]
-        sentences = [cls.sentence(record) for cls, record in others if record.get("status") == "done"]
-        return [*super().blocks(), *filter(None, sentences)]
+        sentences = []
+        for name, record in self.probes.items():
+            done = record.get("status", "done") == "done"
+            reason = find(name).sentence(record) if done else f"{name} {record['status']}: {record.get('reason', '')}"
+            sentences.append(reason or f"{name}: {find(name).missing(record)}")
+        return [*super().blocks(), *sentences]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data for JSON. NaN and infinity become None; `gate` fails on them."""
