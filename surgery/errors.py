@@ -6,6 +6,7 @@ Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or inp
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -113,6 +114,66 @@ class SurgeryError(Exception):
         return facts
 
 
+class RecipeError(SurgeryError):
+    """A recipe or an override says what cannot be."""
+
+    code = "invalid-recipe"
+
+
+class RecipeMismatchError(SurgeryError):
+    """A recipe is sound, and cannot be applied to this model."""
+
+    code = "recipe-mismatch"
+
+
+class SettingError(SurgeryError):
+    """A setting of a probe, a healing, a search or a benchmark has a value that cannot be."""
+
+    code = "invalid-setting"
+
+
+class ModelError(SurgeryError):
+    """A model's config, index, weights or tokenizer are damaged or contradict each other."""
+
+    code = "invalid-model"
+
+
+class UnsupportedModelError(SurgeryError):
+    """A model is sound, and cannot be edited, measured or trained here."""
+
+    code = "unsupported-model"
+
+
+class ModelMismatchError(SurgeryError):
+    """Model, base, tokenizer, report or score file do not belong together."""
+
+    code = "model-mismatch"
+
+
+class TextError(SurgeryError):
+    """A text or a file of questions is missing, no text, or too short."""
+
+    code = "unusable-text"
+
+
+class OutputExistsError(SurgeryError):
+    """Something that must not be replaced has the name of the output."""
+
+    code = "out-exists"
+
+
+class ModelNotFoundError(SurgeryError):
+    """There is no such folder, repository or revision."""
+
+    code = "model-not-found"
+
+
+class RecordError(SurgeryError):
+    """A checkpoint's surgery.json, or what should become one, is missing or damaged."""
+
+    code = "invalid-record"
+
+
 class GateError(SurgeryError):
     """The surgery was done and saved, and costs more quality than the recipe's gate allows."""
 
@@ -135,11 +196,38 @@ class MachineError(SurgeryError):
     resumable = True
 
 
+class NetworkError(MachineError):
+    """The Hub cannot be reached, or does not answer as it should."""
+
+    code = "network-failure"
+
+
+class AccessError(MachineError):
+    """The system or the Hub does not let this user read or write."""
+
+    code = "permission-denied"
+
+
 class TrainingError(SurgeryError):
     """A training cannot go on as it was asked for; its checkpoints are kept."""
 
     code = "training-failed"
+
+
+class OtherTrainingError(TrainingError):
+    """The checkpoints of an unfinished training are of another one."""
+
+    code = "unfinished-run"
     resumable = True
+
+
+def system_code(number: int | None) -> Code:
+    """The code of an error of the system, by its number; None: it is not known."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "disk-full"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "permission-denied"
+    return "out-of-memory" if number == errno.ENOMEM else "machine-failure"
 
 
 def nearest(word: object, known: Iterable[object], cutoff: float = 0.5) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
 from surgery.architecture.layer import BYTES, LayerAnatomy
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError
 from surgery.io.safetensors import TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Anatomy:
         """
         layout = self.layers[0].layout
         if layout.kv_field is None and kv_heads != self.layers[0].kv_heads:
-            raise SurgeryError(self.kv_heads_problem(kv_heads))
+            raise RecipeMismatchError(self.kv_heads_problem(kv_heads))
         if layout.kv_field is None:
             return self
         edits = {layout.kv_field: kv_heads}

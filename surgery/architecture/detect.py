@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.architecture.families import ATTENTION_WORDS, COMMON_FORM, FAMILIES, LAYER_PATHS, Family
 from surgery.architecture.layer import BYTES, LayerAnatomy
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, UnsupportedModelError
 from surgery.io.safetensors import STORED_NAMES
 
 # Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
@@ -30,7 +30,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     check_block(config, where)
     family, guess, prefix = FAMILIES.get(model_type), False, ""
     if differ := sorted(FIELDS & set(getattr(text, "per_layer_attributes", None) or ())):
-        raise SurgeryError(
+        raise UnsupportedModelError(
             f"the layers of this {model_type} differ in {', '.join(differ)}",
             where=where,
             fix="this version converts models whose attention layers have one shape",
@@ -43,7 +43,7 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
     kv_heads = _kv_heads(text, family, heads, where)
     head_dim = getattr(text, "head_dim", None) or _positive_integer(text, "hidden_size", where) // heads
     if heads % kv_heads:
-        raise SurgeryError(
+        raise ModelError(
             f"config.json has {heads} query heads on {kv_heads} KV heads",
             where=where,
             fix="num_key_value_heads must divide num_attention_heads",
@@ -125,7 +125,7 @@ def _part_entries(entry: dict) -> dict:
 def _positive_integer(config, name: str, where: str) -> int:
     value = getattr(config, name, None)
     if not isinstance(value, int) or value < 1:
-        raise SurgeryError(f"the config has no usable {name} (found {value!r})", where=where)
+        raise ModelError(f"the config has no usable {name} (found {value!r})", where=where)
     return value
 
 
@@ -158,14 +158,14 @@ def _find_layers(family: Family, tensors: dict, count: int, config, where: str) 
     path = max(counts, key=counts.get)
     if counts[path] == 0:
         _refuse_packed(config, tensors, where)
-        raise SurgeryError(
+        raise ModelError(
             f"no attention weights found under {' or '.join(counts)}",
             where=where,
             exists=_attention_names(tensors),
         )
     if counts[path] < count:
         missing = next(index for index in range(count) if f"{path}.{index}.{tail}" not in tensors)
-        raise SurgeryError(
+        raise ModelError(
             f"{path}.{missing}.{tail} is missing",
             where=where,
             exists=f"{counts[path]} of the {count} layers that config.json promises",
@@ -180,7 +180,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
     if getattr(config, "is_encoder_decoder", False) or (
         classes and not any(c.endswith(DECODER_HEADS) for c in classes)
     ):
-        raise SurgeryError(
+        raise UnsupportedModelError(
             f"{model_type} is not a decoder language model (architectures: {', '.join(classes) or 'none'})",
             where=where,
             exists=f"known families: {', '.join(FAMILIES)}",
@@ -199,7 +199,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
             honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) and not alias else None
             return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
     _refuse_packed(config, tensors, where)
-    raise SurgeryError(
+    raise UnsupportedModelError(
         f"attention of model type {model_type} is of a form that is not understood",
         where=where,
         exists=_attention_names(tensors) or f"known families: {', '.join(FAMILIES)}",
@@ -283,11 +283,11 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
         if stored_name not in tensors or tensors[stored_name][0] not in BYTES:
             if quantised or stored_name in tensors:
                 _refuse_quantised(config, stored_name, tensors.get(stored_name), where)
-            raise SurgeryError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
+            raise ModelError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
     for name, heads in wanted.items():
         shape = tensors[f"{layer.path}.{name}.weight"][1]
         if (shape[1] if layout.conv1d else shape[0]) != heads * layer.head_dim:
-            raise SurgeryError(
+            raise ModelError(
                 f"{layer.path}.{name}.weight has shape {list(shape)}, which does not fit the config",
                 where=where,
                 exists=f"{layer.heads} query heads, {layer.kv_heads} KV heads, head size {layer.head_dim}",
@@ -303,7 +303,7 @@ def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
         rest = name.removeprefix(f"{layer.path}.")
         harmless = "rotary" in rest or ("norm" in rest and shape == (layer.head_dim,))
         if rest != name and rest not in known and not harmless:
-            raise SurgeryError(
+            raise UnsupportedModelError(
                 f"{name} {list(shape)} is not understood: it may follow the heads",
                 where=where,
                 fix="an unknown family is converted only where its attention holds q, k, v and o projections and "
@@ -325,7 +325,7 @@ def _refuse_quantised(config, name: str, stored_entry: tuple | None, where: str)
     base = getattr(config, "_name_or_path", "") or ""
     stored = stored_entry[0] if stored_entry else "not stored as a matrix"
     known = f"convert {base}, the unquantised model that the config names" if "/" in base else ""
-    raise SurgeryError(
+    raise UnsupportedModelError(
         f"the attention projections are quantised ({method}): {name} is {stored}",
         where=where,
         fix=known or "convert the unquantised model and quantise the result; weight rewrites need real matrices",
@@ -342,5 +342,5 @@ def check_block(config, where: str) -> dict | None:
         validate(config)
     except ValueError as error:
         fix = "convert the base again, or put config.json back as it was written"
-        raise SurgeryError(f"config.json: {error}", where=where, fix=fix) from None
+        raise ModelError(f"config.json: {error}", where=where, fix=fix) from None
     return config.surgery

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy, query_names
 from surgery.architecture.surgery_block import layer_entries
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
     """Raise SurgeryError where a tensor of the layer at `path` holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
-            raise SurgeryError(
+            raise ModelError(
                 f"{path}.{name} holds NaN or infinite values",
                 fix="the base checkpoint is damaged: download it again",
             )

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.data.passkeys import Recall
-from surgery.errors import SurgeryError
+from surgery.errors import UnsupportedModelError
 from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_config import base_windows, query_groups
@@ -88,7 +88,7 @@ def hook_attention(model, attention: Callable = surgery_attention, split: bool =
     if not reason and not all(hasattr(sys.modules[type(m).__module__], "ALL_ATTENTION_FUNCTIONS") for m in modules):
         reason = f"{anatomy.model_type} does not use the attention interface in this version of Transformers"
     if reason:
-        raise SurgeryError(reason, where=type(model).__name__)
+        raise UnsupportedModelError(reason, where=type(model).__name__)
     block = getattr(model.config, "surgery", None)  # of layers of different shape
     groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
     hook = AttentionHook(anatomy, modules, groups, base_windows(model.config))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, ModelMismatchError, SurgeryError
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -96,11 +96,11 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     kinds = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[kind] for kind in per)
     measure = "`surgery score MODEL -o FILE` writes one" if "kv_heads" in per else "a table: a row for each layer"
     if not path.is_file():
-        raise SurgeryError("no such score file", where=str(path), fix=measure)
+        raise SurgeryError("no such score file", where=str(path), fix=measure, code="invalid-file")
     scores = read_scores(path)
     shape, counts = [len(row) for row in scores.scores], [[getattr(x, kind) for x in anatomy.layers] for kind in per]
     if shape not in counts:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"the scores are of another model: {_shape(shape)} (layers x {kinds})",
             where=str(path),
             exists=f"this model has {' or '.join(map(_shape, counts))}",
@@ -108,7 +108,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     theirs, ours = scores.origin.get("model"), model_identity(anatomy)
     if isinstance(theirs, dict) and theirs.get("hash", ours["hash"]) != ours["hash"]:
         differ = [key for key in ours if key not in ("name", "hash") and theirs.get(key) != ours[key]]
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"the scores are of another model: {theirs.get('name') or theirs.get('model_type')} "
             f"(config hash {theirs['hash']})",
             where=str(path),
@@ -116,7 +116,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
             fix="measure this one: `surgery score MODEL -o FILE`",
         )
     if any(x != x for row in scores.scores for x in row):
-        raise SurgeryError("the scores hold NaN", where=str(path))
+        raise SurgeryError("the scores hold NaN", where=str(path), code="invalid-file")
     return scores
 
 
@@ -152,7 +152,7 @@ def read_scores(path: str | Path) -> HeadScores:
         rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
         return HeadScores("file", rows, {"file": path.name})
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise SurgeryError(f"not a table of scores: {error}", where=str(path)) from None
+        raise SurgeryError(f"not a table of scores: {error}", where=str(path), code="invalid-file") from None
 
 
 def _of_json(text: str, path: Path) -> HeadScores:
@@ -167,6 +167,7 @@ def _of_json(text: str, path: Path) -> HeadScores:
             where=str(path),
             exists='{"format": 1, "method": ..., "scores": [a list of numbers for each layer], "origin": {...}}',
             fix="`surgery score MODEL -o FILE` writes one; a table without a name is plain text, a row for each layer",
+            code="invalid-file",
         ) from None
 
 
@@ -212,7 +213,7 @@ def ranks(table: list[list[float]]) -> list[list[float]]:
 def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
     """Raise a SurgeryError if a measured table [layers][heads] holds NaN or inf, which would be ranked as a score."""
     if not all(math.isfinite(x) for table in tables for row in table for x in row):
-        raise SurgeryError(
+        raise ModelError(
             f"the heads' scores are no numbers ({method}): the model gives NaN or inf on its calibration text",
             fix="load it in bfloat16 or float32; if that does not help, look for damaged weights (surgery check)",
         )

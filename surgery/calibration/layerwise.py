@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError
+from surgery.errors import UnsupportedModelError
 
 
 class StopForward(Exception):
@@ -92,7 +92,9 @@ class Layerwise:
             finally:
                 handle.remove()
             if not inputs:
-                raise SurgeryError(f"layer {layer}'s output projection was not called", where=type(self).__name__)
+                raise UnsupportedModelError(
+                    f"layer {layer}'s output projection was not called", where=type(self).__name__
+                )
             yield inputs[0].flatten(0, -2)
 
     def advance(self, layer: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.data.questions import Choice, encode, read_questions
-from surgery.errors import SurgeryError
+from surgery.errors import ModelMismatchError, RecipeMismatchError
 from surgery.io.loading import loaded
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
     for label, config in configs.items():
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest and tokens > longest:
-            raise SurgeryError(f"{label} has {longest} positions, {what} have {tokens} tokens", fix=fix)
+            raise RecipeMismatchError(f"{label} has {longest} positions, {what} have {tokens} tokens", fix=fix)
 
 
 def refuse_other_tokenizer(configs: dict, largest: int) -> None:
@@ -36,7 +36,7 @@ def refuse_other_tokenizer(configs: dict, largest: int) -> None:
     for label, config in configs.items():
         known = config.get_text_config().vocab_size
         if largest >= known:
-            raise SurgeryError(
+            raise ModelMismatchError(
                 f"the tokenizer gives token {largest}, {label} knows {known}", fix="use the tokenizer of this model"
             )
 
@@ -241,7 +241,9 @@ def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> 
     targets = window[1:].to(logits.device)
     reference = load(file.read_bytes()) if file and file.is_file() else None
     if reference and int(reference["vocabulary"]) != logits.shape[-1]:
-        raise SurgeryError(f"base and out give {int(reference['vocabulary'])} and {logits.shape[-1]} logits a token")
+        raise ModelMismatchError(
+            f"base and out give {int(reference['vocabulary'])} and {logits.shape[-1]} logits a token"
+        )
     vectors: dict[str, list] = {"loss": []}
 
     def add(name: str, values: torch.Tensor) -> None:

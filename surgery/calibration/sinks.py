@@ -18,7 +18,7 @@ import torch
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
-from surgery.errors import SurgeryError
+from surgery.errors import TextError, UnsupportedModelError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -114,7 +114,7 @@ def real_tokens(sequences: torch.Tensor, mask: torch.Tensor | None) -> list[slic
     for row in mask.bool():
         slots = row.nonzero()[:, 0]
         if len(slots) < 2 or len(slots) != slots[-1] - slots[0] + 1:
-            raise SurgeryError("a text must have at least 2 tokens, and padding only before and after them")
+            raise TextError("a text must have at least 2 tokens, and padding only before and after them")
         spans.append(slice(int(slots[0]), int(slots[-1]) + 1))
     return spans
 
@@ -152,7 +152,7 @@ def sink_map(
 
     with hook_attention(model, attention) as hook, torch.no_grad():
         if any(getattr(module, "surgery_parameters", ()) for module in hook.modules):
-            raise SurgeryError("a surgery set a bias or virtual keys in this model: measure its base")
+            raise UnsupportedModelError("a surgery set a bias or virtual keys in this model: measure its base")
         layers = [_Layer() for _ in hook.modules]
         marks, eligible = torch.zeros_like(sequences), torch.zeros_like(sequences, dtype=torch.bool)
         residual = _Residual(sequences, spans, len(layers))

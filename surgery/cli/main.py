@@ -20,7 +20,7 @@ from surgery.cli import interrupt
 from surgery.cli import measure as measure_verbs
 from surgery.cli.help import Command, Group, context_settings
 from surgery.cli.options import emit
-from surgery.errors import MachineError, SurgeryError
+from surgery.errors import MachineError, SurgeryError, system_code
 from surgery.machine import command
 from surgery.machine.device import is_out_of_memory
 
@@ -113,15 +113,16 @@ def _translate(error: Exception) -> SurgeryError:
     if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
         return SurgeryError(error.format_message(), fix="see `surgery --help`")
     if isinstance(error, OSError) and error.errno in MACHINE:
-        return MachineError(f"the system refused: {error.strerror}", where=str(error.filename or ""))
+        where, code = str(error.filename or ""), system_code(error.errno)
+        return MachineError(f"the system refused: {error.strerror}", where=where, code=code)
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
         return MachineError("no folder for temporary files can be written", fix="set TMPDIR to one that can")
     if is_out_of_memory(error):
         words = (str(error) or "no more to be had").splitlines()[0]
         fix = "close other programs, or measure less: fewer or shorter samples and windows"
-        return MachineError("out of memory", exists=words, fix=fix)
+        return MachineError("out of memory", exists=words, fix=fix, code="out-of-memory")
     traceback.print_exc()
-    bug = SurgeryError("this is a bug in surgery; please report the lines above")
+    bug = SurgeryError("this is a bug in surgery; please report the lines above", code="internal-error")
     bug.exit_code = 1
     return bug
 

@@ -10,7 +10,7 @@ from surgery.config.heal import BUDGETS, Heal, unread
 from surgery.config.overrides import as_text
 from surgery.config.validation import checked
 from surgery.config.yaml import parse
-from surgery.errors import SurgeryError, shown
+from surgery.errors import SettingError, SurgeryError, shown
 from surgery.evaluation.probes.settings import assign, without_defaults
 
 SECTIONS = {"heal": Heal, "evaluate": Evaluate}
@@ -32,7 +32,7 @@ def settings(
     """
     block = block.model_dump() if isinstance(block, Heal) else block
     if not isinstance(block, dict | None):
-        raise SurgeryError(f"settings is {shown(block)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
+        raise SettingError(f"settings is {shown(block)}", fix="a dict of heal's fields: settings={'method': 'parts'}")
     judged_by = recipe.get("evaluate")
     data: dict = {"heal": deepcopy(dict(block if block is not None else recipe.get("heal") or {}))}
     data["evaluate"] = None if judged_by is None else deepcopy(without_defaults(judged_by))
@@ -44,7 +44,7 @@ def settings(
         section = section or "heal"
         legal = section in {"heal", *sections()} or section.startswith("evaluate.probes.")
         if not equals or not legal or not name:
-            raise SurgeryError(
+            raise SettingError(
                 "a setting is written key=value", where=repr(text), exists="heal.KEY, evaluate.KEY, KEY"
             )
         path = (*section.split("."), name)
@@ -69,7 +69,9 @@ def settings(
             faults += wrong
     if faults:
         first, *rest = faults
-        raise SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
+        raise SurgeryError(
+            first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest), code=first.code
+        )
     return models["heal"], models["evaluate"]
 
 

@@ -11,7 +11,7 @@ import yaml
 from surgery import operations
 from surgery.config.heal import BUDGETS
 from surgery.config.yaml import parse
-from surgery.errors import SurgeryError, nearest, shown
+from surgery.errors import RecipeError, SurgeryError, nearest, shown
 from surgery.evaluation.probes.settings import assign
 from surgery.io.files import MAX_DEPTH, too_deep
 from surgery.operations.variants import keys_of
@@ -45,12 +45,12 @@ def as_text(key: str, value: object) -> str:
 @contextmanager
 def _plain(data: object, where: str) -> Iterator[None]:
     if too_deep(data):
-        raise SurgeryError(f"this is nested more than {MAX_DEPTH} levels deep", where=where)
+        raise RecipeError(f"this is nested more than {MAX_DEPTH} levels deep", where=where)
     try:
         yield
     except (yaml.YAMLError, ValueError) as error:
         what = f"a recipe holds plain data only: {error.args[0]!s}"
-        raise SurgeryError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
+        raise RecipeError(f"{what} ({type(error.args[-1]).__name__})", where=where) from None
 
 
 def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tuple:
@@ -67,18 +67,18 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
     key, equals, value = text.partition("=")
     key, where = key.strip(), f"override {shown(text)}"
     if not equals or not key:
-        raise SurgeryError("an override is written key=value", where=where)
+        raise RecipeError("an override is written key=value", where=where)
     value, _ = parse(value, where, field=0)
     steps = data.get("operations")
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     paths = _paths(steps, key, sections)
     if len(paths) > 1:
         names = [".".join(map(str, path)) for path in paths]
-        raise SurgeryError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
+        raise RecipeError(f"{key!r} could mean several fields", where=where, exists=", ".join(names), fix="write one")
     if not paths:
         known = _known_keys(steps, sections)
         close, heals = nearest(key, known), key.startswith("heal") or data.get("heal")
-        raise SurgeryError(
+        raise RecipeError(
             f"no field {shown(key)} in this recipe",
             where=where,
             exists=", ".join(name for name in known if heals or not name.startswith("heal.")),

@@ -15,7 +15,7 @@ from surgery.config.heal import Heal
 from surgery.config.overrides import as_text, copy_of, set_field
 from surgery.config.validation import BLOCK, PROBES, checked, faults_of
 from surgery.config.yaml import MAX_BYTES, files_elsewhere, line_of, parse
-from surgery.errors import SurgeryError, nearest, shown
+from surgery.errors import OutputExistsError, RecipeError, SurgeryError, nearest, shown
 from surgery.evaluation.lengths import too_short
 from surgery.evaluation.probes import settings as probe_settings
 from surgery.operations.base import Operation
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
     def _checked(cls, steps: list, info) -> list:
         # `load` checks operations itself, to show all faults of a recipe with their lines.
         if info.context is None and (wrong := [step for step in steps if not isinstance(step, Operation)]):
-            raise SurgeryError(
+            raise RecipeError(
                 f"a Recipe holds operations, this is {shown(wrong[0])}",
                 where="operations",
                 fix="give plain data to surgery.plan or surgery.apply in place of a Recipe: {'version': 1, ...}",
@@ -137,7 +137,7 @@ def copy(name: str | Path, target: Path | None = None) -> Path:
     target = target or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
-        raise SurgeryError("the file exists", where=str(target), fix="name another file: surgery cp NAME FILE")
+        raise OutputExistsError("the file exists", where=str(target), fix="name another file: surgery cp NAME FILE")
     from surgery.io.files import write_text
     from surgery.io.output_folder import machine_errors
 
@@ -153,7 +153,12 @@ def find(name: str | Path) -> Path:
         if path.is_file():
             return path
         what = "is a folder, not a recipe" if path.is_dir() else "does not exist"
-        raise SurgeryError(f"the recipe file {what}", where=str(path), fix="`surgery cp NAME` writes one here to edit")
+        raise SurgeryError(
+            f"the recipe file {what}",
+            where=str(path),
+            fix="`surgery cp NAME` writes one here to edit",
+            code="unknown-recipe",
+        )
     known = shipped()
     if str(name) in known:
         return known[str(name)]
@@ -162,6 +167,7 @@ def find(name: str | Path) -> Path:
         f"unknown recipe {str(name)!r}",
         exists=", ".join(known),
         fix=f"did you mean {close!r}?" if close else "a path to a file of yours ends in .yaml",
+        code="unknown-recipe",
     )
 
 
@@ -192,7 +198,7 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         data, lines = parse(_read(path), str(path))
         where, source = str(path), path.stem if path in shipped().values() else "file"
     if not isinstance(data, dict):
-        raise SurgeryError(
+        raise RecipeError(
             "the recipe is empty" if data is None else "a recipe is a mapping of keys",
             where=where,
             exists=f"keys: {', '.join(Recipe.model_fields)}",
@@ -253,11 +259,11 @@ def _required_op(schema: dict, op: str) -> dict:
 def _read(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
         what = f"the file has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}"
-        raise SurgeryError(what, where=str(path))
+        raise RecipeError(what, where=str(path))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise SurgeryError("the file is not UTF-8 text", where=str(path)) from None
+        raise RecipeError("the file is not UTF-8 text", where=str(path)) from None
 
 
 def _validate(data: dict, lines: dict, where: str) -> Recipe:
@@ -267,13 +273,16 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
     for index, step in enumerate(raw if isinstance(raw, list) else []):
         path = ("operations", index)
         if not isinstance(step, dict) or not isinstance(step.get("op"), str):
-            faults.append(SurgeryError("an operation is a mapping with the key op", where=line_of(lines, path, where)))
+            faults.append(RecipeError("an operation is a mapping with the key op", where=line_of(lines, path, where)))
             continue
         try:
             operation, wrong = checked(operations.find(step["op"]), step, lines, where, path)
         except SurgeryError as error:
             at = line_of(lines, (*path, "op"), where)
-            operation, wrong = None, [SurgeryError(error.what, where=at, exists=error.exists, fix=error.fix)]
+            operation, wrong = (
+                None,
+                [SurgeryError(error.what, where=at, exists=error.exists, fix=error.fix, code=error.code)],
+            )
         steps += [operation] if operation else []
         faults += wrong
     sections: dict = {}
@@ -295,7 +304,8 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
 def _together(faults: list[SurgeryError]) -> SurgeryError:
     """One error that shows all of these."""
     first, *rest = faults
-    return SurgeryError(first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest))
+    words = {"where": first.where, "exists": first.exists, "fix": first.fix, "code": first.code}
+    return SurgeryError(first.what, **words, others=tuple(rest))
 
 
 def _line_number(fault: SurgeryError) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from surgery.config.yaml import line_of
-from surgery.errors import SurgeryError, any_of, nearest, number_meant, shown, wanted
+from surgery.errors import RecipeError, SurgeryError, any_of, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import find as find_probe
 from surgery.evaluation.probes import settings as probe_settings
 from surgery.evaluation.probes.base import SETTINGS_ERROR
@@ -34,7 +34,7 @@ def checked(
         return fields, []
     if not isinstance(fields, dict):
         what = f"{path[-1]} should be a mapping of keys; it is {shown(fields)}"
-        return None, [SurgeryError(what, where=line_of(lines, path, where))]
+        return None, [RecipeError(what, where=line_of(lines, path, where))]
     if not issubclass(kind, Variants) or not kind.is_union():
         return _validated(kind, fields, lines, where, path)
     method = fields.get("method", kind.default_method())
@@ -61,11 +61,11 @@ def _unknown_method(kind: type[Variants], fields: dict, lines: dict, where: str,
     """The fault of a method that is missing, or that there is not."""
     at, names = line_of(lines, (*path, "method"), where), any_of([repr(name) for name in kind.METHODS])
     if "method" not in fields:
-        return SurgeryError("the key 'method' is missing", where=at, exists=", ".join(kind.METHODS))
+        return RecipeError("the key 'method' is missing", where=at, exists=", ".join(kind.METHODS))
     method = fields["method"]
     close = nearest(method, kind.METHODS) if isinstance(method, str) else ""
     fix = f"did you mean {close!r}?" if close else ""
-    return SurgeryError(f"method should be {names}; it is {shown(method)}", where=at, fix=fix)
+    return RecipeError(f"method should be {names}; it is {shown(method)}", where=at, fix=fix)
 
 
 def faults_of(
@@ -96,17 +96,17 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
     if what == "extra_forbidden":
         return _unknown_key(key, kind, at)
     if what == "missing":
-        return SurgeryError(f"the key {key!r} is missing", where=at)
+        return RecipeError(f"the key {key!r} is missing", where=at)
     if what == "heal":  # in words of its own, often of its fields together
         context = items[0]["ctx"]
-        return SurgeryError(context["text"], where=at, exists=context["exists"], fix=context["fix"])
+        return RecipeError(context["text"], where=at, exists=context["exists"], fix=context["fix"])
     if what == SETTINGS_ERROR:
-        return SurgeryError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"])
+        return RecipeError(items[0]["msg"], where=at, fix=items[0]["ctx"]["fix"])
     if what == OTHER_METHOD:
         own = ", ".join(name for name in kind.model_fields if name not in ("op", "method"))
-        return SurgeryError(items[0]["msg"], where=at, exists=own)
+        return RecipeError(items[0]["msg"], where=at, exists=own)
     what = f"{key} should be {wanted(items)}; it is {shown(items[0]['input'])}"
-    return SurgeryError(what, where=at, fix=number_meant(items))
+    return RecipeError(what, where=at, fix=number_meant(items))
 
 
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:
@@ -117,8 +117,8 @@ def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:
     try:
         find_probe(name)
     except SurgeryError as error:
-        return SurgeryError(error.what, where=where, exists=error.exists, fix=error.fix)
-    return SurgeryError(f"{name} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
+        return SurgeryError(error.what, where=where, exists=error.exists, fix=error.fix, code=error.code)
+    return RecipeError(f"{name} should be {wanted(items)}; it is {shown(items[0]['input'])}", where=where)
 
 
 def _unknown_key(key: Any, kind: type[BaseModel], at: str) -> SurgeryError:
@@ -127,7 +127,7 @@ def _unknown_key(key: Any, kind: type[BaseModel], at: str) -> SurgeryError:
     others = [name for name in keys_of(kind) if name not in known]
     if issubclass(kind, Variants) and (other := nearest(key, others, cutoff=0.6)) and _closer(key, other, close):
         fix = f"did you mean {other!r}, of method: {any_of(kind.readers(other))}?"
-    return SurgeryError(f"unknown key {key!r}", where=at, exists=", ".join(known), fix=fix)
+    return RecipeError(f"unknown key {key!r}", where=at, exists=", ".join(known), fix=fix)
 
 
 def _closer(word: Any, one: str, other: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import yaml
 
-from surgery.errors import SurgeryError, shown
+from surgery.errors import RecipeError, SurgeryError, shown
 from surgery.evaluation.probes import REGISTRY, find
 from surgery.io.files import MAX_DEPTH
 from surgery.io.safetensors import inside_folder
@@ -30,9 +30,7 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
         SurgeryError: not YAML, too large, or using what recipes may not use.
     """
     if len(text) > MAX_BYTES:
-        raise SurgeryError(
-            f"the file has {len(text):,} characters; a recipe has fewer than {MAX_BYTES:,}", where=where
-        )
+        raise RecipeError(f"the file has {len(text):,} characters; a recipe has fewer than {MAX_BYTES:,}", where=where)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         depth = 0
@@ -40,19 +38,19 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
             line = event.start_mark.line + 1
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise SurgeryError(f"this is nested more than {MAX_DEPTH} levels deep", where=f"{where}:{line}")
+                raise RecipeError(f"this is nested more than {MAX_DEPTH} levels deep", where=f"{where}:{line}")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise SurgeryError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
+                raise RecipeError("anchors and aliases (&, *) are not allowed in a recipe", where=f"{where}:{line}")
             if getattr(event, "tag", None):
-                raise SurgeryError(f"the tag {event.tag} is not allowed in a recipe", where=f"{where}:{line}")
+                raise RecipeError(f"the tag {event.tag} is not allowed in a recipe", where=f"{where}:{line}")
         node = yaml.compose(text, Loader=loader)
         data = yaml.load(text, Loader=loader)  # a safe loader: plain data only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f"{where}:{mark.line + 1}" if mark else where
-        raise SurgeryError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
+        raise RecipeError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
     except (RecursionError, ValueError, OverflowError) as error:
-        raise SurgeryError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
+        raise RecipeError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
     lines: dict[Path, int] = {}
     if node is not None:
         _walk(node, (), lines, where, field)
@@ -67,17 +65,17 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> N
             numbered = len(path) >= field and digits and str(int(key.value)) == key.value
             if key.tag != "tag:yaml.org,2002:str" and not numbered:
                 line = key.start_mark.line + 1
-                raise SurgeryError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
+                raise RecipeError(f"the key {key.value} is not text", where=f"{where}:{line}", fix="put it in quotes")
             key_path = (*path, str(key.value))
             if key_path in lines:
-                raise SurgeryError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
+                raise RecipeError(f"{key.value!r} is given twice", where=f"{where}:{key.start_mark.line + 1}")
             lines[key_path] = key.start_mark.line + 1
             _walk(value, key_path, lines, where, field)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _walk(value, (*path, index), lines, where, field)
     elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
-        raise SurgeryError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
+        raise RecipeError("a number of so many digits is no setting", where=f"{where}:{node.start_mark.line + 1}")
 
 
 def line_of(lines: dict, path: tuple, where: str) -> str:
@@ -110,6 +108,6 @@ def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
             except SurgeryError:
                 outside = True
             what = f"{key} of a recipe file may not be absolute or hold ..; it is {shown(file)}"
-            error = SurgeryError(what, where=line_of(lines, path, where), fix=f"name it in the command: {key}=FILE")
+            error = RecipeError(what, where=line_of(lines, path, where), fix=f"name it in the command: {key}=FILE")
             faults += [error] if outside else []
     return faults

@@ -17,7 +17,7 @@ from surgery.config.options import RunOptions
 from surgery.conversion.plan import Plan, Step, make_plan, planned_change, problems_after, problems_of
 from surgery.conversion.preflight import preflight, unhealed_folder, uses_streaming_engine
 from surgery.conversion.streaming import LayerStream, convert_shards
-from surgery.errors import SurgeryError, shown
+from surgery.errors import RecipeMismatchError, SurgeryError, shown
 from surgery.io.files import read_json, utf8, write_json, write_text
 from surgery.io.loading import refuse_wrapped
 from surgery.io.model_folder import carry_files, read_config_json, refuse_links_out
@@ -206,7 +206,7 @@ class _Context(ApplyContext):
     def tokenizer_for(self, what: str, where: str, otherwise: str = ""):
         if isinstance(error := self.tokenizer, SurgeryError):
             fix = f"copy the base's tokenizer files there{otherwise}"
-            raise SurgeryError(f"{where}: {what}: {error.what}", where=error.where, fix=fix)
+            raise SurgeryError(f"{where}: {what}: {error.what}", where=error.where, fix=fix, code=error.code)
         return super().tokenizer_for(what, where, otherwise)
 
 
@@ -222,14 +222,14 @@ def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tok
     """
     for index, step in enumerate(steps):
         if problems := problems_of(step.operation, "problems", current):
-            raise SurgeryError(problems[0], where=type(model).__name__)
+            raise RecipeMismatchError(problems[0], where=type(model).__name__)
         change = planned_change(step.operation, current)
         context = _Context(change, current, progress, tokenizer, folder=folder, number=index)
         yield step.operation, context
         measured = Anatomy.of(model) if context.change.measured else context.change.after
         current = context.after or measured
         if problems := problems_after(steps[:index], current):
-            raise SurgeryError(problems[0], where=type(model).__name__)
+            raise RecipeMismatchError(problems[0], where=type(model).__name__)
 
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:

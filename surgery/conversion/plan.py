@@ -17,7 +17,7 @@ from surgery.architecture.weights import packed_shapes
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
 from surgery.conversion import plan_tree
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelError, RecipeMismatchError, shown
 from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.io.printing import Block, Printed
@@ -218,11 +218,11 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None
         problems = conflicts(operation, steps, anatomy) or missing_texts(operation)
         problems = problems or problems_of(operation, "problems", current)
         if problems:
-            first, *rest = (SurgeryError(problem, where=source) for problem in problems)
-            raise SurgeryError(first.what, where=source, others=tuple(rest))
+            first, *rest = (RecipeMismatchError(problem, where=source) for problem in problems)
+            raise RecipeMismatchError(first.what, where=source, others=tuple(rest))
         change = planned_change(operation, current)
         if problems := problems_after(steps, change.after):
-            raise SurgeryError(problems[0], where=source)
+            raise RecipeMismatchError(problems[0], where=source)
         steps.append(Step(operation, current, change))
         current = change.after
     shapes = new_shapes(anatomy, current)
@@ -327,7 +327,7 @@ def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | N
         sizes = _hidden_and_out(old, stored)
         for name, shape in packed_shapes(old, *sizes).items():
             if prod(stored[name]) != prod(shape):
-                raise SurgeryError(
+                raise ModelError(
                     f"{old.path}.{name} has shape {list(stored[name])}, and {list(shape)} is what the config promises",
                     fix="the config and the weights are of different models",
                 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import stored_dtypes
 from surgery.config.options import ENGINES, RunOptions
-from surgery.errors import SurgeryError
+from surgery.errors import OutputExistsError, SurgeryError, UnsupportedModelError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.io.files import REPORT, read_json
 from surgery.io.output_folder import OutputFolder, machine_errors, output_path, refuse_small_disk, refuse_to_replace
@@ -66,7 +66,7 @@ def uses_streaming_engine(plan: Plan, engine: str) -> bool:
         raise SurgeryError("an operation of this recipe needs the loaded engine", fix="leave --engine out")
     dtypes = stored_dtypes(plan.before)
     if not streaming and len(dtypes) > 1:
-        raise SurgeryError(
+        raise UnsupportedModelError(
             f"the loaded engine would store all weights in one dtype, and this checkpoint has {', '.join(dtypes)}",
             where=plan.source,
             fix="use the streaming engine (leave --engine out)"
@@ -129,7 +129,7 @@ def unhealed_folder(out: Path) -> Path:
 def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
     unfinished = options.resume and unhealed_folder(out).exists()
     if os.path.lexists(out) and not options.overwrite and not unfinished:
-        raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+        raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
     if os.path.lexists(out) and options.overwrite:
         refuse_to_replace(out)
 
@@ -139,7 +139,7 @@ def _refuse_foreign(out: Path, options: RunOptions) -> None:
     if os.path.lexists(out) and options.overwrite:
         refuse_to_replace(out)
     elif os.path.lexists(out) and not os.path.isfile(out / REPORT):
-        raise SurgeryError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
+        raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 
 def _refuse_pickle_for_healing(base: Path, options: RunOptions) -> None:
@@ -148,6 +148,7 @@ def _refuse_pickle_for_healing(base: Path, options: RunOptions) -> None:
             "the base's weights are a pickle, and healing loads the base again",
             where=str(base),
             fix="save it as safetensors first (from_pretrained, save_pretrained), and name that folder",
+            code="unsafe-weights",
         )
 
 

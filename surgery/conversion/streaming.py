@@ -302,5 +302,6 @@ class LayerStream:
                 raise SurgeryError(
                     f"{name} became {stored_dtype(tensor)} {list(tensor.shape)}, and {planned[0]} was planned",
                     fix="tensors of one part of a layer differ in dtype: store the model in one dtype first",
+                    code="plugin-fault",
                 )
         return new

@@ -27,7 +27,7 @@ from typing import Any
 from surgery.data.generated import sample
 from surgery.data.packing import Packed
 from surgery.data.text import BUILTIN, begin_of_text, load_text
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import ModelMismatchError, SurgeryError, TextError, nearest
 from surgery.io.loading import loaded, read_config
 from surgery.machine.progress import begin as begin_stage
 from surgery.machine.progress import renamed
@@ -126,15 +126,15 @@ def documents(
 def _refuse_unusable(ids: list[Sequence[int]], source: TextSource, heal, vocabulary: int) -> None:
     tokens, largest = sum(map(len, ids)), max((max(document) for document in ids if document), default=0)
     if not tokens:
-        raise SurgeryError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")
+        raise TextError("there is no text in it", where=source.where, fix="heal.data: name data with text in it")
     if largest >= vocabulary:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"the tokenizer gives token {largest}, the model knows {vocabulary}",
             where=source.where,
             fix="use the tokenizer of this model",
         )
     if tokens < heal.length:
-        raise SurgeryError(
+        raise TextError(
             f"the text is too short: it has {tokens} tokens, one row has {heal.length}",
             where=source.where,
             fix=f"name longer data, or heal.length={tokens}" if tokens >= 8 else "name longer data",
@@ -162,7 +162,7 @@ def _source(heal, tokenizer) -> TextSource:
     if path.is_dir():
         files, tables = _files_in(path, LINES + PLAIN), _files_in(path, TABLES)
         if files and tables:
-            raise SurgeryError(
+            raise TextError(
                 "this folder holds both text and tables",
                 where=f"heal.data: {name}",
                 exists=f"{files[0].relative_to(path)}, {tables[0].relative_to(path)}",
@@ -177,14 +177,14 @@ def _source(heal, tokenizer) -> TextSource:
     looks_like_file = path.suffix.lower() in endings or name.startswith((".", "/", "~"))
     if looks_like_file or not HUB_NAME.fullmatch(name):
         close = nearest(path.name, [sibling.name for sibling in _siblings(path)])
-        raise SurgeryError(
+        raise TextError(
             "no such text file, folder or data set",
             where=f"heal.data: {name}",
             exists=close,
             fix="check the path, or use self (text that the base writes) or builtin",
         )
     if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is
-        raise SurgeryError(
+        raise TextError(
             "there is no file or folder of this name",
             where=f"heal.data: {name}",
             fix=f"did you mean {close}? (a data set of that name: write OWNER/NAME)",
@@ -224,18 +224,16 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise SurgeryError(f"not a line of JSON: {error}", where=where, fix="one JSON object a line") from None
+            raise TextError(f"not a line of JSON: {error}", where=where, fix="one JSON object a line") from None
         if not isinstance(row, dict):
-            raise SurgeryError("this line holds no JSON object", where=where, fix='lines look like {"text": "..."}')
+            raise TextError("this line holds no JSON object", where=where, fix='lines look like {"text": "..."}')
         yield _text_of(row, heal, tokenizer, where)
 
 
 def _refuse_columns(heal, where: str) -> None:
     if heal.chat or heal.column:
         setting = "heal.chat: true" if heal.chat else f"heal.column: {heal.column}"
-        raise SurgeryError(
-            f"{setting} needs rows with columns, a text has none", where=where, fix="name a .jsonl file"
-        )
+        raise TextError(f"{setting} needs rows with columns, a text has none", where=where, fix="name a .jsonl file")
 
 
 def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
@@ -249,6 +247,7 @@ def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
             f"{problem}, and other data sets are read with the package datasets, which is not installed",
             where=f"heal.data: {name}",
             fix='pip install "attention-surgery[data]"',
+            code="missing-package",
         ) from None
     try:
         rows = datasets.load_dataset(name, config, split="train", streaming=True)
@@ -258,7 +257,7 @@ def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
         raise
     except Exception as error:  # a dozen kinds, among them network and formats
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SurgeryError(
+        raise TextError(
             f"the data set cannot be read: {reason}",
             where=f"heal.data: {name}",
             fix="check its name on the Hub (OWNER/NAME, or OWNER/NAME:CONFIG), or name a local file or folder",
@@ -269,7 +268,7 @@ def _text_of(row: dict, heal, tokenizer, where: str) -> str:
     column = heal.column or (MESSAGES if heal.chat else TEXT)
     if column not in row:
         close = nearest(column, row)
-        raise SurgeryError(
+        raise TextError(
             f"no column {column!r}",
             where=where,
             exists=", ".join(map(str, row)),
@@ -279,15 +278,15 @@ def _text_of(row: dict, heal, tokenizer, where: str) -> str:
     if not heal.chat:
         if not isinstance(value, str):
             fix = "heal.chat=true" if isinstance(value, list) else "name a column that holds text: heal.column=NAME"
-            raise SurgeryError(f"column {column!r} holds no text", where=where, fix=fix)
+            raise TextError(f"column {column!r} holds no text", where=where, fix=fix)
         return value
     if not tokenizer.chat_template:
-        raise SurgeryError("this tokenizer has no chat template", where=where, fix="heal.chat=false")
+        raise ModelMismatchError("this tokenizer has no chat template", where=where, fix="heal.chat=false")
     try:
         return tokenizer.apply_chat_template(value, tokenize=False)
     except Exception as error:  # templates raise what they like
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SurgeryError(
+        raise TextError(
             f"the chat template does not take column {column!r}: {reason}",
             where=where,
             fix='messages look like [{"role": "user", "content": "..."}, ...]',

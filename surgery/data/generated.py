@@ -26,7 +26,7 @@ import torch
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.data.text import BATCH, SELF_TEXT, begin_of_text, fitting_length
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, ModelMismatchError
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.device import fast_in_bfloat16
@@ -166,7 +166,7 @@ def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS does not have
     cumulative = logits.to(dtype).softmax(-1).cumsum(-1)
     if not cumulative[:, -1].isfinite().all():
-        raise SurgeryError(
+        raise ModelError(
             f"the model gives no probabilities for its next token: its logits ({logits.dtype}) are infinite or NaN",
             where="text of the base",
             fix="name a text (calibration_text=FILE, heal.data=FILE); float16 may overflow: load in float32",
@@ -214,7 +214,7 @@ def user_turn(tokenizer) -> tuple[int, ...]:
         SurgeryError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise SurgeryError("this tokenizer has no chat template", where="heal.chat", fix="heal.chat=false")
+        raise ModelMismatchError("this tokenizer has no chat template", where="heal.chat", fix="heal.chat=false")
     message = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     return tuple(tokenizer(message.partition(MARK)[0], add_special_tokens=False)["input_ids"])
 
@@ -231,7 +231,7 @@ def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:
     letters = [token for token, text in texts.items() if text.isalpha()]
     first = [token for token in letters if texts[token] == texts[token].capitalize()]
     if not letters:
-        raise SurgeryError(
+        raise ModelMismatchError(
             "the tokenizer has no words that a text of the base could begin with",
             where="text that the model writes",
             fix="name a text file, or builtin",

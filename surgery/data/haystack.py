@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import ModelMismatchError, SettingError, UnsupportedModelError, nearest
 
 # The statement before the secret, in the needle and in the first words of the answer; and the question.
 TEMPLATES = (
@@ -122,7 +122,7 @@ def spread(depths: int | Sequence[float]) -> list[float]:
 def refuse_form(form: str) -> None:
     """Raise where a form is none."""
     if form not in FORMS:
-        raise SurgeryError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
+        raise SettingError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
 
 
 def form_for(tokenizer, form: str) -> str:
@@ -134,7 +134,7 @@ def form_for(tokenizer, form: str) -> str:
     refuse_form(form)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if form == "chat" and not has_template:
-        raise SurgeryError("the tokenizer has no chat template", fix="use the form plain")
+        raise ModelMismatchError("the tokenizer has no chat template", fix="use the form plain")
     return ("chat" if has_template else "plain") if form == "auto" else form
 
 
@@ -149,17 +149,17 @@ def refuse_settings(
     """Raise where prompts of such settings make no sense; arguments as of `make_needles`, depths as shares."""
     size = SECRETS.get(secret, 0) if size is None else size
     if not lengths or min(lengths) < 1 or samples < 1 or not depths:
-        raise SurgeryError(
+        raise SettingError(
             "needles need at least one length, one depth and one sample",
             fix="for example 512 tokens, 5 depths and 4 samples",
         )
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
-        raise SurgeryError(f"depth {wrong[0]} is outside of the text", fix="depths go from 0 to 1")
+        raise SettingError(f"depth {wrong[0]} is outside of the text", fix="depths go from 0 to 1")
     if secret not in SECRETS:
         fix = f"use {nearest(secret, SECRETS) or 'digits'}"
-        raise SurgeryError(f"no secret {secret!r}", exists=", ".join(SECRETS), fix=fix)
+        raise SettingError(f"no secret {secret!r}", exists=", ".join(SECRETS), fix=fix)
     if size < 1:
-        raise SurgeryError(f"a secret of {size} {secret} is none", fix="use at least 1")
+        raise SettingError(f"a secret of {size} {secret} is none", fix="use at least 1")
 
 
 class _NeedleMaker:
@@ -187,14 +187,14 @@ class _NeedleMaker:
 
         fits = bisect_right(cuts, length, key=lambda cut: len(ids(cut)))
         if not fits:
-            raise SurgeryError(f"{length} tokens are too few for a needle", fix=f"at least {len(ids(cuts[0]))} tokens")
+            raise SettingError(f"{length} tokens are too few for a needle", fix=f"at least {len(ids(cuts[0]))} tokens")
         fitted = hay[: cuts[fits - 1]].rstrip()
         text, (first, end), question_start = self._compose(fitted, depth, statement, secret, question)
         prompt = self._ids(text)
         full = self._ids(f"{text} {secret}")
         cut = common(prompt, full)  # what merges with the secret belongs to the answer
         if secret not in self.tokenizer.decode(full[cut:]):
-            raise SurgeryError(
+            raise ModelMismatchError(
                 f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(full[cut:])!r}",
                 fix=f"use the secret {'words' if self.secret == 'digits' else 'digits'}",
             )
@@ -234,7 +234,7 @@ class _NeedleMaker:
         text = chat_prompt(self.tokenizer, content, fix="use the form plain")
         shift = text.find(content)
         if shift < 0:
-            raise SurgeryError("the chat template changes the text of a message", fix="use the form plain")
+            raise UnsupportedModelError("the chat template changes the text of a message", fix="use the form plain")
         return text + statement, (shift + first, shift + first + len(needle)), shift + question_start
 
     def _ids(self, text: str) -> list[int]:
@@ -255,7 +255,7 @@ def chat_prompt(tokenizer, content: str, fix: str) -> str:
             enable_thinking=False,  # a variable that other templates ignore
         )
     except Exception as error:  # a template may raise whatever its author thought of
-        raise SurgeryError(f"the chat template does not work: {error}", fix=fix) from error
+        raise UnsupportedModelError(f"the chat template does not work: {error}", fix=fix) from error
 
 
 def _nearest_start(hay: str, wanted: float) -> int:

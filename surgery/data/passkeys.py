@@ -24,7 +24,7 @@ from surgery.data.text import (
     windows,
     written_samples,
 )
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError, TextError
 from surgery.machine.progress import renamed
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -151,7 +151,7 @@ def passkeys(
     """
     vocabulary = sorted(set(WORD.findall(text.text)))
     if len(vocabulary) < max(keys, words):
-        raise SurgeryError(f"the text has only {len(vocabulary)} different words", where=text.title)
+        raise TextError(f"the text has only {len(vocabulary)} different words", where=text.title)
     draw, sequences = random.Random(seed), []
     haystacks = _sampled_windows(text, tokenizer, length, samples, draw)
     closing = _ids(tokenizer, ".\n\n")
@@ -167,7 +167,7 @@ def passkeys(
             room = length - overhead - sinks - window
             count -= room < count
         if not count:
-            raise SurgeryError(
+            raise SettingError(
                 f"sinks + window = {sinks + window} leave no far past in {length} tokens, {overhead} of which are a "
                 "passkey and its question",
                 fix="choose a smaller window, or longer sequences if the model has positions for them",

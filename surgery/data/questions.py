@@ -16,7 +16,7 @@ from pathlib import Path
 
 from surgery.data.haystack import SENTENCE_START, WORD_START, common
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
-from surgery.errors import SurgeryError, shown
+from surgery.errors import SettingError, SurgeryError, TextError, shown
 
 FORMAT = '{"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}'
 SHOWN = 20  # wrong lines of a file that are reported one by one
@@ -76,14 +76,14 @@ def make_choices(
         SurgeryError: an argument makes no sense, or the text is too short for so many questions.
     """
     if min(items, context, ending, wrong) < 1:
-        raise SurgeryError("items, context, ending and wrong endings are at least 1", fix="for example 320 items")
+        raise SettingError("items, context, ending and wrong endings are at least 1", fix="for example 320 items")
     words = load_text(text, part="held-out")
     choices: list[Choice] = []
     for pattern in (SENTENCE_START, WORD_START):
         choices = _QuestionMaker(tokenizer, words, pattern, context, ending, wrong, seed).make(items)
         if len(choices) == items:
             return choices
-    raise SurgeryError(
+    raise TextError(
         f"the text has room for {len(choices)} questions of {context} + {ending} tokens, not for {items}",
         where=words.title,
         fix="a longer text, or fewer questions",
@@ -147,12 +147,14 @@ def read_questions(file: str | Path) -> list[Question]:
         try:
             questions.append(_question(line))
         except ValueError as error:
-            faults.append(SurgeryError(str(error), where=f"{file}:{line_number}"))
+            faults.append(TextError(str(error), where=f"{file}:{line_number}"))
     if faults:
         first, *rest = faults[:SHOWN]
         more = len(faults) - SHOWN
-        rest += [SurgeryError(f"and {more:,} more lines that are no questions", where=str(file))] * (more > 0)
-        raise SurgeryError(first.what, where=first.where, fix=f"a line is {FORMAT}", others=tuple(rest))
+        rest += [TextError(f"and {more:,} more lines that are no questions", where=str(file))] * (more > 0)
+        raise SurgeryError(
+            first.what, where=first.where, fix=f"a line is {FORMAT}", others=tuple(rest), code=first.code
+        )
     return questions
 
 
@@ -209,7 +211,7 @@ def encode(tokenizer, questions: Sequence[Question]) -> list[Choice]:
         choices = tuple(tuple(tokens[cut:]) for tokens in full)
         if not cut or not all(choices):
             what = "prompt" if not cut else "choice"
-            raise SurgeryError(
+            raise TextError(
                 f"the tokenizer leaves nothing of a {what} of question {question_number}: {shown(question.prompt)}",
                 fix=f"a longer {what}",
             )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import SurgeryError, TextError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> t
     prefix = begin_of_text(tokenizer)
     body = length - len(prefix)
     if len(ids) < count * body:
-        raise SurgeryError(
+        raise TextError(
             f"the text is too short: it has {len(ids)} tokens, {count} windows of {length} need {count * body}",
             where=text.title if isinstance(text, Text) else "",
             fix=_shorter(len(ids), body),
@@ -146,23 +146,23 @@ def _read(path: Path) -> str:
     """The text of a file, with line ends as \\n; a file that is no text raises a SurgeryError."""
     where = str(path)
     if path.is_dir():
-        raise SurgeryError("this is a folder, not a text file", where=where, fix="name one UTF-8 text file")
+        raise TextError("this is a folder, not a text file", where=where, fix="name one UTF-8 text file")
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise SurgeryError("no such text file", where=where, fix=f"check the path, or use {BUILTIN}") from error
+        raise TextError("no such text file", where=where, fix=f"check the path, or use {BUILTIN}") from error
     except OSError as error:
-        raise SurgeryError(f"cannot read the text file: {error}", where=where) from error
+        raise TextError(f"cannot read the text file: {error}", where=where) from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SurgeryError(
+        raise TextError(
             f"not UTF-8 text (byte {error.start})", where=where, fix="save it as UTF-8, or name another file"
         ) from error
     if "\0" in text:
-        raise SurgeryError("a binary file, not text", where=where, fix="name a UTF-8 text file")
+        raise TextError("a binary file, not text", where=where, fix="name a UTF-8 text file")
     if not text.strip():
-        raise SurgeryError("the text file is empty", where=where, fix="name a file with text in it")
+        raise TextError("the text file is empty", where=where, fix="name a file with text in it")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -174,7 +174,7 @@ def _builtin() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:  # some Linux packages of Python leave it out
-        raise SurgeryError("this Python has no pydoc_data, the built-in text", fix=_OWN_FILE) from error
+        raise TextError("this Python has no pydoc_data, the built-in text", fix=_OWN_FILE) from error
     return _split(_without_repeats({name: plain(text) for name, text in topics.items()}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError
 
 JUDGED = 4  # a row is long enough where it has so many times the tokens that a surgery leaves alone
 
@@ -20,7 +20,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         lengths = ()
     if not lengths or min(lengths) < 1:
-        raise SurgeryError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
+        raise SettingError(f"lengths are whole numbers with commas between, not {text!r}", fix="write 512,2k")
     return lengths
 
 

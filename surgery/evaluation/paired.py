@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.result import Result
 from surgery.io.loading import loaded, refuse_pickle
@@ -130,7 +130,7 @@ def run_base_then_model(
         gc.collect()  # or a model in a reference cycle would share the memory with the next one
         wrong = sum(map(broken, result.outcomes[label]))
         if wrong and label == "base":
-            raise SurgeryError(
+            raise ModelError(
                 f"the base model itself gives NaN or infinite values ({what}: {wrong} of {cases})",
                 fix="check that the base generates; a float16 overflow needs bfloat16 or float32 weights",
             )

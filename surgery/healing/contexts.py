@@ -180,4 +180,5 @@ def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
             f"length {heal.length}",
             fix="a smaller heal.batch_tokens, heal.gradient_checkpointing=true, or a shorter heal.length"
             + overwrite_hint(in_memory),
+            code="out-of-memory",
         ) from error

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError
 from surgery.io.output_folder import OutputFolder
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Engine:
         if _says("ACCELERATE_USE_DEEPSPEED"):
             stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
             if _says("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
-                raise SurgeryError(
+                raise SettingError(
                     "zero3_init_flag would share out models while they are read, the base and the model to save too",
                     where="accelerate's config",
                     fix="zero3_init_flag: false",
@@ -77,15 +77,15 @@ def _refuse_fsdp() -> None:
 
     where = "accelerate's config"
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise SurgeryError("FSDP's first version is not supported", where=where, fix="fsdp_version: 2")
+        raise SettingError("FSDP's first version is not supported", where=where, fix="fsdp_version: 2")
     if _says("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise SurgeryError(
+        raise SettingError(
             "fsdp_cpu_ram_efficient_loading leaves the models of all processes but the first empty, the base's too",
             where=where,
             fix="fsdp_cpu_ram_efficient_loading: false",
         )
     if not torch.accelerator.is_available():
-        raise SurgeryError(
+        raise SettingError(
             "accelerate knows FSDP on accelerators alone: on CPUs it would train whole copies (DDP) without a word",
             where=where,
             fix="distributed_type: MULTI_GPU with use_cpu: true (examples/accelerate/cpu.yaml), which says so",

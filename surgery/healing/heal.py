@@ -30,7 +30,7 @@ from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.config.heal_overrides import settings as read_settings
 from surgery.config.recipe import recorded
 from surgery.data.text import SELF_TEXT
-from surgery.errors import SurgeryError
+from surgery.errors import ModelMismatchError, SurgeryError, UnsupportedModelError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.healing import record as records
 from surgery.healing.contexts import in_float32, restore_weights_on_error
@@ -185,7 +185,7 @@ def _trainable_anatomy(folder: Path) -> Anatomy:
         )
     dtypes = stored_dtypes(anatomy)
     if len(dtypes) != 1:
-        raise SurgeryError(
+        raise UnsupportedModelError(
             f"healing stores all weights in one dtype, and this checkpoint has {', '.join(dtypes) or 'none'}",
             where=str(folder),
             fix="store the model in one dtype first (from_pretrained(..., dtype=...), save_pretrained)",
@@ -300,7 +300,7 @@ def _refuse_tokenizer(tokenizer, base) -> None:
     ours = tokenizer.get_vocab()
     other = sum(ours.get(word) != token for word, token in words.items())
     if other:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"this is another tokenizer than the base's: {other:,} of its {len(words):,} words have other numbers",
             where=type(tokenizer).__name__,
             fix=f"AutoTokenizer.from_pretrained({str(folder)!r})",

@@ -27,7 +27,7 @@ import torch
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.layerwise import StopForward, ended
 from surgery.data.packing import arguments
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.healing.contexts import autocast_products
 from surgery.machine.progress import begin
 
@@ -109,7 +109,7 @@ class LayerFit:
     def step(self, error: torch.Tensor, factor: float) -> None:
         """One step of the optimiser down the gradient of `error`, at `factor` times the rates."""
         if not error.isfinite():
-            raise SurgeryError(
+            raise ModelError(
                 f"layer {self.index}'s attention gave numbers that are not finite",
                 where="heal.warm_start",
                 fix="heal.warm_start=0, or heal.precision=float32",
@@ -139,7 +139,7 @@ def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, 
         if parameters:
             fits[layer.index] = LayerFit(layer.index, parameters)
     if not fits:
-        raise SurgeryError(
+        raise SettingError(
             "a layer-wise start has nothing to train: no attention parameter is among those that train",
             where="heal.warm_start",
             fix="heal.warm_start=0, or another heal.method",
@@ -152,7 +152,7 @@ def _split_rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator
     validation = list(range(0, count, VALIDATION_EVERY))[: max(1, VALIDATION_TOKENS // length)]
     training = [row for row in range(count) if row not in set(validation)]
     if not training:
-        raise SurgeryError(
+        raise SettingError(
             f"a layer-wise start needs 2 rows at least, there is {count}", where="heal.warm_start", fix="use more data"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -252,7 +252,7 @@ def pairs(student, base) -> list[Pair]:
     """
     ours, theirs = Anatomy.of(student), Anatomy.of(base)
     if len(ours.layers) != len(theirs.layers):
-        raise SurgeryError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
+        raise ModelMismatchError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
     paired = []
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         block, attention, output = _modules(student, mine)

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import norm_names
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError, SurgeryError
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -88,7 +88,7 @@ def select_trainable(
     if heal.method == "parts":
         names = added + _projections(anatomy, rewritten - {"k", "v"} if heal.mixing != "none" else rewritten, table)
         if not names and not more:
-            raise SurgeryError(
+            raise SettingError(
                 "method: parts trains what the surgery added or rewrote, and that is nothing here",
                 where="heal",
                 fix="heal.method=lora, or heal.method=full",

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.calibration.cost import GRADIENT
-from surgery.errors import SurgeryError, TrainingError
+from surgery.errors import SettingError, TrainingError, UnsupportedModelError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
@@ -83,7 +83,7 @@ class HealPlan(Printed):
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
         paths = tuple(layer.path for layer in anatomy.layers)
         if heal.warm_start and not more and not any(name.startswith(paths) for name in trained.parameters):
-            raise SurgeryError(
+            raise SettingError(
                 "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
                 where="heal.warm_start",
                 fix="heal.warm_start=0, or heal.method=full",
@@ -239,7 +239,7 @@ def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
     """Raise where a model cannot be trained here."""
     if anatomy.composite:
         what = "healing trains text models, and this one has other parts (vision + text)"
-        raise SurgeryError(what, where=where, fix="heal: null, and train it with a script of its own")
+        raise UnsupportedModelError(what, where=where, fix="heal: null, and train it with a script of its own")
 
 
 def rows_each(heal: Heal, processes: int) -> int:
@@ -255,6 +255,7 @@ def rows_each(heal: Heal, processes: int) -> int:
             where="heal",
             exists=f"batch_tokens {heal.batch_tokens}, length {heal.length}",
             fix=f"heal.batch_tokens={heal.length * processes * -(-heal.rows // processes)}",
+            code="invalid-setting",
         )
     return rows
 

@@ -19,7 +19,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, isolates_documents
-from surgery.errors import SurgeryError, TrainingError
+from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
     autocast_products,
@@ -147,7 +147,7 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
 
     trainable = select_trainable(heal, Anatomy.of(model), model_table(model) | mixing, rewritten, is_linear)
     if heal.keeps_adapter and (names := bare(model, trainable)):
-        raise SurgeryError(
+        raise SettingError(
             f"keep_adapter: an adapter file would not hold {names[0]} and {len(names) - 1} more that train",
             where="heal",
             fix="heal.keep_adapter=false: the merged model has them",
@@ -161,7 +161,7 @@ def refuse_vocabulary(model, base) -> None:
         return
     ours, theirs = (config.get_text_config().vocab_size for config in (model.config, read_config(base)))
     if ours != theirs:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"the base has another vocabulary: {theirs} tokens, the model {ours}",
             where="heal",
             fix="name the model that it was made from: --base MODEL",
@@ -174,7 +174,7 @@ def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
         return None
     if job.base is None:
         fix = "name its base: --base MODEL"
-        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=fix)
+        raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
     base = job.base_model()
     with autocast_products(job.heal, base.device):  # as the student, while it trains
         return HeldOutEvaluator(base, job.tokenizer, job.evaluate)
@@ -242,7 +242,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     if checkpoint.get("ended"):  # by the clock or the gate: nothing is left to train
         steps = checkpoint["step"]
     if checkpoint.get("shared", []) != list(engine.sharded):
-        raise TrainingError(
+        raise OtherTrainingError(
             "the checkpoint's optimizer is stored as another engine shares it out",
             where=str(last),
             exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
@@ -370,7 +370,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
     with state.main_process_first():  # the others find what it wrote: its file, and the base's text
         known = read_json(file) if file.is_file() else {}
         if known and known.get("identity") != job.identity:
-            raise TrainingError(
+            raise OtherTrainingError(
                 "the checkpoints are of another training (recipe, model or base differ)",
                 where=str(job.run),
                 fix="finish that one with its own command, or start anew with --overwrite",
@@ -390,7 +390,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
         packed = Packed(texts, heal.length, isolated=isolates_documents(model))
         run_record["data"] = packed.sha256
         if known.get("data", run_record["data"]) != run_record["data"]:
-            raise TrainingError(
+            raise OtherTrainingError(
                 "the data are not those that the checkpoints were trained on",
                 where=f"heal.data: {heal.data}",
                 fix="put them back as they were, or start anew with --overwrite",

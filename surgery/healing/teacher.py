@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from surgery.data.packing import arguments
-from surgery.errors import SurgeryError
+from surgery.errors import ModelMismatchError, SettingError, SurgeryError
 from surgery.healing import losses
 from surgery.healing.contexts import autocast_products
 from surgery.healing.losses.base import BaseLogits, BaseTopK, LossInputs, predicts
@@ -66,7 +66,7 @@ class Teacher:
             SurgeryError: there is no teacher, or it does not have what the losses need.
         """
         word = isinstance(heal.loss, str) and heal.loss == "ce"
-        raise SurgeryError(
+        raise SettingError(
             "a teacher is needed, and there is none",
             where=f"heal.hidden: {heal.hidden:g}" if word else f"heal.loss: {losses.written(heal.loss)}",
             fix="name the base: --base MODEL",
@@ -100,7 +100,7 @@ class StoredTeacher(Teacher):
         info = self.stored.info
         for name in heal.weights:
             if lacking := losses.find(name).not_stored:
-                raise SurgeryError(
+                raise SettingError(
                     f"a stored teacher has no {lacking}",
                     where=f"heal.loss: {name}",
                     fix="heal.teacher=live, or leave that loss out",
@@ -110,6 +110,7 @@ class StoredTeacher(Teacher):
                 f"the teacher was stored for temperature {info['temperature']:g}, not {heal.temperature:g}",
                 where=str(self.stored.folder),
                 fix=f"heal.temperature={info['temperature']:g}, or remove the folder to store it anew",
+                code="unfinished-run",
             )
         refuse_vocabulary(logits.shape[-1], info["vocabulary"])
         rows = self.stored.rows(batch["input_ids"], batch["position_ids"])
@@ -119,7 +120,7 @@ class StoredTeacher(Teacher):
 def refuse_vocabulary(student: int, teacher: int) -> None:
     """Raise where the vocabularies, in tokens, differ."""
     if student != teacher:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"model and teacher have different vocabularies: {student} and {teacher} tokens",
             fix="the teacher is the base that the model was made from",
         )
@@ -238,7 +239,9 @@ class TopK:
     def __init__(self, folder: Path):
         self.folder, self.info = folder, read_info(folder)
         if self.info is None:
-            raise SurgeryError("no stored teacher is here", where=str(folder), fix="heal.teacher=live")
+            raise SurgeryError(
+                "no stored teacher is here", where=str(folder), fix="heal.teacher=live", code="invalid-file"
+            )
         from safetensors import safe_open
 
         paths = [_files(folder, self.info).path(n) for n in range(math.ceil(self.info["rows"] / ROWS))]
@@ -247,6 +250,7 @@ class TopK:
                 f"{len(lost)} of {len(paths)} files of the stored teacher are missing, the first is {lost[0]}",
                 where=str(folder),
                 fix="run the same command with --resume",
+                code="invalid-file",
             )
         self._open = [safe_open(path, "pt") for path in paths]
         self._index = {
@@ -267,6 +271,7 @@ class TopK:
                 "the stored teacher does not know these rows: they are of other data, or packed otherwise",
                 where=str(self.folder),
                 fix="heal.teacher=live, or remove the folder to store it anew",
+                code="unfinished-run",
             )
         columns: dict[str, list] = {"values": [], "indices": [], "rest": []}
         for file_index, row in map(self._index.get, keys):
@@ -299,4 +304,5 @@ def _refuse_another(folder: Path, info: dict) -> None:
             f"the stored teacher here is of {', '.join(words)}",
             where=str(folder),
             fix="choose another folder, or remove this one to store the teacher anew",
+            code="unfinished-run",
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.data.generated import user_turn
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import ModelMismatchError, ModelNotFoundError, RecordError, SettingError, SurgeryError, nearest
 from surgery.evaluation.probes import main
 from surgery.healing.distributed import Ranks
 from surgery.healing.parameters import touched
@@ -36,7 +36,7 @@ def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and heal.length > positions:
-        raise SurgeryError(
+        raise SettingError(
             f"rows of {heal.length} tokens are longer than the model, which has {positions} positions",
             where="heal.length",
             fix=f"heal.length={positions}",
@@ -50,9 +50,9 @@ def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
     """Raise where the model should be scored while it trains, and the recipe does not say on what or at which gate."""
     if heal.eval_every and evaluate is None:
         fix = "name a recipe that evaluates: evaluate.text=builtin"
-        raise SurgeryError("eval_every scores the model beside its base", where="heal", fix=fix)
+        raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
     if heal.stop_at_gate and evaluate is not None and not watched_limits(evaluate):
-        raise SurgeryError(
+        raise SettingError(
             "stop_at_gate: the recipe has no limit that can be watched",
             where="heal",
             exists=", ".join(main().limits),
@@ -95,14 +95,16 @@ def _refuse_report_to(name: str) -> None:
     known = list(INTEGRATION_TO_CALLBACK)
     if name not in known:
         close = nearest(name, known)
-        raise SurgeryError(
+        raise SettingError(
             f"the Trainer cannot report to {name!r}",
             where="heal.report_to",
             exists=", ".join(["none", *known]),
             fix=f"did you mean {close!r}?" if close else "heal.report_to=none",
         )
     if name not in get_available_reporting_integrations() and name != "flyte":  # which that list leaves out
-        raise SurgeryError(f"{name} is not installed", where="heal.report_to", fix=f"pip install {name}")
+        raise SurgeryError(
+            f"{name} is not installed", where="heal.report_to", fix=f"pip install {name}", code="missing-package"
+        )
 
 
 def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path | None:
@@ -131,7 +133,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
         )
         name = DEMO if recorded.get("name") == DEMO else name
         if name is None and needed:
-            raise SurgeryError(
+            raise ModelNotFoundError(
                 f"the base is not known here (the record names {recorded.get('name')!r})",
                 where="heal",
                 fix="--base MODEL; or heal.loss=ce with heal.data=builtin or a file, which ask no base",
@@ -139,7 +141,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
         return resolve(name).path if name else None
     path = resolve(str(base)).path
     if comparable(recorded) and (reason := another_base(recorded, base)):
-        raise SurgeryError(reason, where=f"--base {base}", fix="name the model that it was made from")
+        raise ModelMismatchError(reason, where=f"--base {base}", fix="name the model that it was made from")
     return path
 
 
@@ -171,7 +173,7 @@ def base_of_memory(model, heal: Heal) -> str | None:
     if name and (Path(name).is_dir() or name.count("/") == 1):
         return name
     if heal.needs_base or heal.eval_every:
-        raise SurgeryError(
+        raise ModelNotFoundError(
             "healing asks the base, and this model was not loaded from a folder or the Hub",
             where=type(model).__name__,
             fix="apply the recipe with heal=None, then surgery.heal(model, base, tokenizer=tokenizer)",
@@ -206,7 +208,7 @@ def report_in_memory(model) -> Report:
     folder = Path(getattr(model.config, "_name_or_path", "") or ".")
     if (folder / FILE).is_file():
         return Report(Report.of(folder).data)
-    raise SurgeryError(
+    raise RecordError(
         "nothing is known of a surgery on this model",
         where=type(model).__name__,
         fix="surgery.apply(recipe, model) first, or surgery.load(OUT)",

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
-from surgery.errors import SurgeryError, TrainingError
+from surgery.errors import ModelMismatchError, SettingError, TrainingError, UnsupportedModelError
 from surgery.healing.lora import TOLERANCE, logits, random_tokens
 from surgery.io.safetensors import Checkpoint
 from surgery.operations.gqa.merge import group_members
@@ -70,17 +70,17 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
         SurgeryError: fused projections; a model that is not the base after GQA.
     """
     if len(ours.layers) != len(theirs.layers):
-        raise SurgeryError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
+        raise ModelMismatchError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
     merged = []
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         if mine.layout.qkv:
-            raise SurgeryError(
+            raise UnsupportedModelError(
                 f"{ours.model_type} has q, k and v in one matrix: its shared heads cannot be mixed yet",
                 where="heal.mixing",
                 fix="heal.mixing=none: the matrix trains as it is",
             )
         if mine.heads != other.heads or mine.head_dim != other.head_dim or mine.kv_heads > other.kv_heads:
-            raise SurgeryError(
+            raise ModelMismatchError(
                 f"layer {mine.index} has {mine.heads} query heads on {mine.kv_heads} KV heads, the base {other.heads} "
                 f"on {other.kv_heads}: this is not the base after gqa",
                 where="heal.mixing",
@@ -91,7 +91,7 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
             groups = group_members(other, mine.kv_heads)
             merged.append((mine, other, [[order[head] for head in group] for group in groups]))
     if not merged:
-        raise SurgeryError(
+        raise SettingError(
             f"every layer has the base's {ours.layers[0].kv_heads} KV heads: there is nothing to mix",
             where="heal.mixing",
             fix="convert the base with gqa to fewer KV heads, or heal.mixing=none",
@@ -121,7 +121,7 @@ def orders_of(operations: Iterable[dict], anatomy: Anatomy) -> list[list[int]] |
     regrouping = [step for step in operations if step.get("op") in REGROUPING]
     if [step["op"] for step in regrouping] != ["gqa"]:
         names = ", ".join(step["op"] for step in regrouping) or "none"
-        raise SurgeryError(
+        raise SettingError(
             "mixing weights are for KV heads that one gqa has merged",
             where="heal.mixing",
             exists=f"operations that change heads here: {names}",

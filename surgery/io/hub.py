@@ -15,7 +15,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from surgery.errors import MachineError, SurgeryError, nearest
+from surgery.errors import (
+    AccessError,
+    ModelError,
+    ModelNotFoundError,
+    NetworkError,
+    OutputExistsError,
+    RecordError,
+    SurgeryError,
+    nearest,
+)
 from surgery.io import manifest
 from surgery.io.files import REPORT, utf8
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
@@ -109,7 +118,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         refuse_adapter(path)
         return ResolvedModel(path, utf8(path.resolve().name))
     if os.path.exists(path):
-        raise SurgeryError("a file, not a folder", where=model, fix="give the folder that holds config.json")
+        raise ModelNotFoundError("a file, not a folder", where=model, fix="give the folder that holds config.json")
     if model == DEMO:
         from surgery.io.demo_model import demo_model
 
@@ -120,7 +129,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         close = nearest(path.name, folders(path.parent))
         exists = model.rstrip("/\\").removesuffix(path.name) + close if close else ""
         fix = "give an existing folder or a Hub id" if pathlike else f"to mean the Hub, write `{repo}@main`"
-        raise SurgeryError("no such folder", where=model, exists=exists, fix=fix)
+        raise ModelNotFoundError("no such folder", where=model, exists=exists, fix=fix)
     try:
         return _from_hub(model, _valid_id(repo), revision or None, weights, cached_only)
     except SurgeryError as error:
@@ -129,7 +138,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
         # A bare name may be a typo for a folder or for the demo model: say first that there is none.
         close = nearest(repo, [DEMO, *folders(Path())])
         fix = f"did you mean {close!r}? As a Hub id: {error.fix}" if close else error.fix
-        raise type(error)(f"no folder `{repo}` here, and {error.what}", fix=fix) from error
+        raise type(error)(f"no folder `{repo}` here, and {error.what}", fix=fix, code=error.code) from error
 
 
 def _valid_id(repo: str) -> str:
@@ -138,7 +147,7 @@ def _valid_id(repo: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise SurgeryError(f"not a Hub id: {brief(error)}", where=repo, fix="write `owner/name`") from None
+        raise ModelNotFoundError(f"not a Hub id: {brief(error)}", where=repo, fix="write `owner/name`") from None
     return repo
 
 
@@ -159,7 +168,7 @@ def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached
             headers = _headers(repo, path.name, path)  # says so where the repository has no safetensors
         if headers is None or weights:  # a snapshot cached earlier without its weights; the Hub is away now
             what = f"the weights of `{repo}` are not all in the Hub cache"
-            raise MachineError(what, fix="allow the network once")
+            raise NetworkError(what, fix="allow the network once")
     return ResolvedModel(path, model, hub_id=repo, revision=path.name, base_model=repo, headers=headers)
 
 
@@ -172,7 +181,7 @@ def _indexed(path: Path) -> list[str]:
         names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
         return [inside_folder(name, INDEX) for name in names]
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise SurgeryError("this weight index cannot be read", where=INDEX) from None
+        raise ModelError("this weight index cannot be read", where=INDEX) from None
 
 
 def _not_fetched(name: str) -> bool:
@@ -202,7 +211,7 @@ def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
         if not names:
             others = ", ".join([name for name in files if name.endswith(WEIGHTS)][:8]) or "no weight file"
             fix = "choose a repository that has model.safetensors"
-            raise SurgeryError(f"`{repo}` has no safetensors weights", exists=others, fix=fix)
+            raise SurgeryError(f"`{repo}` has no safetensors weights", exists=others, fix=fix, code="unsafe-weights")
         with ThreadPoolExecutor(max_workers=8) as pool:
             return dict(zip(names, pool.map(header, names), strict=True))
 
@@ -243,7 +252,7 @@ def push(
     try:
         report, files = _checked(out)
     except OSError as error:
-        raise MachineError(f"cannot be read: {error.strerror}", where=str(out)) from None
+        raise AccessError(f"cannot be read: {error.strerror}", where=str(out)) from None
     result: dict[str, Any] = {
         "repo": _valid_id(repo),
         "visibility": "public" if public else "private",
@@ -254,7 +263,9 @@ def push(
     if dry_run:
         return cast("Pushed", result)
     if not (token := hub_token()):
-        raise SurgeryError("pushing needs a Hub token, and there is none", where=repo, fix=LOGIN)
+        raise SurgeryError(
+            "pushing needs a Hub token, and there is none", where=repo, fix=LOGIN, code="permission-denied"
+        )
     recipe, base = (report.get(key) or {} for key in ("recipe", "base"))
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
@@ -287,7 +298,7 @@ def _send(out: Path, result: dict, token: str, public: bool, message: str, revis
         ours = "surgery.json" in existing or not any(name.endswith(WEIGHTS) for name in existing)
         if not ours and revision is None:  # a typo that would replace somebody's model
             fix = "choose another name, or push to a branch of it (revision)"
-            raise SurgeryError("this repository holds a model that is not ours", where=repo, fix=fix)
+            raise OutputExistsError("this repository holds a model that is not ours", where=repo, fix=fix)
         url = str(api.create_repo(repo, private=not public, exist_ok=True))
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -317,18 +328,22 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
         sizes = {inside_folder(name, REPORT): int(info["bytes"]) for name, info in manifest.listed(report).items()}
     except (FileNotFoundError, NotADirectoryError):
         what = "this folder was not made by surgery: it has no surgery.json"
-        raise SurgeryError(what, where=str(out), fix="push the folder that `surgery apply` wrote") from None
+        raise RecordError(what, where=str(out), fix="push the folder that `surgery apply` wrote") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise SurgeryError("surgery.json is damaged", where=str(out), fix=fix) from None
+        raise RecordError("surgery.json is damaged", where=str(out), fix=fix) from None
     if not passed:
-        raise SurgeryError("this folder has not passed `surgery check`", where=str(out), fix=fix)
+        raise SurgeryError(
+            "this folder has not passed `surgery check`", where=str(out), fix=fix, code="unchecked-output"
+        )
     there = manifest.paths_in(out)
     if links := [name for name, path in there.items() if path.is_symlink()]:
-        raise SurgeryError("a link, which would publish what it points to", where=f"{out.name}/{links[0]}")
+        raise SurgeryError(
+            "a link, which would publish what it points to", where=f"{out.name}/{links[0]}", code="unchecked-output"
+        )
     changed = manifest.differences(out, report, manifest.is_intact(report))
     if changed or not any(name.endswith(".safetensors") for name in report["files"]):
         faults = "; ".join(changed[:4]) or "no weights are recorded"
-        raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix)
+        raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix, code="unchecked-output")
     names = [*sizes]
     if not manifest.is_complete(report):  # of an earlier version, which listed the weights alone
         names += [name for name in there if name not in sizes and is_carried(name)]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.errors import MachineError, SurgeryError, nearest
+from surgery.errors import AccessError, MachineError, ModelNotFoundError, NetworkError, SurgeryError, nearest
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -49,47 +49,53 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, errors.GatedRepoError):
         fix = f"accept its terms at {url} and log in with `hf auth login`"
-        return MachineError(f"`{repo}` is gated, and this machine has no access to it", fix=fix)
+        return AccessError(f"`{repo}` is gated, and this machine has no access to it", fix=fix)
     if isinstance(error, errors.RevisionNotFoundError):
-        return SurgeryError(f"`{repo}` has no revision `{revision}`", fix=f"see its branches at {url}")
+        return ModelNotFoundError(f"`{repo}` has no revision `{revision}`", fix=f"see its branches at {url}")
     # Without a token the Hub answers 401 for a missing repository; with a bad one, for everything.
     if status == 401 and (writing or hub_token()):
-        return MachineError("the Hub does not accept this token", fix=LOGIN)
+        return AccessError("the Hub does not accept this token", fix=LOGIN)
     if isinstance(error, errors.RepositoryNotFoundError):
         cached = [n[8:].replace("--", "/", 1) for n in folders(Path(cache)) if n.startswith("models--")]
         close = nearest(repo, [*cached, *folders(Path()), DEMO_NAME])
         fix = f"check the spelling; if it is private, {LOGIN}"
-        return SurgeryError(f"the Hub has no model `{repo}`, or it is private", exists=close, fix=fix)
+        return ModelNotFoundError(f"the Hub has no model `{repo}`, or it is private", exists=close, fix=fix)
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         what = "nothing can be pushed" if writing else f"`{repo}` at `{revision}` is not all in the Hub cache"
         if constants.HF_HUB_OFFLINE:
-            return MachineError(f"HF_HUB_OFFLINE is set, and {what}", fix="unset HF_HUB_OFFLINE")
-        return MachineError(what, where=cache, fix="allow the network once")
+            return NetworkError(f"HF_HUB_OFFLINE is set, and {what}", fix="unset HF_HUB_OFFLINE")
+        return NetworkError(what, where=cache, fix="allow the network once")
     if status in (401, 403):
         what = f"you may not {'write to' if writing else 'read'} `{repo}`"
-        return MachineError(what, fix=f"use a token that has this right; {LOGIN}")
+        return AccessError(what, fix=f"use a token that has this right; {LOGIN}")
     if isinstance(error, json.JSONDecodeError):  # a proxy's login page
-        return MachineError(
-            "this is not the Hub that answers", where=url, fix=f"check network and proxy, then {retry}"
+        return NetworkError(
+            "this is not the Hub that answers",
+            where=url,
+            fix=f"check network and proxy, then {retry}",
         )
     if isinstance(error, ValueError) and "proxy URL" in str(error):  # which may hold a password: it is not shown
         named = sorted(name for name in os.environ if name.lower() in PROXIES)
         what = "the proxy that the environment names is not one of http, https, socks5 or socks5h"
-        return MachineError(what, exists=", ".join(named), fix="set these variables to a proxy's URL, or unset them")
+        return NetworkError(
+            what,
+            exists=", ".join(named),
+            fix="set these variables to a proxy's URL, or unset them",
+        )
     if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
         return SurgeryError(f"the Hub refused the request: {brief(error)}", where=repo)
     if status is not None:
-        return MachineError(f"the Hub answered {status}", where=url, fix=f"{retry} later")
+        return NetworkError(f"the Hub answered {status}", where=url, fix=f"{retry} later")
     if getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return MachineError("the disk is full", where=cache, fix="free space, or set HF_HOME")
+        return MachineError("the disk is full", where=cache, fix="free space, or set HF_HOME", code="disk-full")
     if isinstance(error, PermissionError):
-        return MachineError("no permission", where=str(error.filename or cache))
+        return AccessError("no permission", where=str(error.filename or cache))
     clients = {"httpx", "httpx2", "requests", "urllib3"}
     if isinstance(error, (ConnectionError, TimeoutError)) or libraries & clients:
         what, fix = f"the Hub cannot be reached ({type(error).__name__})", f"check network and proxy, then {retry}"
-        return MachineError(what, where=constants.ENDPOINT, fix=fix)
+        return NetworkError(what, where=constants.ENDPOINT, fix=fix)
     if "huggingface_hub" in libraries or isinstance(error, (OSError, RuntimeError)):
-        return MachineError(f"the transfer failed: {brief(error)}", where=url, fix=retry)
+        return NetworkError(f"the transfer failed: {brief(error)}", where=url, fix=retry)
     return None
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelError, SurgeryError, UnsupportedModelError, shown
 from surgery.io.files import read_json, utf8
 from surgery.io.model_folder import read_config_json
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
@@ -60,14 +60,14 @@ def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> A
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
-        raise SurgeryError(
+        raise ModelError(
             f"{name} has the shape {tuple(stored)} in the file, and {tuple(expected)} by config.json{more}",
             where=str(folder),
             fix="check the sizes in config.json against the model's original",
         )
     # Transformers fills what is missing with random numbers: every figure would be random, too.
     if missing := sorted(info["missing_keys"]):
-        raise SurgeryError(f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder))
+        raise ModelError(f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder))
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
@@ -77,7 +77,7 @@ def refuse_adapter(folder: Path) -> None:
     A conversion would lose it, and every figure of the base would be the adapter's.
     """
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
-        raise SurgeryError(
+        raise UnsupportedModelError(
             "an adapter lies beside the weights, and Transformers adds it whenever this folder is loaded",
             where=str(folder),
             fix="move the adapter_* files into a folder ADAPTER of their own; to have it in the weights, merge it: "
@@ -98,6 +98,7 @@ def refuse_pickle(folder: Path) -> None:
                 f"the index names {shown(other)}, which Transformers would read as a pickle",
                 where=str(folder / WEIGHT_INDEX),
                 fix="pickles can run code and are not loaded; name a folder whose index names .safetensors files",
+                code="unsafe-weights",
             )
         return
     suffixes = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
@@ -110,6 +111,7 @@ def refuse_pickle(folder: Path) -> None:
         fix="pickles can run code and are not loaded; surgery apply RECIPE FOLDER -o OUT --allow-pickle converts them"
         if pickled
         else "name a folder that holds safetensors weights",
+        code="unsafe-weights",
     )
 
 
@@ -135,11 +137,13 @@ def read_config(source: ModelSource):
         return source.config
     folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise SurgeryError("not a model folder: it has no config.json", where=str(folder), fix="name a saved model")
+        raise ModelError("not a model folder: it has no config.json", where=str(folder), fix="name a saved model")
     from transformers import AutoConfig
 
     if reason := no_class(folder):
-        raise SurgeryError(reason, where=str(folder), fix="a model with code of its own cannot be loaded here")
+        raise UnsupportedModelError(
+            reason, where=str(folder), fix="a model with code of its own cannot be loaded here"
+        )
     with _loading_errors(folder):
         return AutoConfig.from_pretrained(folder, **STRICT)
 
@@ -167,7 +171,7 @@ def read_tokenizer(source: ModelSource):
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
     # Checked first: some tokenizer classes are silently empty where there is no file.
     if not any(any(folder.glob(name)) for name in names):
-        raise SurgeryError(
+        raise ModelError(
             "no tokenizer files",
             where=str(folder),
             fix="copy the base's tokenizer files there, or skip scoring with --no-eval",
@@ -191,7 +195,7 @@ def _loading_errors(folder: Path) -> Iterator[None]:
             reason = _unknown(folder, error.args[0] if error.args else None)
         elif utf8(str(folder)) != str(folder) and "utf-8" in reason.lower():
             reason, fix = "the path of this folder is not UTF-8", "rename it"
-        raise SurgeryError(f"Transformers cannot load this: {reason}", where=str(folder), fix=fix) from error
+        raise ModelError(f"Transformers cannot load this: {reason}", where=str(folder), fix=fix) from error
 
 
 def _unknown(folder: Path, value: object) -> str:
@@ -218,25 +222,25 @@ def refuse_wrapped(model) -> None:
         type(module).__module__.startswith("peft.") for module in model.modules()
     )
     if adapters:
-        raise SurgeryError(
+        raise UnsupportedModelError(
             "the model carries adapters, which would no longer fit the new weights",
             where=type(model).__name__,
             fix="merge them first: model = model.merge_and_unload()",
         )
     if not hasattr(model, "config") or hasattr(model, "_orig_mod"):
-        raise SurgeryError(
+        raise UnsupportedModelError(
             "this is not a plain Transformers model",
             where=type(model).__name__,
             fix="pass the model inside the wrapper",
         )
     if computed := next((name for name, module in model.named_modules() if hasattr(module, "parametrizations")), ""):
-        raise SurgeryError(
+        raise UnsupportedModelError(
             f"weights of {computed} are computed from others (torch.nn.utils.parametrize)",
             where=type(model).__name__,
             fix="remove_parametrizations(module, 'weight') first, which keeps the weight that they compute",
         )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise SurgeryError(
+        raise UnsupportedModelError(
             "some weights are not in memory (offloaded, or never loaded)",
             where=type(model).__name__,
             fix="load the model without device_map, or convert the folder: surgery.apply(recipe, folder, output=...)",

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelError, SurgeryError, shown
 from surgery.io.files import BASE_CARD, CARD, REPORT, read_json, utf8
 from surgery.io.plain_config import plain_config
 from surgery.io.safetensors import SINGLE_FILE, STORED_NAMES, WEIGHT_INDEX, Checkpoint
@@ -37,7 +37,7 @@ def load_config(folder: Path):
     try:
         return cls.from_dict(raw)
     except Exception as error:  # Transformers' validators raise many kinds
-        raise SurgeryError(
+        raise ModelError(
             f"Transformers does not accept this config: {error}",
             where=str(folder / "config.json"),
             fix="check its numbers (heads, sizes, layers) against the model's original",
@@ -77,22 +77,22 @@ def read_config_json(folder: Path) -> dict:
         for name, most in NUMBERS.items():
             value = part.get(name)
             if isinstance(value, str | dict):
-                raise SurgeryError(f"{name} should be a number; it is {shown(value)}", where=where)
+                raise ModelError(f"{name} should be a number; it is {shown(value)}", where=where)
             if isinstance(value, int | float) and value > most:
                 what = f"{name} is {value:,}, which is more than any model has"
-                raise SurgeryError(what, where=where, fix="check it against the model's original")
+                raise ModelError(what, where=where, fix="check it against the model's original")
         for name in ("_attn_implementation", "attn_implementation"):
             if "/" in str(part.get(name)):  # Transformers would fetch it from the Hub, and run it
                 what = f"{name} is {shown(part[name])}: code of somebody's, which is not loaded"
-                raise SurgeryError(what, where=where, fix="remove this key")
+                raise ModelError(what, where=where, fix="remove this key")
         if not isinstance(part.get("model_type"), str | None):
-            raise SurgeryError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
+            raise ModelError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
         if part.get("return_dict") is False:  # its own forward asks what the layers return for names
             what = "return_dict is false: Transformers cannot run a model that returns tuples"
-            raise SurgeryError(what, where=where, fix="remove this key")
+            raise ModelError(what, where=where, fix="remove this key")
     if (file := raw.get("transformers_weights")) not in (None, SINGLE_FILE, WEIGHT_INDEX):
         what = f"transformers_weights is {shown(file)}: Transformers would load this in place of {SINGLE_FILE}"
-        raise SurgeryError(what, where=where, fix=f"remove this key, and call the file {SINGLE_FILE}")
+        raise ModelError(what, where=where, fix=f"remove this key, and call the file {SINGLE_FILE}")
     return raw
 
 
@@ -155,6 +155,7 @@ def refuse_links_out(folder: Path) -> None:
                 f"{name} is a link that leaves the model folder",
                 where=str(folder),
                 fix="put a copy of the file in its place if it belongs to the model, else remove the link",
+                code="unsafe-weights",
             )
 
 

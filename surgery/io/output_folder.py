@@ -13,7 +13,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from surgery.errors import MachineError, SurgeryError
+from surgery.errors import MachineError, OutputExistsError, SurgeryError, system_code
 from surgery.io.files import PROGRESS, REPORT, read_json, sha256, write_json
 from surgery.io.manifest import strangers
 
@@ -111,7 +111,7 @@ class OutputFolder:
         for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
             out = Path(os.path.realpath(path))
             if out == base or base in out.parents or out in base.parents:
-                raise SurgeryError(
+                raise OutputExistsError(
                     "OUT (with its .partial and .replaced) may not be the model folder, lie in it or hold it",
                     where=str(self.out),
                     fix="choose another folder (-o)",
@@ -136,7 +136,7 @@ class OutputFolder:
                 os.rename(self.replaced, self.out)
         if os.path.lexists(self.out) and not self.overwrite:
             resume = "--resume to go on with its check and scores, or " if self.is_same_conversion() else ""
-            raise SurgeryError(
+            raise OutputExistsError(
                 "OUT exists", where=str(self.out), fix=f"choose another name, or add {resume}--overwrite"
             )
         if os.path.lexists(self.out):
@@ -164,6 +164,7 @@ class OutputFolder:
                     "OUT.partial is of another conversion (recipe, base or version differ)",
                     where=str(self.partial),
                     fix="finish that one with its own command, or start anew with --overwrite",
+                    code="unfinished-run",
                 )
             for path in self.partial.glob("*.unfinished"):  # what the run was killed with
                 path.unlink()
@@ -180,6 +181,7 @@ class OutputFolder:
                 "an unfinished run left OUT.partial",
                 where=str(self.partial),
                 fix="add --resume to go on from it, or --overwrite to start anew",
+                code="unfinished-run",
             )
 
     def _set_modes(self) -> None:
@@ -193,7 +195,12 @@ class OutputFolder:
         if os.path.lexists(self.out):  # it may have come, or changed, while this ran
             if not self.overwrite:
                 what = "somebody else made OUT during the run"
-                raise MachineError(what, where=str(self.out), fix="move it away, then run the command with --resume")
+                raise MachineError(
+                    what,
+                    where=str(self.out),
+                    fix="move it away, then run the command with --resume",
+                    code="out-exists",
+                )
             refuse_to_replace(self.out)
         self._set_modes()
         (self.partial / PROGRESS).unlink()
@@ -245,6 +252,7 @@ def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None
             f"the disk is too small: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
             where=str(folder),
             fix="free some space or write elsewhere (-o)",
+            code="disk-full",
         )
 
 
@@ -263,16 +271,16 @@ def refuse_to_replace(out: Path) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "a link" if out.is_symlink() else "a file" if out.is_file() else "no folder"
         what = f"--overwrite replaces a folder that surgery wrote, and this is {kind}"
-        raise SurgeryError(what, where=str(out), fix=fix)
+        raise OutputExistsError(what, where=str(out), fix=fix)
     if not any(out.iterdir()):
         return
     if not (out / REPORT).is_file():
         what = "--overwrite replaces what surgery wrote, and this folder has no surgery.json"
-        raise SurgeryError(what, where=str(out), fix=fix)
+        raise OutputExistsError(what, where=str(out), fix=fix)
     if mine := strangers(out):
         more = f" and {len(mine) - 3} more" if len(mine) > 3 else ""
         what = f"--overwrite would remove what surgery did not write: {', '.join(mine[:3])}{more}"
-        raise SurgeryError(what, where=str(out), fix="move these files away, or choose another name (-o)")
+        raise OutputExistsError(what, where=str(out), fix="move these files away, or choose another name (-o)")
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -281,7 +289,7 @@ def refuse_foreign(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
         if names & {PROGRESS, REPORT} or all(map(_begins_progress, names)):
             return
-    raise SurgeryError(
+    raise OutputExistsError(
         "surgery needs this name while it writes OUT, and did not write what is there",
         where=str(folder),
         fix="move it away, or choose another OUT (-o)",
@@ -375,4 +383,5 @@ def machine_errors(where: Path, partial: Path | None = None):
             what, fix = f"the system refused: {os.strerror(number) if number else error}", ""
         if partial is not None and partial.exists():
             fix += f"{', then ' if fix else ''}run the same command with --resume"
-        raise MachineError(what, where=str(getattr(error, "filename", None) or where), fix=fix) from error
+        code = "disk-full" if disk_full(error) else system_code(number)
+        raise MachineError(what, where=str(getattr(error, "filename", None) or where), fix=fix, code=code) from error

@@ -11,7 +11,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelError, SurgeryError, UnsupportedModelError, shown
 from surgery.io.files import write_json
 from surgery.io.output_folder import machine_errors, output_path, parent_folder
 from surgery.io.safetensors import SINGLE_FILE, WEIGHT_INDEX, read_index
@@ -73,18 +73,22 @@ def _plain_tensors(base: Path, file: str) -> dict:
     try:
         state = torch.load(base / file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(base / file))
     except FileNotFoundError:
-        raise SurgeryError(f"the index names {file}, which is not there", where=str(base)) from None
+        raise ModelError(f"the index names {file}, which is not there", where=str(base)) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SurgeryError(f"{file} cannot be read as plain tensors: {reason}", where=str(base)) from None
+        raise SurgeryError(
+            f"{file} cannot be read as plain tensors: {reason}", where=str(base), code="unsafe-weights"
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise SurgeryError(f"{file} holds more than tensors", where=str(base))
+        raise SurgeryError(f"{file} holds more than tensors", where=str(base), code="unsafe-weights")
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise SurgeryError(f"{file} names a tensor {shown(name)}, which is no text", where=str(base))
+            raise ModelError(f"{file} names a tensor {shown(name)}, which is no text", where=str(base))
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             what = f"{name} in {file} is no plain tensor ({'quantized' if tensor.is_quantized else kind})"
-            raise SurgeryError(what, where=str(base), fix="save the model with save_pretrained, in safetensors")
+            raise UnsupportedModelError(
+                what, where=str(base), fix="save the model with save_pretrained, in safetensors"
+            )
     return state

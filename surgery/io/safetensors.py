@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest, shown
+from surgery.errors import ModelError, ModelNotFoundError, SurgeryError, UnsupportedModelError, nearest, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise SurgeryError("no such model folder", where=str(folder), exists=_siblings(self.folder))
+            raise ModelNotFoundError("no such model folder", where=str(folder), exists=_siblings(self.folder))
         index, single = self.folder / WEIGHT_INDEX, self.folder / SINGLE_FILE
         self.index = read_index(index) if index.is_file() and not single.is_file() else None  # as Transformers reads
         self.shards = [read_header(self.folder / file, file) for file in self._files()]
@@ -75,7 +75,7 @@ class Checkpoint:
         for shard in self.shards:
             for info in shard.tensors:
                 if info.name in self.tensors:
-                    raise SurgeryError(
+                    raise ModelError(
                         f"tensor {info.name} is in {self.tensors[info.name].file} and in {info.file}",
                         where=str(folder),
                     )
@@ -87,7 +87,7 @@ class Checkpoint:
             files = sorted(set(self.index["weight_map"].values()))
             for file in files:
                 if not (self.folder / file).is_file():
-                    raise SurgeryError(
+                    raise ModelError(
                         f"the index names {file}, which is not there",
                         where=str(self.folder / WEIGHT_INDEX),
                         exists=", ".join(sorted(p.name for p in self.folder.glob("*.safetensors"))) or "no shard",
@@ -100,7 +100,7 @@ class Checkpoint:
             p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".safetensors", ".pt", ".pth", ".gguf")
         )
         pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
-        raise SurgeryError(
+        raise ModelError(
             f"no {SINGLE_FILE} and no {WEIGHT_INDEX}",
             where=str(self.folder),
             exists=", ".join(names) or "no weight file",
@@ -115,7 +115,7 @@ class Checkpoint:
         for name, file in self.index["weight_map"].items():
             info = self.tensors.get(name)
             if info is None or info.file != file:
-                raise SurgeryError(
+                raise ModelError(
                     f"the index says that {file} holds {name}, and it does not",
                     where=str(self.folder / WEIGHT_INDEX),
                     exists=f"{name} in {info.file}" if info else f"nearest: {nearest(name, self.tensors) or 'none'}",
@@ -151,7 +151,7 @@ class Checkpoint:
 
         info = self.tensors[name]
         if info.dtype not in TORCH_NAMES:
-            raise SurgeryError(
+            raise UnsupportedModelError(
                 f"{name} is {info.dtype}: only floating-point tensors are computed with", where=info.file
             )
         data = torch.empty(info.size, dtype=torch.uint8)
@@ -176,7 +176,7 @@ class Checkpoint:
 
     def ended(self, file: str) -> SurgeryError:
         """The error where a file has become shorter while it was read."""
-        return SurgeryError(f"{file} ended while it was read", where=str(self.folder))
+        return ModelError(f"{file} ended while it was read", where=str(self.folder))
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -205,10 +205,10 @@ def read_index(path: Path) -> dict:
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise SurgeryError("the index has no weight_map of names to files", where=str(path))
+        raise ModelError("the index has no weight_map of names to files", where=str(path))
     if not weight_map or not isinstance(index.get("metadata"), dict | None):
         what = "its weight_map names no tensor" if not weight_map else "its metadata is no mapping"
-        raise SurgeryError(f"the index is damaged: {what}", where=str(path), fix="download it again")
+        raise ModelError(f"the index is damaged: {what}", where=str(path), fix="download it again")
     for file in weight_map.values():
         inside_folder(file, str(path))
     return index
@@ -223,10 +223,13 @@ def inside_folder(name: str, where: str) -> str:
         path = flavour(name)
         if path.is_absolute() or path.drive or path.root or ".." in path.parts or not path.parts:
             raise SurgeryError(
-                f"the name {name!r} leaves its folder", where=where, fix="names must be relative, without .."
+                f"the name {name!r} leaves its folder",
+                where=where,
+                fix="names must be relative, without ..",
+                code="unsafe-weights",
             )
         if any(len(part) > LONGEST_NAME for part in path.parts):
-            raise SurgeryError(f"the name {shown(name)} is too long for a file", where=where)
+            raise ModelError(f"the name {shown(name)} is too long for a file", where=where)
     return name
 
 
@@ -236,7 +239,7 @@ def read_header(path: Path, file: str) -> Shard:
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if total < 8 or length > min(MAX_HEADER, total - 8):
-            raise SurgeryError(
+            raise ModelError(
                 f"{file} is not a safetensors file, or is cut short",
                 where=str(path.parent),
                 fix="download it again (a Git LFS pointer of 130 bytes becomes the file by `git lfs pull`)",
@@ -264,7 +267,7 @@ def read_header(path: Path, file: str) -> Shard:
         if len(tensors) < len(entries):
             raise ValueError("a shape or an offset is not a number, or a dtype no text")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise SurgeryError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
+        raise ModelError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
     tensors.sort(key=lambda info: info.start)
     _verify_offsets(tensors, 8 + length, total, file, path.parent)
     return Shard(file, tuple(tensors), metadata, header)
@@ -276,10 +279,10 @@ def _verify_offsets(tensors: list[TensorInfo], position: int, total: int, file: 
         for size in info.shape:
             bits = bits and bits * size
         if info.start != position or (bits is not None and info.size * 8 != bits):
-            raise SurgeryError(f"{file}: {info.name} lies where its shape does not allow", where=str(folder))
+            raise ModelError(f"{file}: {info.name} lies where its shape does not allow", where=str(folder))
         position += info.size
     if position != total:
-        raise SurgeryError(
+        raise ModelError(
             f"{file} has {total:,} bytes and its header promises {position:,}",
             where=str(folder),
             fix="the file is cut short or damaged: download it again",

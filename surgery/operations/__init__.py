@@ -6,7 +6,7 @@ from importlib import import_module, metadata
 
 from pydantic import PydanticUserError
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import RecipeError, SurgeryError, nearest
 from surgery.operations.base import Operation
 
 GROUP = "surgery.operations"
@@ -46,7 +46,7 @@ def find(op: str) -> type[Operation]:
         return _load(points[op])
     known = [*builtin_names(), *points]
     close = nearest(op, known)
-    raise SurgeryError(
+    raise RecipeError(
         f"unknown operation {op!r}",
         exists=", ".join(known),
         fix=f"did you mean {close!r}?"
@@ -76,8 +76,11 @@ def _load(point: metadata.EntryPoint) -> type[Operation]:
         cls = point.load()
     except (Exception, SystemExit) as error:  # somebody else's code: anything can come
         raise SurgeryError(
-            f"the operation {point.name!r} of {package} does not load: {type(error).__name__}: {error}"
+            f"the operation {point.name!r} of {package} does not load: {type(error).__name__}: {error}",
+            code="plugin-fault",
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Operation)):
-        raise SurgeryError(f"the operation {point.name!r} of {package} is not a subclass of surgery.Operation")
+        raise SurgeryError(
+            f"the operation {point.name!r} of {package} is not a subclass of surgery.Operation", code="plugin-fault"
+        )
     return cls

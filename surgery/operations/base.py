@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from surgery.errors import SurgeryError
+from surgery.errors import ModelMismatchError, SurgeryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ class ApplyContext:
         known, tokens = self.before.config.get_text_config().vocab_size, getattr(self.tokenizer, "vocab_size", 0)
         if tokens > known:
             what = f"the tokenizer has {tokens:,} tokens, the model knows {known:,}"
-            raise SurgeryError(what, where=where, fix="use the tokenizer of this model")
+            raise ModelMismatchError(what, where=where, fix="use the tokenizer of this model")
         return self.tokenizer
 
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError, SurgeryError
 from surgery.operations.base import TERMS_OF_A_HEAD, PlannedChange, WeightRewrite, WholeNumber, whole_keys
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class HeadMask(WeightRewrite):
             return layer.replace(anatomy=target), {}
         o = (layer.o.double() * torch.tensor(gates, dtype=torch.float64)[:, None]).to(layer.o.dtype)
         if not o.isfinite().all():
-            raise SurgeryError(
+            raise RecipeMismatchError(
                 f"head_mask: layer {target.index}: a gate of {max(gates, key=abs):g} makes the output projection "
                 f"larger than {str(o.dtype).removeprefix('torch.')} holds",
                 fix="a smaller gate",

@@ -25,7 +25,9 @@ def author_error(operation: Operation, fault: str) -> Exception:
     message, module = f"{operation.op}: {fault}", type(operation).__module__
     if module.startswith("surgery.operations."):
         return TypeError(message)
-    return SurgeryError(message, where=module, fix="this operation is not of surgery: tell its authors")
+    return SurgeryError(
+        message, where=module, fix="this operation is not of surgery: tell its authors", code="plugin-fault"
+    )
 
 
 def checked_record(operation: Operation, record: Any) -> dict[str, Any]:

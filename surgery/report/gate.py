@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import RecipeError, nearest
 from surgery.evaluation import probes
 from surgery.evaluation.probes.base import UNASKED
 
@@ -26,13 +26,13 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     known = probes.limits()
     for name, limit in limits.items():
         if name not in known:
-            raise SurgeryError(
+            raise RecipeError(
                 f"no limit {name!r}",
                 exists=", ".join(known),
                 fix=f"use {nearest(name, known) or next(iter(known))}",
             )
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit)):
-            raise SurgeryError(f"{name} is {limit!r}, not a number", fix=f"{name}: 0.5")
+            raise RecipeError(f"{name} is {limit!r}, not a number", fix=f"{name}: 0.5")
     if evaluation.get("status") != "done":
         return "not run", [evaluation.get("reason") or "the evaluation was not run"]
 

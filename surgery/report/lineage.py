@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.architecture.anatomy import Anatomy
-from surgery.errors import SurgeryError, shown
+from surgery.errors import ModelMismatchError, RecordError, SurgeryError, shown
 from surgery.evaluation.probes.base import Probe
 from surgery.evaluation.probes.settings import requested_probes
 from surgery.io.files import published
@@ -97,16 +97,18 @@ def refuse_another(model, report: Report) -> None:
     report.refuse_unreadable()  # before a weight is written
     known, kind = report.data.get("in_memory") or {}, report.data["base"].get("model_type")
     if not _is_origin(known):
-        raise SurgeryError(f"this report cannot be written: in_memory is {shown(known)}", fix=fix)
+        raise RecordError(f"this report cannot be written: in_memory is {shown(known)}", fix=fix)
     where, reported_class = type(model).__name__, known.get("class")
     if reported_class and reported_class != where:
         adapters = "; merge adapters first: model = model.merge_and_unload()" if hasattr(model, "peft_config") else ""
-        raise SurgeryError(f"the report is of a {reported_class}", where=where, fix=fix + adapters)
+        raise ModelMismatchError(f"the report is of a {reported_class}", where=where, fix=fix + adapters)
     if kind and model.config.model_type != kind:
-        raise SurgeryError(f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix)
+        raise ModelMismatchError(
+            f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix
+        )
     if "heads" in known and known["heads"] != (heads := heads_of(model)):
         what = f"the report is of {_shape(known['heads'])}, this model has {_shape(heads)}"
-        raise SurgeryError(what, where=where, fix=fix)
+        raise ModelMismatchError(what, where=where, fix=fix)
 
 
 def _is_origin(known: object) -> bool:

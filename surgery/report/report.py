@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from surgery.errors import CheckError, GateError, SurgeryError, nearest, shown
+from surgery.errors import CheckError, GateError, RecordError, SurgeryError, nearest, shown
 from surgery.evaluation.probes import REGISTRY
 from surgery.io.files import (
     BASE_CARD,
@@ -187,7 +187,7 @@ class Report(Printed):
             fault = json_fault(self.data) or _damage_of_file(self.data)
         if fault:
             fix = "give it as surgery made it; notes of yours are plain data: text, finite numbers, lists, dicts"
-            raise SurgeryError(f"this report cannot be written: {fault}", fix=fix)
+            raise RecordError(f"this report cannot be written: {fault}", fix=fix)
 
     def record_evaluation(self, result: dict) -> None:
         """Record a score, and compare it with the recipe's gate; `result`: `to_dict()` of the main probe's result."""
@@ -238,17 +238,20 @@ class Report(Printed):
             )
             raise SurgeryError("no such folder", where=str(folder), fix=fix)
         if not (folder / FILE).is_file():
-            raise SurgeryError(
+            raise RecordError(
                 "no surgery.json: not a checkpoint that surgery wrote",
                 where=str(folder),
                 fix="`surgery apply RECIPE MODEL -o OUT` writes one",
             )
         data = read_json(folder / FILE)
         if data.get("format") != FORMAT:
-            raise SurgeryError(f"surgery.json has format {data.get('format')!r}; known: {FORMAT}", where=str(folder))
+            raise RecordError(
+                f"surgery.json has format {data.get('format')!r}; known: {FORMAT}",
+                where=str(folder),
+            )
         if fault := _damage_of_file(data):
             fix = "take surgery.json from the folder as it was written, or convert again (surgery apply)"
-            raise SurgeryError(f"surgery.json is damaged: {fault}", where=str(folder), fix=fix)
+            raise RecordError(f"surgery.json is damaged: {fault}", where=str(folder), fix=fix)
         return cls(data, folder, is_intact(data))
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError, SurgeryError, UnsupportedModelError
 from surgery.machine.progress import begin
 
 CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -107,7 +107,9 @@ def search_dense_below(
     sparse_layers = [layer_index for layer_index, entry in enumerate(entries) if entry]
     if not sparse_layers:
         fix = "surgery apply sparse-prefill MODEL -o OUT"
-        raise SurgeryError("no layer of this checkpoint has a sparse prefill to calibrate", where=str(out), fix=fix)
+        raise UnsupportedModelError(
+            "no layer of this checkpoint has a sparse prefill to calibrate", where=str(out), fix=fix
+        )
     layers = [sparse_layers[index] for index in spaced_layers(len(sparse_layers), min(LAYERS, len(sparse_layers)))]
     block = max(entries[layer_index]["block"] for layer_index in sparse_layers)
     tokenizer, trials, dense_below = read_tokenizer(Path(out)), [], None
@@ -136,7 +138,7 @@ def search_dense_below(
 
 
 def _no_candidate(block: int, positions: int, tokens: int, where: str) -> SurgeryError:
-    return SurgeryError(
+    return SettingError(
         f"no candidate can be tried: they are from a block ({block}) to half of {min(positions, tokens):,} tokens, "
         f"which is what the model's {positions:,} positions and the {tokens:,} tokens of the text allow",
         where=where,
@@ -232,7 +234,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     from surgery.report.report import Report
 
     if not search.fits and search.tried < search.dense_below:
-        raise SurgeryError(
+        raise SettingError(
             f"nothing was written: no prompt of up to {search.tried:,} tokens should be sparse here, and longer ones "
             f"(the model has {search.dense_below:,} positions) were not tried",
             where=str(folder),
@@ -242,7 +244,12 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
     report, config = Report.of(folder), read_json(folder / "config.json")
     dense_below, data = search.dense_below, report.data
     if changed := manifest.differences(folder, data, report.intact):
-        raise SurgeryError(f"{changed[0]}: nothing was written", where=str(folder), fix=f"surgery check {folder.name}")
+        raise SurgeryError(
+            f"{changed[0]}: nothing was written",
+            where=str(folder),
+            fix=f"surgery check {folder.name}",
+            code="unchecked-output",
+        )
     for entry in (layer["sparse"] for layer in config["surgery"]["layers"] if "sparse" in layer):
         entry["dense_below"] = dense_below
     steps = [step for step in data["recipe"]["operations"] if step.get("op") == "sparse_prefill"]

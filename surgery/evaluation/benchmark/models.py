@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import MachineError, SurgeryError
+from surgery.errors import MachineError, ModelMismatchError, SettingError, SurgeryError, UnsupportedModelError
 
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
@@ -38,7 +38,7 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
     for name in SHAPE:
         theirs, ours = (getattr(config.get_text_config(), name, None) for config in (base, out))
         if theirs != ours:
-            raise SurgeryError(
+            raise ModelMismatchError(
                 f"not made from this base: its {name} is {ours}, the base's is {theirs}",
                 where=str(out_name),
                 fix="--base the model that it was made from",
@@ -60,7 +60,7 @@ def loaded_pair(base, out, base_folder: Path, out_folder: Path, positions: int) 
 
     longest = getattr(base.get_text_config(), "max_position_embeddings", None)
     if longest and positions > longest:
-        raise SurgeryError(
+        raise SettingError(
             f"{positions} tokens with those decoded are beyond the base's {longest} positions",
             fix="shorter --lengths, or --synthetic (random weights of the same shape)",
         )
@@ -87,14 +87,16 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
     from transformers import AutoModelForCausalLM
 
     if base.get_text_config() is not base:
-        raise SurgeryError("composites (vision + text) have no synthetic counterpart", fix="leave out --synthetic")
+        raise UnsupportedModelError(
+            "composites (vision + text) have no synthetic counterpart", fix="leave out --synthetic"
+        )
     depth = base.num_hidden_layers
     kept_layers = spaced_layers(depth, layers)
     stock, patched = (synthetic_config(config, kept_layers, positions) for config in (base, out))
     block = getattr(patched, "surgery", None)
     if ratio is not None:
         if not block:
-            raise SurgeryError("a ratio needs a checkpoint with a head split", where="--ratio", fix="leave it out")
+            raise SettingError("a ratio needs a checkpoint with a head split", where="--ratio", fix="leave it out")
         patched.surgery = {**block, "layers": even_split(block["layers"], _kv_heads(patched), ratio)}
     weights = 0
     for config in (stock, patched):
@@ -182,7 +184,9 @@ def _refuse_too_big(weights: int, config, positions: int) -> None:
     width = max(getattr(text, "intermediate_size", None) or 0, text.hidden_size)
     if reason := too_big(weights, extra=positions * size * (cache + 4 * width)):
         raise MachineError(
-            f"the benchmark {reason}", fix="shorter --lengths, or --synthetic --layers N (fewer layers)"
+            f"the benchmark {reason}",
+            fix="shorter --lengths, or --synthetic --layers N (fewer layers)",
+            code="out-of-memory",
         )
 
 
@@ -258,7 +262,7 @@ def spaced_layers(depth: int, count: int | None) -> list[int]:
         SurgeryError: more layers than there are, or none.
     """
     if count is not None and not 1 <= count <= depth:
-        raise SurgeryError(f"{count} layers of {depth}", where="--layers", fix=f"1 to {depth}")
+        raise SettingError(f"{count} layers of {depth}", where="--layers", fix=f"1 to {depth}")
     count = count or depth
     return [int((i + 0.5) * depth / count) for i in range(count)]
 
@@ -275,7 +279,7 @@ def even_split(layers: list[dict], kv_heads: list[int], ratio: float, seed: int 
         SurgeryError: a ratio outside 0 to 1.
     """
     if not 0 <= ratio <= 1:
-        raise SurgeryError(f"ratio {ratio:g}", where="--ratio", fix="from 0 to 1")
+        raise SettingError(f"ratio {ratio:g}", where="--ratio", fix="from 0 to 1")
     heads = [(layer, head) for layer, count in enumerate(kv_heads) for head in range(count)]
     chosen = set(random.Random(seed).sample(heads, round(ratio * len(heads))))
     with_window = next((layer for layer in layers if "window" in layer), {"sinks": 16, "window": 240})

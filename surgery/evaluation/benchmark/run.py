@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import MachineError, SurgeryError
+from surgery.errors import MachineError, SettingError
 from surgery.evaluation.benchmark.models import (
     compare,
     gate_figures,
@@ -210,11 +210,11 @@ def cache_bytes(cache) -> int:
 def _refuse(lengths, rounds, decode, synthetic, layers, ratio) -> None:
     for name, value in (("rounds", rounds), ("decode", decode), *(("lengths", length) for length in lengths)):
         if type(value) is not int or value < 1:
-            raise SurgeryError(f"{name} must be whole numbers from 1, not {value!r}", where="bench")
+            raise SettingError(f"{name} must be whole numbers from 1, not {value!r}", where="bench")
     if not lengths:
-        raise SurgeryError("no length to measure", where="bench", fix="lengths=(512, 2048)")
+        raise SettingError("no length to measure", where="bench", fix="lengths=(512, 2048)")
     if not synthetic and (layers is not None or ratio is not None):
-        raise SurgeryError("layers and ratio are of random models", where="bench", fix="add --synthetic")
+        raise SettingError("layers and ratio are of random models", where="bench", fix="add --synthetic")
 
 
 def device_of(name: str):
@@ -231,7 +231,7 @@ def device_of(name: str):
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise SurgeryError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
+        raise SettingError(f"unknown device {name!r}", where="--device", exists="cpu, cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"PyTorch sees no such device: {name}", where="--device", fix="--device cpu")
     return device
@@ -245,7 +245,9 @@ def _out_of_memory(device):
         if not is_out_of_memory(error):
             raise
         what = (str(error) or "no more to be had").splitlines()[0]
-        raise MachineError(f"out of memory: {what}", where=str(device), fix="shorter --lengths") from error
+        raise MachineError(
+            f"out of memory: {what}", where=str(device), fix="shorter --lengths", code="out-of-memory"
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import SettingError, nearest
 
 if TYPE_CHECKING:
     from surgery.evaluation.probes.base import Limit, Probe
@@ -34,7 +34,7 @@ def find(name: str) -> type[Probe]:
         module, cls = REGISTRY[name].split(":")
         return getattr(import_module(f"{__name__}.{module}"), cls)
     close = nearest(name, REGISTRY)
-    raise SurgeryError(
+    raise SettingError(
         f"unknown probe {name!r}",
         exists="; ".join(f"{cls.name}: {cls.summary}" for cls in every()),
         fix=f"did you mean {close!r}?" if close else f"--probe {next(iter(REGISTRY))}",

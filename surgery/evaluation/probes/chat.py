@@ -18,7 +18,7 @@ from pydantic import Field
 from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
-from surgery.errors import SurgeryError
+from surgery.errors import ModelMismatchError
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Row, Table, TextSource
 from surgery.io.loading import loaded, read_tokenizer
@@ -179,7 +179,9 @@ class Chat(CaseProbe):
                 of another model.
         """
         if not tokenizer.chat_template:
-            raise SurgeryError("this tokenizer has no chat template", fix="choose another probe, such as needles")
+            raise ModelMismatchError(
+                "this tokenizer has no chat template", fix="choose another probe, such as needles"
+            )
         words, source = REQUESTS, "ten greetings and short requests"
         if self.requests != BUILTIN:
             text = load_text(self.requests)

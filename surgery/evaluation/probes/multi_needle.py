@@ -30,7 +30,7 @@ from surgery.data.haystack import (
     spread,
 )
 from surgery.data.text import BUILTIN, Text, load_text
-from surgery.errors import SurgeryError
+from surgery.errors import TextError
 from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Shares, Table, TextSource, check_setting
 from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
@@ -123,7 +123,7 @@ class MultiNeedle(CaseProbe):
             counts = [prompt.count(sentence) for sentence in statements]
             if (sum(counts), max(counts)) == (self.keys - 1, 1):
                 return replace(needle, sample=sample, seed=self.seed)
-        raise SurgeryError(
+        raise TextError(
             f"this text has no room for {self.keys} keys in {self.length} tokens",
             where=text.title,
             fix="fewer keys, a longer length, or a text of shorter sentences",

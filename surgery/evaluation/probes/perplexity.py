@@ -20,7 +20,7 @@ from pydantic import Field
 from surgery.calibration.scoring import score_model
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.data.text import windows as text_windows
-from surgery.errors import MachineError, SurgeryError
+from surgery.errors import MachineError, ModelError, ModelMismatchError, RecipeMismatchError
 from surgery.evaluation.footprint import footprint
 from surgery.evaluation.paired import finite, sides
 from surgery.evaluation.probes import REGISTRY, find
@@ -267,12 +267,12 @@ class Perplexity(Probe):
             if reason := self.misfit(config):
                 longest = config.get_text_config().max_position_embeddings
                 fix = f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}"
-                raise SurgeryError(reason, where=label, fix=fix)
+                raise RecipeMismatchError(reason, where=label, fix=fix)
         text = load_text(self.text, part="held-out")
         tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
         samples = text_windows(text, tokenizer, length=self.length, count=self.windows)
         if (largest := int(samples.max())) >= vocabulary:
-            raise SurgeryError(
+            raise ModelMismatchError(
                 f"the tokenizer gives token {largest}, the model knows {vocabulary}",
                 fix="use the tokenizer of this model",
             )
@@ -432,7 +432,7 @@ def _ratio(record: dict) -> float | None:
 def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:
     side.nonfinite_tokens = int((~loss.isfinite()).sum())
     if side.nonfinite_tokens and label == "base":
-        raise SurgeryError(
+        raise ModelError(
             f"the base model itself gives NaN or infinite values ({side.nonfinite_tokens} of {len(loss)} tokens)",
             fix="check that the base loads and generates; a float16 overflow needs bfloat16 or float32 weights",
         )
@@ -443,7 +443,7 @@ def _sum_up(side: Side, loss: torch.Tensor, label: str) -> None:
 def _vocabulary(configs: dict) -> int:
     sizes = {label: config.get_text_config().vocab_size for label, config in configs.items()}
     if len(set(sizes.values())) > 1:
-        raise SurgeryError(
+        raise ModelMismatchError(
             f"base and out have different vocabularies: {sizes['base']} and {sizes['out']} tokens",
             fix="compare a model with the one it was made from",
         )

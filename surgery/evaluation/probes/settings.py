@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from surgery.errors import SurgeryError, nearest, number_meant, shown, wanted
+from surgery.errors import SettingError, SurgeryError, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import every, find, limits
 from surgery.evaluation.probes.base import SETTINGS_ERROR, Limit, Probe
 
@@ -34,7 +34,12 @@ def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] =
             by_key.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
         first, *rest = [fault(cls, key, items, where, spelled) for key, items in by_key.items()]
         raise SurgeryError(
-            first.what, where=first.where, exists=first.exists, fix=first.fix, others=tuple(rest)
+            first.what,
+            where=first.where,
+            exists=first.exists,
+            fix=first.fix,
+            others=tuple(rest),
+            code=first.code,
         ) from None
 
 
@@ -49,13 +54,13 @@ def read(name: str, texts: Iterable[str]) -> Probe:
         key, equals, value = (word.strip() for word in text.partition("="))
         if not equals or not key:
             known = "; ".join(f"{key} ({info.description})" for key, info in cls.model_fields.items())
-            raise SurgeryError("a setting is written key=value", where=f"--probe {name} {text}", exists=known)
+            raise SettingError("a setting is written key=value", where=f"--probe {name} {text}", exists=known)
         if key in settings:
-            raise SurgeryError(f"{key!r} is given twice", where=f"--probe {name}", fix="give it once")
+            raise SettingError(f"{key!r} is given twice", where=f"--probe {name}", fix="give it once")
         try:
             settings[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise SurgeryError(
+            raise SettingError(
                 f"the value of {key} is not YAML: {shown(value)}", where=f"--probe {name}", fix="put it in quotes"
             ) from error
     return make(name, settings, where=f"--probe {name}")
@@ -88,12 +93,12 @@ def fault(
         elif key in cls.limits:
             fix = "a limit belongs in a recipe"
         what = f"unknown key {key!r} of the probe {cls.name}"
-        return SurgeryError(what, where=where, exists=", ".join(names), fix=fix)
+        return SettingError(what, where=where, exists=", ".join(names), fix=fix)
     if kind == SETTINGS_ERROR:
         what = f"{spelled(context['key'])} {context['what']}" if context["key"] else context["what"]
-        return SurgeryError(what, where=where, exists=context["exists"], fix=context["fix"])
+        return SettingError(what, where=where, exists=context["exists"], fix=context["fix"])
     what = f"{spelled(key)} should be {wanted(items)}; it is {shown(items[0]['input'])}"
-    return SurgeryError(what, where=where, fix=number_meant(items))
+    return SettingError(what, where=where, fix=number_meant(items))
 
 
 def keys(cls: type[Probe]) -> list[str]:

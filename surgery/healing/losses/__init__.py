@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import SettingError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def find(name: str) -> Loss:
     """
     if name not in LOSSES:
         close = nearest(name, LOSSES)
-        raise SurgeryError(
+        raise SettingError(
             f"unknown loss {name!r}", exists=", ".join(LOSSES), fix=f"did you mean {close!r}?" if close else ""
         )
     module, kind = LOSSES[name].split(":")

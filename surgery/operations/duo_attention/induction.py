@@ -20,7 +20,7 @@ from surgery.calibration.attention_hook import hook_attention
 from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import plain_windows
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -52,7 +52,7 @@ def induction(
     if len(start) + 2 * period > length or sinks >= len(start) + period:
         what = f"sinks + window = {sinks + window} leave no far copy in {length} tokens"
         fix = "choose a smaller window, or longer sequences if the model has positions for them"
-        raise SurgeryError(what, fix=fix)
+        raise RecipeMismatchError(what, fix=fix)
     known = sorted(set(plain_windows(loaded, tokenizer, length, samples, seed).flatten().tolist()) - set(start))
     draw = random.Random(seed)
     sequences = [repeated(start, known, period, length, draw) for _ in range(samples)]

@@ -176,6 +176,7 @@ class _Run:
                 f"the unfinished run has another {differ}",
                 where=str(file),
                 fix="finish it with its own settings, or remove the file (--overwrite) to start anew",
+                code="unfinished-run",
             )
         self.losses = state["losses"]
         with torch.no_grad():

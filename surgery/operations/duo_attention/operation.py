@@ -14,7 +14,7 @@ from pydantic import Field
 
 from surgery.calibration.cost import GRADIENT, forward_flops
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError, SurgeryError
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 
@@ -154,7 +154,7 @@ class DuoAttention(Operation):
         try:
             patch(model, {"layers": layers})
         except ValueError as error:
-            raise SurgeryError(f"duo_attention: {error}", where=type(model).__name__) from None
+            raise RecipeMismatchError(f"duo_attention: {error}", where=type(model).__name__) from None
         named = [[x.kv_name(head) for head in s] for x, s in zip(context.before.layers, streaming, strict=True)]
         return {"streaming": named, "scores": scores.to_dict()}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.calibration.head_scores import HeadScores, is_score_file, model_identity, model_name, refuse_not_finite
-from surgery.errors import SurgeryError, nearest
+from surgery.errors import OutputExistsError, SettingError, SurgeryError, UnsupportedModelError, nearest
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
     options = {key: value for key, value in settings.items() if value is not None}
     known = settings_of(method)
     if unknown := [key for key in options if key not in known]:
-        raise SurgeryError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
+        raise SettingError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
     scores = function(model, tokenizer, progress=progress, **options)
     refuse_not_finite([scores.scores], method)
     model_origin = model_identity(Anatomy.of(model), name or model_name(model.config))
@@ -73,7 +73,7 @@ def method_named(method: str) -> Scorer:
     """
     if method not in METHODS:
         close = nearest(method, METHODS)
-        raise SurgeryError(
+        raise SettingError(
             f"no method {method!r} to score heads",
             exists=", ".join(METHODS),
             fix=f"did you mean {close!r}?" if close else "",
@@ -102,6 +102,7 @@ def is_method(scores: str) -> bool:
         f"scores: {scores!r} is neither a method nor a file",
         exists=", ".join(METHODS),
         fix=f"did you mean {close!r}?" if close else "a score file, which `surgery score MODEL -o FILE` writes",
+        code="invalid-file",
     )
 
 
@@ -140,19 +141,19 @@ def score_to_file(
     if resume and not resumable:
         raise SurgeryError(f"{method} has no steps to go on from", fix="leave out --resume")
     if output.exists() and not overwrite:
-        raise SurgeryError("the score file exists", where=str(output), fix="another name (-o), or --overwrite")
+        raise OutputExistsError("the score file exists", where=str(output), fix="another name (-o), or --overwrite")
     if output.exists() and not output.is_dir() and not is_score_file(output):
         what = "--overwrite replaces a score file, and this is none"
         raise SurgeryError(what, where=str(output), fix="another name (-o)")
     if output.is_dir():
-        raise SurgeryError("this is a folder, not a score file", where=str(output), fix="-o FILE.json")
+        raise OutputExistsError("this is a folder, not a score file", where=str(output), fix="-o FILE.json")
     if state.exists() and not (resume or overwrite):
         fix = "add --resume to go on from it, or --overwrite to start anew"
-        raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix)
+        raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix, code="unfinished-run")
     source = resolve(model)
     block = check_block(read_config(source.path), source.name)
     if block and any(layer.get("streaming") for layer in block["layers"]):
-        raise SurgeryError("the heads of this model are split already: measure its base", where=source.name)
+        raise UnsupportedModelError("the heads of this model are split already: measure its base", where=source.name)
     with parent_folder(output):
         if not resume:
             state.unlink(missing_ok=True)

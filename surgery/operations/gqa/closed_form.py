@@ -9,7 +9,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.weights import pack
 from surgery.data.passkeys import calibration_sequences, calibration_source
-from surgery.errors import SurgeryError
+from surgery.errors import UnsupportedModelError
 from surgery.io.resume import LayerFiles
 from surgery.operations.base import ApplyContext
 from surgery.operations.gqa.choose_layers import LayerLosses, keep_layers
@@ -94,7 +94,7 @@ def _sequences(model, context: ApplyContext, text: tuple[str, int, int]) -> torc
 
 def _refuse_mps(model) -> None:
     if model.device.type == "mps":
-        raise SurgeryError(
+        raise UnsupportedModelError(
             "method: closed_form sums in float64, which MPS does not have",
             where=type(model).__name__,
             fix='model.to("cpu") for the conversion, or method: mean',

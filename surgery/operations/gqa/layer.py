@@ -11,7 +11,7 @@ import torch
 from surgery.architecture.weights import AttentionLayer
 from surgery.calibration.attention_hook import AttentionHook, attention_weights
 from surgery.calibration.moments import Moments, Regression, with_ones
-from surgery.errors import SurgeryError
+from surgery.errors import UnsupportedModelError
 from surgery.machine.parallel import parallel_map
 from surgery.operations.gqa.conjugate_gradient import solve
 from surgery.operations.gqa.cost import efforts
@@ -153,7 +153,7 @@ class SharedLayer:
         energy = sum(float(after.square().sum()) for _, after in pairs)
         if miss > 1e-4 * energy:
             name = {"q": "queries", "k": "keys"}[projection]
-            raise SurgeryError(
+            raise UnsupportedModelError(
                 f"layer {anatomy.index}: the {name} of this model are not its projections turned by RoPE "
                 f"({(miss / energy) ** 0.5:.1%} apart)",
                 fix="use method: mean",

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import unsupported
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Gated(Operation):
             entries = [self._entry(routed.get(layer.index), model) for layer in anatomy.layers]
             patch(model, {"layers": entries})
         except ValueError as error:
-            raise SurgeryError(f"{self.op}: {error}", where=type(model).__name__) from None
+            raise RecipeMismatchError(f"{self.op}: {error}", where=type(model).__name__) from None
         with torch.no_grad():
             for module in attention_modules(model):
                 for name, values in routed.get(module.layer_idx, (None, {}))[1].items():

@@ -21,7 +21,7 @@ import torch
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.weights import unpack
 from surgery.calibration.layerwise import Layerwise
-from surgery.errors import SurgeryError
+from surgery.errors import ModelError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_gates import Gate
 
@@ -235,7 +235,7 @@ def _route_layer(
             means
         )
     if not (weights.isfinite().all() and bias.isfinite().all()):
-        raise SurgeryError(
+        raise ModelError(
             f"the router's fit to the calibration text is not finite in layer {layer}",
             fix="more text (calibration_samples, calibration_length), text of another kind, or router=static",
         )

@@ -47,6 +47,7 @@ def is_method(scores: str) -> bool:
         f"scores: {scores!r} is neither a method nor a file",
         exists=", ".join(METHODS),
         fix=f"did you mean {close!r}?" if close else "a table of numbers, one row of query heads for each layer",
+        code="invalid-file",
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import UNEQUAL, unsupported
-from surgery.errors import SurgeryError
+from surgery.errors import RecipeMismatchError
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
 from surgery.operations.variants import Variants
 
@@ -200,7 +200,7 @@ class SinkCalibration(Variants, Operation):
         try:
             patch(model, {"layers": [self.entry(layer, targets) for layer in anatomy.layers]})
         except ValueError as error:
-            raise SurgeryError(f"sink_calibration: {error}", where=type(model).__name__) from None
+            raise RecipeMismatchError(f"sink_calibration: {error}", where=type(model).__name__) from None
         return self.set_values(model, anatomy, targets, data, context)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from surgery.errors import SurgeryError, any_of
+from surgery.errors import RecipeMismatchError, any_of
 from surgery.operations.base import (
     SURGICAL,
     ApplyContext,
@@ -230,5 +230,5 @@ class SparsePrefill(Variants, Operation):
                 model, {"layers": [{"sparse": entries[i]} if i in layers else {} for i in range(len(anatomy.layers))]}
             )
         except ValueError as error:
-            raise SurgeryError(f"sparse_prefill: {error}", where=type(model).__name__) from None
+            raise RecipeMismatchError(f"sparse_prefill: {error}", where=type(model).__name__) from None
         return record

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from surgery.calibration.attention_hook import hook_attention
 from surgery.data.passkeys import calibration_sequences
 from surgery.data.text import BUILTIN, load_text
-from surgery.errors import SurgeryError
+from surgery.errors import SettingError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_estimators import settings_problems
@@ -73,11 +73,11 @@ def candidates(length: int, block: int) -> list[dict]:
 
 def _refuse(density: float, among: list[dict], block: int) -> None:
     if not 0 < density <= 1:
-        raise SurgeryError(f"density {density} is not above 0 and up to 1", where="search of patterns")
+        raise SettingError(f"density {density} is not above 0 and up to 1", where="search of patterns")
     for pattern in among:
         settings = {name: value for name, value in pattern.items() if name != "method"}
         if faults := settings_problems(pattern.get("method"), settings, block):
-            raise SurgeryError(faults[0], where="search of patterns")
+            raise SettingError(faults[0], where="search of patterns")
 
 
 def search_patterns(
@@ -184,7 +184,7 @@ def best(recovered: torch.Tensor, cost: torch.Tensor, density: float) -> list[in
         affordable = [index for index in range(len(recovered)) if cost[index, head] <= density * (1 + SLACK)]
         if not affordable:
             least = cost[:, head].min().item()
-            raise SurgeryError(
+            raise SettingError(
                 f"no pattern reads at most {density:g} of the blocks; the cheapest reads {least:.2f}",
                 where=f"query head {head}",
                 fix="search with a higher density, on longer text, or with smaller blocks",
