@@ -10,8 +10,6 @@ import argparse
 import torch
 
 import surgery
-from surgery.data.text import load_text, windows
-from surgery.io.hub import resolve
 
 
 def main() -> None:
@@ -21,16 +19,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="out-trained")
     args = parser.parse_args()
 
-    from transformers import AutoTokenizer
-
-    base = resolve(args.model).path
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = surgery.load(base)
+    tokenizer = surgery.load_tokenizer(args.model)
+    model = surgery.load(args.model)
 
     report = surgery.apply("gqa", model, tokenizer=tokenizer, calibration_samples=16)  # in place; optimiser after it
-    print(report.data["plan"]["changes"][0])
+    print(report)
 
-    batch = windows(load_text(part="calibration"), tokenizer, length=128, count=4)
+    batch = surgery.text_windows(tokenizer, length=128, count=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model.train()
     for step in range(args.steps):
@@ -41,9 +36,10 @@ def main() -> None:
         print(f"step {step}: loss {loss.item():.3f}")
 
     model.eval()
+    result = surgery.evaluate(model, args.model, tokenizer=tokenizer, report=report)  # of the trained weights
+    print(result)
     surgery.save(model, args.output, report, tokenizer=tokenizer, overwrite=True)
-    checked = surgery.check(args.output)
-    print({item["name"]: item["status"] for item in checked.data["check"]["items"]})
+    print(surgery.check(args.output).checks)
 
 
 if __name__ == "__main__":

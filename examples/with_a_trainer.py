@@ -9,11 +9,9 @@ your own on a model whose attention was changed.
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import surgery
-from surgery.data.text import load_text, windows
-from surgery.io.hub import resolve
 
 
 def main() -> None:
@@ -24,14 +22,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="out-tuned")
     args = parser.parse_args()
 
-    base = resolve(args.model).path
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = surgery.load(base)
+    tokenizer = surgery.load_tokenizer(args.model)
+    model = surgery.load(args.model)
     report = surgery.apply(args.recipe, model, tokenizer=tokenizer)  # in place: before the Trainer, which makes the
-    print(report.data["plan"]["changes"][0])  # optimiser
+    print("\n".join(report.changes))  # optimiser
 
-    pieces = windows(load_text(part="calibration"), tokenizer, length=64, count=8)
-    rows = [{"input_ids": piece, "labels": piece} for piece in pieces]
+    windows = surgery.text_windows(tokenizer, length=64, count=8)
+    rows = [{"input_ids": window, "labels": window} for window in windows]
     settings = TrainingArguments(
         output_dir=f"{args.output}-run",
         max_steps=args.steps,
@@ -48,7 +45,7 @@ def main() -> None:
     surgery.save(model, args.output, report, tokenizer=tokenizer, overwrite=True)
     for folder in (Path(args.output), Path(settings.output_dir) / f"checkpoint-{args.steps}"):
         checked = surgery.check(folder)
-        print(folder.name, "passed" if checked.data["check"]["passed"] else checked.data["check"])
+        print(folder.name, "passed" if checked.passed else checked.checks)
     sent = surgery.push(args.output, "me/my-model", dry_run=True)
     print(f"a push would send {len(sent['files'])} files")
 

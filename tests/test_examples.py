@@ -100,6 +100,33 @@ def test_head_scores_table(tmp_path):
 
 @pytest.mark.slow
 @needs_demo
+def test_the_python_of_the_readme_runs_as_it_is_written(tmp_path):
+    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "surgery.apply(" in block]
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "perplexity" in done.stdout
+    assert json.loads((tmp_path / "out/surgery.json").read_text())["evaluation"]["status"] == "done"
+
+
+def test_examples_use_public_names_alone():
+    """A script that one copies imports nothing from below, and what it uses of surgery is in `surgery.__all__`."""
+    import ast
+
+    import surgery
+
+    for script in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery")), script
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "surgery":
+                assert node.attr in surgery.__all__, f"{script}: {node.attr}"
+
+
+@pytest.mark.slow
+@needs_demo
 def test_in_a_training_script(tmp_path):
     printed = run("in_a_training_script.py", "--steps", "2", "-o", "out", cwd=tmp_path)
     assert "KV heads 3 → 1" in printed

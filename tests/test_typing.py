@@ -14,6 +14,13 @@ import pytest
 import surgery
 
 SCRIPT = Path(__file__).parent / "support" / "typed_script.py"
+SPOILT = {
+    "anatomy.with_kv_heads(1)": "anatomy.with_kv_heads('1')",
+    "*plan.notes": "*plan.nodes",
+    "samples=1, secret": "sampels=1, secret",
+    "windows=2, length=128": "windows='2', length=128",
+    "surgery.check(folder)": "surgery.check(surgery.load(folder))",
+}
 ROOT = Path(surgery.__file__).parents[1]
 
 
@@ -34,9 +41,9 @@ def checked(*command: str | Path) -> subprocess.CompletedProcess:
 
 
 def spoilt(tmp_path: Path) -> Path:
-    """The script with two mistakes that only a typed package lets a checker find."""
+    """The script with mistakes that only a typed package lets a checker find."""
     text = SCRIPT.read_text(encoding="utf-8")
-    for right, wrong in (("anatomy.with_kv_heads(1)", "anatomy.with_kv_heads('1')"), ("*plan.notes", "*plan.nodes")):
+    for right, wrong in SPOILT.items():
         assert right in text
         text = text.replace(right, wrong)
     file = tmp_path / "spoilt.py"
@@ -59,6 +66,8 @@ def test_a_users_script_has_no_type_errors(checker, python, tmp_path):
     assert done.returncode == 1
     assert "with_kv_heads" in done.stdout
     assert "nodes" in done.stdout
+    assert "sampels" in done.stdout
+    assert done.stdout.count(" error") >= len(SPOILT), done.stdout
 
 
 def test_the_package_says_that_it_is_typed():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, assert_type
 
 from pydantic import Field
 
 import surgery
 from surgery import Anatomy, AttentionLayer, LayerAnatomy, PlannedChange
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class KeepOne(surgery.WeightRewrite):
@@ -64,3 +68,58 @@ def summary(model: str | Path) -> list[str]:
     loaded = surgery.load("out")
     figures = result.to_dict()
     return [*plan.changes, *plan.notes, str(report.folder), type(loaded).__name__, *figures]
+
+
+def figures(report: surgery.Report) -> str:
+    """What a report says, each figure with its type."""
+    assert_type(report.passed, bool | None)
+    assert_type(report.gate, Literal["passed", "failed", "skipped", "not run"])
+    assert_type(report.perplexity, float | None)
+    assert_type(report.base_perplexity, float | None)
+    assert_type(report.kl, float | None)
+    assert_type(report.recall, float | None)
+    assert_type(report.kv_bytes, int | None)
+    assert_type(report.base_kv_bytes, int | None)
+    assert_type(report.changes, list[str])
+    assert_type(report.checks, dict[str, str])
+    assert_type(report.evaluation, surgery.Evaluation | None)
+    assert_type(report.path, Path | None)
+    return f"{report!r}{report}"
+
+
+def measured(folder: Path, base: str) -> float | None:
+    """Every function that measures, with its settings written out."""
+    result = surgery.evaluate(folder, base, windows=2, length=128)
+    assert_type(result, surgery.Evaluation)
+    assert_type(result.top1_agreement, float | None)
+    needles = surgery.evaluate_needles(folder, base, lengths=[512, 1024], depths=3, samples=1, secret="words")
+    assert_type(needles, surgery.NeedleResult)
+    assert_type(needles.depths, list[float])
+    choices = surgery.evaluate_choices(folder, base, items=8, context=32, seed=1)
+    assert_type(choices, surgery.ChoiceResult)
+    assert_type(choices.chance, float)
+    assert_type(surgery.evaluate(folder, base, probe="chat", tokens=64), surgery.Result)
+    return result.out.perplexity
+
+
+def in_memory(name: str) -> surgery.Report:
+    """Convert, score, heal and save a loaded model."""
+    model, base, tokenizer = surgery.load(name), surgery.load(name), surgery.load_tokenizer(name)
+    _loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] = (model, tokenizer)
+    report = surgery.apply("mqa", model, tokenizer=tokenizer)
+    surgery.evaluate(model, base, tokenizer=tokenizer, report=report)
+    windows: Tensor = surgery.text_windows(tokenizer, length=128, count=4)
+    healed = surgery.heal(model, base, tokenizer=tokenizer, method="lora", tokens=float(windows.numel()))
+    assert_type(healed, surgery.Report)
+    return surgery.save(model, "out", healed, tokenizer=tokenizer, overwrite=True)
+
+
+def checked(folder: Path) -> tuple[list[str], int, str]:
+    """Check a folder and see what a push would send."""
+    try:
+        report = surgery.check(folder)
+    except surgery.CheckError as error:
+        return [], error.exit_code, error.code
+    sent = surgery.push(folder, "me/mine", dry_run=True, message="first")
+    assert_type(sent["bytes"], int)
+    return [file["name"] for file in sent["files"]], len(report.checks), report.gate
