@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 
@@ -169,3 +171,164 @@ def test_inspect_plans_with_the_models_limits():
     assert single["duo-attention"] == []
     changes = surgery.plan("streaming", TINY["llama"](max_position_embeddings=512)).notes
     assert changes == ["this model takes 512 tokens, all of which these heads see: nothing changes"]
+
+
+SCORED = {
+    "version": 1,
+    "name": "mine",
+    "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}],
+}
+
+
+def scored_recipe(text, **limits):
+    return SCORED | {"evaluate": {"text": str(text), "windows": 2, "length": 16, **limits}}
+
+
+def test_a_model_in_memory_is_scored_into_its_report(loaded, model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = surgery.load_tokenizer(model)
+    recipe = scored_recipe(text.name, max_kl=5.0, choices=3, min_choices=0.0)
+    report = surgery.apply(recipe, loaded)
+    assert (report.gate, report.perplexity) == ("not run", None)
+    result = surgery.evaluate(loaded, model, tokenizer=tokenizer, report=report)
+    alone = surgery.evaluate(loaded, surgery.load(model), tokenizer=tokenizer, text=text, windows=2, length=16)
+    assert result.out == alone.out
+    assert report.kl == result.kl["mean"] == pytest.approx(alone.kl["mean"])
+    assert set(result.probes) == {"choices"}, "all that the recipe asks for"
+    saved = surgery.save(loaded, tmp_path / "out", report, tokenizer=tokenizer)
+    kept = surgery.Report.of(tmp_path / "out")
+    assert kept.kl == saved.kl == report.kl
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{report.perplexity:,.4g}" in card
+    assert "Multiple choice" in card
+    on_disk = surgery.evaluate(tmp_path / "out", model, text=text.name, windows=2, length=16)
+    assert on_disk.out.cross_entropy == pytest.approx(report.evaluation.out.cross_entropy, rel=1e-3)
+
+
+def test_gate_of_a_model_in_memory(loaded, model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = surgery.load_tokenizer(model)
+    report = surgery.apply(scored_recipe(text.name, max_kl=1e-9), loaded)
+    surgery.evaluate(loaded, model, tokenizer=tokenizer, report=report)
+    assert report.gate == "failed"
+    with pytest.raises(SurgeryError, match="not the settings by which the report's recipe judges") as caught:
+        surgery.evaluate(loaded, model, tokenizer=tokenizer, report=report, windows=1)
+    assert caught.value.code == "invalid-setting"
+    with pytest.raises(SurgeryError, match="compared with the base, and none was given"):
+        surgery.evaluate(loaded, tokenizer=tokenizer, report=report)
+    surgery.evaluate_choices(loaded, model, tokenizer=tokenizer, report=report, text=text, items=3, context=8)
+    assert report.evaluation.probes["choices"]["items"] == 3
+    assert "cases" not in report.evaluation.probes["choices"]
+
+
+def test_another_probe_needs_the_first_score(loaded, model, text):
+    report = surgery.apply(SCORED, loaded)
+    options = {"tokenizer": surgery.load_tokenizer(model), "report": report, "text": text, "items": 3, "context": 8}
+    with pytest.raises(SurgeryError, match="this report has none yet"):
+        surgery.evaluate_choices(loaded, model, **options)
+
+
+def test_a_score_does_not_outlive_the_weights_that_it_is_of(loaded, model, text, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    report = surgery.apply(scored_recipe(text.name, max_kl=5.0), loaded)
+    surgery.evaluate(loaded, model, tokenizer=surgery.load_tokenizer(model), report=report)
+    assert surgery.save(loaded, tmp_path / "before", report).gate == "passed"
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1e-3)
+    loaded(input_ids=torch.arange(3, 20)[None], labels=torch.arange(3, 20)[None]).loss.backward()
+    optimizer.step()
+    saved = surgery.save(loaded, tmp_path / "after", report)
+    assert (saved.perplexity, saved.gate) == (None, "not run")
+    assert "changed after the score" in str(saved)
+
+
+def test_the_report_of_another_model_gets_no_score(loaded, model):
+    report = surgery.apply(SCORED, loaded)
+    base = surgery.load(model)
+    with pytest.raises(SurgeryError, match=r"1 KV heads .* this model has .* 3 KV heads"):
+        surgery.evaluate(base, model, tokenizer=surgery.load_tokenizer(model), report=report)
+    with pytest.raises(SurgeryError, match=r"not a surgery\.Report"):
+        surgery.evaluate(base, model, report={})
+
+
+def test_tokenizer_and_windows_of_a_name(model, text):
+    from transformers import AutoTokenizer
+
+    tokenizer = surgery.load_tokenizer(model)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
+    windows = surgery.text_windows(tokenizer, text, length=16, count=3)
+    assert windows.shape == (3, 16)
+    assert windows[0].tolist() == tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][:16]
+
+
+def test_settings_of_a_probe_are_written_out():
+    from inspect import signature
+
+    from surgery.evaluation.probes import find
+
+    common = {"model", "base", "tokenizer", "report", "progress"}
+    for function, name in ((surgery.evaluate_needles, "needles"), (surgery.evaluate_choices, "choices")):
+        assert signature(function).parameters.keys() - common == find(name).model_fields.keys()
+    own = signature(surgery.evaluate).parameters.keys() - common
+    assert own == {"probe", "settings", *find("perplexity").model_fields}
+
+
+def test_a_wrong_argument_is_named(loaded, model):
+    report = surgery.Report({})
+    calls = {
+        "folder": [
+            lambda: surgery.check(loaded),
+            lambda: surgery.load(loaded),
+            lambda: surgery.load_tokenizer(loaded),
+            lambda: surgery.push(loaded, "me/mine"),
+            lambda: surgery.save(model, loaded, report),
+        ],
+        "base": [
+            lambda: surgery.check(model, loaded),
+            lambda: surgery.evaluate(model, 5),
+            lambda: surgery.heal(model, 5),
+        ],
+        "model": [
+            lambda: surgery.plan(model, "mqa"),
+            lambda: surgery.apply(loaded, "mqa", output="out"),
+            lambda: surgery.evaluate(5),
+            lambda: surgery.heal(5),
+            lambda: surgery.apply("mqa", 5),
+        ],
+        "output": [lambda: surgery.apply("mqa", model, output=loaded), lambda: surgery.heal(model, output=5)],
+        "tokenizer": [
+            lambda: surgery.apply("mqa", loaded, tokenizer=str(model)),
+            lambda: surgery.text_windows(str(model)),
+        ],
+        "progress": [lambda: surgery.evaluate(model, progress=True)],
+        "probe": [lambda: surgery.evaluate(model, probe=5)],
+        "repo": [lambda: surgery.push(model, None)],
+        "overrides": [lambda: surgery.plan("mqa", model, overrides="kv_heads=1")],
+    }
+    for name, wrong in calls.items():
+        for call in wrong:
+            with pytest.raises(SurgeryError) as caught:
+                call()
+            assert caught.value.where == name
+            assert caught.value.code == "invalid-argument"
+            assert len(str(caught.value)) < 300, "no model printed over twenty lines"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_every_file_of_an_output_has_the_mode_of_new_files(model, loaded, text, tmp_path):
+    umask = 0o027
+    before = os.umask(umask)
+    try:
+        surgery.apply("mqa", model, output=tmp_path / "streamed", check=False, evaluate=False)
+        surgery.apply("mqa", model, output=tmp_path / "built", engine="loaded", check=False, evaluate=False)
+        surgery.save(loaded, tmp_path / "saved", surgery.apply("mqa", loaded))
+        heal = {"method": "parts", "steps": 1, "length": 16, "batch_tokens": 32, "data": str(text), "loss": "ce"}
+        options = {"settings": heal, "check": False, "evaluate": False}
+        surgery.heal(tmp_path / "streamed", model, output=tmp_path / "healed", **options)
+    finally:
+        os.umask(before)
+    for name in ("streamed", "built", "saved", "healed"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert (tmp_path / name / "model.safetensors") in files
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}, name
