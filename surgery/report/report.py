@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from surgery.errors import CheckError, GateError, RecordError, SurgeryError, nearest, shown
-from surgery.evaluation.probes import REGISTRY
+from surgery.evaluation.probes import REGISTRY, done
 from surgery.io.files import (
     BASE_CARD,
     CARD,
@@ -111,7 +111,8 @@ class Report(Printed):
 
         Needles that the streaming heads of a head split see anyway do not count (the probe `needles`).
         """
-        return self._figure("needles", "kept", "share")
+        shares = (cls.recall(record) for cls, record in done(self.data["evaluation"] or {}))
+        return next((share for share in shares if share is not None), None)
 
     @property
     def kv_bytes(self) -> int | None:

@@ -297,6 +297,11 @@ class Probe(BaseModel):
         """What makes a model useless as it is, clauses of a sentence ("its perplexity is 3 times the base's")."""
         return []
 
+    @classmethod
+    def recall(cls, record: dict) -> float | None:
+        """Of what the base finds in its prompt, the share that the model finds too; None: this is no recall test."""
+        return None
+
     # --- showing ---
 
     @classmethod

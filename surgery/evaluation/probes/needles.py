@@ -256,6 +256,10 @@ class Needles(CaseProbe):
         return "" if answered else record.get("reason") or "the base answers no needle that counts"
 
     @classmethod
+    def recall(cls, record: dict) -> float | None:
+        return (record.get("kept") or {}).get("share")
+
+    @classmethod
     def sentence(cls, record: dict) -> str:
         kept = record.get("kept") or {}
         return f"needles kept {kept['kept']} of {kept['of']}" if kept.get("of") else ""
