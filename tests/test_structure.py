@@ -52,7 +52,7 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
-    "report": "card card_sections gate lineage plots report summary timing",
+    "report": "card card_sections gate head_map lineage plots report summary timing",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
@@ -67,7 +67,7 @@ MANY = {
     "operations/duo_attention": "ablation far_mass gates induction retrieval",
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
-    "report": "curves heat_maps",
+    "report": "curves draw_heads heat_maps",
     "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled scale_sinks unpadded "
     "vertical_slash xattention",
 }

@@ -27,7 +27,7 @@ from surgery.data.generated import sample
 from surgery.data.text import begin_of_text
 from surgery.io.hub import resolve
 from surgery.io.loading import load_model, read_tokenizer
-from surgery.report.plots import curves
+from surgery.report.plots import Line, Panel, curves
 
 ROUTES = {
     "ce": {"method": "full", "loss": "ce"},
@@ -113,12 +113,13 @@ def main() -> None:
         print(f"| {route} | {found['tokens']:,} | {took} | {scores} | {won} |", flush=True)
     for name, column, unit in (("minutes", 1, 60.0), ("tokens", 0, 1.0)):
         lines = {
-            route: ([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
+            route: Line([point[column] / unit for point in found["curve"]], [point[2] for point in found["curve"]])
             for route in ROUTES
             if (found := measured.get(route)) and found["curve"]
         }
         picture = options.out.with_name(f"{options.out.stem}-{name}.png")
-        curves(picture, lines, x_label=name, y_label="nats a token, held out", title="ways to heal")
+        panel = Panel(lines, "cross-entropy on held-out text, nats per token")
+        curves(picture, panel, x_label=f"{name} of training", title="what each way to heal reaches")
 
 
 if __name__ == "__main__":

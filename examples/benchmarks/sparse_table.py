@@ -168,7 +168,8 @@ def measure(options, measured: Measured) -> None:
         found["nats"] = loss(model, ids, options.dense_below) - base["loss"]
         outcomes = run_needles(model, asked)
         found["needles"] = [sum(outcome.hit for outcome in outcomes), len(asked)]
-        return found | {"answers": statistics.mean(outcome.nll for outcome in outcomes)}
+        answers = statistics.mean(outcome.nll for outcome in outcomes) if outcomes else None
+        return found | {"answers": answers}  # None: the base answers no needle, so none was asked
 
     base = measured.once("base", as_it_is)
     asked = [needle for needle, hit in zip(needles, base["hits"], strict=True) if hit]
@@ -185,26 +186,29 @@ def measure(options, measured: Measured) -> None:
             found = measured.once(f"{density} {name}", partial(row, name, density))
             setting = KNOBS[name][0]
             hits, of = found["needles"]
+            answers = "" if found["answers"] is None else f"{found['answers']:.3f}"
             print(
                 f"| {density:g} | {name} | {setting} {found['entry'][setting]:.3g} | {found['read']:.1%} | "
                 f"{found['times as fast']:.2f} | {found['estimator']:.1%} | {found['error']:.1%} | "
-                f"{found['nats']:.4f} | {hits}/{of} | {found['answers']:.3f} |",
+                f"{found['nats']:.4f} | {hits}/{of} | {answers} |",
                 flush=True,
             )
 
 
 def draw(rows: dict, options) -> None:
-    from surgery.report.plots import curves
+    from surgery.report.plots import Line, Panel, curves
 
     lines = {}
     for name in options.methods:
-        mine = sorted(
+        points = sorted(
             (row["times as fast"], row["error"]) for key, row in rows.items() if key.split(" ", 1)[1] == name
         )
-        if mine:
-            lines[name] = tuple(zip(*mine, strict=True))
-    title = f"{options.model}, attention of layers {', '.join(map(str, options.layers))}, {options.length:,} tokens"
-    curves(options.plot, lines, x_label="times as fast as dense", y_label="error of the layer's output", title=title)
+        if points:
+            lines[name] = Line(*zip(*points, strict=True))
+    layers = ", ".join(map(str, options.layers))
+    title = f"{options.model}: sparse attention of layers {layers} on {options.length:,} tokens"
+    panel = Panel(lines, "error of the layer's output", "low and to the right is better")
+    curves(options.plot, panel, x_label="times as fast as dense", title=title)
 
 
 if __name__ == "__main__":

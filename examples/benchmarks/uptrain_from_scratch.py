@@ -34,10 +34,10 @@ from surgery.data.text import BUILTIN, Text, load_text
 from surgery.healing.distributed import on_cpu
 from surgery.healing.trainer import Clock, rate_at
 from surgery.machine.transformers_logging import quiet_transformers
-from surgery.report.plots import curves, ready
+from surgery.report.plots import COLOURS, Line, Panel, curves, ready
 
 HEADS, WARMUP, ENDLESS = 8, 0.05, 1_000_000
-STARTS = {"mean": "C0", "first": "C1", "random": "C3"}  # method -> colour
+STARTS = dict(zip(("mean", "first", "random"), COLOURS, strict=False))  # method -> colour
 SHAPES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"})
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,26 +189,22 @@ def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
 
 
 def draw(measured: Measured, options, title: str) -> None:
-    lines, styles = {}, {}
+    lines = {}
 
     def add(label: str, key: str, **style) -> None:
-        lines[label] = (options.shares, [measured[f"{key} {share:g}"] for share in options.shares])
-        styles[label] = {"markersize": 4} | style
+        losses = [measured[f"{key} {share:g}"] for share in options.shares]
+        lines[label] = Line(options.shares, losses, style={"markersize": 4} | style)
 
     for heads, shape in zip(options.kv_heads, SHAPES, strict=False):
         for start, colour in STARTS.items():
             add(f"{heads} KV head{'s' * (heads > 1)}, {start}", f"{heads} {start}", color=colour, **shape)
     add("base, trained on", f"{HEADS} none", color="0.6", marker=".")
-    curves(
-        options.out.with_suffix(".png"),
+    panel = Panel(
         lines,
-        styles=styles,
-        x_label="uptraining, % of the original steps",
-        y_label="cross-entropy on held-out text, nats a byte",
-        title=title,
-        reference=measured["base"]["loss"],
-        reference_label=f"base, {HEADS} KV heads",
+        "cross-entropy on held-out text, nats a byte",
+        levels={f"base, {HEADS} KV heads": measured["base"]["loss"]},
     )
+    curves(options.out.with_suffix(".png"), panel, x_label="uptraining, % of the original steps", title=title)
 
 
 def main() -> None:

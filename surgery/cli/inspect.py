@@ -240,7 +240,7 @@ def _inspect_sinks(model: str, text_settings: dict, plot: Path | None, as_json: 
 
     with progress_bar(quiet or as_json) as progress:
         sink_map, info = survey_sinks(model, progress=progress, **text_settings)
-    files = [render.draw(sink_map, plot, info["model"])] if plot else []
+    files = [render.draw(sink_map, plot, info)] if plot else []
     if as_json:
         return emit(info | sink_map.to_dict())
     render.show(sink_map, info)

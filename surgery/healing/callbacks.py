@@ -67,11 +67,14 @@ class HealCallback(TrainerCallback):
         self.held_out, self.earlier, self.progress = held_out, earlier, progress
         self.trainer: HealTrainer | None = None  # set when the Trainer exists
         self.rate, self.step_started, self.fraction_at_start = 0.0, 0.0, 0.0
+        self.figures_before: dict[str, float] = {}  # held-out figures of the model that was not trained yet
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Drop lines of metrics after the resumed step, and start the clock."""
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Drop lines of metrics after the resumed step, score the model that was not trained yet, start the clock."""
         if state.is_world_process_zero:
             write_text(self.file, "".join(json.dumps(line) + "\n" for line in read(self.file, state.global_step)))
+        if self.held_out and not state.global_step:
+            self.figures_before = self.held_out.measure(model).figures
         self.trainer.clock.start(self.earlier)
         begin(self.progress, "training", self.steps or int(self.trainer.clock.limit))
         self.step_started = time.monotonic()
@@ -91,6 +94,8 @@ class HealCallback(TrainerCallback):
         line = {"step": state.global_step, "tokens": state.global_step * tokens, "seconds": self.trainer.clock.seconds}
         line |= means | {"learning_rate": self.rate, "gradient_norm": self.trainer.norm}
         line["tokens_per_second"] = tokens / (now - self.step_started)
+        if self.figures_before:
+            line["held_out_before"], self.figures_before = self.figures_before, {}
         if self.held_out and self._due(state.global_step):
             scores = self.held_out.measure(model)
             line |= scores.figures

@@ -151,8 +151,8 @@ def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training:
         report: of the converted folder.
         training: what `train` returned.
     """
-    records.draw(job.run)
     data = records.report_after_healing(report.data, heal, job.evaluate) | {"plan_hash": job.identity}
+    records.draw(job.run, heal, data["gate"]["limits"])
     data["heal"] = records.new_record(heal, training, report.data.get("heal"))
     files = weight_files(partial) | weight_files(partial, ADAPTER)
     data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}

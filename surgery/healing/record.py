@@ -87,19 +87,42 @@ def _recovered_fraction(base, converted, healed) -> float | None:
     return (converted - healed) / (converted - base)
 
 
-def draw(run: Path) -> None:
-    """The curve as a picture, where matplotlib is installed."""
-    from surgery.report.plots import curves
+def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
+    """The course of the training as a picture, where matplotlib is installed.
+
+    A step's loss is that of the model before the step, so it is drawn at the tokens that were read before it: the
+    first point is the model that was not trained yet. Rows that train and held-out windows differ in length, so they
+    have panels of their own.
+
+    Args:
+        run: the folder of metrics.jsonl; the picture goes there.
+        limits: of the gate; `max_kl` is drawn.
+    """
+    from surgery.healing import losses
+    from surgery.report.plots import Line, Panel, curves
 
     lines = read(run / METRICS)
     if len(lines) < 2:
         return
-    shown = {"training": ([line["tokens"] for line in lines], [line["loss"] for line in lines])}
-    for name, label in (("kl", "KL to the base"), ("held_out_kl", "KL to the base, held-out text")):
-        measured = [line for line in lines if name in line]
-        if measured:
-            shown[label] = ([line["tokens"] for line in measured], [line[name] for line in measured])
+    before = [line["tokens"] - lines[0]["tokens"] // lines[0]["step"] for line in lines]
+    goal = losses.written(settings.loss)
+    first = {"marker": "o", "markevery": [0]}
+    shown = {f"loss ({goal})": Line(before, [line["loss"] for line in lines], style=first)}
+    known = [line for line in lines if "kl" in line]
+    if any(line["kl"] != line["loss"] for line in known):  # else it is the loss
+        at = dict(zip(map(id, lines), before, strict=True))
+        kl = [line["kl"] for line in known]
+        shown["KL to the base"] = Line([at[id(line)] for line in known], kl, style=first | {"marker": "s"})
+    what = "nats per token" if len(shown) > 1 else f"loss ({goal}), nats per token"
+    panels = [Panel(shown, what, "text that it trains on")]
+    points = [(line["tokens"], line["held_out_kl"]) for line in lines if "held_out_kl" in line]
+    start = lines[0].get("held_out_before") or {}
+    if points := [*([(0, start["held_out_kl"])] if start else []), *points]:
+        held_out = {"KL to the base": Line(*zip(*points, strict=True))}
+        levels = {f"the gate: at most {limits['max_kl']:g}": limits["max_kl"]} if limits.get("max_kl") else {}
+        panels.append(Panel(held_out, "KL to the base, nats per token", "held-out text", levels))
     try:
-        curves(run / CURVE, shown, x_label="tokens", y_label="nats per token", title="healing")
+        title = f"Healing ({settings.method}): what is left of the damage as it trains"
+        curves(run / CURVE, panels, x_label="tokens trained on", title=title)
     except SurgeryError:  # no matplotlib: the figures are in metrics.jsonl
         return

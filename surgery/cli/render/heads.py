@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,45 +139,36 @@ def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> Non
 
 
 def draw(head_map: HeadMap, path: Path) -> list[Path]:
-    """Draw the map as a heat map, and the loss of `gates` as FILE-loss.png in the same folder.
+    """Draw the map as a heat map, and the course of `gates` as NAME-loss in the same folder.
 
     Returns:
         The files written.
     """
-    from surgery.report.plots import curves, heat_maps
+    from surgery.report.head_map import draw_heads
+    from surgery.report.plots import Line, Panel, curves
 
-    table = head_map.scores.scores if head_map.scores else [[1.0] * len(heads) for heads in head_map.numbers]
-    width = 1 + max(max(heads) for heads in head_map.numbers)
-    rows = [dict(zip(*pair, strict=True)) for pair in zip(head_map.numbers, table, strict=True)]  # by number
-    panels = {"scores": [[row.get(h, math.nan) for h in range(width)] for row in rows]} if head_map.scores else {}
-    if head_map.streaming is not None:  # grey: it streams
-        panels["full heads (grey: streaming)"] = [
-            [math.nan if head in heads else row.get(head, math.nan) for head in range(width)]
-            for row, heads in zip(rows, head_map.streaming, strict=True)
-        ]
-    method = head_map.scores.method if head_map.scores else "full"
-    written = [
-        heat_maps(
+    scores = head_map.scores
+    files = [
+        draw_heads(
             path,
-            panels,
-            rows=range(len(head_map.numbers)),
-            columns=range(width),
-            row_label="layer",
-            column_label="KV head",
-            value_label=method,
-            title=head_map.name,
+            head_map.numbers,
+            name=head_map.name,
+            streaming=head_map.streaming,
+            sees=head_map.sees,
+            scores=scores.scores if scores else None,
+            method=scores.method if scores else "",
         )
     ]
-    losses = head_map.scores.origin.get("losses") if head_map.scores else None
-    if losses:
+    if scores and (losses := scores.origin.get("losses")):
         steps = range(1, len(losses) + 1)
-        lines = {
-            "distance of the answers' hidden states": (steps, [loss[0] for loss in losses]),
-            "mean gate": (steps, [loss[1] for loss in losses]),
-        }
-        loss_path = path.with_name(f"{path.stem}-loss.png")
-        written.append(curves(loss_path, lines, x_label="step", y_label="", title=f"{head_map.name}: gates"))
-    return written
+        distance, gates = ([loss[column] for loss in losses] for column in (0, 1))
+        panels = [
+            Panel({"distance": Line(steps, distance)}, "distance of the answers' hidden states", "loss", log_y=True),
+            Panel({"gate": Line(steps, gates)}, "mean gate, 0 to 1", "gates: how many heads would see all"),
+        ]
+        title = f"{head_map.name}: learning which KV heads need the past"
+        files.append(curves(path.with_name(f"{path.stem}-loss{path.suffix}"), panels, x_label="step", title=title))
+    return files
 
 
 def written(files: list[Path]) -> None:

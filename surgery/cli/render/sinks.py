@@ -102,21 +102,32 @@ def _massive(sink_map: SinkMap) -> list[str]:
     return lines
 
 
-def draw(sink_map: SinkMap, path: Path, title: str) -> Path:
-    """Draw layer x head maps of the first token, the other sinks, and learned sinks where there are any."""
-    from surgery.report.plots import heat_maps
+def draw(sink_map: SinkMap, path: Path, info: dict) -> Path:
+    """Draw query head x layer maps of the first token, the other sinks, and learned sinks where there are any.
+
+    Args:
+        info: on model and text, as `survey_sinks` gives it.
+    """
+    from surgery.report.plots import Cells, heat_maps
 
     widest = max(map(len, sink_map.first))
     panels = {"first token": sink_map.first, "other sinks": sink_map.others}
     panels |= {"learned sinks": sink_map.learned} if sink_map.learned is not None else {}
+    heads = range(widest)
+
+    def turned(table: list[list[float]]) -> Cells:
+        return Cells([[row[head] if head < len(row) else math.nan for row in table] for head in heads])
+
+    most = max(value for table in panels.values() for row in table for value in row)
+    texts = f"{sink_map.texts} text{'s' * (sink_map.texts != 1)} of {sink_map.length} tokens"
     return heat_maps(
         path,
-        {name: [[*row, *[math.nan] * (widest - len(row))] for row in table] for name, table in panels.items()},
-        rows=range(len(sink_map.first)),
-        columns=range(widest),
-        row_label="layer",
-        column_label="query head",
-        value_label="share of attention",
-        title=title,
-        limits=(0.0, 1.0),
+        {name: turned(table) for name, table in panels.items()},
+        rows=heads,
+        columns=range(len(sink_map.first)),
+        row_label="query head",
+        column_label="layer",
+        value_label="share of the attention of all later queries",
+        title=f"{info['model']}: attention on the first token and on other sinks\n{texts}: {info['text']}",
+        limits=(0.0, most or 1.0),
     )

@@ -20,12 +20,22 @@ SHARES = (  # name, what is counted: the patched model's as a share of the base'
     ("decode_cache_bytes_vs_stock", "decode_cache_bytes"),
     ("peak_memory_vs_stock", "peak_memory"),
 )
-DRAWN = {
-    "prefill_vs_stock": "prefill, times as fast as the base",
-    "decode_vs_stock": "decode, times as fast as the base",
-    "decode_vs_block_cache": "decode, times as fast as all heads full",
-    "cache_bytes_vs_stock": "cache bytes, share of the base's",
-}
+DRAWN = (  # panel -> what is drawn in it, with its name in the legend
+    (
+        "speed: higher is better",
+        "times as fast",
+        {
+            "prefill_vs_stock": "prompt, beside the base",
+            "decode_vs_stock": "decoding, beside the base",
+            "decode_vs_block_cache": "decoding, beside this cache with all heads full",
+        },
+    ),
+    (
+        "memory: lower is better",
+        "share of the base's bytes",
+        {"cache_bytes_vs_stock": "KV cache", "peak_memory_vs_stock": "peak of the prompt, without the weights"},
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -135,23 +145,30 @@ def spread(rounds: Sequence[float]) -> float:
 
 
 def plot(result: Benchmark, path: str | Path) -> Path:
-    """Ratios against length as a PNG; see `surgery.report.plots.curves` for its errors."""
-    from surgery.report.plots import curves
+    """Ratios against length, speeds and bytes apart; bars reach from the slowest to the fastest round.
+
+    See `surgery.report.plots.curves` for its errors.
+    """
+    from surgery.report.plots import Line, Panel, curves
 
     rows = sorted(result.ratios(), key=lambda row: row["length"])
-    lines = {}
-    for name, label in DRAWN.items():
-        if known := [row for row in rows if row[name] is not None]:
-            lines[label] = ([row["length"] for row in known], [row[name] for row in known])
+    panels = []
+    for title, y_label, names in DRAWN:
+        lines = {}
+        for name, label in names.items():
+            if known := [row for row in rows if row[name] is not None]:
+                ends = [row["ranges"][name] for row in known] if name in known[0]["ranges"] else None
+                lines[label] = Line([row["length"] for row in known], [row[name] for row in known], ends)
+        panels.append(Panel(lines, y_label, title, levels={"1: as the base": 1.0}))
     split, what = result.split, "random weights, " if result.model["synthetic"] else ""
     if split:
         what += f"{split['streaming']} of {split['kv_heads']} KV heads stream, "
+    rounds = f"{result.rounds} round{'s' * (result.rounds != 1)}"
     return curves(
         path,
-        lines,
+        panels,
         x_label="tokens in the prompt",
-        y_label="patched to base",
-        title=f"{what}{result.model['layers']} layers, {result.model['dtype']}\n{result.machine}",
+        title=f"converted model beside its base: {what}{result.model['layers']} layers, {result.model['dtype']}\n"
+        f"{result.machine}; bars: slowest and fastest of {rounds}",
         log_x=True,
-        reference=1.0,
     )

@@ -323,25 +323,32 @@ class Needles(CaseProbe):
 
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:
-        """A heat map of the share of hits for each model."""
+        """A heat map of the share of hits for each model, with counts in the cells."""
+        from surgery.report.plots import Cells
+
+        starred = {(n.length, n.depth) for n in result.cases if not result.counts(n)}
+        inside = [[(length, depth) in starred for length in result.lengths] for depth in result.depths]
         panels = {}
         for label in result.outcomes:
             side = result.side(label)
+            cells = [[result.cell(label, length, depth) for length in result.lengths] for depth in result.depths]
+            texts = [[f"{hits}/{of}" if of else "" for hits, of in row] for row in cells]
             name = NAMES[label] if len(result.outcomes) > 1 else "model"
-            panels[f"{name}: {side['hits']} of {side['of']}"] = side["grid"]
+            panels[f"{name}: {side['hits']} of {side['of']} found"] = Cells(side["grid"], texts, inside)
         kept = result.compare()
-        title = "needles answered exactly"
+        title = "recall test: needles answered exactly"
         if kept and kept["of"]:
-            title += f"; kept {kept['kept']} of {kept['of']} ({percent(kept)})"
+            title += f"\nof those that the base finds, {kept['kept']} of {kept['of']} are kept ({percent(kept)})"
         return {
             "panels": panels,
             "rows": [f"{depth:.2f}" for depth in result.depths],
             "columns": [f"{length:,}" for length in result.lengths],
             "row_label": "depth of the needle",
             "column_label": "tokens of the prompt",
-            "value_label": "share answered",
+            "value_label": "share of the needles found",
             "title": title,
             "limits": (0.0, 1.0),
+            "hatch_label": "within sinks or window: proves nothing",
         }
 
 

@@ -74,20 +74,24 @@ def test_medians_spreads_and_tokens_a_second(fake):
     json.dumps(fake.to_dict(), allow_nan=False)
 
 
-def test_the_picture_has_the_curves_that_were_measured(fake, tmp_path, monkeypatch):
+def test_the_picture_has_speeds_and_bytes_apart(fake, tmp_path, monkeypatch):
     drawn = {}
 
-    def curves(path, lines, **options):
-        drawn.update(lines=lines, **options)
+    def curves(path, panels, **options):
+        drawn.update(panels=panels, **options)
 
     monkeypatch.setattr("surgery.report.plots.curves", curves)
     plot(fake, tmp_path / "x.png")
-    lines = {label.split(",")[0] + " " + label.rsplit(" ", 1)[1]: line for label, line in drawn["lines"].items()}
-    assert lines["prefill base"] == ([100, 200], [2.0, 2.0])
-    assert lines["decode base"] == ([100, 200], pytest.approx([2.0, 2.0]))
-    assert lines["decode full"] == ([100], pytest.approx([2.0]))
-    assert lines["cache bytes base's"] == ([100, 200], pytest.approx([0.6, 0.25]))
-    assert drawn["reference"] == 1
+    speed, memory = drawn["panels"]
+    prompt, decoding, full = speed.lines.values()
+    assert (prompt.x, prompt.y) == ([100, 200], [2.0, 2.0])
+    assert prompt.ends == [pytest.approx([1.5, 4.0]), pytest.approx([2.0, 2.0])], "of the rounds"
+    assert (decoding.x, decoding.y) == ([100, 200], pytest.approx([2.0, 2.0]))
+    assert (full.x, full.y) == ([100], pytest.approx([2.0]))
+    cache, peak = memory.lines.values()
+    assert (cache.x, cache.y, cache.ends) == ([100, 200], pytest.approx([0.6, 0.25]), None)
+    assert (peak.x, peak.y) == ([100], pytest.approx([0.8]))
+    assert [*speed.levels.values(), *memory.levels.values()] == [1, 1]
 
 
 def test_bytes_are_those_held(split, model):
