@@ -40,7 +40,7 @@ DECIDED = {
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
-    "io": "demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config printing ranges resume safetensors",
+    "io": "card_text demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device parallel progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",
@@ -52,7 +52,7 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
-    "report": "card card_sections gate head_map lineage plots report summary timing",
+    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",

@@ -63,7 +63,9 @@ def evaluate(
         progress.expect(chosen.stages(base is not None))
         result = run(out, base, probe=chosen, progress=progress)
     if plot and result.status == "done":
-        plots.heat_maps(plot, **chosen.picture(result))
+        picture = chosen.picture(result)
+        picture["panels"] = {name: plots.Cells(**cells) for name, cells in picture["panels"].items()}
+        plots.heat_maps(plot, **picture)
     if as_json:
         return emit(result.to_dict())
     tables.measured(type(chosen), result, _following(type(chosen), result.to_dict(), out, base))

@@ -44,7 +44,8 @@ from surgery.healing.validate import (
     rewritten_by,
     save_as_stored,
 )
-from surgery.io.files import published_override
+from surgery.io.card_text import notes_of
+from surgery.io.files import CARD, published_override
 from surgery.io.loading import read_tokenizer
 from surgery.io.model_folder import carry_files, model_table
 from surgery.io.output_folder import OutputFolder, weight_files
@@ -154,6 +155,8 @@ def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training:
     data = records.report_after_healing(report.data, heal, job.evaluate) | {"plan_hash": job.identity}
     records.draw(job.run, heal, data["gate"]["limits"])
     data["heal"] = records.new_record(heal, training, report.data.get("heal"))
+    if (card := report.folder / CARD).is_file():
+        data["owner_notes"] = notes_of(card.read_text(encoding="utf-8", errors="replace"))
     files = weight_files(partial) | weight_files(partial, ADAPTER)
     data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}
     Report(data, partial).save()

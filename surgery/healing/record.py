@@ -43,6 +43,7 @@ def report_after_healing(data: dict, heal: Heal, judged_by: Evaluate | None) -> 
     import torch
 
     limits = judged_by.limits if judged_by is not None else data["gate"]["limits"]
+    data = {key: value for key, value in data.items() if key != "repository"}  # the healed one has none yet
     return copy.deepcopy(data) | {
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": data["versions"] | versions(),

@@ -76,13 +76,13 @@ def json_fault(data: object) -> str:
     if too_deep(data):
         return f"it is nested more than {MAX_DEPTH} levels deep"
     try:
-        _json(data)
+        json_text(data)
     except (TypeError, ValueError):
         return _faulty_value(data, "")
     return ""
 
 
-def _json(data: object) -> str:
+def json_text(data: object) -> str:
     """Indented JSON that UTF-8 can hold; NaN and infinity are no JSON."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     text.encode("utf-8")
@@ -95,11 +95,11 @@ def _faulty_value(data: object, name: str) -> str:
     for key, value in items:
         inner = f"{name}[{key}]" if not isinstance(data, dict) else f"{name}.{key}" if name else f"{key}"
         try:
-            _json({key: None})
+            json_text({key: None})
         except (TypeError, ValueError):
             return f"{name or 'it'} has the key {shown(key)}"
         try:
-            _json(value)
+            json_text(value)
         except (TypeError, ValueError):
             return _faulty_value(value, inner)
     return f"{shown(name)[1:-1] or 'it'} is {shown(data)}"
@@ -123,7 +123,7 @@ def write_json(path: Path, data: dict) -> None:
             where=str(path),
             fix="plain data: text, finite numbers, lists",
         )
-    write_text(path, _json(data) + "\n")
+    write_text(path, json_text(data) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,8 +25,8 @@ from surgery.errors import (
     SurgeryError,
     nearest,
 )
-from surgery.io import manifest
-from surgery.io.files import REPORT, utf8
+from surgery.io import card_text, manifest
+from surgery.io.files import CARD, REPORT, json_text, utf8
 from surgery.io.hub_errors import LOGIN, brief, folders, hub_errors, hub_token
 from surgery.io.loading import refuse_adapter
 from surgery.io.manifest import WEIGHTS
@@ -230,7 +230,9 @@ def push(
     Files that the Hub has already (compared by hash before anything is sent) are not sent again: running the
     same command after an interruption is the resume. It is one `create_commit` and not `upload_folder`, which
     may split a large folder over several commits, so nobody loads half a model. Weight files of an earlier
-    push that this folder no longer has go in the same commit: Transformers might load those instead.
+    push that this folder no longer has go in the same commit: Transformers might load those instead. The card that is
+    uploaded has the repository's name in its examples, and surgery.json there says so (`repository`); the folder stays
+    as it is.
 
     Args:
         out: a folder that `surgery check` has passed, unchanged since.
@@ -251,6 +253,7 @@ def push(
     out = Path(out)
     try:
         report, files = _checked(out)
+        changed = _with_name(out, report, repo)
     except OSError as error:
         raise AccessError(f"cannot be read: {error.strerror}", where=str(out)) from None
     result: dict[str, Any] = {
@@ -258,6 +261,7 @@ def push(
         "visibility": "public" if public else "private",
         "dry_run": dry_run,
     }
+    files = [file | {"bytes": len(text)} if (text := changed.get(file["name"])) else file for file in files]
     result |= {"files": files, "bytes": sum(file["bytes"] for file in files)}
     result["metadata"], result["warnings"] = _metadata_and_warnings(out, report)
     if dry_run:
@@ -269,7 +273,7 @@ def push(
     recipe, base = (report.get(key) or {} for key in ("recipe", "base"))
     origin = base.get("hub_id") or base.get("name") or "a base"
     message = message or f"attention-surgery: {recipe.get('name') or 'a recipe'} on {origin}"
-    return cast("Pushed", result | _send(out, result, token, public, message, revision))
+    return cast("Pushed", result | _send(out, result | {"report": report}, token, public, message, revision))
 
 
 def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:
@@ -309,11 +313,27 @@ def _send(out: Path, result: dict, token: str, public: bool, message: str, revis
         existing = api.list_repo_files(repo, revision=revision)
         stale = [n for n in existing if "/" not in n and n.endswith((".safetensors", INDEX)) and n not in names]
         operations = [CommitOperationDelete(name) for name in stale]
-        operations += [CommitOperationAdd(name, str(out / name)) for name in names]
+        changed = _with_name(out, result["report"], repo)
+        operations += [CommitOperationAdd(name, changed.get(name) or str(out / name)) for name in names]
         done = api.create_commit(repo, operations, commit_message=message, revision=revision)
     visibility = "private" if private else "public"
     pushed = {"repo": repo, "visibility": visibility, "url": url, "commit": done.oid, "created": not existed}
     return pushed | {"removed": stale, "warnings": warnings}
+
+
+def _with_name(out: Path, report: dict, repo: str) -> dict[str, bytes]:
+    """Card and record as they are uploaded: the card's examples name the repository, and the record says so."""
+    known = report.get("other_files") or {}
+    if CARD not in known:
+        return {}
+    card = (out / CARD).read_text(encoding="utf-8", errors="replace")
+    text = card_text.named(card, repo, report.get("repository") or card_text.REPOSITORY).encode()
+    if text == card.encode():
+        return {}
+    record = report | {"repository": repo, "other_files": known | {CARD: manifest.entry_of_card(text)}}
+    if record.get("record_sha256"):
+        record["record_sha256"] = manifest.record_hash(record)
+    return {CARD: text, REPORT: (json_text(record) + "\n").encode()}
 
 
 def _checked(out: Path) -> tuple[dict, list[dict]]:

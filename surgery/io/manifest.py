@@ -1,7 +1,8 @@
 """What an output folder consists of: every file that surgery wrote or carried, and whether it is as it was written.
 
 surgery.json lists them: weights in `files`, all others in `other_files`, path -> sha256 and bytes. It does not list
-itself: `record_sha256` is of all else that it says. A record of an earlier version lists the weights alone.
+itself: `record_sha256` is of all else that it says. Its entry of the card is of the card without the owner's notes. A
+record of an earlier version lists the weights alone.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from surgery.io.files import PROGRESS, REPORT, sha256
+from surgery.io.card_text import without_notes
+from surgery.io.files import CARD, PROGRESS, REPORT, sha256
 from surgery.io.model_folder import is_carried
 
 # Not part of a checkpoint, wherever they come from: a training's states, hidden files, what is being written.
@@ -35,8 +38,17 @@ def paths_in(folder: Path) -> dict[str, Path]:
 
 
 def entry(path: Path) -> dict:
-    """What a manifest says of a file."""
+    """What a manifest says of a file; of a card, without its owner's notes."""
+    if path.name == CARD:
+        return entry_of_card(path.read_bytes())
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def entry_of_card(content: bytes) -> dict:
+    """What a manifest says of a card."""
+    with suppress(UnicodeDecodeError):  # such a card is not as surgery wrote it
+        content = without_notes(content.decode("utf-8")).encode("utf-8")
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def other_files(folder: Path, weights: Collection[str]) -> dict[str, dict]:
@@ -121,5 +133,9 @@ def _fault(folder: Path, name: str, info: dict) -> str:
         return "is a link"
     if not path.is_file():
         return "is missing"
-    same = path.stat().st_size == info["bytes"] and sha256(path) == info["sha256"]
-    return "" if same else "is not the file that was written"
+    if path.name != CARD and path.stat().st_size != info["bytes"]:
+        return "is not the file that was written"
+    here = entry(path)
+    same = all(here[key] == info[key] for key in here)
+    aside = " (only what stands between its two `notes` lines may be edited)" if name == CARD else ""
+    return "" if same else f"is not the file that was written{aside}"

@@ -21,11 +21,14 @@ each with fields of its own, is a union of classes: see `variants.py`.
     milder                     optional            a setting that changes less, for a result that lost too much
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
     usual_tier                 optional            the tier of the result, as far as the settings tell
+    in_words                   optional            what it did, for the title and the first paragraph of the model card
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -93,6 +96,25 @@ class PlannedChange:
     measured: bool = False
     parameters: int = 0
     measurements: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True)
+class InWords:
+    """What an operation did to a model, for somebody who reads its card on the Hub.
+
+    Attributes:
+        title: what the model has now; it follows "MODEL with" ("1 KV head (GQA, was 3)").
+        done: a sentence that says what was done to it.
+        gain: a sentence on what it saves besides cache and weights, which the card counts itself; "": nothing.
+        use: a sentence that says what it is good for, where it was not damaged.
+        avoid: a sentence that says who should not use it, damaged or not.
+    """
+
+    title: str
+    done: str
+    gain: str = ""
+    use: str = ""
+    avoid: str = ""
 
 
 @dataclass
@@ -205,6 +227,14 @@ class Operation(BaseModel):
         """Those of `LIMITATIONS` that hold with these settings."""
         return self.LIMITATIONS
 
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        """What it did, for the card; None where the changes say nothing of it.
+
+        Args:
+            changes: `PlannedChange.lines` of all operations of the recipe, as surgery.json keeps them.
+        """
+        return None
+
     @property
     def start_only(self) -> bool:
         """Whether the result is meant to be trained: it is no usable model as it is."""
@@ -296,6 +326,11 @@ class WeightRewrite(Operation):
         from surgery.operations.rewrite import rewrite_model
 
         return rewrite_model(model, self, context)
+
+
+def search_lines(pattern: str, lines: Sequence[str]) -> list[re.Match[str]]:
+    """The first match of a pattern in each line that has one."""
+    return [found for line in lines if (found := re.search(pattern, line))]
 
 
 def whole_keys(values: Any) -> Any:

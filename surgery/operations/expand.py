@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import PlannedChange, WeightRewrite
+from surgery.operations.base import InWords, PlannedChange, WeightRewrite, search_lines
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -52,6 +53,19 @@ class Expand(WeightRewrite):
         return PlannedChange(
             anatomy.with_kv_heads(target),
             (f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers, copies",),
+        )
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        found = search_lines(r"KV heads (\d+) → (\d+)", changes)
+        found = [match for match in found if int(match[2]) > int(match[1])]
+        if not found:
+            return None
+        before, after = found[0].groups()
+        return InWords(
+            f"{after} KV heads (repeated, was {before})",
+            f"Its {before} KV heads were repeated to {after}; it computes what its base computes.",
+            use="Use it with an engine that asks for this number of KV heads.",
+            avoid="Do not use it otherwise: its cache is larger.",
         )
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:

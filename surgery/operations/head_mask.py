@@ -8,6 +8,7 @@ on heads). Heads are named by the base's numbers.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -15,7 +16,15 @@ from pydantic import BeforeValidator, Field
 from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.head_scores import choose_streaming, load_scores, read_scores
 from surgery.errors import RecipeMismatchError, SurgeryError
-from surgery.operations.base import TERMS_OF_A_HEAD, PlannedChange, WeightRewrite, WholeNumber, whole_keys
+from surgery.operations.base import (
+    TERMS_OF_A_HEAD,
+    InWords,
+    PlannedChange,
+    WeightRewrite,
+    WholeNumber,
+    search_lines,
+    whole_keys,
+)
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -110,6 +119,17 @@ class HeadMask(WeightRewrite):
         note = f"{silent} query heads are silenced and computed all the same: prune_heads (heads: ...) removes them"
         many = f"{sum(map(len, rows))} of {total} query heads in {sum(map(bool, rows))} layers"
         return PlannedChange(anatomy, (f"gates of {many}: {', '.join(how)}",), notes=(note,) if silent else ())
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        found = search_lines(r"gates of (\d+ of \d+ query heads)", changes)
+        if not found:
+            return None
+        return InWords(
+            f"gates on {found[0][1]}",
+            f"{found[0][1]} are multiplied by a constant gate; 0 silences a head.",
+            use="Use it to see what heads do.",
+            avoid="Do not use it to save memory or time: silenced heads are computed all the same.",
+        )
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         import torch

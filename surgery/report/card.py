@@ -1,41 +1,19 @@
-"""The model card: what was changed, what it cost, how to load it, and the base's own card below.
+"""The model card: what was changed, what it cost, how to use it, and the base's own card below.
 
 `render_card` takes surgery.json as a dict. A missing key is no error: the card says what was not measured.
 """
 
 from __future__ import annotations
 
-import re
-
-import yaml
-
 from surgery.evaluation import probes
 from surgery.evaluation.probes.base import Row
+from surgery.io.card_text import BASE_HEADING, notes_block, without_markers
 from surgery.io.files import split_card
-from surgery.report.card_sections import (
-    base_name,
-    fenced,
-    get,
-    healing,
-    licence,
-    limits,
-    loading,
-    operations_of,
-    provenance,
-    searched,
-)
-from surgery.report.gate import damage, finite
-
-# Tags of the base that speak of formats, engines or scores which this folder does not have.
-STALE_TAGS = {
-    "gguf", "onnx", "mlx", "openvino", "coreml", "tflite", "tf", "jax", "rust", "pytorch", "transformers.js",
-    "exl2", "gptq", "awq", "model-index", "eval-results", "leaderboard", "autotrain_compatible",
-    "endpoints_compatible", "text-generation-inference", "custom_code",
-}  # fmt: skip
-TIERS = {
-    "native": "The result is **native**: a stock checkpoint that Transformers loads, with no extra code.",
-    "surgical": "The result is **surgical**: it needs the code in this folder, or the `attention-surgery` package.",
-}
+from surgery.report.card_metadata import metadata
+from surgery.report.card_sections import figures_of, get, healing, licence, limits, loading, provenance
+from surgery.report.card_summary import banner, summary, title
+from surgery.report.gate import finite
+from surgery.report.head_map import FILE as HEADS
 
 
 def render_card(report: dict, base_card: str | None) -> str:
@@ -48,102 +26,39 @@ def render_card(report: dict, base_card: str | None) -> str:
     Returns:
         Markdown with a metadata block that the Hub accepts.
     """
-    metadata, base_text = split_card(base_card or "")
-    recipe = yaml.safe_dump(get(report, "recipe"), sort_keys=False, allow_unicode=True)
+    of_base, base_text = split_card(base_card or "")
+    name = title(report)
     sections = [
-        f"# {_title(report)}",
-        *_warnings(report),
-        _summary(report),
+        f"# {name}",
+        *banner(report),
+        summary(report),
         "## What it costs and what it saves\n\n" + _table(report),
+        *_heads(report),
         *healing(report),
-        "## How to load\n\n" + loading(report),
+        "## How to use it\n\n" + loading(report),
         "## Checks\n\n" + _checks(report),
         "## Limits\n\n" + limits(report),
-        "## Recipe\n\n" + fenced(recipe, "yaml"),
+        "## Notes\n\n" + notes_block(str(report.get("owner_notes") or "")),
         "## How it was made\n\n" + provenance(report),
-        "## Licence\n\n" + licence(report, metadata),
+        "## Licence\n\n" + licence(report, of_base),
     ]
     if base_text.strip():
-        origin_note = "*Written for the base model. Every score in it is the base's, not this model's.*"
-        sections.append(f"## The base model's card\n\n{origin_note}\n\n{base_text.strip()}")
-    return f"---\n{_metadata(report, metadata)}\n---\n\n" + "\n\n".join(sections) + "\n"
+        origin_note = "*Written for the base model. Every score in it is the base's, not the converted model's.*"
+        sections.append(f"{BASE_HEADING}\n\n{origin_note}\n\n{without_markers(base_text).strip()}")
+    return f"---\n{metadata(report, of_base, name)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _metadata(report: dict, base: dict) -> str:
-    from huggingface_hub.repocard_data import ModelCardData  # the package would import its client for the same
-
-    def listed(value: object) -> list[str]:
-        values = value if isinstance(value, list) else [value]
-        # `no`, the code of Norwegian, is false to YAML.
-        return ["no" if each is False else str(each) for each in values if each is not None]
-
-    tags = ["attention-surgery", *operations_of(report), *["custom_code"] * (report.get("tier") == "surgical")]
-    tags += [tag for tag in listed(base.get("tags")) if tag.lower() not in STALE_TAGS and ":" not in tag]
-    task = "image-text-to-text" if get(report, "base").get("composite") else "text-generation"
-    languages, base_model = listed(base.get("language")), _base_model(report)
-    # The rest of the base's metadata is left out: scores, widgets, gating prompts, formats.
-    data = ModelCardData(
-        base_model=base_model,
-        language=(languages if len(languages) > 1 else languages[0]) if languages else None,
-        library_name="transformers",
-        license=base.get("license") or get(report, "base").get("license"),
-        license_name=base.get("license_name"),
-        license_link=base.get("license_link"),
-        pipeline_tag=base.get("pipeline_tag") or task,
-        tags=list(dict.fromkeys(tags)),
-        **({"base_model_relation": "finetune"} if base_model else {}),  # the nearest: there is no "converted"
-    )
-    return data.to_yaml().strip()
-
-
-def _base_model(report: dict) -> str | None:
-    """The Hub id of the base, or of the nearest ancestor that has one. The Hub rejects anything else."""
-    for record in [report, *reversed(report.get("history") or [])]:
-        for name in (get(record, "base").get("hub_id"), get(record, "base").get("base_model")):
-            if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
-                return str(name)
-    return None
-
-
-def _title(report: dict) -> str:
-    base = str(get(report, "base").get("base_model") or base_name(report))
-    return f"{base.rsplit('/', 1)[-1]}, {' + '.join(operations_of(report)) or 'attention surgery'}"
-
-
-def _done(report: dict) -> dict:
-    """The evaluation, if it was run."""
-    evaluation = get(report, "evaluation")
-    return evaluation if evaluation.get("status", "done") == "done" else {}
-
-
-def _warnings(report: dict) -> list[str]:
-    """The first lines of the card, where the model is not fit for use or that is not known."""
-    gate, lines = get(report, "gate"), []
-    status = gate.get("status") or "not run"
-    if costs := damage(get(report, "evaluation")):
-        when = "even after healing" if report.get("heal") else "before healing"
-        lines.append(f"> **Not usable {when}.** On the text named below, {' and '.join(costs)}.")
-    if status == "failed":
-        lines.append(f"> **The quality gate failed.** {'; '.join(map(str, gate.get('reasons') or []))}".rstrip())
-    elif status != "passed" and gate.get("limits"):  # without limits there is no gate that could be run
-        lines.append(f"> **The quality gate: {status}.** Measure this model before you rely on it.")
-    return ["\n>\n".join(lines)] if lines else []
-
-
-def _summary(report: dict) -> str:
-    what = "; ".join(map(str, get(report, "plan").get("changes") or [])) or "attention changed by the recipe below"
-    base, name = get(report, "base"), base_name(report)
-    origin = f"[{name}](https://huggingface.co/{name})" if base.get("hub_id") else f"`{name}`"
-    origin += f" ({base['note']})" if base.get("note") else ""
-    trained = [f"Then healed by training ({get(report, 'heal')['settings']['method']})"] if report.get("heal") else []
-    sentences = (f"Made from {origin} with attention-surgery: {what}", *searched(report), *trained)
-    summary = " ".join(f"{each}." for each in sentences)
-    return f"{summary} {TIERS.get(str(report.get('tier')), '')}".rstrip()
+def _heads(report: dict) -> list[str]:
+    """The picture of the head split, where it lies beside the card."""
+    if HEADS not in get(report, "other_files"):
+        return []
+    what = "Which KV heads see all, and which (hatched) see sinks and a window, by layer"
+    return [f"![{what}]({HEADS})\n\n*{what}. Heads have the base's numbers.*"]
 
 
 def _table(report: dict) -> str:
     """The table of base and result, and the paragraphs of the probes. A figure that is not known is left empty."""
-    recorded, evaluation, plan = get(report, "evaluation"), _done(report), get(report, "plan")
+    recorded, evaluation, plan = get(report, "evaluation"), figures_of(report), get(report, "plan")
     base, out = get(recorded, "base"), get(recorded, "out")  # cache and load size are known without a run
     fixed = get(plan, "kv_bytes_fixed")  # only of streaming heads
     cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
@@ -156,19 +71,33 @@ def _table(report: dict) -> str:
         Row("weights, bytes", base.get("load_bytes"), out.get("load_bytes"), "{:,.0f}"),
         Row("parameters", sizes.get("before"), sizes.get("after"), "{:,.0f}"),
     ]
-    lines = ["| | base | this model | ratio |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| | base | {'healed' if report.get('heal') else 'converted'} | ratio |", "| --- | ---: | ---: | ---: |"]
     for row in rows:
         cells = [row.form.format(value) if finite(value) else "" for value in (row.base, row.model)]
         both = all(cells) and row.base > 0 and row.ratio
         if any(cells):
-            lines.append(f"| {row.name} | {cells[0]} | {cells[1]} | {f'{row.model / row.base:.3g}' if both else ''} |")
-    why = recorded.get("reason") or recorded.get("status") or "no evaluation was asked for"
-    main_text = probes.main().paragraph(evaluation) if evaluation else f"Quality was **not measured**: {why}."
+            lines.append(f"| {row.name} | {cells[0]} | {cells[1]} | {f'{row.model / row.base:.3f}' if both else ''} |")
+    main_text = probes.main().paragraph(evaluation) if evaluation else f"Quality was **not measured**: {_why(report)}."
     note = get(report, "base").get("note")
     notes = [f"Base: {note}."] * bool(note) + [f"{each}." for each in recorded.get("notes") or []]
     others = [(cls, get(evaluation, cls.name)) for cls in probes.every() if not cls.main]
     paragraphs = [paragraph for cls, result in others if result and (paragraph := cls.paragraph(result))]
     return "\n\n".join(["\n".join(lines)] * (len(lines) > 2) + paragraphs + [" ".join([main_text, *notes])])
+
+
+def _why(report: dict) -> str:
+    """Why there are no figures."""
+    recorded = get(report, "evaluation")
+    if recorded:
+        return str(recorded.get("reason") or recorded.get("status"))
+    if report.get("in_memory"):
+        return "it was made from a model in memory, and `surgery eval` has not been run on this folder"
+    if get(report, "recipe").get("evaluate"):
+        return (
+            "this card was written before the scores that its recipe asks for. If it is all that came, the run was "
+            "stopped, or its scoring was turned off; `surgery eval` measures it"
+        )
+    return "its recipe asks for no evaluation"
 
 
 def _checks(report: dict) -> str:

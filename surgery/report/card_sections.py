@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 
+import yaml
+
 from surgery.errors import SurgeryError
 from surgery.healing import losses
+from surgery.io.card_text import REPOSITORY
 from surgery.report.gate import finite
 
-HERE = '"this repository or folder"'
+CURVE = "healing/loss.png"  # what `surgery heal` draws
 
 
 def get(report: dict, key: str) -> dict:
@@ -29,27 +32,71 @@ def base_name(report: dict) -> str:
     return str(base.get("hub_id") or name.rstrip("/").rsplit("/", 1)[-1])
 
 
+def hub_link(name: str) -> str:
+    """A model of the Hub, as a link."""
+    return f"[{name}](https://huggingface.co/{name})"
+
+
+def figures_of(report: dict) -> dict:
+    """The evaluation, if it was run."""
+    evaluation = get(report, "evaluation")
+    return evaluation if evaluation.get("status", "done") == "done" else {}
+
+
 def loading(report: dict) -> str:
-    """Code that loads the folder: the class that fits, and both ways to load a surgical one."""
+    """Code that loads the folder and generates, by every way to load it."""
+    install = fenced("pip install attention-surgery", "sh")
+    if report.get("tier") != "surgical":
+        return f"{_example(report)}\n\nIt needs nothing else. What checks, heals or converts it again is\n\n{install}"
+    pinned = "Pin `revision` to a full commit hash: a branch can be given other code later, which would then run."
+    return (
+        f"With the package:\n\n{install}\n\n{_example(report, ours=True)}\n\nWithout it; this runs code from the "
+        f"repository, so read it first:\n\n{_example(report)}\n\n{pinned}"
+    )
+
+
+def _example(report: dict, ours: bool = False) -> str:
+    """A script that generates.
+
+    Args:
+        ours: with the package, in place of trust_remote_code for a surgical folder.
+    """
     composite, surgical = get(report, "base").get("composite"), report.get("tier") == "surgical"
     model = "AutoModelForImageTextToText" if composite else "AutoModelForCausalLM"
     reader = "AutoProcessor" if composite else "AutoTokenizer"
-    lines, flags = [f"from transformers import {model}, {reader}", ""], ""
-    if surgical:
+    name, flags = reader.removeprefix("Auto").lower(), ""
+    lines = [f"from transformers import {model}, {reader}", ""]
+    if ours:
+        lines = ["import surgery", *lines, "surgery.register()  # once, before the Auto classes"]
+    lines.append(f'name = "{report.get("repository") or REPOSITORY}"  # or the path of this folder')
+    if surgical and not ours:
         flags = ", trust_remote_code=True, revision=revision"
         lines.append('revision = "the commit whose code you have read"')
-    lines.append(f"model = {model}.from_pretrained({HERE}{flags})")
-    lines.append(f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({HERE}{flags})")
-    stock = fenced("\n".join(lines), "python")
-    if not surgical:
-        return stock
-    ours = fenced(f"import surgery\n\nmodel = surgery.load({HERE})", "python")
-    code = "; ".join(f"`{name}` sha256 `{digest}`" for name, digest in get(report, "code").items())
-    pinned = "Pin `revision` to a full commit hash: a branch can be given other code later, which would then run."
-    return (
-        f"With the package:\n\n{ours}\n\nWithout it; this runs code from the repository, so read it first:\n\n{stock}"
-        f"\n\n{pinned}" + (f" The code as it was written: {code}." if code else "")
-    )
+    source = f"name{flags}" if _has_tokenizer(report) else f'"{get(report, "base").get("hub_id") or "its base"}"'
+    lines += [f"{name} = {reader}.from_pretrained({source})", f"model = {model}.from_pretrained(name{flags})", ""]
+    if report.get("chat_template", "chat_template.jinja" in get(report, "other_files")):
+        content = '[{"type": "text", "text": "Name three colours."}]' if composite else '"Name three colours."'
+        options = '"return_dict": True, "return_tensors": "pt"' + ', "tokenize": True' * bool(composite)
+        lines += [
+            f'messages = [{{"role": "user", "content": {content}}}]',
+            f"options = {{{options}}}",
+            f"inputs = {name}.apply_chat_template(messages, add_generation_prompt=True, **options)",
+        ]
+    else:
+        text = "text=" * bool(composite)
+        lines.append(f'inputs = {name}({text}"The capital of France is", return_tensors="pt")')
+    lines += [
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        f'print({name}.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return fenced("\n".join(lines), "python")
+
+
+def _has_tokenizer(report: dict) -> bool:
+    """Whether the folder has a tokenizer, as far as its record says."""
+    names = get(report, "other_files")
+    kinds = ("tokenizer", "vocab", "spiece", "processor", "preprocessor")
+    return not names or any(name.startswith(kinds) for name in names)
 
 
 def searched(report: dict) -> list[str]:
@@ -102,7 +149,7 @@ def _kept_layers(op: str, record: dict) -> list[str]:
 
 
 def limits(report: dict) -> str:
-    """The list of limits: of the operations, of the surgical tier, of the plan's notes and of the measurement."""
+    """The list of limits: of the operations, of the surgical tier and of the measurement."""
     operations = get(report, "recipe").get("operations") or []
     lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
     if report.get("tier") == "surgical":
@@ -110,7 +157,6 @@ def limits(report: dict) -> str:
             "A stock class by its name (`LlamaForCausalLM.from_pretrained`) loads this folder without an error and "
             "runs the base's *unchanged* attention: use the lines above."
         )
-    lines += [f"{str(note)[:1].upper()}{str(note)[1:]}." for note in get(report, "plan").get("notes") or []]
     lines.append("The table is one text on one machine. Other tasks, languages and lengths were not measured.")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -149,8 +195,24 @@ def provenance(report: dict) -> str:
         "files of the base left behind": ", ".join(f"`{name}`" for name in report.get("left_behind") or []),
     }
     lines = [f"- {name}: {fact}" for name, fact in entries.items() if fact not in (None, "")]
-    lines += [f"- `{name}`: sha256 `{get(files, name).get('sha256')}`" for name in files]
-    return f"{_how_to_repeat(report, origin)}\n\n" + "\n".join(lines)
+    said = [_sentence(str(note)) for note in get(report, "plan").get("notes") or []]
+    said += [f"{line}." for line in searched(report) if "setting was" not in line]
+    told = "\n".join(["What the plan and the run noted:\n", *(f"- {line}" for line in said)]) if said else ""
+    recipe = yaml.safe_dump(get(report, "recipe"), sort_keys=False, allow_unicode=True)
+    hashes = [f"- `{name}`: sha256 `{get(files, name).get('sha256')}`" for name in files]
+    hashes += [f"- `{name}`: sha256 `{digest}`" for name, digest in get(report, "code").items()]
+    folded = [folded_away("The recipe, with every setting", fenced(recipe, "yaml"))]
+    folded += [folded_away("Hashes of weights and code", "\n".join(hashes))] if hashes else []
+    return "\n\n".join(filter(None, [_how_to_repeat(report, origin), "\n".join(lines), told, *folded]))
+
+
+def _sentence(clause: str) -> str:
+    return f"{clause[:1].upper()}{clause[1:].rstrip('.')}."
+
+
+def folded_away(what: str, content: str) -> str:
+    """A part of the card that is shown on a click."""
+    return f"<details>\n<summary>{what}</summary>\n\n{content}\n\n</details>"
 
 
 def _how_to_repeat(report: dict, origin: str) -> str:
@@ -159,12 +221,12 @@ def _how_to_repeat(report: dict, origin: str) -> str:
     if report.get("in_memory"):
         return (
             "It was made from a model in memory (`surgery.apply(recipe, model)`): no command repeats it. The "
-            "recipe is the one above; whatever was done to the model before or after is not known here."
+            "recipe is the one below; whatever was done to the model before or after is not known here."
         )
     if source in ("file", "data"):
         typed = f" It was given with {', '.join(f'`{each}`' for each in changes)}." * bool(changes)
         return (
-            "The recipe was its author's own, and no command can name it: the one above has every setting written out."
+            "The recipe was its author's own, and no command can name it: the one below has every setting written out."
             f"{typed} `surgery apply FILE.yaml` with it in a file gives the same weights, on the same versions and "
             "machine."
         )
@@ -176,15 +238,17 @@ def _how_to_repeat(report: dict, origin: str) -> str:
 def licence(report: dict, base: dict) -> str:
     """The paragraph on the licence; `base`: metadata of the base's card."""
     name = base.get("license_name") or base.get("license") or get(report, "base").get("license")
-    unnamed = "its card does not name it" if base else "its card is not here to name it"
-    name = f"**{', '.join(name) if isinstance(name, list) else name}**" if name else unnamed
-    holds = f"This model is under the base's licence: {name}"
+    unnamed = "the base's card does not name it" if base else "the base's card is not here to name it"
+    name = f"**{', '.join(name) if isinstance(name, list) else name}**" if name else f"{unnamed}, so ask its author"
+    holds = f"The converted model is under the base's licence: {name}"
     holds += f" ({base['license_link']})" if base.get("license_link") else ""
     if files := report.get("notices"):
         carried = f"The base's licence and notice files are in this folder: {', '.join(f'`{file}`' for file in files)}"
     else:
-        carried = "This folder holds no licence or notice file of the base"
-        carried += "; add them from the base before you share it" if report.get("in_memory") else ""
+        known = get(report, "base").get("hub_id") or get(report, "base").get("base_model")
+        where = hub_link(str(known)) if known else "the base's folder"
+        carried = f"Files of licence and notice, if the base has any, are in {where}"
+        carried += "; add them to this folder before you share it" if report.get("in_memory") else ""
     return f"{holds}. {carried}. The weights were modified as said above."
 
 
@@ -200,7 +264,10 @@ def healing(report: dict) -> list[str]:
     if not record:
         return []
     summary = " ".join(f"{each}." for each in [*_how(record), *healed(report)])
-    return ["## Healing\n\n" + "\n\n".join(filter(None, (summary, _table(report))))]
+    curve = (
+        f"![Loss and distance to the base while it trained]({CURVE})" if CURVE in get(report, "other_files") else ""
+    )
+    return ["## Healing\n\n" + "\n\n".join(filter(None, (summary, _table(report), curve)))]
 
 
 def healed(report: dict) -> list[str]:
@@ -297,7 +364,7 @@ def _table(report: dict) -> str:
         ("perplexity", base["perplexity"], before["perplexity"], out["perplexity"], "{:,.4g}"),
         ("cross-entropy, nats per token", *loss, "{:.4f}"),
         ("KL from the base, mean", None, before["kl"], kl["mean"], "{:.4g}"),
-        ("top-1 agreement with the base", None, before["top1_agreement"], evaluation["top1_agreement"], "{:.1%}"),
+        ("same best token as the base", None, before["top1_agreement"], evaluation["top1_agreement"], "{:.1%}"),
     ]
     lines = [f"| | base | {_before(report['heal'])} | healed |", "| --- | ---: | ---: | ---: |"]
     for name, *values, form in rows:

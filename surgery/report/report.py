@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from surgery.errors import CheckError, GateError, RecordError, SurgeryError, nearest, shown
 from surgery.evaluation.probes import REGISTRY, done
+from surgery.io.card_text import notes_of
 from surgery.io.files import (
     BASE_CARD,
     CARD,
@@ -147,7 +148,9 @@ class Report(Printed):
         return blocks(self.data, self.folder)
 
     def save(self, *, list_files: bool = False) -> None:
-        """Write surgery.json and the card that follows from it. A card that somebody has edited stays as it is.
+        """Write surgery.json and the card that follows from it, with its owner's notes.
+
+        A card that somebody has edited elsewhere stays as it is.
 
         Args:
             list_files: record every file of the folder, as it is when a checkpoint was written. Later it is held
@@ -160,17 +163,25 @@ class Report(Printed):
             raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
         self.refuse_unreadable()
         from surgery.report.card import render_card
+        from surgery.report.head_map import draw_recorded
 
         # The card names the notices that are in the folder; code is hashed once, when it was written.
         names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         self.data["notices"] = [name for name in names if name.upper().startswith(NOTICES)]
         if self.data.get("tier") == SURGICAL and not self.data.get("code"):
             self.data["code"] = {name: sha256(self.folder / name) for name in names if name.endswith(".py")}
+        card = self.folder / CARD
+        if card.is_file():
+            self.data["owner_notes"] = notes_of(card.read_text(encoding="utf-8", errors="replace"))
+        if not self.data.get("owner_notes"):
+            self.data.pop("owner_notes", None)
+        self.data["chat_template"] = _has_chat_template(self.folder)
         if list_files:
+            draw_recorded(self.data, self.folder)
             self.data["other_files"] = other_files(self.folder, {*self.data["files"], CARD})
-        card, text = self.folder / CARD, render_card(self.data, base_card(self.folder))
+        text = render_card(self.data, base_card(self.folder))
         known = (self.data.get("other_files") or {}).get(CARD)
-        if known is None or not card.exists() or sha256(card) == known["sha256"]:
+        if known is None or not card.exists() or entry(card)["sha256"] == known["sha256"]:
             write_text(card, text)
             if "other_files" in self.data:
                 self.data["other_files"][CARD] = entry(card)
@@ -303,6 +314,16 @@ def _damage_of_file(data: dict) -> str:
     return "" if all(isinstance(each, dict) for each in data["history"]) else "history holds something else"
 
 
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a chat template."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    try:
+        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
+    except SurgeryError:
+        return False
+
+
 def base_card(folder: Path) -> str | None:
     """The text of the base model's card, which a folder keeps in a file of its own; None: it has none."""
     path = folder / BASE_CARD
@@ -370,7 +391,13 @@ def history_of(base: Path) -> list[dict]:
         return []
     if json_fault([*earlier, record]):  # an earlier version wrote NaN
         return []
-    for name in ("other_files", "record_sha256", "timing"):  # of a folder that is another one, of another run
+    for name in (
+        "other_files",
+        "record_sha256",
+        "timing",
+        "repository",
+        "owner_notes",
+    ):  # of another folder, another run
         record.pop(name, None)
     return [*earlier, record]
 

@@ -68,6 +68,21 @@ REPORT = {
     "gate": {"status": "passed", "limits": {"max_kl": 1.0}, "reasons": []},
     "history": [],
 }
+NEEDLES = {
+    "status": "done",
+    "settings": {"lengths": [1024], "secret": "digits", "text": {"title": "Help | topics"}},
+    "needles": 12,
+    "base": {"hits": 12, "of": 12, "accuracy": 1.0},
+    "out": {"hits": 0, "of": 12, "accuracy": 0.0},
+    "kept": {"of": 12, "kept": 0, "share": 0.0, "low": 0.0, "high": 0.25},
+}
+CHAT = {
+    "status": "done",
+    "settings": {"requests": "ten requests", "tokens": 128, "margin": 0.5},
+    "base": {"answered": 9, "of": 10, "share": 0.9},
+    "out": {"answered": 1, "of": 10, "share": 0.1},
+    "kept": {"of": 9, "kept": 1, "share": 1 / 9, "low": 0.0, "high": 0.4},
+}
 BASE_CARD = """---
 license: other
 license_name: base-licence
@@ -109,19 +124,47 @@ def test_metadata_is_what_the_hub_reads():
         "license_link": "LICENSE",
         "pipeline_tag": "text-generation",
         "tags": ["attention-surgery", "gqa", "chat", "code"],
+        "model-index": data["model-index"],
     }
+    head = render_card(REPORT, BASE_CARD).partition("\n---\n")[0]
+    keys = [line.partition(":")[0] for line in head.splitlines()[1:] if line[:1].isalpha()]
+    assert keys.index("base_model_relation") == keys.index("base_model") + 1
+    assert keys[-1] == "model-index"
+
+
+def test_what_was_measured_is_listed_on_the_hub():
+    kept = {"of": 12, "kept": 0, "share": 0.0, "low": 0.0, "high": 0.25}
+    evaluation = REPORT["evaluation"] | {"needles": NEEDLES | {"kept": kept}, "chat": CHAT}
+    evaluation["kl"] = {"mean": None, "p99": None, "top_k": 512}
+    results = ModelCard(render_card(changed(evaluation=evaluation), None)).data.eval_results
+    figures = {(each.metric_type, each.metric_name): (each.metric_value, each.metric_args) for each in results}
+    assert figures == {
+        ("perplexity", "perplexity"): (15.2, {"base": 13.3}),
+        ("accuracy", "same best token as the base"): (0.875, None),
+        ("recall", "hidden passkeys found"): (0.0, {"base": 1.0}),
+        ("accuracy", "short requests answered"): (0.1, {"base": 0.9}),
+    }, "a KL that is no number is left out"
+    assert results[0].dataset_name == "Help | topics"
+    assert results[0].dataset_args == {"sha256": "0123456789abcdef", "windows": 8, "length": 512}
+    unmeasured = changed(evaluation={"status": "not run", "reason": "memory"})
+    assert "model-index" not in render_card(unmeasured, BASE_CARD)
 
 
 def test_body():
     card = render_card(REPORT, BASE_CARD)
     for said in (
-        "# Base-1B, gqa\n\nMade from [org/Base-1B](https://huggingface.co/org/Base-1B)",
-        "KV heads 3 → 1 in 30 layers. The result",
+        "# Base-1B with 1 KV head (GQA, was 3)\n\nThis is [org/Base-1B](https://huggingface.co/org/Base-1B), conv",
+        "In each of its 30 layers, 3 KV heads were merged into 1 (method: mean), without training.",
+        "Its KV cache takes 0.333 of the base's (23,040 → 7,680 bytes per token).",
+        "Its weights are 0.934 of the base's.",
+        "Measured against its base: perplexity 13.30 → 15.20, KL 0.123 nats, same best token 87.5%.",
+        "Use it where the KV cache is the limit",
+        "Do not use it where it must copy",
         "**native**",
-        "| perplexity | 13.3 | 15.2 | 1.14 |",
+        "| perplexity | 13.3 | 15.2 | 1.143 |",
         "| cross-entropy, nats per token | 2.5880 | 2.7210 |  |",
         "| KL from the base, mean, nats per token |  | 0.123 |  |",
-        "| top-1 agreement with the base |  | 87.5% |  |",
+        "| same best token as the base |  | 87.5% |  |",
         "| KV cache, bytes per token | 23,040 | 7,680 | 0.333 |",
         "| parameters | 134,515,008 | 125,668,800 | 0.934 |",
         "*Help | topics* (sha256 `0123456789ab`, 4,088 tokens, 8 windows of 512)",
@@ -138,7 +181,7 @@ def test_body():
         "ab" * 32,
         "**base-licence** (LICENSE)",
         "are in this folder: `LICENSE`.",
-        "Every score in it is the base's, not this model's.",
+        "Every score in it is the base's, not the converted model's.",
     ):
         assert said in card, said
     assert "Not usable" not in card
@@ -169,9 +212,10 @@ def test_an_unusable_model_says_so_first(out, kl, said):
     _, body = split_card(render_card(changed(evaluation=evaluation, gate=gate), None))
     title, first = body.strip().split("\n\n")[:2]
     assert title.startswith("# ")
-    assert first.startswith("> **Not usable before healing.**")
+    assert first.startswith("> **This model is far from its base: ")
     assert said in first
-    assert "**The quality gate failed.** max_kl: 5.25, the limit is 1" in first
+    assert "\n>\n> **Not usable before healing.**" in first
+    assert "**The quality gate failed:** max_kl: 5.25, the limit is 1." in first
     assert "| nan |" not in body
 
 
@@ -183,7 +227,8 @@ def test_an_unmeasured_model_says_so_first(status):
         gate={"status": status, "limits": {"max_kl": 1}},
     )
     card = render_card(report, None)
-    assert f"> **The quality gate: {status or 'not run'}.**" in card
+    assert "> **Not measured.** Measure this model before you rely on it" in card
+    assert "What it lost was not measured, so measure it" in card
     assert "**not measured**: needs 90.0 GB of memory" in card
     assert "| KV cache, bytes per token | 23,040 | 7,680 | 0.333 |" in card, "known from the plan"
     assert "Not usable" not in card
@@ -224,9 +269,13 @@ def test_only_a_hub_id_is_a_base_model():
     assert "- earlier surgeries: gqa on smollm2-135m" in second
 
 
-def test_surgical_folders_show_both_doors():
+def test_surgical_folders_show_both_ways_to_load():
     card = render_card(changed(tier="surgical", code={"modeling_surgery.py": "ef" * 32}), None)
-    assert "surgery.load(" in card
+    assert (
+        card.index("pip install attention-surgery")
+        < card.index("surgery.register()")
+        < card.index(".from_pretrained(")
+    )
     assert "trust_remote_code=True, revision=revision" in card
     assert "*unchanged* attention" in card
     assert "`LlamaForCausalLM.from_pretrained`) loads this folder without an error" in card
@@ -278,10 +327,11 @@ def test_a_composite_is_loaded_with_the_class_that_fits():
     assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
-def test_notes_of_the_plan_are_limits():
+def test_notes_of_the_plan_are_in_how_it_was_made():
     plan = REPORT["plan"] | {"notes": ["x is not a known family: its attention was understood by shape, a guess"]}
-    limits = render_card(changed(plan=plan), None).partition("## Limits")[2].partition("## Recipe")[0]
-    assert "- X is not a known family: its attention was understood by shape, a guess." in limits
+    before, _, made = render_card(changed(plan=plan), None).partition("## How it was made")
+    assert "- X is not a known family: its attention was understood by shape, a guess." in made
+    assert "known family" not in before
 
 
 def test_the_command_is_there_only_where_one_repeats_it():
@@ -293,7 +343,7 @@ def test_the_command_is_there_only_where_one_repeats_it():
     memory = render_card(changed(in_memory={"class": "LlamaForCausalLM"}, notices=[]), None)
     assert command not in memory
     assert "no command repeats it" in memory
-    assert "This folder holds no licence or notice file of the base; add them" in memory
+    assert "in [org/Base-1B](https://huggingface.co/org/Base-1B); add them to this folder" in memory
 
 
 def test_no_limits_are_no_gate():
@@ -348,3 +398,116 @@ def test_a_search_says_whether_it_kept_anything(record, words):
     card = render_card(changed(operations=[{"op": "sink_calibration", "record": record}]), None)
     assert f"sink_calibration zero_tuning: {words}" in card.partition("## What it costs")[0]
     assert "setting was" not in render_card(REPORT, None)
+
+
+def first_lines(**changes) -> str:
+    return split_card(render_card(changed(**changes), None))[1].strip().split("\n\n")[1]
+
+
+def test_the_worst_damage_stands_first():
+    evaluation = REPORT["evaluation"] | {"needles": NEEDLES, "chat": CHAT}
+    assert first_lines(evaluation=evaluation) == (
+        "> **This model no longer copies from its prompt: 0 of 12 hidden passkeys found; the base finds 12.**\n>\n"
+        "> **Not usable before healing.** Also, it answers 1 of the 9 short requests that the base answers."
+    )
+    some = NEEDLES | {"out": {"hits": 5, "of": 12}, "kept": NEEDLES["kept"] | {"kept": 5}}
+    lines = first_lines(evaluation=evaluation | {"needles": some}).split("\n>\n> ")
+    assert lines == [
+        "> **This model no longer answers most short requests: 1 of the 9 that the base answers.**",
+        "**Not usable before healing.**",
+        "This model hardly copies any more from its prompt: 5 of 12 hidden passkeys found; the base finds 12.",
+    ]
+    kept = NEEDLES | {"out": {"hits": 11, "of": 12}, "kept": NEEDLES["kept"] | {"kept": 11}}
+    assert not first_lines(evaluation=REPORT["evaluation"] | {"needles": kept}).startswith(">")
+
+
+def test_a_gate_is_never_said_not_to_be_run_above_figures():
+    limits = {"max_kl": 0.1, "min_needles": 0.5}
+    skipped = first_lines(gate={"status": "skipped", "limits": limits})
+    assert skipped.startswith("> **The limits of the recipe were set aside** (`--no-gate`). It would have failed: ")
+    passing = first_lines(gate={"status": "skipped", "limits": {"max_kl": 1.0}})
+    assert passing.endswith("It would have passed.")
+    missing = first_lines(gate={"status": "not run", "limits": {"min_needles": 0.5}})
+    assert missing == "> **The quality gate is undecided**: min_needles: it was not asked for."
+    for lines in (skipped, passing, missing):
+        assert "not run" not in lines
+
+
+def test_a_card_that_is_written_before_the_scores_says_so():
+    early = changed(evaluation=None, gate={"status": "not run", "limits": {"max_kl": 1.0}})
+    card = render_card(early, None)
+    assert "**not measured**: this card was written before the scores that its recipe asks for." in card
+    unasked = early | {"recipe": REPORT["recipe"] | {"evaluate": None}, "gate": {"status": "not run", "limits": {}}}
+    assert "its recipe asks for no evaluation" in render_card(unasked, None)
+    assert "not run" not in card.partition("## Checks")[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "title"),
+    [
+        ({"op": "gqa", "kv_heads": 2}, "KV heads 4 → 2 in 8 layers (mean)", "2 KV heads (GQA, was 4)"),
+        ({"op": "gqa", "kv_heads": 1, "method": "closed_form", "keep_layers": 0.5}, "KV heads 3 → 1 in 15 layers",
+         "1 KV head in 15 layers (GQA, was 3)"),
+        ({"op": "duo_attention"}, "45 of 90 KV heads see 16 sinks + 240 tokens",
+         "45 of 90 KV heads streaming (DuoAttention)"),
+        ({"op": "moh"}, "181 of 270 query heads are on for a token (67.0%), 68 of them",
+         "67% of its query heads on for a token (MoH)"),
+        ({"op": "prune_heads", "per_layer": 1}, "query heads 9 → 6, KV heads 3 → 2 in 30 layers (gradient)",
+         "6 query heads (pruned, was 9)"),
+        ({"op": "prune_heads", "ratio": 0.1}, "27 of 270 query heads go (gradient)", "27 of 270 query heads pruned"),
+        ({"op": "sink_calibration", "method": "zero_tuning"}, "the first token's weight in 9 heads: gamma searched",
+         "other weights on the first token (ZeroTuning)"),
+        ({"op": "sparse_prefill", "method": "flexprefill"}, "a prompt's queries", "sparse prefill (flexprefill)"),
+        ({"op": "expand"}, "KV heads 3 → 9 in 30 layers, copies", "9 KV heads (repeated, was 3)"),
+        ({"op": "head_mask"}, "gates of 3 of 18 query heads in 2 layers: 3 silenced", "gates on 3 of 18 query heads"),
+    ],
+)  # fmt: skip
+def test_the_title_says_what_changed(fields, changes, title):
+    report = changed(
+        recipe=REPORT["recipe"] | {"operations": [fields]}, plan=REPORT["plan"] | {"changes": [changes]}, history=[]
+    )
+    card = render_card(report, None)
+    assert f"# Base-1B with {title}\n" in card
+    assert "What changed:" not in card
+    assert ModelCard(card).data.model_name == f"Base-1B with {title}"
+    healed = render_card(report | {"heal": None}, None)
+    assert f"# Base-1B with {title}\n" in healed
+
+
+def test_an_operation_that_says_nothing_of_itself_is_named():
+    report = changed(recipe={"operations": [{"op": "of_a_plug_in"}]}, plan={"changes": ["all is other"]})
+    card = render_card(report, None)
+    assert "# Base-1B, of_a_plug_in\n" in card
+    assert "What changed: all is other." in card
+
+
+def test_a_base_without_a_licence():
+    card = render_card(REPORT, "---\ntags: [a]\n---\nA model.")
+    assert ModelCard(card).data.license is None
+    assert "the base's card does not name it, so ask its author" in card
+
+
+def test_pictures_are_shown_where_they_are_carried():
+    heal = {
+        "settings": {"method": "full", "loss": "distill", "length": 8}, "parameters": 5, "tokens": 64, "steps": 2,
+        "step_tokens": 32, "minutes": 1, "processes": 1, "device": "cpu",
+    }  # fmt: skip
+    files = {"heads.png": {"sha256": "", "bytes": 1}, "healing/loss.png": {"sha256": "", "bytes": 1}}
+    card = render_card(changed(heal=heal, other_files=files), None)
+    assert "](heads.png)" in card
+    assert "](healing/loss.png)" in card
+    assert "](h" not in render_card(changed(heal=heal, other_files={}), None).replace("](https://", "")
+
+
+def test_the_address_of_the_project_is_that_of_the_package(monkeypatch):
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    from surgery.report import card_summary
+
+    urls = ["Issues, https://example.org/i", "Repository, https://example.org/r"]
+    for entries, said in ((urls, "[attention-surgery](https://example.org/r)"), (None, "with attention-surgery.")):
+        monkeypatch.setattr(metadata, "metadata", lambda name, e=entries: SimpleNamespace(get_all=lambda key: e))
+        card_summary.project_url.cache_clear()
+        assert said in render_card(REPORT, None)
+    card_summary.project_url.cache_clear()

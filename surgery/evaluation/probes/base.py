@@ -196,6 +196,22 @@ class Row:
     ratio: bool = True
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a model as the Hub lists it (`model-index` of a card).
+
+    Attributes:
+        kind: the Hub's name of the metric ("perplexity", "recall").
+        name: for people.
+        value, base: the model's figure, and its base's; None where there is none.
+    """
+
+    kind: str
+    name: str
+    value: float | None
+    base: float | None = None
+
+
 class Probe(BaseModel):
     """One thing that is measured of a model and of its base: the fields are its settings.
 
@@ -302,12 +318,25 @@ class Probe(BaseModel):
         """Of what the base finds in its prompt, the share that the model finds too; None: this is no recall test."""
         return None
 
+    @classmethod
+    def worst(cls, record: dict) -> tuple[float, str]:
+        """What is most wrong with a model by this probe: the share of the base's ability that is lost (0 to 1), and a
+        sentence that says it on top of the card; (0, "") where nothing is to be said there.
+        """
+        costs = cls.damage(record)
+        return (1.0, f"This model is far from its base: {' and '.join(costs)}.") if costs else (0.0, "")
+
     # --- showing ---
 
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
         """Rows of the card's table, and of the terminal's."""
         return []
+
+    @classmethod
+    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+        """What the Hub is told: of the data, `name` and what else identifies them; and the figures."""
+        return {}, []
 
     @classmethod
     def sentence(cls, record: dict) -> str:
@@ -340,7 +369,10 @@ class Probe(BaseModel):
 
     @classmethod
     def picture(cls, result: Any) -> dict:
-        """Arguments of `surgery.report.plots.heat_maps` but the path; asked for where `drawing` says something."""
+        """Arguments of `surgery.report.plots.heat_maps` but the path; asked for where `drawing` says something.
+
+        A panel is a dict: the fields of `surgery.report.plots.Cells`.
+        """
         raise NotImplementedError
 
 

@@ -20,7 +20,7 @@ from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import ModelMismatchError
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
-from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Row, Table, TextSource
+from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table, TextSource
 from surgery.io.loading import loaded, read_tokenizer
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ class Chat(CaseProbe):
     @classmethod
     def missing(cls, record: dict) -> str:
         answered = (record.get("kept") or {}).get("of")
-        return "" if answered else record.get("reason") or "the base answers no request"
+        reason = record.get("reason") or "the base answers no request"
+        return "" if answered else reason if record else super().missing(record)
 
     @classmethod
     def damage(cls, record: dict) -> list[str]:
@@ -219,9 +220,23 @@ class Chat(CaseProbe):
         return [f"it answers {kept['kept']} of the {kept['of']} short requests that the base answers"] if lost else []
 
     @classmethod
+    def worst(cls, record: dict) -> tuple[float, str]:
+        kept = record.get("kept") or {}
+        if not cls.damage(record):
+            return 0.0, ""
+        found = f"{kept['kept']} of the {kept['of']} that the base answers"
+        return 1 - kept["kept"] / kept["of"], f"This model no longer answers most short requests: {found}."
+
+    @classmethod
     def rows(cls, record: dict) -> list[Row]:
         base, out = (record.get(label) or {} for label in ("base", "out"))
         return [Row("greetings and short requests answered, share", base.get("share"), out.get("share"), "{:.0%}")]
+
+    @classmethod
+    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+        settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
+        answered = Metric("accuracy", "short requests answered", out.get("share"), base.get("share"))
+        return {"name": settings.get("requests") or "short requests"}, [answered]
 
     @classmethod
     def sentence(cls, record: dict) -> str:
@@ -238,8 +253,8 @@ class Chat(CaseProbe):
         base, out = (f"{side.get('answered')} of {side.get('of')}" for side in both)
         line = (
             f"Chat ({settings['requests']}, the most probable answer of at most {settings['tokens']} tokens): the "
-            f"base answers {base}, this model {out}. An answer counts if it ends, does not go round in circles, and "
-            f"is at most {settings['margin']:g} nats a token less likely to the base than the base's own."
+            f"base answers {base}, the converted model {out}. An answer counts if it ends, does not go round in "
+            f"circles, and is at most {settings['margin']:g} nats a token less likely to the base than the base's own."
         )
         if kept.get("of"):
             line += f" Of those that the base answers, it keeps {kept['kept']} of {kept['of']}."

@@ -181,8 +181,9 @@ class Choices(CaseProbe):
         right = [f"{side['right']} of {side['of']} ({side['low']:.1%} to {side['high']:.1%})" for side in (base, out)]
         return (
             "Multiple choice (which ending continues a passage of that text; guessing gets "
-            f"{record['chance']:.0%}): the base has {right[0]} right, this model {right[1]}, with 95 % intervals. "
-            f"{paired['only_base']} questions the base alone has right, {paired['only_out']} this model alone."
+            f"{record['chance']:.0%}): the base has {right[0]} right, the converted model {right[1]}, with 95 % "
+            f"intervals. {paired['only_base']} questions the base alone has right, {paired['only_out']} the converted "
+            "model alone."
         )
 
     @classmethod

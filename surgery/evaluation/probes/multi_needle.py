@@ -177,7 +177,7 @@ class MultiNeedle(CaseProbe):
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
         line = (
             f"Several needles ({settings['keys']} keys with {settings['secret']} each in a prompt of "
-            f"{settings['lengths'][0]:,} tokens, one asked for): the base answers {base}, this model {out}."
+            f"{settings['lengths'][0]:,} tokens, one asked for): the base answers {base}, the converted model {out}."
         )
         if not kept.get("of"):
             return line

@@ -35,7 +35,9 @@ from surgery.evaluation.probes.base import (
     Effort,
     Flag,
     Limit,
+    Metric,
     RecipeField,
+    Row,
     Shares,
     Table,
     TextSource,
@@ -253,7 +255,33 @@ class Needles(CaseProbe):
     @classmethod
     def missing(cls, record: dict) -> str:
         answered = (record.get("kept") or {}).get("of")
-        return "" if answered else record.get("reason") or "the base answers no needle that counts"
+        reason = record.get("reason") or "the base answers no needle that counts"
+        return "" if answered else reason if record else super().missing(record)
+
+    @classmethod
+    def worst(cls, record: dict) -> tuple[float, str]:
+        """Half of what the base finds is lost, or more."""
+        kept, base, out = (record.get(key) or {} for key in ("kept", "base", "out"))
+        if not kept.get("of") or 2 * kept["kept"] > kept["of"]:
+            return 0.0, ""
+        copies = "no longer copies" if not kept["kept"] else "hardly copies any more"
+        found = f"{out.get('hits')} of {out.get('of')} hidden passkeys found; the base finds {base.get('hits')}"
+        if record.get("streaming"):
+            found = f"{kept['kept']} of the {kept['of']} passkeys outside sinks and window found that the base finds"
+        return 1 - kept["kept"] / kept["of"], f"This model {copies} from its prompt: {found}."
+
+    @classmethod
+    def rows(cls, record: dict) -> list[Row]:
+        base, out = (record.get(label) or {} for label in ("base", "out"))
+        return [Row("hidden passkeys found, share", base.get("accuracy"), out.get("accuracy"), "{:.0%}")]
+
+    @classmethod
+    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+        settings, base, out = (record.get(key) or {} for key in ("settings", "base", "out"))
+        text = settings.get("text") or {}
+        about = {key: value for key, value in text.items() if key == "sha256"} | {"tokens": settings.get("lengths")}
+        recall = Metric("recall", "hidden passkeys found", out.get("accuracy"), base.get("accuracy"))
+        return {"name": f"passkeys hidden in {text.get('title') or 'a text'}"} | about, [recall]
 
     @classmethod
     def recall(cls, record: dict) -> float | None:
@@ -269,12 +297,12 @@ class Needles(CaseProbe):
         """How many hidden secrets are found, before and after."""
         if record.get("status") != "done":
             reason = record.get("reason") or "no reason was recorded"
-            return f"Needles (secrets hidden in a text) were **not run**: {reason}."
+            return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
         settings, kept, *both = (record.get(key) or {} for key in ("settings", "kept", "base", "out"))
         lengths = ", ".join(f"{length:,}" for length in settings.get("lengths") or [])
-        line = f"Needles (random {settings.get('secret')} hidden in that text, prompts of {lengths} tokens): "
+        line = f"Recall test (needles: random {settings.get('secret')} hidden in that text, prompts of {lengths} "
         base, out = (f"{side.get('hits')} of {side.get('of')}" for side in both)
-        line += f"the base finds {base}, this model {out}."
+        line += f"tokens): the base finds {base}, the converted model {out}."
         if not kept.get("of"):
             return line
         condition = " and that lie outside sinks and window" if record.get("streaming") else ""
@@ -324,17 +352,19 @@ class Needles(CaseProbe):
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:
         """A heat map of the share of hits for each model, with counts in the cells."""
-        from surgery.report.plots import Cells
-
         starred = {(n.length, n.depth) for n in result.cases if not result.counts(n)}
         inside = [[(length, depth) in starred for length in result.lengths] for depth in result.depths]
         panels = {}
         for label in result.outcomes:
             side = result.side(label)
-            cells = [[result.cell(label, length, depth) for length in result.lengths] for depth in result.depths]
-            texts = [[f"{hits}/{of}" if of else "" for hits, of in row] for row in cells]
+            counts = [[result.cell(label, length, depth) for length in result.lengths] for depth in result.depths]
+            texts = [[f"{hits}/{of}" if of else "" for hits, of in row] for row in counts]
             name = NAMES[label] if len(result.outcomes) > 1 else "model"
-            panels[f"{name}: {side['hits']} of {side['of']} found"] = Cells(side["grid"], texts, inside)
+            panels[f"{name}: {side['hits']} of {side['of']} found"] = {
+                "values": side["grid"],
+                "texts": texts,
+                "hatched": inside,
+            }
         kept = result.compare()
         title = "recall test: needles answered exactly"
         if kept and kept["of"]:

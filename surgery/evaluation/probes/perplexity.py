@@ -29,6 +29,7 @@ from surgery.evaluation.probes.base import (
     Effort,
     Flag,
     Limit,
+    Metric,
     Probe,
     Progress,
     RecipeField,
@@ -331,6 +332,13 @@ class Perplexity(Probe):
         return costs
 
     @classmethod
+    def worst(cls, record: dict) -> tuple[float, str]:
+        lost, line = super().worst(record)
+        before, after = ((record.get(side) or {}).get("perplexity") for side in ("base", "out"))
+        near = 1 - before / after if _is_number(before) and _is_number(after) and after > before > 0 else lost
+        return (near if line else 0.0), line
+
+    @classmethod
     def rows(cls, record: dict) -> list[Row]:
         base, out, kl = (record.get(key) or {} for key in ("base", "out", "kl"))
         loss = "cross-entropy, nats per token"
@@ -339,7 +347,17 @@ class Perplexity(Probe):
             Row(loss, base.get("cross_entropy"), out.get("cross_entropy"), "{:.4f}", ratio=False),
             Row("KL from the base, mean, nats per token", None, kl.get("mean")),
             Row("KL from the base, 99th percentile", None, kl.get("p99")),
-            Row("top-1 agreement with the base", None, record.get("top1_agreement"), "{:.1%}"),
+            Row("same best token as the base", None, record.get("top1_agreement"), "{:.1%}"),
+        ]
+
+    @classmethod
+    def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
+        text, base, out, kl = (record.get(key) or {} for key in ("text", "base", "out", "kl"))
+        about = {key: text[key] for key in ("sha256", "windows", "length") if text.get(key) is not None}
+        return {"name": text.get("title")} | about, [
+            Metric("perplexity", "perplexity", out.get("perplexity"), base.get("perplexity")),
+            Metric("kl_divergence", "KL from the base, nats per token", kl.get("mean")),
+            Metric("accuracy", "same best token as the base", record.get("top1_agreement")),
         ]
 
     @classmethod

@@ -7,6 +7,7 @@ chunks and decoding give the same result, and a streaming head sees sinks + wind
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,7 +16,16 @@ from pydantic import Field
 from surgery.calibration.cost import GRADIENT, forward_flops
 from surgery.calibration.head_scores import UNEQUAL, HeadScores, choose_streaming, load_scores, unsupported
 from surgery.errors import RecipeMismatchError, SurgeryError
-from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    InWords,
+    Measurement,
+    Operation,
+    PlannedChange,
+    WholeNumber,
+    search_lines,
+)
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 
 if TYPE_CHECKING:
@@ -143,6 +153,33 @@ class DuoAttention(Operation):
         # An ablation runs two texts from each head's layer on, which is half of a forward on average.
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
         return (Measurement("measuring heads", one * samples * forwards),)
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        found = search_lines(r"(\d+) of (\d+) KV heads see", changes)
+        if not found:
+            return None
+        count, total = map(int, found[0].groups())
+        tokens = (
+            f"the first {self.sinks} and the last {self.window:,} tokens"
+            if self.sinks
+            else (f"the last {self.window:,} tokens")
+        )
+        if count == total:
+            return InWords(
+                f"a cache that stops growing (all KV heads see {self.sinks} sinks + {self.window:,} tokens)",
+                f"All of its {total} KV heads now keep only {tokens} of a sequence.",
+                use="Use it on endless streams where the recent text is what matters.",
+                avoid="Do not use it where an answer lies farther back: it cannot be seen any more.",
+            )
+        some = (
+            f"Half of its KV heads ({count} of {total})" if 2 * count == total else f"{count} of its {total} KV heads"
+        )
+        return InWords(
+            f"{count} of {total} KV heads streaming (DuoAttention)",
+            f"{some} now keep only {tokens} of a sequence; the others still see all of it.",
+            use="Use it for long chats and long documents in little memory.",
+            avoid=f"Do not use it for sequences of up to {self.sinks + self.window:,} tokens: nothing is saved there.",
+        )
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.runtime.modeling_surgery import patch

@@ -9,13 +9,13 @@ Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.errors import any_of
-from surgery.operations.base import NATIVE, SURGICAL, Measurement, PlannedChange, WeightRewrite
+from surgery.operations.base import NATIVE, SURGICAL, InWords, Measurement, PlannedChange, WeightRewrite, search_lines
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.variants import Variants
@@ -38,8 +38,8 @@ class GQA(Variants, WeightRewrite):
         "method: closed_form fits weights to its calibration text (by default half Python's language reference, half "
         "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
-        "Perplexity does not show whether the model still copies from its prompt: `surgery eval --needles` does, and "
-        "layers that keep their KV heads (keep_layers) keep more of that.",
+        "Perplexity does not show whether the model still copies from its prompt: a recall test does (`surgery eval "
+        "OUT --base MODEL --needles`). Layers that keep their KV heads (keep_layers) keep more of that.",
     )
 
     op: Literal["gqa"] = "gqa"
@@ -200,6 +200,32 @@ class GQA(Variants, WeightRewrite):
         yield from self.notes_of_method(anatomy)
         if layer.qk_norm == "whole":
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        found = search_lines(r"KV heads (\d+) → (\d+)(?:.*?\bin (\d+) layers)?", changes)
+        found = [match for match in found if int(match[2]) < int(match[1])]
+        if not found:
+            return None
+        before, after, layers = found[0].groups()
+        some = not isinstance(self.kv_heads, int) or getattr(self, "keep_layers", 0)
+        heads = f"{after} KV head{'s' * (after != '1')}"
+        if len(found) > 1:
+            heads = f"{' or '.join(match[2] for match in found)} KV heads in some layers"
+        elif some and layers:
+            heads += f" in {layers} layers"
+        where = f"In {layers} of its layers" if some and layers else f"In each of its {layers or ''} layers"
+        where = "In some of its layers" if len(found) > 1 else where.replace("  ", " ")
+        how = {"closed_form": ", in closed form on calibration text, without training"}.get(
+            self.method, f" (method: {self.method}), without training"
+        )
+        merged = f"{before} KV heads were merged into {' or '.join(match[2] for match in found)}"
+        return InWords(
+            f"{heads} (GQA, was {before})",
+            f"{where}, {merged}{how}.",
+            use="Use it where the KV cache is the limit: many or long sequences at once.",
+            avoid="Do not use it where it must copy from its prompt (retrieval, code editing, long chats), unless "
+            "recall was measured on this card and kept.",
+        )
 
     def rewrite(self, layer: AttentionLayer, target: LayerAnatomy) -> tuple[AttentionLayer, dict]:
         if target.kv_heads == layer.anatomy.kv_heads:

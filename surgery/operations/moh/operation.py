@@ -13,6 +13,7 @@ follow from each token and not from the mean of a text, which a decoder does not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +22,16 @@ from pydantic import Field
 from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import unsupported
 from surgery.errors import RecipeMismatchError
-from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import (
+    SURGICAL,
+    ApplyContext,
+    InWords,
+    Measurement,
+    Operation,
+    PlannedChange,
+    WholeNumber,
+    search_lines,
+)
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -225,6 +235,19 @@ class Moh(Gated):
         details = {"parameters": more, "measurements": self._measurements(anatomy) if measured else ()}
         return PlannedChange(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, **details)
 
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        found = search_lines(r"(\d+) of (\d+) (query heads|KV groups) are on for a token", changes)
+        if not found:
+            return None
+        on, of, units = found[0].groups()
+        return InWords(
+            f"{int(on) / int(of):.0%} of its {units} on for a token (MoH)",
+            f"A router in each layer now chooses for every token which {units} are on: {on} of {of}.",
+            "Attention does less work in long prompts; the cache is as large as before.",
+            "Use it as a start for training a mixture of heads, or where long prompts are what takes the time.",
+            "Do not use it to save memory.",
+        )
+
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
         """A layer's gate; which units are shared is not known before they are measured."""
         from surgery.architecture.layer import groups_of
@@ -282,6 +305,15 @@ class Mae(Gated):
         more = self._parameters(anatomy, [self._gate(layer) for layer in layers])
         details = {"parameters": more, "measurements": self._measurements(anatomy) if self._measures else ()}
         return PlannedChange(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, **details)
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        how = "turns one head off" if self.hard else "weighs the heads"
+        return InWords(
+            "a mixture of its heads (MAE)",
+            f"A router in each layer now {how} for every token.",
+            use="Use it as a start for training a mixture of heads.",
+            avoid="Do not use it to save memory or time: it saves neither worth mentioning.",
+        )
 
     def _gate(self, layer: LayerAnatomy) -> Gate:
         from surgery.runtime.surgery_gates import Gate

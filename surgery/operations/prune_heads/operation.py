@@ -6,7 +6,7 @@ on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,10 +21,12 @@ from surgery.operations.base import (
     SURGICAL,
     TERMS_OF_A_HEAD,
     ApplyContext,
+    InWords,
     Measurement,
     Operation,
     PlannedChange,
     WholeNumber,
+    search_lines,
 )
 from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
 from surgery.operations.prune_heads.select import (
@@ -213,6 +215,28 @@ class PruneHeads(Operation):
         if self.refit and self._removes_something(anatomy):
             tokens = self.calibration_samples * length
             yield Measurement("refitting output projections", 2 * forward_flops(anatomy, tokens, length))
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        same = search_lines(r"query heads (\d+) → (\d+)(?:, KV heads (\d+) → (\d+))?", changes)
+        some = search_lines(r"(\d+) of (\d+) query heads go", changes)
+        if not (same or some):
+            return None
+        if same:
+            before, after, kv_before, kv_after = same[0].groups()
+            title = f"{after} query heads (pruned, was {before})"
+            done = f"In each layer {int(before) - int(after)} of {before} query heads were cut out"
+            done += f", with {int(kv_before) - int(kv_after)} of {kv_before} KV heads" if kv_before else ""
+        else:
+            title = f"{some[0][1]} of {some[0][2]} query heads pruned"
+            done = f"{some[0][1]} of its {some[0][2]} query heads were cut out"
+        done += ", and the output projections refitted to what is left" if self.refit else ""
+        return InWords(
+            title,
+            f"{done}, without training.",
+            use="Use it as a smaller start for fine-tuning on your own text.",
+            avoid="Do not use it on text unlike that which it was fitted to, such as other languages, unless you have "
+            "measured it there.",
+        )
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.edit import refuse_non_finite, write_layers

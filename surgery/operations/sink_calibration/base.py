@@ -6,7 +6,7 @@ What the methods share is here; each method is a class (`bias_methods.py`, `virt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import forward_flops
 from surgery.calibration.head_scores import UNEQUAL, unsupported
 from surgery.errors import RecipeMismatchError
-from surgery.operations.base import SURGICAL, ApplyContext, Measurement, Operation, PlannedChange, WholeNumber
+from surgery.operations.base import SURGICAL, ApplyContext, InWords, Measurement, Operation, PlannedChange, WholeNumber
 from surgery.operations.variants import Variants
 
 if TYPE_CHECKING:
@@ -80,6 +80,19 @@ class SinkCalibration(Variants, Operation):
             many: the heads and layers in words.
         """
         raise TypeError(f"method {self.method} describes no plan")
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        names = {
+            "zero_tuning": ("other weights on the first token (ZeroTuning)", "the first token has another weight"),
+            "act": (
+                "calibrated attention sinks (ACT)",
+                "tokens that draw attention for no reason have another weight",
+            ),
+        }
+        virtual = ("virtual attention sinks", "every query also sees a key that is no token")
+        title, what = names.get(self.method, virtual)
+        gain = "It saves nothing: it is meant to be the better model." if self.method in names else ""
+        return InWords(title, f"In its attention {what} in each head that was chosen.", gain)
 
     def shapes(self, layer: LayerAnatomy) -> Shapes:
         """The parameters that a layer gets. Keys and values are per KV head, as the first token's are."""

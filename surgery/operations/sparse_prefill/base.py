@@ -7,6 +7,7 @@ Source of delta: Willette et al. 2025, "Delta Attention", arXiv 2505.11254.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from surgery.errors import RecipeMismatchError, any_of
 from surgery.operations.base import (
     SURGICAL,
     ApplyContext,
+    InWords,
     Measurement,
     Operation,
     PlannedChange,
@@ -194,6 +196,16 @@ class SparsePrefill(Variants, Operation):
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """What a method that searches runs."""
         return ()
+
+    def in_words(self, changes: Sequence[str]) -> InWords | None:
+        least = f"{self.dense_below:,} tokens"
+        return InWords(
+            f"sparse prefill ({self.method})",
+            "In a long prompt a query now reads only the blocks of keys that matter; decoding reads all, as before.",
+            f"Prompts of more than {least} take less work; the cache is as large as before.",
+            "Use it where prompts of many thousand tokens are what takes the time.",
+            f"Do not use it for prompts of up to {least}: nothing changes there.",
+        )
 
     def _read(self, entry: dict[str, Any]) -> str:
         """How much of a prompt is read, where the settings alone say it."""

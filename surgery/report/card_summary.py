@@ -1,0 +1,156 @@
+"""The top of the model card: its title, the worst damage that was measured, and what a newcomer wants to know."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from surgery.errors import SurgeryError
+from surgery.evaluation import probes
+from surgery.operations.base import InWords
+from surgery.report.card_sections import base_name, figures_of, get, hub_link, operations_of, searched
+from surgery.report.gate import damage, finite, gate
+
+PROJECT = "attention-surgery"
+TIERS = {
+    "native": "It is **native**: stock Transformers loads it, with no extra code.",
+    "surgical": "It is **surgical**: it needs the code in this folder, or the `attention-surgery` package.",
+}
+AT_LEAST = 0.001  # of cache or weights: a smaller saving is none
+
+
+def title(report: dict) -> str:
+    """The card's title, made from what changed ("Base-1B with 1 KV head (GQA, was 3)")."""
+    base = str(get(report, "base").get("base_model") or base_name(report)).rsplit("/", 1)[-1]
+    words = in_words(report)
+    if not words:
+        return f"{base}, {' + '.join(operations_of(report)) or 'attention surgery'}"
+    healed = ", healed" if report.get("heal") else ""
+    return f"{base} with {' and '.join(each.title for each in words)}{healed}"
+
+
+def in_words(report: dict) -> list[InWords]:
+    """What each operation did, for people; without those that do not say it or are not installed here."""
+    from surgery import operations
+
+    changes, words = [str(line) for line in get(report, "plan").get("changes") or []], []
+    for fields in get(report, "recipe").get("operations") or []:
+        try:
+            operation = operations.find(str(fields["op"])).model_validate(fields)
+            words.append(operation.in_words(changes))
+        except (SurgeryError, KeyError, ValueError, TypeError):  # another version's fields, a plug-in's
+            continue
+    return [each for each in words if each is not None]
+
+
+def banner(report: dict) -> list[str]:
+    """A quotation with what is most wrong first; [] for a model that nothing was found wrong with."""
+    evaluation, record = figures_of(report), get(report, "gate")
+    alarms = [(*cls.worst(result), cls) for cls, result in probes.done(evaluation)] if evaluation else []
+    alarms = sorted((alarm for alarm in alarms if alarm[1]), key=lambda alarm: -alarm[0])
+    lines = [f"> **{alarms[0][1]}**"] if alarms else []
+    if damage(evaluation):
+        when = "even after healing" if report.get("heal") else "before healing"
+        rest = [each for each in probes.done(evaluation) if each[0] is not alarms[0][2]]
+        others = [cost for cls, result in rest for cost in cls.damage(result)]
+        lines.append(f"> **Not usable {when}.**" + (f" Also, {' and '.join(others)}." if others else ""))
+    lines += [f"> {sentence}" for _, sentence, cls in alarms[1:] if not cls.damage(probes.record_of(evaluation, cls))]
+    lines += _gate_lines(record, evaluation)
+    return ["\n>\n".join(lines)] if lines else []
+
+
+def _gate_lines(record: dict, evaluation: dict) -> list[str]:
+    """What the gate says, but "passed". Where there are figures it is not said that there are none."""
+    status, limits = record.get("status"), record.get("limits") or {}
+    reasons = "; ".join(map(str, record.get("reasons") or []))
+    if status == "failed":
+        return [f"> **The quality gate failed:** {reasons}." if reasons else "> **The quality gate failed.**"]
+    if status == "passed" or not limits:  # without limits there is no gate that could be applied
+        return []
+    if not evaluation:
+        return ["> **Not measured.** Measure this model before you rely on it: nobody knows yet what it lost."]
+    try:
+        would, reasons = gate(evaluation | {"status": "done"}, limits)
+    except (SurgeryError, KeyError, TypeError):  # limits or figures of another version
+        would, reasons = "not run", record.get("reasons") or []
+    reasons = f": {'; '.join(map(str, reasons))}" if reasons else ""
+    if status == "skipped":
+        verdict = "It would have passed" if would == "passed" else f"It would have failed{reasons}"
+        return [f"> **The limits of the recipe were set aside** (`--no-gate`). {verdict}."]
+    return [f"> **The quality gate is undecided**{reasons}."]
+
+
+def summary(report: dict) -> str:
+    """What was done, what it saves, what it costs, what it is good for, and who should not use it."""
+    base, name, words = get(report, "base"), base_name(report), in_words(report)
+    on_hub = [hub_link(str(base["base_model"]))] if base.get("base_model") and not base.get("hub_id") else []
+    origin = hub_link(name) if base.get("hub_id") else f"`{name}`"
+    if about := [*on_hub, *filter(None, [base.get("note")])]:
+        origin += f" ({', '.join(about)})"
+    url = project_url()
+    made = f"This is {origin}, converted with {f'[{PROJECT}]({url})' if url else PROJECT}."
+    done = [each.done for each in words] or [_changes(report)]
+    trained = ""
+    if report.get("heal"):
+        trained = f"Then it was healed: trained towards its base ({get(report, 'heal')['settings']['method']})."
+    found = [f"{each}." for each in searched(report) if "setting was" in each]
+    what = " ".join(filter(None, [made, *done, trained, *found, *_saved(report, words), _cost(report)]))
+    return "\n\n".join(filter(None, [what, " ".join(_advice(report, words)), TIERS.get(str(report.get("tier")), "")]))
+
+
+def _changes(report: dict) -> str:
+    changes = "; ".join(map(str, get(report, "plan").get("changes") or []))
+    return f"What changed: {changes}." if changes else "Its attention was changed by the recipe below."
+
+
+def _saved(report: dict, words: list[InWords]) -> list[str]:
+    """Sentences on cache and weights, and what the operations say of the rest."""
+    plan, lines = get(report, "plan"), []
+    cache, fixed, sizes = (get(plan, key) for key in ("kv_bytes_per_token", "kv_bytes_fixed", "parameters"))
+    before, after, always = cache.get("before"), cache.get("after"), fixed.get("after") or 0
+    if finite(before) and finite(after) and before > 0 and after != before:
+        bytes_ = f"{before:,} → {after:,} bytes per token"
+        if not after:
+            lines.append(f"Its KV cache stops growing at {always:,} bytes.")
+        elif always:
+            share = f"{after / before:.3f} of the base's bytes"
+            lines.append(f"Its KV cache grows by {share} ({bytes_}), beside {always:,} bytes once.")
+        else:
+            lines.append(f"Its KV cache takes {after / before:.3f} of the base's ({bytes_}).")
+    before, after = sizes.get("before"), sizes.get("after")
+    if finite(before) and finite(after) and before > 0 and after / before < 1 - AT_LEAST:
+        lines.append(f"Its weights are {after / before:.3f} of the base's.")
+    return lines + [each.gain for each in words if each.gain]
+
+
+def _cost(report: dict) -> str:
+    evaluation = figures_of(report)
+    try:
+        figures = [cls.sentence(record) for cls, record in probes.done(evaluation)] if evaluation else []
+    except (KeyError, TypeError):  # figures of another version
+        figures = []
+    figures = [figure for figure in figures if figure]
+    return f"Measured against its base: {'; '.join(figures)}." if figures else ""
+
+
+def _advice(report: dict, words: list[InWords]) -> list[str]:
+    """What it is good for, and who should not use it: first by what was measured."""
+    evaluation, failed = figures_of(report), get(report, "gate").get("status") == "failed"
+    avoid = list(dict.fromkeys(each.avoid for each in words if each.avoid))
+    if damage(evaluation) or failed:
+        return ["Use it as a start for training (`surgery heal`), not as it is.", *avoid]
+    if not evaluation:
+        return ["What it lost was not measured, so measure it (`surgery eval`) before you use it.", *avoid]
+    return [*dict.fromkeys(each.use for each in words if each.use), *avoid]
+
+
+@cache
+def project_url() -> str:
+    """The address of this project, as the installed package names it; "" where it names none."""
+    from importlib import metadata
+
+    try:
+        entries = metadata.metadata(PROJECT).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    urls = {label.strip().lower(): url.strip() for label, _, url in (entry.partition(",") for entry in entries)}
+    return next((urls[label] for label in ("homepage", "repository", "source", "documentation") if label in urls), "")
