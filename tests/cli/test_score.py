@@ -106,7 +106,7 @@ def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
         (("-o", "s.json", "--window", "1000"), ["no far past", "smaller window"]),
         (("-o", "s.json", "--text", "none.txt"), ["no such text file"]),
         (("-o", "model"), ["exists"]),
-        (("-o", "s.json", "--plot", "s.svg"), ["PNG"]),
+        (("-o", "s.json", "--plot", "s.jpg"), [".png, .svg or .pdf"]),
     ],
 )
 def test_bad_use(refused, model, args, says):

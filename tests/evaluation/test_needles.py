@@ -424,7 +424,7 @@ def test_command_refuses(refused, folder):
     refused("eval", folder, "--plot", "x.png", says=["--plot is only for needles", "--needles"])
     refused("eval", folder, "--depths", "3", says=["--depths is only for needles"])
     refused("eval", folder, "--needles", "--windows", "3", says=["--windows is not for needles"])
-    refused("eval", folder, "--needles", "--plot", "x.pdf", says=["PNG"])
+    refused("eval", folder, "--needles", "--plot", "x.jpg", says=[".png, .svg or .pdf"])
     refused(
         "eval", folder, "--needles", "--lengths", "300", "--secret", "digit", says=["no secret 'digit'", "use digits"]
     )

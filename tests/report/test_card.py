@@ -280,7 +280,7 @@ def test_surgical_folders_show_both_ways_to_load():
     assert "*unchanged* attention" in card
     assert "`LlamaForCausalLM.from_pretrained`) loads this folder without an error" in card
     assert "Pin `revision` to a full commit hash" in card
-    assert f"`modeling_surgery.py` sha256 `{'ef' * 32}`" in card
+    assert f"`modeling_surgery.py`: sha256 `{'ef' * 32}`" in card
     assert "custom_code" in ModelCard(card).data.tags
 
 
