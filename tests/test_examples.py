@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXT
+from families import build
+from tokenizers_of_bytes import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 needs_demo = pytest.mark.skipif(
@@ -258,6 +260,17 @@ def test_bench_sparse(tmp_path):
     printed = run("benchmarks/bench_sparse.py", *few, "--whole", cwd=tmp_path)
     same, narrow = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
     assert float(same[3]) < 1e-4 < float(narrow[3])
+
+
+def test_a_sparse_table_of_a_base_that_answers_nothing(tmp_path):
+    model = build("llama", vocab_size=300, max_position_embeddings=1024)
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    few = ("m", "--length", "512", "--needle-length", "512", "--needles", "1", "--windows", "1", "--runs", "1")
+    few += ("--layers", "1", "--dense-below", "128", "--densities", "0.6", "--methods", "streaming")
+    printed = run("benchmarks/sparse_table.py", *few, "--out", "t.json", "--plot", "t.png", cwd=tmp_path)
+    assert printed.splitlines()[-1].endswith("| 0/0 |  |"), "there is no answer to take the loss of"
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

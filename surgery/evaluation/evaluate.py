@@ -220,19 +220,16 @@ def _usual() -> Probe:
 def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
     """Enter a score into the record of a checkpoint of ours that has none, or note why it does not belong there."""
     from surgery.config.recipe import recorded
-    from surgery.report.lineage import KEPT, unrecordable
+    from surgery.report.lineage import KEPT, record_score
 
-    if not probe.main or not (folder / FILE).is_file():
+    if not (folder / FILE).is_file():
         return
     report = Report.of(folder)
     recipe = recorded(report.data)
-    if recipe and (short := recipe.too_short(probe.length, "windows", "length")):
+    if probe.main and recipe and (short := recipe.too_short(probe.length, "windows", "length")):
         result.notes.append(short)
-    if reason := unrecordable(report.data, base, probe):
+    if reason := record_score(report, base, probe, result.to_dict()):
         result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")
-    else:
-        report.record_evaluation(result.to_dict())
-        report.save()
 
 
 def _source(model: Any, name: str = "model") -> Any:

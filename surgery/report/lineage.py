@@ -16,6 +16,24 @@ from surgery.report.report import Report
 KEPT = "which keeps the score of the conversion"  # a clause after "not added to the card"
 
 
+def record_score(report: Report, base: object, probe: Probe, result: dict) -> str:
+    """Put a score into a checkpoint's surgery.json and card, and judge it by the gate; why it was not, or "".
+
+    Args:
+        base: what it was compared with: a folder, a name, or a loaded model.
+        probe: the probe that gave the score, with its settings.
+        result: `to_dict()` of its result.
+    """
+    if reason := unrecordable(report.data, base, probe):
+        return reason
+    if not probe.main:
+        own = {key: value for key, value in result.items() if key != "cases"}
+        result = report.data["evaluation"] | {probe.name: own}
+    report.record_evaluation(result)
+    report.save()
+    return ""
+
+
 def unrecordable(data: dict, base: object, probe: Probe) -> str:
     """Why a score does not belong in a checkpoint's record, or "".
 
@@ -24,11 +42,16 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
         base: what it was compared with: a folder, a name, or a loaded model.
         probe: the probe that gave the score, with its settings.
     """
-    if data["evaluation"] is not None:
+    recorded, wanted = data["evaluation"], recipe_probe(data, type(probe))
+    if not probe.main:
+        if (recorded or {}).get("status") != "done":
+            return "the card has no score of perplexity yet, which comes first (`surgery eval OUT --base MODEL`)"
+        recorded = recorded.get(probe.name) or None
+        recorded = recorded if recorded and recorded.get("status") == "done" else None
+    if recorded is not None:
         return KEPT
-    wanted = recipe_probe(data, type(probe))
-    if wanted is None or not same_settings(wanted, probe):
-        *names, last = probe.aliases.flags
+    if (wanted is None and probe.main) or (wanted and not same_settings(wanted, probe)):
+        *names, last = probe.aliases.flags or type(probe).model_fields
         return f"{', '.join(names)} or {last} are not those of its recipe"
     return another_base(data["base"], base)
 

@@ -15,6 +15,7 @@ import pytest
 from fake_hub import BAD, GOOD, READ_ONLY, FakeHub
 
 from surgery.errors import SurgeryError
+from surgery.io import manifest
 from surgery.io.hub import DEMO, hub_errors, push, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,6 +301,32 @@ def test_push(hub, home):
     assert set(hub.repos["me/other"].files("mqa")) == SENT
     assert branch["repo"] == "me/other"
     assert "not a Hub id" in org["error"]
+
+
+def test_the_card_on_the_hub_names_its_repository(hub, home):
+    out = output(home / "card")
+    (out / "README.md").write_text('---\nlicense: mit\n---\nname = "OWNER/NAME"\n\n## Licence\n')
+    report = json.loads((out / "surgery.json").read_text())
+    for name in ("left.partial", ".cache/x", "x.lock"):
+        (out / name).unlink()
+    report["other_files"] = manifest.other_files(out, report["files"])
+    (out / "surgery.json").write_text(json.dumps(report | {"record_sha256": manifest.record_hash(report)}))
+    dry, pushed = run(hub.url, home, call("push", out, "card", dry_run=True), call("push", out, "card"), token=GOOD)
+    assert pushed["repo"] == "me/card"
+    files = hub.repos["me/card"].files()
+    assert b'name = "me/card"' in files["README.md"]
+    assert b"OWNER/NAME" in (out / "README.md").read_bytes()
+    there = home / "there"
+    there.mkdir()
+    for name, content in files.items():
+        (there / name).write_bytes(content)
+    record = json.loads(files["surgery.json"])
+    assert record["repository"] == "me/card"
+    assert manifest.is_intact(record)
+    (there / ".gitattributes").unlink()
+    assert manifest.differences(there, record, intact=True) == []
+    sizes = {file["name"]: file["bytes"] for file in dry["files"]}
+    assert sizes["README.md"] == len((out / "README.md").read_bytes()) - len("OWNER/NAME") + len("card")
 
 
 def test_push_refused(hub, home):

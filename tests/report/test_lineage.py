@@ -1,0 +1,68 @@
+"""A score that is measured later comes into record and card, where it belongs there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery.evaluation.probes.settings import make
+from surgery.report.lineage import record_score
+from surgery.report.report import Report
+
+SCORE = {
+    "status": "done", "text": {"title": "t"}, "base": {"perplexity": 2.0, "cross_entropy": 0.7},
+    "out": {"perplexity": 2.1, "cross_entropy": 0.75}, "kl": {"mean": 0.1, "p99": 0.2, "top_k": 4},
+    "top1_agreement": 0.9,
+}  # fmt: skip
+NEEDLES = {
+    "status": "done",
+    "settings": {"lengths": [64], "secret": "digits", "text": {"title": "t"}},
+    "base": {"hits": 4, "of": 4, "accuracy": 1.0},
+    "out": {"hits": 0, "of": 4, "accuracy": 0.0},
+    "kept": {"of": 4, "kept": 0, "share": 0.0, "low": 0.0, "high": 0.5},
+    "cases": [{"length": 64}],
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory) -> Path:
+    recipe = {
+        "version": 1,
+        "name": "r",
+        "operations": [{"op": "gqa", "kv_heads": 1, "method": "mean"}],
+        "evaluate": {"max_kl": 1.0, "probes": {"choices": {"items": 4}}},
+    }
+    out = tmp_path_factory.mktemp("lineage") / "out"
+    surgery.apply(recipe, str(tiny), output=out, check=False, evaluate=False)
+    return out
+
+
+@pytest.fixture
+def report(converted, tmp_path) -> Report:
+    report = Report.of(shutil.copytree(converted, tmp_path / "out"))
+    report.data["evaluation"] = SCORE
+    return report
+
+
+def test_the_first_score_of_a_probe_comes_into_the_card(report, tiny):
+    probe = make("needles", {"length": 64, "cases": 4})
+    assert record_score(report, str(tiny), probe, NEEDLES) == ""
+    saved = Report.of(report.folder).data
+    assert saved["evaluation"] == SCORE | {"needles": {k: v for k, v in NEEDLES.items() if k != "cases"}}
+    assert saved["gate"]["status"] == "passed", "the gate asks for max_kl"
+    card = (report.folder / "README.md").read_text(encoding="utf-8")
+    assert "no longer copies from its prompt: 0 of 4 hidden passkeys found; the base finds 4." in card
+    assert "a score already" in record_score(report, str(tiny), probe, NEEDLES), "and no second one"
+
+
+def test_what_does_not_belong_there_is_not_recorded(report, tiny, converted):
+    probe, choices = make("needles", {"length": 64, "cases": 4}), make("choices", {"items": 5})
+    assert "not the base it was made from" in record_score(report, str(converted), probe, NEEDLES)
+    assert "not those of its recipe" in record_score(report, str(tiny), choices, {"status": "done"})
+    report.data["evaluation"] = None
+    assert "no score of perplexity yet" in record_score(report, str(tiny), probe, NEEDLES)
+    assert "evaluation" in Report.of(report.folder).data
+    assert Report.of(report.folder).data["evaluation"] is None
