@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXT
-from families import build
+from families import GROUPED, build
 from tokenizers_of_bytes import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -263,7 +263,7 @@ def test_bench_sparse(tmp_path):
 
 
 def test_a_sparse_table_of_a_base_that_answers_nothing(tmp_path):
-    model = build("llama", vocab_size=300, max_position_embeddings=1024)
+    model = build("Llama", **GROUPED | {"vocab_size": 300, "max_position_embeddings": 1024})
     model.save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     few = ("m", "--length", "512", "--needle-length", "512", "--needles", "1", "--windows", "1", "--runs", "1")
