@@ -67,7 +67,7 @@ MANY = {
     "operations/duo_attention": "ablation far_mass gates induction retrieval",
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
-    "report": "curves draw_heads heat_maps",
+    "report": "heat_maps",
     "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled scale_sinks unpadded "
     "vertical_slash xattention",
 }
