@@ -19,6 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.healing.callbacks import read
 from surgery.healing.teacher import store
 from surgery.healing.trainer import Rows, rate_at
+from surgery.io.card_text import NO_NOTES, notes_of
 from surgery.report.report import Report
 
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
@@ -94,6 +95,8 @@ def test_each_method_trains_its_own(converted, heal, method, wanted):
 
 def test_what_came_back_is_told(converted, heal, tmp_path):
     out = converted()
+    unhealed = (out / "README.md").read_text()
+    (out / "README.md").write_text(unhealed.replace(NO_NOTES, "Ask us."))
     done = heal(out, "method=parts", "steps=12")
     report = Report.of(done.folder).data
     before, after, record = Report.of(out).data["evaluation"], report["evaluation"], report["heal"]
@@ -103,6 +106,8 @@ def test_what_came_back_is_told(converted, heal, tmp_path):
     assert kl[1] < kl[0]
     card = (done.folder / "README.md").read_text()
     assert "## Healing" in card
+    assert notes_of(card) == "Ask us.", "what its owner wrote into the converted model's card"
+    assert "](healing/loss.png)" in card
     assert "What the surgery added or rewrote was trained (2,304 parameters)" in card
     assert f"| KL from the base, mean |  | {kl[0]:.4g} | {kl[1]:.4g} |" in card
     assert "surgery heal OUT " in card
