@@ -32,7 +32,7 @@ def test_duo_attention_on_a_loaded_model(loaded, model, tmp_path):
     saved = surgery.save(loaded, tmp_path / "out", report, tokenizer=tokenizer)
     card = (tmp_path / "out/README.md").read_text()
     for file, digest in saved.data["code"].items():
-        assert f"`{file}` sha256 `{digest}`" in card
+        assert f"`{file}`: sha256 `{digest}`" in card
     assert set(saved.data["code"]) == {path.name for path in (tmp_path / "out").glob("*.py")} != set()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -73,7 +73,10 @@ def test_what_is_saved_says_what_is_true(loaded, model, tmp_path):
     assert surgery.check(tmp_path / "out").data["check"]["passed"]
     (model / "LICENSE").unlink()
     surgery.save(loaded, tmp_path / "bare", report)
-    assert "This folder holds no licence or notice file" in (tmp_path / "bare/README.md").read_text()
+    assert (
+        "Files of licence and notice, if the base has any, are in the base's folder"
+        in (tmp_path / "bare/README.md").read_text()
+    )
 
 
 def test_history_and_commit_of_a_model_in_memory(loaded, model, tmp_path):

@@ -184,6 +184,7 @@ def provenance(report: dict) -> str:
     entries = {
         "base": f"`{origin}`",
         "note on the base": base.get("note"),
+        "what changed": "; ".join(map(str, get(report, "plan").get("changes") or [])),
         "model type": base.get("model_type"),
         "fingerprint of the base": base.get("fingerprint"),
         "earlier surgeries": "; ".join(earlier),

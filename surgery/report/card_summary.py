@@ -137,7 +137,7 @@ def _advice(report: dict, words: list[InWords]) -> list[str]:
     evaluation, failed = figures_of(report), get(report, "gate").get("status") == "failed"
     avoid = list(dict.fromkeys(each.avoid for each in words if each.avoid))
     if damage(evaluation) or failed:
-        return ["Use it as a start for training (`surgery heal`), not as it is.", *avoid]
+        return ["Use it as a start for training, not as it is.", *avoid]
     if not evaluation:
         return ["What it lost was not measured, so measure it (`surgery eval`) before you use it.", *avoid]
     return [*dict.fromkeys(each.use for each in words if each.use), *avoid]

@@ -191,7 +191,7 @@ def test_a_failed_gate_is_3_and_keeps_the_folder(surgery, model, text, tmp_path)
     report = report_of(tmp_path / "out")
     assert report["gate"]["status"] == "failed"
     card = (tmp_path / "out/README.md").read_text()
-    assert "**The quality gate failed.**" in card
+    assert "**The quality gate failed:** " in card
     assert "**failed**" in card
 
     spoken = surgery(*args, "-o", "spoken", "--json")
@@ -204,7 +204,10 @@ def test_a_failed_gate_is_3_and_keeps_the_folder(surgery, model, text, tmp_path)
     report = report_of(tmp_path / "let")
     assert report["gate"]["status"] == "skipped"
     assert report["evaluation"]["kl"]["mean"] > 0
-    assert "quality gate: skipped" in (tmp_path / "let/README.md").read_text()
+    assert (
+        "> **The limits of the recipe were set aside** (`--no-gate`). It would have failed: max_kl"
+        in (tmp_path / "let/README.md").read_text()
+    )
 
 
 def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
@@ -217,7 +220,7 @@ def test_what_is_not_done_is_said_not_to_be_done(surgery, model, tmp_path):
     report, card = report_of(tmp_path / "out"), (tmp_path / "out/README.md").read_text()
     assert (report["check"], report["evaluation"], report["gate"]["status"]) == (None, None, "not run")
     assert "**not measured**" in card
-    assert "**The quality gate: not run.**" in card
+    assert "> **Not measured.**" in card
 
 
 def test_without_limits_there_is_no_gate(surgery, model, tmp_path):

@@ -161,9 +161,9 @@ def test_gate_and_card_and_sentence_follow(tokenizer):
     assert gate(DONE | {"multi_needle": none}, limit) == gate(DONE, limit) == ("not run", [why])
     assert MultiNeedle.sentence(facts) == "right one of 4 secrets kept 2 of 3"
     card = render_card({"evaluation": DONE | {"multi_needle": facts}}, None)
-    assert "| right one of 4 hidden secrets, share of prompts | 75.0% | 75.0% | 1 |" in card
+    assert "| right one of 4 hidden secrets, share of prompts | 75.0% | 75.0% | 1.000 |" in card
     low, high = (f"{end:.1%}" for end in wilson(2, 3))
-    assert "the base answers 3 of 4, this model 3 of 4." in card
+    assert "the base answers 3 of 4, the converted model 3 of 4." in card
     assert f"Of those that the base answers, it keeps 2 of 3 (95 % interval {low} to {high})" in card
     assert MultiNeedle.sentence(none) == ""
     failed = {"status": "not run", "reason": "no room"}

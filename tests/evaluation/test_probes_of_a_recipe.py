@@ -56,8 +56,8 @@ def test_the_gate_holds_right_answers_over_the_bases():
     assert gate(DONE | {"choices": chosen([False], [True])}, {"min_choices": 0.5})[0] == "not run"
     card = render_card({"evaluation": facts}, None)
     assert "guessing gets 25%" in card
-    assert "the base has 4 of 5 (37.6% to 96.4%) right, this model 2 of 5 (" in card
-    assert "2 questions the base alone has right, 0 this model alone" in card
+    assert "the base has 4 of 5 (37.6% to 96.4%) right, the converted model 2 of 5 (" in card
+    assert "2 questions the base alone has right, 0 the converted model alone" in card
     facts["choices"] = {"status": "not run", "reason": "the text is too short"}
     assert "Multiple choice was **not run**: the text is too short." in render_card({"evaluation": facts}, None)
     assert gate(facts, {"min_choices": 0.5}) == ("not run", ["min_choices: the text is too short"])
@@ -79,7 +79,7 @@ def test_choices_of_a_recipe(surgery, model, text):
 def test_the_card_says_it():
     facts = DONE | {"needles": result([True] * 4 + [False], [True] * 3 + [False] * 2).to_dict()}
     card = render_card({"evaluation": facts}, None)
-    assert "the base finds 4 of 5, this model 3 of 5. Of those that the base finds, it keeps 3 of 4" in card
+    assert "the base finds 4 of 5, the converted model 3 of 5. Of those that the base finds, it keeps 3 of 4" in card
     facts["needles"] = {"status": "not run", "reason": "the tokenizer cannot write it"}
     assert "**not run**: the tokenizer cannot write it." in render_card({"evaluation": facts}, None)
 
