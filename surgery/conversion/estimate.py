@@ -1,8 +1,8 @@
 """About how long a run takes on this machine and how much memory and disk it needs, stage by stage.
 
 Floating-point operations follow from the plan; how many a second this machine does is measured (`machine/speed.py`).
-What is no product is a constant: seen on two cores of an AMD EPYC with SmolLM2-135M. Whole runs of duo-attention and
-gqa there lie within a factor of two of what is said here.
+What is no product is a constant, from the processor time of one run of duo-attention on SmolLM2-135M (an AMD EPYC).
+No whole run on a quiet machine has been held against the estimate yet.
 """
 
 from __future__ import annotations
