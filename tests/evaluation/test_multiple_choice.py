@@ -323,7 +323,7 @@ def test_figures_and_lines(capsys):
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     display.measured(Choices, result)
     said = capsys.readouterr().out
-    for words in ("base:    3 of 4 questions right (75.0%", "both right 2, only the base 1", "p = 1", "33.3%"):
+    for words in ("base:      3 of 4 questions right (75.0%", "both right 2, only the base 1", "p = 1", "33.3%"):
         assert words in said
     alone = result_of("", "yn")
     assert alone.to_dict()["paired"] is None
