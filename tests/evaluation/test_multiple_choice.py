@@ -328,7 +328,7 @@ def test_figures_and_lines(capsys):
     alone = result_of("", "yn")
     assert alone.to_dict()["paired"] is None
     display.measured(Choices, alone)
-    assert "model:   1 of 2" in capsys.readouterr().out
+    assert "model:     1 of 2" in capsys.readouterr().out
 
 
 def test_nan_of_the_base_is_refused_and_of_out_never_right(tokenizer):
