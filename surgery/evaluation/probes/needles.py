@@ -368,7 +368,8 @@ class Needles(CaseProbe):
         kept = result.compare()
         title = "recall test: needles answered exactly"
         if kept and kept["of"]:
-            title += f"\nof those that the base finds, {kept['kept']} of {kept['of']} are kept ({percent(kept)})"
+            interval = f"95% interval {kept['low']:.1%} to {kept['high']:.1%}"
+            title += f"\nkept {kept['kept']} of {kept['of']} that the base finds\n({interval})"
         return {
             "panels": panels,
             "rows": [f"{depth:.2f}" for depth in result.depths],
