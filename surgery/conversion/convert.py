@@ -167,12 +167,17 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
 
 
 def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
+    if len(out.records or ()) != len(plan.steps):  # without what was noted of its layers no file is finished
+        out.done, out.records = {}, None
     stream = LayerStream(plan, checkpoint, out.records)
 
     def finished(file: str, info: dict) -> None:
         out.finished(file, info, stream.records)
 
     files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
+    for path in partial.rglob("*.safetensors"):
+        if path.relative_to(partial).as_posix() not in files:  # of nobody's plan: it would become a part of OUT
+            path.unlink()
     _write_config(base, partial, plan)
     return files, stream.records
 

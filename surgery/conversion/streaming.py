@@ -81,7 +81,7 @@ def convert_shards(
         finally:
             unsynced.release()
 
-    for file in done:
+    for file in layouts.keys() & done.keys():
         shared.count(done[file]["bytes"])
     unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
     writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)

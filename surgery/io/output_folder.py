@@ -123,9 +123,10 @@ class OutputFolder:
             progress = read_json(self.partial / PROGRESS)
             done, records = progress.get("done", {}), progress.get("records")
             known = isinstance(done, dict) and all(
-                isinstance(info, dict) and "sha256" in info for info in done.values()
+                isinstance(info, dict) and type(info.get("sha256")) is str and type(info.get("bytes")) is int
+                for info in done.values()
             )
-            if known and isinstance(records, list | None):
+            if known and isinstance(records, list | None) and all(isinstance(each, dict) for each in records or []):
                 return progress
         return {}
 
@@ -368,9 +369,14 @@ def machine_errors(where: Path, partial: Path | None = None):
         yield
     except Exception as error:
         number = system_error(error)
-        if isinstance(error, SurgeryError) or not (isinstance(error, OSError) or number or disk_full(error)):
+        no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
+        if isinstance(error, SurgeryError) or not (
+            isinstance(error, OSError) or number or no_thread or disk_full(error)
+        ):
             raise
-        if disk_full(error):
+        if no_thread:
+            what, fix = "the system starts no more threads", "end other programs, or raise the limit (ulimit -u)"
+        elif disk_full(error):
             what, fix = "the disk is full", "free some space"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             what, fix = "no permission here", "choose another folder (-o), or make this readable and writable"

@@ -12,7 +12,18 @@ from io import FileIO
 COPIED, THROUGH_HERE = 8 << 20, 1 << 17
 NOT_SUPPORTED = {
     getattr(errno, name)
-    for name in ("ENOSYS", "EXDEV", "EINVAL", "EOPNOTSUPP", "ENOTSOCK", "EBADF", "EPERM", "ETXTBSY")
+    for name in (
+        "ENOSYS",
+        "EXDEV",
+        "EINVAL",
+        "EOPNOTSUPP",
+        "ENOTSOCK",
+        "EBADF",
+        "EPERM",
+        "EACCES",
+        "ENOTTY",
+        "ETXTBSY",
+    )
     if hasattr(errno, name)
 }
 
@@ -54,11 +65,14 @@ class RangeCopier:
         """Bytes that were copied, at least one where the source has one."""
         while True:
             try:
-                return self._ways[0](start, size)
+                copied = self._ways[0](start, size)
             except OSError as error:
                 if error.errno not in NOT_SUPPORTED or len(self._ways) == 1:
                     raise
-                del self._ways[0]
+            else:  # some file systems say that they copied nothing where there is something
+                if copied or len(self._ways) == 1:
+                    return copied
+            del self._ways[0]
 
     def _in_kernel(self, start: int, size: int) -> int:
         return os.copy_file_range(self.source.fileno(), self.target.fileno(), size, offset_src=start)
