@@ -55,6 +55,13 @@ class Anatomy:
         """
         from surgery.io import model_folder as folder
 
+        if isinstance(source, type) or (hasattr(source, "named_parameters") and not hasattr(source, "config")):
+            what = (
+                f"{source.__name__} is a class"
+                if isinstance(source, type)
+                else f"{type(source).__name__} has no config"
+            )
+            raise SurgeryError(f"{what}, not a model", fix="give a folder, a loaded model or its config")
         if isinstance(source, str | Path):
             config, where = folder.settled_config(Path(source)), str(source)
             tensors = tensors if tensors is not None else folder.tensor_table(Path(source))
@@ -79,7 +86,8 @@ class Anatomy:
     @property
     def positions(self) -> int | None:
         """How many tokens the model takes; None: its config names no limit."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest if longest and longest > 0 else None
 
     @property
     def surgical(self) -> bool:

@@ -284,9 +284,13 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
             if quantised or stored_name in tensors:
                 _refuse_quantised(config, stored_name, tensors.get(stored_name), where)
             raise ModelError(f"{stored_name} is missing", where=where, exists=_attention_names(tensors))
-    for name, heads in wanted.items():
+    hidden = None if layer.positions == "unknown" else getattr(_text(config), "hidden_size", None)  # None: a guess
+    sizes = {name: (heads * layer.head_dim, hidden) for name, heads in wanted.items()}
+    sizes[layout.o] = (hidden, layer.heads * layer.head_dim)
+    for name, both in sizes.items():
         shape = tensors[f"{layer.path}.{name}.weight"][1]
-        if (shape[1] if layout.conv1d else shape[0]) != heads * layer.head_dim:
+        expected = both[::-1] if layout.conv1d else both
+        if len(shape) != 2 or any(size not in (None, stored) for size, stored in zip(expected, shape, strict=True)):
             raise ModelError(
                 f"{layer.path}.{name}.weight has shape {list(shape)}, which does not fit the config",
                 where=where,

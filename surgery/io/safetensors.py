@@ -268,7 +268,7 @@ def read_header(path: Path, file: str) -> Shard:
             raise ValueError("a shape or an offset is not a number, or a dtype no text")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ModelError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
-    tensors.sort(key=lambda info: info.start)
+    tensors.sort(key=lambda info: (info.start, info.size))  # tensors of no bytes lie before the next one
     _verify_offsets(tensors, 8 + length, total, file, path.parent)
     return Shard(file, tuple(tensors), metadata, header)
 

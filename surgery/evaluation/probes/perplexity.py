@@ -192,7 +192,9 @@ class Perplexity(Probe):
     def misfit(self, config: PretrainedConfig) -> str:
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         return (
-            f"it takes {longest} tokens, the windows have {self.length}" if longest and self.length > longest else ""
+            f"it takes {longest} tokens, the windows have {self.length}"
+            if longest and 0 < longest < self.length
+            else ""
         )
 
     @property
