@@ -61,7 +61,7 @@ class Anatomy:
                 if isinstance(source, type)
                 else f"{type(source).__name__} has no config"
             )
-            raise SurgeryError(f"{what}, not a model", fix="give a folder, a loaded model or its config")
+            raise ModelError(f"{what}, not a model", fix="give a folder, a loaded model or its config")
         if isinstance(source, str | Path):
             config, where = folder.settled_config(Path(source)), str(source)
             tensors = tensors if tensors is not None else folder.tensor_table(Path(source))

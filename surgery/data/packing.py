@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from surgery.io.loading import eval_mode
+
 IGNORED = -100  # a label that is not to be predicted
 TRIED, ROUNDING = 8, 1e-2  # tokens of a document; share of the logits by which two ways to compute them may differ
 
@@ -87,20 +89,18 @@ class Packed(torch.utils.data.Dataset):
 @torch.no_grad()
 def isolates_documents(model) -> bool:
     """Whether a model in memory reads each document of a row as if it were alone; tried on a row of two documents."""
-    vocabulary, training = model.config.get_text_config().vocab_size, model.training
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, 2 * TRIED), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.arange(TRIED, device=model.device).repeat(2)[None]
-    model.eval()
+    second = {"input_ids": ids[:, TRIED:], "position_ids": positions[:, :TRIED]}
     try:
-        second = {"input_ids": ids[:, TRIED:], "position_ids": positions[:, :TRIED]}
-        single = model(**arguments(model, second, False)).logits
-        packed = model(**arguments(model, {"input_ids": ids, "position_ids": positions}, False)).logits[:, TRIED:]
+        with eval_mode(model):
+            single = model(**arguments(model, second, False)).logits
+            packed = model(**arguments(model, {"input_ids": ids, "position_ids": positions}, False)).logits[:, TRIED:]
     except ValueError as error:
         if "not finite" not in str(error):
             raise
         return True  # a router gives NaN: training reports that
-    finally:
-        model.train(training)
     return bool((single - packed).norm() <= ROUNDING * (single - single.mean()).norm())
 
 

@@ -25,6 +25,7 @@ from surgery.data.text import (
     written_samples,
 )
 from surgery.errors import SettingError, TextError
+from surgery.io.loading import eval_mode
 from surgery.machine.progress import renamed
 
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
@@ -96,15 +97,10 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
     Each sample begins as `windows` begin, with BOS where the tokenizer begins texts with it: models of that kind make
     a sink of the first token.
     """
-    training = model.training
-    try:
-        settings = SimpleNamespace(length=length, chat=False, seed=0)
-        batch = samples_to_begin(samples)
-        tokens = samples * length
-        ticks = renamed(progress, "calibration text")
-        documents = sample(model.eval(), tokenizer, settings, tokens, folder=folder, batch=batch, progress=ticks)
-    finally:
-        model.train(training)
+    settings = SimpleNamespace(length=length, chat=False, seed=0)
+    batch, tokens, ticks = samples_to_begin(samples), samples * length, renamed(progress, "calibration text")
+    with eval_mode(model):
+        documents = sample(model, tokenizer, settings, tokens, folder=folder, batch=batch, progress=ticks)
     start = begin_of_text(tokenizer)
     tokens = [token for document in documents for token in document[len(start) :]]
     bodies = torch.tensor(tokens[: samples * (length - len(start))]).view(samples, -1)

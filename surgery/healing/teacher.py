@@ -30,6 +30,7 @@ from surgery.healing.contexts import autocast_products
 from surgery.healing.losses.base import BaseLogits, BaseTopK, LossInputs, predicts
 from surgery.healing.losses.objective import measure
 from surgery.io.files import write_json
+from surgery.io.loading import eval_mode
 from surgery.io.output_folder import machine_errors
 from surgery.io.resume import LayerFiles, fingerprint
 from surgery.machine.progress import begin
@@ -166,9 +167,8 @@ def store(
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_another(folder, info)
         write_json(folder / INFO, info)
-        files, training = _files(folder, info), model.training
-        model.eval()
-        try:
+        files = _files(folder, info)
+        with eval_mode(model):
             begin(progress, "answers of the base", len(rows))
             for file_index in range(math.ceil(len(rows) / ROWS)):
                 if not files.path(file_index).is_file():
@@ -177,8 +177,6 @@ def store(
                     files.save(file_index, tensors, {})
                 if progress:
                     progress(min((file_index + 1) * ROWS, len(rows)), len(rows), "answers of the base")
-        finally:
-            model.train(training)
 
 
 @torch.no_grad()

@@ -30,11 +30,20 @@ def loaded(source: ModelSource, allow_pickle: bool = False) -> Iterator[Any]:
             model = load_model(source, allow_pickle=allow_pickle)
     else:
         model = source
-    training = model.training
+    with eval_mode(model):
+        yield model
+
+
+@contextmanager
+def eval_mode(model) -> Iterator[None]:
+    """Put a model in eval mode, and every module back in its own mode afterwards: a part of it may have another."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        model.eval()
+        yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:
