@@ -25,7 +25,7 @@ from surgery.config.overrides import as_text
 from surgery.conversion.fit import fits
 from surgery.conversion.plan import Plan, make_plan
 from surgery.data.text import Text
-from surgery.errors import CheckError, SurgeryError
+from surgery.errors import CheckError, SurgeryError, shown
 from surgery.evaluation.evaluate import evaluate as evaluate
 from surgery.evaluation.evaluate import evaluate_choices as evaluate_choices
 from surgery.evaluation.evaluate import evaluate_needles as evaluate_needles
@@ -231,6 +231,8 @@ def check(
     refuse_no_path("folder", folder, needed=True)
     refuse_no_path("base", base)
     refuse_no_function(progress=progress)
+    if memory is not None and (type(memory) is not int or memory < 0):
+        raise SurgeryError(f"{shown(memory)} is no number of bytes", where="memory", fix="give a whole number, from 0")
     try:
         report = Report.of(folder)
     except SurgeryError as error:

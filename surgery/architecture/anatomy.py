@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.detect import read_anatomy
 from surgery.architecture.layer import BYTES, LayerAnatomy
-from surgery.errors import RecipeMismatchError
+from surgery.errors import ModelError, RecipeMismatchError
 from surgery.io.safetensors import TORCH_NAMES
 
 if TYPE_CHECKING:

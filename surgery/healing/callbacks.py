@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from surgery.calibration.scoring import score_model
 from surgery.data.text import load_text, windows
+from surgery.errors import SurgeryError
 from surgery.healing.trainer import rate_at
 from surgery.healing.validate import watched_limits
 from surgery.io.files import write_text
@@ -214,6 +215,9 @@ class SurgeryCallback(TrainerCallback):
     """
 
     def __init__(self, report: Report):
+        if not isinstance(report, Report):
+            fix = "give the report that surgery.apply returned for this model"
+            raise SurgeryError(f"report is {type(report).__name__}, not a surgery.Report", fix=fix)
         self.report = report
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -250,6 +250,9 @@ def push(
         SurgeryError: not our output, unchecked or changed since, a bad name, no token.
         MachineError: network, a refused token, no right to write.
     """
+    for name, value in (("message", message), ("revision", revision)):
+        if value is not None and not isinstance(value, str):
+            raise SurgeryError(f"{name} is {value!r}, not a text", where=name, fix="give a text, or leave it out")
     out = Path(out)
     try:
         report, files = _checked(out)

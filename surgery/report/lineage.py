@@ -106,7 +106,7 @@ def another_base(recorded: dict, base) -> str:
 
 
 def heads_of(model) -> list[list[int]]:
-    """Query heads, KV heads and streaming KV heads of every layer."""
+    """Query heads, KV heads and streaming KV heads of every layer of a model or a folder."""
     return [[layer.heads, layer.kv_heads, len(layer.streaming)] for layer in Anatomy.of(model).layers]
 
 
@@ -129,9 +129,15 @@ def refuse_another(model, report: Report) -> None:
         raise ModelMismatchError(
             f"the report is of a {kind} model, this is {model.config.model_type}", where=where, fix=fix
         )
-    if "heads" in known and known["heads"] != (heads := heads_of(model)):
-        what = f"the report is of {_shape(known['heads'])}, this model has {_shape(heads)}"
+    reported = known.get("heads") or _heads_of_folder(report.folder)
+    if reported and reported != (heads := heads_of(model)):
+        what = f"the report is of {_shape(reported)}, this model has {_shape(heads)}"
         raise ModelMismatchError(what, where=where, fix=fix)
+
+
+def _heads_of_folder(folder: Path | None) -> list[list[int]]:
+    """The heads of the folder that a report was read from; [] where it is not there any more."""
+    return heads_of(folder) if folder and (folder / "config.json").is_file() else []
 
 
 def _is_origin(known: object) -> bool:

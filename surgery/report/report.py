@@ -240,6 +240,8 @@ class Report(Printed):
         Raises:
             SurgeryError: the folder has no surgery.json, one of another format, or a damaged one.
         """
+        if not isinstance(folder, str | Path):
+            raise SurgeryError(f"{shown(folder)} is not a path", where="folder", fix="give a text or a pathlib.Path")
         folder = Path(folder)
         if not folder.is_dir():
             close = nearest(folder.name, folders(folder.parent))

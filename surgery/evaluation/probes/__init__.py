@@ -30,10 +30,10 @@ def find(name: str) -> type[Probe]:
     Raises:
         SurgeryError: there is no such probe.
     """
-    if name in REGISTRY:
+    if isinstance(name, str) and name in REGISTRY:
         module, cls = REGISTRY[name].split(":")
         return getattr(import_module(f"{__name__}.{module}"), cls)
-    close = nearest(name, REGISTRY)
+    close = nearest(name, REGISTRY) if isinstance(name, str) else ""
     raise SettingError(
         f"unknown probe {name!r}",
         exists="; ".join(f"{cls.name}: {cls.summary}" for cls in every()),
