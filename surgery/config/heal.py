@@ -164,7 +164,7 @@ class Heal(Variants):
     report_to: str = Field(
         "none", min_length=1, description="none, or what the Trainer reports to (tensorboard, ...)."
     )
-    seed: Count = Field(0, ge=0, description="Of data, text, adapters and dropout.")
+    seed: Count = Field(0, ge=0, le=2**32 - 1, description="Of data, text, adapters and dropout.")
 
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:

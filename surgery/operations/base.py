@@ -194,6 +194,7 @@ def missing_texts(operation: Operation) -> list[str]:
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]  # what every generator takes
 
 
 class Operation(BaseModel):

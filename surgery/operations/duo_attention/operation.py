@@ -23,6 +23,7 @@ from surgery.operations.base import (
     Measurement,
     Operation,
     PlannedChange,
+    Seed,
     WholeNumber,
     search_lines,
 )
@@ -60,7 +61,7 @@ class DuoAttention(Operation):
     calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")
     per_layer_min_retrieval: WholeNumber = Field(0, description="KV heads that every layer keeps full.")
     protect_layers: list[WholeNumber] = Field([], description="Layers whose heads all stay full.")
-    seed: WholeNumber = Field(0, description="Seed of the calibration sequences.")
+    seed: Seed = Field(0, description="Seed of the calibration sequences.")
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         problems = [f"duo_attention: {reason}"] if (reason := unsupported(anatomy)) else []

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from surgery.errors import any_of
-from surgery.operations.base import NATIVE, SURGICAL, InWords, Measurement, PlannedChange, WeightRewrite, search_lines
+from surgery.operations.base import (
+    NATIVE,
+    SURGICAL,
+    InWords,
+    Measurement,
+    PlannedChange,
+    Seed,
+    WeightRewrite,
+    search_lines,
+)
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import permute_kv_heads
 from surgery.operations.variants import Variants
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from surgery.architecture.weights import AttentionLayer
 
 Heads = Annotated[int, Field(ge=1, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True, description="Seed of method: random; the others take it, too.")]
+MergeSeed = Annotated[Seed, Field(description="Seed of method: random; the others take it, too.")]
 
 
 class GQA(Variants, WeightRewrite):

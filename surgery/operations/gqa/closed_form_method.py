@@ -13,7 +13,7 @@ from pydantic import Field
 
 from surgery.data.text import written_samples
 from surgery.operations.base import SURGICAL, ApplyContext, Measurement
-from surgery.operations.gqa.base import GQA, Seed
+from surgery.operations.gqa.base import GQA, MergeSeed
 from surgery.operations.gqa.cost import TRIED, Calibration
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ClosedForm(GQA):
         description="Share of the layers that keep their KV heads, those where sharing costs most on the "
         "calibration text (surgical tier).",
     )
-    seed: Seed = 0
+    seed: MergeSeed = 0
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
         ["q", "k", "v", "o", "mlp"],
         description="Projections that are refitted after the merge: those of attention to the base's "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from surgery.operations.gqa.base import GQA, Seed
+from surgery.operations.gqa.base import GQA, MergeSeed
 from surgery.operations.gqa.merge import first_head, mean_head, merged, random_heads
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ class Mean(GQA):
     """Mean of the group's heads (Ainslie et al. 2023)."""
 
     method: Literal["mean"] = "mean"
-    seed: Seed = 0
+    seed: MergeSeed = 0
 
     def merge(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
         return merged(layer, target, mean_head, aligned=self.align == "procrustes")
@@ -27,7 +27,7 @@ class First(GQA):
     """First head of the group (a control)."""
 
     method: Literal["first"]
-    seed: Seed = 0
+    seed: MergeSeed = 0
 
     def merge(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
         return merged(layer, target, first_head, aligned=self.align == "procrustes")
@@ -37,7 +37,7 @@ class Random(GQA):
     """New random heads of the same scale (a control)."""
 
     method: Literal["random"]
-    seed: Seed = 0
+    seed: MergeSeed = 0
 
     def merge(self, layer: AttentionLayer, target: LayerAnatomy) -> AttentionLayer:
         return layer.replace(anatomy=target, **random_heads(layer, target, self.seed))

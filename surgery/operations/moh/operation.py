@@ -29,6 +29,7 @@ from surgery.operations.base import (
     Measurement,
     Operation,
     PlannedChange,
+    Seed,
     WholeNumber,
     search_lines,
 )
@@ -62,7 +63,7 @@ class Gated(Operation):
     calibration_samples: int = Field(32, ge=4, strict=True, description="Pieces of text; every fourth is held back.")
     calibration_length: int = Field(512, ge=8, strict=True, description="Tokens in a piece.")
     text: str = Field("builtin", description="'builtin' (calibration part of Python's reference) or a text file.")
-    seed: WholeNumber = Field(0, description="Seed of router: random.")
+    seed: Seed = Field(0, description="Seed of router: random.")
 
     @property
     def _measures(self) -> bool:

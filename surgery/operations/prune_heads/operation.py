@@ -25,6 +25,7 @@ from surgery.operations.base import (
     Measurement,
     Operation,
     PlannedChange,
+    Seed,
     WholeNumber,
     search_lines,
 )
@@ -76,7 +77,7 @@ class PruneHeads(Operation):
     score_samples: int = Field(8, ge=1, strict=True, description="Those of them on which heads are scored.")
     calibration_length: int = Field(512, ge=2, strict=True, description="Tokens in each.")
     calibration_text: str = Field("builtin", description="builtin (its calibration part), or a UTF-8 text file.")
-    seed: WholeNumber = Field(0, description="Seed of scores: random.")
+    seed: Seed = Field(0, description="Seed of scores: random.")
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
