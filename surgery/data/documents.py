@@ -227,7 +227,14 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
             raise TextError(f"not a line of JSON: {error}", where=where, fix="one JSON object a line") from None
         if not isinstance(row, dict):
             raise TextError("this line holds no JSON object", where=where, fix='lines look like {"text": "..."}')
-        yield _text_of(row, heal, tokenizer, where)
+        document = _text_of(row, heal, tokenizer, where)
+        try:
+            document.encode("utf-8")
+        except UnicodeEncodeError:  # JSON may name half of a pair of surrogates
+            raise TextError(
+                "the text holds half a letter (a lone surrogate)", where=where, fix="correct it"
+            ) from None
+        yield document
 
 
 def _refuse_columns(heal, where: str) -> None:

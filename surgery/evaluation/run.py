@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def refuse_unscorable(base: Path, settings: Evaluate) -> None:
     """Raise before anything is written what the evaluation would raise when all is done."""
-    settings.main.refuse(base)
+    for probe in settings.asked:
+        probe.refuse(base)
 
 
 def evaluate_report(

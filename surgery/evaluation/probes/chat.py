@@ -9,6 +9,7 @@ one that the base could have given: its tokens have, under the base, a mean nega
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -40,6 +41,7 @@ REQUESTS = (
     'Translate "thank you" into French.',
     "Can you help me with my homework?",
 )
+LINE_END = re.compile(r"\r\n|\r|\n")  # Unicode's other separators may stand in a request
 LONGEST_BLOCK, LEAST_TIMES, LEAST_TOKENS = 32, 3, 12  # of what is called going round in circles
 SHOWN = 60  # letters of an answer in a table
 
@@ -167,6 +169,10 @@ class Chat(CaseProbe):
         tokens = len(REQUESTS) * self.tokens  # an answer takes a third of them, more or less; the base reads it again
         return Effort(tokens, self.tokens, tokens // 3)
 
+    def refuse(self, base: ModelSource) -> None:
+        """Raise where the requests cannot be read."""
+        load_text(self.requests)
+
     def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
         """A model that was not trained on conversations has no template for them."""
         return "" if (tokenizer or read_tokenizer(base)).chat_template else "the tokenizer has no chat template"
@@ -185,8 +191,10 @@ class Chat(CaseProbe):
         words, source = REQUESTS, "ten greetings and short requests"
         if self.requests != BUILTIN:
             text = load_text(self.requests)
-            words, source = tuple(filter(None, map(str.strip, text.text.splitlines()))), text.title
+            words, source = tuple(filter(None, map(str.strip, LINE_END.split(text.text)))), text.title
         cases = [Request(request, tuple(_prompt(tokenizer, request))) for request in words]
+        if not all(case.prompt for case in cases):
+            raise SurgeryError("the chat template writes nothing of a message", fix="choose another probe")
         longest = max(len(case.prompt) for case in cases)
         refuse_too_long(configs, longest + self.tokens, "request and answer", "fewer tokens for an answer")
         refuse_other_tokenizer(configs, max(token for case in cases for token in case.prompt))
@@ -311,7 +319,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer."""
     named = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
     ends = [token for value in named for token in (value if isinstance(value, list) else [value])]
-    return {token for token in ends if token is not None}
+    return {token for token in ends if isinstance(token, int)}
 
 
 def _answers(model: Any, cases: list[Request], tokenizer: Any, most: int, tick: Callable[[int], None]) -> list[Answer]:
