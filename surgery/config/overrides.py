@@ -103,7 +103,9 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
 
 def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) -> list[tuple]:
     """Paths in the recipe that an override's key can mean."""
-    head, _, tail = key.rpartition(".")
+    head, dot, tail = key.rpartition(".")
+    if dot and not head:  # ".kv_heads"
+        return []
     if head.startswith("operations.") and (number := head.split(".")[1]).isdecimal():
         numbers = {str(index): index for index in range(len(steps))}
         return [("operations", numbers[number], tail)] if number in numbers else []

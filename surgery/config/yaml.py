@@ -6,6 +6,8 @@ text; inside the value of an operation's field, where they can number layers and
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import yaml
 
 from surgery.errors import RecipeError, SurgeryError, shown
@@ -18,6 +20,23 @@ FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # of an operat
 MAX_DIGITS = 40
 FIELD = 3  # steps from a recipe's top to the value of an operation's field
 Path = tuple[str | int, ...]
+
+
+def _line_of_fault(text: str, loader) -> str:
+    """ ":LINE" of the first value that has the form of a date or a number and is none; "" where there is none."""
+    with suppress(RecursionError):
+        nodes = [yaml.compose(text, Loader=loader)]
+        for node in nodes:
+            if isinstance(node, yaml.MappingNode):
+                nodes += [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+            else:
+                try:
+                    yaml.constructor.SafeConstructor().construct_object(node)
+                except (ValueError, OverflowError):
+                    return f":{node.start_mark.line + 1}"
+    return ""
 
 
 def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path, int]]:
@@ -50,7 +69,8 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
         at = f"{where}:{mark.line + 1}" if mark else where
         raise RecipeError(f"this is not YAML: {getattr(error, 'problem', None) or error}", where=at) from None
     except (RecursionError, ValueError, OverflowError) as error:
-        raise RecipeError(f"this YAML cannot be read: {type(error).__name__}", where=where) from None
+        at = _line_of_fault(text, loader)
+        raise RecipeError(f"this YAML cannot be read: {type(error).__name__}", where=where + at) from None
     lines: dict[Path, int] = {}
     if node is not None:
         _walk(node, (), lines, where, field)

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -24,7 +25,15 @@ LABEL = 11  # columns of a label with its colon
 BROKEN_PIPE = 141  # what a shell gives for a command whose reader went away
 
 
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
 class _Console(Console):
+    def render(self, renderable, options=None):
+        """What is shown of a recipe, a text or a model's answer does not steer the terminal."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(CONTROLS), segment.style)
+
     def on_broken_pipe(self) -> None:
         """The reader has seen enough (`surgery ls | head -1`): no fault of anybody's."""
         reader_left()

@@ -19,7 +19,7 @@ from pydantic import Field
 from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
-from surgery.errors import ModelMismatchError
+from surgery.errors import ModelMismatchError, UnsupportedModelError
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
 from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table, TextSource
 from surgery.io.loading import loaded, read_tokenizer
@@ -194,7 +194,7 @@ class Chat(CaseProbe):
             words, source = tuple(filter(None, map(str.strip, LINE_END.split(text.text)))), text.title
         cases = [Request(request, tuple(_prompt(tokenizer, request))) for request in words]
         if not all(case.prompt for case in cases):
-            raise SurgeryError("the chat template writes nothing of a message", fix="choose another probe")
+            raise UnsupportedModelError("the chat template writes nothing of a message", fix="choose another probe")
         longest = max(len(case.prompt) for case in cases)
         refuse_too_long(configs, longest + self.tokens, "request and answer", "fewer tokens for an answer")
         refuse_other_tokenizer(configs, max(token for case in cases for token in case.prompt))
