@@ -30,7 +30,8 @@ DECIDED = {
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
     "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
-    "cli/render": "anatomy catalogue console durations estimate heads layout model sinks stages summary tables verdict",
+    "cli/render": "anatomy catalogue console durations estimate heads layout model sinks stages summary tables "
+    "verdict",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
@@ -40,7 +41,8 @@ DECIDED = {
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
-    "io": "card_text demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config printing ranges resume safetensors",
+    "io": "card_text demo_model files hub hub_errors loading manifest model_folder output_folder pickle plain_config "
+    "printing ranges resume safetensors",
     "kernels": "",
     "machine": "command device parallel progress speed transformers_logging",
     "operations": "base expand head_mask rewrite variants",

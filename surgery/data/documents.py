@@ -231,9 +231,7 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
         try:
             document.encode("utf-8")
         except UnicodeEncodeError:  # JSON may name half of a pair of surrogates
-            raise TextError(
-                "the text holds half a letter (a lone surrogate)", where=where, fix="correct it"
-            ) from None
+            raise TextError("the text holds half a letter (a lone surrogate)", where=where, fix="correct it") from None
         yield document
 
 
