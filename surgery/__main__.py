@@ -16,7 +16,7 @@ def run() -> None:
         main()
     finally:
         if "triton" not in sys.modules:  # whose bindings would report all that is left as leaked
-            gc.freeze()  # or Python would look for garbage among all that torch made, for half a second, before it ends
+            gc.freeze()  # or Python would look for garbage among all that torch made, for half a second
 
 
 if __name__ == "__main__":

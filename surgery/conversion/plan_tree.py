@@ -82,7 +82,7 @@ def _runs(before: Sequence[LayerAnatomy], after: Sequence[LayerAnatomy], known: 
     runs: list[tuple[LayerAnatomy, LayerAnatomy, int]] = []
     previous = None
     for old, new in zip(before, after, strict=True):
-        change = (_without_place(old), _without_place(new) if known else new.kv_heads if placed else None)
+        change = (comparison_key(old), comparison_key(new) if known else new.kv_heads if placed else None)
         if change == previous:
             runs[-1] = (*runs[-1][:2], old.index)
         else:
@@ -91,8 +91,8 @@ def _runs(before: Sequence[LayerAnatomy], after: Sequence[LayerAnatomy], known: 
     return runs
 
 
-def _without_place(layer: LayerAnatomy) -> dict[str, Any]:
-    """What a layer is, but for its number and the heads by name that its parts hold."""
+def comparison_key(layer: LayerAnatomy) -> dict[str, Any]:
+    """What makes a layer differ from another one for a reader: all but its number."""
     fields = {name: value for name, value in vars(layer).items() if name not in ("index", "path", "entry")}
     parts = {name: part.display_key(layer.entry) for name, part in layer.parts.items()}
     return fields | {name: value for name, value in parts.items() if value is not None}

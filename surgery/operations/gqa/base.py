@@ -52,8 +52,9 @@ class GQA(Variants, WeightRewrite):
     )
 
     op: Literal["gqa"] = "gqa"
-    kv_heads: Heads | list[Heads] = Field(
-        description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier)."
+    kv_heads: Heads | list[Heads] | None = Field(
+        description="KV heads after; divides the query heads. A list has a number for each layer (surgical tier). "
+        "null: one, with method: closed_form in the quarter of the layers that loses least (surgical tier)."
     )
     method: str = Field(
         description="closed_form: what loses least on calibration text, the rest refitted; mean of the group; its "
@@ -103,21 +104,31 @@ class GQA(Variants, WeightRewrite):
         targets = self.targets(anatomy)
         if len(targets) != len(anatomy.layers):
             return [f"gqa: kv_heads lists {len(targets)} layers, the model has {len(anatomy.layers)}"]
-        wanted = targets if isinstance(self.kv_heads, list) else [self.kv_heads]
+        wanted = targets if isinstance(self.kv_heads, list) else [self.shared_heads]
         problems = [problem for target in dict.fromkeys(wanted) for problem in self._problems(anatomy, target)]
         if len(set(targets)) > 1 and (reason := anatomy.shapes_problem()):
             problems.append(f"gqa: {reason}: give one number of KV heads for all layers")
         return list(dict.fromkeys(problems))
+
+    @property
+    def shared_heads(self) -> int:
+        """KV heads of a layer that shares them, where all such layers get the same number."""
+        return self.kv_heads if isinstance(self.kv_heads, int) else 1
 
     def targets(self, anatomy: Anatomy) -> list[int]:
         """KV heads after, for each layer; which of them keep their heads is not known yet."""
         if isinstance(self.kv_heads, list):
             return self.kv_heads
         kept_layers, heads = self.kept_layers(anatomy), [layer.kv_heads for layer in anatomy.layers]
-        return heads[:kept_layers] + [self.kv_heads] * (len(heads) - kept_layers)
+        return heads[:kept_layers] + [self.shared_heads] * (len(heads) - kept_layers)
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the layers that keep their KV heads."""
+        return 0.0
 
     def kept_layers(self, anatomy: Anatomy) -> int:
-        """How many layers keep their KV heads; which, is measured."""
+        """How many layers keep their KV heads; which ones is measured."""
         return 0
 
     def problems_of_method(self, anatomy: Anatomy) -> list[str]:
@@ -216,7 +227,7 @@ class GQA(Variants, WeightRewrite):
         if not found:
             return None
         before, after, layers = found[0].groups()
-        some = not isinstance(self.kv_heads, int) or getattr(self, "keep_layers", 0)
+        some = isinstance(self.kv_heads, list) or self.kept_share
         heads = f"{after} KV head{'s' * (after != '1')}"
         if len(found) > 1:
             heads = f"{' or '.join(match[2] for match in found)} KV heads in some layers"

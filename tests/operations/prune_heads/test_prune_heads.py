@@ -538,8 +538,8 @@ def test_order_of_operations():
 
 def test_the_plan_tells_unequal_groups(surgery, model):
     message = surgery("plan", "prune-heads", model, "granularity=head").out
-    assert "query heads 9 → 8, of 8" in message
-    assert "KV heads 3, 3 → 2 to 3 query heads each" in message
+    assert "9 → 8 query heads of size 8" in message
+    assert "3 KV heads, each read by 2 to 3 query heads (3 before)" in message
     assert "parameters may be fewer" not in message
     assert "may be fewer" in surgery("plan", "prune-heads", model, "granularity=head", "per_layer=3").out
     assert "prune_heads" in surgery("ls").out
