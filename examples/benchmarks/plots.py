@@ -105,6 +105,29 @@ def stale(name: str) -> str:
     return ""
 
 
+def cost(axes: Axes, judged: Results) -> None:
+    cache, text, recall = (judged.row(name) for name in ("KV bytes a token", HELD, "recall test"))
+    looks = {"`duo-attention`": (BLUE, "o"), "`gqa`": (GREEN, "^"), "`gqa kv_heads=1`": (VERMILION, "s")}
+    axes.scatter(100, 1, color=BLACK, marker="D", s=50, zorder=2)
+    axes.annotate("the base", (100, 1), (0, 9), textcoords="offset points", ha="center")
+    for name, (color, marker) in looks.items():
+        share = 100 * (judged.number(cache, name) or 0) / (judged.number(cache, "base") or 1)
+        ratio = judged.number(text, name, "ratio") or 0
+        kept, of = (judged.number(recall, name, key) or 0 for key in ("kept", "of"))
+        axes.scatter(share, ratio, color=color, marker=marker, s=60, zorder=2)
+        label = f"{name.strip('`')}\nrecall {kept:.0f} of {of:.0f}"
+        axes.annotate(label, (share, ratio), (0, 9), textcoords="offset points", ha="center")
+    axes.set_xlim(0, 110)
+    axes.set_xticks(range(0, 101, 25), [f"{x}%" for x in range(0, 101, 25)])
+    axes.set_yscale("log")
+    axes.set_yticks([1, 1.1, 1.2, 1.5, 2], ["1", "1.1", "1.2", "1.5", "2"])
+    axes.minorticks_off()
+    axes.set_ylim(0.95, 2.3)
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.set_xlabel("KV cache for each token, share of the base's (left is better)")
+    axes.set_ylabel("perplexity over the base's\n(log scale; down is better)")
+
+
 def gqa(axes: Axes, closed: Results, means: Results) -> None:
     base, mean = means.row("the base"), means.row("`mean`")
     nats = "cross-entropy, nats"
@@ -132,7 +155,7 @@ def gqa(axes: Axes, closed: Results, means: Results) -> None:
 
 def duo_attention(axes: Axes, scores: Results) -> None:
     looks = {
-        "`far-mass` (default)": (BLUE, "o"),
+        "`far-mass`": (BLUE, "o"),
         "`gates`": (ORANGE, "s"),
         "`ablation`": (GREEN, "^"),
         "`retrieval`": (PURPLE, "D"),
@@ -252,6 +275,9 @@ def healing(axes: Axes, routes: Results) -> None:
 
 
 PLOTS = {
+    "cost": Plot(
+        cost, ("judged",), "Perplexity against the size of the KV cache for the base and three recipes, with recall."
+    ),
     "gqa": Plot(
         gqa,
         ("gqa-closed-form", "gqa-means"),
