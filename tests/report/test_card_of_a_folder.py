@@ -80,7 +80,7 @@ def test_without_a_chat_template_the_example_completes_a_text(folder):
         (folder / name).unlink()
     report.save()
     (script,) = examples(folder)
-    assert "chat_template" not in script
+    assert "apply_chat_template" not in script
     assert 'tokenizer("The capital of France is", return_tensors="pt")' in script
 
 
