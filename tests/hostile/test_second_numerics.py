@@ -1,7 +1,7 @@
 """Numbers, second round: probes against brute force, sparse prompts behind a head split, weights that cancel.
 
-What is expected is written out here in float64, or is what the definition of a probe says of a model whose every answer
-is known: a model without attention, each token of which has one successor.
+What is expected is written out here in float64, or is what the definition of a probe says of a model whose answers are
+known: one without attention, each token of which has one successor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tokenizers_of_bytes import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.data.text import Text
 from surgery.evaluation.probes.chat import goes_in_circles
 from surgery.runtime.modeling_surgery import CACHE
 
@@ -43,18 +44,6 @@ def run(model, ids, **more) -> torch.Tensor:
 
 def close(got, expected, tolerance: float = 1e-4) -> bool:
     return bool(got.isfinite().all()) and (got - expected).abs().max().item() <= tolerance * expected.std().item()
-
-
-FINDINGS = {
-    "test_a_request_is_a_line[a\\u2028b\\x85c\\x0bd\\x1ce\\n-1]": "wrong result: other marks than line ends part requests",
-}
-
-
-@pytest.fixture(autouse=True)
-def finding(request):
-    """What fails until it is mended; strict, so that a mend takes its line away."""
-    if reason := FINDINGS.get(request.node.name.split("::")[-1]):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 # --- a chat whose answers are known ---------------------------------------------------------------
@@ -90,8 +79,12 @@ def chain(successors: dict[str, str | dict], default: str = "</s>") -> LlamaForC
     return model
 
 
+REQUESTS = Text("two requests", "0" * 64, "Hello!\nWhat is two plus three?\n")
+
+
 def chat(out, base=None, **settings) -> dict:
-    return surgery.evaluate(out, base, probe="chat", tokenizer=TOKENIZER, **({"tokens": 20} | settings)).to_dict()
+    settings = {"tokens": 20, "requests": REQUESTS} | settings
+    return surgery.evaluate(out, base, probe="chat", tokenizer=TOKENIZER, **settings).to_dict()
 
 
 HELLO = {" ": "H", "H": "i"}
@@ -99,7 +92,7 @@ HELLO = {" ": "H", "H": "i"}
 
 def test_an_answer_that_ends():
     record = chat(chain(HELLO), chain(HELLO))
-    assert [record[side]["answered"] for side in ("base", "out")] == [10, 10]
+    assert [record[side]["answered"] for side in ("base", "out")] == [2, 2]
     assert record["kept"]["share"] == 1.0
     assert {case["out"]["text"] for case in record["cases"]} == {"Hi"}
     assert {case["out"]["tokens"] for case in record["cases"]} == {3}
@@ -110,7 +103,7 @@ UNSOUND = {
     "one letter without end": {" ": "a", "a": "a"},
     "two letters in turn": {" ": "a", "a": "b", "b": "a"},
     "white space alone": {" ": "\n", "\n": "\t"},
-    "more than was asked for": {a: b for a, b in itertools.pairwise(" abcdefghijklmnopqrstuvwxyz")},
+    "more than was asked for": dict(itertools.pairwise(" abcdefghijklmnopqrstuvwxyz")),
 }
 
 
@@ -118,21 +111,21 @@ UNSOUND = {
 def test_answers_that_do_not_count(name):
     record = chat(chain(UNSOUND[name]), chain(HELLO))
     assert record["out"]["answered"] == 0
-    assert record["kept"] == record["kept"] | {"of": 10, "kept": 0, "share": 0.0}
-    assert record["out"]["ended"] == (10 if name in ("nothing", "white space alone") else 0)
-    assert record["out"]["loops"] == (10 if name in ("one letter without end", "two letters in turn") else 0)
+    assert record["kept"] == record["kept"] | {"of": 2, "kept": 0, "share": 0.0}
+    assert record["out"]["ended"] == (2 if name in ("nothing", "white space alone") else 0)
+    assert record["out"]["loops"] == (2 if name in ("one letter without end", "two letters in turn") else 0)
 
 
-@pytest.mark.parametrize(("margin", "kept"), [(0.0, 0), (0.134, 0), (0.136, 10), (1e300, 10)])
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, 0), (0.134, 0), (0.136, 2), (1e300, 2)])
 def test_the_margin_is_in_nats_a_token(margin, kept):
-    """The base says "Hi" at 0.7 * 0.6 * 1 and "Ho" at 0.7 * 0.4 * 1: a third of log 1.5 less for each of three tokens."""
+    """The base says "Hi" at 0.7 * 0.6 * 1 and "Ho" at 0.7 * 0.4 * 1: a third of log 1.5 less a token."""
     base = chain({" ": {"H": 0.7, "a": 0.3}, "H": {"i": 0.6, "o": 0.4}, "i": "</s>", "o": "</s>"})
     out = chain({" ": "H", "H": "o"})
     record = chat(out, base, margin=margin)
     per_token = (math.log(0.6) - math.log(0.4)) / 3
     assert record["base"]["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.6)) / 3, abs=1e-4)
     assert record["out"]["nll"] - record["base"]["nll"] == pytest.approx(per_token, abs=1e-4)
-    assert record["kept"]["kept"] == (10 if per_token <= margin else 0) == kept
+    assert record["kept"]["kept"] == (2 if per_token <= margin else 0) == kept
 
 
 def test_a_model_may_end_with_a_token_that_the_base_does_not_end_with():
@@ -140,7 +133,7 @@ def test_a_model_may_end_with_a_token_that_the_base_does_not_end_with():
     out = chain({" ": "H", "H": "!", "!": "!"})
     out.generation_config.eos_token_id = [END, letter("!")]
     record = chat(out, chain(HELLO), margin=100.0)
-    assert record["out"]["answered"] == record["kept"]["kept"] == 10
+    assert record["out"]["answered"] == record["kept"]["kept"] == 2
     assert {case["out"]["text"] for case in record["cases"]} == {"H"}
 
 
@@ -182,8 +175,8 @@ def test_greedy_answers_are_those_of_the_whole_text_read_again():
     """By the cache of a surgical model with a window of four tokens, against a run of everything at each step."""
     model = TINY["llama"](vocab_size=300, max_position_embeddings=1024)
     apply(model, {"op": "duo_attention", "streaming_ratio": 1.0, "sinks": 1, "window": 4})
-    result = surgery.evaluate(model, probe="chat", tokenizer=TOKENIZER, tokens=6)
-    for case, answer in list(zip(result.cases, result.outcomes["out"], strict=True))[:4]:
+    result = surgery.evaluate(model, probe="chat", tokenizer=TOKENIZER, tokens=6, requests=REQUESTS)
+    for case, answer in list(zip(result.cases, result.outcomes["out"], strict=True)):
         ids = list(case.prompt)
         for token in answer.ids:
             assert run(model, torch.tensor([ids]), use_cache=False)[0, -1].argmax().item() == token
@@ -225,7 +218,7 @@ def test_scores_of_windows(tmp_path, length, count, top_k):
     assert result.top1_agreement == pytest.approx(same)
 
 
-@pytest.mark.parametrize("factor", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("factor", [1e4])
 def test_logits_without_measure(factor):
     """A loss that no perplexity can hold is infinite, not an error; JSON has no word for it and gets null."""
     import json
@@ -234,7 +227,12 @@ def test_logits_without_measure(factor):
     out = copy.deepcopy(base)
     out.config.tie_word_embeddings = False
     out.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach() * factor)
-    few = {"tokenizer": TOKENIZER, "windows": 1, "length": 16}
+    few = {
+        "tokenizer": TOKENIZER,
+        "windows": 1,
+        "length": 16,
+        "text": Text("letters", "0" * 64, "The quick brown fox. " * 9),
+    }
     result = surgery.evaluate(out, base, **few)
     assert result.out.perplexity == math.inf
     assert result.kl["mean"] > 0
@@ -296,7 +294,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("length", [16, 97, 128, 203])
+@pytest.mark.parametrize("length", [97, 203])
 def test_a_split_and_a_sparse_prompt(tmp_path, setting, length):
     """KV heads 0 and 2 stream; the others read blocks of 16: at once, cached, padded, and one token after."""
     import json
@@ -347,17 +345,13 @@ def step_of(length: int, last: int, sparse: dict) -> torch.Tensor:
 # --- weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_repeated_heads_give_the_same(family, dtype):
     """expand copies KV heads: no weight is computed, and what the model says stays to rounding."""
     model = TINY[family]().to(dtype)
     before, ids = copy.deepcopy(model), tokens(2, 19)
-    try:
-        apply(model, {"op": "expand", "kv_heads": 8})
-    except surgery.SurgeryError as fault:
-        assert family == "gpt2", fault
-        return
+    apply(model, {"op": "expand", "kv_heads": 8})
     exact = run(copy.deepcopy(before).double(), ids)
     rounded = (run(before, ids) - exact).abs().max().item()
     assert (run(model, ids) - exact).abs().max().item() <= 1.5 * rounded + 1e-6
