@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ModelError, SurgeryError, UnsupportedModelError, shown
@@ -36,14 +37,27 @@ def loaded(source: ModelSource, allow_pickle: bool = False) -> Iterator[Any]:
 
 @contextmanager
 def eval_mode(model) -> Iterator[None]:
-    """Put a model in eval mode, and every module back in its own mode afterwards: a part of it may have another."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    """Put a model in eval mode, and every module back in its own mode afterwards: a part of it may have another.
+
+    Threads may do that with one model at the same time: the last one to end restores what the first one found.
+    """
+    with _MODES:
+        users, modes = _in_eval_mode.get(model) or (0, [(module, module.training) for module in model.modules()])
+        _in_eval_mode[model] = users + 1, modes
         model.eval()
+    try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _MODES:
+            users, modes = _in_eval_mode.pop(model)
+            if users > 1:
+                _in_eval_mode[model] = users - 1, modes
+            else:
+                for module, training in modes:
+                    module.training = training
+
+
+_MODES, _in_eval_mode = Lock(), {}  # model -> how many use it, and its modules' modes
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, **kwargs) -> Any:
