@@ -131,7 +131,7 @@ __all__ = [
 ]
 
 
-_OLD_NAMES = {"Change": "PlannedChange"}  # still understood
+_OLD_NAMES = {"Change": "PlannedChange"}  # name in earlier versions -> present name; both work
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""The public API: the command line calls it, and so may a fine-tuning script."""
+"""The public API. The command line calls it; a fine-tuning script can call it too."""
 
 from __future__ import annotations
 
@@ -43,22 +43,23 @@ if TYPE_CHECKING:
     from surgery.healing.plan import HealPlan
     from surgery.io.hub import Pushed
 
-    AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
-    AnyRecipe = str | Path | dict[str, Any] | recipes.Recipe  # a name, a path, plain data, or a recipe
+    AnyModel = str | Path | PreTrainedModel  # a folder, a name, a Hub id or a loaded model
+    AnyRecipe = str | Path | dict[str, Any] | recipes.Recipe  # a name, a path, plain data, or a `Recipe`
     AnyText = str | Path | Text  # "builtin", a text file, or a text
     AnyTokenizer = PreTrainedTokenizerBase
 
 
 def plan(recipe: AnyRecipe, model: AnyModel, *, overrides: Sequence[str] = (), **fields: Any) -> Plan:
-    """Work out what a recipe would do; no weight is read.
+    """Work out what a recipe would do. No weight is read.
 
     Args:
         recipe: name, path or data of a recipe.
         model: a folder, `smollm2-135m`, a Hub id (`org/name@revision`), or a loaded model.
-        overrides: "key=value" texts; `fields` are the same as keywords (`kv_heads=1`).
+        overrides: changes to the recipe as "key=value" texts.
+        fields: changes to the recipe as keywords (`kv_heads=1`).
 
     Raises:
-        SurgeryError: with all faults of the recipe, or all reasons why it does not fit this model.
+        SurgeryError: the recipe is at fault, or it does not fit this model; the error lists every reason.
     """
     refuse_swapped(recipe, model)
     resolved = recipes.load(recipe, texts(overrides), **fields)
@@ -83,7 +84,7 @@ def anatomy_of(model: AnyModel | PretrainedConfig) -> Anatomy:
 
 
 def fitting_recipes(anatomy: Anatomy) -> dict[str, list[str]]:
-    """Shipped recipe -> why it cannot be applied to such a model (empty: it can)."""
+    """For each shipped recipe, the reasons why it cannot be applied to a model with this anatomy ([]: it can)."""
     return {fit.entry.name: list(fit.problems) for fit in fits(anatomy)}
 
 
@@ -106,31 +107,34 @@ def apply(
     on_plan: Callable[[Plan], None] | None = None,
     **fields: Any,
 ) -> Report:
-    """Carry out a recipe.
+    """Apply a recipe to a model.
 
-    A loaded model is edited in place (parameters are replaced: make the optimiser afterwards) and nothing is
-    written; `surgery.save(model, folder, report)` does that. A name or folder is converted into `output`, checked
-    in a fresh process, scored against the base, and documented.
+    A loaded model is edited in place and nothing is written; `surgery.save(model, folder, report)` writes it. The
+    edit replaces parameters, so make the optimiser afterwards. A model given as a name or folder is converted into
+    `output`. The new folder is checked in a fresh process, scored against the base, and documented.
 
     Args:
         recipe, model, overrides, fields: as for `plan`.
-        output: the folder to make; needed for a name or folder, not allowed for a loaded model.
-        tokenizer: of a loaded model, for operations that measure it.
-        engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where it can). This,
-            resume, overwrite and allow_pickle apply to conversion into a folder, and are refused for a loaded model.
-        check, evaluate, gate: what is done with the result; a skipped gate is recorded as skipped.
-        resume, overwrite: what to do with an unfinished or finished earlier output.
+        output: the folder to make; required for a name or folder, refused for a loaded model.
+        tokenizer: the tokenizer of a loaded model; operations that measure the model need it.
+        engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where possible).
+            `engine`, `resume`, `overwrite` and `allow_pickle` apply to conversion into a folder only; a loaded model
+            refuses them.
+        check, evaluate, gate: whether the result is checked, scored and compared with the recipe's limits; a skipped
+            gate is recorded as skipped.
+        resume: continue an earlier run that did not finish.
+        overwrite: replace an existing output.
         allow_pickle: read .bin weights (with `weights_only=True`).
         progress: called with done, total and a label.
         on_plan: called with the plan before anything is done.
 
     Returns:
-        The report. `report.gate` says whether the recipe's gate was passed, `report.passed` whether the check was.
-        None only where a recipe heals in several processes (accelerate launch), in all but the first.
+        The report. `report.gate` is the result of the recipe's gate, `report.passed` that of the check. Where a recipe
+        heals in several processes (accelerate launch), all but the first return None.
 
     Raises:
         SurgeryError: the recipe or the model is at fault; nothing was changed or written.
-        MachineError: disk, permission, network; `resume=True` goes on.
+        MachineError: disk, permission or network; `resume=True` continues the run.
     """
     from surgery import pipeline
 
@@ -166,31 +170,34 @@ def heal(
     on_plan: Callable[[HealPlan], None] | None = None,
     **fields: Any,
 ) -> Report:
-    """Train a converted model, and say how much of the damage came back.
+    """Train a converted model, and report how much of the damage was recovered.
 
-    A folder that `surgery.apply` wrote becomes a new folder, `output`: checked, compared with base and converted model
-    on the text of its recipe, and documented. A model in memory is trained in place; `surgery.save` writes it. If that
-    fails it is left as it was: main memory holds a copy of what trains and of what updates are merged into.
+    A folder that `surgery.apply` wrote is healed into a new folder, `output`. The new folder is checked, compared with
+    the base and the converted model on the text of its recipe, and documented. A model in memory is trained in place;
+    `surgery.save` writes it. If the training of a model in memory fails, the model is restored: main memory holds a
+    copy of the weights that train and of the weights that updates are merged into.
 
     Args:
-        model: the folder, or a model that `surgery.apply` edited.
-        base: what it was made from: folder, name or Hub id, or of a loaded model a loaded one (which is left frozen);
-            default what its record names.
-        settings: as the `heal:` block of a recipe; default the block of its own recipe.
-        overrides: "key=value" texts; `fields` are the same as keywords (`method="full", tokens=1e6`).
-        tokenizer: of a model in memory.
-        check, evaluate, gate: what is done with the result.
-        resume: continue from the last complete checkpoint of an unfinished run of the same settings, data and models.
-        overwrite: replace OUT, and start an unfinished run again; text that the base wrote for it is used.
-        progress, on_plan: as for `apply`; `on_plan` gets what will train.
+        model: a folder that `surgery.apply` wrote, or a model that it edited.
+        base: the model that was converted: a folder, name or Hub id. With a loaded model it may be a loaded model too,
+            which is left frozen. Default: the base that the record names.
+        settings: the settings, as in the `heal:` block of a recipe; default: that block of the model's own recipe.
+        overrides: changes to the settings as "key=value" texts.
+        fields: changes to the settings as keywords (`method="full", tokens=1e6`).
+        tokenizer: the tokenizer of a model in memory.
+        check, evaluate, gate: as for `apply`.
+        resume: continue from the last complete checkpoint of an unfinished run; settings, data and models must match.
+        overwrite: replace `output`, and restart an unfinished run. Text that the base wrote for that run is reused.
+        progress: as for `apply`.
+        on_plan: called with the `HealPlan` before anything is trained.
 
     Returns:
-        The report; None in all processes but the first, where several train.
+        The report. Where several processes train, all but the first return None.
 
     Raises:
         SurgeryError: settings, data or models are at fault.
-        TrainingError: it cannot go on (NaN, other data than before); checkpoints are kept.
-        MachineError: disk or memory; `resume=True` goes on.
+        TrainingError: the training cannot continue (NaN, or other data than before); checkpoints are kept.
+        MachineError: disk or memory; `resume=True` continues the run.
     """
     from surgery import pipeline
     from surgery.healing.heal import heal_model
@@ -220,11 +227,11 @@ def check(
 
     Args:
         folder: a folder that surgery wrote.
-        base: model it was made from; adds the difference of the logits.
-        memory: bytes that may be used (default: what is free); what does not fit is recorded as not run.
+        base: the model that it was made from; adds a comparison of the logits.
+        memory: bytes that may be used (default: the free memory). A check that does not fit is recorded as not run.
 
     Returns:
-        The report: `passed` and `checks` say what was found.
+        The report; its `passed` and `checks` hold the result.
     """
     from surgery.evaluation.check import check_report
 
@@ -238,7 +245,7 @@ def check(
     except SurgeryError as error:
         if not (Path(folder) / REPORT).is_file():
             raise
-        raise CheckError(error.what, where=error.where, exists=error.exists, fix=error.fix) from None  # damaged
+        raise CheckError(error.what, where=error.where, exists=error.exists, fix=error.fix) from None  # damaged record
     check_report(report, None if base is None else _folder(base), memory=memory, progress=progress)
     report.save()
     return report
@@ -249,10 +256,10 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         folder: a folder, `smollm2-135m` (the demo model), or a Hub id (`org/name@revision`).
-        kwargs: for `from_pretrained` (`dtype`, `device_map`, ...). No code of the checkpoint is run.
+        kwargs: passed to `from_pretrained` (`dtype`, `device_map`, ...). No code of the checkpoint is run.
 
     Raises:
-        SurgeryError: no such model, or one that cannot be loaded.
+        SurgeryError: there is no such model, or it cannot be loaded.
     """
     from surgery.io.loading import load_model
 
@@ -261,7 +268,7 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; arguments and errors as for `load`, and no weight is fetched."""
+    """The tokenizer of a model. Arguments and errors are those of `load`; no weight is fetched."""
     from surgery.io.hub import resolve
     from surgery.io.loading import read_tokenizer
 
@@ -277,19 +284,20 @@ def text_windows(
     length: int = 512,
     count: int = 8,
 ) -> Tensor:
-    """Windows of a text as tokens, to try a training or a measurement with: they do not overlap.
+    """Windows of a text as tokens, to try a training or a measurement with. They do not overlap.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         text: "builtin" (Python's language reference), the path of a UTF-8 text file, or a `Text`.
-        part: of the built-in text: "calibration", or "held-out", which `evaluate` scores.
-        length, count: tokens in a window, and windows.
+        part: which part of the built-in text: "calibration", or "held-out", which `evaluate` scores.
+        length: tokens in a window.
+        count: number of windows.
 
     Returns:
         LongTensor [count, length].
 
     Raises:
-        SurgeryError: the text is missing, no text, or too short.
+        SurgeryError: the text is missing, is not text, or is too short.
     """
     from surgery.data.text import load_text, windows
 
@@ -305,15 +313,16 @@ def save(
     tokenizer: AnyTokenizer | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Save a model that `apply` edited in memory, with its report and card; as atomic as `apply` with an output.
+    """Save a model that `apply` edited in memory, with its report and card.
 
-    Licence, notices and card of the base travel along if the model was loaded from a folder that has them.
+    The folder appears only when it is complete, as with `apply` into an output. Licence, notices and card of the base
+    are copied if the model was loaded from a folder that has them.
 
     Returns:
-        The report, now of the folder.
+        The report; its `folder` is the new folder.
 
     Raises:
-        SurgeryError: the report is plainly of another model (class, family, layers or heads differ).
+        SurgeryError: the report belongs to another model (class, family, layers or heads differ).
     """
     from surgery.conversion.in_memory import save_model
 
@@ -331,17 +340,19 @@ def push(
     message: str | None = None,
     revision: str | None = None,
 ) -> Pushed:
-    """Put a checked checkpoint on the Hub: private unless `public`, one commit, resumable by repeating it.
+    """Upload a checked checkpoint to the Hub in one commit. Repeating an interrupted call resumes it.
 
     Args:
-        folder: a folder that `check` has passed.
+        folder: a folder that passed `check`.
         repo: "owner/name", or "name" for your own namespace.
-        public: make a new repository public; one that exists stays as it is.
+        public: make a new repository public instead of private; an existing one keeps its visibility.
         dry_run: list what would be sent; needs neither token nor network.
-        message, revision: of the commit: its message, and the branch (default main; made if missing).
+        message: the commit's message.
+        revision: the branch to commit to (default main); it is created if missing.
 
     Raises:
-        SurgeryError: not a checked output, or a bad name. MachineError: the network, or no right to write.
+        SurgeryError: the folder is not a checked output, or the name is not valid.
+        MachineError: the network fails, or the token has no right to write.
     """
     from surgery.io.hub import push as send
 
@@ -360,7 +371,7 @@ def _base_on_disk(base: AnyModel | None) -> str | Path | None:
 
 
 def _folder(model: str | Path) -> Path:
-    """The folder of a name."""
+    """The folder of a model that is given as a folder, a name or a Hub id."""
     from surgery.io.hub import resolve
 
     return resolve(str(model)).path

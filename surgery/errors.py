@@ -1,4 +1,4 @@
-"""What a user's mistake looks like: one sentence on what is wrong, where, what exists, how to mend it.
+"""Errors that a user sees: one sentence on what is wrong, where it is, what is available, and how to fix it.
 
 Exit codes of the command: 0 done; 1 a bug of ours; 2 recipe, plan, usage or input; 3 a quality gate failed;
 4 `check` found a fault; 5 the environment (disk, network, permission); 130 interrupted.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-# Pydantic's complaints in a recipe's words; what is not listed keeps pydantic's own.
+# Kind of a pydantic error -> what was wanted, in a recipe's words. Other kinds keep pydantic's message.
 WORDS = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -29,35 +29,35 @@ WORDS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
 }
-READ_AS_TEXT = re.compile(r"([-+]?[0-9]+)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")  # numbers that YAML 1.1 takes for words
+READ_AS_TEXT = re.compile(r"([-+]?[0-9]+)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")  # numbers that YAML 1.1 reads as text
 
 
-# What kind of error it is, for programs: codes stay as they are, words may change.
+# The kind of an error, for programs. A code never changes; the message of an error may.
 Code = Literal[
-    "invalid-argument",  # an argument, an option or a command that cannot be
+    "invalid-argument",  # an argument, an option or a command that is not valid
     "invalid-setting",  # a setting of a probe, a healing or a benchmark
-    "unknown-recipe",  # no recipe of this name, no such recipe file
+    "unknown-recipe",  # there is no recipe of this name, or no such recipe file
     "invalid-recipe",  # a fault in a recipe or an override
     "recipe-mismatch",  # the recipe cannot be applied to this model
-    "model-not-found",  # no such folder, repository or revision
-    "invalid-model",  # config, index or weights that are damaged or contradict each other
-    "unsupported-model",  # a model that is sound, and cannot be edited, measured or trained here
-    "unsafe-weights",  # pickles, or files that lead out of the folder
-    "model-mismatch",  # model, base, tokenizer, report or score file that do not belong together
-    "unusable-text",  # a text or questions: missing, no text, or too short
-    "invalid-file",  # another file that is missing or cannot be read
-    "out-exists",  # something that must not be replaced has the name of the output
+    "model-not-found",  # there is no such folder, repository or revision
+    "invalid-model",  # config, index or weights are damaged or contradict each other
+    "unsupported-model",  # a sound model that cannot be edited, measured or trained here
+    "unsafe-weights",  # weights are pickles, or links lead out of the folder
+    "model-mismatch",  # model, base, tokenizer, report or score file do not belong together
+    "unusable-text",  # a text or a file of questions is missing, is not text, or is too short
+    "invalid-file",  # a file of another kind is missing or cannot be read
+    "out-exists",  # the output's name is taken by something that must not be replaced
     "unfinished-run",  # an earlier run left a part that does not fit, or must be resumed
     "invalid-record",  # surgery.json is missing or damaged
-    "unchecked-output",  # a push of what has not passed the check, or was changed since
-    "missing-package",  # an optional package that is not installed
-    "plugin-fault",  # an operation of another package does not keep to the contract
+    "unchecked-output",  # a push of a folder that has not passed the check, or was changed since
+    "missing-package",  # an optional package is not installed
+    "plugin-fault",  # an operation of another package breaks the contract
     "gate-failed",  # the surgery costs more than the recipe allows
     "check-failed",  # the check found a fault
-    "training-failed",  # a training cannot go on
-    "machine-failure",  # the system, for another reason than the next four
+    "training-failed",  # a training cannot continue
+    "machine-failure",  # the system failed for a reason other than the next four
     "disk-full",
-    "permission-denied",  # of the system or of the Hub
+    "permission-denied",  # by the system or the Hub
     "out-of-memory",
     "network-failure",
     "internal-error",  # a bug of ours
@@ -65,21 +65,21 @@ Code = Literal[
 
 
 class SurgeryError(Exception):
-    """A mistake of the user's that has one clear remedy. Never a traceback.
+    """A user's mistake that has one clear remedy. The command prints it without a traceback.
 
     Args:
         what: the fault in one sentence.
-        where: file and line, tensor, folder or option that it was found in.
-        exists: what is there instead (the known names, the legal values).
+        where: the file and line, tensor, folder or option in which it was found.
+        exists: what is available instead (the known names, the legal values).
         fix: what to type or change.
-        others: further faults found in the same pass, shown together (a recipe shows all at once).
-        code: what kind of error it is, for programs; default that of the class.
+        others: further faults found in the same pass; they are shown together.
+        code: the kind of error, for programs; default: the code of the class.
     """
 
     code: Code = "invalid-argument"
     exit_code: int = 2
-    resumable = False  # whether what was written until then is kept for --resume
-    reported = False  # whether it follows a report that says the same: a command has printed that
+    resumable = False  # whether the files written so far are kept for --resume
+    reported = False  # whether the command has already printed a report that contains this fault
 
     def __init__(
         self,
@@ -115,19 +115,19 @@ class SurgeryError(Exception):
 
 
 class RecipeError(SurgeryError):
-    """A recipe or an override says what cannot be."""
+    """A recipe or an override is not valid."""
 
     code = "invalid-recipe"
 
 
 class RecipeMismatchError(SurgeryError):
-    """A recipe is sound, and cannot be applied to this model."""
+    """A valid recipe cannot be applied to this model."""
 
     code = "recipe-mismatch"
 
 
 class SettingError(SurgeryError):
-    """A setting of a probe, a healing, a search or a benchmark has a value that cannot be."""
+    """A setting of a probe, a healing, a search or a benchmark has a value that is not valid."""
 
     code = "invalid-setting"
 
@@ -139,7 +139,7 @@ class ModelError(SurgeryError):
 
 
 class UnsupportedModelError(SurgeryError):
-    """A model is sound, and cannot be edited, measured or trained here."""
+    """A sound model cannot be edited, measured or trained here."""
 
     code = "unsupported-model"
 
@@ -151,13 +151,13 @@ class ModelMismatchError(SurgeryError):
 
 
 class TextError(SurgeryError):
-    """A text or a file of questions is missing, no text, or too short."""
+    """A text or a file of questions is missing, is not text, or is too short."""
 
     code = "unusable-text"
 
 
 class OutputExistsError(SurgeryError):
-    """Something that must not be replaced has the name of the output."""
+    """The output's name is taken by something that must not be replaced."""
 
     code = "out-exists"
 
@@ -169,13 +169,13 @@ class ModelNotFoundError(SurgeryError):
 
 
 class RecordError(SurgeryError):
-    """A checkpoint's surgery.json, or what should become one, is missing or damaged."""
+    """A checkpoint's surgery.json, or the data that should be written into one, is missing or damaged."""
 
     code = "invalid-record"
 
 
 class GateError(SurgeryError):
-    """The surgery was done and saved, and costs more quality than the recipe's gate allows."""
+    """The converted model was saved, but lost more quality than the recipe's gate allows."""
 
     code = "gate-failed"
     exit_code = 3
@@ -189,7 +189,7 @@ class CheckError(SurgeryError):
 
 
 class MachineError(SurgeryError):
-    """Disk, network or permission: nothing in the recipe or the model is at fault."""
+    """The disk, the network or a permission is at fault, not the recipe or the model."""
 
     code = "machine-failure"
     exit_code = 5
@@ -197,7 +197,7 @@ class MachineError(SurgeryError):
 
 
 class NetworkError(MachineError):
-    """The Hub cannot be reached, or does not answer as it should."""
+    """The Hub cannot be reached, or its answer is not valid."""
 
     code = "network-failure"
 
@@ -209,20 +209,20 @@ class AccessError(MachineError):
 
 
 class TrainingError(SurgeryError):
-    """A training cannot go on as it was asked for; its checkpoints are kept."""
+    """A training cannot continue; its checkpoints are kept."""
 
     code = "training-failed"
 
 
 class OtherTrainingError(TrainingError):
-    """The checkpoints of an unfinished training are of another one."""
+    """The checkpoints of an unfinished training belong to another training."""
 
     code = "unfinished-run"
     resumable = True
 
 
 def system_code(number: int | None) -> Code:
-    """The code of an error of the system, by its number; None: it is not known."""
+    """The code of a system error, by its `errno` number (None: unknown)."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "disk-full"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -239,7 +239,7 @@ def nearest(word: object, known: Iterable[object], cutoff: float = 0.5) -> str:
 
 
 def wanted(complaints: list[dict]) -> str:
-    """What pydantic wanted in place of one value, its alternatives joined."""
+    """What pydantic wanted in place of one value; alternatives are joined by "or"."""
     words = []
     for each in complaints:
         own = WORDS.get(each["type"])
@@ -248,7 +248,7 @@ def wanted(complaints: list[dict]) -> str:
 
 
 def number_meant(complaints: list[dict]) -> str:
-    """What to write for a number that YAML reads as text, as 1.0e-3 for 1e-3; "" where none stands there."""
+    """How to write a number that YAML reads as text (1.0e-3 for 1e-3); "" if the value is no such number."""
     for each in complaints:
         if each["type"] == "float_type" and (found := READ_AS_TEXT.fullmatch(str(each["input"]))):
             whole, fraction, sign, power = found.groups()
@@ -257,15 +257,15 @@ def number_meant(complaints: list[dict]) -> str:
 
 
 def any_of(words: Sequence[str]) -> str:
-    """ "a, b or c"."""
+    """The words joined as in "a, b or c"."""
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def shown(value: object) -> str:
-    """A user's value as it may stand in a message."""
+    """A user's value for a message, at most 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no int of more
+    except ValueError:  # Python refuses to print an int of more than 4300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

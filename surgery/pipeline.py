@@ -1,9 +1,10 @@
 """The steps of a run, in order: convert, score, heal, check, score again.
 
-A recipe that heals leaves the converted model in OUT.unhealed until OUT is complete: a run that was stopped resumes
-from there. The folder stays where an adapter is kept, which loads on it.
+A recipe that heals keeps the converted model in OUT.unhealed until OUT is complete. A run that was stopped resumes
+from there. The folder stays if the recipe keeps the adapter, because the adapter loads on that model.
 
-What trains is imported where something is trained: it takes seconds, which a conversion should not wait for.
+Healing modules are imported only where something is trained: the import takes seconds, which a conversion should not
+wait for.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
-    """Carry a recipe out from a name or folder into a folder; None in all processes but the first."""
+    """Apply a recipe to a model given by name or folder, and write a folder. All processes but the first get None."""
     refuse_output_and_engine(output, options)
     options = _timed(options)
     if recipe.heal is not None:
@@ -62,7 +63,7 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
     if not ranks.first:
         converted, base = Report.of(unhealed), None
     base_name = str(base) if base is not None else model
-    shown = replace(options, on_plan=None)  # the plan of the full recipe was
+    shown = replace(options, on_plan=None)  # the plan of the whole recipe was shown already
     healed, source = heal_folder(converted, base_name, recipe.heal, recipe.evaluate, out, shown)
     if healed is None:
         return None
@@ -80,7 +81,7 @@ def heal_to_folder(
     overrides: Sequence[str],
     options: RunOptions,
 ) -> Report | None:
-    """Heal a folder that surgery wrote into a folder; None in all processes but the first."""
+    """Heal a folder that surgery wrote, and write a new folder. All processes but the first get None."""
     from surgery.healing.heal import heal_folder
 
     if output is None:
@@ -96,13 +97,13 @@ def heal_to_folder(
 
 
 def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOptions) -> Report:
-    """Carry a recipe out on a loaded model, in place."""
+    """Apply a recipe to a loaded model, in place."""
     from surgery.calibration.gradients import with_gradients
 
     class_before, base = type(model).__name__, None
     if recipe.heal is not None:
         base = preflight_in_memory(recipe.heal, recipe.evaluate, model, tokenizer)
-    with with_gradients():  # and no weight made in a script's inference mode, which could never train
+    with with_gradients():  # a weight that is made in a script's inference mode could never train
         report = edit_model(recipe, model, tokenizer, options)
     note_origin(report, model, class_before)
     if recipe.heal is not None:
@@ -115,17 +116,17 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
 def _judge_healed(
     healed: Report, converted: Report, base: Path | None, evaluate: Evaluate | None, options: RunOptions
 ) -> None:
-    """Check the healed folder, score it against base and converted model, and write both into record and card."""
+    """Check the healed folder, score it against the base and the converted model, and record the results."""
     from surgery.healing.heal import compare
 
-    gc.collect()  # the trained model and its base, which a cycle may hold
+    gc.collect()  # a reference cycle may hold the trained model and its base
     if _check(healed, options) and base is not None and _score(healed, base, evaluate, options):
         compare(healed, converted.folder, base, evaluate, options)
     _close(healed, options)
 
 
 def _check(report: Report, options: RunOptions) -> bool:
-    """Check a folder, if the options say so; False: it failed, and is not scored."""
+    """Check a folder, if the options ask for it; False: the check failed, so the folder is not scored."""
     if not options.check:
         return True
     check_report(report, progress=options.progress)
@@ -134,7 +135,7 @@ def _check(report: Report, options: RunOptions) -> bool:
 
 
 def _score(report: Report, base: Path, evaluate: Evaluate | None, options: RunOptions) -> bool:
-    """Score a folder against its base, if recipe and options say so; returns whether it was scored."""
+    """Score a folder against its base, if recipe and options ask for it; returns whether it was scored."""
     if not options.evaluate or evaluate is None:
         return False
     evaluate_report(report, base, evaluate, options.progress, options.allow_pickle)
@@ -151,12 +152,12 @@ def _close(report: Report, options: RunOptions) -> Report:
 
 
 def _timed(options: RunOptions) -> RunOptions:
-    """The options with a clock that notes how long each stage takes."""
+    """The options with a clock that records how long each stage takes."""
     return replace(options, progress=StageClock(options.progress))
 
 
 def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report | None:
-    """The report of an OUT that this very recipe made of this model, if nothing is left to do."""
+    """The report of `out`, if this very recipe made it from this model and nothing is left to do; else None."""
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
