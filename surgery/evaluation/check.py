@@ -1,6 +1,6 @@
-"""Is a saved checkpoint what it says it is, and does it load and run for somebody who does not have this package?
+"""Checks that a saved checkpoint matches its record, and that it loads and runs for a user without this package.
 
-What does not fit in memory is recorded as *not run*, never as passed; a layer-wise check that does fit stands in.
+A check that does not fit in memory is recorded as *not run*, never as passed. A layer-wise check replaces it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from surgery.report.report import Report
 
 PROBE_LENGTH, GENERATED = 24, 8
 FILES, FRESH = "checking files", "checking in a fresh process"  # stages
-FILES_SHARE = 50  # of a hundred: of the time that files take, hashes take about half, values the rest
+FILES_SHARE = 50  # percent of the stage FILES that hashing takes, roughly; the test for NaN takes the rest
 PACKAGE = str(Path(__file__).parents[2])  # the folder from which a fresh process imports this package
-MEASURED = "measured"  # a figure to read: what is too much is the gate's business
+MEASURED = "measured"  # status of a figure that no check judges: the gate does
 
 
 @dataclass(frozen=True)
 class Item:
-    """The result of one check: its name, its status and a detail in words."""
+    """The result of one check."""
 
     name: str
     status: str
@@ -45,12 +45,12 @@ class Item:
 def check_folder(
     folder: str | Path, base: str | Path | None = None, *, memory: int | None = None, progress=None
 ) -> list[Item]:
-    """All checks of one saved checkpoint.
+    """Run all checks of one saved checkpoint.
 
     Args:
         folder: the checkpoint.
-        base: the model it was made from; adds the difference of the logits.
-        memory: bytes that may be used; default what is free now.
+        base: the model that it was made from; adds a comparison of the logits.
+        memory: bytes that may be used; default: the free memory.
 
     Returns:
         The items, in the order of the checks.
@@ -64,12 +64,12 @@ def check_folder(
 
 
 def check_report(report: Report, base: str | Path | None = None, *, memory: int | None = None, progress=None) -> None:
-    """Check the report's folder and keep the result in the report, unsaved; arguments as for `check_folder`."""
+    """Check the report's folder and put the result in the report, unsaved. Arguments are those of `check_folder`."""
     report.data["check"] = to_dict(check_folder(report.folder, base, memory=memory, progress=progress))
 
 
 def without_path(item: Item, *folders: str | Path | None) -> Item:
-    """The item with folders by their own names: it is published with the card."""
+    """The item with the last name of each folder in place of its full path, because the card publishes the item."""
     detail = item.detail
     for folder in filter(None, folders):
         for path in (Path(folder).resolve(), Path(folder)):
@@ -104,7 +104,7 @@ def _check_contents(folder: Path, base: str | Path | None, memory: int | None, p
 
 
 def passed(items: list[Item]) -> bool:
-    """No fault was found. Something may not have been run: the items say so."""
+    """Whether no check failed. Some checks may not have been run; their items say so."""
     return all(item.status != FAILED for item in items)
 
 
@@ -114,7 +114,7 @@ def to_dict(items: list[Item]) -> dict:
 
 
 def check_hashes(report: Report, folder: Path, progress=None) -> Item:
-    """Every file that surgery.json lists is there, with its size and sha256, and there is no other."""
+    """Check that the folder holds the files that surgery.json lists, with their sizes and sha256, and no others."""
     if not report.data["files"]:
         return Item("hashes", FAILED, "surgery.json lists no weight files")
 
@@ -133,7 +133,7 @@ def check_hashes(report: Report, folder: Path, progress=None) -> Item:
 
 
 def check_record(report: Report, folder: Path) -> list[Item]:
-    """What surgery.json says of tier and cache is what config.json says; none of a folder that is not understood."""
+    """Check that surgery.json and config.json agree on tier and cache; [] if the config cannot be read."""
     name, data = "record against config", report.data
     try:
         anatomy = Anatomy.of(folder)
@@ -151,7 +151,7 @@ def check_record(report: Report, folder: Path) -> list[Item]:
 
 
 def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
-    """No NaN or infinite value in any floating-point tensor, one chunk in memory at a time."""
+    """Check that no floating-point tensor holds NaN or infinity, with one chunk in memory at a time."""
     import torch
 
     from surgery.io.safetensors import TORCH_NAMES
@@ -174,10 +174,11 @@ def check_finite(checkpoint: Checkpoint, progress=None) -> Item:
 
 
 def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_code: bool = True) -> list[Item]:
-    """Load and generate in a fresh process with stock Transformers, and compare logits with the base there.
+    """Load and generate in a fresh process with stock Transformers, and compare the logits with the base's.
 
     Args:
-        own_code: the code in a surgical folder is this version's; else it is not run, and the package's is.
+        own_code: whether the code in a surgical folder is this version's. Other code is not run: the folder is then
+            loaded with the package only.
     """
     import torch
 
@@ -210,20 +211,20 @@ def check_loading(folder: Path, anatomy: Anatomy, base: str | Path | None, own_c
 
 
 def load_in_fresh_process(jobs: list[dict], timeout: float | None = None) -> list[dict]:
-    """Run `fresh_process.py` on a list of jobs in one fresh process, models one after the other.
+    """Run `fresh_process.py` on a list of jobs in one fresh process, one model after the other.
 
     Args:
-        timeout: seconds for all of them.
+        timeout: seconds for all jobs together.
 
     Returns:
-        What fresh_process.py answered, a job's error as {"error": text}.
+        One answer of fresh_process.py for each job; {"error": text} for a job that failed.
     """
     env = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with tempfile.TemporaryDirectory() as modules:  # code that is run comes from the folder, not from an old copy
+    with tempfile.TemporaryDirectory() as modules:  # so that code is run from the folder, not from an old copy
         try:
             process = subprocess.run(
                 [sys.executable, "-P", str(Path(__file__).with_name("fresh_process.py"))],
-                input=json.dumps(jobs),  # and no terminal: no question can wait for an answer
+                input=json.dumps(jobs),  # stdin is no terminal, so no question can wait for an answer
                 capture_output=True,
                 text=True,
                 encoding="utf-8",
@@ -254,10 +255,11 @@ def _loading_items(result: dict, name: str) -> list[Item]:
 
 
 def _compare_both_ways(results: list[dict], files: list[str]) -> Item:
-    """Whether the model is equal to the bit when it is loaded with the package and with trust_remote_code.
+    """Compare the logits of the two ways to load, with the package and with trust_remote_code: all bits must agree.
 
     Args:
-        results, files: of both ways, each from a process of its own: what it answered, and its logits.
+        results: the answer for each way; each came from its own process.
+        files: the file with the logits for each way.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Whose code is in a surgical folder: only this version's own, byte for byte, is run when a checkpoint is checked."""
+"""Verifies the code in a surgical folder. A check runs that code only if it is this version's, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ FOREIGN = "the code in the folder is not this version's"
 
 
 def check_runtime_code(folder: Path) -> tuple[str, str]:
-    """What the code in a surgical folder is.
+    """Compare the code in a surgical folder with the code that this version writes.
 
-    With trust, Transformers runs what `auto_map` names, what that imports, and `custom_generate/generate.py`. Other
-    .py files of the folder, carried from the base, are never run.
+    With trust_remote_code, Transformers runs the files that `auto_map` names, the files that these import, and
+    `custom_generate/generate.py`. Other .py files, which were copied from the base, are never run.
 
     Returns:
-        (status, detail): PASSED, it is what this version writes; NOTED, it is another version's, and as it was
-        written; else FAILED.
+        (status, detail). PASSED: the code is this version's. NOTED: it is another version's, unchanged since it was
+        written. FAILED: any other code.
     """
     from surgery.runtime.surgery_config import ENTRY, exported_files, parts_of
 
-    config = load_config(folder)  # its `surgery` block is right: `Anatomy.of` has read it
+    config = load_config(folder)  # its `surgery` block is valid: `Anatomy.of` has read it
     entries = read_json(folder / "config.json").get("auto_map")
     if not isinstance(entries, dict):
         return FAILED, f"{FOREIGN}: auto_map is {shown(entries)}"
@@ -49,7 +49,7 @@ def check_runtime_code(folder: Path) -> tuple[str, str]:
 
 
 def _recorded_version(folder: Path) -> str:
-    """The version that wrote the code of a folder, "" where surgery.json does not know this code."""
+    """The version that wrote the code of a folder; "" if surgery.json does not list exactly this code."""
     if not (folder / REPORT).is_file():
         return ""
     report = read_json(folder / REPORT)

@@ -1,7 +1,7 @@
 """Compare a checkpoint with its own config without loading it: shapes, and attention layers one at a time.
 
-Both work on the model without memory (the meta device) and need to know which of its tensors each stored one is:
-names on disk differ from those in memory by a prefix, which `names_in_memory` finds.
+Both checks build the model without memory (on the meta device) and match each stored tensor with one of its tensors.
+Names on disk may differ from names in memory by a prefix; `names_in_memory` finds it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from surgery.errors import SurgeryError
 from surgery.io.safetensors import Checkpoint
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-NOTED = "noted"  # no fault, and to be known
+NOTED = "noted"  # no fault, but the user should know it
 PROBE = 16  # tokens of the random input of a layer
-# What may stand before a module's own name: the parents of the layer lists of families.py, the longest first.
+# Prefixes that a module's name may have: the parents of the layer lists in families.py, the longest first.
 _PARENTS = {path.rpartition(".")[0] for paths in LAYER_PATHS.values() for path in paths}
 PREFIXES = sorted((f"{parent}." if parent else "" for parent in _PARENTS), key=len, reverse=True)
 
 
 class NotRun(Exception):
-    """A check that says nothing about this checkpoint, with the reason."""
+    """A check cannot be run on this checkpoint; the message is the reason."""
 
 
 def names_in_memory(stored, wanted) -> dict[str, str]:
-    """Stored name -> the model's name, for those that differ by a known prefix alone.
+    """Stored name -> the model's name, for tensors whose two names are equal or differ only by a known prefix.
 
     Args:
         stored: names on disk.
@@ -43,22 +43,22 @@ def names_in_memory(stored, wanted) -> dict[str, str]:
         candidates = (prefix + tail for tail in tails for prefix in PREFIXES)
         if match := next((candidate for candidate in candidates if candidate in wanted), None):
             matches[name] = match
-    used = list(matches.values())  # two stored tensors cannot be one: then neither is known
+    used = list(matches.values())  # if two stored tensors match one name, neither match is kept
     return {name: match for name, match in matches.items() if name == match or used.count(match) == 1}
 
 
 def compare_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[str, str]:
-    """Every stored tensor has the shape that the config gives its module: a status and its detail.
+    """Check that every stored tensor has the shape that the config gives its module; returns (status, detail).
 
-    Attention was verified when the anatomy was read. Names that Transformers renames on load (experts that it
-    fuses) are counted, not compared: loading compares those.
+    Attention was verified when the anatomy was read. Tensors that Transformers renames on load (experts that it
+    fuses) are counted but not compared, because loading compares them.
     """
     layer, total = anatomy.layers[0], len(checkpoint.tensors)
     try:
         wanted = {key: tuple(tensor.shape) for key, tensor in empty_model(folder).state_dict().items()}
     except NotRun as reason:
         return NOT_RUN, str(reason)
-    except Exception as error:  # a config that Transformers accepts and its model class does not
+    except Exception as error:  # Transformers accepts the config, but its model class does not
         return FAILED, f"no model can be made from this config: {error}"[:500]
     known = names_in_memory(checkpoint.tensors, wanted)
     for key, match in known.items():
@@ -75,7 +75,7 @@ def compare_shapes(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tu
 
 
 def empty_model(folder: Path):
-    """The folder's model on the meta device: shapes and code, no memory.
+    """The folder's model on the meta device: it has shapes and code, but takes no memory.
 
     Raises:
         NotRun: Transformers has no class for it.
@@ -92,10 +92,10 @@ def empty_model(folder: Path):
 
 
 def run_layers(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[str, str]:
-    """Run every attention layer alone, one in memory at a time, on random input: a status and its detail.
+    """Run every attention layer alone on random input, with one layer in memory at a time; returns (status, detail).
 
-    Weights that do not fit their module and values that are not finite are faults; an attention module that cannot be
-    called alone is not: a sound model may only be too large for this machine.
+    Weights that do not fit their module and values that are not finite are faults. An attention module that cannot be
+    called alone is no fault: the model may be sound, but too large for this machine.
     """
     try:
         model = empty_model(folder)
@@ -128,13 +128,13 @@ def run_layers(folder: Path, anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[
         return NOT_RUN, str(reason)
     except SurgeryError as error:
         return FAILED, str(error)
-    except Exception as error:  # no module where it was expected: nothing is known of the weights
+    except Exception as error:  # no module where one was expected: that says nothing about the weights
         return NOT_RUN, f"{type(error).__name__}: {error}"[:500]
     return PASSED, f"{len(anatomy.layers)} attention layers run in fp32 (stored as {dtype})"
 
 
 def _path_in_memory(layer, known: dict[str, str]) -> str:
-    """The attention module's path in the model, by the name that its output projection has there."""
+    """The attention module's path in the model, found by the name of its output projection there."""
     stored = f"{layer.path}.{layer.layout.o}.weight"
     if stored not in known:
         raise NotRun(f"no module of the model is {layer.path}")
@@ -142,7 +142,7 @@ def _path_in_memory(layer, known: dict[str, str]) -> str:
 
 
 def _arguments(model, module, path: str, config, index: int) -> dict:
-    """Keyword arguments to call an attention module with, those alone that its forward takes."""
+    """Keyword arguments for an attention module: only those that its forward accepts."""
     import torch
 
     accepted = inspect.signature(module.forward).parameters
@@ -162,7 +162,7 @@ def _arguments(model, module, path: str, config, index: int) -> dict:
 
 
 def _embeddings(model, path: str, config, hidden, positions, index: int):
-    """RoPE's cosines and sines from a new copy of the model's rotary module; None where it has none."""
+    """RoPE's cosines and sines from a new copy of the model's rotary module; None if the model has none."""
     owner = model.get_submodule(re.sub(rf"\.?\w+\.{index}\.\w+$", "", path))
     if getattr(owner, "rotary_emb", None) is None:
         return None

@@ -1,4 +1,4 @@
-"""The public functions that measure a model: `evaluate`, and the two probes that have functions of their own."""
+"""The public functions that measure a model: `evaluate`, and one function each for two of the probes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgery.evaluation.probes.perplexity import Evaluation
     from surgery.evaluation.result import Result
 
-    AnyModel = str | Path | PreTrainedModel  # a folder, a name or a Hub id, or a loaded model
+    AnyModel = str | Path | PreTrainedModel  # a folder, a name, a Hub id or a loaded model
     AnyText = str | Path | Text  # "builtin", a text file, or a text
     AnyTokenizer = PreTrainedTokenizerBase
 
@@ -67,28 +67,29 @@ def evaluate(
     top_k: int | None = None,
     **settings: Any,
 ) -> Result:
-    """Measure a model, by itself or compared with its base: `result["out"]["perplexity"]`, `result.kl`.
+    """Measure a model, alone or compared with its base: `result["out"]["perplexity"]`, `result.kl`.
 
     Args:
-        model, base: folder, name or loaded model (then with `tokenizer`).
-        probe: what is measured: a name of `surgery.evaluation.probes`. The default is the one that every recipe is
-            judged by: perplexity, KL to the base, top-1 agreement, KV bytes and load size.
-        report: of the loaded model; the figures are entered, so that `surgery.save` writes them. Without a probe and
-            settings, all that its recipe asks for is measured.
+        model, base: a folder, a name or a loaded model. Loaded models need `tokenizer`.
+        probe: what is measured: a name of `surgery.evaluation.probes`. The default probe judges every recipe: it
+            measures perplexity, KL to the base, top-1 agreement, KV bytes and load size.
+        report: the report of the loaded model. The figures are added to it, and `surgery.save` writes them. Without a
+            probe and settings, everything that its recipe asks for is measured.
         progress: called with done, total and a label.
-        text, windows, length, top_k: of the default probe: "builtin" or a text file; how many windows of it are scored
-            (8), of how many tokens (512); over how many tokens of the base the KL is computed (512).
-        settings: of another probe, as in `surgery eval --probe NAME key=value`.
+        text: for the default probe: "builtin" or a text file.
+        windows, length: for the default probe: number of windows that are scored (8), and tokens of each (512).
+        top_k: for the default probe: how many of the base's tokens the KL is computed over (512).
+        settings: for another probe: its settings, as in `surgery eval --probe NAME key=value`.
 
-    A checkpoint of ours that was not scored yet (`--no-eval`) keeps the result of the default probe in its
-    surgery.json and card, and the gate is compared with it, if text and base are those that its recipe and record
-    name. Where it is not recorded, a note of the result says why.
+    A checkpoint of ours that was not scored yet (`--no-eval`) stores the result of the default probe in its
+    surgery.json and card, and its gate is compared with that result. This happens only if text and base are those that
+    its recipe and record name. Otherwise a note of the result gives the reason.
 
     Returns:
-        The probe's result, a mapping that prints: `status`, `notes`, `to_dict()`, and figures of its own.
+        The probe's result, a mapping that can be printed: `status`, `notes`, `to_dict()`, and the probe's own figures.
 
     Raises:
-        SurgeryError: no such probe, bad settings, or models that cannot be measured so.
+        SurgeryError: there is no such probe, a setting is not valid, or these models cannot be measured by the probe.
     """
     named = {"text": text, "windows": windows, "length": length, "top_k": top_k}
     given = {key: value for key, value in named.items() if value is not None} | settings
@@ -112,17 +113,18 @@ def evaluate_needles(
     secret: str | None = None,
     form: str | None = None,
 ) -> NeedleResult:
-    """Which secrets hidden in a text a model finds, compared with its base if one is given (the recall test).
+    """Run the recall test: hide secrets in a text and count those that a model, and its base if given, finds.
 
     Args:
         model, base, tokenizer, report, progress: as for `evaluate`.
-        text: the text around them: "builtin" or a text file.
+        text: the text around the secrets: "builtin" or a text file.
         lengths, length: tokens of the prompts: several lengths (512, 1024, 2048), or one.
-        depths: places in the text: their number, evenly spaced (5), or shares (0 the beginning, 1 the end).
-        samples, cases: prompts for each length and place (4), or in all, at least.
-        seed: of what is drawn (0).
+        depths: positions in the text: their number, evenly spaced (5), or a list of shares (0 the beginning, 1 the
+            end).
+        samples, cases: prompts for each length and depth (4), or the least number of prompts in all.
+        seed: random seed of the secrets and their positions (0).
         secret: "digits" or "words".
-        form: "chat", "plain", or "auto", by the tokenizer.
+        form: "chat", "plain", or "auto" (as the tokenizer allows).
     """
     settings = {"text": text, "lengths": lengths, "length": length, "depths": depths, "samples": samples}
     settings |= {"cases": cases, "seed": seed, "secret": secret, "form": form}
@@ -143,14 +145,15 @@ def evaluate_choices(
     context: int | None = None,
     seed: int | None = None,
 ) -> ChoiceResult:
-    """Which of several answers a model finds most probable, compared with its base if one is given.
+    """Ask multiple-choice questions and count those that a model, and its base if given, answers right.
 
     Args:
         model, base, tokenizer, report, progress: as for `evaluate`.
-        text: where the questions are made from: "builtin" or a text file; which ending continues a passage.
+        text: the text that questions are made from: "builtin" or a text file. Each asks which ending continues a
+            passage.
         labelled: a JSONL file of questions (prompt, choices, answer) in place of a text.
-        items, context: questions made from the text (320), and tokens of a passage (96).
-        seed: of what is drawn (0).
+        items, context: number of questions made from the text (320), and tokens of a passage (96).
+        seed: random seed of the passages (0).
     """
     settings = {"text": text, "labelled": labelled, "items": items, "context": context, "seed": seed}
     given = {key: value for key, value in settings.items() if value is not None}
@@ -187,9 +190,9 @@ def _evaluate(
 
 
 def _chosen(probe: str | Probe | None, settings: dict[str, Any], report: Report | None) -> Probe | None:
-    """The probe that was asked for, with the recipe's settings where a report has some and none were given.
+    """The probe that the caller asked for; None if neither a probe nor settings were given.
 
-    None: nothing was asked for.
+    Without settings, a probe takes those of the recipe that the report names, if it has any.
     """
     from surgery.evaluation import probes
     from surgery.evaluation.probes.base import Probe
@@ -218,7 +221,7 @@ def _usual() -> Probe:
 
 
 def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
-    """Enter a score into the record of a checkpoint of ours that has none, or note why it does not belong there."""
+    """Add a score to the record of a checkpoint of ours that has none, or note in the result why it was not added."""
     from surgery.config.recipe import recorded
     from surgery.report.lineage import KEPT, record_score
 
@@ -233,7 +236,7 @@ def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
 
 
 def _source(model: Any, name: str = "model") -> Any:
-    """A folder for a name; a loaded model, or none, as it is."""
+    """The folder of a model given by name; a loaded model or None is returned unchanged."""
     if isinstance(model, str | Path):
         from surgery.io.hub import resolve
 

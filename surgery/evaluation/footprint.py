@@ -1,4 +1,4 @@
-"""What can be said of a model without running it: the bytes that are loaded, and the KV cache of one token."""
+"""Figures of a model that need no run: the bytes that are loaded, and the KV cache of one token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Footprint:
 
     Attributes:
         load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
-        kv_bytes_per_token: KV cache of one token, all layers; None where the attention is not understood.
+        kv_bytes_per_token: KV cache of one token, all layers; None if the attention is not understood.
     """
 
     load_bytes: int
@@ -31,8 +31,8 @@ def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
 
     Args:
         source: model folder, or loaded model.
-        label: what the model is called in a note.
-        notes: gets a line where the attention is not understood.
+        label: name of the model in a note.
+        notes: gets a line if the attention is not understood.
     """
     from surgery.architecture.anatomy import Anatomy
 
@@ -45,7 +45,7 @@ def footprint(source: ModelSource, label: str, notes: list[str]) -> Footprint:
 
 
 def _bytes(source: ModelSource) -> int:
-    """Bytes of what is loaded: other weight files in the folder (adapters, `consolidated*`) do not count."""
+    """Bytes of the weights that are loaded, without other weight files in the folder (adapters, `consolidated*`)."""
     if not isinstance(source, str | Path):
         return sum(weight.numel() * weight.element_size() for weight in source.parameters())
     folder = Path(source)

@@ -1,11 +1,13 @@
-"""Load checkpoints with stock Transformers in a process of its own, as on a stranger's machine, and print the results.
+"""Load checkpoints with stock Transformers in a separate process, as on another user's machine, and print the results.
 
-Run as a file (`python -P fresh_process.py`), never imported by the package: it reads jobs as JSON from stdin,
-each {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or null}, and writes one JSON line a job.
-"trust" loads a surgical checkpoint with trust_remote_code, which runs the code in its folder; it is set only for files
-that are this package's own, byte for byte. "package": folder loads it with the package instead: the `surgery` found
-there is imported and registered; without it, the job fails if `surgery` was imported. A model that stock Transformers
-has no class for is answered with {"no_class": why}.
+The file is run (`python -P fresh_process.py`), never imported by the package. It reads a JSON list of jobs from stdin
+and writes one line of JSON for each job. A job is {"folder": ..., "tokens": [[...]], "generate": n, "logits": file or
+null} with two optional keys:
+- "trust": true loads a surgical checkpoint with trust_remote_code, which runs the code in its folder. It is set only
+  if that code is this package's own, byte for byte.
+- "package": FOLDER imports the `surgery` in FOLDER, registers it, and loads with it. Without this key, the job fails
+  if `surgery` was imported.
+If stock Transformers has no class for a model, the answer is {"no_class": reason}.
 """
 
 import json
@@ -14,7 +16,7 @@ import sys
 
 
 def load_in_this_process(job: dict) -> dict:
-    """Load the model of a job, run and generate; the answer is one JSON object."""
+    """Load the model of a job, run it and generate. The result becomes one JSON object."""
     import torch
     import transformers
 
@@ -57,8 +59,8 @@ def load_in_this_process(job: dict) -> dict:
 
 
 def main() -> None:
-    """Answer every job of stdin with a line of JSON; a job that raises is answered with {"error": text}."""
-    for job in json.load(sys.stdin):  # read to its end: a question later on gets no answer and waits for none
+    """Answer every job on stdin with a line of JSON; a job that raises is answered with {"error": text}."""
+    for job in json.load(sys.stdin):  # stdin is read to its end, so that a later question cannot wait for an answer
         try:
             result = load_in_this_process(job)
             if "surgery" in sys.modules and not job.get("package"):

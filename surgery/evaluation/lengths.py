@@ -1,4 +1,4 @@
-"""Numbers of tokens: as a person types them, and how many a surgery must be judged on."""
+"""Numbers of tokens: reads them as a user types them, and decides how many tokens are enough to judge a surgery."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from math import inf
 
 from surgery.errors import SettingError
 
-JUDGED = 4  # a row is long enough where it has so many times the tokens that a surgery leaves alone
+JUDGED = 4  # a row is long enough if it has this many times the tokens that a surgery leaves unchanged
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """ "512,2k,8k" as numbers of tokens (k: thousands).
+    """Read "512,2k,8k" as numbers of tokens (k: thousands).
 
     Raises:
-        SurgeryError: not positive whole numbers.
+        SurgeryError: the text is not a list of positive whole numbers.
     """
     try:
         lengths = tuple(int(word.strip().lower().replace("k", "000")) for word in text.split(","))
@@ -25,14 +25,15 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 def too_short(length: int, unchanged: int, op: str, *, rows: str, key: str, positions: int | None = None) -> str:
-    """Why rows show too little of an operation, as a sentence with the length to take; "" if they are long enough.
+    """A sentence that says why rows are too short to show an operation and which length is enough, or "".
 
     Args:
         length: tokens of a row.
-        unchanged: tokens of a sequence that the operation `op` leaves as they are (`Operation.unchanged_within`).
-        rows: what they are, in the plural ("windows").
-        key: how their length is set ("evaluate.length").
-        positions: of the model; where they are used up nothing is said. None: unknown.
+        unchanged: number of first tokens of a sequence that the operation `op` leaves unchanged
+            (`Operation.unchanged_within`).
+        rows: the name of the rows, in the plural ("windows").
+        key: the setting of their length ("evaluate.length").
+        positions: the model's largest number of tokens (None: unknown). Rows of that length are never too short.
     """
     if length >= min(JUDGED * unchanged, positions or inf):
         return ""

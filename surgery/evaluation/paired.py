@@ -1,4 +1,4 @@
-"""The same cases put to a model and to its base, one after the other: the run, its result, shares with intervals."""
+"""Runs the same cases on a model and on its base, one after the other, and computes shares with intervals."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
-MODELS = {"base": "the base", "out": "the converted model"}  # label -> whose turn it is
-NAMES = {"base": "base", "out": "converted"}  # label -> what a person reads
+MODELS = {"base": "the base", "out": "the converted model"}  # label -> name of the model that runs, in progress
+NAMES = {"base": "base", "out": "converted"}  # label -> name of the model in results
 
 
 def sides(out: ModelSource, base: ModelSource | None) -> dict[str, ModelSource]:
-    """The models by label, in the order in which they are run."""
+    """The models by label, the base first."""
     return dict(zip(LABELS, (base, out), strict=True)) if base is not None else {"out": out}
 
 
 @dataclass(repr=False)
 class CaseResult(Result):
-    """What two models made of the same cases.
+    """The outcomes of one or two models on the same cases.
 
     Attributes:
-        status: "done", or "not run" for the stated `reason`; then there are no outcomes.
-        settings: where the cases are from (title, sha256 of a text), and how they were drawn.
+        status: "done" or "not run". If it was not run, `reason` says why and there are no outcomes.
+        settings: the source of the cases (title and sha256 of a text), and how they were drawn.
         cases: the cases, in the order of the outcomes.
-        outcomes: "base" (if one was given) and "out" -> one outcome a case.
-        notes: what could not be found out.
+        outcomes: "base" (if one was given) and "out" -> one outcome for each case.
+        notes: remarks for the reader, such as figures that could not be determined.
         COUNT: key of the number of cases in the JSON.
-        COMPARISON: key of what `compare` gives.
+        COMPARISON: key of the result of `compare` in the JSON.
     """
 
     status: str
@@ -53,15 +53,15 @@ class CaseResult(Result):
     COMPARISON: ClassVar[str] = "kept"
 
     def about(self) -> dict:
-        """Figures of the cases themselves, for JSON."""
+        """Figures about the cases themselves, for JSON."""
         return {}
 
     def side(self, label: str) -> dict:
-        """One model over all cases."""
+        """The figures of one model over all cases."""
         raise NotImplementedError
 
     def compare(self) -> dict | None:
-        """What the pairs of outcomes say; None without a base."""
+        """The comparison of both models' outcomes, case by case; None without a base."""
         raise NotImplementedError
 
     def case(self, index: int) -> dict:
@@ -69,7 +69,7 @@ class CaseResult(Result):
         return {label: vars(outcomes[index]) for label, outcomes in self.outcomes.items()}
 
     def alone(self) -> str:
-        """Hits and number of cases of the only model."""
+        """Hits and number of cases of a model that was run without a base."""
         figures = self.side("out")
         return f"{self.PROBE.replace('_', ' ')}: {next(iter(figures.values()))} of {figures['of']}"
 
@@ -93,19 +93,20 @@ def run_base_then_model(
     broken: Callable,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Run the cases on each model, one model in memory at a time; or record why a model does not fit in memory.
+    """Run the cases on each model with one model in memory at a time. If one does not fit, record that instead.
 
     Args:
-        result: gets `outcomes` by label, `notes`, and where nothing was run a `status` "not run" and a `reason`.
-        sources: label ("base", "out") -> folder or loaded model, in this order.
-        run_cases: called with a model and a callback(done); gives one outcome for each case.
-        what: what the cases are, for messages.
-        extra: bytes needed besides the weights, from the model's KV bytes per token.
+        result: gets `outcomes` by label and `notes`; if nothing was run, `status` "not run" and a `reason`.
+        sources: label ("base", "out") -> folder or loaded model, in the order in which they run.
+        run_cases: called with a model and a callback(done); returns one outcome for each case.
+        what: the name of the cases in messages.
+        extra: bytes needed in addition to the weights, as a function of the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
-        progress: called as progress(done, total, whose turn it is) after each case; "" where there is one model.
+        progress: called after each case as progress(done, total, name of the running model); the name is "" if there
+            is only one model.
 
     Raises:
-        SurgeryError: a folder without safetensors, a base that yields NaN.
+        SurgeryError: a folder has no safetensors, or the base gives NaN.
     """
     needs, cases = [], len(result.cases)
     for label, source in sources.items():
@@ -127,7 +128,7 @@ def run_base_then_model(
         with loaded(source) as model:
             result.outcomes[label] = run_cases(model, tick)
         del model
-        gc.collect()  # or a model in a reference cycle would share the memory with the next one
+        gc.collect()  # otherwise a model in a reference cycle would stay in memory during the next run
         wrong = sum(map(broken, result.outcomes[label]))
         if wrong and label == "base":
             raise ModelError(
@@ -139,7 +140,9 @@ def run_base_then_model(
 
 
 def share_of(name: str, hits: Iterable[bool], nlls: Iterable[float]) -> dict:
-    """One model over all cases: hits under `name`, their number, the share with its 95% interval, and the mean NLL."""
+    """One model over all cases: hits (under the key `name`), number of cases, their share with its 95% interval, mean
+    NLL.
+    """
     hits, nlls = list(hits), list(nlls)
     low, high = wilson(sum(hits), len(hits))
     figures = {"of": len(hits), "accuracy": sum(hits) / len(hits), "low": low, "high": high}
@@ -147,9 +150,9 @@ def share_of(name: str, hits: Iterable[bool], nlls: Iterable[float]) -> dict:
 
 
 def kept_of(pairs: Iterable[tuple[bool, bool]]) -> dict:
-    """Of the cases that the base has (first of a pair), how many the model has too; the share with its 95% interval.
+    """Of the cases that the base gets right, how many the model gets right too, and their share with a 95% interval.
 
-    The share is NaN where the base has none.
+    A pair is (base right, model right). The share is NaN if the base gets none right.
     """
     hits = [out for base, out in pairs if base]
     low, high = wilson(sum(hits), len(hits))
@@ -158,15 +161,15 @@ def kept_of(pairs: Iterable[tuple[bool, bool]]) -> dict:
 
 
 def percent(figures: dict) -> str:
-    """ "75.0%, 95% interval 30.1% to 95.4%" of what `share_of` or `kept_of` gives."""
+    """Figures of `share_of` or `kept_of` as "75.0%, 95% interval 30.1% to 95.4%"."""
     share = figures.get("share", figures.get("accuracy"))
     return f"{share:.1%}, 95% interval {figures['low']:.1%} to {figures['high']:.1%}"
 
 
 def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927), 95% by default; (0, 1) where nothing was seen.
+    """Interval of a share (Wilson 1927), 95% by default; (0, 1) if there were no cases.
 
-    These are the two shares p that lie z standard errors sqrt(p (1 - p) / of) away from hits / of.
+    Its ends are the two shares p that lie z standard errors sqrt(p (1 - p) / of) away from hits / of.
     """
     if not of:
         return 0.0, 1.0
@@ -177,7 +180,7 @@ def wilson(hits: int, of: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def finite(value):
-    """The same structure with None for NaN and infinity, which JSON has not."""
+    """The same structure with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a probe gives back: figures with a status, which print, and read like the dict that JSON gets."""
+"""The result of a probe: figures with a status. It can be printed, and read like the dict that becomes JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from surgery.io.printing import Block, Printed
 
 
 class Result(Printed, Mapping[str, Any]):
-    """What `measure` of a probe gives. As a mapping it is `to_dict()`: `result["out"]["perplexity"]`.
+    """The result of a probe's `measure`. As a mapping it equals `to_dict()`: `result["out"]["perplexity"]`.
 
     Attributes:
-        status: "done", or "not run" for the stated `reason`; then there are no figures.
-        notes: what could not be found out.
+        status: "done" or "not run". If it was not run, `reason` says why and there are no figures.
+        notes: remarks for the reader, such as figures that could not be determined.
         PROBE: name of the probe, as in the registry.
     """
 
@@ -26,10 +26,10 @@ class Result(Printed, Mapping[str, Any]):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The record for JSON: what surgery.json keeps, and what the methods of `Probe` that take `record` read."""
+        """The record for JSON. surgery.json keeps it, and the methods of `Probe` that take `record` read it."""
 
     def alone(self) -> str:
-        """The figure of a model that was measured without a base, in some words."""
+        """A few words with the main figure of a model that was measured without a base."""
         return "one model"
 
     def headline(self) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe judges a model on: the probes that it asks for, compared with the base, and the gate."""
+"""Evaluates a model as its recipe asks: runs the probes on the model and its base, and compares them with the gate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unscorable(base: Path, settings: Evaluate) -> None:
-    """Raise before anything is written what the evaluation would raise when all is done."""
+    """Raise, before anything is written, the errors that the evaluation would raise at the end."""
     for probe in settings.asked:
         probe.refuse(base)
 
@@ -28,7 +28,7 @@ def refuse_unscorable(base: Path, settings: Evaluate) -> None:
 def evaluate_report(
     report: Report, base: Path, settings: Evaluate, progress: Progress | None = None, allow_pickle: bool = False
 ) -> None:
-    """Measure the report's folder as its recipe asks, keep the figures, and compare them with the gate's limits."""
+    """Measure the report's folder as its recipe asks, record the figures, and compare them with the gate's limits."""
     options = {"progress": progress, "allow_pickle": allow_pickle}
     report.record_evaluation(_measure_all(settings.asked, cast("Path", report.folder), base, **options).to_dict())
 
@@ -42,13 +42,14 @@ def evaluate_in_memory(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Measure a loaded model, enter the figures into its report, and compare them with the gate's limits.
+    """Measure a loaded model, add the figures to its report, and compare them with the gate's limits.
 
     Args:
-        probe: what is measured; default all that the report's recipe asks for.
+        probe: the probe to run; default: all that the report's recipe asks for.
 
     Raises:
-        SurgeryError: no base; settings that are not the recipe's; another probe before the main one.
+        SurgeryError: there is no base, the settings are not those of the recipe, or another probe runs before the
+            main one.
     """
     if base is None:
         fix = "surgery.evaluate(model, base, report=report)"
@@ -76,12 +77,12 @@ def evaluate_in_memory(
 
 
 def weights_version(model: Any) -> int:
-    """A number that is another one after a training step: PyTorch counts what is written into each parameter."""
+    """A number that changes with each training step: PyTorch counts the writes into each parameter."""
     return hash(tuple((id(weight), getattr(weight, "_version", 0)) for weight in model.parameters()))
 
 
 def _refuse_other_settings(data: dict[str, Any], probe: Probe) -> None:
-    """Raise where figures could not be compared with the recipe's gate: they are of other settings."""
+    """Raise if a probe has other settings than the recipe's, since the gate could not judge its figures."""
     wanted = recipe_probe(data, type(probe))
     if wanted is not None and not same_settings(wanted, probe):
         asked = ", ".join(f"{key}={value!r}" for key, value in wanted.model_dump(exclude_unset=True).items())
@@ -114,7 +115,7 @@ def _measure_all(
 def _measure(
     probe: Probe, out: ModelSource, base: ModelSource, tokenizer: Any, progress: Progress | None
 ) -> dict[str, Any]:
-    """What became of a probe; that tokenizer or text cannot make its cases is no fault of the checkpoint."""
+    """The record of a probe. Errors are recorded, not raised: an unsuited tokenizer or text is no model fault."""
     if reason := probe.unasked(base, tokenizer):
         return {"status": UNASKED, "reason": reason}
     try:

@@ -1,9 +1,9 @@
-"""From which position on sparse prefill pays on this machine: its `dense_below`, measured.
+"""Measures `dense_below`: the position from which sparse prefill pays on this machine.
 
-The inputs of a layer's attention on a text are recorded, and that attention is timed on them in turn: dense, and
-sparse from a candidate on. A candidate fits if neither a prompt that is a quarter longer nor one that is twice as long
-takes more than `LIMIT` of dense's time: every block beyond saves more than the one before. The smallest that fits is
-taken. The attention alone is timed: its share of a prompt grows with the length, so a whole prompt loses less.
+The inputs of some layers' attention on a text are recorded. On these inputs the attention is timed in turn: dense, and
+sparse from a candidate position on. A candidate fits if two prompts, one a quarter longer and one twice as long, both
+take at most `LIMIT` times as long as dense; longer prompts save more with every block. The smallest candidate that
+fits is taken. Only the attention is timed. It is a part of the whole prompt, so a whole prompt loses less than that.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from surgery.machine.progress import begin
 
 CANDIDATES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 LIMIT = 1.02
-LAYERS = 4  # that are timed, evenly spaced among those whose prefill is sparse
-SHORTEST = 0.05  # seconds that a timing lasts at least; a shorter call is repeated
+LAYERS = 4  # number of timed layers, evenly spaced among those with sparse prefill
+SHORTEST = 0.05  # least seconds of a timing; a shorter call is repeated
 
 
 @dataclass(frozen=True)
 class TimedPrompt:
-    """A prompt whose first `dense_below` positions are dense.
+    """The timing of a prompt whose first `dense_below` positions are dense.
 
     Attributes:
         dense, sparse: seconds of one layer's attention, mean over the layers, median over the rounds.
-        ratio: sparse to dense, median over the rounds.
+        ratio: sparse time over dense time, median over the rounds.
     """
 
     dense_below: int
@@ -43,16 +43,17 @@ class TimedPrompt:
 
 @dataclass(frozen=True)
 class DenseBelowSearch:
-    """What was measured, and what follows.
+    """The result of a search for `dense_below`.
 
     Attributes:
-        dense_below: the value; the model's positions where no candidate fits: then no prompt is sparse.
-        before: the values that its layers have.
+        dense_below: the value that was found. If no candidate fits, the number of the model's positions: then no
+            prompt is sparse.
+        before: the values that the layers have now.
         fits: whether a candidate fits.
-        trials: in the order in which they were run.
-        machine, text: what they were run on.
-        layers: that were timed.
-        rounds: repetitions.
+        trials: the timings, in the order in which they were run.
+        machine, text: the machine and the text of the timings.
+        layers: the layers that were timed.
+        rounds: repetitions of every timing.
     """
 
     dense_below: int
@@ -86,15 +87,16 @@ def search_dense_below(
     """Find the `dense_below` of a checkpoint with sparse prefill on this machine.
 
     Args:
-        out: its folder.
-        candidates: in tokens; each needs a text and positions for twice as many. Default: `CANDIDATES`.
+        out: the folder of the checkpoint.
+        candidates: values to try, in tokens. Each needs twice as many tokens of text and positions. Default:
+            `CANDIDATES`.
         rounds: repetitions of every timing.
-        text: see `load_text`; of the built-in text the calibration part.
+        text: as for `load_text`; "builtin" is the calibration part of the built-in text.
         device: "cpu" or "cuda".
         progress: called as progress(candidates done, candidates, "timing").
 
     Raises:
-        SurgeryError: no layer's prefill is sparse, no candidate can be tried, the text is too short.
+        SurgeryError: no layer has sparse prefill, no candidate can be tried, or the text is too short.
     """
     from surgery.data.text import load_text, windows
     from surgery.evaluation.benchmark.models import spaced_layers
@@ -147,7 +149,7 @@ def _no_candidate(block: int, positions: int, tokens: int, where: str) -> Surger
 
 
 def _calls(model, ids, layers: list[int]) -> list[tuple]:
-    """What the attention of some layers is given in a prompt: (module, query, key, value, other arguments)."""
+    """The inputs of some layers' attention in a prompt: (module, query, key, value, other arguments)."""
     import torch
 
     from surgery.calibration.attention_hook import hook_attention
@@ -166,9 +168,9 @@ def _calls(model, ids, layers: list[int]) -> list[tuple]:
 
 
 def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> TimedPrompt:
-    """Both ways in turn; a round's time is that of all layers."""
+    """Time dense and sparse attention in turn; one round runs all layers."""
     repeats, times = 1, []
-    for round_index in range(rounds + 1):  # the first counts for nothing but the number of repeats
+    for round_index in range(rounds + 1):  # the first round only sets the number of repeats
         dense, sparse = (
             sum(_seconds(call, length, below, repeats) for call in calls) for below in (None, dense_below)
         )
@@ -187,7 +189,7 @@ def _trial(calls: list[tuple], dense_below: int, length: int, rounds: int) -> Ti
 
 
 def _seconds(call: tuple, length: int, dense_below: int | None, repeats: int) -> float:
-    """Seconds of a layer's attention on the first `length` tokens; dense_below None: dense throughout."""
+    """Seconds of a layer's attention on the first `length` tokens. `dense_below` None: all positions are dense."""
     import torch
 
     from surgery.evaluation.benchmark.run import wait
@@ -217,16 +219,16 @@ def _dense_below(module, tokens: int | None):
 
 
 def write_dense_below(folder: str | Path, search: DenseBelowSearch):
-    """Give a checkpoint the `dense_below` that was found: config.json, surgery.json and the card.
+    """Write the `dense_below` that was found into a checkpoint: config.json, surgery.json and the card.
 
-    A larger value reads more than what was scored: the scores stay, and the card says of which value they are. With a
-    smaller one they say nothing any more, and are taken out.
+    With a larger value, the model reads more than when it was scored: the scores stay, and the card names the value
+    that they belong to. With a smaller value, the scores no longer hold and are removed.
 
     Returns:
         The `Report`, saved.
 
     Raises:
-        SurgeryError: no candidate fits, and longer prompts, which were not tried, might.
+        SurgeryError: no candidate fits, but a longer prompt than those tried might; or the folder was changed.
     """
     from surgery.io import manifest
     from surgery.io.files import read_json, write_text
@@ -261,7 +263,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
         _note_change(data, search)
     data["calibration"] = search.to_dict()
     with machine_errors(folder):
-        text = json.dumps(config, indent=2, ensure_ascii=False)  # of Transformers, which knows Infinity
+        text = json.dumps(config, indent=2, ensure_ascii=False)  # Transformers reads this file, and accepts Infinity
         write_text(folder / "config.json", text + "\n")
         if manifest.is_complete(data):
             data["other_files"]["config.json"] = manifest.entry(folder / "config.json")
@@ -270,7 +272,7 @@ def write_dense_below(folder: str | Path, search: DenseBelowSearch):
 
 
 def _note_change(data: dict, search: DenseBelowSearch) -> None:
-    """Say in a record that `dense_below` is another one now."""
+    """Update a record for a new value of `dense_below`."""
     dense_below, before = search.dense_below, " or ".join(f"{tokens:,}" for tokens in search.before)
     plan, scored = data["plan"], data["evaluation"] is not None
     for old in search.before:

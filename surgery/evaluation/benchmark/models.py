@@ -1,14 +1,11 @@
-"""Base and patched model for a benchmark: loaded, or random ones of their shape; what does not belong together is
-refused.
+"""Models and prompts of a benchmark.
 
-Prompts of a benchmark: text where the weights are a model's own, random tokens where they are random.
+The base and the converted model are loaded, or made with random weights in the same shape. Models that do not belong
+together are refused. Random models serve lengths beyond the model's positions, where only time and memory have a
+meaning: the time of attention depends on the number of heads, their visibility and the length, not on the weights.
 
-What a router turns on, and which blocks a sparse prefill reads, follows from the text: random tokens would time
-something else.
-
-Random models of a real model's shape: for lengths beyond its positions, where only time and memory mean anything.
-
-Weights do not change how long attention takes; the number of heads, their visibility and the length do.
+Prompts are text if the weights are the model's own, and random tokens if the weights are random. A router and sparse
+prefill choose heads and blocks by the text, so with a model's own weights random tokens would give other timings.
 """
 
 from __future__ import annotations
@@ -24,13 +21,13 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", 
 
 
 def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]:
-    """Whether two models can be compared at all, by their configs and the record in `out`.
+    """Verify, from their configs and the record in `out`, that two models can be compared.
 
     Returns:
-        Notes: why it is not sure that `out` was made from this base.
+        Notes that say why it is not certain that `out` was made from this base; [] if it is.
 
     Raises:
-        SurgeryError: models of different shape; attention may differ, the rest not.
+        SurgeryError: the models differ in shape outside of the attention.
     """
     from surgery.report.lineage import another_base
     from surgery.report.report import FILE, Report
@@ -50,11 +47,11 @@ def compare(base, out, base_name: str | Path, out_name: str | Path) -> list[str]
 
 
 def loaded_pair(base, out, base_folder: Path, out_folder: Path, positions: int) -> tuple[Any, Any, dict]:
-    """Both models with their own weights, and no information to add.
+    """Both models with their own weights, and {}.
 
     Raises:
-        SurgeryError: more positions asked for than the base has.
-        MachineError: not enough memory.
+        SurgeryError: more positions are asked for than the base has.
+        MachineError: there is not enough memory.
     """
     from surgery.io.loading import load_model
 
@@ -73,15 +70,16 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
     """Both models with random weights and `positions` positions.
 
     Args:
-        layers: how many; None for all.
-        ratio: share of streaming KV heads, at random over all layers; None for the split of `out`.
+        layers: number of layers; None for all.
+        ratio: share of streaming KV heads, chosen at random over all layers; None for the split of `out`.
 
     Returns:
-        Both, and which layers they stand for.
+        Base, converted model, and a dict that says which layers of the base they have.
 
     Raises:
-        SurgeryError: layers or ratio out of range, a composite, a ratio where `out` has no head split.
-        MachineError: not enough memory.
+        SurgeryError: layers or ratio are out of range, the model is a composite, or `out` has no head split for a
+            ratio.
+        MachineError: there is not enough memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -111,7 +109,7 @@ def random_pair(base, out, positions: int, layers: int | None, ratio: float | No
 
 
 def _random_routers(model) -> None:
-    """A router of zeros, as a new one is, turns on the same heads for all tokens."""
+    """Give routers random weights. A new router is zero and would turn on the same heads for all tokens."""
     import torch
 
     for module in model.modules():
@@ -138,7 +136,7 @@ def split_figures(config) -> dict[str, Any] | None:
 
 
 def gate_figures(config) -> dict[str, Any] | None:
-    """The gates of a config in figures; None where no layer has one."""
+    """The gates of a config in figures; None if no layer has one."""
     from surgery.runtime.surgery_config import query_groups
     from surgery.runtime.surgery_gates import Gate
 
@@ -151,9 +149,9 @@ def gate_figures(config) -> dict[str, Any] | None:
 
 
 def sparse_figures(config) -> dict[str, Any] | None:
-    """The sparse prefill of a config in figures; None where no layer has one.
+    """The sparse prefill of a config in figures; None if no layer has one.
 
-    `by_text`: how many blocks are read follows from text and weights, not from the settings alone.
+    `by_text`: whether the number of blocks that are read depends on text and weights, not only on the settings.
     """
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     if not (entries := [layer["sparse"] for layer in layers if "sparse" in layer]):
@@ -172,8 +170,9 @@ def _kv_heads(config) -> list[int]:
 
 
 def _refuse_too_big(weights: int, config, positions: int) -> None:
-    """An estimate: weights of both models, and for the longest prompt the base's cache, while a layer of it is copied,
-    and four tensors of a layer's width."""
+    """Raise if an estimate of the memory is too large: the weights of both models; for the longest prompt, the base's
+    cache with a copy of one layer; and four tensors of a layer's width.
+    """
     from surgery.machine.device import too_big
 
     text = config.get_text_config()
@@ -197,13 +196,13 @@ def make_prompts(folder: Path | None, vocabulary: int, lengths: tuple[int, ...])
     """One prompt for each length, the same at every call.
 
     Args:
-        folder: of a model with its tokenizer; None: the weights are random.
+        folder: folder of the model, with its tokenizer; None: the weights are random.
         vocabulary: number of different tokens.
-        lengths: in tokens.
+        lengths: lengths of the prompts in tokens.
 
     Returns:
-        Length -> long [1, length]; what they are, in words; and why they are random although the weights are not, or
-        "".
+        Length -> long [1, length]; a description of the prompts; and why they are random tokens although the weights
+        are not random, or "".
     """
     import torch
 
@@ -223,12 +222,12 @@ def make_prompts(folder: Path | None, vocabulary: int, lengths: tuple[int, ...])
 
 
 def synthetic_config(config, layers: list[int], positions: int):
-    """A copy of a config with some of its layers and at least so many positions.
+    """A copy of a config with some of its layers and at least `positions` positions.
 
     Args:
-        config: of a model that is no composite.
-        layers: numbers of the layers to keep; lists with an entry a layer (`layer_types`, the `surgery` block's) keep
-            those entries.
+        config: the config of a model that is no composite.
+        layers: indices of the layers to keep. Lists with one entry per layer (`layer_types`, those of the `surgery`
+            block) keep the same entries.
         positions: longest sequence that must fit.
     """
     config, depth = copy.deepcopy(config), config.num_hidden_layers
@@ -256,10 +255,10 @@ def random_model(config):
 
 
 def spaced_layers(depth: int, count: int | None) -> list[int]:
-    """Numbers of `count` layers, evenly spaced over `depth`; all where count is None.
+    """Indices of `count` layers, evenly spaced over `depth`; all layers if `count` is None.
 
     Raises:
-        SurgeryError: more layers than there are, or none.
+        SurgeryError: `count` is less than 1 or more than `depth`.
     """
     if count is not None and not 1 <= count <= depth:
         raise SettingError(f"{count} layers of {depth}", where="--layers", fix=f"1 to {depth}")
@@ -268,15 +267,15 @@ def spaced_layers(depth: int, count: int | None) -> list[int]:
 
 
 def even_split(layers: list[dict], kv_heads: list[int], ratio: float, seed: int = 0) -> list[dict]:
-    """The `surgery` block's layers with a share of all KV heads streaming, chosen at random over all layers.
+    """The layers of a `surgery` block with a given share of streaming KV heads, chosen at random over all layers.
 
     Args:
-        layers: they keep their sinks and window; a layer that names none takes those of one that does.
-        kv_heads: of each layer.
-        ratio: from 0 to 1, rounded to a whole number of heads.
+        layers: the layers of the block. Each keeps its sinks and window; a layer without them takes those of another.
+        kv_heads: number of KV heads of each layer.
+        ratio: share from 0 to 1, rounded to a whole number of heads.
 
     Raises:
-        SurgeryError: a ratio outside 0 to 1.
+        SurgeryError: the ratio is outside 0 to 1.
     """
     if not 0 <= ratio <= 1:
         raise SettingError(f"ratio {ratio:g}", where="--ratio", fix="from 0 to 1")

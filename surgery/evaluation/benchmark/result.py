@@ -1,4 +1,4 @@
-"""What a benchmark measured: seconds, bytes, and the ratios that follow from them, as an object and as a picture."""
+"""The result of a benchmark: seconds, bytes and the ratios between models, as an object and as a picture."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 STOCK, FULL, SPLIT = "base", "all full", "patched"
-SPEEDS = (  # name, the slower and the faster one of a speed-up, what is timed
+SPEEDS = (  # name of a speed-up, the model compared with, the model judged, what is timed
     ("prefill_vs_stock", STOCK, SPLIT, "prefill"),
     ("decode_vs_stock", STOCK, SPLIT, "decode"),
     ("prefill_vs_block_cache", FULL, SPLIT, "prefill"),
     ("decode_vs_block_cache", FULL, SPLIT, "decode"),
 )
-SHARES = (  # name, what is counted: the patched model's as a share of the base's
+SHARES = (  # name, what is counted: the converted model's bytes as a share of the base's
     ("cache_bytes_vs_stock", "cache_bytes"),
     ("decode_cache_bytes_vs_stock", "decode_cache_bytes"),
     ("peak_memory_vs_stock", "peak_memory"),
 )
-DRAWN = (  # panel -> what is drawn in it, with its name in the legend
+DRAWN = (  # panels of the picture: title, y label, ratio -> name in the legend
     (
         "speed: higher is better",
         "times as fast",
@@ -40,15 +40,16 @@ DRAWN = (  # panel -> what is drawn in it, with its name in the legend
 
 @dataclass(frozen=True)
 class Timing:
-    """One model at one length.
+    """The measurements of one model at one prompt length.
 
     Attributes:
-        prefill_rounds: seconds for the prompt, one number a round.
-        decode_rounds: seconds for one token after it, one number a round (the median of that round's tokens).
+        prefill_rounds: seconds for the prompt, one number per round.
+        decode_rounds: seconds for one token after the prompt, one number per round (the median of its tokens).
         cache_bytes: bytes of the tensors that the cache holds after the prompt.
-        decode_cache_bytes: the same after the decoded tokens: a cache that grows by blocks has room to spare.
-        peak_memory: most bytes that the prompt took beyond the weights, its cache among them; None: not measured.
-        work: multiply-adds of the prompt in layers that have a gate or sparse prefill, part -> [as counted, without].
+        decode_cache_bytes: the same after the decoded tokens; a cache that grows by blocks has spare room then.
+        peak_memory: peak bytes during the prompt beyond the weights, including its cache; None: not measured.
+        work: multiply-adds of the prompt in layers with a gate or sparse prefill: part -> [number that was done,
+            number without gate and sparse prefill].
     """
 
     model: str
@@ -62,16 +63,16 @@ class Timing:
 
     @property
     def prefill(self) -> float:
-        """Seconds, median over the rounds."""
+        """Seconds for the prompt, median over the rounds."""
         return statistics.median(self.prefill_rounds)
 
     @property
     def decode(self) -> float:
-        """Seconds a token, median over the rounds."""
+        """Seconds per decoded token, median over the rounds."""
         return statistics.median(self.decode_rounds)
 
     def to_dict(self) -> dict[str, Any]:
-        """The timing as plain data: seconds, tokens a second, bytes; a spread is the slowest to the fastest round."""
+        """The timing as plain data: seconds, tokens per second, bytes. A spread is slowest over fastest round."""
         return asdict(self) | {
             "prefill": self.prefill,
             "prefill_spread": spread(self.prefill_rounds),
@@ -84,16 +85,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All timings of one run, and what they were taken on.
+    """All timings of one run, with the machine and the models.
 
     Attributes:
-        machine: processor, threads, torch.
-        model: what was run: layers, dtype, the base's attention; `synthetic`: random weights.
-        split: KV heads that stream, of how many, per layer; None for a native model.
-        gate: layers that have a gate, its kinds, the mean share of heads that are on there; None: no layer has one.
+        machine: processor, threads, version of torch.
+        model: layers, dtype and attention of the base; `synthetic`: whether weights are random.
+        split: number of streaming KV heads and of all KV heads, in all and per layer; None for a native model.
+        gate: number of layers with a gate, kinds of gates, mean share of heads that are on; None: no layer has one.
         rounds, decode: repetitions, and tokens decoded in each.
         notes: what a reader of the figures must know.
-        sparse: layers whose prefill is sparse, the methods; None: no layer's is.
+        sparse: number of layers with sparse prefill, and its methods; None: no layer has it.
     """
 
     machine: str
@@ -111,12 +112,12 @@ class Benchmark:
         return {**vars(self), "timings": [t.to_dict() for t in self.timings], "ratios": self.ratios()}
 
     def ratios(self) -> list[dict[str, Any]]:
-        """For each length: how many times as fast the patched model is, and what share of the bytes it takes.
+        """For each length: how many times as fast the converted model is, and which share of the bytes it takes.
 
-        A speed is compared within each round, whose runs follow one another, and the median over the rounds given;
-        `ranges` has the lowest and the highest. None: not measured, or there is no head split. `multiply_adds`: of
-        the attention of layers with a gate or sparse prefill, in the prompt; `pairs_read`: of the pairs of a query and
-        a key that such layers would multiply, those that they did.
+        A speed-up is computed within each round, whose runs follow one another; the ratio is the median over the
+        rounds, and `ranges` holds the lowest and the highest. None: not measured, or there is no head split. Two
+        shares are about the prompt in layers with a gate or sparse prefill. `multiply_adds`: multiply-adds done, as a
+        share of those without gate and sparse prefill. `pairs_read`: the same for pairs of a query and a key.
         """
         rows = []
         for length in dict.fromkeys(t.length for t in self.timings):
@@ -140,14 +141,14 @@ class Benchmark:
 
 
 def spread(rounds: Sequence[float]) -> float:
-    """Largest over smallest."""
+    """The largest number over the smallest."""
     return max(rounds) / min(rounds)
 
 
 def plot(result: Benchmark, path: str | Path) -> Path:
-    """Ratios against length, speeds and bytes apart; bars reach from the slowest to the fastest round.
+    """Draw the ratios against the length: one panel for speeds, one for bytes. Bars span all rounds.
 
-    See `surgery.report.plots.curves` for its errors.
+    Errors are those of `surgery.report.plots.curves`.
     """
     from surgery.report.plots import Line, Panel, curves
 

@@ -1,7 +1,7 @@
-"""How long prefill and decoding take and what memory they need: base and patched model, interleaved in one run.
+"""Times prefill and decoding of the base and the converted model, interleaved in one run, and measures their memory.
 
-A surgery is credited only with what it does beyond our own plainest version: the patched model is compared with
-the stock model on `DynamicCache`, and with itself with all heads full and on, on the block-growing cache.
+The converted model is compared with the base on `DynamicCache`, and with itself when all its heads are full and on.
+The second comparison uses the same block-growing cache, so that a surgery is not credited with the gain of the cache.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from surgery.evaluation.benchmark.result import FULL, SPLIT, STOCK, Benchmark, T
 from surgery.machine.device import PeakMemory, is_out_of_memory
 from surgery.machine.progress import begin
 
-# What a layer's entry in the `surgery` block says of its shape; without the rest, it attends as the base does.
+# The keys of a layer's entry in the `surgery` block that give its shape. With these alone, all its heads attend fully.
 SHAPE = ("num_attention_heads", "num_key_value_heads", "query_groups", "shapes")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model under a name, and the `surgery` block to give it before it runs, if any."""
+    """A model with the name of its rows, and the `surgery` block that it gets before it runs, if any."""
 
     name: str
     model: Any
@@ -58,7 +58,7 @@ BY_TEXT = (
 
 
 def _base_info(stock) -> dict:
-    """What a reader must know of the base that was timed."""
+    """Facts about the base that a reader of the timings must know."""
     text = stock.config.get_text_config()
     return {
         "layers": text.num_hidden_layers,
@@ -69,7 +69,9 @@ def _base_info(stock) -> dict:
 
 
 def _contenders(stock, model) -> list[Contender]:
-    """The base, the converted model, and between them its cache with all heads full: what the cache alone gains."""
+    """The base, the converted model with all heads full, which shows the gain of the cache alone, and the converted
+    model.
+    """
     block = getattr(model.config, "surgery", None)
     if not block:
         return [Contender(STOCK, stock), Contender(SPLIT, model, block)]
@@ -91,25 +93,26 @@ def bench(
     device: str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Benchmark:
-    """Time a checkpoint against its base on text (random tokens where weights are random), batch 1.
+    """Time a checkpoint against its base on text (random tokens if the weights are random), batch 1.
 
-    Before the rounds of a length every model runs once untimed: its peak memory is taken then.
+    Before the rounds of a length, every model runs once untimed; its peak memory is measured in that run.
 
     Args:
-        out: checkpoint with a head split; one without gives two rows, base and patched.
-        base: folder, name or Hub id of the model it was made from.
+        out: the converted checkpoint. A native one gives two rows per length, base and converted model; a surgical one
+            gives a third, with all heads full.
+        base: folder, name or Hub id of the model that it was made from.
         lengths: prompt lengths in tokens.
-        rounds: repetitions; the models take turns, and another one begins each round.
-        decode: tokens timed after each prompt. One more goes before them, in which a cache makes room.
+        rounds: repetitions. The models take turns, and each round starts with another one.
+        decode: tokens timed after each prompt. One untimed token precedes them, in which a cache makes room.
         synthetic: random weights, and as many positions as the lengths need.
-        layers: of a synthetic model; fewer than the base's are evenly spaced among them, with their head split.
-        ratio: of a synthetic model: this share of the KV heads streams, chosen at random, instead of `out`'s split.
+        layers: number of layers of a synthetic model; if it is less than the base's, they are taken evenly spaced.
+        ratio: share of streaming KV heads of a synthetic model, chosen at random, in place of `out`'s split.
         device: "cpu" or "cuda".
         progress: called as progress(tokens done, tokens in all, "timing").
 
     Raises:
-        SurgeryError: settings out of range, a length beyond the base's positions, models of different shape.
-        MachineError: no such device, too little memory.
+        SurgeryError: settings are out of range, a length is beyond the base's positions, or the shapes differ.
+        MachineError: there is no such device, or too little memory.
     """
     from surgery.io.hub import resolve
     from surgery.io.loading import read_config
@@ -161,7 +164,7 @@ def _all_rounds(contenders, prompts, rounds, decode, device, progress) -> list[T
 
 
 def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
-    """Seconds of a prefill and of one decoded token, bytes held by the cache after the prompt and at the end."""
+    """Seconds of a prefill and of one decoded token, and bytes of the cache after the prompt and at the end."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
@@ -169,7 +172,7 @@ def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
     seconds, inputs = [], {"input_ids": ids, "logits_to_keep": 1}
     gc.collect()
     with torch.no_grad():
-        for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, those that count
+        for _ in range(1 + 1 + decode):  # the prompt, the token in which the cache makes room, the timed tokens
             wait(ids.device)
             begin = time.perf_counter()
             output = model(**inputs, use_cache=True)
@@ -183,9 +186,9 @@ def _run(model, ids, decode: int) -> tuple[float, float, int, int]:
 
 
 def _peak(model, ids, device) -> tuple[int | None, dict[str, list[int]]]:
-    """Most bytes that a prefill takes beyond the weights, and its multiply-adds as `Timing.work` has them.
+    """Peak bytes of a prefill beyond the weights, and its multiply-adds in the form of `Timing.work`.
 
-    Decodes a token afterwards, so that all has run once.
+    A token is decoded afterwards, so that all code has run once before it is timed.
     """
     import torch
 
@@ -200,7 +203,7 @@ def _peak(model, ids, device) -> tuple[int | None, dict[str, list[int]]]:
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of the tensors that a cache really holds."""
+    """Bytes of the storage that a cache holds."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
@@ -252,8 +255,9 @@ def _out_of_memory(device):
 
 @contextmanager
 def _short_collections():
-    """Leave what is in memory now out of Python's garbage collections: one of all of Transformers' objects takes half
-    a second, at a moment of its own choice."""
+    """Exclude the objects that exist now from garbage collection: a collection of all of Transformers' objects takes
+    half a second, at an unpredictable moment.
+    """
     gc.collect()
     gc.freeze()
     try:
@@ -263,13 +267,13 @@ def _short_collections():
 
 
 def _read_weights(model) -> None:
-    """Read every page of the weights, which may be mapped from a file: that is part of no prompt's time or memory."""
+    """Read every page of the weights: they may be mapped from a file, and the first prompt should not pay for that."""
     for parameter in model.parameters():
         parameter.detach().flatten()[::512].sum()
 
 
 def wait(device) -> None:
-    """Wait until the device has done its work: a GPU's calls return before."""
+    """Wait until the device has finished, because calls to a GPU return earlier."""
     if device.type == "cuda":
         import torch
 
@@ -277,7 +281,7 @@ def wait(device) -> None:
 
 
 def machine_name(device) -> str:
-    """Processor, its threads, and the version of torch, in a line."""
+    """Processor, number of threads and version of torch, on one line."""
     import platform
 
     import torch

@@ -1,8 +1,8 @@
-"""The registry of probes: name -> class. A module is imported when its probe is asked for.
+"""The registry of probes: name -> class. The module of a probe is imported when the probe is asked for.
 
-A probe measures one thing of a model and of its base. A new one is a file here, a line in `REGISTRY` and a test: the
-command `surgery eval --probe`, the recipe's `evaluate: {probes: ...}`, the gate, the card and the closing lines of
-`apply` follow from its class (see `base.Probe`).
+A probe measures one property of a model and of its base. A new probe needs a file here, a line in `REGISTRY` and a
+test. The command `surgery eval --probe`, the recipe's `evaluate: {probes: ...}`, the gate, the card and the closing
+lines of `apply` follow from its class (see `base.Probe`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from surgery.errors import SettingError, nearest
 if TYPE_CHECKING:
     from surgery.evaluation.probes.base import Limit, Probe
 
-REGISTRY = {  # name -> module of this package : class; in the order in which they are run and shown
+REGISTRY = {  # name -> "module:class", in the order in which probes are run and shown
     "perplexity": "perplexity:Perplexity",
     "needles": "needles:Needles",
     "choices": "choices:Choices",
@@ -47,23 +47,23 @@ def every() -> list[type[Probe]]:
 
 
 def main() -> type[Probe]:
-    """The probe that is run whatever a recipe asks: its record is the top level of a report's `evaluation`."""
+    """The probe that every evaluation runs. Its record is the top level of a report's `evaluation`."""
     return next(cls for cls in every() if cls.main)
 
 
 def record_of(evaluation: dict, cls: type[Probe]) -> dict:
-    """What a report's `evaluation` holds of one probe; {} where it was not asked for."""
+    """The record of one probe in a report's `evaluation`; {} if the probe was not asked for."""
     return evaluation if cls.main else evaluation.get(cls.name) or {}
 
 
 def done(evaluation: dict) -> list[tuple[type[Probe], dict]]:
-    """The probes that an evaluation has figures of, with their records."""
+    """The probes for which an evaluation has figures, with their records."""
     records = [(cls, record_of(evaluation, cls)) for cls in every()]
     return [(cls, record) for cls, record in records if record and record.get("status", "done") == "done"]
 
 
 def limits() -> dict[str, tuple[type[Probe], Limit]]:
-    """Every limit that a gate may have -> its probe, and what it bounds."""
+    """Name of every limit that a gate may have -> its probe, and the `Limit`."""
     bounded = {name: (cls, limit) for cls in every() for name, limit in cls.limits.items()}
     last = [name for cls in every() for name in cls.aliases.last]
     return {name: bounded[name] for name in [*(name for name in bounded if name not in last), *last]}

@@ -1,4 +1,4 @@
-"""What a probe is: settings, cases, a run of each model, a comparison, and how the figures are shown and judged."""
+"""Base classes of probes: settings, cases, a run of each model, a comparison, and how figures are shown and judged."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 Progress = Callable[[int, int, str], None]
-UNASKED = "not asked"  # status of a probe that says nothing of such a model (`Probe.unasked`)
-SETTINGS_ERROR = "settings_error"  # kind of a pydantic error whose sentence is a SurgeryError's
+UNASKED = "not asked"  # status of a probe that does not apply to a model (`Probe.unasked`)
+SETTINGS_ERROR = "settings_error"  # kind of the pydantic errors that `settings_error` makes
 
 
 def settings_error(what: str, *, key: str = "", exists: str = "", fix: str = "") -> PydanticCustomError:
-    """An error for a validator of settings, shown to the user in these words.
+    """An error for a validator of settings. The user sees it in these words.
 
     Args:
-        what: the fault; where it is about one setting, what follows the setting's name.
-        key: that setting. It is named as the user wrote it (`items`, or `--choice-items`).
-        exists, fix: as of a `SurgeryError`.
+        what: the fault. With `key`, the words that follow the setting's name.
+        key: the setting at fault. The message names it as the user wrote it (`items`, or `--choice-items`).
+        exists, fix: as for a `SurgeryError`.
     """
     return PydanticCustomError(SETTINGS_ERROR, "{what}", {"what": what, "key": key, "exists": exists, "fix": fix})
 
 
 def check_setting(check: Callable[..., object], *args: object) -> None:
-    """Call a check that raises SurgeryError inside a validator of settings."""
+    """Call a check inside a validator of settings: its SurgeryError becomes an error that pydantic collects."""
     try:
         check(*args)
     except SurgeryError as error:
@@ -50,7 +50,7 @@ def check_setting(check: Callable[..., object], *args: object) -> None:
 
 
 class NamesFile:
-    """Marks a setting that may name a file: a recipe file may not name one outside of the working folder."""
+    """Marks a setting that may name a file. A recipe file may only name files inside the working folder."""
 
 
 def _text(value: object) -> object:
@@ -64,7 +64,7 @@ def _plain_text(value: str | Path | Text) -> str:
 
 
 def _list(value: Any) -> object:
-    """Lists, ranges and arrays as tuples of Python's numbers."""
+    """A list, range or array as a tuple of Python numbers; other values are unchanged."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list | tuple | range):
         return value
@@ -81,7 +81,7 @@ def _lengths(value: object) -> object:
     return (value,) if type(value) is int else value
 
 
-# Types of settings. A text: "builtin", a file, or (from Python) a loaded `Text`.
+# Types of settings. A text source is "builtin", a file, or (from Python) a loaded `Text`.
 TextSource = Annotated[
     Any, BeforeValidator(_text), PlainSerializer(_plain_text), WithJsonSchema({"type": "string"}), NamesFile()
 ]
@@ -94,11 +94,11 @@ class Limit:
     """A figure that a recipe may bound.
 
     Attributes:
-        figure: gives, from the probe's record, the number that is compared with the limit; None where there is none.
-        at_least: whether the number may not be below the limit; otherwise it may not be above.
-        description: for the schema.
+        figure: computes the number that is compared with the limit from the probe's record; None if there is none.
+        at_least: True: the number must not be below the limit. False: it must not be above.
+        description: text for the schema.
         most: the largest limit that makes sense (1 for a share).
-        words: what the number is called where it stands beside its limit ("KL").
+        words: name of the number when it is shown with its limit ("KL").
     """
 
     figure: Callable[[dict], float | None]
@@ -110,14 +110,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class Flag:
-    """An option of `surgery eval` that stands for a setting.
+    """An option of `surgery eval` that sets one setting.
 
     Attributes:
         key: the setting.
-        help: what it is, in a few words.
+        help: the help text, a few words.
         kind: type of the option.
-        least: smallest number.
-        metavar: what the help shows in place of a value.
+        least: smallest number allowed.
+        metavar: placeholder for the value in the help.
     """
 
     key: str
@@ -129,12 +129,12 @@ class Flag:
 
 @dataclass(frozen=True)
 class RecipeField:
-    """A key directly below a recipe's `evaluate:` that stands for a setting.
+    """A key directly below a recipe's `evaluate:` that sets one setting.
 
     Attributes:
         key: the setting.
         annotation, field: type, default, bounds and description of the recipe's key.
-        asks: the probe is asked for where the value is not zero.
+        asks: a value other than zero asks for the probe.
     """
 
     key: str
@@ -148,11 +148,11 @@ class Aliases:
     """Earlier spellings of a probe's settings. A new probe has none.
 
     Attributes:
-        switch: help of the flag of the probe's own name (`--needles`); "": there is none.
-        flags: option of `surgery eval` -> what it stands for.
-        recipe: key of `evaluate:` -> what it stands for.
-        limits: those limits that are keys of `evaluate:` too.
-        last: of these, those that come after the keys of all other probes.
+        switch: help text of the flag that is named like the probe (`--needles`); "": there is no such flag.
+        flags: option of `surgery eval` -> the setting that it sets.
+        recipe: key of `evaluate:` -> the setting that it sets.
+        limits: the limits that are also keys of `evaluate:`.
+        last: the keys among these that are listed after the keys of all other probes.
     """
 
     switch: str = ""
@@ -162,17 +162,17 @@ class Aliases:
     last: tuple[str, ...] = ()
 
 
-SHARED = ("text",)  # keys of `evaluate:` that every probe with such a setting follows, unless its block has its own
+SHARED = ("text",)  # keys of `evaluate:` that hold for every probe with such a setting, unless its block sets it
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a probe makes one model do, for the time and memory that `plan` gives.
+    """The work of one model in a probe, from which `plan` estimates time and memory.
 
     Attributes:
-        read: tokens that are read, in texts of `length` tokens.
-        length: of the longest text.
-        written: tokens that are written one by one.
+        read: tokens that the model reads in all.
+        length: tokens of the longest text.
+        written: tokens that the model generates one by one.
     """
 
     read: int
@@ -182,11 +182,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure before and after, for a table; an empty cell where a number is None or not finite.
+    """A figure of base and model, for a table. A number that is None or not finite gives an empty cell.
 
     Attributes:
         form: format of the numbers.
-        ratio: whether model / base says something.
+        ratio: whether the ratio model / base has a meaning.
     """
 
     name: str
@@ -202,8 +202,8 @@ class Metric:
 
     Attributes:
         kind: the Hub's name of the metric ("perplexity", "recall").
-        name: for people.
-        value, base: the model's figure, and its base's; None where there is none.
+        name: the name that people read.
+        value, base: the figures of the model and of its base; None if there is none.
     """
 
     kind: str
@@ -213,18 +213,18 @@ class Metric:
 
 
 class Probe(BaseModel):
-    """One thing that is measured of a model and of its base: the fields are its settings.
+    """One measurement of a model and of its base. The fields are its settings.
 
-    Everything below that takes `record` reads what `Result.to_dict` gave, possibly written by an earlier version.
+    A `record` is the dict that `Result.to_dict` returned; an earlier version may have written it.
 
     Attributes:
         name: as in the registry.
-        summary: one line, what it measures.
-        limits: gate limits that it serves, named max_... or min_...
-        aliases: earlier spellings.
-        main: it is run whatever a recipe asks, see `surgery.evaluation.probes.main`. One probe alone is.
-        drawing: what `picture` shows, in a few words; "": it has no picture.
-        alternatives: pairs of settings of which one may be set.
+        summary: one line that says what it measures.
+        limits: the gate limits that bound its figures, named max_... or min_...
+        aliases: earlier spellings of its settings.
+        main: whether every evaluation runs it (see `surgery.evaluation.probes.main`). Exactly one probe is main.
+        drawing: help text of the option that draws `picture`; "": it has no picture.
+        alternatives: pairs of settings of which only one may be set.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -244,7 +244,7 @@ class Probe(BaseModel):
 
     @classmethod
     def shared(cls, settings: Mapping[str, Any]) -> list[str]:
-        """The keys of `evaluate:` that these settings follow."""
+        """The keys of `evaluate:` whose values this probe takes over, since `settings` does not have them."""
         return [key for key in SHARED if key in cls.model_fields and key not in settings]
 
     # --- measuring ---
@@ -255,24 +255,24 @@ class Probe(BaseModel):
 
     @property
     def effort(self) -> Effort:
-        """What it makes each of the two models do."""
+        """The work of each of the two models."""
         return Effort(0, 0)
 
     def stages(self, compared: bool = True) -> list[str]:
-        """The stages that `measure` reports; `compared`: with a base."""
+        """Names of the stages that `measure` reports; `compared`: whether there is a base."""
         return []
 
     def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
-        """Why it says nothing of such a model, and no gate waits for it; "" if it does.
+        """Why the probe does not apply to such a model; "" if it does. A gate ignores a probe that does not apply.
 
         Args:
             base: a model folder, or a loaded model.
-            tokenizer: needed where the base is a loaded model.
+            tokenizer: required if the base is a loaded model.
         """
         return ""
 
     def refuse(self, base: ModelSource) -> None:
-        """Raise, before a base is converted, what `measure` would raise when all is done."""
+        """Raise, before a base is converted, the errors that `measure` would raise at the end."""
 
     @abstractmethod
     def measure(
@@ -287,41 +287,41 @@ class Probe(BaseModel):
         """Run the base, then the model, never both in memory, and compare.
 
         Args:
-            out, base: model folder, or loaded model. A loaded model stays where and as it is.
-            tokenizer: needed where no folder is given; otherwise taken from base, or from out without a base.
+            out, base: model folder, or loaded model. A loaded model keeps its device and its mode.
+            tokenizer: required for loaded models; default: the tokenizer of the base, or of `out` without a base.
             progress: called as progress(done, total, label); the label names the stage.
-            allow_pickle: the base may have .bin weights alone.
+            allow_pickle: whether the base may have .bin weights only.
 
         Raises:
-            SurgeryError: these models cannot be measured so.
+            SurgeryError: this probe cannot measure these models.
         """
 
     # --- judging ---
 
     @classmethod
     def missing(cls, record: dict) -> str:
-        """Why there is nothing to compare with a limit, or ""; `record` is {} where the probe was not asked for."""
+        """Why there is no figure to compare with a limit, or "". `record` is {} if the probe was not asked for."""
         return "" if record else "it was not asked for"
 
     @classmethod
     def faults(cls, record: dict) -> list[str]:
-        """What fails any gate: figures that are no numbers."""
+        """Faults that fail every gate: figures that are not numbers."""
         return []
 
     @classmethod
     def damage(cls, record: dict) -> list[str]:
-        """What makes a model useless as it is, clauses of a sentence ("its perplexity is 3 times the base's")."""
+        """Reasons why a model is not usable, as clauses of a sentence ("its perplexity is 3 times the base's")."""
         return []
 
     @classmethod
     def recall(cls, record: dict) -> float | None:
-        """Of what the base finds in its prompt, the share that the model finds too; None: this is no recall test."""
+        """Of the items that the base finds in its prompts, the share that the model finds; None: no recall test."""
         return None
 
     @classmethod
     def worst(cls, record: dict) -> tuple[float, str]:
-        """What is most wrong with a model by this probe: the share of the base's ability that is lost (0 to 1), and a
-        sentence that says it on top of the card; (0, "") where nothing is to be said there.
+        """The worst damage, for the top of the card: the share of the base's ability that is lost (0 to 1), and a
+        sentence about it; (0, "") if there is none.
         """
         costs = cls.damage(record)
         return (1.0, f"This model is far from its base: {' and '.join(costs)}.") if costs else (0.0, "")
@@ -330,27 +330,27 @@ class Probe(BaseModel):
 
     @classmethod
     def rows(cls, record: dict) -> list[Row]:
-        """Rows of the card's table, and of the terminal's."""
+        """Rows of the table in the card and on the terminal."""
         return []
 
     @classmethod
     def metrics(cls, record: dict) -> tuple[dict, list[Metric]]:
-        """What the Hub is told: of the data, `name` and what else identifies them; and the figures."""
+        """Figures for the Hub: a dict that identifies the data (its `name` and more), and the metrics."""
         return {}, []
 
     @classmethod
     def sentence(cls, record: dict) -> str:
-        """What `apply` says at its end, a clause ("needles kept 23 of 24"); "" for nothing."""
+        """A clause for the closing lines of `apply` ("needles kept 23 of 24"), or ""."""
         return ""
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
-        """What the card says below its table; "" for nothing. Also of a probe that was not run."""
+        """A paragraph below the card's table, or "". It is also asked for if the probe was not run."""
         return ""
 
     @classmethod
     def lines(cls, result: Any) -> list[Table | str]:
-        """What `surgery eval` prints of a result that was run; notes are added to it."""
+        """The output of `surgery eval` for a result with figures; notes are added to it."""
         record = result.to_dict()
         both = record.get("base") is not None
         rows = [
@@ -363,15 +363,15 @@ class Probe(BaseModel):
 
     @classmethod
     def verdict(cls, record: dict) -> str:
-        """What the figures mean, in a sentence that ends what `surgery eval` prints; "" for nothing."""
+        """A sentence that says what the figures mean, or "". It ends the output of `surgery eval`."""
         costs = cls.damage(record)
         return f"The converted model is not usable as it is: {'; '.join(costs)}." if costs else ""
 
     @classmethod
     def picture(cls, result: Any) -> dict:
-        """Arguments of `surgery.report.plots.heat_maps` but the path; asked for where `drawing` says something.
+        """Arguments of `surgery.report.plots.heat_maps` except the path. It is called only if `drawing` is not "".
 
-        A panel is a dict: the fields of `surgery.report.plots.Cells`.
+        A panel is a dict with the fields of `surgery.report.plots.Cells`.
         """
         raise NotImplementedError
 
@@ -388,12 +388,12 @@ def _cell(figure: float | None, form: str) -> str:
 
 
 class CaseProbe(Probe):
-    """A probe that puts the same cases to base and model, one after the other.
+    """A probe that runs the same cases on base and model, one after the other.
 
     Attributes:
-        cases_are: what the cases are, for messages ("needles").
-        model_first: the model is run before its base, which reads what the model wrote.
-        stage: what progress reports while it runs.
+        cases_are: name of the cases in messages ("needles").
+        model_first: whether the model runs before its base, because the base scores what the model wrote.
+        stage: name of the stage in progress reports.
     """
 
     cases_are: ClassVar[str]
@@ -413,19 +413,19 @@ class CaseProbe(Probe):
 
     @abstractmethod
     def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list:
-        """One outcome a case by a loaded model; `progress` is called with the number of cases done.
+        """One outcome for each case by a loaded model; `progress` is called with the number of cases done.
 
         Args:
-            result: has the cases, and the outcomes of the model that was run before, if one was.
+            result: holds the cases, and the outcomes of the model that ran first, if this is the second.
         """
 
     @abstractmethod
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        """Memory needed besides the weights, from the model's KV bytes per token."""
+        """Bytes needed in addition to the weights, computed from the model's KV bytes per token."""
 
     @abstractmethod
     def is_broken(self, outcome: Any) -> bool:
-        """Whether a model gave NaN or infinity."""
+        """Whether the outcome comes from NaN or infinity."""
 
     def measure(
         self,
@@ -436,7 +436,7 @@ class CaseProbe(Probe):
         progress: Progress | None = None,
         allow_pickle: bool = False,
     ) -> CaseResult:
-        """See `Probe.measure`; weights as pickles are refused. `progress` is called after each case."""
+        """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
 
         def tick(done: int, total: int, whose: str) -> None:
             if progress:

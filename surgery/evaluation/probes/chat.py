@@ -1,9 +1,9 @@
-"""Does the model still hold a conversation? Ten greetings and short requests, each put with the chat template.
+"""Does the model still hold a conversation? Asks ten greetings and short requests in the chat template.
 
-A perplexity of prose says little about it: a model whose perplexity doubled may answer "Hello!" with one word without
-end. The answer is the most probable token at each step. It counts where it ends, does not go round in circles, and is
-one that the base could have given: its tokens have, under the base, a mean negative log-likelihood that is at most
-`margin` above that of the base's own answer to the same request.
+Perplexity on prose says little about that: a model whose perplexity doubled may answer "Hello!" with one word that it
+repeats without end. Answers are decoded greedily. An answer counts if it ends, does not repeat itself, and is one that
+the base could have given: under the base, the mean negative log-likelihood of its tokens is at most `margin` above
+that of the base's own answer to the same request.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ REQUESTS = (
     'Translate "thank you" into French.',
     "Can you help me with my homework?",
 )
-LINE_END = re.compile(r"\r\n|\r|\n")  # Unicode's other separators may stand in a request
-LONGEST_BLOCK, LEAST_TIMES, LEAST_TOKENS = 32, 3, 12  # of what is called going round in circles
-SHOWN = 60  # letters of an answer in a table
+LINE_END = re.compile(r"\r\n|\r|\n")  # Unicode's other separators may be part of a request
+LONGEST_BLOCK, LEAST_TIMES, LEAST_TOKENS = 32, 3, 12  # tokens of a repeated block, repetitions, tokens in all
+SHOWN = 60  # letters of an answer that a table shows
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: the user's words, and the tokens up to where the model answers."""
+    """A request: the user's words, and the tokens of the prompt up to where the model answers."""
 
     words: str
     prompt: tuple[int, ...]
@@ -56,15 +56,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """What a model answers.
+    """A model's answer.
 
     Attributes:
-        ids: its tokens, with the one that ends it.
-        text: the same in letters.
-        ended: whether it ended by itself.
-        loops: whether it went round in circles.
+        ids: its tokens, including the one that ends it.
+        text: the decoded tokens.
+        ended: whether the model ended it before the limit.
+        loops: whether it repeats itself (see `goes_in_circles`).
         broken: whether the model gave NaN or infinity.
-        nll: mean negative log-likelihood of the tokens under the base, in nats; None where there is no base.
+        nll: mean negative log-likelihood of the tokens under the base, in nats; None if there is no base.
     """
 
     ids: tuple[int, ...]
@@ -76,16 +76,16 @@ class Answer:
 
     @property
     def sound(self) -> bool:
-        """Whether it is an answer at all."""
+        """Whether it has text, ended, does not repeat itself and came from finite logits."""
         return bool(self.text) and self.ended and not self.loops and not self.broken
 
 
 @dataclass(repr=False)
 class ChatResult(CaseResult):
-    """What was measured; `cases` are requests, an outcome is an `Answer`.
+    """The result of the chat probe. `cases` are requests; an outcome is an `Answer`.
 
     Attributes:
-        tokenizer: with which answers become letters.
+        tokenizer: decodes the answers.
     """
 
     tokenizer: Any = None
@@ -95,7 +95,7 @@ class ChatResult(CaseResult):
     COMPARISON: ClassVar[str] = "kept"
 
     def answered(self, label: str) -> list[bool]:
-        """Which requests a model answers."""
+        """For each request, whether the model's answer counts."""
         answers = self.outcomes[label]
         if label == "base" or "base" not in self.outcomes:
             return [answer.sound for answer in answers]
@@ -106,7 +106,7 @@ class ChatResult(CaseResult):
         ]
 
     def side(self, label: str) -> dict:
-        """One model over all requests."""
+        """The figures of one model over all requests."""
         answers, answered = self.outcomes[label], self.answered(label)
         figures = {"answered": sum(answered), "of": len(answers), "share": sum(answered) / len(answers)}
         figures |= {"ended": sum(a.ended for a in answers), "loops": sum(a.loops for a in answers)}
@@ -114,7 +114,7 @@ class ChatResult(CaseResult):
         return figures | ({"nll": math.fsum(nlls) / len(nlls)} if nlls else {})
 
     def compare(self) -> dict | None:
-        """Of the requests that the base answers, how many the model answers too; share with its 95% interval."""
+        """Of the requests that the base answers: how many the model answers, and their share with a 95% interval."""
         if "base" not in self.outcomes:
             return None
         return kept_of(zip(self.answered("base"), self.answered("out"), strict=True))
@@ -166,23 +166,23 @@ class Chat(CaseProbe):
 
     @property
     def effort(self) -> Effort:
-        tokens = len(REQUESTS) * self.tokens  # an answer takes a third of them, more or less; the base reads it again
+        tokens = len(REQUESTS) * self.tokens  # an answer takes about a third of them; the base reads it again
         return Effort(tokens, self.tokens, tokens // 3)
 
     def refuse(self, base: ModelSource) -> None:
-        """Raise where the requests cannot be read."""
+        """Raise if the requests cannot be read."""
         load_text(self.requests)
 
     def unasked(self, base: ModelSource, tokenizer: Any = None) -> str:
-        """A model that was not trained on conversations has no template for them."""
+        """Why the probe does not apply: without a chat template, the model was not trained on conversations."""
         return "" if (tokenizer or read_tokenizer(base)).chat_template else "the tokenizer has no chat template"
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChatResult:
         """The requests as tokens.
 
         Raises:
-            SurgeryError: no chat template, or one that raises; requests longer than a model's positions; a tokenizer
-                of another model.
+            SurgeryError: there is no chat template, or it raises; requests are longer than a model's positions; the
+                tokenizer belongs to another model.
         """
         if not tokenizer.chat_template:
             raise ModelMismatchError(
@@ -272,7 +272,7 @@ class Chat(CaseProbe):
 
     @classmethod
     def lines(cls, result: ChatResult) -> list[Table | str]:
-        """Every request with its answers, and what they sum up to."""
+        """Every request with its answers, and the totals."""
         both, rows = len(result.outcomes) > 1, []
         answered = {label: result.answered(label) for label in result.outcomes}
         for index, case in enumerate(result.cases):
@@ -299,7 +299,7 @@ class Chat(CaseProbe):
 
 
 def goes_in_circles(ids: Sequence[int]) -> bool:
-    """Whether a block of up to 32 tokens follows on itself, three times or more, over 12 tokens or more."""
+    """Whether a block of up to 32 tokens is repeated: at least 3 times in a row, and over at least 12 tokens."""
     for size in range(1, min(LONGEST_BLOCK, len(ids) // LEAST_TIMES) + 1):
         needed, equal = max(LEAST_TIMES * size, LEAST_TOKENS) - size, 0
         for position in range(size, len(ids)):
@@ -310,7 +310,7 @@ def goes_in_circles(ids: Sequence[int]) -> bool:
 
 
 def _prompt(tokenizer: Any, request: str) -> list[int]:
-    """The tokens of a user's message as the template writes it, up to where the model answers."""
+    """The tokens of a user's message in the chat template, up to where the model answers."""
     text = chat_prompt(tokenizer, request, fix="choose another probe")
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -323,7 +323,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _answers(model: Any, cases: list[Request], tokenizer: Any, most: int, tick: Callable[[int], None]) -> list[Answer]:
-    """Greedy answers, by the model's own cache; `generate` would add what its generation config says of sampling."""
+    """Greedy answers, decoded with the model's own cache; `generate` would apply sampling from a generation config."""
     ends, answers = _ends(model, tokenizer), []
     with loaded(model):
         for case in cases:
@@ -336,7 +336,7 @@ def _answers(model: Any, cases: list[Request], tokenizer: Any, most: int, tick: 
 
 
 def _greedy(model: Any, prompt: Sequence[int], ends: set[int], most: int) -> tuple[list[int], bool]:
-    """The most probable tokens after a prompt, to the first of `ends`; whether a logit was no number."""
+    """The greedily decoded tokens after a prompt, up to the first of `ends`, and whether a logit was not finite."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
@@ -347,7 +347,7 @@ def _greedy(model: Any, prompt: Sequence[int], ends: set[int], most: int) -> tup
             batch = torch.tensor([inputs], device=model.device)
             step = model(input_ids=batch, use_cache=True, **cache, **last_logits(model, 1))
             logits = step.logits[0, -1]
-            if not bool(logits.max().isfinite()):  # NaN if one is; single -inf are words that a model never says
+            if not bool(logits.max().isfinite()):  # NaN if any logit is; a single -inf is allowed, it bans a token
                 return ids, True
             ids.append(int(logits.argmax()))
             inputs, cache = ids[-1:], {CACHE: step[CACHE]}
@@ -355,7 +355,7 @@ def _greedy(model: Any, prompt: Sequence[int], ends: set[int], most: int) -> tup
 
 
 def _score(base: Any, cases: list[Request], answers: list[Answer]) -> None:
-    """Give every answer its likelihood under the base."""
+    """Set `nll` of every answer, under the base."""
     import torch
 
     with loaded(base), torch.no_grad():
@@ -379,5 +379,5 @@ def _shown(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """A text within a sentence of the card."""
+    """A text for a sentence of the card: on one line, without backticks or quotes, at most 120 letters."""
     return " ".join(text.replace("`", "'").replace('"', "'").split())[:120]

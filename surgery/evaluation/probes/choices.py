@@ -1,7 +1,7 @@
-"""Which choices a model makes, alone or compared with its base: the one with the highest log-probability per token.
+"""Multiple-choice questions, for a model alone or compared with its base.
 
-The mean over the tokens is taken, not the sum, so that a choice is not preferred for being short. Where all choices of
-a question have as many tokens, as those made from a text have, it makes no difference.
+A model chooses the choice with the highest mean log-probability per token. The sum would prefer short choices. Mean
+and sum agree where all choices of a question have equally many tokens, as they do in questions made from a text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from surgery.evaluation.probes.base import (
 
 @dataclass(repr=False)
 class ChoiceResult(CaseResult):
-    """What was measured; `cases` are encoded questions (`Choice`), an outcome is a `Chosen`."""
+    """The result of the probe. `cases` are encoded questions (`Choice`); an outcome is a `Chosen`."""
 
     PROBE: ClassVar[str] = "choices"
     COUNT: ClassVar[str] = "items"
@@ -41,18 +41,19 @@ class ChoiceResult(CaseResult):
 
     @property
     def chance(self) -> float:
-        """Share that guessing gets right."""
+        """Expected share of right answers by guessing."""
         return math.fsum(1 / len(item.choices) for item in self.cases) / len(self.cases)
 
     def side(self, label: str) -> dict:
-        """One model over all questions: right ones, accuracy with its 95% interval, mean nll."""
+        """The figures of one model: right answers, accuracy with its 95% interval, mean NLL."""
         outcomes = self.outcomes[label]
         return share_of("right", (o.right for o in outcomes), (o.nll for o in outcomes))
 
     def compare(self) -> dict | None:
-        """Questions that both, only the base, only `out` or neither get right, and McNemar's exact test of the two.
+        """How many questions both, only the base, only `out` or neither get right, and McNemar's exact test.
 
-        `p`: how probable a split at least as uneven of those that one alone gets right is, if neither is better.
+        `p`: of the questions that only one model gets right, the probability of a split at least this uneven if
+        neither model is better.
         """
         if "base" not in self.outcomes:
             return None
@@ -64,7 +65,7 @@ class ChoiceResult(CaseResult):
         return counts | {"p": min(1.0, 2 * tail / 2 ** (one + other))}
 
     def about(self) -> dict:
-        """The share that guessing gets right."""
+        """The expected share of right answers by guessing."""
         return {"chance": self.chance}
 
     def case(self, index: int) -> dict:
@@ -135,11 +136,11 @@ class Choices(CaseProbe):
         return Effort(2 * self.items * self.context, 2 * self.context)  # a passage and its endings
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> ChoiceResult:
-        """See `make_choices`, `read_questions`.
+        """The questions, from `make_choices` or `read_questions`.
 
         Raises:
-            SurgeryError: as `make_choices`, `read_questions` and `encode`; questions longer than a model's positions,
-                a tokenizer of another model.
+            SurgeryError: as for `make_choices`, `read_questions` and `encode`; or questions are longer than a model's
+                positions; or the tokenizer belongs to another model.
         """
         if self.labelled is None:
             text = load_text(self.text, part="held-out")
@@ -157,7 +158,7 @@ class Choices(CaseProbe):
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         tokens = max(item.longest * len(item.choices) for item in cases)
-        return 2 * BATCH * tokens * kv_bytes  # twice the cache: growing it copies it
+        return 2 * BATCH * tokens * kv_bytes  # twice the cache, because growing it copies it
 
     def is_broken(self, outcome: Chosen) -> bool:
         return not all(map(math.isfinite, outcome.logps))
@@ -174,7 +175,7 @@ class Choices(CaseProbe):
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
-        """How many questions are answered right, before and after."""
+        """How many questions the base and the converted model answer right."""
         if record.get("status") != "done":
             return f"Multiple choice was **not run**: {record.get('reason') or 'no reason was recorded'}."
         base, out, paired = (record.get(key) or {} for key in ("base", "out", "paired"))

@@ -1,7 +1,9 @@
-"""Several keys with a secret each in one text, and a question about one of them: the multi-key retrieval of RULER
-(Hsieh et al. 2024). Whoever finds "a number in the text" is right about one needle; here the key must be matched.
+"""Hides several keys in one text, each with a secret, and asks for one of them: the multi-key retrieval of RULER
+(Hsieh et al. 2024). With a single needle, a model is right if it finds any number in the text. Here it must match the
+key.
 
-Prompts, run and "kept" are those of the needles; the other keys stand in the same words, evenly spread over the text.
+Prompts, run and "kept" are those of the probe `needles`. The other keys use the same sentence and are evenly spread
+over the text.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Shares, Table, TextSource, check_setting
 from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
 
-STRETCH = 2.5  # letters of the text from which a prompt is cut, over those of the prompt
-LETTERS = 20_000  # of the text that tell how many letters a token has
-TRIES = 20  # stretches of the text that are tried until a prompt holds as many keys as were asked for
+STRETCH = 2.5  # length of the stretch of text that a prompt is cut from, relative to the prompt
+LETTERS = 20_000  # letters of the text from which the letters per token are computed
+TRIES = 20  # most stretches of text that are tried for a prompt with the right number of keys
 
 
 @dataclass(repr=False)
 class MultiNeedleResult(NeedleResult):
-    """What was measured; `cases` are the needles that are asked for, the other keys are part of their prompts."""
+    """The result of the probe. `cases` are the needles that are asked for; their prompts contain the other keys."""
 
     PROBE: ClassVar[str] = "multi_needle"
     COUNT: ClassVar[str] = "prompts"
@@ -91,7 +93,12 @@ class MultiNeedle(CaseProbe):
         return Effort(-(-self.cases // depths) * depths * self.length, self.length)
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> MultiNeedleResult:
-        """Raises SurgeryError as `make_needles`; prompts longer than a model's positions, a foreign tokenizer."""
+        """The needles that are asked for.
+
+        Raises:
+            SurgeryError: as for `make_needles`; or prompts are longer than a model's positions; or the tokenizer
+                belongs to another model; or the text has no room for the keys.
+        """
         refuse_too_long(configs, self.length, "prompt and answer", "a shorter length")
         text, form = load_text(self.text, part="held-out"), form_for(tokenizer, self.form)
         depths = spread(self.depths)
@@ -105,7 +112,7 @@ class MultiNeedle(CaseProbe):
         return MultiNeedleResult("done", settings, cases, reach=reach_of(configs["out"]))
 
     def _case(self, tokenizer: Any, text: Text, form: str, depth: float, sample: int) -> Needle:
-        """A prompt that asks for a key at a depth; all in it follows from settings, depth and sample."""
+        """A prompt that asks for a key at a depth. Settings, depth and sample determine everything in it."""
         draw = random.Random(f"{self.seed} {self.keys} {self.length} {depth:.6f} {sample}")
         statement, question = draw.choice(TEMPLATES)
         asked_key, *others = draw.sample(KEYS.split(), len(KEYS.split()))
@@ -115,7 +122,7 @@ class MultiNeedle(CaseProbe):
         for _ in range(TRIES):
             stretch = self._stretch_with_other_keys(draw, tokenizer, text.text.strip(), statements)
             seed = draw.getrandbits(32)
-            if sum(sentence in stretch for sentence in statements) < self.keys - 1:  # a text without sentences
+            if sum(sentence in stretch for sentence in statements) < self.keys - 1:  # the text has too few sentences
                 continue
             cut_text = replace(text, text=stretch)
             (needle,) = make_needles(tokenizer, text=cut_text, secret=self.secret, seed=seed, **options)
@@ -130,10 +137,10 @@ class MultiNeedle(CaseProbe):
         )
 
     def _stretch_with_other_keys(self, draw: random.Random, tokenizer: Any, text: str, statements: list[str]) -> str:
-        """A stretch of the text with the other keys at even distances."""
+        """A stretch of the text in which the other keys are inserted at even distances."""
         letters = int(STRETCH * self.length * _letters_per_token(tokenizer, text[:LETTERS]))
         start = draw.choice([0, *(match.end() for match in SENTENCE_START.finditer(text))])
-        looped = f"{text[start:]}\n\n{text[:start]}\n\n".lstrip()  # a text that ends goes on from its beginning
+        looped = f"{text[start:]}\n\n{text[:start]}\n\n".lstrip()  # the text starts again after its end
         stretch = (looped * (letters // len(looped) + 1))[:letters]
         gap = _letters_per_token(tokenizer, stretch) * self.length / self.keys - len(statements[0])
         passages, position, inserted = [], 0, 0
@@ -147,7 +154,7 @@ class MultiNeedle(CaseProbe):
         return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * _longest(cases) * kv_bytes  # twice the cache: growing it copies it
+        return 2 * _longest(cases) * kv_bytes  # twice the cache, because growing it copies it
 
     def is_broken(self, outcome: Outcome) -> bool:
         return outcome.nll - outcome.nll != 0  # NaN and infinity

@@ -1,9 +1,9 @@
-"""Which needles a model finds, alone or compared with its base: exact match by decoding with the model's own cache,
-and the answer's NLL, over a grid of lengths and depths.
+"""The recall test: which needles a model finds, alone or compared with its base, over a grid of lengths and depths.
 
-Base and converted model run one after the other, never both in memory. Of the needles that the base answers, the share
-that the converted model answers too ("kept") is what the surgery is judged by; needles that a head split's streaming
-heads see anyway, through sinks or window, prove nothing and are left out of it.
+A needle is found if decoding with the model's own cache gives exactly its secret; the answer's NLL is measured too.
+Base and converted model run one after the other, never both in memory. The surgery is judged by the share of needles
+"kept": those that the converted model finds, among those that the base finds. Needles that streaming heads see anyway,
+through sinks or window, prove nothing and do not count.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one model did on one needle.
+    """The result of one model on one needle.
 
     Attributes:
-        hit: greedy decoding gives exactly the answer's tokens.
-        nll: nats per token of the answer, mean, each token given the true ones before it.
+        hit: whether greedy decoding gives exactly the answer's tokens.
+        nll: mean nats per token of the answer; each token is predicted from the true ones before it.
     """
 
     hit: bool
@@ -65,11 +65,11 @@ class Outcome:
 
 @dataclass(repr=False)
 class NeedleResult(CaseResult):
-    """What was measured; `cases` are needles, an outcome is an `Outcome`.
+    """The result of the recall test. `cases` are needles; an outcome is an `Outcome`.
 
     Attributes:
-        settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance of a guess.
-        reach: most sinks and widest window of the streaming heads of `out`; None where it has no such heads.
+        settings: lengths, depths, samples, seed, secret, form, text (title, sha256), chance (that a guess is right).
+        reach: most sinks and widest window of the streaming heads of `out`; None if it has no such heads.
     """
 
     reach: tuple[int, int] | None = None
@@ -79,11 +79,11 @@ class NeedleResult(CaseResult):
     COMPARISON: ClassVar[str] = "kept"
 
     def counts(self, needle: Needle) -> bool:
-        """Whether a needle proves anything: no streaming head sees it from question or answer."""
+        """Whether a needle counts: no streaming head sees it from the question or the answer."""
         return self.reach is None or needle.outside(*self.reach)
 
     def compare(self) -> dict | None:
-        """Of the needles that count and the base finds, how many `out` finds too; share with its 95% interval."""
+        """Of the needles that count and the base finds: how many `out` finds, and their share with a 95% interval."""
         if "base" not in self.outcomes:
             return None
         rows = zip(self.cases, self.outcomes["base"], self.outcomes["out"], strict=True)
@@ -96,7 +96,7 @@ class NeedleResult(CaseResult):
         return sum(hits), len(hits)
 
     def grid(self, label: str) -> list[list[float]]:
-        """Share of hits [depths][lengths]; NaN where there was no needle."""
+        """Share of hits [depths][lengths]; NaN for a cell without needles."""
         return [
             [hits / total if total else math.nan for hits, total in (self.cell(label, n, depth) for n in self.lengths)]
             for depth in self.depths
@@ -113,7 +113,7 @@ class NeedleResult(CaseResult):
         return self.settings["depths"]
 
     def side(self, label: str) -> dict:
-        """One model over all needles: hits, accuracy with its 95% interval, mean nll, and the grid."""
+        """The figures of one model: hits, accuracy with its 95% interval, mean NLL, and the grid."""
         outcomes = self.outcomes[label]
         return share_of("hits", (o.hit for o in outcomes), (o.nll for o in outcomes)) | {"grid": self.grid(label)}
 
@@ -225,10 +225,10 @@ class Needles(CaseProbe):
         return Effort(prompts * sum(self.tokens), max(self.tokens, default=0))
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
-        """See `make_needles`.
+        """The needles, from `make_needles`.
 
         Raises:
-            SurgeryError: as `make_needles`; prompts longer than a model's positions, a tokenizer of another model.
+            SurgeryError: as for `make_needles`; prompts exceed a model's positions; the tokenizer is another model's.
         """
         message = ("prompt and answer", "shorter lengths")
         refuse_too_long(configs, max(self.tokens, default=0), *message)
@@ -247,7 +247,7 @@ class Needles(CaseProbe):
         return run_needles(model, result.cases, progress)
 
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
-        return 2 * _longest(cases) * kv_bytes  # twice the cache: growing it copies it
+        return 2 * _longest(cases) * kv_bytes  # twice the cache, because growing it copies it
 
     def is_broken(self, outcome: Outcome) -> bool:
         return not math.isfinite(outcome.nll)
@@ -260,7 +260,7 @@ class Needles(CaseProbe):
 
     @classmethod
     def worst(cls, record: dict) -> tuple[float, str]:
-        """Half of what the base finds is lost, or more."""
+        """See `Probe.worst`; it is reported if half of the needles that the base finds are lost, or more."""
         kept, base, out = (record.get(key) or {} for key in ("kept", "base", "out"))
         if not kept.get("of") or 2 * kept["kept"] > kept["of"]:
             return 0.0, ""
@@ -294,7 +294,7 @@ class Needles(CaseProbe):
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
-        """How many hidden secrets are found, before and after."""
+        """How many hidden secrets the base and the converted model find."""
         if record.get("status") != "done":
             reason = record.get("reason") or "no reason was recorded"
             return f"The recall test (needles: secrets hidden in a text) was **not run**: {reason}."
@@ -311,7 +311,7 @@ class Needles(CaseProbe):
 
     @classmethod
     def lines(cls, result: NeedleResult) -> list[Table | str]:
-        """Hits of every cell and what they sum up to."""
+        """The hits in every cell, and the totals."""
         labels, settings = list(result.outcomes), result.settings
         lines: list[Table | str] = [_grid(result, labels)]
         lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
@@ -404,16 +404,16 @@ def _longest(needles: Sequence[Needle]) -> int:
 def run_needles(
     model, needles: Sequence[Needle], progress: Callable[[int], None] | None = None, cached: bool = True
 ) -> list[Outcome]:
-    """Put every needle to a loaded model, which is left in the mode it was in.
+    """Ask a loaded model for every needle. The model's mode is restored.
 
-    The prompt is one prefill; then the answer's tokens are fed one by one through the model's own cache, as in
-    decoding. They are the true ones: as long as each is also the most probable one, that is greedy decoding, and
-    from the first that is not, greedy decoding has missed. So one pass gives both figures.
+    The prompt is one prefill. Then the answer's true tokens are fed one by one through the model's own cache, as in
+    decoding. As long as each true token is also the most probable one, this equals greedy decoding; at the first that
+    is not, greedy decoding misses the needle. So one pass gives both hit and NLL.
 
     Args:
         progress: called with the number of needles done.
-        cached: False: prompt and answer in one forward without a cache, which is faster. The figures are the same as
-            far as cached is uncached, which holds for a head split, not for whatever works in prefill alone.
+        cached: False runs prompt and answer in one forward without a cache, which is faster. The figures are the same
+            for a head split, but not for a method that acts in prefill only.
     """
     import torch
 
@@ -427,7 +427,7 @@ def run_needles(
 
 
 def _cached_logits(model, needle: Needle):
-    """Logits of each of the answer's tokens, one by one through the cache."""
+    """Logits that predict each of the answer's tokens, computed one by one with the cache."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
@@ -441,7 +441,7 @@ def _cached_logits(model, needle: Needle):
 
 
 def _uncached_logits(model, needle: Needle):
-    """The same from one forward without a cache."""
+    """The same logits from one forward without a cache."""
     import torch
 
     ids, count = torch.tensor([[*needle.prompt, *needle.answer[:-1]]], device=model.device), len(needle.answer)
@@ -458,7 +458,7 @@ def _outcome(needle: Needle, logits) -> Outcome:
 
 
 def reach_of(config) -> tuple[int, int] | None:
-    """The most sinks and the widest window of a model's streaming heads."""
+    """The most sinks and the widest window of a model's streaming heads; None if it has none."""
     layers = (getattr(config, "surgery", None) or {}).get("layers", [])
     split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
     return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None

@@ -1,7 +1,7 @@
-"""What a surgery cost and gained: perplexity, distance to the base model, KV cache bytes.
+"""The main probe: perplexity, distance to the base model, KV cache bytes.
 
-Base and converted model run one after the other, never both in memory. What is kept of the base between the two
-runs is, for each predicted token, its `top_k` most probable next tokens and the mass of all others, on disk.
+Base and converted model run one after the other, never both in memory. Between the two runs, the base's predictions
+are kept on disk: for each predicted token, the `top_k` most probable next tokens and the mass of all others.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
     from surgery.io.loading import ModelSource
 
-UNKNOWN = 0.2  # share of unknown tokens from which a text is not the model's
-NO_MODEL = 10_000  # a base of a higher perplexity is no language model
-DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond these a model is said to be not usable before healing
+UNKNOWN = 0.2  # share of unknown tokens above which a note says that the text does not suit the model
+NO_MODEL = 10_000  # a base with a higher perplexity is no language model
+DAMAGE_RATIO, DAMAGE_KL = 2.0, 1.0  # beyond either limit a model is reported as not usable
 
 STAGES = {"base": "scoring the base", "out": "scoring the converted model"}  # label -> what progress reports
-SCORING = "scoring the model"  # where it is measured by itself
+SCORING = "scoring the model"  # the same if there is no base
 
 
 @dataclass
@@ -62,9 +62,9 @@ class Side:
 
     Attributes:
         cross_entropy: nats per token, mean over the tokens scored; perplexity is its exponential.
-        kv_bytes_per_token: KV cache of one token, all layers; None where the attention is not understood.
+        kv_bytes_per_token: KV cache of one token, all layers; None if the attention is not understood.
         load_bytes: bytes of the weight files that are loaded from the folder, or of the parameters of a loaded model.
-        nonfinite_tokens: scored tokens whose log-probability is NaN or infinite. Any makes the figures NaN.
+        nonfinite_tokens: scored tokens whose log-probability is NaN or infinite. A single one makes the figures NaN.
     """
 
     cross_entropy: float | None = None
@@ -75,22 +75,22 @@ class Side:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Side:
-        """The figures of a record; what it does not have is None."""
+        """The figures of a record; a figure that it lacks is None."""
         return cls(**{each.name: record[each.name] for each in fields(cls) if each.name in record})
 
 
 @dataclass(repr=False)
 class Evaluation(Result):
-    """What `evaluate` measured, with the text it was measured on.
+    """The result of `evaluate`, with the text that was scored.
 
     Attributes:
-        status: "done", or "not run" for the stated `reason`; then no figure of a run exists.
+        status: "done" or "not run". If it was not run, `reason` says why and no figure of a run exists.
         text: title, sha256 (first 12 digits), tokens scored, windows, length (tokens in a window).
         base, out: each model's own figures; base is None if none was given.
         kl: KL(base || out) in nats per token: mean, p99 (99th percentile over tokens), top_k.
         top1_agreement: share of tokens where both models find the same next token most probable.
-        notes: what could not be found out.
-        probes: records of the other probes that a recipe asks for, by name ("needles"); {} where there are none.
+        notes: remarks for the reader, such as figures that could not be determined.
+        probes: records of the other probes that a recipe asks for, by name ("needles"); {} if there are none.
     """
 
     status: str
@@ -107,7 +107,7 @@ class Evaluation(Result):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Evaluation:
-        """The result that a report keeps, possibly of an earlier version; what it does not have is None."""
+        """The result in a report, which an earlier version may have written; a figure that it lacks is None."""
         base, own = record.get("base"), {"kl", "top1_agreement", "reason", "notes"}
         sides = {"out": Side.of(record.get("out") or {}), "base": None if base is None else Side.of(base)}
         others = {name: record[name] for name in REGISTRY if name != cls.PROBE and record.get(name)}
@@ -115,11 +115,11 @@ class Evaluation(Result):
         return cls(record.get("status", "done"), record.get("text") or {}, **sides, **kept, probes=others)
 
     def alone(self) -> str:
-        """The perplexity of the only model."""
+        """The perplexity of a model that was measured without a base."""
         return "perplexity ?" if self.out.perplexity is None else f"perplexity {self.out.perplexity:,.2f}"
 
     def blocks(self) -> list[Block]:
-        """Its own figures, and a sentence for each of the other probes."""
+        """The probe's own figures, and a sentence for each of the other probes."""
         sentences = []
         for name, record in self.probes.items():
             done = record.get("status", "done") == "done"
@@ -205,7 +205,7 @@ class Perplexity(Probe):
         return [*STAGES.values()] if compared else [SCORING]
 
     def refuse(self, base: ModelSource) -> None:
-        """Raise what `tokens` raises for the base alone."""
+        """Raise the errors that `tokens` raises for the base alone."""
         self.tokens({"base": base})
 
     def measure(
@@ -220,13 +220,13 @@ class Perplexity(Probe):
         """See `Probe.measure`; `progress` is called after each window.
 
         KL(base || out) is computed over the base's `top_k` tokens and one bucket that holds all the others. That
-        is a lower bound of the KL over the whole vocabulary: what it misses is disagreement about tokens inside
-        the bucket. With `top_k` >= vocabulary it is the KL itself. Log-softmax is done in float32, sums in
-        float64, models run in their checkpoint's dtype. `length - 1` tokens of each window are scored.
+        is a lower bound of the KL over the whole vocabulary: it misses disagreement about tokens inside the bucket.
+        With `top_k` >= vocabulary it is the KL itself. Models run in their checkpoint's dtype, log-softmax in
+        float32, sums in float64. `length - 1` tokens of each window are scored.
 
         Raises:
-            SurgeryError: a folder that is not a model or has no safetensors, a text too short, models with different
-                vocabularies, a base that yields NaN.
+            SurgeryError: a folder is not a model or has no safetensors, the text is too short, the models have
+                different vocabularies, or the base gives NaN.
             MachineError: the temporary folder cannot be written.
         """
         sources = sides(out, base)
@@ -243,7 +243,7 @@ class Perplexity(Probe):
                 refuse_pickle(Path(source))
             setattr(result, label, Side(**vars(footprint(source, label, result.notes))))
         load_sizes = [getattr(result, label).load_bytes for label, it in sources.items() if isinstance(it, str | Path)]
-        # 8 bytes: logits as the model returns them, at most float32, and one copy.
+        # 8 bytes for each logit: the model returns at most float32, and one copy is made.
         if reason := too_big(max(load_sizes, default=0), extra=8 * self.length * vocabulary):
             result.status, result.reason = "not run", reason
             return result
@@ -262,7 +262,7 @@ class Perplexity(Probe):
         No weight is read.
 
         Raises:
-            SurgeryError: whatever makes it impossible to score these models on this text.
+            SurgeryError: these models cannot be scored on this text.
         """
         configs = {label: read_config(source) for label, source in sources.items()}
         vocabulary = _vocabulary(configs)
@@ -284,7 +284,7 @@ class Perplexity(Probe):
         return text, samples, vocabulary, unknown
 
     def _run(self, result, sources, samples, top_k: int, progress: Progress | None, allow_pickle: bool) -> dict:
-        """Score one model after the other; the scores of the last one, compared with the first."""
+        """Score one model after the other; returns the scores of the last one, compared with the first."""
 
         def tick(label: str, done: int) -> None:
             if progress:
@@ -298,7 +298,7 @@ class Perplexity(Probe):
                     tick_of_side = partial(tick, label)
                     tick_of_side(0)
                     scores = score_model(source, samples, folder, top_k, tick_of_side, may_be_pickle)
-                    gc.collect()  # or a model in a reference cycle would share the memory with the next one
+                    gc.collect()  # otherwise a model in a reference cycle would stay in memory during the next run
                     _sum_up(getattr(result, label), scores["loss"], label)
         except OSError as error:
             raise MachineError(
@@ -308,7 +308,7 @@ class Perplexity(Probe):
 
     @classmethod
     def missing(cls, record: dict) -> str:
-        return ""  # a figure that is not there fails
+        return ""  # a missing figure fails the gate
 
     @classmethod
     def faults(cls, record: dict) -> list[str]:
@@ -319,10 +319,10 @@ class Perplexity(Probe):
 
     @classmethod
     def damage(cls, record: dict) -> list[str]:
-        """Perplexity more than doubled, mean KL above 1, or NaN."""
+        """See `Probe.damage`: perplexity more than doubled, mean KL above 1, or NaN."""
         base, out, kl = (record.get(key) or {} for key in ("base", "out", "kl"))
         before, after, mean, costs = base.get("perplexity"), out.get("perplexity"), kl.get("mean"), []
-        # JSON has null for NaN, which is not the same as a figure that is not there.
+        # JSON has null for NaN; a figure that was not measured has no key.
         if "perplexity" in out and not _is_number(after):
             costs.append("its perplexity is not a number")
         elif _is_number(before) and _is_number(after) and before > 0 and after / before > DAMAGE_RATIO:
@@ -378,7 +378,7 @@ class Perplexity(Probe):
 
     @classmethod
     def paragraph(cls, record: dict) -> str:
-        """The text that it was measured on."""
+        """The text that was scored."""
         text, top_k = record.get("text") or {}, (record.get("kl") or {}).get("top_k")
         if not text:
             return "The text that it was measured on was not recorded."
@@ -436,7 +436,7 @@ def _quotient(base: float | None, new: float | None) -> str:
 
 
 def shown_perplexity(value: float) -> str:
-    """With two decimals; of a number so large that digits say nothing, the four that count."""
+    """A perplexity with two decimals; above `NO_MODEL`, with four significant digits."""
     return f"{value:,.2f}" if value <= NO_MODEL else f"{value:.4g}"
 
 

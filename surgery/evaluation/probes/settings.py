@@ -1,4 +1,4 @@
-"""From what a person wrote to a probe's settings: key=value texts, keywords, a recipe's `evaluate:`."""
+"""Reads a probe's settings from key=value texts, keywords or a recipe's `evaluate:`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] =
     """A probe with these settings.
 
     Args:
-        name: of the registry.
-        settings: setting -> value; what is left out keeps its default.
-        spelled: how the user wrote a setting, for messages.
-        where: where the settings stand, for messages.
+        name: the probe's name in the registry.
+        settings: setting -> value; a setting that is left out keeps its default.
+        spelled: maps a setting to the user's spelling of it, for messages.
+        where: where the user wrote the settings, for messages.
 
     Raises:
-        SurgeryError: there is no such probe; or with every fault of the settings at once.
+        SurgeryError: there is no such probe, or settings are at fault; the error lists every fault.
     """
     cls = find(name)
     try:
@@ -47,7 +47,7 @@ def read(name: str, texts: Iterable[str]) -> Probe:
     """A probe with settings typed as "key=value", values in YAML.
 
     Raises:
-        SurgeryError: as `make`; a text that is none, a setting that is given twice.
+        SurgeryError: as for `make`; or a text is not of the form key=value; or a setting is given twice.
     """
     cls, settings = find(name), {}
     for text in texts:
@@ -74,13 +74,13 @@ def fault(
     spelled: Callable[[str], str] = str,
     in_recipe: bool = False,
 ) -> SurgeryError:
-    """Pydantic's complaints about one setting as one sentence.
+    """Pydantic's errors about one setting, as one sentence.
 
     Args:
-        key: the setting; "" where the complaint is about several.
-        items: the complaints (`ValidationError.errors()`).
-        where, spelled: as of `make`.
-        in_recipe: whether the probe's limits are legal keys too.
+        key: the setting; "" if the errors are about several.
+        items: the errors (`ValidationError.errors()`).
+        where, spelled: as for `make`.
+        in_recipe: whether the probe's limits are valid keys too.
     """
     kind, context = items[0]["type"], items[0].get("ctx", {})
     if kind == "extra_forbidden":
@@ -102,7 +102,7 @@ def fault(
 
 
 def keys(cls: type[Probe]) -> list[str]:
-    """What the probe's block in a recipe may hold: its settings and its limits."""
+    """The keys of the probe's block in a recipe: its settings and its limits."""
     return [*cls.model_fields, *cls.limits]
 
 
@@ -126,7 +126,7 @@ def alias_fields() -> dict[str, tuple[Any, Any]]:
 
 
 def blocks() -> type[BaseModel]:
-    """The model of `evaluate: {probes: {NAME: {...}}}`."""
+    """The pydantic model of `evaluate: {probes: {NAME: {...}}}`."""
     fields: dict[str, Any] = {}
     for cls in every():
         bounds = {name: limit_field(limit) for name, limit in cls.limits.items()}
@@ -141,7 +141,7 @@ def blocks() -> type[BaseModel]:
 
 
 def duplicate_keys(given_keys: Iterable[str], probe_blocks: Iterable[str]) -> dict[str, str]:
-    """Keys of `evaluate:` whose probe has a block as well -> what they are called in the block.
+    """Key of `evaluate:` -> the same key in the block of its probe, for the probes that have a block as well.
 
     Args:
         given_keys: keys of `evaluate:` that were given.
@@ -155,15 +155,15 @@ def duplicate_keys(given_keys: Iterable[str], probe_blocks: Iterable[str]) -> di
 
 
 def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tuple[str, ...]:
-    """Set one key of a recipe's `evaluate:` in place, in either spelling; of two of one meaning the later one holds.
+    """Set one key of a recipe's `evaluate:` in place, in either spelling. The later value of a setting wins.
 
-    A block that is set takes the probe's earlier keys into it, since the two may not stand side by side; an earlier
-    key of a probe that has a block is set in the block. A whole block takes the place of the settings; limits that it
-    does not name stay: a gate is lowered by its name alone.
+    The earlier spelling and the block of a probe must not both be used. So setting a block moves the probe's earlier
+    keys into it, and setting an earlier key of a probe with a block sets the key in the block. A whole block replaces
+    the settings, but keeps limits that it does not name: a limit changes only if it is named.
 
     Args:
-        evaluate: as plain data, not checked yet.
-        path: of the key, in `evaluate`.
+        evaluate: the recipe's `evaluate` as plain data, not validated yet.
+        path: the path of the key in `evaluate`.
 
     Returns:
         The path that was set.
@@ -190,7 +190,7 @@ def assign(evaluate: dict[str, Any], path: tuple[str, ...], value: object) -> tu
         if isinstance(target, dict) and target.get(step) is None:
             target[step] = {}
         target = target[step] if isinstance(target, dict) else None
-    if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+    if isinstance(target, dict):  # otherwise that value is at fault, and the validation of the recipe names it
         if path[0] == "probes" and len(path) == 2 and isinstance(value, dict):
             value = _limits_in(target.get(last), last) | value
         target[last] = value
@@ -205,7 +205,7 @@ def _into_block(evaluate: dict[str, Any], cls: type[Probe]) -> None:
     probes = evaluate.get("probes") or {}
     values = {key: evaluate.pop(name) for name, key in _earlier_keys(cls).items() if name in evaluate}
     asking = [alias.key for alias in cls.aliases.recipe.values() if alias.asks]
-    if any(map(values.get, asking)):  # the earlier spelling has defaults of its own
+    if any(map(values.get, asking)):  # the earlier spelling has its own defaults
         values = {alias.key: alias.field.default for alias in cls.aliases.recipe.values()} | values
     values = {key: value for key, value in values.items() if value or key not in asking}
     if isinstance(probes, dict) and isinstance(block := probes.get(cls.name), dict | None):
@@ -219,13 +219,13 @@ def _limits_in(block: object, name: str) -> dict[str, Any]:
 
 
 def _alternatives(name: str, key: str) -> list[str]:
-    """The settings of a probe that say the same as this one in another way."""
+    """The settings of a probe that are alternatives to this one."""
     pairs = [pair for cls in every() if cls.name == name for pair in cls.alternatives]
     return [other for pair in pairs for one, other in (pair, pair[::-1]) if one == key]
 
 
 def _block_key(evaluate: dict[str, Any], path: tuple[str, ...]) -> tuple[type[Probe], str] | None:
-    """The probe whose earlier key this is, and the key in its block, if the probe has a block."""
+    """The probe that this earlier key belongs to, and the key in the probe's block; None if the probe has no block."""
     blocks = evaluate.get("probes")
     if len(path) > 1 or not isinstance(blocks, dict):
         return None
@@ -234,7 +234,7 @@ def _block_key(evaluate: dict[str, Any], path: tuple[str, ...]) -> tuple[type[Pr
 
 
 def _earlier_keys(cls: type[Probe]) -> dict[str, str]:
-    """Keys of `evaluate:` that are a probe's earlier spellings -> what they are called in its block."""
+    """Earlier spelling of a probe's key, in `evaluate:` -> the key in the probe's block."""
     keys = {flat: alias.key for flat, alias in cls.aliases.recipe.items()}
     return keys | {name: name for name in cls.aliases.limits}
 
@@ -243,7 +243,7 @@ def requested_probes(evaluate: Mapping[str, Any]) -> list[Probe]:
     """The probes that a recipe asks for, in the order in which they are run.
 
     Args:
-        evaluate: the recipe's `evaluate`, as plain data; keys that another version wrote are left out.
+        evaluate: the recipe's `evaluate`, as plain data; unknown keys (of another version) are ignored.
     """
     blocks, requested = evaluate.get("probes") or {}, []
     for cls in every():
@@ -270,11 +270,11 @@ def bounds(evaluate: Mapping[str, Any]) -> dict[str, float]:
 
 
 def as_data(evaluate: dict[str, Any], blocks: BaseModel | None) -> dict[str, Any]:
-    """A recipe's `evaluate` as plain data that reads back as what it was.
+    """A recipe's `evaluate` as plain data from which the same `evaluate` can be read again.
 
     Args:
-        evaluate: its fields, all written out.
-        blocks: its blocks.
+        evaluate: all its fields with their values.
+        blocks: the blocks of its probes.
     """
     probes = {cls.name: block for cls in every() if (block := getattr(blocks, cls.name, None)) is not None}
     data = {key: value for key, value in evaluate.items() if key not in duplicate_keys(evaluate, probes)}
@@ -284,12 +284,13 @@ def as_data(evaluate: dict[str, Any], blocks: BaseModel | None) -> dict[str, Any
     plain = {}
     for name, block in probes.items():
         unset = set(find(name).model_fields) - block.model_fields_set
-        # What is not set may follow from what is: the depths from the number of cases, the text from `evaluate.text`.
+        # A setting that is not set may depend on others: the depths on the number of cases, the text on
+        # `evaluate.text`.
         plain[name] = block.model_dump(mode="json", exclude=unset, exclude_none=True)
     return data | {"probes": plain}
 
 
 def without_defaults(evaluate: Mapping[str, Any]) -> dict[str, Any]:
-    """The same `evaluate` without the keys that `as_data` wrote out, so that a block may be put in their place."""
+    """The same `evaluate` without the defaults that `as_data` wrote, so that a block may replace these keys."""
     usual = {name: info.default for name, (_, info) in alias_fields().items()}
     return {key: value for key, value in evaluate.items() if key not in usual or value != usual[key]}
