@@ -1,6 +1,6 @@
-"""The model card: what was changed, what it cost, how to use it, and the base's own card below.
+"""The model card: what was changed, what that cost, how to use the model, and below it the base's own card.
 
-`render_card` takes surgery.json as a dict. A missing key is no error: the card says what was not measured.
+`render_card` takes surgery.json as a dict. A missing key is no error: the card then says what was not measured.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from surgery.report.head_map import FILE as HEADS
 
 
 def render_card(report: dict, base_card: str | None) -> str:
-    """README.md of an output folder.
+    """The README.md of an output folder.
 
     Args:
         report: the content of surgery.json; `evaluation`, `check`, `gate` and most other keys may be missing or None.
-        base_card: README.md of the base, with its metadata, or None.
+        base_card: the README.md of the base, with its metadata, or None.
 
     Returns:
         Markdown with a metadata block that the Hub accepts.
@@ -49,7 +49,7 @@ def render_card(report: dict, base_card: str | None) -> str:
 
 
 def _heads(report: dict) -> list[str]:
-    """The picture of the head split, where it lies beside the card."""
+    """The picture of the head split as a list of one, or [] if the folder has none."""
     if HEADS not in get(report, "other_files"):
         return []
     what = "Which KV heads see all, and which (hatched) see sinks and a window, by layer"
@@ -57,10 +57,10 @@ def _heads(report: dict) -> list[str]:
 
 
 def _table(report: dict) -> str:
-    """The table of base and result, and the paragraphs of the probes. A figure that is not known is left empty."""
+    """The table of base and converted model, and the paragraphs of the probes. An unknown figure is left empty."""
     recorded, evaluation, plan = get(report, "evaluation"), figures_of(report), get(report, "plan")
     base, out = get(recorded, "base"), get(recorded, "out")  # cache and load size are known without a run
-    fixed = get(plan, "kv_bytes_fixed")  # only of streaming heads
+    fixed = get(plan, "kv_bytes_fixed")  # only streaming heads have it
     cache, sizes = get(plan, "kv_bytes_per_token"), get(plan, "parameters")
     kv = base.get("kv_bytes_per_token") or cache.get("before"), out.get("kv_bytes_per_token") or cache.get("after")
     window = Row("KV cache, bytes of sinks and windows (fixed)", fixed.get("before"), fixed.get("after"), "{:,.0f}")

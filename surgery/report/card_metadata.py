@@ -1,4 +1,4 @@
-"""The metadata block of the model card: what the Hub reads, lists and searches."""
+"""The metadata block of the model card, which the Hub reads, lists and searches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from surgery.evaluation import probes
 from surgery.report.card_sections import get, operations_of
 from surgery.report.gate import finite
 
-# Tags of the base that speak of formats, engines or scores which this folder does not have.
+# Tags of the base that name formats, engines or scores that the converted model does not have.
 STALE_TAGS = {
     "gguf", "onnx", "mlx", "openvino", "coreml", "tflite", "tf", "jax", "rust", "pytorch", "transformers.js",
     "exl2", "gptq", "awq", "model-index", "eval-results", "leaderboard", "autotrain_compatible",
     "endpoints_compatible", "text-generation-inference", "custom_code",
 }  # fmt: skip
-# In this order, as cards of the Hub have them; the figures come last.
+# The order of keys that cards on the Hub use; the figures come last.
 ORDER = (
     "license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "base_model",
     "base_model_relation", "tags", "model-index",
@@ -26,10 +26,11 @@ def metadata(report: dict, base: dict, title: str) -> str:
 
     Args:
         report: the content of surgery.json.
-        base: the metadata of the base's card. Of these the rest is left out: scores, widgets, gating prompts, formats.
-        title: of the card, which the figures are listed under.
+        base: the metadata of the base's card. Only licence, language, task and tags are taken over, not its scores,
+            widgets, gating prompts or formats.
+        title: the card's title; the Hub lists the figures under it.
     """
-    from huggingface_hub.repocard_data import ModelCardData  # the package would import its client for the same
+    from huggingface_hub.repocard_data import ModelCardData  # the package itself would import its client
 
     languages, base_model, results = _listed(base.get("language")), hub_base(report), _results(report)
     task = "image-text-to-text" if get(report, "base").get("composite") else "text-generation"
@@ -45,7 +46,7 @@ def metadata(report: dict, base: dict, title: str) -> str:
         pipeline_tag=base.get("pipeline_tag") or task,
         tags=list(dict.fromkeys(tags)),
         **({"model_name": title, "eval_results": results} if results else {}),
-        **({"base_model_relation": "finetune"} if base_model else {}),  # the nearest: there is no "converted"
+        **({"base_model_relation": "finetune"} if base_model else {}),  # the nearest value: the Hub has no "converted"
     )
     return data.to_yaml(original_order=list(ORDER)).strip()
 
@@ -61,12 +62,12 @@ def hub_base(report: dict) -> str | None:
 
 def _listed(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    # `no`, the code of Norwegian, is false to YAML.
+    # YAML reads `no`, the code of Norwegian, as false.
     return ["no" if each is False else str(each) for each in values if each is not None]
 
 
 def _results(report: dict) -> list:
-    """Every figure of the converted model that was measured and is a number."""
+    """Every figure of the converted model that was measured and is finite."""
     from huggingface_hub.repocard_data import EvalResult
 
     evaluation, results = get(report, "evaluation"), []

@@ -1,4 +1,4 @@
-"""Sections of the model card: how to load, limits, how it was made, licence, healing and how much damage came back."""
+"""Sections of the model card: how to load, limits, how it was made, licence, healing and what it recovered."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from surgery.healing import losses
 from surgery.io.card_text import REPOSITORY
 from surgery.report.gate import finite
 
-CURVE = "healing/loss.png"  # what `surgery heal` draws
+CURVE = "healing/loss.png"  # the picture that `surgery heal` draws
 
 
 def get(report: dict, key: str) -> dict:
-    """The mapping at a key, {} where it is missing or null."""
+    """The mapping at a key; {} if it is missing or null."""
     return report.get(key) or {}
 
 
@@ -26,7 +26,7 @@ def operations_of(report: dict) -> list[str]:
 
 
 def base_name(report: dict) -> str:
-    """The Hub id, or the last step of a path: a card is published, and a full path names folders of its author."""
+    """The Hub id, or the last part of a path: a card is published, and a full path would show its author's folders."""
     base = get(report, "base")
     name = str(base.get("name") or base.get("base_model") or "an unnamed base").replace("\\", "/")
     return str(base.get("hub_id") or name.rstrip("/").rsplit("/", 1)[-1])
@@ -38,13 +38,13 @@ def hub_link(name: str) -> str:
 
 
 def figures_of(report: dict) -> dict:
-    """The evaluation, if it was run."""
+    """The evaluation; {} if it was not run."""
     evaluation = get(report, "evaluation")
     return evaluation if evaluation.get("status", "done") == "done" else {}
 
 
 def loading(report: dict) -> str:
-    """Code that loads the folder and generates, by every way to load it."""
+    """Code that loads the folder and generates, for every way to load it."""
     install = fenced("pip install attention-surgery", "sh")
     if report.get("tier") != "surgical":
         return f"{_example(report)}\n\nIt needs nothing else. What checks, heals or converts it again is\n\n{install}"
@@ -59,7 +59,7 @@ def _example(report: dict, ours: bool = False) -> str:
     """A script that generates.
 
     Args:
-        ours: with the package, in place of trust_remote_code for a surgical folder.
+        ours: load a surgical folder with the package instead of trust_remote_code.
     """
     composite, surgical = get(report, "base").get("composite"), report.get("tier") == "surgical"
     model = "AutoModelForImageTextToText" if composite else "AutoModelForCausalLM"
@@ -93,14 +93,14 @@ def _example(report: dict, ours: bool = False) -> str:
 
 
 def _has_tokenizer(report: dict) -> bool:
-    """Whether the folder has a tokenizer, as far as its record says."""
+    """Whether the folder has a tokenizer, by the list of files in its record; True if there is no list."""
     names = get(report, "other_files")
     kinds = ("tokenizer", "vocab", "spiece", "processor", "preprocessor")
     return not names or any(name.startswith(kinds) for name in names)
 
 
 def searched(report: dict) -> list[str]:
-    """A sentence for each operation that searched for a setting: the result, which no plan can say."""
+    """A sentence for each operation that measured or searched for something: the result, which no plan knows."""
     names = {"ce": "cross-entropy", "entropy": "entropy of the predictions", "labelled": "loss of the right choices"}
     sentences = []
     for operation in report.get("operations") or []:
@@ -149,7 +149,7 @@ def _kept_layers(op: str, record: dict) -> list[str]:
 
 
 def limits(report: dict) -> str:
-    """The list of limits: of the operations, of the surgical tier and of the measurement."""
+    """The list of limitations: those of the operations, of the surgical tier and of the measurement."""
     operations = get(report, "recipe").get("operations") or []
     lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
     if report.get("tier") == "surgical":
@@ -162,7 +162,7 @@ def limits(report: dict) -> str:
 
 
 def _limits_of(fields: dict) -> tuple[str, ...]:
-    """The limitations of an operation; none for one that is not installed here."""
+    """The limitations of an operation; () if it is not installed here."""
     from surgery import operations
 
     try:
@@ -171,7 +171,7 @@ def _limits_of(fields: dict) -> tuple[str, ...]:
         return ()
     try:
         return operation.model_validate(fields).limitations()
-    except ValueError:  # another version's fields
+    except ValueError:  # the fields are another version's
         return operation.LIMITATIONS
 
 
@@ -212,12 +212,12 @@ def _sentence(clause: str) -> str:
 
 
 def folded_away(what: str, content: str) -> str:
-    """A part of the card that is shown on a click."""
+    """A part of the card that a click unfolds."""
     return f"<details>\n<summary>{what}</summary>\n\n{content}\n\n</details>"
 
 
 def _how_to_repeat(report: dict, origin: str) -> str:
-    """The command that gives the same weights, where there is one."""
+    """The commands that give the same weights, or a sentence that says why there are none."""
     source, changes = str(report.get("recipe_source") or "data"), [str(each) for each in report.get("overrides") or []]
     if report.get("in_memory"):
         return (
@@ -272,7 +272,7 @@ def healing(report: dict) -> list[str]:
 
 
 def healed(report: dict) -> list[str]:
-    """How much of the damage came back, a sentence for each figure."""
+    """How much of the damage healing recovered, in a sentence for each figure."""
     record = report.get("heal") or {}
     if not record:
         return []
@@ -294,7 +294,7 @@ def healed(report: dict) -> list[str]:
 
 
 def _before(record: dict) -> str:
-    """The name of the model that this training began with."""
+    """A word for the model that this training started from."""
     return "healed before" if record.get("earlier") else "converted"
 
 
@@ -305,7 +305,7 @@ def _came_back(share: float | None) -> str:
 
 
 def heal_commands(report: dict) -> list[str]:
-    """The commands after `surgery apply` that heal, where they were commands of their own."""
+    """The `surgery heal` commands to run after `surgery apply`; [] if the recipe itself healed."""
     record = report.get("heal") or {}
     steps = [each for each in [*record.get("earlier", []), record] if "overrides" in each]
     commands = []
@@ -355,7 +355,7 @@ def _how(record: dict) -> list[str]:
 
 
 def _table(report: dict) -> str:
-    """Base, converted and healed on one text."""
+    """The table of base, converted and healed model on one text."""
     before, evaluation = (report["heal"] or {}).get("converted"), report.get("evaluation") or {}
     if not before or evaluation.get("status") != "done":
         return ""

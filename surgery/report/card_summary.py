@@ -1,4 +1,4 @@
-"""The top of the model card: its title, the worst damage that was measured, and what a newcomer wants to know."""
+"""The top of the model card: its title, the worst damage that was measured, and a summary for a first-time reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIERS = {
     "native": "It is **native**: stock Transformers loads it, with no extra code.",
     "surgical": "It is **surgical**: it needs the code in this folder, or the `attention-surgery` package.",
 }
-AT_LEAST = 0.001  # of cache or weights: a smaller saving is none
+AT_LEAST = 0.001  # share of the weights; a smaller saving is not mentioned
 
 
 def title(report: dict) -> str:
@@ -29,7 +29,7 @@ def title(report: dict) -> str:
 
 
 def in_words(report: dict) -> list[InWords]:
-    """What each operation did, for people; without those that do not say it or are not installed here."""
+    """What each operation did, in words; operations that have no words or are not installed here are left out."""
     from surgery import operations
 
     changes, words = [str(line) for line in get(report, "plan").get("changes") or []], []
@@ -37,13 +37,13 @@ def in_words(report: dict) -> list[InWords]:
         try:
             operation = operations.find(str(fields["op"])).model_validate(fields)
             words.append(operation.in_words(changes))
-        except (SurgeryError, KeyError, ValueError, TypeError):  # another version's fields, a plug-in's
+        except (SurgeryError, KeyError, ValueError, TypeError):  # fields of another version or of a plug-in
             continue
     return [each for each in words if each is not None]
 
 
 def banner(report: dict) -> list[str]:
-    """A quotation with what is most wrong first; [] for a model that nothing was found wrong with."""
+    """A quotation as a list of one, with the worst damage first; [] if no damage was found."""
     evaluation, record = figures_of(report), get(report, "gate")
     alarms = [(*cls.worst(result), cls) for cls, result in probes.done(evaluation)] if evaluation else []
     alarms = sorted((alarm for alarm in alarms if alarm[1]), key=lambda alarm: -alarm[0])
@@ -59,7 +59,7 @@ def banner(report: dict) -> list[str]:
 
 
 def _gate_lines(record: dict, evaluation: dict) -> list[str]:
-    """What the gate says, but "passed". Where there are figures it is not said that there are none."""
+    """Lines about a gate that was not passed. They say "not measured" only if there are no figures."""
     status, limits = record.get("status"), record.get("limits") or {}
     reasons = "; ".join(map(str, record.get("reasons") or []))
     if status == "failed":
@@ -80,7 +80,7 @@ def _gate_lines(record: dict, evaluation: dict) -> list[str]:
 
 
 def summary(report: dict) -> str:
-    """What was done, what it saves, what it costs, what it is good for, and who should not use it."""
+    """What was done, what it saves and costs, what the model is good for, and who should not use it."""
     base, name, words = get(report, "base"), base_name(report), in_words(report)
     on_hub = [hub_link(str(base["base_model"]))] if base.get("base_model") and not base.get("hub_id") else []
     origin = hub_link(name) if base.get("hub_id") else f"`{name}`"
@@ -103,7 +103,7 @@ def _changes(report: dict) -> str:
 
 
 def _saved(report: dict, words: list[InWords]) -> list[str]:
-    """Sentences on cache and weights, and what the operations say of the rest."""
+    """Sentences on the savings in cache and weights, and the gains that operations state themselves."""
     plan, lines = get(report, "plan"), []
     cache, fixed, sizes = (get(plan, key) for key in ("kv_bytes_per_token", "kv_bytes_fixed", "parameters"))
     before, after, always = cache.get("before"), cache.get("after"), fixed.get("after") or 0
@@ -133,7 +133,7 @@ def _cost(report: dict) -> str:
 
 
 def _advice(report: dict, words: list[InWords]) -> list[str]:
-    """What it is good for, and who should not use it: first by what was measured."""
+    """What the model is good for, and who should not use it. The measured damage decides first."""
     evaluation, failed = figures_of(report), get(report, "gate").get("status") == "failed"
     avoid = list(dict.fromkeys(each.avoid for each in words if each.avoid))
     if damage(evaluation) or failed:
@@ -145,7 +145,7 @@ def _advice(report: dict, words: list[InWords]) -> list[str]:
 
 @cache
 def project_url() -> str:
-    """The address of this project, as the installed package names it; "" where it names none."""
+    """The address of this project in the metadata of the installed package; "" if there is none."""
     from importlib import metadata
 
     try:

@@ -14,14 +14,14 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
     """Compare a report's `evaluation` with a recipe's limits.
 
     Args:
-        limits: of the probes (`surgery.evaluation.probes.limits`); None is no limit.
+        limits: name of a limit (see `surgery.evaluation.probes.limits`) -> its value; None is no limit.
 
     Returns:
-        ("passed" | "failed" | "not run", reasons). A figure that is NaN fails; one that was not measured
+        ("passed" | "failed" | "not run", reasons). A figure that is NaN fails. A figure that was not measured
         makes the gate "not run", never "passed".
 
     Raises:
-        SurgeryError: an unknown limit, or one that is not a number.
+        SurgeryError: a limit is unknown or not a number.
     """
     known = probes.limits()
     for name, limit in limits.items():
@@ -56,7 +56,7 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure beside its limit."""
+    """A figure and its limit."""
 
     words: str
     value: float
@@ -68,16 +68,16 @@ class Comparison:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
-        """ "KL 0.502 ≤ 1.0", "KL 1.32 > 1.0"."""
+        """The comparison as "KL 0.502 ≤ 1.0" or "KL 1.32 > 1.0"."""
         sign = ("≥" if self.passed else "<") if self.at_least else ("≤" if self.passed else ">")
         shown = f"{self.value:.3f}"
-        if not self.passed and abs(self.value - self.limit) < 0.001:  # three decimals would hide it
+        if not self.passed and abs(self.value - self.limit) < 0.001:  # three decimals would hide the difference
             shown = f"{self.value:.6g}"
         return f"{self.words} {shown} {sign} {self.limit}"
 
 
 def comparisons(evaluation: dict | None, limits: dict) -> list[Comparison]:
-    """Every figure that was measured and has a limit, beside it; limits and evaluation as for `gate`."""
+    """Every measured figure that has a limit, with this limit; limits and evaluation are as for `gate`."""
     known, found = probes.limits(), []
     for name, limit in limits.items():
         if limit is None or name not in known or not evaluation or evaluation.get("status") != "done":
@@ -92,10 +92,10 @@ def comparisons(evaluation: dict | None, limits: dict) -> list[Comparison]:
 
 
 def damage(evaluation: dict | None) -> list[str]:
-    """What makes a model unusable, by every probe that was run; clauses of a sentence.
+    """Reasons why a model is not usable, from every probe that was run, as clauses of a sentence.
 
     Args:
-        evaluation: of a report; where there is none, or it was not run, nothing is known: [].
+        evaluation: the evaluation in a report; if it is None or was not run, nothing is known and the result is [].
     """
     if not evaluation or evaluation.get("status", "done") != "done":
         return []

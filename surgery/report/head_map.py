@@ -9,8 +9,8 @@ from pathlib import Path
 from surgery.errors import SurgeryError
 from surgery.report.plots import Cells, heat_maps
 
-FILE = "heads.png"  # of an output folder, which its card shows
-# What a score of each method means, and which end of it is which.
+FILE = "heads.png"  # in an output folder; the card shows it
+# Scoring method -> what its score measures, and what a high score means.
 MEANINGS = {
     "far-mass": "attention beyond sinks and window (far-mass); high: needs the past",
     "retrieval": "how often the head looks at the token it copies (retrieval); high: needs the past",
@@ -30,16 +30,16 @@ def draw_heads(
     scores: Sequence[Sequence[float]] | None = None,
     method: str = "",
 ) -> Path:
-    """Draw a head split, or the scores that one may follow.
+    """Draw a head split, or the scores of KV heads from which a split can be chosen.
 
     Args:
-        path: see `plots.heat_maps`, also for the errors.
-        numbers: KV heads of each layer, by the base's numbers.
-        name: of the model.
-        streaming: the numbers of those that stream, of each layer; None: no split was made.
-        sees: what these see ("16 sinks + 240 tokens").
-        scores: of each layer, in the order of `numbers`; None: not known, and the split alone is drawn.
-        method: how the scores were measured.
+        path: as for `plots.heat_maps`, which also lists the errors.
+        numbers: the KV heads of each layer, by the base's numbers.
+        name: name of the model.
+        streaming: the streaming KV heads of each layer, by the base's numbers; None: no split was made.
+        sees: what streaming heads see ("16 sinks + 240 tokens").
+        scores: the scores of each layer's heads, in the order of `numbers`; None: only the split is drawn.
+        method: the method that measured the scores.
     """
     height, total = 1 + max(max(heads) for heads in numbers), sum(map(len, numbers))
     values = [[math.nan] * len(numbers) for _ in range(height)]
@@ -69,12 +69,13 @@ def draw_heads(
 
 
 def draw_recorded(record: dict, folder: Path) -> bool:
-    """Draw the head split of a checkpoint that is being written as `heads.png`; whether there was one to draw.
+    """Draw the head split of a checkpoint that is being written, as `heads.png`; returns whether it was drawn.
 
-    Without matplotlib, and of a split after which heads have moved, nothing is drawn.
+    Nothing is drawn without matplotlib, or if the checkpoint's last operation made no head split with scores.
 
     Args:
-        record: the content of its surgery.json.
+        record: the content of the checkpoint's surgery.json.
+        folder: the checkpoint's folder.
     """
     operations = record.get("operations") or []
     made = operations[-1] if operations else {}
@@ -97,6 +98,6 @@ def draw_recorded(record: dict, folder: Path) -> bool:
             scores=table,
             method=str(scores.get("method") or ""),
         )
-    except SurgeryError:  # no matplotlib
+    except SurgeryError:  # matplotlib is not installed
         return False
     return True

@@ -1,4 +1,4 @@
-"""Checks what belongs together: a score and the base that a checkpoint was made from, a report and its model."""
+"""Verifies that a score was measured against the base of its checkpoint, and that a report belongs to its model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ KEPT = "which keeps the score of the conversion"  # a clause after "not added to
 
 
 def record_score(report: Report, base: object, probe: Probe, result: dict) -> str:
-    """Put a score into a checkpoint's surgery.json and card, and judge it by the gate; why it was not, or "".
+    """Add a score to a checkpoint's surgery.json and card, and compare it with the gate.
 
     Args:
-        base: what it was compared with: a folder, a name, or a loaded model.
+        base: the base of the score: a folder, a name, or a loaded model.
         probe: the probe that gave the score, with its settings.
         result: `to_dict()` of its result.
+
+    Returns:
+        "" if the score was added, otherwise the reason why not.
     """
     if reason := unrecordable(report.data, base, probe):
         return reason
@@ -39,7 +42,7 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
 
     Args:
         data: the record.
-        base: what it was compared with: a folder, a name, or a loaded model.
+        base: the base of the score: a folder, a name, or a loaded model.
         probe: the probe that gave the score, with its settings.
     """
     recorded, wanted = data["evaluation"], recipe_probe(data, type(probe))
@@ -57,16 +60,16 @@ def unrecordable(data: dict, base: object, probe: Probe) -> str:
 
 
 def recipe_probe(data: dict, kind: type[Probe]) -> Probe | None:
-    """The probe of a kind that a record's recipe asks for, with the recipe's settings; None: it does not."""
+    """The probe of class `kind` with the settings of a record's recipe; None if the recipe does not ask for it."""
     judged_by = data["recipe"].get("evaluate")
     try:
         return next((each for each in requested_probes(judged_by) if type(each) is kind), None) if judged_by else None
-    except (ValueError, TypeError, AttributeError):  # a record that was edited, or is a later version's
+    except (ValueError, TypeError, AttributeError):  # the record was edited, or a later version wrote it
         return None
 
 
 def same_settings(one: Probe, other: Probe) -> bool:
-    """Whether two probes measure the same; of a text file, the name alone is kept in a record."""
+    """Whether two probes have the same settings. Text files are compared by name, because a record keeps only that."""
     return _published(one) == _published(other)
 
 
@@ -75,16 +78,16 @@ def _published(probe: Probe) -> dict:
 
 
 def comparable(recorded: dict) -> bool:
-    """Whether a record of a base has a fingerprint that can be compared with another folder's."""
+    """Whether the fingerprint in a record of a base can be compared with another folder's."""
     return (recorded.get("fingerprint") or "").startswith(BY_CONTENT)
 
 
 def another_base(recorded: dict, base) -> str:
-    """Why a base is not, or cannot be shown to be, the one that a checkpoint was made from; or "".
+    """Why a base is not the one that a checkpoint was made from, or cannot be identified; "" if it is that base.
 
     Args:
-        recorded: `base` of the checkpoint's surgery.json.
-        base: a folder or a name; a loaded model cannot be compared.
+        recorded: `base` in the checkpoint's surgery.json.
+        base: a folder or a name; a loaded model cannot be identified.
     """
     if not isinstance(base, str | Path):
         return "a base in memory cannot be told from another one"
@@ -106,12 +109,12 @@ def another_base(recorded: dict, base) -> str:
 
 
 def heads_of(model) -> list[list[int]]:
-    """Query heads, KV heads and streaming KV heads of every layer of a model or a folder."""
+    """Numbers of query heads, KV heads and streaming KV heads of every layer of a model or a folder."""
     return [[layer.heads, layer.kv_heads, len(layer.streaming)] for layer in Anatomy.of(model).layers]
 
 
 def refuse_another(model, report: Report) -> None:
-    """Raise where the report is plainly not of this model, or was edited into what cannot be written."""
+    """Raise if the report belongs to another model, or was edited into data that cannot be written."""
     fix = "give the report that surgery.apply returned for this very model"
     if not isinstance(report, Report):
         raise SurgeryError(f"report is {type(report).__name__}, not a surgery.Report", fix=fix)
@@ -136,12 +139,12 @@ def refuse_another(model, report: Report) -> None:
 
 
 def _heads_of_folder(folder: Path | None) -> list[list[int]]:
-    """The heads of the folder that a report was read from; [] where it is not there any more."""
+    """The heads of the folder that a report was read from; [] if the folder no longer exists."""
     return heads_of(folder) if folder and (folder / "config.json").is_file() else []
 
 
 def _is_origin(known: object) -> bool:
-    """Whether this is of the form in which `note_origin` records a model; {}: it recorded none."""
+    """Whether this has the form in which `note_origin` records a model; {} means that none was recorded."""
     if not isinstance(known, dict) or (known and "class" not in known):
         return False
     heads = known.get("heads", [[0, 0, 0]])

@@ -1,9 +1,8 @@
 """Pictures as files (.png, .svg, .pdf): heat maps and curves. Needs the `plot` extra (matplotlib).
 
-Nothing is shown on a screen, and matplotlib's settings of the program that calls this stay as they are: figures are
-made as objects, without pyplot. Heat maps are in viridis, curves in the colours of Okabe and Ito, which most people
-with a colour vision deficiency tell apart; curves differ in their markers too. One record gives one file, byte for
-byte: no date is written.
+Nothing is shown on a screen, and the calling program's matplotlib settings do not change, because figures are made
+without pyplot. Heat maps use viridis. Curves use the colours of Okabe and Ito, which most people with a colour vision
+deficiency can tell apart, and different markers. The same record always gives the same bytes: no date is written.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe and Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
+# Okabe and Ito 2008, "Color Universal Design"; yellow is left out because it is faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vPX", ("-", "--", ":", "-.")
-MARKED = 40  # points of a curve, at most, that get a marker each
+MARKED = 40  # most points of a curve with markers; a longer curve has none
 STYLE = {
     "font.size": 10.0, "axes.titlesize": 10.5, "axes.labelsize": 10.0, "xtick.labelsize": 9.0, "ytick.labelsize": 9.0,
     "legend.fontsize": 9.0, "figure.titlesize": 12.0, "hatch.linewidth": 0.9, "svg.hashsalt": "surgery",
@@ -36,9 +35,9 @@ UNDATED: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}
 }  # fmt: skip
 HATCH = "////"
-WIDEST, TALLEST = 13.0, 9.0  # inches of the cells of one heat map
-BESIDE = 5.5  # inches: heat maps that are wider stand one below the other
-TICKS = 24  # labels of an axis of a heat map, at most
+WIDEST, TALLEST = 13.0, 9.0  # largest width and height of one heat map's cells, in inches
+BESIDE = 5.5  # inches; wider heat maps are stacked, narrower ones are side by side
+TICKS = 24  # most labels on an axis of a heat map
 LETTER = 0.095  # inches that a letter of a title takes
 APART = 1.03  # factor between the error bars of two curves at one x, on a logarithmic axis
 
@@ -48,9 +47,9 @@ class Cells:
     """One heat map.
 
     Attributes:
-        values: [rows][columns]; NaN is drawn grey (nothing was measured there, or there is nothing).
-        texts: what is written into the cells, or None.
-        hatched: cells that are hatched, or None.
+        values: [rows][columns]; NaN is drawn grey (not measured, or no such cell).
+        texts: [rows][columns], the text in each cell, or None.
+        hatched: [rows][columns], whether each cell is hatched, or None.
     """
 
     values: Sequence[Sequence[float]]
@@ -63,9 +62,9 @@ class Line:
     """One curve.
 
     Attributes:
-        x, y: its points.
-        ends: lowest and highest of each y, drawn as an error bar; None: no bars.
-        style: matplotlib's settings of the curve (color, linestyle, marker, ...).
+        x, y: the coordinates of its points.
+        ends: the lowest and highest value for each y, drawn as an error bar; None: no bars.
+        style: matplotlib settings for the curve (color, linestyle, marker, ...).
     """
 
     x: Sequence[float]
@@ -76,14 +75,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on one y axis, which has one meaning.
+    """Curves that share one y axis.
 
     Attributes:
         lines: name in the legend -> curve.
         y_label: what the axis shows, with its unit.
-        title: of this panel.
-        levels: name in the legend -> height of a dashed line across (a gate's limit, 1 for ratios).
-        log_y: a logarithmic y axis; what is not above 0 is left out.
+        title: title of the panel.
+        levels: name in the legend -> height of a dashed horizontal line (a gate's limit, 1 for ratios).
+        log_y: use a logarithmic y axis; points that are not above 0 are left out.
     """
 
     lines: Mapping[str, Line]
@@ -106,19 +105,19 @@ def heat_maps(
     limits: tuple[float, float] | None = None,
     hatch_label: str = "",
 ) -> Path:
-    """Heat maps of one shape on one colour scale.
+    """Draw heat maps of the same shape on one colour scale.
 
     Args:
         path: the file to write, .png, .svg or .pdf.
         panels: title of each map -> its cells.
-        rows, columns: labels of the axes' ticks, first row on top.
-        value_label: what a colour means; "": no scale is drawn beside the maps.
-        title: what is seen.
-        limits: lowest and highest value of the colours; default: those of the values.
+        rows, columns: labels of the axes' ticks; the first row is on top.
+        value_label: what a colour means; "": no colour scale is drawn.
+        title: title of the picture.
+        limits: values of the lowest and the highest colour; default: the range of the values.
         hatch_label: what a hatched cell means.
 
     Raises:
-        SurgeryError: matplotlib is not installed, or the name has another suffix.
+        SurgeryError: matplotlib is not installed, or the file name has another suffix.
         MachineError: the file cannot be written.
     """
     _require(path)
@@ -144,7 +143,7 @@ def heat_maps(
                 axis.set_xlabel(column_label)
             if stacked or not index:
                 axis.set_ylabel(row_label)
-        flat = height * grid[0] < 2.5  # a bar beside it would be too short for its label
+        flat = height * grid[0] < 2.5  # a vertical colour bar would be too short for its label
         shape = {"location": "bottom", "shrink": 0.5, "aspect": 40} if flat else {"location": "right"}
         if value_label:
             figure.colorbar(image, ax=axes.ravel().tolist(), label=value_label, **shape)
@@ -155,15 +154,15 @@ def heat_maps(
 def curves(
     path: str | Path, panels: Sequence[Panel] | Panel, *, x_label: str, title: str = "", log_x: bool = False
 ) -> Path:
-    """Curves, in one panel or in several beside each other that share the x axis's meaning.
+    """Draw curves in one panel, or in several side by side whose x axes have the same meaning.
 
     Args:
         path: the file to write, .png, .svg or .pdf.
-        title: what is seen.
-        log_x: a logarithmic x axis with a tick at each value.
+        title: title of the picture.
+        log_x: use a logarithmic x axis with a tick at each value.
 
     Raises:
-        as `heat_maps`.
+        SurgeryError, MachineError: as for `heat_maps`.
     """
     _require(path)
     import matplotlib
@@ -186,7 +185,7 @@ def curves(
 
 
 def ready(path: str | Path) -> None:
-    """Find out before a long measurement whether its picture can be drawn; raises as `heat_maps`."""
+    """Verify before a long measurement that its picture can be drawn; errors are those of `heat_maps`."""
     _require(path)
     folder = Path(path).absolute().parent
     if not folder.is_dir():
@@ -257,7 +256,7 @@ def _ticks(set_ticks, labels: Sequence) -> None:
 
 
 def _explain(figure: Figure, panels: Mapping[str, Cells], hatch_label: str) -> None:
-    """A legend of what is hatched and what is grey, where something is."""
+    """Add a legend for hatched and grey cells, if there are any."""
     from matplotlib.patches import Patch
 
     signs = []
@@ -270,11 +269,11 @@ def _explain(figure: Figure, panels: Mapping[str, Cells], hatch_label: str) -> N
 
 
 def _curves(axis: Axes, panel: Panel, apart: float) -> None:
-    """Draw a panel; `apart`: factor between the bars of one curve and the next, which would hide each other."""
+    """Draw a panel. `apart`: factor on x between the error bars of two curves, which would otherwise overlap."""
     for index, (label, line) in enumerate(panel.lines.items()):
         own: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
-            # Colours begin again after the last; two points are no course.
+            # When the colours repeat, the dashes change. Two points get no line: they show no course.
             "linestyle": DASHES[index // len(COLOURS) % len(DASHES)] if len(line.x) > 2 else "",
             "marker": MARKERS[index % len(MARKERS)] if len(line.x) <= MARKED else "",
             "markersize": 5.5,

@@ -1,4 +1,4 @@
-"""What was done to a checkpoint and what it cost: surgery.json, as an object."""
+"""The record of a surgery, surgery.json, as an object: what was done to a checkpoint, and what it cost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
 FORMAT, FILE = 1, "surgery.json"
 NOTICES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
-# The keys that are read after a report was written, and the type of each.
+# Keys that every surgery.json must have, with the type of each value.
 REQUIRED = {
     "base": dict, "recipe": dict, "plan": dict, "gate": dict, "files": dict, "check": dict | None,
     "evaluation": dict | None, "history": list, "overrides": list, "operations": list, "versions": dict,
@@ -51,9 +51,10 @@ class Report(Printed):
     A figure that was not measured is None.
 
     Attributes:
-        data: exactly what surgery.json holds.
-        folder: the checkpoint, if it was saved.
-        intact: the record is as surgery wrote it. One that was edited stays known as such, however often it is saved.
+        data: the exact content of surgery.json.
+        folder: the checkpoint's folder; None if it was not saved.
+        intact: whether the record is unchanged since surgery wrote it. An edited record stays marked as edited,
+            however often it is saved.
     """
 
     data: dict[str, Any]
@@ -66,12 +67,12 @@ class Report(Printed):
 
     @property
     def gate(self) -> GateStatus:
-        """Whether the cost stays within the recipe's limits: "passed", "failed", "skipped" or "not run"."""
+        """The result of comparing the cost with the recipe's limits: "passed", "failed", "skipped" or "not run"."""
         return cast("GateStatus", self.data["gate"]["status"])
 
     @property
     def passed(self) -> bool | None:
-        """Whether the check of the folder found no fault; None: not checked. What it costs is the gate's business."""
+        """Whether the check of the folder found no fault; None: not checked. The cost is judged by `gate` instead."""
         return self.data["check"]["passed"] if self.data["check"] else None
 
     @property
@@ -81,12 +82,12 @@ class Report(Printed):
 
     @property
     def changes(self) -> list[str]:
-        """What changed, a sentence for each change ("KV heads 3 → 1 in 30 layers")."""
+        """A line for each change ("KV heads 3 → 1 in 30 layers")."""
         return list(self.data["plan"].get("changes") or [])
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """What the surgery cost, as `surgery.evaluate` gives it; `probes` has what else the recipe asked for."""
+        """The result of `surgery.evaluate`; its `probes` holds the other probes that the recipe asked for."""
         from surgery.evaluation.probes.perplexity import Evaluation
 
         return Evaluation.of(self.data["evaluation"]) if self.data["evaluation"] else None
@@ -110,19 +111,19 @@ class Report(Printed):
     def recall(self) -> float | None:
         """Of the needles that the base finds, the share that the converted model finds too: 0 to 1.
 
-        Needles that the streaming heads of a head split see anyway do not count (the probe `needles`).
+        Needles that streaming heads see anyway do not count (see the probe `needles`).
         """
         shares = (cls.recall(record) for cls, record in done(self.data["evaluation"] or {}))
         return next((share for share in shares if share is not None), None)
 
     @property
     def kv_bytes(self) -> int | None:
-        """Bytes of the converted model's KV cache that each token adds, all layers."""
+        """Bytes that each token adds to the converted model's KV cache, all layers."""
         return (self.data["plan"].get("kv_bytes_per_token") or {}).get("after")
 
     @property
     def base_kv_bytes(self) -> int | None:
-        """Bytes of the base's KV cache that each token adds, all layers."""
+        """Bytes that each token adds to the base's KV cache, all layers."""
         return (self.data["plan"].get("kv_bytes_per_token") or {}).get("before")
 
     @property
@@ -131,7 +132,7 @@ class Report(Printed):
         return self.folder
 
     def _figure(self, *keys: str) -> Any:
-        """A figure of the evaluation, None where there is none."""
+        """A figure of the evaluation; None if there is none."""
         value: Any = self.data["evaluation"]
         for key in keys:
             value = (value or {}).get(key)
@@ -148,16 +149,16 @@ class Report(Printed):
         return blocks(self.data, self.folder)
 
     def save(self, *, list_files: bool = False) -> None:
-        """Write surgery.json and the card that follows from it, with its owner's notes.
+        """Write surgery.json and the card that is rendered from it, with its owner's notes.
 
-        A card that somebody has edited elsewhere stays as it is.
+        A card that was edited outside of these notes is not overwritten.
 
         Args:
-            list_files: record every file of the folder, as it is when a checkpoint was written. Later it is held
-                against that.
+            list_files: record size and hash of every file in the folder. This is done when a checkpoint is written;
+                `check` later compares the folder with it.
 
         Raises:
-            SurgeryError: it is of a model in memory, or its data were edited and cannot be written.
+            SurgeryError: the model is in memory, or the data were edited and cannot be written.
         """
         if self.folder is None:
             raise SurgeryError("this report is of a model in memory", fix="surgery.save(model, folder, report) first")
@@ -165,7 +166,7 @@ class Report(Printed):
         from surgery.report.card import render_card
         from surgery.report.head_map import draw_recorded
 
-        # The card names the notices that are in the folder; code is hashed once, when it was written.
+        # The card names the notices that are in the folder. Code is hashed once, after it was written.
         names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         self.data["notices"] = [name for name in names if name.upper().startswith(NOTICES)]
         if self.data.get("tier") == SURGICAL and not self.data.get("code"):
@@ -190,7 +191,7 @@ class Report(Printed):
         write_json(self.folder / FILE, self.data)
 
     def refuse_unreadable(self) -> None:
-        """Raise where somebody has edited the data into what surgery.json cannot hold, or what could not be read."""
+        """Raise if the data were edited so that surgery.json cannot hold them or could not be read again."""
         if not isinstance(self.data, dict):
             fault = f"its data are {shown(self.data)}"
         elif self.data.get("format") != FORMAT:
@@ -202,7 +203,7 @@ class Report(Printed):
             raise RecordError(f"this report cannot be written: {fault}", fix=fix)
 
     def record_evaluation(self, result: dict) -> None:
-        """Record a score, and compare it with the recipe's gate; `result`: `to_dict()` of the main probe's result."""
+        """Record a score and compare it with the recipe's gate. `result` is `to_dict()` of the main probe's result."""
         from surgery.report.gate import gate
 
         self.data["evaluation"] = result
@@ -211,10 +212,10 @@ class Report(Printed):
             self.data["gate"] |= {"status": status, "reasons": reasons}
 
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
-        """Raise the fault that the report has of the checkpoint: a failed check, else a failed gate.
+        """Raise the fault that the report records: a failed check, otherwise a failed gate.
 
         Args:
-            kind: only faults of this class.
+            kind: raise only errors of this class.
         """
         folder, checked = str(self.folder), self.data["check"]
         if checked and not checked["passed"] and issubclass(CheckError, kind):
@@ -238,7 +239,7 @@ class Report(Printed):
         """The report of a saved checkpoint.
 
         Raises:
-            SurgeryError: the folder has no surgery.json, one of another format, or a damaged one.
+            SurgeryError: the folder has no surgery.json, or it has another format or is damaged.
         """
         if not isinstance(folder, str | Path):
             raise SurgeryError(f"{shown(folder)} is not a path", where="folder", fix="give a text or a pathlib.Path")
@@ -327,21 +328,21 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def base_card(folder: Path) -> str | None:
-    """The text of the base model's card, which a folder keeps in a file of its own; None: it has none."""
+    """The text of the base model's card, which a folder keeps in a separate file; None if it has none."""
     path = folder / BASE_CARD
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, records: list[dict]) -> dict[str, Any]:
-    """The data of a report, before anything was checked or scored.
+    """The data of a report before any check or score.
 
     Args:
         plan: the `Plan` that was carried out.
         source: the `hub.ResolvedModel` of the base.
-        overrides: what the user changed in the recipe, as typed.
+        overrides: the user's changes to the recipe, as typed.
         engine: "streaming" or "loaded".
-        fingerprint: of the base's weight files.
-        records: what each operation noted, in order.
+        fingerprint: fingerprint of the base's weight files.
+        records: the record of each operation, in order.
     """
     import torch
 
@@ -391,7 +392,7 @@ def history_of(base: Path) -> list[dict]:
     earlier = record.pop("history", [])
     if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
         return []
-    if json_fault([*earlier, record]):  # an earlier version wrote NaN
+    if json_fault([*earlier, record]):  # an earlier version wrote NaN into it
         return []
     for name in (
         "other_files",
@@ -399,7 +400,7 @@ def history_of(base: Path) -> list[dict]:
         "timing",
         "repository",
         "owner_notes",
-    ):  # of another folder, another run
+    ):  # these describe another folder or run
         record.pop(name, None)
     return [*earlier, record]
 
@@ -408,7 +409,7 @@ def versions(ops: Iterable[str] = ()) -> dict[str, str]:
     """Versions of surgery, Python, the libraries that a result depends on, and the packages that provide operations.
 
     Args:
-        ops: the operations of the recipe.
+        ops: names of the recipe's operations.
     """
     from surgery.version import __version__
 

@@ -1,4 +1,4 @@
-"""A report in a few lines: what changed, what a search chose, what it cost, what was checked, where it lies."""
+"""A report in a few lines: what changed, what a search chose, what it cost, what was checked, and the folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def headline(data: dict[str, Any], folder: Path | None) -> str:
 
 
 def place(folder: Path | None) -> str:
-    """The folder as one would type it, or that there is none."""
+    """The folder as a user would type it, or "in memory"."""
     if folder is None:
         return "in memory"
     here = Path.cwd()
@@ -37,7 +37,7 @@ def place(folder: Path | None) -> str:
 
 
 def blocks(data: dict[str, Any], folder: Path | None) -> list[Block]:
-    """The surgery in lines, each with a label."""
+    """The report as lines, each with a label."""
     kv, fixed = data["plan"].get("kv_bytes_per_token") or {}, data["plan"].get("kv_bytes_fixed") or {}
     changed = "; ".join(data["plan"].get("changes") or ["nothing"])
     lines: list[Block] = [("recipe", f"{data['recipe'].get('name') or 'a recipe'} on {base_name(data)}")]
@@ -56,7 +56,7 @@ def blocks(data: dict[str, Any], folder: Path | None) -> list[Block]:
 
 
 def cost(evaluation: dict[str, Any] | None, after_healing: bool) -> str:
-    """What the surgery cost, in a sentence of each probe; says where the model is not usable."""
+    """What the surgery cost: a clause for each probe, and a warning if the model is not usable."""
     if not evaluation:
         return "not measured"
     if evaluation.get("status", "done") != "done":
@@ -69,7 +69,7 @@ def cost(evaluation: dict[str, Any] | None, after_healing: bool) -> str:
 
 
 def judged(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """The gate in a sentence: the figures beside their limits where it was passed, else what is against it."""
+    """The gate in a sentence: if it was passed, each limit with the figure; otherwise the reasons."""
     reasons = list(gate.get("reasons") or [])
     if gate["status"] == PASSED and evaluation:
         known = probes.limits()
@@ -83,7 +83,7 @@ def judged(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
 
 
 def trained(heal: dict[str, Any] | None) -> list[str]:
-    """What a healing did whose result was not scored; [] where there was none."""
+    """A line about a healing whose result was not scored; [] if there was no healing."""
     if not heal:
         return []
     settings, steps, tokens = heal["settings"], heal.get("steps"), heal.get("tokens")

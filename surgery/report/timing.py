@@ -1,6 +1,6 @@
-"""How long a run took and on what: `timing` of surgery.json.
+"""How long a run took, and on which machine: `timing` in surgery.json.
 
-No two runs agree in it, so no hash of the record covers it, and `check` compares nothing with it.
+It differs between any two runs, so no hash of the record covers it, and `check` does not verify it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ KEY = "timing"  # in surgery.json
 
 
 def timing(clock: StageClock) -> dict[str, Any]:
-    """What `timing` holds.
+    """The content of `timing`.
 
     Returns:
-        seconds: stage -> wall seconds; total_seconds; peak_memory_bytes of this process since it began (None where the
-        system does not say); device ("cpu", or a GPU's name), processor, threads; command, with the names of files
-        and folders but not where they are (None: a script ran).
+        A dict. seconds: stage -> wall seconds; total_seconds; peak_memory_bytes: of this process since it started
+        (None if the system does not report it); device: "cpu" or a GPU's name; processor; threads; command: with the
+        names of files and folders but without their paths (None if a script ran).
     """
     import torch
 
