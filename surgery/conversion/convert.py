@@ -1,4 +1,4 @@
-"""Carry a plan out: from a model folder to a converted folder with either engine, or on a model in memory."""
+"""Carries out a plan: converts a model folder into a new folder with either engine, or edits a model in memory."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A base that is on this machine and the plan for it: what can be refused was refused.
+    """A base on this machine and the plan for it, after the preflight.
 
     Attributes:
-        plan: of the whole recipe, its healing included.
+        plan: the plan of the whole recipe, including its healing.
         source: the base; `source.path` is its folder.
-        checkpoint: its weights, in safetensors.
+        checkpoint: the base's weights, in safetensors.
     """
 
     plan: Plan
@@ -54,19 +54,19 @@ class Conversion:
 def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions) -> Iterator[Conversion]:
     """Find the base, plan the recipe for it and run the preflight.
 
-    A base that must be fetched is planned from its headers first, so that what is refused costs no download.
+    A base that must be downloaded is first planned from its headers, so that a refusal costs no download.
     """
     from surgery.io.hub import resolve
 
     source = resolve(model, weights=False)
     refuse_links_out(source.path)
-    read_config_json(source.path)  # before any weight: the plainest mistakes get the plainest errors
+    read_config_json(source.path)  # before any weight is read, so that simple mistakes get simple errors
     remote = source.headers is not None
     if remote:
         anatomy = Anatomy.of(source.path, header_table(source.headers))
         plan = _with_base_notes(make_plan(recipe, anatomy, source.name, source.path), _cache_kinds(source.path))
         preflight(plan, source.path, output, options)
-        fetched = resolve(f"{source.hub_id}@{source.revision}")  # the commit that was planned: the branch may move
+        fetched = resolve(f"{source.hub_id}@{source.revision}")  # the planned commit; the branch may have moved
         source = replace(fetched, name=source.name)
     with readable(source.path, output, options.allow_pickle) as weights:
         checkpoint = Checkpoint(weights)
@@ -80,11 +80,11 @@ def prepared(recipe: Recipe, model: str, output: str | Path, options: RunOptions
 def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions | None = None) -> tuple[Report, Path]:
     """Write the converted checkpoint; arguments as for `surgery.apply`.
 
-    A recipe that heals is refused or planned as a whole; what is written is the model before its healing, into
+    A recipe that heals is planned and preflighted as a whole, but only the model before its healing is written, into
     OUT.unhealed.
 
     Returns:
-        The report, saved with the folder, and the base's folder.
+        The report, saved in the folder, and the base's folder.
     """
     options = options or RunOptions()
     with prepared(recipe, model, output, options) as work:
@@ -100,7 +100,7 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
     streaming, fingerprint = uses_streaming_engine(plan, options.engine), checkpoint.fingerprint()
     plan_hash = plan.hash(fingerprint + ("" if streaming else "loaded"))
     out = OutputFolder(output, base, plan_hash, resume=options.resume, overwrite=options.overwrite)
-    if options.resume and not options.overwrite and out.is_same_conversion():  # stopped while it was checked or scored
+    if options.resume and not options.overwrite and out.is_same_conversion():  # it was stopped during check or scores
         return Report.of(out.out)
     with out.opened(plan.output_bytes) as partial:
         write = _convert_streamed if streaming else _convert_loaded
@@ -118,16 +118,16 @@ def _write(work: Conversion, output: Path, options: RunOptions) -> Report:
             records=records,
         )
         data |= {"plan_hash": plan_hash, "files": files, "left_behind": left_behind, "history": history_of(base)}
-        for state in partial.glob(f"*{SUFFIX}"):  # of measurements, which are in the records now
+        for state in partial.glob(f"*{SUFFIX}"):  # state of measurements; the records hold their results now
             state.unlink()
         Report(data, partial).save(list_files=True)
     return Report.of(out.out)
 
 
 def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
-    """Carry out a recipe on a loaded model, in place; arguments as for `surgery.apply`.
+    """Apply a recipe to a loaded model, in place; arguments as for `surgery.apply`.
 
-    An error leaves the model as it was, with one exception: where an operation raises after another one has rewritten
+    An error leaves the model unchanged, with one exception: if an operation raises after another one has rewritten
     weights, that rewrite stays.
     """
     from surgery.io.hub import ResolvedModel
@@ -150,7 +150,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
         try:
             for operation, context in ready_steps:
                 records.append(checked_record(operation, operation.apply(model, context)))
-                if operation.term is None:  # weights were rewritten, some in place
+                if operation.term is None:  # it rewrote weights, some of them in place
                     restore = snapshot(model)
         except BaseException:
             restore()
@@ -167,7 +167,7 @@ def edit_model(recipe: Recipe, model, tokenizer, options: RunOptions) -> Report:
 
 
 def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
-    if len(out.records or ()) != len(plan.steps):  # without what was noted of its layers no file is finished
+    if len(out.records or ()) != len(plan.steps):  # a file counts as finished only with its layers' records
         out.done, out.records = {}, None
     stream = LayerStream(plan, checkpoint, out.records)
 
@@ -176,7 +176,7 @@ def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: P
 
     files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
     for path in partial.rglob("*.safetensors"):
-        if path.relative_to(partial).as_posix() not in files:  # of nobody's plan: it would become a part of OUT
+        if path.relative_to(partial).as_posix() not in files:  # no plan has this file, and it would become part of OUT
             path.unlink()
     _write_config(base, partial, plan)
     return files, stream.records
@@ -190,10 +190,10 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
 
     begin(progress, "loading the model")
     dtype = getattr(torch, TORCH_NAMES[stored_dtypes(plan.before)[0]])  # config.json may name another
-    model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # else it is in safetensors already
+    model = load_model(base, allow_pickle=checkpoint.folder != base, dtype=dtype)  # equal: the base is in safetensors
     try:
         tokenizer = None if plan.streams else read_tokenizer(base)
-    except SurgeryError as error:  # of an operation that measures nothing nobody asks for it
+    except SurgeryError as error:  # raised later, and only if an operation needs the tokenizer
         tokenizer = error
     records = [
         checked_record(operation, operation.apply(model, context))
@@ -206,7 +206,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
 
 
 class _Context(ApplyContext):
-    """What an operation is given; where the tokenizer is an error, the operation that needs it raises this."""
+    """The context of an operation. The tokenizer may be an error, which an operation that needs a tokenizer raises."""
 
     def tokenizer_for(self, what: str, where: str, otherwise: str = ""):
         if isinstance(error := self.tokenizer, SurgeryError):
@@ -216,14 +216,14 @@ class _Context(ApplyContext):
 
 
 def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tokenizer, folder: Path | None = None):
-    """Operations with their context, made when those before it were carried out.
+    """Yield each operation with its context, which is made after the operations before it were carried out.
 
     Args:
-        current: of the model in memory, whose tensors may have other names than those on disk.
-        tokenizer: an error where it cannot be read.
+        current: anatomy of the model in memory; its tensors may have other names than those on disk.
+        tokenizer: the tokenizer, or the error that reading it raised.
 
     Raises:
-        SurgeryError: an operation does not fit what one before it left, which was known only when that had measured.
+        SurgeryError: an operation does not fit the model that an earlier one left after its measurement.
     """
     for index, step in enumerate(steps):
         if problems := problems_of(step.operation, "problems", current):
@@ -239,7 +239,7 @@ def _ready_steps(steps: tuple[Step, ...], current: Anatomy, model, progress, tok
 
 def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     config = plan.after.edit_config(read_json(base / "config.json"))
-    for own in ("_name_or_path", "_attn_implementation"):  # of the machine that wrote it, as Transformers drops them
+    for own in ("_name_or_path", "_attn_implementation"):  # from the writing machine; Transformers drops them too
         config.pop(own, None)
     names = [{name: plan.shapes[f"{layer.path}.{name}"] for name in layer.tensor_names} for layer in plan.after.layers]
     if entries := layer_entries(plan.after, names):
@@ -247,15 +247,15 @@ def _write_config(base: Path, partial: Path, plan: Plan) -> None:
     write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-# What a surgical model generates with is a cache of its own: of the kinds that a generation config may name it takes
-# these (`_prepare_cache_for_generation` in runtime/modeling_surgery.py). config.json held such settings before there
-# was a file for them, and Transformers still reads them there.
+# A surgical model generates with its own cache. Of the kinds of cache that a generation config may name, it accepts
+# only these (`_prepare_cache_for_generation` in runtime/modeling_surgery.py). Old checkpoints have such settings in
+# config.json, and Transformers still reads them there.
 CACHES, CACHE_FILES = (None, "dynamic", "offloaded"), ("generation_config.json", "config.json")
 CACHE_SETTINGS = ("cache_implementation", "cache_config")
 
 
 def _cache_kinds(folder: Path) -> dict[str, object]:
-    """File -> the kind of cache that it names; one that is no JSON names none."""
+    """File -> the kind of cache that it names, or None; files that are not JSON are left out."""
     kinds = {}
     for name in CACHE_FILES:
         with suppress(SurgeryError):
@@ -264,7 +264,7 @@ def _cache_kinds(folder: Path) -> dict[str, object]:
 
 
 def _with_base_notes(plan: Plan, kinds: dict[str, object]) -> Plan:
-    """The plan, with a note where the base names a kind of cache that the result does not take."""
+    """The plan with a note for each kind of cache that the base names and the result does not accept."""
     notes = (
         f"the base's cache_implementation {shown(kind)} in {name} is left out: a surgical model has a cache of its own"
         for name, kind in kinds.items()
@@ -274,7 +274,7 @@ def _with_base_notes(plan: Plan, kinds: dict[str, object]) -> Plan:
 
 
 def _drop_cache_kind(folder: Path) -> None:
-    """Take out of a surgical folder the kind of cache of its base, with which it would refuse to generate."""
+    """Remove the base's kind of cache from a surgical folder, because the model would refuse to generate with it."""
     for name in [name for name, kind in _cache_kinds(folder).items() if kind not in CACHES]:
         settings = read_json(folder / name)
         for key in CACHE_SETTINGS:

@@ -1,8 +1,8 @@
-"""About how long a run takes on this machine and how much memory and disk it needs, stage by stage.
+"""Estimates how long a run takes on this machine and how much memory and disk it needs, stage by stage.
 
-Floating-point operations follow from the plan; how many a second this machine does is measured (`machine/speed.py`).
-What is no product is a constant, from the processor time of one run of duo-attention on SmolLM2-135M (an AMD EPYC).
-No whole run on a quiet machine has been held against the estimate yet.
+The plan gives the floating-point operations, and `machine/speed.py` measures how many this machine does per second.
+Other work is estimated with constants, from the processor time of one run of duo-attention on SmolLM2-135M (an AMD
+EPYC). The estimate has not been compared with a whole run on a quiet machine yet.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from surgery.conversion.plan import Plan
     from surgery.evaluation.probes.base import Probe
 
-LOADING, LOADED_BYTES = 2.0, 500e6  # seconds to make a model's classes, and bytes a second that are loaded
-WRITTEN_BYTES, HASHED_BYTES = 400e6, 700e6  # bytes a second
-PROCESS_SECONDS, PROCESS_BYTES = 8.0, 500e6  # of a Python process that imports PyTorch and Transformers
-REWRITTEN_LAYER = 0.02  # seconds
+LOADING, LOADED_BYTES = 2.0, 500e6  # seconds to build a model's modules; bytes per second when weights are loaded
+WRITTEN_BYTES, HASHED_BYTES = 400e6, 700e6  # bytes per second when weights are written, and when they are hashed
+PROCESS_SECONDS, PROCESS_BYTES = 8.0, 500e6  # start and memory of a process that imports PyTorch and Transformers
+REWRITTEN_LAYER = 0.02  # seconds to rewrite one layer
 GROUPS = ("measure", "write", "heal", "check", "score")
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage: its name as progress reports it, its group (one of `GROUPS`), seconds, and bytes at its peak."""
+    """One stage: its name in progress reports, its group (one of `GROUPS`), seconds, and peak memory in bytes."""
 
     stage: str
     group: str
@@ -46,9 +46,10 @@ class Estimate:
     """A whole run: conversion, healing, check and scores.
 
     Attributes:
-        stages: in the order in which they come.
-        output_bytes: of the weights of the result; `disk_bytes` with all that is on the disk at once.
-        threads: that PyTorch uses, for which the seconds are meant.
+        stages: the stages in the order in which they run.
+        output_bytes: bytes of the result's weights.
+        disk_bytes: most bytes that the run needs on the disk at once.
+        threads: number of PyTorch's threads that `seconds` assumes.
     """
 
     stages: tuple[StageEstimate, ...]
@@ -58,21 +59,21 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages together."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def memory_bytes(self) -> int:
-        """The peak over all stages, of the processes that run at the same time."""
+        """Peak memory in bytes over all stages; processes that run at the same time are added."""
         return int(max(stage.memory_bytes for stage in self.stages))
 
     def names(self, check: bool = True, evaluate: bool = True) -> list[str]:
-        """The stages in order, without those of a check or of scores that are left out."""
+        """Names of the stages in order, without the check or the scores if these are skipped."""
         left_out = {group for group, asked in (("check", check), ("score", evaluate)) if not asked}
         return [stage.stage for stage in self.stages if stage.group not in left_out]
 
     def groups(self) -> dict[str, tuple[float, float]]:
-        """Group -> seconds in all and bytes at its peak, of the groups that there are."""
+        """Group -> (seconds in all, peak bytes), for the groups that have stages."""
         found: dict[str, tuple[float, float]] = {}
         for group in GROUPS:
             if stages := [stage for stage in self.stages if stage.group == group]:
@@ -80,7 +81,7 @@ class Estimate:
         return found
 
     def to_dict(self) -> dict:
-        """The estimate as plain data: what the text says, in seconds and bytes."""
+        """The estimate as plain data, in seconds and bytes."""
         groups = self.groups().items()
         return {
             "output_bytes": self.output_bytes,
@@ -93,7 +94,7 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """The estimate for a plan whose weights are known."""
+    """The estimate for a plan. Its tensors must be known, not only the config."""
     import torch
 
     heal = plan.heal
@@ -118,7 +119,7 @@ class _Stages:
         self.loaded = PROCESS_BYTES + self.weights
 
     def all(self) -> Iterator[StageEstimate]:
-        """In the order of `pipeline.py`."""
+        """All stages, in the order of `pipeline.py`."""
         plan = self.plan
         yield from self._conversion()
         if heal := plan.heal:
@@ -130,12 +131,12 @@ class _Stages:
         yield from self._scores()
 
     def _asked(self) -> Iterator[Probe]:
-        """The probes that will run; some say nothing of a model without a chat template."""
+        """The probes that will run. Some do not apply to a model without a chat template."""
         evaluate, folder = self.plan.recipe.evaluate, self.plan.folder
         for probe in evaluate.asked if evaluate else ():
             reason = ""
             if folder is not None:
-                with suppress(SurgeryError):  # no tokenizer: the run itself says so
+                with suppress(SurgeryError):  # there is no tokenizer: the run itself reports that
                     reason = probe.unasked(folder)
             if not reason:
                 yield probe
@@ -169,7 +170,7 @@ class _Stages:
     def _scores(self) -> Iterator[StageEstimate]:
         for probe in self.probes:
             stages = probe.stages()
-            for stage in stages:  # of which each runs one model, or the one runs both
+            for stage in stages:  # each of two stages runs one model; a single stage runs both
                 yield StageEstimate(stage, "score", 2 / len(stages) * self._of_one_model(probe), self._memory(probe))
 
     def _of_one_model(self, probe: Probe) -> float:
@@ -178,14 +179,14 @@ class _Stages:
         return self.load + reading + effort.written * self.weights / bytes_per_second()
 
     def _memory(self, probe: Probe) -> float:
-        """A model with the logits of a text or its cache, and the attention of one layer."""
+        """Bytes of a loaded model, of the logits of a text (main probe) or its cache, and of one layer's attention."""
         length, layer = probe.effort.length, self.anatomy.layers[0]
         logits = 8 * length * self.vocabulary if probe.main else 2 * length * self.anatomy.kv_bytes_per_token
         return self.loaded + logits + 3 * 4 * layer.heads * length**2
 
 
 def _streaming_bytes(plan: Plan) -> float:
-    """Weights in memory while streaming: a layer as stored, twice, and in float64, twice."""
+    """Bytes of weights in memory while streaming: two copies of a layer as stored, and two in float64."""
     layer, stored = plan.before.layers[0], plan.before.tensors
     values = sum(prod(stored[f"{layer.path}.{name}"][1]) for name in layer.tensor_names) if plan.shapes else 0
     return values * (2 * BYTES.get(plan.before.dtype, 2) + 16)

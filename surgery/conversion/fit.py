@@ -1,4 +1,4 @@
-"""Which recipes fit a model, and what each would do to it; worked out without a weight."""
+"""Which recipes fit a model, and what each would do to it. No weight is read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Fit:
     """One shipped recipe on one model.
 
     Attributes:
-        entry: what the recipe is.
-        plan: what it would do; None where it cannot be applied.
-        problems: why not, or why its evaluation does not fit; empty: it fits.
-        needs_base: it cannot follow the surgery that the checkpoint has, and can be applied to its base only.
+        entry: the recipe's entry in the catalogue.
+        plan: what the recipe would do; None if it cannot be applied.
+        problems: why it cannot be applied, or why its evaluation does not fit; (): it fits.
+        needs_base: it cannot follow the surgery of this checkpoint, but may be applied to the checkpoint's base.
     """
 
     entry: Entry
@@ -29,7 +29,7 @@ class Fit:
     needs_base: bool = False
 
     def to_dict(self) -> dict:
-        """What it would do, as plain data."""
+        """What the recipe would do, as plain data."""
         facts = {"tier": self.entry.tier, "training": self.entry.training, "purpose": self.entry.purpose}
         if self.plan is None:
             return facts | {"needs_base": self.needs_base}
@@ -38,7 +38,7 @@ class Fit:
 
 
 def fits(anatomy: Anatomy) -> list[Fit]:
-    """Every shipped recipe on such a model, in the order of `surgery ls`."""
+    """Every shipped recipe on a model with this anatomy, in the order of `surgery ls`."""
     return [_fit(entry, anatomy) for entry in entries()]
 
 

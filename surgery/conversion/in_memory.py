@@ -1,4 +1,4 @@
-"""A model in memory: what is known of its origin, and how it becomes a folder as complete as a converted one."""
+"""A model in memory: records its origin, and saves it as a folder that is as complete as a converted one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from surgery.report.report import NOTICES, Report, history_of
 
 
 def note_origin(report: Report, model, was: str) -> None:
-    """Record where a model in memory comes from and what was done to it before.
+    """Record the origin of a model in memory, and the surgeries that it had before.
 
     Args:
-        was: the name of the model's class before the surgery, which stands for a name where it has none.
+        was: name of the model's class before the surgery; it serves as the base's name if the model has none.
     """
     data, config = report.data, model.config
     earlier = getattr(model, DONE, [])
     folder = _folder(model)
-    if folder:  # whoever changes the working folder must not make another one of it
+    if folder:  # absolute, so that the path holds after a change of the working folder
         config._name_or_path = str(folder)
     known = {"class": type(model).__name__, "heads": heads_of(model)}
     history = history_of(folder) if folder else []
@@ -58,7 +58,7 @@ def save_model(model, folder: str | Path, report: Report, *, tokenizer=None, ove
 
 
 def _outdated(report: Report, model) -> dict:
-    """What takes the place of a score in the report if the model was trained after it."""
+    """The entries that replace a score in the report if the model was trained after it; {} if it was not."""
     scored = (report.data.get("in_memory") or {}).get("scored")
     if report.data["evaluation"] is None or scored is None or scored == weights_version(model):
         return {}
@@ -67,20 +67,20 @@ def _outdated(report: Report, model) -> dict:
 
 
 def _plain(data: dict) -> dict:
-    """The data of a report as it is kept: without the list of heads, and not shared with the model's own."""
+    """A copy of a report's data for a file or a history, without the list of heads."""
     known = data.get("in_memory")
     rest = {key: value for key, value in data.items() if key != "in_memory"}
     return rest | ({"in_memory": {"class": known["class"]}} if known else {})
 
 
 def _folder(model) -> Path | None:
-    """The folder that a model was loaded from, if it was one."""
+    """The folder that a model was loaded from, or None."""
     name = getattr(model.config, "_name_or_path", "")
     return Path(name).absolute() if name and (Path(name) / "config.json").is_file() else None
 
 
 def _copy_documents(base: Path, partial: Path) -> None:
-    """Licence, notices and card of the folder that the model was loaded from."""
+    """Copy licence, notices and card of the folder that the model was loaded from."""
     for path in sorted(p for p in base.iterdir() if p.is_file() and p.name.upper().startswith(NOTICES)):
         shutil.copyfile(path, partial / path.name)
     card = next((base / name for name in (BASE_CARD, "README.md") if (base / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""What a recipe would do to a model: worked out from the config and the headers, no weight is touched."""
+"""The plan: what a recipe would do to a model. It is worked out from the config and the headers; no weight is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation with the anatomy that it meets and the change that it plans."""
+    """One operation, with the anatomy before it and the change that it plans."""
 
     operation: Operation
     before: Anatomy
@@ -43,12 +43,13 @@ class Plan(Printed):
     """A recipe worked out for one model. `print(plan)` shows it as a tree.
 
     Attributes:
-        recipe, source: what is applied to what (the name that the user gave).
+        recipe, source: the recipe, and the model's name as the user gave it.
+        before: the anatomy of the base.
         steps: the operations in order.
-        shapes: stored name -> new shape, for every tensor that is rewritten; None for one that goes.
-        dtypes: stored name -> dtype, for the tensors that are rewritten and stay or are new.
-        base_notes: what becomes of other settings of the base.
-        folder: of the base, with its tokenizer; None where it was planned without one.
+        shapes: stored name -> new shape, for the tensors of all attention layers; None for one that is removed.
+        dtypes: stored name -> dtype, for the tensors of `shapes` that are not removed.
+        base_notes: notes on other settings of the base that the result does not keep.
+        folder: the base's folder, with its tokenizer; None if the plan was made without one.
     """
 
     recipe: Recipe
@@ -67,7 +68,7 @@ class Plan(Printed):
 
     @property
     def tier(self) -> str:
-        """NATIVE or SURGICAL, of the result."""
+        """The tier of the result: NATIVE or SURGICAL."""
         surgical = self.before.surgical or any(step.change.tier == SURGICAL for step in self.steps)
         return SURGICAL if surgical else NATIVE
 
@@ -83,7 +84,7 @@ class Plan(Printed):
 
     @property
     def notes(self) -> list[str]:
-        """What the user must know of the result."""
+        """Notes that the user must know about the result."""
         notes = [note for step in self.steps for note in step.change.notes]
         if self.before.guess:
             notes.append(
@@ -99,19 +100,19 @@ class Plan(Printed):
 
     @property
     def parameters_after(self) -> int:
-        """Number of stored values of the result; 0 if only the config is known."""
+        """Number of values that the result stores; 0 if only the config is known."""
         old = {name: prod(self.before.tensors[name][1]) for name in self.shapes if name in self.before.tensors}
         new = sum(prod(shape) for shape in self.shapes.values() if shape is not None)
         return self.before.parameters - sum(old.values()) + new + self._added
 
     @property
     def _added(self) -> int:
-        """Parameters of the surgery itself; 0 if only the config is known."""
+        """Number of parameters that the surgery adds; 0 if only the config is known."""
         return sum(step.change.parameters for step in self.steps) if self.before.tensors else 0
 
     @property
     def heal(self) -> HealPlan | None:
-        """The training after the surgery; None where there is none, or only the config is known."""
+        """The plan of the training after the surgery; None if there is none, or if only the config is known."""
         if self.recipe.heal is None or not self.before.tensors:
             return None
         unchanged = {name: entry for name, entry in self.before.tensors.items() if name not in self.shapes}
@@ -147,14 +148,14 @@ class Plan(Printed):
 
     @functools.cached_property
     def estimate(self) -> Estimate:
-        """Time, memory and disk of the whole run on this machine; it is timed when this is first asked for."""
+        """Time, memory and disk of the whole run. The first access measures the speed of this machine."""
         from surgery.conversion.estimate import estimate
 
         return estimate(self)
 
     @property
     def memory_bytes(self) -> int:
-        """Peak memory of the whole run."""
+        """Peak memory of the whole run in bytes."""
         return self.estimate.memory_bytes
 
     @property
@@ -163,7 +164,7 @@ class Plan(Printed):
         return self.estimate.seconds
 
     def summary(self) -> dict:
-        """What surgery.json keeps of the plan."""
+        """The part of the plan that surgery.json keeps."""
         return {
             "changes": self.changes,
             "notes": self.notes,
@@ -192,7 +193,9 @@ class Plan(Printed):
         }
 
     def hash(self, fingerprint: str) -> str:
-        """Identity of a conversion: the resolved recipe, what its files hold, and the base's fingerprint."""
+        """Identity of a conversion: a hash of the resolved recipe, the files that it names, the base's fingerprint and
+        this version.
+        """
         from surgery.version import __version__
 
         names = [getattr(operation, field, None) for operation in self.recipe.operations for field in FILE_FIELDS]
@@ -203,15 +206,15 @@ class Plan(Printed):
 
 
 def heads(layer: LayerAnatomy) -> dict[str, int]:
-    """Query heads, KV heads and head size of a layer, as plain data."""
+    """Number of query heads, number of KV heads and head size of a layer, as plain data."""
     return {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
 
 
 def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None = None) -> Plan:
-    """Work a recipe out for a model; arguments as of `Plan`.
+    """Work out a recipe for a model; arguments as for `Plan`, where `anatomy` is its `before`.
 
     Raises:
-        SurgeryError: with every problem of the first operation that cannot be applied.
+        SurgeryError: an operation cannot be applied; the error lists all problems of the first such operation.
     """
     steps, current = [], anatomy
     for operation in recipe.operations:
@@ -230,7 +233,7 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None
     plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes, folder=folder)
     if recipe.heal is not None:
         refuse_unhealable(current, source)
-        _ = plan.heal  # a method that would train nothing is refused now
+        _ = plan.heal  # raises now if the method would train nothing
     return plan
 
 
@@ -258,15 +261,16 @@ def conflicts(operation: Operation, steps: list[Step], anatomy: Anatomy) -> list
 
 
 def problems_after(steps: Sequence[Step], later: Anatomy) -> list[str]:
-    """Why what these operations have set cannot stand in a model that another has made into `later`."""
+    """Why the settings of these operations do not fit a model that a later operation gave the anatomy `later`."""
     return [problem for step in steps for problem in problems_of(step.operation, "problems_after", later)]
 
 
 def problems_of(operation: Operation, member: str, anatomy: Anatomy) -> list[str]:
-    """What `problems`, `problems_before` or `problems_after` of an operation says of a model.
+    """The result of an operation's `problems`, `problems_before` or `problems_after` (`member`) for a model.
 
     Raises:
-        SurgeryError: a third party's operation returns no texts; TypeError: one of ours does.
+        SurgeryError: a third party's operation returns something other than texts.
+        TypeError: one of our operations does.
     """
     problems = getattr(operation, member)(anatomy)
     if problems is not None and not _are_texts(problems):
@@ -275,10 +279,11 @@ def problems_of(operation: Operation, member: str, anatomy: Anatomy) -> list[str
 
 
 def planned_change(operation: Operation, anatomy: Anatomy) -> PlannedChange:
-    """What an operation plans for a model.
+    """The change that an operation plans for a model.
 
     Raises:
-        SurgeryError: a third party's operation plans what is no change of this model; TypeError: one of ours does.
+        SurgeryError: a third party's operation returns something that is not a valid change of this model.
+        TypeError: one of our operations does.
     """
     change = operation.plan(anatomy)
     if fault := _fault_of_change(change, anatomy):
@@ -287,7 +292,7 @@ def planned_change(operation: Operation, anatomy: Anatomy) -> PlannedChange:
 
 
 def _fault_of_change(change: object, before: Anatomy) -> str:
-    """Why this is no change of such a model, as a clause; "" if it is one."""
+    """Why this is not a valid change of a model, as a clause; "" if it is one."""
     if not isinstance(change, PlannedChange):
         return f"plan returns {shown(change)}, and a PlannedChange is wanted"
     if not isinstance(change.after, Anatomy) or len(change.after.layers) != len(before.layers):
@@ -318,7 +323,7 @@ def _where(layers: set[int], anatomy: Anatomy) -> str:
 
 
 def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | None]:
-    """Stored name -> shape after, for the tensors of every attention layer that is rewritten; None: it goes."""
+    """Stored name -> shape in the result, for the tensors of all attention layers; None: the tensor is removed."""
     shapes: dict[str, tuple[int, ...] | None] = {}
     if not before.tensors:
         return shapes
@@ -338,14 +343,16 @@ def new_shapes(before: Anatomy, after: Anatomy) -> dict[str, tuple[int, ...] | N
 
 
 def _hidden_and_out(layer: LayerAnatomy, stored: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Channels that the projections of a layer read, and those that its output projection writes."""
+    """Number of channels that a layer's projections read, and number that its output projection writes."""
     layout = layer.layout
     read, written = stored[f"{layout.qkv or layout.q}.weight"], stored[f"{layout.o}.weight"]
     return (read[0], written[1]) if layout.conv1d else (read[1], written[0])
 
 
 def _dtype(name: str, before: Anatomy) -> str:
-    """A tensor keeps its dtype; a new one (the norm of an added head) has that of its siblings."""
+    """The dtype of a tensor in the result: a stored tensor keeps its dtype, and a new one (the norm of an added head)
+    takes that of its siblings.
+    """
     if name in before.tensors:
         return before.tensors[name][0]
     siblings = name.rsplit(".", 2)[0] + "."

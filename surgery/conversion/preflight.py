@@ -1,6 +1,7 @@
-"""Everything that can be refused before a base is fetched, a file is written or anything is trained.
+"""The preflight: refuses a run that cannot succeed before a base is downloaded, a file is written or anything trains.
 
-What healing needs is imported where a recipe heals: it takes seconds, which a conversion alone should not wait for.
+Healing modules are imported only if a recipe heals: the import takes seconds, which a conversion alone should not
+wait for.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -> None:
-    """Show the plan, and refuse what would fail only after expensive work.
+    """Show the plan, and refuse a run that would otherwise fail after expensive work.
 
     Args:
-        plan: of the whole recipe, its healing included; `make_plan` has refused what does not fit the model.
-        base: a folder with the base's config and tokenizer; its weights may not be there yet.
+        plan: the plan of the whole recipe, including its healing. `make_plan` has verified that it fits the model.
+        base: a folder with the base's config and tokenizer; its weights may not be downloaded yet.
         output: the final folder.
 
     Raises:
@@ -38,7 +39,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
     """
     out, recipe = output_path(output), plan.recipe
     uses_streaming_engine(plan, options.engine)
-    OutputFolder(out, base, "")  # it may not be the base, lie in it or hold it
+    OutputFolder(out, base, "")  # raises if it is the base, lies in it or contains it
     if recipe.heal is not None:
         _refuse_taken_for_healing(out, options)
     if options.on_plan:
@@ -56,7 +57,7 @@ def preflight(plan: Plan, base: Path, output: str | Path, options: RunOptions) -
 
 
 def uses_streaming_engine(plan: Plan, engine: str) -> bool:
-    """Whether the streaming engine converts this plan, and not the loaded one.
+    """Whether the streaming engine converts this plan; False: the loaded engine does.
 
     Raises:
         SurgeryError: the engine cannot convert this plan, or would change the dtype of some weights.
@@ -78,10 +79,10 @@ def uses_streaming_engine(plan: Plan, engine: str) -> bool:
 
 
 def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer) -> str | None:
-    """Refuse a healing of a loaded model before the model is edited.
+    """Refuse a healing of a loaded model that cannot run, before the model is edited.
 
     Returns:
-        Where the model was loaded from: its weights there are the base's. None where the healing needs no base.
+        The place that the model was loaded from, where the base's weights are; None if the healing needs no base.
     """
     from surgery.healing.validate import base_of_memory, refuse_early
 
@@ -93,7 +94,7 @@ def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer
 
 
 def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> None:
-    """Raise where a folder is to be converted and no output is named, or by an engine that does not exist."""
+    """Raise if a conversion into a folder has no output, an unknown engine, or an output that is taken."""
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if options.engine not in ENGINES:
@@ -102,9 +103,9 @@ def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> 
 
 
 def refuse_taken(out: Path, options: RunOptions) -> None:
-    """Raise where OUT exists and the options say neither that it is replaced nor that it is gone on from.
+    """Raise if OUT exists and the options ask neither to replace it nor to resume.
 
-    This is known before anything is worked out; whether a run that resumes fits OUT is known only with its plan.
+    This needs no plan. Whether a resumed run fits OUT is verified later, with its plan.
     """
     if not os.path.lexists(out) or options.overwrite or options.resume:
         return
@@ -122,7 +123,7 @@ def _is_unjudged(out: Path) -> bool:
 
 
 def unhealed_folder(out: Path) -> Path:
-    """Where the converted model stands until its healing is complete."""
+    """The folder of the converted model until its healing is complete."""
     return out.with_name(f"{out.name}.unhealed")
 
 
@@ -135,7 +136,7 @@ def _refuse_taken_for_healing(out: Path, options: RunOptions) -> None:
 
 
 def _refuse_foreign(out: Path, options: RunOptions) -> None:
-    """Raise where OUT is something else than a result of ours; of a result, `OutputFolder` says how to go on."""
+    """Raise if OUT is something other than a result of ours. For a result, `OutputFolder` says how to continue."""
     if os.path.lexists(out) and options.overwrite:
         refuse_to_replace(out)
     elif os.path.lexists(out) and not os.path.isfile(out / REPORT):
@@ -153,7 +154,7 @@ def _refuse_pickle_for_healing(base: Path, options: RunOptions) -> None:
 
 
 def _refuse_small_disk(plan: Plan, out: Path) -> None:
-    """Raise where a first run would fill the disk. Of one that resumes, `OutputFolder` knows what is written."""
+    """Raise if a first run would fill the disk. For a resumed run, `OutputFolder` knows what is already written."""
     needed, heal = plan.output_bytes, plan.heal
     earlier = [out.with_name(f"{name}.partial") for name in (out.name, unhealed_folder(out).name)]
     if heal is not None:

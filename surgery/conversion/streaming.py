@@ -1,9 +1,9 @@
 """Streaming conversion: safetensors in, safetensors out, one layer in memory at a time.
 
-Tensors that no operation touches are copied byte for byte, in the kernel where the system can do that; every file
+Tensors that no operation touches are copied byte for byte, inside the kernel if the system can do that. Every file
 keeps its name, its order of tensors and its metadata; its sha256 is computed while it is written. Two files are
-written at a time, each by a thread of its own, and a third thread waits for the disk: Python's lock is free during a
-copy, a read, a hash, a write and an fsync. What is copied needs no torch, which is imported meanwhile.
+written at a time, each by its own thread, and a third thread waits for the disk. Threads help because Python's lock is
+free during a copy, a read, a hash, a write and an fsync. Copying needs no torch, so torch is imported meanwhile.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from surgery.io.safetensors import Checkpoint, TensorInfo
 
 SHARDS_AT_ONCE = 2
-SHARDS_UNSYNCED = 4  # written, and perhaps not on disk yet: as many are lost by a kill, with those that are written
-WORTH_THREADS = 128 << 20  # bytes; smaller checkpoints are written in order
+SHARDS_UNSYNCED = 4  # most shards that are written but not synced yet; a kill loses these and the unfinished ones
+WORTH_THREADS = 128 << 20  # bytes; smaller checkpoints are written by one thread
 
 
 def convert_shards(
@@ -50,10 +50,10 @@ def convert_shards(
     """Write every shard of the converted checkpoint, and its index.
 
     Args:
-        folder: where to write; a file under its final name is complete.
+        folder: the folder to write into. A file with its final name is complete.
         done: files that an earlier run finished, name -> {"sha256", "bytes"}.
-        finished: called with each file that becomes complete, one at a time, by the thread that wrote it.
-        progress: called with bytes written, bytes in all, and a label, in the same way.
+        finished: called with name and info of each file that becomes complete; calls do not overlap.
+        progress: called with bytes written, bytes in all, and a label; calls do not overlap.
 
     Returns:
         file name -> {"sha256", "bytes"}.
@@ -88,7 +88,7 @@ def convert_shards(
     with ThreadPoolExecutor(1) as syncer, writers, shared.work():
         shards = [shard for shard in _copies_first(checkpoint, layouts) if shard.file not in done]
         written = [writers.submit(convert, shard) for shard in shards]
-        import torch  # noqa: F401 (takes a second, in which the writers copy; they wait for it before they compute)
+        import torch  # noqa: F401 (this takes a second: writers copy meanwhile, and wait for it before they compute)
 
         wait(written)
         wait(syncs)
@@ -102,9 +102,9 @@ def convert_shards(
 
 
 def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """What the new file holds, in order: name -> (dtype, shape, computed).
+    """The tensors of the new file, in order: name -> (dtype, shape, whether it is computed or else copied).
 
-    Tensors that are new (norms of added heads) go where their layer's output projection is.
+    New tensors (norms of added heads) are placed after their layer's output projection.
     """
     layout = {}
     homes = {f"{layer.path}.{layer.layout.o}.weight": layer for layer in plan.after.layers}
@@ -122,19 +122,19 @@ def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ..
 
 
 def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict]) -> list[Shard]:
-    """The shards as they are written: first those of which nothing is computed, which need no torch."""
+    """The shards in the order of writing. Shards that are only copied come first, because they need no torch."""
     return sorted(checkpoint.shards, key=lambda shard: any(computed for *_, computed in layouts[shard.file].values()))
 
 
 class _Shared:
-    """What the threads share: how much is written, and the first fault, which stops them all."""
+    """State that the threads share: the bytes written, and the first fault, which stops all threads."""
 
     def __init__(self, total: int, progress: Progress | None):
         self.total, self.progress, self.written = total, progress, 0
         self.lock, self.fault = RLock(), None
 
     def count(self, size: int) -> None:
-        """Add bytes; called with every chunk, so that a thread stops soon."""
+        """Add written bytes. Every chunk calls it, so that a thread stops soon after a fault."""
         with self.lock:
             if self.fault:
                 raise _Stopped
@@ -144,7 +144,7 @@ class _Shared:
 
     @contextmanager
     def work(self):
-        """Keep the first exception of the block, Ctrl-C too, for the main thread."""
+        """Catch exceptions of the block, including Ctrl-C, and keep the first one for the main thread."""
         try:
             yield
         except _Stopped:
@@ -161,7 +161,7 @@ class _Stopped(Exception):
 def _write_shard(
     path: Path, shard: Shard, layout: dict, checkpoint: Checkpoint, stream: LayerStream, count: Callable[[int], None]
 ) -> str:
-    """Write a shard under its unfinished name; returns the sha256 of its bytes."""
+    """Write a shard under a temporary name; returns the sha256 of its bytes."""
     header, position, infos = {}, 0, {info.name: info for info in shard.tensors}
     if shard.metadata:
         header["__metadata__"] = shard.metadata
@@ -170,7 +170,7 @@ def _write_shard(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data that begins at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the format requires data to start at a multiple of 8
     digest = hashlib.sha256()
 
     def written(data) -> None:
@@ -196,13 +196,13 @@ def _write_shard(
                         written(data)
                 except EOFError:
                     raise checkpoint.ended(shard.file) from None
-            if target.tell() != promised:  # a file that lies about itself must never get its name
+            if target.tell() != promised:  # a file with a wrong header must never get its final name
                 raise RuntimeError(f"{shard.file}: byte {target.tell()} where its header promises byte {promised}")
     return digest.hexdigest()
 
 
 def _pieces(layout: dict, infos: dict[str, TensorInfo]) -> Iterator[str | tuple[int, int]]:
-    """What a file is made of: the names of computed tensors, and (start, bytes) of what is copied from the source."""
+    """The pieces of a file in order: the name of a computed tensor, or (start, bytes) of a range that is copied."""
     start = end = 0
     for name, (_, _, computed) in layout.items():
         if end > start and (computed or infos[name].start != end):
@@ -222,7 +222,7 @@ def _unfinished(path: Path) -> Path:
 
 
 def _put_in_place(path: Path) -> int:
-    """Wait until a shard is on disk and give it its name; returns its bytes."""
+    """Wait until a shard is on disk and give it its final name; returns its size in bytes."""
     with open(_unfinished(path), "rb+") as file:
         os.fsync(file.fileno())
     os.replace(_unfinished(path), path)
@@ -246,14 +246,14 @@ def _write_index(folder: Path, checkpoint: Checkpoint, weight_map: dict[str, str
     (folder / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-LAYERS_KEPT = 2  # a layer whose tensors lie far apart in the file is computed again, not kept
+LAYERS_KEPT = 2  # computed layers in memory; a layer whose tensors are far apart in the file is computed again
 
 
 class LayerStream:
-    """New attention tensors by name, computed a layer at a time from a checkpoint on disk; for several threads.
+    """New attention tensors by name, computed one layer at a time from a checkpoint on disk. It is thread-safe.
 
     Args:
-        records: what an earlier run noted of the layers that it finished.
+        records: the records of an earlier run, for the layers that it finished.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, records: list[dict] | None = None):
@@ -269,7 +269,7 @@ class LayerStream:
         self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def tensor(self, name: str) -> Tensor:
-        """The new tensor of this stored name."""
+        """The new tensor with this stored name."""
         index = self._layer_of[name]
         with self._lock:
             if index not in self._ready:
@@ -281,7 +281,7 @@ class LayerStream:
 
     @property
     def records(self) -> list[dict]:
-        """What each operation noted so far, layers in order."""
+        """The records of each operation so far, with the layers in order."""
         with self._lock:
             paths = [layer.path for layer in self.plan.before.layers]
             return [{path: record[path] for path in paths if path in record} for record in self._records]
