@@ -1,4 +1,4 @@
-"""Where attention is in a model: one row a family, the anatomy of a model, its weights in one canonical form.
+"""Where attention is in a model: a table of families, the anatomy of a model, and its weights in one canonical form.
 
-`Anatomy.of(model, folder or config)` is what every operation plans with. May import io, machine, runtime, errors.
+Every operation plans with `Anatomy.of(model, folder or config)`. May import io, machine, runtime, errors.
 """

@@ -1,8 +1,8 @@
 """Where attention is in a model: the anatomy that every operation plans with.
 
 `Anatomy.of(x)` reads a checkpoint folder (its config and the safetensors headers, no weight), a loaded model
-or a bare config. What it does not understand it names: zero matches and partial matches are errors, a family
-that is only *like* a known one is said to be a guess.
+or a bare config. Attention that is missing, incomplete or of an unknown form is an error. A family that is not in the
+table but has the common form is marked as a guess.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ class Anatomy:
     """The attention of one model.
 
     Attributes:
-        model_type: of the (text) model, `composite` the model_type of the whole where it has other parts.
-        layers: one entry a layer.
-        guess: the family is unknown and was understood by its shape.
-        edits: what differs from the config as read, text config field -> value.
-        tensors: every stored tensor, name -> (dtype, shape); empty if only a config was given.
+        model_type: model_type of the (text) model.
+        layers: one entry for each layer.
+        guess: whether the family is unknown and was understood by the shapes of its tensors.
+        composite: model_type of the whole model if it has parts other than the text model; else None.
+        dtype: dtype of the weights, in safetensors' spelling.
+        config: the Transformers config of the text model.
+        edits: text config field -> value, where this anatomy differs from the config as read.
+        tensors: every stored tensor, name -> (dtype, shape); {} if only a config was given.
     """
 
     model_type: str
@@ -48,10 +51,10 @@ class Anatomy:
 
         Args:
             source: folder path, `PreTrainedModel` or `PreTrainedConfig`.
-            tensors: name -> (dtype, shape) where the caller already knows them.
+            tensors: name -> (dtype, shape), if the caller already knows them.
 
         Raises:
-            SurgeryError: no attention found, only part of it, or of a form that is not understood.
+            SurgeryError: no attention was found, or only part of it, or its form is not known.
         """
         from surgery.io import model_folder as folder
 
@@ -73,19 +76,19 @@ class Anatomy:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values by which the cache grows with each token, in the checkpoint's dtype."""
+        """Bytes by which keys and values in the cache grow with each token, in the checkpoint's dtype."""
         tokens = (2 * layer.head_dim * sum(head.growing for head in layer.kv_cost) for layer in self.layers)
         return round(BYTES.get(self.dtype, 2) * sum(tokens))
 
     @property
     def kv_bytes_fixed(self) -> int:
-        """Bytes that the cache holds however long the text is, such as the sinks and windows of streaming heads."""
+        """Bytes of the cache that do not depend on the length of the text, such as sinks and windows."""
         tokens = (2 * layer.head_dim * sum(head.fixed for head in layer.kv_cost) for layer in self.layers)
         return BYTES.get(self.dtype, 2) * sum(tokens)
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model takes; None: its config names no limit."""
+        """The most tokens that the model takes; None: its config names no limit."""
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return longest if longest and longest > 0 else None
 
@@ -96,7 +99,7 @@ class Anatomy:
 
     @property
     def alike(self) -> bool:
-        """Whether all layers have the same heads, each KV head read by equally many."""
+        """Whether all layers have the same numbers of heads, and each KV head is read by equally many query heads."""
         shapes = {(layer.heads, layer.kv_heads, layer.query_groups) for layer in self.layers}
         return len(shapes) == 1 and not self.layers[0].query_groups
 
@@ -122,7 +125,7 @@ class Anatomy:
         return ""
 
     def heads_problem(self, heads: int, kv_heads: int) -> str:
-        """Why a stock checkpoint of this family cannot have so many heads of the size they have; "" if it can."""
+        """Why a stock checkpoint of this family cannot have these numbers of heads at the present head size, or ""."""
         if self.guess or not self.layers[0].layout.head_dim:
             reason = "is not a known family" if self.guess else "divides its hidden size by its heads"
             return f"{self.model_type} {reason}: a head's size cannot be kept when heads go"
@@ -130,7 +133,7 @@ class Anatomy:
             return "phi makes its QK-norm as wide as its hidden size divided by its heads"
         try:  # some configs refuse what their own forward would run (llama: heads that do not divide the hidden size)
             config = self.config.from_dict(self.config.to_dict() | self._heads_edits(heads, kv_heads))
-            getattr(config, "validate", bool)()  # of a surgical model, making it does not
+            getattr(config, "validate", bool)()  # a surgical config does not validate itself when it is made
         except Exception as error:
             reason = str(error).strip().splitlines()[-1].strip()
             return f"the config of {self.model_type} refuses {heads} query heads ({reason})"
@@ -152,7 +155,7 @@ class Anatomy:
         return "composites (vision + text) are not supported by the surgical tier" if self.composite else ""
 
     def shapes_problem(self) -> str:
-        """Why the layers of this model cannot differ in their heads, even on the surgical tier; "" if they can."""
+        """Why the layers of this model cannot have different numbers of heads, even on the surgical tier, or ""."""
         layout = self.layers[0].layout
         if reason := self.runtime_problem():
             return reason
@@ -162,10 +165,10 @@ class Anatomy:
         return ""
 
     def with_kv_heads(self, kv_heads: int) -> Anatomy:
-        """This anatomy with `kv_heads` KV heads in every layer, and the config edits that say so.
+        """This anatomy with `kv_heads` KV heads in every layer, and the config edits for that.
 
         Raises:
-            SurgeryError: the family's config has no number for it (an operation asks `kv_heads_problem` first).
+            SurgeryError: the family's config has no such number (operations ask `kv_heads_problem` first).
         """
         layout = self.layers[0].layout
         if layout.kv_field is None and kv_heads != self.layers[0].kv_heads:
@@ -183,7 +186,7 @@ class Anatomy:
         return replace(self, layers=layers, edits=self.edits | edits)
 
     def with_kv_heads_by_layer(self, kv_heads: list[int]) -> Anatomy:
-        """This anatomy with so many KV heads in each layer; where they differ, the surgical tier alone has them."""
+        """This anatomy with the given number of KV heads in each layer. Different numbers need the surgical tier."""
         if len(set(kv_heads)) == 1:
             return self.with_kv_heads(kv_heads[0])
         pairs = zip(self.layers, kv_heads, strict=True)
@@ -191,13 +194,13 @@ class Anatomy:
         return replace(self, layers=tuple(layers))
 
     def with_layers(self, layers: list[LayerAnatomy], stock: bool) -> Anatomy:
-        """This anatomy with other heads; `stock`: all layers alike, and the config says so."""
+        """This anatomy with other layers. `stock`: all are alike, and the config gets their numbers of heads."""
         first_layer = layers[0]
         edits = self._heads_edits(first_layer.heads, first_layer.kv_heads) if stock else {}
         return replace(self, layers=tuple(layers), edits=self.edits | edits)
 
     def with_streaming(self, streaming: list[list[int]], sinks: int, window: int) -> Anatomy:
-        """This anatomy with these KV heads of each layer seeing sinks + window."""
+        """This anatomy with a head split: the listed KV heads of each layer see only sinks and window."""
         layers = tuple(
             layer.with_entry(streaming=list(heads), sinks=sinks, window=window)
             for layer, heads in zip(self.layers, streaming, strict=True)
@@ -206,7 +209,7 @@ class Anatomy:
 
     @property
     def terms(self) -> dict[str, set[int]]:
-        """The terms of the equation that a surgery has set already, and in which layers."""
+        """The terms of the attention equation that a surgery has already set -> the indices of the layers."""
         layers_by_term: dict[str, set[int]] = {}
         for layer in self.layers:
             for part in layer.parts.values():
@@ -216,7 +219,7 @@ class Anatomy:
 
     @property
     def descriptions(self) -> dict[str, list[str]]:
-        """How the parts of the runtime describe what they do, for people: a title -> the words of each layer."""
+        """What the parts of the runtime do, in words: title -> the words of each layer."""
         words_by_title: dict[str, list[str]] = {}
         for layer in self.layers:
             for part in layer.parts.values():
@@ -225,7 +228,7 @@ class Anatomy:
         return words_by_title
 
     def to_dict(self) -> dict:
-        """Plain data, for `--json`."""
+        """The anatomy as plain data, for `--json`."""
         keys = (
             "index", "path", "heads", "kv_heads", "head_dim", "rotary", "positions", "qk_norm", "window", "soft_cap",
         )  # fmt: skip
@@ -252,13 +255,15 @@ class Anatomy:
         }
 
     def edit_config(self, raw: dict) -> dict:
-        """A config.json with this anatomy's edits, everything else unchanged."""
+        """A config.json with this anatomy's edits; everything else is unchanged."""
         if self.composite and "text_config" in raw:
             return raw | {"text_config": raw["text_config"] | self.edits}
         return raw | self.edits
 
 
 def stored_dtypes(anatomy: Anatomy) -> list[str]:
-    """The floating-point dtypes of the stored weights, sorted; RoPE tables of old checkpoints are not loaded."""
+    """The floating-point dtypes of the stored weights, sorted. RoPE tables of old checkpoints do not count, since they
+    are not loaded.
+    """
     names = {dtype for name, (dtype, _) in anatomy.tensors.items() if not name.endswith(".inv_freq")}
     return sorted(names & set(TORCH_NAMES))

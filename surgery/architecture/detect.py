@@ -1,4 +1,4 @@
-"""From a config and a table of tensors to the fields of an `Anatomy`: every field is read once, here, and checked."""
+"""Reads the fields of an `Anatomy` from a config and a table of tensors, and checks them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from surgery.architecture.layer import BYTES, LayerAnatomy
 from surgery.errors import ModelError, UnsupportedModelError
 from surgery.io.safetensors import STORED_NAMES
 
-# Config fields read here as one number for all layers; Gemma 4 gives some of them layer by layer.
+# Config fields that are read as one value for all layers. Gemma 4 gives some of them layer by layer and is refused.
 FIELDS = {"num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "rope_parameters"}
-TOWERS = ("vision", "visual", "image", "audio", "speech")  # of a composite: never the language model
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # parts of a composite that are not the language model
 DECODER_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -22,8 +22,8 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
 
     Args:
         config: a Transformers config.
-        tensors: name -> (dtype, shape); empty if unknown, then the config is believed.
-        where: what to call the model in errors.
+        tensors: name -> (dtype, shape); {} if unknown, then the config is not checked against them.
+        where: name of the model in errors.
     """
     text = _text(config)
     model_type = getattr(text, "model_type", "") or ""
@@ -73,17 +73,18 @@ def read_anatomy(config, tensors: dict, where: str) -> dict[str, Any]:
 
 
 def _text(config):
-    """The config of the language model, where a config has several."""
+    """The config of the language model; a composite's config holds several."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _layer(
     config, family: Family, tensors: dict, path: str, index: int, sizes: tuple[int, int, int], guess: bool
 ) -> LayerAnatomy:
-    """Layer i.
+    """The anatomy of one layer.
 
     Args:
-        sizes: query heads, KV heads and head size that the config has for all layers.
+        path: path of its attention module.
+        sizes: query heads, KV heads and head size in the config, for all layers.
     """
     text, entry, (heads, kv_heads, head_dim) = _text(config), _block_entry(config, index), sizes
     return LayerAnatomy(
@@ -108,13 +109,13 @@ def _layer(
 
 
 def _block_entry(config, index: int) -> dict:
-    """A layer's entry in the `surgery` block, {} for a stock checkpoint."""
+    """A layer's entry in the `surgery` block; {} for a stock checkpoint."""
     block = getattr(config, "surgery", None)
     return block["layers"][index] if block else {}
 
 
 def _part_entries(entry: dict) -> dict:
-    """What an entry in the `surgery` block says besides the layer's heads and shapes."""
+    """The keys of a layer's entry in the `surgery` block that are not about its heads and shapes."""
     if not entry:
         return {}
     from surgery.runtime.surgery_config import SHAPE
@@ -148,7 +149,7 @@ def _settle_falcon(text, family: Family) -> Family:
 
 
 def _find_layers(family: Family, tensors: dict, count: int, config, where: str) -> str:
-    """Path of the layer list in this file or model."""
+    """Path of the layer list in this checkpoint or model."""
     if not tensors:
         return family.layers
     tail = f"{family.attn}.{family.o}.weight"
@@ -174,7 +175,7 @@ def _find_layers(family: Family, tensors: dict, count: int, config, where: str) 
 
 
 def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
-    """Family and layer path of an unknown model that has the common q_proj/k_proj/v_proj/o_proj form."""
+    """Family and layer path of an unknown model with the common form q_proj, k_proj, v_proj, o_proj."""
     model_type = getattr(config, "model_type", "") or "(no model_type)"
     classes = getattr(config, "architectures", None) or []
     if getattr(config, "is_encoder_decoder", False) or (
@@ -195,7 +196,8 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
         outputs = projections & {"o_proj", "out_proj"}
         if {"q_proj", "k_proj", "v_proj"} <= projections and len(outputs) == 1:
             text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            alias = "num_key_value_heads" in (getattr(text, "attribute_map", None) or {})  # Whisper's is the encoder's
+            # Whisper's num_key_value_heads is an alias that means the encoder's heads.
+            alias = "num_key_value_heads" in (getattr(text, "attribute_map", None) or {})
             honoured = "num_key_value_heads" if getattr(text, "num_key_value_heads", None) and not alias else None
             return Family(layers, attn, o=outputs.pop(), positions="unknown", kv_field=honoured), layers
     _refuse_packed(config, tensors, where)
@@ -208,7 +210,7 @@ def _guess(config, tensors: dict, where: str) -> tuple[Family, str]:
 
 
 def _attention_names(tensors: dict) -> str:
-    """Module names of one layer that look like attention, for an error."""
+    """Tensor names that look like attention, for an error; layer numbers are replaced by N."""
     names = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if any(w in name for w in ATTENTION_WORDS)}
     shown = sorted(names)[:8]
     return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -272,7 +274,7 @@ def _config_dtype(text) -> str:
 
 
 def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
-    """Every tensor of the layer is there, unquantised, and of the shape that the config promises."""
+    """Raise unless every tensor of the layer is present, not quantised, and has the shape that the config gives."""
     layout, rows = layer.layout, {"q": layer.heads, "k": layer.kv_heads, "v": layer.kv_heads}
     wanted = (
         {layout.qkv: sum(rows.values())} if layout.qkv else {getattr(layout, letter): n for letter, n in rows.items()}
@@ -301,7 +303,7 @@ def _verify(layer: LayerAnatomy, tensors: dict, config, where: str) -> None:
 
 
 def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
-    """A guessed family may have nothing else in its attention whose shape could depend on the heads."""
+    """Raise if the attention of a guessed family has other tensors whose shape could depend on the heads."""
     known = {*layer.tensor_names, f"{layer.layout.o}.bias"}
     for name, (_, shape) in tensors.items():
         rest = name.removeprefix(f"{layer.path}.")
@@ -316,7 +318,7 @@ def _refuse_extras(layer: LayerAnatomy, tensors: dict, where: str) -> None:
 
 
 def _refuse_packed(config, tensors: dict, where: str) -> None:
-    """No projection is stored as a matrix: say so, if that is since integers stand in for them (GPTQ, AWQ)."""
+    """Raise if the projections are stored as packed integers (GPTQ, AWQ), not as matrices."""
     for name, (dtype, shape) in tensors.items():
         if dtype not in BYTES and any(word in name for word in ATTENTION_WORDS):
             _refuse_quantised(config, name, (dtype, shape), where)
@@ -337,7 +339,7 @@ def _refuse_quantised(config, name: str, stored_entry: tuple | None, where: str)
 
 
 def check_block(config, where: str) -> dict | None:
-    """The `surgery` block of a config, or None; one that was edited by hand into nonsense is refused."""
+    """The `surgery` block of a config, or None if it has none. A block that is not valid is refused."""
     if not hasattr(config, "surgery"):
         return None
     from surgery.runtime.surgery_config import validate

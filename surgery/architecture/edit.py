@@ -1,4 +1,4 @@
-"""New attention weights in a loaded model: parameters, attributes, config."""
+"""Writes new attention weights into a loaded model: parameters, attributes, config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def kept_heads(old: LayerAnatomy, new: LayerAnatomy) -> tuple[list[int], list[int]]:
-    """Where the query heads and the KV heads that a layer has now were before, by the numbers the base gives them."""
+    """The earlier indices of the query heads and the KV heads that a layer has now; heads are identified by the base's
+    numbers.
+    """
     queries, kv_heads = query_names(old), [old.kv_name(head) for head in range(old.kv_heads)]
     return (
         [queries.index(name) for name in query_names(new)],
@@ -32,8 +34,8 @@ def write_layers(
     """Put new attention tensors in a loaded model: parameters, attributes, config, and the `surgery` block if any.
 
     Args:
-        results: of each layer, what `pack` gives.
-        surgical: the model becomes a surgical one even if the config can say it all.
+        results: the result of `pack` for each layer.
+        surgical: make the model a surgical one even if a stock config can describe it.
     """
     for old, new, tensors in zip(before.layers, after.layers, results, strict=True):
         module = model.get_submodule(old.path)
@@ -53,7 +55,7 @@ def write_layers(
 
 
 def own_config(model) -> None:
-    """Give a model a config of its own: two models may have been made from one, and the other keeps what it says."""
+    """Give a model its own copy of its config, because another model may have been made from the same object."""
     memo: dict = {}
     for module in model.modules():
         if _is_config(getattr(module, "config", None)):
@@ -61,10 +63,10 @@ def own_config(model) -> None:
 
 
 def snapshot(model) -> Callable[[], None]:
-    """Remember what a model is made of: classes, modules, parameters, hooks and configs, but no copy of a weight.
+    """Remember the state of a model: classes, modules, parameters, hooks and configs, without copying any weight.
 
     Returns:
-        A function that makes the model of these again. Values that were changed in place stay changed.
+        A function that restores this state. Tensors whose values were changed in place stay changed.
     """
     modules = [(module, type(module), _copied(vars(module))) for module in model.modules()]
     known = {id(module.config): module.config for module, *_ in modules if hasattr(module, "config")}
@@ -81,7 +83,7 @@ def snapshot(model) -> Callable[[], None]:
 
 
 def _copied(value):
-    """A value whose dicts and lists are copied at every depth, and what they hold is not."""
+    """A copy of nested dicts and lists; the values in them are not copied."""
     if isinstance(value, dict):
         copied = copy(value)
         for name, inner in value.items():
@@ -95,7 +97,7 @@ def _is_config(value) -> bool:
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
-    """Raise SurgeryError where a tensor of the layer at `path` holds NaN or infinity."""
+    """Raise SurgeryError if a tensor of the layer at `path` holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
             raise ModelError(
@@ -105,7 +107,7 @@ def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
 
 
 def _assign(module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in a parameter's place, on its device and with its `requires_grad`."""
+    """Replace a parameter by a tensor; device and `requires_grad` stay the same."""
     from torch import nn
 
     owner_path, _, leaf = name.rpartition(".")
@@ -122,7 +124,7 @@ def _assign(module, name: str, tensor: Tensor) -> None:
 
 
 def _keep_terms(module, old: LayerAnatomy, new: LayerAnatomy) -> None:
-    """Of the parameters that a surgery gave to a module, keep the rows of the heads that stay."""
+    """Reduce the parameters that a surgery added to a module to the rows of the heads that stay."""
     from torch import nn
 
     rows_of = getattr(module, "surgery_parameters", {})
@@ -138,7 +140,7 @@ def _keep_terms(module, old: LayerAnatomy, new: LayerAnatomy) -> None:
 
 
 def _norm_module(module, path: str):
-    """A submodule; a list of per-head norms grows by copies of its last."""
+    """The submodule at a path. A list of per-head norms is first extended with copies of its last norm if needed."""
     from copy import deepcopy
 
     owner_path, _, leaf = path.rpartition(".")
@@ -150,13 +152,13 @@ def _norm_module(module, path: str):
 
 
 def _drop_norm(module, name: str) -> None:
-    """Shorten a list of per-head norms by one: the names that go are always those at its end."""
+    """Remove the last of a list of per-head norms; the names that disappear are always the last ones."""
     owner = module.get_submodule(name.rsplit(".", 2)[0])
     del owner[-1]
 
 
 def _set_head_numbers(module, target, edits: dict) -> None:
-    """The numbers that attention modules keep themselves, under the names that families use."""
+    """Set the numbers of heads that attention modules store themselves, under the names that families use."""
     numbers = edits | {
         "num_key_value_heads": target.kv_heads,
         "num_kv_heads": target.kv_heads,

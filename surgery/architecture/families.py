@@ -1,9 +1,9 @@
-"""How model families lay out attention, as one table: with `anatomy.py`, the only place that knows a name like q_proj.
+"""How model families lay out attention, as one table.
 
-Each row says how a family of Transformers 5 lays out its attention. What a row leaves out is as in Llama.
-Read from the modelling code of each family and tested on a tiny random model of each
-(tests/contracts/test_families.py). Whatever a config can switch (biases, Cohere's and Phi's QK-norm, ALiBi in old
-Falcons) is settled in anatomy.py from the config and the tensors that are really there.
+Each row is a family of Transformers 5; the defaults are those of Llama. The rows were read from the modelling code of
+the families and are tested on a tiny random model of each (tests/contracts/test_families.py). Features that a config
+can switch (biases, Cohere's and Phi's QK-norm, ALiBi in old Falcons) are not settled here: detect.py reads them from
+the config and the stored tensors.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ class Family:
         layers: path of the layer list in the causal model, as `named_parameters` spells it.
         attn: the attention module's name within a layer.
         q, k, v, o: names of the projections.
-        qkv: name of the fused module that stands in for q, k and v, or None.
+        qkv: name of the fused module that replaces q, k and v, or None.
         layout: how the rows of `qkv` are ordered: "rows" (all q, all k, all v), "grouped" (per KV head: its
             query heads, one k, one v; with one query head per KV head this is the per-head interleave) or
-            "falcon" (either, as its config says); "separate" where nothing is fused.
-        conv1d: weights are stored transposed, [in, out].
+            "falcon" (either, as its config says); "separate" if nothing is fused.
+        conv1d: whether weights are stored transposed, [in, out].
         positions: "half" (RoPE pairs (i, i + r/2)), "interleaved" (pairs (2i, 2i+1)), "learned" or "alibi".
-        kv_field: the config field for the number of KV heads *that the forward honours*; None where the
-            number is accepted and ignored; "falcon" for Falcon's two switches.
+        kv_field: the config field for the number of KV heads, if the forward honours it; None if there is no such
+            field or the forward ignores it; "falcon" for Falcon's two switches.
         qk_norm: None, "shared" (weight [head_dim]), "per head" ([heads, head_dim]), "modules" (one module
             for each head) or "whole" (over the whole projection, [heads * head_dim]).
         q_norm, k_norm: names of those norms.
         sinks: name of the learned sink logits [heads], or None.
-        head_dim: the forward takes the head size from the config's `head_dim` where there is one; else it divides the
-            hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.
-        interface: attention goes through Transformers' attention interface.
-        since: from this version of Transformers on; "": from the first that this package takes, or never.
+        head_dim: whether the forward takes the head size from the config's `head_dim`, if set. Otherwise it divides
+            the hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.
+        interface: whether the family uses Transformers' attention interface in the installed version.
+        since: the version of Transformers that introduced this; "": every version that this package accepts, or none.
     """
 
     layers: str = "model.layers"
@@ -86,7 +86,7 @@ FAMILIES: dict[str, Family] = {
     # fused projections that honour a number of KV heads
     "phi3": Family(qkv="qkv_proj", layout="rows"),
     "falcon": Family(layers="transformer.h", layout="falcon", kv_field="falcon", **BLOOM),
-    # no number of KV heads: these can be expanded no further and grouped only surgically
+    # no number of KV heads: these cannot be expanded further, and fewer KV heads need the surgical tier
     "gpt_neox": Family(
         "gpt_neox.layers",
         "attention",
@@ -131,13 +131,13 @@ LAYER_PATHS: dict[str, tuple[str, ...]] = {
     "gpt_neox.layers": ("gpt_neox.layers", "layers"),
 }
 
-# The common form by which an unknown family is understood (and said to be a guess).
+# The common form of tensor names, by which an unknown family is understood (and marked as a guess).
 COMMON_FORM = (
     r"^(?P<layers>(?:\w+\.)*(?:layers|h|blocks))\.(?P<i>\d+)\.(?P<attn>self_attn|attention|attn)"
     r"\.(?P<p>q_proj|k_proj|v_proj|o_proj|out_proj)\.weight$"
 )
 
-# Module names that betray attention of another form, for the error that names what was found.
+# Parts of module names that suggest attention of another form; the error lists the names that were found.
 ATTENTION_WORDS = (
     "attn",
     "attention",

@@ -1,4 +1,4 @@
-"""One attention layer: its heads, their shapes, and what the surgery gave it."""
+"""One attention layer: its heads, their shapes, and the settings that a surgery gave it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class LayerAnatomy:
     """One attention layer.
 
     Attributes:
-        index, path: the layer's number and its attention module's path in this file or model.
-        heads, kv_heads, head_dim: query heads, KV heads, channels of one head.
-        rotary: channels that RoPE rotates (0: none; less than head_dim: partial).
+        index, path: the layer's index, and the path of its attention module in this checkpoint or model.
+        heads, kv_heads, head_dim: number of query heads, number of KV heads, channels of one head.
+        rotary: number of channels that RoPE rotates (0: none; less than head_dim: partial).
         positions: "half", "interleaved", "learned", "alibi", "none" or "unknown" (a guessed family).
         qk_norm: None, "shared", "per head", "modules" or "whole" (see families.py).
         window: sliding window in tokens, or None for full attention.
         soft_cap: cap on the scores, or None.
-        biases: which of "q", "k", "v", "o" have a bias (letters in that order).
-        dtype: of the projections, in safetensors' spelling; "" when only the config is known.
-        layout: the family's row, with Falcon's variants settled.
-        query_groups: query heads that read each KV head, where they are not equally many; else ().
-        query_numbers, kv_numbers: what the base calls these heads, where some of its heads are gone; else ().
-        entry: what the parts of a surgery set in this layer, as in the `surgery` block; heads and shapes, which the
-            block names as well, are the fields above.
+        biases: letters of the projections with a bias, in the order "qkvo".
+        dtype: dtype of the projections, in safetensors' spelling; "" if only the config is known.
+        layout: the family's row, with Falcon's variants resolved.
+        query_groups: number of query heads that read each KV head, if the numbers differ; else ().
+        query_numbers, kv_numbers: the base's numbers of these heads, if some of its heads were removed; else ().
+        entry: the settings of a surgery in this layer, as in the `surgery` block. The block's numbers of heads and
+            shapes are not in it, because the fields above hold them.
     """
 
     index: int
@@ -55,7 +55,7 @@ class LayerAnatomy:
 
     @property
     def group(self) -> int:
-        """Query heads that share one KV head, where they are equally many for each."""
+        """Number of query heads that share one KV head, if it is the same for all."""
         return self.heads // self.kv_heads
 
     def query_name(self, head: int) -> int:
@@ -68,29 +68,29 @@ class LayerAnatomy:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The parts of the runtime that this layer uses, by name: each says what it does here."""
+        """The parts of the runtime that this layer uses, by name."""
         from surgery.runtime.surgery_config import used_parts
 
         return used_parts(self.entry) if self.entry else {}
 
     @property
     def streaming(self) -> tuple[int, ...]:
-        """KV heads that see only `sinks` first tokens and the last `streaming_window` (head split)."""
+        """KV heads that see only the first `sinks` tokens and the last `streaming_window` tokens (head split)."""
         return tuple(self.entry.get("streaming", ()))
 
     @property
     def sinks(self) -> int:
-        """First tokens that the streaming heads see."""
+        """Number of first tokens that the streaming heads see."""
         return self.entry.get("sinks", 0)
 
     @property
     def streaming_window(self) -> int:
-        """Last tokens that the streaming heads see."""
+        """Number of last tokens that the streaming heads see."""
         return self.entry.get("window", 0)
 
     @property
     def kv_cost(self) -> list[HeadCost]:
-        """What the cache holds of each KV head, in tokens."""
+        """What the cache holds for each KV head, in tokens."""
         from surgery.runtime.surgery_config import HeadCost
 
         heads = [HeadCost()] * self.kv_heads
@@ -104,7 +104,7 @@ class LayerAnatomy:
 
     @property
     def split_info(self) -> dict | None:
-        """The head split as plain data, heads by the base's numbers; None where all heads are full."""
+        """The head split as plain data, with heads by the base's numbers; None if all heads are full."""
         if not self.streaming:
             return None
         return {
@@ -120,7 +120,7 @@ class LayerAnatomy:
 
     @property
     def tensor_names(self) -> list[str]:
-        """Stored tensors of this layer that follow its heads, relative to the attention module."""
+        """Names of this layer's stored tensors whose shape depends on its heads, relative to the attention module."""
         layout = self.layout
         projections = {layout.qkv: "qkv"} if layout.qkv else {layout.q: "q", layout.k: "k", layout.v: "v"}
         names = [f"{name}.weight" for name in [*projections, layout.o]]
@@ -131,7 +131,7 @@ class LayerAnatomy:
 
 
 def groups_of(anatomy: LayerAnatomy) -> list[list[int]]:
-    """The query heads that read each KV head of a layer."""
+    """For each KV head of a layer, the indices of the query heads that read it."""
     sizes = anatomy.query_groups or [anatomy.group] * anatomy.kv_heads
     firsts = [sum(sizes[:head]) for head in range(len(sizes))]
     return [list(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
@@ -143,7 +143,7 @@ def query_names(anatomy: LayerAnatomy) -> list[int]:
 
 
 def shown_names(names: list[int]) -> str:
-    """Heads for people: "0 to 8", or the list where some are gone."""
+    """Numbers of heads as text: "0 to 8", or a list if some are missing."""
     return f"0 to {names[-1]}" if names == list(range(len(names))) else ", ".join(map(str, names))
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints whose layers no stock class can have: their entry in the `surgery` block, their config.json and code.
+"""The `surgery` block, config.json and code of surgical checkpoints, whose layers no stock class can have.
 
-`save_pretrained` of a surgical model writes the same files; `export` is for the streaming engine, which builds no
+`save_pretrained` of a surgical model writes the same files; `export` serves the streaming engine, which builds no
 model.
 """
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 def layer_entries(
     anatomy: Anatomy, shapes: list[dict[str, tuple[int, ...]]], *, needed: bool = False
 ) -> list[dict] | None:
-    """Each layer's entry in the `surgery` block; None where the config says it all.
+    """Each layer's entry in the `surgery` block; None if a stock config can describe the model.
 
-    What a block that is there already says of a layer stays, and follows the layer's heads.
+    Settings in an existing block are kept and adapted to the layer's present heads.
 
     Args:
-        anatomy: of the model as it will be; its config is that of the model as it is.
+        anatomy: anatomy of the model after the change; its config is still the one before the change.
         shapes: for each layer, parameter name within the attention module -> shape.
-        needed: the model becomes a surgical one: entries even where the config says it all.
+        needed: return entries even if a stock config can describe the model.
     """
     config, edits, entries = anatomy.config, anatomy.edits, []
     block = getattr(config, "surgery", None)
     if anatomy.alike and not needed and block is None:
         return None
     heads = edits.get("num_attention_heads", config.num_attention_heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # families without the field: one for each
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads  # without the field: one per query head
     stock = (heads, edits.get("num_key_value_heads", kv_heads))
     earlier = block["layers"] if block else [{}] * len(anatomy.layers)
     for layer, layer_shapes, old in zip(anatomy.layers, shapes, earlier, strict=True):
@@ -59,7 +59,7 @@ def _follow_heads(old: dict, layer: LayerAnatomy) -> dict:
         "shapes": {},
     }
     old = old | {name: value for name, value in of_present_heads.items() if name in old}
-    if not used_parts(old):  # heads may have become others altogether
+    if not used_parts(old):  # no part depends on the heads, so they need not be matched
         return old
     queries, kv_heads = query_names(layer), [layer.kv_name(head) for head in range(layer.kv_heads)]
     pairs = ((queries, numbers.get("query_numbers")), (kv_heads, numbers.get("kv_numbers")))
@@ -69,11 +69,11 @@ def _follow_heads(old: dict, layer: LayerAnatomy) -> dict:
 
 
 def export(raw: dict, anatomy: Anatomy, entries: list[dict], folder: Path) -> dict:
-    """The config.json of a surgical checkpoint; its code is copied into the folder.
+    """Copy the code of a surgical checkpoint into its folder, and return its config.json.
 
     Args:
-        raw: the base's config.json, with what changes for all layers alike.
-        entries: of `layer_entries`.
+        raw: the base's config.json, already with the edits that hold for all layers.
+        entries: the result of `layer_entries`.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

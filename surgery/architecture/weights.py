@@ -1,8 +1,8 @@
 """One layer's attention weights in one canonical form, whatever the file's layout.
 
 `unpack` turns the tensors of any layout of `families.py` (separate, fused by block, interleaved per head or
-group, Conv1D-transposed) into an `AttentionLayer`; `pack` is its exact inverse. Weight rewrites are written
-once, against the canonical form.
+group, Conv1D-transposed) into an `AttentionLayer`; `pack` is its exact inverse. So a weight rewrite is written
+only once, for the canonical form.
 
 Shapes: H query heads, G KV heads, d head size, D hidden size. Query head h reads KV head h // (H // G).
 """
@@ -29,9 +29,9 @@ class AttentionLayer:
         anatomy: heads, KV heads, head size, RoPE and norms of this layer.
         q [H, d, D], k [G, d, D], v [G, d, D], o [D, H, d]: projections.
         q_bias [H, d], k_bias [G, d], v_bias [G, d]: biases, or None. The output bias belongs to no head and
-            is left where it is.
+            is not touched.
         q_norm [H, d], k_norm [G, d]: weights of norms that have one row per head, or None. A norm weight
-            that all heads share [d] is untouched by any change of heads and not listed here.
+            that all heads share [d] does not depend on the heads and is not listed here.
         sinks [H]: learned sink logits, or None.
     """
 
@@ -48,12 +48,12 @@ class AttentionLayer:
     sinks: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Field name -> tensor, for those that this layer has."""
+        """Field name -> tensor, for the tensors that this layer has."""
         tensors = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "anatomy")
         return {name: tensor for name, tensor in tensors if tensor is not None}
 
     def replace(self, **tensors: Any) -> AttentionLayer:
-        """This layer with other tensors, or another anatomy that fits them."""
+        """This layer with other tensors, and possibly another anatomy that fits them."""
         return replace(self, **tensors)
 
     def copy(self) -> AttentionLayer:
@@ -132,7 +132,7 @@ def pack(layer: AttentionLayer) -> dict[str, Tensor]:
 
 
 def unpacked_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tuple[int, ...]]:
-    """Shapes that a layer of `anatomy` must have; `like` tells which tensors there are, and the hidden size."""
+    """Shapes that a layer of `anatomy` must have. `like` determines which tensors exist, and the hidden size."""
     hidden = like.q.shape[-1]
     shapes = {
         "q": (anatomy.heads, anatomy.head_dim, hidden),
@@ -150,11 +150,11 @@ def unpacked_shapes(anatomy: LayerAnatomy, like: AttentionLayer) -> dict[str, tu
 
 
 def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tuple[int, ...]]:
-    """Shapes that `pack` gives for a layer of `anatomy`, in the order of its `tensor_names`; needs no torch.
+    """Shapes of the tensors of `pack` for a layer of `anatomy`, in the order of its `tensor_names`; needs no torch.
 
     Args:
-        hidden: channels that the projections read.
-        out: channels that the output projection writes.
+        hidden: number of channels that the projections read.
+        out: number of channels that the output projection writes.
     """
     layout, size = anatomy.layout, anatomy.head_dim
     queries, kv = anatomy.heads * size, anatomy.kv_heads * size
@@ -176,7 +176,7 @@ def _heads(anatomy: LayerAnatomy) -> dict[str, int]:
 
 
 def _rows_first(layout: Family, weight: Tensor) -> Tensor:
-    """nn.Linear stores [out, in], Conv1D [in, out]: both directions of the change are the transpose."""
+    """Convert a weight between its stored form and [out, in]. Conv1D stores [in, out]: both ways are the transpose."""
     return weight.T if layout.conv1d else weight
 
 
