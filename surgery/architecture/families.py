@@ -30,7 +30,7 @@ class Family:
             field or the forward ignores it; "falcon" for Falcon's two switches.
         qk_norm: None, "shared" (weight [head_dim]), "per head" ([heads, head_dim]), "modules" (one module
             for each head) or "whole" (over the whole projection, [heads * head_dim]).
-        q_norm, k_norm: names of those norms.
+        q_norm, k_norm: names of the two norm modules.
         sinks: name of the learned sink logits [heads], or None.
         head_dim: whether the forward takes the head size from the config's `head_dim`, if set. Otherwise it divides
             the hidden size by the heads, and no stock checkpoint can have fewer heads of the same size.

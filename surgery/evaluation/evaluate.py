@@ -82,8 +82,8 @@ def evaluate(
         settings: for another probe: its settings, as in `surgery eval --probe NAME key=value`.
 
     A checkpoint of ours that was not scored yet (`--no-eval`) stores the result of the default probe in its
-    surgery.json and card, and its gate is compared with that result. This happens only if text and base are those that
-    its recipe and record name. Otherwise a note of the result gives the reason.
+    surgery.json and card, and the result is compared with its gate. This requires the text of its recipe and the base
+    of its record. Otherwise a note in the result gives the reason.
 
     Returns:
         The probe's result, a mapping that can be printed: `status`, `notes`, `to_dict()`, and the probe's own figures.
@@ -192,7 +192,7 @@ def _evaluate(
 def _chosen(probe: str | Probe | None, settings: dict[str, Any], report: Report | None) -> Probe | None:
     """The probe that the caller asked for; None if neither a probe nor settings were given.
 
-    Without settings, a probe takes those of the recipe that the report names, if it has any.
+    Without settings, the probe takes the settings in the recipe of the report, if there are any.
     """
     from surgery.evaluation import probes
     from surgery.evaluation.probes.base import Probe

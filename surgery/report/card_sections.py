@@ -149,7 +149,7 @@ def _kept_layers(op: str, record: dict) -> list[str]:
 
 
 def limits(report: dict) -> str:
-    """The list of limitations: those of the operations, of the surgical tier and of the measurement."""
+    """The list of limitations from the operations, the surgical tier and the measurement."""
     operations = get(report, "recipe").get("operations") or []
     lines = list(dict.fromkeys(line for fields in operations if fields.get("op") for line in _limits_of(fields)))
     if report.get("tier") == "surgical":

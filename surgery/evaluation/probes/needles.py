@@ -126,7 +126,7 @@ class NeedleResult(CaseResult):
         return {"streaming": {"sinks": sinks, "window": window, "needles_inside": inside}}
 
     def case(self, index: int) -> dict:
-        """One needle, what was drawn for it, and its outcomes."""
+        """One needle with its length, depth, secret and position, and its outcomes."""
         needle = self.cases[index]
         data = {name: getattr(needle, name) for name in ("length", "depth", "sample", "seed", "secret")}
         data |= {"tokens": len(needle.prompt), "first": needle.span[0], "counts": self.counts(needle)}
