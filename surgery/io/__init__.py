@@ -1,4 +1,4 @@
-"""Bytes, folders and the Hub: safetensors headers, the output folder, loading, resolve and push, resumed work.
+"""Files, folders and the Hub: safetensors, the output folder, loading models, resolve and push, saved partial work.
 
 May import machine, runtime and errors.
 """

@@ -1,8 +1,8 @@
-"""What may change in a card after surgery wrote it: the owner's notes, and the name of the repository.
+"""The two parts of a card that may change after surgery wrote it: the owner's notes and the repository's name.
 
-Notes stand between two comments. A card's entry in surgery.json is of the card as it is without them, so that
-`surgery check` lets an owner write there and finds any other change. `surgery push` puts the repository's name in the
-place of `OWNER/NAME`, in the card that it uploads.
+The notes stand between two comments. surgery.json records the hash of the card without them, so that `surgery check`
+accepts notes and finds any other change. `surgery push` replaces `OWNER/NAME` by the repository's name in the card
+that it uploads.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ import re
 BEGIN = "<!-- notes: begin. What the owner writes between these two lines stays, and `surgery check` allows it. -->"
 END = "<!-- notes: end -->"
 NO_NOTES = "Nothing was added to this card by hand."
-REPOSITORY = "OWNER/NAME"  # until it is known
+REPOSITORY = "OWNER/NAME"  # stands in the card until the repository is known
 BASE_HEADING = "## The base model's card"
 _NOTES = re.compile(rf"^{re.escape(BEGIN)}\n(.*?)^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 
 
 def notes_of(card: str) -> str:
-    """What the owner wrote into a card; "" for nothing, and for a card whose place for it is not as it was made."""
+    """The owner's notes in a card; "" where there are none, or where the block for notes was damaged."""
     found = _place(card)
     notes = found[1].strip() if found else ""
     return "" if notes == NO_NOTES else notes
 
 
 def without_notes(card: str) -> str:
-    """The card as it is when its owner has written nothing."""
+    """The card with an empty block for notes."""
     found = _place(card)
     return card if found is None else card[: found.start()] + notes_block("") + card[found.end() :]
 
 
 def notes_block(notes: str) -> str:
-    """The place for the owner's notes, with what is written there."""
+    """The block of a card that holds the owner's notes."""
     return f"{BEGIN}\n\n{notes.strip() or NO_NOTES}\n\n{END}"
 
 
 def without_markers(text: str) -> str:
-    """A text that stands in a card without being ours: it may have been a card of ours."""
+    """A base's card without the comments that mark notes: the base may be a converted model, whose card has them."""
     return text.replace(BEGIN, "").replace(END, "")
 
 
 def named(card: str, repository: str, before: str = REPOSITORY) -> str:
-    """The card with the name of a repository in its examples; what the base's card says stays as it is."""
+    """The card with a repository's name in its examples; the part that quotes the base's card stays unchanged."""
     ours, heading, base = card.partition(f"\n{BASE_HEADING}\n")
     return ours.replace(f'"{before}"', f'"{repository}"') + heading + base
 
 
 def _place(card: str) -> re.Match | None:
-    """Where the notes stand. There is one such place, and no comment in it that could hide what comes after."""
+    """The match of the notes; None unless there is one block, without a comment that could hide the text after it."""
     if card.count(BEGIN) != 1 or card.count(END) != 1:
         return None
     found = _NOTES.search(card)

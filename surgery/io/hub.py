@@ -1,7 +1,7 @@
 """The Hub: where a model comes from (`resolve`) and where a result goes (`push`).
 
 A model is a local folder, `smollm2-135m`, or a Hub id with an optional `@revision`, resolved to a commit once.
-Only data is fetched (safetensors, never pickles); a repository's own `.py` files are carried, not run.
+Weights are fetched only as safetensors, never as pickles. A repository's own `.py` files are copied, never run.
 huggingface_hub is imported inside functions, so that importing this module costs nothing.
 """
 
@@ -55,7 +55,7 @@ class SentFile(TypedDict):
 
 
 class Pushed(TypedDict):
-    """What a push did, or would do: the last four keys only when it was done."""
+    """The result of a push or of a dry run. A dry run lacks the last four keys."""
 
     repo: str
     visibility: str
@@ -72,17 +72,17 @@ class Pushed(TypedDict):
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A resolved model: a folder on this machine, and what is known of its origin.
+    """A resolved model: a folder on this machine, and where the model came from.
 
     Attributes:
         path: the folder.
-        name: what the user typed; of a local path only the folder's own name, since it is published.
+        name: what the user typed; for a local path only the folder's own name, since `name` is published.
         hub_id: `org/name` if it came from the Hub.
         revision: the Hub commit, 40 hex digits.
-        note: a fact that every figure should be shown with ("dequantised Q4_1 weights").
+        note: a remark to show with every figure ("dequantised Q4_1 weights").
         base_model: the Hub id to record as the base, if there is one.
-        headers: file -> safetensors header as on disk (`{tensor: {dtype, shape, data_offsets}}`) where the
-            weights were not requested and are not on this machine; otherwise None, and `path` has the files.
+        headers: file -> safetensors header as on disk (`{tensor: {dtype, shape, data_offsets}}`) if the weights
+            were not requested and are not on this machine. Otherwise None, and `path` holds the weights.
     """
 
     path: Path
@@ -99,14 +99,14 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
 
     Args:
         model: folder, `smollm2-135m`, `org/name`, `name`, or a Hub id with `@revision` (branch, tag, commit).
-            Spaces around it are dropped where no folder has this very name.
+            Spaces around it are dropped unless a folder has exactly this name.
         weights: if False and the weights are not cached, their names and shapes come back in `headers`
             instead (range requests of some kilobytes).
         cached_only: use the Hub's local cache and no network.
 
     Raises:
         SurgeryError: no such folder, repository or revision, or one without safetensors.
-        MachineError: no network, access or space, or not in the cache when nothing else may be used.
+        MachineError: no network, access or space, or `cached_only` and the model is not in the cache.
     """
     model = str(model)
     if not os.path.isdir(os.path.expanduser(model)):
@@ -114,7 +114,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
     if not model:
         raise SurgeryError("no model was named", exists=f"a folder, a Hub id, `{DEMO}`")
     path, (repo, _, revision) = Path(os.path.expanduser(model)), model.partition("@")
-    if os.path.isdir(path):  # os.path: no error where the user may not look, or on a name too long
+    if os.path.isdir(path):  # unlike pathlib, no error on a forbidden folder or too long a name
         refuse_adapter(path)
         return ResolvedModel(path, utf8(path.resolve().name))
     if os.path.exists(path):
@@ -135,7 +135,7 @@ def resolve(model: str, *, weights: bool = True, cached_only: bool = False) -> R
     except SurgeryError as error:
         if "/" in repo or revision:
             raise
-        # A bare name may be a typo for a folder or for the demo model: say first that there is none.
+        # A bare name may be a typo for a folder or for the demo model: first say that no such folder exists.
         close = nearest(repo, [DEMO, *folders(Path())])
         fix = f"did you mean {close!r}? As a Hub id: {error.fix}" if close else error.fix
         raise type(error)(f"no folder `{repo}` here, and {error.what}", fix=fix, code=error.code) from error
@@ -156,7 +156,7 @@ def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached
 
     patterns = FETCHED + ["*.safetensors"] * weights
     with hub_errors(repo, revision):
-        # One call resolves the branch, notes it for offline use, and fetches that commit and no other.
+        # One call resolves the branch to a commit, records it for offline use, and fetches exactly that commit.
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_FETCHED, local_files_only=cached_only
         )
@@ -165,8 +165,8 @@ def _from_hub(model: str, repo: str, revision: str | None, weights: bool, cached
     names = [SINGLE_FILE] if SINGLE_FILE in cached else _indexed(path) or cached
     if not names or not all((path / name).is_file() for name in names):
         if not cached_only:
-            headers = _headers(repo, path.name, path)  # says so where the repository has no safetensors
-        if headers is None or weights:  # a snapshot cached earlier without its weights; the Hub is away now
+            headers = _headers(repo, path.name, path)  # raises where the repository has no safetensors
+        if headers is None or weights:  # cached earlier without its weights, and the Hub is away now
             what = f"the weights of `{repo}` are not all in the Hub cache"
             raise NetworkError(what, fix="allow the network once")
     return ResolvedModel(path, model, hub_id=repo, revision=path.name, base_model=repo, headers=headers)
@@ -189,7 +189,7 @@ def _not_fetched(name: str) -> bool:
 
 
 def _headers(repo: str, commit: str, path: Path) -> dict[str, dict]:
-    """Every safetensors header of a commit by range requests, in the form that it has on disk."""
+    """File -> safetensors header as on disk, for every weight file of a commit, fetched by range requests."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi
@@ -225,30 +225,29 @@ def push(
     message: str | None = None,
     revision: str | None = None,
 ) -> Pushed:
-    """Put a checked output folder on the Hub as one commit, private unless `public`.
+    """Upload a checked output folder to the Hub as one commit, private unless `public`.
 
-    Files that the Hub has already (compared by hash before anything is sent) are not sent again: running the
-    same command after an interruption is the resume. It is one `create_commit` and not `upload_folder`, which
-    may split a large folder over several commits, so nobody loads half a model. Weight files of an earlier
-    push that this folder no longer has go in the same commit: Transformers might load those instead. The card that is
-    uploaded has the repository's name in its examples, and surgery.json there says so (`repository`); the folder stays
-    as it is.
+    Files that the Hub already has (compared by hash before the upload) are not sent again, so that the same command
+    resumes an interrupted push. `create_commit` makes one commit. `upload_folder` might split a large folder over
+    several, and users could load half a model. The same commit deletes weight files of an earlier push that this
+    folder no longer has, since Transformers might load those instead. The uploaded card has the repository's name in
+    its examples, and the uploaded surgery.json records it (`repository`). The local folder is not changed.
 
     Args:
-        out: a folder that `surgery check` has passed, unchanged since.
+        out: a folder that passed `surgery check` and has not changed since.
         repo: `owner/name`, or `name` for your own namespace.
         public: make a new repository public. An existing one keeps its visibility, which is reported.
-        dry_run: list what would be sent; needs neither token nor network.
+        dry_run: list what would be sent, without a token or network.
         message: commit message.
-        revision: branch to push to, made if missing; default `main`.
+        revision: branch to push to, created if missing; default `main`.
 
     Returns:
         `repo`, `visibility`, `files` (name, bytes), `bytes`, `metadata` (of the card), `warnings`, `dry_run`;
         when pushed also `url`, `commit`, `created`, `removed`. Never a token.
 
     Raises:
-        SurgeryError: not our output, unchecked or changed since, a bad name, no token.
-        MachineError: network, a refused token, no right to write.
+        SurgeryError: not an output of surgery, not checked, changed since the check, a bad name, no token.
+        MachineError: no network, a refused token, no right to write.
     """
     for name, value in (("message", message), ("revision", revision)):
         if value is not None and not isinstance(value, str):
@@ -280,7 +279,7 @@ def push(
 
 
 def _metadata_and_warnings(out: Path, report: dict) -> tuple[dict, list[str]]:
-    """The metadata of the card, and warnings to read before it is on the Hub."""
+    """The metadata of the card, and warnings to read before the upload."""
     from surgery.io.files import split_card
 
     card, gate, warnings = out / "README.md", report.get("gate") or {}, []
@@ -303,7 +302,7 @@ def _send(out: Path, result: dict, token: str, public: bool, message: str, revis
         existed = api.repo_exists(repo)
         existing = api.list_repo_files(repo) if existed else []
         ours = "surgery.json" in existing or not any(name.endswith(WEIGHTS) for name in existing)
-        if not ours and revision is None:  # a typo that would replace somebody's model
+        if not ours and revision is None:  # a typo must not replace another person's model
             fix = "choose another name, or push to a branch of it (revision)"
             raise OutputExistsError("this repository holds a model that is not ours", where=repo, fix=fix)
         url = str(api.create_repo(repo, private=not public, exist_ok=True))
@@ -325,7 +324,7 @@ def _send(out: Path, result: dict, token: str, public: bool, message: str, revis
 
 
 def _with_name(out: Path, report: dict, repo: str) -> dict[str, bytes]:
-    """Card and record as they are uploaded: the card's examples name the repository, and the record says so."""
+    """Card and record as they are uploaded, with the repository's name in both; {} where nothing changes."""
     known = report.get("other_files") or {}
     if CARD not in known:
         return {}
@@ -340,9 +339,9 @@ def _with_name(out: Path, report: dict, repo: str) -> dict[str, bytes]:
 
 
 def _checked(out: Path) -> tuple[dict, list[dict]]:
-    """surgery.json and the files to send, of a folder that passed `check` and has not changed since.
+    """surgery.json and the files to send; an error unless the folder passed `check` and has not changed since.
 
-    What surgery wrote and carried is sent, nothing else that lies there.
+    Only files that surgery wrote or copied from the base are sent.
     """
     fix = f"run `surgery check {out.name}`"
     try:
@@ -368,6 +367,6 @@ def _checked(out: Path) -> tuple[dict, list[dict]]:
         faults = "; ".join(changed[:4]) or "no weights are recorded"
         raise SurgeryError(f"changed since it was checked: {faults}", where=str(out), fix=fix, code="unchecked-output")
     names = [*sizes]
-    if not manifest.is_complete(report):  # of an earlier version, which listed the weights alone
+    if not manifest.is_complete(report):  # a record of an earlier version lists only the weights
         names += [name for name in there if name not in sizes and is_carried(name)]
     return report, [{"name": name, "bytes": (out / name).stat().st_size} for name in sorted({*names, REPORT})]

@@ -18,7 +18,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub, its HTTP client and the disk raise into one sentence and a remedy.
+    """Turn errors of huggingface_hub, its HTTP client and the disk into one sentence and a remedy.
 
     Raises:
         SurgeryError: no such repository or revision, or a request that the Hub refuses.
@@ -74,7 +74,7 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
             where=url,
             fix=f"check network and proxy, then {retry}",
         )
-    if isinstance(error, ValueError) and "proxy URL" in str(error):  # which may hold a password: it is not shown
+    if isinstance(error, ValueError) and "proxy URL" in str(error):  # the URL may hold a password: not shown
         named = sorted(name for name in os.environ if name.lower() in PROXIES)
         what = "the proxy that the environment names is not one of http, https, socks5 or socks5h"
         return NetworkError(
@@ -82,7 +82,7 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
             exists=", ".join(named),
             fix="set these variables to a proxy's URL, or unset them",
         )
-    if isinstance(error, ValueError) and (writing or status == 400):  # such as card metadata that is invalid
+    if isinstance(error, ValueError) and (writing or status == 400):  # for example invalid metadata of a card
         return SurgeryError(f"the Hub refused the request: {brief(error)}", where=repo)
     if status is not None:
         return NetworkError(f"the Hub answered {status}", where=url, fix=f"{retry} later")
@@ -100,14 +100,14 @@ def _translate(error: BaseException, repo: str, revision: str, writing: bool) ->
 
 
 def hub_token() -> str | None:
-    """The user's token, from HF_TOKEN or the file that `hf auth login` wrote, or None; we store none of our own."""
+    """The user's token, from HF_TOKEN or the file that `hf auth login` wrote, or None. Surgery stores no token."""
     from huggingface_hub import get_token
 
     return get_token()
 
 
 def brief(error: BaseException) -> str:
-    """The start of a foreign message on one line, with nothing in it that is or looks like a token."""
+    """The start of another library's message, on one line, with anything that is or looks like a token masked."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text.replace(hub_token() or "\0", "***"))[:240]
 

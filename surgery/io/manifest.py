@@ -1,8 +1,8 @@
-"""What an output folder consists of: every file that surgery wrote or carried, and whether it is as it was written.
+"""The manifest of an output folder: every file that surgery wrote or copied, and whether it has changed since.
 
-surgery.json lists them: weights in `files`, all others in `other_files`, path -> sha256 and bytes. It does not list
-itself: `record_sha256` is of all else that it says. Its entry of the card is of the card without the owner's notes. A
-record of an earlier version lists the weights alone.
+surgery.json lists the files as path -> sha256 and bytes: weights in `files`, all others in `other_files`. It does not
+list itself; `record_sha256` is the hash of its own content. Its entry for the card leaves out the owner's notes. A
+record of an earlier version lists only the weights.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from surgery.io.card_text import without_notes
 from surgery.io.files import CARD, PROGRESS, REPORT, sha256
 from surgery.io.model_folder import is_carried
 
-# Not part of a checkpoint, wherever they come from: a training's states, hidden files, what is being written.
+# Never part of a checkpoint: training states, hidden files, and files that are still being written.
 TRAINERS = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
 UNLISTED = (
     *TRAINERS, PROGRESS, REPORT, "*.partial*", "*.unfinished", "*.lock", "*.state", ".*", "*/.*", "*__pycache__/*",
     "healing/runs/*",
 )  # fmt: skip
-UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what a run that was killed may leave of a file (`write_text`)
+UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.unfinished$")  # what `write_text` leaves if it is killed
 OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def paths_in(folder: Path) -> dict[str, Path]:
-    """Path in a folder -> the file or link, of all that a manifest lists or should."""
+    """Path in a folder -> the file or link, for everything that its manifest should list."""
     found = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix(): path for path in found}
     return {name: path for name, path in names.items() if not any(fnmatch(name, pattern) for pattern in UNLISTED)}
 
 
 def entry(path: Path) -> dict:
-    """What a manifest says of a file; of a card, without its owner's notes."""
+    """The manifest entry of a file (sha256, bytes); for a card, without its owner's notes."""
     if path.name == CARD:
         return entry_of_card(path.read_bytes())
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def entry_of_card(content: bytes) -> dict:
-    """What a manifest says of a card."""
-    with suppress(UnicodeDecodeError):  # such a card is not as surgery wrote it
+    """The manifest entry of a card, without its owner's notes."""
+    with suppress(UnicodeDecodeError):  # surgery writes UTF-8: this card was changed
         content = without_notes(content.decode("utf-8")).encode("utf-8")
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def other_files(folder: Path, weights: Collection[str]) -> dict[str, dict]:
-    """The manifest of a folder without its weights, of the files that are in it now."""
+    """The manifest entries of all files that are in a folder now, except its weights."""
     return {name: entry(path) for name, path in paths_in(folder).items() if name not in weights}
 
 
@@ -62,33 +62,33 @@ def listed(record: dict) -> dict[str, dict]:
 
 
 def is_complete(record: dict) -> bool:
-    """Whether a record lists more than the weights: one of an earlier version does not."""
+    """Whether a record lists all files; a record of an earlier version lists only the weights."""
     return isinstance(record.get("other_files"), dict)
 
 
 def record_hash(record: dict) -> str:
-    """`record_sha256` of a record: of all that it says but that, and how long the run took."""
+    """The hash of a record, without `timing` and without the `record_sha256` in which this hash is stored."""
     data = {key: value for key, value in record.items() if key not in ("record_sha256", "timing")}
-    data = json.loads(json.dumps(data))  # as it is read again: numbers that are keys have become text
+    data = json.loads(json.dumps(data))  # as it will be read back: keys that are numbers become text
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def is_intact(record: dict) -> bool:
-    """Whether a record, as it was read, is as surgery wrote it; of one of an earlier version nobody can say."""
+    """Whether a record that was just read is unchanged; True for an earlier version's record, which has no hash."""
     return record.get("record_sha256") in (None, record_hash(record))
 
 
 def added(folder: Path, record: dict) -> list[str]:
-    """Files of a folder that its record does not list; of a record that lists weights alone, weights."""
+    """Files of a folder that its record does not list; only weights, if the record lists only weights."""
     known = listed(record)
     names = [name for name in paths_in(folder) if name not in known]
     return names if is_complete(record) else [name for name in names if name.endswith(WEIGHTS)]
 
 
 def strangers(folder: Path) -> list[str]:
-    """Files of an output folder that surgery did not write, hidden ones and a training's states among them.
+    """Files of an output folder that surgery did not write, including hidden files and training states.
 
-    Of a folder whose record lists weights alone, or cannot be read: what is of no kind that surgery writes.
+    If the record lists only weights or cannot be read, these are the files of kinds that surgery never writes.
     """
     try:
         record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -110,11 +110,11 @@ def strangers(folder: Path) -> list[str]:
 def differences(
     folder: Path, record: dict, intact: bool, progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
-    """How the files of a folder differ from its record, a clause each ("config.json is missing").
+    """How the files of a folder differ from its record, one clause for each ("config.json is missing").
 
     Args:
-        intact: what `is_intact` said of the record when it was read; it may have been changed since.
-        progress: called with files done and their number.
+        intact: the result of `is_intact` when the record was read; the caller may have changed the record since.
+        progress: called with the number of files done and the number of all files.
     """
     known, found = listed(record), [] if intact else [f"{REPORT} is not as surgery wrote it"]
     for index, (name, info) in enumerate(known.items()):

@@ -53,7 +53,7 @@ def settled_config(folder: Path):
     return plain_config(read_config_json(folder), partial(load_config, folder)) or load_config(folder)
 
 
-# Numbers of a config: (name, largest). Transformers makes lists of that many elements.
+# Field of a config -> largest number accepted. Transformers may make lists of that many elements.
 NUMBERS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
     "num_labels": 100_000,
@@ -65,11 +65,11 @@ NUMBERS = {
 
 
 def read_config_json(folder: Path) -> dict:
-    """config.json of a model folder, of which no later step can make lists without end.
+    """config.json of a model folder, checked so that Transformers cannot make huge lists from its numbers.
 
     Raises:
-        SurgeryError: no config.json, no JSON, a number that is a text, more layers than any model has, or a key with
-            which Transformers cannot run the model or reads other files than we do.
+        SurgeryError: no config.json, not JSON, text in place of a number, a number above its limit in `NUMBERS`, or a
+            key that stops Transformers from running the model or makes it read other files than surgery reads.
     """
     raw = read_json(folder / "config.json")
     where = str(folder / "config.json")
@@ -82,12 +82,12 @@ def read_config_json(folder: Path) -> dict:
                 what = f"{name} is {value:,}, which is more than any model has"
                 raise ModelError(what, where=where, fix="check it against the model's original")
         for name in ("_attn_implementation", "attn_implementation"):
-            if "/" in str(part.get(name)):  # Transformers would fetch it from the Hub, and run it
+            if "/" in str(part.get(name)):  # Transformers would fetch this code and run it
                 what = f"{name} is {shown(part[name])}: code of somebody's, which is not loaded"
                 raise ModelError(what, where=where, fix="remove this key")
         if not isinstance(part.get("model_type"), str | None):
             raise ModelError(f"model_type should be a name; it is {shown(part['model_type'])}", where=where)
-        if part.get("return_dict") is False:  # its own forward asks what the layers return for names
+        if part.get("return_dict") is False:  # its own forward reads the layers' outputs by name
             what = "return_dict is false: Transformers cannot run a model that returns tuples"
             raise ModelError(what, where=where, fix="remove this key")
     if (file := raw.get("transformers_weights")) not in (None, SINGLE_FILE, WEIGHT_INDEX):
@@ -104,7 +104,7 @@ def tensor_table(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def model_table(model) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every parameter of a loaded model (tied ones once).
 
-    A weight that torch's parametrize computes from several others keeps the name that it has without parametrize.
+    The original of a weight under torch's parametrize is listed under the name of the plain weight.
     """
 
     def stored_name(dtype):
@@ -115,8 +115,8 @@ def model_table(model) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (stored_name(p.dtype), tuple(p.shape)) for name, p in parameters}
 
 
-# What is copied from the base's folder besides weights, config and card. The rest is left behind and listed:
-# other weight formats, adapters, caches, training states.
+# Files that are copied from the base's folder, apart from weights, config and card. All others are left behind and
+# listed: other weight formats, adapters, caches, training states.
 CARRIED = (
     "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model", "vocab.json", "vocab.txt", "merges.txt",
     "added_tokens.json", "special_tokens_map.json", "spiece.model", "sentencepiece*.model", "sentencepiece*.bpe",
@@ -127,13 +127,13 @@ CARRIED = (
     "*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg",
 )  # fmt: skip
 REWRITTEN = {BASE_CARD, "config.json", CARD, REPORT}
-# These files of a base that is surgical already are not copied: OUT has this version's. Those of a stock base are its
-# own, and are copied.
+# Code files that are not copied from a surgical base: OUT has this version's files. In a stock base such files are its
+# own. They are copied, unless OUT has a file of that name.
 RUNTIME = ("modeling_surgery.py", "surgery_*.py", "block_sparse_prefill.py")
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of this path is of the kinds that are copied, or one that surgery writes beside the weights."""
+    """Whether a file with this path is of a kind that is copied, or one that surgery writes next to the weights."""
     return name in REWRITTEN or _matches(name)
 
 
@@ -143,10 +143,10 @@ def _matches(name: str) -> bool:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise where a file that would be carried or read is a link out of the model folder, as a clone may hold one.
+    """Raise where a file that would be copied or read is a link out of the model folder; a clone may hold such a link.
 
-    What it points to would be in OUT as a plain file, and published. Links into the Hub's cache are followed, and
-    weights wherever they are: nothing but tensors is taken from them.
+    The link's target would become a plain file in OUT and be published. Links into the Hub's cache are allowed. Weight
+    files may be links to anywhere, since only tensors are taken from them.
     """
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -166,10 +166,10 @@ def _leads_out(path: Path, folder: Path) -> bool:
 
 
 def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
-    """Copy the base's other files that are on the allow list; a link becomes the file that it points to.
+    """Copy the base's files that are on the allow list (`CARRIED`); a link becomes the file that it points to.
 
     Args:
-        weights: files of the base that were converted, the index among them if it was read.
+        weights: files of the base that were converted, including the index if it was read.
 
     Returns:
         The names of the files that were left behind.
@@ -183,7 +183,7 @@ def carry_files(base: Path, folder: Path, weights: set[str]) -> list[str]:
         name = path.relative_to(base).as_posix()
         if any(component.startswith(".") for component in path.relative_to(base).parts) or name in REWRITTEN:
             continue
-        if surgical and name in runtime:  # the same, of this version
+        if surgical and name in runtime:  # OUT has this version's file
             continue
         if name in runtime or (surgical and any(fnmatchcase(name, pattern) for pattern in RUNTIME)):
             left_behind.append(utf8(name))
@@ -203,7 +203,7 @@ def _is_surgical(folder: Path) -> bool:
 
 
 def _runtime_names(folder: Path) -> set[str]:
-    """The files of code that a surgical folder runs; none of a stock one."""
+    """The code files that a surgical folder runs; empty for a stock folder."""
     if not _is_surgical(folder):
         return set()
     from surgery.runtime.surgery_config import exported_files, parts_of

@@ -26,10 +26,10 @@ class OutputFolder:
 
     Args:
         out: the final folder.
-        base: the model folder that is read, if any; OUT may be neither it nor inside it, nor hold it.
+        base: the model folder that is read, if any. OUT may not be this folder, lie in it or contain it.
         plan_hash: identity of the conversion, for `resume`.
-        preserve: pattern of files below OUT.partial that `overwrite` does not remove: they took long to make, and
-            their names tell what they were made of.
+        preserve: pattern of files in OUT.partial that `overwrite` does not remove: they took long to make, and
+            their names identify the settings that they were made with.
 
     Raises:
         SurgeryError: OUT or OUT.partial exists and neither `overwrite` nor `resume` says what to do with it.
@@ -62,7 +62,7 @@ class OutputFolder:
 
     @contextmanager
     def opened(self, needed_bytes: int):
-        """Yield the partial folder, locked. On success it becomes OUT; after a machine's fault it waits for --resume.
+        """Yield the partial folder, locked. On success it becomes OUT. After a machine error it stays for --resume.
 
         Args:
             needed_bytes: disk space that the whole output needs.
@@ -118,7 +118,7 @@ class OutputFolder:
                 )
 
     def _progress(self) -> dict:
-        """What an earlier run noted; nothing, where it is not of the form that surgery writes."""
+        """The progress file of an earlier run; {} if it is missing or does not have the form that surgery writes."""
         with suppress(OSError, SurgeryError):
             progress = read_json(self.partial / PROGRESS)
             done, records = progress.get("done", {}), progress.get("records")
@@ -151,12 +151,12 @@ class OutputFolder:
         self._note_progress()
 
     def _has_no_progress(self) -> bool:
-        """Whether the run of OUT.partial was killed before it first wrote its progress or after it removed it."""
+        """Whether the run that left OUT.partial was killed before it wrote its progress file or after removing it."""
         names = {path.name for path in self.partial.iterdir()}
         return all(map(_begins_progress, names)) or (REPORT in names and PROGRESS not in names)
 
     def _take_over(self) -> None:
-        """Continue or remove what an earlier run left."""
+        """Continue from the OUT.partial of an earlier run, or remove it."""
         refuse_foreign(self.partial)
         progress = self._progress()
         if self.resume:
@@ -167,7 +167,7 @@ class OutputFolder:
                     fix="finish that one with its own command, or start anew with --overwrite",
                     code="unfinished-run",
                 )
-            for path in self.partial.glob("*.unfinished"):  # what the run was killed with
+            for path in self.partial.glob("*.unfinished"):  # files that the killed run was writing
                 path.unlink()
             self.records = progress.get("records")
             self.done = {
@@ -193,7 +193,7 @@ class OutputFolder:
                 path.chmod(mode)
 
     def _finish(self) -> None:
-        if os.path.lexists(self.out):  # it may have come, or changed, while this ran
+        if os.path.lexists(self.out):  # it may have appeared or changed during this run
             if not self.overwrite:
                 what = "somebody else made OUT during the run"
                 raise MachineError(
@@ -219,10 +219,10 @@ class OutputFolder:
 
 
 def output_path(out: str | Path) -> Path:
-    """Where an output goes: links in the folders above it are followed as the system does, a link of its name is not.
+    """The absolute path of an output. Links among its parent folders are followed; a link of this name is not.
 
     Raises:
-        SurgeryError: a path that no system takes.
+        SurgeryError: the path holds a zero byte.
     """
     if "\0" in str(out):
         raise SurgeryError("a path holds no zero byte", where=repr(str(out)), fix="name another folder (-o)")
@@ -233,18 +233,18 @@ def output_path(out: str | Path) -> Path:
 
 
 def _begins_progress(name: str) -> bool:
-    """Whether a file is what a run was killed with that had noted nothing yet."""
+    """Whether this is the first progress file of a run, still unfinished because the run was killed."""
     return name.startswith(f"{PROGRESS}.") and name.endswith(".unfinished")
 
 
 def refuse_small_disk(folder: Path, needed_bytes: int, present: int = 0) -> None:
-    """Raise where the disk of a folder, which need not exist yet, has no room for so many bytes.
+    """Raise where the disk of a folder, which need not exist yet, has no room for `needed_bytes`.
 
     Args:
-        present: bytes of them that are written already.
+        present: the part of `needed_bytes` that is already written.
 
     Raises:
-        MachineError: with what is needed and what is free.
+        MachineError: it states the bytes that are needed and that are free.
     """
     existing = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder)
     free = shutil.disk_usage(existing).free
@@ -263,10 +263,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def refuse_to_replace(out: Path) -> None:
-    """Raise where --overwrite would remove what surgery did not write: it replaces a folder of ours, or an empty one.
+    """Raise where --overwrite would remove files that surgery did not write. An empty folder may be replaced.
 
     Raises:
-        SurgeryError: a file, a link, a device; a folder without surgery.json; or one with files that it does not list.
+        SurgeryError: a file, a link or a device, a folder without surgery.json, or one with files not listed there.
     """
     fix = "choose another name (-o), or move it away yourself"
     if out.is_symlink() or not out.is_dir():
@@ -285,7 +285,7 @@ def refuse_to_replace(out: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise where OUT.partial or OUT.replaced is not ours by what it holds: a user's own folder may have that name."""
+    """Raise where surgery did not write OUT.partial or OUT.replaced: a user's own folder may have that name."""
     if folder.is_dir() and not folder.is_symlink():
         names = {path.name for path in folder.iterdir()}
         if names & {PROGRESS, REPORT} or all(map(_begins_progress, names)):
@@ -298,10 +298,10 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def remove_own(path: Path, preserve: str = "") -> None:
-    """Remove a folder of ours, or the file or link that OUT was; after a kill, what is left is still known as ours.
+    """Remove a folder that surgery wrote, a file or a link. If a kill interrupts this, surgery still knows the rest.
 
     Args:
-        preserve: pattern of files in it that are not removed; where there are some, their folders stay, too.
+        preserve: pattern of files in it that are not removed; the folders that hold them stay, too.
     """
     if path.is_dir() and not path.is_symlink():
         (path / PROGRESS).touch()
@@ -323,7 +323,7 @@ def _empty(folder: Path, preserved: list[Path]) -> None:
 
 
 def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
-    """Path in a folder -> sha256 and bytes of its safetensors files, or of those in the folder `below` it."""
+    """Path in a folder -> sha256 and bytes, for its safetensors files or for the files of its subfolder `below`."""
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted((folder / below).glob("*.safetensors"))
@@ -332,7 +332,7 @@ def weight_files(folder: Path, below: str = "") -> dict[str, dict]:
 
 @contextmanager
 def parent_folder(path: Path):
-    """Yield the folder that `path` lies in, created if need be; created folders that stay empty are removed again."""
+    """Yield the parent folder of `path`, created if missing. Created folders that are empty at the end are removed."""
     created = [parent for parent in path.parents if not os.path.exists(parent)]
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +350,7 @@ def disk_full(error: Exception) -> bool:
 
 
 def system_error(error: Exception) -> int | None:
-    """The number of the system's error, also where safetensors reports it in words; None: it is none of the system."""
+    """The errno of a system error, also where safetensors reports it as text; None for any other error."""
     if isinstance(error, OSError):
         return error.errno
     reported = re.search(r"\(os error (\d+)\)", str(error))
@@ -362,7 +362,7 @@ def machine_errors(where: Path, partial: Path | None = None):
     """Turn an error of the operating system into a `MachineError` that says what to do.
 
     Args:
-        where: the path that the message names where the error names none.
+        where: the path in the message if the error names none.
         partial: OUT.partial; where it exists, the message recommends --resume.
     """
     try:

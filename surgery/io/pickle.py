@@ -1,6 +1,6 @@
-"""Old checkpoints in pickle files (.bin): refused, unless the user says --allow-pickle.
+"""Old checkpoints in pickle files (.bin), which are refused without --allow-pickle.
 
-Even then they are read with `weights_only=True`, which builds tensors and nothing else.
+Even with it they are read with `weights_only=True`, which builds tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def readable(base: Path, output: str | Path, allow_pickle: bool):
 
 
 def only_pickled(base: Path) -> bool:
-    """Whether the weights of a folder are in pickles alone, and in no safe format as well."""
+    """Whether a folder holds its weights as pickles and not as safetensors."""
     safe = (base / SINGLE_FILE).is_file() or (base / WEIGHT_INDEX).is_file()
     return not safe and ((base / PICKLE).is_file() or (base / PICKLE_INDEX).is_file())
 
@@ -55,7 +55,7 @@ def _unpickle(base: Path, folder: Path) -> None:
         state = _plain_tensors(base, file)
         target = SINGLE_FILE if index is None else f"model-{shard:05d}-of-{len(files):05d}.safetensors"
         stored, first_names = {}, {}
-        for name in sorted(state, key=lambda name: -name.count(".")):  # of tied tensors the embedding, not lm_head
+        for name in sorted(state, key=lambda name: -name.count(".")):  # the embedding comes before a tied lm_head
             tensor = state[name]
             memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
             if first_names.setdefault(memory, name) == name:  # tied tensors are stored once, as save_pretrained does
@@ -67,7 +67,7 @@ def _unpickle(base: Path, folder: Path) -> None:
 
 
 def _plain_tensors(base: Path, file: str) -> dict:
-    """Name -> tensor of one pickle; an old one, which is no zip file, cannot be mapped and is read at once."""
+    """Name -> tensor of one pickle. An old pickle is not a zip file, cannot be memory-mapped and is read whole."""
     import torch
 
     try:

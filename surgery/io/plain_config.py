@@ -1,9 +1,9 @@
-"""A config.json that can be understood without Transformers, whose import takes longer than to copy a gigabyte.
+"""Read a plain config.json without Transformers, whose import takes longer than copying a gigabyte.
 
-It is of a family of `FORMS`, and every key has a meaning and a value that leave Transformers nothing to complete, to
-convert or to refuse. Any other config.json is read by Transformers (`model_folder.load_config`): it alone knows the
-defaults of a class, the spellings of earlier versions and what it does not accept. A test compares both readings, with
-keys left out and with values of other types.
+A config.json is plain if it belongs to a family of `FORMS` and Transformers would complete, convert or refuse none of
+its keys. Any other config.json is read by Transformers (`model_folder.load_config`), since only Transformers knows the
+defaults of its classes, the spellings of earlier versions and the values that it refuses. A test compares both
+readings, also for files with missing keys and with values of other types.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _dtype(value: Any) -> bool:
 
 
 def _rope(value: Any) -> bool:
-    """Whether RoPE turns all channels of a head, by parameters that are complete."""
+    """Whether RoPE rotates all channels of a head and its parameters are complete."""
     if value is None:
         return True
     if type(value) is not dict:
@@ -66,11 +66,11 @@ def _rope(value: Any) -> bool:
 
 SCALED = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # of Llama 3.1's RoPE
 FULL = "full_attention"
-NEEDED = (  # keys for which each class has a default of its own
+NEEDED = (  # keys whose default differs between the classes
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
     "vocab_size",
 )  # fmt: skip
-KEYS: dict[str, Callable[[Any], bool]] = {  # key -> whether its value is one that Transformers takes as it stands
+KEYS: dict[str, Callable[[Any], bool]] = {  # key -> whether Transformers takes a value unchanged
     **dict.fromkeys((*NEEDED, "num_key_value_heads", "head_dim", "pretraining_tp"), _count),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"), _flag),
     **dict.fromkeys(("attention_dropout", "initializer_range"), _share),
@@ -93,13 +93,13 @@ NO_WINDOW = WINDOW | {
 
 @dataclass(frozen=True)
 class Form:
-    """What a plain config.json of one `model_type` has besides the keys that all have.
+    """The keys of a plain config.json of one `model_type`, in addition to those of all types.
 
     Attributes:
-        needed: keys besides `NEEDED` for which the class has a default of its own.
-        keys: keys besides `KEYS`, in the same form.
-        head_dim: where the key is left out, the class divides the hidden size by the heads.
-        layer_types: the class names a kind for each layer, which is full attention in all of them.
+        needed: further keys that must be present, as in `NEEDED`.
+        keys: further keys that may be present, as in `KEYS`.
+        head_dim: where the key is missing, the class divides the hidden size by the number of heads.
+        layer_types: the class lists a kind of attention for each layer; here each is full attention.
     """
 
     needed: tuple[str, ...]
@@ -114,7 +114,8 @@ FORMS = {
     "qwen2": Form(("num_key_value_heads",), NO_WINDOW, layer_types=True),
     "qwen3": Form(("num_key_value_heads", "head_dim"), NO_WINDOW, layer_types=True),
 }
-# What operations and the anatomy ask of any config, and none of these classes has unless the form says so.
+# Attributes that operations and the anatomy look up in every config. These classes lack them unless their form adds
+# them.
 ABSENT = (
     "alibi", "attn_logit_softcapping", "layer_types", "new_decoder_architecture", "no_rope_layers", "qk_layernorm",
     "quantization_config", "rotary_dim", "sliding_window", "surgery", "use_qk_norm", "use_sliding_window",
@@ -124,8 +125,8 @@ ABSENT = (
 class PlainConfig:
     """The config of a model folder whose config.json is plain.
 
-    It has the attributes that were read from config.json; any other is looked up in the config of Transformers, which
-    is made then.
+    Its own attributes were read from config.json. Any other attribute is looked up in Transformers' config, which is
+    loaded at the first such look-up.
 
     Args:
         known: attribute -> value, as Transformers' config would have it.
@@ -148,7 +149,7 @@ class PlainConfig:
         return getattr(self.full, name)
 
     def get_text_config(self, *_, **__) -> PlainConfig:
-        """This config: it is of a language model alone."""
+        """This config itself: it describes only a language model."""
         return self
 
 
@@ -156,8 +157,8 @@ def plain_config(raw: dict, load: Callable[[], Any]) -> PlainConfig | None:
     """The config that a plain config.json describes; None where it is not plain.
 
     Args:
-        raw: what config.json holds.
-        load: returns Transformers' config of it.
+        raw: the content of config.json.
+        load: returns Transformers' config of the same file.
     """
     form = FORMS.get(raw.get("model_type", ""))
     if form is None or not {*NEEDED, *form.needed} <= raw.keys() or not _is_plain(raw, form):

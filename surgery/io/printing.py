@@ -11,7 +11,7 @@ GUTTER = "  "  # between the columns of a table, as the command line prints it
 
 @dataclass(frozen=True)
 class Table:
-    """A table for a terminal or a notebook; `justify` ("left" or "right") is that of every column."""
+    """A table for a terminal or a notebook; `justify` ("left" or "right") applies to every column."""
 
     headers: tuple[str, ...]
     rows: list[list[str]]
@@ -22,10 +22,10 @@ Block = str | Table | tuple[str, str]  # a line, a table, or a line with a label
 
 
 class Printed:
-    """Base of what a script prints. A class says what it is in a line, and what it holds in blocks."""
+    """Base class of objects that users print. A subclass gives a headline and the blocks of its content."""
 
     def headline(self) -> str:
-        """What this is, in one line without its class."""
+        """One line that describes the object, without its class name."""
         raise NotImplementedError
 
     def blocks(self) -> Sequence[Block]:
@@ -65,7 +65,7 @@ def _aligned(table: Table) -> list[str]:
 
 
 def as_html(title: str, blocks: Sequence[Block]) -> str:
-    """Blocks as HTML without scripts and styles; every text is escaped. Labelled lines in a row make one table."""
+    """Blocks as HTML without scripts and styles; every text is escaped. Successive labelled lines make one table."""
     parts, labelled = [f"<p><strong>{escape(title)}</strong></p>"], []
     for block in (*blocks, ""):
         if isinstance(block, tuple):

@@ -1,4 +1,4 @@
-"""Ranges of files, copied without a way through Python and read on the side for a hash."""
+"""Copy ranges of files inside the kernel where possible, and read the same bytes for a hash."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from io import FileIO
 
-# Bytes at a time. What copies and reads must wait for Python's lock after each call, up to 5 ms where another thread
-# computes or imports: few calls, then, of many bytes. Through here fewer, which stay in the CPU's cache.
+# Bytes per call. After each call a thread waits for Python's lock, up to 5 ms where another thread computes or
+# imports. Copies are therefore few and large. Copies through Python take fewer bytes, which stay in the CPU's cache.
 COPIED, THROUGH_HERE = 8 << 20, 1 << 17
 NOT_SUPPORTED = {
     getattr(errno, name)
@@ -29,13 +29,13 @@ NOT_SUPPORTED = {
 
 
 class RangeCopier:
-    """Copies ranges of one open file to the end of another, inside the kernel where the system can do that.
+    """Copies ranges of one open file into another, inside the kernel where the system can do that.
 
-    Where files share blocks (Btrfs, XFS), nothing is moved at all. Of `copy_file_range`, `sendfile`, and a read and a
-    write, the first that works for these two files is kept.
+    File systems that share blocks (Btrfs, XFS) move no data. The first way that works for the two files is kept:
+    `copy_file_range`, `sendfile`, or a read and a write.
 
     Args:
-        source, target: without buffers (`open(..., buffering=0)`); what is copied goes where `target` stands.
+        source, target: unbuffered files (`open(..., buffering=0)`). Bytes go to the current position of `target`.
     """
 
     def __init__(self, source: FileIO, target: FileIO):
@@ -48,7 +48,7 @@ class RangeCopier:
         self._buffer = memoryview(bytearray(COPIED))
 
     def copy(self, start: int, size: int) -> Iterator[memoryview]:
-        """Copy a range of the source; yields its bytes, in a buffer that is used again.
+        """Copy a range of the source and yield its bytes, in a buffer that is reused.
 
         Raises:
             EOFError: the source ends before the range does.
@@ -62,14 +62,14 @@ class RangeCopier:
             position += copied
 
     def _copy_some(self, start: int, size: int) -> int:
-        """Bytes that were copied, at least one where the source has one."""
+        """Copy some bytes and return their number, which is 0 only at the end of the source."""
         while True:
             try:
                 copied = self._ways[0](start, size)
             except OSError as error:
                 if error.errno not in NOT_SUPPORTED or len(self._ways) == 1:
                     raise
-            else:  # some file systems say that they copied nothing where there is something
+            else:  # some file systems report 0 bytes before the end
                 if copied or len(self._ways) == 1:
                     return copied
             del self._ways[0]
@@ -86,7 +86,7 @@ class RangeCopier:
         return len(data)
 
     def _read(self, start: int, size: int) -> memoryview:
-        """Bytes of the source, all of them."""
+        """Exactly `size` bytes of the source."""
         self.source.seek(start)
         read = 0
         while read < size:
@@ -98,7 +98,7 @@ class RangeCopier:
 
 
 def write_all(file: FileIO, data: memoryview | bytes) -> None:
-    """Write all of `data`, where one call of the system may write less."""
+    """Write all of `data`; one system call may write only a part."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

@@ -1,4 +1,4 @@
-"""Partial results of long work, saved as they come, so that a run that was stopped can be resumed.
+"""Partial results of long work, saved one by one, so that a stopped run can be resumed.
 
 `SavedFigures` keeps the figures of a measurement, `LayerFiles` keeps tensors one layer at a time, and `fingerprint`
 identifies a model in memory by a hash of all its weights.
@@ -18,7 +18,7 @@ from surgery.io.files import write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIX = ".state"  # of such files in OUT.partial; they are removed when OUT is complete
+SUFFIX = ".state"  # of these files in OUT.partial, which are removed when OUT is complete
 
 
 class SavedFigures:
@@ -26,8 +26,8 @@ class SavedFigures:
 
     Args:
         path: the file; None saves nothing.
-        settings: an object whose `repr` holds all that the figures depend on; a file of other settings is started
-            again.
+        settings: an object whose `repr` holds everything that the figures depend on. A file with other settings is
+            replaced.
     """
 
     def __init__(self, path: Path | None = None, settings: Any = None):
@@ -43,10 +43,10 @@ class SavedFigures:
         write_text(path, "\n".join([header, *map(json.dumps, self.known.items())]) + "\n")
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The figure of this name, which is measured only if it is not known.
+        """The figure of this name; it is measured only if it is not saved yet.
 
         Args:
-            measure: returns what JSON can hold: numbers, texts and lists of them.
+            measure: returns a value that JSON can hold: numbers, texts and lists of them.
         """
         if name not in self.known:
             self.known[name] = measure()
@@ -61,8 +61,9 @@ class LayerFiles:
 
     Args:
         folder: where the files are; None saves nothing.
-        name: what the names of the files begin with.
-        settings: an object whose `repr` holds all that the weights depend on; files of other settings are ignored.
+        name: prefix of the file names.
+        settings: an object whose `repr` holds everything that the tensors depend on. Files with other settings are
+            ignored.
     """
 
     def __init__(self, folder: Path | None, name: str, settings: Any):
@@ -96,7 +97,7 @@ class LayerFiles:
 
 
 def fingerprint(model) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and saved buffers; about a second a gigabyte."""
+    """sha256 over names, dtypes, shapes and bytes of all parameters and saved buffers; about a second per gigabyte."""
     import torch
 
     digest = hashlib.sha256()

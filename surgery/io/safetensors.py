@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 CHUNK = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
 LONGEST_NAME = 255  # bytes, in every common file system
 MAX_HEADER = 100 << 20  # the format's own limit
-BY_CONTENT = "content:"  # how a fingerprint begins; those of earlier versions held the times of files
-SAMPLES, SAMPLE = 4, 1024  # of each tensor for a fingerprint: how many samples, and the bytes of each
+BY_CONTENT = "content:"  # prefix; fingerprints of earlier versions held file times
+SAMPLES, SAMPLE = 4, 1024  # for a fingerprint: samples of each tensor, and bytes of each sample
 WEIGHT_INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64,
 }  # fmt: skip
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what we compute with
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes that we compute with
 STORED_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
@@ -127,7 +127,7 @@ class Checkpoint:
         return sum((self.folder / shard.file).stat().st_size for shard in self.shards)
 
     def fingerprint(self) -> str:
-        """A hash of the headers and of some bytes of every tensor: a cheap identity of a base, and of any copy of it.
+        """A hash of the headers and of some bytes of every tensor: a cheap identity, equal for every copy of a base.
 
         It changes with every training, merge or cast. It misses an edit that leaves the sampled bytes unchanged.
         """
@@ -142,7 +142,7 @@ class Checkpoint:
         return BY_CONTENT + digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
+        """One tensor, read into memory of its own.
 
         Raises:
             SurgeryError: not a floating-point tensor, or a file that ends too early.
@@ -175,7 +175,7 @@ class Checkpoint:
                 yield buffer[:read]
 
     def ended(self, file: str) -> SurgeryError:
-        """The error where a file has become shorter while it was read."""
+        """The error for a file that became shorter while it was read."""
         return ModelError(f"{file} ended while it was read", where=str(self.folder))
 
 
@@ -199,7 +199,7 @@ def header_table(headers: dict[str, dict] | None) -> dict[str, tuple[str, tuple[
 
 
 def read_index(path: Path) -> dict:
-    """A weight index, whose weight_map maps names to files that are all inside the folder; else a SurgeryError."""
+    """Read a weight index; a SurgeryError unless its weight_map maps names to files inside the folder."""
     from surgery.io.files import read_json
 
     index = read_json(path)
@@ -215,9 +215,9 @@ def read_index(path: Path) -> dict:
 
 
 def inside_folder(name: str, where: str) -> str:
-    """Return `name` if it stays in its folder: not absolute, no "..", in any system's spelling; else raise.
+    """Return `name` if it stays in its folder (not absolute, no "..", in any system's spelling); else raise.
 
-    It is checked as text and not through the file system: the Hub's cache is made of links, and those are fine.
+    The name is checked as text and not through the file system, because the links of the Hub's cache are allowed.
     """
     for flavour in (PurePosixPath, PureWindowsPath):
         path = flavour(name)
@@ -268,7 +268,7 @@ def read_header(path: Path, file: str) -> Shard:
             raise ValueError("a shape or an offset is not a number, or a dtype no text")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ModelError(f"{file} has a header that is not safetensors", where=str(path.parent)) from None
-    tensors.sort(key=lambda info: (info.start, info.size))  # tensors of no bytes lie before the next one
+    tensors.sort(key=lambda info: (info.start, info.size))  # an empty tensor comes before the next one
     _verify_offsets(tensors, 8 + length, total, file, path.parent)
     return Shard(file, tuple(tensors), metadata, header)
 
