@@ -1,4 +1,4 @@
-"""The arguments of the public functions: what is of a wrong type, or swapped, is refused by the argument's name."""
+"""Check the arguments of the public functions; one that has a wrong type or is swapped is refused by its name."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ MODEL_FIX = "give a folder, a Hub id, smollm2-135m, or a model loaded with from_
 
 
 def described(value: object) -> str:
-    """A value as a message may show it; of an object that prints over many lines, its class."""
+    """A value as messages show it; only the class for objects that are not plain data and may print many lines."""
     plain = value is None or isinstance(value, bool | int | float | str | bytes | Path | list | tuple | dict)
     return shown(value) if plain else f"a {type(value).__name__}"
 
 
 def no_model(model: object, name: str = "model") -> SurgeryError:
-    """The error for what is no model."""
+    """The error for an argument that is not a model."""
     kind = "None" if model is None else type(model).__name__
     return SurgeryError(f"{kind} is not a model", where=name, fix=MODEL_FIX, code="invalid-argument")
 
 
 def refuse_no_model(model: object, name: str = "model") -> None:
-    """Raise for what is not a loaded model."""
+    """Raise unless this is a loaded model."""
     from surgery.io.loading import is_model
 
     if not is_model(model):
@@ -33,13 +33,13 @@ def refuse_no_model(model: object, name: str = "model") -> None:
 
 
 def refuse_no_base(base: object) -> None:
-    """Raise for a base that is neither a name nor a loaded model."""
+    """Raise unless the base is None, a name, a folder or a loaded model."""
     if base is not None and not isinstance(base, str | Path):
         refuse_no_model(base, "base")
 
 
 def refuse_swapped(recipe: object, model: object) -> None:
-    """Raise where the recipe stands in the model's place, and is not a folder's name as well."""
+    """Raise where the two are swapped: `model` names a shipped recipe and no folder, and `recipe` does not."""
     if isinstance(model, str) and model in shipped() and not Path(model).exists() and str(recipe) not in shipped():
         given = described(recipe)
         what = f"model is {model!r}, which is a recipe, and recipe is {given}: they are swapped"
@@ -47,20 +47,20 @@ def refuse_swapped(recipe: object, model: object) -> None:
 
 
 def refuse_no_path(name: str, value: object, needed: bool = False) -> None:
-    """Raise for what is no path; None is one that is not `needed`."""
+    """Raise unless `value` is a path; None is allowed unless a path is `needed`."""
     if not isinstance(value, str | Path) and (needed or value is not None):
         what = f"{described(value)} is not a path"
         raise SurgeryError(what, where=name, fix="give a text or a pathlib.Path", code="invalid-argument")
 
 
 def refuse_no_text(name: str, value: object) -> None:
-    """Raise for what is no text."""
+    """Raise unless `value` is a text."""
     if not isinstance(value, str):
         raise SurgeryError(f"{described(value)} is not a text", where=name, code="invalid-argument")
 
 
 def refuse_no_tokenizer(tokenizer: object) -> None:
-    """Raise for what is no loaded tokenizer; None is one that nobody asks for."""
+    """Raise unless this is a loaded tokenizer or None."""
     if tokenizer is not None and not callable(tokenizer):
         what = f"{described(tokenizer)} is not a tokenizer"
         fix = "give a loaded one: surgery.load_tokenizer(MODEL)"
@@ -76,7 +76,7 @@ def refuse_no_function(**callbacks: object) -> None:
 
 
 def refuse_folder_settings(done: str, **settings: object) -> None:
-    """Raise for settings of a conversion into a folder where a loaded model is edited."""
+    """Raise where a loaded model is edited in place and settings are given that need an output folder."""
     if names := [name for name, value in settings.items() if value]:
         raise SurgeryError(
             f"{', '.join(names)}: for a name or folder, and this is a loaded model, which is {done} in place",
@@ -86,7 +86,7 @@ def refuse_folder_settings(done: str, **settings: object) -> None:
 
 
 def texts(overrides: Any) -> tuple[str, ...]:
-    """Overrides, each of them a text."""
+    """The overrides as a tuple; an error unless each of them is a text."""
     where = {"where": "overrides", "code": "invalid-argument"}
     if isinstance(overrides, str):
         what = f"{shown(overrides)} is one text, and a list of them is wanted"

@@ -1,8 +1,8 @@
-"""Recipes as a list to choose from: what each is for, the tier of its result, whether it is trained.
+"""Recipes as a list to choose from: the purpose of each, the tier of its result, and whether it includes training.
 
-None of this is written in a recipe: it follows from the operations and their settings (`Operation.purpose`,
-`start_only`, `usual_tier`) and from the `heal:` block. So a recipe of a user's own is listed as those that come with
-the package, and an override that makes a start for training out of a finished recipe moves it.
+A recipe does not state these. They follow from its operations with their settings (`Operation.purpose`, `start_only`,
+`usual_tier`) and from its `heal:` block. A user's recipe is therefore classified like a shipped one. An override can
+change the classification, for example if its result must be trained before use.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Entry:
     """A recipe in the list.
 
     Attributes:
-        name, description: of the recipe.
+        name, description: as in the recipe.
         ops: its operations, in order.
         purpose: a key of `PURPOSES`.
-        tier: NATIVE or SURGICAL, as far as the settings tell it.
-        training: "no"; "included": the recipe trains; "needed": train the result before you use it.
+        tier: NATIVE or SURGICAL, as far as the settings determine it.
+        training: "no"; "included": the recipe trains; "needed": the result must be trained before use.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Entry:
 
     @classmethod
     def of(cls, recipe: Recipe, name: str = "") -> Entry:
-        """The entry of a loaded recipe; `name`: as the user names it."""
+        """The entry of a loaded recipe; `name` is shown in place of the recipe's own name."""
         operations = recipe.operations
         trained, start = recipe.heal is not None, any(operation.start_only for operation in operations)
         purpose = "training" if trained or start else operations[0].purpose
@@ -59,21 +59,21 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """The recipes that come with the package, in the order of their purposes and, in each, the plainest first."""
+    """The shipped recipes in the order of their purposes; within a purpose, those with the fewest operations first."""
     listed = [Entry.of(recipes.load(name), name) for name in recipes.shipped()]
     order = list(PURPOSES)
     return sorted(listed, key=lambda entry: (order.index(entry.purpose), len(entry.ops), entry.name))
 
 
 def find_operation(name: str) -> str:
-    """The operation of this name, or "" where there is none."""
+    """`name` where an operation has this name, else ""."""
     from surgery import operations
 
     return name if name in (*operations.builtin_names(), *operations.third_party()) else ""
 
 
 def unknown(name: str) -> SurgeryError:
-    """The error for what is neither a recipe nor an operation."""
+    """The error for a name of neither a recipe nor an operation."""
     from surgery import operations
     from surgery.errors import nearest
 

@@ -61,11 +61,11 @@ class Evaluate(_Aliases):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The gate alone."""
+        """The limits of the gate: key -> limit."""
         return probe_settings.bounds(self.model_dump())
 
 
 def sections() -> dict[str, list[str]]:
-    """The mappings of a recipe's `evaluate:` by their dotted names -> the keys that they may hold."""
+    """Dotted name of each mapping in a recipe's `evaluate:` -> the keys that it may hold."""
     keys = {"evaluate": list(Evaluate.model_fields), "evaluate.probes": list(REGISTRY)}
     return keys | {f"evaluate.probes.{name}": probe_settings.keys(find(name)) for name in REGISTRY}

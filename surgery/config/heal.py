@@ -15,7 +15,7 @@ from surgery.healing.losses.base import BASE_LOGITS, BASE_STATES
 from surgery.operations.variants import Variants
 
 BUDGETS = ("tokens", "steps", "minutes")
-LARGEST_WEIGHT = 1_000_000  # more would not add up with another loss in float32
+LARGEST_WEIGHT = 1_000_000  # above it, a float32 sum would lose the other losses
 
 
 def _number(value: object) -> object:
@@ -29,7 +29,7 @@ def _number(value: object) -> object:
 
 
 def _count(value: object) -> object:
-    """1e6 is a whole number here; 1.5 and true are none."""
+    """1e6 is a whole number here; 1.5 and true are not."""
     value = _number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -140,7 +140,7 @@ class Heal(Variants):
     steps: Count | None = Field(None, ge=1, description="Train so many steps.")
     minutes: Number | None = Field(None, gt=0, description="Train so long.")
 
-    # A new rank-r factor starts from zero and bears more than weights that are right already (`Full`).
+    # A new low-rank factor starts from zero and tolerates a higher rate than pretrained weights (`Full`).
     learning_rate: Number | None = Field(5e-4, gt=0, description="Highest learning rate.")
     warmup: Number = Field(0.05, ge=0, lt=1, description="Share of the training in which the rate rises.")
     weight_decay: Number = Field(
@@ -168,12 +168,12 @@ class Heal(Variants):
 
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
-        """Faults of keys that this method does not read: (key, message) each."""
+        """(key, message) for each of the keys that this method does not read."""
         method, faults = cls.own_method(), []
         for key in keys:
             readers, unset = any_of(cls.readers(key)), json.dumps(cls.unset(key)[0])
             words = f"read by method: {readers}, and this is {method}: drop it, or write {unset}"
-            if key == "keep_adapter":  # its own words, which are older
+            if key == "keep_adapter":  # its message of earlier versions
                 words = f"of method: {readers}, this is method: {method}"
             faults.append((key, f"heal.{key} is {words}"))
         return faults
@@ -203,7 +203,7 @@ class Heal(Variants):
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of the training; None where the clock ends it."""
+        """Steps of the training; None if the budget is in minutes."""
         if self.tokens is not None:
             return math.ceil(self.tokens / (self.rows * self.length))
         return self.steps
@@ -225,7 +225,7 @@ class Heal(Variants):
 
     @property
     def loss_needs(self) -> frozenset[str]:
-        """What the losses read of the base in every step: BASE_LOGITS and BASE_STATES of `losses.base`."""
+        """The outputs of the base that the losses read in every step: BASE_LOGITS, BASE_STATES (`losses.base`)."""
         return _needs_of(self.weights)
 
     @property
@@ -245,10 +245,10 @@ class Heal(Variants):
 
 
 def unread(fields: dict) -> dict[str, tuple[str, str]]:
-    """Fields of all methods whose values would not be read: name -> who reads it, and what to do.
+    """Fields that all methods share and whose values would not be read: name -> (when it is read, remedy).
 
     Args:
-        fields: of a `Heal`; those that are not there have their defaults.
+        fields: values of a `Heal`; a missing field has its default.
     """
     defaults = {name: field.get_default() for name, field in Heal.model_fields.items()}
     loss, teacher, data, hidden = ((defaults | fields)[x] for x in ("loss", "teacher", "data", "hidden"))
@@ -268,7 +268,7 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
 
 
 def _all_weights(loss: object, mix: float, hidden: object) -> dict[str, float]:
-    """Weights of a `loss` and of `hidden`; {} for what is no loss, as in settings that were not checked yet."""
+    """Weights of a `loss` and of `hidden`; {} for an invalid `loss`, which unchecked settings may hold."""
     if isinstance(loss, str) and loss in losses.WORDS:
         return losses.weights(losses.weights(loss, mix) | ({"hidden": hidden} if hidden else {}))
     known = isinstance(loss, dict) or (isinstance(loss, str) and loss in losses.LOSSES)

@@ -1,4 +1,4 @@
-"""Settings of a healing, read from a block of a recipe, keywords and "key=value" texts."""
+"""The settings of a healing, from a recipe's block, keywords and "key=value" texts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def settings(
         recipe: the recipe that the checkpoint was made with, as plain data.
         block: a `heal:` block that replaces the recipe's; None keeps the recipe's.
         overrides: "key=value" texts: fields of `heal`, with or without the prefix, or "evaluate.key=value".
-        fields: the same as keywords.
+        fields: the same settings as keywords.
 
     Raises:
-        SurgeryError: with every fault at once.
+        SurgeryError: it lists every fault of the settings.
     """
     block = block.model_dump() if isinstance(block, Heal) else block
     if not isinstance(block, dict | None):
@@ -55,12 +55,12 @@ def settings(
         else:
             data["heal"][name] = parsed
         lines[path] = f"override {text.strip()!r}"
-        if section == "heal" and name in BUDGETS and data[section][name] is not None:  # in place of the recipe's own
+        if section == "heal" and name in BUDGETS and data[section][name] is not None:  # replaces the recipe's
             data[section] = {key: value for key, value in data[section].items() if key not in BUDGETS or key == name}
     typed = {path[1] for path in lines if path[0] == "heal"} | (set(block) if block is not None else set())
     method = Heal.variant(data["heal"].get("method"))
     idle = {*unread(data["heal"]), *method.strangers(data["heal"])}
-    for name in idle - typed:  # of the recipe's own, what another method or loss leaves unread
+    for name in idle - typed:  # values of the recipe that the new method or loss does not read
         del data["heal"][name]
     models: dict = {"evaluate": None}
     for section, kind in SECTIONS.items():
@@ -76,7 +76,7 @@ def settings(
 
 
 def published(heal: Heal) -> dict:
-    """The settings as they may be published: data by its own name, since folders say who made it, and where."""
+    """The settings as they may be published: a path in `data` is cut to its last name; its folders are private."""
     from surgery.io.files import published as short
 
     data = heal.data

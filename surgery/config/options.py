@@ -1,4 +1,4 @@
-"""The options of one run: what the recipe does not say about how it is carried out."""
+"""The options of one run, which are not part of the recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENGINES = ("auto", "streaming", "loaded")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of one run, from the command or the public function down to the file that reads them.
+    """Options of one run, passed from the command or the public function to the modules that read them.
 
     Attributes:
         check: load and compare the result afterwards.
@@ -22,7 +22,7 @@ class RunOptions:
         resume: continue an unfinished earlier output.
         overwrite: replace a finished earlier output, and drop an unfinished one.
         allow_pickle: read .bin weights of the base (with `weights_only=True`).
-        engine: of the conversion, one of `ENGINES`; auto: streaming where the recipe allows it.
+        engine: how the conversion runs, one of `ENGINES`; auto: streaming where the recipe allows it.
         progress: called with done, total and a label.
         on_plan: called with the plan (a `Plan`; a `HealPlan` where only a healing runs) before anything is done.
     """

@@ -1,4 +1,4 @@
-"""Overrides of a recipe: "key=value" texts, which a user types or which keywords are turned into."""
+"""Overrides of a recipe: "key=value" texts, typed by a user or made from keywords."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from surgery.operations.variants import keys_of
 
 
 class _WrittenOut(yaml.SafeDumper):
-    """Writes an object that stands in several places out in each: anchors are not allowed in a recipe."""
+    """Writes an object that occurs several times in full each time: anchors are not allowed in a recipe."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def copy_of(data: dict, where: str) -> dict:
-    """A copy of a recipe's data that overrides may change; `where` names them in messages.
+    """A copy of a recipe's data that overrides may change; `where` names the data in messages.
 
     Raises:
-        SurgeryError: they are no plain data, or nested too deep.
+        SurgeryError: the data is not plain, or is nested too deep.
     """
     with _plain(data, where):
         return yaml.safe_load(yaml.dump(data, Dumper=_WrittenOut))
 
 
 def as_text(key: str, value: object) -> str:
-    """A keyword as the override that a person would type; errors as of `copy_of`."""
+    """A keyword as the override that a user would type; raises as `copy_of` does."""
     with _plain(value, key):
         form = {"default_flow_style": True, "allow_unicode": True, "width": float("inf")}
         written = yaml.dump(value, Dumper=_WrittenOut, **form)
@@ -93,9 +93,9 @@ def set_field(data: dict, text: str, sections: dict[str, Collection[str]]) -> tu
         if isinstance(target, dict) and target.get(step) is None:
             target[step] = {}
         target = target[step] if isinstance(target, dict | list) else None
-    if isinstance(target, dict):  # else what stands there is at fault, and is named when the recipe is checked
+    if isinstance(target, dict):  # otherwise the check of the recipe reports the value that is there
         target[last] = value
-        if parents == ["heal"] and last in BUDGETS and value is not None:  # in place of the one that the recipe names
+        if parents == ["heal"] and last in BUDGETS and value is not None:  # replaces the recipe's budget
             for other in set(BUDGETS) - {last}:
                 target.pop(other, None)
     return paths[0]
@@ -109,7 +109,7 @@ def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) ->
     if head.startswith("operations.") and (number := head.split(".")[1]).isdecimal():
         numbers = {str(index): index for index in range(len(steps))}
         return [("operations", numbers[number], tail)] if number in numbers else []
-    if key.startswith("evaluate.probes."):  # what a block may hold is said when the recipe is checked
+    if key.startswith("evaluate.probes."):  # the check of the recipe refuses unknown keys
         return [tuple(key.split("."))]
     if tail in sections.get(head, ()):
         return [(head, tail)]
@@ -122,7 +122,7 @@ def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) ->
     ]
     if not paths and tail in sections.get(f"evaluate.probes.{head}", ()):
         paths.append(("evaluate", "probes", head, tail))
-    if not head and tail in sections["evaluate"]:  # those of heal share names with operations: by their full name
+    if not head and tail in sections["evaluate"]:  # keys of heal need their full name: operations share them
         paths.append(("evaluate", tail))
     return paths
 

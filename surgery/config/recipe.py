@@ -31,7 +31,7 @@ SECTIONS = {"evaluate": Evaluate, "heal": Heal}  # keys of a recipe whose value 
 
 
 def _version(value: object) -> object:
-    """The version; Python, and so a Literal, would take true and 1.0 for 1."""
+    """The version, if it is an int: Python, and so a Literal, would take true and 1.0 for 1."""
     if type(value) is not int:
         raise PydanticCustomError("literal_error", "Input should be 1")
     return value
@@ -54,12 +54,12 @@ class Recipe(BaseModel):
 
     @property
     def source(self) -> str:
-        """The name of the shipped recipe that this began as; "file" (a user's own) or "data"."""
+        """The name of the shipped recipe that was loaded; "file" for a user's file, "data" for plain data."""
         return self._source
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What was changed in it, as texts "key=value"."""
+        """The overrides that were applied to it, as "key=value" texts."""
         return self._overrides
 
     @field_validator("operations")
@@ -75,18 +75,18 @@ class Recipe(BaseModel):
         return steps
 
     def misfit(self, config: PretrainedConfig) -> str:
-        """Why its evaluation does not fit a model with this config; "" if it does."""
+        """Why the recipe's evaluation does not fit a model with this config; "" if it fits."""
         if self.evaluate is None or not (reason := self.evaluate.main.misfit(config)):
             return ""
         return f"its evaluation does not fit this model: {reason} (evaluate.length=N)"
 
     def too_short(self, length: int, rows: str, key: str, positions: int | None = None) -> str:
-        """Why rows of so many tokens show too little of one of its operations; "" if they show enough of all.
+        """Why rows of `length` tokens are too short to show what an operation changes; "" if they are not.
 
         Args:
-            rows: what they are, in the plural ("windows").
-            key: how their length is set ("evaluate.length").
-            positions: of the model; None: unknown.
+            rows: the name of the rows in the plural ("windows").
+            key: the setting of their length ("evaluate.length").
+            positions: the most positions that the model takes; None: unknown.
         """
         most = max(self.operations, key=lambda operation: operation.unchanged_within)
         return too_short(length, most.unchanged_within, most.op, rows=rows, key=key, positions=positions)
@@ -96,7 +96,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json") | {"operations": [op.model_dump(mode="json") for op in self.operations]}
 
     def identity(self) -> dict:
-        """What surgery.json records and resume hashes are of: `to_dict`, and the other methods' fields, unset."""
+        """The data that surgery.json records and that resume hashes: `to_dict` and other methods' fields, unset."""
         steps = [op.identity() if isinstance(op, Variants) else op.model_dump(mode="json") for op in self.operations]
         heal = {"heal": self.heal.identity()} if self.heal else {}
         return self.to_dict() | {"operations": steps} | heal
@@ -127,12 +127,12 @@ def read(name: str | Path) -> dict[str, Any]:
 
 
 def text_of(name: str | Path) -> str:
-    """A recipe's file as it is written, by name or path."""
+    """The text of a recipe's file, by name or path."""
     return _read(find(name))
 
 
 def copy(name: str | Path, target: Path | None = None) -> Path:
-    """Write a recipe's file to `target` (default: here, under its own name); never over an existing file."""
+    """Write a recipe's file to `target` (default: here, under its own name); an error if that file exists."""
     source = find(name)
     target = target or Path(source.name)
     target = target / source.name if target.is_dir() else target
@@ -172,15 +172,15 @@ def find(name: str | Path) -> Path:
 
 
 def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fields) -> Recipe:
-    """A checked recipe.
+    """Load a recipe and check it.
 
     Args:
         recipe: name, path, plain data or a `Recipe`.
         overrides: "key=value" or "op.key=value" texts, as on the command line.
-        fields: the same as keywords, for Python.
+        fields: the same overrides as keywords, for Python.
 
     Raises:
-        SurgeryError: with every fault of the recipe at once.
+        SurgeryError: it lists every fault of the recipe.
     """
     lines: dict = {}
     source, earlier = "data", ()
@@ -211,13 +211,13 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
         try:
             field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
         except SurgeryError as error:
-            if faults and faults[-1].exists == error.exists:  # the same keys, listed once
+            if faults and faults[-1].exists == error.exists:  # the same keys are listed once
                 faults[-1] = SurgeryError(faults[-1].what, where=faults[-1].where, fix=faults[-1].fix)
             faults.append(error)
             continue
         lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}
         lines[field_path] = f"override {override.strip()!r}"
-        if field_path[: len(PROBES)] == PROBES:  # what is wrong with settings together is wrong with their block
+        if field_path[: len(PROBES)] == PROBES:  # settings that disagree are reported at their block
             lines[field_path[: BLOCK - 1]] = lines[field_path]
     try:
         loaded = _validate(data, lines, where)
@@ -230,7 +230,7 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
 
 
 def recorded(data: dict) -> Recipe | None:
-    """The recipe that a surgery.json records; None where this version or this machine does not have its operations."""
+    """The recipe that a surgery.json records; None where this version or this machine lacks its operations."""
     try:
         return load(data["recipe"])
     except SurgeryError:
@@ -302,7 +302,7 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
 
 
 def _together(faults: list[SurgeryError]) -> SurgeryError:
-    """One error that shows all of these."""
+    """One error that lists all of the faults."""
     first, *rest = faults
     words = {"where": first.where, "exists": first.exists, "fix": first.fix, "code": first.code}
     return SurgeryError(first.what, **words, others=tuple(rest))

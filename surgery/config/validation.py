@@ -1,4 +1,4 @@
-"""Check a mapping of fields with its class, or with the method that it names; faults name the recipe's keys."""
+"""Check a mapping of fields against its class, or the class of its method; faults name the recipe's keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.evaluation.probes import settings as probe_settings
 from surgery.evaluation.probes.base import SETTINGS_ERROR
 from surgery.operations.variants import OTHER_METHOD, Variants, keys_of
 
-PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and steps to a setting in one
+PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and the length of a setting's path
 
 
 def checked(
@@ -22,13 +22,13 @@ def checked(
     """An object of a class, or of one of its methods, and every fault of its fields.
 
     Args:
-        kind: the class; one that stands for methods is told by `method` which.
-        fields: as a recipe has them.
+        kind: the class. If it stands for several methods, the field `method` chooses one of them.
+        fields: the mapping in the recipe.
         lines, where: as for `line_of`.
-        path: of the fields in the recipe.
+        path: the path of the mapping in the recipe.
 
     Returns:
-        The object, None where there are faults; the faults.
+        The object (None where there are faults), and the faults.
     """
     if isinstance(fields, kind):
         return fields, []
@@ -40,7 +40,7 @@ def checked(
     method = fields.get("method", kind.default_method())
     if isinstance(method, str) and method in kind.METHODS:
         return _validated(kind.variant(method), fields, lines, where, path)
-    # The other faults are those of the method that was meant; a field that only another method reads may be right.
+    # The rest is checked with the method that was probably meant. A field that only other methods read may be right.
     meant = kind.variant(nearest(method, kind.METHODS) if isinstance(method, str) else None)
     rest = {key: value for key, value in fields.items() if key in meant.model_fields or not kind.readers(key)}
     _, faults = _validated(meant, rest | {"method": meant.own_method()}, lines, where, path)
@@ -58,7 +58,7 @@ def _validated(
 
 
 def _unknown_method(kind: type[Variants], fields: dict, lines: dict, where: str, path: tuple) -> SurgeryError:
-    """The fault of a method that is missing, or that there is not."""
+    """The fault for a method that is missing or unknown."""
     at, names = line_of(lines, (*path, "method"), where), any_of([repr(name) for name in kind.METHODS])
     if "method" not in fields:
         return RecipeError("the key 'method' is missing", where=at, exists=", ".join(kind.METHODS))
@@ -71,12 +71,12 @@ def _unknown_method(kind: type[Variants], fields: dict, lines: dict, where: str,
 def faults_of(
     error: ValidationError, lines: dict, where: str, prefix: tuple, kind: type[BaseModel]
 ) -> list[SurgeryError]:
-    """One sentence for each of pydantic's complaints; alternatives of one field are joined.
+    """One fault for each of pydantic's errors; errors on the alternatives of one field are joined.
 
     Args:
         lines, where: as for `line_of`.
-        prefix: path of what was validated.
-        kind: its class.
+        prefix: the path of the mapping that was validated.
+        kind: the class that it was validated with.
     """
     known = list(kind.model_fields)
     by_path: dict[tuple, list[Any]] = {}
@@ -97,7 +97,7 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
         return _unknown_key(key, kind, at)
     if what == "missing":
         return RecipeError(f"the key {key!r} is missing", where=at)
-    if what == "heal":  # in words of its own, often of its fields together
+    if what == "heal":  # with its own message, often about several fields
         context = items[0]["ctx"]
         return RecipeError(context["text"], where=at, exists=context["exists"], fix=context["fix"])
     if what == SETTINGS_ERROR:
@@ -110,7 +110,7 @@ def _fault(items: list[Any], kind: type[BaseModel], at: str, path: tuple) -> Sur
 
 
 def _fault_of_probe(path: tuple, items: list[Any], where: str) -> SurgeryError:
-    """What is wrong at `evaluate.probes.NAME` or below."""
+    """The fault at `evaluate.probes.NAME` or below."""
     _, _, name, *key = path
     if key or items[0]["type"] == SETTINGS_ERROR:
         return probe_settings.fault(find_probe(name), str(key[0]) if key else "", items, where, in_recipe=True)
@@ -131,5 +131,5 @@ def _unknown_key(key: Any, kind: type[BaseModel], at: str) -> SurgeryError:
 
 
 def _closer(word: Any, one: str, other: str) -> bool:
-    """Whether the first of two known words is the closer one to a word."""
+    """Whether `one` is closer to `word` than `other` is."""
     return not other or nearest(word, [other, one]) == one

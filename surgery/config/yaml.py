@@ -1,7 +1,8 @@
-"""YAML that is data and nothing else, with the line of every key.
+"""Read YAML as plain data, with the line of every key.
 
-No tags, no anchors or aliases (a few lines of them can unfold to gigabytes), no duplicate keys, a size limit. Keys are
-text; inside the value of an operation's field, where they can number layers and heads, whole numbers too.
+Tags, anchors and aliases (a few lines of them can unfold to gigabytes) and duplicate keys are refused, and the size is
+limited. Keys are text. In the value of an operation's field, where keys can be indices of layers and heads, they may
+also be whole numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from surgery.io.files import MAX_DEPTH
 from surgery.io.safetensors import inside_folder
 
 MAX_BYTES = 256 << 10
-FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # of an operation: may name a file
+FILE_FIELDS = ("scores", "text", "calibration_text", "labelled")  # fields of an operation that may name a file
 MAX_DIGITS = 40
 FIELD = 3  # steps from a recipe's top to the value of an operation's field
 Path = tuple[str | int, ...]
 
 
 def _line_of_fault(text: str, loader) -> str:
-    """ ":LINE" of the first value that has the form of a date or a number and is none; "" where there is none."""
+    """ ":LINE" of the first value that looks like a date or a number and is invalid; "" where there is none."""
     with suppress(RecursionError):
         nodes = [yaml.compose(text, Loader=loader)]
         for node in nodes:
@@ -43,10 +44,10 @@ def parse(text: str, where: str, field: int = FIELD) -> tuple[object, dict[Path,
     """Plain data, and the line (from 1) of every key and item by its path.
 
     Args:
-        field: steps from the top of this text to the value of a field; 0: the text is one.
+        field: steps from the top of this text to the value of a field; 0: the text is such a value.
 
     Raises:
-        SurgeryError: not YAML, too large, or using what recipes may not use.
+        SurgeryError: not YAML, too large, or with a feature that recipes may not use.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"the file has {len(text):,} characters; a recipe has fewer than {MAX_BYTES:,}", where=where)
@@ -81,7 +82,7 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> N
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            digits = key.value.isdecimal() and len(key.value) <= MAX_DIGITS  # int() refuses thousands of them
+            digits = key.value.isdecimal() and len(key.value) <= MAX_DIGITS  # int() refuses thousands of digits
             numbered = len(path) >= field and digits and str(int(key.value)) == key.value
             if key.tag != "tag:yaml.org,2002:str" and not numbered:
                 line = key.start_mark.line + 1
@@ -99,7 +100,7 @@ def _walk(node, path: Path, lines: dict[Path, int], where: str, field: int) -> N
 
 
 def line_of(lines: dict, path: tuple, where: str) -> str:
-    """File and line of a path, or of its nearest ancestor; an override names itself."""
+    """File and line of a path, or of its nearest ancestor; the override, where one set the value."""
     for end in range(len(path), -1, -1):
         line = lines.get(path[:end])
         if line is not None:
@@ -108,7 +109,7 @@ def line_of(lines: dict, path: tuple, where: str) -> str:
 
 
 def files_elsewhere(data: dict, lines: dict, where: str) -> list[SurgeryError]:
-    """A recipe file that somebody else wrote may not name files outside the working folder."""
+    """A fault for each file outside the working folder that a recipe file names: a stranger may have written it."""
     settings, steps, faults = data.get("evaluate"), data.get("operations"), []
     named = {("evaluate", "text"): settings} if isinstance(settings, dict) else {}
     blocks = settings.get("probes") if isinstance(settings, dict) else None
