@@ -1,1 +1,1 @@
-"""The command line: one module a group of verbs, `render/` for what they print. The only room with typer and rich."""
+"""The command line: a module for each group of verbs, and `render/`, which prints. Only it uses typer and rich."""

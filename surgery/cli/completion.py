@@ -1,7 +1,7 @@
-"""What the shell offers for a word: recipes, models, folders that surgery wrote, settings. No weight library is read.
+"""Shell completion of recipes, models, folders that surgery wrote, and settings. No weight library is imported.
 
-Each function takes the word as typed so far, and gives (word, help) pairs. An error here would be printed into the
-user's prompt, so that what cannot be read offers nothing.
+Each function takes the word as typed so far and returns (word, help) pairs. Where it fails it offers nothing, since an
+error would be printed into the user's prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEMO = "smollm2-135m"
 
 
 def _silent(offers: Callable[..., Iterator[Offer]]) -> Callable[..., list[Offer]]:
-    """Nothing is offered, and nothing printed, where the offers cannot be made."""
+    """A completion that offers nothing, and prints nothing, where it fails."""
 
     @functools.wraps(offers)
     def listed(*args: Any, **kwargs: Any) -> list[Offer]:
@@ -32,7 +32,7 @@ def _silent(offers: Callable[..., Iterator[Offer]]) -> Callable[..., list[Offer]
 
 @_silent
 def recipes(incomplete: str) -> Iterator[Offer]:
-    """The shipped recipes, and the recipe files here."""
+    """The shipped recipes, and the recipe files in the folder that is typed."""
     from surgery.config import recipe
 
     for name, info in recipe.descriptions().items():
@@ -44,7 +44,7 @@ def recipes(incomplete: str) -> Iterator[Offer]:
 
 @_silent
 def recipes_and_operations(incomplete: str) -> Iterator[Offer]:
-    """What `surgery ls NAME` describes."""
+    """The recipes and operations that `surgery ls NAME` describes."""
     from surgery.operations import builtin_names, third_party
 
     offered = recipes(incomplete)
@@ -55,20 +55,20 @@ def recipes_and_operations(incomplete: str) -> Iterator[Offer]:
 
 @_silent
 def models(incomplete: str) -> Iterator[Offer]:
-    """The demo model, and the model folders here."""
+    """The demo model, and the model folders in the folder that is typed."""
     yield DEMO, "the demo model"
     yield from _folders_with("config.json", incomplete)
 
 
 @_silent
 def outputs(incomplete: str) -> Iterator[Offer]:
-    """The folders here that surgery wrote."""
+    """The folders that surgery wrote, in the folder that is typed."""
     yield from _folders_with("surgery.json", incomplete)
 
 
 @_silent
 def recipe_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
-    """KEY= of the recipe that was named, and its values where they are words."""
+    """KEY= for each setting of the recipe that was named, and KEY=VALUE where its values are words."""
     from surgery.config import recipe
 
     if not (name := ctx.params.get("recipe")):
@@ -80,7 +80,7 @@ def recipe_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
 
 @_silent
 def heal_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
-    """KEY= of a heal: block."""
+    """KEY= for each field of a heal: block."""
     from surgery.config.heal import Heal
     from surgery.operations.variants import inline_schema
 
@@ -89,7 +89,7 @@ def heal_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
 
 @_silent
 def probe_settings(ctx: typer.Context, incomplete: str) -> Iterator[Offer]:
-    """KEY= of the probe of --probe."""
+    """KEY= for each setting of the probe that --probe names."""
     from surgery.evaluation import probes
 
     if name := ctx.params.get("probe"):
@@ -118,7 +118,7 @@ def engines(incomplete: str) -> list[Offer]:
 
 
 def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:
-    """Key -> JSON Schema of its field: bare where that is plain, dotted where it is not, or for a section."""
+    """Key -> JSON Schema of its field, by its dotted key; also by its bare key, where only one operation has it."""
     from surgery import operations
     from surgery.config.evaluate import Evaluate
     from surgery.config.heal import Heal
@@ -139,15 +139,15 @@ def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:
 
 
 def _offered(ctx: typer.Context, incomplete: str, fields: dict[str, dict]) -> Iterator[Offer]:
-    """KEY=, or KEY=VALUE where the field takes words and the key was begun.
+    """KEY= for each field; KEY=VALUE where the field takes words and the user has typed the start of the key.
 
-    bash takes `=` for a word of its own: of "method=me" it asks for "me", after "method" and "=".
+    bash splits words at `=`: for "method=me" it asks to complete "me", after the words "method" and "=".
     """
     typed = [*(ctx.params.get("overrides") or ctx.params.get("settings") or ()), *ctx.args]
     if len(typed) > 1 and typed[-1] == "=":
         yield from ((value, "") for value in _values(fields.get(typed[-2], {})))
         return
-    # Dotted keys are many: those that a bare key says too are offered when they were begun.
+    # There are many dotted keys. They are offered only after a dot, or where no bare key fits.
     dotted = "." in incomplete or not any(key.startswith(incomplete) for key in fields if "." not in key)
     for key, field in fields.items():
         if dotted or "." not in key:
@@ -165,7 +165,7 @@ def _values(field: dict) -> list[str]:
 
 
 def _below(incomplete: str) -> list[Path]:
-    """What lies in the folder that was typed so far."""
+    """The files and folders in the folder that was typed so far, without hidden ones."""
     folder = Path(incomplete).expanduser() if incomplete.endswith("/") else Path(incomplete).expanduser().parent
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 

@@ -1,7 +1,4 @@
-"""Verbs that carry a recipe out: plan, apply, push.
-
-The verb that trains: heal.
-"""
+"""Verbs that carry a recipe out (plan, apply), train its result (heal) and upload it (push)."""
 
 from __future__ import annotations
 
@@ -109,7 +106,7 @@ def apply(
             progress=progress,
             on_plan=show_plan,
         )
-    if report is not None:  # else one of several processes, and not the one that speaks
+    if report is not None:  # None: one of several processes, and another one reports
         _show(report, ("apply", recipe, model, tuple(overrides or ())), began, as_json, quiet)
 
 
@@ -175,7 +172,7 @@ def heal(
             progress=progress,
             on_plan=show_plan,
         )
-    if report is not None:  # else one of several processes, and not the one that speaks
+    if report is not None:  # None: one of several processes, and another one reports
         named = base or str(report.data["base"]["name"])
         _show(report, ("heal", str(out), named, tuple(overrides or ())), began, as_json, quiet)
 
@@ -193,11 +190,11 @@ def _stages_of_healing(plan: HealPlan, out: Path, check: bool, evaluate: bool) -
 
 
 def _show(report: Report, typed: tuple[str, str, str, tuple[str, ...]], began: float, as_json: bool, quiet: bool):
-    """What was done, to people or as JSON; raises what the report holds against the result.
+    """Print a report as text or JSON, then raise the faults that it records.
 
     Args:
-        typed: fields of the `verdict.Command`.
-        began: when, by the monotonic clock.
+        typed: the fields of a `verdict.Command`.
+        began: when the command began, by the monotonic clock.
     """
     from surgery.cli.render import summary, tables
     from surgery.cli.render.verdict import Command

@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def examine() -> dict:
-    """What `surgery doctor` prints, as plain data."""
+    """The findings that `surgery doctor` prints, as plain data."""
     import torch
 
     from surgery.io.demo_model import cache_folder
@@ -42,7 +42,7 @@ def examine() -> dict:
 
 
 def _both_ways() -> dict[str, str]:
-    """Write a tiny checkpoint of each tier and load it in a fresh process, as somebody else would."""
+    """Write a tiny checkpoint of each tier and load it in a fresh process, as another user would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +72,7 @@ def _both_ways() -> dict[str, str]:
                 ],
                 timeout=LOADING_SECONDS,
             )
-    except Exception as error:  # whatever is broken here is what the doctor is asked for
+    except Exception as error:  # the doctor reports whatever is broken here
         return dict.fromkeys(names, f"fails: {type(error).__name__}: {error}"[:500])
     results = dict(zip(names, (native, with_package, without_package), strict=True))
     return {name: _verdict(result, names[name]) for name, result in results.items()}
@@ -102,13 +102,13 @@ def _devices(torch) -> list[str]:
     return devices
 
 
-# What runs an operation's attention on a GPU: a kernel of ours, or PyTorch although there is a kernel.
+# On a GPU: operation -> our kernel that computes its attention, and the operations that PyTorch computes.
 WIRED = {"sparse_prefill": "block_sparse_prefill"}
 ON_PYTORCH = ("duo_attention", "moh and mae", "the estimators of sparse_prefill")
 
 
 def _kernels() -> dict[str, str]:
-    """What computes each operation's attention here, on the GPU where there is one."""
+    """Operation -> what computes its attention here, on the GPU if there is one."""
     import torch
 
     from surgery.kernels.surgery_triton import executor
@@ -122,7 +122,7 @@ def _kernels() -> dict[str, str]:
 
 
 def _not_launched(device: str) -> list[str]:
-    """What fails when the kernel that models call is launched once: a compiler may be missing, or a driver too old."""
+    """The errors of one launch of the kernel that models call: a compiler may be missing, or a driver too old."""
     import torch
 
     from surgery.kernels.block_sparse_prefill import NAME, BlockList, block_sparse_prefill
@@ -133,14 +133,14 @@ def _not_launched(device: str) -> list[str]:
         blocks = torch.ones(1, 2, 1, 1, dtype=torch.bool, device=device)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result names the fault
-            block_sparse_prefill(query, query, query, BlockList.of(blocks, 32))[0].sum().item()  # waits for it
-    except Exception as error:  # a GPU that is full, taken or broken raises what it likes
+            block_sparse_prefill(query, query, query, BlockList.of(blocks, 32))[0].sum().item()  # waits for the GPU
+    except Exception as error:  # a GPU that is full, taken or broken raises errors of many classes
         return [in_a_line(error)]
     return failed(NAME)
 
 
 def _problems() -> list[str]:
-    """What will go wrong later, in sentences with the remedy."""
+    """Sentences on problems that will come up later, each with its remedy."""
     problems = []
     owners = sorted(set(metadata.packages_distributions().get("surgery", [])) - {"attention-surgery"})
     if owners:

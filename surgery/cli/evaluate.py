@@ -72,7 +72,7 @@ def evaluate(
 
 
 def _following(probe: type[Probe], record: dict, out: str, base: str | None) -> str:
-    """The command that comes next: what was not measured yet, or what mends the damage; "" for none."""
+    """The command to type next, which measures something more or repairs the damage; "" for none."""
     model, compared = shlex.quote(out), f"--base {shlex.quote(base or 'MODEL')}"
     made = (Path(out) / REPORT).is_file()
     if base is None:
@@ -86,7 +86,7 @@ def _following(probe: type[Probe], record: dict, out: str, base: str | None) -> 
 
 
 def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
-    """The probe of --probe, with settings as key=value."""
+    """The probe that --probe names, with settings as key=value."""
     cls = probes.find(name)
     if PLOT in typed and not cls.drawing:
         _refuse_option(PLOT, cls)
@@ -98,7 +98,7 @@ def _by_name(name: str, settings: list[str], typed: set[str]) -> Probe:
 
 
 def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Probe:
-    """The probe that a flag of its name asks for, or the usual one, with settings as options."""
+    """The probe whose flag was given, or the main probe, with settings from options."""
     chosen = [cls for cls in probes.every() if cls.aliases.switch and options[cls.name]]
     if texts:
         fix = f"--probe {' or --probe '.join(cls.name for cls in chosen or probes.every())}"
@@ -118,7 +118,7 @@ def _by_flags(options: dict[str, Any], texts: list[str], typed: set[str]) -> Pro
 
 
 def _refuse_option(name: str, probe: type[Probe]) -> None:
-    """Raise: an option that the probe does not read is a misunderstanding."""
+    """Raise for an option that the probe does not read."""
     users = [cls for cls in probes.every() if name in _options_of(cls)]
     if any(cls.main for cls in users):
         switch = f", or leave out {_option(probe.name)}" if probe.aliases.switch else ""
@@ -139,7 +139,7 @@ def _options_of(cls: type[Probe]) -> dict[str, Flag]:
 
 
 def _parameters() -> list[Parameter]:
-    """The parameters of the verb: those of every probe, then an option for each alias."""
+    """The parameters of the verb: those that all probes share, then an option for each alias of a probe."""
 
     def parameter(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
         return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
@@ -175,7 +175,7 @@ def _typed(name: str, flag: Flag, cls: type[Probe]) -> tuple[Any, Any]:
 
 
 def _panel(users: list[type[Probe]]) -> str | None:
-    """The section of the help in which an option of these probes stands; None: the common one."""
+    """The section of the help for an option that these probes read; None: the common section."""
     if len(users) > 1:
         return None
     (probe,) = users
@@ -184,7 +184,7 @@ def _panel(users: list[type[Probe]]) -> str | None:
 
 
 def _described(function: Callable[..., None]) -> Callable[..., None]:
-    """The function with the parameters and the help that follow from the registry."""
+    """Give the function the parameters and the help that follow from the registry of probes."""
     parameters = _parameters()
     function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {each.name: each.annotation for each in parameters}

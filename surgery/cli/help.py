@@ -1,4 +1,4 @@
-"""How `--help` looks: options in sections, metavars that a person would write, colour in a terminal alone."""
+"""The layout of `--help`: options in sections, readable metavars, colour only in a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 WIDTH = 80
-RANGE = re.compile(r"(?:; )?(?:[\d.]+<=)?x[<>]=[\d.]+")  # "x>=1", as typer writes what a number may be
+RANGE = re.compile(r"(?:; )?(?:[\d.]+<=)?x[<>]=[\d.]+")  # the range of a number as typer writes it: "x>=1"
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "FILE"}
 
 
@@ -22,7 +22,7 @@ def context_settings() -> dict[str, Any]:
 
 
 class _Sections:
-    """Options under the names of their panels, those without one under "Options"."""
+    """Lists options under the names of their panels, and options without a panel under "Options"."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}

@@ -51,7 +51,7 @@ def ls(
 
 
 def _ls_one(name: str, as_json: bool) -> None:
-    """A recipe, or else an operation, in full."""
+    """Show a recipe, or else an operation, in full."""
     from surgery import operations
     from surgery.cli.render import catalogue as render
     from surgery.config import catalogue, recipe
@@ -81,7 +81,7 @@ def _fields_of(ops: Iterable[str]) -> dict[str, dict]:
 
 
 def _catalogue_as_data(entries: list[Entry], classes: dict[str, type[Operation]], broken: dict[str, str]) -> dict:
-    """What `surgery ls --json` prints."""
+    """The object that `surgery ls --json` prints."""
     from surgery.config.heal import Heal
     from surgery.operations.variants import Variants, describe_method, inline_schema
 
@@ -179,7 +179,7 @@ def inspect(
 
 
 def _inspect_model(model: str, as_json: bool) -> None:
-    """Its attention, and what each recipe would do to it."""
+    """Show a model's attention, and what each recipe would do to it."""
     from surgery.architecture.anatomy import Anatomy
     from surgery.conversion.fit import fits
     from surgery.io.hub import resolve
@@ -205,7 +205,7 @@ def _inspect_model(model: str, as_json: bool) -> None:
 
 
 def _made_by(folder: Path) -> str:
-    """The recipe that made a folder; "" where surgery did not, or its record cannot be read."""
+    """The recipe that made a folder; "" where surgery did not make it or its record cannot be read."""
     from surgery.report.report import Report
 
     try:

@@ -1,4 +1,4 @@
-"""What Ctrl-C leaves, and the command that goes on from there: one line on stderr, true of the verb at work."""
+"""The line on stderr after Ctrl-C: what the verb has kept, and the command that resumes it or begins again."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from surgery.errors import SurgeryError
 from surgery.io.files import PROGRESS, REPORT, read_json
 
-# Given the arguments of the command: what is kept, and how to go on, as one sentence each.
+# Takes the arguments of the command. Returns a sentence on what is kept, and one with the command to type next.
 Advice = Callable[[list[str]], str]
 _advice: list[Advice] = []
 
 
 class Interrupted(Exception):
-    """Ctrl-C in the work of a verb; a KeyboardInterrupt would be answered by typer, with an empty line."""
+    """Ctrl-C during the work of a verb. Typer would answer a KeyboardInterrupt with an empty line."""
 
 
 @contextmanager
 def advised(advice: Advice) -> Iterator[None]:
-    """A block in which Ctrl-C is answered so; it stays in force after an interrupt, until the next command begins."""
+    """Answer Ctrl-C in this block with `advice`, which stays in force after an interrupt until the next command."""
     _advice.append(advice)
     try:
         yield
@@ -32,22 +32,22 @@ def advised(advice: Advice) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Begin a command: nothing is known of what it keeps."""
+    """Drop all advice, because another command begins."""
     _advice.clear()
 
 
 def message(args: list[str]) -> str:
-    """What is printed after Ctrl-C.
+    """The line that is printed after Ctrl-C.
 
     Args:
-        args: of the command, without `surgery`.
+        args: the arguments of the command, without `surgery`.
     """
     words = _advice[-1](args) if _advice else ""
     return f"interrupted{f'; {words}' if words else ''}"
 
 
 def of_output(out: Path) -> Advice:
-    """For verbs that write OUT by way of OUT.partial: `apply`, `heal`."""
+    """Advice for verbs that write OUT.partial before OUT: `apply`, `heal`."""
     from surgery.conversion.preflight import unhealed_folder
     from surgery.io.output_folder import output_path
 
@@ -72,7 +72,7 @@ def of_output(out: Path) -> Advice:
 
 
 def of_scores(file: Path) -> Advice:
-    """For `score`: a method with steps leaves FILE.state."""
+    """Advice for `score`: a method with steps leaves FILE.state."""
 
     def advice(args: list[str]) -> str:
         state = file.with_name(f"{file.name}.state")
@@ -84,12 +84,12 @@ def of_scores(file: Path) -> Advice:
 
 
 def nothing_kept(args: list[str]) -> str:
-    """For verbs that record their result at the end, all of it: `check`, `eval`, `bench`."""
+    """Advice for verbs that record nothing before the end: `check`, `eval`, `bench`."""
     return f"nothing was recorded. Begin again: {_again(args)}"
 
 
 def _kept(partial: Path) -> str:
-    """What an unfinished folder holds that a run with --resume does not make again."""
+    """A clause on the contents of an unfinished folder that a run with --resume reuses."""
     from surgery.data.text import SELF_TEXT
     from surgery.io.resume import SUFFIX
 
@@ -115,7 +115,7 @@ def _is_unjudged(folder: Path) -> bool:
 
 
 def _record(file: Path) -> dict:
-    """A file of ours; {} where it is missing or no JSON object."""
+    """The content of a JSON file; {} where it is missing or not a JSON object."""
     try:
         return read_json(file)
     except (OSError, SurgeryError):
@@ -123,7 +123,7 @@ def _record(file: Path) -> dict:
 
 
 def _shown(out: Path, folder: Path) -> str:
-    """The folder beside OUT, as OUT was typed."""
+    """A folder next to OUT, spelled as OUT was typed."""
     return str(out.parent / folder.name) if os.path.dirname(out) else folder.name
 
 

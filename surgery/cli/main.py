@@ -24,7 +24,7 @@ from surgery.errors import MachineError, SurgeryError, system_code
 from surgery.machine import command
 from surgery.machine.device import is_out_of_memory
 
-VERBS = {  # in the order in which `--help` lists them: what runs, and its line there (58 characters at most)
+VERBS = {  # in the order of `--help`: verb -> its function, and its line in the list (58 characters at most)
     "ls": (inspect_verbs.ls, "List recipes; with a name, its parameters."),
     "cp": (inspect_verbs.cp, "Copy a recipe here, to edit it."),
     "schema": (inspect_verbs.schema, "Print the JSON Schema of recipes, for editors."),
@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
 
             reader_left()
         except Exception as error:
-            if interrupts.pressed:  # while a library was read, which made another error of it
+            if interrupts.pressed:  # during an import, which raised another error for it
                 _interrupted(args)
             _fail(_translate(error), args)
         finally:
@@ -102,15 +102,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _interrupted(args: list[str]) -> NoReturn:
-    """Say on stderr what is kept and how to go on, and end."""
+    """Print on stderr what is kept and how to resume, and exit."""
     with suppress(OSError):
         typer.echo(interrupt.message(args), err=True)
     sys.exit(INTERRUPTED)
 
 
 def _translate(error: Exception) -> SurgeryError:
-    """An error that is none of ours as one; a bug's traceback is printed."""
-    if hasattr(error, "format_message"):  # of the parser, which prints its own unless asked for JSON
+    """Turn any other error into a `SurgeryError`; the traceback of a bug is printed."""
+    if hasattr(error, "format_message"):  # of the parser, which prints it itself unless --json was given
         return SurgeryError(error.format_message(), fix="see `surgery --help`")
     if isinstance(error, OSError) and error.errno in MACHINE:
         where, code = str(error.filename or ""), system_code(error.errno)
@@ -128,13 +128,13 @@ def _translate(error: Exception) -> SurgeryError:
 
 
 class _Interrupts:
-    """Remembers that Ctrl-C was pressed; `with` it, for as long as a command runs."""
+    """Remembers whether Ctrl-C was pressed; a context manager for the run of a command."""
 
     def __init__(self):
         self.pressed, self._before = False, None
 
     def __enter__(self) -> _Interrupts:
-        with suppress(ValueError):  # not the main thread, which alone may ask for signals
+        with suppress(ValueError):  # not the main thread: only that may set handlers
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._before = signal.signal(signal.SIGINT, self._note)
         return self
@@ -149,25 +149,25 @@ class _Interrupts:
 
 
 def _open_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr one that leads nowhere.
+    """Open the null device in place of a stdin, stdout or stderr that the process was started without.
 
-    Otherwise the next file that is opened would have the number of a standard stream, and get what is printed.
+    Otherwise the next file that is opened would have the number of a standard stream, and printed text would go there.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which has the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115 (until the end)
 
 
 def _fail(error: SurgeryError, args: list[str]) -> None:
-    """Print an error, on stdout as an object where JSON was asked for, and end with its exit code."""
+    """Print an error on stderr, or with --json as an object on stdout, and exit with its code."""
     as_json = "--json" in args and not error.reported
     try:
         emit(error.to_dict()) if as_json else typer.echo(f"error: {error}", err=True)
-    except OSError:  # stdout is full or gone: what is wrong is said where it still can be
+    except OSError:  # stdout is full or closed: stderr may still work
         with suppress(OSError):
             typer.echo(f"error: {error}", err=True)
         from surgery.cli.render.console import discard_stdout

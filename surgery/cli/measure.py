@@ -1,7 +1,4 @@
-"""Verbs that measure what was made: check, bench.
-
-The verb that measures heads: score.
-"""
+"""Verbs that measure: check and bench for an output of surgery, score for the heads of a model."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def check(
     from surgery.cli.render.console import progress_bar
     from surgery.evaluation.check import FILES, FRESH
 
-    if memory is not None and not 0 < memory < 2**40:  # NaN and infinity too
+    if memory is not None and not 0 < memory < 2**40:  # false for NaN and infinity, too
         raise SurgeryError("memory is a number of GiB above 0", where=f"--memory {memory}", fix="--memory 8")
     with interrupt.advised(interrupt.nothing_kept), progress_bar(quiet or as_json) as progress:
         progress.expect([FILES, FRESH])
@@ -142,7 +139,7 @@ def _search_dense_below(out: Path, settings: dict, write: bool, as_json: bool, q
     try:
         report = dense_below.write_dense_below(out, search) if write else None
     except SurgeryError:
-        if as_json:  # what took minutes is not lost
+        if as_json:  # the search took minutes: its result is printed
             emit(search.to_dict() | {"written": False})
         raise
     if as_json:

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, and the one way in which they print JSON."""
+"""Arguments and options that several verbs share, and the function with which all of them print JSON."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ Base = Annotated[
 
 
 def emit(data: dict) -> None:
-    """One JSON object on stdout, escaped where a pipe does not take Unicode."""
+    """Print one JSON object on stdout, with non-ASCII letters escaped where stdout is not in Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     try:
         typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))

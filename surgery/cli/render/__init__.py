@@ -1,1 +1,1 @@
-"""What the command line prints: trees, maps and tables for people. No logic; every number comes from the API."""
+"""Output of the command line: trees, maps and tables for people. No logic; every number comes from the API."""

@@ -20,7 +20,7 @@ from surgery.conversion.plan_tree import comparison_key
 from surgery.errors import any_of
 
 POSITIONS = {"half": "RoPE", "interleaved": "RoPE (interleaved)", "alibi": "ALiBi", "unknown": "unknown (a guess)"}
-EXTRAS: dict[str, Callable[[LayerAnatomy], object]] = {  # columns of the table, where some layer has one
+EXTRAS: dict[str, Callable[[LayerAnatomy], object]] = {  # columns of the table, shown if any layer has a value
     "QK-norm": lambda layer: layer.qk_norm,
     "window": lambda layer: layer.window,
     "biases": lambda layer: layer.biases,
@@ -70,7 +70,7 @@ def _facts(anatomy: Anatomy) -> list[str]:
 
 
 def _cache(anatomy: Anatomy) -> str:
-    """Bytes of a token, and of the full context."""
+    """Bytes of the KV cache: per token, and for the full context."""
     token, fixed = anatomy.kv_bytes_per_token, anatomy.kv_bytes_fixed
     words = f"{token:,} bytes per token" + (f", and {fixed:,} bytes of sinks and windows" if fixed else "")
     full = anatomy.positions and f" ({size(token * anatomy.positions + fixed)} at {anatomy.positions:,} tokens)"
@@ -95,7 +95,7 @@ def _layers(anatomy: Anatomy) -> Table:
 
 
 def _runs(layers: tuple[LayerAnatomy, ...]) -> list[list[LayerAnatomy]]:
-    """Neighbouring layers that differ in nothing but their number."""
+    """Runs of successive layers that differ only in their index."""
     runs: list[list[LayerAnatomy]] = []
     for layer in layers:
         if runs and comparison_key(runs[-1][0]) == comparison_key(layer):
@@ -106,7 +106,7 @@ def _runs(layers: tuple[LayerAnatomy, ...]) -> list[list[LayerAnatomy]]:
 
 
 def effects(fits: list[Fit], typed: str) -> None:
-    """What each recipe would do to a plain model, why others cannot be applied, and what to type next.
+    """Print what each recipe would do to a plain model, why others cannot be applied, and what to type next.
 
     Args:
         typed: the model as the user named it.
@@ -127,7 +127,7 @@ def effects(fits: list[Fit], typed: str) -> None:
 
 
 def followers(fits: list[Fit], made_by: str, typed: str) -> None:
-    """Which recipes can follow the surgery that a checkpoint has, in one block.
+    """Print which recipes can be applied to a checkpoint that surgery has already changed.
 
     Args:
         made_by: the recipe that made it; "" where that is not recorded.
@@ -160,7 +160,7 @@ def _effect(entry: Entry, plan: Plan) -> list[Text | str]:
 
 
 def _reasons(out: Console, fits: list[Fit]) -> None:
-    """Why recipes cannot be applied; those with the same reasons together."""
+    """Print why recipes cannot be applied; recipes with the same reasons share a line."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for fit in fits:
         groups.setdefault(fit.problems, []).append(fit.entry.name)

@@ -1,4 +1,4 @@
-"""What `surgery ls` prints: recipes to choose from, one recipe or operation in full, or all parameters."""
+"""Output of `surgery ls`: recipes to choose from, one recipe or operation in full, or all parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEMO = "smollm2-135m"
 
 
 def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str]) -> None:
-    """The recipes, grouped by what one wants them for.
+    """Print the recipes, grouped by purpose.
 
     Args:
         others: operations that no recipe uses.
@@ -57,7 +57,7 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
 
 
 def _aligned(rows: list[list[Text | str]]) -> list[list[Text | str]]:
-    """Rows whose cells but the last are as wide as their column, so that groups of them line up."""
+    """Rows with every cell but the last padded to the width of its column, so that groups of rows line up."""
     texts = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     widths = [max(cell.cell_len for cell in column) for column in list(zip(*texts, strict=True))[:-1]]
     for row in texts:
@@ -67,7 +67,7 @@ def _aligned(rows: list[list[Text | str]]) -> list[list[Text | str]]:
 
 
 def recipe(loaded: Recipe, entry: Entry) -> None:
-    """One recipe: what it does, its settings with the values that it gives them, and a command to copy."""
+    """Print one recipe: what it does, its settings with their values in it, and a command to copy."""
     out = console()
     hanging(out, Text(f"{entry.name}:", style="bold"), loaded.description, 4)
     out.print(f"{TIERS[entry.tier]}, {TRAINING[entry.training]}")
@@ -87,7 +87,7 @@ def recipe(loaded: Recipe, entry: Entry) -> None:
 
 
 def operation(cls: type[Operation]) -> None:
-    """One operation: its settings with their defaults, method by method, and how to use it in a recipe."""
+    """Print one operation: its settings with their defaults, method by method, and how to use it in a recipe."""
     out, op = console(), cls.model_fields["op"].default
     hanging(out, Text(f"{op}:", style="bold"), cls.summary, 4)
     _settings(out, cls, None, others=False)
@@ -103,7 +103,7 @@ def operation(cls: type[Operation]) -> None:
 
 
 def _settings(out, cls: type[BaseModel], values: BaseModel | None, others: bool) -> None:
-    """The settings of an operation or a heal block.
+    """Print the settings of an operation or a heal block.
 
     Args:
         values: an object whose values are shown in place of defaults.
@@ -131,7 +131,7 @@ def _plain(values: BaseModel | None) -> dict:
 
 
 def _fields(out, fields: dict[str, dict], required: list[str], known: dict, values: dict) -> None:
-    """A line for each setting: name, value or default, what it takes; below it what it is."""
+    """Print a line for each setting with its name, value or default, and legal values; below it its description."""
     labels = {}
     for name, field in fields.items():
         value = values.get(name, field.get("default"))
@@ -158,7 +158,7 @@ def _written(value: object) -> str:
 
 
 def _override(loaded: Recipe) -> str:
-    """A setting of the recipe to change, as an example: its first that is a number."""
+    """An override as an example: the first setting of the recipe whose value is a number."""
     ops = [operation.op for operation in loaded.operations]
     for operation in loaded.operations:
         for key in type(operation).model_fields:
@@ -172,7 +172,7 @@ def _example(out, command: str) -> None:
 
 
 def parameters(entries: list[Entry], classes: dict[str, type[Operation]], broken: dict[str, str]) -> None:
-    """What `ls --all` shows: recipes with the operations they use, operations with their fields."""
+    """Print recipes with the operations they use, and operations with their fields, for `ls --all`."""
     out = console()
     table = Table("recipe", "uses", "what it does", title="Recipes", title_justify="left", box=None, pad_edge=False)
     for entry in entries:
@@ -193,11 +193,11 @@ def parameters(entries: list[Entry], classes: dict[str, type[Operation]], broken
         out.print(Text.assemble("\n", (op, "bold red"), "  ", error))
 
 
-WIDE = 60  # a column of so many names would push the descriptions out of the terminal
+WIDE = 60  # characters; a wider column would push the descriptions out of the terminal
 
 
 def _table(fields: dict[str, dict], schema: dict, indent: int = 2) -> Table:
-    """A row for each field: name, what it takes, its default, what it is."""
+    """A row for each field: name, legal values, default, description."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
     for name, field in fields.items():
         empty = "optional" if field.get("default") is None else f"default {_written(field['default'])}"
@@ -208,11 +208,11 @@ def _table(fields: dict[str, dict], schema: dict, indent: int = 2) -> Table:
     return table
 
 
-HUGE = 1e5  # a bound beyond which a number is said to have none: it is there for the file format's sake
+HUGE = 1e5  # larger bounds are not shown: they exist only for the file format
 
 
 def kind(field: dict, known: dict) -> str:
-    """What a field takes, from its JSON Schema: "mean | first | random", "whole number from 1"."""
+    """The legal values of a field, from its JSON Schema: "mean | first | random", "whole number from 1"."""
     if "$ref" in field:
         return kind(known.get(field["$ref"].rsplit("/", 1)[-1], {}), known)
     if "enum" in field or "const" in field:
@@ -242,7 +242,7 @@ def _range(field: dict) -> str:
 
 
 def _plural(words: str) -> str:
-    """ "whole numbers from 0" of "whole number from 0"."""
+    """ "whole numbers from 0" for "whole number from 0"."""
     for one, many in (("number", "numbers"), ("text", "texts"), ("mapping", "mappings"), ("list of", "lists of")):
         if one in words and many not in words:
             return words.replace(one, many, 1)

@@ -1,4 +1,4 @@
-"""The console: what a pipe gets, what shows how far a run is, sizes in bytes."""
+"""The console: output to terminals and pipes, the choice of a progress display, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATUS_STYLE = {
     "skipped": "yellow",
 }
 LABEL = 11  # columns of a label with its colon
-BROKEN_PIPE = 141  # what a shell gives for a command whose reader went away
+BROKEN_PIPE = 141  # exit code in a shell of a command whose reader closed the pipe
 
 
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -30,35 +30,35 @@ CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 
 class _Console(Console):
     def render(self, renderable, options=None):
-        """What is shown of a recipe, a text or a model's answer does not steer the terminal."""
+        """Replace control characters: a recipe, a text or a model's answer must not control the terminal."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(segment.text.translate(CONTROLS), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """The reader has seen enough (`surgery ls | head -1`): no fault of anybody's."""
+        """The reader has closed the pipe (`surgery ls | head -1`), which is not an error."""
         reader_left()
 
 
 def reader_left() -> None:
-    """End quietly where stdout is a pipe that nobody reads any more."""
+    """Exit silently after the reader of stdout has closed the pipe."""
     discard_stdout()
     raise SystemExit(BROKEN_PIPE)
 
 
 def discard_stdout() -> None:
-    """Lead stdout nowhere, or Python complains when it flushes at its end."""
+    """Redirect stdout to the null device; otherwise Python prints an error when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that wraps nothing in a pipe, colours only a terminal, and prints a user's [text] as it is."""
+    """A console that wraps nothing in a pipe, colours only a terminal, and prints a user's [text] unchanged."""
     output = sys.stderr if stderr else sys.stdout
     piped, plain = not output.isatty(), {"highlight": False, "markup": False, "emoji": False}
     return _Console(file=output, soft_wrap=piped, width=1000 if piped else None, **plain)
 
 
 def progress_bar(quiet: bool) -> Stages:
-    """What shows on stderr how far a run is: a bar for each stage in a terminal, lines in a pipe; `with` it."""
+    """The progress display on stderr, a context manager: a bar for each stage in a terminal, lines in a pipe."""
     from surgery.cli.render.stages import StageBars, StageLines, Stages
 
     if quiet:
@@ -70,7 +70,7 @@ def labelled(label: str, words: str | Text, *, copied: bool = False) -> None:
     """Print "label:   words" on stdout; in a terminal, further lines begin below the words.
 
     Args:
-        copied: the words are for copying: the terminal breaks them, and what is copied has no line end in it.
+        copied: the words are for copying. The terminal wraps them, so that the copy has no line end in it.
     """
     out = console()
     head, text = Text(f"{label}:".ljust(LABEL)), Text(words) if isinstance(words, str) else words

@@ -14,7 +14,7 @@ def lasted(seconds: float) -> str:
 
 
 def about(seconds: float) -> str:
-    """An estimate, in round numbers: "40 s", "3 min", "2.5 h"; "about" is said by the caller."""
+    """An estimate, in round numbers: "40 s", "3 min", "2.5 h"; the caller adds "about"."""
     if seconds < 10:
         return f"{max(1, round(seconds))} s"
     if seconds < 95:

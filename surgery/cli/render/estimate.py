@@ -1,4 +1,4 @@
-"""What a run will take: time, memory and disk, in two lines."""
+"""Estimates of a run: time, memory and disk, in three lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LEAST = 1.0  # seconds from which a part of the run is named
 
 
 def cost(estimate: Estimate) -> None:
-    """Print about how long the whole run takes, how much memory at its peak, and what it writes."""
+    """Print estimates of the duration of the whole run, of its peak memory, and of the bytes that it writes."""
     groups = estimate.groups()
     parts = ", ".join(f"{group} {about(seconds)}" for group, (seconds, _) in groups.items() if seconds >= LEAST)
     peak = max(groups, key=lambda group: groups[group][1])

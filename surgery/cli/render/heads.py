@@ -1,4 +1,4 @@
-"""The KV heads of a model as a map, layer by layer: what each scored, and which of them stream."""
+"""The KV heads of a model as a map, layer by layer: the score of each, and which of them stream."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SHADES = ("grey35", "grey42", "grey50", "grey58", "grey66", "dark_goldenrod", "g
 
 @dataclass(frozen=True)
 class HeadMap:
-    """What is known of a model's KV heads.
+    """The KV heads of a model, with their split and their scores as far as they are known.
 
     Attributes:
-        name: of the model.
-        numbers: KV heads of each layer, by the base's numbers, in the order in which they are stored.
-        streaming: those of each layer that see sinks + window, or None where no split was made.
-        sees: "16 sinks + 240 tokens", or "".
-        scores: what they scored, in the order of `numbers`, or None.
+        name: the name of the model, or "".
+        numbers: the KV heads of each layer, in the order in which they are stored; each by its index in the base.
+        streaming: the heads of each layer that see only sinks + window; None where no split was made.
+        sees: what streaming heads see ("16 sinks + 240 tokens"), or "".
+        scores: the scores of the heads, in the order of `numbers`, or None.
     """
 
     name: str
@@ -39,13 +39,13 @@ class HeadMap:
 
     @classmethod
     def of_scores(cls, scores: HeadScores) -> HeadMap:
-        """A score file's map."""
+        """The map of a score file."""
         name = (scores.origin.get("model") or {}).get("name") or ""
         return cls(name, [list(range(len(row))) for row in scores.scores], scores=scores)
 
     @classmethod
     def of_model(cls, model: str, file: Path | None = None) -> HeadMap:
-        """The map of a model by name: its split, and what its heads scored by a file or by its surgery.json.
+        """The map of a model by name: its split, and the scores of its heads from a file or from its surgery.json.
 
         Raises:
             SurgeryError: there is neither a split nor a score.
@@ -126,7 +126,7 @@ def _show_origin(out, scores: HeadScores) -> None:
 
 
 def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> None:
-    """Print (layer, head) -> sign and style, for `count` layers; heads that are gone are left blank."""
+    """Print `cells`, (layer, head) -> (sign, style), for `count` layers; removed heads are left blank."""
     for first in range(0, count, LAYERS):
         layers = range(first, min(first + LAYERS, count))
         ticks = "".join(f"{layer:<10}" for layer in layers if layer % 10 == 0)
@@ -139,7 +139,7 @@ def _grid(out, count: int, cells: dict[tuple[int, int], tuple[str, str]]) -> Non
 
 
 def draw(head_map: HeadMap, path: Path) -> list[Path]:
-    """Draw the map as a heat map, and the course of `gates` as NAME-loss in the same folder.
+    """Draw the map as a heat map, and the losses of the method `gates` as NAME-loss in the same folder.
 
     Returns:
         The files written.

@@ -24,12 +24,12 @@ def show(out: Console, renderable: RenderableType) -> None:
 
 
 def hanging(out: Console, label: Text | str, words: str, indent: int, style: str = "") -> None:
-    """Print a label and words that wrap below themselves, `indent` columns in; one line in a pipe.
+    """Print a label and words; further lines of the words are indented. In a pipe, everything is one line.
 
     Args:
-        label: shown as it is; words begin at `indent`, or behind a longer label.
-        indent: columns.
-        style: of the words.
+        label: shown unchanged; the words begin at column `indent`, or after a longer label.
+        indent: columns before each further line.
+        style: the style of the words.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
     least = 1 if words and label.plain and not label.plain.endswith(" ") else 0
@@ -43,11 +43,11 @@ def hanging(out: Console, label: Text | str, words: str, indent: int, style: str
 
 
 def wrapped(words: str, width: int, first: int = 0, rest: int = 0) -> list[str]:
-    """The words in lines that fit, without the indents: of the first line, and of the others."""
+    """The words in lines that fit after indents of `first` and `rest` columns; the lines do not hold the indents."""
     if width >= PIPED or not words.strip():
         return [words]
     narrow = textwrap.TextWrapper(max(width, 10 + rest), subsequent_indent=" " * rest, break_on_hyphens=False)
-    if first > rest and first + len(words.split()[0]) > width:  # no room for a word: all of them stand below
+    if first > rest and first + len(words.split()[0]) > width:  # no room for a word: all begin below
         narrow.initial_indent = " " * rest
         return ["", *(line[rest:] for line in narrow.wrap(words))]
     narrow.initial_indent = " " * first
@@ -56,7 +56,7 @@ def wrapped(words: str, width: int, first: int = 0, rest: int = 0) -> list[str]:
 
 
 def columns(out: Console, rows: Iterable[Sequence[Text | str]], gap: int = 2, cut: bool = False) -> None:
-    """Print rows whose cells stand below one another; the last one wraps below itself, or is cut where it ends."""
+    """Print rows in aligned columns; the last cell wraps inside its column, or is cut at the terminal's edge."""
     rows = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     widths = [max(cell.cell_len for cell in column) + gap for column in list(zip(*rows, strict=True))[:-1]]
     for *cells, last in rows:

@@ -14,11 +14,11 @@ from surgery.cli.render.console import console
 if TYPE_CHECKING:
     from surgery.calibration.sinks import SinkMap
 
-MOST = 6  # tokens and channels that are shown
+MOST = 6  # tokens, and channels, that are shown
 
 
 def show(sink_map: SinkMap, info: dict) -> None:
-    """Print what `survey_sinks` gives: the map and the information on model and text."""
+    """Print the result of `survey_sinks`: the map, and the information on model and text."""
     out = console()
     out.print(
         f"{info['model']}: attention sinks on {sink_map.texts} texts of {sink_map.length} tokens ({info['text']}); "
@@ -38,7 +38,7 @@ def show(sink_map: SinkMap, info: dict) -> None:
 
 
 def bos(info: dict) -> str:
-    """What the tokenizer does about a token that begins a text."""
+    """A clause on whether the tokenizer begins a text with BOS."""
     if info["token"] is None:
         return "the tokenizer has no BOS, so the first token is the text's own"
     if info["added"]:
@@ -106,7 +106,7 @@ def draw(sink_map: SinkMap, path: Path, info: dict) -> Path:
     """Draw query head x layer maps of the first token, the other sinks, and learned sinks where there are any.
 
     Args:
-        info: on model and text, as `survey_sinks` gives it.
+        info: the information on model and text that `survey_sinks` returns.
     """
     from surgery.report.plots import Cells, heat_maps
 

@@ -1,7 +1,7 @@
-"""How far a run is, on stderr: a bar for each stage in a terminal, lines elsewhere.
+"""Progress of a run on stderr: a bar for each stage in a terminal, lines elsewhere.
 
-A stage is known by the name that a progress callback is given (`surgery.machine.progress`). Where the stages of a run
-are known before it begins, they are numbered: "2/5 merging layers".
+A stage is identified by the name that a progress callback receives (`surgery.machine.progress`). Where the stages of a
+run are known before it begins, they are numbered: "2/5 merging layers".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.text import Text
 from surgery.cli.render.durations import about, clock, lasted
 from surgery.machine.progress import PERCENT
 
-SILENCE = 30.0  # seconds after which a stage that goes on is mentioned again in a pipe
+SILENCE = 30.0  # seconds after which a running stage is reported again in a pipe
 MANY = 100_000  # a total beyond this (bytes) says less than a percentage
 LEAST = 8  # columns of a bar
 WIDE, BAR = 120, 40  # from so many columns on, the bar has this width; below, it takes what is left
@@ -33,13 +33,14 @@ WIDE, BAR = 120, 40  # from so many columns on, the bar has this width; below, i
 
 @dataclass
 class Stage:
-    """One stage, from its first call on; times are those of the monotonic clock.
+    """One stage of a run; times are in seconds of the monotonic clock.
 
     Attributes:
         label: its name, with its number where the stages of the run are known.
-        done, total, detail: of the last call; a total of 0 is not known.
-        began: when it began, having done `done_before` (a run that goes on begins with what an earlier one did).
-        updated: when `done` last grew.
+        done, total, detail: as in the last call; a total of 0 means that it is not known.
+        done_before: `done` when it began; not 0 if a resumed run begins where an earlier one stopped.
+        began: the time at which it began.
+        updated: the time at which `done` last changed.
     """
 
     name: str
@@ -81,9 +82,9 @@ class Stage:
 
 
 class Stages:
-    """A progress callback that shows nothing; what shows something is made from it.
+    """A progress callback that shows nothing, and the base class of those that show something.
 
-    `with` it: the last stage ends with the block.
+    It is a context manager: the last stage ends with the block.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class Stages:
         self._lock = threading.RLock()
 
     def expect(self, names: Sequence[str]) -> None:
-        """Number the stages: these come, in this order. One of another name is taken in where it begins."""
+        """Number the stages, which will come in this order. A stage of another name is inserted when it begins."""
         self._expected, self._numbered, self._position = list(names), len(names) > 1, 0
 
     def __call__(self, done: int, total: int, label: str) -> None:
@@ -188,12 +189,12 @@ def _state(stage: Stage) -> str:
 
 
 class StageBars(Stages):
-    """One bar in a terminal, of the stage that is at work; it is gone when its stage has ended."""
+    """One bar in a terminal, for the stage that runs; the bar disappears when the stage ends."""
 
     def __init__(self, console: Console):
         super().__init__()
         columns = (TextColumn("{task.description}"), _Bar(BAR if console.width >= WIDE else None), _Count(), _Time())
-        # What others print on stderr comes above the bar; stdout is for results, and is left alone.
+        # Other output on stderr appears above the bar. stdout is for results and is not redirected.
         options: dict[str, Any] = {"console": console, "transient": True, "redirect_stdout": False}
         self._bars = Bars(*columns, expand=console.width < WIDE, **options)
         self._task: Any = None
@@ -213,7 +214,7 @@ class StageBars(Stages):
 
 
 class _Bar(BarColumn):
-    """A bar; of a stage without a count a spinner."""
+    """A bar, or a spinner for a stage without a count."""
 
     def __init__(self, width: int | None):
         super().__init__(bar_width=width, table_column=Column(ratio=1, min_width=LEAST))
@@ -230,7 +231,7 @@ class _Count(ProgressColumn):
 
 
 class _Time(ProgressColumn):
-    """ "1:12 elapsed, about 4:50 left"; steps of any length get an estimate as soon as one of them is done."""
+    """ "1:12 elapsed, about 4:50 left"; the estimate appears as soon as one step is done."""
 
     def render(self, task: BarTask) -> Text:
         stage = task.fields["stage"]

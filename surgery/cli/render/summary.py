@@ -1,4 +1,4 @@
-"""The lines that `apply` ends with: what changed, what a search chose, what it cost, what to type next."""
+"""The lines that `apply` and `heal` end with: changes, results of searches, cost, verdict, and what to type next."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def summary(report: Report, command: Command, seconds: float) -> None:
     """Print the lines that `apply` and `heal` end with.
 
     Args:
-        report: of a folder that was just written.
+        report: the report of the folder that was just written.
         command: what the user typed, for a command to copy.
-        seconds: that it took.
+        seconds: how long the command took.
     """
     data, gate = report.data, report.data["gate"]
     folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
@@ -52,7 +52,7 @@ def _changed(plan: dict) -> str:
 
 
 def _fitted(data: dict) -> list[str]:
-    """The texts that weights were fitted to, as `searched` ends its sentences of them."""
+    """The texts that weights were fitted to, in the words with which `searched` ends its sentences on them."""
     texts = [(each.get("record") or {}).get("calibration") or {} for each in data["operations"]]
     digests = [f" (sha256 {text['sha256']})" if text.get("sha256") else "" for text in texts]
     lines = zip(texts, digests, strict=True)

@@ -1,4 +1,4 @@
-"""What was measured, checked or pushed, and the search for `dense_below`, as tables."""
+"""Tables for checks, probes, benchmarks, pushes, `surgery doctor` and the search for `dense_below`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what 
 
 
 def checks(items: list[dict]) -> None:
-    """Print the items of a check, as surgery.json keeps them."""
+    """Print the items of a check, in the form that surgery.json records."""
     out = console()
     width = max((len(item["name"]) for item in items), default=0) + 2
     for item in items:
@@ -47,7 +47,7 @@ def check_verdict(data: dict, folder: str) -> None:
 
 
 def measured(probe: type[Probe], result: Result, following: str = "") -> None:
-    """What a probe says of its result: figures, notes, what they mean.
+    """Print the result of a probe: figures, notes and a verdict.
 
     Args:
         following: a command to type next; "": none.
@@ -79,7 +79,7 @@ def _as_rich(data: Data) -> Table:
 
 
 def benchmark(result) -> None:
-    """Print a `Benchmark`: timings, ratios, what they were taken on, and a verdict in words."""
+    """Print a `Benchmark`: timings, ratios, the conditions of the measurement, and a verdict in words."""
     out = console()
     table = _narrow("tokens", "", "prompt", "tok/s", "spread", "decode", "tok/s", "spread", "cache", "peak")
     last = None
@@ -141,7 +141,7 @@ def bench_verdict(ratios: dict) -> str:
 
 
 def _benchmarked(out, result) -> None:
-    """What the figures are of."""
+    """Print the conditions of a benchmark: models, split, rounds, machine, prompts."""
     model, split = result.model, result.split
     out.print(
         f"base: {model['base_attention']}, {model['base_cache']}; {model['layers']} layers, {model['dtype']}, batch 1"
@@ -179,7 +179,7 @@ def _benchmarked(out, result) -> None:
 
 
 def _narrow(*headers: str) -> Table:
-    """A table for 80 columns: one space between columns; names, in the second one, are set to the left."""
+    """A table for 80 columns: one space between columns; the second column, with names, is left-justified."""
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column, header in enumerate(headers):
         table.add_column(header, justify="left" if column == 1 else "right", no_wrap=True)
@@ -193,7 +193,7 @@ def _speedups(row: dict, to: str) -> list[str]:
 
 
 def pushed(result: dict) -> None:
-    """Print what `surgery.push` gives: files, sizes, where they went, warnings."""
+    """Print the result of `surgery.push`: files, sizes, destination, warnings."""
     out = console()
     for file in result["files"]:
         out.print(f"{size(file['bytes']):>10}  {file['name']}")
@@ -209,7 +209,7 @@ def pushed(result: dict) -> None:
 
 
 def doctor(report: dict) -> None:
-    """Print what `surgery.cli.doctor.examine` gives, and a verdict."""
+    """Print the result of `surgery.cli.doctor.examine`, and a verdict."""
     out = console()
     out.print(f"surgery {report['surgery']}, Python {report['python']}, {report['system']}")
     packages = (f"{name} {version or 'absent'}" for name, version in report["packages"].items())
@@ -234,7 +234,7 @@ def doctor(report: dict) -> None:
 
 
 def doctor_verdict(report: dict) -> str:
-    """Whether all works here, and on what."""
+    """Whether everything works here, and on which devices."""
     faults = [name for name, state in report["doors"].items() if not state.startswith("works")]
     faults = [f"loading ({', '.join(faults)}) fails"] if faults else []
     if report["problems"]:
@@ -267,7 +267,7 @@ def dense_below_outcome(search, out: Path, report) -> None:
     """Print what was written, or how to write it.
 
     Args:
-        report: of the checkpoint that got the value; None: no checkpoint did.
+        report: the report of the checkpoint that the value was written to; None: it was not written.
     """
     lines = console()
     if report is None:

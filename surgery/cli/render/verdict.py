@@ -1,4 +1,4 @@
-"""What to think of a result and what to type next: its gate beside the limits, one verdict, one command."""
+"""The judgement on a result: its gate compared with the limits, one verdict, and the command to type next."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from surgery.evaluation.probes.settings import requested_probes
 from surgery.report.gate import comparisons, damage
 
 BUDGETS = ("tokens", "steps", "minutes")
-LONGER = 4  # times the training
+LONGER = 4  # factor on the training's budget
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the user typed: `surgery VERB SUBJECT [MODEL] KEY=VALUE ... -o OUT`.
+    """The command that the user typed: `surgery VERB SUBJECT [MODEL] KEY=VALUE ... -o OUT`.
 
     Attributes:
         verb: "apply" or "heal".
         subject: the recipe, or the folder that is healed.
-        base: the model as typed; of a healing, what its record names where none was.
+        base: the model as typed; for a healing without --base, the base that the record names.
         overrides: key=value texts.
     """
 
@@ -32,7 +32,7 @@ class Command:
     overrides: tuple[str, ...] = ()
 
     def again(self, setting: str, out: str) -> str:
-        """The same command with another setting, into a folder beside `out`."""
+        """The same command with another setting, which writes to a folder next to `out`."""
         key = setting.partition("=")[0]
         kept = [each for each in self.overrides if each.partition("=")[0].rpartition(".")[2] != key.rpartition(".")[2]]
         model = [self.base] if self.verb == "apply" else []
@@ -77,7 +77,7 @@ def verdict(data: dict[str, Any]) -> str:
 
 
 def notes(data: dict[str, Any]) -> list[str]:
-    """What makes the figures say little."""
+    """Reasons why the figures say little."""
     before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
     if not isinstance(before, int | float) or before <= NO_MODEL:
         return []
@@ -85,13 +85,13 @@ def notes(data: dict[str, Any]) -> list[str]:
 
 
 def nothing_came_back(data: dict[str, Any]) -> bool:
-    """Whether a healing was measured and no figure is better than before it."""
+    """Whether a healing was measured and improved no figure."""
     shares = [share for share in ((data.get("heal") or {}).get("recovered") or {}).values() if share is not None]
     return bool(shares) and max(shares) <= 0
 
 
 def next_command(data: dict[str, Any], folder: str, command: Command) -> str:
-    """The one command to type next; what failed, or was not healed by its healing, is never pushed."""
+    """The one command to type next; never a push if the result failed or its healing improved nothing."""
     quoted, base = shlex.quote(folder), shlex.quote(command.base)
     evaluation = data["evaluation"]
     if data["check"] is None or not data["check"]["passed"]:
@@ -105,7 +105,7 @@ def next_command(data: dict[str, Any], folder: str, command: Command) -> str:
 
 
 def _mend(data: dict[str, Any], folder: str, command: Command) -> str:
-    """How to go on from a result that lost too much: a longer training, a milder setting, or a training."""
+    """The next command for a result that lost too much: longer training, a milder setting, or a first training."""
     if data.get("heal"):
         settings, prefix = data["heal"]["settings"], "heal." if command.verb == "apply" else ""
         budget = next((name for name in BUDGETS if settings.get(name)), None)
@@ -117,7 +117,7 @@ def _mend(data: dict[str, Any], folder: str, command: Command) -> str:
 
 
 def _milder(data: dict[str, Any], command: Command) -> str:
-    """A milder setting of one of the operations, with which the recipe still fits this model; "": there is none."""
+    """A milder setting of one operation, with which the recipe still fits this model; "" where there is none."""
     from surgery import operations
     from surgery.api import plan
 
@@ -136,7 +136,7 @@ def _milder(data: dict[str, Any], command: Command) -> str:
 
 
 def _requested_options(data: dict[str, Any]) -> str:
-    """The options of `eval` that make its result the one that the recipe asks for."""
+    """The options with which `eval` measures as the recipe's evaluation does."""
     settings = data["recipe"].get("evaluate") or {}
     probe = next(probe for probe in requested_probes(settings) if probe.main)
     flags = {option: (getattr(probe, flag.key), flag.key) for option, flag in probe.aliases.flags.items()}
