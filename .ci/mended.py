@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What each mended defect's test says before its mend and after it.
+"""Print the result of each fixed defect's test before and after the fix.
 
     python .ci/mended.py [DEFECT ...]
 
-A commit that mends a defect names it and its test in a line of its message, "Mends: D1 tests/... [-k words]". The test
-is run on that commit, and on its parent with the tests of that commit: there it should fail.
+A commit that fixes a defect names the defect and its test in a line of its message: "Mends: D1 tests/... [-k words]".
+The test is run on that commit. It is also run on the parent of that commit, with the commit's tests: it should fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT, CASE_LIMIT, MEMORY = 900, 60, 12 << 30  # seconds for a run and for a test in it, bytes
+LIMIT, CASE_LIMIT, MEMORY = 900, 60, 12 << 30  # seconds for a run, seconds for one test, bytes
 PLUGIN = f"""# A test that hangs on the parent has failed.
 import signal
 import pytest
@@ -43,7 +43,7 @@ def git(*words: str) -> str:
 
 
 def mends() -> list[tuple[str, str, list[str]]]:
-    """Defect, commit and pytest's arguments, oldest first."""
+    """(defect, commit, arguments of pytest) for each fix, oldest first."""
     found = []
     for entry in git("log", "--reverse", "--format=%H%x00%B%x01").split("\x01"):
         commit, _, message = entry.strip().partition("\x00")
@@ -54,7 +54,7 @@ def mends() -> list[tuple[str, str, list[str]]]:
 
 
 def run(tree: Path, arguments: list[str]) -> str:
-    """The last line of pytest."""
+    """Run pytest in a tree; its last line of results."""
     (tree / "case_limit.py").write_text(PLUGIN)
     env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "case_limit", *arguments]
@@ -70,7 +70,7 @@ def run(tree: Path, arguments: list[str]) -> str:
 
 
 def tree_of(commit: str, folder: Path, tests: str) -> Path:
-    """The files of a commit, with the tests of another one."""
+    """Extract the files of a commit into a folder, with the tests of the commit `tests`."""
     for what, paths in ((commit, ()), (tests, ("tests", "pyproject.toml"))):
         archive = subprocess.run(["git", "archive", what, *paths], cwd=ROOT, check=True, capture_output=True).stdout
         if paths:

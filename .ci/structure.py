@@ -1,9 +1,9 @@
-"""Count what the structure of the package promises: loose files, circles of modules, and what a commit touched.
+"""Check the structure of the package: loose files, circles of imports, and the files that a commit touched.
 
     python .ci/structure.py             loose files in surgery/, circles, the largest files
-    python .ci/structure.py COMMIT ...  of each commit the files outside tests/ that it touched
+    python .ci/structure.py COMMIT ...  for each commit, the files outside tests/ that it touched
 
-Exit code 1 where there are other loose files than the six, or a circle.
+Exit code 1 if the loose files are not the six that are expected, or if there is a circle.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LOOSE = {"__init__.py", "__main__.py", "api.py", "errors.py", "pipeline.py", "ve
 
 
 def circles() -> list[set[str]]:
-    """Modules that import one another, directly or through others; imports for type checkers alone do not count."""
+    """Groups of modules that import one another, directly or indirectly; imports for type checkers do not count."""
     graph = grimp.build_graph("surgery", exclude_type_checking_imports=True)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     return [found for found in strongly_connected(imports) if len(found) > 1]
 
 
 def strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
-    """The strongly connected components of a graph: Tarjan's algorithm, with a stack of its own."""
+    """The strongly connected components of a graph: Tarjan's algorithm, without recursion."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     path: list[str] = []
@@ -62,7 +62,7 @@ def strongly_connected(edges: dict[str, set[str]]) -> list[set[str]]:
 
 
 def touched(commit: str) -> list[str]:
-    """The files outside tests/ that a commit added, changed or took away."""
+    """The files outside tests/ that a commit added, changed or removed."""
     command = ["git", "-C", str(ROOT), "diff", "--no-renames", "--name-only", "-z", f"{commit}^1", commit]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
     return [name for name in names if name and not name.startswith("tests/")]

@@ -22,7 +22,7 @@ def main() -> None:
     tokenizer = surgery.load_tokenizer(args.model)
     model = surgery.load(args.model)
 
-    report = surgery.apply("gqa", model, tokenizer=tokenizer, calibration_samples=16)  # in place; optimiser after it
+    report = surgery.apply("gqa", model, tokenizer=tokenizer, calibration_samples=16)  # in place, before the optimiser
     print(report)
 
     batch = surgery.text_windows(tokenizer, length=128, count=4)
@@ -36,7 +36,7 @@ def main() -> None:
         print(f"step {step}: loss {loss.item():.3f}")
 
     model.eval()
-    result = surgery.evaluate(model, args.model, tokenizer=tokenizer, report=report)  # of the trained weights
+    result = surgery.evaluate(model, args.model, tokenizer=tokenizer, report=report)  # with the trained weights
     print(result)
     surgery.save(model, args.output, report, tokenizer=tokenizer, overwrite=True)
     print(surgery.check(args.output).checks)

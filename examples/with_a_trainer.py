@@ -2,8 +2,8 @@
 
     python examples/with_a_trainer.py [MODEL] [--steps 4] [-o OUT]
 
-A few steps heal nothing; `surgery heal` or a recipe's `heal:` block is the way to heal. This is for a fine-tuning of
-your own on a model whose attention was changed.
+A few steps heal nothing: to heal, use `surgery heal` or a recipe's `heal:` block. This script shows how you fine-tune
+a model whose attention was changed.
 """
 
 import argparse
@@ -24,8 +24,9 @@ def main() -> None:
 
     tokenizer = surgery.load_tokenizer(args.model)
     model = surgery.load(args.model)
-    report = surgery.apply(args.recipe, model, tokenizer=tokenizer)  # in place: before the Trainer, which makes the
-    print("\n".join(report.changes))  # optimiser
+    # The model is changed in place, and before there is a Trainer, which makes the optimiser.
+    report = surgery.apply(args.recipe, model, tokenizer=tokenizer)
+    print("\n".join(report.changes))
 
     windows = surgery.text_windows(tokenizer, length=64, count=8)
     rows = [{"input_ids": window, "labels": window} for window in windows]

@@ -1,11 +1,11 @@
-"""How long an attention block takes with a gate: projections and attention of one layer, beside the base's.
+"""Time of an attention block with a gate: projections and attention of one layer, compared with the base's.
 
     python examples/benchmarks/bench_gates.py [MODEL] [--lengths 2048 4096 8192] [--active 0.5 0.75]
 
-One layer of the model's shape with random weights, float32, stock Transformers with SDPA against the same layer after
-`moh` with a random router; the two in turn, medians. Beside the ratio of times that of multiply-adds as they were
-counted (router, projections, attention). `--decode`: one token after so many, the cache's block-growing store on both
-sides, so that the difference is the gate's alone.
+The layer has the model's shape and random weights in float32. Stock Transformers with SDPA is compared with the same
+layer after `moh` with a random router. The two run in turn, and times are medians. The table has the ratio of the
+times and the ratio of the multiply-adds that were counted (router, projections, attention). `--decode` times one token
+after a prompt of each length. Both sides then use our cache, which grows by blocks, so that only the gate differs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from surgery.io.hub import resolve
 
 
 def block(config, active: float | None, unit: str, shared: float):
-    """A model of one layer, surgical; `active` None: no gate."""
+    """A model of one layer: with a gate, or without one if `active` is None."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
@@ -31,7 +31,7 @@ def block(config, active: float | None, unit: str, shared: float):
 
 
 def share_some(model, config, active: float, shared: float, unit: str) -> None:
-    """The first units become shared ones, as if they had been measured to be."""
+    """Make the first units shared ones, as if a calibration had chosen them."""
     from surgery.runtime.modeling_surgery import attention_modules, patch
 
     (module,) = attention_modules(model)

@@ -1,4 +1,4 @@
-"""What healing costs: a training step by its loss, the loop around it, and the text that the base writes itself.
+"""The cost of healing: a training step by its loss, the training loop, and the text that the base writes.
 
     python examples/benchmarks/bench_healing.py step [MODEL] [--methods full lora parts] [--layers 6] \\
         [--rows 2] [--length 512]
@@ -7,15 +7,16 @@
     python examples/benchmarks/bench_healing.py stored [MODEL]
     python examples/benchmarks/bench_healing.py write [MODEL] [--batches 8 32 64] [--dtypes float32 bfloat16]
 
-step: one step (forward, loss, backward, AdamW) of each method, on a model of the shape of MODEL with random weights,
-fewer layers and its whole vocabulary, whose KV heads were merged to one (lora and parts train other parameters where
-there was no surgery). The losses in turn, medians; each beside the step with our cross-entropy, and what it may take.
-loop: tokens a second of `surgery.heal` (method full, loss ce) on such a merged model and of a bare Trainer on a stock
-model of that size, in turn, on the same text in as large batches; from the first step's end to the last one's, so
-neither reading the text nor what is made once is in it.
-stored: what a stored teacher loses by its k tokens and by their precision: KL to a student whose V is off by 30%,
+step: one step (forward, loss, backward, AdamW) of each method. The model has the shape of MODEL, random weights, fewer
+layers and the whole vocabulary. Its KV heads were merged to one, because lora and parts train other parameters where
+there was no surgery. The losses run in turn. For each, the table has the median time, its ratio to the step with our
+cross-entropy, and the largest ratio that is allowed.
+loop: tokens per second of `surgery.heal` (method full, loss ce) on such a merged model, and of a bare Trainer on a
+stock model of that size. The two run in turn, on the same text in equally large batches. Time counts from the end of
+the first step to the end of the last, so that reading the text and one-time work are left out.
+stored: the error of a stored teacher, by its k tokens and their precision: the KL to a student whose V is off by 30%,
 and how far the gradient is from that of the whole distribution.
-write: tokens a second that MODEL writes, what a million tokens take, and how the samples begin.
+write: tokens per second that MODEL writes, the hours for a million tokens, and how the samples begin.
 """
 
 import argparse
@@ -29,8 +30,8 @@ import surgery
 from surgery.io.hub import resolve
 
 LIMITED = "distillation, live teacher", "distillation, stored top 64"
-AT_MOST = {"full": (1.6, 1.2), "lora": (1.9, 1.2), "parts": (1.9, 1.2)}  # of a step with cross-entropy
-AT_LEAST = 0.95  # of a bare Trainer's speed
+AT_MOST = {"full": (1.6, 1.2), "lora": (1.9, 1.2), "parts": (1.9, 1.2)}  # ratios to a step with cross-entropy
+AT_LEAST = 0.95  # share of a bare Trainer's speed
 MERGE = {"version": 1, "name": "merge", "operations": [{"op": "gqa", "kv_heads": 1}], "evaluate": None}
 
 
@@ -136,7 +137,7 @@ def timed_steps(method: str, base, live, stored, batch: dict, args) -> dict[str,
             loss_of(outputs).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if run:  # the first makes what is made once
+            if run:  # the first run includes one-time work
                 times[name].append(now(args) - begin)
     return times
 
@@ -165,7 +166,7 @@ def loop(args) -> None:
     print(f"{args.runs} rounds of {args.steps - 1} timed steps\n")
     print("| loop | tokens/s | smallest | largest |\n| --- | ---: | ---: | ---: |")
     for name, each in speeds.items():
-        del each[0]  # in the first round is what is made once
+        del each[0]  # the first round includes one-time work
         print(f"| {name} | {statistics.median(each):.0f} | {min(each):.0f} | {max(each):.0f} |")
     ratios = [ours / bare for bare, ours in zip(*speeds.values(), strict=True)]
     row = f"{statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f}"
@@ -173,7 +174,7 @@ def loop(args) -> None:
 
 
 def our_loop(model, tokenizer, heal, args) -> float:
-    """Tokens a second of the healing loop."""
+    """Tokens per second of the healing loop."""
     ends = []
 
     def follow(done: int, of: int, label: str) -> None:
@@ -185,7 +186,7 @@ def our_loop(model, tokenizer, heal, args) -> float:
 
 
 def bare_loop(model, tokenizer, heal, args) -> float:
-    """Tokens a second of Transformers' Trainer as it comes, on rows of the same text, as many in a forward."""
+    """Tokens per second of Transformers' own Trainer, on rows of the same text, equally many in a forward."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from surgery.data.documents import Packed, documents
@@ -194,7 +195,7 @@ def bare_loop(model, tokenizer, heal, args) -> float:
     from surgery.healing.plan import micro_rows
     from surgery.machine.transformers_logging import quiet_transformers
 
-    ends = []  # of the steps
+    ends = []  # the time at the end of each step
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -225,7 +226,7 @@ def bare_loop(model, tokenizer, heal, args) -> float:
 
 
 def speed_of(ends: list[float], heal) -> float:
-    """Tokens a second between the ends of the first and of the last step."""
+    """Tokens per second between the end of the first step and the end of the last."""
     return (len(ends) - 1) * heal.rows * heal.length / (ends[-1] - ends[0])
 
 

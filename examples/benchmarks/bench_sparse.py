@@ -1,4 +1,4 @@
-"""How long sparse prefill takes beside dense attention, and how far its result is off, on a model's own activations.
+"""Time and error of sparse prefill, compared with dense attention, on a model's own activations.
 
     python examples/benchmarks/bench_sparse.py [MODEL] [--lengths 4096 8192] [--layers 0 10 20] \\
         [--threads 2] [--runs 3]
@@ -6,15 +6,17 @@
 
 The model reads one long text; a prompt beyond its positions is read with a larger RoPE base (NTK: times
 (length / positions) ** (d / (d - 2))), and the table says so. In each of the layers, dense attention (SDPA, causal)
-and every way run in turn on the same queries, keys and values: medians of the runs, of the estimator alone and of all.
+and every way run in turn on the same queries, keys and values. Times are medians of the runs: "estimator" is that of
+the estimator alone, "all" includes it.
 
     error     |sparse - dense| / |dense| of a row of the layer's output, after the output projection, the mean over the
-              rows beyond `dense_below` and over the layers; each layer gets what the dense model gives it
+              rows beyond `dense_below` and over the layers; the input of each layer is the dense model's
     read      pairs of a query and a key that were multiplied, as a share of those of causal attention
     GFLOP/s   of these products (4 * head_dim operations a pair: scores and values), without the estimator
 
-What is gained is the share read, times how fast it is multiplied beside the dense kernel, less the estimator: it is
-smaller on a machine whose dense kernel is faster, and says nothing without that machine's GFLOP/s.
+The gain follows from the share that is read, from the speed of its products compared with the dense kernel, and from
+the time of the estimator. It is smaller on a machine whose dense kernel is faster, and means nothing without that
+machine's GFLOP/s.
 
 `--whole` runs the model as a user would, stock and sparse, and prints seconds of the prompt and the KL of the logits
 (every 16th row beyond `dense_below`) in place of the table of layers.
@@ -46,7 +48,7 @@ WAYS = [
 
 
 def setting(way: str) -> dict:
-    """ "pooled density=0.2" as `sparse` of a layer's entry."""
+    """ "pooled density=0.2" as the value of `sparse` in a layer's entry."""
     method, *fields = way.split()
     pairs = (field.split("=", 1) for field in fields)
     return {"method": method} | {name: yaml.safe_load(value) for name, value in pairs}
@@ -67,7 +69,7 @@ def load(path, length: int):
 
 
 def layers(args, path, length: int, tokens) -> None:
-    """Attention of some layers, layer by layer inside one dense forward."""
+    """Measure the attention of some layers, layer by layer inside one dense forward."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -132,7 +134,7 @@ def operations(config, length: int) -> int:
 
 
 def whole(args, path, length: int, tokens) -> None:
-    """The prompt through the whole model."""
+    """Measure the prompt through the whole model."""
     import torch
 
     from surgery.runtime.modeling_surgery import patch
@@ -161,9 +163,9 @@ def whole(args, path, length: int, tokens) -> None:
 
 
 def share_read(way, kept, query) -> float:
-    """Pairs of a query and a key that are multiplied, of those of causal attention, in a prompt in one piece.
+    """The share of causal attention's pairs of a query and a key that is multiplied, for a prompt in one piece.
 
-    Delta's dense rows count: they are read besides the blocks.
+    Delta's dense rows count, since they are read in addition to the blocks.
     """
     heads, length = query.shape[1:3]
     return way.pairs(kept, heads, length, length) / (heads * length * (length + 1) / 2)
@@ -173,8 +175,8 @@ def error(module, out, right, first: int) -> float:
     """|x - right| / |right| of a row of a layer's output x, the mean over the rows from `first` on.
 
     Args:
-        out: [batch, heads, n, head_dim], of the attention of `module`.
-        right: [batch, n, hidden], the dense attention's after the output projection.
+        out: [batch, heads, n, head_dim], the output of the attention of `module`.
+        right: [batch, n, hidden], the output of dense attention after the output projection.
     """
     off = module.o_proj(out.transpose(1, 2).flatten(2)) - right
     return (off.norm(dim=-1) / right.norm(dim=-1))[:, first:].mean().item()

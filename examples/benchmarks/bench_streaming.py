@@ -1,21 +1,21 @@
-"""How long a streamed conversion takes beside a plain copy, and how much memory.
+"""Time and memory of a streamed conversion, compared with a plain copy.
 
     python examples/benchmarks/bench_streaming.py --gib 4 --shards 42
     python examples/benchmarks/bench_streaming.py --gib 2 --shards 20 --save
     python examples/benchmarks/bench_streaming.py --prefix "taskset -c 0"                     on one core
     python examples/benchmarks/bench_streaming.py --env "OPENSSL_ia32cap=~0x0:~0x20000000"    no SHA instructions
 
-Two sides on the same synthetic Llama checkpoint, in turn, `--rounds` times; the medians are compared:
+Two commands run on the same synthetic Llama checkpoint, in turn, `--rounds` times. Their medians are compared:
 
     convert   python -m surgery apply mqa BASE -o OUT --no-check --no-eval
     copy      cp -r BASE COPY && sync && sha256sum COPY/*
 
-A conversion reads, rewrites, hashes and fsyncs every file, so a copy on the disk and its hashes are the least that
-could be asked for. The time of either side ends with a `sync`. Each begins after a `sync` and a rest: a virtual
-machine hands freed memory back to its host after some seconds, and writing into memory that was freed just now is
-four times as fast as into memory that the host must find first. Memory is ru_maxrss of the process. Timings taken on a
-busy machine mean nothing: "others" is the CPU time that everybody else took meanwhile. `--save` puts the medians into
-results/streaming.json, in place of those of the same checkpoint under the same conditions.
+A conversion reads, rewrites, hashes and fsyncs every file, so a copy on the disk with its hashes is the least work
+that is possible. The time of each command ends with a `sync`. Each begins after a `sync` and a rest: a virtual machine
+returns freed memory to its host after some seconds, and writing into memory that was just freed is four times as fast
+as writing into memory that the host must find first. Memory is ru_maxrss of the process. Timings from a busy machine
+mean nothing: "others" is the CPU time that other processes took in the same time. `--save` writes the medians to
+results/streaming.json, where they replace those of the same checkpoint under the same conditions.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def sync() -> None:
 
 
 def measure(command: list[str], out: Path, env: dict[str, str]) -> dict:
-    """Seconds until the data is on disk, CPU seconds and peak memory of a command; `out` is removed."""
+    """Run a command; seconds until the data is on disk, CPU seconds, peak memory, CPU seconds of others. Removes `out`."""
     sync()
     time.sleep(REST)
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | env
@@ -101,12 +101,12 @@ def measure(command: list[str], out: Path, env: dict[str, str]) -> dict:
 
 
 def median(runs: list[dict]) -> dict:
-    """The median of each figure of several runs; None where the system does not tell it."""
+    """The median of each figure of several runs; None where the system does not report it."""
     return {key: None if runs[0][key] is None else statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def busy_seconds() -> float | None:
-    """CPU seconds of all processes since the start of the machine, where the system tells."""
+    """CPU seconds of all processes since the start of the machine; None where the system does not report them."""
     if not Path("/proc/stat").is_file():
         return None
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
@@ -114,7 +114,7 @@ def busy_seconds() -> float | None:
 
 
 def disk_speed(folder: Path, size: int = 1 << 30) -> float:
-    """Bytes per second of writing one file, fsync included."""
+    """Bytes per second when one file is written, fsync included."""
     noise, path = os.urandom(1 << 17), folder / "speed"
     sync()
     began = time.perf_counter()

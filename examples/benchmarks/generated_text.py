@@ -1,8 +1,8 @@
-"""What a converted model writes, next to its base: ten prompts, the likeliest token each time.
+"""The text of a converted model next to that of its base: ten prompts, with the likeliest token each time.
 
     python examples/benchmarks/generated_text.py OUT BASE [--tokens 40]
 
-OUT is a folder that `surgery apply` wrote, BASE what it was made from.
+OUT is a folder that `surgery apply` wrote. BASE is the model that it was made from.
 """
 
 import argparse

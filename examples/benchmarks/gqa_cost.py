@@ -1,12 +1,12 @@
-"""What `plan` says that the closed form costs, beside what it costs: time and memory, for a model of some shape.
+"""Time and memory of the closed form: the estimate of `plan` and the measured cost, for a model of any shape.
 
     python examples/benchmarks/gqa_cost.py [--layers 1] [--whole 32] [--samples 28] [--tokenizer MODEL]
         [--hidden 4096] [--heads 32] [--kv-heads 32] [--to 8] [--mlp 11008]
 
-The model is a Llama of random bfloat16 weights, made in memory with a few layers of the shape (the default is Llama 2
-7B's), and its words are those of --tokenizer. Printed: the plan for these layers, what their conversion took, and the
-plan for --whole layers, which of this width are worked on one at a time. Memory is the peak of the resident set beyond
-the model, so Linux only.
+The model is a Llama with random bfloat16 weights. It is made in memory with a few layers of the shape (by default that
+of Llama 2 7B) and with the vocabulary of --tokenizer. The script prints the estimate for these layers, the measured
+cost of their conversion, and the estimate for --whole layers; layers of this width are converted one at a time. Memory
+is the peak of the resident set beyond the model, which is read from /proc, so that this runs on Linux only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ GB = 1e9
 
 
 def model_of(args, layers: int, words: int, device: str):
-    """A Llama of the shape; on the device `meta` it has no weights."""
+    """A Llama of the shape with `layers` layers and `words` tokens; on the device `meta` it has no weights."""
     config = LlamaConfig(
         hidden_size=args.hidden,
         num_attention_heads=args.heads,
@@ -39,19 +39,19 @@ def model_of(args, layers: int, words: int, device: str):
 
 
 def planned(model, fields: dict) -> tuple[float, float]:
-    """Seconds, and GB beside the model, as `plan` says."""
+    """The estimate of `plan`: seconds, and GB in addition to the model."""
     plan = surgery.plan("gqa", model, **fields)
     notes = " ".join(note for step in plan.steps for note in step.change.notes)
     return plan.steps[0].change.seconds, float(re.search(r"about ([\d.]+) GB beside it", notes)[1])
 
 
 def resident(name: str) -> float:
-    """GB of this process: `VmRSS` now, `VmHWM` at most since `forget`."""
+    """Memory of this process in GB: `VmRSS` is the present value, `VmHWM` the peak since `forget`."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / GB
 
 
 def forget() -> None:
-    """The peak is counted from now on."""
+    """Reset the peak of memory, `VmHWM`."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,13 +1,13 @@
-"""From the mean of the heads to the closed form, one rung after the other: what each step is worth, in one table.
+"""From the mean of the heads to the closed form, one rung after the other: the gain of each step, in one table.
 
     python examples/benchmarks/gqa_ladder.py [MODEL] [--kv-heads 1] [--mix FILE ...] \\
         [--texts builtin FILE ...] [--out FILE]
 
 Every row converts the model in memory, without training, and scores it against the base on held-out texts: `builtin`
-(its held-out half) and files, which the calibration must not have seen. The calibration text is that of the recipe
-(half the built-in one, half what the model writes) or, with `--mix`, the built-in one and as many characters of each
-file. Cost: a row of 40 x 512 tokens is some minutes on two cores; with `--out` finished rows are kept in a file, and a
-second run goes on from there.
+(its held-out half) and files, which the calibration must not have seen. The calibration text is the recipe's (half
+built-in text, half text that the model writes) or, with `--mix`, the built-in text and as many characters of each
+file. A row of 40 x 512 tokens takes some minutes on two cores. With `--out`, finished rows are kept in a file, and the
+same command resumes.
 """
 
 import argparse
@@ -40,11 +40,11 @@ RUNGS = {
     "default, a half of the layers, drawn (seed 0), keeps its heads": CLOSED | {"drawn": 0},
     "default, a half of the layers, drawn (seed 1), keeps its heads": CLOSED | {"drawn": 1},
 }
-CHOICES = ("out", "rungs", "samples")  # arguments that say which rows there are
+CHOICES = ("out", "rungs", "samples")  # arguments that select the rows
 
 
 def mixed(files: list[str], folder: str) -> str:
-    """Calibration text: the built-in one, and of each file as many characters."""
+    """The path of a calibration text: the built-in text, and as many characters of each file."""
     own = load_text(part="calibration").text
     parts = [own] + [load_text(file).text[: len(own)] for file in files]
     path = Path(folder, "calibration.txt")
@@ -53,7 +53,7 @@ def mixed(files: list[str], folder: str) -> str:
 
 
 def drawn(model, kv_heads: int, seed: int) -> list[int]:
-    """KV heads of each layer where a half of the layers, drawn, keeps them: as many bytes as `keep_layers: 0.5`."""
+    """KV heads of each layer if a random half of the layers keeps its heads: as many bytes as `keep_layers: 0.5`."""
     layers = Anatomy.of(model).layers
     keep = random.Random(seed).sample(range(len(layers)), int(0.5 * len(layers) + 0.5))
     return [layer.kv_heads if layer.index in keep else kv_heads for layer in layers]
@@ -111,12 +111,12 @@ def main() -> None:
 
 
 def fit() -> dict:
-    """The fit's own settings."""
+    """The settings and the revision of the fit, as settings of `Measured`."""
     return {"fit": f"{FitSettings()}, revision {REVISION}"}
 
 
 def judged(model, base: str, tokenizer, args) -> list[dict]:
-    """Of each held-out text: what it is, the base's and the model's cross-entropy in nats, the KL to the base."""
+    """For each held-out text: its record, the base's and the model's cross-entropy in nats, and the KL to the base."""
     asked = {"tokenizer": tokenizer, "windows": args.windows, "length": args.length}
     found = [surgery.evaluate(model, base, text=text, **asked).to_dict() for text in args.texts]
     return [

@@ -2,11 +2,11 @@
 
     python examples/benchmarks/gqa_robustness.py [MODEL] --prose FILE [--texts builtin FILE ...] --out rows.json
 
-Kinds: prose (--prose), code (Python's standard library), chat (what MODEL writes as user and assistant, by its chat
-template; written for every seed), mixed (the recipe's default, which has no seed). A seed shuffles a text's
-paragraphs (of code: files) before it is cut into pieces. Each row converts the model in memory to --kv-heads and
+Kinds: prose (--prose), code (Python's standard library), chat (MODEL writes both user and assistant with its chat
+template, again for every seed), mixed (the recipe's default, which has no seed). A seed shuffles the paragraphs of a
+text, or the files of code, before the text is cut into pieces. Each row converts the model in memory to --kv-heads and
 scores it on held-out texts, which the calibration must not have seen. A row of 8,192 tokens takes some minutes on one
-core, more tokens in proportion; rows that are done are kept in --out, and the same command goes on from there.
+core, and more tokens take longer in proportion. Finished rows are kept in --out, and the same command resumes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from surgery.io.hub import resolve
 from surgery.io.loading import read_tokenizer
 
 KINDS = ("prose", "code", "chat", "mixed")
-SPARE = 8  # characters that are written for a token that is asked for
+SPARE = 8  # characters of text for each token that is needed
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def row(base: str, tokenizer, kind: str, tokens: int, seed: int, args) -> list[dict]:
-    """The model converted on a text of this kind, judged."""
+    """Convert the model with a calibration text of this kind, and score it."""
     model = surgery.load(base)
     with tempfile.TemporaryDirectory() as folder:
         text = "mixed"
@@ -74,7 +74,7 @@ def row(base: str, tokenizer, kind: str, tokens: int, seed: int, args) -> list[d
 
 
 def calibration(kind: str, model, tokenizer, tokens: int, seed: int, args) -> str:
-    """Enough text of a kind, in an order that the seed gives."""
+    """Enough text of a kind, in an order that depends on the seed."""
     if kind == "chat":
         asked = SimpleNamespace(length=args.length, chat=True, seed=seed)
         return "\n\n".join(map(tokenizer.decode, sample(model, tokenizer, asked, int(1.2 * tokens))))

@@ -1,4 +1,4 @@
-"""What merging KV heads without training does to a model: one table, damage included.
+"""The damage to a model whose KV heads are merged without training: one table, with a row for each method.
 
     python examples/benchmarks/gqa_table.py [MODEL] [--kv-heads 1] [--text FILE]
 

@@ -1,13 +1,14 @@
-"""Which score finds the heads that must keep the whole past? Needles kept, for every score and ratio, beside chance.
+"""Which score finds the heads that must keep the whole past? Needles kept, by score and ratio, and by chance.
 
     python examples/benchmarks/head_scores_table.py smollm2-135m --scores far-mass.json retrieval.json --out table.json
 
-Each score file is one that `surgery score MODEL --method ... -o FILE` wrote. Of the needles that the base answers and
-that lie outside of sinks and window, the share that the split model answers too is printed with its 95 % interval;
-`inverse` keeps the heads with the lowest scores of the first file, `random` rows draw the heads (once where the ratio
-is 0.25: there anything passes). Prompt and answer are one forward without a cache. `--perplexity WINDOWS LENGTH` adds,
-for each of `--texts` ("builtin", its held-out part, or a file), the perplexity as a share of the base's. A row is
-printed as soon as it is measured, and `--out` holds what was measured so far: the same command goes on from there.
+Each score file was written by `surgery score MODEL --method ... -o FILE`. Only needles count that the base answers and
+that lie outside of sinks and window. The share of them that the split model also answers is printed with its 95 %
+interval. `inverse` keeps the heads with the lowest scores of the first file. `random` rows draw the heads (only one
+row where the ratio is 0.25, since any choice passes there). Prompt and answer are one forward without a cache.
+`--perplexity WINDOWS LENGTH` adds, for each of `--texts` ("builtin", its held-out part, or a file), the perplexity as
+a share of the base's. A row is printed as soon as it is measured. `--out` holds what was measured so far, and the same
+command resumes.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""The ways to heal beside one another: how far does each bring a converted model back in the same time?
+"""The ways to heal, compared: how much of the damage to a converted model does each undo in the same time?
 
     python examples/benchmarks/heal_routes.py START BASE --data FILE --minutes 40 --out routes.json \\
         [--texts builtin FILE]
 
-START is a folder that `surgery apply` wrote from BASE. Each route trains it anew for the same minutes (or `--steps`)
-on the same text, and is scored on held-out texts; on the way a little of the built-in held-out text is scored, too.
-Text of the base itself (`--data self`) is written once, `--write` tokens, for all routes.
-The curves, nats against minutes and against tokens, are drawn beside `--out`, which holds what is finished: the same
-command goes on from there. "layers first" is `lora` after each layer's attention was fitted to the base's on `--first`
-tokens (of what trains: K and V), "layers first, full" is `full` after the same; the time that this takes comes on top
-("in all").
+START is a folder that `surgery apply` wrote from BASE. Each route trains START for the same minutes (or `--steps`) on
+the same text, and the result is scored on held-out texts. During the training, a little of the built-in held-out text
+is scored. With `--data self`, the base writes `--write` tokens of text once, for all routes.
+The curves, nats against minutes and against tokens, are drawn next to `--out`. `--out` holds the finished routes, and
+the same command resumes. In "layers first", each layer's attention is first fitted to the base's on `--first` tokens
+(K and V, among the parameters that train); then `lora` follows. In "layers first, full", `full` follows. The time of
+the fit is not part of the minutes; "in all" includes it.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def score(folder, options) -> list[float]:
 
 
 def written(options) -> Path:
-    """Text of the base, in a file beside `--out`; its batches are kept in a folder, for a run that is stopped."""
+    """Write text of the base to a file next to `--out`; its batches are kept in a folder, so that a run can resume."""
     folder, file = resolve(options.base).path, options.out.with_name(f"{options.out.stem}-text.jsonl")
     tokenizer, model = read_tokenizer(folder), load_model(folder, dtype=torch.float32).eval()
     documents = sample(model, tokenizer, Heal(steps=1), options.write, folder=file.with_suffix(""), progress=said)
@@ -78,7 +78,7 @@ def said(done: int, total: int, label: str) -> None:
 
 
 def run(route: str, data: str, options) -> dict:
-    """Train a route; its scores and its curve."""
+    """Train a route and return its scores and its curve."""
     folder = options.out.with_name(f"{options.out.stem}-{route.replace(',', '').replace(' ', '-')}")
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
     asked = ROUTES[route] | budget | {"data": data, "batch_tokens": options.batch_tokens}

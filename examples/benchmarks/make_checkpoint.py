@@ -2,8 +2,8 @@
 
     python examples/benchmarks/make_checkpoint.py FOLDER --gib 4
 
-The weights are noise: the checkpoint loads and converts like a real one, and says nothing. It serves to measure
-speed and memory, and to be killed in the middle.
+The weights are noise: the checkpoint loads and converts like a real one, but generates no meaningful text. It serves
+to measure speed and memory, and to test conversions that are killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 from math import prod
 from pathlib import Path
 
-POOL = 32 << 20  # bytes of noise; every tensor is cut from it at a place of its own
+POOL = 32 << 20  # bytes of noise; every tensor is cut from it at a random offset
 ONE = b"\x80\x3f"  # 1.0 as little-endian bf16
 
 
@@ -33,9 +33,9 @@ def make_checkpoint(
     """Write config.json, the shards and their index.
 
     Args:
-        folder: made if it is not there.
-        size: bytes of weights, at least; layers are added until it is reached.
-        shards: files, at most; tensors are spread in order, so a layer may lie in two.
+        folder: created if missing.
+        size: the least number of bytes of weights; layers are added until it is reached.
+        shards: the largest number of files; tensors are spread in order, so a layer may lie in two files.
         hidden, heads, kv_heads, mlp, vocab: the shape of the model; 4096, 32, 8, 14336 is Llama 3 8B.
     """
     folder = Path(folder)

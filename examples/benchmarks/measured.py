@@ -1,4 +1,4 @@
-"""What a script has measured so far, kept in a file, so that the same command resumes. Used by the other scripts."""
+"""The figures that a script has measured, kept in a file so that the same command resumes; the scripts share this."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Measured(dict[str, Any]):
-    """Name -> figures, as JSON has them.
+    """Name -> figures, as plain JSON data.
 
     Args:
         path: the JSON file; None keeps nothing.
-        settings: all that the figures depend on.
+        settings: everything that the figures depend on.
 
     Raises:
         SystemExit: the file holds figures of other settings, or there is no folder for it.
@@ -42,7 +42,7 @@ class Measured(dict[str, Any]):
         return self[name]
 
     def keep(self) -> None:
-        """Write all that is known."""
+        """Write all figures to the file."""
         if self.path is not None:
             unfinished = self.path.with_name(f".{self.path.name}")
             text = json.dumps({"settings": self.settings, "measured": self}, indent=1)

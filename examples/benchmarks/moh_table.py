@@ -2,10 +2,10 @@
 
     python examples/benchmarks/moh_table.py [MODEL] [--active 1 0.89 0.78 0.67 0.5] [--out FILE]
 
-Every row gates the model in memory and scores it on held-out text. Fit: the router chooses heads from the layer's
-input. Static: as many heads, the best ones by the mean of the same score, the same for every token; what a fitted
-router must beat. Random: a router of random numbers, beside the same shared heads. With `--out` finished rows are kept
-in a file, and a second run goes on from there.
+Every row gates the model in memory and scores it on held-out text. Fit: a router chooses the heads from the layer's
+input. Static: the same number of heads, the same ones for every token, with the best mean of the same score. A fitted
+router must beat it. Random: a router of random numbers, with the same shared heads. With `--out`, finished rows are
+kept in a file, and the same command resumes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from measured import Measured
 import surgery
 from surgery.io.hub import resolve
 
-ROWS = ("out", "active", "scores", "routers", "mae")  # arguments that say which rows there are
+ROWS = ("out", "active", "scores", "routers", "mae")  # arguments that select the rows
 
 
 def settings(args):

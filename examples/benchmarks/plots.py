@@ -1,8 +1,8 @@
 """The plots of the pages, drawn from results/*.json into recipes/plots/NAME.svg by tables.py.
 
-Each plot has one meaning an axis and one a colour. The same results and the same matplotlib give the same bytes: ids
-come from a fixed salt, no date is written, letters stay text. A plot's description in the file names the digest of the
-figures that it was drawn from and the version of matplotlib.
+In a plot, each axis and each colour has one meaning. The same results and the same matplotlib give the same bytes: ids
+come from a fixed salt, no date is written, and letters stay text. The description in a plot's file names the digest of
+the figures that it was drawn from and the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Plot:
     """A plot of a page.
 
     Attributes:
-        draw: draws on the axes what it is given, the results in the order of `sources`.
+        draw: draws results on axes; called with the axes and with the results in the order of `sources`.
         sources: names of the results.
-        says: what it shows, in a sentence: the text for those who do not see it.
+        says: a sentence on what the plot shows, for readers who cannot see it.
         size: width and height in inches.
     """
 
@@ -57,7 +57,7 @@ class Plot:
 
     @property
     def digest(self) -> str:
-        """Of the figures that it is drawn from."""
+        """A hash of the figures that the plot is drawn from."""
         figures = [
             [[column.name for column in found.columns], [[referred(cell) for cell in row] for row in found.rows]]
             for found in map(read, self.sources)
@@ -66,12 +66,12 @@ class Plot:
 
     @property
     def description(self) -> str:
-        """What the file says of its origin."""
+        """The line on its origin in the plot's file."""
         return f"figures {self.digest}, matplotlib {matplotlib.__version__}"
 
 
 def figure(plot: Plot) -> Figure:
-    """The plot as a figure, which no window shows."""
+    """The plot as a matplotlib figure without a window."""
     drawn = Figure(figsize=plot.size, facecolor="white")
     plot.draw(drawn.add_subplot(), *map(read, plot.sources))
     return drawn
@@ -87,20 +87,20 @@ def svg(plot: Plot) -> str:
 
 
 def png(plot: Plot, path: Path) -> None:
-    """Write the plot as a picture of points, to look at."""
+    """Write the plot as a PNG file, to look at."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         figure(plot).savefig(path, format="png", dpi=110)
 
 
 def stale(name: str) -> str:
-    """Why the file of a plot is not that of its results, "" if it is."""
+    """Why the file of a plot does not match its results; "" if it does."""
     path, plot = FOLDER / f"{name}.svg", PLOTS[name]
     if not path.is_file():
         return "it was not drawn"
     text = path.read_text(encoding="utf-8")
     if plot.digest not in text:
         return f"the figures of {', '.join(plot.sources)} are others"
-    if plot.description in text and text != svg(plot):  # another matplotlib places letters otherwise
+    if plot.description in text and text != svg(plot):  # another matplotlib may place letters elsewhere
         return "it is drawn otherwise"
     return ""
 

@@ -1,11 +1,11 @@
-"""What pruning heads costs, and what the refit of the output projections wins back: one table.
+"""The cost of pruning heads, and the share of it that a refit of the output projections wins back: one table.
 
     python examples/benchmarks/prune_table.py [MODEL] [--scores gradient magnitude random] [--text FILE]
 
-Two cases: one KV group with its query heads goes from every layer (a stock checkpoint), and one query head goes from
-every layer (unequal groups, the surgical tier). Every row prunes the model in memory and scores it on held-out text;
-"won back" is the share of the loss in cross-entropy that the refit undoes. Forward: CPU time of one window over the
-base's, best of five, the two in turn; of all threads together, so that other programs matter little.
+Two cases: every layer loses one KV group with its query heads (a stock checkpoint), or one query head (unequal groups,
+the surgical tier). Every row prunes the model in memory and scores it on held-out text. "won back" is the share of the
+rise in cross-entropy that the refit undoes. "forward" is the CPU time of one window, divided by that of the base. Both
+are the best of five, measured in turn. CPU time counts all threads, so that other programs matter little.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Tables of the pages that come from the code: families, settings of healing, losses, verbs, parts of the runtime."""
+"""Tables for the pages, made from the code: families, settings of healing, losses, verbs, parts of the runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_NUMBER = "no: its config has no number of KV heads"
 
 
 def families() -> str:
-    """One row for each family: how it lays out attention, and which surgeries follow from that."""
+    """One row for each family: how it lays out attention, and which surgeries it therefore allows."""
     from surgery.architecture.families import FAMILIES
 
     rows = []
@@ -82,7 +82,7 @@ def verbs() -> str:
 
 
 def runtime() -> str:
-    """One row for each file of a part, in the words of its first line, and the files that travel along with it."""
+    """One row for each file of a part: the first paragraph of its docstring, and the files exported with it."""
     from surgery.runtime.surgery_config import FILES, exported_files
 
     parts: dict[str, list[str]] = {}
@@ -102,7 +102,7 @@ def runtime() -> str:
 
 
 def shown(value: object) -> str:
-    """A default as YAML has it."""
+    """A default in the spelling of YAML."""
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

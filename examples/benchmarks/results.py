@@ -3,16 +3,17 @@
 A results file is an object:
 
     command   the command that printed the figures, or a list of commands
-    machine   the class of machine that they were taken on
+    machine   the class of machine that they were measured on
     columns   names; or {"name": ..., "align": "left" | "right", "format": ...}. The first column is aligned left, the
               others right, unless they say otherwise
-    rows      a list of cells each
+    rows      a list of rows, each of which is a list of cells
 
-A cell is a text, which is printed as it is; null, which is printed as nothing; a number, printed by the column's
-`format` (a Python format string; with none as 12,934 or 0.5); an object of numbers, whose keys the format names
-("{ratio:.2f}x ({low:.2f} to {high:.2f})"), or its own "format". A figure is written once; elsewhere a cell refers:
+A cell is a text, which is printed unchanged; null, which is printed as nothing; a number, which is printed with the
+column's `format` (a Python format string; without one, as 12,934 or 0.5); or an object of numbers, which is printed
+with the column's format or with its own "format" ("{ratio:.2f}x ({low:.2f} to {high:.2f})"). Each figure is written
+once. Elsewhere a cell refers to it:
 
-    {"from": NAME, "row": FIRST CELL, "column": NAME}    to a cell of another file; an object may get a "format"
+    {"from": NAME, "row": FIRST CELL, "column": NAME}    to one cell; "format" may be added where it is an object
     {"from": NAME, "row": FIRST CELL, "format": ...}     to cells of that row by number ("{1:.2f}", "{3[kept]}")
 """
 
@@ -29,7 +30,7 @@ KEYS = {"command", "machine", "columns", "rows"}
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its name, its side ("left" or "right") and how a number in it is printed."""
+    """A column of a table: its name, its alignment ("left" or "right") and the format of its numbers."""
 
     name: str
     align: str
@@ -41,11 +42,11 @@ class Results:
     """A results file.
 
     Attributes:
-        name: of the file, without .json.
-        commands: what printed the figures.
+        name: the name of the file, without .json.
+        commands: the commands that printed the figures.
         machine: the class of machine.
-        columns: of the table.
-        rows: cells as in the file.
+        columns: the columns of the table.
+        rows: the rows of cells, as in the file.
     """
 
     name: str
@@ -75,8 +76,8 @@ class Results:
         """A number of a row, or None where it was not measured.
 
         Args:
-            row: of `rows`.
-            column: name of the column.
+            row: one of `rows`.
+            column: the name of the column.
             key: which number, where the cell is an object of numbers.
 
         Raises:
@@ -98,7 +99,7 @@ def read(name: str) -> Results:
     """The results called `name`.
 
     Raises:
-        SystemExit: there is no such file, or it is not as the top of this module says.
+        SystemExit: there is no such file, or it does not have the form that is described at the top of this module.
     """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
@@ -123,7 +124,7 @@ def names() -> list[str]:
 
 
 def referred(cell: Any) -> Any:
-    """The cell to which a cell refers by row and column; a cell that does not is itself."""
+    """The cell to which `cell` refers by row and column, or `cell` itself where it refers to none."""
     if not (isinstance(cell, dict) and "column" in cell):
         return cell
     found = read(cell["from"])
@@ -135,7 +136,7 @@ def referred(cell: Any) -> Any:
 
 
 def printed(cell: Any, format: str) -> str:
-    """A cell as it is printed; `format`: the column's."""
+    """The printed text of a cell; `format` is the format of its column."""
     if cell is None or isinstance(cell, str):
         return cell or ""
     if isinstance(cell, dict) and "from" in cell:
@@ -148,7 +149,7 @@ def printed(cell: Any, format: str) -> str:
 
 
 def table(name: str) -> str:
-    """The Markdown table of the results called `name`, a line a row, and below it what printed it on which machine."""
+    """The Markdown table of the results called `name`, and below it the commands that printed it and the machine."""
     found = read(name)
     rules = ["---:" if column.align == "right" else "---" for column in found.columns]
     lines = markdown([[column.name for column in found.columns], rules, *found.texts()])
@@ -157,7 +158,7 @@ def table(name: str) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells as a Markdown table, the first two being its head."""
+    """Rows of cells as a Markdown table; the first two rows are its head."""
     return "".join(
         "|" + "".join(f" {cell.replace('|', chr(92) + '|')} |" if cell else " |" for cell in row) + "\n"
         for row in rows

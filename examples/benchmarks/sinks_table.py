@@ -1,16 +1,16 @@
-"""What calibrated sinks cost and gain: cross-entropy and multiple choice for every method, beside the base.
+"""What calibrated sinks cost and gain: cross-entropy and multiple choice for every method, compared with the base.
 
     python examples/benchmarks/sinks_table.py [MODEL] --out table.json
 
-First table: heads see everything, and the first token (zero_tuning) or other sinks (act) get another weight. Second
-table: every head sees a window without the sinks, as plain as that; with real sinks; or with virtual keys, fitted from
-the first token and put in its place: a logit and a value (learned), or a key and a value (kv_bias). Keys and values
-are per KV head, logits per query head. "won back" is the share of the loss, from full attention to the window alone,
-that a row undoes; "new first token": the same on windows that begin with a token with which no text of the fit began.
+First table: heads see everything, and the weight of the first token (zero_tuning) or of other sinks (act) is changed.
+Second table: every head sees a window. The window has no sinks, real sinks, or virtual keys that are fitted to the
+first token and replace it: a logit and a value (learned), or a key and a value (kv_bias). Keys and values are per KV
+head, logits per query head. "won back": the window alone has a higher loss than full attention, and a row undoes this
+share of the difference. "new first token": the same, on windows whose first token begins no text of the fit.
 
-The fit is on the calibration part of the built-in text, all figures are on its held-out part. Passages of the second
-table's questions are longer than the window, or the first token would still be seen. A row is printed as soon as it is
-measured, and `--out` holds what was measured so far: the same command goes on from there.
+The fit uses the calibration part of the built-in text. All figures are on its held-out part. Passages of the second
+table's questions are longer than the window, because otherwise the first token would still be seen. A row is printed
+as soon as it is measured. `--out` holds what was measured so far, and the same command resumes.
 """
 
 import argparse
@@ -46,7 +46,7 @@ parser.add_argument("--out", type=Path, required=True)
 
 
 def recipes(options) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """Row -> operations, of both tables; each begins with what its rows are compared with."""
+    """Row -> operations, for both tables; the other rows of a table are compared with its first one."""
     search = {"op": "sink_calibration", "calibration_samples": options.samples}
     fit = search | {"calibration_length": options.fit_length}
     search |= {"calibration_length": options.search_length}
@@ -74,7 +74,7 @@ def recipes(options) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
 
 
 def measure(row: dict, steps: list[dict], folder: Path, tokenizer, pieces: dict, questions: list, key: str) -> None:
-    """Add to a row what it lacks: mean loss of every window by length, hits by `key`, what the operations recorded."""
+    """Measure what a row lacks: mean loss of every window by length, hits by `key`, records of the operations."""
     lacking = [length for length in pieces if str(length) not in row["losses"]]
     if not lacking and (not questions or key in row["right"]):
         return
@@ -96,7 +96,7 @@ def mean(numbers) -> float:
 
 
 def won_back(row: dict, known: dict[str, dict], length: str, chosen: list[int]) -> str:
-    """Share of the loss that a row undoes, on the chosen windows; "" where there is nothing to compare with."""
+    """The share of the window's extra loss that a row undoes, on chosen windows; "" where none can be compared."""
     if not chosen or "window" not in known:
         return ""
     rows = (known["full attention"], known["window"], row)
@@ -105,7 +105,7 @@ def won_back(row: dict, known: dict[str, dict], length: str, chosen: list[int]) 
 
 
 def line(name: str, known: dict[str, dict], streaming: bool, new: dict[str, list[int]], key: str) -> str:
-    """A row of a table; the first of `known` is what its questions are compared with."""
+    """A row of a table; its answers are compared with those of the first row of `known`."""
     row, first, cells = known[name], next(iter(known.values())), [name]
     for length in new:
         losses = row["losses"][length]

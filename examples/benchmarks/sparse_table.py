@@ -1,20 +1,20 @@
-"""What sparse prefill costs and saves: every method at the same densities, and a picture of error against time.
+"""The cost and the gain of sparse prefill: every method at the same densities, and a plot of error against time.
 
     python examples/benchmarks/sparse_table.py [MODEL] --out table.json [--plot table.png]
 
-A method's own setting is sought first, so that it reads the asked share of the blocks of a prompt of `--length` tokens
-(in three layers of the dense model; "read" is the share it came to, blocks that are always read included). Then:
+For each method, a search first finds the setting with which it reads the asked share of the blocks of a prompt of
+`--length` tokens, in the `--layers` of the dense model. "read" is the share that was reached, which includes blocks
+that are always read. Then the table has:
 
-    times as fast   the attention of these layers, estimator included, beside dense attention (SDPA), in turn
+    times as fast   the attention of these layers, estimator included, compared with dense attention (SDPA), in turn
     error           |sparse - dense| / |dense| of a row of these layers' output, after the output projection, mean over
-                    the rows beyond `--dense-below`; each layer gets what the dense model gives it
+                    the rows beyond `--dense-below`; the input of each layer is the dense model's
     + nats          the whole model's loss on held-out windows of `--length` tokens, above the base's, on the tokens
                     beyond `--dense-below`
-    needles         of those the base answers, how many the model answers that decodes densely from the cache of a
-                    sparse prefill, and the mean loss of the answers
+    needles         how many of the needles that the base answers are still answered when a model decodes densely from
+                    the cache of a sparse prefill, and the mean loss of the answers
 
-A row is printed as soon as it is measured; `--out` holds what was measured so far: the same command goes on from
-there.
+A row is printed as soon as it is measured. `--out` holds what was measured so far, and the same command resumes.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from surgery.io.loading import read_tokenizer
 from surgery.runtime.modeling_surgery import patch
 from surgery.runtime.surgery_sparse_prefill import Sparse
 
-# Method -> (the setting that is sought, whether it is a whole number, least, most, settings that stay).
+# Method -> (the setting that is searched for, whether it is a whole number, least, most, fixed settings).
 KNOBS = {
     "sampled": ("density", False, 0.01, 1.0, {}),
     "pooled": ("density", False, 0.01, 1.0, {}),
@@ -57,7 +57,7 @@ KNOBS = {
 
 
 def watch(model, tokens, layers: list[int]) -> list[tuple]:
-    """Of some layers (module, query, key, value, scaling, dense output after the output projection)."""
+    """(module, query, key, value, scaling, dense output after the output projection) of each of some layers."""
     found = []
 
     def attend(module, query, key, value, mask, scaling=None, **_):
@@ -72,14 +72,14 @@ def watch(model, tokens, layers: list[int]) -> list[tuple]:
 
 
 def mean_read(entry: dict, seen: list[tuple]) -> float:
-    """The share of the pairs of a query and a key that is multiplied, the mean over the layers."""
+    """The share of the pairs of a query and a key that is multiplied, as the mean over the layers."""
     way = Sparse.of(entry)
     each = (share_read(way, way.kept(query, key, scaling), query) for _, query, key, _, scaling, _ in seen)
     return statistics.mean(each)
 
 
 def sought(name: str, target: float, options, seen) -> dict:
-    """The entry of the method whose share of read blocks is nearest to the target: bisection of its setting."""
+    """The entry of the method with a share of read pairs nearest to the target, found by bisection of its setting."""
     setting, whole, least, most, rest = KNOBS[name]
     method = name.replace(",", "").split()[0]
     rest = {"block": options.block, "dense_below": options.dense_below, **rest}
@@ -100,7 +100,7 @@ def sought(name: str, target: float, options, seen) -> dict:
 
 
 def of_layers(entry: dict, seen, options) -> dict:
-    """How fast, and how far off, in the layers that were watched."""
+    """Speed, share of the estimator and error in the layers that were watched."""
     way, speeds, errors, estimators = Sparse.of(entry), [], [], []
     for module, query, key, value, scaling, right in seen:
         dense = partial(sdpa, query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -115,7 +115,7 @@ def of_layers(entry: dict, seen, options) -> dict:
 
 
 def loss(model, ids, first: int) -> float:
-    """Mean loss of the tokens from `first` on, in nats."""
+    """Mean loss of the tokens from index `first` on, in nats."""
     total = []
     for window in ids:
         logits = model(input_ids=window[None], use_cache=False).logits[0, first - 1 : -1]

@@ -1,11 +1,12 @@
 """Write every table and plot of the pages, from the figures in results/*.json and from the code.
 
-    python examples/benchmarks/tables.py           says which tables and plots are stale, and in which rows
+    python examples/benchmarks/tables.py           lists stale tables and plots, with the rows that differ
     python examples/benchmarks/tables.py --write   writes them
 
-A page is any README.md of the repository and any page of recipes/. What is written stands between two marks:
+A page is any Markdown file at the top of the repository, in recipes/, surgery/ or kernels/. A table or plot is written
+between two marks:
 
-    <!-- results: NAME -->    the table of results/NAME.json, and what printed it (see results.py)
+    <!-- results: NAME -->    the table of results/NAME.json, and the commands that printed it (see results.py)
     <!-- plot: NAME -->       recipes/plots/NAME.svg (see plots.py)
     <!-- reference: NAME -->  a table from the code (see reference.py)
     <!-- end -->
@@ -32,7 +33,7 @@ BEGIN = re.compile(rf"<!-- (?:{'|'.join(KINDS)}): ")
 
 
 class Block(NamedTuple):
-    """What stands between two marks of a page."""
+    """The text between two marks of a page, and what the first mark names."""
 
     kind: str
     name: str
@@ -40,13 +41,13 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """The pages that hold tables or plots of ours."""
+    """The pages that hold such tables or plots."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("surgery/**/*.md"), *ROOT.glob("kernels/*.md")]
     return sorted(page for page in found if BEGIN.search(page.read_text(encoding="utf-8")))
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page, as they stand there.
+    """The blocks of a page, with their present text.
 
     Raises:
         SystemExit: a mark has no end.
@@ -59,7 +60,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def rendered(page: Path, kind: str, name: str) -> str:
-    """What should stand in a block of `page`.
+    """The text that a block of `page` should have.
 
     Raises:
         SystemExit: there are no such results, plot or reference.
@@ -76,7 +77,7 @@ def rendered(page: Path, kind: str, name: str) -> str:
 
 
 def rewritten(page: Path) -> str:
-    """The page with every block as it should be."""
+    """The text of the page with every block up to date."""
     blocks(page)
     return MARK.sub(
         lambda match: match[1] + rendered(page, match[2], match[3]) + match[5], page.read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def rewritten(page: Path) -> str:
 
 
 def stale() -> Iterator[str]:
-    """A sentence for each table or plot that is not that of the results, or of the code."""
+    """A sentence for each table or plot that does not match the results or the code."""
     for page in pages():
         for kind, name, text in blocks(page):
             right = rendered(page, kind, name)

@@ -4,19 +4,19 @@
         [--text FILE --held-out FILE]
 
 A byte-level Llama with 8 query heads and 8 KV heads trains on the text (by default the calibration part of the
-built-in one). Its KV heads are merged to 2 and to 1: the mean of each group, its first head, or new random heads. Each
-then trains for 0 to 10% of the original steps, all weights, on the same text, and is scored on held-out text (Ainslie
-et al. 2023, arXiv 2305.13245: mean pooling, its two controls, and the uptraining).
+built-in one). Its KV heads are merged to 2 and to 1: the mean of each group, its first head, or new random heads. All
+weights of each merged model then train for 0 to 10% of the original steps on the same text, and the model is scored on
+held-out text (Ainslie et al. 2023, arXiv 2305.13245: mean pooling, its two controls, and the uptraining).
 
-As in the paper, uptraining is the original training taken up again: the same optimiser, batch, data and learning
-rate. The paper's rate (T5's) is nearly constant at the end. Here every training, the base's and each uptraining, has
-a rate that rises for 5% of its steps to `--rate` and falls to 0 as a cosine, so each point is a training of its own.
-Such a rise shakes a model that is trained already, and further training may help any model: in the row "8 | none" the
-base itself, whose heads nobody merged, trains on by the same shares.
+As in the paper, uptraining continues the original training: the same optimiser, batch, data and learning rate. The
+paper's rate (T5's) is nearly constant at the end. Here every training, the base's and each uptraining, has a rate that
+rises to `--rate` in the first 5% of its steps and falls to 0 as a cosine, so each point is a separate training. Such a
+rise disturbs a model that is already trained, and further training may help any model. The row "8 | none" is the
+control: the base itself, whose heads are not merged, trains for the same shares of its steps.
 
-`--out` holds what was measured so far, the same command goes on from there; the base is in a folder beside it, the
-picture in a .png. The built-in text is short: a base that reads it some dozen times begins to know it by heart, which
-its loss on the text that it trained on tells.
+`--out` holds what was measured so far, and the same command resumes. The base is saved in a folder next to it, and the
+plot in a .png file. The built-in text is short: a base that reads it some dozen times begins to memorise it. Its loss
+on the training text shows this.
 """
 
 import argparse
@@ -59,7 +59,7 @@ parser.add_argument("--threads", type=int)
 
 
 def byte_tokenizer():
-    """One token a byte, no special tokens."""
+    """A tokenizer with one token for each byte and no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,10 +91,10 @@ def new_model(options):
 
 
 def pretrain(model, rows: Packed, options, progress: Callable[[int, int, str], None]) -> int:
-    """Train with Transformers' Trainer, as healing trains: AdamW, gradients clipped at 1, the same course of the rate.
+    """Train with Transformers' Trainer as healing does: AdamW, gradients clipped at 1, the same schedule of the rate.
 
     Returns:
-        The steps it made.
+        The number of steps.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -142,7 +142,7 @@ def uptrainings(options) -> float:
 
 
 def uptrained(kv_heads: int, start: str, steps: int, tokenizer, options, progress) -> torch.nn.Module:
-    """The base with so many KV heads, trained for so many steps (0: converted alone)."""
+    """The base merged to `kv_heads` KV heads and then trained for `steps` steps (0: only merged)."""
     model = surgery.load(base_folder(options))
     merge = {"op": "gqa", "kv_heads": kv_heads, "method": "mean" if start == "none" else start, "seed": options.seed}
     surgery.apply({"version": 1, "name": "row", "operations": [merge], "evaluate": None}, model, tokenizer=tokenizer)
@@ -159,7 +159,7 @@ def uptrained(kv_heads: int, start: str, steps: int, tokenizer, options, progres
 
 
 def loss(model, tokenizer, text: str | Text, options) -> float:
-    """Cross-entropy on a text, nats a byte."""
+    """Cross-entropy on a text, in nats per byte."""
     size = {"windows": options.windows, "length": options.context}
     return surgery.evaluate(model.eval(), text=text, tokenizer=tokenizer, **size).out.cross_entropy
 
@@ -174,7 +174,7 @@ def show(done: int, of: int, label: str) -> None:
 
 
 def order(rows: dict, kv_heads: list[int], shares: list[float]) -> str:
-    """Whether mean < first < random, in words: at how many points, and the losses where not."""
+    """Text on whether mean < first < random: the number of points where it holds, and the losses where it does not."""
     points = [(heads, share) for heads in kv_heads for share in shares]
     found = {(heads, share): [rows[f"{heads} {start} {share:g}"] for start in STARTS] for heads, share in points}
     wrong = [point for point in points if not found[point][0] < found[point][1] < found[point][2]]
