@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from surgery.config.recipe import Recipe
     from surgery.conversion.plan import Plan
     from surgery.errors import CheckError, GateError, MachineError, SurgeryError, TrainingError
+    from surgery.evaluation.figures import Evaluation
     from surgery.evaluation.probes.choices import ChoiceResult
     from surgery.evaluation.probes.needles import NeedleResult
-    from surgery.evaluation.probes.perplexity import Evaluation
     from surgery.evaluation.result import Result
     from surgery.healing.callbacks import SurgeryCallback
     from surgery.healing.plan import HealPlan

@@ -35,9 +35,10 @@ DECIDED = {
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
-    "evaluation": "check check_code check_layers evaluate footprint fresh_process lengths paired result run",
+    "evaluation": "check check_code check_layers evaluate figures footprint fresh_process lengths paired recall "
+    "result run",
     "evaluation/benchmark": "dense_below models result run",
-    "evaluation/probes": "base settings",
+    "evaluation/probes": "base fields settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
     "teacher trainer validate weighted_gqa",
     "healing/losses": "base objective",
@@ -202,8 +203,8 @@ def test_every_parameter_of_the_public_api_has_a_type():
 
 
 def test_names_of_the_registries_mean_one_thing():
+    from surgery.evaluation.figures import Evaluation, Side
     from surgery.evaluation.probes import every
-    from surgery.evaluation.probes.perplexity import Evaluation, Side
 
     limits = [limit for probe in every() for limit in probe.limits]
     assert len(limits) == len(set(limits)), "a gate's limit belongs to one probe"

@@ -76,7 +76,7 @@ def sync() -> None:
 
 
 def measure(command: list[str], out: Path, env: dict[str, str]) -> dict:
-    """Run a command; seconds until the data is on disk, CPU seconds, peak memory, CPU seconds of others. Removes `out`."""
+    """Run a command: seconds until its data is on disk, CPU seconds, peak memory, CPU of others. Removes `out`."""
     sync()
     time.sleep(REST)
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | env

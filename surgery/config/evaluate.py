@@ -16,7 +16,8 @@ from pydantic import (
 
 from surgery.evaluation.probes import REGISTRY, find
 from surgery.evaluation.probes import settings as probe_settings
-from surgery.evaluation.probes.base import Probe, settings_error
+from surgery.evaluation.probes.base import Probe
+from surgery.evaluation.probes.fields import settings_error
 
 Blocks: Any = probe_settings.blocks()
 

@@ -10,7 +10,7 @@ from surgery.config.yaml import line_of
 from surgery.errors import RecipeError, SurgeryError, any_of, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import find as find_probe
 from surgery.evaluation.probes import settings as probe_settings
-from surgery.evaluation.probes.base import SETTINGS_ERROR
+from surgery.evaluation.probes.fields import SETTINGS_ERROR
 from surgery.operations.variants import OTHER_METHOD, Variants, keys_of
 
 PROBES, BLOCK = ("evaluate", "probes"), 4  # path of the probes' blocks, and the length of a setting's path

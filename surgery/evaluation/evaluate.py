@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from surgery.data.text import Text
+    from surgery.evaluation.figures import Evaluation
     from surgery.evaluation.probes.base import Probe
     from surgery.evaluation.probes.choices import ChoiceResult
     from surgery.evaluation.probes.needles import NeedleResult
-    from surgery.evaluation.probes.perplexity import Evaluation
     from surgery.evaluation.result import Result
 
     AnyModel = str | Path | PreTrainedModel  # a folder, a name, a Hub id or a loaded model

@@ -13,7 +13,7 @@ from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate
-    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.figures import Evaluation
     from surgery.evaluation.result import Result
     from surgery.io.loading import ModelSource
     from surgery.report.report import Report

@@ -31,7 +31,7 @@ from surgery.operations import third_party
 from surgery.operations.base import SURGICAL
 
 if TYPE_CHECKING:
-    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.figures import Evaluation
 
 GateStatus = Literal["passed", "failed", "skipped", "not run"]
 
@@ -88,7 +88,7 @@ class Report(Printed):
     @property
     def evaluation(self) -> Evaluation | None:
         """The result of `surgery.evaluate`; its `probes` holds the other probes that the recipe asked for."""
-        from surgery.evaluation.probes.perplexity import Evaluation
+        from surgery.evaluation.figures import Evaluation
 
         return Evaluation.of(self.data["evaluation"]) if self.data["evaluation"] else None
 

@@ -18,8 +18,8 @@ from surgery.data.text import Text
 from surgery.errors import SurgeryError
 from surgery.evaluation.paired import wilson
 from surgery.evaluation.probes.multi_needle import MultiNeedle, MultiNeedleResult
-from surgery.evaluation.probes.needles import Outcome
 from surgery.evaluation.probes.settings import make
+from surgery.evaluation.recall import Outcome
 from surgery.report.card import render_card
 from surgery.report.gate import gate
 from surgery.runtime.modeling_surgery import CACHE

@@ -15,8 +15,9 @@ from surgery.data.haystack import TEMPLATES, WORDS, Needle, chance, make_needles
 from surgery.data.text import Text
 from surgery.errors import SurgeryError
 from surgery.evaluation.paired import wilson
-from surgery.evaluation.probes.needles import NeedleResult, Needles, Outcome, run_needles
+from surgery.evaluation.probes.needles import NeedleResult, Needles
 from surgery.evaluation.probes.settings import make
+from surgery.evaluation.recall import Outcome, run_needles
 from surgery.io import loading as scoring
 from surgery.runtime.modeling_surgery import CACHE, patch
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from surgery.data.text import Text, load_text, windows
 from surgery.errors import SurgeryError
+from surgery.evaluation.figures import Evaluation
 from surgery.evaluation.probes import perplexity as evaluation
-from surgery.evaluation.probes.perplexity import Evaluation
 from surgery.evaluation.probes.settings import make
 from surgery.io import loading as scoring
 from surgery.machine.device import free_memory

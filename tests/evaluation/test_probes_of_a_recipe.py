@@ -9,8 +9,9 @@ from surgery.data.haystack import Needle
 from surgery.data.questions import Choice
 from surgery.evaluation import run as judging
 from surgery.evaluation.probes.choices import ChoiceResult
-from surgery.evaluation.probes.needles import NeedleResult, Needles, Outcome
+from surgery.evaluation.probes.needles import NeedleResult, Needles
 from surgery.evaluation.probes.perplexity import Perplexity
+from surgery.evaluation.recall import Outcome
 from surgery.report.card import render_card
 from surgery.report.gate import gate
 

@@ -138,7 +138,7 @@ def test_a_result_prints_what_the_command_prints(shelf, monkeypatch):
 
 
 def test_what_was_not_run_says_why():
-    from surgery.evaluation.probes.perplexity import Evaluation, Side
+    from surgery.evaluation.figures import Evaluation, Side
 
     result = Evaluation("not run", {}, Side(), reason="no memory")
     assert repr(result) == "<Evaluation not run: no memory>"
@@ -181,7 +181,7 @@ def test_figures_of_a_report_are_those_of_its_record(shelf):
 
 
 def test_a_record_of_an_earlier_version_prints(shelf):
-    from surgery.evaluation.probes.perplexity import Evaluation
+    from surgery.evaluation.figures import Evaluation
 
     for record in ({"status": "done"}, {"out": {"perplexity": 3.0}, "base": {}}, {"kl": {}, "base": {"other": 1}}):
         result = Evaluation.of(record)

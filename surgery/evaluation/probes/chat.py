@@ -21,7 +21,8 @@ from surgery.data.haystack import chat_prompt
 from surgery.data.text import BUILTIN, load_text
 from surgery.errors import ModelMismatchError, UnsupportedModelError
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent
-from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table, TextSource
+from surgery.evaluation.probes.base import UNASKED, CaseProbe, Effort, Limit, Metric, Row, Table
+from surgery.evaluation.probes.fields import TextSource
 from surgery.io.loading import loaded, read_tokenizer
 
 if TYPE_CHECKING:

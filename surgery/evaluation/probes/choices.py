@@ -18,17 +18,8 @@ from surgery.calibration.scoring import BATCH, Chosen, ask, refuse_unfit
 from surgery.data.questions import encode, make_choices, read_questions
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation.paired import NAMES, CaseResult, percent, share_of
-from surgery.evaluation.probes.base import (
-    Aliases,
-    CaseProbe,
-    Effort,
-    Flag,
-    Limit,
-    RecipeField,
-    Table,
-    TextSource,
-    settings_error,
-)
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, RecipeField, Table
+from surgery.evaluation.probes.fields import TextSource, settings_error
 
 
 @dataclass(repr=False)

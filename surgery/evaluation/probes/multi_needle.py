@@ -34,8 +34,10 @@ from surgery.data.haystack import (
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.errors import TextError
 from surgery.evaluation.paired import CaseResult, percent
-from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Shares, Table, TextSource, check_setting
-from surgery.evaluation.probes.needles import NeedleResult, Outcome, reach_of, run_needles
+from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
+from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
+from surgery.evaluation.probes.needles import NeedleResult, reach_of
+from surgery.evaluation.recall import Outcome, run_needles
 
 STRETCH = 2.5  # length of the stretch of text that a prompt is cut from, relative to the prompt
 LETTERS = 20_000  # letters of the text from which the letters per token are computed

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from surgery.calibration.scoring import last_logits, refuse_other_tokenizer, refuse_too_long
+from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
     SECRETS,
@@ -29,38 +29,11 @@ from surgery.data.haystack import (
 )
 from surgery.data.text import BUILTIN, load_text
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
-from surgery.evaluation.probes.base import (
-    Aliases,
-    CaseProbe,
-    Effort,
-    Flag,
-    Limit,
-    Metric,
-    RecipeField,
-    Row,
-    Shares,
-    Table,
-    TextSource,
-    TokenLengths,
-    check_setting,
-    settings_error,
-)
-from surgery.io.loading import loaded
+from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
+from surgery.evaluation.probes.fields import Shares, TextSource, TokenLengths, check_setting, settings_error
+from surgery.evaluation.recall import Outcome, run_needles
 
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one model on one needle.
-
-    Attributes:
-        hit: whether greedy decoding gives exactly the answer's tokens.
-        nll: mean nats per token of the answer; each token is predicted from the true ones before it.
-    """
-
-    hit: bool
-    nll: float
 
 
 @dataclass(repr=False)
@@ -399,62 +372,6 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
 
 def _longest(needles: Sequence[Needle]) -> int:
     return max(len(needle.prompt) + len(needle.answer) for needle in needles)
-
-
-def run_needles(
-    model, needles: Sequence[Needle], progress: Callable[[int], None] | None = None, cached: bool = True
-) -> list[Outcome]:
-    """Ask a loaded model for every needle. The model's mode is restored.
-
-    The prompt is one prefill. Then the answer's true tokens are fed one by one through the model's own cache, as in
-    decoding. As long as each true token is also the most probable one, this equals greedy decoding; at the first that
-    is not, greedy decoding misses the needle. So one pass gives both hit and NLL.
-
-    Args:
-        progress: called with the number of needles done.
-        cached: False runs prompt and answer in one forward without a cache, which is faster. The figures are the same
-            for a head split, but not for a method that acts in prefill only.
-    """
-    import torch
-
-    outcomes = []
-    with loaded(model), torch.no_grad():
-        for needle in needles:
-            outcomes.append(_outcome(needle, (_cached_logits if cached else _uncached_logits)(model, needle)))
-            if progress:
-                progress(len(outcomes))
-    return outcomes
-
-
-def _cached_logits(model, needle: Needle):
-    """Logits that predict each of the answer's tokens, computed one by one with the cache."""
-    import torch
-
-    from surgery.runtime.modeling_surgery import CACHE
-
-    inputs, cache = list(needle.prompt), {}
-    for token in needle.answer:
-        ids = torch.tensor([inputs], device=model.device)
-        step = model(input_ids=ids, use_cache=True, **cache, **last_logits(model, 1))
-        yield step.logits[0, -1]
-        inputs, cache = [token], {CACHE: step[CACHE]}
-
-
-def _uncached_logits(model, needle: Needle):
-    """The same logits from one forward without a cache."""
-    import torch
-
-    ids, count = torch.tensor([[*needle.prompt, *needle.answer[:-1]]], device=model.device), len(needle.answer)
-    return model(input_ids=ids, use_cache=False, **last_logits(model, count)).logits[0, -count:]
-
-
-def _outcome(needle: Needle, logits) -> Outcome:
-    hit, losses = True, []
-    for token, row in zip(needle.answer, logits, strict=True):
-        logp = row.float().log_softmax(-1)
-        hit = hit and int(logp.argmax()) == token
-        losses.append(-logp[token].item())
-    return Outcome(hit and all(map(math.isfinite, losses)), math.fsum(losses) / len(losses))
 
 
 def reach_of(config) -> tuple[int, int] | None:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.errors import SettingError, SurgeryError, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import every, find, limits
-from surgery.evaluation.probes.base import SETTINGS_ERROR, Limit, Probe
+from surgery.evaluation.probes.base import Limit, Probe
+from surgery.evaluation.probes.fields import SETTINGS_ERROR
 
 
 def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
