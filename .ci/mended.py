@@ -4,7 +4,8 @@
     python .ci/mended.py [DEFECT ...]
 
 A commit that fixes a defect names the defect and its test in a line of its message: "Mends: D1 tests/... [-k words]".
-The test is run on that commit. It is also run on the parent of that commit, with the commit's tests: it should fail.
+The test is run on that commit. It is also run on the parent of that commit, with the commit's tests. There it should
+fail.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The manifest of an output folder: every file that surgery wrote or copied, and whether it has changed since.
 
 surgery.json lists the files as path -> sha256 and bytes: weights in `files`, all others in `other_files`. It does not
-list itself; `record_sha256` is the hash of its own content. Its entry for the card leaves out the owner's notes. A
-record of an earlier version lists only the weights.
+list itself; its `record_sha256` is the hash of the rest of the record. Its entry for the card leaves out the owner's
+notes. A record of an earlier version lists only the weights.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class OutputFolder:
 
 
 def output_path(out: str | Path) -> Path:
-    """The absolute path of an output. Links among its parent folders are followed; a link of this name is not.
+    """The absolute path of an output. Links among its parent folders are followed; a link at the path itself is not.
 
     Raises:
         SurgeryError: the path holds a zero byte.
@@ -298,7 +298,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def remove_own(path: Path, preserve: str = "") -> None:
-    """Remove a folder that surgery wrote, a file or a link. If a kill interrupts this, surgery still knows the rest.
+    """Remove a folder that surgery wrote, a file or a link. If this is killed, surgery still recognises the rest.
 
     Args:
         preserve: pattern of files in it that are not removed; the folders that hold them stay, too.

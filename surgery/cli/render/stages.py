@@ -28,7 +28,7 @@ from surgery.machine.progress import PERCENT
 SILENCE = 30.0  # seconds after which a running stage is reported again in a pipe
 MANY = 100_000  # a total beyond this (bytes) says less than a percentage
 LEAST = 8  # columns of a bar
-WIDE, BAR = 120, 40  # from so many columns on, the bar has this width; below, it takes what is left
+WIDE, BAR = 120, 40  # a terminal of WIDE columns has a bar of BAR columns; a narrower one, what is left
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that it will still take, if what is left takes as long as what is done; None: not known yet."""
+        """Seconds that it will still take at the pace so far; None: not known yet."""
         worked = self.done - self.done_before
         if worked <= 0 or self.done >= self.total:
             return None
