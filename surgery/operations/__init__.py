@@ -1,4 +1,4 @@
-"""The registry of operations: `op` of a recipe -> class. A module is imported when its operation is asked for."""
+"""The registry of operations, which maps the `op` of a recipe to a class. A module is imported on first use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def builtin_names() -> list[str]:
 
 
 def third_party() -> dict[str, metadata.EntryPoint]:
-    """Entry points of other packages, not loaded; a built-in name cannot be taken over."""
+    """Entry points of other packages, not imported yet. They cannot replace a built-in operation."""
     return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in builtin_names()}
 
 
@@ -36,7 +36,7 @@ def find(op: str) -> type[Operation]:
     """The class of an operation.
 
     Raises:
-        SurgeryError: no such operation, or a third-party one that does not load.
+        SurgeryError: there is no such operation, or another package provides it and it cannot be imported.
     """
     if op in builtin_names():
         module, name = BUILTIN[op].split(":")
@@ -56,12 +56,12 @@ def find(op: str) -> type[Operation]:
 
 
 def catalogue() -> tuple[dict[str, type[Operation]], dict[str, str]]:
-    """All operations that load, and the error of each third-party one that does not."""
+    """All operations that can be imported, and the error text of each third-party operation that cannot."""
     operations, broken = {}, {}
     for op in [*builtin_names(), *third_party()]:
         try:
             cls = find(op)
-            cls.model_json_schema()  # `ls --json` and `schema` print it: one that has none is broken
+            cls.model_json_schema()  # `ls --json` and `schema` print the schema: a class without one is broken
             operations[op] = cls
         except SurgeryError as error:
             broken[op] = error.what
@@ -74,7 +74,7 @@ def _load(point: metadata.EntryPoint) -> type[Operation]:
     package = point.dist.name if point.dist else point.value
     try:
         cls = point.load()
-    except (Exception, SystemExit) as error:  # somebody else's code: anything can come
+    except (Exception, SystemExit) as error:  # third-party code can raise anything
         raise SurgeryError(
             f"the operation {point.name!r} of {package} does not load: {type(error).__name__}: {error}",
             code="plugin-fault",

@@ -1,26 +1,28 @@
-"""What an operation is: pydantic fields (the YAML keys), plus problems, plan and a rewrite or an apply.
+"""The base classes of operations. An operation has pydantic fields (the YAML keys), a plan, and a rewrite or an apply.
 
-A new weight rewrite is one file: a subclass of `WeightRewrite` in surgery/operations/<op>.py (`expand.py` is a short
-one), or in a package of yours under the entry-point group `surgery.operations`. An operation with several methods,
-each with fields of its own, is a union of classes: see `variants.py`.
+A new weight rewrite is one file with a subclass of `WeightRewrite` (`expand.py` is a short example). The file is
+surgery/operations/<op>.py, with a line in the registry (`__init__.py`), or it is in another package, which names it in
+the entry-point group `surgery.operations`. An operation with several methods, each with its own fields, is a union of
+classes: see `variants.py`.
 
-    member                     of whom             what for
+    member                     defined by          purpose
     op, fields                 all                 the keys of a recipe; `op: Literal["name"] = "name"`
     plan                       all                 what changes, before -> after
-    rewrite                    WeightRewrite       new weights of one layer from the old ones
+    rewrite                    WeightRewrite       compute the new weights of one layer from the old weights
     apply                      other operations    edit a loaded model in place
     summary, LIMITATIONS       optional            a line for `surgery ls`; sentences for the model card
     problems                   optional            why it cannot be applied to this model
-    term, term_layers          optional            which term of the equation it sets, where: two in one place conflict
-    problems_before            optional            why it does not go with the surgery that a checkpoint has already
-    problems_after             optional            why what it set cannot stand after a later operation
-    carries_terms              optional            terms of earlier operations that a weight change takes along
-    rewritten_projections      optional            what healing in parts trains
-    limitations, streams       optional            where these depend on the settings
-    unchanged_within           optional            tokens of a sequence that it leaves as they are in the base
+    term, term_layers          optional            the term of the equation that it sets, and in which layers; no other
+                                                   operation may set the same term there
+    problems_before            optional            why it cannot follow the surgery that the checkpoint already has
+    problems_after             optional            why a later operation would break what it set
+    carries_terms              optional            terms of earlier operations that stay valid after its weight change
+    rewritten_projections      optional            projections with new weights, which healing of parts trains
+    limitations, streams       optional            overridden where they depend on the settings
+    unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
     purpose, start_only        optional            where `surgery ls` lists its recipes; whether training must follow
-    usual_tier                 optional            the tier of the result, as far as the settings tell
+    usual_tier                 optional            the tier of the result, as far as the settings determine it
     in_words                   optional            what it did, for the title and the first paragraph of the model card
 """
 
@@ -46,25 +48,25 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 NATIVE, SURGICAL = "native", "surgical"
-PURPOSES = {  # what people want an operation for -> heading of `surgery ls`, in its order
+PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order of the headings
     "cache": "A smaller KV cache",
     "prompt": "Faster long prompts",
     "quality": "A better model",
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
 }
-TEXTS = ("builtin", "self", "mixed")  # calibration texts that are no files
+TEXTS = ("builtin", "self", "mixed")  # names of calibration texts that are not files
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A stage in which an operation measures or fits, for the time and memory that `plan` gives.
+    """A stage in which an operation measures or fits. `plan` estimates time and memory from it.
 
     Attributes:
-        stage: as progress reports it.
+        stage: its name, as progress reports it.
         flops: floating-point operations, in float32 (one in float64 counts as two).
-        memory: bytes beside the model.
-        seconds: where the clock ends it, or nothing else is known; counts in place of `flops`.
+        memory: bytes in addition to the model.
+        seconds: used instead of `flops` where the stage has a time limit, or where only its time is known.
     """
 
     stage: str
@@ -79,11 +81,11 @@ class PlannedChange:
 
     Attributes:
         after: the anatomy that results.
-        lines: what changes, for people ("KV heads 3 → 1 in 30 layers, mean").
-        tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that travels with it).
+        lines: what changes, in words ("KV heads 3 → 1 in 30 layers, mean").
+        tier: NATIVE (a stock checkpoint) or SURGICAL (needs the runtime that is saved with it).
         notes: what is lost, guessed or worth knowing.
         seconds: rough time of the computation on a laptop, beyond reading, writing and `measurements`.
-        measured: what each layer becomes is known only when the model was measured; `after` has the right totals.
+        measured: the change of each layer depends on a later measurement; `after` has the right totals.
         parameters: numbers that the surgery adds to the weights (routers, gammas, virtual keys).
         measurements: what it measures or fits, in order.
     """
@@ -119,16 +121,16 @@ class InWords:
 
 @dataclass
 class ApplyContext:
-    """What `apply` is given besides the model.
+    """The arguments of `apply` besides the model.
 
     Attributes:
-        change: what was planned for it.
-        before: the model's anatomy.
-        progress: called with done, total and a label; None: nobody asks.
-        tokenizer: None: there is none (`tokenizer_for` says so to the user).
-        after: set by an operation that knows what results only when it has measured: the next one meets it.
-        folder: where a long measurement may keep files that end in ".state", from which a stopped run goes on.
-        number: which operation of the recipe this is, from 0: two of a kind keep files of their own.
+        change: the plan of this operation.
+        before: the model's anatomy before the operation.
+        progress: called with done, total and a label; None: progress is not reported.
+        tokenizer: None if there is none; `tokenizer_for` then raises an error for the user.
+        after: set by an operation that knows its result only after measuring. The next operation starts from it.
+        folder: where a long measurement may keep files that end in ".state", from which a stopped run resumes.
+        number: index of the operation in the recipe, from 0. It keeps the files of two equal operations apart.
     """
 
     change: PlannedChange
@@ -140,11 +142,11 @@ class ApplyContext:
     number: int = 0
 
     def state_name(self, name: str) -> str:
-        """What this operation calls a file of that kind: two operations of a recipe have files of their own."""
+        """The name of a state file, prefixed by the operation's number: no two operations of a recipe share a file."""
         return f"{self.number}-{name}"
 
     def state_file(self, name: str) -> Path | None:
-        """The file of that kind for this operation; None where nothing is kept."""
+        """The path of a state file of this operation; None where nothing is kept."""
         from surgery.io.resume import SUFFIX
 
         return self.folder and self.folder / f"{self.state_name(name)}{SUFFIX}"
@@ -153,9 +155,9 @@ class ApplyContext:
         """The tokenizer.
 
         Args:
-            what: the error where there is none: what needs it.
-            where: what the error is found in: the operation's `op`.
-            otherwise: what works without it, in words after the way to give it.
+            what: text of the error if there is no tokenizer; it names what needs one.
+            where: location that the error names, the operation's `op`.
+            otherwise: what works without a tokenizer; it is appended to the remedy.
 
         Raises:
             SurgeryError: there is none, or it has more tokens than the model.
@@ -170,9 +172,9 @@ class ApplyContext:
         return self.tokenizer
 
 
-# What goes with a head that a weight change leaves or silences: every term of the equation but its gate.
+# Terms that stay valid for a head that a weight change keeps or silences: every term of the equation but the gate.
 TERMS_OF_A_HEAD = ("visibility", "visibility in prefill", "visibility of the cache", "bias", "virtual keys")
-RENAMED = {  # members of an operation that had other names before -> the present ones
+RENAMED = {  # former name of an operation's member -> present name
     "caveats": "LIMITATIONS or limitations()",
     "follows_terms": "carries_terms",
     "limits": "LIMITATIONS or limitations()",
@@ -183,7 +185,7 @@ RENAMED = {  # members of an operation that had other names before -> the presen
 
 
 def missing_texts(operation: Operation) -> list[str]:
-    """Problems of the calibration texts that an operation names: each must be a file or one of `TEXTS`."""
+    """Problems with the calibration texts of an operation. Each text must be a file or one of `TEXTS`."""
     problems = []
     for field in ("text", "calibration_text"):
         text = getattr(operation, field, None)
@@ -194,14 +196,14 @@ def missing_texts(operation: Operation) -> list[str]:
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]  # what every generator takes
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]  # the range that every random generator takes
 
 
 class Operation(BaseModel):
     """Base of all operations. Fields are the recipe's keys; each has a description, which `surgery ls` prints.
 
-    Values are taken as YAML gives them (strict): true and '16' are no numbers, 9.0 is no whole number. Which members
-    one must define, and which it may, is in the module's head.
+    Values keep the types that YAML gives them (strict): true and '16' are not numbers, and 9.0 is not a whole number.
+    The module's docstring lists the members that an operation must define, and those that it may define.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -217,19 +219,19 @@ class Operation(BaseModel):
     op: str
     summary: ClassVar[str] = ""
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
-    # Of the equation, as the runtime's part calls it (`Part.terms`): "visibility", "visibility in prefill",
-    # "visibility of the cache", "bias", "virtual keys", "gate"; None: weights.
+    # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
+    # "visibility of the cache", "bias", "virtual keys", "gate". None: the operation changes weights.
     term: ClassVar[str | None] = None
-    carries_terms: ClassVar[tuple[str, ...]] = ()  # of a weight change: terms set before it that it takes along
+    carries_terms: ClassVar[tuple[str, ...]] = ()  # terms set earlier that stay valid after this weight change
 
     purpose: ClassVar[str] = "exact"  # one of PURPOSES
 
     def limitations(self) -> tuple[str, ...]:
-        """Those of `LIMITATIONS` that hold with these settings."""
+        """The entries of `LIMITATIONS` that apply to these settings."""
         return self.LIMITATIONS
 
     def in_words(self, changes: Sequence[str]) -> InWords | None:
-        """What it did, for the card; None where the changes say nothing of it.
+        """What the operation did, for the card; None where `changes` has no line of this operation.
 
         Args:
             changes: `PlannedChange.lines` of all operations of the recipe, as surgery.json keeps them.
@@ -238,12 +240,12 @@ class Operation(BaseModel):
 
     @property
     def start_only(self) -> bool:
-        """Whether the result is meant to be trained: it is no usable model as it is."""
+        """Whether the result is only a start for training, and not usable before."""
         return self.purpose == "training"
 
     @property
     def usual_tier(self) -> str:
-        """NATIVE or SURGICAL, as far as the settings tell it; for a given model `plan` knows."""
+        """NATIVE or SURGICAL, as far as the settings determine it. For a given model `plan` determines it."""
         return NATIVE if self.term is None else SURGICAL
 
     @property
@@ -253,39 +255,39 @@ class Operation(BaseModel):
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
-        """Which of the projections "q", "k", "v", "o" have other weights afterwards: healing in parts trains them."""
+        """The projections among "q", "k", "v", "o" that get new weights. Healing with `method: parts` trains them."""
         return ()
 
     @property
     def unchanged_within(self) -> int:
-        """A sequence of so many tokens gives the base's outputs, whatever the weights; 0: every token may change.
+        """A sequence of up to this many tokens gives the base's outputs for any weights; 0: every token may change.
 
-        Shorter rows can neither judge nor heal what it does.
+        Such short sequences are of no use to evaluate or to heal the change.
         """
         return 0
 
     def milder(self) -> str:
-        """A setting, "key=value", that changes less: for a user whose result lost too much. "": none is known."""
+        """A setting "key=value" that changes less, for a user whose result lost too much; "": none is known."""
         return ""
 
     def problems(self, anatomy: Anatomy) -> list[str]:
-        """Why this cannot be applied to such a model, in words that say what would work."""
+        """Why the operation cannot be applied to such a model. Each text says what would work."""
         return []
 
     def problems_before(self, earlier: Anatomy) -> list[str]:
-        """Why this does not go with the surgery that the checkpoint has from before this recipe."""
+        """Why the operation cannot follow the surgery that the checkpoint had before this recipe."""
         return []
 
     def problems_after(self, later: Anatomy) -> list[str]:
-        """Why what this has set cannot stand in a model that a later operation has made into `later`."""
+        """Why the settings of this operation do not fit `later`, the model after a later operation."""
         return []
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
-        """The layers whose `term` it sets: two operations may set one term, in different layers."""
+        """The layers in which it sets `term`. Two operations may set the same term in different layers."""
         return set(range(len(anatomy.layers)))
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
-        """What changes, before -> after. Called only when there are no problems."""
+        """What changes, before -> after. It is called only where `problems` finds none."""
         raise TypeError(f"operation {self.op} defines no plan")
 
     def apply(self, model: PreTrainedModel, context: ApplyContext) -> dict[str, Any]:
@@ -298,9 +300,9 @@ class Operation(BaseModel):
 
 
 class WeightRewrite(Operation):
-    """An operation whose new weights follow from the old ones alone: it streams, and its result is native.
+    """An operation that computes new weights from the old weights alone. It can rewrite a checkpoint layer by layer.
 
-    One that has settings for which this does not hold says so in `streams`, and has an `apply` for them.
+    A subclass with settings that need more than the weights overrides `streams`, and `apply` for these settings.
     """
 
     @property
@@ -315,7 +317,7 @@ class WeightRewrite(Operation):
         """New weights of one layer.
 
         Args:
-            layer: the old weights, on the CPU in memory of their own.
+            layer: a copy of the old weights, on the CPU.
             target: the anatomy that the result must have.
 
         Returns:
@@ -335,7 +337,7 @@ def search_lines(pattern: str, lines: Sequence[str]) -> list[re.Match[str]]:
 
 
 def whole_keys(values: Any) -> Any:
-    """The same value with decimal keys as whole numbers, at every depth: JSON has text keys alone, so "3" is 3."""
+    """The value with decimal keys as whole numbers at every depth. JSON has only text keys, so "3" means 3."""
     if not isinstance(values, dict):
         return values
     keys = {key: int(key) if isinstance(key, str) and key.isdecimal() else key for key in values}

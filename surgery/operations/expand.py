@@ -1,4 +1,4 @@
-"""Repetition of KV heads: GQA or MQA back to MHA, or to more groups. Exact."""
+"""Repetition of KV heads, which is exact: GQA or MQA becomes MHA, or GQA with more groups."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A constant gate on a head is a factor on the head's columns of the output projection, so the result is a stock
 checkpoint. Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", arXiv 1905.10650 (mask variables
-on heads). Heads are named by the base's numbers.
+on heads). Heads are numbered as in the base.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class HeadMask(WeightRewrite):
         "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
         "heads for real. Healing may give a silenced head weight again.",
     )
-    # A factor on a head's output affects neither what the head sees nor its attention weights.
+    # A factor on a head's output changes neither its visibility nor its attention weights.
     carries_terms: ClassVar[tuple[str, ...]] = TERMS_OF_A_HEAD
 
     op: Literal["head_mask"] = "head_mask"
@@ -89,7 +89,7 @@ class HeadMask(WeightRewrite):
 
     @property
     def _changed_fields(self) -> set[str]:
-        """Fields that differ from their defaults; a recipe that is written out in full names all fields."""
+        """Fields that differ from their defaults. A recipe that is written out in full names every field."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     def _faults_of_values(self, anatomy: Anatomy):
@@ -148,7 +148,7 @@ class HeadMask(WeightRewrite):
         return layer.replace(anatomy=target, o=o), {"gates": named}
 
     def _gates(self, layer: LayerAnatomy) -> list[float]:
-        """The gate of every query head of a layer, in the order in which they are stored."""
+        """The gate of every query head of a layer, in the order in which the heads are stored."""
         if self.values is None:
             return self._gates_by_scores(layer)
         gates = self.values.get(layer.index, {})

@@ -1,4 +1,4 @@
-"""Run a weight rewrite, on one layer or on a loaded model in place; refuse what no operation may give."""
+"""Run weight rewrites on one layer, or on a loaded model in place, and refuse invalid results of an operation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def author_error(operation: Operation, fault: str) -> Exception:
-    """The error of an operation whose member gives what it may not: of a third party's, one that names its author.
+    """The error for an invalid result: a TypeError for a built-in operation, else one that names the other package.
 
     Args:
-        fault: a clause that names the member ("plan returns None, ...").
+        fault: a clause that names the member and the result ("plan returns None, ...").
     """
     message, module = f"{operation.op}: {fault}", type(operation).__module__
     if module.startswith("surgery.operations."):
@@ -31,10 +31,11 @@ def author_error(operation: Operation, fault: str) -> Exception:
 
 
 def checked_record(operation: Operation, record: Any) -> dict[str, Any]:
-    """What an operation has recorded; {} for None.
+    """The record of an operation; {} for None.
 
     Raises:
-        SurgeryError: a third party's operation records what JSON cannot hold; TypeError: one of ours does.
+        SurgeryError: a third-party operation recorded something that JSON cannot hold.
+        TypeError: a built-in operation did.
     """
     if not isinstance(record, dict | None):
         raise author_error(operation, f"its record is {shown(record)}, and a dict of plain data is wanted")
@@ -44,17 +45,18 @@ def checked_record(operation: Operation, record: Any) -> dict[str, Any]:
 
 
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
-    """Run `operation.rewrite` on a copy of a layer; the new layer must have the form that was planned.
+    """Run `operation.rewrite` on a copy of a layer. The new layer must have the planned anatomy, shapes and dtypes.
 
     Args:
-        after: the anatomy that is planned.
-        index: of the layer.
+        after: the planned anatomy of the model.
+        index: index of the layer.
 
     Returns:
         The new layer, and the operation's record.
 
     Raises:
-        SurgeryError: a third party's operation gives another form; TypeError: one of ours does.
+        SurgeryError: the result of a third-party operation is not as planned.
+        TypeError: the result of a built-in operation is not.
     """
     target = after.layers[index]
     result = operation.rewrite(layer.copy(), target)
@@ -67,7 +69,7 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
 
 
 def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> str:
-    """How a rewritten layer differs from what was planned; "" if it does not."""
+    """How a rewritten layer differs from the plan; "" if it does not."""
     if new.anatomy != target:
         return "its anatomy is not that of the target (layer.replace(anatomy=target, ...))"
     shapes, tensors = unpacked_shapes(target, old), new.tensors()
@@ -88,9 +90,10 @@ def rewrite_model(model, operation: WeightRewrite, context: ApplyContext) -> dic
 
 
 def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> list[dict]:
-    """Apply weight rewrites, one on the other, to a loaded model, in place: parameters, attributes and config.
+    """Apply weight rewrites one after the other to a loaded model, in place: parameters, attributes and config.
 
-    Every layer is computed through all steps before the first is changed: an error leaves the model as it was.
+    All layers are computed through all steps before the first layer of the model changes. So an error leaves the model
+    unchanged.
 
     Returns:
         The record of each step.

@@ -1,12 +1,12 @@
 """Methods of one operation (or of healing) as classes: a discriminated union on the field `method`.
 
-    class Merge(Variants, WeightRewrite):  # what all methods share: fields, `problems`, `plan`
+    class Merge(Variants, WeightRewrite):  # shared by all methods: fields, `problems`, `plan`
         op: Literal["merge"] = "merge"
         method: str = Field(description="How heads are merged.")
 
     class Mean(Merge):
         \"\"\"The mean of the group.\"\"\"
-        method: Literal["mean"] = "mean"  # a default value: the method where a recipe names none
+        method: Literal["mean"] = "mean"  # a default value: this method is used if a recipe names none
 
     class Random(Merge):
         \"\"\"New random heads.\"\"\"
@@ -15,9 +15,9 @@
 
     METHODS = Merge.union(Mean, Random)
 
-After `union`, the shared class stands for all of them: `Merge(method="random", seed=3)` and `Merge.model_validate`
-give a `Random`, a field of type `Merge` takes any of them, and its JSON Schema is a oneOf with a discriminator. A new
-method is one class and its name in that line.
+After `union`, the shared class stands for all methods. `Merge(method="random", seed=3)` and `Merge.model_validate`
+return a `Random`, a field of type `Merge` accepts every method, and its JSON Schema is a oneOf with a discriminator.
+A new method is one class, and its name in the call of `union`.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from pydantic_core import (
 
 from surgery.errors import any_of
 
-OTHER_METHOD = "other_method"  # type of an error: the field is another method's
-KNOWN = get_args(core_schema.ErrorType)  # types of errors that pydantic has words for
+OTHER_METHOD = "other_method"  # type of the error for a field that belongs to another method
+KNOWN = get_args(core_schema.ErrorType)  # types of errors for which pydantic has messages
 
 
 class Variants(BaseModel):
-    """Base of a class whose methods are its subclasses (see the module's head).
+    """Base of a class whose methods are its subclasses (see the module's docstring).
 
-    A field of another method is refused in words that name that method, unless its value is what a record of an
-    earlier version holds for a field that nobody set: its default, or null. Such a field is left out.
+    A field of another method is refused by an error that names that method. There is one exception: records of earlier
+    versions hold such a field with its default, or with null, if it was not set. With such a value it is ignored.
 
-    null, given to a field that has another default, means this default; and a default that nobody set is recorded as
-    null there: records and the hashes made of them stay what they were when only the method's code knew its defaults.
+    null in a field with another default means this default. A field that was not set is recorded as null there. In
+    earlier versions the defaults were only in the method's code, and this keeps records and their hashes the same.
     """
 
     METHODS: ClassVar[dict[str, type[Variants]]] = {}
@@ -69,7 +69,7 @@ class Variants(BaseModel):
 
     @classmethod
     def union(cls, *methods: type[Variants]) -> dict[str, type[Variants]]:
-        """Make this class stand for its methods; they are known by `METHODS` from then on, by name, in this order."""
+        """Make this class stand for its methods, and return them by name, in this order (also `cls.METHODS`)."""
         cls.METHODS = {method.own_method(): method for method in methods}
         cls.model_rebuild(force=True)
         return cls.METHODS
@@ -81,18 +81,18 @@ class Variants(BaseModel):
 
     @classmethod
     def is_union(cls) -> bool:
-        """Whether this class stands for its methods, and is none of them."""
+        """Whether this class stands for its methods. False: it is one of them."""
         return bool(vars(cls).get("METHODS"))
 
     @classmethod
     def default_method(cls) -> str | None:
-        """The method where none is named; None: one must be."""
+        """The method that is used if none is named; None: a method must be named."""
         names = (name for name, method in cls.METHODS.items() if not method.model_fields["method"].is_required())
         return next(names, None)
 
     @classmethod
     def variant(cls, method: object) -> type[Variants]:
-        """The class of a method by name; of an unknown one the default's, or the first, which will refuse the name."""
+        """The class of a method by name. An unknown name gives the default or the first class, which refuses it."""
         known = method if isinstance(method, str) and method in cls.METHODS else cls.default_method()
         return cls.METHODS[known or next(iter(cls.METHODS))]
 
@@ -103,19 +103,19 @@ class Variants(BaseModel):
 
     @classmethod
     def misplaced(cls, keys: list[str]) -> list[tuple[str, str]]:
-        """For fields of other methods: one of them, and a sentence on it (or on several of them)."""
+        """Errors for fields of other methods: pairs of a field, and a sentence on this field or on several fields."""
         method = cls.own_method()
         return [(key, f"{key} is for method: {any_of(cls.readers(key))}, not {method}") for key in keys]
 
     @classmethod
     def strangers(cls, fields: Collection[str]) -> list[str]:
-        """Those of the given fields that another method has and this one has not."""
+        """Those among the given fields that another method has and this method lacks."""
         known = dict.fromkeys(key for method in cls.METHODS.values() for key in method.model_fields)
         return [key for key in known if key in fields and key not in cls.model_fields]
 
     @classmethod
     def unset(cls, key: str) -> list[Any]:
-        """What a record may hold for a field of other methods that nobody set; nothing, if each must be given."""
+        """Values that a record may hold for an unset field of other methods; [] if these methods require it."""
         values = []
         for method in cls.readers(key):
             variant = cls.METHODS[method]
@@ -125,14 +125,14 @@ class Variants(BaseModel):
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The record, with other methods' fields as earlier versions recorded them: what resume hashes are of."""
+        """The record, with other methods' fields as earlier versions recorded them. Resume hashes are made from it."""
         others = self.strangers(keys_of(type(self)))
         unset = {key: values[0] for key in others if (values := self.unset(key))}
         return self.model_dump(mode="json") | unset
 
     @classmethod
     def _null_is_default(cls) -> set[str]:
-        """Fields that take null, and have another default."""
+        """Fields that accept null and have another default."""
         fields = cls.model_fields.items()
         return {
             name
@@ -193,22 +193,22 @@ class Variants(BaseModel):
 
 
 def keys_of(cls: type[BaseModel]) -> list[str]:
-    """Every key that a class, or one of its methods, has; those of all methods first."""
+    """Every key of a class or of one of its methods; keys that all methods share come first."""
     methods = cls.METHODS.values() if issubclass(cls, Variants) else ()
     return list(dict.fromkeys([*cls.model_fields, *(key for method in methods for key in method.model_fields)]))
 
 
 def own_keys(cls: type[Variants]) -> list[str]:
-    """The fields of a method that are not those of all methods of its union."""
+    """The fields of a method that not all methods of its union have."""
     common = set.intersection(*(set(method.model_fields) for method in cls.METHODS.values()))
     return [key for key in cls.model_fields if key not in common]
 
 
 def inline_schema(cls: type[BaseModel]) -> dict[str, Any]:
-    """JSON Schema of a class without references.
+    """JSON Schema of a class, without references.
 
-    That of a union has `properties` with every key that some method has, and a oneOf with the methods, each with its
-    own defaults and descriptions, told apart by `method`.
+    The schema of a union has `properties` with the keys of all methods. It also has a oneOf with one schema for each
+    method, with the method's own defaults and descriptions; `method` is the discriminator.
     """
     if not (issubclass(cls, Variants) and cls.is_union()):
         return cls.model_json_schema()
@@ -227,7 +227,7 @@ def inline_schema(cls: type[BaseModel]) -> dict[str, Any]:
 
 
 def describe_method(cls: type[Variants]) -> dict[str, Any]:
-    """What a method is, and its own fields: {"description", "fields": {name: JSON Schema}, "required": [names]}."""
+    """A method and its own fields: {"description", "fields": {name: JSON Schema}, "required": [names]}."""
     schema = method_schema(cls)
     fields = {key: schema["properties"][key] for key in own_keys(cls) if key != "method"}
     required = [key for key in schema.get("required", []) if key in fields]
@@ -242,12 +242,12 @@ def method_schema(cls: type[Variants]) -> dict[str, Any]:
 
 
 def first_words(cls: type[BaseModel]) -> str:
-    """What a class says of itself in its first paragraph, in one line."""
+    """The first paragraph of a class's docstring, in one line."""
     return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
 
 
 def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A field as the methods that have it describe it together."""
+    """The schema of one field, joined from the schemas of the methods that have it."""
     fields_by_method = {
         name: schema["properties"][key] for name, schema in methods.items() if key in schema["properties"]
     }
@@ -279,7 +279,7 @@ def _joined(key: str, cls: type[Variants], methods: dict[str, dict[str, Any]]) -
 
 
 def _continued(sentence: str) -> str:
-    """A sentence as it goes on behind a colon; words in capitals (MLP, JSONL) stay so."""
+    """A sentence with a small first letter, to follow a colon; words in capitals (MLP, JSONL) are kept."""
     first, rest = sentence[:1], sentence[1:]
     return sentence if rest[:1].isupper() else first.lower() + rest
 
@@ -289,7 +289,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _again(error: Any) -> InitErrorDetails:
-    """An error of pydantic's, to be raised again with others."""
+    """An error of pydantic, in the form in which it can be raised again with other errors."""
     kind: Any = error["type"]
     if kind not in KNOWN:
         kind = PydanticCustomError(kind, "{text}", {"text": error["msg"]})

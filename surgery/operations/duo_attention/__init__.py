@@ -1,4 +1,4 @@
-"""The head split (DuoAttention): retrieval heads keep the whole past, streaming heads sinks and a window.
+"""The head split (DuoAttention): retrieval heads keep the whole past, streaming heads keep sinks and a window.
 
-`operation.py` is the recipe's entry; `scorers.py` is the registry of the ways to score heads, one file each.
+`operation.py` defines the operation. `scorers.py` is the registry of the head scorers; each scorer is one file.
 """

@@ -1,10 +1,10 @@
-"""ablation: what the model loses when a single KV head sees sinks + window, on answers and on plain text.
+"""ablation: what the model loses on answers and on plain text when a single KV head sees only sinks + window.
 
-Answers show which heads retrieve passkeys from the far past; plain text shows which heads' far past the next words
-need. A split by the answers alone costs perplexity on long texts, one by plain text alone loses passkeys. Both losses
-are KL divergences from the unchanged model; a head's score is the mean of its ranks in the two (their sizes cannot be
-compared: a few heads lose nearly all of the answers). Every KV head costs a forward pass, so sequences are few. Layers
-before the changed one are not computed again.
+Answers show which heads retrieve passkeys from the far past. Plain text shows which heads need their far past to
+predict the next words. A split by answers alone costs perplexity on long texts; a split by plain text alone loses
+passkeys. Both losses are KL divergences from the unchanged model. A head's score is the mean of its ranks in the two,
+since their sizes cannot be compared: the loss on answers comes from a few heads. Every KV head costs a forward pass
+for each sequence, so there are few sequences. Layers before the changed one are not computed again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def ablation(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """A KV head's rank by the KL from the full model when it alone streams: the mean of its two ranks, 0 to 1.
+    """The mean of a KV head's two ranks, 0 to 1, by the KL from the full model when this head alone streams.
 
-    The KLs themselves, in nats a token, are in the scores' origin: `lost`, [layers][KV heads] of each kind.
+    The origin of the scores has the KLs in nats per token: `lost`, [layers][KV heads] for each kind of text.
 
-    Args: as for `far_mass`; samples of plain text are twice as long as the sequences with passkeys, and as many.
+    Args: as for `far_mass`. There are as many samples of plain text as sequences with passkeys; each is twice as long.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
     recalls, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
@@ -64,7 +64,7 @@ def ablation(
 
 
 def far_rows(length: int, sinks: int, window: int) -> torch.Tensor:
-    """Every second row that has a far past, beyond sinks + window: positions, long [r]."""
+    """Positions, long [r], of every second row that has keys outside sinks + window."""
     return torch.arange(sinks + window, length, 2)
 
 

@@ -1,8 +1,9 @@
-"""far-mass: how much attention falls outside sinks + window where passkeys are repeated. No gradient, no optimisation.
+"""far-mass: how much attention falls outside sinks + window on the rows where passkeys are repeated.
 
-On those rows a head that copies from the past must attend to the passkey's first occurrence. Rows that repeat ordinary
-text show less: the model predicts it anyway, and heads with uniform attention score highest. A KV head's score is the
-largest mean mass of its query heads: if one of them needs the far past, the KV head must keep it.
+It needs neither gradients nor optimisation. On those rows a head that copies from the past must attend to the first
+occurrence of the passkey. Rows that repeat ordinary text show less: the model predicts such text anyway, and heads
+with uniform attention score highest. A KV head's score is the largest mean mass of its query heads: if one of them
+needs the far past, the KV head must keep it.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def far_mass(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """Mean attention mass outside sinks + window on the rows where passkeys are repeated, the largest of a group.
+    """Mean attention mass outside sinks + window on the rows where passkeys are repeated; the largest in each group.
 
     Args:
         model, tokenizer: in memory; the model is not changed.
-        sinks, window: of the streaming heads that are planned, in tokens.
-        samples, length: sequences, and tokens in each (cut to the model's positions).
+        sinks, window: visibility of the planned streaming heads, in tokens.
+        samples, length: number of sequences, and tokens in each (cut to the model's positions).
         keys: passkeys in a sequence.
-        seed: of the windows of the text, the passkeys and their positions.
-        text: see `load_text`; of the built-in text the calibration part.
+        seed: seed of the windows of text, the passkeys and their positions.
+        text: see `load_text`; the calibration part of the built-in text is used.
         progress: called with done, total and a label.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
@@ -64,7 +65,7 @@ def mass_outside(weights: torch.Tensor, rows: torch.Tensor, sinks: int, window: 
     """Mean over the rows of the attention mass on keys outside sinks + window.
 
     Args:
-        weights: [1, heads, r, n], of queries at the positions `rows`, long [r].
+        weights: [1, heads, r, n], attention weights of the queries at positions `rows`, long [r].
 
     Returns:
         [heads].

@@ -1,16 +1,17 @@
-"""fisher: what plain text loses when a KV head streams, to second order, and whether passkeys need the head.
+"""fisher: a second-order estimate of the loss on plain text when a KV head streams, and far-mass on passkeys.
 
 A KV head that streams changes its output at position s by d(s) = near - full. To second order the KL from the full
 model that this costs is 1/2 E[(g . d)^2], where g is the gradient of log p(y) with respect to the head's output and y
 is a token drawn from the model: the Fisher information along d (Martens 2020, "New insights and perspectives on the
 natural gradient method", arXiv 1412.1193). One backward pass serves all heads of all layers, where `ablation` needs a
-forward pass for each. Changes at different positions are taken as independent, and so are heads.
+forward pass for each. Changes at different positions are taken to be independent, and so are the heads.
 
-Few heads copy, and at passkeys the model is so sure of the next token that the curvature there is nearly 0. So the
-same sequences have passkeys, whose rows are measured as `far-mass` does. A head's score is the mean of its two ranks.
+The curvature misses the few heads that copy: at passkeys the model is so sure of the next token that it is nearly 0
+there. So the sequences contain passkeys, and their rows are measured as in `far-mass`. A head's score is the mean of
+its two ranks.
 
-Layers are run again one at a time for the backward pass: memory holds the hidden states before each layer, and the
-activations of one layer.
+For the backward pass the layers are run again one at a time. Memory holds the hidden states before each layer, and
+the activations of one layer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from surgery.data.text import BUILTIN
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.runtime.surgery_attention import surgery_attention
 
-ROWS = 256  # whose logits are in memory at once
+ROWS = 256  # rows whose logits are in memory at once
 
 
 def fisher(
@@ -44,9 +45,9 @@ def fisher(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """A KV head's rank by the KL that its streaming costs on text, and by far-mass on passkeys: their mean, 0 to 1.
+    """The mean, 0 to 1, of a KV head's rank by the KL that its streaming costs on text and its rank by far-mass.
 
-    The KL, in nats a token, and far-mass are in the scores' origin: `lost` and `far_mass`, [layers][KV heads].
+    The origin of the scores has the KL in nats per token (`lost`) and `far_mass`, both [layers][KV heads].
 
     Args: as for `far_mass`.
     """
@@ -76,13 +77,13 @@ def fisher(
 
 
 class _BothOutputs:
-    """An attention function for `hook_attention`: all heads full, and what each would change if it streamed.
+    """An attention function for `hook_attention` that computes full heads and records how streaming would change them.
 
     Attributes:
         hook: set inside the context.
         rows: positions where passkeys are repeated, long [r].
-        mass: of each layer, the sum over the sequences of far-mass on these rows, float64 [query heads].
-        full, change: of the layer that ran last with gradients: the output, and near - full, [1, n, heads, head_dim].
+        mass: for each layer, far-mass on these rows, summed over the sequences; float64 [query heads].
+        full, change: output of the layer that ran last with gradients, and near - full; [1, n, heads, head_dim].
     """
 
     hook: AttentionHook
@@ -112,10 +113,10 @@ def output_changes(model, attention, ids: torch.Tensor, rows: torch.Tensor, targ
     """Yield (layer, g . d) for each layer from the last to the first: float64 [n, KV heads], on the CPU.
 
     Args:
-        attention: the hooked function; has `hook`, `full` and `change`.
+        attention: the hooked function, with attributes `hook`, `full` and `change`.
         ids: tokens, long [n].
         rows: positions whose next tokens are predicted, long [r].
-        targets: gives the tokens y, long [rows, 1], for log-probabilities [rows, vocabulary].
+        targets: returns the tokens y, long [rows, 1], for log-probabilities [rows, vocabulary].
     """
     hook = attention.hook
     blocks = decoder_layers(model, hook.anatomy)
@@ -133,7 +134,7 @@ def output_changes(model, attention, ids: torch.Tensor, rows: torch.Tensor, targ
 
 
 def sampled_tokens(draw: torch.Generator) -> Callable:
-    """Tokens drawn from a model's own probabilities; drawn on the CPU, so that a seed means the same everywhere."""
+    """A function that draws tokens from log-probabilities, on the CPU: a seed gives the same tokens on any device."""
     return lambda logps: torch.multinomial(logps.detach().exp().cpu(), 1, generator=draw).to(logps.device)
 
 

@@ -1,13 +1,13 @@
-"""induction: how much a head looks at earlier copies of random tokens, and at what followed them. No answers needed.
+"""induction: how much a head attends to earlier copies of random tokens, and to the tokens that followed them.
 
-Random tokens are repeated until the sequence is full: what comes next can be known from the past alone, and language
-says nothing about it. A head that looks at the same token before (echo) or at the one after it (induction) does so by
-content, over any distance. A KV head's score is the largest mean mass of its query heads on those tokens, outside
-sinks + window.
+The sequence repeats a block of random tokens until it is full. The next token then follows from the past alone, and
+knowledge of language does not help. A head that attends to the earlier copy of a token (echo) or to the token after
+that copy (induction) finds it by content, over any distance. A KV head's score is the largest mean mass of its query
+heads on those tokens, outside sinks + window. No answers are needed.
 
-Source: Tang et al. 2024, "RazorAttention", arXiv 2407.15891, which keeps a quota of each kind of head. Here both
-masses are one score, so that one ratio decides, and both are in the origin; the tokens are the text's own, since a
-vocabulary holds tokens that no text has.
+Source: Tang et al. 2024, "RazorAttention", arXiv 2407.15891, which keeps a quota of each kind of head. Here the two
+masses are added, so that one ratio decides; the origin has both. The random tokens are drawn from the tokens of a
+text, since a vocabulary also holds tokens that occur in no text.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def induction(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """Mean attention mass on copies of a repeated token and on what followed them, the largest of a group.
+    """Mean attention mass on earlier copies of a token and on the tokens after them; the largest in each group.
 
     Args: as for `far_mass`, and
-        repeats: how often the random tokens stand in a sequence; fewer where a copy would be in the window.
+        repeats: how often a sequence holds the random tokens; less often where a copy would be inside the window.
 
     Raises:
         SurgeryError: the sequence holds no copy outside sinks + window.
@@ -56,7 +56,7 @@ def induction(
     known = sorted(set(plain_windows(loaded, tokenizer, length, samples, seed).flatten().tolist()) - set(start))
     draw = random.Random(seed)
     sequences = [repeated(start, known, period, length, draw) for _ in range(samples)]
-    rows = torch.arange(length - period, length)  # of the last copy
+    rows = torch.arange(length - period, length)  # rows of the last copy
 
     def attention(module, query, key, value, mask, **kwargs):
         weights = hook.weights(module, query, key, rows, **kwargs)
@@ -83,11 +83,12 @@ KINDS = ("echo", "induction")
 
 
 def repeated(start: list[int], known: list[int], period: int, length: int, draw: random.Random) -> torch.Tensor:
-    """Random tokens again and again after the tokens that begin a text: long [length].
+    """A sequence, long [length]: the tokens that begin a text, then one block of random tokens, repeated.
 
     Args:
-        known: what they are drawn from, each once where there are enough.
-        period: tokens until they come again.
+        start: the tokens that begin a text.
+        known: the tokens to draw from; each is drawn at most once where there are enough.
+        period: tokens in the block.
     """
     drawn = draw.sample(known, period) if len(known) >= period else draw.choices(known, k=period)
     copies = -(-(length - len(start)) // period)
@@ -95,15 +96,15 @@ def repeated(start: list[int], known: list[int], period: int, length: int, draw:
 
 
 def copy_mass(weights: torch.Tensor, rows: torch.Tensor, period: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over rows of the mass on earlier copies of the row's own token, and on what followed those copies.
+    """Mean over rows of the mass on earlier copies of the row's own token, and on the tokens after those copies.
 
     Args:
-        weights: [1, heads, r, n], of queries at the positions `rows`, long [r].
-        period: tokens until they come again, more than the window.
-        first: keys before this one do not count: sinks, and what begins a text.
+        weights: [1, heads, r, n], attention weights of the queries at positions `rows`, long [r].
+        period: distance between copies in tokens; it is larger than the window.
+        first: keys before this position do not count: sinks, and the tokens that begin a text.
 
     Returns:
-        Two of [heads].
+        Two tensors [heads]: the mass on copies, and the mass on the tokens after them.
     """
     position = torch.arange(weights.shape[-1], device=weights.device)
     distance = rows.to(weights.device)[:, None] - position

@@ -1,15 +1,18 @@
-"""gates: DuoAttention's optimisation. A gate a in [0, 1] for each KV head, the weights frozen.
+"""gates: DuoAttention's optimisation. Each KV head gets a gate a in [0, 1], and the weights are frozen.
 
 The output of a KV head's group is a * (full attention) + (1 - a) * (sinks + window). The loss is the mean squared
-difference of the last hidden states from those of the full model, on the rows where passkeys are repeated, plus
-weight * mean |a|: a gate that the answers do not need falls to 0.
+difference between the last hidden states and those of the full model, on the rows where passkeys are repeated, plus
+weight * mean |a|. A gate that the answers do not need falls to 0.
 
 Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819, and its code (MIT): AdamW without decay, all gates 1 at
-first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Ours:
-sinks, window and visibility are those of the deployment; both terms of the mix come from the same, mixed, hidden
-states; gates are float32; the difference is relative to the size of the hidden states, and the weight is 0.12 of that
-(theirs is 0.05 of the plain square, which left most gates of SmolLM2-135M undecided); there are 60 steps at a rate of
-0.05 (theirs: 2,000 at 0.02), which take minutes on a CPU for a model of that size.
+first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Differences:
+
+- sinks, window and visibility are those of the saved model;
+- both terms of the mix are computed from the same mixed hidden states;
+- gates are float32;
+- the difference is relative to the size of the hidden states, and the weight is 0.12 of that (theirs is 0.05 of the
+  plain square, which left most gates of SmolLM2-135M undecided);
+- there are 60 steps at a rate of 0.05 (theirs: 2,000 at 0.02), which take minutes on a CPU for a model of that size.
 """
 
 from __future__ import annotations
@@ -51,12 +54,12 @@ def gates(
 
     Args: as for `far_mass`, and
         keys: passkeys in a sequence.
-        steps: of the optimiser, each on one sequence, in turn.
+        steps: steps of the optimiser, each on one sequence, in turn.
         rate, weight: learning rate; weight of the gates' mean in the loss.
-        state: a file that is replaced after every step, from which a run with the same settings resumes.
+        state: a file that is replaced after every step. A run with the same settings resumes from it.
 
     Raises:
-        SurgeryError: the state file is of other settings.
+        SurgeryError: the state file is from a run with other settings.
     """
     options = {"samples": samples, "length": length, "keys": keys, "seed": seed}
     sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **options)
@@ -93,7 +96,7 @@ class MixedAttention:
 
     Attributes:
         hook: set inside the context.
-        gates: [KV heads of all layers], or None: all heads see all.
+        gates: [KV heads of all layers]; None: all heads see all keys.
     """
 
     def __init__(self, sinks: int, window: int):
@@ -122,12 +125,12 @@ def answer_states(model, sequence: Recall) -> torch.Tensor:
 
 
 def relative_distance(states: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference, relative to the mean square of `full`: a weight means the same in every model."""
+    """Mean squared difference relative to the mean square of `full`: a weight then means the same in every model."""
     return (states - full).square().mean() / full.square().mean()
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: up over the first fifth, down over the last, never below 0.1."""
+    """Factor on the learning rate: it rises over the first fifth of the steps, falls over the last, and is >= 0.1."""
     slope = max(1, steps // 5)
     return min(1.0, max((step + 1) / slope, 0.1), max((steps - step) / slope, 0.1))
 
@@ -139,7 +142,7 @@ class _Run:
         self.gates = torch.ones(count, device=device, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.gates], lr=rate, weight_decay=0.0)
         self.rate, self.settings = rate, settings
-        self.losses: list[list[float]] = []  # of each step: distance, mean gate
+        self.losses: list[list[float]] = []  # for each step: distance, mean gate
 
     def step(self, distance: torch.Tensor, weight: float, factor: float) -> None:
         """One step of the optimiser; `factor` multiplies the learning rate."""
@@ -165,7 +168,7 @@ class _Run:
             )
 
     def load(self, file: Path) -> None:
-        """Restore the state of a file; one of other settings raises a SurgeryError."""
+        """Restore the state from a file; a file of a run with other settings raises a SurgeryError."""
         from surgery.io.files import read_json
 
         state = read_json(file)

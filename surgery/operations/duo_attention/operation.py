@@ -1,8 +1,8 @@
 """Split the heads: retrieval heads keep the whole past, streaming heads keep a few sinks and a window.
 
 Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819 (the split); Xiao et al. 2023, "StreamingLLM", arXiv
-2309.17453 (sinks + window). Unlike the released code, visibility is a set of positions here: prefill at once, in
-chunks and decoding give the same result, and a streaming head sees sinks + window in all of them.
+2309.17453 (sinks + window). Unlike in the released code, visibility is a set of positions here. So prefill in one
+piece, prefill in chunks and decoding give the same result: a streaming head sees sinks + window in all three.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from surgery.operations.duo_attention.scorers import METHODS, is_method, score, 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-MOST_KEPT = 1 << 20  # sinks, and tokens of a window, as the runtime has it (surgery_visibility.py)
+MOST_KEPT = 1 << 20  # most sinks, and most tokens of a window, as in the runtime (surgery_visibility.py)
 
 
 class DuoAttention(Operation):
@@ -98,7 +98,7 @@ class DuoAttention(Operation):
         return f"streaming_ratio={self.streaming_ratio / 2:g}" if self.streaming_ratio else ""
 
     def problems_before(self, earlier: Anatomy) -> list[str]:
-        """It weighs the first token of some heads, which heads that stream without sinks would lose."""
+        """Refuse a checkpoint that weighs the first token in heads that could stream without sinks and so lose it."""
         entries = (getattr(earlier.config, "surgery", None) or {}).get("layers", [])
         weighed = {i for i, entry in enumerate(entries) if "surgery_log_gamma" in entry.get("parameters", {})}
         weighed -= {*self.protect_layers, *self._local(earlier)}
@@ -121,7 +121,7 @@ class DuoAttention(Operation):
                 "own window: they stay as they are, and the ratio is of the others"
             )
         if measured:
-            # The heads are not known before the model is measured; their number is, unless a threshold decides.
+            # Which heads stream is known only after measuring. How many is known, unless a threshold decides.
             streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
             known = "up to " if self.threshold is not None else ""
             if self._needs_scores:
@@ -144,14 +144,14 @@ class DuoAttention(Operation):
         )
 
     def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """What the scorer runs, in forwards of its sequences."""
+        """What the scorer runs, counted in forward passes of its sequences."""
         defaults = settings_of(self.scores)
         samples = self.calibration_samples or defaults["samples"]
         length = min(self.calibration_length or defaults["length"], anatomy.positions or inf)
         one = forward_flops(anatomy, length, length)
         if "steps" in defaults:
             return (Measurement("training gates", one * (samples + GRADIENT * defaults["steps"])),)
-        # An ablation runs two texts from each head's layer on, which is half of a forward on average.
+        # An ablation runs two texts from each head's layer on, which is half of a forward pass on average.
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
         return (Measurement("measuring heads", one * samples * forwards),)
 
@@ -223,7 +223,7 @@ class DuoAttention(Operation):
         )
 
     def _local(self, anatomy: Anatomy) -> list[int]:
-        """Layers that the split would not change: the base's own window is no wider than ours."""
+        """Layers that the split would not change, since the base's own window is no wider than `window`."""
         return [layer.index for layer in anatomy.layers if layer.window is not None and layer.window <= self.window]
 
     def _choose(self, scores: list[list[float]], anatomy: Anatomy) -> list[list[int]]:

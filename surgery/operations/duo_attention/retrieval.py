@@ -1,14 +1,14 @@
-"""retrieval: how often a head attends most to the token that comes next, where a passkey is repeated.
+"""retrieval: how often a head attends most to the token that comes next, while a passkey is repeated.
 
 Source: Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality", arXiv 2404.15574. At a step
-that generates token y, a head scores if the key that it attends to most lies in the needle and is a y.
+that generates token y, a head scores if the key that it attends to most lies in the needle and is the token y.
 
-The steps are teacher-forced here: the rows of the answer in one prefill that contains it. A step that decodes the
-right token has the same attention. The origin records the share of steps where the model would decode it; where that
-is small, these scores mean little (the original leaves such samples out).
+Here the steps are teacher-forced: they are the answer's rows in one prefill that contains the answer. A decoding step
+that gives the right token has the same attention. The origin records the share of steps at which the model would
+decode the right token. Where this share is small, the scores mean little (the original leaves such samples out).
 
-The method finds the heads that copy and no others: heads in lower layers on which those depend score 0, and so do most
-heads.
+The method finds only the heads that copy. Most heads score 0, and so do the heads in lower layers on which the copying
+heads depend.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def retrieval(
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:
-    """The share of copied passkey tokens that a head's strongest attention points to, the largest of a group.
+    """The share of passkey tokens at whose source a head's strongest attention points; the largest in each group.
 
     Args: as for `far_mass`.
     """
@@ -66,7 +66,7 @@ def copies(weights: torch.Tensor, sequence) -> torch.Tensor:
     """Whether a row's strongest attention lies in the passkey that it repeats, on the token that comes next.
 
     Args:
-        weights: [1, heads, r, n], of the queries at `sequence.rows`.
+        weights: [1, heads, r, n], attention weights of the queries at `sequence.rows`.
         sequence: a `Recall` with r rows and n tokens.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The ways to measure which KV heads need the far past, by name.
+"""The registry of head scorers. A scorer measures which KV heads need the far past.
 
-A new scorer is one file with one function `(model, tokenizer, *, sinks, window, ..., progress) -> HeadScores`, whose
-keyword arguments are its settings, and a line in `METHODS`. Its module is imported only when it is used.
+A new scorer is one file and one line in `METHODS`. The file has a function `(model, tokenizer, *, sinks, window, ...,
+progress) -> HeadScores`, whose keyword arguments are the scorer's settings. It is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from surgery.errors import OutputExistsError, SettingError, SurgeryError, Unsupp
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer: the module of this package and the function in it, and one line on what it measures."""
+    """A scorer: its module in this package, the function in that module, and one line on what it measures."""
 
     module: str
     function: str
@@ -45,12 +45,12 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
     Args:
         model, tokenizer: in memory; the model is not changed.
         method: a name in `METHODS`.
-        name: of the model, for the file; default: the name by which it was loaded.
+        name: the model's name in the file; default: the name by which it was loaded.
         progress: called with done, total and a label.
-        settings: of the method; None means the method's default. `settings_of` lists them.
+        settings: the method's settings; None means the method's default. `settings_of` lists them.
 
     Raises:
-        SurgeryError: no such method, a setting that it does not have, or a model that it cannot measure.
+        SurgeryError: there is no such method, it lacks one of the settings, or it cannot measure this model.
     """
     from surgery.architecture.anatomy import Anatomy
 
@@ -88,10 +88,10 @@ def settings_of(method: str) -> dict[str, Any]:
 
 
 def is_method(scores: str) -> bool:
-    """Whether a recipe's `scores` is a method, and not a file.
+    """Whether a recipe's `scores` names a method. False: it names a file.
 
     Raises:
-        SurgeryError: it is neither, nor looks like a file.
+        SurgeryError: it is neither a method nor a file, and does not look like a path.
     """
     if scores in METHODS or Path(scores).is_file():
         return scores in METHODS
@@ -125,8 +125,8 @@ def score_to_file(
         overwrite: replace an existing file, and start an unfinished run again.
 
     Raises:
-        SurgeryError: as `score`; the file or that of an unfinished run exists, and neither `overwrite` nor `resume`
-            is set.
+        SurgeryError: as for `score`; or `output` exists without `overwrite`; or a stopped run left its state file, and
+            neither `overwrite` nor `resume` is set.
         MachineError: the file cannot be written.
     """
     from surgery.architecture.detect import check_block

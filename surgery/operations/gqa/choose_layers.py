@@ -1,9 +1,9 @@
-"""What the model loses when one layer alone shares its KV heads: it shows where KV heads are worth their bytes.
+"""The choice of layers that keep their KV heads, by what the model loses when one layer alone shares them.
 
-Every layer is fitted to the base's inputs (`layerwise_fit.Sharing`); then a few texts go through the base with this
-layer converted. They are the validation texts, which chose the layer's ridges and joined the last fit of W_O. The
-losses of single layers add up well enough to rank the layers: those that lose most keep their heads. MLPs are not
-refitted here.
+Every layer is fitted to the base's inputs (`layerwise_fit.Sharing`). Then a few texts go through the base with only
+this layer converted. They are validation texts, which have also chosen the layer's ridges and are part of the last
+fit of W_O. The losses of single layers add up well enough to rank the layers: the layers that lose most keep their
+heads. MLPs are not refitted here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept_laye
     """The anatomy in which the layers that lose most keep their KV heads; of equal losses the earlier layer does.
 
     Args:
-        before, shared: the base, and the model whose layers all share.
-        losses: one for each layer.
+        before, shared: anatomy of the base, and of the model in which all layers share.
+        losses: the loss of each layer.
         kept_layers: how many layers keep their heads.
     """
     worst = sorted(range(len(losses)), key=lambda index: -losses[index])[:kept_layers]
@@ -35,17 +35,17 @@ def keep_layers(before: Anatomy, shared: Anatomy, losses: list[float], kept_laye
 
 
 def validation_samples(count: int) -> list[int]:
-    """Indices of validation texts among `count`: at most TRIED, evenly spaced, so that every kind is among them."""
+    """Indices of at most TRIED validation texts among `count`, evenly spaced to include every kind of text."""
     validation = [index for index in range(count) if is_validation(index, count)]
     tried = min(TRIED, len(validation))
     return [validation[step * len(validation) // tried] for step in range(tried)]
 
 
 class LayerLosses(Sharing):
-    """The conversion of every layer by itself.
+    """The conversion of each layer alone.
 
     Attributes:
-        fits: layer index -> the tensors of its new attention, and a record.
+        fits: layer index -> tensors of the layer's new attention, and a record.
     """
 
     def __init__(self, model, targets, sequences, settings, load_layer=None, save_layer=None):
@@ -54,7 +54,7 @@ class LayerLosses(Sharing):
         self.exclusive = threading.Lock()  # one layer at a time runs through the whole model
 
     def measure(self, progress=None) -> list[float]:
-        """KL to the base, in nats per token, of each layer when it alone has its planned KV heads."""
+        """KL to the base in nats per token, for each layer, when only this layer has its planned KV heads."""
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             self.tried_samples = validation_samples(len(self.sequences))
@@ -86,7 +86,7 @@ class LayerLosses(Sharing):
             )
 
     def _kl_to_base(self, layer_index: int, index: int, base_logps: torch.Tensor) -> float:
-        """KL to the base when the unchanged later layers continue from the converted state of this one."""
+        """KL to the base when the unchanged later layers continue from the converted state of this layer."""
         blocks = self.states.run.blocks[: layer_index + 1]
         state = self.states.converted[index].to(self.model.dtype)
         with replayed(blocks, dict.fromkeys(blocks, state)):

@@ -1,4 +1,4 @@
-"""Share the KV heads of a loaded model in closed form: text, order of heads, layers that keep theirs, new weights."""
+"""Share the KV heads of a loaded model in closed form: order the heads, choose the layers that keep them, convert."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from surgery.operations.gqa.merge import permute_kv_heads
 if TYPE_CHECKING:
     import torch
 
-REVISION = 2  # of the fit: raise it when the same settings give other weights, so that a resumed run mixes no two
+REVISION = 2  # raise it when a change of the fit gives other weights: a resumed run then mixes no two versions
 
 
 def share_kv_heads(
@@ -35,8 +35,10 @@ def share_kv_heads(
 
     Args:
         text: source of the calibration text, tokens of a sample, and number of samples.
-        orders: for each layer a function that gives the order of its KV heads, which is made first; None: they stay.
-        kept_layers: how many layers, those that lose most when converted alone, keep their heads: see `context.after`.
+        orders: for each layer a function that gives the new order of its KV heads; None: the order stays. The heads
+            are reordered before they are shared.
+        kept_layers: how many layers keep their heads. They are the layers that lose most when converted alone;
+            `context.after` is set to the resulting anatomy.
 
     Returns:
         A record of each layer, by its path, and of the text.
@@ -112,10 +114,10 @@ class Heads:
     """The KV heads of a model's layers, in the order in which they are to be shared.
 
     Args:
-        orders: for each layer a function that gives the order of its heads; None: the order stays.
+        orders: for each layer a function that gives the new order of its heads; None: the order stays.
 
     Attributes:
-        records: the new order of each layer.
+        records: for each layer its new order; {} where the order stays.
     """
 
     def __init__(self, model, anatomy: Anatomy, orders: list[Callable] | None):
@@ -127,14 +129,14 @@ class Heads:
             record["kv_head_order"] = order(layer)
 
     def reorder(self) -> None:
-        """Put every layer's heads into its order; a layer without an order gets the weights that it had."""
+        """Put the heads of every layer into the new order; a layer without one gets back its old weights."""
         if self.reordered:
             pairs = zip(self.layers, self.records, strict=True)
             ordered = [permute_kv_heads(old, record["kv_head_order"]) if record else old for old, record in pairs]
             write_layers(self.model, self.anatomy, self.anatomy, [pack(layer) for layer in ordered])
 
     def restore(self, after: Anatomy | None = None) -> None:
-        """Restore the old order in layers that keep their number of heads; without an argument in all layers."""
+        """Restore the old order in layers that keep their number of heads, or in all layers if `after` is None."""
         layers = zip(self.anatomy.layers, (after or self.anatomy).layers, strict=True)
         for index, (old, new) in enumerate(layers):
             if old.kv_heads == new.kv_heads:

@@ -1,6 +1,6 @@
-"""The method `closed_form` of `gqa`: what loses least on a calibration text, the rest refitted.
+"""The method `closed_form` of `gqa`: the merge that loses least on a calibration text, followed by refits.
 
-The closed form is ours: see `closed_form.py`, `layerwise_fit.py` and `fit_scores.py`.
+The method is our own: see `closed_form.py`, `layerwise_fit.py` and `fit_scores.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ClosedForm(GQA):
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o")  # queries and outputs absorb
+        return ("q", "k", "v", "o")  # queries and outputs absorb the maps of the merge
 
     def milder(self) -> str:
         return "" if self.kept_share or isinstance(self.kv_heads, list) else f"keep_layers={KEPT}"
@@ -122,7 +122,7 @@ class ClosedForm(GQA):
         return Calibration(
             self.calibration_samples,
             self.calibration_length,
-            max(0, 2 * of_scores - 1),  # queries twice, where keys are fitted, too
+            max(0, 2 * of_scores - 1),  # queries are fitted twice where keys are fitted, too
             "v" in self.refit,
             written=written_samples(self.calibration_text, self.calibration_samples) * self.calibration_length,
             tried=TRIED if self.kept_layers(anatomy) else 0,

@@ -1,4 +1,4 @@
-"""Least squares whose equations are never built: conjugate gradients, stopped early by the validation loss."""
+"""Least squares by conjugate gradients, stopped early by the validation loss. The equations are never built."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 class Quadratic(Protocol):
     """½ <W, H W> − <b, W> + ½ c, a function of one weight W [heads, d, n].
 
-    Arguments and results are float64, in whatever dtype the sums are computed.
+    Arguments and results are float64; the sums may be computed in another dtype.
     """
 
     def product(self, weight: Tensor) -> Tensor:
         """H W [heads, d, n]."""
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
-        """b, of the shape of W [heads, d, n], and c."""
+        """b [heads, d, n], and c."""
 
     def preconditioner(self) -> tuple[Tensor, Tensor]:
-        """H is close to C ⊗ M: C holds a number for each head and channel [heads, d], and M is [n, n]."""
+        """C and M with H close to C ⊗ M: C holds a number for each head and channel [heads, d], and M is [n, n]."""
 
 
-CHECK_EVERY = 3  # steps between two losses on the validation samples; one takes a quarter of a step
+CHECK_EVERY = 3  # steps between two validation losses; computing one takes a quarter of a step
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Solution:
 
     Attributes:
         weight: [heads, d, n], float64.
-        before, after: 2 L as a share of the wanted scores' variance, on the validation samples.
-        steps: those that led to `weight`.
+        before, after: validation loss of the start and of `weight`: 2 L as a share of c.
+        steps: the number of steps that led to `weight`.
     """
 
     weight: Tensor
@@ -49,18 +49,18 @@ class Solution:
 def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: int, damping: float) -> Solution:
     """Minimise L by conjugate gradients from `start`; the iterate with the least validation loss is the result.
 
-    Nothing but the early stop keeps the weight near `start`. So the first steps must go where the text carries most
-    evidence. The preconditioner does that: it is the Kronecker product of a number for each head and channel with
-    (M + damping · mean eigenvalue · I)⁻¹, where M holds the moments of x, weighted as x is read. It leaves the weak
-    directions of x for last. The inverse of M itself would correct all directions at once, and from a few thousand
-    rows the weak ones are mostly noise.
+    Only the early stop keeps the weight near `start`. So the first steps must go where the text carries most evidence,
+    and the preconditioner does that. It is the Kronecker product of a number for each head and channel with
+    (M + damping · mean eigenvalue · I)⁻¹, where M holds the second moments of the input x, weighted by how much x is
+    read. It leaves the weak directions of x for last. The inverse of M itself would correct all directions at once;
+    estimated from a few thousand rows, the weak directions are mostly noise.
 
     Args:
-        problem: L on the samples that are fitted.
+        problem: L on the training samples.
         validation: L on the validation samples.
         start: W_0 [heads, d, n], float64.
         steps: the largest number of steps.
-        damping: above 0.
+        damping: strength of the identity in the preconditioner, above 0.
     """
     import torch
 
@@ -89,12 +89,12 @@ def solve(problem: Quadratic, validation: Quadratic, start: Tensor, *, steps: in
         preconditioned = precondition(residual)
         slope = float((residual * preconditioned).sum())
         first_slope = first_slope or slope
-        finished = slope <= 1e-28 * first_slope or slope == 0  # solved, to the last bits
+        finished = slope <= 1e-28 * first_slope or slope == 0  # solved to rounding error
         if not finished:
             direction = preconditioned if direction is None else preconditioned + slope / last_slope * direction
             last_slope, curved = slope, problem.product(direction)
             curvature = float((direction * curved).sum())
-            finished = curvature <= 0  # by rounding: no direction is left
+            finished = curvature <= 0  # only rounding does this: no direction is left
         if not finished:
             length = last_slope / curvature
             weight, residual, step = weight + length * direction, residual - length * curved, step + 1

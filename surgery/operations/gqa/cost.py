@@ -1,4 +1,4 @@
-"""Time and memory that merging KV heads in closed form takes: an estimate for `plan`, before any weight is read."""
+"""An estimate for `plan`, before any weight is read, of the time and memory of merging KV heads in closed form."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ if TYPE_CHECKING:
 
 TRIED = 4  # texts on which each layer is tried alone
 STRIDE = 4  # every fourth query of a text is fitted
-STEPS = 12  # of a solver, for each fit
-EARLY = 0.25  # share of a solver's steps that the first fit of scores takes, where others follow it
-LAYERS, NARROW = 2, 2048  # layers of fewer channels are fitted in parallel on a CPU, if their inputs are the base's
-RIDGES = 5  # solutions for one output projection, the last fit included; in practice a few more or fewer
-KERNELS = 0.6e9  # bytes: in bfloat16 a CPU's attention to one query keeps compiled products of all lengths
-UNUSED = 1.15  # what the allocator holds, as a multiple of the memory in use
+STEPS = 12  # steps of a solver for one fit
+EARLY = 0.25  # share of STEPS that the first fit of scores takes if other fits follow
+LAYERS, NARROW = 2, 2048  # layers fitted in parallel on a CPU if they have fewer channels and the base's inputs
+RIDGES = 5  # solutions for one output projection, including the last fit; in practice a few more or fewer
+KERNELS = 0.6e9  # bytes: in bfloat16, attention of one query on a CPU keeps compiled products for all lengths
+UNUSED = 1.15  # memory that the allocator holds, as a multiple of the memory in use
 
 
 def layers_at_a_time(anatomy: Anatomy) -> int:
-    """How many layers are fitted in parallel, where there are threads for it.
+    """How many layers are fitted in parallel, if there are enough threads.
 
-    In a wide layer one product keeps all threads busy. And the solver of an MLP, for which the next layer waits, would
-    have a share of the threads and take longer than that layer's fits: minutes at 7B's shape. At 576 channels two
-    at a time were measured to be faster, at 4,096 they were not; NARROW lies between.
+    In a wide layer one product keeps all threads busy. The next layer must also wait for the solver of this layer's
+    MLP. In parallel that solver would have only a share of the threads, and would take longer than the next layer's
+    fits: minutes at the shape of a 7B model. Two layers at a time were measured to be faster at 576 channels, and not
+    at 4,096; NARROW lies between.
     """
     return LAYERS if _widths(anatomy)[0] < NARROW else 1
 
 
 def efforts(fits: int) -> list[float]:
-    """The share of a solver's steps that each fit of scores takes. It grows, as each fit undoes a part of the last."""
+    """The share of STEPS that each fit of scores takes. The shares grow, since each fit undoes a part of the last."""
     return [EARLY + index / (fits - 1) for index in range(fits)] if fits > 1 else [1.0] * fits
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is measured and fitted.
+    """What a conversion measures and fits.
 
     Attributes:
-        samples, length: calibration texts, and tokens in each.
-        scores: how many fits of queries and keys follow one another.
+        samples, length: number of calibration texts, and tokens in each.
+        scores: number of fits of queries and keys, one after the other.
         values: whether values are fitted.
-        written: tokens that the model writes first.
-        tried: texts on which each layer is first tried alone.
+        written: tokens of calibration text that the model writes first.
+        tried: number of texts on which each layer is first tried alone.
         mlp: whether the output projections of MLPs are refitted.
-        copied: whether heads are first put into another order, and the old weights kept.
-        ahead: whether layers are fitted to the base's inputs, and so may be fitted in parallel (`layers_at_a_time`).
+        copied: whether heads are reordered first, which keeps a copy of the old weights.
+        ahead: whether layers are fitted to the base's inputs, so that they may run in parallel (`layers_at_a_time`).
         stride: every `stride`-th query is fitted.
     """
 
@@ -73,7 +74,7 @@ class Calibration:
         return self.samples * self.length
 
     def measurements(self, anatomy: Anatomy, merged: int) -> tuple[Measurement, ...]:
-        """The stages for `merged` layers: the model writes text, layers are tried alone, layers are merged."""
+        """The stages with `merged` merged layers: the model writes text, layers are tried alone, layers are merged."""
         memory = self.memory(anatomy, merged)
         flops = {
             "calibration text": 3 * anatomy.parameters * self.written,
@@ -83,16 +84,16 @@ class Calibration:
         return tuple(Measurement(stage, count, memory) for stage, count in flops.items() if count)
 
     def _trial_flops(self, anatomy: Anatomy) -> float:
-        """Of a trial of single layers: the text goes through the base, the trial's texts from every layer on."""
+        """The trial of single layers: all text goes through the base, and the tried texts run from every layer on."""
         layers = len(anatomy.layers)
         return anatomy.parameters * (2 * self.tokens + layers * self.tried * self.length) if self.tried else 0
 
     def flops(self, anatomy: Anatomy, merged: int) -> float:
-        """Floating-point operations in float32 of the merge of `merged` layers; one in float64 counts as two.
+        """Floating-point operations to merge `merged` layers, in float32; one in float64 counts as two.
 
-        The text goes through the base and through the converted model. A fit makes a product with its Hessian for
-        each step, for its start and for its goal. An MLP's output projection takes the moments of its input, and for
-        each ridge a factorisation, a solution and its loss.
+        The text goes through the base and through the converted model. A fit computes one product with its Hessian
+        for each step, one for its start and one for its target. The refit of an MLP's output projection needs the
+        moments of its input and, for each ridge, a factorisation, a solution and its loss.
         """
         layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
         width, layers = layer.heads * layer.head_dim, len(anatomy.layers)
@@ -105,21 +106,24 @@ class Calibration:
         return per_token * self.tokens + solves
 
     def memory(self, anatomy: Anatomy, merged: int) -> float:
-        """Bytes beyond the model for `merged` layers, on a CPU.
+        """Bytes in addition to the model, on a CPU, to merge `merged` layers.
 
-        In float32 these are held:
-        - for all tokens, the hidden states twice and the MLP's state and input;
-        - for each layer that is fitted at a time, its inputs twice, the wanted outputs, the heads' outputs, the base's
-          queries and keys, and the attention of every `stride`-th row in both models and their mean;
-        - for a second layer at a time, the hidden states between the two;
-        - for the texts that are worked on in parallel, the attention of all rows;
+        In float32:
+        - for all tokens, the hidden states twice, and the MLP's state and input;
+        - for each layer that is being fitted, its inputs twice, the wanted outputs, the heads' outputs, the base's
+          queries and keys, and the attention of every `stride`-th row in both models and the mean of the two;
+        - for a second layer that is being fitted, the hidden states between the two;
+        - for the texts that run in parallel, the attention of all rows;
         - for a trial of single layers, the log-probabilities of its texts.
 
-        Besides, there are the new weights of all layers, which are written when all are known; each layer that is
-        fitted at a time in float32, and the weights and moments of its attention in float64, with what solvers make of
-        them; and for the widest projection that is refitted, one layer at a time, five square matrices in float64 (two
-        sums, and three of the solver). Writing the text takes a cache. A float32 model writes in bfloat16 where the
-        CPU is faster in it, which takes a second copy.
+        In addition:
+        - the new weights of all layers, since they are written only when all are known;
+        - for each layer that is being fitted, its weights in float32, and the weights and moments of its attention in
+          float64, with the solver's temporaries;
+        - for the widest refitted projection, one layer at a time, five square matrices in float64 (two sums, and three
+          of the solver);
+        - for writing the text, a KV cache. A float32 model writes in bfloat16 where the CPU is faster in it, which
+          takes a second copy of the model.
         """
         layer, (hidden, inner) = anatomy.layers[0], _widths(anatomy)
         width, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
@@ -132,7 +136,7 @@ class Calibration:
         widest = inner if self.mlp else width
         solver = 8 * (5 * widest**2 + 8 * widest * hidden)
         vocabulary = getattr(anatomy.config, "vocab_size", None) or 0
-        # Below 0 where the anatomy is that of a config, which counts no parameters.
+        # It is below 0 if the anatomy was made from a config alone, which counts no parameters.
         layer_parameters = (anatomy.parameters - 2 * vocabulary * hidden) / len(anatomy.layers)
         layer_bytes = 4 * max(layer_parameters, attention + 3 * hidden * inner)
         fits = 8 * (3 * hidden**2 + 3 * width**2 + 10 * hidden * width)
@@ -154,6 +158,6 @@ class Calibration:
 
 
 def _widths(anatomy: Anatomy) -> tuple[int, int]:
-    """Channels of the hidden states, and of an MLP's hidden layer."""
+    """Number of channels of the hidden states, and of an MLP's hidden layer."""
     hidden = getattr(anatomy.config, "hidden_size", 0)
     return hidden, getattr(anatomy.config, "intermediate_size", None) or 4 * hidden

@@ -1,14 +1,14 @@
-"""The output projection of a layer's MLP, refitted so that the hidden states after the layer are the base's again.
+"""The refit of an MLP's output projection, which brings the hidden states after the layer back to the base's.
 
-What merged heads lose reaches every later layer. A layer's own weights are best fitted to the inputs that it has in
+The loss of merged heads reaches every later layer. A layer's attention is best fitted to the inputs that it has in
 the base: inputs from the converted model carry errors, and least squares shrinks weights whose inputs are noisy. So
-the errors are corrected where the layer adds to the residual stream for the last time. Let z be what the MLP of the
-converted model gives its output projection W, and r the base's state less the rest of the converted state:
+the errors are corrected where the layer adds to the residual stream for the last time. Let z be the input of the
+MLP's output projection W in the converted model, and r the base's state minus the rest of the converted state:
 
     minimise  Σ_t ω_t ||r_t − W z_t||² + λ ||W − W_0||²
 
-This is solved in closed form (`low_rank.fit_output`). ω makes errors relative to the state. A sequence's first token
-counts as `FIRST` rows: in most models it is a sink, which all later tokens read.
+This is solved in closed form (`low_rank.fit_output`). ω makes errors relative to the size of the state. A sequence's
+first token counts as `FIRST` rows: in most models it is a sink, which all later tokens read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from surgery.operations.gqa.layer_inputs import is_validation, share
 from surgery.operations.gqa.low_rank import fit_output
 
 FIRST = 20.0
-MISS = 1e-3  # relative: a layer whose state is not the rest plus a multiple of what its MLP writes keeps its MLP
+MISS = 1e-3  # largest relative error of "state = rest + scale * MLP output"; above it the MLP is not refitted
 
 
 def projection_of(block: torch.nn.Module, attention: torch.nn.Module, output: torch.nn.Module) -> str | None:
-    """The name, in a decoder layer, of its MLP's output projection; None where the layer has not exactly one.
+    """The name, inside a decoder layer, of the MLP's output projection; None unless the layer has exactly one.
 
-    It is known by its shape: outside of attention, the only linear map to as many channels as attention's output
-    projection has. Experts have several.
+    It is found by its shape: outside of attention, it is the only linear map that gives as many channels as
+    attention's output projection. A mixture of experts has several.
     """
     inside, width = {id(module) for module in attention.modules()}, _matrix(output).shape[0]
     names = [
@@ -43,7 +43,7 @@ def projection_of(block: torch.nn.Module, attention: torch.nn.Module, output: to
 
 
 def _matrix(module) -> torch.Tensor:
-    """[outputs, inputs]."""
+    """The weight as [outputs, inputs]."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
@@ -51,10 +51,10 @@ class MLPOutput:
     """The MLP's output projection of one layer in the converted model.
 
     Args:
-        module: the output projection, which is left as it was.
-        base: the base's hidden states after the layer, one [1, T, D] a sequence.
-        converted: the same of the converted model; this list is written.
-        step: puts the converted state of the sequence with this index through the layer.
+        module: the output projection; its weight is not changed.
+        base: the base's hidden states after the layer, one [1, T, D] for each sequence.
+        converted: the converted model's hidden states, before the layer; they are replaced by those after it.
+        step: runs the layer on the converted state of the sequence with this index, and stores the result.
     """
 
     def __init__(self, module, base: list[torch.Tensor], converted: list[torch.Tensor], step: Callable[[int], None]):
@@ -63,14 +63,14 @@ class MLPOutput:
         self.scale = 1.0
 
     def refit(self, ridges: list[float]) -> tuple[torch.Tensor, dict] | None:
-        """Refit the projection and put all sequences through the layer with it.
+        """Refit the projection, and run the layer with it on all sequences.
 
         Args:
-            ridges: what to choose from, relative to the energy of z.
+            ridges: values to choose from, relative to the energy of z.
 
         Returns:
-            W [D, n] in the module's dtype, and a record. None where the layer's state is not a sum to which W adds (a
-            norm follows the MLP): then the sequences went through the unchanged layer.
+            W [D, n] in the module's dtype, and a record. None if the layer does not simply add the MLP's output to the
+            state (a norm follows the MLP): then the layer has run with its old projection.
         """
         if not self._measure_scale():
             for index in range(len(self.base)):
@@ -94,7 +94,7 @@ class MLPOutput:
         return weight, record | {"mlp_ridge": result.ridge}
 
     def run_with(self, weight: torch.Tensor | None) -> None:
-        """Put all sequences through the layer with a weight [D, n] that `refit` gave; None: with its own."""
+        """Run the layer on all sequences with a weight [D, n] from `refit`; None: with the old projection."""
         if weight is not None:
             self._measure_scale()
         for index in range(len(self.base)):
@@ -107,13 +107,17 @@ class MLPOutput:
         self.converted[index] = (rest + self.scale * (z @ weight.to(z).T))[None]
 
     def _rest_and_input(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A sequence's state after the layer without what the weight adds [T, D], and the weight's input [T, n]."""
+        """A sequence's state after the layer without the projection's output [T, D], and z [T, n]."""
         with self._capture() as captured:
             self.step(index)
         return self.converted[index][0] - self.scale * captured["written"], captured["z"]
 
     def _measure_scale(self) -> bool:
-        """Set `scale` to the multiple of what the MLP writes that the state holds; False: the state is no such sum."""
+        """Set `scale` in "state = rest + scale * MLP output", from a run with the MLP output doubled.
+
+        Returns:
+            False if the state is not such a sum.
+        """
         before = self.converted[0]
         with self._capture(2.0) as captured:
             self.step(0)
@@ -127,7 +131,7 @@ class MLPOutput:
 
     @contextmanager
     def _capture(self, factor: float = 1.0) -> Iterator[dict[str, torch.Tensor]]:
-        """Capture the projection's input `z` [T, n] and its output without bias, times a factor: `written` [T, D]."""
+        """Scale the projection's output without bias; capture the scaled output `written` [T, D] and the input `z`."""
         captured, bias = {}, getattr(self.module, "bias", None)
 
         def after(_, args, out):

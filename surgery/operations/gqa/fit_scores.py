@@ -1,15 +1,15 @@
-"""Queries or shared keys fitted to the base's attention by least squares, without ever building the equations.
+"""Least-squares fits of queries, or of shared keys, to the base's attention. The equations are never built.
 
 The KL divergence between the base's attention row and the new one is, to second order, half the variance of the error
-of the scores under the base's weights p (softmax does not see a constant):
+of the scores under the base's weights p (a constant error does not change a softmax):
 
     L = ½ Σ_t Σ_h Var_{s ~ p_hts}[ c q̃_ht·k̃_s − score_hts ],      q̃ = RoPE(W_Q x_t),  k̃ = RoPE(W_K x_s)
 
-L does not see a key to which the base hardly attends and the new model does. So from the second fit on p is the mean
-of the base's and the new weights (`layer_inputs.FitSettings.reweight_keys`).
+L hardly counts a key that gets little weight in the base and much in the new model. So, from the second fit on, p is
+the mean of the base's weights and the new weights (`layer_inputs.FitSettings.reweight_keys`).
 
-L is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for a
-head, so conjugate gradients solve them: a product with the Hessian costs what attention itself costs.
+L is quadratic in W_Q with the keys fixed, and in W_K with the queries fixed. Its equations have (d D)² numbers for
+each head. So they are solved by conjugate gradients: a product with the Hessian costs as much as attention itself.
 
 Sums over the text are in the dtype of the activations; the solver works in float64.
 """
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 
-CHUNKS = 4  # parts into which the rows of a sample are cut
+CHUNKS = 4  # number of parts into which the rows of a sample are cut
 
 
 @dataclass
 class Rotation:
-    """RoPE at each position, and whatever scales with it: what stands between a projection and the scores.
+    """RoPE at each position, with any scale: the linear map between a projection and the scores.
 
     Attributes:
         cos, sin: [length, d]: z becomes cos * z + sin * z[swap].
@@ -51,7 +51,7 @@ class Rotation:
 
         Args:
             factors: one for each position and frequency, complex [length, rotary / 2].
-            free: the factor of the channels that RoPE leaves alone.
+            free: the factor on channels that RoPE does not rotate.
             size: channels of a head, d.
             positions: how RoPE pairs channels (`merge.pair_channels`).
         """
@@ -71,7 +71,7 @@ class Rotation:
         return Rotation(self.cos.to(dtype), self.sin.to(dtype), self.swap)
 
     def at(self, rows) -> Rotation:
-        """The rotation of these positions alone."""
+        """The rotation at only these positions."""
         return Rotation(self.cos[rows], self.sin[rows], self.swap)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -85,13 +85,14 @@ class Rotation:
 
 @dataclass
 class ScoreSample:
-    """One text of the calibration, in one layer.
+    """One calibration text in one layer.
 
     Attributes:
         x: [T, n], the layer's input in the converted model; the last column is 1 where the projections have a bias.
         rows: positions of the queries that count, long [r], rising.
-        weights: p [H, r, T], the base's attention of these rows; 0 for keys after the query.
-        scores: gives [H, r, T], the base's scores before softmax; anything finite where p is 0. It is called once.
+        weights: p [H, r, T], the base's attention weights of these rows; 0 for keys after the query.
+        scores: returns [H, r, T], the base's scores before softmax, with any finite value where p is 0. Each fit calls
+            it once.
     """
 
     x: Tensor
@@ -101,7 +102,7 @@ class ScoreSample:
 
 
 class RowChunk(NamedTuple):
-    """Neighbouring rows of a sample. They see no key from `end` on: products stop there."""
+    """Neighbouring rows of a sample. They see no key from position `end` on, so products stop there."""
 
     sample_rows: slice  # among the rows of the sample
     rows: slice  # among the rows of all samples
@@ -109,7 +110,7 @@ class RowChunk(NamedTuple):
 
 
 def causal_chunks(samples: list) -> list[list[RowChunk]]:
-    """The rows of each sample, `ScoreSample` or `ValueSample`, in chunks: few of them, so that products stay large."""
+    """The rows of each `ScoreSample` or `ValueSample`, cut into a few chunks, so that products stay large."""
     chunks_of_samples, before = [], 0
     for sample in samples:
         chunks, begin = [], 0
@@ -123,10 +124,10 @@ def causal_chunks(samples: list) -> list[list[RowChunk]]:
 
 
 class ScoreObjective:
-    """The loss L as a function of W_Q or of W_K; both are a sum over samples.
+    """The loss L as a function of W_Q or of W_K, a sum over samples.
 
     Args:
-        samples: of the calibration text.
+        samples: samples of the calibration text.
         scale: c, the factor on q·k.
         query_rotation, key_rotation: RoPE of queries and of keys.
         groups: number of KV heads; query head h reads KV head h // (H / groups).
@@ -140,10 +141,10 @@ class ScoreObjective:
         self.samples, self.scale, self.groups = samples, scale, groups
         self.query_rotation, self.key_rotation = query_rotation, key_rotation
         self.chunks = causal_chunks(samples)
-        self.query_inputs = torch.cat([sample.x[sample.rows] for sample in samples])  # [R, n], of queries that count
+        self.query_inputs = torch.cat([sample.x[sample.rows] for sample in samples])  # [R, n]: queries that count
 
     def map_samples(self, work: Callable[[int, ScoreSample], Result]) -> Iterator[Result]:
-        """What `work` gives for the index of each sample and the sample, in their order."""
+        """The results of `work(index, sample)` for all samples, in order."""
         return parallel_map(work, range(len(self.samples)), self.samples, device=self.query_inputs.device)
 
     def keys(self, weight: Tensor, sample: ScoreSample) -> Tensor:
@@ -151,7 +152,7 @@ class ScoreObjective:
         return self.key_rotation(project(weight, sample.x))
 
     def grouped(self, heads: Tensor) -> Tensor:
-        """[groups, H / groups * r, ...] from [H, r, ...]: query heads that share a key head lie one after another."""
+        """[groups, H / groups * r, ...] from [H, r, ...]: query heads that share a key head are neighbours."""
         return heads.reshape(self.groups, -1, heads.shape[-1])
 
     def query_problem(self, key_weight: Tensor) -> Problem:
@@ -171,9 +172,9 @@ def project(heads: Tensor, x: Tensor) -> Tensor:
 class Problem:
     """L as a quadratic function of one weight: ½ <W, H W> − <b, W> + ½ c; see `conjugate_gradient.Quadratic`.
 
-    A subclass projects the inputs by the weight (`projected`) and gives the scores of a chunk's rows (`scores`), which
-    are [groups, n r, end]. For the way back it has an accumulator of gradients by the projected inputs (`empty_grads`,
-    to which `add` adds those of a chunk) and the gradient by the weight that results (`gradient`).
+    A subclass projects the inputs by the weight (`projected`) and computes the scores of a chunk's rows (`scores`),
+    [groups, n r, end]. For the backward pass, `empty_grads` makes an accumulator of gradients by the projected inputs,
+    `add` adds the gradients of a chunk, and `gradient` turns the sum into the gradient by the weight.
     """
 
     def __init__(self, objective: ScoreObjective):
@@ -208,12 +209,12 @@ class Problem:
         return self.gradient(grads).to(weight), constant
 
     def _weight_errors(self, errors: Tensor, weights: Tensor, chunk: RowChunk) -> Tensor:
-        """p * error, written over the errors [groups, n r, end]."""
+        """p * error; it overwrites the errors [groups, n r, end]."""
         heads = errors.view(len(weights), -1, chunk.end)
         return heads.mul_(weights[:, chunk.sample_rows, : chunk.end]).view_as(errors)
 
     def mean_of_pairs(self, curvature: Tensor, rotation: Rotation) -> Tensor:
-        """The curvature [heads, d] with its mean in both channels of a pair, which RoPE mixes."""
+        """The curvature [heads, d], averaged over the two channels of each pair, since RoPE mixes them."""
         return (curvature + curvature[:, rotation.swap.cpu()]) / 2
 
 
@@ -222,7 +223,7 @@ class QueryProblem(Problem):
 
     def __init__(self, objective: ScoreObjective, key_weight: Tensor):
         super().__init__(objective)
-        # c k̃: the keys hold the factor from here on. `means` are theirs under p, [H, r, d].
+        # The keys include the factor c from here on. `means` are the means of these keys under p, [H, r, d].
         self.keys = list(objective.map_samples(lambda _, sample: objective.keys(key_weight, sample) * objective.scale))
         self.means = list(objective.map_samples(lambda index, sample: self._mean(sample, self.keys[index])))
 
@@ -235,7 +236,7 @@ class QueryProblem(Problem):
         return project(weight, self.objective.query_inputs).transpose(0, 1)
 
     def empty_grads(self) -> Tensor:
-        """Room for gradients by queries before RoPE, [R, H, d]."""
+        """An uninitialised tensor for gradients by queries before RoPE, [R, H, d]."""
         heads, _, size = self.means[0].shape
         rows = len(self.objective.query_inputs)
         return self.objective.query_inputs.new_empty(rows, heads, size)  # `add` writes each row once
@@ -276,18 +277,18 @@ class KeyProblem(Problem):
     def __init__(self, objective: ScoreObjective, query_weight: Tensor):
         super().__init__(objective)
         raw = project(query_weight, objective.query_inputs)
-        self.queries = [  # of each sample, [H, r, d]
+        self.queries = [  # one [H, r, d] for each sample
             objective.query_rotation.at(sample.rows)(raw[:, chunks[0].rows.start : chunks[-1].rows.stop])
             * objective.scale
             for sample, chunks in zip(objective.samples, objective.chunks, strict=True)
         ]
 
     def projected(self, weight: Tensor) -> list[Tensor]:
-        """Keys after RoPE, [groups, T, d] of each sample."""
+        """Keys after RoPE, one [groups, T, d] for each sample."""
         return list(self.objective.map_samples(lambda _, sample: self.objective.keys(weight, sample)))
 
     def empty_grads(self) -> list[Tensor]:
-        """Zeros for gradients by keys after RoPE, [groups, T, d] of each sample."""
+        """Zeros for gradients by keys after RoPE, one [groups, T, d] for each sample."""
         size = self.queries[0].shape[-1]
         return [sample.x.new_zeros(self.objective.groups, len(sample.x), size) for sample in self.objective.samples]
 

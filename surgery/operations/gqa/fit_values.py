@@ -1,9 +1,9 @@
-"""Shared values fitted to what the base's attention wrote, by least squares as in `fit_scores.py`; W_O is fixed.
+"""The least-squares fit of shared values to the output r of the base's attention, with W_O fixed.
 
     L = ½ Σ_t ω_t |Σ_h O_h Σ_s p_hts W_V x_s − r_t|²
 
-p is the converted model's attention. The merge (`low_rank.merge_values`) minimises the loss of every head by itself;
-L is the loss of their sum, which is what the model sees.
+p is the converted model's attention. The merge (`low_rank.merge_values`) minimises the loss of each head separately.
+L is the loss of the sum over heads, which the model reads. The solver is that of `fit_scores.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class ValueSample:
-    """One text of the calibration, in one layer.
+    """One calibration text in one layer.
 
     Attributes:
         x: [T, n], as in `fit_scores.ScoreSample`.
-        rows: long [r], rising.
-        weights: [H, r, T], the converted model's attention of these rows; 0 for keys after the query.
-        wanted: [r, D], what the base's attention wrote there, without the bias.
+        rows: positions of the queries that count, long [r], rising.
+        weights: [H, r, T], the converted model's attention weights of these rows; 0 for keys after the query.
+        wanted: [r, D], output of the base's attention at these rows, without the bias.
         row_weights: ω [r].
     """
 
@@ -44,7 +44,7 @@ class ValueProblem:
     """L as a quadratic function of W_V [groups, d, n], for `conjugate_gradient.solve`.
 
     Args:
-        samples: of the calibration text.
+        samples: samples of the calibration text.
         output: O [D, H, d]; query head h reads KV head h // (H / groups).
     """
 
@@ -57,7 +57,7 @@ class ValueProblem:
         self.gram = self.columns.T @ self.columns
         self.row_weights = torch.cat([sample.row_weights for sample in samples]).to(x).unsqueeze(-1)
         self.chunks = causal_chunks(samples)
-        self.weights = [  # of each chunk [groups, n r, end]; query heads that share a value head are neighbours
+        self.weights = [  # [groups, n r, end] for each chunk; query heads that share a value head are neighbours
             [sample.weights[:, chunk.sample_rows, : chunk.end].reshape(groups, -1, chunk.end) for chunk in chunks]
             for sample, chunks in zip(samples, self.chunks, strict=True)
         ]
@@ -76,7 +76,7 @@ class ValueProblem:
         return self._gradient(mixed.flatten(1) @ self.gram, weight)
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
-        """b, of W's shape, and Σ ω |r|²."""
+        """b [groups, d, n], and c = Σ ω |r|²."""
         import torch
 
         wanted = torch.cat([sample.wanted for sample in self.samples])
@@ -88,7 +88,7 @@ class ValueProblem:
         curvature = self.output.double().cpu().square().sum(0).reshape(self.groups, -1, self.output.shape[2]).mean(1)
         rows = sum(len(sample.row_weights[::4]) for sample in self.samples)
 
-        def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough to know what attention reads
+        def read_moments(sample: ValueSample, *_) -> Tensor:  # every fourth row is enough for these moments
             read_inputs = (sample.weights[:, ::4] @ sample.x).flatten(0, 1)
             row_weights = sample.row_weights[::4].to(read_inputs).repeat(len(sample.weights))
             return ((read_inputs.T * row_weights) @ read_inputs).double().cpu()
@@ -96,7 +96,7 @@ class ValueProblem:
         return curvature, sum(self._map_samples(read_moments)) * (len(self.row_weights) / rows)
 
     def _gradient(self, grads: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by W [groups, d, n] from gradients by heads' outputs [R, H d], whose rows are weighted by ω."""
+        """The gradient by W [groups, d, n] from gradients by the heads' outputs [R, H d], before the weights ω."""
         import torch
 
         grads = (grads * self.row_weights).unflatten(1, (-1, weight.shape[1])).transpose(0, 1)  # [H, R, d]
@@ -110,5 +110,5 @@ class ValueProblem:
         return sum(self._map_samples(gradient_of)).to(weight)
 
     def _map_samples(self, work: Callable[..., Result]) -> Iterator[Result]:
-        """What `work` gives for each sample, its chunks and their weights, in order."""
+        """The results of `work(sample, chunks, weights of the chunks)` for all samples, in order."""
         return parallel_map(work, self.samples, self.chunks, self.weights, device=self.columns.device)

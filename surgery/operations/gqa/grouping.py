@@ -1,4 +1,4 @@
-"""Which KV heads share a group: partition by similarity, into groups of equal size."""
+"""The choice of KV heads that share a group: a partition by similarity into groups of equal size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def head_distances(heads: Tensor, inner) -> Tensor:
     """Squared distances [G, G] between heads [G, d, n], as shares of their total energy.
 
     Args:
-        inner: function of two heads that gives their inner product; with alignment it is the largest one that
+        inner: function that returns the inner product of two heads; with alignment, the largest inner product that
             the allowed transformations can reach.
 
     Returns:
@@ -63,9 +63,10 @@ def phased_inner(a: Tensor, b: Tensor, rotary: int, positions: str) -> Tensor:
 def partition(distances: Tensor, groups: int) -> list[list[int]]:
     """Split G heads into `groups` equal groups with the least summed distance within groups.
 
-    The sum of pairwise squared distances is m times the squared distance to the group's mean, which is what
-    merging loses. All partitions are tried for up to 8 heads; beyond that the best neighbour grouping found by
-    greedy agglomeration is improved by pairwise swaps until none helps. Groups are ordered by their first head.
+    The sum of pairwise squared distances in a group of m heads is m times their summed squared distance to the mean,
+    which is the loss of merging them. Up to 8 heads, all partitions are tried. For more heads there are two starts,
+    neighbours and a greedy agglomeration; both are improved by pairwise swaps until none helps, and the better one is
+    taken. Groups are ordered by their first head.
     """
     table = distances.tolist()
     size = len(table) // groups
@@ -123,10 +124,11 @@ def _swap(groups: list[list[int]], cost) -> list[list[int]]:
 
 
 def merge_losses(layer: AttentionLayer) -> Tensor:
-    """What merging two KV heads in closed form would lose if the layer's inputs were white: [G, G].
+    """The loss of merging each pair of KV heads in closed form, if the layer's inputs were white: [G, G].
 
-    The losses of keys and values are added, each as a share of the energy that all heads give to their readers. What
-    the closed form undoes costs nothing: a complex factor for each frequency of keys, any invertible map of values.
+    The losses of keys and values are added, each as a share of the energy that all heads give to their readers. A
+    difference that the closed form can undo costs nothing: a complex factor for each frequency of keys, and any
+    invertible map of values.
     """
     import torch
 
@@ -160,7 +162,7 @@ def _products(heads: Tensor) -> Tensor:
 
 
 def _pair_losses(moments: Tensor, weights: Tensor, shares: bool = True):
-    """What `low_rank.shared_channels` loses by one head in place of two, for every pair: [G, G].
+    """The loss of `low_rank.shared_channels` when one head replaces two, for every pair of heads: [G, G].
 
     Args:
         moments: [..., G, e, G, e]; weights: [..., G, e, e]. Losses are summed over the leading dimensions.
@@ -185,9 +187,9 @@ def similar_order(layer: AttentionLayer, groups: int, aligned: bool, closed_form
     """The order of a layer's KV heads that puts similar heads next to each other; keys and values count alike.
 
     Args:
-        groups: number of groups of equal size, each to share one head.
-        aligned: the merge may turn heads towards each other, so the distance of two is that after the best turn.
-        closed_form: the distance of two heads is what their merge in closed form loses.
+        groups: number of groups of equal size; each will share one head.
+        aligned: the merge may rotate heads towards each other, so distances are those after the best rotation.
+        closed_form: the distance of two heads is the loss of their merge in closed form (`merge_losses`).
     """
     if closed_form:
         return [head for group in partition(merge_losses(layer), groups) for head in group]

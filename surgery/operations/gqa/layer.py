@@ -1,4 +1,4 @@
-"""One layer's KV heads shared in closed form, from its inputs on a calibration text (`layer_inputs.py`)."""
+"""The closed-form conversion of one layer, from its inputs on a calibration text (`layer_inputs.py`)."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class SharedLayer:
     """The conversion of one layer.
 
     Args:
-        settings: what is fitted, and how.
+        settings: what to fit, and how.
         layer: the old weights.
-        target: the anatomy of the layer after.
-        inputs: what is known of the layer.
-        hook: of the model, for the windows of its layers.
+        target: the anatomy of the converted layer.
+        inputs: the layer's inputs and the base's attention on the calibration text.
+        hook: the model's hook, which knows the windows of its layers.
 
     Attributes:
-        key_heads: of a layer with a norm after its keys, the KV heads that stay.
+        key_heads: the KV heads whose keys stay, in a layer with a norm after its keys; otherwise empty.
     """
 
     def __init__(self, settings: FitSettings, layer: AttentionLayer, target, inputs: LayerInputs, hook: AttentionHook):
@@ -55,7 +55,7 @@ class SharedLayer:
             self.query_rotation, self.key_rotation = (self._rotation(projection) for projection in ("q", "k"))
 
     def convert(self) -> tuple[AttentionLayer, dict]:
-        """The layer with shared KV heads, and a record of what each step lost."""
+        """The layer with shared KV heads, and a record of the loss of each step."""
         layer, settings = self.layer, self.settings
         record: dict = {}
         moments = self._input_moments()
@@ -69,7 +69,7 @@ class SharedLayer:
             tensors = stacked(layer, "q", list(q)) | stacked(layer, "k", list(k))
         v, o = self._merge_values(v, o, self._read_moments(), record)
         new = layer.replace(anatomy=self.target, **tensors, **stacked(layer, "v", list(v)), o=o.to(layer.o.dtype))
-        if "v" in settings.refit:  # between two refits of the output projection, the first on the rows of the samples
+        if "v" in settings.refit:  # between two refits of the output projection, on the samples' rows and on all rows
             weights = list(
                 self._map_samples(lambda index: self._attention_weights(new, index, self.inputs.samples[index].rows))
             )
@@ -81,23 +81,23 @@ class SharedLayer:
         return new, record
 
     def _map_samples(self, work: Callable) -> Iterator:
-        """What `work` gives for the index of each sample, in order."""
+        """The results of `work` for the index of each sample, in order."""
         return parallel_map(work, range(len(self.inputs.samples)), device=self.inputs.x[0].device)
 
     def set_input(self, index: int, call: AttentionCall) -> None:
-        """Take the layer's input on a sequence from this call of the converted model."""
+        """Set the layer's input on a sequence to that of this attention call of the converted model."""
         self.inputs.x[index], self.inputs.calls[index] = with_ones(call.x, self.layer.q_bias is not None), call
         self._heads.pop(index, None)
 
     def head_outputs(self, layer: AttentionLayer, index: int) -> torch.Tensor:
-        """What the heads of the new layer give on a sequence [T, H, d]; kept, so W_Q, W_K and W_V must be final."""
+        """Outputs of the new layer's heads on a sequence [T, H, d], cached: W_Q, W_K and W_V must be final."""
         if index not in self._heads:
             rows = torch.arange(len(self.inputs.x[index]))
             self._heads[index] = self._mix_values(layer, index, self._attention_weights(layer, index, rows))
         return self._heads[index]
 
     def _mix_values(self, layer: AttentionLayer, index: int, weights: torch.Tensor) -> torch.Tensor:
-        """Values of a sequence, mixed by attention weights [H, r, T]: [r, H, d]."""
+        """Outputs of the heads [r, H, d]: a sequence's values, averaged by attention weights [H, r, T]."""
         x = self.inputs.x[index]
         values = project(with_bias(layer, "v"), x)
         mixed = weights.reshape(len(values), -1, len(x)) @ values
@@ -109,14 +109,14 @@ class SharedLayer:
         return self._weights_of(query, key, index, rows)
 
     def _weights_of(self, query: torch.Tensor, key: torch.Tensor, index: int, rows: torch.Tensor) -> torch.Tensor:
-        """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d] as attention gets them."""
+        """Attention weights [H, r, T] of queries [H, T, d] and keys [G', T, d], both after norms and RoPE."""
         call, limit = self.inputs.base[index], self.hook.windows[self.layer.anatomy.index]
         options = {name: call.settings.get(name) for name in ("softcap", "s_aux")}
         rows = rows.to(query.device)
         return attention_weights(query[None], key[None], rows, scale=scale_of(call), limit=limit, **options)[0]
 
     def _rotated(self, layer: AttentionLayer, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [H, T, d] and keys [G', T, d] as attention gets them."""
+        """Queries [H, T, d] and keys [G', T, d], both after norms and RoPE."""
         if layer.anatomy.qk_norm:
             call = self.inputs.calls[index]
             return call.query, call.key[self.key_heads]
@@ -127,13 +127,13 @@ class SharedLayer:
         )
 
     def _rotation(self, projection: str) -> Rotation:
-        """This layer's RoPE, measured from the model's own queries or keys and their projections.
+        """This layer's RoPE, measured by comparing the model's queries or keys with their projections.
 
         Args:
             projection: "q" or "k".
 
         Raises:
-            SurgeryError: queries or keys are not their projections, rotated.
+            SurgeryError: the queries or keys are not their rotated projections.
         """
         anatomy, heads = self.layer.anatomy, with_bias(self.layer, projection)
         real, imag = pair_channels(anatomy.rotary, anatomy.positions)
@@ -161,7 +161,7 @@ class SharedLayer:
         return rotation
 
     def _input_moments(self) -> Moments:
-        """Moments of the layer's inputs as keys see them: weighted by the attention that a token receives."""
+        """Second moments of the layer's inputs, weighted by the attention that each token receives."""
         moments, share = Moments(exact=False), self.settings.received
         for x, sample in zip(self.inputs.x, self.inputs.samples, strict=True):
             received = sample.weights.sum((0, 1))
@@ -170,7 +170,7 @@ class SharedLayer:
         return moments
 
     def _read_moments(self) -> Moments:
-        """Moments of what heads read: inputs averaged by the base's attention, since values are averaged, too.
+        """Second moments of inputs averaged by the base's attention: the heads average values in the same way.
 
         Every fourth row is enough.
         """
@@ -182,7 +182,7 @@ class SharedLayer:
         return moments
 
     def _merge_keys(self, q, k, moments: Moments, record: dict):
-        """Queries [H, d, n] that read the merged keys, and the merged keys [groups, d, n]."""
+        """Queries [H, d, n] that read the merged keys, and these keys [groups, d, n]."""
         anatomy, new, lost, energy = self.layer.anatomy, [], 0.0, 0.0
         second = moments.second.cpu()
         mean = None if anatomy.layout.sinks else moments.mean.cpu()
@@ -203,7 +203,7 @@ class SharedLayer:
         return q, torch.stack(new)
 
     def _fit_scores(self, q, k, refit: list[str], record: dict):
-        """Fit queries and keys in turn to the base's scores; later fits take more steps, as they undo earlier ones."""
+        """Fit queries and keys in turn to the base's scores. Later fits take more steps, as they undo earlier ones."""
         settings, call = self.settings, self.inputs.base[0]
         dtype = self.inputs.x[0].dtype
         record["scores_lost"] = []
@@ -228,7 +228,7 @@ class SharedLayer:
         return q, k
 
     def _reweighted(self, q, k, index: int) -> ScoreSample:
-        """A sample whose keys count by the mean of the base's attention and that of these weights."""
+        """A sample whose attention weights are the mean of the base's and those of these queries and keys."""
         sample, x = self.inputs.samples[index], self.inputs.x[index]
         key, query = self.key_rotation.to(x.dtype)(project(k, x)), x.new_zeros(len(q), len(x), q.shape[1])
         queries = project(q, x[sample.rows])  # other rows are not read
@@ -238,7 +238,7 @@ class SharedLayer:
         return replace(sample, weights=mean)
 
     def _merge_values(self, v, o, moments: Moments, record: dict):
-        """The merged values [groups, d, n], and output columns [D, H, d] that read them."""
+        """The merged values [groups, d, n], and the output columns [D, H, d] that read them."""
         new, lost, energy, second = [], 0.0, 0.0, moments.second.cpu()
         o = o.clone()
         for group in self.groups:
@@ -252,7 +252,7 @@ class SharedLayer:
         return torch.stack(new), o
 
     def _fit_values(self, new: AttentionLayer, v, weights: list[torch.Tensor], record: dict) -> AttentionLayer:
-        """The layer with its values refitted to what the base's attention wrote.
+        """The layer with its values refitted to the output of the base's attention.
 
         Args:
             v: the merged values [G', d, n], float64.
@@ -270,12 +270,13 @@ class SharedLayer:
         return new.replace(**stacked(new, "v", list(solution.weight)))
 
     def _fit_output(self, new: AttentionLayer, o, record: dict, weights: list | None = None) -> AttentionLayer:
-        """The layer with its output projection refitted to what the base's attention wrote; without first tokens.
+        """The layer with its output projection refitted to the output of the base's attention.
 
         Args:
             o: the old projection [D, H, d], float64.
-            weights: the new layer's attention weights of the samples' rows, to fit those rows alone; the validation
-                samples are then not fitted, since they are to judge the values. None: all rows of all samples are.
+            weights: the new layer's attention weights of the samples' rows. Only these rows are fitted, and not those
+                of the validation samples, which later judge the values. None: all rows of all samples are fitted,
+                except first tokens.
         """
         sums = [Regression(exact=False), Regression(exact=False)]
         if weights is None:
@@ -295,9 +296,9 @@ class SharedLayer:
         return new.replace(o=result.weight.unflatten(1, o.shape[1:]).cpu().to(new.o.dtype))
 
     def _choose_key_heads(self, record: dict) -> dict[str, torch.Tensor]:
-        """In each group, choose the key head with which the scores of all its queries come nearest to the base's.
+        """In each group, choose the key head that brings the scores of all the group's queries nearest to the base's.
 
-        Before a norm key heads can be kept but not mixed: the norm has a scale for each channel and none for a head.
+        Key heads before a norm can be kept but not mixed: the norm has a scale for each channel, and none for a head.
         """
         layer, total = self.layer, {}
         for sample, call in zip(self.inputs.samples, self.inputs.calls, strict=True):
@@ -320,5 +321,5 @@ class SharedLayer:
 
 
 def _row_weights(rms: torch.Tensor) -> torch.Tensor:
-    """ω of rows: errors count relative to the hidden states to which they are added."""
+    """ω of rows: it makes errors relative to the hidden states to which they are added."""
     return 1 / rms.double().square().clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""What is known of a layer before its heads are shared: its inputs, the base's attention, the settings of the fit."""
+"""The data for the closed-form fit of a layer: its inputs, the base's attention, and the settings of the fit."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 from surgery.operations.gqa.cost import STEPS, STRIDE
 from surgery.operations.gqa.fit_scores import ScoreSample
 
-VALIDATION_EVERY = 6  # every sixth sequence is held back
-ROPE_SAMPLES = 2  # sequences on which RoPE is measured
+VALIDATION_EVERY = 6  # every sixth sequence is a validation sequence
+ROPE_SAMPLES = 2  # number of sequences on which RoPE is measured
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is fitted, and how.
+    """What to fit, and how.
 
     Attributes:
-        refit: which weights are refitted after the merge: "q", "k", "v", "o" to the base's attention, and "mlp", the
-            MLP's output projection, to the base's hidden states after the layer.
+        refit: the weights that are refitted after the merge. "q", "k", "v" and "o" are fitted to the base's attention;
+            "mlp", the MLP's output projection, is fitted to the base's hidden states after the layer.
         rounds: how often queries and keys are refitted in turn.
-        sequential: attention is fitted to the inputs that converted layers give it, not to the base's.
+        sequential: fit attention to the inputs from converted layers instead of the base's inputs.
         ridges, mlp_ridges: values to choose from, for attention's output projection and for the MLP's.
-        steps, damping: see `conjugate_gradient.solve`. Values take `steps` steps; queries and keys, fitted in turn,
-            take from a quarter of them at first to five quarters at last.
+        steps, damping: see `conjugate_gradient.solve`. Values take `steps` steps. Queries and keys are fitted in turn:
+            the first fit takes a quarter of `steps`, the last five quarters.
         stride: every `stride`-th query counts; the first that counts differs between sequences.
-        received: how much the attention that a token receives counts in the moments: its weight is
-            1 − received + received · a, where a is that attention as a share of the mean token's. 0: all count alike.
-        weighted: keys are weighted by the energy of their queries.
-        reweight_keys: from the second fit of scores on, a key counts by the mean of what the base's attention and the
-            new one give it, so that a key whose weight wrongly rose is seen; else by the base's alone.
+        received: how much the attention that a token receives counts in the moments. The token's weight is
+            1 − received + received · a, where a is this attention relative to the mean over tokens. 0: equal weights.
+        weighted: weight keys by the energy of their queries.
+        reweight_keys: from the second fit of scores on, weight a key by the mean of the base's attention and the new
+            attention, so that the fit sees a key whose weight wrongly rose. False: by the base's attention alone.
     """
 
     refit: tuple[str, ...] = ("q", "k", "v", "o", "mlp")
@@ -48,14 +48,14 @@ class FitSettings:
 
 @dataclass
 class LayerInputs:
-    """What is known of a layer before it is converted; lists have an entry for each sequence.
+    """A layer's inputs on the calibration text; each list has one entry per sequence.
 
     Attributes:
-        base: calls of the base's attention; x and output are the base's.
+        base: attention calls of the base.
         x: the layer's input in the converted model [T, n], with a column of ones where projections have biases.
         calls: attention calls of the old weights on that input.
-        rms: root mean square of the base's hidden states [T]: errors count relative to it.
-        samples: the rows that count, the base's attention of these rows, and its scores.
+        rms: root mean square of the base's hidden states [T]; errors are relative to it.
+        samples: the rows that count, with the base's attention weights and scores.
     """
 
     base: list[AttentionCall] = field(default_factory=list)
@@ -67,7 +67,7 @@ class LayerInputs:
 
 @dataclass
 class BaseScores:
-    """The base's scores of some rows [H, r, T], computed when called; 0 where the attention weight is 0."""
+    """The base's scores of some rows [H, r, T], computed at each call; 0 where the attention weight is 0."""
 
     call: AttentionCall
     rows: torch.Tensor
@@ -86,12 +86,12 @@ def scale_of(call: AttentionCall) -> float:
 
 
 def is_validation(index: int, count: int) -> bool:
-    """Whether the sequence with this index, of `count`, is held back: every sixth is; of fewer the last."""
+    """Whether the sequence with this index is for validation: every sixth is, or the last of fewer than six."""
     return index % VALIDATION_EVERY == VALIDATION_EVERY - 1 or (count < VALIDATION_EVERY and index == count - 1)
 
 
 def train_and_validation(samples: list) -> tuple[list, list]:
-    """The samples that are fitted, and those that are held back."""
+    """The training samples and the validation samples."""
     train, validation = [], []
     for index, sample in enumerate(samples):
         (validation if is_validation(index, len(samples)) else train).append(sample)
@@ -111,7 +111,7 @@ class AttentionCall:
         x: [T, D], the attention module's input.
         query, key: [H, T, d] and [G, T, d], after norms and RoPE.
         settings: the other arguments of the call (scaling, softcap, s_aux ...).
-        output: [T, D], what the output projection gave, without its bias; None if the call was stopped before it.
+        output: [T, D], output of the output projection without its bias; None if the call was stopped before.
     """
 
     x: torch.Tensor

@@ -1,16 +1,16 @@
-"""A calibration text sent through a model twice, layer by layer: through the base, and through the converted model.
+"""The layer-by-layer conversion: a calibration text goes through the base and through the converted model.
 
-In each layer the base's attention is the goal. `layer.py` shares keys (complex PCA), refits queries and keys in turn
-to the base's scores, shares values (low rank), and refits values and the output projection to what the base's
-attention wrote. Then the converted model's own states go through the layer, and `fit_mlp.py` refits the MLP's output
-projection, which brings them back to the base's. Every sixth sequence is for validation: it chooses ridges and stops
-the solvers; the last fits of both output projections include it.
+In each layer the base's attention is the target. `layer.py` shares keys (complex PCA), refits queries and keys in turn
+to the base's scores, shares values (low rank), and refits values and the output projection to the output of the
+base's attention. Then the converted model's own states go through the layer. `fit_mlp.py` refits the MLP's output
+projection, which brings these states back to the base's. Every sixth sequence is for validation: it chooses ridges
+and stops the solvers. The last fits of both output projections include it.
 
-Later layers of the converted model get what the earlier ones really give, and are fitted to what the base did on its
-own activations: errors are corrected, not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
+A later layer of the converted model gets the real outputs of the earlier converted layers, and its MLP is fitted to
+the base's states. So errors are corrected and not passed on. (GPTQ and SparseGPT quantise and prune in this order.)
 
-The new layer is never built: the old module gets its heads' outputs in place of its own, so that no shape in the model
-changes while it is measured. Memory beyond the model: `cost.Calibration.memory`.
+The new layer is never built. Instead, the outputs of the new heads replace those of the old module's heads, so that no
+shape in the model changes during the measurement. Memory in addition to the model: `cost.Calibration.memory`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def layer_of(model, anatomy) -> AttentionLayer:
     """A copy of a layer's weights.
 
     Args:
-        anatomy: of the layer.
+        anatomy: the layer's anatomy.
 
     Raises:
         SurgeryError: a weight is not finite.
@@ -56,15 +56,15 @@ def layer_of(model, anatomy) -> AttentionLayer:
 
 @dataclass
 class LayerProgress:
-    """A layer on its way through the conversion.
+    """The state of a layer during the conversion.
 
     Attributes:
-        index: of the layer.
-        base_states: the base's hidden states after it, one [1, T, D] a sequence.
-        conversion: None where the layer stays unchanged.
+        index: index of the layer.
+        base_states: the base's hidden states after the layer, one [1, T, D] for each sequence.
+        conversion: None if the layer stays unchanged.
         result: the layer with its new attention, and a record; None until it is converted.
         finished: whether an earlier run had finished the layer.
-        mlp_weight: the weight of its MLP's output projection [D, n], from that run.
+        mlp_weight: the weight of the MLP's output projection [D, n] from that run; None if it was not refitted.
     """
 
     index: int
@@ -76,15 +76,15 @@ class LayerProgress:
 
 
 class Sharing:
-    """The conversion of one model; `layers` yields the new layers in order.
+    """The conversion of one model; `layers` returns the new layers in order.
 
     Args:
-        model: in memory; it is left as it was.
-        targets: the anatomy of each layer after.
+        model: in memory; it is not changed.
+        targets: anatomy of each layer after the conversion.
         sequences: tokens, long [samples, T], of one length, without padding.
-        load_layer: gives, for a layer's index, what an earlier run saved (tensors by name, and a record), or None.
+        load_layer: returns, for a layer's index, what an earlier run saved (tensors by name, and a record), or None.
         save_layer: called with the index, the tensors and the record of each layer that this run converts.
-        load_attention: as `load_layer`, of attention alone: the MLP is still to be fitted.
+        load_attention: as `load_layer`, for attention alone; the MLP must still be fitted.
 
     Attributes:
         mlps: refitted weights of MLPs, by parameter name.
@@ -98,13 +98,13 @@ class Sharing:
         self.load_attention: Callable = load_attention or (lambda index: None)
         self.save_layer: Callable = save_layer or (lambda index, tensors, record: None)
         self.states = PairedStates(model, sequences)
-        # Each model's states go through the layers in order, even where layers are fitted in parallel.
+        # The states of each model go through the layers in order, even if layers are fitted in parallel.
         self.base_order, self.converted_order = OrderedSection(), OrderedSection()
         self.exclusive: AbstractContextManager = nullcontext()  # entered while the base runs through a layer
         self.mlps: dict[str, torch.Tensor] = {}
 
     def layers(self, progress=None) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
-        """Packed tensors, and a record, of each layer in order; `mlps` then holds the new weights of MLPs."""
+        """Packed tensors and a record of each layer, in order. Afterwards `mlps` holds the new weights of MLPs."""
         with hook_attention(self.model, self.states.attention) as hook, torch.no_grad():
             self._begin(hook)
             results = self._map_layers(self._layer, "merging layers", progress)
@@ -118,9 +118,9 @@ class Sharing:
         self.last = max((index for index, changes in enumerate(changed) if changes), default=-1)
 
     def _map_layers(self, work: Callable, label: str, progress) -> list:
-        """What `work` gives for the anatomy of each layer before and after, in order.
+        """The results of `work(anatomy before, anatomy after)` for all layers, in order.
 
-        Layers that are fitted to the base's inputs wait for no converted layer: a CPU works on some in parallel.
+        Layers that are fitted to the base's inputs do not wait for converted layers: a CPU fits some in parallel.
         """
         results, device = [], self.model.device
         begin(progress, label, len(self.targets))
@@ -144,7 +144,7 @@ class Sharing:
         return progress
 
     def _run_base(self, anatomy, target) -> LayerProgress:
-        """Put the base's sequences through a layer; gather what its conversion needs, or load what was saved."""
+        """Run a layer on the base's states. Collect the data for its conversion, or load what an earlier run saved."""
         layer, layer_index = layer_of(self.model, anatomy), anatomy.index
         if target.kv_heads == anatomy.kv_heads:
             with self.states.layer(layer_index):
@@ -164,7 +164,7 @@ class Sharing:
         return LayerProgress(layer_index, list(self.states.base), conversion, result, saved is not None, mlp_weight)
 
     def _finish(self, progress: LayerProgress) -> tuple[dict[str, torch.Tensor], dict]:
-        """Put the converted model's sequences through a layer and refit its MLP: packed tensors and a record."""
+        """Run a layer on the converted model's states and refit its MLP; returns packed tensors and a record."""
         layer_index, (new, record) = progress.index, progress.result
         with self.states.layer(layer_index):
             if progress.conversion is None:
@@ -181,11 +181,11 @@ class Sharing:
 
     @property
     def _needs_converted(self) -> bool:
-        """Whether anything is fitted to the converted model's activations, so that they must be computed."""
+        """Whether the converted model's activations must be computed, because something is fitted to them."""
         return self.settings.sequential or "mlp" in self.settings.refit
 
     def _run_unchanged(self, progress: LayerProgress, index: int) -> None:
-        """Put one sequence of the converted model through a layer that stays unchanged."""
+        """Run a layer that stays unchanged on the converted model's state of one sequence."""
         if self._needs_converted:
             self.states.converted_step(progress.index, index, None)
         else:
@@ -202,7 +202,7 @@ class Sharing:
         return None if name is None else (f"{path}.{name}.weight", block.get_submodule(name))
 
     def _run_converted(self, progress: LayerProgress) -> tuple[torch.Tensor | None, dict]:
-        """Put the converted model's sequences through a converted layer, and refit its MLP's output projection.
+        """Run a converted layer on the converted model's states, and refit its MLP's output projection.
 
         Returns:
             The new weight of that projection [D, n], or None, and a record.
@@ -238,11 +238,11 @@ class Sharing:
     def _drop_unused(self, layer_index: int, call: AttentionCall) -> AttentionCall:
         """The attention call of the converted model without tensors that are not used again."""
         if self.hook.anatomy.layers[layer_index].qk_norm is None:
-            call.query = call.key = None  # they are those of the old weights, which only a norm keeps
+            call.query = call.key = None  # made by the old weights; used again only if a norm follows them
         return call
 
     def _layer_inputs(self, layer_index: int, layer: AttentionLayer, inputs_only: bool) -> LayerInputs:
-        """Put the base's sequences through a layer and record it; `inputs_only`: without samples to fit."""
+        """Run a layer on the base's states and record its inputs; `inputs_only`: without samples to fit."""
         inputs, module = LayerInputs(), self.hook.modules[layer_index]
         for index in range(len(self.sequences)):
             state = self.states.base[index][0]
@@ -267,10 +267,11 @@ class Sharing:
 
 
 class _ThreadState(threading.local):
-    """What a thread works on: layers may be worked on in parallel.
+    """The state of one thread, since layers may be fitted in parallel.
 
     Attributes:
-        heads: gives, from the attention call, what replaces the outputs of the module's own heads; None: nothing does.
+        heads: computes, from the attention call, the outputs that replace those of the module's own heads; None: they
+            are not replaced.
         stop: whether the call is stopped once its queries and keys are known.
         call: the attention call that is recorded.
     """
@@ -282,7 +283,7 @@ class _ThreadState(threading.local):
 
 
 class PairedStates:
-    """Hidden states of the base and of the converted model before the next layer, one [1, T, D] a sequence.
+    """Hidden states of the base and of the converted model before the next layer, one [1, T, D] for each sequence.
 
     Args:
         model: in memory; its attention calls must go to `attention` (`hook_attention`).
@@ -298,7 +299,7 @@ class PairedStates:
         self._thread = _ThreadState()
 
     def begin(self, hook: AttentionHook) -> None:
-        """Record the first layer's inputs, and the other arguments of each layer."""
+        """Record the inputs of the first layer, and the other arguments of every layer."""
         self.hook = hook
         self.run = Layerwise(self.model, hook.anatomy, sequences=self.sequences)
         self.run.widen()
@@ -328,7 +329,7 @@ class PairedStates:
                 parameter.data = parameter.data.to(dtype)
 
     def base_step(self, layer_index: int, index: int) -> AttentionCall:
-        """Put a sequence through the base's layer; returns its attention call with the output."""
+        """Run the layer on the base's state of a sequence; returns the attention call with its output."""
         projection = self.run.outputs[layer_index]
 
         def after(_, __, out):
@@ -344,7 +345,7 @@ class PairedStates:
         return self._thread.call
 
     def inputs(self, layer_index: int, index: int) -> AttentionCall:
-        """The layer's attention call in the converted model, without output; queries and keys are the old weights'."""
+        """The layer's attention call in the converted model, without output; queries and keys use the old weights."""
         self._thread.stop = True
         try:
             with self._record_input(layer_index):
@@ -358,10 +359,10 @@ class PairedStates:
     def converted_step(
         self, layer_index: int, index: int, heads: Callable[[AttentionCall], torch.Tensor] | None
     ) -> None:
-        """Put a sequence through the converted layer.
+        """Run the converted layer on the converted model's state of a sequence.
 
         Args:
-            heads: gives the outputs of its heads [T, H, d] from the attention call; None: the layer is the base's.
+            heads: computes the outputs of its heads [T, H, d] from the attention call; None: the layer is the base's.
         """
         self._thread.heads = heads
         try:
@@ -372,7 +373,7 @@ class PairedStates:
 
     @contextmanager
     def output(self, layer_index: int, weight: torch.Tensor) -> Iterator[None]:
-        """Give the layer another output projection [D, H d]; then its own again."""
+        """Give the layer another output projection [D, H d] inside the context; then restore its own."""
         own = self.run.outputs[layer_index].weight
         before = own.detach().clone()
         try:

@@ -1,16 +1,16 @@
-"""Key and value heads merged in closed form: the shared heads that lose least, and what their readers must absorb.
+"""The closed-form merge of key and value heads: the shared heads that lose least, and the maps for their readers.
 
-Averaging heads treats a channel as if it meant the same in every head. It does not: what a query or the output
-projection can undo is free, so heads that differ by it are the same head. Merging is a low-rank approximation of what
-the heads give on a text:
+Averaging heads treats a channel as if it meant the same in every head. It does not: a linear map that the queries or
+the output projection can undo is free, and heads that differ only by such a map are equivalent. So merging is a
+low-rank approximation of the heads' outputs on a text:
 
-- values: any matrix passes between W_V and W_O, so the best shared value is a reduced-rank regression of all values of
-  the group, each weighted by what the output projection makes of it;
-- keys under RoPE: a channel pair is one complex number that RoPE multiplies by a phase, and the linear maps that
-  commute with it are the products with a complex number. For each frequency the best shared key is the leading
-  eigenvector of the heads' joint Hermitian moments, weighted by the energy of the queries that read it;
-- keys without RoPE (or the channels that a partial RoPE leaves alone): any matrix, as for values. What is constant
-  there is left out: it adds the same number to every score of a row.
+- values: any matrix can move between W_V and W_O. The best shared value is a reduced-rank regression of all values of
+  the group, each weighted by the output projection that reads it.
+- keys under RoPE: a channel pair is one complex number that RoPE multiplies by a phase. The linear maps that commute
+  with RoPE are products with a complex number. For each frequency the best shared key is the leading eigenvector of
+  the heads' joint Hermitian moments, weighted by the energy of the queries that read it.
+- keys without RoPE (or the channels that a partial RoPE does not rotate): any matrix, as for values. The constant part
+  is left out, because it adds the same number to every score of a row.
 
 All three are one problem (`shared_channels`), solved in float64. These are pure functions of tensors;
 `layer.py` measures the moments. Related: Jin et al. 2024, arXiv 2412.20677 (phases alone); Meng et al. 2025,
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-FLOOR = 1e-12  # of the largest weight: a channel without a reader must not be divided by zero
+FLOOR = 1e-12  # least weight as a share of the largest: it avoids a division by zero for a channel without a reader
 
 
 class SharedHead(NamedTuple):
-    """One head in place of m.
+    """One head that replaces m heads.
 
     Attributes:
-        head: [d, n], the shared head's rows.
+        head: [d, n], rows of the shared head.
         maps: A [m, d, d], such that A_h times the shared head is nearest to head h. A query that read key h becomes
             A_hᵀ q; output columns O that read value h become O A_h.
-        lost: energy of the heads that the shared one misses, weighted as their readers weight it.
-        energy: all energy of the heads, weighted in the same way.
+        lost: energy of the m heads that the shared head misses, weighted by their readers.
+        energy: total energy of the m heads, weighted in the same way.
     """
 
     head: Tensor
@@ -54,16 +54,16 @@ def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
 
         minimise  E Σ_h (y_h − A_h y*)ᴴ W_h (y_h − A_h y*)    over y* = Σ_h T_h y_h and A
 
-    With W = F Fᴴ this is the PCA of Fᴴ y. It is the optimum over every y* that is a function of the input, not over
-    sums of heads alone: for given A the best y* is a projection, which lies in their span.
+    With W = F Fᴴ this is the PCA of Fᴴ y. It is the optimum over every y* that is a function of the input, not only
+    over sums of heads: for given A, the best y* is a projection, which lies in the span of the heads.
 
     Args:
         moments: E[y_h conj(y_g)], [..., m, e, m, e], Hermitian; float64 or complex128.
-        weights: W [..., m, e, e], Hermitian and not negative.
+        weights: W [..., m, e, e], Hermitian and positive semidefinite.
 
     Returns:
-        T [..., e, m, e], A [..., m, e, e], the weighted energy that is lost, and all of it [...]. The scale of y* is
-        that of the heads (mean square); signs and phases are fixed, so that the same moments give the same bits.
+        T [..., e, m, e], A [..., m, e, e], the lost weighted energy [...], and the total weighted energy [...]. y* has
+        the mean square of the heads. Signs and phases are fixed, so that the same moments give the same bits.
     """
     import torch
 
@@ -73,7 +73,7 @@ def shared_channels(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
     largest = values.amax(dim=(-1, -2), keepdim=True)
     values = torch.where(
         largest > 0, torch.maximum(values, FLOOR * largest), 1.0
-    )  # without any reader weights are equal
+    )  # equal weights if there is no reader
     roots = values.sqrt().to(vectors.dtype).unsqueeze(-2)
     root, inverse = (vectors * roots) @ vectors.mH, (vectors / roots) @ vectors.mH
     weighted = _sides(root, flat.reshape(moments.shape)).reshape(flat.shape)
@@ -105,14 +105,14 @@ def _sides(root: Tensor, moments: Tensor) -> Tensor:
 def merge_keys(
     keys: Tensor, moments: Tensor, queries: Tensor, *, rotary: int, positions: str, mean: Tensor | None = None
 ) -> SharedHead:
-    """One key head in place of m.
+    """One key head that replaces m key heads.
 
     Args:
-        keys: [m, d, n], before RoPE; a bias is the last column, and the last input is then 1.
+        keys: [m, d, n], before RoPE; with a bias, the bias is the last column and the last input is 1.
         moments: E[x xᵀ] [n, n] of the layer's input.
         queries: Σ E[q qᵀ] [m, d, d] over the query heads that read each of these keys, before RoPE.
-        rotary, positions: channels that RoPE rotates, and how they are paired (`merge.pair_channels`).
-        mean: E[x] [n], to leave out the constant part of channels without RoPE; None where it counts (learned sinks).
+        rotary, positions: number of channels that RoPE rotates, and how they are paired (`merge.pair_channels`).
+        mean: E[x] [n], to leave out the constant part of channels without RoPE; None if it counts (learned sinks).
     """
     import torch
 
@@ -142,10 +142,10 @@ def merge_keys(
 
 
 def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> SharedHead:
-    """One value head (or key head without RoPE) in place of m: reduced-rank regression.
+    """One value head (or key head without RoPE) that replaces m heads, by reduced-rank regression.
 
     Args:
-        values: [m, d, n], a bias as for keys.
+        values: [m, d, n]; a bias is the last column, as for keys.
         moments: E[x xᵀ] [n, n].
         readers: Σ Oᵀ O [m, d, d] over the output columns O [D, d] that read each of these values.
     """
@@ -157,9 +157,9 @@ def merge_values(values: Tensor, moments: Tensor, readers: Tensor) -> SharedHead
 
 
 class Ridge(NamedTuple):
-    """A weight fitted by least squares, and the ridge that was chosen for it (None: the old weight stayed).
+    """A weight fitted by least squares, and the chosen ridge (None: the old weight is kept).
 
-    `before` and `after` are losses on the validation rows, see `fit_output`.
+    `before` and `after` are losses on the validation rows: see `fit_output`.
     """
 
     weight: Tensor
@@ -175,23 +175,24 @@ def fit_output(
     ridges: list[float],
     with_validation: bool = True,
 ) -> Ridge:
-    """The output projection nearest to the wanted outputs, its ridge chosen on the validation rows.
+    """The output projection that comes nearest to the wanted outputs, with a ridge chosen on the validation rows.
 
         minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
 
-    The spectrum of heads' outputs is steep: without a good ridge the small directions are fitted to noise, and the
+    The spectrum of the heads' outputs is steep. Without a good ridge the small directions are fitted to noise, and the
     model gets far worse than without any refit.
 
     Args:
-        old: W_0 [D, n], what the merge gives.
-        train, validation: Σ r zᵀ [D, n] and Σ z zᵀ [n, n] of the rows to fit, and of those that are held back.
-        ridges: values to try, from the middle one towards lower loss; in practice the loss has one valley. If none
-            beats W_0 on the validation rows, W_0 stays.
-        with_validation: once the ridge is chosen, the validation rows are fitted as well. False where they are to
-            judge another fit on top of this one.
+        old: W_0 [D, n], the projection before the fit.
+        train, validation: Σ r zᵀ [D, n] and Σ z zᵀ [n, n], each of the training rows and of the validation rows.
+        ridges: values to try, from the middle one towards lower loss; in practice the loss has one minimum. If none
+            beats W_0 on the validation rows, W_0 is kept.
+        with_validation: also fit the validation rows, once the ridge is chosen. False if they judge a later fit that
+            starts from this one.
 
     Returns:
-        W float64; `before` and `after` are Σ ||W z||² − 2 r·W z on the validation rows, of W_0 and of the result.
+        W in float64. `before` and `after` are Σ ||W z||² − 2 r·W z on the validation rows, for W_0 and for the fit to
+        the training rows with the chosen ridge.
     """
     from surgery.calibration.moments import refit_output
 

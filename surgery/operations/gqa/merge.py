@@ -1,17 +1,18 @@
-"""The parts of every merge of KV heads: which heads share, and weights with their biases as one matrix.
+"""Merges of KV heads from the weights alone, and parts that every merge uses (groups of heads, weights with biases).
 
-Generalised Procrustes turns the heads of a group towards each other before they are merged.
+Generalised Procrustes can rotate the heads of a group towards each other before they are merged. Only rotations that
+do not change the model are allowed (Jin et al. 2024, arXiv 2412.20677):
 
-Only turns that leave the model as it is are allowed (Jin et al. 2024, arXiv 2412.20677):
-
-- keys under RoPE: RoPE multiplies the complex number z_f of a channel pair by a phase, and of all linear maps
-  on one pair only multiplication by a complex number commutes with that; of those, the ones that keep lengths
-  are the rotations e^{i phi_f}, one a frequency. The score is Re(q conj(k)), so the queries that read the head
-  are turned by the *same* angle.
-- keys without RoPE (or the channels that a partial RoPE leaves alone): any orthogonal matrix, queries likewise.
+- keys under RoPE: RoPE multiplies the complex number z_f of a channel pair by a phase. Among the linear maps on one
+  pair, only multiplication by a complex number commutes with that. Those that keep lengths are the rotations
+  e^{i phi_f}, one for each frequency. The score is Re(q conj(k)), so the queries that read the head are rotated by the
+  *same* angle.
+- keys without RoPE (or the channels that a partial RoPE does not rotate): any orthogonal matrix, which is applied to
+  the queries, too.
 - values: any orthogonal matrix, undone in W_O.
 
-All of it is in float64. A turn is a matrix [d, d]; the first head of a group is the reference and keeps the identity.
+All computations are in float64. A rotation is a matrix [d, d]. The first head of a group is the reference: its
+rotation is the identity.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def group_members(anatomy: LayerAnatomy, groups: int) -> list[dict[int, list[int]]]:
-    """For each new KV head: the old KV heads that it replaces, each with the query heads that read it there.
+    """For each new KV head: the old KV heads that it replaces, each with its query heads in this group.
 
-    Where `groups` does not divide the KV heads, an old head can enter two groups, each for its own readers.
+    If `groups` does not divide the number of KV heads, an old head can be in two groups, each with other query heads.
     """
     size = anatomy.heads // groups
     members: list[dict[int, list[int]]] = [{} for _ in range(groups)]
@@ -40,7 +41,7 @@ def group_members(anatomy: LayerAnatomy, groups: int) -> list[dict[int, list[int
 
 
 def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
-    """Mean [d, n] of heads [m, d, n] weighted by their readers; of equal heads it is that head, to the bit."""
+    """Mean [d, n] of heads [m, d, n], weighted by numbers of readers. The mean of equal heads is exact to the bit."""
     shared = gcd(*counts)
     weights = [count // shared for count in counts]
     first = heads[0]  # differences from it are 0 for equal heads; a sum of m copies divided by m can be rounded
@@ -49,7 +50,7 @@ def mean_head(heads: Tensor, counts: list[int]) -> Tensor:
 
 
 def first_head(heads: Tensor, counts: list[int]) -> Tensor:
-    """The first [d, n] of heads [m, d, n]; the numbers of readers are not used."""
+    """The first head [d, n] of [m, d, n]; the numbers of readers are not used."""
     return heads[0]
 
 
@@ -67,9 +68,9 @@ def permute_kv_heads(layer: AttentionLayer, order: list[int]) -> AttentionLayer:
 
 
 def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
-    """Root mean square of merged keys over that of the old ones, as white inputs would give it.
+    """The ratio of the root mean squares of merged and old keys, for white inputs.
 
-    A norm over the whole projection divides by this number, so its weight is multiplied by it.
+    A norm over the whole projection divides by the root mean square, so its weight is multiplied by this ratio.
     """
     import torch
 
@@ -78,7 +79,7 @@ def mean_square_ratio(new: list[Tensor], old: Tensor) -> float:
 
 
 def with_bias(layer: AttentionLayer, projection: str) -> Tensor:
-    """The weight of "q", "k" or "v" in float64 [heads, d, D]; a bias is one more input column: [heads, d, D + 1]."""
+    """The weight of "q", "k" or "v" in float64 [heads, d, D]. A bias is appended as a column: [heads, d, D + 1]."""
     import torch
 
     weight, bias = getattr(layer, projection).double(), getattr(layer, f"{projection}_bias")
@@ -104,7 +105,7 @@ def random_heads(layer: AttentionLayer, target: LayerAnatomy, seed: int) -> dict
         if not name.startswith(("k", "v")):
             continue
         shape = (target.kv_heads, *old.shape[1:])
-        if name == "k_norm":  # a scale, not a direction: its mean is the neutral choice
+        if name == "k_norm":  # a scale and not a direction: the mean is the neutral choice
             new = old.double().mean(0).expand(shape)
         elif name.endswith("_bias"):
             new = torch.zeros(shape)
@@ -119,12 +120,12 @@ def merged(layer: AttentionLayer, target: LayerAnatomy, merge: Callable, aligned
     """A layer whose KV heads are merged group by group, from the weights alone.
 
     Args:
-        merge: makes one head of several, from their numbers of readers: `mean_head`, `first_head`.
-        aligned: turn the heads of a group towards each other first (Procrustes); queries and outputs turn along.
+        merge: makes one head of several, given their numbers of readers: `mean_head` or `first_head`.
+        aligned: first rotate the heads of a group towards each other (Procrustes). Queries and outputs absorb this.
     """
     anatomy = layer.anatomy
     k, v, new = with_bias(layer, "k"), with_bias(layer, "v"), {"k": [], "v": [], "k_norm": []}
-    if aligned:  # queries and outputs change only then; in float64 they are the largest part
+    if aligned:  # otherwise queries and outputs do not change; in float64 they need most memory
         q, o = with_bias(layer, "q"), layer.o.double()
     for group in group_members(anatomy, target.kv_heads):
         sources, counts = list(group), [len(queries) for queries in group.values()]
@@ -196,7 +197,7 @@ def orthogonal_matrices(heads: Tensor) -> Tensor:
             break
         last_energy = energy
     matrices = matrices[0].mT @ matrices
-    matrices[0] = torch.eye(size, dtype=torch.float64)  # exactly, not to round-off: its weights keep their bits
+    matrices[0] = torch.eye(size, dtype=torch.float64)  # exactly, so that the first head's weights keep their bits
     return matrices
 
 

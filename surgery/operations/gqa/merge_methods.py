@@ -1,4 +1,4 @@
-"""Methods of `gqa` that need the weights alone: the mean of a group, its first head, random heads."""
+"""Methods of `gqa` that need only the weights: the mean of a group, its first head, random heads."""
 
 from __future__ import annotations
 

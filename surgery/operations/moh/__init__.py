@@ -1,1 +1,1 @@
-"""Gates on heads: a mixture of heads (MoH), or of all heads but one (MAE); `router.py` fits the routers."""
+"""Gates on heads: a mixture of heads (MoH), or a mixture of h - 1 heads (MAE). `router.py` fits the routers."""

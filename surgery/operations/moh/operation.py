@@ -1,14 +1,14 @@
-"""Mixture of heads: some heads are on for every token, of the others a router chooses a few for each.
+"""The operations `moh` and `mae`, and their base class, which measures on text and puts gates into a model.
 
-Source: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842. Unlike its code:
-which heads are shared is measured, the router starts from data without training, and what is off is not computed.
+moh is a mixture of heads. Shared heads are on for every token; from the other heads a router chooses some for each
+token. Source: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842. Unlike in
+its code, a measurement chooses the shared heads, the router is fitted to data without training, and heads that are off
+are not computed.
 
-What moh and mae share: the text they measure on, and gates put into a model.
-
-A mixture of h - 1 heads: for each token the head that it needs least is off, or all but it count a little more.
-
-Source: Peng et al. 2020, "A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. Unlike there the weights
-follow from each token and not from the mean of a text, which a decoder does not know yet.
+mae is a mixture of h - 1 heads. For each token, the head that the token needs least is off; with soft weights, each
+head has its own weight. Source: Peng et al. 2020, "A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537.
+Unlike there, the weights are computed from each token and not from the mean of a text, which a decoder does not know
+yet.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class Gated(Operation):
         return list(anatomy.layers[self.keep_first_layers :])
 
     def _notes(self, anatomy: Anatomy, counts: list[tuple[int, int]]) -> list[str]:
-        """What is computed all the same, and what is measured.
+        """Notes on work that is not skipped, and on what is measured.
 
         Args:
-            counts: of each gated layer, how many of its units are on for a token, and how many it has.
+            counts: for each gated layer, the number of units that are on for a token, and the number of all units.
         """
         from surgery.runtime.surgery_gated_compute import SHARE
 
@@ -110,14 +110,14 @@ class Gated(Operation):
         return sum(prod(shape) for gate in gates for shape in gate.shapes(hidden).values())
 
     def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """The text goes through each layer of the base, through its heads one by one, and through the gated layer."""
+        """Cost of sending the text through each layer of the base, its heads one by one, and the gated layer."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
         states = 2 * 4 * self.calibration_samples * length * anatomy.config.get_text_config().hidden_size
         return (Measurement("fitting routers", flops, states),)
 
     def _install_gates(self, model, anatomy: Anatomy, planned: dict[int, Planned], context: ApplyContext) -> dict:
-        """Measure, put the gates into the model and give their parameters values; a record."""
+        """Measure, put the gates into the model and set their parameters; returns a record."""
         import torch
 
         from surgery.data.passkeys import calibration_sequences
@@ -199,9 +199,9 @@ class Moh(Gated):
         return layer.kv_heads if self.granularity == "kv_group" else layer.heads
 
     def _counts(self, anatomy: Anatomy) -> list[tuple[int, int]]:
-        """(units on, shared ones among them) of each gated layer.
+        """(units that are on, shared units among them) of each gated layer.
 
-        What rounding leaves over goes on to the next layer, so that the ratios hold over all of them.
+        The rounding error of a layer is carried to the next layer, so that the ratios hold over all layers.
         """
         counts, want_on, want_shared = [], 0.0, 0.0
         for layer in self._layers(anatomy):
@@ -250,7 +250,7 @@ class Moh(Gated):
         )
 
     def _gate(self, layer: LayerAnatomy, on: int, shared: int, which: tuple[int, ...] = ()) -> Gate:
-        """A layer's gate; which units are shared is not known before they are measured."""
+        """A layer's gate; `which` names the shared units, which are not known before measuring."""
         from surgery.architecture.layer import groups_of
         from surgery.runtime.surgery_gates import Gate
 
@@ -331,12 +331,12 @@ class Mae(Gated):
 
 
 def _round(value: float) -> int:
-    """To the nearest whole number, halves up; what is lost in adding ratios does not turn the scale."""
+    """The nearest whole number, halves up. The 1e-9 keeps rounding errors in sums of ratios from deciding."""
     return int(value + 0.5 + 1e-9)
 
 
 def _still_computed(anatomy: Anatomy) -> list[str]:
-    """What is computed for all heads in layers that skip work."""
+    """Notes on work that is done for all heads, even in layers that skip work."""
     layer, notes = anatomy.layers[0], []
     if layer.layout.qkv or layer.layout.q != "q_proj" or layer.layout.conv1d:
         notes.append(f"no work is skipped in the query projection: {anatomy.model_type} makes it with others")
@@ -350,7 +350,7 @@ def _still_computed(anatomy: Anatomy) -> list[str]:
 
 
 def unmeasured(model, planned: dict[int, Planned], router: str, seed: int) -> dict:
-    """What `route` gives where nothing is measured: no shared units, the router random or zero."""
+    """The gates of `route` if nothing is measured: no unit is shared, and the router is random or zero."""
     import torch
 
     hidden, draw = model.config.get_text_config().hidden_size, torch.Generator().manual_seed(seed)

@@ -1,15 +1,16 @@
-"""Routers of gates, fitted without gradient on a calibration text, layer by layer.
+"""Routers of gates, fitted layer by layer on a calibration text, without gradients.
 
-A unit is a query head, or the query heads of a KV head. What each unit is worth to a token is measured, and predicted
-from the layer's input by ridge regression. The regression is solved in float64 and closed form, from streamed second
-moments: no activation is kept. The strength of the ridge is the one that predicts best on sequences held back. A layer
-is measured on what the gated layers before it give.
+A unit is a query head, or all query heads of a KV head. The score of each unit is measured for each token, and a ridge
+regression predicts it from the layer's input. The regression is solved in closed form in float64, from streamed
+second moments, so no activations are kept. The strength of the ridge is the one that predicts best on held-out
+sequences. Each layer is measured on the outputs of the gated layers before it.
 
-    energy   log ||o_u||^2, where o_u = W_O^u z_u is what the unit adds to the residual stream
-    damage   the growth of the layer's error ||sum of o over what is off||^2 when the unit is off, too, as a share of
-             ||sum of all o||^2; the others are off with the chance that the gate gives them: e_u + 2 p o_u (o - o_u)
+    energy   log ||o_u||^2, where o_u = W_O^u z_u is the unit's contribution to the residual stream
+    damage   the growth of the layer's error ||sum of o over units that are off||^2 when the unit is off, too, as a
+             share of ||sum of all o||^2. Another unit is off with probability p, which the gate determines. With
+             o the sum of all contributions, the growth is ||o_u||^2 + 2 p o_u (o - o_u).
 
-Source of the first: Jin et al. 2024, "MoH", arXiv 2410.11842, whose LLM form turns heads on by a norm, too.
+Source of energy: Jin et al. 2024, "MoH", arXiv 2410.11842, whose form for LLMs also turns heads on by a norm.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RegressionSums:
     """Sums over tokens of a regression with intercept, in float64.
 
     Attributes:
-        xx: [D + 1, D + 1], xy: [D + 1, outputs], yy: [outputs]; the last input is 1.
+        xx: [D + 1, D + 1], xy: [D + 1, outputs], yy: [outputs]. The last input is the constant 1.
     """
 
     def __init__(self, inputs: int, outputs: int, device=None):
@@ -79,11 +80,11 @@ class RegressionSums:
 
 
 def ridge(train: RegressionSums, validation: RegressionSums, grid=GRID) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Ridge regression: its strength is chosen on `validation`, then it is solved on both.
+    """Ridge regression. Its strength is chosen on `validation`; then it is solved on both sets.
 
     Returns:
-        Weights [outputs, D], bias [outputs]; and a record: the strength, and the share of the variance between tokens
-        that it explains on `validation` (below 0: worse than each output's mean over `train`).
+        Weights [outputs, D], bias [outputs], and a record. The record has the strength, and the share of the variance
+        between tokens that is explained on `validation` (below 0: worse than each output's mean over `train`).
     """
     errors = [validation.errors(solution).sum().item() for solution in train.solutions(grid)]
     best = min(range(len(grid)), key=errors.__getitem__)
@@ -98,14 +99,14 @@ def ridge(train: RegressionSums, validation: RegressionSums, grid=GRID) -> tuple
 
 
 def worth(heads: torch.Tensor, output: torch.Tensor, groups: tuple[int, ...], score: str, chance: float):
-    """What each unit is worth to each token: [n, units] in float64.
+    """The score of each unit for each token: [n, units] in float64.
 
     Args:
-        heads: [n, H * d], what the heads give to the output projection.
+        heads: [n, H * d], the heads' outputs, which the output projection reads.
         output: [D, H, d], the output projection.
-        groups: query heads of each unit.
-        score: of `SCORES`.
-        chance: for "damage", the chance that another unit is off, too.
+        groups: number of query heads of each unit.
+        score: one of `SCORES`.
+        chance: for "damage", the probability that another unit is off, too.
     """
     size = output.shape[-1]
     wide, widths = heads.double(), [group * size for group in groups]
@@ -125,11 +126,11 @@ def worth(heads: torch.Tensor, output: torch.Tensor, groups: tuple[int, ...], sc
 
 @dataclass
 class Planned:
-    """What is known of a layer's gate before it is measured.
+    """A layer's gate before the measurement.
 
     Attributes:
-        gate: all of it but which units are shared.
-        shared: how many units are shared.
+        gate: the gate, without its shared units.
+        shared: the number of units that will be shared.
     """
 
     gate: Gate
@@ -147,19 +148,19 @@ def route(
     seed: int = 0,
     progress=None,
 ) -> tuple[dict[int, tuple[Gate, dict]], list[dict]]:
-    """Fit the gates of a model and their parameters; the model is left as it was.
+    """Fit the gates of a model and their parameters; the model is not changed.
 
     Args:
-        planned: layer -> what is known of its gate; layers that are missing get none.
-        sequences: tokens, long [samples, length]; every fourth is held back for the strength of the ridge.
-        score: of `SCORES`.
-        router: "fit"; "static" (every token gets the scores of the mean token); "random"; "zero".
-        seed: of the random router.
+        planned: layer -> its planned gate; other layers get no gate.
+        sequences: tokens, long [samples, length]; every fourth is held out to choose the strength of the ridge.
+        score: one of `SCORES`.
+        router: "fit"; "static" (every token gets the mean scores); "random"; "zero".
+        seed: seed of the random router.
         progress: called with done, total and a label.
 
     Returns:
-        Layer -> its gate with the shared units, and the parameters that are not 0 (name without `surgery_` ->
-        float64); and a record of each of these layers.
+        A dict and a list of records, one for each gated layer. The dict maps a layer to its gate with the shared
+        units, and to the parameters that are not 0 (name without `surgery_` -> float64).
     """
     modes, gates, records = [(module, module.training) for module in model.modules()], {}, []
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +190,7 @@ def route(
 
 
 def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[RegressionSums, RegressionSums]:
-    """RegressionSums of one layer's inputs and its units' worths, on the sequences to fit and on those held back."""
+    """RegressionSums of one layer's inputs and its units' scores, on the training and on the held-out sequences."""
     module, inputs = model.get_submodule(layer.path), []
     tensors = {name: module.get_parameter(name).detach() for name in layer.tensor_names}
     output = unpack(layer, tensors).o
@@ -213,10 +214,10 @@ def _measure(model, layer, run: Layerwise, gate: Gate, score: str) -> tuple[Regr
 def _route_layer(
     layer: int, planned: Planned, moments: tuple[RegressionSums, RegressionSums], router: str, generator
 ) -> tuple[Gate, dict, dict]:
-    """One layer's gate with its shared units, its parameters, and a record.
+    """One layer's gate with its shared units, the gate's parameters, and a record.
 
     Raises:
-        SurgeryError: what was fitted is not finite.
+        SurgeryError: the fitted parameters are not finite.
     """
     train, validation = moments
     means, gate = (train + validation).means, planned.gate
@@ -226,7 +227,7 @@ def _route_layer(
     weights, bias, record = torch.zeros(len(means), len(train.xx) - 1).to(means), torch.zeros_like(means), {}
     if router == "fit":
         weights, bias, record = ridge(train, validation)
-        bias = bias - bias[routed].mean()  # a shift of all units changes no choice; this one keeps numbers small
+        bias = bias - bias[routed].mean()  # a shift of all units changes no choice; this keeps numbers small
         weights = weights - weights[routed].mean(0)
     elif router == "static":
         bias = means - means[routed].mean()
@@ -239,12 +240,12 @@ def _route_layer(
             f"the router's fit to the calibration text is not finite in layer {layer}",
             fix="more text (calibration_samples, calibration_length), text of another kind, or router=static",
         )
-    sign = -1.0 if gate.kind == "mae" else 1.0  # the router of MAE weighs the experts, each of which lacks a head
+    sign = -1.0 if gate.kind == "mae" else 1.0  # MAE's router weighs experts, and each expert lacks one head
     return gate, {"router": sign * weights[routed], "router_bias": sign * bias[routed]}, record
 
 
 def _advance(model, layer, run: Layerwise, routed: tuple[Gate, dict] | None) -> None:
-    """Put the text through a layer as its gate will leave it; `routed`: the gate and its parameters, or None."""
+    """Run a layer with its gate on the text; `routed`: the gate and its parameters, None for a layer without."""
     if routed is None:
         run.advance(layer.index)
         return

@@ -1,1 +1,1 @@
-"""Removal of heads: `importance.py` scores them, `select.py` cuts, `refit.py` refits the output projections."""
+"""Removal of heads: `importance.py` scores heads, `select.py` removes them, `refit.py` refits output projections."""

@@ -1,4 +1,4 @@
-"""The importance of query heads to a model: a score for each, higher = keep. For `prune_heads`.
+"""Scores for `prune_heads`: the importance of each query head to a model, higher = keep.
 
     magnitude  ||W_O^h W_V^g||_F, from the weights alone
     gradient   mean over sequences of |d loss / d mask_h|, each layer's scores divided by their l2 norm
@@ -6,8 +6,8 @@
     ablation   KL from the unchanged model, in nats per token, when the head alone is silenced
     random     a control
 
-A mask multiplies the head's input of the output projection. Ablation costs a forward pass for every head and sequence;
-layers before the head's are not computed again.
+A mask multiplies the head's output before the output projection. Ablation costs a forward pass for every head and
+sequence; the layers before the head's layer are not computed again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
 METHODS = ("magnitude", "gradient", "ablation", "random")
-ROWS = 64  # tokens whose log-probabilities over the vocabulary are in memory at once
+ROWS = 64  # last tokens of a sequence on which ablation compares predictions; their log-probabilities are in memory
 
 
 def is_method(scores: str) -> bool:
-    """Whether a recipe's `scores` is a method, and not a file.
+    """Whether a recipe's `scores` names a method. False: it names a file.
 
     Raises:
-        SurgeryError: it is neither, nor looks like a file.
+        SurgeryError: it is neither a method nor a file, and does not look like a path.
     """
     if scores in METHODS or Path(scores).is_file():
         return scores in METHODS
@@ -57,7 +57,7 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
     Args:
         method: a name in `METHODS`.
         sequences: tokens, long [samples, length], for the methods that measure.
-        seed: of `random`.
+        seed: seed of the method `random`.
         progress: called with done, total and a label.
 
     Raises:
@@ -79,7 +79,7 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
 
 
 def random_table(anatomy: Anatomy, seed: int) -> list[list[float]]:
-    """Random numbers [layers][query heads], the same ones for the same seed."""
+    """Random numbers [layers][query heads]; the same seed gives the same numbers."""
     draw = random.Random(seed)
     return [[draw.random() for _ in range(layer.heads)] for layer in anatomy.layers]
 
@@ -119,7 +119,7 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
 
 
 def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next token in nats; logits [length, vocabulary]."""
+    """Mean loss of the next token in nats, from logits [length, vocabulary]."""
     import torch
     from torch.nn.functional import cross_entropy as loss
 
@@ -128,7 +128,7 @@ def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
-    """KL from the unchanged model in nats [layers][query heads], mean over the last `ROWS` tokens of each sequence."""
+    """KL from the unchanged model in nats [layers][query heads], averaged over the last `ROWS` tokens of sequences."""
     import torch
 
     from surgery.calibration.layerwise import decoder_layers, each_layer
@@ -159,7 +159,7 @@ def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
 
 @contextmanager
 def masked(model, anatomy: Anatomy, masks) -> Iterator[None]:
-    """Multiply each head's input of the output projection by its mask while the context is open.
+    """Multiply each head's output, before the output projection, by its mask while the context is open.
 
     Args:
         masks: layer -> [query heads], or a list of one for each layer; layers without a mask are unchanged.

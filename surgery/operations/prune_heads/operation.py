@@ -1,7 +1,7 @@
-"""Removal of heads from a model: smaller projections, and output projections refitted to make up for the lost heads.
+"""Removal of heads from a model. Projections get smaller, and output projections are refitted to make up for the loss.
 
-Sources: Michel et al. 2019, arXiv 1905.10650 (gradient scores, and that many heads can go); the refit is least squares
-on calibration activations, as GPTQ and SliceGPT use for other edits. Heads are named by the base's numbers throughout.
+Source: Michel et al. 2019, arXiv 1905.10650 (gradient scores; many heads can be removed). The refit is least squares
+on calibration activations, as in GPTQ and SliceGPT for other edits. Heads are numbered as in the base throughout.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class PruneHeads(Operation):
 
     @property
     def usual_tier(self) -> str:
-        """Native where every layer loses as many whole KV groups."""
+        """Native if every layer loses the same number of whole KV groups."""
         alike = self.granularity == "kv_group" and self.per_layer is not None and not self.protect_layers
         return NATIVE if alike else SURGICAL
 
@@ -119,7 +119,7 @@ class PruneHeads(Operation):
         return problems
 
     def _problems_of_choice(self, anatomy: Anatomy) -> list[str]:
-        """Heads that do not exist, layers that would have none, KV groups of which some heads would stay."""
+        """Problems: heads that do not exist, layers without any head left, KV groups that would be split."""
         if self.heads is not None:
             return [f"prune_heads: {fault}" for fault in self._faults_of_heads(anatomy)]
         open_layers = [layer for layer in anatomy.layers if layer.index not in self.protect_layers]
@@ -203,12 +203,12 @@ class PruneHeads(Operation):
         )
 
     def _forwards(self, anatomy: Anatomy) -> float:
-        """How often a text goes through the model to score its heads; an ablation begins at each head's layer."""
+        """Forward passes per text to score heads. An ablation starts at the head's layer: half a pass on average."""
         heads = sum(layer.heads for layer in anatomy.layers)
         return {"gradient": GRADIENT, "ablation": heads / 2}.get(self.scores, 0)
 
     def _measurements(self, anatomy: Anatomy, known: bool) -> Iterator[Measurement]:
-        """Scores of the heads, where they are measured on text, and the refit."""
+        """The stages: scoring the heads, if that needs text, and the refit."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         if not known and (forwards := self._forwards(anatomy)):
             tokens = self.score_samples * length
@@ -251,7 +251,7 @@ class PruneHeads(Operation):
         scores = self._scores(model, before, sequences, context.progress)
         removed = self._choose(before, scores)
         after, tier = self._after(before, removed)
-        if context.change.tier == SURGICAL:  # as planned, even if the layers happen to have the same number of heads
+        if context.change.tier == SURGICAL:  # as planned, even if all layers now have equally many heads
             after, tier = before.with_layers(list(after.layers), stock=False), SURGICAL
         fits = [None] * len(removed)
         if self.refit:
@@ -278,7 +278,7 @@ class PruneHeads(Operation):
         return record | {"lost_share": lost, "output_bias": "refitted" if biased_output(before) else "none"}
 
     def _may_empty_groups(self, anatomy: Anatomy) -> bool:
-        """Whether single query heads may go until a KV head has none left."""
+        """Whether so many single query heads may be removed that a KV head has none left."""
         sizes = [len(group) for layer in anatomy.layers for group in groups_of(layer)]
         return self.granularity == "head" and max(sizes) > 1 and (self.per_layer or max(sizes)) >= min(sizes)
 
@@ -296,7 +296,7 @@ class PruneHeads(Operation):
         return self.heads is not None or self.scores == "random" or not is_method(self.scores)
 
     def _nominal(self, anatomy: Anatomy) -> list[list[int]]:
-        """The heads to remove, if they are known without the model; else as many, taken evenly from all KV heads."""
+        """The heads to remove if they are known without the model; else as many, taken evenly from all KV heads."""
         if self.heads is not None:
             return [[_index(layer, h) for h in named] for layer, named in zip(anatomy.layers, self.heads, strict=True)]
         if not is_method(self.scores):
@@ -336,7 +336,7 @@ class PruneHeads(Operation):
         return anatomy.heads_problem(first.heads, first.kv_heads)
 
     def _sequences(self, model, context: ApplyContext):
-        """Calibration tokens [samples, length], None where none are needed."""
+        """Calibration tokens [samples, length]; None if none are needed."""
         from surgery.data.passkeys import calibration_sequences
 
         if not (self.refit or self._judges()):
@@ -351,12 +351,12 @@ class PruneHeads(Operation):
             return None
         if not is_method(self.scores):
             return load_scores(self.scores, anatomy, per="heads")
-        if sequences is not None:  # spread evenly over the text, as all of them are
+        if sequences is not None:  # take a subset that is spread evenly over the text
             count = min(self.score_samples, len(sequences))
             sequences = sequences[[index * len(sequences) // count for index in range(count)]]
         return importance(model, self.scores, sequences, self.seed, progress)
 
 
 def _index(layer, name: int) -> int:
-    """The index of the query head that the base names by this number."""
+    """The index of the query head that has this number in the base."""
     return layer.query_numbers.index(name) if layer.query_numbers else name

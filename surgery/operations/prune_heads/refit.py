@@ -1,9 +1,9 @@
-"""Output projections refitted on a calibration text, layer by layer, when heads are removed.
+"""The layer-by-layer refit of output projections on a calibration text, when heads are removed.
 
 Each layer gets the output of the pruned layers before it. The second moments Σ z zᵀ of its heads' outputs, in float64
-[H d, H d], give in closed form the projection of the kept heads that is nearest to what the old one wrote from all
-heads on the same input. A bias of the projection takes over the mean contribution of the removed heads: the fit is
-then of the differences from the means. Memory: see `layerwise`, plus two such matrices.
+[H d, H d], determine the new projection in closed form. From the kept heads it comes nearest to the output of the old
+projection from all heads, on the same input. If the projection has a bias, the bias takes over the mean contribution
+of the removed heads, and the differences from the means are fitted. Memory: see `layerwise`, plus two such matrices.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Refitted:
 
     Attributes:
         weight: [D, kept heads, d], float64.
-        shift: [D], float64, to be added to its bias; None where the projection has no bias.
+        shift: [D], float64, to be added to the bias; None if the projection has no bias.
         lost: share of the attention output's energy that the pruned layer loses on this text, {"pruned": with the old
-            weights, "refitted": with these}.
+            weights, "refitted": with the new weights}.
     """
 
     weight: torch.Tensor
@@ -42,14 +42,14 @@ def refit(
     """New output projections of the kept heads; the model is not changed.
 
     Args:
-        anatomy: the model's.
-        removed: the query heads that will be removed, of each layer.
+        anatomy: the model's anatomy.
+        removed: for each layer, the query heads that will be removed.
         sequences: tokens, long [samples, length].
         ridge: see `moments.refit_output`.
         progress: called with done, total and a label.
 
     Returns:
-        One for each layer, None where no head is removed.
+        A `Refitted` for each layer; None where no head is removed.
     """
     training = [(module, module.training) for module in model.modules()]
     fits: list[Refitted | None] = []
@@ -72,7 +72,7 @@ def refit(
 
 
 def moments_of(rows) -> Moments:
-    """Σ z zᵀ and Σ z in float64 over samples [rows, n]."""
+    """Σ z zᵀ and Σ z in float64, over an iterable of samples [rows, n]."""
     moments = Moments()
     for sample in rows:
         moments.add(sample)
@@ -99,7 +99,7 @@ def _refit_layer(model, layer, removed_heads: list[int], run: Layerwise, ridge: 
 
 
 def _advance(run: Layerwise, layer, removed_heads: list[int], new: Refitted | None) -> None:
-    """Advance the text through the layer as it will be: removed heads are still computed, but their weights are 0."""
+    """Run the pruned layer on the text. Removed heads are still computed, but their output weights are 0."""
     projection = run.outputs[layer.index]
     before = {name: parameter.detach().clone() for name, parameter in projection.named_parameters() if new}
     try:

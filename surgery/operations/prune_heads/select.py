@@ -1,7 +1,7 @@
-"""Removal of query heads: which heads are removed, the anatomy and the tensors of a layer without them.
+"""The choice of query heads to remove, and the anatomy and the tensors of a layer without them.
 
 These are pure functions of tensors and numbers, called by `operation.py`. A KV head is removed exactly when the last
-query head that reads it is removed, so a KV group is worth the sum of its query heads.
+query head that reads it is removed. So the score of a KV group is the sum over its query heads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def biased_output(anatomy: Anatomy) -> bool:
-    """Whether all output projections have a bias, which a refit changes, too."""
+    """Whether all output projections have a bias, which a refit also changes."""
     return all("o" in layer.biases for layer in anatomy.layers)
 
 
@@ -37,13 +37,13 @@ def choose_removed(
 
     Args:
         scores: [layers][query heads], higher = keep.
-        groups: of `groups_of`, for each layer.
-        whole_groups: remove KV groups, each worth the sum of its heads; else single heads.
-        per_layer: how many heads (or groups) to remove from every layer that is not protected; or
-        ratio: share of the heads (or groups) of all layers, rounded to a whole number, by one ranking of all.
+        groups: the result of `groups_of` for each layer.
+        whole_groups: remove KV groups, each scored by the sum of its heads. False: remove single heads.
+        per_layer: number of heads (or groups) to remove from every layer that is not protected; or
+        ratio: share of the heads (or groups) of all layers, rounded to a whole number, in one ranking of all layers.
         protect: layers that keep all heads.
 
-    Every layer keeps one head (or group). Ties go by layer and head, so that a plan is reproducible.
+    Every layer keeps at least one head (or group). Ties are broken by layer and head, so that a plan is reproducible.
     """
     units = groups if whole_groups else [[[head] for group in layer for head in group] for layer in groups]
     order = sorted(
@@ -63,7 +63,7 @@ def choose_removed(
 
 
 def anatomy_without_heads(layer: LayerAnatomy, removed: list[int]) -> LayerAnatomy:
-    """A layer's anatomy without these query heads; fields that list single heads change with them."""
+    """A layer's anatomy without these query heads; fields that list single heads are adapted."""
     from surgery.runtime.surgery_config import after_heads_change
 
     groups = [[head for head in group if head not in removed] for group in groups_of(layer)]
@@ -84,11 +84,11 @@ def anatomy_without_heads(layer: LayerAnatomy, removed: list[int]) -> LayerAnato
 def without_heads(
     layer: AttentionLayer, target: LayerAnatomy, removed: list[int], o: Tensor | None = None
 ) -> AttentionLayer:
-    """The layer without these query heads and without the KV heads that no query head reads any more.
+    """The layer without these query heads, and without the KV heads that no query head reads any more.
 
     Args:
-        target: of `anatomy_without_heads`.
-        o: [D, kept heads, d], in place of the kept columns of the output projection.
+        target: the result of `anatomy_without_heads`.
+        o: [D, kept heads, d], replaces the kept columns of the output projection.
     """
     groups = groups_of(layer.anatomy)
     queries = [head for group in groups for head in group if head not in removed]
@@ -103,10 +103,10 @@ def without_heads(
 
 
 def magnitudes(layer: AttentionLayer) -> list[float]:
-    """||W_O^h W_V^g(h)||_F of every query head: how much it can write for inputs of equal size, apart from attention.
+    """||W_O^h W_V^g(h)||_F of every query head: how much it can write for inputs of equal size, attention aside.
 
-    This is the norm of the product, not the product of norms: it does not change when a head's value channels are
-    rotated or scaled and its output columns rotated or scaled back. A value bias counts as one more input.
+    This is the norm of the product and not the product of norms. So it does not change when a head's value channels
+    are rotated or scaled and its output columns are rotated or scaled back. A value bias counts as one more input.
     """
     import torch
 
@@ -127,7 +127,7 @@ def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = 
     Args:
         old, new: W, W' [D, N].
         moments: Σ z zᵀ [N, N] of all heads.
-        left: replaces `moments` in the numerator: Σ (z − z̄) (z − z̄)ᵀ where a bias makes up for the mean.
+        left: replaces `moments` in the numerator: Σ (z − z̄) (z − z̄)ᵀ if a bias makes up for the mean.
     """
 
     def energy(weight, moments):
@@ -139,12 +139,12 @@ def lost_share(old: Tensor, new: Tensor, moments: Tensor, left: Tensor | None = 
 
 
 def change_lines(anatomy: Anatomy, removed: list[list[int]], how: str, known: bool):
-    """Yield what a pruning changes, in words.
+    """Yield the lines that say what a pruning changes.
 
     Args:
-        removed: the query heads to remove, of each layer.
-        how: how they are chosen.
-        known: whether the choice is known already, without measuring the model.
+        removed: for each layer, the query heads to remove.
+        how: how they are chosen, in words.
+        known: whether the choice is known without measuring the model.
     """
     before = sum(layer.heads for layer in anatomy.layers)
     after = [anatomy_without_heads(layer, cut) for layer, cut in zip(anatomy.layers, removed, strict=True)]

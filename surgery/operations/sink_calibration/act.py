@@ -1,10 +1,12 @@
-"""ACT (Yu et al. 2024, arXiv 2406.15765): which tokens are sinks of a head, and which heads gain from less of them.
+"""ACT (Yu et al. 2024, arXiv 2406.15765): find the sinks of each head, and the heads that gain from weaker sinks.
 
-ACT finds a head's sinks in its attention map of the full text: their column mean is above alpha / N. A cached decode
-has no such map, so the rule is learned here: each head gets a probe on a token's own value, fitted by least squares to
-the rule's answers, with the threshold of the best F1. On held-out texts of SmolLM2-135M (512 tokens, alpha 5) the
-probes find 60% of the sinks that the rule finds, and 64% of what they find are such sinks: near the threshold the two
-often differ. They find 87% of the attention on sinks, and 96% of the attention on what they find is on such sinks.
+ACT finds a head's sinks in its attention map of the full text: a token is a sink if its column mean is above
+alpha / N. Cached decoding has no such map, so the rule is learned here. Each head gets a linear probe on a token's own
+value. The probe is fitted by least squares to the answers of the rule, and its threshold has the best F1.
+
+On held-out texts with SmolLM2-135M (512 tokens, alpha 5), the probes have a recall of 60% and a precision of 64%,
+counted in sinks: near the threshold, probe and rule often differ. Counted in attention on the sinks, the recall is 87%
+and the precision is 96%.
 """
 
 from __future__ import annotations
@@ -21,27 +23,27 @@ from surgery.operations.sink_calibration.zero_tuning import Trial, frozen, gradi
 from surgery.runtime.surgery_act import probe_features, probe_scores
 from surgery.runtime.surgery_attention import surgery_attention
 
-RIDGE = 1e-4  # of the mean square of the features
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of the heads whose slope says that less weight on sinks helps
+RIDGE = 1e-4  # relative to the mean square of the features
+SHARES = (1.0, 0.5, 0.25, 0.125)  # shares to try of the heads whose slope says that less weight on sinks helps
 
 
 def calibrate_sinks(
     model, targets: dict[int, list[int]], samples: torch.Tensor, *, beta, alpha, objective, progress=None
 ) -> dict:
-    """Set `surgery_sink_probe` and `surgery_log_beta` on one half of the texts; beta is kept if better on the other.
+    """Fit `surgery_sink_probe` and `surgery_log_beta` on half of the texts. Keep beta if it helps on the other half.
 
     Args:
         model: surgical, with both parameters in the layers of `targets`, at identity.
         targets: layer -> query heads that may change.
         samples: long [texts, length].
         beta: the share of the weight on its sinks that a chosen head keeps.
-        alpha: a key is a sink where its mean weight is above alpha / N.
+        alpha: a key is a sink if its mean weight is above alpha / N.
         objective: "ce" or "entropy" (see `zero_tuning.objective`).
         progress: called with done, total and a label.
 
     Returns:
-        A record: how well the probes agree with ACT's rule on the held-out texts, what was tried, the record of
-        `Trial.settle`, and the heads that got beta, by layer.
+        A record: the agreement of the probes with ACT's rule on the held-out texts, the settings that were tried, the
+        record of `Trial.settle`, and the heads that got beta, by layer.
     """
     train, validation = samples[::2], samples[1::2]
     probes, betas = parameters_of(model, "surgery_sink_probe"), parameters_of(model, "surgery_log_beta")
@@ -56,7 +58,7 @@ def calibrate_sinks(
 
 
 def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, progress=None) -> None:
-    """Fit the probes [heads, features] of some layers to ACT's rule on these texts, two forwards each."""
+    """Fit the probes [heads, features] of some layers to ACT's rule, with two forward passes per text."""
     grams: dict[int, torch.Tensor] = {}
     moments: dict[int, torch.Tensor] = {}
 
@@ -89,7 +91,7 @@ def set_probes(model, probes: dict[int, torch.Tensor], samples, alpha: float, pr
 
 
 def best_cut(scores: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-    """The threshold on scores [n] that separates those that are marked, bool [n], with the best F1."""
+    """The threshold on scores [n] with the best F1 for the keys that are marked as sinks, bool [n]."""
     order = scores.argsort(descending=True)
     hits = marked[order].cumsum(0)
     f1 = 2 * hits / (torch.arange(1, len(scores) + 1, device=scores.device) + hits[-1])
@@ -102,7 +104,8 @@ def agreement(model, probes: dict[int, torch.Tensor], samples, alpha: float, pro
     """Precision and recall of the probes against ACT's rule, over all heads of these layers and judged keys.
 
     Returns:
-        Both by the count of sinks and by the attention on them (`mass_`), and how many each of the two finds.
+        Precision and recall, each by the number of sinks and by the attention on them (`mass_`); and the number of
+        sinks that the rule finds (`sinks`) and that the probes find (`found`).
     """
     sums = torch.zeros(2, 3, dtype=torch.float64)
 
@@ -123,10 +126,10 @@ def agreement(model, probes: dict[int, torch.Tensor], samples, alpha: float, pro
 
 
 def _each_call(model, layers, samples, alpha: float, visit: Callable, progress, label: str) -> None:
-    """Run texts with all heads full; call `visit(layer, value, total, marked, judged)` for each text and layer.
+    """Run texts with all heads full, and call `visit(layer, value, total, marked, judged)` for each text and layer.
 
-    `value` is [1, KV heads, n, head_dim]; `total` [heads, n], the attention that each key receives; `marked`, bool
-    [heads, n], which keys are sinks by ACT's rule; `judged`, bool [n], which keys the rule judges.
+    `value` is [1, KV heads, n, head_dim]. `total` [heads, n] is the attention that each key receives. `marked`, bool
+    [heads, n], says which keys are sinks by ACT's rule. `judged`, bool [n], says which keys the rule judges.
     """
 
     def attention(module, query, key, value, mask, **kwargs):
@@ -145,13 +148,13 @@ def _each_call(model, layers, samples, alpha: float, visit: Callable, progress, 
 
 
 def choose_heads(trial: Trial, heads: list[list[int]], beta: float, progress=None) -> dict:
-    """Give beta to the heads that gain most by their slope: to the number that is best on the trial's `fit`.
+    """Give beta to the heads that gain most according to their slope. How many is chosen on the trial's `fit`.
 
-    The choice is kept if it is better on the trial's `validation`.
+    The choice is kept if it is better on the trial's `validation` (see `Trial.settle`).
 
     Args:
         trial: its parameters are log beta [heads] of some layers, at 0.
-        heads: of each layer, those that may change.
+        heads: for each layer, the heads that may change.
         beta: see `calibrate_sinks`.
 
     Returns:

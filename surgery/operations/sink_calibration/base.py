@@ -1,7 +1,6 @@
-"""Calibrate the attention sinks: another weight for the first token or for others, or virtual keys in its place.
+"""The base class of the methods of `sink_calibration`, which change the weight of sinks or add virtual keys.
 
-What the methods share is here; each method is a class (`bias_methods.py`, `virtual_key_methods.py`), listed in
-`operation.py`.
+Each method is a class in `bias_methods.py` or `virtual_key_methods.py`. `operation.py` lists them.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ class SinkCalibration(Variants, Operation):
     exclude: list[Annotated[list[WholeNumber], Field(min_length=2, max_length=2)]] = Field(
         [], description="Pairs [layer, query head] that stay as they are."
     )
-    needs_equal_groups: ClassVar[bool] = True  # measuring needs KV heads that equally many query heads read
+    needs_equal_groups: ClassVar[bool] = True  # measuring needs the same number of query heads for every KV head
 
     @property
     def measures(self) -> bool:
-        """Whether values are found by measuring the model on text or questions."""
+        """Whether the values are found by measuring the model on text or questions."""
         raise TypeError(f"method {self.method} does not say whether it measures")
 
     def contradictions(self) -> Iterator[str]:
@@ -70,14 +69,14 @@ class SinkCalibration(Variants, Operation):
         return iter(())
 
     def problems_of_visibility(self, anatomy: Anatomy) -> list[str]:
-        """Why the chosen heads and the first token do not go together."""
+        """Problems with the visibility of the first token in the chosen heads."""
         return []
 
     def described(self, anatomy: Anatomy, targets: Targets, many: str) -> tuple[str, list[str]]:
-        """A plan's line, and its notes.
+        """The line and the notes of a plan.
 
         Args:
-            many: the heads and layers in words.
+            many: the numbers of heads and layers, in words.
         """
         raise TypeError(f"method {self.method} describes no plan")
 
@@ -95,14 +94,14 @@ class SinkCalibration(Variants, Operation):
         return InWords(title, f"In its attention {what} in each head that was chosen.", gain)
 
     def shapes(self, layer: LayerAnatomy) -> Shapes:
-        """The parameters that a layer gets. Keys and values are per KV head, as the first token's are."""
+        """The parameters that a layer gets. Keys and values are per KV head, like those of the first token."""
         raise TypeError(f"method {self.method} names no parameters")
 
     def set_values(self, model: Any, anatomy: Anatomy, targets: Targets, data: Any, context: ApplyContext) -> dict:
-        """Give the parameters of a patched model their values; a record.
+        """Set the parameters of a patched model; returns a record.
 
         Args:
-            data: see `calibration_data`; None: nothing is measured.
+            data: result of `calibration_data`; None: nothing is measured.
         """
         raise TypeError(f"method {self.method} sets nothing")
 
@@ -137,14 +136,14 @@ class SinkCalibration(Variants, Operation):
         return [f"sink_calibration: {problem}" for problem in problems]
 
     def changed_fields(self) -> set[str]:
-        """Fields whose values are not the defaults."""
+        """Fields whose values differ from the defaults."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     def unread_text(self, otherwise: str = "") -> Iterator[str]:
-        """Settings of the calibration text that were given, and nothing reads it.
+        """Problems: settings of the calibration text that were given although no text is read.
 
         Args:
-            otherwise: what takes its place, in words.
+            otherwise: why no text is read, in words.
         """
         changed = self.changed_fields()
         if (of_text := [name for name in OF_TEXT if name in changed]) and (otherwise or not self.measures):
@@ -157,7 +156,7 @@ class SinkCalibration(Variants, Operation):
         return list(range(len(anatomy.layers))) if self.layers is None else sorted(set(self.layers))
 
     def _heads(self, layer: LayerAnatomy) -> list[int]:
-        """Indices of the chosen query heads in a layer; they are chosen by the base's numbers."""
+        """Indices of the chosen query heads in a layer. The settings choose heads by their numbers in the base."""
         chosen = (name for name in query_names(layer) if self.heads is None or name in self.heads)
         return [query_names(layer).index(name) for name in chosen if [layer.index, name] not in self.exclude]
 
@@ -166,12 +165,12 @@ class SinkCalibration(Variants, Operation):
         return self._heads(layer)
 
     def lost_by_layer(self, anatomy: Anatomy) -> Targets:
-        """`lost` of each chosen layer that has such heads."""
+        """The result of `lost` for each chosen layer where it is not empty."""
         lost = {layer.index: self.lost(layer) for layer in anatomy.layers if layer.index in self._layers(anatomy)}
         return {layer: heads for layer, heads in lost.items() if heads}
 
     def lost(self, layer: LayerAnatomy) -> list[int]:
-        """The chosen query heads of a layer that saw the first token of a long text in the base, and do no more."""
+        """The chosen query heads of a layer that lost the first token of a long text, which they see in the base."""
         narrower = bool(layer.window) and layer.window <= layer.streaming_window  # the base's own
         if not layer.streaming or layer.sinks or narrower:
             return []
@@ -194,11 +193,11 @@ class SinkCalibration(Variants, Operation):
         return PlannedChange(anatomy, (line,), SURGICAL, tuple(notes), measured=self.measures, **details)
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """What a method that measures runs, where it measures."""
+        """The stages that a method which measures runs."""
         return ()
 
     def _half(self, anatomy: Anatomy) -> float:
-        """Floating-point operations of one forward of half of the calibration texts."""
+        """Floating-point operations of one forward pass of half of the calibration texts."""
         samples, length = (getattr(self, name) for name in ("calibration_samples", "calibration_length"))
         length = min(length, anatomy.positions or length)
         return forward_flops(anatomy, samples / 2 * length, length)
@@ -217,7 +216,7 @@ class SinkCalibration(Variants, Operation):
         return self.set_values(model, anatomy, targets, data, context)
 
     def calibration_data(self, model: Any, context: ApplyContext) -> Any:
-        """What the method measures on: samples of text, long [samples, tokens], or what it reads in their place."""
+        """The data to measure on: samples of text, long [samples, tokens], unless a method overrides this."""
         from surgery.data.passkeys import calibration_sequences
 
         tokenizer = context.tokenizer_for("calibration needs the tokenizer", self.op)

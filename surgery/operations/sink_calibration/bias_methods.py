@@ -1,4 +1,4 @@
-"""Methods of `sink_calibration` that weigh sinks anew: the first token (ZeroTuning), or the others (ACT).
+"""Methods of `sink_calibration` that reweight sinks: the first token (ZeroTuning), or other sinks (ACT).
 
 Sources: Han et al. 2025, "ZeroTuning", arXiv 2505.11739; Yu et al. 2024, "Hidden Attention Sinks", arXiv 2406.15765.
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.architecture.layer import LayerAnatomy
 
-# Below, the first token's share is a difference of numbers that float32 cannot tell apart; above, nothing is left of
-# the other keys.
-GAMMAS, SHARES_TRIED = 4, 4  # tried by default: `GRID` of zero_tuning.py, `SHARES` of act.py
+GAMMAS, SHARES_TRIED = 4, 4  # numbers of settings tried by default: `GRID` of zero_tuning.py, `SHARES` of act.py
+# Below the range, the first token's share is a difference of numbers that float32 cannot distinguish. Above it,
+# nothing is left of the other keys.
 Gamma = Annotated[float, Field(ge=1e-3, le=1e6)]
 Grid = Annotated[list[Gamma], Field(min_length=1)]
 Beta = Annotated[float, Field(gt=0, le=1)]
-BETA, THRESHOLD = 0.4, 5.0  # ACT's own
+BETA, THRESHOLD = 0.4, 5.0  # the values of the ACT paper
 Objective = Annotated[
     Literal["ce", "entropy"],
     Field(description="What is lowered: cross-entropy of the text, or entropy of the predictions (no labels)."),
@@ -103,7 +103,7 @@ class ZeroTuning(SinkCalibration):
         return {"surgery_log_gamma": [layer.heads]}
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """Every gamma once on half of the texts, a gradient where it sorts the heads, and twice the other half."""
+        """Half of the texts for every gamma (and for a gradient, if it sorts the heads), and twice the other half."""
         grid = len(self.grid) if self.grid else GAMMAS
         tried = {"heads": 3 * grid, "uniform": 2 * grid, "layers": 2 * grid * len(anatomy.layers)}[self.groups]
         forwards = 1 + tried + GRADIENT * (self.groups == "heads") + 2
@@ -146,7 +146,7 @@ class Act(SinkCalibration):
         yield from self.unread_text()
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """Probes and their thresholds on half of the texts, their judgement on the other, and the choice of heads."""
+        """Probes and thresholds on half of the texts, their agreement on the other half, and the choice of heads."""
         half = self._half(anatomy)
         stages = {"fitting probes": half, "setting thresholds": half, "judging probes": half}
         stages["choosing heads"] = (GRADIENT + 1 + SHARES_TRIED + 2) * half
@@ -158,14 +158,14 @@ class Act(SinkCalibration):
         return f"sinks other than the first token in up to {many}: {how}", [note]
 
     def shapes(self, layer: LayerAnatomy) -> Shapes:
-        probe = [layer.heads, layer.head_dim + 2]  # for a value, its norm, and 1
+        probe = [layer.heads, layer.head_dim + 2]  # weights for a value, its norm, and the constant 1
         return {"surgery_log_beta": [layer.heads], "surgery_sink_probe": probe}
 
     def set_values(self, model: Any, anatomy: Anatomy, targets: Targets, data: Any, context: ApplyContext) -> dict:
         from surgery.operations.sink_calibration.act import calibrate_sinks
 
         record: dict[str, Any] = {"method": self.method, "beta": self.beta, "threshold": self.threshold}
-        if data is not None:  # else beta is 1
+        if data is not None:  # otherwise beta is 1
             options = {"beta": self.beta, "alpha": self.threshold, "objective": self.objective}
             record |= calibrate_sinks(model, targets, data, **options, progress=context.progress)
             for layer, heads in record["heads"].items():

@@ -63,7 +63,7 @@ class VirtualKeys(SinkCalibration):
                 "and these heads see it: split them before (duo_attention with sinks: 0), or start: identity"
             ]
         window = max(layer.streaming_window for layer in anatomy.layers if layer.index in lost)
-        if (anatomy.positions or window + 2) < window + 2:  # samples of text are cut to them
+        if (anatomy.positions or window + 2) < window + 2:  # samples of text are cut to the model's positions
             return [f"the model has no positions behind the window of {window} tokens: choose a smaller window"]
         if self.calibration_length < window + 2:
             what = f"calibration_length {self.calibration_length} does not leave the window of {window} tokens"
@@ -80,11 +80,11 @@ class VirtualKeys(SinkCalibration):
         return f"a virtual key {self.kind()} in {many} ({self.method})", []
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """The first token is measured on half of the texts, and tried on the other."""
+        """The first token is measured on half of the texts, and the virtual keys are tested on the other half."""
         return (Measurement("measuring first tokens", 3 * self._half(anatomy)),)
 
     def kind(self) -> str:
-        """What a head gets, in words."""
+        """The parameters that a head gets, in words."""
         raise TypeError(f"method {self.method} does not say what a head gets")
 
     def set_values(self, model: Any, anatomy: Anatomy, targets: Targets, data: Any, context: ApplyContext) -> dict:
@@ -96,7 +96,7 @@ class VirtualKeys(SinkCalibration):
         return record | fit_virtual_keys(model, anatomy, targets, data, context.progress)
 
     def set_logit(self, model: Any, targets: Targets) -> float | None:
-        """Set a logit that was given, and return it."""
+        """Set the logit that the recipe gives, and return it; None if there is none."""
         return None
 
 

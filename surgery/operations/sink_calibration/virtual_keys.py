@@ -1,4 +1,4 @@
-"""Virtual keys in place of a first token that a head no longer sees, measured where all heads see that token."""
+"""Virtual keys that replace a first token that a head no longer sees. They are measured with all heads full."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def fit_virtual_keys(model, anatomy: Anatomy, targets: dict[int, list[int]], samples, progress=None) -> dict:
-    """Give heads the mean first token of half of the texts as a virtual key, kept if better on the other half.
+    """Give heads the mean first token of half of the texts as a virtual key. Keep it if it helps on the other half.
 
     Args:
-        model: surgical, with `surgery_sink_logit` in the layers of `targets`. With `surgery_key` the logit is added
-            to the key's score, and is 0; without, it is the mean score. With `surgery_value` the key has the mean
-            value.
-        anatomy: the model's.
+        model: surgical, with `surgery_sink_logit` in the layers of `targets`. With `surgery_key`, the logit is added
+            to the key's score and is 0; without it, the logit is the mean score. With `surgery_value`, the virtual
+            key has the mean value.
+        anatomy: the model's anatomy.
         targets: layer -> query heads.
-        samples: long [texts, length]; longer than the heads' windows.
+        samples: long [texts, length]; texts must be longer than the heads' windows.
 
     Returns:
         The record of `Trial.settle`.
@@ -44,7 +44,7 @@ def fit_virtual_keys(model, anatomy: Anatomy, targets: dict[int, list[int]], sam
 
 
 def set_logit(model, targets: dict[int, list[int]], logit: float) -> None:
-    """Give the virtual keys of these heads one logit."""
+    """Set the logit of the virtual keys of these heads."""
     logits = parameters_of(model, "surgery_sink_logit")
     with torch.no_grad():
         for layer, heads in targets.items():

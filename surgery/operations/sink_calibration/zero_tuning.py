@@ -1,8 +1,8 @@
-"""What the first token of a text is to attention, and what changing its weight does to a model's predictions.
+"""Measurements of the first token of a text in attention, and the search of a better weight for it.
 
-`first_tokens` measures its keys, values and scores, so that virtual keys can take its place. `search_gammas` searches
-the weight that the first token should have in each head. `Trial` compares a setting with the unchanged model on text,
-or on questions with known answers, that was held back.
+`first_tokens` measures the first token's keys, values and scores, so that virtual keys can replace it. `search_gammas`
+searches the weight of the first token in each head. `Trial` compares a setting with the unchanged model on held-out
+text, or on held-out questions with known answers.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from surgery.runtime.modeling_surgery import attention_modules
 from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_bias import scores
 
-LABELLED = "labelled"  # the objective of questions
-GRID = (1.1, 1.25, 1.5, 2.0)  # gammas; each 1 / gamma is tried, too
+LABELLED = "labelled"  # name of the objective for questions
+GRID = (1.1, 1.25, 1.5, 2.0)  # values of gamma; each 1 / gamma is tried, too
 
 
 @dataclass
 class FirstToken:
-    """What the first token is in one layer; means over texts.
+    """The first token in one layer; all figures are means over texts.
 
     Attributes:
-        key, value: [KV heads, head_dim] of the first token; the key is the one that attention gets, at position 0.
-        score: [heads], its scaled and capped score with the queries that see it, from position `reach` on.
+        key, value: [KV heads, head_dim] of the first token; the key is that at position 0, after norms and RoPE.
+        score: [heads], the scaled and soft-capped score of this key for the queries that see it, from position `reach`
+            on.
     """
 
     key: torch.Tensor
@@ -41,12 +42,12 @@ class FirstToken:
 
 
 def first_tokens(model, samples: torch.Tensor, reach: list[int], progress=None) -> list[FirstToken]:
-    """Measure the first token in every layer of a model, all of its heads full.
+    """Measure the first token in every layer of a model, with all heads full.
 
     Args:
-        model: in memory; it is left as it was.
+        model: in memory; it is not changed.
         samples: long [texts, length].
-        reach: for each layer the first position whose queries count; less than the length.
+        reach: for each layer, the first position whose query counts; less than the length.
         progress: called with done, total and a label.
     """
 
@@ -70,10 +71,10 @@ def first_tokens(model, samples: torch.Tensor, reach: list[int], progress=None) 
 
 
 def objective(model, sample, kind: str) -> torch.Tensor:
-    """The number that is to be lowered, in nats, on one text, long [length], or one question.
+    """The number to minimise, in nats, on one text, long [length], or on one question.
 
-    It is the text's cross-entropy per token ("ce"), the entropy of the predictions ("entropy"), or -log of the right
-    choice's share (LABELLED; see `calibration.scoring.choice_loss`).
+    It is the cross-entropy per token of the text ("ce"), the mean entropy of the predictions ("entropy"), or -log of
+    the right choice's share (LABELLED; see `calibration.scoring.choice_loss`).
     """
     if kind == LABELLED:
         from surgery.calibration.scoring import choice_logps, choice_loss
@@ -88,13 +89,13 @@ def objective(model, sample, kind: str) -> torch.Tensor:
 
 @dataclass
 class Trial:
-    """Settings of some parameters of a model, compared on text or on questions.
+    """Compares settings of some parameters of a model on text or on questions.
 
     Attributes:
-        parameters: what is set; their values when the trial begins are the setting that changes nothing.
-        fit, validation: long [texts, length], or lists of `Choice`: to search on, and to judge on.
+        parameters: the parameters to set. Their values at the start of the trial are the setting that changes nothing.
+        fit, validation: data for the search and for the final comparison; long [texts, length], or lists of `Choice`.
         kind: see `objective`.
-        figures: what was measured before and is not measured again.
+        figures: results of an earlier run, which are not measured again.
     """
 
     model: torch.nn.Module
@@ -108,13 +109,13 @@ class Trial:
         self.nothing = [parameter.detach().clone() for parameter in self.parameters]
 
     def set(self, values: list[torch.Tensor]) -> None:
-        """Copy one value into each parameter."""
+        """Copy the values into the parameters."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
 
     def judge(self, samples) -> tuple[list[float], float | None]:
-        """The objective of each text or question with the present parameters; for questions also the accuracy."""
+        """The objective on each text or question with the current parameters; for questions also the accuracy."""
         with torch.no_grad():
             if self.kind != LABELLED:
                 return [objective(self.model, sample, self.kind).item() for sample in samples], None
@@ -124,7 +125,7 @@ class Trial:
             return [answer.nll for answer in answers], sum(answer.right for answer in answers) / len(answers)
 
     def measure(self, name: str, values: list[torch.Tensor], samples) -> tuple[torch.Tensor, float | None]:
-        """The result of `judge` for a setting, the objective in float64; it is measured once under this name."""
+        """The result of `judge` for a setting, with the objective in float64; each name is measured only once."""
 
         def judged() -> list:
             self.set(values)
@@ -134,10 +135,10 @@ class Trial:
         return torch.tensor(losses, dtype=torch.float64), right
 
     def settle(self, values: list[torch.Tensor]) -> dict:
-        """Keep a setting if it is better than none on `validation` by over two standard errors; once in a trial.
+        """Keep a setting if it is better on `validation` than no change, by over two standard errors; once per trial.
 
-        The error is that of the mean change over texts (or questions) that differ: copies would make it look small.
-        A single text has no standard error, so that nothing is kept.
+        It is the standard error of the mean change over different texts (or questions): copies would make it look
+        small. A single text has no standard error, so nothing is kept.
 
         Returns:
             A record: the objective without the setting, its change, and whether the setting was kept.
@@ -161,7 +162,7 @@ class Trial:
 
 
 def different(samples) -> list[int]:
-    """Indices of the texts or questions that are no copy of an earlier one."""
+    """Indices of the texts or questions that are not copies of an earlier one."""
     first_index: dict[str, int] = {}
     for index, sample in enumerate(samples):
         first_index.setdefault(repr(sample.tolist() if isinstance(sample, torch.Tensor) else sample), index)
@@ -171,15 +172,16 @@ def different(samples) -> list[int]:
 def search_gammas(
     trial: Trial, masks: list[torch.Tensor], grid: list[float] | None, groups: str, progress=None
 ) -> dict:
-    """Search gamma for the first token on the trial's `fit`; keep it if it is better than none on its `validation`.
+    """Search gamma for the first token on the trial's `fit`. Keep the best if it helps on the trial's `validation`.
 
     Args:
         trial: its parameters are log gamma [heads] of some layers.
-        masks: for each parameter 1.0 for the heads that may change, else 0.0; float [heads].
-        grid: values of gamma to try; 1 is always among them. None: those of `GRID`, and 1 / gamma.
-        groups: "uniform" (one gamma), "layers" (one for each layer, one layer after the other), or "heads": the
-            gradient of the objective at gamma = 1 tells which heads should have more of the first token and which
-            less; the first get gamma and the others 1 / gamma, all together or one side alone.
+        masks: for each parameter, float [heads]: 1.0 for heads that may change, 0.0 for others.
+        grid: values of gamma to try, in addition to 1. None: the values of `GRID` and their inverses.
+        groups: "uniform" (one gamma), "layers" (one for each layer, one layer after the other), or "heads". For
+            "heads", the gradient of the objective at gamma = 1 says which heads should give the first token more
+            weight and which less. The first get gamma, the others 1 / gamma; each side is tried alone, and both
+            together.
 
     Returns:
         A record: every setting that was tried, and the record of `Trial.settle`.
@@ -218,12 +220,12 @@ def search_gammas(
 
 
 def gradients(trial: Trial) -> list[torch.Tensor]:
-    """Gradient of the objective by each parameter, summed over the texts of `fit`; 0 where no text depends on it."""
+    """Gradient of the objective by each parameter, summed over the texts of `fit`; 0 if no text depends on it."""
     total = [torch.zeros_like(parameter) for parameter in trial.parameters]
     for sample in trial.fit:
         with with_gradients():
             loss = objective(trial.model, sample, trial.kind)
-        if not loss.requires_grad:  # nothing in this text is changed by any of them: no sink, say
+        if not loss.requires_grad:  # no parameter changes anything in this text, for example because it has no sink
             continue
         slopes = torch.autograd.grad(loss, trial.parameters, materialize_grads=True)
         total = [old + new for old, new in zip(total, slopes, strict=True)]
@@ -232,7 +234,7 @@ def gradients(trial: Trial) -> list[torch.Tensor]:
 
 @contextmanager
 def frozen(model, but: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Hold the model in eval mode, with gradients for the parameters `but` alone; then restore it."""
+    """Keep the model in eval mode, with gradients only for the parameters `but`; then restore it."""
     modes = [(module, module.training) for module in model.modules()]
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -256,13 +258,13 @@ def parameters_of(model, name: str) -> dict[int, torch.nn.Parameter]:
 
 
 def search_gamma(model, settings, targets: dict[int, list[int]], samples, context) -> dict:
-    """Set gamma in the query heads `targets` (by layer), or search it.
+    """Set gamma in the query heads `targets` (by layer) to the given value, or search it.
 
     Args:
         model: surgical, with `surgery_log_gamma` in the layers of `targets`.
         settings: a `SinkCalibration` of method zero_tuning.
-        samples: long [texts, length], or a list of `Choice`; not read where gamma is given.
-        context: of the operation.
+        samples: long [texts, length], or a list of `Choice`; not read if gamma is given.
+        context: the operation's context.
 
     Returns:
         A record: the gammas of all query heads, and how they were searched.

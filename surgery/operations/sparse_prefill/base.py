@@ -1,6 +1,7 @@
-"""Sparse prefill: a prompt's queries read only the blocks of keys that an estimator keeps; decoding stays dense.
+"""The base class of the methods of `sparse_prefill`.
 
-What the methods share is here; each method is a class (`methods.py`, `by_head.py`), listed in `operation.py`.
+A prompt's queries read only the blocks of keys that an estimator keeps; decoding stays dense. Each method is a class
+in `methods.py` or `by_head.py`. `operation.py` lists them.
 
 Source of delta: Willette et al. 2025, "Delta Attention", arXiv 2505.11254.
 """
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(gt=0, le=1)]
 FromOne = Annotated[int, Field(ge=1, strict=True)]
-LENGTHS = (8192, 32768)  # prompts for which a plan says how much is read
+LENGTHS = (8192, 32768)  # lengths of prompts, in tokens, for which a plan says how much is read
 NOT_OF_A_LAYER = {"op", "layers", "heads", "per_layer", "calibration_samples", "calibration_length"}
-HELD = "visibility in prefill"  # a term of its own: duo_attention sets the visibility in every phase
+HELD = "visibility in prefill"  # not the term "visibility", which duo_attention sets for prefill and decoding
 
 
 class SparsePrefill(Variants, Operation):
@@ -100,7 +101,7 @@ class SparsePrefill(Variants, Operation):
 
     @property
     def searches(self) -> bool:
-        """Whether settings are found by measuring the model on text."""
+        """Whether settings are searched by measuring the model on text."""
         return False
 
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
@@ -108,15 +109,15 @@ class SparsePrefill(Variants, Operation):
         return []
 
     def problems_of_layer(self, changes: dict[str, Any]) -> list[str]:
-        """Why a layer cannot have these settings of its own (`per_layer`)."""
+        """Why a layer cannot have these own settings (`per_layer`)."""
         return []
 
     def with_patterns(self, entry: dict[str, Any], patterns: list[dict[str, Any]]) -> dict[str, Any]:
-        """An entry with the patterns that were searched; the density was for the search."""
+        """An entry with the patterns that a search found; unchanged if the method searches nothing."""
         return entry
 
     def search(self, model: Any, context: ApplyContext) -> Patterns:
-        """The patterns of all layers, searched."""
+        """Search the patterns of all layers."""
         raise TypeError(f"method {self.method} searches nothing")
 
     def _faults_of_settings(self, anatomy: Anatomy) -> list[str]:
@@ -137,14 +138,16 @@ class SparsePrefill(Variants, Operation):
         return found
 
     def term_layers(self, anatomy: Anatomy) -> set[int]:
-        """The layers asked for that have a head which sees all."""
+        """The requested layers that have a head which sees all keys."""
         full = [x.index for x in anatomy.layers if x.window is None and len(x.streaming) < x.kv_heads]
         return set(full if self.layers is None else self.layers) & set(full)
 
     def _entry(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """`sparse` of a layer's entry in the `surgery` block.
+        """The value of `sparse` in a layer's entry of the `surgery` block.
 
-        A rule given for one layer takes the place of ours; another method there takes none of our method's settings.
+        Args:
+            changes: the layer's settings in `per_layer`. A rule among them (gamma, density or alpha) replaces the rule
+                for all layers. If they name another method, the settings of this method do not apply.
         """
         rules, of_any = {"gamma", "density", "alpha"}, {"method", "block", "dense_below", "last_rows_dense", "delta"}
         own = self.model_dump(exclude=NOT_OF_A_LAYER, exclude_none=True)
@@ -194,7 +197,7 @@ class SparsePrefill(Variants, Operation):
         return PlannedChange(replace(anatomy, layers=tuple(after)), tuple(lines), SURGICAL, tuple(notes), **details)
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """What a method that searches runs."""
+        """The stages that a method which searches runs."""
         return ()
 
     def in_words(self, changes: Sequence[str]) -> InWords | None:
@@ -208,7 +211,7 @@ class SparsePrefill(Variants, Operation):
         )
 
     def _read(self, entry: dict[str, Any]) -> str:
-        """How much of a prompt is read, where the settings alone say it."""
+        """A note on how much of a prompt is read, if the settings alone determine it."""
         import torch
 
         from surgery.runtime.surgery_estimators import estimator

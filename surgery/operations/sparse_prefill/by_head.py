@@ -1,4 +1,4 @@
-"""The method `by_head` of `sparse_prefill`: a method of its own for each query head, given or searched."""
+"""The method `by_head` of `sparse_prefill`: each query head has its own method, given or searched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ByHead(SparsePrefill):
         return self.patterns is None
 
     def measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
-        """The texts go through the model once, and every head's attention is compared with that of each pattern."""
+        """The texts go through the model once, and the attention of every head is compared with each pattern."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         flops = 3 * forward_flops(anatomy, self.calibration_samples * length, length)
         return (Measurement("measuring patterns", flops),) if self.searches else ()

@@ -1,7 +1,7 @@
 """Methods of `sparse_prefill`: how an estimator chooses the blocks that a prompt's queries read.
 
-A method is an estimator of the runtime (surgery/runtime/surgery_estimate_*.py, which say where ours differs from the
-source) and a class here with its settings. A test compares their defaults.
+A method is an estimator of the runtime (surgery/runtime/surgery_estimate_*.py) and a class here with its settings. The
+estimator's module says where it differs from its source. A test compares the defaults of the two.
 
 Sources: Jiang et al. 2024, "MInference", arXiv 2407.02490 (vertical_slash, streaming); Li et al. 2024, arXiv
 2412.10319 (tri_shape); Lai et al. 2025, "FlexPrefill", arXiv 2502.20766; Xu et al. 2025, "XAttention", arXiv

@@ -1,10 +1,10 @@
-"""The sparse pattern that suits each head: the search of MInference, on the blocks that sparse prefill really reads.
+"""The search of a sparse pattern for each head, as in MInference, on the blocks that sparse prefill really reads.
 
-A pattern is an estimator of `surgery_estimators` with its settings. The patterns of a head compete at equal cost: of
-those that read at most a given share of the causal blocks, that one wins whose blocks hold most of the attention
-weight, as a mean over rows of real text. Only the weights of some rows are in memory: [rows, n], not [n, n].
+A pattern is an estimator of `surgery_estimators` with its settings. The patterns of a head compete at a limited cost:
+among the patterns that read at most a given share of the causal blocks, the best one has the most attention weight in
+its blocks, averaged over rows of real text. Only the weights of some rows are in memory: [rows, n], not [n, n].
 
-Jiang et al. 2024 (arXiv 2407.02490), section 3.2, search by the error of one sample's attention output.
+Source: Jiang et al. 2024 (arXiv 2407.02490), section 3.2. They search by the error of one sample's attention output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from surgery.runtime.surgery_attention import surgery_attention
 from surgery.runtime.surgery_estimators import settings_problems
 from surgery.runtime.surgery_sparse_prefill import Sparse
 
-SLACK = 0.02  # by which share a pattern may cost more than the density: costs vary with the text
+SLACK = 0.02  # a pattern may cost this share more than the density, since costs vary with the text
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Patterns:
 
     Attributes:
         layers: [layers][query heads], each {"method": ..., and its settings}, as `by_head` takes them; [] for a layer
-            whose heads see a window of the base's own.
-        recovered: [layers][query heads], attention weight in the blocks that are kept, mean over texts.
+            with the base's own sliding window.
+        recovered: [layers][query heads], attention weight in the kept blocks, mean over texts.
         cost: [layers][query heads], share of the causal blocks that are kept, mean over texts.
         origin: how the patterns were found.
     """
@@ -45,12 +45,12 @@ class Patterns:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """All fields, as JSON takes them."""
+        """All fields as plain data for JSON."""
         return asdict(self)
 
 
 def candidates(length: int, block: int) -> list[dict]:
-    """Patterns that compete on texts of `length` tokens: sinks + window, columns + diagonals, blocks by queries.
+    """Patterns that compete on texts of `length` tokens: sinks + window, columns + diagonals, top blocks by query.
 
     Args:
         block: tokens of a block.
@@ -96,17 +96,18 @@ def search_patterns(
     """Find the best pattern of every query head of a model.
 
     Args:
-        model, tokenizer: in memory; the model is left as it was.
+        model, tokenizer: in memory; the model is not changed.
         density: share of the causal blocks that a head may read, above 0, up to 1.
-        block: tokens of a block, a power of two from 16.
-        samples, length: texts, and tokens in each (cut to the model's positions); budgets hold for such lengths.
-        rows: number of queries whose weights are measured, spread evenly over the later seven eighths of a text.
-        text: see `load_text`; of the built-in text the calibration part.
+        block: tokens of a block, a power of two, at least 16.
+        samples, length: number of texts, and tokens in each (cut to the model's positions). The density holds for
+            texts of this length.
+        rows: number of queries whose weights are measured, spread evenly over the last seven eighths of a text.
+        text: see `load_text`; the calibration part of the built-in text is used.
         among: patterns that compete; default: `candidates`.
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: a density or a block out of range; no pattern is cheap enough; or see `hook_attention`.
+        SurgeryError: the density or the block is out of range; no pattern is cheap enough; or as for `hook_attention`.
     """
     sequences = calibration_sequences(model, tokenizer, text, length, samples)
     length = sequences.shape[1]
@@ -143,7 +144,7 @@ def search_patterns(
 
 
 def measure(query, key, weights, positions, scale: float, block: int, among: list[dict]) -> tuple:
-    """The attention weight that patterns recover, and their cost, on the queries and keys of one layer.
+    """The attention weight that patterns recover and their cost, for the queries and keys of one layer.
 
     Args:
         query: [batch, heads, n, head_dim], key: [batch, KV heads, n, head_dim], after norms and RoPE.
@@ -154,8 +155,8 @@ def measure(query, key, weights, positions, scale: float, block: int, among: lis
         among: patterns.
 
     Returns:
-        The weight in the blocks that a pattern keeps, mean over rows, and the share of the causal blocks that it
-        keeps, each [patterns, heads].
+        The weight in the blocks that a pattern keeps (mean over rows), and the share of the causal blocks that it
+        keeps; both [patterns, heads].
     """
     heads, length = query.shape[1:3]
     in_blocks = pad(weights, (0, -length % block)).unflatten(-1, (-1, block)).sum(-1)
@@ -171,13 +172,13 @@ def measure(query, key, weights, positions, scale: float, block: int, among: lis
 
 
 def best(recovered: torch.Tensor, cost: torch.Tensor, density: float) -> list[int]:
-    """For each head the pattern that recovers most of those that cost at most `density`; of equal ones the cheapest.
+    """For each head, the index of the pattern that recovers most and costs at most `density`; ties go to the cheapest.
 
     Args:
-        recovered, cost: [patterns, heads], as `measure` gives them.
+        recovered, cost: [patterns, heads], results of `measure`.
 
     Raises:
-        SurgeryError: there is none.
+        SurgeryError: every pattern costs more.
     """
     chosen = []
     for head in range(recovered.shape[1]):
