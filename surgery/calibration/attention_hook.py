@@ -1,4 +1,4 @@
-"""A hook on every attention call of a model while it is measured; afterwards the model is as it was before."""
+"""A hook on every attention call of a model during a measurement. Afterwards the model is restored."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAME = "surgery_watch"
 
 @dataclass
 class AttentionHook:
-    """A model whose attention calls go to a function of ours.
+    """A model whose attention calls go to the function that `hook_attention` was given.
 
     Attributes:
-        anatomy: the model's.
-        modules: its attention modules, one a layer.
-        groups: of each layer, how many query heads read each KV head.
-        windows: the base's own sliding window of each layer, or None.
+        anatomy: the model's anatomy.
+        modules: the attention modules, one for each layer.
+        groups: for each layer, how many query heads read each KV head.
+        windows: for each layer, the base's own sliding window, or None.
     """
 
     anatomy: Anatomy
@@ -40,11 +40,11 @@ class AttentionHook:
 
     @property
     def kv_heads(self) -> list[int]:
-        """KV heads of each layer."""
+        """Number of KV heads of each layer."""
         return [layer.kv_heads for layer in self.anatomy.layers]
 
     def set_streaming(self, layer: int, streaming: Sequence[int] = (), sinks: int = 0, window: int = 1) -> None:
-        """Let these KV heads of a layer see sinks + window (in tokens), and its other heads all."""
+        """Let these KV heads of a layer see sinks + window (in tokens), and let its other heads see all."""
         kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
         self.modules[layer].surgery_heads = kinds
 
@@ -54,7 +54,7 @@ class AttentionHook:
         return [total.view(heads, -1).amax(-1).tolist() for total, heads in pairs]
 
     def weights(self, module, query, key, rows, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
-        """`attention_weights` of a call that the hooked function received, with its keyword arguments."""
+        """`attention_weights` for a call that the hooked function received, with the call's keyword arguments."""
         limit = self.windows[module.layer_idx]
         rows = rows.to(query.device)
         return attention_weights(query, key, rows, scale=scaling, limit=limit, softcap=softcap, s_aux=s_aux)
@@ -62,18 +62,16 @@ class AttentionHook:
 
 @contextmanager
 def hook_attention(model, attention: Callable = surgery_attention, split: bool = False) -> Iterator[AttentionHook]:
-    """Put the model in eval mode, freeze its weights and make every attention call with `attention`.
+    """Put the model in eval mode, freeze its weights and run every attention call with `attention`.
 
     Args:
-        attention: takes and returns what `surgery_attention` does, which reads `module.surgery_heads`; all heads are
-            full until `AttentionHook.set_streaming` changes that. Default: that function itself.
-        split: also accept a model whose heads are split already: it is measured with all heads full.
+        attention: takes and returns the same as `surgery_attention`, the default, which reads `module.surgery_heads`.
+            All heads are full until `AttentionHook.set_streaming` changes that.
+        split: also accept a model whose heads are already split; it is measured with all heads full.
 
-    Sparse prefill is off, and a gate leaves nothing out: what is measured is the full attention, whose work sparse
-    prefill and gates save.
+    Sparse prefill is off, and gates skip no work, so that the full attention is measured.
 
-    Afterwards the model is as it was before: weights, modes, requires_grad, gradients, attention implementation and
-    attributes.
+    Afterwards the model is restored: weights, modes, requires_grad, gradients, attention implementation, attributes.
 
     Raises:
         SurgeryError: the heads of this model cannot be measured in this way.
@@ -89,14 +87,14 @@ def hook_attention(model, attention: Callable = surgery_attention, split: bool =
         reason = f"{anatomy.model_type} does not use the attention interface in this version of Transformers"
     if reason:
         raise UnsupportedModelError(reason, where=type(model).__name__)
-    block = getattr(model.config, "surgery", None)  # of layers of different shape
+    block = getattr(model.config, "surgery", None)  # holds the head groups of layers with different shapes
     groups = [query_groups(model.config, layer) for layer in (block["layers"] if block else [None] * len(modules))]
     hook = AttentionHook(anatomy, modules, groups, base_windows(model.config))
     implementation, names = model.config._attn_implementation, ("surgery_heads", "surgery_sparse")
     own_attributes = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
     modes = [(module, module.training) for module in model.modules()]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # One function serves every model and measurement: the registry is global and would keep a closure's objects alive.
+    # One function serves all models and measurements: the registry is global and would keep a closure's objects alive.
     AttentionInterface.register(NAME, _dispatch)
     AttentionMaskInterface.register(NAME, surgery_mask)
     try:
@@ -106,7 +104,7 @@ def hook_attention(model, attention: Callable = surgery_attention, split: bool =
             hook.set_streaming(layer)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        model.eval().config._attn_implementation = NAME  # a surgical model's setter would refuse
+        model.eval().config._attn_implementation = NAME  # the setter of a surgical model would refuse it
         yield hook
     finally:
         model.config._attn_implementation = implementation
@@ -134,7 +132,7 @@ def attention_weights(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention weights of some rows of a sequence, all heads full.
+    """Attention weights of some rows of a sequence, with all heads full.
 
     Args:
         query: [batch, heads, n, head_dim], after norms and RoPE.
@@ -146,7 +144,7 @@ def attention_weights(
         s_aux: [heads], the logit of a learned sink, which takes weight from the keys (gpt_oss).
 
     Returns:
-        [batch, heads, r, n], float32 or wider; a row sums to 1 less the learned sink's share.
+        [batch, heads, r, n], float32 or wider; a row sums to 1 minus the learned sink's share.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -170,7 +168,7 @@ def answer_logits(model, sequence: Recall) -> torch.Tensor:
 def row_logits(model, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Logits of the next token on some rows of a sequence, ids [n]: [r, vocabulary], float32 or wider.
 
-    The model's output layer is expensive: other rows do not go through it.
+    Only these rows go through the model's output layer, which is expensive.
     """
     inputs = {"input_ids": ids[None].to(model.device), "logits_to_keep": rows.to(model.device)}
     logits = model(**inputs, use_cache=False).logits[0]

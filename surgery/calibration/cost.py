@@ -1,4 +1,4 @@
-"""What it costs to measure a model, in floating-point operations: for the time that `plan` gives."""
+"""The cost of measuring a model in floating-point operations, for the time estimates of `plan`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
-GRADIENT = 3  # a forward with its backward, in forwards
+GRADIENT = 3  # cost of a forward and a backward pass, relative to a forward pass
 
 
 def forward_flops(anatomy: Anatomy, tokens: float, length: int) -> float:
-    """Floating-point operations of a model that reads so many tokens, in texts of one length.
+    """Floating-point operations of a model that reads `tokens` tokens in all, in texts of `length` tokens.
 
-    Two for each parameter and token, and the scores and sums of attention, which are computed for all pairs of tokens
-    of a text. Of a mixture of experts it counts all experts: an upper bound.
+    The count is two for each parameter and token, plus the scores and sums of attention, computed for all pairs of
+    tokens of a text. For a mixture of experts all experts are counted, so the result is an upper bound.
     """
     attention = sum(4 * layer.heads * layer.head_dim * length for layer in anatomy.layers)
     return tokens * (2 * anatomy.parameters + attention)

@@ -1,4 +1,4 @@
-"""Gradients of what is measured, whatever the script around it has set."""
+"""Gradients for measurements, whatever gradient mode the calling script has set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import torch
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Record gradients, also where a script has turned them off or is in inference mode."""
+    """Record gradients, even if the calling script has disabled them or is in inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -1,7 +1,7 @@
-"""Scores of KV heads (higher = keep the whole cache): the table, its file, and the choice of streaming heads by it.
+"""Scores of KV heads (higher = keep the whole cache): the table, its file, and the choice of streaming heads.
 
-A table is [layers][KV heads] with its origin. It is saved as JSON and can be used again; heads have the base's
-numbers. `surgery.operations.duo_attention.scorers` measures one.
+A table is [layers][KV heads], with its origin. It is saved as JSON and can be used again. Heads are numbered as in the
+base. `surgery.operations.duo_attention.scorers` measures the scores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 UNEQUAL = "KV heads that are read by unequally many query heads cannot be measured"
-ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # what a head's reach depends on
+ROPE = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")  # settings of RoPE that the scores depend on
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class HeadScores:
     """A score for every KV head.
 
     Attributes:
-        method: how it was measured.
+        method: name of the method that measured the scores.
         scores: [layers][KV heads].
-        origin: the settings, the text (title, first 12 digits of its sha256), `model` (see `model_identity`), and what
-            else the method reports (`gates`: the loss of every step, and how many gates are undecided).
+        origin: the settings, the text (title, first 12 digits of its sha256), `model` (see `model_identity`), and the
+            other figures of the method (for `gates`: the loss of every step, and the share of undecided gates).
     """
 
     method: str
@@ -54,13 +54,14 @@ class HeadScores:
 
 
 def model_identity(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
-    """What scores record of the model they were measured on: its name, its shape, and a hash of the shape.
+    """The record of the model on which scores were measured: its name, its shape, and a hash of the shape.
 
-    The hash covers the shape and the positions of attention, not the weights: a fine-tuned sibling may use the scores.
+    The hash covers the shape of attention and its positions, and not the weights. So the scores can also be used for a
+    fine-tuned version of the model.
     """
     text = anatomy.config
     ropes = getattr(text, "rope_parameters", None) or {}
-    nested = any(isinstance(value, dict) for value in ropes.values())  # by layer type, where there are several
+    nested = any(isinstance(value, dict) for value in ropes.values())  # by layer type, if there are several
     kinds = ropes if nested else {"all": ropes}
     identity = {
         "model_type": anatomy.model_type,
@@ -77,20 +78,21 @@ def model_identity(anatomy: Anatomy, name: str = "") -> dict[str, Any]:
 
 
 def _shared(values: list):
-    """A value that all layers share, or the list."""
+    """The value, if it is the same in all layers; otherwise the list of values."""
     return values[0] if len(set(values)) == 1 else values
 
 
 def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] = "kv_heads") -> HeadScores:
-    """Scores from a file: our JSON, or a table of numbers (rows are layers) as DuoAttention publishes its patterns.
+    """Scores from a file: the JSON of `HeadScores.save`, or a table of numbers (a row for each layer).
 
-    A table names no model, so its shape alone is checked.
+    DuoAttention publishes its patterns as such tables. A table names no model, so only its shape is checked.
 
     Args:
-        per: "kv_heads" or "heads" (query heads): a row has one number for each of these; several: any of them.
+        per: "kv_heads" or "heads" (query heads): a row must have one number for each of these. Several names: for each
+            head of any one kind.
 
     Raises:
-        SurgeryError: not such a file, or of another model (its shape or the hash of its config differs).
+        SurgeryError: it is not such a file, or it is from another model (its shape or the hash of its config differs).
     """
     path, per = Path(path), [per] if isinstance(per, str) else list(per)
     kinds = " or ".join({"kv_heads": "KV heads", "heads": "query heads"}[kind] for kind in per)
@@ -121,7 +123,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
 
 
 def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
-    """The scores of its heads in a checkpoint's surgery.json, if there are any of this shape [layers][counts]."""
+    """The last head scores in a checkpoint's surgery.json that have this shape; `counts`: heads of each layer."""
     from surgery.io.files import REPORT as FILE
     from surgery.io.files import read_json
 
@@ -139,7 +141,7 @@ def recorded_scores(folder: Path, counts: list[int]) -> HeadScores | None:
 
 
 def read_scores(path: str | Path) -> HeadScores:
-    """Scores from a file, which are not compared with a model.
+    """Scores from a file, without a comparison with a model.
 
     Raises:
         SurgeryError: the file cannot be read or holds no table of scores.
@@ -156,7 +158,7 @@ def read_scores(path: str | Path) -> HeadScores:
 
 
 def _of_json(text: str, path: Path) -> HeadScores:
-    """Scores from a JSON file; a file of another form raises a SurgeryError that shows the form of ours."""
+    """Scores from a JSON file; a file of another form raises a SurgeryError that shows the right form."""
     raw = json.loads(text)
     try:
         return _of_dict(raw)
@@ -172,7 +174,7 @@ def _of_json(text: str, path: Path) -> HeadScores:
 
 
 def is_score_file(path: Path) -> bool:
-    """Whether a file is one that `HeadScores.save` wrote."""
+    """Whether `HeadScores.save` wrote this file."""
     try:
         _of_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -198,20 +200,20 @@ def _name_of(anatomy: Anatomy) -> str:
 
 
 def model_name(config) -> str:
-    """The name by which a model was loaded; of a local path only the last folder, since score files are shared."""
+    """The name by which a model was loaded. For a local path it is the last folder, since score files are shared."""
     name = getattr(config, "_name_or_path", "") or ""
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def ranks(table: list[list[float]]) -> list[list[float]]:
-    """The share of all other heads that score lower than each head, 0 to 1; heads that score the same count half."""
+    """For each head, the share of all other heads that score lower, 0 to 1; heads with an equal score count half."""
     order = sorted(x for row in table for x in row)
     others = max(1, len(order) - 1)
     return [[(bisect_left(order, x) + bisect_right(order, x) - 1) / 2 / others for x in row] for row in table]
 
 
 def refuse_not_finite(tables: list[list[list[float]]], method: str) -> None:
-    """Raise a SurgeryError if a measured table [layers][heads] holds NaN or inf, which would be ranked as a score."""
+    """Raise a SurgeryError if a measured table [layers][heads] has NaN or inf, which would be ranked like a score."""
     if not all(math.isfinite(x) for table in tables for row in table for x in row):
         raise ModelError(
             f"the heads' scores are no numbers ({method}): the model gives NaN or inf on its calibration text",
@@ -234,17 +236,17 @@ def choose_streaming(
     protect: Collection[int] = (),
     local: Collection[int] = (),
 ) -> list[list[int]]:
-    """The KV heads of each layer that may forget the far past: those with the lowest scores over all layers.
+    """The KV heads of each layer that will stream: those with the lowest scores over all layers.
 
     Args:
         scores: [layers][KV heads], higher = keep.
         ratio: share of all KV heads that stream, rounded to a whole number; or
-        threshold: heads with a score below it stream.
-        min_retrieval: full KV heads that every layer keeps.
-        protect: layers that keep all.
-        local: layers that see no farther than the window anyway: they are left alone, and no share counts them.
+        threshold: heads with a lower score stream.
+        min_retrieval: number of full KV heads that every layer keeps.
+        protect: layers whose heads all stay full.
+        local: layers that see no farther than the window anyway. They do not change, and `ratio` does not count them.
 
-    Ties go by layer and head, so that a plan is reproducible.
+    Ties are broken by layer and head, so that a plan is reproducible.
     """
     far = [(layer, row) for layer, row in enumerate(scores) if layer not in local]
     order = sorted((x, layer, head) for layer, row in far for head, x in enumerate(row))

@@ -1,8 +1,8 @@
-"""A model's decoder layers called one at a time on the hidden states of a calibration text.
+"""Calls of a model's decoder layers, one at a time, on the hidden states of a calibration text.
 
 Memory holds the model, the hidden states of all sequences [samples, length, hidden] once, and the activations of one
-layer for one sequence. Every sequence has the same length and no padding, so a layer's other arguments (rotary angles,
-mask) are recorded once and serve all sequences.
+layer for one sequence. All sequences have the same length and no padding. So a layer's other arguments (rotary angles,
+mask) are recorded once and used for all sequences.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from surgery.errors import UnsupportedModelError
 
 
 class StopForward(Exception):
-    """Ends a forward pass early, when what it was run for is known."""
+    """Raised to end a forward pass early, once its purpose is met."""
 
 
 def decoder_layers(model, anatomy: Anatomy) -> list[torch.nn.Module]:
-    """The modules that hold the attention modules, one a layer."""
+    """The modules that contain the attention modules, one for each layer."""
     return [model.get_submodule(layer.path.rpartition(".")[0]) for layer in anatomy.layers]
 
 
 class Layerwise:
-    """Decoder layers that are called by their index, and the hidden states before the next one.
+    """Decoder layers that are called by their index, and the hidden states before the next layer.
 
     Args:
-        model: in memory, in eval mode, called under `no_grad`.
-        anatomy: the model's.
+        model: in memory and in eval mode; the caller is in `no_grad`.
+        anatomy: the model's anatomy.
         sequences: tokens, long [samples, length].
     """
 
@@ -65,7 +65,7 @@ class Layerwise:
                 handle.remove()
 
     def widen(self) -> None:
-        """Convert the states and the recorded arguments to float32 or wider; the caller widens the layers."""
+        """Convert the states and the recorded arguments to float32 or wider. The caller must widen the layers."""
         self.states = [_wide(state) for state in self.states]
         self._calls = [_wide(call) for call in self._calls]
 
@@ -98,13 +98,13 @@ class Layerwise:
             yield inputs[0].flatten(0, -2)
 
     def advance(self, layer: int) -> None:
-        """Replace the hidden states by the output of a layer."""
+        """Replace the hidden states by the outputs of a layer."""
         for sample, state in enumerate(self.states):
             self.states[sample] = self.call(layer, state)
 
 
 def _split(args: tuple, kwargs: dict) -> tuple:
-    """Of a call of a decoder layer: the hidden states, and its other arguments."""
+    """Split the arguments of a decoder layer's call into the hidden states and the others."""
     others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     return args[0] if args else kwargs["hidden_states"], args[1:], others
 
@@ -122,7 +122,7 @@ def _wide(value):
 
 @contextmanager
 def ended(block) -> Iterator[None]:
-    """End a forward pass that runs inside after this block, so that the model's output layer is not computed."""
+    """End a forward pass inside the context after this block, so that the model's output layer is not computed."""
 
     def after(*_):
         raise StopForward
@@ -137,13 +137,13 @@ def ended(block) -> Iterator[None]:
 
 
 def each_layer(blocks: list, answer: Callable[[], torch.Tensor]) -> Iterator[tuple[int, Callable[[], float]]]:
-    """Yield (layer, a function that measures what a change of this layer loses) for each layer.
+    """Yield for each layer its index and a function that measures the loss from the present change of this layer.
 
-    Layers before it are not computed again.
+    The layers before it are not computed again.
 
     Args:
-        answer: returns the log-probabilities [rows, vocabulary] of one text. The loss is the KL from the first ones
-            to those at the time of the call, in nats.
+        answer: returns the log-probabilities [rows, vocabulary] of one text. The loss is the KL, in nats, from those
+            of the unchanged model to those at the time of the call.
     """
     with recorded(blocks) as outputs:
         base = answer()
@@ -159,7 +159,7 @@ def kl(base: torch.Tensor, other: torch.Tensor) -> float:
 
 @contextmanager
 def recorded(blocks: list) -> Iterator[dict]:
-    """Record the output of each block in the forward pass that runs inside: block -> output."""
+    """Record the output of each block in a forward pass inside the context: block -> output."""
     outputs: dict = {}
     hooks = [block.register_forward_hook(lambda block, _, output: outputs.update({block: output})) for block in blocks]
     try:
@@ -171,7 +171,7 @@ def recorded(blocks: list) -> Iterator[dict]:
 
 @contextmanager
 def recorded_calls(blocks: list) -> Iterator[dict]:
-    """Record the call of each block in the forward pass that runs inside: block -> (hidden states, args, kwargs)."""
+    """Record the call of each block in a forward pass inside the context: block -> (hidden states, args, kwargs)."""
     calls: dict = {}
 
     def before(block, args, kwargs):
@@ -188,7 +188,7 @@ def recorded_calls(blocks: list) -> Iterator[dict]:
 @contextmanager
 def replayed(blocks: list, outputs: dict) -> Iterator[None]:
     """Let these blocks return their recorded outputs and compute nothing."""
-    before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets one of its own
+    before = [(block, block.__dict__.get("forward")) for block in blocks]  # accelerate sets its own forward
     try:
         for block in blocks:
             block.forward = lambda *_, output=outputs[block], **__: output

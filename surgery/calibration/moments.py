@@ -1,6 +1,6 @@
-"""Second moments of activations, summed over a text in float64, and least squares from them.
+"""Second moments of activations, summed over a text in float64, and least squares from these sums.
 
-A sum takes one matrix whose width is the number of channels, whatever the length of the text.
+A sum is one matrix as wide as the number of channels, whatever the length of the text.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-AT_ONCE = 8  # products that are summed in their own precision before they are added in float64
+AT_ONCE = 8  # number of products summed in their own dtype before the sum is added in float64
 
 
 class Products:
     """Σ a b over chunks of rows, in float64.
 
-    Eight products are summed in float32 before they are added to the float64 total: widening a large matrix is as
-    expensive as the product of a few rows.
+    Eight products are summed in their own dtype before they are added to the float64 total, because widening a large
+    matrix is as expensive as the product of a few rows.
     """
 
     def __init__(self):
@@ -86,11 +86,11 @@ class Moments:
 
 
 class Regression:
-    """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|², in float64: all that the least squares of r on z need.
+    """Σ ω z zᵀ, Σ ω r zᵀ and Σ ω |r|² in float64, which are all that least squares of r on z needs.
 
     Args:
-        exact: compute products in float64, too; else in z's dtype, which takes half the time and is off by 1e-6,
-            small compared with any ridge.
+        exact: compute the products in float64, too. False: in z's dtype, which takes half the time. The error of 1e-6
+            is small compared with any ridge.
     """
 
     def __init__(self, exact: bool = True):
@@ -112,24 +112,24 @@ class Regression:
 
 
 def with_ones(x: torch.Tensor, bias: bool) -> torch.Tensor:
-    """x [.., n], with a last column of ones where a bias is fitted like a weight."""
+    """x [.., n], with a last column of ones if `bias`: a bias is then fitted like a weight."""
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if bias else x
 
 
 def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> Tensor:
-    """The output projection of the kept heads whose output is nearest to what all heads wrote.
+    """The output projection of the kept heads whose output comes nearest to the target, the output of all heads.
 
         minimise  Σ_t ||r_t − W z_t||² + λ ||W − W_0||²,     λ = ridge · mean diag(Σ z zᵀ)
         W = (Σ r zᵀ + λ W_0) (Σ z zᵀ + λ I)⁻¹
 
-    With the means subtracted from z and r it is the best W together with a free bias r̄ − W z̄.
+    If the means are subtracted from z and r, this W is the best one together with a free bias r̄ − W z̄.
 
-    The ridge pulls to the old columns: the larger it is, the nearer the result is to plain pruning.
+    The ridge pulls W to the old columns: the larger it is, the nearer the result is to pruning without a refit.
 
     Args:
         old: W_0 [D, n], the columns of the kept heads.
-        cross: Σ r zᵀ [D, n], with r the target output.
-        moments: Σ z zᵀ [n, n], of the kept heads' outputs.
+        cross: Σ r zᵀ [D, n], where r is the target.
+        moments: Σ z zᵀ [n, n], where z are the outputs of the kept heads.
         ridge: > 0, relative to the mean square of z.
 
     Returns:
@@ -143,6 +143,6 @@ def refit_output(old: Tensor, cross: Tensor, moments: Tensor, ridge: float) -> T
     system.diagonal().add_(weight)
     target = (cross.double() + weight * old).T
     factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:  # a ridge so small that rounding leaves the system indefinite
+    if failed:  # the ridge is so small that rounding makes the system indefinite
         return torch.linalg.solve(system, target).T
     return torch.cholesky_solve(target, factor).T

@@ -1,7 +1,7 @@
-"""Scores of text and of answers: losses of windows, log-probabilities of choices, one model in memory at a time.
+"""Scores of text and of answers: losses of windows, log-probabilities of choices. One model is in memory at a time.
 
-Scoring a window writes to a file, for each predicted token, the `top_k` most probable next tokens and the mass of all
-others, so that a second model is compared with the first without both in memory.
+Scoring a window writes a file with the `top_k` most probable next tokens and the probability of all others, for each
+predicted token. A second model is compared with this file, so that the two models are never in memory together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
-    """Raise a SurgeryError where a model has fewer positions than `what` has tokens; `configs`: label -> config."""
+    """Raise a SurgeryError if a model has fewer than `tokens` positions; `configs`: label -> config."""
     for label, config in configs.items():
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest and tokens > longest:
@@ -32,7 +32,7 @@ def refuse_too_long(configs: dict, tokens: int, what: str, fix: str) -> None:
 
 
 def refuse_other_tokenizer(configs: dict, largest: int) -> None:
-    """Raise a SurgeryError where a model does not know the largest token; `configs`: label -> config."""
+    """Raise a SurgeryError if a model does not know the token `largest`; `configs`: label -> config."""
     for label, config in configs.items():
         known = config.get_text_config().vocab_size
         if largest >= known:
@@ -42,11 +42,11 @@ def refuse_other_tokenizer(configs: dict, largest: int) -> None:
 
 
 def last_logits(model, count: int) -> dict:
-    """The argument with which a model computes only its last `count` logits, where its forward has one."""
+    """The keyword argument that makes a model compute only its last `count` logits; {} if its forward has none."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-BATCH = 4  # questions in one forward
+BATCH = 4  # questions in one forward pass
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chosen:
     """The result of one model on one question.
 
     Attributes:
-        right: the right choice is the most probable one, and no other is as probable.
+        right: the right choice is more probable than every other choice.
         nll: see `choice_loss`.
         logps: log-probability per token of each choice.
     """
@@ -73,11 +73,11 @@ class Chosen:
 def choice_logps(
     model, items: Sequence[Choice], cached: bool = True, progress: Callable[[int], None] | None = None
 ) -> list[torch.Tensor]:
-    """Log-probability per token of every choice after its prompt; the model is used in the mode it is in.
+    """Log-probability per token of every choice after its prompt. The model's mode is not changed.
 
     Args:
-        cached: run each prompt once and its choices through the model's own cache. False: run prompt and choice
-            together without a cache, which takes longer and gives gradients. The figures differ only as much as
+        cached: run each prompt once, and then its choices with the model's own cache. False: run prompt and choice
+            together without a cache, which takes longer and allows gradients. The figures differ only as much as
             cached and uncached logits do.
         progress: called with the number of questions done.
 
@@ -97,12 +97,12 @@ def choice_logps(
 
 
 def choice_loss(logps: torch.Tensor, answer: int) -> torch.Tensor:
-    """-log softmax over the choices' log-probabilities per token, of the right one: nats, 0 where it is certain."""
+    """-log of the right choice's softmax share, over the choices' log-probabilities per token: nats, 0 if certain."""
     return -logps.log_softmax(-1)[answer]
 
 
 def _through_cache(model, items: list[Choice]) -> torch.Tensor:
-    """Prompts padded on the left, then all choices, padded on the right, each after a copy of its prompt's cache."""
+    """Run the prompts, padded on the left; then all choices, padded on the right, on copies of the prompts' caches."""
     import torch
 
     from surgery.runtime.modeling_surgery import CACHE
@@ -121,7 +121,7 @@ def _through_cache(model, items: list[Choice]) -> torch.Tensor:
 
 
 def _without_cache(model, items: list[Choice]) -> torch.Tensor:
-    """Every prompt with every choice, padded on the right, without a cache."""
+    """Run every prompt with each of its choices, padded on the right, without a cache."""
     rows = [(len(item.prompt), item.prompt + choice) for item in items for choice in item.choices]
     ids, mask = _padded([row for _, row in rows], model.device)
     first = min(begin for begin, _ in rows)
@@ -134,7 +134,7 @@ def _without_cache(model, items: list[Choice]) -> torch.Tensor:
 
 
 def _padded(rows: Sequence[tuple[int, ...]], device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask [rows, longest]; what is masked is token 0."""
+    """Token ids and mask [rows, longest]; padding is token 0."""
     import torch
 
     longest = max(map(len, rows))
@@ -157,7 +157,7 @@ def _inputs(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, rows=slice(None)) -> torch.Tensor:
-    """Log-probabilities [rows, n] of tokens under logits [rows, n, vocabulary], or under these `rows` of them."""
+    """Log-probabilities [rows, n] of tokens under logits [rows, n, vocabulary], or under the logits at `rows`."""
     logits = logits.float()
     totals = logits.logsumexp(-1)[rows]
     return logits[rows].gather(-1, tokens[..., None])[..., 0] - totals
@@ -168,21 +168,21 @@ def _mean(logps: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_unfit(configs: dict, items: Sequence[Choice]) -> None:
-    """Raise a SurgeryError where questions exceed a model's positions or hold tokens that it does not know."""
+    """Raise a SurgeryError if questions exceed a model's positions or have tokens that it does not know."""
     longest = max(item.longest for item in items)
     refuse_too_long(configs, longest, "prompt and choice", "shorter questions")
     refuse_other_tokenizer(configs, max(max(map(max, (item.prompt, *item.choices))) for item in items))
 
 
 def fitting_questions(file: str | Path, tokenizer, model) -> list[Choice]:
-    """A file's different questions for a loaded model; raises as `read_questions`, `encode` and `refuse_unfit`."""
+    """A file's different questions, for a loaded model; errors as for `read_questions`, `encode`, `refuse_unfit`."""
     questions = encode(tokenizer, list(dict.fromkeys(read_questions(file))))
     refuse_unfit({type(model).__name__: model.config}, questions)
     return questions
 
 
 def ask(model, items: Sequence[Choice], progress: Callable[[int], None] | None = None) -> list[Chosen]:
-    """Put questions to a loaded model, which is left in the mode it was in; arguments as for `choice_logps`."""
+    """Put questions to a loaded model, whose mode is restored afterwards; arguments as for `choice_logps`."""
     import torch
 
     with loaded(model), torch.no_grad():
@@ -190,7 +190,7 @@ def ask(model, items: Sequence[Choice], progress: Callable[[int], None] | None =
     return [Chosen.of(row, item.answer) for row, item in zip(logps, items, strict=True)]
 
 
-ROWS = 128  # tokens whose log-probabilities are in memory as float32 at once
+ROWS = 128  # number of tokens whose log-probabilities are in memory as float32 at once
 
 
 def score_model(
@@ -201,18 +201,18 @@ def score_model(
     tick: Callable[[int], None],
     allow_pickle: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Score every window with one model, which is removed from memory after the call if it was loaded here.
+    """Score every window with one model. A model that is loaded here is removed from memory after the call.
 
     Args:
-        source: model folder, or loaded model (left in the mode it was in).
+        source: model folder, or loaded model (its mode is restored).
         windows: LongTensor [windows, length].
-        folder: holds the windows' files; None saves nothing and compares with nothing.
-        top_k: tokens to keep, at most the vocabulary.
+        folder: holds the files of the windows; None: nothing is saved or compared.
+        top_k: number of tokens to save, at most the size of the vocabulary.
         tick: called with the number of windows done.
         allow_pickle: see `load_model`.
 
     Returns:
-        The vectors of `score_window`, joined over the windows.
+        The vectors of `score_window`, concatenated over the windows.
     """
     import torch
 
@@ -227,7 +227,7 @@ def score_model(
 
 
 def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> dict[str, torch.Tensor]:
-    """Score one window of tokens [length]: write `file` where it does not exist, else compare with it.
+    """Score one window of tokens [length]. Write `file` if it does not exist; otherwise compare with it.
 
     Returns:
         Vectors [length - 1]: "loss" (nats, float64); after a comparison also "kl" (nats, float64; see
@@ -255,8 +255,8 @@ def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> 
         add("loss", -logp.gather(-1, targets[chunk, None])[:, 0])
         if not file:
             continue
-        # argmax, not topk's first: they may choose differently between two equal logits, and a model must agree
-        # with itself.
+        # argmax and not the first of topk: the two may choose differently between equal logits, and a model must
+        # agree with itself.
         best = logp.argmax(-1).cpu()
         tokens = reference["tokens"][chunk].to(logp.device).long() if reference else logp.topk(top_k).indices
         own_logp = logp.gather(-1, tokens)
@@ -265,7 +265,7 @@ def score_window(model, window: torch.Tensor, file: Path | None, top_k: int) -> 
         if reference:
             reference_logp, own_logp = reference["logp"][chunk].double(), own_logp.double()
             gap = reference_logp.exp() * (reference_logp - own_logp)
-            # 0 * log(0 / q) is 0; rounding can leave a sum of -1e-9, which no KL is.
+            # 0 * log(0 / q) is 0. Rounding can leave a sum of -1e-9, and a KL is never negative.
             add("kl", gap.where(reference_logp > -math.inf, 0).sum(-1).clamp(min=0))
             add("same", best == reference["best"][chunk])
         else:

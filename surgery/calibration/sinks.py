@@ -1,8 +1,9 @@
-"""The attention sinks of a model: where they are, how much attention they take, and what marks them.
+"""The attention sinks of a model: where they are, how much attention they take, and which activations mark them.
 
-Other sinks than the first token are found for each head and text by ACT's rule (Yu et al. 2024, arXiv 2406.15765):
-the mean weight that a key gets from the queries that see it, its column mean, is above alpha / N. Massive activations
-are those of Sun et al. 2024 (arXiv 2402.17762): above 100, and 1000 times the median of their hidden states.
+Sinks other than the first token are found for each head and text by ACT's rule (Yu et al. 2024, arXiv 2406.15765): a
+key is a sink if its column mean, the mean weight that it gets from the queries that see it, is above alpha / N.
+Massive activations are defined as by Sun et al. 2024 (arXiv 2402.17762): their magnitude is above 100, and at least
+1000 times the median magnitude of the hidden states.
 
 Memory holds the attention weights of one block of queries of one text, never a full map.
 """
@@ -28,19 +29,20 @@ BLOCK = 128  # queries whose weights are in memory at once
 
 @dataclass(frozen=True)
 class SinkMap:
-    """The sinks of a model, means over texts. Masses are of the queries after a text's first real token.
+    """The sinks of a model, as means over texts. Shares are averaged over the queries after a text's first real token.
 
     Attributes:
-        first, others, learned: [layers][heads], share of the softmax that the first token, the other sinks and the
-            base's learned sink take (`learned`: None where it has none).
-        sinks: [layers][heads], other sinks in a text.
+        first, others, learned: [layers][heads], share of the softmax of the first token, of the other sinks, and of
+            the base's learned sink (`learned`: None if it has none).
+        sinks: [layers][heads], number of other sinks in a text.
         first_value: [layers][KV heads], norm of the first token's value over the median of the text's other tokens.
-        other_values: [layers][heads], the same of the other sinks, mean; None where a head has none.
-        tokens: tokens that are other sinks, the most marked first: token, id, marks (by how many heads and texts),
-            places and occurrences (where any head marks it, of all judged), positions (those marked most).
-        residual: of each layer's output: largest magnitude, its ratio to the median, its channel.
-        massive: channel, layers, magnitude, ratio and the places (token, position, count) of massive activations.
-        texts, length, alpha: how many texts of how many tokens were measured, and the threshold.
+        other_values: [layers][heads], the mean of this ratio over the other sinks; None if a head has no other sink.
+        tokens: tokens that are other sinks, those with most marks first: token, id, marks (number of heads and texts),
+            places (positions where any head marks it), occurrences (all judged positions), positions (the three with
+            most marks).
+        residual: for each layer's output: largest ratio to the median, with its magnitude and channel.
+        massive: channel, layers, magnitude, ratio and places (token, position, count) of massive activations.
+        texts, length, alpha: number of texts, tokens in each, and the threshold.
     """
 
     first: list[list[float]]
@@ -62,14 +64,15 @@ class SinkMap:
 
 
 def received(hook: AttentionHook, module, query, key, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention weight that each key of one text gets.
+    """The attention weight that each key of one text receives.
 
     Args:
-        hook, module: as `hook_attention` gives them; `kwargs` are those of the attention call.
+        hook, module: the result of `hook_attention`, and an attention module; `kwargs` are those of its call.
         query: [1, heads, n, head_dim]. key: [1, KV heads, n, head_dim].
 
     Returns:
-        [heads, n], summed over all queries, float64, and [heads], the first query's weight on itself.
+        The weight of each key, summed over all queries, float64 [heads, n]; and the weight of the first query on
+        itself, [heads].
     """
     length, total, own = query.shape[2], 0.0, None
     for first in range(0, length, BLOCK):
@@ -81,23 +84,23 @@ def received(hook: AttentionHook, module, query, key, **kwargs) -> tuple[torch.T
 
 
 def queries_of_keys(length: int, limit: int | None, device=None) -> torch.Tensor:
-    """How many queries see each key of a text, long [length]. `limit`: the base's own sliding window."""
+    """The number of queries that see each key of a text, long [length]. `limit`: the base's own sliding window."""
     left = length - torch.arange(length, device=device)
     return left if limit is None else left.clamp(max=limit)
 
 
 def other_sinks(total: torch.Tensor, limit: int | None, alpha: float = ALPHA) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which keys are sinks: their mean weight is above alpha / N, with N the most keys that a query sees.
+    """Find the keys that are sinks: their mean weight is above alpha / N, where N is the most keys that a query sees.
 
-    The first key never is one. Keys that fewer than N / 2 queries see are not judged: the few queries behind any key
-    attend to it.
+    The first key is never counted. Keys that fewer than N / 2 queries see are not judged, since the few queries right
+    after a key always attend to it.
 
     Args:
-        total: [heads, n] of `received`.
+        total: [heads, n], from `received`.
         limit: the base's own sliding window.
 
     Returns:
-        bool [heads, n], and which keys are judged, bool [n].
+        Which keys are sinks, bool [heads, n], and which keys are judged, bool [n].
     """
     length = total.shape[-1]
     span, queries = min(length, limit or length), queries_of_keys(length, limit, total.device)
@@ -107,7 +110,7 @@ def other_sinks(total: torch.Tensor, limit: int | None, alpha: float = ALPHA) ->
 
 
 def real_tokens(sequences: torch.Tensor, mask: torch.Tensor | None) -> list[slice]:
-    """The slots of each text's real tokens, where a mask [texts, length] is 1; holes raise a SurgeryError."""
+    """The slice of each text's real tokens, where the mask [texts, length] is 1; a gap raises a SurgeryError."""
     if mask is None:
         return [slice(0, sequences.shape[1])] * len(sequences)
     spans = []
@@ -128,13 +131,13 @@ def sink_map(
         model: in memory; it is not changed.
         sequences: tokens, long [texts, length].
         mask: [texts, length], 1 for a real token; None: all are real. Padding may be on either side.
-        tokenizer: gives tokens their names; None: they are named by their ids.
-        alpha: a key is a sink where its mean weight is above alpha / N.
-        batch: texts in one forward.
+        tokenizer: gives the text of tokens; None: tokens are shown as their ids.
+        alpha: a key is a sink if its mean weight is above alpha / N.
+        batch: texts in one forward pass.
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: the heads of this model cannot be measured, or a surgery has changed its attention already.
+        SurgeryError: the heads of this model cannot be measured, or an earlier surgery set a bias or virtual keys.
     """
     spans = real_tokens(sequences, mask)
 
@@ -191,13 +194,13 @@ def _inputs(model, sequences: torch.Tensor, mask: torch.Tensor | None, rows: lis
 
 
 class _Layer:
-    """Sums over the texts of one layer."""
+    """Figures of one layer, collected over the texts."""
 
     def __init__(self):
         self.rows: dict[str, list[torch.Tensor]] = {}
 
     def add(self, total, own, marked, value) -> None:
-        """Add one text: weight received and sinks [heads, n], first weight [heads], values [KV heads, n, head_dim]."""
+        """Add one text: results of `received` and `other_sinks`, and the values [KV heads, n, head_dim]."""
         queries, heads = total.shape[1] - 1, len(total)
         norms = value.double().norm(dim=-1)
         norms = norms / norms[:, 1:].median(dim=-1, keepdim=True).values
@@ -214,7 +217,7 @@ class _Layer:
             self.rows.setdefault(name, []).append(row.cpu())
 
     def means(self) -> dict[str, list]:
-        """The mean over the texts of each figure, [heads] or [KV heads]; None where a head has no value."""
+        """The mean of each figure over the texts, [heads] or [KV heads]; None if a head has no value."""
         means = {name: torch.stack(rows).nanmean(0).tolist() for name, rows in self.rows.items()}
         return means | {"other_values": [None if x != x else x for x in means["other_values"]]}
 
@@ -229,7 +232,7 @@ class _Residual:
 
     @contextmanager
     def watch(self, model, hook: AttentionHook):
-        """Look at the output of every decoder layer while the context is open; `texts` are those of the forward."""
+        """Record the output of every decoder layer while the context is open; `texts`: those of the forward pass."""
         blocks = decoder_layers(model, hook.anatomy)
         handles = [block.register_forward_hook(self._hook(layer)) for layer, block in enumerate(blocks)]
         try:
@@ -271,7 +274,7 @@ class _Residual:
 
 
 def _tokens(sequences, spans, marks, eligible, name, most: int = 16) -> list[dict]:
-    """The tokens that heads mark as sinks; marks [texts, length], how many (layer, head) do."""
+    """The tokens that heads mark as sinks; `marks` [texts, length] has the number of heads, over all layers."""
     counts: dict[int, dict] = {}
     for text, span in enumerate(spans):
         rows = zip(*(table[text, span].tolist() for table in (sequences, marks, eligible)), strict=True)
@@ -300,13 +303,12 @@ def survey_sinks(
 
     Args:
         name: a folder, `smollm2-135m` or a Hub id.
-        text: see `load_text`; of the built-in text the calibration part.
-        samples, length: samples of the text, and tokens in each (cut to the model's positions).
+        text: see `load_text`; the calibration part of the built-in text is used.
+        samples, length: number of samples of the text, and tokens in each (cut to the model's positions).
         progress: called with done, total and a label.
 
     Returns:
-        The sinks, and what people should know of them: model, text, and `bos`: the token, and whether the tokenizer
-        adds it.
+        The sinks, and a dict with model, text, and `bos` (the token, and whether the tokenizer adds it).
 
     Raises:
         SurgeryError: the model or the text cannot be read or measured.
