@@ -23,7 +23,7 @@ SINKS, WINDOW = 64, 256
 
 
 def milliseconds(run, repeats: int = 9) -> float:
-    """Median time of a call on the GPU, after three that are not counted."""
+    """Median time of a call on the GPU, after three calls that are not counted."""
     times = []
     for number in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -37,14 +37,14 @@ def milliseconds(run, repeats: int = 9) -> float:
 
 
 def random_lists(columns: int, density: float) -> torch.Tensor:
-    """Random causal blocks [1, KV heads, columns, columns] of a density, with block 0 and the diagonal."""
+    """A random causal mask of blocks [1, KV heads, columns, columns] with a density, plus block 0 and the diagonal."""
     kept = torch.rand(1, KV_HEADS, columns, columns, device="cuda") < density
     kept[..., 0] = True
     return (kept | torch.eye(columns, dtype=torch.bool, device="cuda")).tril()
 
 
 def prefill(length: int, dtype: torch.dtype):
-    """Yield (what, milliseconds, milliseconds of SDPA) for one prompt."""
+    """Yield (label, milliseconds, milliseconds of SDPA) for one prompt."""
     query = torch.randn(1, HEADS, length, SIZE, device="cuda", dtype=dtype)
     key, value = (torch.randn(1, KV_HEADS, length, SIZE, device="cuda", dtype=dtype) for _ in range(2))
     dense = milliseconds(lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True))
@@ -84,7 +84,7 @@ def prefill(length: int, dtype: torch.dtype):
 
 
 def decode(length: int, dtype: torch.dtype):
-    """One token, half of the KV heads with sinks + window, against SDPA with all heads full."""
+    """Yield the same for one token, with half of the KV heads on sinks + window; SDPA has all heads full."""
     query = torch.randn(1, HEADS, 1, SIZE, device="cuda", dtype=dtype)
     half, group = KV_HEADS // 2, HEADS // KV_HEADS
     full = [torch.randn(1, KV_HEADS, length, SIZE, device="cuda", dtype=dtype) for _ in range(2)]

@@ -1,11 +1,12 @@
 """Causal attention of a prompt to listed blocks of keys (block-sparse prefill).
 
-Position p of a row counts from its first real token. Key block J holds the keys at positions J * block up to
-J * block + block - 1, query block I the queries there. The n queries are the last n of the N slots, so the first and
-the last query block may be partial. With a list per KV head, a program takes the rows of all query heads of the group
-together, so that a key block is read once for all of them; K and V are never repeated.
+Positions in a row count from its first real token. Key block J holds the keys at positions J * block to
+J * block + block - 1, and query block I holds the queries at positions I * block to I * block + block - 1. The n
+queries are the last n of the N slots, so the first and the last query block may be partial. With one list per KV head,
+a program takes the rows of all query heads of the group together, so that a key block is read once for all of them.
+K and V are never repeated.
 
-The softmax over tiles is the online one of FlashAttention (Dao et al., 2022), written anew.
+The softmax over tiles is the online softmax of FlashAttention (Dao et al., 2022), in our own code.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ NAME = "block_sparse_prefill"
 
 @dataclass
 class BlockList:
-    """Kept key blocks of every query block, one list after the other.
+    """The kept key blocks of every query block, as concatenated lists.
 
     Attributes:
-        offsets: int64 [batch * heads * rows + 1]: where the list of (batch, head, query block) begins in `ids`.
-        ids: int32, key block numbers, in any order, none twice in a list. A block after the query's own costs time and
-            adds nothing: its keys are masked.
-        heads: KV heads or query heads of the model.
-        rows: query blocks: list row 0 is the block of the row's first real query.
-        block: keys and queries of a block.
+        offsets: int64 [batch * heads * rows + 1], where the list of (batch, head, query block) starts in `ids`.
+        ids: int32, numbers of key blocks in any order, each at most once in a list. The keys of a block after the
+            query's own block are masked: such a block only costs time.
+        heads: number of KV heads or of query heads of the model.
+        rows: number of query blocks; list row 0 is the block of the row's first real query.
+        block: number of keys, and of queries, in a block.
     """
 
     offsets: torch.Tensor
@@ -45,7 +46,7 @@ class BlockList:
 
     @classmethod
     def of(cls, kept: torch.Tensor, block: int) -> BlockList:
-        """From kept [batch, KV heads or heads, query blocks, key blocks], bool."""
+        """Make the lists from a mask of kept blocks, bool [batch, KV heads or heads, query blocks, key blocks]."""
         if kept.dim() != 4 or kept.dtype != torch.bool:
             raise ValueError("kept is a bool tensor [batch, heads, query blocks, key blocks]")
         offsets = kept.new_zeros(kept.shape[:3].numel() + 1, dtype=torch.int64)
@@ -54,7 +55,7 @@ class BlockList:
         return cls(offsets, ids, kept.shape[1], kept.shape[2], block)
 
     def kept(self, key_blocks: int) -> torch.Tensor:
-        """Back as bool [batch, heads, query blocks, key blocks]."""
+        """The mask of kept blocks, bool [batch, heads, query blocks, key blocks]."""
         lists = len(self.offsets) - 1
         kept = torch.zeros(lists, key_blocks, dtype=torch.bool, device=self.ids.device)
         row = torch.repeat_interleave(torch.arange(lists, device=self.ids.device), self.offsets.diff())
@@ -63,7 +64,7 @@ class BlockList:
 
 
 def supports(query, block: int) -> str | None:
-    """Why the kernel does not serve these queries and this block, or None where it does."""
+    """Why the kernel does not support these queries and this block; None if it does."""
     if block % 16:
         return f"a block of {block} is no multiple of 16"
     return unsupported(query.device, query.dtype, query.shape[3])
@@ -77,21 +78,21 @@ def block_sparse_prefill(
 
     Args:
         query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
-        key, value: [batch, KV heads, N, head_dim], in query's dtype; any strides.
+        key, value: [batch, KV heads, N, head_dim], in the query's dtype; any strides.
         blocks: lists per KV head (one for the whole group) or per query head.
         scale: factor on q.k, head_dim ** -0.5 by default.
-        pad: [batch], slots before each row's first real token; keys there are never read. None for none.
+        pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
         bias: [batch or 1, heads or 1, N], added to the scores of a key after the soft-cap.
-        out, lse: where to put the results, of any strides.
-        fallback: gives the results where the kernel cannot run; default: `reference`, which multiplies all keys.
+        out, lse: tensors for the results, with any strides; None: new tensors.
+        fallback: computes the results if the kernel cannot run; default: `reference`, which multiplies all keys.
 
     Returns:
-        The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n]: 0 and
-        -inf for a query that sees no key.
+        The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n].
+        For a query that sees no key they are 0 and -inf.
 
     Raises:
-        ValueError: shapes that do not fit, or tensors that want a gradient: there is no backward.
+        ValueError: shapes do not fit, or a tensor requires a gradient: there is no backward pass.
     """
     pad = check(NAME, query, key, value, pad)
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
@@ -151,7 +152,7 @@ def _attend(
     BD: tl.constexpr, CAPPED: tl.constexpr, PADDED: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    at = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest lists, those of the last queries, begin first
+    at = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries have the longest lists: they start first
     which, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     pad = 0
     if PADDED:
@@ -210,7 +211,7 @@ def _attend(
 
 
 def _tile(head_dim: int, dtype: torch.dtype, name: str, single: bool) -> tuple | None:
-    """The tile of this kernel; `single`: of lists or a bias of each query head, which take some registers more."""
+    """The tile of this kernel. `single`: each query head has its own list or bias, which takes more registers."""
     tile = tiles(head_dim, dtype, name)
     if tile and single and name.startswith("sm_") and dtype != torch.float32 and padded_size(head_dim) == 128:
         tile = (64, *tile[1:])
@@ -218,7 +219,7 @@ def _tile(head_dim: int, dtype: torch.dtype, name: str, single: bool) -> tuple |
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := _tile(head_dim, dtype, name, False)) is None:
         return {}
     rows, keys, warps, stages = tile
@@ -241,10 +242,10 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
 
 
 def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=None, bias=None):
-    """The same in plain PyTorch, query block by query block; float64 stays float64, and gradients pass.
+    """The same in plain PyTorch, query block by query block. float64 stays float64, and gradients are supported.
 
     Returns:
-        As `block_sparse_prefill`; the log-sum-exp is float64 for float64.
+        As `block_sparse_prefill`; the log-sum-exp is float64 if the query is.
     """
     (batch, heads, n, size), (kv_heads, length), block = query.shape, key.shape[1:3], blocks.block
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -280,6 +281,6 @@ def reference(query, key, value, blocks: BlockList, scale, *, pad=None, softcap=
 
 
 def _pieces(first: int, count: int, block: int) -> list[int]:
-    """How many of `count` consecutive positions from `first` on lie in each block."""
+    """The number of positions in each block, among `count` consecutive positions from `first` on."""
     edges = [first, *range((first // block + 1) * block, first + count, block), first + count]
     return [high - low for low, high in pairwise(edges) if high > low]

@@ -24,17 +24,19 @@ KERNELS = ("block_sparse_prefill", "streaming_prefill", "split_decode", "gathere
 TARGETS = ("sm_80", "sm_90", "gfx942")
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 FLOATS = {"factor", "cap"}
-SPILLS = 16  # AMD's compiler counts single registers: so few, outside of the loop, cost nothing that can be seen
+SPILLS = 16  # AMD's compiler counts single registers: this many, outside of the loop, cost nothing measurable
 
 
 @dataclass
 class Taken:
-    """What one compiled kernel takes.
+    """The resources of one compiled kernel.
 
     Attributes:
-        shared: bytes of shared memory of a program; `limit`: what the target has, in bytes.
-        registers: of a thread. stack, spills: bytes of local memory, and registers that did not fit (AMD; NVIDIA's
-            show in the stack).
+        shared: bytes of shared memory that a program takes.
+        limit: bytes of shared memory that the target has.
+        registers: registers of a thread.
+        stack: bytes of local memory.
+        spills: registers that did not fit (on AMD; on NVIDIA they show in `stack`).
     """
 
     kernel: str
@@ -55,10 +57,10 @@ class Taken:
 
 
 def compile_all(targets=TARGETS, dtypes=tuple(POINTERS), head_dims=(64, 128, 256), kernels=KERNELS):
-    """Yield a `Taken` for every kernel, variant, target, type and head size.
+    """Yield a `Taken` for every kernel, variant, target, dtype and head size.
 
     Raises:
-        RuntimeError: triton is not here, or interprets (TRITON_INTERPRET): then nothing can be compiled.
+        RuntimeError: nothing can be compiled, since triton is not installed or interprets (TRITON_INTERPRET).
     """
     if triton is None or INTERPRETED:
         raise RuntimeError("compiling needs triton, in a process without TRITON_INTERPRET")
@@ -74,7 +76,7 @@ def compile_all(targets=TARGETS, dtypes=tuple(POINTERS), head_dims=(64, 128, 256
 
 
 def _compiled(name: str, kernel, types: dict, constants: dict, options: dict):
-    """Compile as a launch on contiguous tensors would: aligned pointers, strides of 1 known, the others not."""
+    """Compile as for contiguous tensors: pointers are aligned, strides of 1 are constants, other strides are not."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

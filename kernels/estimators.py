@@ -1,8 +1,8 @@
-"""Which blocks of keys matter to which blocks of queries: the sums that sparse prefill's estimators choose by.
+"""The sums by which the estimators of sparse prefill choose blocks of keys for blocks of queries.
 
-All tokens are real, the queries are the last n of the N, and block boundaries are absolute, as in
-`surgery_block_selection.Blocks`. The formulas are those of `surgery_estimate_pooled.block_mass` and
-`surgery_estimate_xattention.antidiagonal_mass`; no score outlives its tile here, so the memory is that of the result.
+There is no padding, the queries are the last n of the N tokens, and block boundaries are absolute, as in
+`surgery_block_selection.Blocks`. The formulas are the same as in `surgery_estimate_pooled.block_mass` and
+`surgery_estimate_xattention.antidiagonal_mass`. Scores are not kept beyond their tile: only the result takes memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .surgery_triton import (  # isort: skip
 )  # fmt: skip
 
 NAME = "estimators"
-# Listed as `common.TILES`. Pooled: query rows and key columns of a tile, warps, stages; float32 throughout, since the
-# means are, and a tile of them is small. Antidiagonal: key groups of a tile, warps, stages; a block's query groups are
-# its rows.
+# Tables like `surgery_triton.TILES`. POOLED: query rows and key columns of a tile, warps, stages. All is in float32,
+# since the means are in float32 and their tiles are small. CROSSED, for antidiagonals: key groups of a tile, warps,
+# stages. The rows of a tile are the query groups of a block.
 POOLED = {
     ("cuda", "float32", 64): (64, 32, 8, 2),
     ("cuda", "float32", 128): (32, 16, 8, 2),
@@ -36,10 +36,10 @@ CROSSED = {
 
 
 def supports(query, block: int = 128, stride: int = 1) -> str | None:
-    """Why the kernels do not serve these queries, or None where they do.
+    """Why the kernels do not support these queries; None if they do.
 
     Args:
-        stride: of the antidiagonals; 1 asks for the pooled sums.
+        stride: stride of the antidiagonals; 1: the question is about the pooled sums.
     """
     reason = unsupported(query.device, query.dtype, query.shape[3])
     if reason is None and padded_size(query.shape[3]) > 128:
@@ -53,7 +53,7 @@ def supports(query, block: int = 128, stride: int = 1) -> str | None:
 
 
 def _spills(name: str) -> bool:
-    """Whether 32 rows of float32 spill on a target: three products of tf32 do on NVIDIA's."""
+    """Whether 32 rows of float32 spill registers on a target: on NVIDIA they do, with three products of tf32."""
     return name.startswith("sm_")
 
 
@@ -64,7 +64,7 @@ def block_means(key, block: int):
         key: [batch, KV heads, N, head_dim].
 
     Returns:
-        float32 [batch, KV heads, blocks, head_dim]; the last block's is of the keys that it has.
+        float32 [batch, KV heads, blocks, head_dim]; the last block may have fewer keys.
     """
     batch, heads, length, size = key.shape
     if said_once(NAME, unsupported(key.device, key.dtype, size), key.device):
@@ -81,7 +81,7 @@ def block_means(key, block: int):
 
 
 def pooled_mass(query, means, bias, scale: float, block: int, length: int, queries: str = "each"):
-    """What the queries of a block would attend to, if the keys of a block were all their mean.
+    """The attention of query blocks to key blocks, if every key of a block were the block's mean key.
 
     With the scores s_iJ = scale * q_i.mean_J + bias_J over the blocks J <= I of query i's own block I:
 
@@ -91,15 +91,15 @@ def pooled_mass(query, means, bias, scale: float, block: int, length: int, queri
     Args:
         query: [batch, heads, n, head_dim], of the last n of `length` tokens; any strides.
         means: float32 [batch, KV heads, blocks, head_dim], from `block_means`.
-        bias: float32 [batch or 1, KV heads or 1, blocks]: log of the keys in each block.
+        bias: float32 [batch or 1, KV heads or 1, blocks], log of the number of keys in each block.
         queries: "each" or "all".
 
     Returns:
-        float32 [batch, heads, query blocks, key blocks], 0 for later blocks. Query blocks are numbers
+        float32 [batch, heads, query blocks, key blocks], 0 for later key blocks. The query blocks have the numbers
         (length - n) // block to (length - 1) // block.
 
     Raises:
-        ValueError: another word for `queries`, or bias of another shape.
+        ValueError: `queries` is neither "each" nor "all", or means or bias have another number of blocks.
     """
     (batch, heads, n, size), (kv_heads, columns) = query.shape, means.shape[1:3]
     if queries not in ("each", "all") or columns != -(-length // block) or bias.shape[-1] != columns:
@@ -127,19 +127,20 @@ def pooled_mass(query, means, bias, scale: float, block: int, length: int, queri
 
 
 def antidiagonal_mass(query, key, scale: float, block: int, stride: int):
-    """Shares of key blocks by the antidiagonals of stride x stride tiles, added up over a block's query groups.
+    """Shares of key blocks by the antidiagonals of stride x stride tiles, summed over the query groups of a block.
 
     Query group I (tokens I * stride to I * stride + stride - 1) scores key group J by the mean of scale * q.k over
-    the pairs (query I * stride + stride - 1 - c, key J * stride + c); for J = I over those whose key is not later.
-    A softmax over J <= I, then the sum over the groups of both blocks (Xu et al., XAttention, 2025).
+    the pairs (query I * stride + stride - 1 - c, key J * stride + c). For J = I, the mean is over the pairs whose key
+    is not later than the query. Then follow a softmax over J <= I, and the sum over the groups of both blocks (Xu et
+    al., XAttention, 2025).
 
     Args:
         query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
-        key: [batch, KV heads, N, head_dim], in query's dtype.
-        stride: divides the block.
+        key: [batch, KV heads, N, head_dim], in the query's dtype.
+        stride: tokens in a group; it must divide the block.
 
     Returns:
-        float32 [batch, heads, query blocks, key blocks], 0 for later blocks.
+        float32 [batch, heads, query blocks, key blocks], 0 for later key blocks.
 
     Raises:
         ValueError: the stride does not divide the block.
@@ -197,7 +198,7 @@ def _pooled_scores(
     q, M, BIAS, head, batch, low, k_b, k_h, k_n, k_d, b_b, b_h, b_n, columns, factor,
     GROUP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2, [rows, BN], of a tile of queries and the mean keys from column `low` on."""
+    """Scores in base 2, [rows, BN], of a tile of queries for the mean keys from column `low` on."""
     column, dim = low + tl.arange(0, BN), tl.arange(0, BD)
     m_at = M + batch * k_b + (head // GROUP) * k_h + column[None, :] * k_n + dim[:, None] * k_d
     m = tl.load(m_at, mask=(column < columns)[None, :] & (dim < D)[:, None], other=0.0)
@@ -211,7 +212,7 @@ def _pooled_lse(
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp in base 2 of each query's scores over the blocks up to its own; LSE is contiguous."""
+    """Log-sum-exp in base 2 of each query's scores, over the blocks up to its own; LSE is contiguous."""
     at, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row, dim = at * BM + tl.arange(0, BM), tl.arange(0, BD)
     q_at = Q + batch * q_b + head * q_h + row.to(tl.int64)[:, None] * q_n + dim[None, :] * q_d
@@ -225,7 +226,7 @@ def _pooled_lse(
             PRECISION,
         )  # fmt: skip
         scores = tl.where((low + tl.arange(0, BN))[None, :] <= own[:, None], scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))  # block 0 is seen by all: never -inf
+        new = tl.maximum(top, tl.max(scores, 1))  # all queries see block 0: never -inf
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
         top = new
     tl.store(LSE + (batch * tl.num_programs(1) + head) * n + row, top + tl.log2(total), mask=row < n)
@@ -237,7 +238,7 @@ def _pooled_sum(
     parts, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """One row of blocks, BN columns: sums over the row's queries of shares (EACH), or the log of sums of exp."""
+    """BN columns of one row of blocks: sums of shares over the row's queries (EACH), or logs of sums of exp."""
     wide = tl.cdiv(columns, BN)
     line, low = tl.program_id(0) // wide, (tl.program_id(0) % wide) * BN
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -280,10 +281,10 @@ def _antidiagonal_scores(
     D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 of query groups [BM] and key groups [BN]; -inf for later groups."""
+    """Scores in base 2 of query groups [BM] for key groups [BN]; -inf for later key groups."""
     dim = tl.arange(0, BD)
     whole = tl.zeros([BM, BN], tl.float32)
-    early = tl.zeros([BM, BN], tl.float32)  # the pairs that are causal where both groups are the same
+    early = tl.zeros([BM, BN], tl.float32)  # the causal pairs if both groups are the same
     for c in range(0, STRIDE):
         place, slot = q_group * STRIDE + STRIDE - 1 - c, k_group * STRIDE + c
         inside = (place >= start) & (place < length)
@@ -309,7 +310,7 @@ def _antidiagonal(
     GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row of blocks: a pass over the key groups for the log-sum-exps, and one for the shares."""
+    """One row of blocks: one pass over the key groups for the log-sum-exps, and one pass for the shares."""
     line, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     own, lane = start // (SIDE * STRIDE) + line, tl.arange(0, BM)
     q_group = own * SIDE + lane
@@ -344,7 +345,7 @@ def _antidiagonal(
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     size = padded_size(head_dim)
     if size > 128:
         return {}

@@ -1,8 +1,8 @@
-"""Causal attention of the query rows that a gate has on, and of no others (mixture of attention heads).
+"""Causal attention of only those query rows that a gate turns on (mixture of attention heads).
 
-Per token some query heads are on (Jin et al., MoH, 2024). The rows that are on of all query heads of a KV head are
-listed in the order of their tokens; a program takes a tile of that list and reads the keys up to its last row's own
-position. Rows that are off cost nothing and are 0.
+For each token, some query heads are on (Jin et al., MoH, 2024). For each KV head, the rows of its query heads that are
+on are listed in the order of their tokens. A program takes a tile of that list and reads the keys up to the position
+of its last row. Rows that are off cost nothing, and their output is 0.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .surgery_triton import (  # isort: skip
 )  # fmt: skip
 
 NAME = "gathered_heads"
-# Rows that lie anywhere take more registers than rows that lie together.
+# Scattered rows take more registers than neighbouring rows.
 OWN_TILES = TILES | {("cuda", "half", 128): (128, 32, 8, 3)}
 
 
 def supports(query) -> str | None:
-    """Why the kernel does not serve these queries, or None where it does."""
+    """Why the kernel does not support these queries; None if it does."""
     return unsupported(query.device, query.dtype, query.shape[3])
 
 
@@ -29,19 +29,19 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
 
     Args:
         query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
-        key, value: [batch, KV heads, N, head_dim], in query's dtype; any strides.
-        on: bool [batch, n, heads], whether a token's head is computed.
+        key, value: [batch, KV heads, N, head_dim], in the query's dtype; any strides.
+        on: bool [batch, n, heads], whether a head is computed for a token.
         scale: factor on q.k, head_dim ** -0.5 by default.
-        pad: [batch], slots before each row's first real token; keys there are never read. None for none.
+        pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
-        out, lse: where to put the results, of any strides.
+        out, lse: tensors for the results, with any strides; None: new tensors.
 
     Returns:
-        The output, shaped as the query and not yet times the gate, and the natural log-sum-exp of the scores, float32
-        [batch, heads, n]: 0 and -inf where a head is off, and in padding.
+        The output, with the shape of the query and not yet multiplied by the gate, and the natural log-sum-exp of the
+        scores, float32 [batch, heads, n]. They are 0 and -inf where a head is off, and in padding.
 
     Raises:
-        ValueError: shapes that do not fit, or tensors that want a gradient: `reference` has one.
+        ValueError: shapes do not fit, or a tensor requires a gradient, which only `reference` supports.
     """
     pad = check(NAME, query, key, value, pad)
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
@@ -58,8 +58,8 @@ def gathered_heads(query, key, value, on, scale=None, *, pad=None, softcap=None,
     name, group = target(query.device), heads // kv_heads
     tile_rows, keys, warps, stages = tiles(size, query.dtype, name, OWN_TILES)
     by_head = on.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group)
-    # A stable sort brings the rows that are on to the front in the order of their tokens, and needs no word from the
-    # GPU about how many there are; programs past the end return at once.
+    # A stable sort puts the rows that are on first, in the order of their tokens. So the host need not wait for the
+    # GPU to count them: programs past the end of the list return at once.
     listed = by_head.int().argsort(dim=-1, descending=True, stable=True).int().contiguous()
     counts, (factor, cap) = by_head.sum(-1, dtype=torch.int32), factors(scale, softcap)
     with on_device(query):
@@ -81,7 +81,7 @@ def _attend(
     GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CAPPED: tl.constexpr,
     PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    at = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows have the most keys: they begin first
+    at = tl.num_programs(0) - 1 - tl.program_id(0)  # late rows have the most keys: they start first
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     which = batch * tl.num_programs(1) + kv_head
     count = tl.load(COUNTS + which)
@@ -126,17 +126,17 @@ def _attend(
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := tiles(head_dim, dtype, name, OWN_TILES)) is None:
         return {}
     return of_prefill(_attend, tile, {"LISTED": "*i32", "COUNTS": "*i32"}, head_dim, dtype, name)
 
 
 def reference(query, key, value, on, scale, *, pad=None, softcap=None):
-    """The same in plain PyTorch; float64 stays float64, and gradients pass.
+    """The same in plain PyTorch. float64 stays float64, and gradients are supported.
 
     Returns:
-        As `gathered_heads`; the log-sum-exp is float64 for float64.
+        As `gathered_heads`; the log-sum-exp is float64 if the query is.
     """
     (batch, heads, n, _), (kv_heads, length) = query.shape, key.shape[1:3]
     wide, group = torch.promote_types(query.dtype, torch.float32), heads // kv_heads

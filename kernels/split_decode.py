@@ -1,9 +1,9 @@
-"""One decode step of a layer whose heads keep different keys: full heads and ring heads in one launch.
+"""One decoding step of a layer whose heads keep different keys: full heads and ring heads in one launch.
 
-A full head reads all N keys; a head of sinks + window reads its sinks and its ring, as `surgery_stores.RingStore` lays
-them: the sinks by position, then the token of slot s at index sinks + s % window. The keys of a head are cut into
-pieces that run beside one another, and a second kernel merges them by their log-sum-exps (split-K, as FlashDecoding
-does). A small table says for each KV head where its keys are; groups may be of unequal size.
+A full head reads all N keys. A head with sinks + window reads its sinks and its ring, in the layout of
+`surgery_stores.RingStore`: the sinks by position, then the token of slot s at index sinks + s % window. The keys of a
+head are cut into pieces that run in parallel, and a second kernel merges the results by their log-sum-exps (split-K,
+as in FlashDecoding). A small table says for each KV head where its keys are. Groups may have different sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .surgery_triton import (  # isort: skip
 )  # fmt: skip
 
 NAME = "split_decode"
-# Keys of a tile, warps, stages, listed as in `common.TILES`; the rows of a tile are the query heads of one KV head.
+# Keys of a tile, warps, stages, as in `surgery_triton.TILES`; the rows of a tile are the query heads of one KV head.
 TILES = {
     ("cuda", "half", 64): (64, 4, 3),
     ("cuda", "half", 128): (64, 4, 2),
@@ -32,18 +32,18 @@ TILES = {
     ("hip", "float32", 128): (32, 4, 1),
     ("hip", "float32", 256): (16, 4, 1),
 }
-SHORTEST = 256  # keys of a piece at least: a shorter one is not worth its merge
+SHORTEST = 256  # least number of keys in a piece: a shorter piece is not worth its merge
 
 
 @dataclass
 class Ring:
-    """Keys of the heads that see sinks + window, after the newest token was put in.
+    """Keys and values of the heads that see sinks + window, including the newest token.
 
     Attributes:
         keys, values: [batch, ring KV heads, sinks + window, head_dim].
-        seen: slots so far, the newest token's included, padding too.
-        sinks: of them by position at the begin.
-        limit: no key farther than this is seen, sinks neither; None for none.
+        seen: number of slots so far, including the newest token and padding.
+        sinks: number of sinks, which are stored first, by position.
+        limit: no key farther away is seen, not even a sink; None: no limit.
     """
 
     keys: torch.Tensor
@@ -58,10 +58,10 @@ class Ring:
 
 
 def head_table(groups: list[int], ring: list[int], device=None) -> torch.Tensor:
-    """Where each KV head's keys are: int32 [KV heads, 4], of (0 full or 1 ring, place there, first query head, group).
+    """Where each KV head's keys are: int32 [KV heads, 4] of (0 full or 1 ring, index there, first query head, group).
 
     Args:
-        groups: query heads of each KV head.
+        groups: number of query heads of each KV head.
         ring: the KV heads that see sinks + window, in the order of `Ring.keys`; the others are full, in order.
     """
     full = [head for head in range(len(groups)) if head not in ring]
@@ -73,38 +73,38 @@ def head_table(groups: list[int], ring: list[int], device=None) -> torch.Tensor:
 
 
 def supports(query) -> str | None:
-    """Why the kernel does not serve these queries, or None where it does."""
+    """Why the kernel does not support these queries; None if it does."""
     return unsupported(query.device, query.dtype, query.shape[3])
 
 
 def split_decode(
     query, full, ring: Ring | None, table, scale=None, *, pad=None, softcap=None, piece=None, out=None, lse=None
 ):
-    """Attention of the newest token to what each head keeps.
+    """Attention of the newest token to the keys that each head keeps.
 
     Args:
         query: [batch, heads, 1, head_dim]; any strides.
         full: keys and values [batch, full KV heads, N, head_dim], the newest token last; None without full heads.
-        ring: see `Ring`; None without such heads.
+        ring: see `Ring`; None without ring heads.
         table: from `head_table`.
         scale: factor on q.k, head_dim ** -0.5 by default.
-        pad: [batch], slots before each row's first real token; full heads never read them. None for none.
+        pad: [batch], number of slots before each row's first real token; full heads never read them. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
-        piece: keys that one program reads; by default as many as make the GPU busy.
-        out, lse: where to put the results, of any strides.
+        piece: number of keys that one program reads; by default, there are enough pieces to keep the GPU busy.
+        out, lse: tensors for the results, with any strides; None: new tensors.
 
     Returns:
-        The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, 1]: 0 and
-        -inf in a row that has no real token yet.
+        The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, 1].
+        They are 0 and -inf in a row that has no real token yet.
 
     Raises:
-        ValueError: shapes that do not fit, or tensors that want a gradient: there is no backward.
+        ValueError: shapes do not fit, or a tensor requires a gradient: there is no backward pass.
     """
     batch, heads, n, size = query.shape
     kept = [pair for pair in (full, ring and (ring.keys, ring.values)) if pair is not None]
     for keys, values in kept:
         pad = check(NAME, query[:, : keys.shape[1]], keys, values, pad)
-    of_ring = int(table[:, 0].sum()) if not table.is_cuda else None  # no waiting for a GPU to look at eight numbers
+    of_ring = int(table[:, 0].sum()) if not table.is_cuda else None  # not worth waiting for a GPU
     counts = [0 if full is None else full[0].shape[1], 0 if ring is None else ring.keys.shape[1]]
     if n != 1 or not kept or table.shape != (sum(counts), 4) or of_ring not in (None, counts[1]):
         raise ValueError(f"{NAME}: {n} queries, {counts[0]} full and {counts[1]} ring KV heads do not fit the table")
@@ -127,7 +127,7 @@ def split_decode(
         parts = torch.empty(pieces, batch, heads, size, dtype=torch.float32, device=query.device)
         part_lse = torch.empty(pieces, batch, heads, dtype=torch.float32, device=query.device)
         steps = (parts.stride(0), part_lse.stride(0))
-    full_keys, full_values = full or kept[-1]  # never read where there is none
+    full_keys, full_values = full or kept[-1]  # placeholders if there are no full heads
     ring_keys, ring_values = (ring.keys, ring.values) if ring else kept[0]
     factor, cap = factors(scale, softcap)
     shared = {"D": size, "BD": padded_size(size)}
@@ -155,7 +155,7 @@ def _tile(head_dim: int, dtype: torch.dtype, name: str) -> tuple[int, int, int] 
 
 
 def _piece(query, longest: int, kv_heads: int) -> int:
-    """Keys of a piece: so many pieces that every processor of the GPU has two programs, none of them short."""
+    """Number of keys in a piece, at least `SHORTEST`: every multiprocessor of the GPU should have two programs."""
     busy = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
     return max(SHORTEST, -(-longest // max(1, busy // (query.shape[0] * kv_heads))))
 
@@ -202,7 +202,7 @@ def _attend(
         newest = seen_slots - 1
         for start in range(low, tl.minimum(low + piece, sinks + window), BN):
             index = start + tl.arange(0, BN)
-            behind = (newest % window - (index - sinks) + window) % window  # slots since the ring's index was written
+            behind = (newest % window - (index - sinks) + window) % window  # slots since this index was written
             position = tl.where(index < sinks, index, newest - behind - pad)
             in_ring = (index < sinks + window) & (newest - behind >= 0) & (position >= sinks)  # no sink counts twice
             seen = tl.where(index < sinks, position <= newest - pad, in_ring) & (newest - pad - position < limit)
@@ -224,7 +224,7 @@ def _merge(
     PARTS, PART_LSE, OUT, LSE, p_s, m_s, p_b, p_h, m_b, m_h, o_b, o_h, o_d, l_b, l_h, pieces,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """o = sum of o_s e^(l_s - l), l the log-sum-exp of all pieces; a piece that saw nothing has l_s = -inf."""
+    """o = sum of o_s e^(l_s - l), where l is the log-sum-exp of all pieces. A piece that saw no key has l_s = -inf."""
     head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, BD)
     top, total, acc = float("-inf"), 0.0, tl.zeros([BD], tl.float32)
@@ -244,7 +244,7 @@ def _merge(
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := _tile(head_dim, dtype, name)) is None:
         return {}
     keys, warps, stages = tile
@@ -267,10 +267,10 @@ def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
 
 
 def reference(query, full, ring: Ring | None, table, scale, *, pad=None, softcap=None):
-    """The same in plain PyTorch, head by head; float64 stays float64, and gradients pass.
+    """The same in plain PyTorch, head by head. float64 stays float64, and gradients are supported.
 
     Returns:
-        As `split_decode`; the log-sum-exp is float64 for float64.
+        As `split_decode`; the log-sum-exp is float64 if the query is.
     """
     wide, device = torch.promote_types(query.dtype, torch.float32), query.device
     pad = torch.zeros(query.shape[0], dtype=torch.int64, device=device) if pad is None else pad

@@ -1,8 +1,8 @@
-"""Causal attention of a prompt to sinks + window: a band, without any list (Xiao et al., StreamingLLM, 2023).
+"""Causal attention of a prompt to sinks + window, without lists of blocks (Xiao et al., StreamingLLM, 2023).
 
-The query at position p sees the keys at positions j <= p with j < sinks or p - j < window; positions count from the
-row's first real token. A program takes the rows of all query heads of a KV head and reads the tiles of the sinks, then
-those of the band: the cost is n * (sinks + window), whatever N is.
+The query at position p sees the keys at positions j <= p with j < sinks or p - j < window. Positions count from the
+row's first real token. A program takes rows of all query heads of a KV head. It reads the tiles of the sinks, and then
+the tiles of the window. The cost is n * (sinks + window), whatever N is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "streaming_prefill"
 
 
 def supports(query) -> str | None:
-    """Why the kernel does not serve these queries, or None where it does."""
+    """Why the kernel does not support these queries; None if it does."""
     return unsupported(query.device, query.dtype, query.shape[3])
 
 
@@ -29,21 +29,21 @@ def streaming_prefill(
 
     Args:
         query: [batch, heads, n, head_dim], of the last n of the N tokens; any strides.
-        key, value: [batch, KV heads, N, head_dim], in query's dtype; any strides.
-        sinks: keys at the begin of a row that all its later queries see; 0 for none.
-        window: nearest keys, the query's own among them; at least 1.
+        key, value: [batch, KV heads, N, head_dim], in the query's dtype; any strides.
+        sinks: number of keys at the start of a row that all its later queries see; 0: no sinks.
+        window: number of nearest keys, including the query's own; at least 1.
         scale: factor on q.k, head_dim ** -0.5 by default.
-        limit: no key farther than this is seen, sinks neither: the base model's own sliding window. None for none.
-        pad: [batch], slots before each row's first real token; keys there are never read. None for none.
+        limit: the base model's own sliding window: no key farther away is seen, not even a sink. None: no limit.
+        pad: [batch], number of slots before each row's first real token; keys there are never read. None: no padding.
         softcap: scores become softcap * tanh(score / softcap).
-        out, lse: where to put the results, of any strides.
+        out, lse: tensors for the results, with any strides; None: new tensors.
 
     Returns:
-        The output, shaped as the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n]: 0 and
-        -inf for a query in padding.
+        The output, with the shape of the query, and the natural log-sum-exp of the scores, float32 [batch, heads, n].
+        They are 0 and -inf for a query in padding.
 
     Raises:
-        ValueError: shapes or sizes that do not fit, or tensors that want a gradient: there is no backward.
+        ValueError: shapes or sizes do not fit, or a tensor requires a gradient: there is no backward pass.
     """
     pad = check(NAME, query, key, value, pad)
     (batch, heads, n, size), (kv_heads, length) = query.shape, key.shape[1:3]
@@ -102,9 +102,9 @@ def _attend(
 
     nearest = tl.maximum(start + at * BM // GROUP, 0)  # the first real position of this tile
     last = start + tl.minimum((at * BM + BM - 1) // GROUP, n - 1)
-    low = tl.maximum(nearest - tl.minimum(window, limit) + 1, 0) // BN  # tiles of keys: the band's first, its end
+    low = tl.maximum(nearest - tl.minimum(window, limit) + 1, 0) // BN  # the window's tiles of keys: low to high
     high = tl.maximum(last + BN, 0) // BN
-    before = tl.minimum(tl.cdiv(sinks, BN), low)  # tiles that hold sinks and are not in the band
+    before = tl.minimum(tl.cdiv(sinks, BN), low)  # tiles with sinks that the window does not include
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
@@ -127,17 +127,17 @@ def _attend(
 
 
 def variants(head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """What is launched for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
+    """The launches for a target, for ahead-of-time compilation: {label: (kernel, types, constants, options)}."""
     if (tile := tiles(head_dim, dtype, name)) is None:
         return {}
     return of_prefill(_attend, tile, {}, head_dim, dtype, name)
 
 
 def reference(query, key, value, sinks: int, window: int, scale, *, limit=None, pad=None, softcap=None):
-    """The same in plain PyTorch, over pieces of the queries; float64 stays float64, and gradients pass.
+    """The same in plain PyTorch, 128 queries at a time. float64 stays float64, and gradients are supported.
 
     Returns:
-        As `streaming_prefill`; the log-sum-exp is float64 for float64.
+        As `streaming_prefill`; the log-sum-exp is float64 if the query is.
     """
     (batch, heads, n, _), (kv_heads, length) = query.shape, key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)

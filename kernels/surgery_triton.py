@@ -1,6 +1,7 @@
-"""What the kernels share: which GPU runs them, what is refused, and one tile of the online softmax.
+"""Shared parts of the kernels: supported GPUs, checks of arguments, and one tile of the online softmax.
 
-Works without triton (macOS, Windows, CPU-only installations): then nothing here runs but the questions.
+The module can be imported without triton (macOS, Windows, CPU-only installations). Then no kernel can be launched, and
+the other functions work.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-OLDEST = (3, 3)  # of triton; before it, what is called here had other names
-# Shared memory that one program may use, KiB. A target that is not listed was never compiled for here.
+OLDEST = (3, 3)  # oldest version of triton; before it, the functions that are called here had other names
+# Shared memory that one program may use, in KiB. The kernels were not compiled for targets that are not listed.
 SHARED = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
     "interpreter": 227,
 }  # fmt: skip
-# Query rows and keys of a tile, warps, stages. Chosen by what compiles without a spill in every variant of the prefill
-# kernels (python -m surgery.kernels.compile) for sm_80, sm_90 and gfx942; no GPU has timed them. The other NVIDIA
-# targets share the lines, where sm_120 spills up to 40 bytes with heads of 128. On NVIDIA float32 is three products of
-# tf32, for which heads of 256 need more registers than there are.
+# Query rows and keys of a tile, warps, stages. They were chosen because every variant of the prefill kernels compiles
+# without a spill (python -m surgery.kernels.compile) for sm_80, sm_90 and gfx942. They were not timed on any GPU. The
+# other NVIDIA targets use the same lines; sm_120 spills up to 40 bytes with heads of 128. On NVIDIA, a float32 product
+# is three products of tf32, for which heads of 256 need more registers than there are.
 TILES = {
     ("cuda", "half", 64): (128, 64, 8, 3),
     ("cuda", "half", 128): (128, 64, 8, 2),
@@ -47,20 +48,20 @@ TILES = {
     ("hip", "float32", 256): (16, 16, 4, 1),
 }
 _warned: set[tuple] = set()
-_broken: dict[tuple, str] = {}  # what could not be launched, and why
+_broken: dict[tuple, str] = {}  # launch that failed -> reason
 
 
 def jit(function):
-    """`triton.jit`, or the function as it is where triton is not installed: nobody can launch it there."""
+    """`triton.jit`. Without triton, the unchanged function, which is never launched."""
     return function if triton is None else triton.jit(function)
 
 
 def target(device) -> str | None:
-    """What compiles for a device: `sm_90`, `gfx942`, ..., `interpreter`; None where no kernel can run."""
+    """The compilation target of a device: `sm_90`, `gfx942`, ..., `interpreter`; None if no kernel can run there."""
     device = torch.device(device)
     if triton is None:
         return None
-    if device.type != "cuda":  # an AMD GPU is `cuda` too
+    if device.type != "cuda":  # the device type of an AMD GPU is `cuda`, too
         return "interpreter" if INTERPRETED and device.type == "cpu" else None
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
@@ -68,7 +69,7 @@ def target(device) -> str | None:
 
 
 def tiles(head_dim: int, dtype: torch.dtype, name: str, table=TILES, interpreted=(32, 32, 1, 1)) -> tuple | None:
-    """The line of a table of tiles for a target, for `TILES` that of a prefill kernel; None where no tile fits."""
+    """The line of a table of tiles for a target; None if no tile fits. `TILES` is the table of the prefill kernels."""
     if name == "interpreter":
         return interpreted
     kind = "hip" if name.startswith("gfx") else "cuda"
@@ -76,10 +77,10 @@ def tiles(head_dim: int, dtype: torch.dtype, name: str, table=TILES, interpreted
 
 
 def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why no kernel serves tensors of this kind, in words that fit after "the reference runs: "; None where one does.
+    """Why no kernel supports such tensors, in words that fit after "the reference runs: "; None if one does.
 
     Args:
-        head_dim: of queries and keys; sizes that are no power of two are served.
+        head_dim: head size of queries and keys; it need not be a power of two.
     """
     device = torch.device(device)
     if triton is None:
@@ -99,10 +100,10 @@ def unsupported(device, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def executor(device, dtype: torch.dtype | None = None, head_dim: int = 64) -> str:
-    """What runs where a kernel is asked for, in words: `Triton, compiled for sm_90`, or `PyTorch: ` and why.
+    """What a kernel's call runs, in words: `Triton 3.3.0, compiled for sm_90`, or `PyTorch: ` and the reason.
 
     Args:
-        dtype: float16 on a GPU and float32 elsewhere by default.
+        dtype: by default float16 on a GPU and float32 elsewhere.
     """
     dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
     reason = unsupported(device, dtype, head_dim)
@@ -110,7 +111,7 @@ def executor(device, dtype: torch.dtype | None = None, head_dim: int = 64) -> st
 
 
 def said_once(kernel: str, reason: str | None, device) -> bool:
-    """Whether the reference must run; on a GPU the reason is a warning, the first time it is met."""
+    """Whether the reference must run, that is, whether there is a `reason`. On a GPU, warn the first time."""
     if reason is not None and torch.device(device).type == "cuda" and (kernel, reason) not in _warned:
         _warned.add((kernel, reason))
         _warn(kernel, reason)
@@ -118,25 +119,25 @@ def said_once(kernel: str, reason: str | None, device) -> bool:
 
 
 def _warn(kernel: str, reason: str) -> None:
-    """To the caller of the kernel, two calls further out."""
+    """Warn at the line that called the kernel's function, two calls further out."""
     warnings.warn(f"surgery.kernels.{kernel}: PyTorch runs in place of the kernel: {reason}", stacklevel=4)
 
 
 def started(kernel: str, device, launch, kind: str = "") -> bool:
-    """Launch a kernel; False, with a warning, where it cannot be: the reference must run, here and from then on.
+    """Launch a kernel. If that fails, warn and return False: the reference must run, now and in later calls.
 
-    A compiler that is missing or fails, or a tile that this GPU has no room for, must not cost a prompt. Interpreted,
-    a kernel's errors are its own, for tests to see.
+    A prompt must not fail because a compiler is missing or fails, or because a tile does not fit this GPU. A lack of
+    GPU memory is raised. In the interpreter all errors are raised, so that tests see them.
 
     Args:
-        kind: what else decides what is compiled (dtype, sizes): another kind may still start.
+        kind: everything else that decides what is compiled (dtype, sizes). Another kind may still start.
     """
     place = kernel, str(device), kind
     if place in _broken:
         return False
     try:
         launch()
-    except Exception as error:  # Triton, a C compiler and a driver raise what they like
+    except Exception as error:  # Triton, a C compiler or a driver can raise anything
         if INTERPRETED or isinstance(error, torch.OutOfMemoryError):
             raise
         _broken[place] = in_a_line(error)
@@ -150,15 +151,15 @@ def in_a_line(error: Exception) -> str:
 
 
 def failed(kernel: str = "") -> list[str]:
-    """What could not be launched in this process, of one kernel or of all: PyTorch ran in its place."""
+    """The launches that failed in this process, of one kernel or of all. PyTorch ran instead."""
     return [f"{' '.join(place)}: {why}" for place, why in sorted(_broken.items()) if kernel in ("", place[0])]
 
 
 def check(kernel: str, query, key, value, pad=None):
-    """Refuse what no kernel of [batch, heads, length, head_dim] can mean. Returns `pad` as kernels read it.
+    """Refuse invalid arguments of a kernel; tensors are [batch, heads, length, head_dim]. Returns contiguous `pad`.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, or tensors that want a gradient.
+        ValueError: shapes, dtypes or devices do not fit together, or a tensor requires a gradient.
     """
     if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
         raise ValueError(f"{kernel}: query, key and value are [batch, heads, length, head_dim], key shaped as value")
@@ -175,7 +176,7 @@ def check(kernel: str, query, key, value, pad=None):
 
 
 def outputs(query, out=None, lse=None):
-    """Where output and log-sum-exp go: as given, else new. Every element of them is written by the caller."""
+    """The tensors for output and log-sum-exp: those given, or new ones. The caller must write every element."""
     shape = query.shape
     out = torch.empty_like(query) if out is None else out
     lse = torch.empty(shape[:3], dtype=torch.float32, device=query.device) if lse is None else lse
@@ -185,27 +186,27 @@ def outputs(query, out=None, lse=None):
 
 
 def put(pair, out, lse):
-    """A reference's result in the tensors that were handed in, if any were."""
+    """Copy a reference's result into the tensors that were given, if any were."""
     return tuple(new if old is None else old.copy_(new) for new, old in zip(pair, (out, lse), strict=True))
 
 
 def capped(scores, softcap: float | None):
-    """Soft-capped scores of a reference; as they are where there is no cap."""
+    """Soft-capped scores of a reference; the scores are unchanged if there is no cap."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def masked_softmax(scores, seen):
-    """A reference's weights and natural log-sum-exp over the last dimension: 0 and -inf where no key is seen."""
+    """A reference's weights and natural log-sum-exp over the last dimension; 0 and -inf if no key is seen."""
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp(), lse
 
 
 def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dtype, name: str) -> dict:
-    """`variants` of a prefill kernel that needs no lists of blocks.
+    """The `variants` of a prefill kernel without lists of blocks.
 
     Args:
-        types: of the arguments that it has beside query, keys, values, output and log-sum-exp.
+        types: types of its arguments other than query, keys, values, output and log-sum-exp.
     """
     rows, keys, warps, stages = tile
     types = dict.fromkeys(("Q", "K", "V", "OUT"), dtype) | {"LSE": "*fp32"} | types
@@ -220,35 +221,35 @@ def of_prefill(kernel, tile: tuple, types: dict, head_dim: int, dtype: torch.dty
 
 
 def factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """`factor` and `cap` of `tile_scores`, which works in base 2."""
+    """The arguments `factor` and `cap` of `tile_scores`, which works in base 2."""
     if softcap is None:
         return scale * LOG2E, 0.0
     return 2 * LOG2E * scale / softcap, softcap * LOG2E
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Whether the interpreter must multiply in float32: its product of two bfloat16 tiles is wrong (triton 3.9)."""
+    """Whether the interpreter must multiply in float32: its product of two bfloat16 tiles is wrong (triton 3.9.0)."""
     return INTERPRETED and dtype == torch.bfloat16
 
 
 def precision(dtype: torch.dtype, name: str) -> str:
-    """How `tl.dot` multiplies float32. NVIDIA's full precision has no tensor cores and spills; three of tf32 fit."""
+    """How `tl.dot` multiplies float32. On NVIDIA, full precision uses no tensor cores and spills; tf32x3 fits."""
     return "tf32x3" if dtype == torch.float32 and name.startswith("sm_") else "ieee"
 
 
 def padded_size(head_dim: int) -> int:
-    """The power of two that a tile's head size is filled up to: `tl.dot` takes no other, and none below 16."""
+    """The head size of a tile, padded to a power of two of at least 16, which `tl.dot` requires."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def on_device(tensor):
-    """Launch where the tensor is, not on the process's current GPU."""
+    """A context that launches on the tensor's GPU instead of the process's current GPU."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @jit
 def load_tile(at, inside, real, WHOLE: tl.constexpr, UPCAST: tl.constexpr):
-    """Load a tile; 0 outside of `inside` and, where the head size is filled up (not WHOLE), outside of `real`."""
+    """Load a tile. It is 0 outside of `inside` and, if the head size is padded (not WHOLE), outside of `real`."""
     if WHOLE:
         tile = tl.load(at, mask=inside, other=0.0)
     else:
@@ -260,7 +261,7 @@ def load_tile(at, inside, real, WHOLE: tl.constexpr, UPCAST: tl.constexpr):
 
 @jit
 def tile_scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in base 2 of a tile of queries [rows, d] and keys [d, keys]; soft-capped: cap * tanh(score / cap)."""
+    """Scores in base 2 of a tile of queries [rows, d] and keys [d, keys]; if CAPPED, cap * tanh(score / cap)."""
     scores = tl.dot(q, k, input_precision=PRECISION) * factor
     if CAPPED:
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
@@ -269,10 +270,10 @@ def tile_scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
 
 @jit
 def softmax_step(scores, seen, v, top, total, acc, PRECISION: tl.constexpr):
-    """Take one tile of scores [rows, keys] and values [keys, d] into the running softmax of the rows.
+    """Add one tile of scores [rows, keys] and values [keys, d] to the running softmax of the rows.
 
-    `top` is the largest score yet, `total` the sum of 2^(score - top). A row that has seen no key keeps top = -inf;
-    subtracting that from itself would be NaN, hence the 0 in its place.
+    `top` is the largest score so far, and `total` is the sum of 2^(score - top). A row that has seen no key keeps
+    top = -inf. Subtracting -inf from itself would give NaN, so 0 is subtracted instead.
     """
     scores = tl.where(seen, scores, float("-inf"))
     new = tl.maximum(top, tl.max(scores, 1))
@@ -285,7 +286,7 @@ def softmax_step(scores, seen, v, top, total, acc, PRECISION: tl.constexpr):
 
 @jit
 def softmax_end(top, total, acc):
-    """Output [rows, d] and natural log-sum-exp [rows]: 0 and -inf in a row that has seen no key."""
+    """Output [rows, d] and natural log-sum-exp [rows]; 0 and -inf in a row that has seen no key."""
     some = total > 0.0
     total = tl.where(some, total, 1.0)
     lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
