@@ -36,6 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+RECALL = "recall test, of what the base finds"
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
 
 
@@ -106,7 +107,7 @@ def stale(name: str) -> str:
 
 
 def cost(axes: Axes, judged: Results) -> None:
-    cache, text, recall = (judged.row(name) for name in ("KV bytes a token", HELD, "recall test"))
+    cache, text, recall = (judged.row(name) for name in ("KV bytes a token", f"perplexity, {HELD}", RECALL))
     looks = {"`duo-attention`": (BLUE, "o"), "`gqa`": (GREEN, "^"), "`gqa kv_heads=1`": (VERMILION, "s")}
     axes.scatter(100, 1, color=BLACK, marker="D", s=50, zorder=2)
     axes.annotate("the base", (100, 1), (0, 9), textcoords="offset points", ha="center")
