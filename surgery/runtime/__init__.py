@@ -1,10 +1,13 @@
-"""The code that travels with a surgical checkpoint: flat files, exported as they are. Nothing heavy is imported."""
+"""The code that travels with a surgical checkpoint: flat files, exported unchanged.
+
+Importing this package imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Door 1: after this, Transformers' Auto classes load surgical checkpoints with this package's code."""
+    """Make Transformers' Auto classes load surgical checkpoints with this package's code."""
     from transformers import AutoConfig
 
     from .modeling_surgery import NAME, SurgeryConfig

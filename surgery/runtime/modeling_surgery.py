@@ -1,27 +1,27 @@
 """The model class of a surgical checkpoint, made at load time from the class of its base.
 
-`SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache: parameter names,
-`generate`, peft and the rest of Transformers work on it as on the base. This file, those it imports and the parts that
-the surgery uses travel with the checkpoint; they import torch and transformers alone. With `trust_remote_code=True` a
-checkpoint needs nothing else.
+`SurgeryLlamaForCausalLM` is `LlamaForCausalLM` with another attention function and another cache. Parameter names,
+`generate`, peft and the rest of Transformers work on it as on the base. The checkpoint carries this file, the files
+that it imports, and the parts that the surgery uses. They import torch and transformers alone. With
+`trust_remote_code=True` a checkpoint needs nothing else.
 
-Where to read on:
+The other files:
 
-    surgery_config.py      the config's `surgery` block, which says what the surgery did; the registry of parts, each
+    surgery_config.py      the config's `surgery` block, which describes the surgery; the registry of parts, each
                            of which describes itself (`Part`): a new term is a file, a line in `FILES` and a test
     surgery_visibility.py  which keys a head sees (`Visibility`), the kinds of heads of a layer, and the mask function
-    surgery_attention.py   the attention function, and the way of one call from `generate` through it
+    surgery_attention.py   the attention function, and the path of one call through it
     surgery_cache.py       the cache of a model
-    surgery_stores.py      what is kept of a text: a store for each kind of head
-    surgery_kv_policy.py   policies that drop keys: a method of KV eviction is a file beside it
+    surgery_stores.py      the keys and values that the cache keeps: a store for each kind of head
+    surgery_kv_policy.py   policies that drop keys: a method of KV eviction is one more file next to it
 
-How a mask gets from `generate` to the attention function: Transformers looks up the mask function under the name of
-the model's attention implementation, `ATTENTION`, under which `surgery_mask` is registered below with the attention
-function; what it returns comes to every layer's call as `attention_mask`.
+How a mask gets from `generate` to the attention function: `ATTENTION` is the name of the model's attention
+implementation. `surgery_mask` and the attention function are registered under it below. Transformers looks up the mask
+function by this name, and passes its result to every layer's call as `attention_mask`.
 
-How the cache gets there: where the model would make a `DynamicCache`, the pre-hook `give_cache` puts a `SurgeryCache`
-in its place (`generate` asks `_prepare_cache_for_generation`), whose `update` hands the attention function views of
-its stores in place of keys and values.
+How the cache gets there: where the model would make a `DynamicCache`, the pre-hook `give_cache` passes a
+`SurgeryCache` instead. (`generate` calls `_prepare_cache_for_generation` for this.) The cache's `update` returns views
+of its stores, which the attention function gets in place of keys and values.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ from .surgery_visibility import head_kinds, surgery_mask
 
 PREFIX = "Surgery"
 
-# The registry of attention functions is one for the process, and other checkpoints may bring this code again, in this
-# or another version: the name tells them apart, so that a model calls the functions it was loaded with.
+# The process has one registry of attention functions, and other checkpoints may bring another copy or version of this
+# code. The name contains a hash of the code, so that a model calls the functions it was loaded with.
 _OTHERS = ("surgery_*.py", f"{FILES['sparse.kernel']}.py")
 _FILES = [Path(__file__), *(file for name in _OTHERS for file in sorted(Path(__file__).parent.glob(name)))]
 _CODE = __name__.encode() + b"".join(file.read_bytes() for file in _FILES)
@@ -87,7 +87,7 @@ def attention_modules(model) -> list:
 
 
 def attach(model) -> None:
-    """Give every attention module its heads' visibility, its shape and what its parts need, and the model a cache."""
+    """Give every attention module its heads' visibility, its shapes and its parts; add the hook `give_cache`."""
     kinds, (modules, layers) = head_kinds(model.config), _fitting(model)
     for module in modules:
         module.surgery_heads = kinds[module.layer_idx]
@@ -97,19 +97,19 @@ def attach(model) -> None:
         used, before = used_parts(layer), getattr(module, "surgery_parts", ())
         _register(module, layer, used)
         for name in PARTS:
-            if name in used or name in before:  # one that is used no longer takes itself away
+            if name in used or name in before:  # a part that is no longer used undoes its own changes
                 load_part(name).attach(module, layer, query_groups(model.config, layer))
         module.surgery_parts = tuple(used)
-    for module in {model, model.base_model}:  # either may be called first; the first to come gives the cache
+    for module in {model, model.base_model}:  # either may be called first, and then gives the cache
         if give_cache not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(give_cache, with_kwargs=True)
 
 
 def _fitting(model) -> tuple[list, list[dict]]:
-    """The attention modules of a model and the layers of its block; nothing is changed.
+    """The attention modules of a model and the layers of its `surgery` block. Nothing is changed.
 
     Raises:
-        ValueError: the block does not fit the model, or its attention would never call ours.
+        ValueError: the block does not fit the model, or the model's attention would never call our function.
     """
     layers, modules = validate(model.config), attention_modules(model)
     layer_indices = [module.layer_idx for module in modules]
@@ -128,7 +128,7 @@ def _fitting(model) -> tuple[list, list[dict]]:
 
 
 def _resize(model, module, name: str, shape: torch.Size) -> None:
-    """Give a parameter of an attention module the shape that its layer has, before weights are loaded into it."""
+    """Give a parameter of an attention module the shape that its layer's entry names, before weights are loaded."""
     path, _, leaf = name.rpartition(".")
     owner, old = module.get_submodule(path), module.get_parameter(name)
     if old.shape == shape:
@@ -143,8 +143,8 @@ def _resize(model, module, name: str, shape: torch.Size) -> None:
 def _register(module, layer: dict, parts: dict[str, Part]) -> None:
     """Give an attention module the parameters that its entry in the surgery block names, with values that do nothing.
 
-    A parameter that is there already, of this shape, keeps its values. `module.surgery_parameters` says of those that
-    have a row for each head what heads these are.
+    A parameter that already exists with this shape keeps its values. `module.surgery_parameters` lists the parameters
+    that have a row for each head, and says whether these are query heads or KV heads.
     """
     shapes = layer.get("parameters", {})
     known = {name: parameter for part in parts.values() for name, parameter in part.parameters.items()}
@@ -159,15 +159,16 @@ def _register(module, layer: dict, parts: dict[str, Part]) -> None:
 
 
 def give_cache(module, args, kwargs):
-    """Forward pre-hook: where the model would make a `DynamicCache`, it gets ours; what it was given is checked.
+    """Forward pre-hook: pass a `SurgeryCache` where the model would make a `DynamicCache`, and check a given cache.
 
     Raises:
-        ValueError: this cache cannot be used, or another attention function was set behind the model's back.
+        ValueError: the given cache cannot be used, attention weights are asked for, or another attention function was
+            set on a part of the model.
     """
     if not module.config._attn_implementation.startswith(f"{NAME}_"):
         name = module.config._attn_implementation
         raise ValueError(f"attn_implementation={name!r} was set on a part of a surgical model: it undoes the surgery")
-    # Some models take it for themselves, and none hands on what its config says: attention would not see it.
+    # Some models consume this argument, and no model passes on its config's value: attention would not see either.
     weights = kwargs.get("output_attentions")
     if weights or (weights is None and getattr(module.config, "output_attentions", False)):
         raise ValueError("output_attentions is not supported by a surgical model: the weights are never held")
@@ -184,7 +185,7 @@ def give_cache(module, args, kwargs):
         return args, kwargs
     requested = kwargs.get("use_cache")
     if requested is None and module.training and torch.is_grad_enabled() and module.device.type != "meta":
-        return args, kwargs | {"use_cache": False}  # packed rows are seen as such only without a cache
+        return args, kwargs | {"use_cache": False}  # Transformers detects packed rows only without a cache
     use_cache = module.config.use_cache if requested is None else requested
     checkpointing = module.training and getattr(module.base_model, "gradient_checkpointing", False)
     if not use_cache or checkpointing or len(args) > position:
@@ -198,7 +199,10 @@ def _cache_position(cls) -> int:
 
 
 def refuse_cache(cache) -> None:
-    """A plain `DynamicCache` gives right results without the saving; caches that keep keys in another form do not."""
+    """Raise a ValueError for a cache that would give wrong results.
+
+    A plain `DynamicCache` gives right results, and saves no memory. Caches that keep keys in another form are refused.
+    """
     if not isinstance(cache, (SurgeryCache, DynamicCache)) or "Quantized" in type(cache).__name__:
         raise ValueError(
             f"a surgical model keeps its own cache and cannot use {type(cache).__name__}: leave the cache out, or "
@@ -212,7 +216,7 @@ def refuse_cache(cache) -> None:
 
 
 class SurgeryConfig(transformers.PreTrainedConfig):
-    """What AutoConfig finds for `model_type: "surgery"`: it answers with the base's config class, extended."""
+    """The class that AutoConfig finds for `model_type: "surgery"`. It makes a config of the base's class, extended."""
 
     model_type = NAME
 
@@ -226,7 +230,7 @@ class SurgeryConfig(transformers.PreTrainedConfig):
 
 
 class _ConfigMixin:
-    """The base's config: its own model_type in memory, "surgery" on disk."""
+    """Added to the base's config class: `model_type` is the base's in memory, and "surgery" on disk."""
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -241,7 +245,7 @@ class _ConfigMixin:
         return {**super().to_diff_dict(), "model_type": NAME}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As Transformers' own, which a model's calls; the code that this surgery uses goes along."""
+        """Save as Transformers does, and export the code that this surgery uses. Saving a model calls this, too."""
         parts = parts_of(validate(self))
         self.auto_map = auto_map(type(self).__name__, *(self.architectures or ()))
         super().save_pretrained(save_directory)
@@ -251,7 +255,7 @@ class _ConfigMixin:
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs):
-        """Nothing: of a class that is registered so, Transformers would copy the code as well, used or not."""
+        """Do nothing: Transformers would copy the code of a registered class as well, whether it is used or not."""
 
 
 class _ModelMixin:
@@ -264,7 +268,7 @@ class _ModelMixin:
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs):
-        """Nothing: what is saved with a model, its config says (`_ConfigMixin.save_pretrained`)."""
+        """Do nothing: `_ConfigMixin.save_pretrained` decides which code is saved with a model."""
 
     def __init__(self, config, *args, **kwargs):
         _refuse_attention(config._attn_implementation)  # asked for at load
@@ -274,7 +278,7 @@ class _ModelMixin:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """As Transformers' own; where it would fill in a parameter of the surgery that the file lacks, an error."""
+        """Load as Transformers does. Raise a ValueError where the file lacks a parameter of the surgery."""
         if sharding := [name for name in ("tp_plan", "tp_size", "device_mesh") if kwargs.get(name) is not None]:
             raise ValueError(f"{sharding[0]} cuts attention by heads, which would undo the surgery: use device_map")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -296,7 +300,7 @@ class _ModelMixin:
         if kind not in (None, "dynamic", "offloaded"):
             raise ValueError(f"cache_implementation={kind!r} would undo the surgery: leave it out")
         user_cache = model_kwargs.get(CACHE)
-        if isinstance(user_cache, SurgeryCache):  # of an assisted generation: what it recorded may go now
+        if isinstance(user_cache, SurgeryCache):  # an assisted generation has ended: what the cache recorded may go
             user_cache.stop_past_recording()
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
@@ -312,24 +316,27 @@ class _ModelMixin:
 
 
 def auto_map(config: str, *models: str) -> dict[str, str]:
-    """`auto_map` of a config.json: which class each Auto class finds; of the names of surgical classes."""
+    """The `auto_map` of a config.json, which says the class that each Auto class finds; takes surgical class names."""
     causal = {PREFIX + name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     kinds = {"AutoModelForCausalLM" if name in causal else "AutoModel": name for name in models if PREFIX in name}
     return {auto: f"{ENTRY}.{name}" for auto, name in {"AutoConfig": config, **kinds}.items()}
 
 
 def _refuse_attention(name) -> None:
-    """Any copy of this code is ours: a config may come from a model that ran another one."""
+    """Raise a ValueError for an attention implementation other than ours, or another copy of this code's.
+
+    A config may come from a model that ran another copy.
+    """
     if name is not None and not str(name).startswith(f"{NAME}_"):
         raise ValueError(f"attn_implementation={name!r} would undo the surgery; this model has its own: leave it out")
 
 
 def patch(model, block: dict) -> None:
-    """Make a loaded stock model the surgical one that `from_pretrained` of its saved folder will give, in place.
+    """Turn a loaded model, in place, into the surgical model that `from_pretrained` of its saved folder will give.
 
     Args:
-        block: the `surgery` block without `format` and `base_model_type`. A model that is surgical already keeps
-            what this does not set: of each layer's entry, and of the block.
+        block: the `surgery` block without `format` and `base_model_type`. A model that is already surgical keeps
+            what this block does not set, both in each layer's entry and in its own block.
     """
     config, base = model.config, type(model)
     is_stock = not hasattr(base, "make_cache")
@@ -360,13 +367,13 @@ def patch(model, block: dict) -> None:
 
 
 def _merged(old: dict, new: dict) -> dict:
-    """A layer's entry with what another surgery sets in it; parameters of both stay."""
+    """A layer's entry, updated by another surgery's entry. The parameters of both stay."""
     parameters = old.get("parameters", {}) | new.get("parameters", {})
     return old | new | ({"parameters": parameters} if parameters else {})
 
 
 def _make(name: str):
-    """The class `Surgery...`, made from the Transformers class behind the prefix the first time it is asked for."""
+    """The class `Surgery...`, made on first use from the Transformers class whose name follows the prefix."""
     if name in globals():
         return globals()[name]
     base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
@@ -380,8 +387,8 @@ def _make(name: str):
         return made
     attributes = {"__module__": __name__, "config_class": _make(PREFIX + base.config_class.__name__)}
     made = globals()[name] = type(name, (_ModelMixin, base), attributes)
-    # Transformers renames tensors of some classes as it reads and writes them (GPT-NeoX's output layer), and finds
-    # out which by the name of the class. What goes by `model_type` it finds in the model inside.
+    # Transformers renames tensors of some classes when it reads and writes them (GPT-NeoX's output layer), and looks
+    # the renaming up by the name of the class. Renamings by `model_type` it finds in the base model inside.
     if (renamed := get_checkpoint_conversion_mapping(base.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamed, overwrite=True)  # another copy of this code did the same
     return made

@@ -1,14 +1,14 @@
-"""Sinks other than the first token, and less weight for them (ACT): in closed form, no attention matrix is held.
+"""Less weight for sinks other than the first token (ACT), in closed form and without an attention matrix.
 
-A sink is known by its own value, so that it is the same token whether a text comes at once, in chunks or token by
-token: token j is a sink of query head h if `probe_h . (v_j, |v_j|, 1) > 0`. The probes were calibrated once (ACT looks
-at a whole attention map of each text, which no cached decode has). With a the weight that a query gives to all the
-sinks it sees, and p their part of the output, the sum of a_j v_j,
+A sink is recognised by its own value: token j is a sink of query head h if `probe_h . (v_j, |v_j|, 1) > 0`. So the
+same tokens are sinks whether a text comes at once, in chunks or token by token. The probes were calibrated once. (ACT
+reads the whole attention map of each text, which a cached decode does not have.) Let a be the weight that a query
+gives to all the sinks it sees, and p their part of the output, the sum of a_j v_j. Then
 
     out' = (out - p) (1 - beta a) / (1 - a) + beta p
 
-gives them beta a, and the rest to its other keys in proportion. As a bias on the sinks' scores this is
-log(beta (1 - a) / (1 - beta a)), another one for each query.
+gives the sinks the weight beta a. The rest goes to the query's other keys in proportion. The same change as a bias on
+the sinks' scores is log(beta (1 - a) / (1 - beta a)), which differs from query to query.
 
 Source: Yu et al. 2024, "Unveiling and Harnessing Hidden Attention Sinks", arXiv 2406.15765.
 """
@@ -25,36 +25,36 @@ from .surgery_config import QUERY_HEADS, Parameter, Part
 from .surgery_stores import KeyValues
 from .surgery_visibility import HeadKinds
 
-MOST = 0.9  # a row with more weight on sinks has hardly any keys to give it to: its bias is that of a row with so much
+MOST = 0.9  # a row with more weight on sinks has hardly any other key: it gets the bias of a row with this weight
 ROWS = 256  # queries whose scores with the sinks are held at once
 
 
 def scale_share(out, lse, share, share_output, log_beta):
     """Attention in which some keys together get beta times their weight, and the others the rest in proportion.
 
-    Half-precision `out` was rounded, which is enlarged by (1 - beta a) / (1 - a), at most 10.
+    The rounding error of a half-precision `out` grows by the factor (1 - beta a) / (1 - a), at most 10.
 
     Args:
         out: [..., n, d], the softmax's output. lse: [..., n], its log-sum-exp, -inf for a row that sees nothing.
-        share: [..., n], a: the weight of these keys in `out`, 0 to 1; above `MOST` the bias is that of `MOST`.
+        share: [..., n], the weight a of these keys in `out`, 0 to 1. Above `MOST` the bias is that of `MOST`.
         share_output: [..., n, d], the sum of their weights times their values.
         log_beta: log of beta, at most 0; broadcast to [..., n].
 
     Returns:
         The new output and log-sum-exp.
     """
-    more = torch.expm1(log_beta) / (1 - log_beta.exp() * share.clamp(max=MOST))  # e ** bias, less 1
+    more = torch.expm1(log_beta) / (1 - log_beta.exp() * share.clamp(max=MOST))  # e ** bias - 1
     total = 1 + more * share
     return (out + more[..., None] * share_output) / total[..., None], lse + total.log()
 
 
 @dataclass
 class SinkShare:
-    """The weight of other sinks for the heads of one visibility in one layer.
+    """The reduced weight of sinks other than the first token, for the heads of one visibility in one layer.
 
     Attributes:
-        log_beta: [heads], of what is left of it.
-        sink_probe: [heads, features], which keys are sinks.
+        log_beta: [heads], the log of the share of the weight that the sinks keep.
+        sink_probe: [heads, features], the probes that recognise sinks.
     """
 
     log_beta: torch.Tensor
@@ -69,22 +69,23 @@ class SinkShare:
 
 
 def sink_shares(module, kinds: HeadKinds) -> list[SinkShare]:
-    """The weight of other sinks for each kind of head of an attention module that has a beta."""
+    """A `SinkShare` for each kind of head of an attention module that has a beta."""
     return [SinkShare(**named) for named in parameters_of_kinds(module, kinds, PART.parameters)]
 
 
 def scale_sinks(out, lse, query, view: KeyValues, pad, scores, *, probe, log_beta):
-    """The output and log-sum-exp with beta times the weight on the sinks of each head.
+    """The output and log-sum-exp after the weight on each head's sinks is multiplied by beta.
 
     Args:
-        out, lse: of `query` [batch, heads, n, head_dim] on the keys of `view`.
+        out, lse: attention's result for `query` [batch, heads, n, head_dim] on the keys of `view`.
         pad: [batch], slots before each row's first real token, or None for none.
-        scores: of queries and keys, scaled and capped: ([batch, heads, n, d], [batch, heads, m, d]) -> [..., n, m].
+        scores: a function that gives scaled and capped scores: (queries [batch, heads, n, d],
+            keys [batch, heads, m, d]) -> [..., n, m].
         probe: [heads, features]. log_beta: [heads].
     """
     batch, heads, length, size = query.shape
     wanted = log_beta < 0
-    if torch.is_grad_enabled() and log_beta.requires_grad:  # heads at beta = 1 have a gradient, too
+    if torch.is_grad_enabled() and log_beta.requires_grad:  # heads with beta = 1 need a gradient as well
         wanted = torch.ones_like(wanted)
     keys, values, position, lasting, usable = _keys(view, pad)
     marked = (probe_scores(values, probe) > 0) & usable[:, None] & wanted[:, None]
@@ -120,13 +121,13 @@ def scale_sinks(out, lse, query, view: KeyValues, pad, scores, *, probe, log_bet
 
 
 def probe_features(values) -> torch.Tensor:
-    """What is looked at of each token: its value, the value's norm, and 1; [..., head_dim + 2], float32 or wider."""
+    """The features of each token: its value, the value's norm, and 1; [..., head_dim + 2], float32 or wider."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return torch.cat([values, values.norm(dim=-1, keepdim=True), torch.ones_like(values[..., :1])], dim=-1)
 
 
 def probe_scores(values, probe) -> torch.Tensor:
-    """How much each token is a sink: above 0, it is one.
+    """The probe's score of each token; a token with a score above 0 is a sink.
 
     Args:
         values: [batch, KV heads, K, head_dim].
@@ -140,11 +141,11 @@ def probe_scores(values, probe) -> torch.Tensor:
 
 
 def _keys(view: KeyValues, pad) -> tuple:
-    """All keys of a view with what is known of them.
+    """All keys of a view with their values, positions and flags.
 
     Returns:
-        Keys and values [batch, KV heads, K, head_dim]; their positions, long [1 or batch, K]; which are seen however
-        far they are (kept first tokens), bool [K]; which hold a real token other than the first, bool [1 or batch, K].
+        Keys and values [batch, KV heads, K, head_dim]; their positions, long [1 or batch, K]; which keys are seen at
+        any distance (kept first tokens), bool [K]; which hold a real token other than the first, bool [1 or batch, K].
     """
     device, sinks = view.keys.device, view.visibility.sinks
     slots = view.store.slots(view.keys.device) if view.ring else torch.arange(view.start, view.end, device=device)

@@ -2,30 +2,32 @@
 
     out_h(i) = sum over j in V_h(i) of softmax_j(scale * q_i.k_j) * v_j
 
-after projections, norms, RoPE and cache update. V_h is read from `module.surgery_heads`: for each kind of head in the
-layer its visibility and its KV heads. Heads of one kind run together: full heads as plain causal attention, heads with
-sinks + window as a band, block of queries by block of queries: the cost is n * window and no [n, n] mask exists. Of a
-prompt, full heads may read only some blocks of keys (surgery_sparse_prefill.py).
-What is added to the scores (surgery_bias.py, surgery_act.py) follows from each kind's output and log-sum-exp.
+after projections, norms, RoPE and cache update. V_h is the set of keys that head h sees. `module.surgery_heads` gives
+the visibility and the KV heads of each kind of head in the layer. Heads of one kind run together. Full heads run as
+plain causal attention. Heads with sinks + window run as a band, one block of queries after another: the cost is
+n * window and no [n, n] mask exists. Full heads may read only some blocks of a prompt's keys
+(surgery_sparse_prefill.py). The terms of surgery_bias.py and surgery_act.py are computed from each kind's output and
+log-sum-exp.
 
-The way of one call, in the order of this file:
+The path of one call, in the order of this file:
 
-    surgery_attention   refuses what it does not know, applies the gate, and takes packed rows one by one
-    _attention          splits queries and keys by kind of head; asks the parts, which `attach` put on the module
-                        (`surgery_corrections`, `surgery_sparse`), and at the end the policy (`surgery_policy`)
+    surgery_attention   refuses unknown arguments, applies the gate, and runs the sequences of packed rows one by one
+    _attention          splits queries and keys by kind of head; uses what the parts' `attach` put on the module
+                        (`surgery_corrections`, `surgery_sparse`), and calls the policy at the end (`surgery_policy`)
     _attend             the heads of one kind: sparse prefill, or the real keys; then the corrections
     _on_keys, _block    keys in consecutive slots, as a full store or a ring holds them
     _on_survivors       keys in slots that differ from KV head to KV head, once a policy has dropped some
 
-The mask: `generate` gives [batch, length]; Transformers hands it to `surgery_mask` (surgery_visibility.py), once for
-each kind of layer. It returns None (no padding), bool [batch, N] (True: a real token), or, where no mask was given and
-positions start again, long [batch, N]: the sequence of packed rows that a token belongs to. That comes here as
-`attention_mask`. What a block of queries sees is made from it and from the heads' visibility, block by block
-(`seen_keys`), so that no [n, n] mask exists. The cache knows no mask.
+The mask: `generate` gives [batch, length]. Transformers passes it to `surgery_mask` (surgery_visibility.py), once for
+each kind of layer. `surgery_mask` returns None (no padding) or bool [batch, N] (True: a real token). Where no mask was
+given and positions start again, it returns long [batch, N], the number of each token's sequence in a packed row. The
+result arrives here as `attention_mask`. `seen_keys` combines it with the heads' visibility, block by block, so that no
+[n, n] mask exists. The cache does not know the mask.
 
-A method that drops keys from the cache is a policy, one file: surgery_kv_policy.py says how.
+A method that drops keys from the cache is a policy in one file; surgery_kv_policy.py describes how to write one.
 
-One softmax over some keys, with its log-sum-exp: by a kernel, or written out where no kernel gives it.
+The second half of this file computes one softmax over some keys, with its log-sum-exp: by a kernel, or written out
+where no kernel gives it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from .surgery_stores import KeyValues, uncached
 from .surgery_visibility import HeadKinds, bias, for_groups, seen_keys, unpadded
 
 BLOCK = 128  # queries of a band that share one slice of keys
-LONG, SHORTEST = 4096, 512  # keys from which one query reads them in splits of so many at least, for the threads
+LONG, SHORTEST = 4096, 512  # from LONG keys on, one query reads them in splits of at least SHORTEST, for the threads
 # Tensors that reach an attention function and do not change what it computes. Others are refused.
 IGNORED = {"position_ids", "labels", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k"}
 
@@ -51,15 +53,15 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
         module: attention module that carries `surgery_heads`, a `HeadKinds`.
         query: [batch, heads, n, head_dim].
         key, value: [batch, KV heads, N, head_dim], or what `SurgeryLayer.update` returned.
-        attention_mask: as `surgery_mask` gives it: None, bool [batch, N] (True: a real token), or long [batch, N],
-            the sequences of packed rows.
+        attention_mask: the result of `surgery_mask`: None, bool [batch, N] (True: a real token), or long [batch, N],
+            the number of each token's sequence in a packed row.
         scaling: factor on q.k. `softcap`, `s_aux` and `sliding_window` are honoured.
 
     Returns:
-        [batch, n, heads, head_dim], and None: the weights are never held.
+        [batch, n, heads, head_dim], and None in place of the weights, which are never held.
 
     Raises:
-        ValueError: a 4-D mask, dropout, attention weights or an argument that is not known here.
+        ValueError: a 4-D mask, dropout, a request for attention weights, or an unknown argument.
     """
     options = _options(kwargs)
     if dropout and module.training:
@@ -70,7 +72,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a surgical model takes a mask [batch, length] of real tokens, not one of 4 dimensions")
     packed = attention_mask is not None and attention_mask.dtype == torch.long
-    call = getattr(module, "surgery_call", None)  # what the gate says, where there is one
+    call = getattr(module, "surgery_call", None)  # the state of the layer's gate, if it has one
     if call is not None and call.on is not None and attention_mask is None:
         out = call.gathered(module, query, key, value, scaling, options)
         if out is not None:
@@ -80,7 +82,7 @@ def surgery_attention(module, query, key, value, attention_mask, scaling=None, d
 
 
 def _attention(module, query, key, value, attention_mask, scaling, options) -> torch.Tensor:
-    """Attention [batch, n, heads, head_dim] without the gate, of rows that hold one sequence each."""
+    """Attention [batch, n, heads, head_dim] without the gate, for rows that hold one sequence each."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kinds: HeadKinds = module.surgery_heads
     if isinstance(key, list):
@@ -128,14 +130,14 @@ def _options(kwargs: dict) -> dict:
 
 
 def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, corrections, sink, work) -> torch.Tensor:
-    """Heads of one visibility against a view.
+    """Attention of the heads of one visibility to the keys of a view.
 
     Args:
-        query: [batch, heads, n, head_dim], as is the result.
-        sparse: a `Sparse` of surgery_sparse_prefill.py, or None.
-        corrections: what the parts make of output and log-sum-exp, one after the other (`surgery_bias.Terms`).
+        query: [batch, heads, n, head_dim]; the result has this shape, too.
+        sparse: a `surgery_sparse_prefill.Sparse`, or None.
+        corrections: the parts' corrections of output and log-sum-exp, applied in order (e.g. `surgery_bias.Terms`).
         sink: [heads], logit of the base's own learned sink (`s_aux`), or None.
-        work: a `Work` of surgery_gated_compute.py that counts multiply-adds, or None.
+        work: a `surgery_gated_compute.Work` that counts multiply-adds, or None.
     """
     if view.visibility.sinks:
         view.settle_sinks(pad)
@@ -154,7 +156,7 @@ def _attend(query, view: KeyValues, mask, pad, scale, softcap, *, sparse, correc
 
 
 def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
-    """Attention to the real keys: output, and its log-sum-exp [batch, heads, n] if it is asked for, else None."""
+    """Attention to the real keys: the output, and its log-sum-exp [batch, heads, n] with `with_lse`, else None."""
     batch, heads, length, size = query.shape
     kv_heads, visibility = view.keys.shape[1], view.visibility
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
@@ -166,7 +168,7 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
         return fused(query, *view.sinks_and_ring, scale, with_lse)
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, size)
     first, lead, step, blocks = view.end - length, 0, BLOCK, []
-    if plain and first == 0 and visibility.window is not None:  # up to there the window reaches back to the begin
+    if plain and first == 0 and visibility.window is not None:  # the first `window` queries see back to the beginning
         lead = min(length, visibility.window)
         begin = (tensor[:, :, :lead] for tensor in (query, view.keys, view.values))
         out, lse = fused(*begin, scale, with_lse, causal=True)
@@ -183,11 +185,11 @@ def _on_keys(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) 
 
 
 def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, with_lse: bool) -> tuple:
-    """One block of queries [batch, KV heads, group, b, head_dim], the first of which is in slot `first`."""
+    """Attention of one block of queries [batch, KV heads, group, b, head_dim]; the first query is in slot `first`."""
     group, length = query.shape[2:4]
     visibility, device, end = view.visibility, query.device, first + length
     low = view.start if visibility.window is None else max(view.start, first - visibility.window + 1)
-    # The sinks are read from their own buffer, not where they lie among the keys.
+    # The sinks are read from their own buffer, not from their place among the keys.
     separate_sinks = visibility.sinks > 0
     if view.ring:
         keys, values = view.keys, view.values
@@ -199,7 +201,7 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, wit
         keys = torch.cat([view.sink_keys, keys], dim=2)
         values = torch.cat([view.sink_values, values], dim=2)
     if mask is None and visibility.window is not None and not view.ring:
-        # Blocks beyond sinks + window have one mask, if the sinks stay in sight.
+        # Blocks beyond sinks + window share one mask, unless the base's own window (`limit`) may end before the sinks.
         reusable_mask = separate_sinks and visibility.limit is None
         shift = max(low - visibility.sinks - 1, 0) if reusable_mask else 0
         seen = unpadded(
@@ -213,13 +215,16 @@ def _block(query, view: KeyValues, first: int, mask, pad, scale, softcap, *, wit
 
 
 def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, empty_rows: bool) -> tuple:
-    """Queries [batch, KV heads, group, b, head_dim] on the keys that they see; `empty_rows`: some may see none."""
+    """Attention of queries [batch, KV heads, group, b, head_dim] to the keys they see.
+
+    `empty_rows`: some queries may see no key.
+    """
     rows = query.flatten(2, 3)
     if softcap is None and not (with_lse and written_out(rows, keys, values)):
         out, lse = fused(rows, keys, values, scale, with_lse, seen=seen)
     else:
         out, lse = explicit(rows, keys, values, seen, scale, softcap, with_lse)
-    if empty_rows and seen is not None:  # rows of padding see nothing: zero, never NaN
+    if empty_rows and seen is not None:  # rows of padding see nothing: their output is zero, never NaN
         empty = ~seen.any(dim=-1)
         out = out.masked_fill(empty[..., None], 0.0)
         lse = lse.masked_fill(empty, -torch.inf) if with_lse else None
@@ -227,7 +232,7 @@ def _under_mask(query, keys, values, seen, scale, softcap, with_lse: bool, *, em
 
 
 def _on_survivors(query, view: KeyValues, mask, pad, scale, softcap, with_lse: bool) -> tuple:
-    """As `_on_keys`, of full heads from whose cache a policy has dropped keys, of each KV head others."""
+    """`_on_keys` for full heads from whose cache a policy has dropped keys, which differ from KV head to KV head."""
     (batch, _, length, size), kv_heads = query.shape, view.keys.shape[1]
     plain = softcap is None and mask is None and not (with_lse and written_out(query, view.keys, view.values))
     if plain and length == 1 and not view.gaps:  # the newest token sees all
@@ -248,12 +253,12 @@ def _on_survivors(query, view: KeyValues, mask, pad, scale, softcap, with_lse: b
 
 
 def _splits_pay(query, view: KeyValues) -> bool:
-    """Whether one query of full heads reads its keys in splits: where the kernel gives a log-sum-exp."""
+    """Whether one query of full heads reads its keys in splits, which needs a kernel that gives a log-sum-exp."""
     return view.visibility.window is None and not written_out(query, view.keys, view.values)
 
 
 def _attend_in_splits(query, keys, values, scale) -> tuple:
-    """One query of each head over all keys, which are split for the threads; a group reads its keys once.
+    """Attention of one query of each head to all keys, which are split among the threads; a group reads its keys once.
 
     Args:
         query: [1, heads, 1, head_dim].
@@ -280,8 +285,8 @@ def _attend_in_splits(query, keys, values, scale) -> tuple:
 
 
 def _by_segment(module, query, key, value, segments, scaling, options):
-    """Packed rows: every sequence attends alone, and its first tokens are its sinks."""
-    if isinstance(key, list):  # the cache of this call: all its keys are new
+    """Attention of packed rows: every sequence attends to itself alone, and its own first tokens are its sinks."""
+    if isinstance(key, list):  # a cache that was made for this call: all its keys are new
         raise ValueError("packed rows are for training: pass use_cache=False")
     rows = []
     for row, sequence_ids in enumerate(segments.expand(query.shape[0], -1)):
@@ -292,24 +297,28 @@ def _by_segment(module, query, key, value, segments, scaling, options):
     return torch.cat(rows)
 
 
-# Before torch 2.9 at least, this kernel knows no groups of query heads, and reads other memory without an error.
+# Before torch 2.10, this kernel does not know groups of query heads: it reads other memory, silently.
 OLD = tuple(int(component) for component in torch.__version__.split(".")[:2]) < (2, 10)
 
 
 def written_out(query, keys, values) -> bool:
-    """Whether no kernel gives the log-sum-exp here: the CPU's does, and has no gradient for it."""
+    """Whether no kernel gives the log-sum-exp here. The CPU's kernel gives it, but without a gradient."""
     if query.device.type != "cpu" or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return True
     return torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
 
 
 def fused(query, keys, values, scale, with_lse: bool, causal: bool = False, seen=None) -> tuple:
-    """Output and log-sum-exp (None if not asked for) by one kernel; seen: mask or bias [batch or 1, 1, n, keys]."""
+    """Output, and log-sum-exp with `with_lse` (else None), by one kernel.
+
+    `seen`: a mask or a bias, [batch or 1, 1, n, keys].
+    """
     gqa = query.shape[1] != keys.shape[1]
     decoding = query.shape[2] == 1 and seen is None and not causal and query.device.type == "cpu"
     if decoding and gqa:
-        # One query of each head: as rows of one head a group reads its keys once. 32 heads, 8 KV heads, 4,000 keys,
-        # one core: 8.6 -> 3.9 ms; in bfloat16, whose keys the kernel converts again for each head, 19.5 -> 1.8 ms.
+        # One query of each head: a group's heads become rows of one head, and read their keys once. 32 heads, 8 KV
+        # heads, 4,000 keys, one core: 8.6 -> 3.9 ms. In bfloat16, where the kernel converts the keys for each head,
+        # 19.5 -> 1.8 ms.
         rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
         out, lse = fused(rows, keys, values, scale, with_lse)
         return out.reshape(*query.shape[:3], -1), None if lse is None else lse.reshape(query.shape[:3])
@@ -338,7 +347,7 @@ def explicit(rows, keys, values, seen, scale, softcap, with_lse: bool) -> tuple:
 
 
 def add_keys(out, lse, logits, values=None):
-    """Attention to m more keys, besides those that `out` attends to. Rows that attend to nothing stay so.
+    """Attention to the keys that `out` attends to, and to m more. Rows that attend to nothing stay unchanged.
 
     Args:
         out: [..., n, d], the softmax's output.

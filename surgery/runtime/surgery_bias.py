@@ -1,7 +1,7 @@
 """Terms that are added to the scores of attention: a bias on a row's first token or other sinks, and virtual keys.
 
-A softmax over some keys is known by its output and its log-sum-exp. From these two, the output with one key weighted
-anew, or with more keys, follows in closed form; no attention matrix is held.
+The output and the log-sum-exp of a softmax over some keys are enough to give one key another weight, or to add keys.
+Both have a closed form, and no attention matrix is held.
 
     weight of the first token times gamma    out' = (out + (gamma - 1) a v) / (1 + (gamma - 1) a), a its weight in out
     m more keys                              out' = w_0 out + sum over them of w_j v'_j, w = softmax([lse, logits])
@@ -27,14 +27,15 @@ from .surgery_visibility import HeadKinds
 def scale_key(out, lse, logit, value, log_gamma, seen=None):
     """Attention in which the unnormalised weight of one key is multiplied by gamma.
 
-    Half-precision `out` was rounded, which a gamma below 1 enlarges by 1 / (1 + (gamma - 1) a), at most 1 / gamma.
+    With a gamma below 1, the rounding error of a half-precision `out` grows by the factor 1 / (1 + (gamma - 1) a), at
+    most 1 / gamma.
 
     Args:
         out, lse: as for `add_keys`.
         logit: [..., n], the key's own scaled score, which is one of those in `lse`.
         value: [..., 1, d], the key's value.
         log_gamma: log of gamma; broadcast to [..., n].
-        seen: bool, broadcast to [..., n]: the rows that see the key; others stay as they are. None: all.
+        seen: bool, broadcast to [..., n]: the rows that see the key. Other rows stay unchanged. None: all rows see it.
 
     Returns:
         The new output and log-sum-exp.
@@ -48,16 +49,16 @@ def scale_key(out, lse, logit, value, log_gamma, seen=None):
 
 @dataclass
 class Terms:
-    """The terms of the heads of one visibility in one layer; None for what they do not have.
+    """The terms of the heads of one visibility in one layer. An attribute is None where the heads lack the term.
 
     Attributes:
-        log_gamma: [heads], of the weight of the row's first real token.
+        log_gamma: [heads], the log of the factor on the weight of the row's first real token.
         sink_logit: [heads, m], added to the scores of m virtual keys.
-        key, value: [KV heads, m, head_dim]. A virtual key is scored against the query as it comes, after RoPE: it
-            stands at position 0, and its score drifts with distance as that of the first token does. Without keys
-            the logit is the score; without values they are 0.
-        stand_in: the virtual keys are seen only by queries that lost their row's first token to a narrower window than
-            the base's own.
+        key, value: [KV heads, m, head_dim]. A virtual key is scored against the query after RoPE. So it is at position
+            0, and its score changes with distance as the first token's does. Without keys, the logit is the score.
+            Without values, the values are 0.
+        stand_in: only queries whose window (narrower than the base's own) no longer reaches their row's first token
+            see the virtual keys.
     """
 
     log_gamma: torch.Tensor | None = None
@@ -70,7 +71,7 @@ class Terms:
         """The output and log-sum-exp with these terms.
 
         Args:
-            out, lse: of `query` [batch, heads, n, head_dim] on the real keys of `view`.
+            out, lse: attention's result for `query` [batch, heads, n, head_dim] on the real keys of `view`.
             pad: [batch], slots before each row's first real token, or None for none.
         """
         first = _FirstToken(view, pad, query.shape[2]) if self.log_gamma is not None or self.stand_in else None
@@ -95,12 +96,12 @@ class Terms:
 
 
 def split_terms(module, kinds: HeadKinds, stand_in: bool = False) -> list[Terms]:
-    """The terms of each kind of head of an attention module that has some."""
+    """The `Terms` of each kind of head, for an attention module that has any."""
     return [Terms(**named, stand_in=stand_in) for named in parameters_of_kinds(module, kinds, PART.parameters)]
 
 
 def parameters_of_kinds(module, kinds: HeadKinds, known: dict[str, Parameter]) -> list[dict[str, torch.Tensor]]:
-    """Those of the known parameters that an attention module has, apart by kind: name without `surgery_` -> rows."""
+    """The known parameters of an attention module, split by kind of head: name without `surgery_` -> rows."""
     rows = {}
     for name in (name for name in module.surgery_parameters if name in known):
         split = kinds.split_keys if known[name].rows == KV_HEADS else kinds.split_queries
@@ -109,7 +110,7 @@ def parameters_of_kinds(module, kinds: HeadKinds, known: dict[str, Parameter]) -
 
 
 def fault_of_shapes(config, named: dict, groups: list[int]) -> str:
-    """What is wrong with the shapes of parameters of the scores' terms, "" if nothing.
+    """The error in the shapes of the terms' parameters, "" if there is none.
 
     Args:
         named: name -> shape.
@@ -142,9 +143,9 @@ class _FirstToken:
     """The first real token of each row.
 
     Attributes:
-        key, value: [batch, KV heads, 1, head_dim]; of a row that lost the token, anything.
+        key, value: [batch, KV heads, 1, head_dim]; arbitrary for a row that lost the token.
         seen: [1 or batch, 1, n], which queries see it.
-        reached: as `seen`, for which queries the base's own sliding window does not end before it.
+        reached: [1 or batch, 1, n], for which queries the base's own sliding window reaches it.
     """
 
     def __init__(self, view: KeyValues, pad: torch.Tensor | None, length: int):
@@ -166,9 +167,9 @@ class _FirstToken:
 
 
 class BiasAndVirtualKeys(Part):
-    """A weight for the row's first token (a bias), and virtual keys, by parameters of their own for each head.
+    """A weight for the row's first token (a bias), and virtual keys; each head has its own parameters.
 
-    An entry may have `stand_in`: virtual keys are for queries alone that do not see the first token.
+    An entry may have `stand_in`: then only queries that do not see the first token see the virtual keys.
     """
 
     keys = ("stand_in",)

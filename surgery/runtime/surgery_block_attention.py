@@ -1,12 +1,13 @@
-"""Attention of a prompt to the blocks of keys that were kept for it.
+"""Attention of a prompt to the kept blocks of keys.
 
-Key block J is keys J * block to J * block + block - 1; query block I likewise, in absolute positions, where the n
-queries are the last of N tokens. A query sees what lies before it in the key blocks kept for its block.
+Key block J holds keys J * block to J * block + block - 1, and query block I holds the queries at the positions of key
+block I. Positions are absolute: the n queries are the last of N tokens. A query sees the keys before it in the key
+blocks that are kept for its query block.
 
-On a CPU the keys of a list are gathered and go through the flash kernel without a mask: only a query's own block
-needs one, and the own blocks of all queries are one causal product. Two outputs meet by their log-sum-exps. Where that
-kernel has no answer (gradients, soft-capped scores, other devices without the Triton kernel) the softmax is written
-out.
+On a CPU the keys of a list of kept blocks are gathered, and the flash kernel attends to them without a mask. Only a
+query's own block needs a mask, and the own blocks of all queries are one causal product. The two outputs are merged by
+their log-sum-exps. Where this kernel cannot be used (gradients, soft-capped scores, other devices without the Triton
+kernel) the softmax is written out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from .surgery_attention import explicit, fused, written_out
 from .surgery_config import load_file
 
-ROWS = 32  # rows far from one another that read their keys together, up to the last one's
+ROWS = 32  # scattered rows that attend together, to all keys up to the last row's position
 
 
 def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=None) -> tuple:
@@ -28,8 +29,8 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
     Args:
         query: [batch, heads, n, head_dim].
         keys, values: [batch, KV heads, N, head_dim], n <= N, all of real tokens.
-        kept: bool [batch, KV heads or heads, query blocks, key blocks]; its rows are the query blocks from that of
-            token N - n on. The block of the queries themselves is always attended to, later ones never.
+        kept: bool [batch, KV heads or heads, query blocks, key blocks]; the first row is the query block of token
+            N - n. Queries always attend to their own block, and never to later ones.
         block: tokens in a block.
         scale: factor on q.k.
         softcap: cap on the scores, or None.
@@ -56,10 +57,10 @@ def attend_blocks(query, keys, values, kept, block: int, scale: float, softcap=N
 
 
 def attend_rows(query, keys, values, positions: list[int], scale: float, softcap=None) -> tuple:
-    """Causal attention of some rows, which may lie far from one another, to all keys.
+    """Causal attention of some rows, which need not be neighbours, to all keys.
 
     Args:
-        query: [batch, heads, r, head_dim], of the tokens at `positions`, which ascend.
+        query: [batch, heads, r, head_dim], the queries of the tokens at `positions`, which ascend.
         keys, values: [batch, KV heads, N, head_dim].
 
     Returns:
@@ -82,7 +83,7 @@ def attend_rows(query, keys, values, positions: list[int], scale: float, softcap
 
 @lru_cache
 def _kernel():
-    """The module of the Triton kernel, or None where it cannot be had: PyTorch does the same."""
+    """The module of the Triton kernel, or None where it cannot be imported: PyTorch then computes the same."""
     try:
         return load_file("sparse.kernel")
     except (ValueError, ImportError):
@@ -94,7 +95,7 @@ def _trains(*tensors) -> bool:
 
 
 def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
-    """`attend_blocks` of one row by the CPU's flash kernel."""
+    """`attend_blocks` for one row of the batch, by the CPU's flash kernel."""
     (heads, length, size), lists = query.shape, len(kept)
     past, group = keys.shape[1] - length, heads // lists
     first, full_blocks = past // block, keys.shape[1] // block
@@ -133,13 +134,13 @@ def _gathered(query, keys, values, kept, block: int, scale: float, softcap) -> t
 
 
 def _causal_rows(kept) -> int:
-    """How many query blocks, from the first of a prompt on, keep all that lies before them in every list."""
+    """The number of query blocks at the start of a prompt that keep all earlier blocks in every list."""
     complete = (kept | ~torch.ones_like(kept[0]).tril()).all(-1).all(0)
     return int(complete.cumprod(0).sum())
 
 
 def _lists(kept, first: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Index of the list's head, its row, and the key blocks before the row's own, where there are any."""
+    """Yield (index of the list's head, row, kept key blocks before the row's own) for rows that have such blocks."""
     _, rows, columns = kept.shape
     before = torch.arange(columns, device=kept.device) < first + torch.arange(rows, device=kept.device)[:, None]
     where = (kept & before).nonzero()
@@ -153,7 +154,7 @@ def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
     """Every query's attention to the keys of its own block: [heads, n, head_dim] and the log-sum-exp [heads, n]."""
     length, end = query.shape[1], keys.shape[1]
     past = end - length
-    lead = min(-past % block, length)  # queries of a block that began before them
+    lead = min(-past % block, length)  # queries of a block that began before the first query
     middle = lead + (length - lead) // block * block
     outputs = []
     if lead:
@@ -178,7 +179,7 @@ def _own_blocks(query, keys, values, block: int, scale: float) -> tuple:
 
 
 def _written_out(query, keys, values, kept, block: int, scale: float, softcap) -> tuple:
-    """`attend_blocks` of one row with the softmax written out, list by list."""
+    """`attend_blocks` for one row of the batch, with the softmax written out, list by list."""
     (heads, length, size), lists, end = query.shape, len(kept), keys.shape[1]
     past, group, device = end - length, heads // lists, query.device
     first, tokens, by_list = past // block, torch.arange(end, device=device), []

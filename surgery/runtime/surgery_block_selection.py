@@ -1,7 +1,8 @@
-"""How a prompt falls into blocks, and the rules by which estimators keep some of them.
+"""The blocks of a prompt, and the rules by which estimators keep some of them.
 
-Block boundaries are absolute: key block J is the keys from J * size to J * size + size - 1, query block I the queries
-at those same places: what a block of queries keeps does not depend on how a prompt is cut, if it is at block edges.
+Block boundaries are absolute. Key block J holds the keys from J * size to J * size + size - 1, and query block I the
+queries at the positions of key block I. So the blocks that a query block keeps do not depend on how a prompt is cut
+into chunks, as long as the cuts are at block edges.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CELLS = 1 << 22  # scores that an estimator holds at once, over all heads: 16 MB
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the last `queries` of `keys` tokens fall into blocks of `size`.
+    """The partition of `keys` tokens, the last `queries` of which are queries, into blocks of `size`.
 
     Attributes:
         queries, keys: n and N.
@@ -31,52 +32,52 @@ class Blocks:
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, size: int) -> Blocks:
-        """Of query [batch, heads, n, head_dim] and key [batch, KV heads, N, head_dim]."""
+        """The blocks of query [batch, heads, n, head_dim] and key [batch, KV heads, N, head_dim]."""
         return cls(query.shape[2], key.shape[2], size)
 
     @property
     def start(self) -> int:
-        """Place of the first query among the tokens."""
+        """Index of the first query among the tokens."""
         return self.keys - self.queries
 
     @property
     def first(self) -> int:
-        """Number of the first query block: row r of a list of kept blocks is query block `first` + r."""
+        """Index of the first query block. Row r of a list of kept blocks is query block `first` + r."""
         return self.start // self.size
 
     @property
     def columns(self) -> int:
-        """Key blocks."""
+        """Number of key blocks."""
         return -(-self.keys // self.size)
 
     @property
     def rows(self) -> int:
-        """Query blocks."""
+        """Number of query blocks."""
         return self.columns - self.first
 
     def row_numbers(self, device=None) -> torch.Tensor:
-        """Number of each query block, long [rows, 1]."""
+        """Index of each query block, long [rows, 1]."""
         return torch.arange(self.first, self.columns, device=device)[:, None]
 
     def distance(self, device=None) -> torch.Tensor:
-        """Block of the queries less block of the keys, long [rows, columns]; below 0: the keys are later."""
+        """Index of the query block minus that of the key block, long [rows, columns]. Below 0 the keys are later."""
         return self.row_numbers(device) - torch.arange(self.columns, device=device)
 
     def causal(self, device=None) -> torch.Tensor:
-        """Blocks with a key that some query of the row sees, bool [rows, columns]."""
+        """Key blocks that contain a key which some query of the row sees, bool [rows, columns]."""
         return self.distance(device) >= 0
 
     def counts(self, device=None) -> torch.Tensor:
-        """Keys of each block, long [columns]."""
+        """Number of keys in each block, long [columns]."""
         return (self.keys - torch.arange(self.columns, device=device) * self.size).clamp_max(self.size)
 
     def forced(self, first: int = 1, local: int = 1, last_rows_dense: int = 0, device=None) -> torch.Tensor:
-        """What is kept whatever its score, bool [rows, columns].
+        """The blocks that are kept whatever their score, bool [rows, columns].
 
         Args:
-            first: blocks at the begin.
-            local: nearest blocks, the diagonal one counted.
-            last_rows_dense: of so many last tokens, the query blocks that hold them keep all blocks.
+            first: how many blocks at the beginning are kept.
+            local: how many of the nearest blocks are kept, including the diagonal one.
+            last_rows_dense: the query blocks that hold any of this many last tokens keep all blocks.
         """
         distance = self.distance(device)
         near = distance < max(local, 1)
@@ -87,13 +88,13 @@ class Blocks:
         return (near | begin | dense) & (distance >= 0)
 
     def pieces(self, cells_of_row: int) -> Iterator[tuple[slice, slice, int]]:
-        """The queries in pieces of whole query blocks whose scores may be held at once.
+        """Split the queries into pieces of whole query blocks, each small enough to hold its scores (`CELLS`).
 
         Args:
-            cells_of_row: scores of one query block with one key block, over all heads of the batch.
+            cells_of_row: number of scores of one query block with one key block, over all heads of the batch.
 
         Yields:
-            rows of the list of kept blocks, the queries that they hold, and how many key blocks the last row sees.
+            The rows of a piece in a list of kept blocks, its queries, and how many key blocks its last row sees.
         """
         begin = 0
         while begin < self.rows:
@@ -105,17 +106,17 @@ class Blocks:
             begin = end
 
     def place(self, row: int) -> int:
-        """Number of the first query of a row."""
+        """Index of the first query of a row."""
         return min(max((self.first + row) * self.size - self.start, 0), self.queries)
 
     def row_of(self, tokens: slice, device=None) -> torch.Tensor:
-        """Of some queries, the row each belongs to, long [tokens]."""
+        """The row of each of some queries, long [tokens]."""
         return (self.start + torch.arange(tokens.start, tokens.stop, device=device)) // self.size - self.first
 
     def fold(self, values: torch.Tensor, rows: slice, fill: float) -> torch.Tensor:
-        """Values of the queries of some rows, [..., tokens, x], block by block: [..., rows, size, x].
+        """Reshape values of the queries of some rows, [..., tokens, x], to blocks, [..., rows, size, x].
 
-        Places of a block where no query is (before a chunk, after the end) get `fill`.
+        Positions of a block without a query (before a chunk, after the end) get `fill`.
         """
         lead = self.start % self.size if rows.start == 0 else 0
         count = rows.stop - rows.start
@@ -126,7 +127,7 @@ class Blocks:
 
 
 def widen(values: torch.Tensor) -> torch.Tensor:
-    """In float32, or in float64 if they are."""
+    """The values in float32, or unchanged if they are float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -134,11 +135,11 @@ def block_means(values: torch.Tensor, size: int, start: int = 0) -> torch.Tensor
     """Mean of the tokens of each block.
 
     Args:
-        values: [batch, heads, tokens, x], the first of which is at place `start`.
+        values: [batch, heads, tokens, x]; the first token has index `start`.
         size: tokens of a block.
 
     Returns:
-        [batch, heads, blocks, x], float32 or wider; a block that is not whole is the mean of the tokens it has.
+        [batch, heads, blocks, x], float32 or wider; an incomplete block gives the mean of the tokens it has.
     """
     wide, length = torch.promote_types(values.dtype, torch.float32), values.shape[2]
     lead = min(-start % size, length)
@@ -160,12 +161,12 @@ def by_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def shares(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension; a row that has only -inf gives zeros."""
+    """Softmax over the last dimension. A row that is -inf throughout gives zeros."""
     return scores.softmax(-1).masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
 
 
 def reduce_groups(mass: torch.Tensor, kv_heads: int, how: str) -> torch.Tensor:
-    """One list of masses for the query heads that read a KV head.
+    """Reduce the masses of the query heads that read a KV head to one list.
 
     Args:
         mass: [batch, heads, rows, columns], not negative.
@@ -181,13 +182,14 @@ def reduce_groups(mass: torch.Tensor, kv_heads: int, how: str) -> torch.Tensor:
 
 
 def keep_by_coverage(mass: torch.Tensor, gamma: float, forced: torch.Tensor) -> torch.Tensor:
-    """Blocks in falling order of mass, the forced ones first, as long as those before hold less than gamma of all.
+    """The blocks with the largest masses that together hold the share gamma of a row's mass.
 
-    The block that crosses the line is in. Of equal masses the earlier block is first.
+    Forced blocks come first, then the others in falling order of mass. Of equal masses the earlier block is first. A
+    block is kept if the blocks before it hold less than gamma, so the block that reaches gamma is kept.
 
     Args:
         mass: [..., columns], not negative.
-        gamma: share of a row's mass. 1 keeps all, also what has no mass.
+        gamma: share of a row's mass. 1 keeps all blocks, including those without mass.
         forced: bool, broadcast to mass.
     """
     if gamma >= 1:
@@ -209,7 +211,7 @@ def keep_top(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
 
     Args:
         scores: [..., columns].
-        k: from 1; one for all, or long and broadcast to [..., 1]. More than the columns keeps all.
+        k: from 1; one number for all rows, or long, broadcast to [..., 1]. A k above the number of columns keeps all.
     """
     columns = scores.shape[-1]
     k = torch.as_tensor(k, device=scores.device).clamp(1, columns)
@@ -223,20 +225,20 @@ def keep_top(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
 def keep(
     mass: torch.Tensor, blocks: Blocks, forced: torch.Tensor, gamma: float | None, density: float | None, alpha=None
 ) -> torch.Tensor:
-    """The kept blocks by one of three rules, with what is forced, causal on the level of blocks.
+    """The blocks that one of three rules keeps, and the forced ones, without the blocks of later keys.
 
     Args:
         mass: [batch, heads, rows, columns], not negative, 0 for later keys.
-        forced: bool [rows, columns] (or broadcast so), a part of the causal blocks.
+        forced: bool [rows, columns] or broadcast to it; only causal blocks may be forced.
         gamma: coverage, see `keep_by_coverage`.
-        density: share of the causal blocks of a row, rounded up, what is forced counted.
+        density: share of the causal blocks of a row, rounded up; forced blocks count towards it.
         alpha: see `keep_by_ratio`.
 
     Returns:
         bool [batch, heads, rows, columns].
 
     Raises:
-        ValueError: not one of the three.
+        ValueError: not exactly one of gamma, density and alpha is given.
     """
     if [gamma, density, alpha].count(None) != 2:
         raise ValueError(f"one rule says which blocks are kept: gamma={gamma}, density={density}, alpha={alpha}")
@@ -244,7 +246,7 @@ def keep(
     if gamma is not None:
         kept = keep_by_coverage(mass, gamma, forced)
     elif density is not None:
-        # Less a little, since 0.1 * 30 is a little more than 3.
+        # Subtract a little, since 0.1 * 30 is slightly more than 3 in floating point.
         most = [math.ceil(density * (row + 1) - 1e-9) for row in range(blocks.first, blocks.columns)]
         ranked = mass.masked_fill(~causal, -torch.inf).masked_fill(forced, torch.inf)
         kept = keep_top(ranked, torch.tensor(most, device=mass.device)[:, None])

@@ -1,7 +1,7 @@
-"""The cache of a surgical checkpoint: `SurgeryCache` of a model, a `SurgeryLayer` for each layer.
+"""The cache of a surgical checkpoint: `SurgeryCache` for a model, with a `SurgeryLayer` for each layer.
 
-A layer has a store for each visibility that its KV heads have (surgery_stores.py). modeling_surgery.py makes a cache
-where none is given.
+A layer has a store for each visibility of its KV heads (surgery_stores.py). modeling_surgery.py makes a cache where
+the caller gives none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward)
 
 
 class SurgeryLayer(CacheLayerMixin):
-    """The cache of one layer: a store for each visibility that its KV heads have.
+    """The cache of one layer: a store for each visibility of its KV heads.
 
     Args:
         heads: the kinds of heads in the layer.
@@ -41,10 +41,10 @@ class SurgeryLayer(CacheLayerMixin):
         self.device = key_states.device
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store new keys and values [batch, KV heads, n, head_dim]; gradients flow through what is kept of them.
+        """Store new keys and values [batch, KV heads, n, head_dim]. Gradients flow through those that are kept.
 
         Returns:
-            One object twice, in place of keys and values: the list of `KeyValues`, one for each visibility.
+            The same list twice, in place of keys and values: a `KeyValues` for each visibility.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -80,7 +80,7 @@ class SurgeryLayer(CacheLayerMixin):
             store.reset()
 
     def change(self, function) -> None:
-        """Apply a function to every tensor that is held."""
+        """Replace every stored tensor by the function's result for it."""
         for store in self.stores:
             store.tensors = {name: function(tensor) for name, tensor in store.tensors.items()}
             if getattr(store, "pending", None):
@@ -104,7 +104,7 @@ class SurgeryLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held."""
+        """Size of the stored tensors in bytes."""
         total = 0
 
         def count(tensor):
@@ -125,7 +125,7 @@ class SurgeryCache(Cache):
 
     def __init__(self, layers: list[HeadKinds], offloading: bool = False):
         super().__init__(layers=[SurgeryLayer(heads) for heads in layers], offloading=offloading)
-        self.fits: dict | None = None  # the last surgery block that was found to be of these heads
+        self.fits: dict | None = None  # the last surgery block that was found to have these kinds of heads
 
     @classmethod
     def of(cls, config, **kwargs) -> SurgeryCache:
@@ -135,7 +135,7 @@ class SurgeryCache(Cache):
         return cache
 
     def refuse_other(self, config) -> None:
-        """Raise a ValueError if the heads of such a model are not split as they are here."""
+        """Raise a ValueError if a model with this config has other kinds of heads than this cache."""
         block = getattr(config, "surgery", None)
         if block is not self.fits:
             if [layer.heads.spec for layer in self.layers] != [heads.spec for heads in head_kinds(config)]:
@@ -143,7 +143,11 @@ class SurgeryCache(Cache):
             self.fits = block
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, in every layer or, if one cannot, in none."""
+        """Remove the last `-tokens_to_remove` tokens from every layer.
+
+        Raises:
+            RuntimeError: a layer cannot remove them; then none does.
+        """
         count = -tokens_to_remove
         if not all(store.can_crop(count) for layer in self.layers for store in layer.stores):
             raise RuntimeError(

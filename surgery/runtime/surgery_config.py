@@ -1,30 +1,29 @@
-"""The `surgery` block of a surgical config: what it says of each layer, whether it is right, and which code reads it.
+"""The `surgery` block of a surgical config: its format, its validation, and the registry of the code that reads it.
 
-The block is all that the code needs to know of a surgery, besides the weights:
+The weights and this block are all that the code needs to run a surgery:
 
     {"format": 1, "base_model_type": "llama", "layers": [{...}, ...]}
 
-`layers` has an entry for every layer. What an entry leaves out is as in the base:
+`layers` has an entry for every layer. A key that an entry leaves out is as in the base:
 
     num_attention_heads, num_key_value_heads, query_groups, shapes
                                a layer of another shape: its heads, how many query heads read each KV head (left out
-                               where all are read by equally many), and the shape of each parameter that differs,
-                               by its name in the attention module
-    query_numbers, kv_numbers  what the base calls this layer's heads, where some of its heads are gone: for people,
-                               nothing that runs reads them
-    parameters                 parameters that the surgery gave to the attention module, name -> shape
-    every other key            is of a part, and so is every parameter
+                               where each KV head is read by equally many), and the shape of each parameter that
+                               differs, by its name in the attention module
+    query_numbers, kv_numbers  the base's numbers of this layer's heads, where heads were removed: for people, no code
+                               of the runtime uses them
+    parameters                 parameters that the surgery added to the attention module, name -> shape
+    every other key            belongs to a part, and so does every parameter
 
-A part is a term of attention's equation in one file, which ends with its description: a `Part`, called `PART`. `FILES`
-names the parts and is the only list of them. The description says which keys and parameters are the part's, whether an
-entry of it is right, what it gives to an attention module, and what everybody else needs to know: the term, what the
-cache holds, what becomes of the entry when heads go, words for people. A new part is a file, a line in `FILES` and a
-test.
+A part is a term of the attention equation in one file. The file ends with the part's description: a `Part`, called
+`PART`. `FILES` is the only list of parts. The description gives the part's keys and parameters, validates an entry,
+and sets up an attention module. It also gives what the rest of the package needs: the term, the cost in the cache, the
+entry after heads are removed, and words for people. A new part is a file, a line in `FILES` and a test.
 
-What every surgical model runs is imported as usual. A part is looked up where a layer's entry uses it, so that a
-checkpoint may come without the parts that it does not use. Transformers takes a checkpoint's code by its text: the
-file that config.json names, and those that it finds imported there. So a checkpoint's copy of this file ends with an
-import of each part that it carries, which never runs.
+Code that every surgical model runs is imported as usual. A part is imported only where a layer's entry uses it,
+so that a checkpoint need not carry other parts. Transformers finds a checkpoint's code by reading its text: the file
+that config.json names, and the files that it imports. So a checkpoint's copy of this file ends with an import of each
+part that it carries. This import never runs.
 """
 
 from __future__ import annotations
@@ -37,13 +36,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAME, FORMAT = "surgery", 1
-TRANSFORMERS = ((5, 21), (6, 0))  # from, before; 5.20 drops the soft-cap of gemma2 under SDPA
+TRANSFORMERS = ((5, 21), (6, 0))  # (from, before); 5.20 drops the soft-cap of gemma2 under SDPA
 SHAPE = {"num_attention_heads", "num_key_value_heads", "query_groups", "shapes", "query_numbers", "kv_numbers"}
 QUERY_HEADS, KV_HEADS = "query heads", "KV heads"
 
-ENTRY = "modeling_surgery"  # what config.json names
-# A part's name -> its file. An entry that has a key of the part's name uses it; of others the files that are here are
-# asked. Parts work on one another in this order. With a dot: what a part opens by a name that its entry gives.
+ENTRY = "modeling_surgery"  # the file that config.json names
+# A part's name -> its file. An entry with a key of the part's name uses the part. For other keys, the parts whose
+# files are here are searched. Parts are applied in this order. A name with a dot is a file that a part opens when its
+# entry names it.
 FILES = {
     "split": "surgery_visibility",
     "sparse": "surgery_sparse_prefill",
@@ -53,7 +53,7 @@ FILES = {
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
     "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
-    # The estimators of blocks, in the order in which people read them.
+    # The estimators of blocks, in the order in which they are listed for people.
     "sparse.pooled": "surgery_estimate_pooled",
     "sparse.sampled": "surgery_estimate_sampled",
     "sparse.streaming": "surgery_estimate_streaming",
@@ -64,7 +64,7 @@ FILES = {
     "sparse.block_topk": "surgery_estimate_block_topk",
     "sparse.max_threshold": "surgery_estimate_max_threshold",
     "sparse.hierarchical": "surgery_estimate_hierarchical",
-    "sparse.by_head": "surgery_estimators",  # which every one of them needs
+    "sparse.by_head": "surgery_estimators",  # every estimator needs this file
 }
 PARTS = tuple(name for name in FILES if "." not in name)
 LIST = b"\n\nif False:  # read by Transformers, which takes what it finds imported here\n"
@@ -74,8 +74,8 @@ class Parameter(NamedTuple):
     """A parameter that a part gives to an attention module.
 
     Attributes:
-        identity: the value that changes nothing; not -inf, which would give gradients that are no numbers.
-        rows: what its rows are of, `QUERY_HEADS` or `KV_HEADS`; "": neither.
+        identity: the value that changes nothing; not -inf, which would give NaN gradients.
+        rows: whether it has a row for each of the `QUERY_HEADS` or of the `KV_HEADS`; "": neither.
     """
 
     identity: float
@@ -83,11 +83,11 @@ class Parameter(NamedTuple):
 
 
 class HeadCost(NamedTuple):
-    """What the cache holds of one KV head, in tokens.
+    """How much the cache stores for one KV head, in tokens.
 
     Attributes:
-        growing: for each token of the text.
-        fixed: however long the text is.
+        growing: stored for each token of the text.
+        fixed: stored whatever the length of the text.
     """
 
     growing: float = 1
@@ -95,12 +95,12 @@ class HeadCost(NamedTuple):
 
 
 class Part:
-    """The description of a part, for an entry that uses it. What is not said here, the part does not do.
+    """The description of a part. The defaults here are those of a part that does nothing.
 
     Attributes:
-        keys: of a layer's entry.
-        parameters: name, which begins with `surgery_` -> what it is.
-        by_slots: it finds keys by their slot in the cache, and cannot work where a policy has dropped some.
+        keys: the keys of a layer's entry that belong to the part.
+        parameters: name, which begins with `surgery_` -> its `Parameter`.
+        by_slots: the part finds keys by their slot in the cache, and cannot work where a policy has dropped some.
     """
 
     keys: tuple[str, ...] = ()
@@ -108,64 +108,66 @@ class Part:
     by_slots = False
 
     def validation_error(self, config, layer: dict, groups: list[int]) -> str:
-        """What is wrong with it in a layer's entry, "" if nothing.
+        """The error in the part's keys and parameters of a layer's entry, "" if there is none.
 
         Args:
-            groups: query heads that read each KV head.
+            groups: number of query heads that read each KV head.
         """
         return ""
 
     def methods(self, layer: dict) -> set[str]:
-        """The names in `FILES` that it opens for this entry, besides its own."""
+        """The names in `FILES` that the part opens for this entry, apart from its own."""
         return set()
 
     def visibilities(self, layer: dict, heads: list) -> list:
-        """Which keys each KV head sees, a `Visibility` each; `heads`: as the parts before it have them."""
+        """The `Visibility` of each KV head; `heads` are the visibilities that the earlier parts gave."""
         return heads
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
-        """Give an attention module what its forward needs; if the entry uses it no longer, take that away.
+        """Set up an attention module for the part; if the entry no longer uses the part, undo that.
 
-        The module has its `surgery_heads` and the parameters already, and an empty dict `surgery_corrections`.
+        The module already has its `surgery_heads`, its parameters and an empty dict `surgery_corrections`.
         """
 
     def terms(self, layer: dict) -> tuple[str, ...]:
-        """The terms of the equation that this entry sets, as operations call them (`Operation.term`)."""
+        """The terms of the equation that this entry sets, by the names that operations use (`Operation.term`)."""
         return ()
 
     def kv_cost(self, layer: dict, heads: list[HeadCost]) -> list[HeadCost]:
-        """What the cache holds of each KV head; `heads`: as the parts before it have it."""
+        """The cost of each KV head in the cache; `heads` are the costs that the earlier parts gave."""
         return heads
 
     def after_heads_change(self, layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
-        """The entries of its keys that change where only these heads stay; shapes of parameters follow by themselves.
+        """The part's keys that change when only these heads remain, with their new values.
+
+        The caller changes the shapes of the parameters.
 
         Args:
-            queries, kv_heads: where the heads that stay are among those that were.
+            queries, kv_heads: indices of the remaining heads among the old ones.
         """
         return {}
 
     def describe(self, layer: dict) -> tuple[str, str] | None:
-        """A title and some words for `surgery inspect`, where the terms alone do not say it."""
+        """A title and a short text for `surgery inspect`, where the terms alone are not enough."""
         return None
 
     def display_key(self, layer: dict):
-        """What neighbouring layers must have in common to be shown to people as one row; compared by ==."""
+        """A value that neighbouring layers must share to be displayed as one row; compared by ==."""
         return None
 
     def probe_length(self, layer: dict, least: int) -> int:
-        """How many tokens show its effect to a check of the model that reads at least so many."""
+        """How many tokens a check of the model must read to show the part's effect; at least `least`."""
         return least
 
 
 def validate(config) -> list[dict]:
-    """The layers of a config's `surgery` block, checked.
+    """Validate a config's `surgery` block and return its layers.
 
     Raises:
-        ValueError: a format that this code does not know, a Transformers it was not made for, or a block that does
-            not fit the model.
+        ValueError: a format that this code does not know, a version of Transformers that it was not made for, or a
+            block that does not fit the model.
     """
-    import transformers  # here: what a part costs is asked of stock configs too, before it is imported
+    import transformers  # here, since other functions of this file must run before transformers is imported
 
     version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
@@ -187,7 +189,7 @@ def validate(config) -> list[dict]:
 
 
 def _fault(config, layer) -> str:
-    """What is wrong with a layer's entry, "" if nothing."""
+    """The error in a layer's entry, "" if there is none."""
     used, unknown = _owners(layer) if isinstance(layer, dict) else ({}, {""})
     if not isinstance(layer, dict) or unknown & set(layer):
         keys = {key for part in _parts_here() for key in part.keys}
@@ -203,7 +205,7 @@ def _fault(config, layer) -> str:
 
 
 def _fault_of_shape(config, layer: dict) -> str:
-    """What is wrong with the numbers of heads and the shapes in a layer's entry, "" if nothing."""
+    """The error in the numbers of heads and the shapes of a layer's entry, "" if there is none."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         if name in layer and not is_whole(layer[name], 1):
             return f"has {name} {layer[name]!r}, which must be whole and from 1"
@@ -225,7 +227,7 @@ def _fault_of_shape(config, layer: dict) -> str:
 
 
 def _owners(layer: dict) -> tuple[dict[str, Part], set[str]]:
-    """The parts that a layer's entry uses, in the order of `FILES`, and the keys and parameters that are nobody's."""
+    """The parts that a layer's entry uses, in the order of `FILES`, and the keys and parameters that no part owns."""
     named = layer.get("parameters", {})
     left = (set(layer) - SHAPE - {"parameters"}) | (set(named) if isinstance(named, dict) else set())
     used: dict[str, Part] = {}
@@ -244,22 +246,22 @@ def used_parts(layer: dict) -> dict[str, Part]:
     """The parts that a layer's entry uses, by name, in the order of `FILES`.
 
     Raises:
-        ValueError: the code of one did not come with this checkpoint.
+        ValueError: the checkpoint does not carry the code of one of them.
     """
     return _owners(layer)[0]
 
 
 def parts_of(layers: list[dict]) -> set[str]:
-    """What the code of layers is, whose entries are right: names of `FILES`."""
+    """The code that layers with valid entries use, as names in `FILES`."""
     used = [(name, part, layer) for layer in layers for name, part in used_parts(layer).items()]
     return {name for name, _, _ in used} | {name for _, part, layer in used for name in part.methods(layer)}
 
 
 def after_heads_change(layer: dict, queries: list[int], kv_heads: list[int]) -> dict:
-    """A layer's entry where only these heads stay; its shape is not followed.
+    """A layer's entry when only these heads remain. The keys of its shape (`SHAPE`) stay unchanged.
 
     Args:
-        queries, kv_heads: where the heads that stay are among those that were.
+        queries, kv_heads: indices of the remaining heads among the old ones.
     """
     parts, counts = used_parts(layer).values(), {QUERY_HEADS: len(queries), KV_HEADS: len(kv_heads)}
     changed = {
@@ -275,18 +277,18 @@ def after_heads_change(layer: dict, queries: list[int], kv_heads: list[int]) -> 
 
 
 def _parts_here() -> list[Part]:
-    """Every part whose code is here: in a checkpoint those that it uses."""
+    """Every part whose code is here; in a checkpoint, the parts that it uses."""
     return [load_part(name) for name in PARTS if _sibling(FILES[name])]
 
 
 def _lost_files() -> str:
-    """Which parts' code did not come with this checkpoint, the end of an error; "" where all is here."""
+    """The end of an error message: the parts' files that this checkpoint does not carry; "" if none is missing."""
     lost = [f"{FILES[name]}.py" for name in PARTS if _sibling(FILES[name]) is None]
     return f" ({', '.join(lost)} did not come with this checkpoint: load it with surgery.load)" if lost else ""
 
 
 def query_groups(config, layer: dict | None = None) -> list[int]:
-    """How many query heads read each KV head of a layer, None: of a layer as the base's config has it."""
+    """How many query heads read each KV head of a layer; without `layer`, of a layer of the base."""
     text, layer = config.get_text_config(), layer or {}
     heads = layer.get("num_attention_heads", text.num_attention_heads)
     kv_heads = layer.get("num_key_value_heads", getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
@@ -298,27 +300,27 @@ def base_windows(config) -> list[int | None]:
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     window, layers = getattr(text, "sliding_window", None), range(text.num_hidden_layers)
-    if kinds:  # which the base's masks follow, whatever the switch says
+    if kinds:  # the base's masks follow these, whatever `use_sliding_window` is
         return [window if kinds[i] == "sliding_attention" else None for i in layers]
     return [window if getattr(text, "use_sliding_window", True) else None for _ in layers]
 
 
 def is_whole(value, least: int) -> bool:
-    """Whether a value is a whole number from `least` on."""
+    """Whether a value is an integer of at least `least`."""
     return type(value) is int and value >= least
 
 
 def all_whole(values, least: int) -> bool:
-    """Whether a value is a list of whole numbers from `least` on."""
+    """Whether a value is a list of integers of at least `least`."""
     return isinstance(values, list) and all(is_whole(value, least) for value in values)
 
 
 @cache
 def load_file(name: str):
-    """The module that a name in `FILES` stands for.
+    """The module of a name in `FILES`.
 
     Raises:
-        ValueError: no part has this name, or the checkpoint that this code came with does not use it.
+        ValueError: `FILES` has no such name, or the checkpoint of this code does not carry its file.
     """
     if name not in FILES:
         raise ValueError(f"there is no part {name!r} of a surgery; there is: {', '.join(FILES)}")
@@ -331,17 +333,17 @@ def load_file(name: str):
 
 
 def load_part(name: str) -> Part:
-    """The description of a part; errors as of `load_file`."""
+    """The description of a part; raises as `load_file` does."""
     return load_file(name).PART
 
 
 def _sibling(file: str):
-    """Where the file of code is in the folder of this one, where every part is; or None."""
+    """The import spec of a file of code in this file's folder, which holds every part; or None."""
     return find_spec(f".{file}", __package__)
 
 
 def _spec(file: str):
-    """Where a file of code is: a checkpoint has all in one folder, the package has its kernels elsewhere; or None."""
+    """The import spec of a file of code, or None. The package keeps its kernels in another folder."""
     return _sibling(file) or (find_spec(f"surgery.kernels.{file}") if find_spec("surgery") else None)
 
 
@@ -361,6 +363,6 @@ def exported_files(parts: Iterable[str]) -> dict[str, bytes]:
 
 
 def export_files(parts: Iterable[str], folder: str | Path) -> None:
-    """Put the code that a checkpoint with these parts carries in its folder."""
+    """Write the code that a checkpoint with these parts carries to its folder."""
     for name, content in exported_files(parts).items():
         (Path(folder) / name).write_bytes(content)

@@ -1,8 +1,8 @@
 """Sparse prefill where every query picks key blocks by the mean of their keys.
 
-A query sees its own block and the blocks with the largest q.m_J before it, k in all. A block of queries keeps what at
-least one of them picked, or a share of them (`votes`): queries read whole lists together, so that a query may also
-read what a neighbour picked.
+A query picks its own block and the earlier blocks with the largest q.m_J, k in all; m_J is the mean of the keys in
+block J. A block of queries keeps the key blocks that at least one of its queries picked, or a share of them (`votes`).
+The queries of a block read the same list, so that a query may also read a block that only a neighbour picked.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .surgery_estimators import Estimator, Setting, is_number
 
 
 def block_topk(query, key, scale: float, block: int, *, top=8, votes: float = 0.0) -> torch.Tensor:
-    """Blocks that enough queries of the row have among their `top`.
+    """The key blocks that enough queries of a query block have among their `top`.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        top: blocks that a query picks, its own counted; one for all, or a list with one for each query head.
-        votes: share of a row's queries that must pick a block, at least one.
+        top: how many blocks a query picks, including its own; one number, or a list with one for each query head.
+        votes: share of a block's queries that must pick a key block; at least one must.
 
     Returns:
         bool [batch, heads, query blocks, key blocks].

@@ -1,9 +1,10 @@
 """Sparse prefill with budgets that follow from the weights: columns and diagonals, or also blocks by pooled queries.
 
-As in surgery_estimate_vertical_slash.py the last queries, here as many as a block has, stand for all. Each head takes
-so many columns and diagonals as hold the share `gamma` of their weights, in blocks. Where the mean of these queries
-and the means of the key blocks give nearly the distribution that the queries really have, pooling can be trusted: such
-a head adds the largest of all its blocks by pooled queries and keys, `gamma` of their mass.
+As in surgery_estimate_vertical_slash.py, the last queries stand for all queries; here they are one block of queries.
+Each head keeps, in blocks, the largest columns and diagonals that hold the share `gamma` of their weights. Pooling is
+trusted where the mean of these queries and the means of the key blocks give nearly the queries' true distribution.
+Such a head keeps only `min_budget` columns and diagonals. It adds its largest blocks by pooled queries and keys, which
+hold the share `gamma` of their mass.
 """
 
 from __future__ import annotations
@@ -29,16 +30,15 @@ def flexprefill(
     min_budget: int = 1024,
     max_budget: int | None = None,
 ) -> torch.Tensor:
-    """Blocks of columns and diagonals with the share `gamma`, and pooled ones for the heads that pooling describes.
+    """The blocks of the largest columns and diagonals, and pooled blocks for the heads where pooling is accurate.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
         gamma: share of the weight that is kept; 1 keeps all.
-        tau: a head is searched query block by query block if the root of the Jensen-Shannon divergence (in nats) is
-            below this.
-        min_budget, max_budget: tokens that a head's columns, and its diagonals, are at least and at most, rounded up
-            to blocks.
+        tau: a head also gets pooled blocks if the root of the Jensen-Shannon divergence (in nats) between its pooled
+            and its true distribution is below this.
+        min_budget, max_budget: bounds on a head's columns and on its diagonals, in tokens, rounded up to blocks.
 
     Returns:
         bool [batch, heads, query blocks, key blocks].

@@ -1,9 +1,9 @@
 """Sparse prefill by a tree search over the keys: the cost grows with log N for a block of queries, not with N.
 
-For each query block the blocks before it are cut into `top` chunks. In every round each chunk is cut in two, the
-halves are scored by one vector that stands for their keys, and the best `top` go on, until a chunk is a block. The
-score is the largest q.r of the block's queries. A key that differs from all around it is found only if it shows in
-the vectors of the chunks above it.
+For each query block, the blocks before it are cut into `top` chunks. In every round each chunk is cut in two, and one
+vector r represents the keys of each half. A half's score is the largest q.r of the block's queries. The best `top`
+halves enter the next round, until a chunk is a block. A key that differs from all its neighbours is found only if the
+vectors of the chunks that contain it show the difference.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .surgery_estimators import Estimator, Setting
 def hierarchical(
     query, key, scale: float, block: int, *, top: int = 16, representative: str = "mean", local: int = 1
 ) -> torch.Tensor:
-    """The blocks that a search with `top` branches ends in.
+    """The blocks that a search with `top` branches finds.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        top: blocks found for a query block, the first and the nearest ones not counted.
-        representative: "mean" of a chunk's keys, or the "middle" one.
-        local: nearest blocks that are kept, the diagonal one counted.
+        top: how many blocks are searched for a query block, apart from the first and the nearest ones.
+        representative: the vector r of a chunk: the "mean" of its keys, or its "middle" key.
+        local: how many of the nearest blocks are kept, including the diagonal one.
 
     Returns:
         bool [batch, heads, query blocks, key blocks].
@@ -34,7 +34,7 @@ def hierarchical(
     """
     blocks, device = Blocks.of(query, key, block), key.device
     kept = torch.zeros(*query.shape[:2], blocks.rows, blocks.columns, dtype=torch.bool, device=device)
-    sums = block_means(key, block) * block  # the last block may not be whole: no query block has it before itself
+    sums = block_means(key, block) * block  # an incomplete last block does no harm: it is before no query block
     stands = widen(key) if representative == "middle" else torch.cat([sums[:, :, :1] * 0, sums.cumsum(2)], dim=2)
     step = max(1, CELLS // (query.shape[0] * query.shape[1] * 2 * top * block))
     for begin in range(0, blocks.rows, step):
@@ -46,16 +46,16 @@ def hierarchical(
 
 
 def _search(query, stands, blocks: Blocks, rows: slice, top: int, middle: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunks that are left at the end: first block and end of each, [batch, heads, rows, top]; some are empty.
+    """The chunks that remain at the end: first block and end of each, [batch, heads, rows, top]; some are empty.
 
     Args:
-        stands: [batch, KV heads, N, x], of which a chunk's middle key stands for it; or [batch, KV heads,
-            columns + 1, x], the sums of all keys before each block, which give the mean of a chunk.
+        stands: with `middle`, the keys [batch, KV heads, N, x], from which a chunk's middle key is taken. Otherwise
+            [batch, KV heads, columns + 1, x], the sums of all keys before each block, which give a chunk's mean.
     """
     size, device, (batch, heads) = blocks.size, query.device, query.shape[:2]
     tokens = slice(blocks.place(rows.start), blocks.place(rows.stop))
     queries = blocks.fold(widen(query[:, :, tokens]), rows, 0.0)
-    absent = blocks.fold(queries.new_zeros(tokens.stop - tokens.start, 1), rows, 1.0).bool()  # places of no query
+    absent = blocks.fold(queries.new_zeros(tokens.stop - tokens.start, 1), rows, 1.0).bool()  # positions of no query
     numbers = blocks.row_numbers(device)[rows]
     cuts = torch.arange(top + 1, device=device) * numbers // top
     low, high = (cuts[:, part].expand(batch, heads, -1, -1) for part in (slice(top), slice(1, top + 1)))
@@ -71,7 +71,7 @@ def _search(query, stands, blocks: Blocks, rows: slice, top: int, middle: bool) 
             vectors /= ((high - low) * size).clamp_min(1)[..., None]
         scores = (queries @ vectors.mT).masked_fill_(absent, -torch.inf).amax(-2)
         best = keep_top(scores.masked_fill_(high == low, -torch.inf), top)
-        order = (~best).byte().sort(dim=-1, stable=True).indices[..., :top]  # of the best, by place
+        order = (~best).byte().sort(dim=-1, stable=True).indices[..., :top]  # the best, in order of position
         low, high = low.gather(-1, order), high.gather(-1, order)
     return low, high
 

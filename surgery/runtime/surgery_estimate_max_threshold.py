@@ -1,11 +1,12 @@
-"""Sparse prefill by pooled keys and one comparison: blocks that reach a share of the strongest one's mass are kept.
+"""Sparse prefill by pooled keys and a threshold: blocks with at least a share of the largest block's mass are kept.
 
-The masses are those of surgery_estimate_pooled.py, for each query head alone. The published score adds up
-exp(scale * q_i.m_J) over the queries (`queries: all`), so that one query of large norm decides for its whole block;
-by default every query has one vote (`queries: each`). The diagonal block is kept in any case and is no measure for
-the others.
+surgery_estimate_pooled.py defines the masses; by default each query head has its own. The published score sums
+exp(scale * q_i.m_J) over the queries (`queries: all`), so that one query of large norm decides for its whole block. By
+default every query has one vote (`queries: each`). The diagonal block is always kept, and the threshold ignores its
+mass.
 
-The method also computes the last query blocks densely; here that is `last_rows_dense`, which any method can have.
+The published method also computes the last query blocks densely. Here that is `last_rows_dense`, a setting of every
+method.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ def max_threshold(
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
         alpha: from 0 (all blocks) to 1.
-        first, local: blocks at the begin and nearest blocks that are kept, the diagonal one counted.
-        Others: as for `pooled`.
+        first, local: how many blocks at the beginning, and how many of the nearest blocks (including the diagonal
+            one), are kept.
+        queries, reduce: as for `pooled`.
 
     Returns:
         bool [batch, heads or KV heads, query blocks, key blocks].
 
     Source:
-        The block score and the threshold of FlashPrefill (github.com/qhfan/FlashPrefill), derived anew.
+        The block score and the threshold of FlashPrefill (github.com/qhfan/FlashPrefill), derived independently.
     """
     blocks = Blocks.of(query, key, block)
     bias = blocks.counts(key.device).to(widen(key[:0]).dtype).log()[None, None, None]

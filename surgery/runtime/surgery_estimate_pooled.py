@@ -6,11 +6,13 @@ For query block I and key block J of one query head, with the mean key m_J and c
     queries: all    mass(I, J) = softmax_J(log of the sum over i of exp(scale * q_i.m_J) + log c_J)
     queries: mean   mass(I, J) = softmax_J(scale * (mean q of I).m_J + log c_J)
 
-over the blocks J <= I. `each` is what the queries of the block would attend to if their keys were alike; in `all` a
-query of large norm outvotes the others. The masses of the query heads of a KV head are added up, so that all of them
-read the same blocks. A mean hides what is unlike in a block: `similarity` keeps such blocks whatever their mean says.
+over the blocks J <= I. `each` is the attention that the block's queries would have if all keys of a key block were
+equal. In `all`, a query of large norm outvotes the others. By default the masses of the query heads of a KV head are
+added up, so that all of them read the same blocks. A mean hides the differences between a block's keys: `similarity`
+keeps blocks with unlike keys, whatever their mass.
 
-Which blocks a row reads follows from all queries of its block, also from later ones; what it reads is causal.
+All queries of a block choose its key blocks, so that later queries affect which blocks a row reads. What the row reads
+is causal.
 Sources: the parts are in Jiang et al. 2024 (arXiv 2407.02490, mean pooling), Zhang et al. 2025 (SpargeAttn, arXiv
 2502.18137, similarity), Yuan et al. 2025 (NSA, arXiv 2502.11089, one list for a KV head).
 """
@@ -45,11 +47,11 @@ def pooled(
         key: [batch, KV heads, N, head_dim].
         scale: factor on q.k.
         block: tokens of a block.
-        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`; the others are None.
         queries: "each", "all" or "mean", see above.
         reduce: "sum" or "max" over the query heads of a KV head, or "none": a list for each query head.
-        similarity: key blocks whose keys, normalised, have a mean product below this are kept and not weighed.
-        local: nearest blocks that are kept, the diagonal one counted.
+        similarity: key blocks whose normalised keys have a mean product below this are kept, and get no mass.
+        local: how many of the nearest blocks are kept, including the diagonal one.
 
     Returns:
         bool [batch, KV heads or heads, query blocks, key blocks].
@@ -59,7 +61,7 @@ def pooled(
     forced = blocks.forced(local=local, device=key.device)
     if similarity is not None:
         unlike = block_means(normalize(widen(key), dim=-1), block).square().sum(-1) < similarity
-        bias = bias.masked_fill(unlike, torch.finfo(bias.dtype).min / 2)  # -inf would leave rows without any number
+        bias = bias.masked_fill(unlike, torch.finfo(bias.dtype).min / 2)  # -inf could give rows of NaN
         unlike = unlike if reduce != "none" else unlike.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         forced = forced | (unlike[:, :, None] & blocks.causal(key.device))
     mass = block_mass(query, block_means(key, block), scale, blocks, queries, bias[:, :, None])
@@ -67,16 +69,16 @@ def pooled(
 
 
 def block_mass(query, means, scale: float, blocks: Blocks, queries: str, bias: torch.Tensor) -> torch.Tensor:
-    """The masses of the module's head.
+    """The masses that the module's docstring defines.
 
     Args:
         query: [batch, heads, n, head_dim].
-        means: of the keys, [batch, KV heads, columns, head_dim], float32 or wider.
+        means: the mean key of each block, [batch, KV heads, columns, head_dim], float32 or wider.
         queries: "each", "all" or "mean".
-        bias: log of the keys in a block: [batch or 1, KV heads or 1, 1, columns].
+        bias: log of the number of keys in a block: [batch or 1, KV heads or 1, 1, columns].
 
     Returns:
-        [batch, heads, rows, columns], 0 for later keys; a row sums to 1, or to its number of queries ("each").
+        [batch, heads, rows, columns], 0 for later keys. A row sums to 1, with "each" to its number of queries.
     """
     kv_heads, columns = means.shape[1:3]
     later, bias = ~blocks.causal(means.device), bias[:, :, None]

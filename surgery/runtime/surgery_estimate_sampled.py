@@ -1,10 +1,10 @@
-"""Sparse prefill by some rows: a block of queries is weighed by the attention that a few of its queries really have.
+"""Sparse prefill by sampled rows: the exact attention of a few queries of a block gives its key blocks their mass.
 
     mass(I, J) = sum over the sampled queries i of I and the keys j of J of softmax_j(scale * q_i.k_j)
 
-Every `every`-th query is sampled, the last one of each block among them, and the last token. No key is pooled: rotary
-positions do not cancel in a mean, and a single key that is looked at is seen. What only the other queries of a block
-look at is not seen. The cost is 1/every of that of all scores.
+Every `every`-th query is sampled, which includes the last one of each block; so is the last token. No key is pooled:
+rotary positions do not cancel in a mean, and a single key with much attention is found. Keys that only the other
+queries of a block attend to are missed. The cost is 1/every of the cost of all scores.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def sampled(
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
-        every: distance of the sampled queries; it divides the block.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`; the others are None.
+        every: distance between sampled queries; it divides the block.
         reduce: "sum" or "max" over the query heads of a KV head, or "none": a list for each query head.
-        local: nearest blocks that are kept, the diagonal one counted.
+        local: how many of the nearest blocks are kept, including the diagonal one.
 
     Returns:
         bool [batch, KV heads or heads, query blocks, key blocks].
@@ -46,8 +46,8 @@ def sampled(
         ValueError: `every` does not divide the block.
 
     Source:
-        Sampled rows are from Zhu et al. 2024 (SampleAttention, arXiv 2406.15486), which takes columns from them for
-        the whole prompt; here each block of queries has its own.
+        Sampled rows are from Zhu et al. 2024 (SampleAttention, arXiv 2406.15486). There they choose columns for the
+        whole prompt; here each block of queries has its own sampled rows.
     """
     if block % every:
         raise ValueError(f"every must divide the block: {block} is no multiple of {every}")

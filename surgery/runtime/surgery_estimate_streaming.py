@@ -1,7 +1,7 @@
-"""Sparse prefill by place alone: the first tokens and a window (A-shape); the same with dense last rows (tri-shape).
+"""Sparse prefill by position alone: the first tokens and a window (A-shape), or these and dense last rows (tri-shape).
 
-Nothing is read of the text. A block is kept if any of its queries sees any of its keys: a query at place p sees the
-key at j <= p if j < sinks or p - j < window.
+The text has no influence. A block is kept if any of its queries sees any of its keys: a query at position p sees the
+key at position j <= p if j < sinks or p - j < window.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from .surgery_estimators import Estimator
 
 
 def streaming(query, key, scale, block: int, *, sinks=128, window=4096) -> torch.Tensor:
-    """Blocks that sinks + window reach.
+    """The blocks that sinks + window reach.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
         block: tokens of a block.
-        sinks, window: tokens, the window with the query itself; one for all, or a list with one for each query head.
+        sinks, window: numbers of tokens; the window includes the query itself. Either may be a list with one number
+            for each query head.
 
     Returns:
-        bool [batch, KV heads (heads where a list is given), query blocks, key blocks].
+        bool [batch, KV heads (query heads where a list is given), query blocks, key blocks].
 
     Source:
         Xiao et al. 2023 (arXiv 2309.17453); as a pattern of prefill, Jiang et al. 2024 (arXiv 2407.02490).
@@ -38,9 +39,9 @@ def streaming(query, key, scale, block: int, *, sinks=128, window=4096) -> torch
 
 
 def tri_shape(query, key, scale, block: int, *, sinks=128, window=4096, last: int = 128) -> torch.Tensor:
-    """`streaming`, and all blocks for the query blocks that hold the `last` tokens.
+    """The blocks of `streaming`, and all blocks for the query blocks that hold the `last` tokens.
 
-    The last tokens are those of this call: where a prompt comes in chunks, the end of every chunk is dense.
+    The last tokens are those of the call: where a prompt comes in chunks, the end of every chunk is dense.
 
     Source:
         Li et al. 2024 (arXiv 2412.10319).

@@ -1,8 +1,8 @@
-"""Sparse prefill by columns and diagonals: what the last queries look at, and how far back, stands for all queries.
+"""Sparse prefill by columns and diagonals: the last queries choose keys and distances for all queries.
 
-Of the attention weights of the last queries, the mean of each key (its column) and the sum of each distance (its
-diagonal) are taken; the largest columns and diagonals of each head are kept, as the blocks that they cross. All
-queries follow the last ones: the choice is not the same where a prompt comes in chunks.
+A column is a key, and a diagonal is a distance. Each gets its mean attention weight over the last queries. The blocks
+that the largest columns and diagonals of each head cross are kept. The last queries decide for all queries, so the
+choice differs where a prompt comes in chunks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def vertical_slash(
     sinks: int = 30,
     nearest: int = 100,
 ) -> torch.Tensor:
-    """Blocks that the chosen columns and diagonals cross.
+    """The blocks that the chosen columns and diagonals cross.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        vertical, slash: columns and diagonals of a query head, in tokens; one for all, or a list with one for each.
-        last: queries at the end that are looked at.
-        sinks, nearest: the first columns and the nearest diagonals that are chosen in any case; they count.
+        vertical, slash: how many columns and diagonals (in tokens) a query head keeps; one number, or a list with one
+            for each query head.
+        last: how many queries at the end decide.
+        sinks, nearest: how many first columns and nearest diagonals are always chosen; they count towards `vertical`
+            and `slash`.
 
     Returns:
         bool [batch, heads, query blocks, key blocks].
@@ -82,13 +84,14 @@ def by_block(values: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def crossing(columns, near, far, blocks: Blocks) -> torch.Tensor:
-    """Blocks of the chosen columns and diagonals.
+    """The blocks that the chosen columns and diagonals cross.
 
     Args:
-        columns: bool [batch, heads, columns].
-        near: bool [batch, heads, columns], by the distance of blocks: a diagonal at distance d of tokens crosses the
-            blocks at distance d // size,
-        far: and, unless d is a multiple of the size, those one further away: so a bool as `near` of these alone.
+        columns: bool [batch, heads, columns], the blocks of the chosen columns.
+        near: bool [batch, heads, columns], by distance of blocks: a diagonal at a distance of d tokens crosses the
+            blocks at distance d // size.
+        far: bool of the same shape, for the chosen diagonals whose d is not a multiple of the size: they also cross
+            the blocks at distance d // size + 1.
 
     Returns:
         bool [batch, heads, rows, columns].

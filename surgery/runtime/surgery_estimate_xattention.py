@@ -1,9 +1,9 @@
 """Sparse prefill by antidiagonals: every stride x stride tile of scores is weighed by the mean of its antidiagonal.
 
-Tokens fall into groups of `stride`. The score of query group I and key group J is the mean of q.k over the pairs
+Tokens form groups of `stride`. The score of query group I and key group J is the mean of q.k over the pairs
 (query I * stride + stride - 1 - c, key J * stride + c): one product of vectors of stride * head_dim elements. Every
-diagonal and every column of the tile crosses it once. A softmax over J <= I follows, and the shares of the groups are
-added up in each block. In the tile on the diagonal, only the pairs whose key is not later than the query count.
+row and every column of the tile crosses the antidiagonal once. A softmax over J <= I follows, and the shares of the
+groups are added up in each block. In the tile on the diagonal, only pairs whose key is not later than the query count.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def xattention(
     stride: int = 16,
     reduce: str = "none",
 ) -> torch.Tensor:
-    """Blocks with the largest sums of antidiagonal shares.
+    """The blocks with the largest sums of antidiagonal shares.
 
     Args:
         query: [batch, heads, n, head_dim], the last n of the N tokens.
         key: [batch, KV heads, N, head_dim].
-        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`, the others None.
-        stride: tokens of a group; it divides the block. The cost is 1/stride of that of all scores.
+        gamma, density, alpha: one of the rules of `surgery_block_selection.keep`; the others are None.
+        stride: tokens of a group; it divides the block. The cost is 1/stride of the cost of all scores.
         reduce: "none", or "sum" or "max" over the query heads of a KV head.
 
     Returns:
@@ -53,13 +53,13 @@ def xattention(
 
 
 def antidiagonal_mass(query, key, scale: float, block: int, stride: int) -> torch.Tensor:
-    """Shares of the key blocks, added up over the query groups of a block.
+    """The shares of the key blocks, added up over the query groups of a block.
 
     Returns:
         [batch, heads, query blocks, key blocks], float32 or wider.
     """
     groups, side, device = Blocks.of(query, key, stride), block // stride, key.device
-    cells = Blocks(groups.rows, groups.columns, side)  # a block is as many groups as a block of that size has tokens
+    cells = Blocks(groups.rows, groups.columns, side)  # blocks of `side` groups, as if a group were a token
     tail = groups.columns * stride - groups.keys
     key_groups = pad(widen(key), (0, 0, 0, tail)).unflatten(2, (-1, stride))  # [batch, KV heads, groups, stride, x]
     wide = key_groups.flatten(3).mT
@@ -77,7 +77,7 @@ def antidiagonal_mass(query, key, scale: float, block: int, stride: int) -> torc
         real = (places >= groups.start) & (places < groups.keys)
         early = real & (torch.arange(stride, device=device) * 2 < stride)
         scores *= scale / real.sum(-1, keepdim=True)
-        # No pair at all: no score, and not the mean of nothing.
+        # A tile without any pair gets -inf, not the mean of nothing (NaN).
         on = (products * early).sum(-1) * scale / early.sum(-1)
         scores[..., torch.arange(len(numbers), device=device), numbers] = on.masked_fill(~early.any(-1), -torch.inf)
         scores.masked_fill_(torch.arange(end, device=device) > numbers[:, None], -torch.inf)

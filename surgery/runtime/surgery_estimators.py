@@ -1,15 +1,16 @@
-"""The estimators of sparse prefill by name, and whether settings fit them.
+"""The estimators of sparse prefill by name, and the validation of their settings.
 
-An estimator is a function `select(query, key, scale, block, **settings)` that gives the kept blocks, bool [batch,
-heads or KV heads, query blocks, key blocks]: causal on the level of blocks, the first and the diagonal block always
-kept. Query is [batch, heads, n, head_dim], key [batch, KV heads, N, head_dim], all of real tokens, the queries the
-last n of them. A model's soft-cap and learned sinks are not known here: they change weights, not the order of a
-query's scores.
+An estimator is a function `select(query, key, scale, block, **settings)` that returns the kept blocks, bool [batch,
+heads or KV heads, query blocks, key blocks]. No block of later keys is kept, and the first and the diagonal block are
+always kept. Query is [batch, heads, n, head_dim], and key is [batch, KV heads, N, head_dim]. All tokens are real, and
+the queries are the last n of them. Estimators do not know a model's soft-cap and learned sinks: these change weights,
+not the order of a query's scores.
 
 A new estimator is one file and a line in `surgery_config.FILES`, `"sparse.<name>": "<file>"`, in the order in which
-people read the names. The file ends with `ESTIMATORS`, name -> `Estimator`: the function, whose keyword-only arguments
-are the settings, and what those settings may be that no other estimator has. What several have is in `SHARED`. A file
-is opened where its estimator is used, since a checkpoint carries only those. surgery_estimate_streaming.py is short.
+the names are listed for people. The file ends with `ESTIMATORS`, name -> `Estimator`. This holds the function, whose
+keyword-only arguments are the settings, and the allowed values of the settings that no other estimator has. `SHARED`
+holds the settings that several estimators have. A file is imported only where its estimator is used, since a
+checkpoint carries only the files that it uses. surgery_estimate_streaming.py is a short example.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .surgery_config import FILES, is_whole, load_file
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting may be.
+    """The allowed values of a setting.
 
     Attributes:
-        words: for people, behind "must be".
-        right: whether a value is so.
-        optional: it may be None as well.
-        within_block: it must not be larger than the block; no list by head then.
+        words: a description that follows "must be" in an error message.
+        right: a function that says whether a value is allowed.
+        optional: None is allowed as well.
+        within_block: the value must not be larger than the block; such a setting is no list by head.
     """
 
     words: str
@@ -44,12 +45,13 @@ class Estimator:
     """One way to choose blocks.
 
     Attributes:
-        select: the function (see the module's head); its keyword-only arguments are the settings, with their defaults.
-        chunk_exact: what a prompt's queries keep is the same in chunks that begin and end at block edges.
-        head_lists: by default it gives a list for each query head, not one for those of a KV head.
-        reads_text: what it keeps follows from queries and keys, not from the settings and the length alone.
-        by_head: settings that may be a list with one for each query head.
-        settings: what its own settings may be, name -> `Setting`; those of `SHARED` are known.
+        select: the function (see the module's docstring); its keyword-only arguments are the settings with their
+            defaults.
+        chunk_exact: a prompt keeps the same blocks when it comes in chunks that begin and end at block edges.
+        head_lists: with default settings, there is a list for each query head, not for each KV head.
+        reads_text: the kept blocks depend on queries and keys, not only on the settings and the length.
+        by_head: names of the settings that may be a list with one value for each query head.
+        settings: the allowed values of the settings that are not in `SHARED`, name -> `Setting`.
     """
 
     select: Callable
@@ -61,18 +63,18 @@ class Estimator:
 
     @property
     def defaults(self) -> dict:
-        """The settings and their defaults, which are those of the function."""
+        """The settings and their defaults, as the function's signature has them."""
         own = inspect.signature(self.select).parameters.values()
         return {each.name: each.default for each in own if each.kind is each.KEYWORD_ONLY}
 
     @property
     def allowed(self) -> dict[str, Setting]:
-        """What every setting may be, in the order of `defaults`."""
+        """The allowed values of every setting, in the order of `defaults`."""
         return {name: self.settings[name] if name in self.settings else SHARED[name] for name in self.defaults}
 
 
 def is_number(value) -> bool:
-    """Whether a value is an int or a float; True and False are none."""
+    """Whether a value is an int or a float, but no bool."""
     return type(value) in (int, float)
 
 
@@ -82,7 +84,7 @@ STEP = Setting(  # it divides the block
     "a power of two", lambda value: is_whole(value, 1) and value & (value - 1) == 0, within_block=True
 )
 SHARE = Setting("a number above 0, up to 1", lambda value: is_number(value) and 0 < value <= 1, optional=True)
-RULES = ("gamma", "density", "alpha")  # of the estimators that weigh blocks: one of them decides
+RULES = ("gamma", "density", "alpha")  # an estimator that weighs blocks takes exactly one of these
 SHARED = {  # the settings that several estimators have
     "gamma": SHARE,
     "density": SHARE,
@@ -100,20 +102,20 @@ SHARED = {  # the settings that several estimators have
 def estimator_names() -> list[str]:
     """The names of all estimators, in the order of `FILES`."""
     names = (name.partition(".")[2] for name in FILES if name.startswith("sparse."))
-    return [name for name in names if name != "kernel"]  # which attends to the blocks that were kept
+    return [name for name in names if name != "kernel"]  # which is no estimator: it attends to the kept blocks
 
 
 def estimator(name: str) -> Estimator:
     """An estimator by its name.
 
     Raises:
-        ValueError: there is none of this name, or its code did not come with this checkpoint.
+        ValueError: there is none of this name, or the checkpoint does not carry its code.
     """
     return load_file(f"sparse.{name}").ESTIMATORS[name]
 
 
 def with_defaults(method: str, settings: dict) -> dict:
-    """An estimator's settings, with defaults for those left out; a rule that is given puts the default one away."""
+    """An estimator's settings, with defaults for those left out. A given rule (`RULES`) replaces the default rule."""
     defaults = estimator(method).defaults
     if any(settings.get(rule) is not None for rule in RULES):
         defaults |= {rule: None for rule in RULES if rule in defaults}
@@ -121,15 +123,16 @@ def with_defaults(method: str, settings: dict) -> dict:
 
 
 def choose(method: str, query, key, scale: float, block: int, settings: dict):
-    """The blocks that an estimator keeps with these settings (see the module's head)."""
+    """The blocks that an estimator keeps with these settings (see the module's docstring)."""
     return estimator(method).select(query, key, scale, block, **with_defaults(method, settings))
 
 
 def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
-    """An estimator of its own for each query head, as a search over a model's heads finds them.
+    """The blocks that each query head's own estimator keeps. A search over a model's heads can find these estimators.
 
     Args:
-        patterns: for each query head {"method": ..., and its settings}. Heads of one method are chosen for together.
+        patterns: for each query head {"method": ..., and its settings}. Heads with the same method and the same
+            settings (apart from those that may differ by head) run in one call.
 
     Returns:
         bool [batch, heads, query blocks, key blocks].
@@ -156,13 +159,13 @@ def by_head(query, key, scale: float, block: int, *, patterns: list[dict] = ()):
 
 
 def settings_problems(method: str, settings: dict, block: int | None = None, heads: int | None = None) -> list[str]:
-    """What is wrong with an estimator's settings, in sentences; [] if nothing.
+    """The errors in an estimator's settings, a sentence each; [] if there is none.
 
     Args:
-        method: one of `estimator_names()`.
-        settings: what is not left at its default.
-        block: tokens of a block, where known: a power of two from 16.
-        heads: query heads of the layer, where known; settings that differ by head are lists with one for each.
+        method: a name, which should be one of `estimator_names()`.
+        settings: the settings that are given; the others have their defaults.
+        block: tokens of a block, if known; it must be a power of two from 16.
+        heads: number of query heads in the layer, if known. A setting that is a list must have one value for each.
     """
     names = estimator_names()
     if not isinstance(method, str) or method not in names:
@@ -197,7 +200,7 @@ def settings_problems(method: str, settings: dict, block: int | None = None, hea
 
 
 def _problems_of_patterns(patterns, block, heads) -> list[str]:
-    """What is wrong with the estimators of single heads."""
+    """The errors in the estimators of single heads."""
     if not PATTERNS.right(patterns):
         return [f"patterns of by_head must be {PATTERNS.words}"]
     if len(patterns) != (heads or len(patterns)) or not patterns:

@@ -1,18 +1,17 @@
-"""What a gate turns off is not computed: query projection, attention and output projection of the tokens that are on.
+"""Gated attention that computes only what its gate turns on: query projection, attention and output projection.
 
-Of each unit (a query head, or the query heads of a KV head) the tokens that have it on are gathered. The query
-projection computes their rows and leaves zeros elsewhere, so that norms and RoPE stay the model's own; attention runs
-on the gathered rows, and the output projection multiplies them. Keys and values are made for all tokens: later ones
-need them. Nothing is approximated.
+A unit is a query head, or all query heads of a KV head. For each unit, the tokens for which it is on are gathered. The
+query projection computes their rows and leaves zeros elsewhere, so that the model's own norms and RoPE apply
+unchanged. Attention runs on the gathered rows, and the output projection reads only them. Keys and values are computed
+for all tokens, since later tokens need them. Nothing is approximated.
 
-Only without gradients and autocast. Whether this costs less than computing all and multiplying by 0 is decided by the
-constants below: for projections and prefill in `before`, for attention of a single token in `pays`.
+This applies only without gradients and autocast. The constants below decide whether it costs less than computing
+everything and multiplying by 0: in `before` for projections and prefill, in `pays` for attention of a single token.
 
-Causal attention of the query rows that a gate has on, and of no others: for full heads on a CPU.
-
-The rows of all query heads of a KV head are gathered in the order of their tokens. The later half sees all keys before
-its own first row's, in one product without a mask; what is left are two problems of half the size, down to a few rows
-that need a mask. Two outputs meet by their log-sum-exps.
+For full heads on a CPU, causal attention also runs only for the query rows that the gate turns on. The rows of all
+query heads of a KV head are gathered in the order of their tokens. All rows of the later half see the keys before the
+first row of this half, in one product without a mask. Two problems of half the size remain, and so on, down to a few
+rows that attend under a mask. Two outputs are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -29,25 +28,27 @@ from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_to
 from .surgery_stores import KeyValues
 from .surgery_visibility import Visibility, slices
 
-# Below so many rows, or where more than this share of the units is on, all is computed and multiplied by the gate.
-# From times of one block of SmolLM2's shape on one thread (bench_gates.py): with 78% on, a block took as long as the
-# base's at 2k and 4k tokens; with 44% on, less from 512 tokens.
+# Below ROWS rows, or where more than this SHARE of the units is on, everything is computed and multiplied by the gate.
+# Measured on one block of SmolLM2's shape on one thread (bench_gates.py): with 78% of the units on, a block took as
+# long as the base's at 2k and 4k tokens; with 44% on, it took less from 512 tokens on.
 ROWS, SHARE = 512, 0.75
-# Of a single token: heads that are off times hidden size, from which projections leave them out. Below it the weights
-# that are not read cost less than the two or three smaller products that take the place of one.
+# For a single token, projections leave out the heads that are off if (number of heads off) * (hidden size) is at least
+# this. Below it, reading all weights costs less than the two or three smaller products that replace one.
 DECODE_SAVED = 8192
 NONE = ()  # no token
 
 
 class Work:
-    """Multiply-adds of the layers that have a gate or sparse prefill: what ran, and what runs without it.
+    """Multiply-adds of the layers that have a gate or sparse prefill.
 
     Attributes:
-        done, dense: "router", "keys and values", "query projection", "attention" and "output projection" of a gate,
-            "attention" and "estimator" of sparse prefill -> a number.
-            Attention: of every row that was computed, all keys that it was multiplied with, for scores and for
-            values. Where all rows are computed, each counts the keys that it sees; in sparse prefill, those of them
-            in the blocks that it reads. Estimator: its matrix products.
+        done: component -> multiply-adds that ran. The components of a gate are "router", "keys and values", "query
+            projection", "attention" and "output projection". Those of sparse prefill are "attention" and "estimator".
+        dense: component -> multiply-adds that would run without gate and sparse prefill.
+
+    Attention counts, for every computed row, the keys that it is multiplied with, once for scores and once for values.
+    Where all rows are computed, a row counts the keys that it sees; in sparse prefill, only those in the blocks that
+    it reads. The estimator counts its matrix products.
     """
 
     def __init__(self):
@@ -59,13 +60,13 @@ class Work:
         self.dense[component] = self.dense.get(component, 0) + dense
 
     def add_seen(self, view: KeyValues, query: torch.Tensor) -> None:
-        """Attention of the heads of a view whose rows [batch, heads, n, d] were all computed."""
+        """Count the attention of a view's heads, all rows of which [batch, heads, n, d] were computed."""
         (batch, heads, length, size), visibility, end = query.shape, view.visibility, view.end
         bounds = [end] + ([] if visibility.window is None else [visibility.window + visibility.sinks])
         most = min(bounds + ([] if visibility.limit is None else [visibility.limit]))
         pairs = batch * heads * sum(min(position + 1, most) for position in range(end - length, end))
         computed = pairs
-        if view.slots is not None:  # a policy has dropped some
+        if view.slots is not None:  # a policy has dropped some keys
             at = torch.arange(end - length, end, device=query.device)
             seen = (view.slots[..., None] <= at) & (view.slots[..., None] >= 0)
             computed = int(seen.sum()) * (heads // view.slots.shape[1])
@@ -74,7 +75,7 @@ class Work:
 
 @contextmanager
 def counted(model) -> Iterator[Work]:
-    """Count the multiply-adds of every forward inside: `with counted(model) as work: model(...)`."""
+    """Count the multiply-adds of every forward in a block: `with counted(model) as work: model(...)`."""
     names = ("surgery_call", "surgery_sparse")
     modules = [module for module in model.modules() if any(getattr(module, name, None) for name in names)]
     calls, work = [module.surgery_call for module in modules if hasattr(module, "surgery_call")], Work()
@@ -92,7 +93,7 @@ def counted(model) -> Iterator[Work]:
 
 
 class _Projection(torch.nn.Linear):
-    """A projection that computes the rows of heads that are on, where `GateState.rows` says which."""
+    """A projection that computes only the rows that are on, where `GateState.rows` lists them."""
 
     component = ""
 
@@ -105,13 +106,13 @@ class _Projection(torch.nn.Linear):
 
 
 class _Query(_Projection):
-    """The rows of what is off are zero."""
+    """The query projection; rows that are off are zero."""
 
     component = "query projection"
 
     def gathered(self, x, rows):
         out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
-        room = x.new_empty(x.shape[1:])  # one for all heads: new memory costs more than what is put there
+        room = x.new_empty(x.shape[1:])  # reused for all heads: allocation costs more than the copy
         for begin, end, row, index in _channels(self.surgery_gate, rows, self.out_features):
             inputs = x[row] if index is None else torch.index_select(x[row], 0, index, out=room[: len(index)])
             made = linear(inputs, self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
@@ -124,12 +125,12 @@ class _Query(_Projection):
 
 
 class _Output(_Projection):
-    """The channels of what is off are not read."""
+    """The output projection; channels that are off are not read."""
 
     component = "output projection"
 
     def gathered(self, x, rows):
-        wide = torch.promote_types(x.dtype, torch.float32)  # of many sums, none is rounded to half precision
+        wide = torch.promote_types(x.dtype, torch.float32)  # partial sums are not rounded to half precision
         out, done = x.new_zeros(*x.shape[:-1], self.out_features, dtype=wide), 0
         if self.bias is not None:
             out += self.bias
@@ -147,9 +148,9 @@ class _Output(_Projection):
 
 
 def _channels(gate: Gate, rows: list, width: int):
-    """(first channel, last + 1, batch row, its tokens or None for all) of everything that is on.
+    """Yield (first channel, last channel + 1, batch row, its tokens or None for all) of every unit that is on.
 
-    Neighbours that are on for all tokens of the batch come as one.
+    Neighbouring units that are on for all tokens of the batch are merged.
     """
     size, begin, end = width // sum(gate.groups), 0, 0
     for unit, group in enumerate(gate.groups):
@@ -165,8 +166,8 @@ def _channels(gate: Gate, rows: list, width: int):
 def _attach(module, layer: dict, groups: list[int]) -> None:
     """Give an attention module the gate that its entry in the surgery block names.
 
-    Its projections become ones that leave out what is off, where the module shows how they are made: separate ones
-    of the heads' size, and no norm that spans all heads between query projection and attention.
+    Its query and output projections are replaced by ones that leave out what is off. This needs separate `q_proj` and
+    `o_proj` of the heads' size, and no norm over all heads between query projection and attention.
     """
     if "gate" not in layer:
         _detach(module)
@@ -184,7 +185,7 @@ def _attach(module, layer: dict, groups: list[int]) -> None:
 
 
 def _validation_error(config, layer: dict, groups: list[int]) -> str:
-    """What is wrong with the gate in a layer's entry, "" if nothing; arguments as of `Part.validation_error`."""
+    """The error in the gate of a layer's entry, "" if there is none; arguments as for `Part.validation_error`."""
     named = layer.get("parameters", {})
     if "gate" not in layer:
         return f"has {', '.join(sorted(set(named) & set(ROUTERS)))} without a gate"
@@ -212,7 +213,7 @@ def _validation_error(config, layer: dict, groups: list[int]) -> str:
 
 
 def _detach(module) -> None:
-    """Undo `_attach`, where there was a gate; the parameters stay, and the hooks, which then do nothing."""
+    """Undo `_attach` if there was a gate. The parameters stay; the hooks stay, and do nothing without a gate."""
     for owner in (module, *module.children()):
         if isinstance(owner, _Projection):
             owner.__class__ = torch.nn.Linear
@@ -222,24 +223,24 @@ def _detach(module) -> None:
 
 
 def _mixed(module, query, output) -> bool:
-    """Whether a row of the query projection is not one head's alone, as attention gets it."""
+    """Whether the channels of one head in the query projection's output are not exactly that head's query."""
     norm = getattr(getattr(module, "q_norm", None), "weight", None)
     spans_heads = norm is not None and norm.dim() == 1 and len(norm) == query.out_features
     return spans_heads or not isinstance(output, torch.nn.Linear) or output.in_features != query.out_features
 
 
 def before(module, args, kwargs) -> None:
-    """Forward pre-hook of an attention module: the gate of this call, and what it lets be left out."""
+    """Forward pre-hook of an attention module: compute the call's gate, and decide what need not be computed."""
     if not hasattr(module, "surgery_gate"):
         return
     gate, call, hidden = module.surgery_gate, module.surgery_call, args[0] if args else kwargs["hidden_states"]
-    call.clear()  # of a forward that an error ended
+    call.clear()  # an earlier forward may have ended in an error
     batch, length = hidden.shape[:2]
     saves = gate.on <= SHARE * gate.units and not getattr(module, "surgery_whole", False)
     saves &= not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
-    saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # which weighs the queries of all heads
-    saves &= getattr(module, "surgery_policy", None) is None  # and so does this
+    saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # estimators read all queries
+    saves &= getattr(module, "surgery_policy", None) is None  # so do policies
     if saves and batch * length == 1 and hidden.device.type == "cpu":
         units = prepare_token(module, hidden[0, 0])
         call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
@@ -258,13 +259,13 @@ def before(module, args, kwargs) -> None:
 
 
 def after(module, args, output) -> None:
-    """Forward hook of an attention module: what was kept for this call may go."""
+    """Forward hook of an attention module: clear the call's state."""
     if hasattr(module, "surgery_call"):
         module.surgery_call.clear()
 
 
 def _count_inputs(module, work: Work, tokens: int) -> None:
-    """Count the router, and the projections that are not ours to count."""
+    """Count the router, and the projections that do not count themselves (`_Projection`)."""
     weights = [module.get_parameter(name) for name in ROUTERS if hasattr(module, name)]
     work.add("router", tokens * sum(weight.numel() for weight in weights if weight.dim() == 2), 0)
     stock = {"k_proj": "keys and values", "v_proj": "keys and values"}
@@ -275,21 +276,21 @@ def _count_inputs(module, work: Work, tokens: int) -> None:
             work.add(component, *[tokens * projection.weight.numel()] * 2)
 
 
-# Both from the times of one block of SmolLM2's shape (examples/benchmarks/bench_gates.py).
-LEAF = 384  # gathered query rows that attend together under a mask
-# How many query rows the kernel gives a thread at a time, and from how many rows on. What is not a multiple of it for
-# all threads leaves some of them without work.
+# The next two are from the times of one block of SmolLM2's shape (examples/benchmarks/bench_gates.py).
+LEAF = 384  # up to this many gathered query rows attend together under a mask
+# (from how many rows on, how many query rows the kernel gives a thread at a time). If the number of rows is no
+# multiple of this for all threads, some threads have no work.
 SHARES = ((768, 256), (0, 64))
-DECODE_KEYS = 2048  # keys from which a single token leaves KV heads unread that it has no use for
+DECODE_KEYS = 2048  # from this many keys on, a single token does not read KV heads whose query heads are all off
 
 
 def pays(query, keys) -> bool:
-    """Whether attention of these queries is done for the heads that are on alone, where `GateState.on` says which."""
+    """Whether computing attention only for the heads that are on (`GateState.on`) is worth it for these queries."""
     return query.shape[2] > 1 or keys.shape[2] >= DECODE_KEYS
 
 
 def gathered(module, query, key, value, scaling, options) -> torch.Tensor | None:
-    """Attention of the rows that the gate has on, times the gate; None where all rows must be computed."""
+    """Attention of the rows that the gate turns on, times the gate; None where all rows must be computed."""
     if isinstance(key, list):
         key, value = key[0].keys, key[0].values
     plain = module.surgery_heads.visibilities == [Visibility()] and options == {"softcap": None, "s_aux": None}
@@ -303,11 +304,11 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
     """Causal attention of the rows that are on, times their gates.
 
     Args:
-        query: [batch, heads, n, head_dim]; keys, values: [batch, KV heads, N, head_dim], the last n of them of the
-            queries' own tokens. No padding.
+        query: [batch, heads, n, head_dim].
+        keys, values: [batch, KV heads, N, head_dim]; the last n belong to the queries' own tokens. No padding.
 
     Returns:
-        [batch, n, heads, head_dim], 0 where a head is off; None for a token of which no key can be left unread.
+        [batch, n, heads, head_dim], 0 where a head is off; None for a single token that needs every KV head.
     """
     call, (batch, heads, length, size) = module.surgery_call, query.shape
     if isinstance(call.on, list):
@@ -333,9 +334,9 @@ def attend(module, query, keys, values, scale) -> torch.Tensor | None:
 
 
 def _attend_token(module, query, keys, values, scale) -> torch.Tensor | None:
-    """`attend` for one token: all heads of the KV heads that have one on, since they read the same keys.
+    """`attend` for one token. All heads of a KV head with a head that is on are computed: they read the same keys.
 
-    None where that is every KV head: then there is nothing to leave out.
+    Returns None where every KV head has a head that is on.
     """
     call, (kv_heads, length, size) = module.surgery_call, keys.shape[1:]
     group = len(call.on) // kv_heads
@@ -357,12 +358,12 @@ def _attend_rows(query, positions, keys, values, first: int, scale, into: tuple)
     """Attention of some rows of a KV head's queries to the keys from `first` on.
 
     Args:
-        query: [r, head_dim], of the tokens at `positions` (long [r], not falling, from `first` on).
+        query: [r, head_dim], the queries of the tokens at `positions` (long [r], non-decreasing, from `first` on).
         keys, values: [1, 1, N, head_dim].
-        into: [r, head_dim] and [r], where output and log-sum-exp are put.
+        into: buffers [r, head_dim] for the output and [r] for the log-sum-exp.
 
     Returns:
-        With how many keys the rows were multiplied, all together.
+        The number of pairs of a row and a key that were multiplied.
     """
     count, (out, lse) = len(query), into
     if count <= LEAF:
@@ -386,7 +387,7 @@ def _attend_rows(query, positions, keys, values, first: int, scale, into: tuple)
 
 
 def _later_half(count: int) -> int:
-    """How many of so many rows are the later half: what the threads share evenly, if it comes near."""
+    """The size of the later half of `count` rows: a number near half that the threads can share evenly, if any."""
     half = count // 2
     multiple = next(share for least, share in SHARES if half >= least) * torch.get_num_threads()
     even = (half + multiple // 2) // multiple * multiple
@@ -394,7 +395,7 @@ def _later_half(count: int) -> int:
 
 
 def _lse_dtype(query) -> torch.dtype:
-    """What the kernel gives log-sum-exps in."""
+    """The dtype of the kernel's log-sum-exps."""
     return torch.promote_types(query.dtype, torch.float32)
 
 
@@ -407,10 +408,10 @@ def _kernel(query, keys, values, first: int, end: int, scale, bias=None) -> tupl
 
 
 class Gates(Part):
-    """Which heads are on for a token, and how much they count.
+    """Gates: which heads are on for a token, and with which weight.
 
     An entry has `gate`: {"kind": "moh", "unit": "head" or "kv_group", "shared": [units that are always on], "active":
-    routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}.
+    number of routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}.
     """
 
     keys = ("gate",)

@@ -1,21 +1,22 @@
-"""The gate of attention's heads: a weight for each head and token, worked out from the layer's input.
+"""The gate of attention's heads: a weight for each head and token, computed from the layer's input.
 
     out = sum over heads of g_h(x) W_O^h z_h
 
-    moh   shared heads are always on; of the others a router turns `active` on for each token:
-          g = n_s softmax(W_s x) for the shared, k softmax(tau (W_r x + b)) over the k that are on, 0 for the rest; and
-          both times the two values of 2 softmax(W_0 x). With tau, W_s and W_0 at 0 every gate is exactly 1 or 0: the
-          router only chooses.
-    mae   a mixture of all experts "every head but one": g_h = H / (H - 1) (1 - softmax(W x + b)_h); hard: the head
-          with the largest weight is off, the others are on.
+    moh   n_s shared heads are always on. Of the other heads, a router turns k (`active`) on for each token.
+          g = n_s softmax(W_s x) for shared heads, k softmax(tau (W_r x + b)) over the k heads that are on, and 0 for
+          the rest. The two kinds are then multiplied by the two values of 2 softmax(W_0 x). With tau, W_s and W_0 at 0
+          every gate is exactly 1 or 0: the router only chooses.
+    mae   a mixture of H experts, each of which is all heads but one: g_h = H / (H - 1) (1 - softmax(W x + b)_h).
+          hard: the head with the largest weight is off, the others are on.
 
-A forward pre-hook of the attention module works the gate out, a pure function of its input: gradient checkpointing
-runs it twice. The attention function multiplies by it; surgery_gated_compute.py leaves out what would be multiplied
-by 0. On a CPU the gate of a single token is worked out in Python's numbers (`prepare_token`).
+A forward pre-hook of the attention module computes the gate. It is a pure function of the module's input, since
+gradient checkpointing runs it twice. The attention function multiplies by the gate, and surgery_gated_compute.py
+leaves out what would be multiplied by 0. On a CPU the gate of a single token is computed with Python numbers
+(`prepare_token`).
 
 Sources: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842; Peng et al. 2020,
-"A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. Unlike there tau and b: a fitted router need not
-weigh what it chooses.
+"A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. tau and b are
+not in these papers: with them, a fitted router can choose heads without weighting them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROUTERS = (
     "surgery_shared_router",
     "surgery_balance",
 )
-# A comparison with NaN would choose some heads without a word.
+# A comparison with NaN would silently choose some heads.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
 FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
 
@@ -47,10 +48,10 @@ class Gate:
 
     Attributes:
         kind: "moh" or "mae".
-        groups: query heads that each unit turns on together: one each, or a KV head's.
+        groups: the number of query heads of each unit: 1, or the query heads of a KV head.
         shared: units that are always on.
-        active: routed units that are on for a token.
-        hard, rescale: of mae: the head with the largest weight is off; the others count H / (H - 1).
+        active: how many routed units are on for a token.
+        hard, rescale: mae only. hard: the head with the largest weight is off. rescale: the others count H / (H - 1).
     """
 
     kind: str
@@ -63,7 +64,7 @@ class Gate:
 
     @classmethod
     def of(cls, entry: dict, groups: list[int]) -> Gate:
-        """The gate of a layer's entry `gate` in the surgery block; `groups`: query heads that read each KV head."""
+        """The gate that a layer's entry `gate` describes; `groups`: how many query heads read each KV head."""
         units = groups if entry.get("unit") == "kv_group" else [1] * sum(groups)
         if entry["kind"] == "moh":
             return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"])
@@ -80,7 +81,7 @@ class Gate:
 
     @cached_property
     def on(self) -> int:
-        """Units that are on for a token."""
+        """How many units are on for a token."""
         if self.kind == "mae":
             return self.units - self.hard
         return len(self.shared) + self.active
@@ -95,7 +96,7 @@ class Gate:
         return shapes
 
     def logits(self, hidden: torch.Tensor, parameters: dict) -> torch.Tensor:
-        """What the router says: [..., routed units], float32 or wider.
+        """The router's logits [..., routed units], in the dtype of `hidden`.
 
         Args:
             hidden: [..., D], the layer's input.
@@ -104,19 +105,19 @@ class Gate:
         return linear(hidden, *(parameters[name].to(hidden.dtype) for name in ("router", "router_bias")))
 
     def chosen(self, logits: torch.Tensor) -> torch.Tensor:
-        """Which routed units are on: bool, as `logits`. Of equal ones the first."""
+        """Which routed units are on: bool, shaped as `logits`. Equal logits are ordered by index."""
         if (self.kind == "mae" and not self.hard) or self.active == logits.shape[-1]:
             return torch.ones_like(logits, dtype=torch.bool)
-        # The first of the order is left out by mae, and the first `active` are taken by moh.
+        # mae leaves out the first unit of this order, and moh takes the first `active` units.
         count = 1 if self.kind == "mae" else self.active
         first = logits.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
         picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, first, True)
         return ~picked if self.kind == "mae" else picked
 
     def used(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Which of what the router weighs a token uses most, for `load_balance`: bool, as `logits`.
+        """What a token uses of the units or experts that the router weighs, for `load_balance`: bool, as `logits`.
 
-        Of moh the units that are on; of mae, whose router weighs experts that lack a head, the heaviest expert.
+        With moh, the units that are on. With mae, whose router weighs experts that lack a head, the heaviest expert.
         """
         if self.kind == "moh":
             return chosen
@@ -145,7 +146,7 @@ class Gate:
         return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], dim=-1)
 
     def of_heads(self, units: torch.Tensor) -> torch.Tensor:
-        """Something [..., units], shared ones first, for each query head in order: [..., query heads]."""
+        """Spread values [..., units], shared units first, to the query heads in order: [..., query heads]."""
         if units.device not in self._indices:
             order = [*self.shared, *self.routed]
             spread = [order.index(unit) for unit, size in enumerate(self.groups) for _ in range(size)]
@@ -155,19 +156,19 @@ class Gate:
 
 
 def softmax_times_count(scores: torch.Tensor, count: int | None = None) -> torch.Tensor:
-    """count * softmax: exactly 1 where all scores are equal. `count`: of those that are not -inf, default all."""
+    """count * softmax: exactly 1 where all scores are equal. `count`: how many scores are not -inf (default all)."""
     weights = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
     return weights / (weights.sum(dim=-1, keepdim=True) / (count or scores.shape[-1]))
 
 
 def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """MoH's loss: r^2 times the mean over units of (mean softmax weight) * (share of tokens that use it).
+    """MoH's loss: r^2 times the mean over the r units of (mean softmax weight) * (share of tokens that use the unit).
 
-    It is `active` (of mae 1) for a router that treats all units alike, more for one that prefers some.
+    It is `active` (1 for mae) for a router that treats all units alike, and more for one that prefers some.
 
     Args:
-        logits, used: [batch, n, r], of a router and of `Gate.used`.
-        real: bool [batch, n], tokens that are no padding; None: all.
+        logits, used: [batch, n, r], the router's logits and the result of `Gate.used`.
+        real: bool [batch, n], tokens that are no padding; None: all are real.
     """
     share, on = logits.softmax(dim=-1), used.to(logits.dtype)
     if real is not None:
@@ -177,15 +178,15 @@ def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | 
 
 
 class _Call:
-    """What is of one forward. A forward runs in one thread, and a server answers each request in one of its own."""
+    """The state of one forward. A forward runs in one thread, and a server runs each request in its own thread."""
 
     gates = on = rows = None
 
 
 def _of_call(name: str) -> property:
-    """An attribute of the call that this thread runs; None outside of one.
+    """An attribute of the call that this thread runs; None outside of a call.
 
-    Not `threading.local`: code that torch.compile has traced reads it wrongly.
+    This is not `threading.local`, which code that torch.compile has traced reads wrongly.
     """
 
     def read(state):
@@ -198,18 +199,18 @@ def _of_call(name: str) -> property:
 
 
 class GateState:
-    """What the gate says of the forward that runs. The attention module and its projections hold the same one.
+    """The gate of the current forward. The attention module and its projections share one object.
 
-    Every thread has `gates`, `on` and `rows` of its own, while its forward is in the layer.
+    Every thread has its own `gates`, `on` and `rows` while its forward is in the layer.
 
     Attributes:
         gates: [batch, n, query heads].
-        on: bool of the same shape, or of a single token a list: which heads are on; None: attention computes all.
-        rows: of each unit and batch row, the tokens that have it on; None: nothing is to be left out.
+        on: which heads are on: bool of the same shape, or a list for a single token; None: attention computes all.
+        rows: for each unit and batch row, the tokens for which the unit is on; None: nothing is left out.
         loss: `load_balance` of the last forward in training mode.
-        packed: what `prepare_token` keeps from token to token.
-        work: multiply-adds are counted here, if anybody asks.
-        gathered: what the attention function calls where heads are off (surgery_gated_compute.py).
+        packed: the tensors that `prepare_token` keeps from token to token.
+        work: the `Work` that counts multiply-adds, or None.
+        gathered: the function that the attention function calls where heads are off (surgery_gated_compute.py).
     """
 
     gates, on, rows = map(_of_call, ("gates", "on", "rows"))
@@ -220,10 +221,10 @@ class GateState:
         self.calls: dict[int, _Call] = {}  # thread -> its call
 
     def clear(self) -> None:
-        """Forget what is of one forward."""
+        """Forget the state of this thread's forward."""
         self.calls.pop(get_ident(), None)
 
-    def __deepcopy__(self, memo):  # what is kept has a graph, and a copied model has had no forward
+    def __deepcopy__(self, memo):  # the state has a graph, and a copied model has had no forward
         return GateState(self.gathered)
 
     def __reduce__(self):
@@ -231,23 +232,23 @@ class GateState:
 
 
 def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Work out the gate of the forward that begins, and keep it in `module.surgery_call`.
+    """Compute the gate of the forward that begins, and keep it in `module.surgery_call`.
 
     Args:
         module: attention module with `surgery_gate`, `surgery_call` and the gate's parameters.
         hidden: [batch, n, D], the layer's input.
-        mask: as the attention function gets it.
+        mask: the attention function's mask.
 
     Returns:
         Which of the routed units are on, bool [batch, n, routed units].
 
     Raises:
-        ValueError: the router gave something that is no number.
+        ValueError: the router gave NaN or inf.
     """
     gate, call = module.surgery_gate, module.surgery_call
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     parameters = parameters_of(module)
-    with torch.autocast(hidden.device.type, enabled=False):  # else a choice would be made from rounded logits
+    with torch.autocast(hidden.device.type, enabled=False):  # else the choice would use rounded logits
         logits = gate.logits(wide, parameters)
         chosen = gate.chosen(logits)
         weights = gate.weights(wide, logits, chosen, parameters)
@@ -267,8 +268,8 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
 def parameters_of(module) -> dict[str, torch.Tensor]:
     """The gate's parameters of an attention module, name without `surgery_` -> tensor.
 
-    Accelerate fetches what it has offloaded (`device_map`) when the module's own forward begins, and the gate is
-    worked out before: then they are read from where it keeps them.
+    Accelerate loads offloaded parameters (`device_map`) when the module's own forward begins, and the gate is computed
+    before that. So offloaded parameters are read from where Accelerate keeps them.
     """
     tensors = {name: getattr(module, name) for name in ROUTERS if hasattr(module, name)}
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -279,8 +280,8 @@ def parameters_of(module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("surgery_"): tensor for name, tensor in tensors.items()}
 
 
-# The gate of a single token, in Python's numbers. While a CPU decodes with a small model, the dozen of little tensors
-# that `Gate.weights` makes cost more than what the gate saves: with `moh` SmolLM2-135M decodes 8% faster by these.
+# The gate of a single token, with Python numbers. When a CPU decodes with a small model, the dozen small tensors of
+# `Gate.weights` cost more than the gate saves. With `moh`, SmolLM2-135M decodes 8% faster by these functions.
 
 
 def prepare_token(module, hidden: torch.Tensor) -> list:
@@ -304,11 +305,11 @@ def prepare_token(module, hidden: torch.Tensor) -> list:
 def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Routers [outputs, D], their biases, and the temperature, kept from token to token.
 
-    They are made again after every longer forward (one begins every generation), and when a parameter was changed, or
-    another one or other memory took its place (`load_state_dict(assign=True)`, `.data = ...`).
+    They are made again after every longer forward (a generation begins with one). They are also made again when a
+    parameter was changed or replaced, or has other memory (`load_state_dict(assign=True)`, `.data = ...`).
     """
     call, now = module.surgery_call, _states(module)
-    packed = call.packed  # read once: a longer forward in another thread forgets it
+    packed = call.packed  # read once: a longer forward in another thread clears it
     if packed is None or packed[0] != now:
         parameters = parameters_of(module)
         wide = torch.promote_types(parameters["router"].dtype, torch.float32)
@@ -317,25 +318,25 @@ def _packed(module) -> tuple[torch.Tensor, torch.Tensor, float]:
         weight = torch.cat(routers).to(wide)
         bias = torch.nn.functional.pad(parameters["router_bias"].to(wide), (0, len(weight) - len(routers[0])))
         made = weight, bias, parameters["router_temperature"].item() if "router_temperature" in parameters else 0.0
-        references = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets this memory
+        references = [parameter.detach() for parameter in parameters.values()]  # no other tensor gets their memory
         call.packed = packed = now, made, references
     return packed[1]
 
 
 def _states(module) -> list[tuple]:
-    """What changes when a parameter of the gate does; tensors made in inference mode count no versions."""
+    """Values that change when a parameter of the gate does. Tensors made in inference mode have no version counter."""
     parameters = (module._parameters.get(name) for name in ROUTERS)
     return [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters if p is not None]
 
 
 def gate_of_token(gate: Gate, outputs: list[float], temperature: float) -> tuple[list[float], list]:
-    """The gates of a single token and which are on, of the units in order, as Python's numbers.
+    """The gates of a single token's units, and which units are on, in order of the units, as Python numbers.
 
     Args:
-        outputs: the router's logits, then those of shared router and balance; without these where they are 0.
+        outputs: the router's logits, then those of shared router and balance, which are left out where they are 0.
     """
     logits, more = outputs[: len(gate.routed)], outputs[len(gate.routed) :]
-    order = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)  # of equal ones the first
+    order = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)  # equal logits by index
     if gate.kind == "mae":
         if not gate.hard:
             return [(gate.units - x) / (gate.units - 1) for x in _softmax_times_count(logits)], [True] * gate.units
@@ -367,12 +368,12 @@ def _softmax_times_count(scores: list[float]) -> list[float]:
 
 
 def load_balance_loss(model) -> torch.Tensor:
-    """The load-balance loss of the last forward in training mode, mean over the layers that have a router.
+    """The load-balance loss of the last forward in training mode: the mean over the layers that have a router.
 
     Add it to the loss with a small weight (0.01 in the paper) before `backward`.
 
     Raises:
-        ValueError: no layer has a router, none has run in training mode, or the router's gradient is lost.
+        ValueError: no layer has a router, no router has run in training mode, or the router's gradient is lost.
     """
     gated = [module for module in model.modules() if hasattr(module, "surgery_router")]
     losses = [module.surgery_call.loss for module in gated]

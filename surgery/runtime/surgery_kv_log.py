@@ -1,6 +1,6 @@
-"""A policy that drops nothing and counts: how many keys the queries of each KV head saw, and the largest number held.
+"""A policy that drops nothing and counts, for each KV head, the keys that queries saw and the largest number held.
 
-In a layer's entry: {"policy": {"name": "log"}}. What was counted is read with `counts(model)`.
+In a layer's entry: {"policy": {"name": "log"}}. `counts(model)` gives the counts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .surgery_kv_policy import Kept, Policy
 
 @dataclass
 class Counts:
-    """Of one KV head, over all rows of all calls since the model was made.
+    """The counts of one KV head, over all rows of all calls since the model was made.
 
     Attributes:
-        queries: real tokens that asked.
-        seen: keys that they saw, all together.
-        held: the most keys that a row held.
+        queries: number of queries of real tokens.
+        seen: number of keys that these queries saw, summed over the queries.
+        held: the largest number of keys that a row held.
     """
 
     queries: int = 0
@@ -27,7 +27,7 @@ class Counts:
 
 @dataclass
 class Log(Policy):
-    """All keys stay, and are counted."""
+    """A policy that keeps and counts all keys."""
 
     heads: dict[int, Counts] = field(default_factory=dict, init=False)
 
@@ -42,7 +42,7 @@ class Log(Policy):
 
 
 def counts(model) -> dict[int, dict[int, Counts]]:
-    """What was counted in a model: layer -> KV head -> its counts."""
+    """The counts of a model: layer -> KV head -> its `Counts`."""
     policies = (getattr(module, "surgery_policy", None) for module in model.modules())
     logs = {each.layer: each.policy for each in policies if each is not None and hasattr(each.policy, "heads")}
     return {layer: log.heads for layer, log in logs.items()}

@@ -1,21 +1,22 @@
-"""Policies that drop keys from the cache of full heads (KV eviction), and how one comes to be asked.
+"""Policies that drop keys from the cache of full heads (KV eviction), and the interface through which they are called.
 
-An entry of the `surgery` block may hold `policy`: a name, and whatever settings the policy has:
+An entry of the `surgery` block may hold `policy`: a name, and the settings of the policy:
 
     {"name": "identity"}
 
-It is for KV heads that see all: those that see sinks + window keep what they see anyway. At the end of every call with
-a cache (a prompt, a chunk of one, a decoded token) the attention function calls `LayerPolicy.drop`, which shows the
-policy what was computed: `Kept`. The policy answers which keys stay, of each KV head others if it likes. What goes is
-seen by no later query, and its memory is freed (`surgery_stores.KeptStore`). Keys keep the position they were made at.
+A policy applies to KV heads that see all tokens. (Heads that see sinks + window store only these already.) At the end
+of every call with a cache (a prompt, a chunk of one, a decoded token) the attention function calls `LayerPolicy.drop`.
+This passes the policy a `Kept`: the call's queries, and the keys and values in the cache. The policy returns the keys
+that stay, which may differ from KV head to KV head. No later query sees the other keys, and their memory is freed
+(`surgery_stores.KeptStore`). The remaining keys keep their positions.
 
 A new policy is one file: a subclass of `Policy` whose fields are its settings, with `POLICY = YourPolicy` at its end,
-and a line in `surgery_config.FILES`, `"policy.<name>": "<file>"`; surgery_kv_log.py is a short one. A policy is not
-told whether a chunk of a prompt is its last: more than one query is a chunk, one query a decoded token. In your own
-process `POLICIES["<name>"] = YourPolicy` will do.
+and a line in `surgery_config.FILES`, `"policy.<name>": "<file>"`. surgery_kv_log.py is a short example. In your own
+process, `POLICIES["<name>"] = YourPolicy` is enough. A policy does not learn whether a chunk is the last one of its
+prompt: a call with more than one query is a prompt or a chunk, and a call with one query is a decoded token.
 
-Nothing is dropped without a cache, through a cache that is not ours, where gradients flow through the keys, and while
-the cache records what may be taken back (assisted generation).
+Nothing is dropped without a cache, in a cache other than `SurgeryCache`, where gradients flow through the keys, or
+while the cache records tokens that may be removed again (assisted generation).
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from .surgery_visibility import HeadKinds, Visibility
 
 @dataclass
 class Kept:
-    """What a policy is shown at the end of a call: the heads of one kind in one layer.
+    """The argument of a policy at the end of a call: the heads of one kind in one layer.
 
     Attributes:
-        layer: the number of the layer.
-        kv_heads: the numbers of these KV heads in it.
-        queries: [batch, heads, n, head_dim] of this call's tokens, after RoPE; heads KV head by KV head.
-        keys, values: [batch, KV heads, kept, head_dim], what is held, this call's tokens among them.
-        positions: long [batch, KV heads, kept], counted from a row's first real token; -1 where nothing real is held
-            (padding). The newest are this call's.
-        scale, softcap: of the scores; softcap may be None.
-        notes: what the policy wants to remember of each key, name -> [batch, KV heads, kept, ...]; it may set and
-            change them. They stay with their keys; those of new keys are 0.
+        layer: index of the layer.
+        kv_heads: indices of these KV heads in the layer.
+        queries: [batch, heads, n, head_dim], the queries of this call's tokens, after RoPE, in order of KV heads.
+        keys, values: [batch, KV heads, kept, head_dim], the stored keys and values, including this call's.
+        positions: long [batch, KV heads, kept], counted from a row's first real token; -1 where no real token is
+            stored (padding). This call's tokens are the last ones.
+        scale, softcap: the factor on the scores and their cap; softcap may be None.
+        notes: values that the policy keeps for each key, name -> [batch, KV heads, kept, ...]. The policy may set and
+            change them. Notes stay with their keys; new keys have notes of 0.
     """
 
     layer: int
@@ -57,35 +58,36 @@ class Kept:
 
 
 class Policy:
-    """Which keys stay in the cache. A subclass is a dataclass; its fields are settings, which an entry gives.
+    """The base class of policies, which decide the keys that stay in the cache.
 
-    There is one for each layer, for all calls: what it must remember of a text is a note (`Kept.notes`).
+    A subclass is a dataclass. Its fields are the settings in a layer's entry. Each layer has one policy for all calls,
+    so a policy must store what it remembers of a text as notes (`Kept.notes`).
     """
 
     def survivors(self, kept: Kept) -> torch.Tensor | None:
-        """Which of the keys that are held stay.
+        """Which of the stored keys stay.
 
         Returns:
-            None: all of them. Or bool [batch, KV heads, kept]. Or indices, long [batch, KV heads, m], each once.
+            None if all stay, or bool [batch, KV heads, kept], or distinct indices, long [batch, KV heads, m].
         """
         raise NotImplementedError
 
     def problem(self) -> str:
-        """What is wrong with the settings, "" if nothing."""
+        """The error in the settings, "" if there is none."""
         return ""
 
     def kv_cost(self, cost: HeadCost) -> HeadCost:
-        """What the cache holds of a KV head under this policy; `cost`: without it."""
+        """The cost of a KV head in the cache under this policy; `cost`: without the policy."""
         return cost
 
     def after_heads_change(self, queries: list[int], kv_heads: list[int]) -> dict:
-        """The settings that change where only these heads stay: of a policy that has a setting for each head."""
+        """The new values of settings that have a value for each head, when only these heads remain."""
         return {}
 
 
 @dataclass
 class Identity(Policy):
-    """All keys stay."""
+    """A policy that keeps all keys."""
 
     def survivors(self, kept: Kept) -> None:
         return None
@@ -95,10 +97,10 @@ POLICIES: dict[str, type[Policy]] = {"identity": Identity}
 
 
 def policy_of(entry: dict) -> Policy:
-    """The policy that `policy` of a layer's entry names.
+    """The policy that a layer's entry `policy` describes.
 
     Raises:
-        ValueError: there is none of this name, it has other settings, or they are wrong.
+        ValueError: there is no policy of this name, it has no such setting, or a setting is wrong.
     """
     name = entry.get("name") if isinstance(entry, dict) else None
     names = sorted({*POLICIES, *(each.partition(".")[2] for each in FILES if each.startswith("policy."))})
@@ -128,12 +130,12 @@ class LayerPolicy:
 
     @torch.no_grad()
     def drop(self, kinds: HeadKinds, queries: list, views: list[KeyValues], mask, pad, scale, softcap) -> None:
-        """Ask the policy for every kind of head that is under it, and have the cache drop what it does not keep.
+        """Call the policy for every kind of head under it, and drop from the cache the keys that it does not keep.
 
         Args:
-            queries, views: kind by kind, of the call that ends.
-            mask: bool [batch, N], the slots of real tokens, or None. pad: [batch], those before each row's first, or
-                None.
+            queries, views: for each kind of head, the queries and the view of the call that ends.
+            mask: bool [batch, N], the slots of real tokens, or None.
+            pad: [batch], slots before each row's first real token, or None.
         """
         for (visibility, kv_heads), query, view in zip(kinds.spec[1], queries, views, strict=True):
             if not visibility.by_policy or view.store is None:
@@ -147,7 +149,7 @@ class LayerPolicy:
 
 
 def _positions(view: KeyValues, mask, pad) -> torch.Tensor:
-    """Positions of the keys of a view, as `Kept` has them."""
+    """The positions of a view's keys (`Kept.positions`)."""
     slots, shape = view.slots, view.keys.shape[:3]
     if slots is None:
         slots = torch.arange(view.start, view.end, device=view.keys.device).expand(shape)
@@ -158,7 +160,7 @@ def _positions(view: KeyValues, mask, pad) -> torch.Tensor:
 
 
 def _checked(stays: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What a policy answered, if the store can take it.
+    """A policy's result, checked.
 
     Raises:
         ValueError: it is neither bool for each key nor indices for each KV head.
@@ -171,7 +173,7 @@ def _checked(stays: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 class KVPolicy(Part):
-    """A policy for the cache of full heads; an entry has `policy`, as this file's beginning says."""
+    """A policy for the cache of full heads. An entry has `policy` (see the module's docstring)."""
 
     keys = ("policy",)
 

@@ -4,15 +4,15 @@ An entry of the `surgery` block may hold `sparse`:
 
     {"method": "pooled", "block": 128, "dense_below": 1024, "last_rows_dense": 0, "delta": null, ...}
 
-and whatever other settings the method has (surgery_estimators.py). It is for heads that see all, and for calls with
-more than one query. What is sparse is a whole block of queries: those of a block that a call holds only a part
-of read all keys, as a decoded token does. So a prompt in one piece, in chunks that end at block edges, and with
-speculated tokens at its end gives the same, and a short call behind a long past is decoding. (Without a cache every
+and the method's other settings (surgery_estimators.py). Sparse prefill applies to heads that see all tokens, and to
+calls with more than one query. Only whole blocks of queries are sparse. If a call contains only a part of a block, its
+queries read all keys, as a decoded token does. So a prompt gives the same results in one piece, in chunks that end at
+block edges, and with speculated tokens at its end. A short call after a long past is decoding. (Without a cache every
 step is a prompt again, and the generated tokens are a part of it.)
 
-Positions are counted from a row's first real token: every row of a padded batch is run alone on its real tokens.
+Positions are counted from a row's first real token: every row of a padded batch runs alone on its real tokens.
 
-surgery_block_attention.py attends to the blocks that were kept.
+surgery_block_attention.py attends to the kept blocks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .surgery_config import FILES, Part
 from .surgery_estimators import choose, estimator, settings_problems
 from .surgery_visibility import HeadKinds, Visibility
 
-# A list that keeps more than this share of the blocks that its queries see reads all of them: what it would save is
-# little, gathering and estimating taken off, and reading all is exact.
+# A list that keeps more than this share of the blocks that its queries see reads all of them. It would save little
+# more than the cost of gathering and estimating, and reading all blocks is exact.
 DENSE = 0.6
-PROBED = 4  # blocks of queries that a check of the model has beyond where prefill becomes sparse
+PROBED = 4  # a check of the model has this many blocks of queries where prefill is sparse
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Sparse:
         method: the name of an estimator (`surgery_estimators.estimator_names`).
         block: tokens in a block of queries and of keys, a power of two.
         dense_below: query blocks that end at this position or before read all keys.
-        last_rows_dense: so do the query blocks that hold the last so many tokens of a call.
-        delta: the correction below from every delta-th row, a divisor of the block; None: no correction.
-        settings: the method's own.
+        last_rows_dense: the query blocks that hold any of this many last tokens of a call read all keys as well.
+        delta: every delta-th row corrects the outputs (`_corrected`); it divides the block. None: no correction.
+        settings: the method's own settings.
     """
 
     method: str
@@ -57,13 +57,13 @@ class Sparse:
 
     @classmethod
     def of(cls, entry: dict) -> Sparse:
-        """From `sparse` of a layer's entry."""
+        """The `Sparse` that a layer's entry `sparse` describes."""
         fields = set(cls.__dataclass_fields__) - {"settings"}
         own = {name: value for name, value in entry.items() if name in fields}
         return cls(**own, settings={name: value for name, value in entry.items() if name not in own})
 
     def of_heads(self, heads: list[int]) -> Sparse:
-        """The same for some of the query heads: a setting that is a list has a value for each head."""
+        """The same for some of the query heads; a setting that is a list has a value for each head."""
         by_head = {name: values for name, values in self.settings.items() if isinstance(values, list)}
         own = {name: [values[head] for head in heads] for name, values in by_head.items()}
         return replace(self, settings=self.settings | own)
@@ -72,20 +72,21 @@ class Sparse:
         """Whether any row of a call of `length` queries, the last of `end` tokens, may be sparse."""
         return length >= self.block and end > self.dense_below
 
-    @torch.compiler.disable  # a loop over lists that the prompt makes: traced, it would be another graph each time
+    @torch.compiler.disable  # tracing its loops, which depend on the prompt, would give a new graph each time
     def attend(self, query, keys, values, mask, scale: float, softcap, work=None) -> tuple:
         """Attention of a prompt, or of a chunk of it.
 
         Args:
             query: [batch, heads, n, head_dim].
-            keys, values: [batch, KV heads, N, head_dim], of the slots from 0 on; the queries have the last n.
-            mask: bool [batch, N], the slots of real tokens, which are neighbours; None: all are real.
+            keys, values: [batch, KV heads, N, head_dim], in slots 0 to N - 1; the queries have the last n slots.
+            mask: bool [batch, N], the slots of real tokens, which are consecutive; None: all are real.
             work: a `surgery_gated_compute.Work` that counts the multiply-adds, or None.
 
         Returns:
-            [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n]; 0 and -inf for padding. Then what was
-            read, for terms that ask, or None where the two stand for all keys: a function of positions of queries
-            [batch, 1, r, 1] and keys [batch, heads, 1, m] that gives bool [batch, heads, r, m].
+            The output [batch, heads, n, head_dim] and the log-sum-exp [batch, heads, n], 0 and -inf for padding. Then
+            a function that says which keys were read, for terms that need it: from positions of queries
+            [batch, 1, r, 1] and keys [batch, heads, 1, m] to bool [batch, heads, r, m]. It is None with `delta`, whose
+            correction makes output and log-sum-exp stand for all keys.
         """
         found = []
         for row in range(len(query)):
@@ -99,7 +100,7 @@ class Sparse:
         return out, lse, None if self.delta is not None else partial(_read, kept, self.block)
 
     def _padded(self, query, keys, values, real, scale, softcap, work) -> tuple:
-        """`attend` for a row, real: bool [N]."""
+        """`attend` for one row of a padded batch; `real`: bool [N]."""
         slots, past = real.nonzero().flatten().tolist(), keys.shape[2] - query.shape[2]
         start, stop = (slots[0], slots[-1] + 1) if slots else (0, 0)
         first = max(start, past)
@@ -113,7 +114,7 @@ class Sparse:
         return pad(out, (0, 0, *edges)), pad(lse, edges, value=-torch.inf), kept
 
     def _row(self, query, keys, values, scale, softcap, work) -> tuple:
-        """`attend` for a row of real tokens."""
+        """`attend` for one row of real tokens."""
         with _products(work):
             kept = self.kept(query, keys, scale)
         out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
@@ -126,26 +127,27 @@ class Sparse:
         return out, lse, kept
 
     def sparse_blocks(self, length: int, end: int) -> range:
-        """The query blocks that may leave out keys, of a call of the last `length` of `end` tokens.
+        """The query blocks that may leave out keys, for a call with the last `length` of `end` tokens.
 
-        Not those that the call holds only a part of, that end by `dense_below`, or that hold one of the last rows.
+        These are the blocks that the call contains whole, that end after `dense_below`, and that hold none of the
+        `last_rows_dense` rows.
         """
         begin = max(ceil((end - length) / self.block), self.dense_below // self.block)
         return range(begin, max((end - self.last_rows_dense) // self.block, begin))
 
     @torch.no_grad()
     def kept(self, query, keys, scale: float) -> torch.Tensor:
-        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all real tokens."""
+        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real."""
         length, end = query.shape[2], keys.shape[2]
         past, size, device, rows = end - length, self.block, keys.device, self.sparse_blocks(length, end)
         first, columns = past // size, torch.arange(ceil(end / size), device=device)
         causal = columns <= torch.arange(first, len(columns), device=device)[:, None]
         if not rows:
             return causal.expand(len(keys), keys.shape[1], -1, -1)
-        if estimator(self.method).chunk_exact:  # these rows get the same without the others, which need none
+        if estimator(self.method).chunk_exact:  # these rows keep the same blocks without the others
             query, keys, first = query[:, :, rows.start * size - past : rows.stop * size - past], keys, rows.start
             keys = keys[:, :, : rows.stop * size]
-        with torch.autocast(device.type, enabled=False):  # else what is kept would follow from rounded sums
+        with torch.autocast(device.type, enabled=False):  # else rounded sums would choose the blocks
             found = choose(self.method, query, keys, scale, size, self.settings)
         found = found[:, :, rows.start - first : rows.stop - first]
         many = found.sum(-1, keepdim=True) > DENSE * (torch.arange(rows.start, rows.stop, device=device)[:, None] + 1)
@@ -154,7 +156,7 @@ class Sparse:
         return kept
 
     def pairs(self, kept, heads: int, length: int, end: int) -> int:
-        """Pairs of a query and a key that are multiplied in a row, over all heads.
+        """The number of pairs of a query and a key that are multiplied for one row of the batch, over all heads.
 
         Args:
             kept: [1, lists, query blocks, key blocks].
@@ -170,13 +172,14 @@ class Sparse:
         return pairs + heads * sum(place + 1 for place in exact)
 
     def _corrected(self, out, lse, query, keys, values, scale, softcap) -> tuple:
-        """Delta attention: every delta-th row is computed densely, and its rest is added to the rows up to the next.
+        """Delta attention: correct the sparse rows by the difference between dense and sparse at every delta-th row.
 
-        The log-sum-exp is corrected alike, so that terms that need it meet the dense one at these rows. A row never
-        gets what a later one knows, and rows that read all keys anyway get 0.
+        Every delta-th row is computed densely. The difference from its sparse output is added to it and to the rows up
+        to the next dense row. The log-sum-exp gets the same correction, so that it is the dense one at these rows for
+        terms that need it. No row depends on a later one. Rows that read all keys are not changed.
 
-        Source: Willette et al. 2025, "Delta Attention", arXiv 2505.11254. There a fixed tail is dense as well: that is
-        `last_rows_dense`.
+        Source: Willette et al. 2025, "Delta Attention", arXiv 2505.11254. There a fixed tail is dense as well, which
+        is `last_rows_dense` here.
         """
         past, rows = keys.shape[2] - query.shape[2], self.sparse_blocks(query.shape[2], keys.shape[2])
         if not rows:
@@ -194,7 +197,7 @@ class Sparse:
 
 @contextmanager
 def _products(work):
-    """Count the multiply-adds of the matrix products inside as the estimator's."""
+    """Count the matrix products inside as multiply-adds of the estimator."""
     if work is None:
         yield
         return
@@ -206,7 +209,10 @@ def _products(work):
 
 
 def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Tensor:
-    """The function that `Sparse.attend` gives; kept: of each row of the batch, its last row that of the last block."""
+    """The function that `Sparse.attend` returns. `kept` has, for each row of the batch, its lists of kept blocks.
+
+    The last row of a list belongs to the last query block.
+    """
     found, heads = [], torch.arange(keys.shape[1], device=keys.device)[:, None, None]
     for row, lists in enumerate(kept):
         _, count, rows, columns = lists.shape
@@ -217,10 +223,10 @@ def _read(kept: tuple[torch.Tensor, ...], block: int, queries, keys) -> torch.Te
 
 
 def problem_of(entry, heads: int) -> str:
-    """What is wrong with `sparse` of a layer's entry, a sentence; "" if nothing.
+    """The error in a layer's entry `sparse`, a sentence; "" if there is none.
 
     Args:
-        heads: query heads of the layer.
+        heads: number of query heads in the layer.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
         return f"{entry!r} names no method"
@@ -236,7 +242,7 @@ def problem_of(entry, heads: int) -> str:
 
 
 class SparsePart(Part):
-    """Which blocks of keys the full heads read of a prompt; an entry has `sparse`, as this file's beginning says."""
+    """The blocks of keys that full heads read in a prompt. An entry has `sparse` (see the module's docstring)."""
 
     keys = ("sparse",)
     by_slots = True
@@ -254,7 +260,7 @@ class SparsePart(Part):
         module.surgery_sparse = None
         if "sparse" not in layer:
             return
-        kinds: HeadKinds = module.surgery_heads  # the numbers are made on the CPU: a model is loaded under "meta"
+        kinds: HeadKinds = module.surgery_heads  # its indices are made on the CPU: a model is loaded under "meta"
         sparse, every = Sparse.of(layer["sparse"]), torch.arange(sum(groups), device="cpu")
         module.surgery_sparse = [
             sparse.of_heads(own[0].tolist()) if visibility == Visibility() else None

@@ -1,17 +1,17 @@
-"""What the cache of a surgical checkpoint keeps of a layer: keys and values that no later query may see are not kept.
+"""The stores of a layer's cache, which keep only the keys and values that a later query may see.
 
     FullStore   full heads: every key, in a buffer that grows by blocks
     RingStore   heads that see sinks + window: a row's first real tokens and a ring of the last `window` slots
-    KeptStore   full heads under a policy (surgery_kv_policy.py): what it lets stay, of each KV head other tokens
-    KeyValues   what a store gives the attention function for one call, in place of keys and values
+    KeptStore   full heads under a policy (surgery_kv_policy.py): the keys that stay, which differ among KV heads
+    KeyValues   the view of a store that the attention function gets for one call, in place of keys and values
 
-A method that drops keys needs no store of its own: it is a policy, which the attention function asks at the end of a
-call and whose answer goes to `KeptStore.select`. Keys are stored as attention made them, after RoPE, at the position
-they were made at, and are never turned again.
+A method that drops keys needs no store of its own: it is a policy. The attention function calls the policy at the end
+of a call, and passes its result to `KeptStore.select`. Keys are stored after RoPE, at their original positions, and
+are never rotated again.
 
 Row r of a left-padded batch has `pad[r]` slots before its first real token: the token in slot j has position
-j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding; the attention
-function does, and asks for the sinks with it.
+j - pad[r]. Slots are the same for all rows, positions are not. The cache does not know the padding. The attention
+function knows it, and passes it to `KeyValues.settle_sinks`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import torch
 
 from .surgery_visibility import Visibility
 
-RESERVED = ("keys", "values", "slots")  # names of the tensors that a store itself has
-GROWTH = 256  # slots by which a full head's buffer grows at least; a long one grows by 1/32 of its length
+RESERVED = ("keys", "values", "slots")  # names of a store's own tensors
+GROWTH = 256  # a full head's buffer grows by at least this many slots; a long one grows by 1/32 of its length
 
 
 @dataclass
 class KeyValues:
-    """What the heads of one visibility attend to in one call.
+    """The keys and values that the heads of one visibility attend to in one call.
 
     Attributes:
-        keys, values: [batch, heads, n, head_dim]; the last `new` of them are of this call.
-        ring: keys and values lie as in the store's ring (`store.slots()`), not in the order of their slots.
-        end: one more than the newest slot.
-        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position; right after `settle_sinks`.
-        incoming: keys and values of this call's tokens, where sinks may be among them.
-        store: where the sinks are kept, or keys may be dropped, if anywhere.
-        slots: long [batch, heads, n], the slot of each key, -1 where there is none; None: they are consecutive.
-        gaps: there are slots of -1.
-        sinks_and_ring: both in one buffer, once both are full: all that an unpadded row's next query sees.
-        read: where prefill was sparse, which keys were read of those seen (surgery_sparse_prefill.py); None: all.
+        keys, values: [batch, heads, n, head_dim]; the last `new` of them are this call's, unless `ring`.
+        ring: keys and values are in the order of the store's ring (`store.slots()`), not in the order of their slots.
+        end: the newest slot + 1.
+        sink_keys, sink_values: [batch, heads, sinks, head_dim] by position; valid after `settle_sinks`.
+        incoming: keys and values of this call's tokens, which may contain sinks.
+        store: the store that keeps the sinks, or from which a policy may drop keys, or None.
+        slots: long [batch, heads, n], the slot of each key, -1 where there is no key; None: slots are consecutive.
+        gaps: some slots are -1.
+        sinks_and_ring: sinks and ring in one buffer, once both are full; an unpadded row's query sees all of it.
+        read: after sparse prefill, a function that says which keys were read (`Sparse.attend`); None: all seen keys.
     """
 
     visibility: Visibility
@@ -65,7 +65,7 @@ class KeyValues:
         return self.end - self.keys.shape[2]
 
     def settle_sinks(self, pad: torch.Tensor | None) -> None:
-        """Take those of the new tokens that are among their row's first real ones into the sinks.
+        """Copy the new tokens that are among their row's first real tokens into the sinks.
 
         Args:
             pad: [batch], slots before each row's first real token, or None for none.
@@ -109,16 +109,16 @@ class FullStore:
 
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.seen = self.stored = 0  # tokens that came, and those of them that are in the buffer
+        self.seen = self.stored = 0  # number of tokens that came, and of those in the buffer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         return self._append({"keys": keys, "values": values})
 
     def _append(self, added: dict[str, torch.Tensor]) -> KeyValues:
-        """Add tensors [batch, heads, n, ...] to those of their names."""
+        """Append tensors [batch, heads, n, ...] to the stored tensors of the same names."""
         new = added["keys"].shape[2]
         end = self.stored + new
-        if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing in place
+        if torch.is_grad_enabled() and self.tensors:  # training through a cache: nothing is changed in place
             self.tensors = {name: torch.cat([self._used(name), tensor], dim=2) for name, tensor in added.items()}
         else:
             for name, tensor in added.items():
@@ -148,21 +148,21 @@ class FullStore:
 
 
 def _spare(length: int) -> int:
-    """Slots that a buffer of this length has to spare when it grows."""
+    """The number of spare slots that a buffer of this length gets when it grows."""
     return max(GROWTH, length // 32)
 
 
 class KeptStore(FullStore):
-    """The keys of some heads that a policy lets stay, of each KV head others, and the slots they came in.
+    """The keys of some heads that a policy keeps, which may differ from KV head to KV head, with their slots.
 
-    Until something is dropped slots are consecutive and not kept. The tokens of the calls since the last drop are the
-    last ones of every row and KV head, in order: these can be taken back.
+    Until a key is dropped, slots are consecutive and are not stored. The tokens of the calls since the last drop are
+    the last ones of every row and KV head, in order. So these tokens can be removed again (`crop`).
     """
 
     def reset(self) -> None:
         super().reset()
-        self.settled = 0  # tokens that had come when keys were last dropped
-        self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 in their stead
+        self.settled = 0  # number of tokens that had come when keys were last dropped
+        self.gaps = False  # some KV heads keep fewer keys than others, and have slots of -1 for the rest
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         added = {"keys": keys, "values": values}
@@ -173,20 +173,21 @@ class KeptStore(FullStore):
         view = self._append(added)
         if "slots" in added:
             view.slots, view.gaps = self._used("slots").long(), self.gaps
-        # What may be taken back must not make others go, and a graph needs what it was made from: nothing is dropped.
+        # Tokens that may be removed again must not push out others, and a graph needs its inputs: nothing is dropped.
         view.store = None if recording or (torch.is_grad_enabled() and keys.requires_grad) else self
         return view
 
     @property
     def notes(self) -> dict[str, torch.Tensor]:
-        """What a policy noted of the stored keys: name -> [batch, KV heads, stored, ...], 0 for those that are new."""
+        """A policy's notes on the stored keys: name -> [batch, KV heads, stored, ...], 0 for new keys."""
         return {name: self._used(name) for name in self.tensors if name not in RESERVED}
 
     def note(self, notes: dict[str, torch.Tensor]) -> None:
-        """Keep notes in the place of those of their names; they go where their keys go.
+        """Replace the notes of the same names. A key's notes are dropped with the key.
 
         Raises:
-            ValueError: one is not of all stored keys, or has the name of a tensor of the store itself.
+            ValueError: a note does not have a value for each stored key, or has the name of one of the store's
+            tensors.
         """
         memory = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
         changed = {}
@@ -212,7 +213,7 @@ class KeptStore(FullStore):
         """Drop keys and free their memory.
 
         Args:
-            stays: of the stored keys, bool [batch, KV heads, stored] or indices [batch, KV heads, m], those that stay.
+            stays: the stored keys that stay, bool [batch, KV heads, stored] or indices [batch, KV heads, m].
         """
         short, stored = None, self.stored
         if stays.dtype == torch.bool:
@@ -237,7 +238,7 @@ class KeptStore(FullStore):
         self.gaps = bool((self._used("slots") < 0).any())
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
-        """Put what stays into the buffer, or in memory of its own where the buffer is far longer."""
+        """Write the remaining tensor into the buffer, or replace the buffer where it is far longer."""
         buffer, length = self.tensors[name], tensor.shape[2]
         if buffer.shape[2] - length <= _spare(length):
             buffer[:, :, :length] = tensor
@@ -250,12 +251,12 @@ class KeptStore(FullStore):
             self.reset()
 
     def can_crop(self, count: int) -> bool:
-        """Whether so many tokens can be taken back: those that came since keys were last dropped."""
+        """Whether `count` tokens can be removed; those that came since keys were last dropped can."""
         return self.seen - count >= self.settled
 
 
 def _tracked(*tensors: torch.Tensor) -> bool:
-    """Whether gradients flow through these: then nothing is changed in place."""
+    """Whether gradients flow through these tensors; if so, they must not be changed in place."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -267,7 +268,7 @@ def store_of(visibility: Visibility) -> FullStore | RingStore | KeptStore:
 
 
 class RingStore:
-    """Sinks by position, then the last `window` slots of some heads, slot s at index sinks + s % window."""
+    """The sinks of some heads by position, then their last `window` slots; slot s is at index sinks + s % window."""
 
     def __init__(self, visibility: Visibility):
         self.visibility = visibility
@@ -276,7 +277,7 @@ class RingStore:
     def reset(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None  # recorded, not yet in the ring
-        self.seen = 0  # slots in the ring's history
+        self.seen = 0  # number of slots that were written to the ring
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, recording: bool) -> KeyValues:
         sinks, window, new = self.visibility.sinks, self.visibility.window, keys.shape[2]
@@ -284,7 +285,7 @@ class RingStore:
             shape = (*keys.shape[:2], sinks + window, keys.shape[3])
             self.tensors = {"keys": keys.new_zeros(shape), "values": values.new_zeros(shape)}
         training = _tracked(keys, values, *self.tensors.values())
-        if not training:  # what a graph holds is not written to
+        if not training:  # tensors that a graph holds must not be changed
             self.tensors = {n: t.detach().clone() if t.requires_grad else t for n, t in self.tensors.items()}
         if new == 1 and not recording and self.pending is None and not training:
             buffers = (self.tensors["keys"], self.tensors["values"])
@@ -318,7 +319,7 @@ class RingStore:
                 self.tensors[name][:, :, :count] = sinks
 
     def slots(self, device) -> torch.Tensor:
-        """Slot of each index of the ring, -1 where nothing was written yet."""
+        """The slot at each index of the ring, -1 where nothing was written yet."""
         index = torch.arange(self.visibility.window, device=device)
         newest = self.seen - 1
         return (newest - (newest - index) % self.visibility.window).clamp(min=-1)
@@ -339,7 +340,7 @@ class RingStore:
         self.seen += new
 
     def _ordered(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The ring in order of slots, then what is pending, then the new ones."""
+        """The ring's keys and values in order of slots, then the pending ones, then the new ones."""
         if self.seen == 0 and not self.pending:
             return keys, values
         index = self._index(self.seen - min(self.seen, self.visibility.window), self.seen, keys.device)
@@ -362,6 +363,6 @@ class RingStore:
         self.seen = max(self.seen - count, 0)
 
     def can_crop(self, count: int) -> bool:
-        """Whether so many tokens can be taken back: recorded ones, or any while nothing has left the window."""
+        """Whether `count` tokens can be removed: recorded ones can, and any while no token has left the window."""
         pending = self.pending[0].shape[2] if self.pending else 0
         return count <= pending or self.seen <= self.visibility.window

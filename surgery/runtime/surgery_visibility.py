@@ -1,8 +1,8 @@
 """Kinds of heads: which keys the heads of a layer see, and which heads run together.
 
-Masks of a surgical checkpoint: which slots hold real tokens, and which keys a block of queries sees.
-
-`surgery_mask` is the mask function that Transformers calls once for a forward; the rest is for the attention function.
+This file also makes the masks of a surgical checkpoint: which slots hold real tokens, and which keys a block of
+queries sees. Transformers calls the mask function `surgery_mask` once in a forward for each kind of layer. The
+attention function calls the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from .surgery_config import HeadCost, Part, all_whole, base_windows, is_whole, query_groups, used_parts, validate
 
-MOST_KEPT = 1 << 20  # sinks, and tokens of a window: memory for them is taken at the first token
+MOST_KEPT = 1 << 20  # largest number of sinks, and of a window's tokens: the first token allocates memory for all
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Visibility:
     """Which keys a query at position i sees: those j <= i with i - j < limit, and j < sinks or i - j < window.
 
     Attributes:
-        window: None for a full head.
+        sinks: how many first tokens are seen.
+        window: how many last tokens are seen; None for a full head.
         limit: the base model's own sliding window in this layer, or None.
         of_base: the window is the base's own.
-        by_policy: a policy drops keys from the cache, of each KV head others (surgery_kv_policy.py).
+        by_policy: a policy drops keys from the cache, which may differ among KV heads (surgery_kv_policy.py).
     """
 
     sinks: int = 0
@@ -36,44 +37,44 @@ class Visibility:
     by_policy: bool = False
 
     def simplified(self) -> Visibility:
-        """The same keys in the form that stores least: where the base's own window is narrower, it rules alone."""
+        """The same keys in the form that stores least: a base's window that is no wider replaces sinks and window."""
         if self.limit is not None and (self.window is None or self.window >= self.limit):
             return Visibility(0, self.limit, None, of_base=True)
         return self
 
 
 class HeadKinds:
-    """Which heads of a layer run together, and the order of heads that brings them together.
+    """The heads of a layer that run together, and the order of heads that brings them together.
 
-    A kind is a visibility and a number of query heads for each KV head. Query heads are stored KV head by KV head.
+    A kind is a visibility and a number of query heads for each KV head. Query heads are stored in order of KV heads.
 
     Args:
-        groups: query heads that read each KV head.
-        kinds: (visibility, KV head numbers) of every kind; the KV heads of one kind are read by equally many.
+        groups: number of query heads that read each KV head.
+        kinds: (visibility, indices of KV heads) for every kind; equally many query heads read each KV head of a kind.
     """
 
     def __init__(self, groups: list[int], kinds: list[tuple[Visibility, list[int]]]):
         self.visibilities = [visibility for visibility, _ in kinds]
-        self.spec = (groups, kinds)  # equal ones split heads alike
+        self.spec = (groups, kinds)  # equal values split heads in the same way
         first = [sum(groups[:head]) for head in range(len(groups))]
         self._keys = _Order([heads for _, heads in kinds])
         self._queries = _Order([[first[h] + i for h in heads for i in range(groups[h])] for _, heads in kinds])
 
     def split_keys(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Keys or values [batch, KV heads, ...] apart by kind."""
+        """Split keys or values [batch, KV heads, ...] by kind."""
         return self._keys.split(tensor)
 
     def split_queries(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Anything [batch, query heads, ...] apart by kind."""
+        """Split any tensor [batch, query heads, ...] by kind."""
         return self._queries.split(tensor)
 
     def join(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Outputs of the kinds, each [batch, heads, n, head_dim], as [batch, n, query heads, head_dim] in order."""
+        """Join the kinds' outputs, each [batch, heads, n, head_dim], to [batch, n, query heads, head_dim] in order."""
         return self._queries.join(outputs)
 
 
 class _Order:
-    """Heads by kind. What is next to one another, or evenly spaced, is read where it lies."""
+    """The order of heads by kind. Heads that are evenly spaced are read as a view, without a copy."""
 
     def __init__(self, kinds: list[list[int]]):
         self.count = sum(len(heads) for heads in kinds)
@@ -99,7 +100,7 @@ class _Order:
 
 
 def slices(heads: list[int]) -> list[slice]:
-    """Ascending numbers as few slices: one where they are evenly spaced, else one for each row of neighbours."""
+    """Ascending indices as few slices: one if they are evenly spaced, else one for each run of neighbours."""
     if len(steps := {after - before for before, after in pairwise(heads)}) <= 1:
         return [slice(heads[0], heads[-1] + 1, *steps)]
     begins = [head for head in heads if head - 1 not in heads]
@@ -113,16 +114,16 @@ def _take(tensor: torch.Tensor, slices: list[slice]) -> torch.Tensor:
         return chunks[0]
     if tensor.dim() < 4:
         return torch.cat(chunks, dim=1)
-    # As attention makes them, the heads of one token lie side by side, and are copied so.
+    # In memory, attention has the heads of one token next to one another. The copy keeps this layout.
     return torch.cat([chunk.transpose(1, 2) for chunk in chunks], dim=2).transpose(1, 2)
 
 
 def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int = 1, limit=None) -> HeadKinds:
-    """The kinds of heads of a layer: full ones first, then those with sinks + window.
+    """The kinds of heads of a layer: full heads first, then heads that see sinks + window.
 
     Args:
-        groups: query heads that read each KV head.
-        streaming: numbers of the KV heads that see sinks + window.
+        groups: number of query heads that read each KV head.
+        streaming: indices of the KV heads that see sinks + window.
         limit: the base's own sliding window in this layer, or None.
     """
     full, narrow, streaming = Visibility(limit=limit), Visibility(sinks, window, limit), set(streaming)
@@ -130,7 +131,7 @@ def kinds_of_heads(groups: list[int], streaming=(), sinks: int = 0, window: int 
 
 
 def head_kinds(config) -> list[HeadKinds]:
-    """The kinds of heads of each layer of a surgical config: what its parts let each KV head see."""
+    """The kinds of heads in each layer of a surgical config, from the visibility that its parts give each KV head."""
     kinds = []
     for layer, limit in zip(validate(config), base_windows(config), strict=True):
         groups = query_groups(config, layer)
@@ -142,7 +143,7 @@ def head_kinds(config) -> list[HeadKinds]:
 
 
 def _kinds(groups: list[int], heads: list[Visibility]) -> HeadKinds:
-    """The kinds of KV heads with these visibilities, those without sinks and window first."""
+    """The kinds of KV heads with these visibilities; kinds without sinks and window come first."""
     kinds: dict[tuple[Visibility, int], list[int]] = {}
     for head in sorted(range(len(groups)), key=lambda head: (heads[head].window is not None, head)):
         kinds.setdefault((heads[head].simplified(), groups[head]), []).append(head)
@@ -152,7 +153,7 @@ def _kinds(groups: list[int], heads: list[Visibility]) -> HeadKinds:
 class HeadSplit(Part):
     """The head split: some KV heads see only the first tokens and the last ones.
 
-    An entry has `streaming` (numbers of these KV heads), `sinks` and `window` (how many tokens).
+    An entry has `streaming` (indices of these KV heads), `sinks` and `window` (numbers of tokens).
     """
 
     keys = ("streaming", "sinks", "window")
@@ -195,15 +196,15 @@ PART = HeadSplit()
 
 
 def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_mask=None, device=None, **kwargs):
-    """The mask function.
+    """The mask function that Transformers calls.
 
     Returns:
-        Which slots hold real tokens, bool [batch, kv_length]; None if all do; for rows that hold several sequences
-        (Transformers sees it at positions that start anew) the number of each token's sequence, long [batch, length].
+        The slots of real tokens, bool [batch, kv_length], or None if all are real. For packed rows, which Transformers
+        detects by positions that start again, the number of each token's sequence, long [batch, length].
 
     Raises:
-        ValueError: a mask that is not plain causal (image blocks that see each other, chunks), one with holes
-            (padding must be before a row's tokens or after them), or one of packed rows.
+        ValueError: the mask is not causal (image blocks that see each other, chunks), has holes (padding must be
+            before a row's tokens or after them), is too short, or is given for packed rows.
     """
     segments = _segments(mask_function)
     if attention_mask is None:
@@ -223,7 +224,7 @@ def surgery_mask(batch_size, q_length, kv_length, mask_function=None, attention_
 
 
 def _segments(mask_function) -> torch.Tensor | None:
-    """Sequence numbers of a packed batch; masks that are neither causal nor windows nor packed rows are refused."""
+    """The sequence numbers of a packed batch, or None. Raises a ValueError for masks that `surgery_mask` refuses."""
     segments = None
     for function in _mask_functions(mask_function):
         name = getattr(function, "__qualname__", str(function)).removesuffix(".<locals>.inner_mask")
@@ -238,7 +239,7 @@ def _segments(mask_function) -> torch.Tensor | None:
 
 
 def _mask_functions(function):
-    """The functions that a mask function joins: Transformers makes it with `and_masks` and wraps packed rows."""
+    """The elementary functions of a mask function, which Transformers joins (`and_masks`) and wraps (packed rows)."""
     if function is None:
         return
     name = getattr(function, "__qualname__", "")
@@ -254,22 +255,22 @@ def _mask_functions(function):
 
 @lru_cache(maxsize=8)
 def unpadded(visibility, first: int, length: int, low: int, separate_sinks: bool, group: int, *, dtype, device):
-    """`seen_keys` of a block without padding, for its groups, as a bias: alike in all layers and in most blocks."""
+    """`seen_keys` of a block without padding, for its groups, as a bias: the same in all layers and most blocks."""
     with torch.inference_mode(False):  # kept, and used in training later
         slots, key_slots = (torch.arange(begin, first + length, device=device) for begin in (first, low))
         return bias(for_groups(seen_keys(visibility, slots, key_slots, None, None, separate_sinks), group), dtype)
 
 
 def for_groups(seen: torch.Tensor, group: int) -> torch.Tensor | None:
-    """A group's queries share its keys, one product for all of them: the mask for it, None where all is seen."""
+    """The mask for one product of a group's queries with the keys that they share; None where all keys are seen."""
     return None if bool(seen.all()) else seen[:, None].repeat(1, 1, group, 1)
 
 
 def seen_keys(visibility, slots, key_slots, mask, pad, separate_sinks: bool) -> torch.Tensor:
-    """Which keys the queries in these slots see: bool [1 or batch, queries, keys].
+    """The keys that the queries in these slots see: bool [1 or batch, queries, keys].
 
     Args:
-        separate_sinks: the sinks come first, and then the keys, among which they may be once more.
+        separate_sinks: the result has columns for the sinks first, and then for the keys, where the sinks are hidden.
     """
     distance = slots[:, None] - key_slots[None, :]
     seen = (distance >= 0) & (key_slots >= 0)
@@ -296,7 +297,7 @@ def seen_keys(visibility, slots, key_slots, mask, pad, separate_sinks: bool) -> 
 
 
 def bias(seen: torch.Tensor | None, dtype) -> torch.Tensor | None:
-    """A mask as a bias on the scores; a bias as it is."""
+    """A mask as a bias on the scores. A bias stays unchanged, apart from its dtype."""
     if seen is None or seen.dtype != torch.bool:
         return seen if seen is None else seen.to(dtype)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
