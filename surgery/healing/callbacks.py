@@ -1,9 +1,9 @@
-"""Callbacks of a training: metrics.jsonl, progress, held-out scores, and the end before the last step.
+"""Callbacks of a training: metrics.jsonl, progress, scores on held-out text, and an early end.
 
-`HeldOutEvaluator` scores a little held-out text while the model trains: a curve of text that it does not train on.
+`HeldOutEvaluator` scores a small held-out text while the model trains.
 
-`SurgeryCallback` is for a user's own Trainer: its checkpoints carry the record of the surgery, which `check` and
-`push` need.
+`SurgeryCallback` is for a user's own Trainer. It adds the record of the surgery to the Trainer's checkpoints, which
+`check` and `push` need.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HealCallback(TrainerCallback):
 
     Args:
         folder: the folder of metrics.jsonl.
-        steps: planned; None where the clock ends the training.
+        steps: the planned number of steps; None where the clock ends the training.
         held_out: scores held-out text, or None.
         earlier: seconds of training before a resume.
         progress: called with done, total and a label.
@@ -68,10 +68,10 @@ class HealCallback(TrainerCallback):
         self.held_out, self.earlier, self.progress = held_out, earlier, progress
         self.trainer: HealTrainer | None = None  # set when the Trainer exists
         self.rate, self.step_started, self.fraction_at_start = 0.0, 0.0, 0.0
-        self.figures_before: dict[str, float] = {}  # held-out figures of the model that was not trained yet
+        self.figures_before: dict[str, float] = {}  # held-out figures of the untrained model
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Drop lines of metrics after the resumed step, score the model that was not trained yet, start the clock."""
+        """Remove lines of metrics after the resumed step, score the untrained model, and start the clock."""
         if state.is_world_process_zero:
             write_text(self.file, "".join(json.dumps(line) + "\n" for line in read(self.file, state.global_step)))
         if self.held_out and not state.global_step:
@@ -82,14 +82,14 @@ class HealCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Set the learning rate by the clock, where `heal.minutes` ends the training."""
-        if self.trainer.clock.limit:  # the middle of the step sets the rate; it is known only when the step ends
+        if self.trainer.clock.limit:  # the rate is that of the step's middle, which is known only when the step ends
             middle = self._of_all((self.fraction_at_start + self.trainer.clock.fraction) / 2, "mean")
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate_at(middle, self.heal.warmup)
         self.rate = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Write the step's metrics, score held-out text when it is due, and end the training where it should."""
+        """Write the step's metrics, score held-out text when it is due, and end the training at a limit."""
         means = self.trainer.step_means()
         tokens, now = self.heal.rows * self.heal.length, time.monotonic()
         line = {"step": state.global_step, "tokens": state.global_step * tokens, "seconds": self.trainer.clock.seconds}
@@ -104,13 +104,13 @@ class HealCallback(TrainerCallback):
                 self.trainer.ended = "gate"
         if self._time_is_over():
             self.trainer.ended = "minutes"
-        if self.trainer.ended:  # nothing is lost of what comes after it: the result is made from this checkpoint
+        if self.trainer.ended:  # nothing is lost: the result is made from this checkpoint
             control.should_training_stop, control.should_save = True, bool(self.heal.checkpoint_every)
         if state.is_world_process_zero:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self._show(line)
-        self.step_started = time.monotonic()  # a score and a checkpoint are no part of a step's time
+        self.step_started = time.monotonic()  # scores and checkpoints do not count as a step's time
         return control
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -122,12 +122,12 @@ class HealCallback(TrainerCallback):
         return bool(self.heal.eval_every) and step % self.heal.eval_every == 0
 
     def _time_is_over(self) -> bool:
-        """Whether the clock says so in any process: all stop after the same step."""
+        """Whether the time is over in any process. All processes then stop after the same step."""
         clock = self.trainer.clock
         return bool(clock.limit) and self._of_all(float(clock.fraction >= 1), "sum") > 0
 
     def _of_all(self, value: float, how: str) -> float:
-        """The sum or mean over all processes, which must do the same."""
+        """The sum or mean over all processes; every process must call this."""
         value = torch.tensor(value, device=self.trainer.args.device)
         return self.trainer.accelerator.reduce(value, how).item()
 
@@ -144,7 +144,7 @@ class HealCallback(TrainerCallback):
 
 
 def read(file: Path, last: int | None = None) -> list[dict]:
-    """The lines of a metrics file, up to the step `last`; a line that a kill cut off is left out."""
+    """The lines of a metrics file up to the step `last`, without a line that is incomplete after a kill."""
     lines = []
     if file.is_file():
         for text in file.read_text(encoding="utf-8").splitlines():
@@ -160,19 +160,19 @@ WINDOWS, TOP_K = 2, 256
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """What was measured, for a line of metrics, and whether it passes the gate."""
+    """The figures for a line of metrics, and whether they pass the gate."""
 
     figures: dict[str, float]
     passed: bool
 
 
 class HeldOutEvaluator:
-    """The first windows of the text that the recipe judges by, with the base's probabilities.
+    """Scores a model on the first windows of the recipe's evaluation text, compared with the base's probabilities.
 
     Args:
         base: folder of the base, or the loaded model.
-        tokenizer: of the model.
-        settings: of the recipe's evaluation: text, length, limits.
+        tokenizer: the model's tokenizer.
+        settings: the recipe's evaluation settings: text, length, limits.
     """
 
     def __init__(self, base, tokenizer, settings: Evaluate):
@@ -205,13 +205,14 @@ class HeldOutEvaluator:
 class SurgeryCallback(TrainerCallback):
     """Writes surgery.json and the card into every checkpoint of a whole model that a Trainer saves.
 
-    A Trainer saves the model alone: where it came from, what was changed and what the files' hashes are would be lost.
-    What the training did to the model is not known here, so the record has no scores: `surgery eval` measures them.
+    A Trainer saves only the model. Without this callback the checkpoint would lack its base, its changes and the
+    hashes of its files. The record has no scores, since the training has changed the model: `surgery eval` measures
+    them.
 
         trainer = Trainer(model, ..., callbacks=[surgery.SurgeryCallback(report)])
 
     Args:
-        report: what `surgery.apply` returned for this model.
+        report: the report that `surgery.apply` returned for this model.
     """
 
     def __init__(self, report: Report):
@@ -221,7 +222,7 @@ class SurgeryCallback(TrainerCallback):
         self.report = report
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write surgery.json and card into the checkpoint that the Trainer has just written."""
+        """Write surgery.json and the card into the checkpoint that the Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (files := weight_files(folder)) and (folder / "config.json").is_file():
             data = self.report.data

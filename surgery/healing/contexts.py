@@ -24,7 +24,7 @@ PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def use_bfloat16(heal: Heal) -> bool:
-    """Whether products are computed in bfloat16: on a GPU or CPU that has instructions for them, others are slower."""
+    """Whether products are computed in bfloat16, which is faster only on a GPU or CPU with instructions for it."""
     if heal.precision != "auto":
         return heal.precision == "bfloat16"
     if not on_cpu():
@@ -33,17 +33,20 @@ def use_bfloat16(heal: Heal) -> bool:
 
 
 def autocast_products(heal: Heal, device: torch.device):
-    """A context in which a model on that device computes its products as `heal.precision` says.
+    """A context in which a model on this device computes its products in the precision of `heal.precision`.
 
-    Nothing that was rounded is kept: weights change between forwards.
+    Rounded weights are not cached, since the weights change between forwards.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(heal), cache_enabled=False)
 
 
 @contextmanager
 def unprepared(model) -> Iterator[None]:
-    """Take off the model what accelerate leaves on it: a wrapped `forward` for mixed precision, and the mark of a
-    prepared model, which would make a second training run in float32."""
+    """Remove from the model what accelerate leaves on it.
+
+    This is a wrapped `forward` for mixed precision, and the mark of a prepared model, which would make a second
+    training run in float32.
+    """
     before = {name: vars(model).get(name) for name in PREPARED}
     try:
         yield
@@ -56,13 +59,13 @@ def unprepared(model) -> Iterator[None]:
 
 @contextmanager
 def restore_weights_on_error(model, trained: TrainableParameters, mixing: bool) -> Iterator[None]:
-    """After an error or an interruption the weights are those from before: a copy is kept of those that may change.
+    """Restore the weights after an error or an interruption, from a copy of the weights that may change.
 
     Args:
-        trained: what trains; low-rank updates are merged into others.
-        mixing: mixing weights are folded into K and V.
+        trained: the parameters that train; low-rank updates also change the weights that they are merged into.
+        mixing: whether mixing weights are folded, which changes K and V.
     """
-    parameters = dict(model.named_parameters())  # mixing weights are not yet
+    parameters = dict(model.named_parameters())  # mixing weights do not exist yet
     names = [*trained.parameters, *(f"{path}.weight" for path in trained.adapted)]
     for layer in Anatomy.of(model).layers if mixing else ():
         names += [
@@ -79,9 +82,9 @@ def restore_weights_on_error(model, trained: TrainableParameters, mixing: bool) 
 
 @contextmanager
 def in_float32(model) -> Iterator[None]:
-    """The model in float32 while it trains; afterwards, also after an error, in the dtypes and modes that it had.
+    """Keep the model in float32 while it trains; restore its dtypes and modes afterwards, also after an error.
 
-    Buffers are put back as they were, not cast: RoPE's frequencies are float32 in a bfloat16 model.
+    Original buffers are put back instead of cast ones: RoPE's frequencies are float32 in a bfloat16 model.
     """
     parameters = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     buffers = [(module, *each) for module in model.modules() for each in module.named_buffers(recurse=False)]
@@ -103,7 +106,7 @@ def in_float32(model) -> Iterator[None]:
 
 @contextmanager
 def own_precision(heal: Heal) -> Iterator[None]:
-    """Set the launcher's precision (accelerate's own variable) to that of `heal.precision`."""
+    """Set the launcher's precision (accelerate's environment variable) to `heal.precision`."""
     before = os.environ.get(PRECISION)
     os.environ[PRECISION] = "bf16" if use_bfloat16(heal) else "no"
     try:
@@ -117,13 +120,13 @@ def own_precision(heal: Heal) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing, where it is wanted and not on already; both names of Transformers 5."""
+    """Turn on gradient checkpointing if it is wanted and not on already, by either of its names in Transformers 5."""
     on = getattr(model, "is_activation_checkpointing", None)
     on = model.is_gradient_checkpointing if on is None else on
     if not wanted or on:
         yield
         return
-    settings = {"use_reentrant": False}  # or the gradient of what is worked out before a layer would be lost
+    settings = {"use_reentrant": False}  # else the gradient of values computed before a layer would be lost
     if switch := getattr(model, "activation_checkpointing_enable", None):
         switch(activation_checkpointing_kwargs=settings)
     else:
@@ -136,9 +139,9 @@ def checkpointed(model, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def without_attention_dropout(model) -> Iterator[None]:
-    """Turn off the attention dropout that the base of a surgical model was trained with: the runtime refuses it.
+    """Turn off attention dropout, which a surgical model's base may have been trained with: the runtime refuses it.
 
-    Adapters come later and keep their own.
+    Adapters are added later, and keep their own dropout.
     """
     dropouts = []
     if hasattr(model.config, "surgery"):
@@ -157,13 +160,13 @@ def without_attention_dropout(model) -> Iterator[None]:
 
 
 def overwrite_hint(in_memory: bool) -> str:
-    """The end of an error's remedy that changes a setting: a run on disk must be overwritten then."""
+    """The end of an error's remedy that changes a setting: a run on disk must then be overwritten."""
     return "" if in_memory else "; a changed setting begins anew: --overwrite"
 
 
 @contextmanager
 def enough_memory(heal: Heal, in_memory: bool) -> Iterator[None]:
-    """Turn "out of memory" into an error that names the settings which take less.
+    """Turn "out of memory" into an error that names the settings which reduce memory.
 
     Raises:
         MachineError: memory ran out.

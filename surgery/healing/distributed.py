@@ -1,11 +1,10 @@
-"""What an engine of accelerate shards over the processes of a training, and how full tensors are gathered.
+"""Training in several processes: what accelerate's engine shards, and how full tensors are gathered.
 
-The launcher says by its environment which engine it is (`accelerate launch --config_file ...`; examples/accelerate).
-DDP gives every process everything; ZeRO-1 shards the optimiser, ZeRO-2 gradients too, FSDP and ZeRO-3 weights too.
-
+The launcher's environment names the engine (`accelerate launch --config_file ...`; examples/accelerate). DDP gives
+every process everything. ZeRO-1 shards the optimiser, ZeRO-2 also the gradients, and FSDP and ZeRO-3 also the weights.
 No engine shards the base of a distillation: every process holds all of it.
 
-Of several processes of one training (accelerate launch, torchrun) the first one writes; the others only train.
+When several processes train together (accelerate launch, torchrun), only the first one writes files.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ ZERO = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "grad
 
 @dataclass(frozen=True)
 class Engine:
-    """Processes of a training, and what is sharded over them.
+    """The processes of a training, and what is sharded over them.
 
     Attributes:
-        name: for people.
-        sharded: of "weights", "gradients", "optimizer" those of which a process holds a part.
+        name: the engine's name, for people.
+        sharded: those of "weights", "gradients" and "optimizer" of which a process holds only a part.
     """
 
     name: str = ""
@@ -46,7 +45,7 @@ class Engine:
         """The engine that launched this process.
 
         Raises:
-            SurgeryError: the launcher's settings would train something else than the user asked for.
+            SurgeryError: the launcher's settings would change what trains, or how.
         """
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if _says("ACCELERATE_USE_FSDP"):
@@ -64,7 +63,7 @@ class Engine:
         return cls("copies (DDP)" if processes > 1 else "", processes)
 
     def shards(self, what: str) -> int:
-        """Over how many processes "weights", "gradients" or "optimizer" are sharded; 1: each holds all of it."""
+        """Over how many processes "weights", "gradients" or "optimizer" are sharded; 1: each process holds all."""
         return self.processes if what in self.sharded else 1
 
 
@@ -109,7 +108,7 @@ def _gathered(parameter):
 
 
 def put(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Write a full tensor into a parameter, of which this process may hold a shard."""
+    """Write a full tensor into a parameter; this process may hold only a shard of the parameter."""
     import torch
 
     with torch.no_grad():
@@ -131,18 +130,22 @@ PATIENCE = timedelta(days=2)
 
 
 def on_cpu() -> bool:
-    """Whether CPUs train. accelerate and the Trainer must be told so: else each of several processes, which would be
-    looked for on accelerators, would train by itself, and bfloat16 would be refused."""
+    """Whether the training runs on CPUs.
+
+    accelerate and the Trainer must know this. Otherwise they would look for accelerators: each of several processes
+    would train by itself, and bfloat16 would be refused.
+    """
     import torch
 
     return not torch.accelerator.is_available()
 
 
 def processes():
-    """The state of all processes, `accelerate.PartialState`; the first call of a process connects it.
+    """The state of all processes, `accelerate.PartialState`; a process's first call connects it to the others.
 
-    The others wait for as long as the first converts, lets the base write or runs a teacher: hours, where torch would
-    give up after minutes. (Where a script has connected them before, by an Accelerator of its own, its timeout holds.)
+    The timeout is long: the other processes wait while the first one converts, generates text or runs a teacher. This
+    takes hours, and torch would give up after minutes. (If a script has connected the processes before, by an
+    Accelerator of its own, its timeout holds.)
     """
     from accelerate import PartialState
 
@@ -150,7 +153,7 @@ def processes():
 
 
 class Ranks:
-    """Which process this is, by the launcher's environment; without a launcher it is the only one."""
+    """The rank of this process, from the launcher's environment; without a launcher it is the only process."""
 
     def __init__(self):
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -158,13 +161,13 @@ class Ranks:
         self.first = not self.several or int(os.environ.get("RANK", "0")) == 0
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.several:
             processes().wait_for_everyone()
 
     @contextmanager
     def opened(self, out: OutputFolder, needed_bytes: int) -> Iterator[Path]:
-        """OUT.partial in every process: the first makes it, and turns it into OUT when all are done with it."""
+        """OUT.partial in every process. The first process creates it, and renames it to OUT when all are done."""
         if self.first:
             with out.opened(needed_bytes) as partial:
                 self.wait()

@@ -1,17 +1,18 @@
-"""Healing from a converted folder to a healed one, or of a converted model in memory, in place.
+"""Healing of a converted folder into a new folder, or of a converted model in memory, in place.
 
-What `surgery heal` checks before it trains, in this order (`surgery apply` checks 3 to 6 and the data before it
-converts: conversion/preflight.py):
+`surgery heal` checks the following before it trains, in this order. (`surgery apply` checks 3 to 6 and the data before
+it converts: conversion/preflight.py.)
 
-1. The command and the recipe: an output, surgery.json of ours, settings (config/heal_overrides.py, config/heal.py).
-2. The folder: headers of its weights, an anatomy that is understood, one dtype, no adapter (`_trainable_anatomy`).
-3. The base, where training or scores ask it: known, the one of the record, scorable as asked (`_scorable_base`).
-4. The settings against the model: positions, rows for each process, what is reported where, what is scored while it
-   trains (`refuse_settings`).
-5. The plan: something trains, mixing fits, the launcher's engine is one that works (`HealPlan.of`). It is shown here.
+1. The command and the recipe: an output, a surgery.json of ours, the settings (config/heal_overrides.py,
+   config/heal.py).
+2. The folder: the headers of its weights, a known anatomy, one dtype, no adapter (`_trainable_anatomy`).
+3. The base, where training or scores need it: it is known, is the record's, and can be scored (`_scorable_base`).
+4. The settings against the model: positions, rows for each process, the tracker that metrics are reported to, scores
+   during training (`refuse_settings`).
+5. The plan: something trains, mixing fits, the launcher's engine works (`HealPlan.of`). The plan is shown here.
 6. The output folder: not in or around model or base, not taken, room on the disk (io/output_folder.py).
-7. With the model loaded (run.py): vocabulary of the base, mixing, what trains, whether an adapter can be kept,
-   held-out text, the unfinished run that --resume continues, the data.
+7. With the model loaded (run.py): the base's vocabulary, mixing, the parameters that train, whether an adapter can be
+   kept, the held-out text, the unfinished run that --resume continues, the data.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 
 RUN, ADAPTER = "healing", "adapter"  # folders in OUT
-# What stays of RUN when the training is over; runs: tensorboard's, never pushed.
+# Files of RUN that stay after the training. `runs` is tensorboard's, and is never pushed.
 KEPT_FILES = ("metrics.jsonl", "loss.png", "runs")
 
 
@@ -77,8 +78,9 @@ def heal_folder(
     """Train a folder that surgery wrote, and write the healed one.
 
     Args:
-        report, base: of the folder, and the model that it was made from; default what the record names.
-        overrides: as typed in a command of its own; None where the healing is a part of a recipe.
+        report: the folder's report.
+        base: the model that the folder was converted from; default the one that the report names.
+        overrides: the overrides of `surgery heal`; None where the healing is part of a recipe.
         others: as for `surgery.heal`.
 
     Returns:
@@ -109,7 +111,7 @@ def heal_folder(
     out = OutputFolder(output, folder, identity, resume=resume, overwrite=overwrite, preserve=f"{RUN}/{SELF_TEXT}-*")
     if source is not None:
         out.refuse_nesting(source)
-    if resume and not overwrite and out.is_same_conversion():  # it was stopped in its check or score
+    if resume and not overwrite and out.is_same_conversion():  # it stopped during its check or score
         return (Report.of(out.out) if ranks.first else None), source
     needed = weights.size + plan.disk_bytes + plan.teacher_bytes - (_bytes_in(out.partial) if resume else 0)
     with ranks.opened(out, max(0, needed)) as partial, _mark_resumable(partial / RUN):
@@ -137,7 +139,7 @@ def heal_folder(
 
 
 def _scorable_base(report: Report, base: str | Path | None, heal: Heal, scored_by: Evaluate | None) -> Path | None:
-    """The folder of the base, where training or scores ask it; raises where it cannot be scored as asked."""
+    """The base's folder, where training or scores need the base. Raises where the base cannot be scored as asked."""
     wanted = scored_by is not None or bool(heal.eval_every)
     source = base_folder(report.data, base, needed=heal.needs_base, wanted=wanted)
     if scored_by is not None and source is not None:
@@ -149,8 +151,8 @@ def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training:
     """Add record, curve and the other files of the converted folder to the healed weights.
 
     Args:
-        report: of the converted folder.
-        training: what `train` returned.
+        report: the converted folder's report.
+        training: the record that `train` returned.
     """
     data = records.report_after_healing(report.data, heal, job.evaluate) | {"plan_hash": job.identity}
     records.draw(job.run, heal, data["gate"]["limits"])
@@ -161,15 +163,15 @@ def _document(partial: Path, report: Report, job: HealRun, heal: Heal, training:
     data |= {"files": files, "left_behind": carry_files(report.folder, partial, _files(Checkpoint(report.folder)))}
     Report(data, partial).save()
     _remove_working_files(job.run)
-    Report(data, partial).save(list_files=True)  # of what stays
+    Report(data, partial).save(list_files=True)  # lists the files that stay
 
 
 def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, options: RunOptions) -> None:
-    """Note in the healed model's record how much of the converted model's damage came back.
+    """Record how much of the converted model's damage the healing recovered.
 
     Args:
-        healed: scored as `judged_by` says.
-        converted: the folder before the training; it is scored here where its own score is of another text.
+        healed: the healed model's report, which has scores by `judged_by`.
+        converted: the folder before the training. It is scored here if its own scores are from another text.
     """
     before, after = Report.of(converted).data["evaluation"], healed.data["evaluation"]
     if not before or before.get("text") != after.get("text") or before.get("status") != "done":
@@ -178,7 +180,7 @@ def compare(healed: Report, converted: Path, base: Path, judged_by: Evaluate, op
 
 
 def _trainable_anatomy(folder: Path) -> Anatomy:
-    """The anatomy of a folder; raises where it cannot be trained and saved as it was stored."""
+    """The anatomy of a folder. Raises where the model cannot be trained, or not be saved as it was stored."""
     anatomy = Anatomy.of(folder)
     refuse_unhealable(anatomy, str(folder))
     if (folder / "adapter_config.json").is_file():
@@ -197,7 +199,7 @@ def _trainable_anatomy(folder: Path) -> Anatomy:
 
 
 def _identity(heal: Heal, report: Report, source: Path | None) -> str:
-    """A hash of what a run and the run that it resumes must have in common: settings, weights, base, version."""
+    """A hash of what a resumed run must have in common with the earlier run: settings, weights, base, version."""
     from surgery.version import __version__
 
     files = {name: entry["sha256"] for name, entry in report.data["files"].items()}
@@ -216,7 +218,7 @@ def _files(weights: Checkpoint) -> set[str]:
 
 @contextmanager
 def _mark_resumable(run: Path) -> Iterator[None]:
-    """Mark an error as resumable where checkpoints, text of the base or a stored teacher are left for --resume."""
+    """Mark an error as resumable where checkpoints, the base's text or a stored teacher remain for --resume."""
     from surgery.healing.run import TEACHER
     from surgery.healing.trainer import complete_checkpoints
 
@@ -230,7 +232,7 @@ def _mark_resumable(run: Path) -> Iterator[None]:
 
 
 def _remove_working_files(run: Path) -> None:
-    """Remove from a training's folder all but the files that a reader of the result may want."""
+    """Remove all files of a training's folder but `KEPT_FILES`."""
     for path in run.iterdir():
         if path.name not in KEPT_FILES:
             shutil.rmtree(path) if path.is_dir() else os.remove(path)
@@ -274,21 +276,21 @@ def heal_model(
         in_float32(model),
         tempfile.TemporaryDirectory(prefix="surgery-") as temporary,
     ):
-        # One folder for all processes; they are of one machine.
+        # One folder for all processes, which run on one machine.
         run = broadcast_object_list([temporary])[0] if processes().num_processes > 1 else temporary
         optional = {"operations": operations, "evaluate": judged_by, "progress": options.progress, "in_memory": True}
         job = HealRun(run_settings, source, tokenizer, rewritten, Path(run), **optional)
         training = train(model, job)
-        processes().wait_for_everyone()  # or the first would take the folder away from the others
+        processes().wait_for_everyone()  # else the first would remove the folder that others use
     earlier = report.data.get("heal")
-    # Check and scores of the record are those of the model before the training.
+    # The record's check and scores are from before the training.
     report.data.update(records.report_after_healing(report.data, heal, judged_by))
     report.data["heal"] = records.new_record(heal, training, earlier)
     return report
 
 
 def _refuse_tokenizer(tokenizer, base) -> None:
-    """Raise where words have other tokens than in the base's own tokenizer, if that is on this machine.
+    """Raise where words have other tokens than in the base's own tokenizer, if this machine has that tokenizer.
 
     Args:
         base: folder of the base, or a loaded model.
@@ -298,7 +300,7 @@ def _refuse_tokenizer(tokenizer, base) -> None:
         return
     try:
         words = read_tokenizer(folder).get_vocab()
-    except SurgeryError:  # it has none
+    except SurgeryError:  # the base has no tokenizer
         return
     ours = tokenizer.get_vocab()
     other = sum(ours.get(word) != token for word, token in words.items())

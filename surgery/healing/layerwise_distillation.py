@@ -1,17 +1,17 @@
-"""A layer-wise start: each layer's attention is fitted to the base's, on the base's inputs, before the training.
+"""Layer-wise distillation before the training: each layer's attention is fitted to the base's, on the base's inputs.
 
-All layers take a step of their own in one forward (`run_teacher_forced`), and no gradient goes from layer to layer.
-Memory holds both models, the outputs of the base's layers and attentions for the rows of one step, the activations of
-one attention, and of the parameters that train a copy and AdamW's moments.
+One forward gives every layer a step of its own (`run_teacher_forced`), and no gradient flows from layer to layer.
+Memory holds both models, the outputs of the base's layers and attentions for the rows of one step, and the activations
+of one attention. It also holds a copy of the parameters that train, and AdamW's moments.
 
-The error is |y − y'|² summed over tokens, each relative to the mean square of the layer's input at that token, as a
-share of the same sum of |y|²: the first token's input is many times as large as others', and its error would rule.
+The error is the sum of |y − y'|² over tokens, as a share of the same sum of |y|². Each token is weighted by the
+inverse mean square of the layer's input at that token. The first token's input is many times as large as others', and
+its error would dominate otherwise. A layer that is not nearer to the base on the validation rows gets its old weights
+back.
 
-A layer that is not nearer to the base on the validation rows gets its weights back.
-
-Teacher forcing runs a student's attention, layer by layer, on the inputs of the base's layers. The base reads some
-rows. Then the student reads them, but each of its layers returns the output of the base's layer, so that the next one
-gets the base's input; and of the layer only the attention runs. Neither the student's MLPs nor its head are computed.
+Teacher forcing runs the student's attention, layer by layer, on the inputs of the base's layers. The base reads some
+rows first, and then the student reads them. Each student layer runs only its attention, and returns the output of the
+base's layer, so that the next layer gets the base's input. The student's MLPs and its head are not computed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from surgery.errors import ModelError, ModelMismatchError, SettingError
 from surgery.healing.contexts import autocast_products
 from surgery.machine.progress import begin
 
-# AdamW's rate. On SmolLM2-135M's first four layers after mean pooling 3 KV heads to 1, 24 steps of 512 tokens brought
-# the errors 0.64, 0.51, 0.80, 0.95 to 0.04, 0.11, 0.39, 0.50; at 1e-3 to 0.10, 0.16, 0.50, 0.59. Steps add up over the
-# inputs of a row, so wider rows take smaller ones (Yang et al. 2022, arXiv 2203.03466).
+# AdamW's rate. On SmolLM2-135M's first four layers, after mean pooling of 3 KV heads to 1, 24 steps of 512 tokens
+# reduced the errors 0.64, 0.51, 0.80, 0.95 to 0.04, 0.11, 0.39, 0.50; a rate of 1e-3 to 0.10, 0.16, 0.50, 0.59. WIDTH
+# is the input width of this model: the effect of a step grows with a weight's input width, so a wider model takes
+# smaller steps (Yang et al. 2022, arXiv 2203.03466).
 RATE, WIDTH = 3e-3, 576
 STEP_TOKENS = 2048
-VALIDATION_EVERY = 8  # of so many rows one is for validation
+VALIDATION_EVERY = 8  # one of this many rows is for validation
 VALIDATION_TOKENS = 4096  # at most
 
 
@@ -44,17 +45,18 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     """Fit the attention of every layer of `student` to that of `base`, in place.
 
     Args:
-        student, base: in memory; not wrapped by peft. Both are left in the mode they were in, base unchanged.
+        student, base: models in memory, not wrapped by peft. Both keep their mode, and the base's weights stay
+            unchanged.
         rows: a `Packed` data set; every eighth row is held back.
-        heal: warm_start (tokens), seed, length and precision are read.
-        trainable: parameters that may change, as `student.named_parameters()` calls them; those outside of
-            attention do not.
+        heal: its warm_start (tokens), seed, length and precision are read.
+        trainable: names of the parameters that may change, as in `student.named_parameters()`. Parameters outside
+            of attention stay unchanged.
         progress: called as progress(done, total, label), in tokens.
 
     Returns:
-        tokens, steps, held_back (tokens), layers: of each the error on rows that were held back "before" and "after",
-        and "kept" where the fit was no better and the weights are those from before. Layers without anything to
-        train are not in it.
+        A record: tokens, steps, held_back (tokens) and layers. Each layer has its error on the held-back rows "before"
+        and "after". It has "kept" where the fit was no better and the old weights were restored. Layers without
+        trainable parameters are left out.
 
     Raises:
         SurgeryError: nothing to train, too few rows, models of different depth, an error that is not finite.
@@ -62,7 +64,7 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
     layers, length = pairs(student, base), rows.ids.shape[1]
     fits = _fits(student, layers, trainable)
     validation, order = _split_rows(len(rows), length, heal.seed)
-    step_rows = max(1, STEP_TOKENS // length)  # rows of a step
+    step_rows = max(1, STEP_TOKENS // length)  # rows in a step
     steps = math.ceil(heal.warm_start / (step_rows * length))
     begin(progress, "fitting layer by layer", steps * step_rows * length)
     with _only_fits_train(student, base, fits):
@@ -93,11 +95,11 @@ def warm_start(student, base, rows, heal, trainable: Collection[str], progress=N
 
 
 class LayerFit:
-    """The parameters of one layer that train, with their optimiser.
+    """The trainable parameters of one layer, with their optimiser.
 
     Args:
-        index: of the layer.
-        parameters: of its attention.
+        index: the layer's index.
+        parameters: the trainable parameters of its attention.
     """
 
     def __init__(self, index: int, parameters: list[torch.nn.Parameter]):
@@ -107,7 +109,7 @@ class LayerFit:
         self.optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.0)
 
     def step(self, error: torch.Tensor, factor: float) -> None:
-        """One step of the optimiser down the gradient of `error`, at `factor` times the rates."""
+        """Take one optimiser step on `error`, at `factor` times the learning rates."""
         if not error.isfinite():
             raise ModelError(
                 f"layer {self.index}'s attention gave numbers that are not finite",
@@ -124,13 +126,13 @@ class LayerFit:
         self.optimizer.zero_grad(set_to_none=True)
 
     def undo(self) -> None:
-        """Put the weights from before the fit back."""
+        """Restore the weights from before the fit."""
         for parameter, original in zip(self.parameters, self.originals, strict=True):
             parameter.data.copy_(original)
 
 
 def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, LayerFit]:
-    """The fits of layers in which something trains, by layer; the other pairs are marked not to run."""
+    """The fits of the layers with trainable parameters, by layer. The pairs of other layers are marked not to run."""
     wanted, fits = set(trainable), {}
     for layer in layers:
         named = layer.attention.named_parameters(layer.path)
@@ -148,7 +150,7 @@ def _fits(student, layers: list[Pair], trainable: Collection[str]) -> dict[int, 
 
 
 def _split_rows(count: int, length: int, seed: int) -> tuple[list[int], Iterator[int]]:
-    """Indices of the validation rows, and those of the training rows without end, each round in another order."""
+    """Indices of the validation rows, and an endless iterator over the other rows, which is shuffled in each round."""
     validation = list(range(0, count, VALIDATION_EVERY))[: max(1, VALIDATION_TOKENS // length)]
     training = [row for row in range(count) if row not in set(validation)]
     if not training:
@@ -171,7 +173,7 @@ def _batch(rows, indices: list[int], device) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _only_fits_train(student, base, fits: dict[int, LayerFit]) -> Iterator[None]:
-    """Put both models in eval mode (no dropout; routers choose as in use); only the fits' parameters get gradients."""
+    """Put both models in eval mode (no dropout, routers as in inference); only the fits' parameters get gradients."""
     training = [(module, module.training) for model in (student, base) for module in model.modules()]
     wanted = [(p, p.requires_grad) for model in (student, base) for p in model.parameters()]
     try:
@@ -190,7 +192,7 @@ def _only_fits_train(student, base, fits: dict[int, LayerFit]) -> Iterator[None]
 
 @torch.no_grad()
 def _errors(student, base, layers: list[Pair], rows, validation: list[int], step_rows: int, heal) -> dict[int, float]:
-    """The error of each layer that runs, on some rows."""
+    """The error of each layer that runs, on the validation rows."""
     sums: dict[int, float] = {}
     for first in range(0, len(validation), step_rows):
         some = validation[first : first + step_rows]
@@ -203,8 +205,8 @@ def _errors(student, base, layers: list[Pair], rows, validation: list[int], step
     return sums
 
 
-# A token whose input is 0 (the embedding of padding, which a text of the base may hold) counts no more than one with
-# this share of the mean square.
+# A token whose input is 0 (the embedding of padding, which generated text may contain) counts no more than a token
+# with this share of the mean square.
 SILENT = 1e-4
 
 
@@ -213,10 +215,10 @@ class Pair:
     """A layer of the student and its counterpart in the base, as modules.
 
     Attributes:
-        path: of the student's attention.
-        block, attention, output: of the student: decoder layer, attention, output projection.
-        base_block, base_output: of the base.
-        runs: whether the attention runs; the layer of a pair that does not is passed over.
+        path: path of the student's attention.
+        block, attention, output: the student's decoder layer, its attention and its output projection.
+        base_block, base_output: the base's decoder layer and output projection.
+        runs: whether the student's attention runs; otherwise the layer only returns the base's output.
     """
 
     index: int
@@ -235,8 +237,8 @@ class BaseLayerOutput:
 
     Attributes:
         rms: [batch, length], mean square of the layer's input.
-        output: [batch, length, D], of its attention's output projection.
-        result: of the layer.
+        output: [batch, length, D], result of the attention's output projection.
+        result: result of the layer.
     """
 
     rms: torch.Tensor | None = None
@@ -245,10 +247,10 @@ class BaseLayerOutput:
 
 
 def pairs(student, base) -> list[Pair]:
-    """All layers of two models.
+    """The pairs of all layers of two models.
 
     Raises:
-        SurgeryError: they have not equally many.
+        SurgeryError: the models have different numbers of layers.
     """
     ours, theirs = Anatomy.of(student), Anatomy.of(base)
     if len(ours.layers) != len(theirs.layers):
@@ -310,7 +312,7 @@ def _recording(layer: Pair, base_output: BaseLayerOutput) -> Iterator[None]:
 def _teacher_forcing(
     layer: Pair, base_output: BaseLayerOutput, on_error: Callable[[Pair, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Of a layer of the student run only the attention, and return the output of the base's layer."""
+    """Make a student layer run only its attention, and return the output of the base's layer."""
     own, outputs = layer.block.forward, []
 
     def forward(*args, **kwargs):
@@ -331,7 +333,7 @@ def _teacher_forcing(
         layer.output.register_forward_hook(after_output),
         layer.attention.register_forward_hook(after_attention),
     ]
-    instance = "forward" in vars(layer.block)  # accelerate puts its own there
+    instance = "forward" in vars(layer.block)  # accelerate may have replaced it on the instance
     layer.block.forward = forward
     try:
         yield
@@ -345,14 +347,14 @@ def _teacher_forcing(
 
 
 def _cast(result, dtype: torch.dtype):
-    """A layer's output, a tensor or a tuple that holds tensors, in another dtype."""
+    """A layer's output (a tensor, or a tuple with tensors) in another dtype."""
     if isinstance(result, tuple):
         return tuple(_cast(each, dtype) for each in result)
     return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 def error_of(output: torch.Tensor, wanted: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
-    """Σ |y − y'|² / m over Σ |y|² / m, m the mean square of what came into the layer at that token.
+    """(Σ |y − y'|² / m) / (Σ |y|² / m), where m is the mean square of the layer's input at a token.
 
     Args:
         output, wanted: [batch, length, D], or [batch * length, D]; no gradient goes to `wanted`.

@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: added by explicit paths, merged, and the merge is checked.
+"""Low-rank adapters through peft: they are added by explicit paths and merged, and the merge is checked.
 
 Source: Hu et al. 2021, "LoRA", arXiv 2106.09685.
 """
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.healing.parameters import TrainableParameters
 
-TOLERANCE, ROUNDING = 1e-4, 1e-2  # of the logits, in float64 and in float32
+TOLERANCE, ROUNDING = 1e-4, 1e-2  # how far a merge may move the logits, in float64 and in float32
 RANDOM_SHAPE = (2, 24)  # rows and tokens of the input that checks a merge
 
 
 def freeze(model, names: tuple[str, ...]) -> None:
-    """Let these parameters train and no others."""
+    """Make these parameters trainable, and freeze all others."""
     wanted = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
 
 
 def adapt(model, heal: Heal, trained: TrainableParameters):
-    """The model with low-rank updates on the linears of `trained`, and in full what it names besides.
+    """Add low-rank updates to the linear modules of `trained`, and train its other parameters in full.
 
-    Whole modules are trained as copies that peft keeps with the adapter. The surgery's own parameters belong to the
-    attention module, which holds adapted linears: they train where they are.
+    Modules that train in full are copies, which peft saves with the adapter. The surgery's own parameters belong to
+    the attention module, which contains adapted linears. They are not copied.
 
     Returns:
-        A `peft.PeftModel` around this very model.
+        A `peft.PeftModel` around the same model object.
     """
     from peft import LoraConfig, get_peft_model
 
-    # The last step is the parameter: what is a module of its own is trained as one.
+    # The last part of a name is the parameter. A parameter that has a module of its own is trained as that module.
     own = [name for name in trained.parameters if _is_bare(model, name)]
     modules = sorted({name.rpartition(".")[0] for name in trained.parameters if name not in own})
     config = LoraConfig(
@@ -51,7 +51,7 @@ def adapt(model, heal: Heal, trained: TrainableParameters):
         modules_to_save=modules or None,
         fan_in_fan_out=_transposed(model, trained.adapted),
     )
-    with warnings.catch_warnings():  # peft reads names that Transformers has renamed
+    with warnings.catch_warnings():  # peft uses names that Transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config)
     for name in own:
@@ -60,18 +60,18 @@ def adapt(model, heal: Heal, trained: TrainableParameters):
 
 
 def bare(model, trained: TrainableParameters) -> list[str]:
-    """Parameters that an adapter file would not hold: those of the attention module itself."""
+    """The trainable parameters that an adapter file would not contain: those of the attention module itself."""
     return [name for name in trained.parameters if _is_bare(model, name)]
 
 
 def merge(adapted, vocabulary: int):
-    """The model with its updates added to its weights, and by how much the logits of random tokens moved.
+    """Merge the updates into the weights; returns the model, and how far the logits of random tokens moved.
 
-    The merge and its check are in float64 on the CPU, where there is memory for it: in float32 rounding moves the
-    logits of a model with massive activations by a thousandth.
+    If memory allows, the merge and its check are in float64 on the CPU: in float32, rounding moves the logits of a
+    model with massive activations by a thousandth.
 
     Args:
-        adapted: of `adapt`; its weights are in float32, since in bfloat16 a small update is rounded away.
+        adapted: the result of `adapt`, with weights in float32, since bfloat16 would round small updates away.
 
     Raises:
         TrainingError: the logits moved, or the updates hold NaN; checkpoints are kept.
@@ -109,10 +109,10 @@ def merge(adapted, vocabulary: int):
 
 
 def _wide_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits in float64, the model left in it; None, and as it was, where a kernel is missing."""
+    """Logits in float64; the model stays in float64. Where a kernel is missing: None, and the model is unchanged."""
     try:
         return logits(model.double(), tokens)
-    except RuntimeError:  # experts' grouped product has no float64
+    except RuntimeError:  # the grouped product of experts has no float64 kernel
         model.float()
         return None
 
@@ -125,7 +125,7 @@ def random_tokens(model, vocabulary: int) -> torch.Tensor:
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Of tokens; the model is left in eval mode."""
+    """The logits of tokens; the model stays in eval mode."""
     import torch
 
     model.eval()
@@ -134,12 +134,12 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bare(model, name: str) -> bool:
-    """Whether a parameter belongs to a module that has modules inside, or to a weight that is worked out of more."""
+    """Whether a parameter belongs to a module with submodules, or to a weight that is computed (parametrized)."""
     return ".parametrizations." in name or any(True for _ in model.get_submodule(name.rpartition(".")[0]).children())
 
 
 def _transposed(model, paths: tuple[str, ...]) -> bool:
-    """Whether these linears keep their weights [in, out], as GPT-2's do."""
+    """Whether these linear modules store their weights as [in, out], as GPT-2 does."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(model.get_submodule(path), Conv1D) for path in paths)

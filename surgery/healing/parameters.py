@@ -1,9 +1,11 @@
-"""Selects what trains, from the record of the surgery and the model's anatomy; no list of names per family.
+"""Selects the parameters that train, from the record of the surgery and the model's anatomy.
 
-Sources: after a merge of KV heads a low-rank update of a wrong matrix is the wrong prior, so K and V train in full
-beside LoRA; LoRA on all linears of attention and MLP: Hu et al. 2021, "LoRA", arXiv 2106.09685; Ma et al. 2023,
-"LLM-Pruner", arXiv 2305.11627. Embeddings and the output head stay as they are under LoRA: where they are one tensor,
-a merge would change both.
+There is no list of names per family. With LoRA, the linear modules of attention and MLP get low-rank updates. After a
+merge of KV heads, K and V train in full instead: a low-rank update of a wrong matrix is the wrong prior. Embeddings
+and
+the output head do not train with LoRA: where they are one tensor, a merge would change both.
+
+Sources: Hu et al. 2021, "LoRA", arXiv 2106.09685; Ma et al. 2023, "LLM-Pruner", arXiv 2305.11627.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
 
 SURGERY = "surgery_"
-FIXED = "surgery_sink_probe"  # says which keys are sinks by a comparison: it has no gradient
+FIXED = "surgery_sink_probe"  # recognises sinks by a comparison, and so has no gradient
 EVERY = frozenset("qkvo")
 Table = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
@@ -32,9 +34,9 @@ class TrainableParameters:
     """The parameters of a model that train.
 
     Attributes:
-        parameters: names of those that train themselves.
+        parameters: names of the parameters that train in full.
         adapted: paths of the linear modules that get low-rank updates.
-        count: numbers that train, low-rank factors among them.
+        count: how many numbers train, including low-rank factors.
     """
 
     parameters: tuple[str, ...]
@@ -43,10 +45,10 @@ class TrainableParameters:
 
 
 def touched(operations: Iterable[dict]) -> frozenset[str]:
-    """Which of "q", "k", "v", "o" the operations of a record (and of those before it) rewrote.
+    """Which of the projections "q", "k", "v" and "o" some operations rewrote.
 
     Args:
-        operations: entries of recipes: {"op": name, field: value, ...}.
+        operations: operations of recipes or records: {"op": name, field: value, ...}.
     """
     from surgery import operations as registry
 
@@ -54,7 +56,7 @@ def touched(operations: Iterable[dict]) -> frozenset[str]:
     for fields in operations:
         try:
             rewritten |= set(registry.find(str(fields.get("op"))).model_validate(fields).rewritten_projections)
-        except (SurgeryError, ValueError):  # not installed here, or of another version: it may have changed anything
+        except (SurgeryError, ValueError):  # not installed, or of another version: it may have rewritten all
             rewritten |= EVERY
     return frozenset(rewritten)
 
@@ -67,16 +69,16 @@ def select_trainable(
     is_linear: Callable[[str], bool] = lambda path: True,
     more: int = 0,
 ) -> TrainableParameters:
-    """What trains by a method.
+    """Select the parameters that train by `heal.method`.
 
-    Where heads are mixed, method: parts leaves K and V themselves as they were merged.
+    Where heads are mixed, `method: parts` does not train the merged K and V themselves.
 
     Args:
-        anatomy: of the converted model.
-        table: its parameters, tied ones once, mixing weights among them.
-        rewritten: of `touched`.
-        is_linear: whether the module at a path is one that can have a low-rank update.
-        more: numbers that the surgery will add, where the table is of a plan and does not name them.
+        anatomy: the converted model's anatomy.
+        table: the converted model's parameters, including mixing weights; tied parameters appear once.
+        rewritten: the result of `touched`.
+        is_linear: whether the module at a path can have a low-rank update.
+        more: how many numbers the surgery will add, where the table belongs to a plan and does not name them.
 
     Raises:
         SurgeryError: method: parts, and the surgery added and rewrote nothing.
@@ -102,7 +104,7 @@ def select_trainable(
 
 
 def summed_up(names: Iterable[str]) -> list[str]:
-    """Parameter names with the number of their layer as N, each once."""
+    """Parameter names with N in place of the layer's index, without duplicates."""
     return sorted({".".join("N" if step.isdigit() else step for step in name.split(".")) for name in names})
 
 
@@ -111,7 +113,7 @@ def _count(names: Iterable[str], table: Table) -> int:
 
 
 def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table) -> list[str]:
-    """Parameters of these projections in every layer: weights, biases, and norms that have a row for each head."""
+    """The parameters of these projections in every layer: weights, biases, and norms that have a row for each head."""
     names: list[str] = []
     for layer in anatomy.layers:
         for letter in sorted(letters):
@@ -124,7 +126,7 @@ def _projections(anatomy: Anatomy, letters: Iterable[str], table: Table) -> list
 
 
 def _linears(anatomy: Anatomy, table: Table) -> list[str]:
-    """Paths of the projections of attention and of all other matrices of each layer."""
+    """The paths of attention's projections and of all other matrices in each layer."""
     paths = []
     for layer in anatomy.layers:
         layout = layer.layout
@@ -139,7 +141,7 @@ def _linears(anatomy: Anatomy, table: Table) -> list[str]:
 
 
 def _block(layer: LayerAnatomy) -> str:
-    """The path of the layer that an attention module is in, with a dot: "model.layers.0."."""
+    """The path of the layer that contains an attention module, with a dot at its end: "model.layers.0."."""
     steps = layer.path.split(".")
     last = max(index for index, step in enumerate(steps) if step.isdigit())
     return ".".join(steps[: last + 1]) + "."

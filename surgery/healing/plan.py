@@ -1,4 +1,4 @@
-"""The plan of a healing: what trains, for how long, and estimates of the memory and disk that it takes."""
+"""The plan of a healing: what trains, for how long, and estimates of memory and disk."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
     from surgery.config.heal import Heal
 
-WIDTHS = 16, 4  # activations that a layer keeps for its gradient: times hidden and times intermediate size
-MOMENTS = 2  # of AdamW
-MICRO_TOKENS = 4096  # of one forward, at most
-# Values of its logits, at most: 1 GiB in float32. Their gradient and a teacher's logits are as large.
+WIDTHS = 16, 4  # activations of a token that a layer keeps for its gradient, in hidden sizes and in intermediate sizes
+MOMENTS = 2  # AdamW keeps two moments of each parameter
+MICRO_TOKENS = 4096  # most tokens of one forward
+# Most values of one forward's logits: 1 GiB in float32. Their gradient and a teacher's logits are as large.
 MICRO_LOGITS = 1 << 28
 
 
 @dataclass(frozen=True, repr=False)
 class HealPlan(Printed):
-    """A healing worked out for one model. `print(plan)` shows it in a few lines.
+    """The plan of a healing for one model. `print(plan)` shows it in a few lines.
 
     Attributes:
-        trained: what trains.
-        parameters: of the model; `base_parameters` of the base where it is in memory too, else 0.
-        engine: of the processes.
-        mixing: table of the mixing weights, which are no parameters of the result; `mixed`: numbers of the base's
-            heads that they mix, in memory while it trains.
-        note: what the user should know of the rows; "": nothing.
+        trained: the parameters that train.
+        parameters: number of the model's parameters.
+        base_parameters: number of the base's parameters if the base is in memory too, else 0.
+        engine: the engine of the processes.
+        mixing: table of the mixing weights, which are no parameters of the result.
+        mixed: how many numbers the mixed heads of the base have, which are in memory during the training.
+        note: a note for the user on the rows, or "".
     """
 
     heal: Heal
@@ -69,13 +70,13 @@ class HealPlan(Printed):
         """The plan for a converted model; arguments as for `select_trainable`.
 
         Args:
-            base: of the model before the surgery; None where it is not known.
-            operations: of the surgery, those of its record or of its recipe.
+            base: anatomy of the model before the surgery; None if unknown.
+            operations: the operations of the surgery, from its record or its recipe.
             note: see the attribute.
-            engine: default the one that launched this process.
+            engine: default the engine that launched this process.
 
         Raises:
-            SurgeryError: of `select_trainable`, and of `weighted_gqa.merges`.
+            SurgeryError: as `select_trainable` and `weighted_gqa.merges` raise it.
         """
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
@@ -105,7 +106,7 @@ class HealPlan(Printed):
 
     @property
     def mixing_count(self) -> int:
-        """Numbers of the mixing weights."""
+        """How many mixing weights there are."""
         return sum(prod(shape) for _, shape in self.mixing.values())
 
     @property
@@ -116,10 +117,10 @@ class HealPlan(Printed):
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes in each process, in float32: a shard of what its engine shards, and all of the rest.
+        """Bytes in each process, in float32: a shard of what the engine shards, and all of the rest.
 
-        In bfloat16 activations take half, and the rounded copies of frozen weights, which a backward pass reads, half
-        of what these weights take.
+        In bfloat16, activations take half as much. The backward pass then reads rounded copies of the frozen weights,
+        which take half as much as these weights.
         """
         shards = self.engine.shards
         layer = 4 * (WIDTHS[0] * self.hidden + WIDTHS[1] * self.intermediate)
@@ -135,12 +136,12 @@ class HealPlan(Printed):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of one process, in all."""
+        """Total bytes of one process."""
         return sum(self.memory.values())
 
     @property
     def teacher_bytes(self) -> int:
-        """Of a stored teacher on disk, at most: rows that are read twice are stored once. Unknown by the clock: 0."""
+        """Most bytes of a stored teacher on disk (repeated rows are stored once); 0 with the clock: it is unknown."""
         heal = self.heal
         if heal.teacher != "stored" or not heal.planned_steps:
             return 0
@@ -148,16 +149,16 @@ class HealPlan(Printed):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint on disk: the parameters that train and AdamW's moments, in float32."""
+        """Bytes of one checkpoint on disk: the parameters that train and AdamW's moments, in float32."""
         return 4 * (1 + MOMENTS) * self.trained.count
 
     @property
     def disk_bytes(self) -> int:
-        """Checkpoints that are on the disk at once."""
+        """Bytes of the checkpoints that are on disk at the same time."""
         return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """The stages of the training, for the time that `plan` gives. Data from files are read as they come."""
+        """The stages of the training, for the time estimate of `plan`. Reading data from files is not counted."""
         heal, steps = self.heal, self.heal.planned_steps
         tokens = (steps or 0) * heal.rows * heal.length
         base = self.base_parameters or self.parameters
@@ -223,7 +224,7 @@ class HealPlan(Printed):
 
 
 def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequence[dict]) -> tuple[Table, int]:
-    """Table of the mixing weights, and how many numbers of the base's heads they mix."""
+    """The table of the mixing weights, and how many numbers the mixed heads of the base have."""
     if heal.mixing == "none" or base is None:
         return {}, 0
     from surgery.healing.weighted_gqa import merges, mixing_table, orders_of
@@ -236,7 +237,7 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
 
 
 def refuse_unhealable(anatomy: Anatomy, where: str) -> None:
-    """Raise where a model cannot be trained here."""
+    """Raise where a model cannot be healed."""
     if anatomy.composite:
         what = "healing trains text models, and this one has other parts (vision + text)"
         raise UnsupportedModelError(what, where=where, fix="heal: null, and train it with a script of its own")
@@ -261,14 +262,17 @@ def rows_each(heal: Heal, processes: int) -> int:
 
 
 def token_bytes(top_k: int, vocabulary: int, each: int = 2) -> int:
-    """What `teacher.py` keeps of one token: k numbers, and of k tokens and the rest a probability of `each` bytes."""
+    """Bytes that `teacher.py` stores for one token: k token ids, and k + 1 probabilities of `each` bytes."""
     count = min(top_k, vocabulary)
     return each * (count + 1) + count * (2 if vocabulary <= 1 << 16 else 4)
 
 
 def micro_rows(rows: int, length: int, vocabulary: int = 0) -> int:
-    """Rows of one forward: the most that divide those of a step, have at most MICRO_TOKENS, and logits of at most
-    MICRO_LOGITS; at least one. How a step is cut into forwards changes its sums by rounding alone, but
-    for the load-balance loss of routers: that is of a forward's tokens, and the mean of such is not the whole's."""
+    """The number of rows in one forward.
+
+    It is the largest divisor of a step's rows with at most MICRO_TOKENS tokens and MICRO_LOGITS logits, and at least
+    1. Cutting a step into forwards changes its sums only by rounding. The load-balance loss of routers is an
+    exception: the mean over forwards is not the loss of all tokens.
+    """
     most = min(MICRO_TOKENS, MICRO_LOGITS // vocabulary if vocabulary else MICRO_TOKENS)
     return max(count for count in range(1, rows + 1) if rows % count == 0 and (count * length <= most or count == 1))

@@ -1,4 +1,4 @@
-"""The record of a healing: settings, data, first and last loss, and how much of the damage came back."""
+"""The record of a healing: settings, data, first and last loss, and the recovered share of the damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.config.recipe import Evaluate
 
-LEAST_GAP = 0.01  # nats: no share of a smaller damage is recorded
+LEAST_GAP = 0.01  # nats; for a smaller damage, no recovered share is recorded
 CURVE = "loss.png"
 
 
@@ -25,8 +25,8 @@ def new_record(heal: Heal, training: dict, earlier: dict | None) -> dict:
     """The record of one healing.
 
     Args:
-        training: what `run.train` returned.
-        earlier: the record of the healing before it, with those before that one; None: there was none.
+        training: the record that `run.train` returned.
+        earlier: the record of the previous healing, which contains those before it; None if there was none.
     """
     before = [*earlier.pop("earlier", []), earlier] if earlier else []
     return {"settings": published(heal), **training, "versions": _versions(), "earlier": before}
@@ -39,11 +39,11 @@ def _versions() -> dict[str, str]:
 
 
 def report_after_healing(data: dict, heal: Heal, judged_by: Evaluate | None) -> dict:
-    """The report of a converted model, without what a healing makes out of date."""
+    """The report of a converted model, without the entries that a healing makes outdated."""
     import torch
 
     limits = judged_by.limits if judged_by is not None else data["gate"]["limits"]
-    data = {key: value for key, value in data.items() if key != "repository"}  # the healed one has none yet
+    data = {key: value for key, value in data.items() if key != "repository"}  # the healed model has none yet
     return copy.deepcopy(data) | {
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": data["versions"] | versions(),
@@ -58,10 +58,10 @@ def report_after_healing(data: dict, heal: Heal, judged_by: Evaluate | None) -> 
 
 
 def recovery(before: dict, after: dict) -> dict:
-    """The converted model's figures, and the share of its damage that came back.
+    """The converted model's figures, and the share of its damage that the healing recovered.
 
     Args:
-        before, after: `Evaluation.to_dict()` of converted and healed model, on one text and one base.
+        before, after: `Evaluation.to_dict()` of the converted and of the healed model, on the same text and base.
     """
     if before.get("status") != "done" or after.get("status") != "done":
         return {"converted": None, "recovered": None}
@@ -82,22 +82,22 @@ def recovery(before: dict, after: dict) -> dict:
 
 
 def _recovered_fraction(base, converted, healed) -> float | None:
-    """How much of the way from the converted model back to the base was gone."""
+    """The recovered share of the distance between the converted model and the base."""
     if not all(map(finite, (base, converted, healed))) or converted - base < LEAST_GAP:
         return None
     return (converted - healed) / (converted - base)
 
 
 def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
-    """The course of the training as a picture, where matplotlib is installed.
+    """Plot the losses of the training, if matplotlib is installed.
 
-    A step's loss is that of the model before the step, so it is drawn at the tokens that were read before it: the
-    first point is the model that was not trained yet. Rows that train and held-out windows differ in length, so they
-    have panels of their own.
+    A step's loss is the loss of the model before the step. So it is drawn at the number of tokens read before the
+    step, and the first point is the untrained model. Training rows and held-out windows differ in length, so they have
+    separate panels.
 
     Args:
-        run: the folder of metrics.jsonl; the picture goes there.
-        limits: of the gate; `max_kl` is drawn.
+        run: the folder of metrics.jsonl, to which the picture is written.
+        limits: the gate's limits; `max_kl` is drawn.
     """
     from surgery.healing import losses
     from surgery.report.plots import Line, Panel, curves
@@ -110,7 +110,7 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
     first = {"marker": "o", "markevery": [0]}
     shown = {f"loss ({goal})": Line(before, [line["loss"] for line in lines], style=first)}
     known = [line for line in lines if "kl" in line]
-    if any(line["kl"] != line["loss"] for line in known):  # else it is the loss
+    if any(line["kl"] != line["loss"] for line in known):  # else KL is the loss
         at = dict(zip(map(id, lines), before, strict=True))
         kl = [line["kl"] for line in known]
         shown["KL to the base"] = Line([at[id(line)] for line in known], kl, style=first | {"marker": "s"})
@@ -125,5 +125,5 @@ def draw(run: Path, settings: Heal, limits: dict[str, float]) -> None:
     try:
         title = f"Healing ({settings.method}): what is left of the damage as it trains"
         curves(run / CURVE, panels, x_label="tokens trained on", title=title)
-    except SurgeryError:  # no matplotlib: the figures are in metrics.jsonl
+    except SurgeryError:  # without matplotlib, the figures are still in metrics.jsonl
         return

@@ -1,4 +1,4 @@
-"""One training from data to merged weights: what healing of a folder and healing in memory have in common.
+"""One training from data to merged weights, which healing of a folder and healing in memory share.
 
 `HealRun` holds the settings of a training; `rows_of` gives the rows that it reads.
 """
@@ -65,22 +65,22 @@ if TYPE_CHECKING:
     from surgery.config.recipe import Evaluate
 
 
-ENDLESS = 1_000_000  # steps, where the clock ends the training
+ENDLESS = 1_000_000  # number of steps where the clock ends the training
 STARTED = "warm-start.json"
-TEACHER = "teacher"  # folder of a stored one
-CURVE_ENDS = 5  # lines of metrics that the record's first and last loss are means of; a quarter of them at most
+TEACHER = "teacher"  # folder of a stored teacher
+CURVE_ENDS = 5  # the record's first and last loss are means of this many lines of metrics, at most of a quarter
 
 
 def train(model, job: HealRun) -> dict:
     """Heal a model in place, with adapters merged, and return the record of the training.
 
     Args:
-        model: converted, in float32.
+        model: the converted model, in float32.
 
     Raises:
         SurgeryError: data, settings or model are at fault.
-        TrainingError: NaN, or an unfinished run of something else; checkpoints are kept.
-        MachineError: disk or memory.
+        TrainingError: NaN, or an unfinished run with other settings or data; checkpoints are kept.
+        MachineError: disk or memory is full.
     """
     job.heal, began = with_known_precision(job), time.time()
     heal = job.heal
@@ -97,7 +97,7 @@ def train(model, job: HealRun) -> dict:
         without_attention_dropout(model),
         checkpointed(model, heal.gradient_checkpointing),
     ):
-        held_out = _held_out_evaluator(job)  # first, since it may raise, and writing a text takes longest
+        held_out = _held_out_evaluator(job)  # first: it may raise, and generating a text takes longest
         text, packed = rows_of(model, job, trained)
         set_seed(heal.seed)
         record = {"data": text, "parameters": trained.count, "adapted": len(trained.adapted)}
@@ -116,7 +116,7 @@ def train(model, job: HealRun) -> dict:
                 if heal.keeps_adapter and job.adapter is not None and processes().is_main_process:
                     _keep_adapter(student, job)
                 model, record["merge_moved_logits"] = merge(student, model.config.get_text_config().vocab_size)
-        except BaseException:  # a model in memory is a plain one again
+        except BaseException:  # a model in memory becomes a plain one again
             if heal.method == "lora" and student is not None:
                 student.unload()
             unmix(model)
@@ -129,7 +129,7 @@ def train(model, job: HealRun) -> dict:
 
 
 def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
-    """The mixing weights that are asked for, and the order of the base's heads in the groups."""
+    """The table of the mixing weights that `heal.mixing` asks for, and the order of the base's heads in the groups."""
     if job.heal.mixing == "none":
         return {}, None
     ours = Anatomy.of(model)
@@ -138,7 +138,7 @@ def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
 
 
 def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:
-    """What of a model in memory trains (`select_trainable`). `mixing`: weights that it does not have yet."""
+    """The trainable parameters of a model in memory (`select_trainable`). `mixing`: weights that will be added."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -156,7 +156,7 @@ def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> T
 
 
 def refuse_vocabulary(model, base) -> None:
-    """Raise where a teacher knows other tokens."""
+    """Raise where the base has another vocabulary."""
     if base is None:
         return
     ours, theirs = (config.get_text_config().vocab_size for config in (model.config, read_config(base)))
@@ -169,19 +169,19 @@ def refuse_vocabulary(model, base) -> None:
 
 
 def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
-    """The held-out text, if it is to be scored while the model trains."""
+    """The evaluator of held-out text, if the model is to be scored while it trains."""
     if not job.heal.eval_every:
         return None
     if job.base is None:
         fix = "name its base: --base MODEL"
         raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
     base = job.base_model()
-    with autocast_products(job.heal, base.device):  # as the student, while it trains
+    with autocast_products(job.heal, base.device):  # in the student's training precision
         return HeldOutEvaluator(base, job.tokenizer, job.evaluate)
 
 
 def _layerwise_start(model, job: HealRun, packed: Packed, trained: TrainableParameters) -> dict | None:
-    """Run the layer-wise start, if heal has one; where a checkpoint has its weights already, only read its record."""
+    """Run the layer-wise distillation if `heal` asks for it. If a checkpoint has its weights, only read its record."""
     file = job.run / STARTED
     if not job.heal.warm_start:
         return None
@@ -195,7 +195,7 @@ def _layerwise_start(model, job: HealRun, packed: Packed, trained: TrainablePara
 
 
 def _prepared(model, heal: Heal, trained: TrainableParameters):
-    """The model with what trains set to train."""
+    """Prepare the model for training: add adapters, or freeze the parameters that do not train."""
     if heal.method == "lora":
         return adapt(model, heal, trained)
     freeze(model, trained.parameters)
@@ -203,10 +203,10 @@ def _prepared(model, heal: Heal, trained: TrainableParameters):
 
 
 def _teacher(job: HealRun, packed: Packed) -> Teacher:
-    """The teacher that gives the loss: none (the text's loss), the base in memory, or its stored probabilities."""
+    """The teacher of the losses: none is needed, or the base in memory, or its stored probabilities."""
     heal = job.heal
     if not heal.loss_needs:
-        job.forget_base()  # it may have written the text
+        job.forget_base()  # it may be loaded, for generating the text
         return Teacher()
     if heal.teacher == "live":
         return LiveTeacher(job.base_model())
@@ -221,7 +221,7 @@ def _teacher(job: HealRun, packed: Packed) -> Teacher:
 
 
 def _read_rows(packed: Packed, heal: Heal) -> Packed:
-    """The rows that the planned steps read: of a long text these may be few."""
+    """The rows that the planned steps read, which may be few of a long text's."""
     if not heal.planned_steps or (count := heal.planned_steps * heal.rows) >= len(packed):
         return packed
     rows = Rows(packed, count, heal.seed)
@@ -231,7 +231,7 @@ def _read_rows(packed: Packed, heal: Heal) -> Packed:
 def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluator | None) -> dict:
     heal, state, clock = job.heal, processes(), Clock(job.heal.minutes)
     engine, original = Engine.here(), student
-    if "weights" in engine.sharded:  # a copy is sharded: this model gets the full tensors at the end
+    if "weights" in engine.sharded:  # shard a copy: this model gets the full tensors at the end
         student, plain = copy.deepcopy((student.cpu(), plain))
     steps = heal.planned_steps or ENDLESS
     with state.main_process_first():
@@ -239,7 +239,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
             remove_cut_off(job.run)
         last = (complete_checkpoints(job.run) or [None])[-1]
     checkpoint = checkpoint_record(last) if last else {"seconds": 0.0, "shared": list(engine.sharded)}
-    if checkpoint.get("ended"):  # by the clock or the gate: nothing is left to train
+    if checkpoint.get("ended"):  # clock or gate ended the run: there is nothing left to train
         steps = checkpoint["step"]
     if checkpoint.get("shared", []) != list(engine.sharded):
         raise OtherTrainingError(
@@ -251,7 +251,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
     callback = HealCallback(heal, job.run, heal.planned_steps, held_out, checkpoint["seconds"], progress)
-    with quiet_transformers(), unprepared(student):  # the Trainer's messages are in metrics.jsonl
+    with quiet_transformers(), unprepared(student):  # metrics.jsonl has the Trainer's messages
         trainer = HealTrainer(
             model=student,
             args=arguments(heal, job.run, steps, state.num_processes, plain.config.get_text_config().vocab_size),
@@ -265,7 +265,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
         )
         trainer.remove_callback(PrinterCallback)
         callback.trainer, trainer.ended = trainer, checkpoint.get("ended", "")
-        clock.start(checkpoint["seconds"])  # the first rate is made before the training begins
+        clock.start(checkpoint["seconds"])  # the first rate is computed before the training begins
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
@@ -295,15 +295,15 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _keep_adapter(student, job: HealRun) -> None:
-    """Save the adapter, without the folder of this machine that peft notes: the card says what it loads on."""
+    """Save the adapter, without the local path that peft records; the card names the model that it belongs to."""
     student.save_pretrained(job.adapter)
     file = job.adapter / "adapter_config.json"
     write_json(file, read_json(file) | {"base_model_name_or_path": None})
     (job.adapter / "README.md").unlink(missing_ok=True)
 
 
-ROUNDS = 4  # that the clock's training makes over the base's own text: writing it takes longer than training on it
-RUN = "run.json"  # what a run is of, for --resume
+ROUNDS = 4  # rounds over the base's own text with the clock: generating takes longer than training on it
+RUN = "run.json"  # identifies a run, for --resume
 
 
 @dataclass
@@ -314,11 +314,11 @@ class HealRun:
         base: folder of the unconverted model, or that model; None where nothing reads it.
         rewritten: projections that the surgery rewrote (`parameters.touched`).
         run: folder of checkpoints and metrics.
-        operations: of the surgery, with their records; what mixing weights must know of it.
-        identity: of settings, model and base; a run that is resumed must have the same.
-        evaluate: text and limits of the recipe, for held-out scores while it trains.
-        adapter: where the adapter is kept, if `heal.keep_adapter`.
-        in_memory: the model is the user's: an error leaves it as it was, and there is no run to resume.
+        operations: the operations of the surgery with their records, for mixing weights.
+        identity: hash of settings, model and base; a resumed run must have the same hash.
+        evaluate: text and limits of the recipe, for held-out scores during the training.
+        adapter: the folder in which the adapter is kept with `heal.keep_adapter`.
+        in_memory: the model is the user's: an error restores it, and there is no run to resume.
     """
 
     heal: Heal
@@ -335,7 +335,7 @@ class HealRun:
     _base: list = field(default_factory=list)
 
     def base_model(self):
-        """The base in memory. From a folder it is loaded once, in bfloat16 where products are."""
+        """The base in memory. A folder is loaded once, in bfloat16 if products are computed in it."""
         if not self._base:
             if isinstance(self.base, str | Path):
                 with quiet_transformers():
@@ -347,12 +347,12 @@ class HealRun:
         return self._base[0]
 
     def forget_base(self) -> None:
-        """Free the memory of the base."""
+        """Free the base's memory."""
         self._base.clear()
 
 
 def with_known_precision(job: HealRun) -> Heal:
-    """The settings with the precision that this run began with, also where another machine resumes it."""
+    """The settings with the precision that this run began with, even if another machine resumes it."""
     file = job.run / RUN
     known = read_json(file).get("precision") if file.is_file() else None
     here = "bfloat16" if use_bfloat16(job.heal) else "float32"
@@ -360,14 +360,14 @@ def with_known_precision(job: HealRun) -> Heal:
 
 
 def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Packed]:
-    """The record of the data, and their rows.
+    """The record of the data, and the rows.
 
     Raises:
-        SurgeryError: of `documents`.
-        TrainingError: the folder's checkpoints are of another run, or were trained on other data.
+        SurgeryError: as `documents` raises it.
+        TrainingError: the folder's checkpoints belong to another run, or were trained on other data.
     """
     heal, file, state = job.heal, job.run / RUN, processes()
-    with state.main_process_first():  # the others find what it wrote: its file, and the base's text
+    with state.main_process_first():  # the others read its files: RUN and the base's text
         known = read_json(file) if file.is_file() else {}
         if known and known.get("identity") != job.identity:
             raise OtherTrainingError(
@@ -377,7 +377,7 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
             )
         rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
-        if not known and state.is_main_process:  # the base may write for hours now
+        if not known and state.is_main_process:  # the base may now generate text for hours
             write_json(file, run_record)
         texts = documents(
             heal,
@@ -401,13 +401,13 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
 
 
 def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
-    """Rows that the training will read; by the clock, as many as this machine could at most."""
+    """How many rows the training reads; with the clock, the most that this machine could read."""
     if heal.planned_steps is not None:
         return heal.planned_steps * heal.rows
     vocabulary = model.config.get_text_config().vocab_size
     rows = micro_rows(heal.rows, heal.length, vocabulary)
-    # Gradients of what trains, not of all weights: the plan has no memory for those.
-    parameters = dict(model.named_parameters())  # mixing weights are not yet
+    # Only parameters that train get gradients: the plan has no memory for gradients of all weights.
+    parameters = dict(model.named_parameters())  # mixing weights do not exist yet
     names = [name for name in trained.parameters if name in parameters] or [
         f"{name}.weight" for name in trained.adapted[:1]
     ]
@@ -415,7 +415,7 @@ def _rows_needed(model, heal: Heal, trained: TrainableParameters) -> int:
     batch = torch.randint(vocabulary, (rows, heal.length), generator=torch.Generator().manual_seed(0))
     batch = batch.to(processes().device)
     model.to(processes().device).train()
-    for _ in range(2):  # the first is slower
+    for _ in range(2):  # the first forward is slower
         began = time.monotonic()
         with autocast_products(heal, model.device):
             loss = cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)

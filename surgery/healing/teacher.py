@@ -1,16 +1,16 @@
-"""The base as the teacher of a converted model: in memory, or run once before the training and stored on disk.
+"""The base as the teacher of a converted model: in memory, or stored on disk before the training.
 
-Both give what the losses of `heal.loss` need of the base, and no more: with `loss: ce` no teacher runs.
+A teacher gives only the values of the base that the losses of `heal.loss` need: with `loss: ce` no teacher runs.
 
-A stored teacher is a base's most probable tokens on disk, for every row that a student will see: after one pass the
-base is not needed.
+A stored teacher is a file of the base's most probable tokens for every row that the student will read. After this one
+pass the base is not needed.
 
-Of each prediction the k largest log-probabilities are stored, their tokens, and the log of the mass of all others: a
-distribution over k + 1 outcomes. Rows are looked up by a hash of their tokens and positions: in whatever order a
-training asks for them, it cannot get another row's.
+For each prediction it has the k largest log-probabilities, their tokens, and the log of the mass of all other tokens.
+This is a distribution over k + 1 outcomes. Rows are found by a hash of their tokens and positions, so that a training
+gets the right row in any order.
 
-Files: `teacher.json` holds the base, data and settings; each safetensors file holds some rows, and is complete or
-missing, so that a run that was killed resumes where it was.
+Files: `teacher.json` names the base, the data and the settings. Each safetensors file holds some rows, and is either
+complete or missing, so that a killed run resumes with the next file.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from surgery.machine.progress import begin
 
 
 class Teacher:
-    """Serves losses that read no base; a subclass adds what it knows of the base."""
+    """The teacher for losses that need no base. A subclass adds the values of the base."""
 
     def loss(self, outputs, batch: dict, heal, count: int | None = None) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of one forward of the student.
 
         Args:
-            outputs: of the student, called with `arguments(student, batch, heal.reads_states)`.
-            batch: of `Packed` rows, [batch, length] each.
-            heal: its losses and the temperature are read.
-            count: tokens to average over, where a step is made of several batches; default those of this one.
+            outputs: the student's outputs, from a call with `arguments(student, batch, heal.reads_states)`.
+            batch: `Packed` rows, tensors [batch, length].
+            heal: its losses and its temperature are read.
+            count: number of tokens to average over, where a step has several batches; default this batch's.
 
         Returns:
-            The loss, and each loss's mean before it is weighted, by name: "ce" and "kl" in nats a token (KL times
+            The weighted loss, and the unweighted mean of each loss by name: "ce" and "kl" in nats a token (KL times
             T²), "hidden" as a share of the hidden states' energy.
         """
         labels = batch["labels"].to(outputs.logits.device)
@@ -61,10 +61,11 @@ class Teacher:
         return loss, {name: float(mean.detach()) for name, mean in means.items()}
 
     def ask(self, logits: torch.Tensor, batch: dict, heal) -> tuple[BaseLogits | BaseTopK | None, tuple | None]:
-        """What the losses need of the base (`heal.loss_needs`): its probabilities, its hidden states after each layer.
+        """The values of the base that the losses need (`heal.loss_needs`): probabilities, and each layer's hidden
+        states.
 
         Raises:
-            SurgeryError: there is no teacher, or it does not have what the losses need.
+            SurgeryError: there is no teacher, or it lacks a value that the losses need.
         """
         word = isinstance(heal.loss, str) and heal.loss == "ce"
         raise SettingError(
@@ -92,7 +93,7 @@ class LiveTeacher(Teacher):
 
 
 class StoredTeacher(Teacher):
-    """What `store` wrote of the base: the most probable tokens of every row, and the mass of all others."""
+    """The base's predictions that `store` wrote: the most probable tokens of every row, and the mass of all others."""
 
     def __init__(self, folder: str | Path):
         self.stored = TopK(Path(folder))
@@ -119,7 +120,7 @@ class StoredTeacher(Teacher):
 
 
 def refuse_vocabulary(student: int, teacher: int) -> None:
-    """Raise where the vocabularies, in tokens, differ."""
+    """Raise where the sizes of the vocabularies differ."""
     if student != teacher:
         raise ModelMismatchError(
             f"model and teacher have different vocabularies: {student} and {teacher} tokens",
@@ -128,8 +129,8 @@ def refuse_vocabulary(student: int, teacher: int) -> None:
 
 
 INFO, FORMAT, NAME = "teacher.json", 1, "teacher"
-ROWS = 32  # in a file
-LOGITS = 1 << 27  # values of the logits of a forward
+ROWS = 32  # rows in a file
+LOGITS = 1 << 27  # most values of one forward's logits
 
 
 def store(
@@ -143,20 +144,20 @@ def store(
     progress=None,
     within=nullcontext(),
 ):
-    """Store the base's predictions for every row; files that exist already are left unchanged.
+    """Store the base's predictions for every row. Existing files stay unchanged.
 
     Args:
-        model: the base, in memory; it is run in eval mode and left in the mode that it was in.
+        model: the base, in memory. It runs in eval mode, and its mode is restored.
         rows: a `Packed` data set.
-        top_k: tokens to keep, at most the vocabulary.
-        temperature: of the distillation.
-        dtype: of the log-probabilities on disk; float16 is right (see `TopK`).
+        top_k: number of tokens to keep, at most the vocabulary.
+        temperature: the temperature of the distillation.
+        dtype: dtype of the log-probabilities on disk; float16 is precise enough (see `TopK`).
         progress: called as progress(done, total, label), in rows.
-        within: a context that the model is run in.
+        within: a context in which the model runs.
 
     Raises:
         SurgeryError: the folder holds predictions of another base, or for another data set.
-        MachineError: the disk is full, or not ours to write on; what is there stays.
+        MachineError: the disk is full or not writable; existing files stay.
     """
     folder = Path(folder)
     vocabulary = model.config.get_text_config().vocab_size
@@ -190,7 +191,7 @@ def ask(model, ids: torch.Tensor, positions: torch.Tensor, info: dict, within) -
         inputs = arguments(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden=False)
         with within:
             logits = model(**inputs).logits
-        for row in logits:  # one at a time: [length, V] in float32 is the most that is made
+        for row in logits:  # one at a time: the largest float32 tensor is [length, V]
             row_tensors = top_k_and_rest(row, info["top_k"], info["temperature"])
             for name, tensor in zip(columns, row_tensors, strict=True):
                 columns[name].append(
@@ -201,7 +202,7 @@ def ask(model, ids: torch.Tensor, positions: torch.Tensor, info: dict, within) -
 
 
 def top_k_and_rest(logits: torch.Tensor, top_k: int, temperature: float) -> tuple[torch.Tensor, ...]:
-    """log p of the k most probable tokens [r, k], these tokens, and the log of the mass of all others [r].
+    """log p of the k most probable tokens [r, k], the tokens [r, k], and the log of the mass of all others [r].
 
     Args:
         logits: [r, V].
@@ -213,7 +214,7 @@ def top_k_and_rest(logits: torch.Tensor, top_k: int, temperature: float) -> tupl
 
 
 def as_distribution(values: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounded logs of k probabilities [..., k] and of the rest [...], in float32, so that they sum to 1 again."""
+    """Normalise rounded logs of k probabilities [..., k] and of the rest [...] in float32, so that they sum to 1."""
     values, rest = values.float(), rest.float()
     total = torch.cat([values, rest[..., None]], dim=-1).logsumexp(-1)
     return values - total[..., None], rest - total
@@ -226,12 +227,12 @@ def keys_of(ids: torch.Tensor, positions: torch.Tensor) -> list[bytes]:
 
 
 class TopK:
-    """A stored teacher's rows, read as they are asked for.
+    """A stored teacher's rows, read on demand.
 
-    float16 holds what is needed: with 64 tokens of SmolLM2-135M the gradient is 3.05% off that of the whole
-    distribution in either precision, and a token takes 258 bytes in place of 388 (measured by
-    `examples/benchmarks/bench_healing.py stored`).
-    The rounded probabilities are normalised when they are read (`as_distribution`).
+    float16 is precise enough. With 64 tokens of SmolLM2-135M, the gradient differs by 3.05% from the gradient of the
+    whole distribution, in float16 as in float32. A token takes 258 bytes instead of 388 (measured by
+    `examples/benchmarks/bench_healing.py stored`). The rounded probabilities are normalised when they are read
+    (`as_distribution`).
     """
 
     def __init__(self, folder: Path):
@@ -258,10 +259,10 @@ class TopK:
         }
 
     def rows(self, ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`values` and `indices` [batch, length, k], `rest` [batch, length] of these rows [batch, length], on the CPU.
+        """`values` and `indices` [batch, length, k] and `rest` [batch, length] for rows [batch, length], on the CPU.
 
         Raises:
-            SurgeryError: a row that the teacher was not asked about.
+            SurgeryError: a row is not stored.
         """
         keys = keys_of(ids, positions)
         if any(key not in self._index for key in keys):
@@ -281,7 +282,7 @@ class TopK:
 
 
 def read_info(folder: Path) -> dict | None:
-    """The base, data and settings of a folder's teacher, or None if there is none."""
+    """The base, data and settings of a folder's stored teacher, or None if there is none."""
     path = folder / INFO
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -1,12 +1,12 @@
-"""The training loop: Transformers' Trainer with the loss of a teacher, checkpoints that survive any kill, and a clock.
+"""The training loop: Transformers' Trainer with a teacher's loss, checkpoints that survive a kill, and a clock.
 
-A checkpoint has the parameters that train, whatever the method, and what the Trainer adds: optimiser, schedule,
-random numbers. A run on a CPU that resumes from it ends with the same weights, bit for bit.
+A checkpoint has the parameters that train, for every method, and the Trainer's state: optimiser, schedule and random
+numbers. A run on a CPU that resumes from it ends with the same weights, bit for bit.
 
-A checkpoint is a folder `checkpoint-STEP` that the Trainer fills. Its last file is COMPLETE, written in one step: it
-lists the others with their sizes. A folder without it, or with a file of another size, was cut off and counts as none.
+A checkpoint is a folder `checkpoint-STEP` that the Trainer fills. Its last file, COMPLETE, is written atomically, and
+lists the other files with their sizes. A folder without it, or with a file of another size, is incomplete and ignored.
 
-The learning rate, the clock and the order of rows are here too.
+The learning rate, the clock and the order of rows are also here.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ if TYPE_CHECKING:
     from surgery.healing.teacher import Teacher
 
 
-# A logit or a log-weight moves by far less than a weight of a projection that has as much effect.
+# Logits and log-weights need a higher rate: for the same effect, a weight of a projection changes by far less.
 SCALAR_RATE = 10.0
 MATRICES = tuple(name for name in ROUTERS if name in ("surgery_router", "surgery_shared_router", "surgery_balance"))
 
 
 class HealTrainer(Trainer):
-    """A Trainer whose loss is a teacher's, a mean over the tokens that a step predicts.
+    """A Trainer whose loss a teacher gives, as a mean over the tokens that a step predicts.
 
     Args:
         heal: the settings.
-        plain: the Transformers model itself, also where `model` wraps it in adapters.
+        plain: the Transformers model itself, even if `model` wraps it in adapters.
         teacher: gives the loss and its terms.
-        clock: counts the seconds; ends the training where `heal.minutes` says so.
-        in_memory: the model is the user's, and there is no run to start again.
+        clock: counts the seconds, and ends the training after `heal.minutes`.
+        in_memory: the model is the user's, and there is no run to resume.
     """
 
     loss_is_scaled_for_ga = True
@@ -64,8 +64,8 @@ class HealTrainer(Trainer):
     def __init__(self, *args, heal: Heal, plain, teacher: Teacher, clock: Clock, in_memory: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.heal, self.plain, self.teacher, self.clock, self.in_memory = heal, plain, teacher, clock, in_memory
-        self.ended = ""  # by what, before its last step
-        self.model_accepts_loss_kwargs = True  # else the Trainer would divide by the forwards of a step again
+        self.ended = ""  # what ended the training before its last step
+        self.model_accepts_loss_kwargs = True  # else the Trainer would also divide by the number of forwards in a step
         self.routed = any("surgery_router" in name and p.requires_grad for name, p in self.model.named_parameters())
         self.sums: dict[str, float] = {}
         self.means: dict[str, float] = {}
@@ -75,7 +75,7 @@ class HealTrainer(Trainer):
         """This forward's term of the mean loss over the tokens of a step; a scalar."""
         try:
             outputs = model(**forward_arguments(type(self.plain), inputs, self.heal.reads_states))
-        except ValueError as error:  # a router is worked out from what was NaN before the loss is
+        except ValueError as error:  # a router refuses NaN before the loss is computed
             if "not finite" not in str(error):
                 raise
             self._stop(str(error).partition(":")[0])
@@ -89,17 +89,17 @@ class HealTrainer(Trainer):
             self._stop("the loss is not a number")
         for name, value in (terms | {"loss": loss.item()}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        # Gradients are averaged over processes, and this is a term of a sum.
+        # Gradients are averaged over processes, but this loss is a term of a sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Tokens predicted in a step, over all its forwards and processes."""
+        """The number of tokens that a step predicts, over all its forwards and processes."""
         count = sum(predicted(batch["labels"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
 
     def step_means(self) -> dict[str, float]:
-        """Loss and its terms of the step that ended: means over its tokens in all processes."""
+        """The loss of the last step and its terms: means over the step's tokens in all processes."""
         names, values = zip(*sorted(self.sums.items()), strict=True)
         totals = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.args.device), "sum")
         self.sums, self.means = {}, dict(zip(names, totals.tolist(), strict=True))
@@ -107,10 +107,10 @@ class HealTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        if norm is None:  # DeepSpeed knows it after the step
+        if norm is None:  # DeepSpeed knows the norm only after the step
             return norm
         self.norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not torch.isfinite(torch.tensor(self.norm)):  # the next step would spoil every weight
+        if not torch.isfinite(torch.tensor(self.norm)):  # this step would spoil every weight
             self._stop("the gradient is not a number")
         return norm
 
@@ -126,7 +126,7 @@ class HealTrainer(Trainer):
         )
 
     def log(self, logs, start_time=None) -> None:
-        """Report the means of the loss's terms too."""
+        """Report the means of the loss's terms as well."""
         super().log(logs | {name: mean for name, mean in self.means.items() if name != "loss"}, start_time)
 
     def create_optimizer(self, model=None):
@@ -142,7 +142,7 @@ class HealTrainer(Trainer):
             steps, heal, clock = num_training_steps, self.heal, self.clock
 
             def factor(step: int) -> float:
-                # By the clock, what is known when the step begins; `HealCallback` knows better before it ends.
+                # With the clock, the fraction at the beginning of the step; `HealCallback` corrects it before the end.
                 return rate_at(clock.fraction if clock.limit else (step + 0.5) / steps, heal.warmup)
 
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
@@ -153,7 +153,7 @@ class HealTrainer(Trainer):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # `Rows` has shuffled them
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """Save the parameters that train, under any engine; where they are sharded, every process takes part."""
+        """Save the parameters that train, with any engine. If they are sharded, every process must call this."""
         tensors = {
             name: each.contiguous()
             for name, each in sharding.trainable_tensors(self.accelerator.unwrap_model(self.model))
@@ -186,12 +186,12 @@ class HealTrainer(Trainer):
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:
-    """How many tokens of [rows, length] are predicted."""
+    """The number of tokens that labels [rows, length] predict."""
     return predicts(labels).sum()
 
 
 def parameter_groups(model, heal: Heal) -> list[dict]:
-    """The parameters that train, in groups with a learning rate and weight decay each.
+    """The parameters that train, in groups with their own learning rate and weight decay.
 
     The groups are matrices, vectors, and the surgery's own logits and scalars.
     """
@@ -231,10 +231,10 @@ def arguments(heal: Heal, run: Path, steps: int, processes: int, vocabulary: int
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_broadcast_buffers=False,  # they are alike everywhere, and the heads that are mixed are large
+        ddp_broadcast_buffers=False,  # buffers are the same in all processes, and mixed heads are large
         label_names=["labels"],
     )
-    # Several GPUs of one process would run copies of the model, whose gates are lost.
+    # With several GPUs, one process would run copies of the model, and their gates would be lost.
     result._n_gpu = min(1, result.n_gpu)
     return result
 
@@ -250,7 +250,7 @@ def complete(folder: Path, **record) -> None:
 
 
 def checkpoint_record(folder: Path) -> dict | None:
-    """The record that `complete` wrote; None for a checkpoint that was cut off."""
+    """The record that `complete` wrote; None for an incomplete checkpoint."""
     with suppress(OSError, ValueError, KeyError, AttributeError):
         record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         if all((folder / name).stat().st_size == size for name, size in record["files"].items()):
@@ -264,14 +264,14 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def remove_cut_off(run: Path) -> None:
-    """Remove folders that a kill cut off in a write: the Trainer would write into them again."""
+    """Remove incomplete checkpoints, which a kill leaves: the Trainer would write into them again."""
     for path in _all(run):
         if checkpoint_record(path) is None:
             shutil.rmtree(path)
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Remove all but the newest complete checkpoints. The mark goes first: a folder without it counts as none."""
+    """Remove all but the newest complete checkpoints. COMPLETE is removed first: a folder without it is ignored."""
     for path in complete_checkpoints(run)[:-count]:
         (path / COMPLETE).unlink()
         shutil.rmtree(path)
@@ -288,7 +288,7 @@ def _step(path: Path) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A context for the write of a checkpoint: if it fails, its folder is removed, and the error names what is left.
+    """A context for writing a checkpoint. If this fails, its folder is removed, and the error names what remains.
 
     Raises:
         MachineError: the disk is full, or the system refuses to write.
@@ -310,10 +310,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def rate_at(fraction: float, warmup: float) -> float:
-    """The learning rate as a share of its highest: it rises to 1 in `warmup`, then falls as a cosine to 0.
+    """The learning rate as a share of its maximum: it rises to 1 during `warmup`, and then falls to 0 as a cosine.
 
     Args:
-        fraction: how much of the training is over, 0 to 1.
+        fraction: the share of the training that is over, 0 to 1.
     """
     if fraction < warmup:
         return fraction / warmup
@@ -322,7 +322,7 @@ def rate_at(fraction: float, warmup: float) -> float:
 
 
 class Clock:
-    """Seconds of training, those before a resume among them.
+    """A clock of the training's seconds, including those before a resume.
 
     Args:
         minutes: when the time is over; None: never.
@@ -333,7 +333,7 @@ class Clock:
         self.earlier, self.began = 0.0, time.monotonic()
 
     def start(self, earlier: float = 0.0) -> None:
-        """Start to count, from the seconds of training before a resume."""
+        """Start counting at `earlier`, the seconds of training before a resume."""
         self.earlier, self.began = earlier, time.monotonic()
 
     @property
@@ -343,17 +343,17 @@ class Clock:
 
     @property
     def fraction(self) -> float:
-        """How much of the time is over; only where there is a limit."""
+        """The share of the time that is over; only with a limit."""
         return min(1.0, self.seconds / self.limit)
 
 
 class Rows(torch.utils.data.Dataset):
-    """The rows of a data set in shuffled rounds, `count` of them: the n-th is the same in every process and run.
+    """`count` rows of a data set in shuffled rounds. The n-th row is the same in every process and run.
 
     Args:
         packed: rows by index.
-        count: rows in all; more than the data has begin the next round, which is shuffled again.
-        seed: of the order.
+        count: total number of rows. When all rows of the data are used, the next round begins, shuffled again.
+        seed: the seed of the order.
     """
 
     def __init__(self, packed, count: int, seed: int):

@@ -1,6 +1,6 @@
 """Validate healing settings up front, before any expensive work starts.
 
-The converted model, the base that it was made from and its record are found here too.
+The functions that find the converted model, its base and its record are also here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
-    """Raise where settings do not fit: rows, processes, the tracker that is reported to, what is scored meanwhile.
+    """Raise where settings do not fit: rows, processes, the tracker for metrics, the scores during training.
 
     Args:
-        config: of the model.
+        config: the model's config.
         judged_by: the recipe's `evaluate`.
 
     Raises:
@@ -47,7 +47,7 @@ def refuse_settings(heal: Heal, config, judged_by: Evaluate | None) -> None:
 
 
 def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
-    """Raise where the model should be scored while it trains, and the recipe does not say on what or at which gate."""
+    """Raise where `heal` asks for scores during training, and the recipe has no text or no limits for them."""
     if heal.eval_every and evaluate is None:
         fix = "name a recipe that evaluates: evaluate.text=builtin"
         raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
@@ -61,19 +61,20 @@ def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
 
 
 def watched_limits(evaluate: Evaluate) -> dict[str, float]:
-    """The limits of a recipe that a little text shows while the model trains: those of the main probe."""
+    """The recipe's limits that a short text can check during training: the main probe's."""
     return {name: limit for name, limit in evaluate.limits.items() if name in main().limits}
 
 
 def refuse_early(heal: Heal, judged_by: Evaluate | None, base: str | Path | Any, tokenizer=None) -> None:
-    """Raise before the base is converted what its healing would raise afterwards.
+    """Raise the errors of a healing before the base is converted, not afterwards.
 
     Args:
-        base: its folder, or the loaded model.
-        tokenizer: of a loaded model.
+        base: folder of the base, or the loaded model.
+        tokenizer: the tokenizer of a loaded model.
 
     Raises:
-        SurgeryError: of `refuse_settings`, or of the data that heal names; only text that the base writes is not read.
+        SurgeryError: as `refuse_settings` raises it, or for the data that `heal` names. Text that the base will
+            generate is not checked.
     """
     from surgery.data.documents import SELF, documents
     from surgery.io.loading import read_config, read_tokenizer
@@ -101,23 +102,24 @@ def _refuse_report_to(name: str) -> None:
             exists=", ".join(["none", *known]),
             fix=f"did you mean {close!r}?" if close else "heal.report_to=none",
         )
-    if name not in get_available_reporting_integrations() and name != "flyte":  # which that list leaves out
+    if name not in get_available_reporting_integrations() and name != "flyte":  # flyte is missing in that list
         raise SurgeryError(
             f"{name} is not installed", where="heal.report_to", fix=f"pip install {name}", code="missing-package"
         )
 
 
 def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path | None:
-    """The folder of the base; None where it is not known, or not needed.
+    """The folder of the base; None if it is unknown or not needed.
 
     Args:
-        data: of surgery.json.
-        base: what the user named, or None: then what the record names, if it is the demo model or on the Hub.
+        data: the content of surgery.json.
+        base: the base that the user named. None: the base that the record names, if it is the demo model or on the
+            Hub.
         needed: whether the training reads the base.
-        wanted: whether anything else reads it. If not, it is not resolved: that may be a download.
+        wanted: whether anything else reads the base. If not, it is not resolved, since that may be a download.
 
     Raises:
-        SurgeryError: it is needed and unknown, or what was named is another model than the record's.
+        SurgeryError: the base is needed and unknown, or the user named another model than the record.
     """
     from surgery.io.hub import DEMO, resolve
     from surgery.report.lineage import another_base, comparable
@@ -146,7 +148,7 @@ def base_folder(data: dict, base, *, needed: bool, wanted: bool = True) -> Path 
 
 
 def converted_model(folder: Path, anatomy: Anatomy):
-    """The model in float32, in which it trains, and the dtype that it is stored in."""
+    """The model in float32, as it trains, and the dtype in which it is stored."""
     import torch
 
     from surgery.io.loading import load_model
@@ -158,13 +160,13 @@ def converted_model(folder: Path, anatomy: Anatomy):
 
 
 def rewritten_by(data: dict) -> frozenset[str]:
-    """Which projections this surgery and those before it rewrote; `data`: of surgery.json."""
+    """The projections that this surgery and earlier ones rewrote; `data`: the content of surgery.json."""
     recipes = [record.get("recipe") or {} for record in [*data["history"], data]]
     return touched(step for recipe in recipes for step in recipe.get("operations") or [])
 
 
 def base_of_memory(model, heal: Heal) -> str | None:
-    """Where a model that is to be edited in memory was loaded from: its weights there are the base's.
+    """The folder or name that a model to be edited in memory was loaded from; it has the base's weights.
 
     Raises:
         SurgeryError: the healing reads the base, and its folder is not known.
@@ -182,7 +184,7 @@ def base_of_memory(model, heal: Heal) -> str | None:
 
 
 def save_as_stored(model, folder: Path, dtype) -> None:
-    """Write the weights, config and code of a trained model, in the dtype that it was stored in."""
+    """Write the weights, config and code of a trained model, in the dtype of the converted one."""
     from surgery.machine.transformers_logging import quiet_transformers
 
     model.to(dtype)
@@ -191,10 +193,10 @@ def save_as_stored(model, folder: Path, dtype) -> None:
 
 
 def report_in_memory(model) -> Report:
-    """The report of a model in memory: that of `surgery.apply`, or of the folder that it was loaded from.
+    """The report of a model in memory, from `surgery.apply` or from the folder that the model was loaded from.
 
     Raises:
-        SurgeryError: not a model, or nothing is known of a surgery on it.
+        SurgeryError: it is not a model, or no surgery on it is known.
     """
     from surgery.io.loading import DONE, is_model, refuse_wrapped
     from surgery.report.report import FILE

@@ -1,13 +1,14 @@
-"""Weighted GQA: a shared KV head learns how much of each head of the base is in it, and is a plain weight afterwards.
+"""Weighted GQA: a shared KV head learns the weights of the base's heads that are added to it.
 
-    W_K' = W_K + Σ_h w_h W_K^h        and the same for V, with weights of their own
+    W_K' = W_K + Σ_h w_h W_K^h        and likewise for V, with its own weights w_h
 
-W_K is the shared head as the conversion made it, frozen or trained too; the sum is over the base's heads of its
-group. All w_h begin at 0, so the start is the conversion's, whichever it was. The mean is w_h = 1 / group in the
-paper's spelling. The closed form has none: it rotates each head's RoPE pairs by angles of their own before it sums
-them, takes the best values of lower rank and refits both. So its result is W_K here, and the heads that are added to
-it are the base's, not rotated. A number for each head trains, or one for each of its channels, and W_K' costs nothing
-once it is folded.
+W_K is the shared head that the conversion made; it is frozen or trains as well. The sum is over the base's heads of
+its group. Each head has one weight, or one for each channel. All w_h begin at 0, so the training starts from the
+converted model, for every conversion. After the training, W_K' is folded into a plain weight, which costs nothing.
+
+In the paper's notation the mean of the heads is w_h = 1 / group. The closed form has no such w_h: it rotates each
+head's RoPE pairs by individual angles before the sum, takes the best values of lower rank, and refits both. So its
+result is W_K here, and the heads that are added are the base's, without rotation.
 
 Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in Transformers", arXiv 2407.10855.
 """
@@ -33,17 +34,18 @@ if TYPE_CHECKING:
     from surgery.healing.parameters import Table
 
 Per = Literal["head", "channel"]
-# A layer, the base's, and the base's KV heads of each group.
+# A converted layer, the base's layer, and the base's KV heads in each group.
 Merge = tuple["LayerAnatomy", "LayerAnatomy", list[list[int]]]
-REGROUPING = ("gqa", "expand", "prune_heads")  # operations after which a KV head is not the base's of that number
+REGROUPING = ("gqa", "expand", "prune_heads")  # operations after which KV heads have other indices than in the base
 
 
 class Mixing(torch.nn.Module):
     """Adds the weighted heads of each group to a projection's weight or bias; for `torch.nn.utils.parametrize`.
 
     Args:
-        heads: of the base: [groups, r, d, n] for a weight, [groups, r, d] for a bias. They stay out of checkpoints.
-        weights: w [groups, r, 1 or d], shared by a projection's weight and bias; called `surgery_mixing`.
+        heads: the base's heads, [groups, r, d, n] for a weight, [groups, r, d] for a bias. Checkpoints do not contain
+            them.
+        weights: w [groups, r, 1 or d], shared by a projection's weight and bias; the parameter `surgery_mixing`.
         transposed: the weight is stored [in, out] (GPT-2).
     """
 
@@ -53,21 +55,21 @@ class Mixing(torch.nn.Module):
         self.surgery_mixing, self.transposed = weights, transposed
 
     def forward(self, own: torch.Tensor) -> torch.Tensor:
-        """The weight or bias W' = W + Σ_h w_h W^h, in the shape and dtype of `own`, W."""
+        """The weight or bias W' = W + Σ_h w_h W^h, in the shape and dtype of W (`own`)."""
         weights = self.surgery_mixing.to(self.heads)
         mixed = ((weights if self.heads.dim() == 3 else weights[..., None]) * self.heads).sum(1).flatten(0, 1)
         return own + (mixed.T if self.transposed else mixed).to(own)
 
 
 def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None) -> list[Merge]:
-    """The layers that have fewer KV heads than the base's, and which of the base's are in each group.
+    """The layers with fewer KV heads than in the base, with the base's heads in each group.
 
     Args:
         ours, theirs: anatomies of the base after GQA, and of the base.
-        orders: of each layer, the base's KV heads in the order in which they were grouped; default as they stand.
+        orders: for each layer, the base's KV heads in the order in which they were grouped; default unchanged order.
 
     Raises:
-        SurgeryError: fused projections; a model that is not the base after GQA.
+        SurgeryError: projections are fused, the model is not the base after GQA, or no layer has fewer KV heads.
     """
     if len(ours.layers) != len(theirs.layers):
         raise ModelMismatchError(f"the model has {len(ours.layers)} layers, the base {len(theirs.layers)}")
@@ -110,13 +112,13 @@ def mixing_table(merged: list[Merge], per: Per) -> Table:
 
 
 def orders_of(operations: Iterable[dict], anatomy: Anatomy) -> list[list[int]] | None:
-    """Of each layer, the order of heads that `gqa` noted; None where they stayed as they stood.
+    """For each layer, the order of heads that `gqa` recorded; None if the order is unchanged.
 
     Args:
-        operations: of a recipe, or with their records, of surgery.json.
+        operations: the operations of a recipe, or those of surgery.json with their records.
 
     Raises:
-        SurgeryError: heads were regrouped otherwise than by one `gqa`.
+        SurgeryError: anything but exactly one `gqa` regrouped the heads.
     """
     regrouping = [step for step in operations if step.get("op") in REGROUPING]
     if [step["op"] for step in regrouping] != ["gqa"]:
@@ -140,15 +142,15 @@ def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None 
 
     Args:
         student: the base after GQA, in memory.
-        base: in memory, or its folder.
-        per: one weight for each head, or one for each of its channels.
+        base: the base in memory, or its folder.
+        per: one weight for each head, or one for each channel of a head.
         orders: as for `merges`.
 
     Returns:
         The names of the new parameters.
 
     Raises:
-        SurgeryError: of `merges`.
+        SurgeryError: as `merges` raises it.
     """
     added, read = set(), _reader(base)
     for mine, other, groups in merges(Anatomy.of(student), Anatomy.of(base), orders):
@@ -169,7 +171,7 @@ def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None 
 
 
 def names_while_mixed(student, names: Iterable[str]) -> tuple[str, ...]:
-    """Names of parameters as they are called while heads are mixed: a mixed weight is the `original` of a sum."""
+    """The names of parameters while heads are mixed. A mixed weight is then the `original` of a parametrization."""
     mixed = {(id(projection), name) for projection, name in _mixed(student)}
 
     def called(name: str) -> str:
@@ -185,10 +187,11 @@ def fold_and_check(student) -> dict:
     """Fold the mixing weights, and check that the logits did not move.
 
     Returns:
-        A record: "weights", the "largest" of them, and by how much the logits of random tokens "moved".
+        A record: the number of mixed "weights", the "largest" mixing weight, and "moved_logits", how far the logits of
+        random tokens moved.
 
     Raises:
-        TrainingError: they moved; checkpoints are kept.
+        TrainingError: the logits moved; checkpoints are kept.
     """
     weights = [p.detach().abs().max().item() for name, p in student.named_parameters() if name.endswith("_mixing")]
     count = sum(p.numel() for name, p in student.named_parameters() if name.endswith("_mixing"))
@@ -202,7 +205,7 @@ def fold_and_check(student) -> dict:
 
 
 def fold(student) -> int:
-    """Turn mixed weights into plain ones, in place, and return how many were mixed."""
+    """Turn mixed weights into plain ones, in place. Returns how many weights were mixed."""
     mixed = list(_mixed(student))
     for projection, name in mixed:
         parametrize.remove_parametrizations(projection, name, leave_parametrized=True)
@@ -210,7 +213,7 @@ def fold(student) -> int:
 
 
 def unmix(student) -> None:
-    """Remove mixing weights without folding them: the weights are those from before `add_mixing`."""
+    """Remove mixing weights without folding them. This restores the weights from before `add_mixing`."""
     for projection, name in list(_mixed(student)):
         parametrize.remove_parametrizations(projection, name, leave_parametrized=False)
 
@@ -220,12 +223,12 @@ def _reader(base) -> Callable[[str], torch.Tensor]:
 
 
 def _size(mine: LayerAnatomy, groups: list[list[int]], per: Per) -> tuple[int, int, int]:
-    """[groups, r, 1 or d]; r: heads of the largest group."""
+    """The shape [groups, r, 1 or d] of a layer's mixing weights; r is the size of the largest group."""
     return len(groups), max(map(len, groups)), mine.head_dim if per == "channel" else 1
 
 
 def _stacked(heads: torch.Tensor, members: list[list[int]]) -> torch.Tensor:
-    """Heads [G, d, ...] of each group [groups, r, d, ...]; groups with fewer than r are filled with zeros."""
+    """Heads [G, d, ...] by group, [groups, r, d, ...]; groups with fewer than r heads are padded with zeros."""
     padded = heads.new_zeros(len(members), max(map(len, members)), *heads.shape[1:])
     for index, group in enumerate(members):
         padded[index, : len(group)] = heads[group]

@@ -1,4 +1,4 @@
-"""The registry of losses: name in `heal.loss` -> class. One loss is one file, which is imported when it is asked for.
+"""The registry of losses: name in `heal.loss` -> class. One loss is one file, which is imported on first use.
 
 A new loss is a file of this folder with a subclass of `LogitLoss` or `StateLoss` (base.py states the contract), and
 a line in `LOSSES`. The schema, the plan, the metrics and the card follow from the attributes of the class. Neither
@@ -29,11 +29,11 @@ LOSSES = {  # name -> module of this package : class; losses are computed and li
 
 @dataclass(frozen=True)
 class Word:
-    """A word that stands for weights of losses.
+    """A word in `heal.loss` that stands for weights of losses.
 
     Attributes:
-        weights: loss -> weight; called with `heal.mix`.
-        aim: what it trains towards, in the plan.
+        weights: a function from `heal.mix` to weights, loss -> weight.
+        aim: the plan's words for what the model is trained towards.
     """
 
     weights: Callable[[float], dict[str, float]]
@@ -64,11 +64,11 @@ def find(name: str) -> Loss:
 
 
 def weights(loss: str | dict, mix: float = 0.5) -> dict[str, float]:
-    """Weights of a value of `heal.loss`: loss -> weight, in the registry's order; losses of weight 0 are left out.
+    """The weights of a value of `heal.loss`: loss -> weight, in the registry's order, without losses of weight 0.
 
     Args:
         loss: a word, the name of a loss, or weights by name.
-        mix: weight of the cross-entropy, which the word "both" reads.
+        mix: weight of the cross-entropy in "both".
     """
     if isinstance(loss, str):
         by_name = WORDS[loss].weights(mix) if loss in WORDS else {loss: 1.0}
@@ -78,7 +78,7 @@ def weights(loss: str | dict, mix: float = 0.5) -> dict[str, float]:
 
 
 def written(loss: str | dict) -> str:
-    """A value of `heal.loss` as a person writes it: "both", "{kl: 1, ce: 0.5}"."""
+    """A value of `heal.loss` as text in a recipe: "both", "{kl: 1, ce: 0.5}"."""
     if not isinstance(loss, dict):
         return str(loss)
     shown = (f"{name}: {f'{weight:g}' if isinstance(weight, float) else weight}" for name, weight in loss.items())
@@ -86,12 +86,12 @@ def written(loss: str | dict) -> str:
 
 
 def aim(loss: str | dict) -> str:
-    """What a value of `heal.loss` trains towards, for the plan."""
+    """The plan's words for what a value of `heal.loss` trains towards."""
     return WORDS[loss].aim if isinstance(loss, str) and loss in WORDS else goals(loss)
 
 
 def goals(loss: str | dict) -> str:
-    """What a value of `heal.loss` trains towards, for the card; names that are not known here stand as they are."""
+    """The card's words for what a value of `heal.loss` trains towards. Unknown names stay unchanged."""
     names = list(weights(loss)) or ([loss] if isinstance(loss, str) else list(loss))
     known = [find(name) if name in LOSSES else None for name in names]
     if len(known) == 1 and known[0]:

@@ -1,17 +1,17 @@
 """The contract of a loss: its description, its value for each row, and its gradient with respect to the logits.
 
-Logits are [batch, length, V], often the largest tensor of a training step, and no second tensor of their size and no
-float32 copy of them is made but their gradient. So a loss on logits sees some rows at a time (`Chunk`), in float32 or
+Logits are [batch, length, V], often the largest tensor of a training step. Their gradient is the only other tensor of
+their size, and there is no float32 copy of them. So a loss on logits gets some rows at a time (`Chunk`), in float32 or
 wider, and gives for these rows
 
 - values [r]: the loss of each row, in nats;
-- slopes [r, V]: the gradient of each row's value with respect to that row's logits, a tensor of its own, which the
-  caller changes in place.
+- slopes [r, V]: the gradient of each row's value with respect to that row's logits. It must be a new tensor, since the
+  caller changes it in place.
 
-A loss that knows its gradient overrides `rows_and_slopes`. One that does not overrides `rows` alone, with operations
-that autograd can follow: the slopes are then worked out by autograd on the same chunk, which costs a few more tensors
-of the chunk's size. A row's value may depend on nothing but this row. Rows that do not count are masked afterwards,
-so a loss needs no mask; it must be finite on them.
+A loss with an analytic gradient overrides `rows_and_slopes`. Any other loss overrides `rows` alone, with operations
+that autograd can follow. Autograd then computes the slopes on the same chunk, which costs a few more tensors of the
+chunk's size. A row's value may depend only on this row. Rows that do not count are masked afterwards. So a loss needs
+no mask, but it must be finite on these rows.
 
 A loss on hidden states gives its mean with its own autograd graph: hidden states are small compared with logits.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-BASE_LOGITS, BASE_STATES = "logits", "hidden states"  # what a loss may need of the base
+BASE_LOGITS, BASE_STATES = "logits", "hidden states"  # the values of the base that a loss may need
 
 
 class Loss:
@@ -35,11 +35,11 @@ class Loss:
 
     Attributes:
         summary: one line for the schema.
-        goal: what a model is trained towards ("the base's probabilities").
-        method: what that is called ("distillation").
-        needs: of the base, BASE_LOGITS and BASE_STATES; empty: the loss reads no base.
-        not_stored: what of it a stored teacher (the likeliest tokens and the mass of the rest) does not keep; "" where
-            that is all it needs.
+        goal: words for what the model is trained towards ("the base's probabilities").
+        method: the name of this kind of training ("distillation").
+        needs: the values of the base that it needs, of BASE_LOGITS and BASE_STATES; empty if it needs none.
+        not_stored: words for a needed value that a stored teacher (the likeliest tokens and the mass of the rest) does
+            not keep; "" if it keeps all.
         reads_temperature: whether `heal.temperature` changes it.
     """
 
@@ -52,7 +52,7 @@ class Loss:
 
 
 class LogitLoss(Loss):
-    """A loss of each row's logits; see the module for the contract. A subclass overrides one of the two methods."""
+    """A loss on each row's logits (the contract is in the module's docstring). A subclass overrides one method."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -64,7 +64,7 @@ class LogitLoss(Loss):
         return self.rows_and_slopes(chunk, inputs)[0]
 
     def rows_and_slopes(self, chunk: Chunk, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        """Each row's value [r] and its gradient with respect to the logits [r, V]; here by autograd."""
+        """Each row's value [r] and its gradient with respect to the logits [r, V]. This default uses autograd."""
         import torch
 
         with torch.enable_grad():
@@ -75,10 +75,10 @@ class LogitLoss(Loss):
 
 
 class StateLoss(Loss):
-    """A loss of the hidden states."""
+    """A loss on the hidden states."""
 
     def mean(self, inputs: LossInputs, count: Tensor | int) -> Tensor:
-        """The sum over the rows that count, divided by `count`; a scalar that autograd can follow."""
+        """The sum over the rows that count, divided by `count`: a scalar with an autograd graph."""
         raise TypeError(f"{type(self).__name__} defines no mean")
 
 
@@ -88,10 +88,10 @@ class LossInputs:
 
     Attributes:
         kept: bool [batch, length], the rows that count.
-        labels: long [batch, length], the tokens themselves; -100 where a token is not to be predicted.
+        labels: long [batch, length], the tokens themselves; -100 for tokens that are not predicted.
         base: the base's probabilities for the same rows.
-        states, base_states: hidden states [batch, length, D] of each layer, of student and base.
-        temperature: of a distillation.
+        states, base_states: hidden states [batch, length, D] of each layer of the student and of the base.
+        temperature: the temperature of a distillation.
     """
 
     kept: Tensor
@@ -103,7 +103,7 @@ class LossInputs:
 
     @cached_property
     def next_tokens(self) -> Tensor:
-        """The token that each row predicts, long [batch * length]; 0 where none is."""
+        """The token that each row predicts, long [batch * length]; 0 where a row predicts none."""
         return self.labels.roll(-1, dims=1).flatten().clamp(min=0)
 
 
@@ -112,7 +112,7 @@ class Chunk:
     """Some rows of the student's logits.
 
     Attributes:
-        rows: which, of all rows of the batch one after the other.
+        rows: their indices among all rows of the batch, flattened.
         logits: [r, V], float32 or wider.
     """
 
@@ -121,13 +121,13 @@ class Chunk:
     _known: dict = field(default_factory=dict)
 
     def once(self, key: tuple, make: Callable):
-        """The result of `make`, computed once for this chunk; not to be changed."""
+        """The result of `make`, computed once for this chunk. It must not be changed."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
     def log_probabilities(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """log q and q of the student's softmax at a temperature, both [r, V]; not to be changed."""
+        """log q and q of the student's softmax at a temperature, both [r, V]. They must not be changed."""
         return self.once(("student", temperature), lambda: _with_exp(log_softmax(self.logits, temperature)))
 
 
@@ -142,7 +142,7 @@ class BaseLogits:
         self.flat = logits.detach().flatten(0, -2)
 
     def log_probabilities(self, chunk: Chunk, temperature: float) -> tuple[Tensor, Tensor]:
-        """log p and p of the softmax at a temperature, both [r, V]; not to be changed."""
+        """log p and p of the base's softmax at a temperature, both [r, V]. They must not be changed."""
         student = chunk.logits
 
         def make():
@@ -156,8 +156,8 @@ class BaseTopK:
 
     Args:
         values: log p [batch, length, k] at the temperature of the distillation.
-        indices: their tokens, integers [batch, length, k].
-        rest: log of the mass of all other tokens [batch, length]; -inf for none.
+        indices: the k tokens, integers [batch, length, k].
+        rest: log of the mass of all other tokens [batch, length]; -inf if they have none.
     """
 
     def __init__(self, values: Tensor, indices: Tensor, rest: Tensor):
@@ -165,7 +165,7 @@ class BaseTopK:
         self.rest = rest.detach().flatten()
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """log p [r, k], the tokens as long [r, k], and log of the rest [r], where the chunk is."""
+        """log p [r, k], the tokens as long [r, k], and the log of the rest [r], for a chunk's rows on its device."""
         student = chunk.logits
         tokens = self.indices[chunk.rows].to(student.device).long()
         values, rest = (tensor[chunk.rows].to(student.device, student.dtype) for tensor in (self.values, self.rest))
@@ -173,14 +173,14 @@ class BaseTopK:
 
 
 def predicts(labels: Tensor) -> Tensor:
-    """Rows whose next token is to be predicted: bool, as `labels`; never the last of a sequence."""
+    """Rows that predict their next token: bool, shaped as `labels`; the last row of a sequence never does."""
     kept = labels.roll(-1, dims=1) >= 0
     kept[:, -1] = False
     return kept
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """log of the softmax over the last dimension, at a temperature; shape as `logits`."""
+    """The log of the softmax over the last dimension at a temperature; same shape as `logits`."""
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 

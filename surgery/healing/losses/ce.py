@@ -27,8 +27,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: int | None = None) -> T
 
     Args:
         logits: [batch, length, V].
-        labels: long [batch, length], the tokens themselves; −100 where a token is not to be predicted.
-        count: tokens to average over; default those that this batch predicts.
+        labels: long [batch, length], the tokens themselves; −100 for tokens that are not predicted.
+        count: number of tokens to average over; default those that this batch predicts.
     """
     from surgery.healing.losses.objective import measure
 

@@ -1,7 +1,7 @@
-"""Distance of the hidden states to the base's: the mean over layers and tokens of |s − t|² / |t|².
+"""Distance of the student's hidden states s to the base's t: the mean over layers and tokens of |s − t|² / |t|².
 
-It is relative for each token: hidden states grow from layer to layer, and the first token's are hundreds of times as
-large as others'.
+Each token's distance is relative, since hidden states grow from layer to layer, and the first token's are hundreds of
+times as large as others'.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def hidden_mse(
 
     Args:
         student, teacher: hidden states [batch, length, D] of each layer; no gradient goes to the teacher.
-        kept: bool [batch, length].
-        count: tokens to average over; default those kept.
+        kept: bool [batch, length], the tokens that count.
+        count: number of tokens to average over; default those kept.
     """
     from surgery.healing.losses.objective import rows_counted
 

@@ -1,6 +1,6 @@
-"""Distillation: T² KL(p ‖ q), p and q the softmax of the base's and the student's logits divided by T.
+"""Distillation: T² KL(p ‖ q), where p and q are the softmax of the base's and the student's logits divided by T.
 
-T² keeps the gradient's size as T grows. Source: Hinton et al. 2015, arXiv 1503.02531.
+The factor T² keeps the size of the gradient when T grows. Source: Hinton et al. 2015, arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Distillation(LogitLoss):
 def _of_top_k(chunk: Chunk, base: BaseTopK, temperature: float) -> tuple[Tensor, Tensor]:
     """The KL of two distributions over k + 1 outcomes, the last of which is "another token".
 
-    It is never above the KL over the vocabulary, and the same where k is all of it.
+    It is never above the KL over the vocabulary, and is equal to it if k is the size of the vocabulary.
     """
     import torch
 
     log_q, q = chunk.log_probabilities(temperature)
     log_p, tokens, log_p_rest = base.of(chunk)
     p, p_rest = log_p.exp(), log_p_rest.exp()
-    slopes = q.scatter(1, tokens, 0.0)  # q of the others: their sum is exact where 1 − Σ q of the k would be noise
+    slopes = q.scatter(1, tokens, 0.0)  # q of the others: their sum is exact, but 1 − Σ q of the k could be noise
     q_rest = slopes.sum(-1).clamp(min=torch.finfo(q.dtype).tiny)
     of_rest = torch.where(p_rest > 0, p_rest * (log_p_rest - q_rest.log()), 0.0)
     of_k = torch.where(p > 0, p * (log_p - log_q.gather(1, tokens)), 0.0).sum(-1)
@@ -57,7 +57,7 @@ def distillation(
     Args:
         student, teacher: logits [batch, length, V]; no gradient goes to the teacher.
         kept: bool [batch, length], the rows that count.
-        count: rows to average over; default those kept.
+        count: number of rows to average over; default those kept.
     """
     return _mean(student, BaseLogits(teacher), kept, temperature, count)
 
@@ -71,7 +71,7 @@ def distillation_top_k(
     temperature: float = 1.0,
     count: int | None = None,
 ) -> Tensor:
-    """As `distillation`, of a teacher of whom k tokens are known and the mass of all others (see `BaseTopK`)."""
+    """`distillation` for a teacher that gives k tokens and the mass of all others (see `BaseTopK`)."""
     return _mean(student, BaseTopK(values, indices, rest), kept, temperature, count)
 
 

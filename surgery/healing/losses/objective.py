@@ -1,8 +1,7 @@
-"""The weighted sum of losses that a training lowers, a mean over the tokens that count.
+"""The weighted sum of losses that a training lowers, as a mean over the tokens that count.
 
-Losses on logits read them a few rows at a time, and each chunk leaves the gradient of its rows at once: one
-tensor of the logits' size and dtype is made, no float32 copy of them, and none of their softmax. Several losses
-share that tensor.
+Losses on logits read a few rows (a chunk) at a time, and write the gradient of these rows at once. This makes only one
+tensor of the logits' size and dtype, which all losses share. There is no float32 copy of the logits or their softmax.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 
 from surgery.healing.losses.base import Chunk, LogitLoss, Loss, LossInputs
 
-# Values of a chunk. On a CPU it should stay in the cache between the passes over it; a GPU wants large kernels.
+# Values in a chunk. On a CPU a chunk should stay in the cache between the passes over it. A GPU needs large kernels.
 CHUNK = {"cpu": 1 << 20}
 LARGE_CHUNK = 1 << 26
 
@@ -19,12 +18,12 @@ LARGE_CHUNK = 1 << 26
 def measure(
     logits: torch.Tensor, losses: dict[str, tuple[float, Loss]], inputs: LossInputs, count: int | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of losses of one forward, and each loss's mean by itself.
+    """The weighted sum of the losses of one forward, and the unweighted mean of each loss.
 
     Args:
         logits: [batch, length, V].
         losses: name -> (weight, loss); at least one.
-        count: tokens to average over; default those that `inputs` keeps.
+        count: number of tokens to average over; default those that `inputs.kept` marks.
     """
     rows = rows_counted(inputs.kept, count)
     logit_losses = {name: each for name, each in losses.items() if isinstance(each[1], LogitLoss)}
@@ -74,13 +73,13 @@ class _Chunked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
         (gradient,) = ctx.saved_tensors
-        # In place: another tensor of this size may be what does not fit. (.data: autograd would refuse to give a saved
-        # tensor out a second time if it saw it change; the second time this undoes the first one's factor.)
+        # In place, since another tensor of this size may not fit. (`.data` hides the change from autograd, which would
+        # otherwise refuse a second backward pass. A second pass first undoes the factor of the first.)
         gradient.data.mul_(upstream / ctx.factor)
         ctx.factor = upstream
         return gradient, None, None, None, None, None
 
 
 def rows_counted(kept: torch.Tensor, count: torch.Tensor | int | None):
-    """What to divide by: never 0, which would make NaN of a batch without a row that counts."""
+    """The divisor of the mean. It is never 0, so that a batch without a row that counts gives no NaN."""
     return max(count, 1) if isinstance(count, int) else (kept.sum() if count is None else count).clamp(min=1)

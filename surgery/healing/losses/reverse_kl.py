@@ -1,8 +1,8 @@
-"""Reverse KL: T² KL(q ‖ p), p and q the softmax of the base's and the student's logits divided by T.
+"""Reverse KL: T² KL(q ‖ p), where p and q are the softmax of the base's and the student's logits divided by T.
 
-It weighs each token by the student's probability: what the base excludes is punished most, and a mode of the base
-that the student lacks hardly at all. Source: Gu et al. 2024 (MiniLLM), arXiv 2306.08543, eq. 1; ours is token by token
-on given text, where theirs samples from the student.
+It weights each token by the student's probability. Tokens that the base excludes cost most, and a mode of the base
+that the student lacks costs hardly anything. Source: Gu et al. 2024 (MiniLLM), arXiv 2306.08543, eq. 1. There the
+student samples the text; here the loss is token by token on given text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ReverseKL(LogitLoss):
 def _of_top_k(chunk: Chunk, base: BaseTopK, temperature: float) -> tuple[Tensor, Tensor]:
     """The reverse KL of two distributions over k + 1 outcomes, the last of which is "another token".
 
-    It is never above the one over the vocabulary, and the same where k is all of it.
+    It is never above the reverse KL over the vocabulary, and is equal to it if k is the size of the vocabulary.
     """
     import torch
 
@@ -52,7 +52,7 @@ def _of_top_k(chunk: Chunk, base: BaseTopK, temperature: float) -> tuple[Tensor,
     of_k = log_q.gather(1, tokens) - log_p
     of_rest = q_rest.clamp(min=tiny).log() - log_p_rest.clamp(
         min=math.log(tiny)
-    )  # a rest without mass is not infinite
+    )  # a rest without mass must not give inf
     values = (q_k * of_k).sum(-1) + q_rest * of_rest
     slopes.mul_((of_rest - values)[:, None]).scatter_(1, tokens, q_k * (of_k - values[:, None]))
     return temperature**2 * values, slopes.mul_(temperature)
