@@ -1,15 +1,16 @@
-"""The text that healing trains on, as documents of token ids: the base's own, the built-in text, files, a data set.
+"""The text that healing trains on, as documents of token ids: the base's own text, the built-in text, files, a data
+set.
 
     self       text that the base writes (data/generated.py)
-    builtin    the calibration part of the built-in text, one document; the held-out part is for scores
+    builtin    the calibration part of the built-in text, as one document; the held-out part is for scores
     FILE       a text file is one document (long ones are cut into rows anyway); each line of a .jsonl file is one
-    FOLDER     its .txt, .md and .jsonl files, and those in folders below it, in the order of their paths; not README,
-               LICENSE and names that begin with a dot
+    FOLDER     its .txt, .md and .jsonl files, also in folders below it, in the order of their paths, without READMEs,
+               licences, changelogs and names that begin with a dot
     OWNER/NAME a data set of the Hub, as a stream of its split "train"; OWNER/NAME:CONFIG names one of its
                configurations. A folder of other files (parquet, ...) is read in the same way.
 
-The tokenizer encodes each document as a text of its own, so BOS and EOS are where it puts them. Only as much is read
-as the rows need.
+The tokenizer encodes each document as a separate text, and places BOS and EOS. Only as much text is read as the rows
+need.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ __all__ = ["Documents", "Packed", "documents"]
 SELF, TEXT, MESSAGES = "self", "text", "messages"
 LINES = (".jsonl", ".ndjson")
 PLAIN = (".txt", ".md", ".text")
-TEXTS_AT_ONCE = 64  # texts that are tokenised at a time
-TRAINING_TEXT = "training text"  # the stage
-ABOUT = ("readme", "license", "licence", "changelog")  # files about a folder, which are not its text
+TEXTS_AT_ONCE = 64  # number of texts that are tokenised at a time
+TRAINING_TEXT = "training text"  # the name of the stage
+ABOUT = ("readme", "license", "licence", "changelog")  # files that describe a folder, and are not its text
 TABLES = (".parquet", ".arrow", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -50,9 +51,9 @@ class Documents:
 
     Attributes:
         title: the source's name.
-        sha256: of the texts that were read, or of the tokens that the base wrote.
-        ids: the documents.
-        begin: what the tokenizer begins a text with: [BOS] or [].
+        sha256: hash of the texts that were read, or of the tokens that the base wrote.
+        ids: token ids of each document.
+        begin: the tokens with which the tokenizer begins a text: [BOS] or [].
     """
 
     title: str
@@ -68,18 +69,18 @@ class Documents:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents together."""
+        """Total number of tokens."""
         return sum(map(len, self.ids))
 
     @property
     def record(self) -> dict:
-        """What surgery.json keeps of the data: its title and hash, and how many documents and tokens there are."""
+        """The record of the data in surgery.json: title, hash, and the numbers of documents and tokens."""
         return {"data": self.title, "sha256": self.sha256, "documents": len(self), "tokens": self.tokens}
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Texts, and their name in messages (`where`) and in the record (`title`)."""
+    """Texts, with their name in messages (`where`) and in the record (`title`)."""
 
     title: str
     where: str
@@ -89,17 +90,18 @@ class TextSource:
 def documents(
     heal, tokenizer, base: str | Path | Any, *, rows_needed: int, folder: Path | None = None, progress=None
 ) -> Documents:
-    """The documents of `heal.data`, enough for `rows_needed` rows of `heal.length` tokens if there are so many.
+    """The documents of `heal.data`, enough for `rows_needed` rows of `heal.length` tokens if the source has so many.
 
     Args:
-        heal: the settings; data, column, chat, length and seed are read.
-        tokenizer: the base's.
-        base: its folder, or the loaded model; only `data: self` runs it.
-        folder: saves the base's own text, so that a run that was stopped can be resumed; None saves nothing.
+        heal: its data, column, chat, length and seed are read.
+        tokenizer: the base's tokenizer.
+        base: folder of the base, or the loaded model; only `data: self` runs it.
+        folder: folder for the base's own text, so that a stopped run can be resumed; None saves nothing.
         progress: called as progress(done, total, label), in tokens.
 
     Raises:
-        SurgeryError: missing, empty, binary, too short for one row, without the column; ids that the model lacks.
+        SurgeryError: the data are missing, empty, binary, too short for one row, or lack the column; or the tokenizer
+            gives ids that the model lacks.
     """
     wanted, begin = rows_needed * heal.length, begin_of_text(tokenizer)
     if heal.data == SELF:
@@ -113,7 +115,7 @@ def documents(
     texts = (text for text in source.texts if text.strip())
     while tokens < wanted and (batch := list(islice(texts, TEXTS_AT_ONCE))):
         _update(digest, batch)
-        # Chat templates write BOS themselves.
+        # Chat templates add BOS themselves.
         new = tokenizer(batch, add_special_tokens=not heal.chat, verbose=False)["input_ids"]
         ids += [array("i", document) for document in new]  # a list would take eight times as much
         tokens += sum(map(len, new))
@@ -183,7 +185,7 @@ def _source(heal, tokenizer) -> TextSource:
             exists=close,
             fix="check the path, or use self (text that the base writes) or builtin",
         )
-    if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is
+    if close := nearest(name, [SELF, BUILTIN], cutoff=0.75):  # no OWNER/NAME is that near
         raise TextError(
             "there is no file or folder of this name",
             where=f"heal.data: {name}",
@@ -194,7 +196,7 @@ def _source(heal, tokenizer) -> TextSource:
 
 
 def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The data files in a folder: files with these endings, without hidden ones and READMEs or licences."""
+    """The data files in a folder: files with these endings, without hidden files and those of `ABOUT`."""
 
     def is_data(file: Path) -> bool:
         is_hidden = any(component.startswith(".") for component in file.relative_to(folder).parts)
@@ -212,7 +214,7 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _file(path: Path, heal, tokenizer) -> Iterator[str]:
-    text = load_text(path).text  # refuses what is missing, empty, binary or not UTF-8
+    text = load_text(path).text  # refuses a file that is missing, empty, binary or not UTF-8
     if path.suffix.lower() not in LINES:
         _refuse_columns(heal, str(path))
         yield text
@@ -230,7 +232,7 @@ def _file(path: Path, heal, tokenizer) -> Iterator[str]:
         document = _text_of(row, heal, tokenizer, where)
         try:
             document.encode("utf-8")
-        except UnicodeEncodeError:  # JSON may name half of a pair of surrogates
+        except UnicodeEncodeError:  # JSON may contain half of a surrogate pair
             raise TextError("the text holds half a letter (a lone surrogate)", where=where, fix="correct it") from None
         yield document
 
@@ -242,7 +244,7 @@ def _refuse_columns(heal, where: str) -> None:
 
 
 def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
-    """Rows of the split "train", one after the other; nothing is downloaded before it is needed."""
+    """Yield the rows of the split "train". Each part is downloaded only when it is needed."""
     try:
         import datasets
     except ImportError:
@@ -260,7 +262,7 @@ def _data_set(name: str, config: str | None, heal, tokenizer) -> Iterator[str]:
             yield _text_of(row, heal, tokenizer, f"{name}, row {index}")
     except SurgeryError:
         raise
-    except Exception as error:  # a dozen kinds, among them network and formats
+    except Exception as error:  # many kinds, such as errors of the network and of formats
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextError(
             f"the data set cannot be read: {reason}",
@@ -289,7 +291,7 @@ def _text_of(row: dict, heal, tokenizer, where: str) -> str:
         raise ModelMismatchError("this tokenizer has no chat template", where=where, fix="heal.chat=false")
     try:
         return tokenizer.apply_chat_template(value, tokenize=False)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # a template may raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextError(
             f"the chat template does not take column {column!r}: {reason}",

@@ -1,12 +1,12 @@
-"""Text that a model writes itself: calibration and healing without a data set, on what it knows, in its own mixture.
+"""Text that a model writes itself, for calibration and healing without a data set.
 
-How a sample begins. A model that was trained with a BOS token before every text begins with BOS alone: that samples
-the model's own distribution. Other models know no beginning of a text: their first token is drawn at random from the
-words of the vocabulary, and the rest is sampled. With `heal.chat` a sample begins as the chat template begins a user's
-message: the model writes the question, and then the answer.
+How a sample begins: a model that was trained with a BOS token before every text gets BOS alone, which samples the
+model's own distribution. Other models have no token for the beginning of a text. Their first token is drawn at random
+from the words of the vocabulary, and the rest is sampled. With `heal.chat` a sample begins with the tokens that begin
+a user's message in the chat template: the model writes the question, and then the answer.
 
-All tokens are sampled at temperature 1 from the whole distribution: anything sharper would teach the student another
-model than the base.
+All tokens are sampled at temperature 1 from the whole distribution. A sharper distribution would teach the student
+another model than the base.
 
 Sources: Liu et al. 2023, "LLM-QAT", arXiv 2305.17888 (a random first token); Xu et al. 2024, "Magpie", arXiv
 2406.08464 (the template of the user's message).
@@ -35,28 +35,28 @@ from surgery.runtime.surgery_cache import CACHE
 
 MARK = "surgery-mark"
 STAGE = "text that the model writes"
-REPORTED = 16  # tokens of a sample between two reports of progress
-REVISION = 1  # raised when the same settings give another text
+REPORTED = 16  # progress is reported after this many tokens of a sample
+REVISION = 1  # raised when a change of the code makes the same settings give another text
 
 
 def sample(
     model, tokenizer, heal, tokens: int, *, folder: Path | None = None, batch: int = BATCH, progress=None
 ) -> list[list[int]]:
-    """Documents that the model wrote, of `heal.length` at most; at least `tokens` tokens in all are its own.
+    """Documents of at most `heal.length` tokens that the model writes; it samples at least `tokens` of their tokens.
 
     A document ends where the model ends it (its EOS is kept), or at that length. Every batch has its own seed, so that
-    a resumed run writes the same text as one that was not stopped.
+    a resumed run writes the same text as an uninterrupted one.
 
     Args:
-        model: in memory, in eval mode.
-        heal: length, chat and seed are read.
-        folder: saves each batch, complete or absent; None saves nothing.
-        batch: samples at a time; fewer where fewer are needed, judged by the length of those before.
+        model: the model in memory, in eval mode.
+        heal: its length, chat and seed are read.
+        folder: folder in which each batch is saved, complete or not at all; None saves nothing.
+        batch: number of samples at a time; fewer if the lengths of earlier samples show that fewer are enough.
         progress: called as progress(done, total, label), in tokens.
 
     Raises:
-        SurgeryError: `heal.chat` and a tokenizer without a chat template; a vocabulary without words.
-        MachineError: the disk is full, or may not be written; what was saved stays.
+        SurgeryError: `heal.chat` with a tokenizer that has no chat template, or a vocabulary without words.
+        MachineError: the disk is full or not writable; saved batches stay.
     """
     length, device = fitting_length(model, heal.length), model.device
     begin = _Begin.of(tokenizer, heal.chat, model.config.get_text_config().vocab_size)
@@ -70,7 +70,7 @@ def sample(
     index, tokens_done = 0, 0
 
     def written(more: int) -> None:
-        """Report the tokens of all batches, with `more` of the one that is being written."""
+        """Report the number of tokens of all batches, including `more` of the current one."""
         if progress:
             progress(min(tokens_done + more, tokens), tokens, STAGE)
 
@@ -96,21 +96,23 @@ def sample(
 
 
 def fast_writer(model):
-    """The model in the form that writes fastest here: with a cache that is not copied as a whole for every token, and
-    with weights in bfloat16 on a CPU that computes in bfloat16.
+    """The model in the form that generates text fastest on this machine.
 
-    The cache is that of surgical checkpoints, without any surgery: on one core 32 samples of 384 tokens of
-    SmolLM2-135M were written at 144 tokens a second instead of 77. On two cores 64 samples of 512 tokens were written
-    at 251 a second in bfloat16, and at 137 in float32.
+    Its cache is not copied as a whole for every token. On a CPU that computes in bfloat16, its weights are in
+    bfloat16.
+
+    It is the cache of surgical checkpoints, without any surgery. On one core, it raised the speed of SmolLM2-135M for
+    32 samples of 384 tokens from 77 to 144 tokens a second. On two cores, 64 samples of 512 tokens were written at 251
+    tokens a second in bfloat16, and at 137 in float32.
 
     Returns:
-        A new model, which shares the weights of this one unless they are rounded; or this model, where the runtime
-        knows no such cache for it.
+        A new model, which shares this model's weights unless they are rounded; or this model, where the runtime cannot
+        be used with it.
     """
     if hasattr(model, "make_cache") or Anatomy.of(model).runtime_problem() or hasattr(model, "hf_device_map"):
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    if model.device.type == "cpu" and fast_in_bfloat16():  # not the buffers: frequencies of RoPE must be exact
+    if model.device.type == "cpu" and fast_in_bfloat16():  # buffers stay: RoPE's frequencies must be exact
         shared |= {id(tensor): _rounded(tensor) for tensor in model.parameters() if tensor.dtype == torch.float32}
     copied = copy.deepcopy(model, shared)
     try:
@@ -128,11 +130,11 @@ def _rounded(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 def _write(
     model, ids: torch.Tensor, length: int, ends: set[int], generator: torch.Generator, written: Callable | None = None
 ) -> torch.Tensor:
-    """Samples [batch, length] that begin with `ids` [batch, n]; what follows one of `ends` in a row is to be ignored.
+    """Samples [batch, length] that begin with `ids` [batch, n]. Tokens after one of `ends` in a row must be ignored.
 
-    `written` is called now and then with the number of tokens so far.
+    `written` is called with the number of tokens so far, every `REPORTED` tokens.
 
-    The model's own `generate` would read its generation config: penalties and a top-p that are meant for chats.
+    The model's own `generate` would apply its generation config, such as penalties and a top-p for chats.
     """
     stop = torch.tensor(sorted(ends), dtype=torch.long, device=ids.device)
     rows = ids.new_zeros(len(ids), length)
@@ -150,7 +152,7 @@ def _write(
             written(tokens)
         if ended.all():
             break
-        if 4 * ended.sum() >= len(ended):  # rows that have ended would still be computed
+        if 4 * ended.sum() >= len(ended):  # else ended rows would still be computed
             running = (~ended).nonzero()[:, 0]
             state[CACHE].batch_select_indices(running)
             live, new, ended = live[running], new[running], ended[running]
@@ -158,12 +160,12 @@ def _write(
 
 
 def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw a token [rows, 1] for each row of logits [rows, vocabulary], by its probability.
+    """Sample a token [rows, 1] for each row of logits [rows, vocabulary].
 
-    One random number is drawn for each row: `multinomial` draws one for each token of the vocabulary, which took a
-    fifth of the time of a step.
+    One random number is drawn for each row. `multinomial` draws one for each token of the vocabulary, which took a
+    fifth of a step's time.
     """
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS does not have
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = logits.to(dtype).softmax(-1).cumsum(-1)
     if not cumulative[:, -1].isfinite().all():
         raise ModelError(
@@ -176,21 +178,21 @@ def _sample_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def _document(row: list[int], begin: int, ends: set[int]) -> list[int]:
-    """A sample up to its end; its first `begin` tokens are no end, though some models begin a text with EOS."""
+    """A sample up to its first end token after its first `begin` tokens (some models begin a text with EOS)."""
     last = next((position for position in range(begin, len(row)) if row[position] in ends), len(row) - 1)
     return row[: last + 1]
 
 
 @dataclass(frozen=True)
 class _Begin:
-    """How samples begin: with the tokens `prefix`, and then with one of `words`, if there are any."""
+    """The beginning of samples: the tokens `prefix`, and then one of `words`, if there are any."""
 
     prefix: tuple[int, ...]
     words: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer, chat: bool, vocabulary: int) -> _Begin:
-        """The beginning for a tokenizer; `vocabulary`: tokens that the model knows."""
+        """The beginning for a tokenizer; `vocabulary`: size of the model's vocabulary."""
         if chat:
             return cls(user_turn(tokenizer), ())
         bos = tuple(begin_of_text(tokenizer))
@@ -220,10 +222,10 @@ def user_turn(tokenizer) -> tuple[int, ...]:
 
 
 def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:
-    """Tokens of letters alone that may stand first in a text: capitalised, where the script has capitals.
+    """The tokens of letters that can begin a text; they are capitalised if the script has capitals.
 
     Raises:
-        SurgeryError: there are none.
+        SurgeryError: there are no such tokens.
     """
     special = set(tokenizer.all_special_ids)
     ids = [token for token in range(min(len(tokenizer), vocabulary)) if token not in special]
@@ -240,12 +242,12 @@ def _words(tokenizer, vocabulary: int) -> tuple[int, ...]:
 
 
 def _end_tokens(model, tokenizer) -> set[int]:
-    """EOS of the tokenizer and of the model's generation config, which may name several."""
+    """The EOS tokens of the tokenizer and of the model's generation config, which may have several."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
     return {token for token in (tokenizer.eos_token_id, *configured) if token is not None}
 
 
 def _seed(seed: int, index: int) -> int:
-    """A seed for each batch, so that the random numbers of neighbouring batches have nothing in common."""
+    """A seed for each batch, so that the random numbers of neighbouring batches are independent."""
     return random.Random(f"{seed}/{index}").getrandbits(63)

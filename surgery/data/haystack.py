@@ -1,7 +1,7 @@
-"""Needles in a haystack: prompts of a wanted number of tokens that hide a random secret and ask for it at the end.
+"""Needles in a haystack: prompts of a given number of tokens that hide a random secret and ask for it at the end.
 
-The method is Kamradt's ("Needle In A Haystack", 2023), made from any text and for any tokenizer. Where the needle lies
-is known in tokens from how the prompt was put together; it is never searched for among tokens.
+The method is Kamradt's ("Needle In A Haystack", 2023), for any text and any tokenizer. The needle's position in tokens
+follows from the construction of the prompt, without a search among the tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import ModelMismatchError, SettingError, UnsupportedModelError, nearest
 
-# The statement before the secret, in the needle and in the first words of the answer; and the question.
+# (statement, question). The statement precedes the secret in the needle, and is also the beginning of the answer.
 TEMPLATES = (
     ("The magic number for {key} is", "What is the magic number for {key}?"),
     ("The ticket number of the ferry to {key} is", "What is the ticket number of the ferry to {key}?"),
@@ -29,15 +29,15 @@ KEYS = (  # places
     "Oslo Lima Cairo Quito Dublin Nairobi Havana Riga Tunis Bergen Lagos Denver Kyoto Porto Perth Jakarta Geneva "
     "Manila Naples Accra Boston Prague Tehran Malmo"
 )
-WORDS = (  # of a secret
+WORDS = (  # the words of secrets
     "apple river window candle forest silver garden pepper castle rocket butter violin marble saddle thunder pillow "
     "copper basket lantern pencil meadow anchor feather hammer orange ribbon tunnel velvet walnut harbor"
 )
-SECRETS = {"digits": 5, "words": 3}  # kind -> how many
+SECRETS = {"digits": 5, "words": 3}  # kind of secret -> default number of them
 FORMS = ("auto", "chat", "plain")
 SENTENCE_START = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])\s*")
 WORD_START = re.compile(r"\s+")
-CUT = re.compile(r"\S{1,16}\s*")  # where the haystack may end: after a word, or inside a very long one
+CUT = re.compile(r"\S{1,16}\s*")  # the haystack may end after a word, or inside a very long one
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Needle:
     """One prompt.
 
     Attributes:
-        length, depth: as requested: tokens of the prompt; position in the haystack, 0 = begin, 1 = end.
-        sample, seed: with length and depth they decide everything that is random.
+        length: requested number of tokens of the prompt.
+        depth: requested position in the haystack, from 0 (beginning) to 1 (end).
+        sample, seed: together with length and depth, they determine everything that is random.
         secret: the answer to the question.
-        prompt: token ids, at most `length`, BOS and chat template included.
-        answer: token ids of the secret as they follow the prompt.
-        span: tokens [first, end) of the prompt that hold the needle, the whole sentence.
-        question: first token of the question; all from there on are question and first words of the answer.
+        prompt: token ids, at most `length`, including BOS and chat template.
+        answer: token ids of the secret, as they follow the prompt.
+        span: tokens [first, end) of the prompt that contain the needle, which is a whole sentence.
+        question: first token of the question. The question and the first words of the answer follow up to the end.
     """
 
     length: int
@@ -65,10 +66,10 @@ class Needle:
     question: int
 
     def outside(self, sinks: int, window: int) -> bool:
-        """Whether no row of question and answer sees any of the needle through sinks + window.
+        """Whether no row of question and answer sees any part of the needle through sinks + window.
 
-        Row i sees key j if j < sinks or i - j < window; of all those rows the question's first looks back furthest.
-        Rows between needle and question may still see it and hand something on, from layer to layer.
+        Row i sees key j if j < sinks or i - j < window, so the question's first row sees furthest back. Rows between
+        needle and question may still see the needle, and pass information on from layer to layer.
         """
         first, end = self.span
         return first >= sinks and self.question - (end - 1) >= window
@@ -87,24 +88,26 @@ def make_needles(
     form: str = "auto",
     templates: Sequence[tuple[str, str]] = TEMPLATES,
 ) -> list[Needle]:
-    """Prompts for a grid length x depth, `samples` in each cell; the same ones for the same arguments.
+    """Prompts for a grid of lengths and depths, `samples` in each cell. The same arguments give the same prompts.
 
-    A prompt is a stretch of the text from a random sentence on (a text that ends goes on from its beginning) with
-    the needle between two sentences, the question, and the first words of the answer: "What is the magic number for
-    Oslo? ... The magic number for Oslo is". Secret, key, template and stretch are drawn for each prompt.
+    A prompt has three parts. The first is a stretch of the text from a random sentence on, with the needle between two
+    sentences. (At the end of the text, the stretch continues at its beginning.) The question follows, and then the
+    first
+    words of the answer: "What is the magic number for Oslo? ... The magic number for Oslo is". Secret, key, template
+    and stretch are drawn for each prompt.
 
     Args:
-        lengths: tokens of the prompts; reached to within a word of the text.
-        depths: their number, evenly spaced inside (0, 1), or the depths themselves.
-        text: see `surgery.data.text.load_text`; of the built-in text the held-out part.
-        secret, size: "digits" or "words", and how many (5 digits, 3 words).
-        form: "chat" puts text and question into a user's message of the tokenizer's chat template, the answer's
-            first words after the generation prompt; "plain" has no template; "auto" is chat where there is one.
+        lengths: numbers of tokens of the prompts, which may be shorter by a word of the text.
+        depths: the number of depths, evenly spaced inside (0, 1), or the depths themselves.
+        text: see `surgery.data.text.load_text`; the held-out part of the built-in text.
+        secret, size: "digits" or "words", and how many (default 5 digits, 3 words).
+        form: "chat" puts text and question into a user's message of the tokenizer's chat template, and the answer's
+            first words after the generation prompt. "plain" has no template. "auto" is chat if there is a template.
         templates: (statement up to the secret, question), both with {key}.
 
     Raises:
-        SurgeryError: an argument makes no sense, the text is too short or the length is, no chat template, a
-            tokenizer that cannot write the secret.
+        SurgeryError: an argument makes no sense, the text or the length is too short, there is no chat template, or
+            the tokenizer cannot encode the secret.
     """
     fractions = spread(depths)
     size = SECRETS.get(secret, 0) if size is None else size
@@ -115,21 +118,21 @@ def make_needles(
 
 
 def spread(depths: int | Sequence[float]) -> list[float]:
-    """Depths: so many, evenly spaced inside (0, 1), or those that are given."""
+    """The depths: `depths` many, evenly spaced inside (0, 1), or those that are given."""
     return [(i + 1) / (depths + 1) for i in range(depths)] if isinstance(depths, int) else list(depths)
 
 
 def refuse_form(form: str) -> None:
-    """Raise where a form is none."""
+    """Raise where `form` is not one of "auto", "chat" and "plain"."""
     if form not in FORMS:
         raise SettingError(f"no form {form!r}", exists=", ".join(FORMS), fix=f"use {nearest(form, FORMS) or FORMS[0]}")
 
 
 def form_for(tokenizer, form: str) -> str:
-    """ "chat" or "plain", which "auto" means for a tokenizer.
+    """The form of prompts, "chat" or "plain"; "auto" depends on the tokenizer.
 
     Raises:
-        SurgeryError: another word, or "chat" without a chat template.
+        SurgeryError: an unknown form, or "chat" without a chat template.
     """
     refuse_form(form)
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -139,14 +142,14 @@ def form_for(tokenizer, form: str) -> str:
 
 
 def chance(secret: str, size: int | None = None) -> float:
-    """Probability of guessing a secret."""
+    """The probability of guessing a secret."""
     return {"digits": 10, "words": len(WORDS.split())}[secret] ** -float(SECRETS[secret] if size is None else size)
 
 
 def refuse_settings(
     lengths: Sequence[int], depths: Sequence[float], samples: int, secret: str, size: int | None = None
 ) -> None:
-    """Raise where prompts of such settings make no sense; arguments as of `make_needles`, depths as shares."""
+    """Raise where settings of prompts make no sense; arguments as for `make_needles`, with depths as shares."""
     size = SECRETS.get(secret, 0) if size is None else size
     if not lengths or min(lengths) < 1 or samples < 1 or not depths:
         raise SettingError(
@@ -168,12 +171,12 @@ class _NeedleMaker:
     def __init__(self, tokenizer, text: Text, form: str, secret: str, size: int, templates):
         self.tokenizer, self.form, self.secret, self.size = tokenizer, form, secret, size
         self.title, self.text, self.templates = text.title, text.text.strip(), templates
-        self.bos = begin_of_text(tokenizer) if form == "plain" else []  # a chat template brings its own
+        self.bos = begin_of_text(tokenizer) if form == "plain" else []  # a chat template adds its own
         self.starts = [0, *(m.end() for m in SENTENCE_START.finditer(self.text))]
         self.letters_per_token = len(self.text) / max(1, len(self._ids(self.text)))
 
     def make(self, length: int, depth: float, sample: int, seed: int) -> Needle:
-        """One needle; the arguments are those of `Needle` and decide everything that is random."""
+        """One needle. The arguments are those of `Needle`, and determine everything that is random."""
         draw = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # a text seeds the same in every Python
         key = draw.choice(KEYS.split())
         statement, question = (template.format(key=key) for template in draw.choice(self.templates))
@@ -192,7 +195,7 @@ class _NeedleMaker:
         text, (first, end), question_start = self._compose(fitted, depth, statement, secret, question)
         prompt = self._ids(text)
         full = self._ids(f"{text} {secret}")
-        cut = common(prompt, full)  # what merges with the secret belongs to the answer
+        cut = common(prompt, full)  # a token that merges with the secret belongs to the answer
         if secret not in self.tokenizer.decode(full[cut:]):
             raise ModelMismatchError(
                 f"the tokenizer cannot write {secret!r}: it gives {self.tokenizer.decode(full[cut:])!r}",
@@ -206,7 +209,7 @@ class _NeedleMaker:
         return Needle(length, depth, sample, seed, secret, tuple(full[:cut]), tuple(full[cut:]), **spans)
 
     def _stretch(self, start: int, length: int) -> str:
-        """The text from `start` on, more than enough for `length` tokens."""
+        """The text from `start` on, with more than enough letters for `length` tokens."""
         wanted = int(3 * length * self.letters_per_token) + 100
         cycle = f"{self.text[start:]}\n\n{self.text[:start]}\n\n".lstrip()
         return (cycle * (wanted // len(cycle) + 1))[:wanted]
@@ -217,15 +220,15 @@ class _NeedleMaker:
                 secret = "".join(draw.choices("0123456789", k=self.size))
             else:
                 secret = " ".join(draw.choices(WORDS.split(), k=self.size))
-            if secret not in hay or self.size < 3:  # a short one may occur everywhere
+            if secret not in hay or self.size < 3:  # a short secret may occur everywhere
                 return secret
 
     def _compose(self, hay: str, depth: float, statement: str, secret: str, question: str):
-        """The text of a prompt, letters [first, end) of the needle in it, and the question's first letter."""
+        """The text of a prompt, the needle's letters [first, end) in it, and the index of the question in it."""
         position = _nearest_start(hay, depth * len(hay))
         needle = f"{statement} {secret}."
         before = hay[:position].rstrip()
-        gap = hay[len(before) : position] or "\n\n"  # between two paragraphs the needle is one, else a sentence
+        gap = hay[len(before) : position] or "\n\n"  # between two paragraphs, the needle is a paragraph
         first = len(before + gap) if before else 0
         content = f"{before}{gap * bool(before)}{needle}{gap}{hay[position:]}".rstrip() + f"\n\n{question}"
         question_start = len(content) - len(question)
@@ -242,24 +245,27 @@ class _NeedleMaker:
 
 
 def chat_prompt(tokenizer, content: str, fix: str) -> str:
-    """A user's message as the model wants to see it, up to where it would answer.
+    """A user's message in the chat template, up to the beginning of the answer.
+
+    Args:
+        fix: the remedy in the error.
 
     Raises:
-        SurgeryError: the template raises; `fix`: what to do then.
+        SurgeryError: the template raises.
     """
     try:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=False,  # a variable that other templates ignore
+            enable_thinking=False,  # templates without this variable ignore it
         )
-    except Exception as error:  # a template may raise whatever its author thought of
+    except Exception as error:  # a template may raise any error
         raise UnsupportedModelError(f"the chat template does not work: {error}", fix=fix) from error
 
 
 def _nearest_start(hay: str, wanted: float) -> int:
-    """The start of a sentence nearest to a position in letters; of a word where the text has no sentences."""
+    """The start of the sentence (or of the word, without sentences) that is nearest to a position in letters."""
     for pattern in (SENTENCE_START, WORD_START):
         starts = [m.end() for m in pattern.finditer(hay)]
         if starts:
@@ -268,5 +274,5 @@ def _nearest_start(hay: str, wanted: float) -> int:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two sequences have in common."""
+    """The length of the longest common prefix of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,8 +1,9 @@
 """Documents packed into rows of equal length, so that no document sees another.
 
-Positions begin at 0 again for every document: by them Transformers' masks and the surgical runtime find packed rows,
-if the model is called without an attention mask and with `use_cache=False`. No token is padding. Some families
-(gpt_oss, opt, bloom, mpt with Transformers 5) do not pass positions to their masks: to them a row is one text.
+Positions begin at 0 again for every document. By these positions, Transformers' masks and the surgical runtime detect
+packed rows, if the model is called without an attention mask and with `use_cache=False`. No token is padding. Some
+families (gpt_oss, opt, bloom, mpt with Transformers 5) do not pass positions to their masks: they read a row as one
+text.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ import torch
 
 from surgery.io.loading import eval_mode
 
-IGNORED = -100  # a label that is not to be predicted
-TRIED, ROUNDING = 8, 1e-2  # tokens of a document; share of the logits by which two ways to compute them may differ
+IGNORED = -100  # the label of tokens that are not predicted
+TRIED, ROUNDING = 8, 1e-2  # tokens of a trial document; relative difference of logits that counts as rounding
 
 
 class Packed(torch.utils.data.Dataset):
     """Rows of exactly `length` tokens; tokens that do not fill a last row are left out.
 
-    A document that does not fit in the rest of a row is cut, and its remainder begins the next row as a document of
-    its own, after the tokens that every document begins with. Nothing is random: the same documents give the same
-    rows.
+    A document that does not fit in the rest of a row is cut. Its remainder begins the next row as a separate document,
+    after the tokens with which every document begins. Nothing is random: the same documents give the same rows.
 
     Args:
-        documents: token ids of each; `documents.begin`, if there is one, is what the tokenizer begins a text with.
+        documents: token ids of each document; `documents.begin`, if it exists, are the tokens that begin a text.
         length: tokens of a row.
-        isolated: whether the model separates the documents of a row (`isolates_documents`); else positions run
+        isolated: whether the model separates the documents of a row (`isolates_documents`). If not, positions count
             through the whole row.
 
-    Each item holds long tensors [length]: `input_ids`; `position_ids`; and `labels`, the tokens themselves, −100 for
-    the first token of a document, which nothing in its row can predict.
+    Each item holds long tensors [length]: `input_ids`, `position_ids` and `labels`. The labels are the tokens
+    themselves, and −100 for the first token of a document, which no token of its row can predict.
     """
 
     def __init__(self, documents: Iterable[Sequence[int]], length: int, isolated: bool = True):
@@ -56,7 +56,7 @@ class Packed(torch.utils.data.Dataset):
         self.ids = torch.stack(ids) if ids else empty
         own_positions = torch.stack(positions) if ids else empty
         through = torch.arange(length, dtype=torch.int32).expand_as(own_positions).contiguous()
-        self.starts = own_positions == 0  # of documents
+        self.starts = own_positions == 0  # starts of documents
         self.positions = own_positions if isolated else through
 
     def select(self, rows: Sequence[int]) -> Packed:
@@ -79,7 +79,7 @@ class Packed(torch.utils.data.Dataset):
 
     @property
     def sha256(self) -> str:
-        """The hash of all rows: two data sets with the same hash train alike."""
+        """The hash of all rows. Two data sets with the same hash give the same training."""
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
         for tensor in (self.ids, self.positions, self.starts):
             digest.update(tensor.numpy().tobytes())
@@ -88,7 +88,7 @@ class Packed(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def isolates_documents(model) -> bool:
-    """Whether a model in memory reads each document of a row as if it were alone; tried on a row of two documents."""
+    """Whether a model in memory reads each document of a row as if it were alone, by a trial with two documents."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, 2 * TRIED), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.arange(TRIED, device=model.device).repeat(2)[None]
@@ -100,14 +100,14 @@ def isolates_documents(model) -> bool:
     except ValueError as error:
         if "not finite" not in str(error):
             raise
-        return True  # a router gives NaN: training reports that
+        return True  # a router gives NaN, which the training reports
     return bool((single - packed).norm() <= ROUNDING * (single - single.mean()).norm())
 
 
 def arguments(model, batch: dict, hidden: bool) -> dict:
     """The keyword arguments with which a student or a live teacher is called on a batch of `Packed` rows.
 
-    There is no cache: only without one does a model recognise rows of several documents by their positions.
+    They turn the cache off: only without one does a model detect rows of several documents by their positions.
 
     Args:
         hidden: also return the hidden states of all layers, which a loss may read.

@@ -1,6 +1,6 @@
-"""Sequences that show whether heads use the far past: text with passkeys in it, which its end asks for.
+"""Sequences that show whether heads use the far past: their end asks for passkeys that the text before contains.
 
-They are made from any text and with any tokenizer. Texts are tokenised one by one and joined as tokens, so that the
+They are made from any text and with any tokenizer. Texts are tokenised separately and joined as tokens. So the
 positions of a passkey are known exactly, and both its occurrences are the same tokens.
 """
 
@@ -35,12 +35,12 @@ WORD = re.compile(r"[^\W\d_]{3,12}")
 
 @dataclass(frozen=True)
 class Recall:
-    """A sequence whose end repeats passkeys from far before it.
+    """A sequence whose end repeats passkeys from far before the end.
 
     Attributes:
         ids: tokens, long [n].
         spans: (first, end) of each passkey where it occurs first.
-        answers: (first, end) of the same passkeys, in that order, where they are repeated.
+        answers: (first, end) of each passkey where it is repeated, in the same order.
     """
 
     ids: torch.Tensor
@@ -49,7 +49,7 @@ class Recall:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Positions whose next token is one of an answer, long [r]."""
+        """Positions whose next token belongs to an answer, long [r]."""
         return torch.cat([torch.arange(first - 1, end - 1) for first, end in self.answers])
 
     @property
@@ -65,10 +65,10 @@ def calibration_sequences(
     """Samples of a calibration text, long [samples, length]; the length is cut to the model's positions.
 
     Args:
-        text: "builtin" (its calibration part) or a file; "self": text that the model writes, in its own mixture of
-            kinds of text; "mixed": half of the samples from each of the two.
-        folder: saves what the model wrote, so that a resumed run need not write it again.
-        progress: called with done, total and a label.
+        text: "builtin" (its calibration part), a file, "self" (text that the model writes) or "mixed" (half of the
+            samples from "builtin" and half from "self").
+        folder: folder for the model's text, so that a resumed run need not generate it again.
+        progress: called as progress(done, total, label).
 
     Raises:
         SurgeryError: a text that cannot be read or is too short.
@@ -83,7 +83,7 @@ def calibration_sequences(
 
 
 def calibration_source(text: str) -> dict:
-    """What surgery.json records of a calibration text: its title and, unless the model wrote all of it, its sha256."""
+    """The record of a calibration text in surgery.json: its title, and its sha256 unless the model wrote all of it."""
     if text == "self":
         return {"text": "what the model writes"}
     source = load_text("builtin" if text == "mixed" else text, "calibration")
@@ -92,10 +92,10 @@ def calibration_source(text: str) -> dict:
 
 
 def _written(model, tokenizer, length: int, samples: int, folder, progress) -> torch.Tensor:
-    """Samples of text that the model wrote, [samples, length]; texts that end early follow one another in a sample.
+    """Samples of text that the model writes, [samples, length]. A sample may hold several short texts.
 
-    Each sample begins as `windows` begin, with BOS where the tokenizer begins texts with it: models of that kind make
-    a sink of the first token.
+    A sample begins as a window of `windows` does, with BOS if the tokenizer begins texts with it: such models use the
+    first token as a sink.
     """
     settings = SimpleNamespace(length=length, chat=False, seed=0)
     batch, tokens, ticks = samples_to_begin(samples), samples * length, renamed(progress, "calibration text")
@@ -110,11 +110,11 @@ def _written(model, tokenizer, length: int, samples: int, folder, progress) -> t
 def calibration(
     model, tokenizer, text, *, sinks: int, window: int, samples: int, length: int, keys: int, seed: int
 ) -> tuple[list[Recall], dict]:
-    """The sequences on which a scorer measures, and what the origin of its scores records of them.
+    """The sequences on which a scorer measures, and their entry in the record of the scores.
 
     Args:
-        text: see `load_text`; of the built-in text the calibration part.
-        length: cut to the positions that the model has.
+        text: see `load_text`; the calibration part of the built-in text.
+        length: tokens of a sequence, cut to the model's positions.
         Others: as for `passkeys`.
     """
     text, reach = load_text(text, part="calibration"), {"sinks": sinks, "window": window}
@@ -130,17 +130,17 @@ def calibration(
 def passkeys(
     text: Text, tokenizer, *, samples: int, length: int, sinks: int, window: int, seed: int, keys: int, words: int = 8
 ) -> list[Recall]:
-    """Text with passkeys hidden in it, each a sequence of random words with a random label; its end asks for all.
+    """Sequences of text with hidden passkeys, all of which the end asks for.
 
-    The words are the text's own, so that any language works. No passkey is among the sinks, nor in the window of a
-    query at the end.
+    A passkey is a sequence of random words with a random label. The words are from the text, so that any language
+    works. No passkey is among the sinks or in the window of a query at the end.
 
     Args:
-        samples: sequences; windows of a short text are used again.
-        length: tokens of each.
-        sinks, window: of the streaming heads that are planned.
-        seed: of windows, words, labels and depths.
-        keys, words: passkeys in a sequence (fewer where there is no room for so many), and words in a passkey.
+        samples: number of sequences; windows of a short text are used again.
+        length: tokens of a sequence.
+        sinks, window: sinks and window of the planned streaming heads.
+        seed: seed of windows, words, labels and depths.
+        keys, words: number of passkeys in a sequence (fewer if there is no room), and number of words in a passkey.
 
     Source:
         Xiao et al. 2024 (arXiv 2410.10819), section 2.3, with words of the text in place of the NATO alphabet.
@@ -157,7 +157,7 @@ def passkeys(
         questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
         answers = [_ids(tokenizer, f" {key}") for key in texts]
         count, room = keys, 0
-        while count and room < count:  # room: positions of plain text where a passkey may be
+        while count and room < count:  # room: number of positions in the plain text where a passkey may be
             needed = (tokens for kind in (intros, questions, answers, answers) for tokens in kind[:count])
             overhead = sum(map(len, needed)) + count * len(closing)
             room = length - overhead - sinks - window
@@ -198,7 +198,7 @@ def _assemble(plain, depths, intros, answers, closing, questions) -> Recall:
 
 def _sampled_windows(text: Text, tokenizer, length: int, samples: int, draw: random.Random) -> torch.Tensor:
     """At most `samples` windows of a text, drawn at random from all its windows of this length."""
-    fitting = max(1, len(_ids(tokenizer, text.text)) // length)  # 0: `windows` says that the text is too short
+    fitting = max(1, len(_ids(tokenizer, text.text)) // length)  # not 0: `windows` reports a text that is too short
     all_windows = windows(text, tokenizer, length, fitting)
     return all_windows[draw.sample(range(fitting), min(samples, fitting))]
 

@@ -1,8 +1,9 @@
-"""Questions with several answers to choose from: made from any text, or read from a file.
+"""Multiple-choice questions, made from any text or read from a file.
 
-Made from a text, a question is: which of four endings continues this passage? The passage ends where a sentence ends,
-the right ending is what follows, and the wrong ones begin at other sentences of the same text. All endings of a
-question have the same number of tokens and follow the same space or empty line, so that neither tells which is right.
+A question that is made from a text asks which of several endings continues a passage. The passage ends where a
+sentence ends. The right ending is the text that follows, and the wrong ones begin at other sentences of the same text.
+All endings of a question have the same number of tokens and follow the same space or empty line. So neither shows
+which ending is right.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from surgery.data.text import BUILTIN, Text, begin_of_text, load_text
 from surgery.errors import SettingError, SurgeryError, TextError, shown
 
 FORMAT = '{"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}'
-SHOWN = 20  # wrong lines of a file that are reported one by one
+SHOWN = 20  # this many wrong lines of a file are reported one by one
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question as text; `answer` is the index of the right one of its `choices`."""
+    """A question as text; `answer` is the index of the right choice."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -36,9 +37,9 @@ class Choice:
     """A question as tokens.
 
     Attributes:
-        prompt: token ids, BOS included where the tokenizer begins a text with it; at least one.
-        choices: token ids of each choice as they follow the prompt; at least one each.
-        answer: index of the right one.
+        prompt: token ids, at least one, including BOS if the tokenizer begins a text with it.
+        choices: token ids of each choice, at least one, as they follow the prompt.
+        answer: index of the right choice.
     """
 
     prompt: tuple[int, ...]
@@ -47,7 +48,7 @@ class Choice:
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt with its longest choice."""
+        """Number of tokens of the prompt with its longest choice."""
         return len(self.prompt) + max(map(len, self.choices))
 
 
@@ -61,16 +62,17 @@ def make_choices(
     seed: int = 0,
     text: str | Path | Text = BUILTIN,
 ) -> list[Choice]:
-    """Questions which ending continues a passage; the same ones for the same arguments.
+    """Questions that ask which ending continues a passage. The same arguments give the same questions.
 
     Args:
-        items: how many questions, each at another position of the text.
-        context: tokens of a passage, BOS not counted.
+        items: number of questions, each at another position of the text.
+        context: tokens of a passage, without BOS.
         ending: tokens of each ending, right or wrong.
-        wrong: wrong endings; they begin at sentences outside of passage and right ending, drawn from the whole text.
-        seed: of positions, wrong endings and their order.
-        text: see `surgery.data.text.load_text`; of the built-in text the held-out part. One that has too few
-            sentences is cut at words.
+        wrong: number of wrong endings. They begin at sentences outside of passage and right ending, drawn from the
+            whole text.
+        seed: seed of positions, wrong endings and their order.
+        text: see `surgery.data.text.load_text`; the held-out part of the built-in text. A text with too few sentences
+            is cut at words.
 
     Raises:
         SurgeryError: an argument makes no sense, or the text is too short for so many questions.
@@ -91,19 +93,19 @@ def make_choices(
 
 
 class _QuestionMaker:
-    """Makes questions of one text with one tokenizer, cut at sentences or at words."""
+    """Makes questions from one text with one tokenizer, cut at sentences or at words."""
 
     def __init__(self, tokenizer, text: Text, pattern, context: int, ending: int, wrong: int, seed: int):
         self.ids, self.context, self.ending, self.wrong = _encoder(tokenizer), context, ending, wrong
         self.bos, self.text = begin_of_text(tokenizer), text.text.strip()
         self.draw = random.Random(f"{seed} {context} {ending} {wrong}")  # a text seeds the same in every Python
-        # A boundary is where a sentence starts, and the space between it and the sentence before.
+        # A boundary is the start of a sentence, and the space between it and the previous sentence.
         self.boundaries = [(m.end(), m[0]) for m in pattern.finditer(self.text)]
         per_token = len(self.text) / max(1, len(self.ids(self.text)))
-        self.before, self.after = (int(3 * n * per_token) + 40 for n in (context, ending))  # letters, with room
+        self.before, self.after = (int(3 * n * per_token) + 40 for n in (context, ending))  # letters, generously
 
     def make(self, items: int) -> list[Choice]:
-        """As many questions as the text has room for, at most `items`."""
+        """As many questions as the text allows, at most `items`."""
         choices: list[Choice] = []
         for boundary in self.draw.sample(self.boundaries, len(self.boundaries)):
             if len(choices) == items:
@@ -137,8 +139,8 @@ def read_questions(file: str | Path) -> list[Question]:
     The answer is the index of the right choice, from 0, or its text. Empty lines are skipped.
 
     Raises:
-        SurgeryError: no such file, no questions, or lines that are no questions: all faults at once, the first 20 of
-            them with their reason.
+        SurgeryError: there is no such file, it has no questions, or some lines are no questions. The error lists all
+            faulty lines, the first 20 with the reason.
     """
     questions, faults = [], []
     for line_number, line in enumerate(load_text(Path(file)).text.split("\n"), 1):
@@ -159,7 +161,7 @@ def read_questions(file: str | Path) -> list[Question]:
 
 
 def faults_of(file: str | Path, fewest: int = 8) -> list[str]:
-    """Why a search cannot use a file of questions, one sentence each: its faults, or fewer than `fewest` questions."""
+    """The reasons why a search cannot use a file of questions, a sentence each: faults, or too few questions."""
     try:
         count = len({*read_questions(file)})
     except SurgeryError as error:
@@ -170,7 +172,7 @@ def faults_of(file: str | Path, fewest: int = 8) -> list[str]:
 
 
 def _question(line: str) -> Question:
-    """A line's question; a ValueError says what it lacks."""
+    """The question of a line; raises a ValueError that says what the line lacks."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -197,10 +199,10 @@ def encode(tokenizer, questions: Sequence[Question]) -> list[Choice]:
     """Questions as tokens.
 
     A space is put between prompt and choice where neither has one, unless they meet in a script that is written
-    without spaces. A token that prompt and choice share belongs to the choices, to all of them alike.
+    without spaces. A token that spans prompt and choice becomes part of the choices, for all choices of the question.
 
     Raises:
-        SurgeryError: a prompt or a choice that has no token of its own.
+        SurgeryError: a prompt or a choice has no token of its own.
     """
     ids, bos = _encoder(tokenizer), begin_of_text(tokenizer)
     encoded = []

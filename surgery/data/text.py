@@ -1,8 +1,8 @@
-"""Text to measure a model on: Python's own language reference, or the user's file.
+"""Text on which models are measured: Python's language reference, or the user's file.
 
-Built in is `pydoc_data.topics` of the standard library: what `help("with")` prints, some 300 KB of English
-with code, once repeats and mark-up are removed. Nothing is downloaded and nothing is shipped. It differs between
-Python versions, so every figure names the text by title and sha256.
+The built-in text is `pydoc_data.topics` of the standard library, which `help("with")` prints. Without repeats and
+mark-up it is some 300 KB of English with code. Nothing is downloaded or shipped. The text differs between Python
+versions, so every figure names it by title and sha256.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     import torch
 
 BUILTIN = "builtin"
-SELF_TEXT = "self-text"  # name of the files that hold what a model wrote itself (generated.py)
-# Samples at a time. SmolLM2-135M wrote 66 tokens a second on one core with 8, 146 with 32, 189 with 64
-# (examples/benchmarks/bench_healing.py write); a cache of 64 samples of 512 tokens takes 1.5 GB there.
+SELF_TEXT = "self-text"  # name of the files with text that a model wrote itself (generated.py)
+# Samples at a time. On one core, SmolLM2-135M wrote 66 tokens a second with 8 samples, 146 with 32, and 189 with 64
+# (examples/benchmarks/bench_healing.py write). The cache of 64 samples of 512 tokens takes 1.5 GB for this model.
 BATCH = 64
 PARTS = {"calibration": 2, "held-out": 1}  # name -> share of the built-in text
 
 _OWN_FILE = "give a UTF-8 text file of your own: --text FILE"
-_SHORT = 40  # characters; a paragraph shorter than this may stand in both parts ("Changed in version 3.8.")
+_SHORT = 40  # characters; a shorter paragraph may be in both parts ("Changed in version 3.8.")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def load_text(source: str | Path | Text = BUILTIN, part: str = "held-out") -> Te
     """The built-in text, or a file.
 
     Args:
-        source: "builtin"; or the path of a UTF-8 text file; or a `Text`, which is returned as it is.
+        source: "builtin", the path of a UTF-8 text file, or a `Text`, which is returned unchanged.
         part: "calibration" (two thirds) or "held-out" (one third) of the built-in text. The parts share no
-            topic, and no paragraph of 40 characters or more. A file is always read as a whole: whoever calibrates
-            on a file should evaluate on another.
+            topic, and no paragraph of 40 characters or more. A file is always read as a whole: calibrate and evaluate
+            on different files.
 
     Raises:
         SurgeryError: unknown part; no `pydoc_data` in this Python; a file that is missing, empty or not text.
@@ -76,13 +76,13 @@ def load_text(source: str | Path | Text = BUILTIN, part: str = "held-out") -> Te
 def windows(text: Text | str, tokenizer, length: int = 512, count: int = 8) -> torch.Tensor:
     """Windows of a text that do not overlap, spread evenly over all of it.
 
-    No special token is added, except that a tokenizer which by itself begins a text with BOS gets it as the
-    first token of every window (models of that kind are lost without it).
+    No special token is added, with one exception: if the tokenizer itself begins a text with BOS, every window begins
+    with it, since such models fail without it.
 
     Args:
         text: the text to cut.
         tokenizer: a Transformers tokenizer.
-        length: tokens in a window, BOS included; at least 2.
+        length: tokens in a window, including BOS; at least 2.
         count: number of windows; at least 1.
 
     Returns:
@@ -117,17 +117,17 @@ def _shorter(tokens: int, body: int) -> str:
 
 
 def fitting_length(model, length: int) -> int:
-    """`length`, cut to the positions that the model has."""
+    """`length`, cut to the model's positions."""
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
 def written_samples(text: str, samples: int) -> int:
-    """How many samples of a calibration text of that name the model writes itself."""
+    """How many samples of the calibration text `text` the model writes itself."""
     return {"self": samples, "mixed": samples // 2}.get(text, 0)
 
 
 def samples_to_begin(samples: int) -> int:
-    """Samples that a model begins at a time to write so many: some end early, and one batch should be enough."""
+    """How many samples a model begins at a time to fill `samples`. Some end early, and one batch should be enough."""
     return min(BATCH, samples + 2 * samples // 5)
 
 
@@ -143,7 +143,7 @@ def _named(title: str, text: str) -> Text:
 
 
 def _read(path: Path) -> str:
-    """The text of a file, with line ends as \\n; a file that is no text raises a SurgeryError."""
+    """The text of a file, with \\n as line ends; raises a SurgeryError for a file that is no text."""
     where = str(path)
     if path.is_dir():
         raise TextError("this is a folder, not a text file", where=where, fix="name one UTF-8 text file")
@@ -170,7 +170,7 @@ def _read(path: Path) -> str:
 
 
 def _builtin() -> dict[str, str]:
-    """The parts of Python's language reference, each a plain text; the same on every run of one Python."""
+    """The parts of Python's language reference as plain text. They are the same on every run of one Python version."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:  # some Linux packages of Python leave it out
@@ -179,10 +179,10 @@ def _builtin() -> dict[str, str]:
 
 
 def _without_repeats(topics: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The topics with each long paragraph in one of them only.
+    """The topics, with each long paragraph in only one of them.
 
-    "with" is a topic of its own and a section of "compound": the longest topic keeps what several share, since it
-    has the context.
+    For example, "with" is a topic of its own, and a section of "compound". The longest topic keeps a paragraph that
+    several topics share, since it has the context.
     """
     known_keys: set[str] = set()
     unique = {}
@@ -199,7 +199,7 @@ def _without_repeats(topics: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _split(topics: dict[str, list[str]]) -> dict[str, str]:
-    """Assign each topic to a part, the longest first, always to the part that is furthest below its share."""
+    """Assign each topic, the longest first, to the part that is furthest below its share."""
     size = dict.fromkeys(PARTS, 0)
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for name in sorted(topics, key=lambda name: (-sum(map(len, topics[name])), name)):
@@ -213,11 +213,10 @@ def _split(topics: dict[str, list[str]]) -> dict[str, str]:
 
 
 def plain(text: str) -> list[str]:
-    """A help topic as paragraphs of plain text, mark-up taken out.
+    """A help topic as paragraphs of plain text, without mark-up.
 
-    Prose is joined to one line a paragraph; code keeps its lines and its inner indentation. Underlines,
-    grammar rules, tables, directives, role names, emphasis, footnote marks and cross-reference lines are
-    dropped.
+    Each paragraph of prose becomes one line. Code keeps its lines and its inner indentation. Underlines, grammar
+    rules, tables, directives, role names, emphasis, footnote marks and cross-reference lines are removed.
     """
     paragraphs: list[str] = []
     code_indent = None  # indentation of the current code block
@@ -231,7 +230,7 @@ def plain(text: str) -> list[str]:
             code_indent = indent if _begins_code(lines, indent, previous, previous_indent) else None
         if code_indent is not None:
             paragraphs.append("\n".join("    " + line[code_indent:] for line in lines))
-            if indent <= previous_indent:  # code that is indented no further than the prose ends with its block
+            if indent <= previous_indent:  # code that is not indented deeper than the prose ends with its block
                 code_indent = None
             continue
         previous, previous_indent = _prose(lines), indent
@@ -241,7 +240,7 @@ def plain(text: str) -> list[str]:
 
 
 def _is_markup(line: str) -> bool:
-    """Underlines, table rows, directives, the footnote heading, lists of cross references, empty lines."""
+    """Whether a line is mark-up: an underline, table row, directive, footnote heading, cross references, or empty."""
     line = line.strip()
     return not line or bool(
         re.fullmatch(r"([*=\-~^#\"+])\1{2,}", line)
@@ -255,16 +254,16 @@ def _begins_code(lines: list[str], indent: int, previous: str, previous_indent: 
         return True
     if indent < previous_indent + 3 or previous in ("Note:", "See also:", "Warning:"):
         return False
-    # "is equivalent to" announces code without a colon; a signature above its description has fewer words.
+    # "is equivalent to" announces code without a colon. A signature above its description has fewer words.
     unfinished = len(re.findall(r"\b[a-z]{2,}\b", previous)) >= 4 and previous[-1] not in ".)"
     return previous.endswith((":", "::")) or unfinished
 
 
 def _prose(lines: list[str]) -> str:
-    """The lines of a paragraph as one, without inline mark-up."""
+    """The lines of a paragraph as one line, without inline mark-up."""
     joined = ""
     for line in lines:
-        # "quote-" at the end of a line goes on without a space.
+        # A hyphen at the end of a line ("quote-") is joined without a space.
         gap = "" if not joined or re.search(r"\w-$", joined) else " "
         joined += gap + line.strip()
     joined = re.sub(r":\w+(?::\w+)?:`([^`]*)`", r"\1", joined)  # :ref:`name`
