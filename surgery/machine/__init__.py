@@ -1,1 +1,1 @@
-"""What this machine has and how it is used: device and memory, threads, progress, the logging of Transformers."""
+"""The machine and its use: device and memory, threads, speed, progress, Transformers' logging."""

@@ -1,8 +1,8 @@
-"""The command that this process was started with, for the record of what it makes."""
+"""The command that started this process, for the records of its results."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 
-# What follows `surgery` on the command line; None: a script runs, which no line repeats.
+# The arguments after `surgery` on the command line; None in a script, which no command line can repeat.
 typed: ContextVar[tuple[str, ...] | None] = ContextVar("typed", default=None)

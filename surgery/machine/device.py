@@ -1,8 +1,8 @@
-"""What this machine has: the instructions of its processor, its free memory, and the peak memory of a block of code.
+"""The machine's processor and memory: its instructions, free memory, and the peak memory of a block of code.
 
-The peak is the most memory that a block takes beyond what was taken before it. On a GPU it is PyTorch's own count. On
-Linux it is the growth of resident memory, from the kernel's high-water mark, which is reset first. Elsewhere (macOS,
-Windows, a /proc that may not be written) it is not measured, and None says so.
+The peak is the most memory that a block takes in addition to the memory in use before it. On a GPU, PyTorch counts it.
+On Linux it is the growth of resident memory, from the kernel's high-water mark, which is reset first. Elsewhere
+(macOS, Windows, a /proc that is not writable) it is not measured, and is None.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-LOAD_OVERHEAD = 1.3  # memory of a loaded model over its bytes on disk, with room for activations
+LOAD_OVERHEAD = 1.3  # ratio of a loaded model's memory, including activations, to its bytes on disk
 BFLOAT16 = ("avx512_bf16", "amx_bf16")
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 def fast_in_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers directly; others convert them and are slower than in float32.
+    """Whether this CPU multiplies bfloat16 numbers directly. Other CPUs convert them, and are faster in float32.
 
-    Distilling SmolLM2-135M took half the time on a CPU with avx512_bf16 (178 tokens a second in place of 80).
+    On a CPU with avx512_bf16, bfloat16 halved the time for distilling SmolLM2-135M (178 instead of 80 tokens a
+    second).
     """
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack this
     return any(capabilities.get(name) for name in BFLOAT16)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; PyTorch has a class of its own for that on GPUs alone."""
+    """Whether an error says that memory ran out. PyTorch has an error class for this only on GPUs."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
     )
@@ -41,9 +42,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def made_on_cpu() -> Iterator[None]:
-    """A block in which tensors are made on the CPU unless their maker says otherwise.
+    """A block in which tensors are made on the CPU, unless the code in it names a device.
 
-    Scripts may have set another default (torch.set_default_device), which is not meant for what we read and measure.
+    Scripts may have set another default (torch.set_default_device), which must not apply to our files and
+    measurements.
     """
     torch: Any = sys.modules.get("torch")
     if torch is None or torch.get_default_device().type == "cpu":
@@ -54,14 +56,14 @@ def made_on_cpu() -> Iterator[None]:
 
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_MARK = "5"  # see proc(5): the high-water mark becomes what is resident now
+RESET_MARK = "5"  # resets the high-water mark to the current resident memory, see proc(5)
 
 
 class PeakMemory:
-    """A `with` block whose peak is in `bytes` afterwards, None where it cannot be measured.
+    """A `with` block that measures its peak memory: `bytes` afterwards, None where it cannot be measured.
 
-    Freed memory that the C library still holds is given back to the system first, or the block would be seen to take
-    less than it does. Resident memory is that of the whole process: nothing else should run in it.
+    First the C library returns freed memory to the system, since the block's use of this memory would not be seen.
+    Resident memory belongs to the whole process, so no other work should run in it.
     """
 
     def __init__(self, device=None):
@@ -96,7 +98,7 @@ class PeakMemory:
 
 
 def _give_back() -> None:
-    """Ask glibc to return freed memory to the system; other C libraries have no such call."""
+    """Make glibc return freed memory to the system; other C libraries have no such call."""
     with suppress(OSError, AttributeError, TypeError):  # TypeError: CDLL(None) on Windows
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -110,7 +112,7 @@ def _reset_mark() -> bool:
 
 
 def _resident(name: str) -> int | None:
-    """VmRSS (resident now) or VmHWM (the most since the mark was set back), in bytes."""
+    """VmRSS (current resident memory) or VmHWM (its maximum since the mark was reset), in bytes."""
     try:
         fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
         return int(fields[name].split()[0]) * 1024
@@ -119,7 +121,7 @@ def _resident(name: str) -> int | None:
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has had since it began, in bytes; None where the system does not say."""
+    """The peak memory of this process since its start, in bytes; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -129,7 +131,7 @@ def peak_memory() -> int | None:
 
 
 def processor() -> str:
-    """The name of the CPU, as well as the system knows it."""
+    """The name of the CPU, as far as the system knows it."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
@@ -138,19 +140,19 @@ def processor() -> str:
 
 
 def accelerator() -> str:
-    """The name of the GPU that PyTorch has computed on; "": none."""
+    """The name of the GPU that PyTorch has computed on, "" if there is none."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
 
 
 def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
-    """Explain why a model does not fit in memory; "" where it fits.
+    """The reason why a model does not fit in memory, "" if it fits.
 
     Args:
-        weights: its bytes on disk (0 for a model that is in memory already).
-        memory: bytes that may be used; default what is free now.
-        extra: bytes needed besides the model.
+        weights: the model's bytes on disk (0 for a model that is already in memory).
+        memory: bytes that may be used; default the free memory.
+        extra: bytes needed in addition to the model.
     """
     free = free_memory() if memory is None else memory
     need = int(LOAD_OVERHEAD * weights) + extra
@@ -160,13 +162,13 @@ def too_big(weights: int, memory: int | None = None, extra: int = 0) -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes that a process may still take, or None where the system does not say (all but Linux)."""
+    """Bytes that a process may still take, or None where the system does not report them (all but Linux)."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    try:  # a container's limit; page cache counts as used there, but can be given back
+    try:  # a container's limit; it counts the page cache as used, but the page cache can be freed
         group = Path("/sys/fs/cgroup")
         memory_stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(memory_stat["inactive_file"])

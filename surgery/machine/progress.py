@@ -1,23 +1,23 @@
-"""How far long work is: the callback that reports it, and a clock that notes how long each stage took."""
+"""The progress of long work: the callback that reports it, and a clock that measures the time of each stage."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-# It is called with the number done, the total and a label. A total of 0 means that nobody knows how much there is to
-# do. A label is the name of a stage; what it says after a colon may change between calls. A stage begins with a call
-# that has 0 done, and lasts until the next one begins.
+# The callback gets the number done, the total and a label. A total of 0 means that the amount of work is unknown. A
+# label is the name of a stage; the part after a colon may change between calls. A stage begins with a call that has 0
+# done, and lasts until the next stage begins.
 Progress = Callable[[int, int, str], None]
 
-PERCENT = 100  # a total for work whose items differ too much to be counted
+PERCENT = 100  # the total for work whose items differ too much to be counted
 
 
 def begin(progress: Progress | None, stage: str, total: int = 0) -> None:
     """Report that a stage begins.
 
     Args:
-        total: how much there is to do; 0: nobody knows.
+        total: the amount of work; 0 if it is unknown.
     """
     if progress is not None:
         progress(0, total, stage)
@@ -29,12 +29,12 @@ def stage_of(label: str) -> str:
 
 
 class StageClock:
-    """A progress callback that passes every call on, and notes the wall seconds of each stage.
+    """A progress callback that passes every call on, and measures the wall time of each stage.
 
-    What comes before the first stage counts as "planning".
+    The time before the first stage counts as "planning".
 
     Args:
-        progress: gets every call; None: nobody asks.
+        progress: the callback that gets every call, or None.
     """
 
     def __init__(self, progress: Progress | None = None):
@@ -49,7 +49,7 @@ class StageClock:
             self._progress(done, total, label)
 
     def seconds(self) -> dict[str, float]:
-        """Stage -> wall seconds until now, to a tenth, in the order in which the stages began."""
+        """Stage -> wall seconds until now, rounded to a tenth, in the order in which the stages began."""
         self._end_stage()
         return {stage: round(seconds, 1) for stage, seconds in self._seconds.items()}
 
@@ -60,7 +60,7 @@ class StageClock:
 
 
 def renamed(progress: Progress | None, stage: str) -> Progress | None:
-    """A callback that reports what it gets as another stage; None where nobody asks."""
+    """A callback that reports all calls as another stage; None where `progress` is None."""
     if progress is None:
         return None
     return lambda done, total, label: progress(done, total, stage)

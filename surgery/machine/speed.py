@@ -1,11 +1,11 @@
-"""How fast this machine computes: measured on small products, once in a process, for the times that `plan` gives.
+"""The speed of this machine, measured on small products once in a process, for the time estimates of `plan`.
 
-A product of a text's hidden states with a weight is timed on one thread, in the time that the thread itself had: what
-it waits for other programs does not count. What a whole model reaches of it is EFFICIENCY: on one core of an AMD EPYC,
-SmolLM2-135M reached 0.69 when it was scored, 0.73 in a recall test, and 0.78 while its heads were measured.
+A product of a text's hidden states with a weight is timed on one thread, by the thread's CPU time, so that waiting for
+other programs does not count. A whole model reaches the share EFFICIENCY of this speed. On one core of an AMD EPYC,
+SmolLM2-135M reached 0.69 during scoring, 0.73 in a recall test, and 0.78 during the measurement of its heads.
 
-More threads gain less than their number, and least where products are small: SmolLM2's over one text of 512 tokens
-gained a third from a second thread, and nearly double where two texts were computed at a time (`parallel.py`).
+n threads are less than n times as fast, and gain least in small products. A second thread made SmolLM2's products over
+one text of 512 tokens faster by a third. With two texts at a time, the speed nearly doubled (`parallel.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 
 EFFICIENCY = 0.7
 ROWS = 512  # tokens of a text
-NARROW, GAIN_NARROW, GAIN_WIDE = 2048, 0.6, 0.9  # n threads are as fast as n ** gain, below so many channels and above
-SECONDS, TIMES = 0.3, 40  # at most so long, and so often, a product is timed
-STREAMED = 1 << 24  # numbers of a weight that no cache of a CPU holds
+# n threads are n ** GAIN_NARROW times as fast below NARROW channels, and n ** GAIN_WIDE times from there on.
+NARROW, GAIN_NARROW, GAIN_WIDE = 2048, 0.6, 0.9
+SECONDS, TIMES = 0.3, 40  # a product is timed for at most so many seconds, and so many times
+STREAMED = 1 << 24  # size of a weight that is too large for a CPU's cache
 
 
 @functools.lru_cache
 def flops_per_second(hidden: int, inner: int) -> float:
-    """Floating-point operations a second that a model of these widths reaches in float32, on PyTorch's threads."""
+    """Floating-point operations per second that a model of these widths reaches in float32, on PyTorch's threads."""
     import torch
 
     left, right = torch.ones(ROWS, hidden), torch.ones(hidden, inner)
@@ -34,7 +35,7 @@ def flops_per_second(hidden: int, inner: int) -> float:
 
 @functools.lru_cache
 def bytes_per_second() -> float:
-    """Bytes of weights that are read in a second: what bounds a text that is written token by token."""
+    """Bytes of weights that are read per second, which limits the speed of generating token by token."""
     import torch
 
     side = int(STREAMED**0.5)
@@ -43,7 +44,7 @@ def bytes_per_second() -> float:
 
 
 def _quickest(work: Callable[[], Any]) -> float:
-    """Seconds of the quickest of several calls, on one thread."""
+    """Seconds of the fastest of several calls, on one thread."""
     import torch
 
     threads, best, began = torch.get_num_threads(), float("inf"), time.monotonic()

@@ -1,4 +1,4 @@
-"""Transformers without its progress bars and warnings: they would end up in pipes and beside our own bars."""
+"""Transformers without its progress bars and warnings, which would end up in pipes and next to our own bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and warnings inside the `with`; errors still show."""
+    """Hide Transformers' progress bars and warnings inside the `with`. Errors are still shown."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
