@@ -19,7 +19,7 @@ EFFICIENCY = 0.7
 ROWS = 512  # tokens of a text
 # n threads are n ** GAIN_NARROW times as fast below NARROW channels, and n ** GAIN_WIDE times from there on.
 NARROW, GAIN_NARROW, GAIN_WIDE = 2048, 0.6, 0.9
-SECONDS, TIMES = 0.3, 40  # a product is timed for at most so many seconds, and so many times
+SECONDS, TIMES = 0.3, 40  # the most seconds, and the most repeats, for which a product is timed
 STREAMED = 1 << 24  # size of a weight that is too large for a CPU's cache
 
 
