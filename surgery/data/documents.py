@@ -1,5 +1,4 @@
-"""The text that healing trains on, as documents of token ids: the base's own text, the built-in text, files, a data
-set.
+"""The text that healing trains on, as documents of token ids: from the base, the built-in text, files or a data set.
 
     self       text that the base writes (data/generated.py)
     builtin    the calibration part of the built-in text, as one document; the held-out part is for scores

@@ -92,9 +92,8 @@ def make_needles(
 
     A prompt has three parts. The first is a stretch of the text from a random sentence on, with the needle between two
     sentences. (At the end of the text, the stretch continues at its beginning.) The question follows, and then the
-    first
-    words of the answer: "What is the magic number for Oslo? ... The magic number for Oslo is". Secret, key, template
-    and stretch are drawn for each prompt.
+    first words of the answer: "What is the magic number for Oslo? ... The magic number for Oslo is". Secret, key,
+    template and stretch are drawn for each prompt.
 
     Args:
         lengths: numbers of tokens of the prompts, which may be shorter by a word of the text.

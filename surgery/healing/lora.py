@@ -109,7 +109,7 @@ def merge(adapted, vocabulary: int):
 
 
 def _wide_logits(model, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits in float64; the model stays in float64. Where a kernel is missing: None, and the model is unchanged."""
+    """Logits in float64; the model stays in float64. Where a kernel is missing: None, and the model is in float32."""
     try:
         return logits(model.double(), tokens)
     except RuntimeError:  # the grouped product of experts has no float64 kernel

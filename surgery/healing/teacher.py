@@ -2,8 +2,8 @@
 
 A teacher gives only the values of the base that the losses of `heal.loss` need: with `loss: ce` no teacher runs.
 
-A stored teacher is a file of the base's most probable tokens for every row that the student will read. After this one
-pass the base is not needed.
+A stored teacher keeps the base's most probable tokens on disk, for every row that the student will read. Storing takes
+one pass of the base, which is not needed afterwards.
 
 For each prediction it has the k largest log-probabilities, their tokens, and the log of the mass of all other tokens.
 This is a distribution over k + 1 outcomes. Rows are found by a hash of their tokens and positions, so that a training
@@ -61,8 +61,7 @@ class Teacher:
         return loss, {name: float(mean.detach()) for name, mean in means.items()}
 
     def ask(self, logits: torch.Tensor, batch: dict, heal) -> tuple[BaseLogits | BaseTopK | None, tuple | None]:
-        """The values of the base that the losses need (`heal.loss_needs`): probabilities, and each layer's hidden
-        states.
+        """The base's probabilities, and its hidden states after each layer, if the losses need them (`loss_needs`).
 
         Raises:
             SurgeryError: there is no teacher, or it lacks a value that the losses need.

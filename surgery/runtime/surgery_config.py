@@ -167,7 +167,7 @@ def validate(config) -> list[dict]:
         ValueError: a format that this code does not know, a version of Transformers that it was not made for, or a
             block that does not fit the model.
     """
-    import transformers  # here, since other functions of this file must run before transformers is imported
+    import transformers  # here: other functions of this file must run without it
 
     version = tuple(int(component) for component in transformers.__version__.split(".")[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:

@@ -278,8 +278,8 @@ def _count_inputs(module, work: Work, tokens: int) -> None:
 
 # The next two are from the times of one block of SmolLM2's shape (examples/benchmarks/bench_gates.py).
 LEAF = 384  # up to this many gathered query rows attend together under a mask
-# (from how many rows on, how many query rows the kernel gives a thread at a time). If the number of rows is no
-# multiple of this for all threads, some threads have no work.
+# Pairs (least, share): from `least` query rows on, the kernel gives a thread `share` rows at a time. If the number of
+# rows is no multiple of `share` for all threads, some threads have no work.
 SHARES = ((768, 256), (0, 64))
 DECODE_KEYS = 2048  # from this many keys on, a single token does not read KV heads whose query heads are all off
 

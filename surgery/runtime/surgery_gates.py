@@ -15,8 +15,8 @@ leaves out what would be multiplied by 0. On a CPU the gate of a single token is
 (`prepare_token`).
 
 Sources: Jin et al. 2024, "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842; Peng et al. 2020,
-"A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. tau and b are
-not in these papers: with them, a fitted router can choose heads without weighting them.
+"A Mixture of h - 1 Heads is Better than h Heads", arXiv 2005.06537. tau and b are not in these papers: with them, a
+fitted router can choose heads without weighting them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class KeyValues:
         store: the store that keeps the sinks, or from which a policy may drop keys, or None.
         slots: long [batch, heads, n], the slot of each key, -1 where there is no key; None: slots are consecutive.
         gaps: some slots are -1.
-        sinks_and_ring: sinks and ring in one buffer, once both are full; an unpadded row's query sees all of it.
+        sinks_and_ring: sinks and ring in one buffer, once both are full; an unpadded row's query sees exactly this.
         read: after sparse prefill, a function that says which keys were read (`Sparse.attend`); None: all seen keys.
     """
 
