@@ -120,8 +120,7 @@ def apply(
         engine: "streaming" (layer by layer, no model is built), "loaded", or "auto" (streaming where possible).
             `engine`, `resume`, `overwrite` and `allow_pickle` apply to conversion into a folder only; a loaded model
             refuses them.
-        check, evaluate, gate: whether the result is checked, scored and compared with the recipe's limits; a skipped
-            gate is recorded as skipped.
+        check, evaluate, gate: check the result, score it, judge it by the recipe's limits; a skipped gate is recorded.
         resume: continue an earlier run that did not finish.
         overwrite: replace an existing output.
         allow_pickle: read .bin weights (with `weights_only=True`).

@@ -30,8 +30,8 @@ DECIDED = {
     "architecture": "anatomy detect edit families layer surgery_block weights",
     "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
     "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
-    "cli/render": "anatomy catalogue console durations estimate heads layout model sinks stages summary tables "
-    "verdict",
+    "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
+    "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
@@ -55,7 +55,8 @@ DECIDED = {
     "operations/sink_calibration": "act base bias_methods operation virtual_key_methods virtual_keys zero_tuning",
     "operations/sparse_prefill": "base by_head methods operation pattern_search",
     "recipes": "",
-    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing",
+    "report": "card card_metadata card_sections card_summary gate head_map lineage plots report summary timing "
+    "verdict",
     "runtime": "modeling_surgery surgery_act surgery_attention surgery_bias surgery_block_attention "
     "surgery_block_selection surgery_cache surgery_config surgery_estimators surgery_gated_compute surgery_gates "
     "surgery_sparse_prefill surgery_stores surgery_visibility",
@@ -67,7 +68,7 @@ MANY = {
     "data": "calibration make_needles passkeys",
     "evaluation/benchmark": "bench",
     "healing": "of store",
-    "operations/duo_attention": "ablation far_mass gates induction retrieval",
+    "operations/duo_attention": "ablation far_mass fisher gates induction retrieval",
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
     "report": "heat_maps",

@@ -193,16 +193,16 @@ def _show(report: Report, typed: tuple[str, str, str, tuple[str, ...]], began: f
     """Print a report as text or JSON, then raise the faults that it records.
 
     Args:
-        typed: the fields of a `verdict.Command`.
+        typed: the fields of a `Typed`.
         began: when the command began, by the monotonic clock.
     """
     from surgery.cli.render import summary, tables
-    from surgery.cli.render.verdict import Command
+    from surgery.cli.render.next_command import Typed
 
     if as_json:
         emit(report.to_dict())
     else:
         if report.data["check"] and not quiet:
             tables.checks(report.data["check"]["items"])
-        summary.summary(report, Command(*typed), time.monotonic() - began)
+        summary.summary(report, Typed(*typed), time.monotonic() - began)
     report.raise_faults()

@@ -212,7 +212,8 @@ def load(recipe: str | Path | dict | Recipe, overrides: Sequence[str] = (), **fi
             field_path = set_field(data, override, sections() | {"heal": keys_of(Heal)})
         except SurgeryError as error:
             if faults and faults[-1].exists == error.exists:  # the same keys are listed once
-                faults[-1] = SurgeryError(faults[-1].what, where=faults[-1].where, fix=faults[-1].fix)
+                last = faults[-1]
+                faults[-1] = SurgeryError(last.what, where=last.where, fix=last.fix, code=last.code)
             faults.append(error)
             continue
         lines = {path: line for path, line in lines.items() if path[: len(field_path)] != field_path}
@@ -304,8 +305,8 @@ def _validate(data: dict, lines: dict, where: str) -> Recipe:
 def _together(faults: list[SurgeryError]) -> SurgeryError:
     """One error that lists all of the faults."""
     first, *rest = faults
-    words = {"where": first.where, "exists": first.exists, "fix": first.fix, "code": first.code}
-    return SurgeryError(first.what, **words, others=tuple(rest))
+    where, exists, fix = first.where, first.exists, first.fix
+    return SurgeryError(first.what, where=where, exists=exists, fix=fix, others=tuple(rest), code=first.code)
 
 
 def _line_number(fault: SurgeryError) -> int:

@@ -25,7 +25,7 @@ Path = tuple[str | int, ...]
 
 def _line_of_fault(text: str, loader) -> str:
     """ ":LINE" of the first value that looks like a date or a number and is invalid; "" where there is none."""
-    with suppress(RecursionError):
+    with suppress(RecursionError, UnicodeEncodeError):  # a lone surrogate has no line for the parser
         nodes = [yaml.compose(text, Loader=loader)]
         for node in nodes:
             if isinstance(node, yaml.MappingNode):

@@ -110,7 +110,7 @@ def refuse_taken(out: Path, options: RunOptions) -> None:
     if not os.path.lexists(out) or options.overwrite or options.resume:
         return
     resume = "--resume to go on with its check and scores, or " if _is_unjudged(out) else ""
-    raise SurgeryError("OUT exists", where=str(out), fix=f"choose another name, or add {resume}--overwrite")
+    raise OutputExistsError("OUT exists", where=str(out), fix=f"choose another name, or add {resume}--overwrite")
 
 
 def _is_unjudged(out: Path) -> bool:

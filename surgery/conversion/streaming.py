@@ -60,7 +60,6 @@ def convert_shards(
     """
     shared, files = _Shared(plan.output_bytes, progress), dict(done)
     layouts = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}
-
     syncs: list[Future] = []
 
     def convert(shard: Shard) -> None:

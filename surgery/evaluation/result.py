@@ -46,8 +46,10 @@ class Result(Printed, Mapping[str, Any]):
 
         if self.status != "done":
             return [f"not run: {self.reason}"]
-        lines = find(self.PROBE).lines(self) if self.PROBE else [self.headline()]
-        return [*lines, *(f"note: {note}" for note in self.notes)]
+        probe = find(self.PROBE) if self.PROBE else None
+        lines = [*(probe.lines(self) if probe else [self.headline()]), *(f"note: {note}" for note in self.notes)]
+        verdict = probe.verdict(self.to_dict()) if probe else ""
+        return [*lines, *([verdict] if verdict else [])]
 
     def __getitem__(self, key: str) -> Any:
         return self.to_dict()[key]

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy, stored_dtypes
 from surgery.config.heal_overrides import settings as read_settings
@@ -94,17 +94,7 @@ def heal_folder(
     source = _scorable_base(report, base, heal, judged_by if options.evaluate else None)
     table = {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
     refuse_settings(heal, anatomy.config, judged_by)
-    before = Anatomy.of(source) if source is not None else None
-    recipe = recorded(report.data)
-    plan = HealPlan.of(
-        heal,
-        anatomy,
-        table,
-        rewritten,
-        base=before,
-        operations=report.data["operations"],
-        note=recipe.too_short(heal.length, "rows", "heal.length") if recipe else "",
-    )
+    plan = HealPlan.of(heal, anatomy, table, rewritten, **_settings_of_plan(report, heal, source))
     if options.on_plan and ranks.first:
         options.on_plan(plan)
     identity = _identity(heal, report, source if heal.needs_base or heal.eval_every else None)
@@ -136,6 +126,16 @@ def heal_folder(
             save_as_stored(model, partial, dtype)
             _document(partial, report, job, heal, training)
     return (Report.of(out.out) if ranks.first else None), source
+
+
+def _settings_of_plan(report: Report, heal: Heal, base: Path | None) -> dict[str, Any]:
+    """The keyword arguments of `HealPlan.of` that follow from a folder's report and its base."""
+    recipe = recorded(report.data)
+    return {
+        "base": Anatomy.of(base) if base is not None else None,
+        "operations": report.data["operations"],
+        "note": recipe.too_short(heal.length, "rows", "heal.length") if recipe else "",
+    }
 
 
 def _scorable_base(report: Report, base: str | Path | None, heal: Heal, scored_by: Evaluate | None) -> Path | None:

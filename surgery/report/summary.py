@@ -8,7 +8,7 @@ from typing import Any
 from surgery.evaluation import probes
 from surgery.io.printing import Block
 from surgery.report.card_sections import base_name, healed, searched
-from surgery.report.gate import damage, finite
+from surgery.report.verdict import gate_words, notes, verdict
 
 FAILED, PASSED = "failed", "passed"
 
@@ -38,48 +38,48 @@ def place(folder: Path | None) -> str:
 
 def blocks(data: dict[str, Any], folder: Path | None) -> list[Block]:
     """The report as lines, each with a label."""
-    kv, fixed = data["plan"].get("kv_bytes_per_token") or {}, data["plan"].get("kv_bytes_fixed") or {}
-    changed = "; ".join(data["plan"].get("changes") or ["nothing"])
     lines: list[Block] = [("recipe", f"{data['recipe'].get('name') or 'a recipe'} on {base_name(data)}")]
-    lines.append(("changed", changed))
-    if {"before", "after"} <= kv.keys():
-        also = f" and {fixed['after']:,} bytes of sinks and windows" if fixed.get("after") else ""
-        lines.append(("KV cache", f"{kv['before']:,} → {kv['after']:,} bytes per token{also}"))
-    lines += [("found", line) for line in searched(data)]
+    lines.append(("changed", changed(data["plan"])))
+    fitted = fitted_texts(data)
+    lines += [("fitted on", line) for line in fitted]
+    lines += [("found", line) for line in searched(data) if not line.endswith(tuple(fitted))]
     lines += [("healed", line) for line in healed(data) or trained(data.get("heal"))]
-    lines.append(("cost", cost(data["evaluation"], bool(data.get("heal")))))
-    if data["gate"]["limits"]:
-        lines.append(("gate", judged(data["gate"], data["evaluation"])))
+    lines.append(("cost", cost(data["evaluation"])))
+    lines += [("note", note) for note in notes(data)]
+    lines += [("gate", gate_words(data)), ("verdict", verdict(data))]
     lines.append(("check", checked(data["check"])))
     lines.append(("folder", place(folder) if folder else "none: the model is in memory (surgery.save writes it)"))
     return lines
 
 
-def cost(evaluation: dict[str, Any] | None, after_healing: bool) -> str:
-    """What the surgery cost: a clause for each probe, and a warning if the model is not usable."""
+def changed(plan: dict[str, Any]) -> str:
+    """What changed, and the bytes of the KV cache before and after."""
+    kv, fixed = plan.get("kv_bytes_per_token") or {}, (plan.get("kv_bytes_fixed") or {}).get("after")
+    words = "; ".join(plan.get("changes") or ["nothing"])
+    if not {"before", "after"} <= kv.keys():
+        return words
+    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
+    return f"{words}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
+
+
+def fitted_texts(data: dict[str, Any]) -> list[str]:
+    """The texts that weights were fitted to, in the words with which `searched` ends its sentences on them."""
+    texts = [(each.get("record") or {}).get("calibration") or {} for each in data["operations"]]
+    digests = [f" (sha256 {text['sha256']})" if text.get("sha256") else "" for text in texts]
+    lines = zip(texts, digests, strict=True)
+    return [f"{text.get('tokens', 0):,} tokens: {text['text']}{digest}" for text, digest in lines if text.get("text")]
+
+
+def cost(evaluation: dict[str, Any] | None) -> str:
+    """What the surgery cost, in a sentence of each probe."""
     if not evaluation:
         return "not measured"
     if evaluation.get("status", "done") != "done":
         return f"not measured ({evaluation.get('reason', '')})"
     sentences = [(cls, cls.sentence(record)) for cls, record in probes.done(evaluation)]
     if not all(sentence for cls, sentence in sentences if cls.main):
-        return "the model gives NaN: not usable"
-    usable = f": not usable{'' if after_healing else ' before healing'}" if damage(evaluation) else ""
-    return ", ".join(sentence for _, sentence in sentences if sentence) + usable
-
-
-def judged(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """The gate in a sentence: if it was passed, each limit with the figure; otherwise the reasons."""
-    reasons = list(gate.get("reasons") or [])
-    if gate["status"] == PASSED and evaluation:
-        known = probes.limits()
-        for name, value in gate["limits"].items():
-            cls, limit = known.get(name, (None, None))
-            record = probes.record_of(evaluation, cls) if cls else {}
-            figure = limit.figure(record) if limit and record.get("status", "done") == "done" and record else None
-            if finite(figure):
-                reasons.append(f"{name} {value:g}, measured {figure:.4g}")
-    return gate["status"] + (f" ({'; '.join(reasons)})" if reasons else "")
+        return "the model gives NaN"
+    return ", ".join(sentence for _, sentence in sentences if sentence)
 
 
 def trained(heal: dict[str, Any] | None) -> list[str]:

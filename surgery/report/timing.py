@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from surgery.io.files import published, published_override
+from surgery.io.files import published, published_override, utf8
 from surgery.machine import command
 from surgery.machine.device import accelerator, peak_memory, processor
 from surgery.machine.progress import StageClock
@@ -42,4 +42,10 @@ def _published_command() -> str | None:
     arguments = command.typed.get()
     if arguments is None:
         return None
-    return shlex.join(["surgery", *(published_override(a) if "=" in a else published(a) for a in arguments)])
+    return utf8(shlex.join(["surgery", *map(_published_word, arguments)]))
+
+
+def _published_word(word: str) -> str:
+    """A word of the command line: an override, or what may be a path, which can hold "=" too."""
+    key = word.partition("=")[0]
+    return published_override(word) if "=" in word and not {"/", "\\"} & set(key) else published(word)

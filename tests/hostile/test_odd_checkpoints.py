@@ -540,6 +540,7 @@ def test_a_folder_whose_name_is_not_utf8(surgery, base, tmp_path):
 def test_a_folder_to_load_whose_name_is_not_utf8(refused, base, tmp_path, arguments):
     """Transformers cannot load it, and nothing is left."""
     folder = base.rename(Path(os.fsdecode(bytes(tmp_path) + b"/m\xff")))
+    arguments = ("evaluate.length=512", *arguments)
     refused("apply", "streaming", folder, "-o", "out", *arguments, says=["not UTF-8", "rename it"])
 
 

@@ -133,7 +133,7 @@ BAD_OVERRIDES = [
     "operations.0=5",
     "operations=[]",
     "version=1",
-    "kv_heads=",
+    "grouping=",
     "kv_heads==1",
     "kv_heads=1=1",
     "kv_heads='1'",

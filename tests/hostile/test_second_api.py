@@ -465,9 +465,11 @@ def test_pushes_to_a_hub(checkpoints, tmp_path):
         assert answers["ours"]["removed"] == ["old.safetensors"]
         assert {"sub/x.safetensors", "a.txt"} <= hub.repos["me/ours"].files().keys()
         sent = hub.repos["me/new"].files()
-        assert {name: sent[name] for name in sent if name != ".gitattributes"} == {
-            path.name: path.read_bytes() for path in out.iterdir()
+        named = (".gitattributes", "README.md", "surgery.json")  # the last two name the repository where they are sent
+        assert {name: sent[name] for name in sent if name not in named} == {
+            path.name: path.read_bytes() for path in out.iterdir() if path.name not in named
         }
+        assert b"me/new" in sent["README.md"]
         for name in ("dots", "a path", "nothing", "a number", "a number as message", "a number as branch"):  # usage
             assert answers[name].get("code") == 2, (name, answers[name])
         read_only = pushed(hub, out, {"x": ["me/other", {}]}, tmp_path / "home", READ_ONLY)["x"]

@@ -95,12 +95,12 @@ def test_a_report_says_what_the_surgery_did_and_cost(shelf):
     line, text = repr(report), str(report)
     for part in ("mine on llama", "KV heads 3 → 1", f"KL {report.kl:.3f}", "gate passed", "out"):
         assert part in line
-    kv = f"KV cache: {report.base_kv_bytes:,} → {report.kv_bytes:,} bytes per token"
-    for part in (kv, f"{report.base_perplexity:,.2f} → {report.perplexity:,.2f}", "max_kl 5", "checks passed"):
+    kv = f"KV cache {report.base_kv_bytes:,} → {report.kv_bytes:,} bytes per token"
+    for part in (kv, f"{report.base_perplexity:,.2f} → {report.perplexity:,.2f}", "≤ 5", "checks passed"):
         assert part in text
     assert "not measured" in str(shelf["in memory"])
     assert repr(shelf["in memory"]).endswith("in memory>")
-    assert "healed:   parts, 32 tokens, 1 step" in str(shelf["healed"])
+    assert "healed:  parts, 32 tokens, 1 step" in str(shelf["healed"])
 
 
 def test_a_plan_prints_its_layers(shelf):

@@ -8,14 +8,15 @@ from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console, labelled
 from surgery.cli.render.durations import lasted
-from surgery.cli.render.verdict import Command, gate_words, next_command, notes, verdict
-from surgery.evaluation import probes
+from surgery.cli.render.next_command import Typed, next_command
 from surgery.operations.base import SURGICAL
-from surgery.report.card_sections import healed, searched
 from surgery.report.report import Report
+from surgery.report.summary import blocks
+
+ELSEWHERE = ("recipe", "check", "folder")  # lines of a report that were printed above, or follow from `next`
 
 
-def summary(report: Report, command: Command, seconds: float) -> None:
+def summary(report: Report, command: Typed, seconds: float) -> None:
     """Print the lines that `apply` and `heal` end with.
 
     Args:
@@ -25,50 +26,14 @@ def summary(report: Report, command: Command, seconds: float) -> None:
     """
     data, gate = report.data, report.data["gate"]
     folder = report.folder.name if report.folder.parent.samefile(".") else str(report.folder)
-    labelled("changed", _changed(data["plan"]))
-    fitted = _fitted(data)
-    for line in fitted:
-        labelled("fitted on", line)
-    for line in searched(data):
-        if not any(line.endswith(text) for text in fitted):
-            labelled("found", line)
-    for line in healed(data):
-        labelled("healed", line)
-    labelled("cost", _cost(data))
-    for note in notes(data):
-        labelled("note", note)
-    labelled("gate", Text(gate_words(data), style=STATUS_STYLE.get(gate["status"], "") if gate["limits"] else ""))
-    labelled("verdict", verdict(data))
+    for label, words in blocks(data, report.folder):
+        if label not in ELSEWHERE:
+            style = STATUS_STYLE.get(gate["status"], "") if label == "gate" and gate["limits"] else ""
+            labelled(label, Text(words, style=style))
     if (data["check"] or {}).get("passed"):
         labelled("load", _loading(data, folder), copied=True)
     labelled("next", next_command(data, folder, command), copied=True)
     console().print(f"done in {lasted(seconds)}")
-
-
-def _changed(plan: dict) -> str:
-    kv, fixed = plan["kv_bytes_per_token"], (plan.get("kv_bytes_fixed") or {}).get("after")
-    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
-    return f"{'; '.join(plan['changes'])}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
-
-
-def _fitted(data: dict) -> list[str]:
-    """The texts that weights were fitted to, in the words with which `searched` ends its sentences on them."""
-    texts = [(each.get("record") or {}).get("calibration") or {} for each in data["operations"]]
-    digests = [f" (sha256 {text['sha256']})" if text.get("sha256") else "" for text in texts]
-    lines = zip(texts, digests, strict=True)
-    return [f"{text.get('tokens', 0):,} tokens: {text['text']}{digest}" for text, digest in lines if text.get("text")]
-
-
-def _cost(data: dict) -> str:
-    result = data["evaluation"]
-    if not result:
-        return "not measured"
-    if result["status"] != "done":
-        return f"not measured ({result.get('reason', '')})"
-    sentences = [(cls, cls.sentence(record)) for cls, record in probes.done(result)]
-    if not all(sentence for cls, sentence in sentences if cls.main):
-        return "the model gives NaN"
-    return ", ".join(sentence for _, sentence in sentences if sentence)
 
 
 def _loading(data: dict, folder: str) -> str:

@@ -108,10 +108,8 @@ def search_dense_below(
     entries = [layer.get("sparse") for layer in (getattr(model.config, "surgery", None) or {"layers": []})["layers"]]
     sparse_layers = [layer_index for layer_index, entry in enumerate(entries) if entry]
     if not sparse_layers:
-        fix = "surgery apply sparse-prefill MODEL -o OUT"
-        raise UnsupportedModelError(
-            "no layer of this checkpoint has a sparse prefill to calibrate", where=str(out), fix=fix
-        )
+        what, fix = "no layer of this checkpoint has a sparse prefill", "surgery apply sparse-prefill MODEL -o OUT"
+        raise UnsupportedModelError(f"{what} to calibrate", where=str(out), fix=fix)
     layers = [sparse_layers[index] for index in spaced_layers(len(sparse_layers), min(LAYERS, len(sparse_layers)))]
     block = max(entries[layer_index]["block"] for layer_index in sparse_layers)
     tokenizer, trials, dense_below = read_tokenizer(Path(out)), [], None
@@ -134,9 +132,8 @@ def search_dense_below(
             break
     before = sorted({entries[layer_index].get("dense_below", 0) for layer_index in sparse_layers})
     details = (trials, machine_name(torch_device), sample_text.title, layers, rounds)
-    return DenseBelowSearch(
-        positions if dense_below is None else dense_below, before, dense_below is not None, *details
-    )
+    found = dense_below is not None
+    return DenseBelowSearch(dense_below if dense_below is not None else positions, before, found, *details)
 
 
 def _no_candidate(block: int, positions: int, tokens: int, where: str) -> SurgeryError:

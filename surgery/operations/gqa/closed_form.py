@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
@@ -47,17 +47,15 @@ def share_kv_heads(
         SurgeryError: there is no tokenizer, the text is too short, weights are not finite, or the device is MPS.
     """
     _refuse_mps(model)
-    before, after = context.before, context.change.after
-    sequences = _sequences(model, context, text)
+    before, after, sequences = context.before, context.change.after, _sequences(model, context, text)
     heads = Heads(model, before, orders)
 
     def files(name: str) -> LayerFiles:
         counts = [layer.kv_heads for layer in after.layers]
-        settings_of_files = [REVISION, settings, counts, heads.records, sequences.tolist()]
-        return LayerFiles(context.folder, context.state_name(name), settings_of_files)
+        identity = [REVISION, settings, counts, heads.records, sequences.tolist()]
+        return LayerFiles(context.folder, context.state_name(name), identity)
 
-    trial_fits: dict[int, tuple] = {}
-    losses: list[dict] = [{} for _ in before.layers]
+    trial_fits, losses = dict[int, tuple](), [dict[str, Any]() for _ in before.layers]
     try:
         heads.reorder()
         if kept_layers:

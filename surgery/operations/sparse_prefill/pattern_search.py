@@ -130,9 +130,8 @@ def search_patterns(
             model.base_model(input_ids=sequence[None].to(model.device), use_cache=False)
             if progress:
                 progress(index + 1, samples, "measuring patterns")
-        count = len(hook.modules)
     layers, recovered, cost = [], [], []
-    for layer in range(count):
+    for layer in range(len(hook.modules)):
         weight, costs = totals.get(layer, torch.zeros(2, len(among), 0))
         chosen = best(weight, costs, density)
         layers.append([dict(among[index]) for index in chosen])

@@ -1,0 +1,58 @@
+"""What to think of a result: its gate with figures and limits, one verdict, and what makes the figures say little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.evaluation.probes.perplexity import NO_MODEL, shown_perplexity
+from surgery.report.gate import comparisons, damage
+
+
+def gate_words(data: dict[str, Any]) -> str:
+    """ "passed (KL 0.502 ≤ 1.0)", "failed (KL 1.320 > 1.0)", "not run", "none"."""
+    gate = data["gate"]
+    if not gate["limits"]:
+        return "none"
+    compared = comparisons(data["evaluation"], gate["limits"])
+    return gate["status"] + (f" ({', '.join(map(str, compared))})" if compared else "")
+
+
+def verdict(data: dict[str, Any]) -> str:
+    """One sentence: whether the result can be used, and if not, why and by how much."""
+    check, evaluation, gate = data["check"], data["evaluation"], data["gate"]
+    if check and not check["passed"]:
+        faults = [item["name"] for item in check["items"] if item["status"] == "failed"]
+        return f"damaged: {', '.join(faults)}"
+    if not evaluation or evaluation["status"] != "done":
+        return "nothing is known of its quality"
+    costs, missed = damage(evaluation), [each for each in comparisons(evaluation, gate["limits"]) if not each.passed]
+    healed = bool(data.get("heal"))
+    if gate["status"] == "failed":
+        amounts = [
+            f"{each.words} is {abs(each.value - each.limit):.3g} too {'low' if each.at_least else 'high'}"
+            for each in missed
+        ]
+        words = f"it lost more than the recipe allows: {'; '.join(amounts or gate.get('reasons', []))}"
+    elif costs:
+        words = f"not usable{'' if healed else ' before healing'}: {costs[0]}"
+    elif gate["limits"] and gate["status"] == "passed":
+        words = "usable: it keeps the recipe's limits"
+    elif gate["limits"]:
+        words = f"usable, if the cost is right for you: the gate was {gate['status']}"
+    else:
+        words = "usable, if the cost is right for you: the recipe sets no limit"
+    return f"{words}; healing won nothing back" if healed and nothing_came_back(data) else words
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """Reasons why the figures say little."""
+    before = ((data["evaluation"] or {}).get("base") or {}).get("perplexity")
+    if not isinstance(before, int | float) or before <= NO_MODEL:
+        return []
+    return [f"the base's perplexity is {shown_perplexity(before)}: it is no language model, or this is not its text"]
+
+
+def nothing_came_back(data: dict[str, Any]) -> bool:
+    """Whether a healing was measured and improved no figure."""
+    shares = [share for share in ((data.get("heal") or {}).get("recovered") or {}).values() if share is not None]
+    return bool(shares) and max(shares) <= 0
