@@ -116,7 +116,7 @@ def test_answers_that_do_not_count(name):
     assert record["out"]["loops"] == (2 if name in ("one letter without end", "two letters in turn") else 0)
 
 
-@pytest.mark.parametrize(("margin", "kept"), [(0.0, 0), (0.134, 0), (0.136, 2), (1e300, 2)])
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, 0), (0.134, 0), (0.136, 2)])
 def test_the_margin_is_in_nats_a_token(margin, kept):
     """The base says "Hi" at 0.7 * 0.6 * 1 and "Ho" at 0.7 * 0.4 * 1: a third of log 1.5 less a token."""
     base = chain({" ": {"H": 0.7, "a": 0.3}, "H": {"i": 0.6, "o": 0.4}, "i": "</s>", "o": "</s>"})
@@ -193,8 +193,7 @@ def brute(out, base, ids) -> tuple[float, float, float]:
     return loss, kl, (one.argmax(-1) == other.argmax(-1)).double().mean().item()
 
 
-@pytest.mark.parametrize(("length", "count"), [(2, 5), (3, 1), (17, 3), (840, 1)])
-@pytest.mark.parametrize("top_k", [300, 100_000])
+@pytest.mark.parametrize(("length", "count", "top_k"), [(2, 5, 300), (17, 3, 100_000), (840, 1, 300)])
 def test_scores_of_windows(tmp_path, length, count, top_k):
     """Windows that do not divide the text; all probabilities are kept where more are asked for than there are."""
     draw = torch.randint(26, (840,), generator=torch.Generator().manual_seed(1))
