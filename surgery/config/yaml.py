@@ -24,8 +24,8 @@ Path = tuple[str | int, ...]
 
 
 def _line_of_fault(text: str, loader) -> str:
-    """ ":LINE" of the first value that looks like a date or a number and is invalid; "" where there is none."""
-    with suppress(RecursionError, UnicodeEncodeError):  # a lone surrogate has no line for the parser
+    """ ":LINE" of the first value that has the form of a date or a number and is none; "" where there is none."""
+    with suppress(RecursionError, ValueError, OverflowError, yaml.YAMLError):  # it may not even be read
         nodes = [yaml.compose(text, Loader=loader)]
         for node in nodes:
             if isinstance(node, yaml.MappingNode):
