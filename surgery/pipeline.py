@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
     """Apply a recipe to a model given by name or folder, and write a folder. All processes but the first get None."""
-    refuse_output_and_engine(output, options)
+    refuse_output_and_engine(output, model, options)
     options = _timed(options)
     if recipe.heal is not None:
         return _convert_and_heal(recipe, model, output_path(output), options)

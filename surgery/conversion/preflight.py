@@ -93,13 +93,16 @@ def preflight_in_memory(heal: Heal, judged_by: Evaluate | None, model, tokenizer
     return base
 
 
-def refuse_output_and_engine(output: str | Path | None, options: RunOptions) -> None:
+def refuse_output_and_engine(output: str | Path | None, model: str, options: RunOptions) -> None:
     """Raise if a conversion into a folder has no output, an unknown engine, or an output that is taken."""
     if output is None:
         raise SurgeryError("no output folder was named", fix="output='out'")
     if options.engine not in ENGINES:
         raise SurgeryError(f"unknown engine {options.engine!r}", exists=", ".join(ENGINES))
-    refuse_taken(output_path(output), options)
+    out, source = output_path(output).resolve(), Path(model).resolve()
+    nested = out == source or out in source.parents or source in out.parents
+    if out != out.parent and not nested:  # errors of their own, when the folder is opened
+        refuse_taken(output_path(output), options)
 
 
 def refuse_taken(out: Path, options: RunOptions) -> None:
@@ -107,14 +110,13 @@ def refuse_taken(out: Path, options: RunOptions) -> None:
 
     This needs no plan. Whether a resumed run fits OUT is verified later, with its plan.
     """
-    if not os.path.lexists(out) or options.overwrite or options.resume:
+    if not os.path.lexists(out) or options.overwrite or options.resume or _may_be_resumed(out):
         return
-    resume = "--resume to go on with its check and scores, or " if _is_unjudged(out) else ""
-    raise OutputExistsError("OUT exists", where=str(out), fix=f"choose another name, or add {resume}--overwrite")
+    raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 
-def _is_unjudged(out: Path) -> bool:
-    """Whether OUT is a result of ours whose run was stopped before it was checked or scored."""
+def _may_be_resumed(out: Path) -> bool:
+    """Whether OUT is a result of ours whose run was stopped before it was checked or scored: the plan decides."""
     try:
         record = read_json(out / REPORT)
     except (OSError, SurgeryError):

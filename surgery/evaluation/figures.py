@@ -46,7 +46,7 @@ class Evaluation(Result):
         kl: KL(base || out) in nats per token: mean, p99 (99th percentile over tokens), top_k.
         top1_agreement: share of tokens where both models find the same next token most probable.
         notes: remarks for the reader, such as figures that could not be determined.
-        probes: records of the other probes that a recipe asks for, by name ("needles"); {} if there are none.
+        probes: records of the other probes that a recipe asks for, by name; {} if there are none.
     """
 
     status: str

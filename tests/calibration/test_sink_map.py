@@ -193,8 +193,8 @@ def test_a_bos_that_the_tokenizer_adds_or_has_not():
         (["--samples", 2], ["--samples", "add --sinks"]),
         (["--sinks", "--heads"], ["use either --heads or --sinks, not both"]),
         (["--sinks", "--scores", "x.json"], ["--scores", "add --heads"]),
-        (["--plot", "x.png"], ["add --heads or --sinks"]),
-        (["--sinks", "--plot", "x.pdf"], ["PNG"]),
+        (["--plot", "x.png"], ["--plot needs --heads or --sinks"]),
+        (["--sinks", "--plot", "x.txt"], ["x.txt"]),
         (["--sinks", "--samples", 100000], ["too short"]),
     ],
 )

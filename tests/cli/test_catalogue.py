@@ -50,10 +50,11 @@ def test_groups_follow_from_operations_and_settings():
     def entry(name, *overrides):
         return Entry.of(recipes.load(name, overrides))
 
-    assert (entry("gqa").purpose, entry("gqa").training, entry("gqa").tier) == ("cache", "no", NATIVE)
+    assert (entry("gqa").purpose, entry("gqa").training, entry("gqa").tier) == ("cache", "no", SURGICAL)
     plain = entry("mqa")
     assert (plain.purpose, plain.training) == ("training", "needed"), "the mean alone is a start"
-    assert entry("gqa", "keep_layers=0.5").tier == SURGICAL
+    assert entry("gqa", "kv_heads=1").tier == NATIVE
+    assert entry("gqa", "kv_heads=1", "keep_layers=0.5").tier == SURGICAL
     assert entry("mqa", "kv_heads=[1, 3]").tier == SURGICAL
     assert entry("mqa", "kv_heads=[3, 3]").tier == NATIVE
     assert entry("prune-heads", "granularity=head").tier == SURGICAL
@@ -92,9 +93,9 @@ def test_ls_of_one_shows_every_setting(surgery, name):
 
 def test_ls_of_one_as_data(surgery):
     data = surgery("ls", "gqa", "--json").json
-    assert data["recipe"]["operations"][0]["kv_heads"] == 1
+    assert data["recipe"]["operations"][0]["kv_heads"] is None
     assert data["operations"]["gqa"]["kv_heads"]["description"]
-    assert (data["tier"], data["training"]) == ("native", "no")
+    assert (data["tier"], data["training"]) == ("surgical", "no")
     assert surgery("ls", "head_mask", "--json").json["operations"]["head_mask"]
 
 

@@ -100,7 +100,7 @@ def test_a_stopped_optimisation_goes_on(score, tmp_path, monkeypatch):
     ("args", "says"),
     [
         ((), ["-o scores.json"]),
-        (("-o", "s.json", "--method", "gate"), ["gate", "far-mass, retrieval, gates, ablation"]),
+        (("-o", "s.json", "--method", "gate"), ["gate", "far-mass, retrieval, gates, fisher, ablation"]),
         (("-o", "s.json", "--steps", "5"), ["far-mass takes no steps"]),
         (("-o", "s.json", "--resume"), ["no steps to go on from"]),
         (("-o", "s.json", "--window", "1000"), ["no far past", "smaller window"]),

@@ -109,6 +109,9 @@ class Reader:
     def eval(self):
         return self
 
+    def modules(self):
+        return [self]
+
     def train(self, mode):
         return self
 
@@ -177,7 +180,7 @@ def test_the_command(surgery, folder, tmp_path):
     done = surgery("eval", folder, "--base", folder, *options)
     assert done.code == 0, done.err
     row = "right one of 3 hidden secrets, share of prompts  0.0%  0.0%"
-    for words in ("base  model", row, "2 plain prompts of 700"):
+    for words in ("base  converted", row, "2 plain prompts of 700"):
         assert words in done.out
     facts = surgery("eval", folder, *options, "--json").json
     assert (facts["prompts"], facts["settings"]["keys"], facts["kept"]) == (2, 3, None)

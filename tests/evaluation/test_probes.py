@@ -270,7 +270,7 @@ REFUSED = {
     "depth": (("--probe", "needles", "depths=[0.5, 2]"), ["depth 2.0 is outside of the text"]),
     "two ways in one": (("--probe", "needles", "cases=4", "samples=2"), ["cases and samples are two ways"]),
     "questions": (("--probe", "choices", "labelled=q.jsonl", "items=3"), ["items is not for questions of a file"]),
-    "flag and name": (("--probe", "needles", "--depths", "3"), ["--depths and --probe are two ways", "write depths="]),
+    "flag and name": (("--probe", "needles", "--depths", "3"), ["either --depths or --probe", "write depths="]),
     "switch and name": (("--probe", "needles", "--needles"), ["use either --needles or --probe, not both"]),
     "other flag and name": (("--probe", "choices", "--depths", "3"), ["use either --depths or --probe, not both"]),
     "a setting without a probe": (("depths=3",), ["'depths=3' is a setting of a probe", "--probe needles"]),

@@ -113,8 +113,13 @@ def test_needles_are_asked_as_the_recipe_says_and_kept_without_the_cases(monkeyp
             self.facts = facts
 
     class Scored:
+        status = "done"
+
+        def __init__(self):
+            self.probes = {}
+
         def to_dict(self):
-            return dict(DONE)
+            return DONE | self.probes
 
     monkeypatch.setattr(Needles, "measure", needles)
     monkeypatch.setattr(Perplexity, "measure", lambda *_, **__: Scored())

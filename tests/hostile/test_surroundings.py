@@ -144,7 +144,7 @@ def test_ctrl_c_while_a_library_is_read(surgery, monkeypatch, json_asked):
         except KeyboardInterrupt:
             raise ImportError("numpy could not be read") from None
 
-    monkeypatch.setattr("surgery.api.anatomy_of", read)
+    monkeypatch.setattr("surgery.io.hub.resolve", read)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     try:
         ran = surgery("inspect", "anything", *json_asked)

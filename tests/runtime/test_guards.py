@@ -188,7 +188,7 @@ def test_one_floor_of_transformers(monkeypatch):
     assert f'"transformers>={low},<{high.split(".")[0]}"' in metadata
     model = operated(TINY["llama"](), [[0], []])
     for version in ("5.20.3", "6.0.0"):
-        monkeypatch.setattr(surgery_block.transformers, "__version__", version)
+        monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(ValueError, match=rf">= {low} and < {high}, this is \({version[0]}"):
             surgery_block.validate(model.config)
 

@@ -29,12 +29,12 @@ class ClosedForm(GQA):
     """What loses least on calibration text, the rest refitted."""
 
     method: Literal["closed_form"]
-    keep_layers: float | None = Field(
-        None,
+    keep_layers: float = Field(
+        0.0,
         ge=0,
         lt=1,
         description="Share of the layers that keep their KV heads, those where sharing costs most on the "
-        f"calibration text (surgical tier). null: {KEPT} where kv_heads is null, else 0.",
+        f"calibration text (surgical tier). 0: none, or {KEPT} where kv_heads is null.",
     )
     seed: MergeSeed = 0
     refit: list[Literal["q", "k", "v", "o", "mlp"]] = Field(
@@ -81,11 +81,11 @@ class ClosedForm(GQA):
 
     @property
     def kept_share(self) -> float:
-        return (KEPT if self.kv_heads is None else 0.0) if self.keep_layers is None else self.keep_layers
+        return self.keep_layers or (KEPT if self.kv_heads is None else 0.0)
 
     def kept_layers(self, anatomy: Anatomy) -> int:
         kept = int(self.kept_share * len(anatomy.layers) + 0.5)
-        return min(kept, len(anatomy.layers) - 1) if self.keep_layers is None else kept
+        return kept if self.keep_layers else min(kept, len(anatomy.layers) - 1)
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         problems = super().problems(anatomy)

@@ -100,7 +100,7 @@ def test_written_where_the_checkpoint_says_it(surgery, out, monkeypatch, fixed, 
     shown = surgery(*args)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert f"dense_below: {value} (now 64): the smallest that stays within 1.02 of dense" in shown.out
-    assert f"add --write; or make the checkpoint anew with dense_below={value}" in shown.out
+    assert f"add --write; or make the checkpoint again with dense_below={value}" in shown.out
     done = surgery(*args, "--write")
     assert done.code == 0, done.err
     assert "written to out" in done.out

@@ -453,7 +453,7 @@ def test_a_stopped_run_goes_on_to_the_same_gates(tokenizer, tmp_path):
     assert untouched(model), "also after an interruption"
     steps = []
     resumed = gates(model, tokenizer, **run, state=state, progress=lambda *args: steps.append(args[0]))
-    assert steps == [4, 5, 6, 7]
+    assert steps == [0, 4, 5, 6, 7]  # a stage begins with a call
     assert resumed == uninterrupted
     with pytest.raises(SurgeryError, match="another seed"):
         gates(model, tokenizer, **run | {"seed": 1}, state=state)
@@ -535,7 +535,7 @@ def test_what_cannot_be_scored(tokenizer):
     runtime.patch(split, {"layers": [{"streaming": [0], **REACH}] * 2})
     with pytest.raises(SurgeryError, match="split already"):
         score(split, tokenizer, "ablation", **SHORT, text=WORDS)
-    with pytest.raises(SurgeryError, match="far-mass, retrieval, gates, ablation"):
+    with pytest.raises(SurgeryError, match="far-mass, retrieval, gates, fisher, ablation"):
         score(tiny("llama"), tokenizer, "farmass", **SHORT)
     with pytest.raises(SurgeryError, match="far-mass takes no steps"):
         score(tiny("llama"), tokenizer, "far-mass", **SHORT, steps=3)

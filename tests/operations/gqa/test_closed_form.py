@@ -62,7 +62,7 @@ def test_turned_copies_merge_without_loss(name, numbers):
 
 def test_the_command(surgery, model, text):
     """Plan, convert, and what is kept: facts of every layer, no file of the measurement."""
-    small = ("calibration_samples=4", "calibration_length=64", f"calibration_text={text}")
+    small = ("kv_heads=1", "calibration_samples=4", "calibration_length=64", f"calibration_text={text}")
     plan = surgery("plan", "gqa", model, *small)
     assert plan.code == 0
     assert "KV heads 3 → 1 in 2 layers (closed form)" in plan.out
@@ -333,7 +333,7 @@ def test_a_number_that_does_not_divide(numbers):
 
 
 def test_resume_converts_only_the_layers_that_are_missing(model, text, tmp_path, monkeypatch):
-    options = {"calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
+    options = {"kv_heads": 1, "calibration_samples": 4, "calibration_length": 64, "calibration_text": str(text)}
     options |= {"check": False, "evaluate": False}
     package.apply("gqa", str(model), output=tmp_path / "whole", **options)
     with pytest.raises(Stopped):

@@ -542,7 +542,7 @@ def test_the_plan_tells_unequal_groups(surgery, model):
     assert "3 KV heads, each read by 2 to 3 query heads (3 before)" in message
     assert "parameters may be fewer" not in message
     assert "may be fewer" in surgery("plan", "prune-heads", model, "granularity=head", "per_layer=3").out
-    assert "prune_heads" in surgery("ls").out
+    assert "prune_heads" in surgery("ls", "--all").out
 
 
 def test_plan_lines():
