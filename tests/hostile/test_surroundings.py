@@ -148,7 +148,7 @@ def test_ctrl_c_while_a_library_is_read(surgery, monkeypatch, json_asked):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     try:
         ran = surgery("inspect", "anything", *json_asked)
-        assert (ran.code, ran.out, ran.err) == (130, "", "")
+        assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

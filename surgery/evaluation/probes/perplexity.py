@@ -77,7 +77,7 @@ class Perplexity(Probe):
             lambda record: _ratio(record),
             at_least=False,
             description="Gate: perplexity over the base's, at most.",
-            words="perplexity, × the base's",
+            words="perplexity ratio",
         ),
         "min_top1": Limit(
             lambda record: record.get("top1_agreement"),
