@@ -99,10 +99,17 @@ def refuse_output_and_engine(output: str | Path | None, model: str, options: Run
         raise SurgeryError("no output folder was named", fix="output='out'")
     if options.engine not in ENGINES:
         raise SurgeryError(f"unknown engine {options.engine!r}", exists=", ".join(ENGINES))
-    out, source = output_path(output).resolve(), Path(model).resolve()
-    nested = out == source or out in source.parents or source in out.parents
-    if out != out.parent and not nested:  # errors of their own, when the folder is opened
+    if not _is_refused_anyway(output_path(output), model):
         refuse_taken(output_path(output), options)
+
+
+def _is_refused_anyway(out: Path, model: str) -> bool:
+    """Whether OUT is a root, or it and the model folder lie in one another: `OutputFolder` says what is wrong then."""
+    try:
+        target, source = (Path(os.path.realpath(path)) for path in (out, model))
+    except (OSError, ValueError):  # no such names; whoever opens them reports it
+        return True
+    return target in (target.parent, source) or target in source.parents or source in target.parents
 
 
 def refuse_taken(out: Path, options: RunOptions) -> None:
