@@ -183,7 +183,7 @@ def test_eval_against_a_model_of_another_vocabulary(refused, out, model, tmp_pat
 def test_check_of_a_folder_that_surgery_did_not_write(refused, model, tmp_path):
     says = ["model: no surgery.json: not a checkpoint that surgery wrote", "surgery apply RECIPE MODEL -o OUT"]
     refused("check", model, says=says)
-    refused("check", "nowhere", says=["nowhere: no surgery.json"])
+    refused("check", "nowhere", says=["nowhere: no such folder"])
     (model / "surgery.json").write_text("{")
     refused("check", model, says=["surgery.json is not JSON"], code=4)
     for content in ("{}", '{"format": 99}'):
