@@ -48,6 +48,17 @@ class AttentionHook:
         kinds = kinds_of_heads(self.groups[layer], streaming, sinks, window, self.windows[layer])
         self.modules[layer].surgery_heads = kinds
 
+    def streamed(self, module, query, key, value, mask, *, sinks: int, window: int, **kwargs) -> torch.Tensor:
+        """The output of a call if all KV heads of its layer streamed, [batch, n, heads, head_dim]; all are full again.
+
+        Args: those of the hooked function, and sinks + window, in tokens.
+        """
+        layer = module.layer_idx
+        self.set_streaming(layer, range(self.kv_heads[layer]), sinks, window)
+        output, _ = surgery_attention(module, query, key, value, mask, **kwargs)
+        self.set_streaming(layer)
+        return output
+
     def largest_of_groups(self, totals: list[torch.Tensor]) -> list[list[float]]:
         """The largest number in each KV head's group, [layers][KV heads]; `totals` has [query heads] a layer."""
         pairs = zip(totals, self.kv_heads, strict=True)

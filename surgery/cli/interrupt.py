@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.io.files import PROGRESS, REPORT, read_json
+from surgery.io.files import PROGRESS, read_json
 
 # Takes the arguments of the command. Returns a sentence on what is kept, and one with the command to type next.
 Advice = Callable[[list[str]], str]
@@ -48,7 +48,7 @@ def message(args: list[str]) -> str:
 
 def of_output(out: Path) -> Advice:
     """Advice for verbs that write OUT.partial before OUT: `apply`, `heal`."""
-    from surgery.conversion.preflight import unhealed_folder
+    from surgery.conversion.preflight import is_unjudged, unhealed_folder
     from surgery.io.output_folder import output_path
 
     def advice(args: list[str]) -> str:
@@ -63,7 +63,7 @@ def of_output(out: Path) -> Advice:
                 return f"{kept}{where}. Go on: {_again(args, '--resume')}"
         if unhealed.is_dir():
             return f"the converted model is kept in {_shown(out, unhealed)}. Go on: {_again(args, '--resume')}"
-        if _is_unjudged(folder):
+        if is_unjudged(folder):
             done = "is complete, but for its check and scores"
             return f"{out} {done}. Go on: {_again(args, '--resume', drop='--overwrite')}"
         return f"nothing was written. Begin again: {_again(args)}"
@@ -107,11 +107,6 @@ def _kept(partial: Path) -> str:
     if states:
         return "the calibration text is kept"
     return "finished files are kept" if _record(partial / PROGRESS).get("done") else "nothing is finished yet"
-
-
-def _is_unjudged(folder: Path) -> bool:
-    record = _record(folder / REPORT)
-    return bool(record) and (record.get("check") is None or record.get("evaluation") is None)
 
 
 def _record(file: Path) -> dict:

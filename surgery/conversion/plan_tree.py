@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.architecture.layer import LayerAnatomy
+from surgery.operations.base import LOADS_WITH
 
 if TYPE_CHECKING:
     from surgery.conversion.plan import Plan
-
-LOADS_WITH = {"native": "native (loads with stock Transformers)", "surgical": "surgical (needs the bundled code)"}
 
 
 def lines(plan: Plan) -> list[str]:

@@ -15,7 +15,14 @@ from surgery.config.options import ENGINES, RunOptions
 from surgery.errors import OutputExistsError, SurgeryError, UnsupportedModelError
 from surgery.evaluation.run import refuse_unscorable
 from surgery.io.files import REPORT, read_json
-from surgery.io.output_folder import OutputFolder, machine_errors, output_path, refuse_small_disk, refuse_to_replace
+from surgery.io.output_folder import (
+    OutputFolder,
+    machine_errors,
+    output_path,
+    overlap,
+    refuse_small_disk,
+    refuse_to_replace,
+)
 from surgery.io.pickle import only_pickled
 
 if TYPE_CHECKING:
@@ -106,10 +113,9 @@ def refuse_output_and_engine(output: str | Path | None, model: str, options: Run
 def _is_refused_anyway(out: Path, model: str) -> bool:
     """Whether OUT is a root, or it and the model folder lie in one another: `OutputFolder` says what is wrong then."""
     try:
-        target, source = (Path(os.path.realpath(path)) for path in (out, model))
+        return os.path.realpath(out) == os.path.realpath(out.parent) or overlap(out, Path(model))
     except (OSError, ValueError):  # no such names; whoever opens them reports it
         return True
-    return target in (target.parent, source) or target in source.parents or source in target.parents
 
 
 def refuse_taken(out: Path, options: RunOptions) -> None:
@@ -117,13 +123,13 @@ def refuse_taken(out: Path, options: RunOptions) -> None:
 
     This needs no plan. Whether a resumed run fits OUT is verified later, with its plan.
     """
-    if not os.path.lexists(out) or options.overwrite or options.resume or _may_be_resumed(out):
+    if not os.path.lexists(out) or options.overwrite or options.resume or is_unjudged(out):
         return
     raise OutputExistsError("OUT exists", where=str(out), fix="choose another name, or add --overwrite")
 
 
-def _may_be_resumed(out: Path) -> bool:
-    """Whether OUT is a result of ours whose run was stopped before it was checked or scored: the plan decides."""
+def is_unjudged(out: Path) -> bool:
+    """Whether OUT is a result of ours that was not checked or not scored: --resume may go on with that."""
     try:
         record = read_json(out / REPORT)
     except (OSError, SurgeryError):

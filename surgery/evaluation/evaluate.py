@@ -91,8 +91,7 @@ def evaluate(
     Raises:
         SurgeryError: there is no such probe, a setting is not valid, or these models cannot be measured by the probe.
     """
-    named = {"text": text, "windows": windows, "length": length, "top_k": top_k}
-    given = {key: value for key, value in named.items() if value is not None} | settings
+    given = _given(text=text, windows=windows, length=length, top_k=top_k) | settings
     return _evaluate(model, base, probe, given, tokenizer, report, progress)
 
 
@@ -126,9 +125,8 @@ def evaluate_needles(
         secret: "digits" or "words".
         form: "chat", "plain", or "auto" (as the tokenizer allows).
     """
-    settings = {"text": text, "lengths": lengths, "length": length, "depths": depths, "samples": samples}
-    settings |= {"cases": cases, "seed": seed, "secret": secret, "form": form}
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = _given(text=text, lengths=lengths, length=length, depths=depths, samples=samples)
+    given |= _given(cases=cases, seed=seed, secret=secret, form=form)
     return cast("NeedleResult", _evaluate(model, base, "needles", given, tokenizer, report, progress))
 
 
@@ -155,8 +153,7 @@ def evaluate_choices(
         items, context: number of questions made from the text (320), and tokens of a passage (96).
         seed: random seed of the passages (0).
     """
-    settings = {"text": text, "labelled": labelled, "items": items, "context": context, "seed": seed}
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = _given(text=text, labelled=labelled, items=items, context=context, seed=seed)
     return cast("ChoiceResult", _evaluate(model, base, "choices", given, tokenizer, report, progress))
 
 
@@ -213,6 +210,11 @@ def _chosen(probe: str | Probe | None, settings: dict[str, Any], report: Report 
     return of_recipe or make(name, settings)
 
 
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings that the caller gave; the probe has defaults for the others."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
 def _usual() -> Probe:
     """The probe that every recipe is judged by, with its default settings."""
     from surgery.evaluation import probes
@@ -228,8 +230,8 @@ def _record(folder: Path, base: object, probe: Probe, result: Result) -> None:
     if not (folder / FILE).is_file():
         return
     report = Report.of(folder)
-    recipe = recorded(report.data)
-    if probe.main and recipe and (short := recipe.too_short(probe.length, "windows", "length")):
+    recipe = recorded(report.data) if probe.main else None
+    if recipe and (short := recipe.too_short(probe.length, "windows", "length")):
         result.notes.append(short)
     if reason := record_score(report, base, probe, result.to_dict()):
         result.notes.append(f"not added to the card{', ' if reason == KEPT else ': '}{reason}")

@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 from surgery.io.printing import Block, Printed
 
 
+def without_cases(record: dict[str, Any]) -> dict[str, Any]:
+    """A probe's record as surgery.json keeps it: figures, and not the cases with their texts."""
+    return {key: value for key, value in record.items() if key != "cases"}
+
+
 class Result(Printed, Mapping[str, Any]):
     """The result of a probe's `measure`. As a mapping it equals `to_dict()`: `result["out"]["perplexity"]`.
 

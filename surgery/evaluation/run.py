@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from surgery.errors import SurgeryError
 from surgery.evaluation.probes.base import UNASKED, Probe, Progress
 from surgery.evaluation.probes.settings import requested_probes
+from surgery.evaluation.result import without_cases
 from surgery.report.lineage import recipe_probe, same_settings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def evaluate_in_memory(
     if probe is None:
         asked = requested_probes(report.data["recipe"].get("evaluate") or {})
         result: Result = _measure_all(asked, model, base, **options)
-        record = result.to_dict()
+        report.record_evaluation(result.to_dict())
     else:
         _refuse_other_settings(report.data, probe)
         if not probe.main and (measured or {}).get("status") != "done":
@@ -69,9 +70,10 @@ def evaluate_in_memory(
                 fix="surgery.evaluate(model, base, report=report) first",
             )
         result = probe.measure(model, base, **options)
-        record = result.to_dict()
-        record = record if probe.main else (measured or {}) | {probe.name: _without_cases(record)}
-    report.record_evaluation(record)
+        if probe.main:
+            report.record_evaluation(result.to_dict())
+        else:
+            report.record_probe(probe.name, result.to_dict())
     report.data["in_memory"] = (report.data.get("in_memory") or {}) | {"scored": weights_version(model)}
     return result
 
@@ -119,10 +121,6 @@ def _measure(
     if reason := probe.unasked(base, tokenizer):
         return {"status": UNASKED, "reason": reason}
     try:
-        return _without_cases(probe.measure(out, base, tokenizer=tokenizer, progress=progress).to_dict())
+        return without_cases(probe.measure(out, base, tokenizer=tokenizer, progress=progress).to_dict())
     except SurgeryError as error:
         return {"status": "not run", "reason": error.what}
-
-
-def _without_cases(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "cases"}

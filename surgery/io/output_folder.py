@@ -21,6 +21,12 @@ SPARE_BYTES = 64 << 20
 FULL = ("No space left", "failed writing file", "Disk quota")  # words of torch and safetensors for a full disk
 
 
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two paths, links followed, are the same folder or one lies in the other."""
+    one, other = (Path(os.path.realpath(path)) for path in (one, other))
+    return one == other or other in one.parents or one in other.parents
+
+
 class OutputFolder:
     """OUT while it is being made.
 
@@ -107,10 +113,8 @@ class OutputFolder:
 
     def refuse_nesting(self, base: Path) -> None:
         """Raise a SurgeryError where OUT is the base's folder, lies in it or holds it."""
-        base = Path(os.path.realpath(base))
         for path in (self.out, self.partial, self.replaced):  # --overwrite removes all three
-            out = Path(os.path.realpath(path))
-            if out == base or base in out.parents or out in base.parents:
+            if overlap(path, base):
                 raise OutputExistsError(
                     "OUT (with its .partial and .replaced) may not be the model folder, lie in it or hold it",
                     where=str(self.out),

@@ -18,6 +18,11 @@ class Table:
     justify: str = "left"
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 sample", "3 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 Block = str | Table | tuple[str, str]  # a line, a table, or a line with a label in front of it
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from surgery.machine.progress import Progress
 
 NATIVE, SURGICAL = "native", "surgical"
+LOADS_WITH = {NATIVE: "native (loads with stock Transformers)", SURGICAL: "surgical (needs the bundled code)"}
 PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order of the headings
     "cache": "A smaller KV cache",
     "prompt": "Faster long prompts",

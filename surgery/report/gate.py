@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from surgery.errors import RecipeError, nearest
 from surgery.evaluation import probes
@@ -38,19 +40,13 @@ def gate(evaluation: dict, limits: dict) -> tuple[str, list[str]]:
 
     failed = [fault for cls, result in probes.done(evaluation) for fault in cls.faults(result)]
     missing = []
-    for name, limit in limits.items():
-        cls, bound = known[name]
-        result = probes.record_of(evaluation, cls)
-        if limit is None or result.get("status") == UNASKED:
-            continue
-        if evaluation.get("base") is None:
-            missing.append(f"{name} needs the base model to compare with")
-        elif reason := cls.missing(result):
-            missing.append(f"{name}: {reason}")
-        elif not finite(value := bound.figure(result)):
-            failed.append(f"{name}: the figure is not a number")
-        elif value < limit if bound.at_least else value > limit:
-            failed.append(f"{name}: {value:.4g}, the limit is {limit:g}")
+    for bounded in _bounded(evaluation, limits):
+        if bounded.missing:
+            missing.append(bounded.missing)
+        elif bounded.comparison is None:
+            failed.append(f"{bounded.name}: the figure is not a number")
+        elif not bounded.comparison.passed:
+            failed.append(f"{bounded.name}: {bounded.comparison.value:.4g}, the limit is {bounded.comparison.limit:g}")
     return ("failed" if failed else "not run" if missing else "passed"), failed + missing
 
 
@@ -78,17 +74,42 @@ class Comparison:
 
 def comparisons(evaluation: dict | None, limits: dict) -> list[Comparison]:
     """Every measured figure that has a limit, with this limit; limits and evaluation are as for `gate`."""
-    known, found = probes.limits(), []
+    if not evaluation or evaluation.get("status") != "done":
+        return []
+    return [bounded.comparison for bounded in _bounded(evaluation, limits) if bounded.comparison]
+
+
+class _Bounded(NamedTuple):
+    """A limit with its figure.
+
+    Attributes:
+        missing: the reason why there is no figure; "" if there is one.
+        comparison: None where the figure is missing or not a number.
+    """
+
+    name: str
+    missing: str
+    comparison: Comparison | None
+
+
+def _bounded(evaluation: dict, limits: dict) -> Iterator[_Bounded]:
+    """Every known limit that a probe should answer, in the order of `limits`."""
+    known = probes.limits()
     for name, limit in limits.items():
-        if limit is None or name not in known or not evaluation or evaluation.get("status") != "done":
+        if limit is None or name not in known:
             continue
         cls, bound = known[name]
         record = probes.record_of(evaluation, cls)
-        if record.get("status") == UNASKED or evaluation.get("base") is None or cls.missing(record):
+        if record.get("status") == UNASKED:
             continue
-        if finite(value := bound.figure(record)):
-            found.append(Comparison(bound.words or name, value, limit, bound.at_least))
-    return found
+        if evaluation.get("base") is None:
+            yield _Bounded(name, f"{name} needs the base model to compare with", None)
+        elif reason := cls.missing(record):
+            yield _Bounded(name, f"{name}: {reason}", None)
+        else:
+            value = bound.figure(record)
+            compared = Comparison(bound.words or name, value, limit, bound.at_least) if finite(value) else None
+            yield _Bounded(name, "", compared)
 
 
 def damage(evaluation: dict | None) -> list[str]:

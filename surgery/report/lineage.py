@@ -29,10 +29,10 @@ def record_score(report: Report, base: object, probe: Probe, result: dict) -> st
     """
     if reason := unrecordable(report.data, base, probe):
         return reason
-    if not probe.main:
-        own = {key: value for key, value in result.items() if key != "cases"}
-        result = report.data["evaluation"] | {probe.name: own}
-    report.record_evaluation(result)
+    if probe.main:
+        report.record_evaluation(result)
+    else:
+        report.record_probe(probe.name, result)
     report.save()
     return ""
 

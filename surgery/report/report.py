@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from surgery.errors import CheckError, GateError, RecordError, SurgeryError, nearest, shown
 from surgery.evaluation.probes import REGISTRY, done
+from surgery.evaluation.result import without_cases
 from surgery.io.card_text import notes_of
 from surgery.io.files import (
     BASE_CARD,
@@ -210,6 +211,10 @@ class Report(Printed):
         if limits := self.data["gate"]["limits"]:
             status, reasons = gate(result, limits)
             self.data["gate"] |= {"status": status, "reasons": reasons}
+
+    def record_probe(self, name: str, result: dict) -> None:
+        """Record a further probe (`to_dict()` of its result) next to the main probe, and compare with the gate."""
+        self.record_evaluation((self.data["evaluation"] or {}) | {name: without_cases(result)})
 
     def raise_faults(self, kind: type[SurgeryError] = SurgeryError) -> None:
         """Raise the fault that the report records: a failed check, otherwise a failed gate.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.evaluation import probes
-from surgery.io.printing import Block
+from surgery.io.printing import Block, count
 from surgery.report.card_sections import base_name, healed, searched
 from surgery.report.verdict import gate_words, notes, verdict
 
@@ -88,7 +88,7 @@ def trained(heal: dict[str, Any] | None) -> list[str]:
         return []
     settings, steps, tokens = heal["settings"], heal.get("steps"), heal.get("tokens")
     facts = [str(settings.get("method") or "trained"), *([f"{tokens:,} tokens"] if isinstance(tokens, int) else [])]
-    facts += [f"{steps:,} {'step' if steps == 1 else 'steps'}"] if isinstance(steps, int) else []
+    facts += [count(steps, "step")] if isinstance(steps, int) else []
     return [f"{', '.join(facts)}; how much came back was not measured"]
 
 
@@ -104,4 +104,4 @@ def checked(check: dict[str, Any] | None) -> str:
         return f"failed: {'; '.join(named)}"
     done, left = len(by_status.get(PASSED, [])), by_status.get("not run", [])
     skipped = f"; not run: {', '.join(item['name'] for item in left)}" if left else ""
-    return f"{done} {'check' if done == 1 else 'checks'} passed{skipped}"
+    return f"{count(done, 'check')} passed{skipped}"

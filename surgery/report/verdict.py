@@ -13,8 +13,9 @@ def gate_words(data: dict[str, Any]) -> str:
     gate = data["gate"]
     if not gate["limits"]:
         return "none"
-    compared = comparisons(data["evaluation"], gate["limits"])
-    return gate["status"] + (f" ({', '.join(map(str, compared))})" if compared else "")
+    facts = [str(each) for each in comparisons(data["evaluation"], gate["limits"])]
+    facts += gate.get("reasons") or [] if gate["status"] == "not run" else []
+    return gate["status"] + (f" ({', '.join(facts)})" if facts else "")
 
 
 def verdict(data: dict[str, Any]) -> str:

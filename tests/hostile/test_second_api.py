@@ -467,11 +467,18 @@ def test_pushes_to_a_hub(checkpoints, tmp_path):
         assert answers["ours"]["removed"] == ["old.safetensors"]
         assert {"sub/x.safetensors", "a.txt"} <= hub.repos["me/ours"].files().keys()
         sent = hub.repos["me/new"].files()
-        named = (".gitattributes", "README.md", "surgery.json")  # the last two name the repository where they are sent
-        assert {name: sent[name] for name in sent if name not in named} == {
-            path.name: path.read_bytes() for path in out.iterdir() if path.name not in named
-        }
-        assert b"me/new" in sent["README.md"]
+        here = {path.name: path.read_bytes() for path in out.iterdir()}
+        card, record = (here.pop(name).decode() for name in ("README.md", "surgery.json"))
+        assert sent.pop("README.md").decode() == card.replace("OWNER/NAME", "me/new"), (
+            "what is sent names the repository"
+        )
+        known, pushed_record = json.loads(record), json.loads(sent.pop("surgery.json"))
+        assert pushed_record.pop("repository") == "me/new"
+        for each in (known, pushed_record):  # the hash of the card, and the record's own
+            each.pop("record_sha256", None)
+            del each["other_files"]["README.md"]
+        assert pushed_record == known
+        assert {name: sent[name] for name in sent if name != ".gitattributes"} == here
         for name in ("dots", "a path", "nothing", "a number", "a number as message", "a number as branch"):  # usage
             assert answers[name].get("code") == 2, (name, answers[name])
         read_only = answers["not allowed"]

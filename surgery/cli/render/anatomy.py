@@ -12,12 +12,13 @@ from rich.text import Text
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy
 from surgery.cli.render.console import console, size
-from surgery.cli.render.layout import columns, count, hanging, show
+from surgery.cli.render.layout import columns, hanging, show
 from surgery.config.catalogue import Entry
 from surgery.conversion.fit import Fit
 from surgery.conversion.plan import Plan
 from surgery.conversion.plan_tree import comparison_key
 from surgery.errors import any_of
+from surgery.io.printing import count
 
 POSITIONS = {"half": "RoPE", "interleaved": "RoPE (interleaved)", "alibi": "ALiBi", "unknown": "unknown (a guess)"}
 EXTRAS: dict[str, Callable[[LayerAnatomy], object]] = {  # columns of the table, shown if any layer has a value

@@ -15,10 +15,9 @@ from surgery.cli.render.console import console
 from surgery.cli.render.layout import columns, hanging, show
 from surgery.config.catalogue import Entry
 from surgery.config.recipe import Recipe
-from surgery.operations.base import PURPOSES, Operation
+from surgery.operations.base import LOADS_WITH, PURPOSES, Operation
 from surgery.operations.variants import Variants, describe_method, inline_schema
 
-TIERS = {"native": "native (loads with stock Transformers)", "surgical": "surgical (needs the bundled code)"}
 TRAINING = {"no": "no training", "included": "trains for itself", "needed": "to be trained before use"}
 STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
@@ -70,7 +69,7 @@ def recipe(loaded: Recipe, entry: Entry) -> None:
     """Print one recipe: what it does, its settings with their values in it, and a command to copy."""
     out = console()
     hanging(out, Text(f"{entry.name}:", style="bold"), loaded.description, 4)
-    out.print(f"{TIERS[entry.tier]}, {TRAINING[entry.training]}")
+    out.print(f"{LOADS_WITH[entry.tier]}, {TRAINING[entry.training]}")
     if limits := loaded.evaluate and loaded.evaluate.limits:
         out.print(f"quality gate: {', '.join(f'{key} {value:g}' for key, value in limits.items())}")
     for operation in loaded.operations:

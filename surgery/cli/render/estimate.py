@@ -5,6 +5,7 @@ from __future__ import annotations
 from surgery.cli.render.console import console, size
 from surgery.cli.render.durations import about
 from surgery.conversion.estimate import Estimate
+from surgery.io.printing import count
 
 LEAST = 1.0  # seconds from which a part of the run is named
 
@@ -14,7 +15,7 @@ def cost(estimate: Estimate) -> None:
     groups = estimate.groups()
     parts = ", ".join(f"{group} {about(seconds)}" for group, (seconds, _) in groups.items() if seconds >= LEAST)
     peak = max(groups, key=lambda group: groups[group][1])
-    threads = f"{estimate.threads} thread{'s' * (estimate.threads != 1)}"
+    threads = count(estimate.threads, "thread")
     out = console()
     out.print(f"time:    about {about(estimate.seconds)} on {threads}" + (f" ({parts})" if parts else ""))
     out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({peak})")

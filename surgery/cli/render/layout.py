@@ -67,8 +67,3 @@ def columns(out: Console, rows: Iterable[Sequence[Text | str]], gap: int = 2, cu
             last = last.copy()
             last.truncate(out.width - head.cell_len, overflow="ellipsis")
         hanging(out, head, last.plain, head.cell_len, str(last.style or ""))
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 sample", "3 samples"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -8,11 +8,12 @@ from rich.tree import Tree
 from surgery.cli.render.console import console, size
 from surgery.cli.render.estimate import cost
 from surgery.conversion import plan_tree
+from surgery.operations.base import LOADS_WITH
 
 
 def plan(work) -> None:
     """The old → new tree, and below it the sizes, what would train, and what the run would cost."""
-    name = f" on {work.source} ({work.before.model_type}): {plan_tree.LOADS_WITH[work.tier]}"
+    name = f" on {work.source} ({work.before.model_type}): {LOADS_WITH[work.tier]}"
     tree = Tree(Text.assemble((work.recipe.name, "bold"), name))
     for path, changes in plan_tree.layer_branches(work):
         branch = tree.add(Text(path))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from surgery.cli.render import layout
 from surgery.cli.render.console import console
+from surgery.io.printing import count
 
 if TYPE_CHECKING:
     from surgery.calibration.sinks import SinkMap
@@ -119,7 +120,7 @@ def draw(sink_map: SinkMap, path: Path, info: dict) -> Path:
         return Cells([[row[head] if head < len(row) else math.nan for row in table] for head in heads])
 
     most = max(value for table in panels.values() for row in table for value in row)
-    texts = f"{sink_map.texts} text{'s' * (sink_map.texts != 1)} of {sink_map.length} tokens"
+    texts = f"{count(sink_map.texts, 'text')} of {sink_map.length} tokens"
     return heat_maps(
         path,
         {name: turned(table) for name, table in panels.items()},

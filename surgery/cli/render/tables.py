@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.render.console import STATUS_STYLE, console, size
-from surgery.cli.render.layout import count, hanging, show
+from surgery.cli.render.layout import hanging, show
 from surgery.evaluation.benchmark.result import SPLIT
 from surgery.evaluation.probes.base import Probe, Result
 from surgery.evaluation.probes.base import Table as Data
+from surgery.io.printing import count
 
 SHOWN = {SPLIT: "converted"}  # name of a model in a benchmark's record -> what a person reads
 

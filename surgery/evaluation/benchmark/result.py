@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.io.printing import count
+
 STOCK, FULL, SPLIT = "base", "all full", "patched"
 SPEEDS = (  # name of a speed-up, the model compared with, the model judged, what is timed
     ("prefill_vs_stock", STOCK, SPLIT, "prefill"),
@@ -164,7 +166,7 @@ def plot(result: Benchmark, path: str | Path) -> Path:
     split, what = result.split, "random weights, " if result.model["synthetic"] else ""
     if split:
         what += f"{split['streaming']} of {split['kv_heads']} KV heads stream, "
-    rounds = f"{result.rounds} round{'s' * (result.rounds != 1)}"
+    rounds = count(result.rounds, "round")
     return curves(
         path,
         panels,

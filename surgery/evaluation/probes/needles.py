@@ -32,6 +32,7 @@ from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, TokenLengths, check_setting, settings_error
 from surgery.evaluation.recall import Outcome, run_needles
+from surgery.io.printing import count
 
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
@@ -306,7 +307,7 @@ class Needles(CaseProbe):
             share = f"{kept['kept']} of {kept['of']} that the base finds{where} ({percent(kept)})"
             nothing = f"nothing to compare (the base finds no needle{where})"
             lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
-        samples = f"{settings['samples']} sample{'s' * (settings['samples'] != 1)} in a cell"
+        samples = f"{count(settings['samples'], 'sample')} in a cell"
         size = f"{samples}, {settings['form']} prompts, seed {settings['seed']}"
         lines.append(f"{size}; a guess is right with probability {settings['chance']:.0e}.")
         return [*lines, f"The text around them: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]

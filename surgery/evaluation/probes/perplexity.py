@@ -36,6 +36,7 @@ from surgery.evaluation.probes.base import (
 )
 from surgery.evaluation.probes.fields import TextSource
 from surgery.io.loading import read_config, read_tokenizer, refuse_pickle
+from surgery.io.printing import count
 from surgery.machine.device import too_big
 
 if TYPE_CHECKING:
@@ -328,8 +329,7 @@ class Perplexity(Probe):
             )
         if not {"tokens", "title", "sha256"} <= text.keys():  # a record of an earlier version
             return lines
-        tokens = f"{text['tokens']:,} token{'s' * (text['tokens'] != 1)}"
-        return [*lines, f"Measured on {tokens} of {text['title']} (sha256 {text['sha256']})."]
+        return [*lines, f"Measured on {count(text['tokens'], 'token')} of {text['title']} (sha256 {text['sha256']})."]
 
     @classmethod
     def verdict(cls, record: dict) -> str:

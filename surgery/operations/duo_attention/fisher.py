@@ -100,10 +100,8 @@ class _BothOutputs:
         if full[0].requires_grad:
             self.full = full[0]
             with torch.no_grad():
-                self.hook.set_streaming(layer, range(self.hook.kv_heads[layer]), self.sinks, self.window)
-                near, _ = surgery_attention(module, query, key, value, mask, **kwargs)
-                self.hook.set_streaming(layer)
-                self.change = near - self.full
+                reach = {"sinks": self.sinks, "window": self.window}
+                self.change = self.hook.streamed(module, query, key, value, mask, **reach, **kwargs) - self.full
                 weights = self.hook.weights(module, query, key, self.rows, **kwargs)
                 self.mass[layer] += mass_outside(weights, self.rows, self.sinks, self.window).double().cpu()
         return full

@@ -106,12 +106,11 @@ class MixedAttention:
 
     def __call__(self, module, query, key, value, mask, **kwargs):
         layer, counts = module.layer_idx, self.hook.kv_heads
-        self.hook.set_streaming(layer)
         full, _ = surgery_attention(module, query, key, value, mask, **kwargs)  # [batch, n, heads, head_dim]
         if self.gates is None:
             return full, None
-        self.hook.set_streaming(layer, range(counts[layer]), self.sinks, self.window)
-        near, _ = surgery_attention(module, query, key, value, mask, **kwargs)
+        reach = {"sinks": self.sinks, "window": self.window}
+        near = self.hook.streamed(module, query, key, value, mask, **reach, **kwargs)
         own = self.gates.split(counts)[layer].repeat_interleave(query.shape[1] // counts[layer])
         gate = own.clamp(0, 1).to(full)[None, None, :, None]
         return gate * full + (1 - gate) * near, None
