@@ -364,7 +364,7 @@ def _base_on_disk(base: AnyModel | None) -> str | Path | None:
     if base is None or isinstance(base, str | Path):
         return base
     raise SurgeryError(
-        f"base is a loaded {type(base).__name__}, and a folder is healed beside a base on disk",
+        f"base is a loaded {type(base).__name__}, and healing a folder needs its base on disk",
         fix="name its folder or Hub id; or load the model too: surgery.load(folder)",
     )
 

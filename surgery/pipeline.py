@@ -24,6 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
+from surgery.io.loading import read_config
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.progress import StageClock
 from surgery.report.lineage import another_base
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from surgery.config.heal import Heal
     from surgery.config.options import RunOptions
     from surgery.config.recipe import Evaluate, Recipe
+    from surgery.io.loading import ModelSource
 
 
 def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, options: RunOptions) -> Report | None:
@@ -44,7 +46,7 @@ def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, optio
         return _convert_and_heal(recipe, model, output_path(output), options)
     report, base = convert(recipe, model, output, options)
     if _check(report, options):
-        _score(report, base, recipe.evaluate, options)
+        _score(report, base, _judged_by(recipe, base), options)
     return _close(report, options)
 
 
@@ -57,17 +59,18 @@ def _convert_and_heal(recipe: Recipe, model: str, out: Path, options: RunOptions
         return done if ranks.first else None
     if ranks.first:
         converted, base = convert(recipe, model, out, options)
-        if converted.data["evaluation"] is None and _score(converted, base, recipe.evaluate, options):
+        if converted.data["evaluation"] is None and _score(converted, base, _judged_by(recipe, base), options):
             converted.save()
     ranks.wait()
     if not ranks.first:
         converted, base = Report.of(unhealed), None
+    judged_by = _judged_by(recipe, converted.folder)
     base_name = str(base) if base is not None else model
     shown = replace(options, on_plan=None)  # the plan of the whole recipe was shown already
-    healed, source = heal_folder(converted, base_name, recipe.heal, recipe.evaluate, out, shown)
+    healed, source = heal_folder(converted, base_name, recipe.heal, judged_by, out, shown)
     if healed is None:
         return None
-    _judge_healed(healed, converted, source, recipe.evaluate, options)
+    _judge_healed(healed, converted, source, judged_by, options)
     if not recipe.heal.keeps_adapter:
         remove_own(unhealed)
     return healed
@@ -102,7 +105,7 @@ def apply_in_memory(recipe: Recipe, model: Any, tokenizer: Any, options: RunOpti
 
     class_before, base = type(model).__name__, None
     if recipe.heal is not None:
-        base = preflight_in_memory(recipe.heal, recipe.evaluate, model, tokenizer)
+        base = preflight_in_memory(recipe.heal, _judged_by(recipe, model), model, tokenizer)
     with with_gradients():  # a weight that is made in a script's inference mode could never train
         report = edit_model(recipe, model, tokenizer, options)
     note_origin(report, model, class_before)
@@ -123,6 +126,11 @@ def _judge_healed(
     if _check(healed, options) and base is not None and _score(healed, base, evaluate, options):
         compare(healed, converted.folder, base, evaluate, options)
     _close(healed, options)
+
+
+def _judged_by(recipe: Recipe, model: ModelSource) -> Evaluate | None:
+    """The recipe's evaluation, with windows and prompts cut to what the model takes, as in its plan."""
+    return recipe.cut_to(read_config(model))[0].evaluate if recipe.evaluate else None
 
 
 def _check(report: Report, options: RunOptions) -> bool:
@@ -161,6 +169,7 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
+    recipe, _ = recipe.cut_to(read_config(out))
     expected = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
     same = report.data["recipe"] == expected and not another_base(report.data["base"], model)
     return report if same else None

@@ -15,6 +15,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each of the processes that share the machine
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from warm_process import WarmPython
+
 from surgery.errors import SurgeryError
 
 SENTENCE = "the cat sat on a mat and looked at rain while seven dogs ran past old green doors of houses"
@@ -28,6 +30,23 @@ LLAMA = {
 
 
 STAGE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # of a progress that is no terminal's
+
+
+# The files that take longest begin first, so that no worker ends with one of them while the other has nothing to do.
+LONGEST = [
+    "test_sparse_prefill", "test_heal_folder", "test_compositions", "test_cli", "test_duo_smollm2", "test_smollm2",
+    "test_odd_api", "test_resume", "test_virtual_keys", "test_prune_heads", "test_wgqa", "test_duo_attention",
+]  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which else begins with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @dataclass
@@ -49,6 +68,20 @@ def float32_products():
     """Trainings of this process compute in float32 on every CPU, if they are not asked for bfloat16."""
     with pytest.MonkeyPatch.context() as patch:  # one that no test undoes
         patch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    return WarmPython()
+
+
+@pytest.fixture(autouse=True)
+def warm_processes(request, warm_python):
+    """The process that `check` starts is a fork of one that has imported torch and Transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("real_process"):
+            patch.setattr("surgery.evaluation.check.subprocess", warm_python)
         yield
 
 

@@ -165,16 +165,17 @@ def test_inspect_plans_with_the_models_limits():
         return fitting_recipes(anatomy_of(TINY["llama"](**fields)))
 
     short = fits(max_position_embeddings=512)
-    assert "it takes 512 tokens, the windows have 4096" in short["flexprefill"][0]
+    assert "leaves the first 4,096 tokens unchanged, and this model takes 512" in short["flexprefill"][0]
     assert "takes 512 tokens, sinks + window are 512" in short["sparse-duo"][0]
     assert short["gqa"] == []
-    assert "it takes 512 tokens, the windows have 2048" in short["duo-attention"][0]
+    assert short["duo-attention"] == []
     assert not any(fits(max_position_embeddings=8192).values())
     single = fits(num_key_value_heads=1, max_position_embeddings=8192)
     assert single["mqa"] == ["it changes nothing: there is 1 KV head already"]
     assert single["duo-attention"] == []
     changes = surgery.plan("streaming", TINY["llama"](max_position_embeddings=512)).notes
-    assert changes[0] == "this model takes 512 tokens, all of which these heads see: nothing changes"
+    words = "duo_attention leaves the first 1,024 tokens unchanged, and this model takes 512: nothing changes"
+    assert changes[0] == words
 
 
 SCORED = {

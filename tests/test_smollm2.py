@@ -72,10 +72,13 @@ def test_expanded_logits_equal_the_base_through_both_engines(base, expanded):
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items() if name in original)
 
 
+@pytest.mark.real_process
 def test_the_main_job(tmp_path, capsys, monkeypatch):
-    """Criterion A in short (2 windows): exit 0, the damage printed, the gate recorded as skipped."""
+    """In short (2 windows, short answers): exit 0, the damage printed, the gate recorded as skipped."""
     monkeypatch.chdir(tmp_path)
-    main_exit(["apply", "mqa", MODEL, "-o", "out", "--no-gate", "evaluate.windows=2"], 0)
+    main_exit(
+        ["apply", "mqa", MODEL, "-o", "out", "--no-gate", "evaluate.windows=2", "evaluate.probes.chat.tokens=16"], 0
+    )
     printed = capsys.readouterr().out
     last = printed.strip().splitlines()[-7:-1]
     assert [line.split(":")[0] for line in last] == ["changed", "cost", "gate", "verdict", "load", "next"]
@@ -99,6 +102,7 @@ def main_exit(args: list[str], code: int) -> None:
     assert (stop.value.code or 0) == code
 
 
+@pytest.mark.slow
 def test_expanded_and_turned_heads_merge_without_loss(base):
     """9 KV heads, three and three the same up to a legal turn and scale of keys and a mix of values → 3: the base."""
     from families import legal_rotation, orthogonal

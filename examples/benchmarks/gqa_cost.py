@@ -42,7 +42,7 @@ def planned(model, fields: dict) -> tuple[float, float]:
     """The estimate of `plan`: seconds, and GB in addition to the model."""
     plan = surgery.plan("gqa", model, **fields)
     notes = " ".join(note for step in plan.steps for note in step.change.notes)
-    return plan.steps[0].change.seconds, float(re.search(r"about ([\d.]+) GB beside it", notes)[1])
+    return plan.steps[0].change.seconds, float(re.search(r"about ([\d.]+) GB more", notes)[1])
 
 
 def resident(name: str) -> float:

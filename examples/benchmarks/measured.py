@@ -28,10 +28,12 @@ class Measured(dict[str, Any]):
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             if "measured" not in known:
-                raise SystemExit(f"{path} is not of this version: another --out begins anew")
+                raise SystemExit(f"{path} is not of this version: name another --out to begin again")
             if (old := known["settings"]) != self.settings:
                 names = [name for name in {**old, **self.settings} if old.get(name) != self.settings.get(name)]
-                raise SystemExit(f"{path} is of other settings ({', '.join(names)}): another --out begins anew")
+                raise SystemExit(
+                    f"{path} is of other settings ({', '.join(names)}): name another --out to begin again"
+                )
             self.update(known["measured"])
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:

@@ -220,7 +220,7 @@ def main() -> None:
     measured, tokenizer = Measured(options.out, settings), byte_tokenizer()
     base = measured.once("base", partial(make_base, text, tokenizer, options))
     if not base_folder(options).is_dir():
-        raise SystemExit(f"the base is gone: {base_folder(options)}; another --out begins anew")
+        raise SystemExit(f"the base is gone: {base_folder(options)}; name another --out to begin again")
 
     def row(heads: int, start: str, share: float) -> float:
         steps = max(1, round(share / 100 * base["steps"])) if share else 0

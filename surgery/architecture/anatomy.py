@@ -89,8 +89,7 @@ class Anatomy:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model takes; None: its config names no limit."""
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return longest if longest and longest > 0 else None
+        return positions_of(self.config)
 
     @property
     def surgical(self) -> bool:
@@ -259,6 +258,12 @@ class Anatomy:
         if self.composite and "text_config" in raw:
             return raw | {"text_config": raw["text_config"] | self.edits}
         return raw | self.edits
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model with this config takes; None: the config names no limit."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest and longest > 0 else None
 
 
 def stored_dtypes(anatomy: Anatomy) -> list[str]:

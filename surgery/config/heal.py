@@ -98,8 +98,8 @@ class Heal(Variants):
     }
 
     method: str = Field(
-        description="lora: low-rank updates of attention and MLP, and in full what the surgery made anew; full: all "
-        "weights; parts: only what the surgery added, and the projections of attention that it rewrote.",
+        description="lora: low-rank updates of attention and MLP, and in full what the surgery added or rebuilt; "
+        "full: all weights; parts: only what the surgery added, and the projections of attention that it rewrote.",
     )
     loss: Loss = Field(
         "distill",
@@ -113,7 +113,7 @@ class Heal(Variants):
         "none",
         description="head: merged KV heads are trained as sums of the base's heads with a weight for each (WGQA), and "
         "are plain weights afterwards; channel: a weight for each of their channels. With parts, K and V themselves "
-        "stay as merged; with lora and full they train beside.",
+        "stay as merged; with lora and full they train too.",
     )
     balance: Number = Field(
         0.01,
@@ -122,7 +122,8 @@ class Heal(Variants):
         "batch_tokens and processes change it a little.",
     )
     teacher: Literal["live", "stored"] = Field(
-        "live", description="live: the base runs beside; stored: once before, its likeliest tokens kept on disk."
+        "live",
+        description="live: the base runs at each step; stored: once before, keeping its likeliest tokens on disk.",
     )
     top_k: Count = Field(64, ge=1, description="Tokens that a stored teacher keeps of each distribution.")
 
@@ -285,7 +286,7 @@ def _fault(text: str, exists: str = "", fix: str = "") -> PydanticCustomError:
 
 
 class Lora(Heal):
-    """Low-rank updates of attention and MLP, and in full what the surgery made anew."""
+    """Low-rank updates of attention and MLP, and in full what the surgery added or rebuilt."""
 
     method: Literal["lora"] = "lora"
     rank: Count = Field(16, ge=1, description="Rank of the updates.")

@@ -74,11 +74,16 @@ class Recipe(BaseModel):
             )
         return steps
 
-    def misfit(self, config: PretrainedConfig) -> str:
-        """Why the recipe's evaluation does not fit a model with this config; "" if it fits."""
-        if self.evaluate is None or not (reason := self.evaluate.main.misfit(config)):
-            return ""
-        return f"its evaluation does not fit this model: {reason} (evaluate.length=N)"
+    def cut_to(self, config: PretrainedConfig) -> tuple[Recipe, list[str]]:
+        """The recipe with windows and prompts of its evaluation no longer than a model with this config takes.
+
+        Returns:
+            The recipe, and a sentence for each setting that was cut.
+        """
+        if self.evaluate is None:
+            return self, []
+        settings, notes = probe_settings.cut_to(self.evaluate.model_dump(), config)
+        return (self.model_copy(update={"evaluate": Evaluate.model_validate(settings)}) if notes else self), notes
 
     def too_short(self, length: int, rows: str, key: str, positions: int | None = None) -> str:
         """Why rows of `length` tokens are too short to show what an operation changes; "" if they are not.

@@ -91,7 +91,7 @@ def convert(recipe: Recipe, model: str, output: str | Path, options: RunOptions 
         folder = Path(output)
         if recipe.heal is not None:
             folder = unhealed_folder(output_path(output))
-            work = replace(work, plan=replace(work.plan, recipe=recipe.model_copy(update={"heal": None})))
+            work = replace(work, plan=replace(work.plan, recipe=work.plan.recipe.model_copy(update={"heal": None})))
         return _write(work, folder, options), work.source.path
 
 

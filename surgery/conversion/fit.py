@@ -19,7 +19,7 @@ class Fit:
     Attributes:
         entry: the recipe's entry in the catalogue.
         plan: what the recipe would do; None if it cannot be applied.
-        problems: why it cannot be applied, or why its evaluation does not fit; (): it fits.
+        problems: why it cannot be applied, or why it would change nothing; (): it fits.
         needs_base: it cannot follow the surgery of this checkpoint, but may be applied to the checkpoint's base.
     """
 
@@ -51,5 +51,5 @@ def _fit(entry: Entry, anatomy: Anatomy) -> Fit:
         return Fit(entry, None, tuple(fault.what for fault in (error, *error.others)), needs_base)
     if all(step.change.after is step.before for step in plan.steps) and plan.tier == NATIVE:
         return Fit(entry, None, (f"it changes {'; '.join(plan.changes)}",))
-    reason = recipe.misfit(anatomy.config)
-    return Fit(entry, plan, (reason,) if reason else ())
+    idle = [step.without_effect for step in plan.steps]
+    return Fit(entry, None, tuple(idle)) if all(idle) else Fit(entry, plan, ())

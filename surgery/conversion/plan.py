@@ -37,6 +37,17 @@ class Step:
     before: Anatomy
     change: PlannedChange
 
+    @property
+    def without_effect(self) -> str:
+        """Why the operation changes no output of this model, as a sentence; "" if it does."""
+        positions, unchanged = self.before.positions, self.operation.unchanged_within
+        if positions is None or positions > unchanged:
+            return ""
+        return (
+            f"{self.operation.op} leaves the first {unchanged:,} tokens unchanged, and this model takes "
+            f"{positions:,}: nothing changes"
+        )
+
 
 @dataclass(frozen=True, repr=False)
 class Plan(Printed):
@@ -48,6 +59,7 @@ class Plan(Printed):
         steps: the operations in order.
         shapes: stored name -> new shape, for the tensors of all attention layers; None for one that is removed.
         dtypes: stored name -> dtype, for the tensors of `shapes` that are not removed.
+        cuts: notes on lengths of the recipe's evaluation that were cut to what the model takes.
         base_notes: notes on other settings of the base that the result does not keep.
         folder: the base's folder, with its tokenizer; None if the plan was made without one.
     """
@@ -58,6 +70,7 @@ class Plan(Printed):
     steps: tuple[Step, ...]
     shapes: dict[str, tuple[int, ...] | None]
     dtypes: dict[str, str]
+    cuts: tuple[str, ...] = ()
     base_notes: tuple[str, ...] = ()
     folder: Path | None = None
 
@@ -85,14 +98,13 @@ class Plan(Printed):
     @property
     def notes(self) -> list[str]:
         """Notes that the user must know about the result."""
-        notes = [note for step in self.steps for note in step.change.notes]
+        notes = [note for step in self.steps for note in (step.without_effect, *step.change.notes)]
         if self.before.guess:
             notes.append(
                 f"{self.before.model_type} is not a known family: its attention was understood by shape, a guess"
             )
-        if reason := self.recipe.misfit(self.before.config):
-            notes.append(reason)
-        elif evaluate := self.recipe.evaluate:
+        notes += self.cuts
+        if evaluate := self.recipe.evaluate:
             notes.append(
                 self.recipe.too_short(evaluate.main.length, "windows", "evaluate.length", self.before.positions)
             )
@@ -213,6 +225,8 @@ def heads(layer: LayerAnatomy) -> dict[str, int]:
 def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None = None) -> Plan:
     """Work out a recipe for a model; arguments as for `Plan`, where `anatomy` is its `before`.
 
+    The plan's recipe is judged on windows that the model takes (`Recipe.cut_to`).
+
     Raises:
         SurgeryError: an operation cannot be applied; the error lists all problems of the first such operation.
     """
@@ -230,7 +244,8 @@ def make_plan(recipe: Recipe, anatomy: Anatomy, source: str, folder: Path | None
         current = change.after
     shapes = new_shapes(anatomy, current)
     dtypes = {name: _dtype(name, anatomy) for name, shape in shapes.items() if shape is not None}
-    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes, folder=folder)
+    recipe, cuts = recipe.cut_to(anatomy.config)
+    plan = Plan(recipe, source, anatomy, tuple(steps), shapes, dtypes, tuple(cuts), folder=folder)
     if recipe.heal is not None:
         refuse_unhealable(current, source)
         _ = plan.heal  # raises now if the method would train nothing

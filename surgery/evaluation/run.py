@@ -65,7 +65,7 @@ def evaluate_in_memory(
         _refuse_other_settings(report.data, probe)
         if not probe.main and (measured or {}).get("status") != "done":
             raise SurgeryError(
-                f"the figures of {probe.name} stand beside the perplexity, and this report has none yet",
+                f"figures of {probe.name} are added after the perplexity, and this report has no perplexity yet",
                 where="report",
                 fix="surgery.evaluate(model, base, report=report) first",
             )

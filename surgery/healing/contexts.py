@@ -161,7 +161,7 @@ def without_attention_dropout(model) -> Iterator[None]:
 
 def overwrite_hint(in_memory: bool) -> str:
     """The end of an error's remedy that changes a setting: a run on disk must then be overwritten."""
-    return "" if in_memory else "; a changed setting begins anew: --overwrite"
+    return "" if in_memory else "; with another setting, start again with --overwrite"
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def _held_out_evaluator(job: HealRun) -> HeldOutEvaluator | None:
         return None
     if job.base is None:
         fix = "name its base: --base MODEL"
-        raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
+        raise SettingError("eval_every compares the model with its base", where="heal", fix=fix)
     base = job.base_model()
     with autocast_products(job.heal, base.device):  # in the student's training precision
         return HeldOutEvaluator(base, job.tokenizer, job.evaluate)
@@ -243,10 +243,10 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
         steps = checkpoint["step"]
     if checkpoint.get("shared", []) != list(engine.sharded):
         raise OtherTrainingError(
-            "the checkpoint's optimizer is stored as another engine shares it out",
+            "the checkpoint's optimizer was saved by another engine, which shares it out in another way",
             where=str(last),
             exists=f"shared out there: {', '.join(checkpoint.get('shared', [])) or 'nothing'}",
-            fix="the accelerate config that it began with, or start anew with --overwrite",
+            fix="use the accelerate config that it began with, or start again with --overwrite",
         )
     teacher = _teacher(job, packed)
     progress = job.progress if state.is_main_process else None
@@ -371,9 +371,9 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
         known = read_json(file) if file.is_file() else {}
         if known and known.get("identity") != job.identity:
             raise OtherTrainingError(
-                "the checkpoints are of another training (recipe, model or base differ)",
+                "the checkpoints belong to another training (recipe, model or base differ)",
                 where=str(job.run),
-                fix="finish that one with its own command, or start anew with --overwrite",
+                fix="finish that one with its own command, or start again with --overwrite",
             )
         rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
@@ -391,9 +391,9 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
         run_record["data"] = packed.sha256
         if known.get("data", run_record["data"]) != run_record["data"]:
             raise OtherTrainingError(
-                "the data are not those that the checkpoints were trained on",
+                "the data are not the data that the checkpoints were trained on",
                 where=f"heal.data: {heal.data}",
-                fix="put them back as they were, or start anew with --overwrite",
+                fix="put them back as they were, or start again with --overwrite",
             )
         if "data" not in known and state.is_main_process:
             write_json(file, run_record)

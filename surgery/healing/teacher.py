@@ -110,7 +110,7 @@ class StoredTeacher(Teacher):
             raise SurgeryError(
                 f"the teacher was stored for temperature {info['temperature']:g}, not {heal.temperature:g}",
                 where=str(self.stored.folder),
-                fix=f"heal.temperature={info['temperature']:g}, or remove the folder to store it anew",
+                fix=f"heal.temperature={info['temperature']:g}, or remove the folder to store it again",
                 code="unfinished-run",
             )
         refuse_vocabulary(logits.shape[-1], info["vocabulary"])
@@ -266,9 +266,9 @@ class TopK:
         keys = keys_of(ids, positions)
         if any(key not in self._index for key in keys):
             raise SurgeryError(
-                "the stored teacher does not know these rows: they are of other data, or packed otherwise",
+                "the stored teacher does not know these rows: they come from other data or another packing",
                 where=str(self.folder),
-                fix="heal.teacher=live, or remove the folder to store it anew",
+                fix="heal.teacher=live, or remove the folder to store it again",
                 code="unfinished-run",
             )
         columns: dict[str, list] = {"values": [], "indices": [], "rest": []}
@@ -301,6 +301,6 @@ def _refuse_another(folder: Path, info: dict) -> None:
         raise SurgeryError(
             f"the stored teacher here is of {', '.join(words)}",
             where=str(folder),
-            fix="choose another folder, or remove this one to store the teacher anew",
+            fix="choose another folder, or remove this one to store the teacher again",
             code="unfinished-run",
         )

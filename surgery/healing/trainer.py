@@ -168,7 +168,7 @@ class HealTrainer(Trainer):
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         if stored.keys() != known.keys():
             what = "the checkpoint holds other parameters than those that train"
-            raise TrainingError(what, where=str(resume_from_checkpoint), fix="start anew with --overwrite")
+            raise TrainingError(what, where=str(resume_from_checkpoint), fix="start again with --overwrite")
         for name, tensor in stored.items():
             sharding.put(known[name], tensor)
 

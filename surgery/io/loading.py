@@ -101,7 +101,7 @@ def refuse_adapter(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise UnsupportedModelError(
-            "an adapter lies beside the weights, and Transformers adds it whenever this folder is loaded",
+            "this folder holds an adapter next to the weights, and Transformers adds it whenever it loads the folder",
             where=str(folder),
             fix="move the adapter_* files into a folder ADAPTER of their own; to have it in the weights, merge it: "
             "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), ADAPTER).merge_and_unload()"

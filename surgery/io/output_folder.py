@@ -168,7 +168,7 @@ class OutputFolder:
                 raise SurgeryError(
                     "OUT.partial is of another conversion (recipe, base or version differ)",
                     where=str(self.partial),
-                    fix="finish that one with its own command, or start anew with --overwrite",
+                    fix="finish that one with its own command, or start again with --overwrite",
                     code="unfinished-run",
                 )
             for path in self.partial.glob("*.unfinished"):  # files that the killed run was writing
@@ -185,7 +185,7 @@ class OutputFolder:
             raise SurgeryError(
                 "an unfinished run left OUT.partial",
                 where=str(self.partial),
-                fix="add --resume to go on from it, or --overwrite to start anew",
+                fix="add --resume to go on from it, or --overwrite to start again",
                 code="unfinished-run",
             )
 

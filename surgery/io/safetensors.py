@@ -294,4 +294,4 @@ def _siblings(folder: Path) -> str:
         return ""
     names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
     close = nearest(folder.name, names)
-    return f"{close} beside it" if close else ""
+    return f"{close} in the same folder" if close else ""

@@ -39,8 +39,8 @@ class HeadMask(WeightRewrite):
 
     summary: ClassVar[str] = "A constant weight (gate) for each query head, by hand or from scores; 0 silences it."
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "A head whose gate is 0 is still computed, and its keys and values are still cached: prune_heads removes "
-        "heads for real. Healing may give a silenced head weight again.",
+        "A head whose gate is 0 is still computed, and its keys and values are still cached. prune_heads removes "
+        "heads for good. Healing may give a silenced head weight again.",
     )
     # A factor on a head's output changes neither its visibility nor its attention weights.
     carries_terms: ClassVar[tuple[str, ...]] = TERMS_OF_A_HEAD

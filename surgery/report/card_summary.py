@@ -67,7 +67,7 @@ def _gate_lines(record: dict, evaluation: dict) -> list[str]:
     if status == "passed" or not limits:  # without limits there is no gate that could be applied
         return []
     if not evaluation:
-        return ["> **Not measured.** Measure this model before you rely on it: nobody knows yet what it lost."]
+        return ["> **Not measured.** Measure this model before you rely on it: what it lost is unknown."]
     try:
         would, reasons = gate(evaluation | {"status": "done"}, limits)
     except (SurgeryError, KeyError, TypeError):  # limits or figures of another version
@@ -113,7 +113,7 @@ def _saved(report: dict, words: list[InWords]) -> list[str]:
             lines.append(f"Its KV cache stops growing at {always:,} bytes.")
         elif always:
             share = f"{after / before:.3f} of the base's bytes"
-            lines.append(f"Its KV cache grows by {share} ({bytes_}), beside {always:,} bytes once.")
+            lines.append(f"Its KV cache grows by {share} ({bytes_}), plus {always:,} bytes once.")
         else:
             lines.append(f"Its KV cache takes {after / before:.3f} of the base's ({bytes_}).")
     before, after = sizes.get("before"), sizes.get("after")

@@ -90,7 +90,7 @@ def another_base(recorded: dict, base) -> str:
         base: a folder or a name; a loaded model cannot be identified.
     """
     if not isinstance(base, str | Path):
-        return "a base in memory cannot be told from another one"
+        return "a base in memory cannot be identified"
     from surgery.io.hub import resolve
 
     source = resolve(str(base))

@@ -87,7 +87,7 @@ def test_inspect(surgery, model):
     assert set(facts.json["recipes"]) == set(SHIPPED)
     assert {"flexprefill", "moba"} <= set(refused)
     assert {"gqa", "moh", "zero-tuning"}.isdisjoint(refused)
-    assert all("it takes 1024 tokens, the windows have" in reasons[0] for reasons in refused.values())
+    assert all("tokens unchanged, and this model takes 1,024" in reasons[0] for reasons in refused.values())
 
 
 def test_plan_shows_old_and_new_and_touches_nothing(surgery, model, tmp_path):

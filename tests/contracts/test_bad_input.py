@@ -167,8 +167,8 @@ def test_apply_to_a_model_without_a_tokenizer(refused, surgery, model):
 
 def test_windows_longer_than_the_model_takes(refused, model, text):
     edit_json(model / "config.json", max_position_embeddings=128)
-    says = ["base: it takes 128 tokens, the windows have 512", "length=128"]
-    refused("apply", "mqa", model, f"evaluate.text={text}", "evaluate.windows=1", "-o", "out", says=says)
+    says = ["base: it takes 128 tokens, the windows have 512", "--length 128"]
+    refused("eval", model, "--text", text, "--windows", "1", "--length", "512", says=says)
 
 
 def test_eval_against_a_model_of_another_vocabulary(refused, out, model, tmp_path, text):

@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_ours_is_refused(refused, model, tmp_path, more):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("heal.eval_every=1", "evaluate=null"), ["eval_every scores the model beside its base", "a recipe that"]),
+        (("heal.eval_every=1", "evaluate=null"), ["eval_every compares the model with its base", "a recipe that"]),
         (
             ("heal.eval_every=1", "heal.stop_at_gate=true", "evaluate={needles: 4, min_needles: 0.5}"),
             ["stop_at_gate: the recipe has no limit that can be watched", "max_kl"],

@@ -46,6 +46,7 @@ def split(model) -> Path:
 # --- code and pickles of a folder ---------------------------------------------------------------------------------
 
 
+@pytest.mark.real_process
 def test_code_of_a_folder_does_not_run_and_nobody_is_asked(model, monkeypatch):
     mark = model / "ran"
     (model / "evil.py").write_text(EVIL.format(str(mark)))
@@ -69,6 +70,7 @@ def test_code_of_a_folder_does_not_run_and_nobody_is_asked(model, monkeypatch):
     assert not mark.exists()
 
 
+@pytest.mark.real_process
 def test_a_surgical_folder_of_ours(split):
     items = items_of(split)
     assert {item.status for name, item in items.items() if name != "layers one by one"} == {"passed"}

@@ -519,7 +519,7 @@ def test_resume_with_other_questions_is_refused(surgery, model, tmp_path, monkey
     monkeypatch.setattr(first_token.Trial, "settle", whole)
     (tmp_path / "q.jsonl").write_text(questions(14))
     ran = surgery("apply", "r.yaml", model, "-o", "out", "--no-check", "--resume")
-    assert (ran.code, "start anew with --overwrite" in ran.err) == (2, True)
+    assert (ran.code, "start again with --overwrite" in ran.err) == (2, True)
 
 
 def test_figures_of_other_settings_are_measured_anew(tmp_path):

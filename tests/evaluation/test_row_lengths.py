@@ -101,3 +101,67 @@ def test_plan_evaluation_and_healing_say_so(base, tmp_path):
     assert "lie within" in shown[8][0]
     assert "show little" in shown[16][0]
     assert not shown[32]
+
+
+# --- what the model does not take is cut ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "positions", "kept"),
+    [
+        ({"windows": 2}, 512, {}),
+        ({"windows": 2}, 511, {"length": 511}),
+        ({"windows": 2}, 0, {}),  # no limit is named
+        ({"needles": 4}, 1056, {}),  # a prompt leaves 32 positions for its answer
+        ({"needles": 4}, 1055, {"needle_length": 1023}),
+        ({"needles": 4, "needle_length": 100}, 95, {"length": 95}),  # too short to ask: as it was, and refused
+        ({"probes": {"perplexity": {"length": 900}}}, 600, {"probes": {"perplexity": {"length": 600}}}),
+        (
+            {"probes": {"needles": {"lengths": [256, 512, 900]}}, "length": 64},
+            544,
+            {"probes": {"needles": {"lengths": [256, 512]}}},
+        ),
+        (
+            {"probes": {"multi_needle": {"cases": 4}}, "length": 64},
+            544,
+            {"probes": {"multi_needle": {"length": 512, "cases": 4}}},
+        ),
+    ],
+)
+def test_lengths_are_cut_to_what_the_model_takes(evaluate, positions, kept):
+    made = recipes.load({"version": 1, "name": "x", "operations": [MERGE], "evaluate": evaluate})
+    config = TINY["llama"](vocab_size=258).config
+    config.max_position_embeddings = positions
+    cut, notes = made.cut_to(config)
+    wanted = recipes.load({"version": 1, "name": "x", "operations": [MERGE], "evaluate": evaluate | kept})
+    assert cut.to_dict() == wanted.to_dict()
+    assert len(notes) == bool(kept)
+    assert all(f"the model takes {positions:,} tokens" in note for note in notes)
+    assert cut.cut_to(config) == (cut, [])
+
+
+def test_a_recipe_for_longer_models_is_judged_on_what_this_one_takes(base, tmp_path):
+    """Plan, record, score, next command and a later run agree on the length."""
+    asked = recipe(SPLIT, length=2048) | {"name": "long"}
+    asked["evaluate"] |= {"windows": 1, "max_kl": 9.0}
+    plan = surgery.plan(asked, str(base))
+    assert "evaluate.length is cut from 2,048 to 64: the model takes 64 tokens" in plan.notes
+    report = surgery.apply(asked, str(base), output=tmp_path / "out", check=False)
+    assert report.gate == "passed"
+    assert report.data["evaluation"]["text"]["length"] == report.data["recipe"]["evaluate"]["length"] == 64
+    again = surgery.apply(asked, str(base), output=tmp_path / "out", check=False, resume=True)
+    assert again.data["plan_hash"] == report.data["plan_hash"]
+    model = TINY["llama"](vocab_size=258)
+    in_memory = surgery.apply(asked, model, tokenizer=byte_tokenizer())
+    surgery.evaluate(model, base, tokenizer=byte_tokenizer(), report=in_memory)
+    assert in_memory.data["evaluation"]["text"]["length"] == 64
+
+
+def test_a_healing_of_such_a_recipe_is_judged_and_resumed_alike(base, tmp_path):
+    asked = recipe(SPLIT, length=2048, heal={"steps": 1, "length": 32, "batch_tokens": 32, "data": "builtin"})
+    asked["evaluate"] |= {"windows": 1}
+    report = surgery.apply(asked, str(base), output=tmp_path / "out", check=False)
+    assert report.data["evaluation"]["text"]["length"] == 64
+    assert report.data["heal"]["recovered"] is not None
+    again = surgery.apply(asked, str(base), output=tmp_path / "out", check=False, resume=True)
+    assert again.data["created"] == report.data["created"]

@@ -385,7 +385,7 @@ def test_another_base(refuse, tmp_path, model, surgery):
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
     refuse(says=["this is not the base it was made from"], base=other)
     asked = ("method=parts", "loss=ce", "eval_every=1")  # which would train without a base
-    refuse(*asked, says=["eval_every scores the model beside its base", "--base MODEL"], base=None)
+    refuse(*asked, says=["eval_every compares the model with its base", "--base MODEL"], base=None)
     refuse(says=["the base is not known here (the record names 'model')", "--base MODEL"], base=None)
 
 

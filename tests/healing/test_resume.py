@@ -193,7 +193,7 @@ def test_another_run_does_not_go_on(healing, stop, monkeypatch, text, tmp_path):
         healing("healed", "method=parts")
     words = text.read_text()
     text.write_text(words.replace("cat", "mat"))
-    with pytest.raises(TrainingError, match="the data are not those that the checkpoints were trained on"):
+    with pytest.raises(TrainingError, match="the data are not the data that the checkpoints were trained on"):
         healing("healed", "method=parts", resume=True)
     text.unlink()
     with pytest.raises(SurgeryError, match="no such text file"):

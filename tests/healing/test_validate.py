@@ -115,7 +115,9 @@ def test_a_base_that_is_none(edited, tiny_llama, tokenizer, text, tmp_path):
     with pytest.raises(SurgeryError, match="the base is this very model"):
         package.heal(edited, edited, tokenizer=tokenizer, data=str(text), **SMALL)
     package.apply("mqa", tiny_llama, output=tmp_path / "out", check=False, evaluate=False)
-    with pytest.raises(SurgeryError, match="base is a loaded LlamaForCausalLM, and a folder is healed beside"):
+    with pytest.raises(
+        SurgeryError, match="base is a loaded LlamaForCausalLM, and healing a folder needs its base on disk"
+    ):
         package.heal(tmp_path / "out", edited, output=tmp_path / "healed", data=str(text), **SMALL)
 
 

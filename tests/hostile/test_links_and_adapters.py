@@ -121,7 +121,7 @@ def test_an_adapter_beside_the_weights_is_refused(base, tmp_path, request, call)
     surgery.apply(MEAN, str(base), output=tmp_path / "other", **QUICK)
     folder = request.getfixturevalue("adapted")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(surgery.SurgeryError, match="an adapter lies beside the weights") as fault:
+    with pytest.raises(surgery.SurgeryError, match="holds an adapter next to the weights") as fault:
         CALLS[call](folder, tmp_path / "out")
     assert "merge_and_unload" in fault.value.fix
     assert sorted(tmp_path.iterdir()) == before

@@ -95,7 +95,7 @@ def test_scores_replace_scores_alone(tiny, tmp_path, surgery):
         before = state(tmp_path)
         ran = surgery("score", "model", "-o", file, "--samples", "1", "--length", "300", "--overwrite")
         assert ran.code == 2
-        assert "--overwrite replaces a score file, and this is none" in ran.err
+        assert "--overwrite replaces a score file, and this is not one" in ran.err
         assert state(tmp_path) == before
 
 

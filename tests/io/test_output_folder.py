@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_what_is_done_and_resume_completes_it(apply, sharded, 
     again = apply(sharded)
     assert again.code == 2, "without --resume nothing is assumed"
     assert "an unfinished run left OUT.partial" in again.err
-    assert "--resume to go on from it, or --overwrite to start anew" in again.err
+    assert "--resume to go on from it, or --overwrite to start again" in again.err
 
     assert apply(sharded, "--resume").code == 0
     finished = tmp_path / "out" / NAMES[0]

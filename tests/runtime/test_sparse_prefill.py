@@ -215,6 +215,9 @@ SAME = {
 }
 
 
+EVEN, ODD = [BLOCK] * 9 + [6], [[50, 1, 99]]  # pieces of a prompt: of whole blocks, and others
+
+
 @pytest.mark.parametrize("setting", SAME)
 @every_family
 @torch.no_grad()
@@ -222,11 +225,11 @@ def test_identity(base, setting):
     """Each setting that changes nothing: cached and not, a row alone and a padded batch, in pieces of every kind."""
     ids, mask = batch(base, PADS, LENGTH)
     model = sparsened(base, {"block": BLOCK} | SAME[setting])
-    for rows in (slice(0, 1), slice(None)):
+    for rows, ways in ((slice(0, 1), ODD), (slice(None), (EVEN, *ODD, [LENGTH]))):
         part = ids[rows], mask[rows]
         want = base(**given(base, *part), use_cache=False).logits
         assert difference(model(**given(model, *part), use_cache=False).logits, want, part[1]) <= 1e-5
-        for pieces in ([BLOCK] * 9 + [6], [50, 1, 99], [LENGTH]):
+        for pieces in ways:
             assert difference(chunked(model, *part, pieces), want, part[1]) <= 1e-5
 
 

@@ -27,9 +27,9 @@ DRAWN = (  # panels of the picture: title, y label, ratio -> name in the legend
         "speed: higher is better",
         "times as fast",
         {
-            "prefill_vs_stock": "prompt, beside the base",
-            "decode_vs_stock": "decoding, beside the base",
-            "decode_vs_block_cache": "decoding, beside this cache with all heads full",
+            "prefill_vs_stock": "prompt, against the base",
+            "decode_vs_stock": "decoding, against the base",
+            "decode_vs_block_cache": "decoding, against the same cache with all heads full",
         },
     ),
     (
@@ -171,7 +171,7 @@ def plot(result: Benchmark, path: str | Path) -> Path:
         path,
         panels,
         x_label="tokens in the prompt",
-        title=f"converted model beside its base: {what}{result.model['layers']} layers, {result.model['dtype']}\n"
+        title=f"converted model against its base: {what}{result.model['layers']} layers, {result.model['dtype']}\n"
         f"{result.machine}; bars: slowest and fastest of {rounds}",
         log_x=True,
     )

@@ -185,9 +185,9 @@ class Probe(BaseModel):
 
     # --- measuring ---
 
-    def misfit(self, config: PretrainedConfig) -> str:
-        """Why these settings do not fit a model with this config; "" if they do."""
-        return ""
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        """The settings that are longer than a model with this config takes: key -> the longest that fits."""
+        return {}
 
     @property
     def effort(self) -> Effort:

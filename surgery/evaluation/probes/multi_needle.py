@@ -11,10 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
@@ -36,8 +37,11 @@ from surgery.errors import TextError
 from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
-from surgery.evaluation.probes.needles import NeedleResult, reach_of
+from surgery.evaluation.probes.needles import ANSWER, NeedleResult, reach_of
 from surgery.evaluation.recall import Outcome, run_needles
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 STRETCH = 2.5  # length of the stretch of text that a prompt is cut from, relative to the prompt
 LETTERS = 20_000  # letters of the text from which the letters per token are computed
@@ -93,6 +97,10 @@ class MultiNeedle(CaseProbe):
     def effort(self) -> Effort:
         depths = len(spread(self.depths))
         return Effort(-(-self.cases // depths) * depths * self.length, self.length)
+
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        longest = (positions_of(config) or self.length + ANSWER) - ANSWER
+        return {"length": longest} if 64 <= longest < self.length else {}
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> MultiNeedleResult:
         """The needles that are asked for.

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
@@ -34,6 +35,10 @@ from surgery.evaluation.probes.fields import Shares, TextSource, TokenLengths, c
 from surgery.evaluation.recall import Outcome, run_needles
 from surgery.io.printing import count
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
@@ -197,6 +202,14 @@ class Needles(CaseProbe):
     def effort(self) -> Effort:
         prompts = len(self.depth_shares) * self.repetitions
         return Effort(prompts * sum(self.tokens), max(self.tokens, default=0))
+
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        longest = (positions_of(config) or math.inf) - ANSWER
+        if not 64 <= longest < max(self.tokens, default=0):
+            return {}
+        if self.length is not None:
+            return {"length": longest}
+        return {"lengths": list(dict.fromkeys(min(length, longest) for length in self.lengths))}
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """The needles, from `make_needles`.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import score_model
 from surgery.data.text import BUILTIN, Text, load_text
 from surgery.data.text import windows as text_windows
@@ -102,13 +103,9 @@ class Perplexity(Probe):
         last=("min_top1",),
     )
 
-    def misfit(self, config: PretrainedConfig) -> str:
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return (
-            f"it takes {longest} tokens, the windows have {self.length}"
-            if longest and 0 < longest < self.length
-            else ""
-        )
+    def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
+        longest = positions_of(config)
+        return {"length": longest} if longest and longest < self.length else {}
 
     @property
     def effort(self) -> Effort:
@@ -180,10 +177,10 @@ class Perplexity(Probe):
         configs = {label: read_config(source) for label, source in sources.items()}
         vocabulary = _vocabulary(configs)
         for label, config in configs.items():
-            if reason := self.misfit(config):
-                longest = config.get_text_config().max_position_embeddings
+            if longest := self.cuts(config).get("length"):
                 fix = f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}"
-                raise RecipeMismatchError(reason, where=label, fix=fix)
+                what = f"it takes {longest} tokens, the windows have {self.length}"
+                raise RecipeMismatchError(what, where=label, fix=fix)
         text = load_text(self.text, part="held-out")
         tokenizer = tokenizer or read_tokenizer(next(iter(sources.values())))
         samples = text_windows(text, tokenizer, length=self.length, count=self.windows)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from surgery.architecture.anatomy import positions_of
 from surgery.errors import SettingError, SurgeryError, nearest, number_meant, shown, wanted
 from surgery.evaluation.probes import every, find, limits
 from surgery.evaluation.probes.base import Limit, Probe
 from surgery.evaluation.probes.fields import SETTINGS_ERROR
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def make(name: str, settings: Mapping[str, Any], spelled: Callable[[str], str] = str, where: str = "") -> Probe:
@@ -258,6 +263,31 @@ def requested_probes(evaluate: Mapping[str, Any]) -> list[Probe]:
         shared = {key: evaluate[key] for key in cls.shared(values) if key in evaluate}
         requested.append(cls.model_validate(values | shared))
     return requested
+
+
+def cut_to(evaluate: Mapping[str, Any], config: PretrainedConfig) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's `evaluate`, as plain data, with windows and prompts no longer than a model with this config takes.
+
+    Returns:
+        The data, and a sentence for each setting that was cut.
+    """
+    data, notes = copy.deepcopy(dict(evaluate)), []
+    for probe in requested_probes(evaluate):
+        block = (data.get("probes") or {}).get(probe.name)
+        for key, value in probe.cuts(config).items():
+            earlier = {alias.key: flat for flat, alias in probe.aliases.recipe.items()}
+            if block is None:
+                data[earlier[key]] = value
+            else:
+                block[key] = value
+            name = f"evaluate.{earlier[key]}" if block is None else f"evaluate.probes.{probe.name}.{key}"
+            old, new = (_lengths(each) for each in (getattr(probe, key), value))
+            notes.append(f"{name} is cut from {old} to {new}: the model takes {positions_of(config):,} tokens")
+    return data, notes
+
+
+def _lengths(value: int | Iterable[int]) -> str:
+    return ", ".join(f"{length:,}" for length in ([value] if isinstance(value, int) else value))
 
 
 def bounds(evaluate: Mapping[str, Any]) -> dict[str, float]:

@@ -177,7 +177,7 @@ class _Run:
             raise SurgeryError(
                 f"the unfinished run has another {differ}",
                 where=str(file),
-                fix="finish it with its own settings, or remove the file (--overwrite) to start anew",
+                fix="finish it with its own settings, or remove the file (--overwrite) to start again",
                 code="unfinished-run",
             )
         self.losses = state["losses"]

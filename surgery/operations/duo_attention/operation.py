@@ -41,10 +41,10 @@ class DuoAttention(Operation):
     summary: ClassVar[str] = "Head split: retrieval heads see all, streaming heads sinks + window (DuoAttention)."
     purpose: ClassVar[str] = "cache"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Streaming heads do not see what lies between the sinks and the window: recall over long distances rests on "
-        "the other heads. Needles, where the card has them, test it with literal answers alone.",
+        "Streaming heads do not see what lies between the sinks and the window. Recall over long distances rests on "
+        "the other heads. A recall test, where this card has one, tests it with literal answers alone.",
         "The cache shrinks only with the cache that this model makes itself (`generate`, or `use_cache=True` without "
-        "a cache of yours); a `DynamicCache` handed in gives right results without the saving.",
+        "a cache of yours); a `DynamicCache` that you pass gives the same results without the saving.",
     )
     term: ClassVar[str | None] = "visibility"
 
@@ -113,8 +113,6 @@ class DuoAttention(Operation):
         local, measured = self._local(anatomy), is_method(self.scores)
         total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
         notes, known = [], ""
-        if anatomy.positions and anatomy.positions <= self.sinks + self.window:
-            notes.append(f"this model takes {anatomy.positions} tokens, all of which these heads see: nothing changes")
         if local:
             notes.append(
                 f"{len(local)} of {len(anatomy.layers)} layers see no farther than {self.window} tokens by the base's "

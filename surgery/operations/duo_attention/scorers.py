@@ -143,12 +143,12 @@ def score_to_file(
     if output.exists() and not overwrite:
         raise OutputExistsError("the score file exists", where=str(output), fix="another name (-o), or --overwrite")
     if output.exists() and not output.is_dir() and not is_score_file(output):
-        what = "--overwrite replaces a score file, and this is none"
+        what = "--overwrite replaces a score file, and this is not one"
         raise SurgeryError(what, where=str(output), fix="another name (-o)")
     if output.is_dir():
         raise OutputExistsError("this is a folder, not a score file", where=str(output), fix="-o FILE.json")
     if state.exists() and not (resume or overwrite):
-        fix = "add --resume to go on from it, or --overwrite to start anew"
+        fix = "add --resume to go on from it, or --overwrite to start again"
         raise SurgeryError("an unfinished run left this file", where=str(state), fix=fix, code="unfinished-run")
     source = resolve(model)
     block = check_block(read_config(source.path), source.name)

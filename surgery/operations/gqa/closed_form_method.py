@@ -144,7 +144,7 @@ class ClosedForm(GQA):
         if kept_layers := self.kept_layers(anatomy):
             which = f"which {kept_layers} of {len(anatomy.layers)} layers keep their KV heads is measured"
             yield f"{which}: those where sharing, each tried alone, costs most"
-        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB beside it"
+        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB more"
         if norm:
             yield (
                 "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "

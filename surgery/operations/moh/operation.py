@@ -162,11 +162,11 @@ class Moh(Gated):
 
     summary: ClassVar[str] = "Mixture of heads (MoH): a router turns heads on for each token."
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Keys and values are still made and kept for every token: the cache is as large as before.",
+        "Keys and values are computed and kept for every token. The cache is as large as before.",
         FITTED + " Heads that only rare text needs may be off when it comes.",
-        "Work is skipped without gradients: in prompts from 512 tokens on; in decoding on a CPU by projections of "
-        "wide models, and after 2k tokens by attention, of KV heads without any head that is on. Attention on a GPU, "
-        "or of a batch with padding, computes all heads.",
+        "Work is skipped where no gradients are needed: in prompts from 512 tokens on, and in decoding on a CPU (by "
+        "the projections of wide models, and from 2k tokens on by the attention of KV heads whose heads are all "
+        "off). Attention on a GPU, or on a batch with padding, computes all heads.",
     )
 
     op: Literal["moh"] = "moh"
@@ -274,8 +274,8 @@ class Mae(Gated):
     summary: ClassVar[str] = "Mixture of h - 1 heads (MAE): for each token one head is off, or heads are weighed."
     purpose: ClassVar[str] = "exact"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Soft weights skip no work, and hard ones one head's, which is left out only where a layer has four heads or "
-        "fewer: of more it costs less to compute all. The cache is as large as before.",
+        "Soft weights skip no work. Hard weights skip one head, and only in layers with four heads or fewer: with "
+        "more, computing all heads costs less. The cache is as large as before.",
         FITTED,
     )
 

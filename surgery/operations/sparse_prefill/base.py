@@ -44,10 +44,10 @@ class SparsePrefill(Variants, Operation):
     summary: ClassVar[str] = "Sparse prefill: a long prompt's queries read the blocks of keys that an estimator keeps."
     purpose: ClassVar[str] = "prompt"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
-        "Prefill alone is sparse: the cache keeps every key, decoding reads all of them, and a prompt of up to "
+        "Only prefill is sparse. The cache keeps every key, decoding reads all of them, and a prompt of up to "
         "dense_below tokens is computed as in the base.",
-        "Loss on text is a weak test of it. What is lost shows when decoding meets keys that a sparse prefill made: "
-        "needles, where the card has them, test that.",
+        "Loss on text is a weak test of it. What is lost shows when decoding meets keys that a sparse prefill made. "
+        "A recall test, where this card has one, tests that.",
     )
     term: ClassVar[str | None] = HELD
 

@@ -54,6 +54,7 @@ def test_through_the_command(surgery, split, model):
     assert streaming == report["operations"][0]["record"]["streaming"]
 
 
+@pytest.mark.real_process
 def test_later_generations_and_the_model_in_memory(split, tmp_path):
     """Loaded, saved, loaded, saved again: equal tensors, equal logits, without the package."""
     ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -77,6 +78,7 @@ def test_later_generations_and_the_model_in_memory(split, tmp_path):
     assert one == two
 
 
+@pytest.mark.real_process
 def test_without_a_door_the_auto_classes_refuse(split):
     """No package registered, no trust: an error that names the remedy, not the stock model."""
     result = load_in_fresh_process([{"folder": str(split), "tokens": [[1, 2]], "generate": 1}])[0]

@@ -12,7 +12,7 @@ from surgery.data.text import load_text
 from surgery.io.hub import resolve
 from surgery.runtime import modeling_surgery as runtime
 
-PROMPTS, NEW, CLOSE = 16, 24, 1e-3
+PROMPTS, NEW, CLOSE = 8, 16, 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_unequal_prompts_in_one_batch_are_generated_as_one_by_one(split, smollm2
                 close += 1
                 break
             assert together[row, step] == single.sequences[0, len(prompt) + step], f"row {row}, step {step}"
-    assert close <= 2, f"{close} rows had a near tie"
+    assert close <= 1, f"{close} rows had a near tie"
 
 
 @pytest.mark.slow
