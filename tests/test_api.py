@@ -165,7 +165,7 @@ def test_inspect_plans_with_the_models_limits():
         return fitting_recipes(anatomy_of(TINY["llama"](**fields)))
 
     short = fits(max_position_embeddings=512)
-    assert "leaves the first 4,096 tokens unchanged, and this model takes 512" in short["flexprefill"][0]
+    assert "leaves the first 1,024 tokens unchanged, and this model takes 512" in short["flexprefill"][0]
     assert "takes 512 tokens, sinks + window are 512" in short["sparse-duo"][0]
     assert short["gqa"] == []
     assert short["duo-attention"] == []
@@ -229,7 +229,7 @@ def test_gate_of_a_model_in_memory(loaded, model, text, tmp_path, monkeypatch):
 def test_another_probe_needs_the_first_score(loaded, model, text):
     report = surgery.apply(SCORED, loaded)
     options = {"tokenizer": surgery.load_tokenizer(model), "report": report, "text": text, "items": 3, "context": 8}
-    with pytest.raises(SurgeryError, match="this report has none yet"):
+    with pytest.raises(SurgeryError, match="this report has no perplexity yet"):
         surgery.evaluate_choices(loaded, model, **options)
 
 

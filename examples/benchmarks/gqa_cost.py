@@ -41,8 +41,8 @@ def model_of(args, layers: int, words: int, device: str):
 def planned(model, fields: dict) -> tuple[float, float]:
     """The estimate of `plan`: seconds, and GB in addition to the model."""
     plan = surgery.plan("gqa", model, **fields)
-    notes = " ".join(note for step in plan.steps for note in step.change.notes)
-    return plan.steps[0].change.seconds, float(re.search(r"about ([\d.]+) GB more", notes)[1])
+    memory = max(stage.memory for stage in plan.steps[0].change.measurements)
+    return plan.estimate.to_dict()["parts"]["measure"]["seconds"], memory / 1e9
 
 
 def resident(name: str) -> float:
@@ -69,7 +69,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = model_of(args, args.layers, len(tokenizer), "cpu")
     seconds, beside = planned(model, fields)
-    print(f"| layers of {args.hidden} | | minutes | GB beside the model |\n| --- | --- | --- | --- |")
+    print(f"| layers of {args.hidden} | | minutes | GB in addition to the model |\n| --- | --- | --- | --- |")
     print(f"| {args.layers} | planned | {seconds / 60:.1f} | {beside:.1f} |", flush=True)
     forget()
     before, began = resident("VmRSS"), time.perf_counter()

@@ -11,7 +11,6 @@ import typer
 
 from surgery.cli import completion, interrupt
 from surgery.cli.options import (
-    Base,
     HealSettings,
     Json,
     ModelName,
@@ -22,6 +21,7 @@ from surgery.cli.options import (
     Overrides,
     Quiet,
     RecipeName,
+    Teacher,
     emit,
 )
 from surgery.errors import SurgeryError
@@ -133,7 +133,7 @@ def heal(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="HEALED", help="Write the result to this folder.")
     ] = None,
-    base: Base = None,
+    base: Teacher = None,
     no_check: NoCheck = False,
     no_eval: NoEval = False,
     no_gate: NoGate = False,

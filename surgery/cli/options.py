@@ -61,6 +61,15 @@ Base = Annotated[
         autocompletion=completion.models,
     ),
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Train towards this model, the base it was made from; default: the recorded one.",
+        autocompletion=completion.models,
+    ),
+]
 
 
 def emit(data: dict) -> None:

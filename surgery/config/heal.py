@@ -107,7 +107,7 @@ class Heal(Variants):
         "of a loss, or weights of losses: {kl: 1, ce: 0.5}.",
     )
     mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
-    temperature: Number = Field(1.0, gt=0, description="Temperature of the distillation.")
+    temperature: Number = Field(1.0, gt=0, le=1000, description="Temperature of the distillation.")
     hidden: Number = Field(0.0, ge=0, description="Weight of the distance of hidden states to the base's; 0: none.")
     mixing: Literal["none", "head", "channel"] = Field(
         "none",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -175,11 +175,16 @@ def _convert_streamed(plan: Plan, checkpoint: Checkpoint, base: Path, partial: P
         out.finished(file, info, stream.records)
 
     files = convert_shards(checkpoint, plan, stream, partial, out.done, finished, progress)
-    for path in partial.rglob("*.safetensors"):
-        if path.relative_to(partial).as_posix() not in files:  # no plan has this file, and it would become part of OUT
-            path.unlink()
+    _remove_weights(partial, files)
     _write_config(base, partial, plan)
     return files, stream.records
+
+
+def _remove_weights(partial: Path, but: Container[str]) -> None:
+    """Remove weight files that an earlier run or somebody else left: they would become part of OUT."""
+    for path in partial.rglob("*.safetensors"):
+        if path.relative_to(partial).as_posix() not in but:
+            path.unlink()
 
 
 def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Path, out: OutputFolder, progress):
@@ -200,6 +205,7 @@ def _convert_loaded(plan: Plan, checkpoint: Checkpoint, base: Path, partial: Pat
         for operation, context in _ready_steps(plan.steps, Anatomy.of(model), model, progress, tokenizer, partial)
     ]
     begin(progress, "writing")
+    _remove_weights(partial, ())
     with quiet_transformers():
         model.save_pretrained(partial)
     return weight_files(partial), records

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from surgery.healing.parameters import touched
 from surgery.healing.plan import HealPlan, refuse_unhealable
 from surgery.io.printing import Block, Printed
 from surgery.io.safetensors import stored_bytes
-from surgery.operations.base import NATIVE, SURGICAL, Operation, PlannedChange, missing_texts
+from surgery.operations.base import NATIVE, SURGICAL, InWords, Operation, PlannedChange, missing_texts
 from surgery.operations.rewrite import author_error
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class Step:
     operation: Operation
     before: Anatomy
     change: PlannedChange
+
+    def record(self, found: dict) -> dict:
+        """What surgery.json keeps of the operation.
+
+        Args:
+            found: what its `apply` returned.
+        """
+        words = self.operation.in_words(self.before, self.change.after, found)
+        if not isinstance(words, InWords | None):
+            raise author_error(self.operation, f"in_words returns {shown(words)}, and an InWords is wanted")
+        return {"op": self.operation.op, "record": found} | ({"words": asdict(words)} if words else {})
 
     @property
     def without_effect(self) -> str:

@@ -32,8 +32,13 @@ def sizes(plan: Plan) -> list[str]:
     before, after = plan.before, plan.after
     rows = [f"KV cache per token: {arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes"]
     if before.kv_bytes_fixed or after.kv_bytes_fixed:
+        fixed = f"KV cache of sinks and windows: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed"
+        more, saved = (
+            after.kv_bytes_fixed - before.kv_bytes_fixed,
+            before.kv_bytes_per_token - after.kv_bytes_per_token,
+        )
         rows.append(
-            f"KV cache of sinks and windows: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed"
+            f"{fixed}; a text of more than {more // saved:,} tokens takes less in all" if more > 0 < saved else fixed
         )
     return [*rows, *([f"parameters: {arrow(before.parameters, plan.parameters_after)}"] if before.tensors else [])]
 

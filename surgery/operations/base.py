@@ -29,8 +29,6 @@ classes: see `variants.py`.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -231,11 +229,13 @@ class Operation(BaseModel):
         """The entries of `LIMITATIONS` that apply to these settings."""
         return self.LIMITATIONS
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        """What the operation did, for the card; None where `changes` has no line of this operation.
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        """What the operation did, for the card; None if it changed nothing.
 
         Args:
-            changes: `PlannedChange.lines` of all operations of the recipe, as surgery.json keeps them.
+            before: the anatomy that it was planned for.
+            after: the planned anatomy; where the change is measured, only its totals are right.
+            record: what `apply` returned.
         """
         return None
 
@@ -330,11 +330,6 @@ class WeightRewrite(Operation):
         from surgery.operations.rewrite import rewrite_model
 
         return rewrite_model(model, self, context)
-
-
-def search_lines(pattern: str, lines: Sequence[str]) -> list[re.Match[str]]:
-    """The first match of a pattern in each line that has one."""
-    return [found for line in lines if (found := re.search(pattern, line))]
 
 
 def whole_keys(values: Any) -> Any:

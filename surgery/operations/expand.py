@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.operations.base import InWords, PlannedChange, WeightRewrite, search_lines
+from surgery.operations.base import InWords, PlannedChange, WeightRewrite
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
@@ -55,15 +54,13 @@ class Expand(WeightRewrite):
             (f"KV heads {layer.kv_heads} → {target} in {len(anatomy.layers)} layers, copies",),
         )
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        found = search_lines(r"KV heads (\d+) → (\d+)", changes)
-        found = [match for match in found if int(match[2]) > int(match[1])]
-        if not found:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        old, new = before.layers[0].kv_heads, after.layers[0].kv_heads
+        if old == new:
             return None
-        before, after = found[0].groups()
         return InWords(
-            f"{after} KV heads (repeated, was {before})",
-            f"Its {before} KV heads were repeated to {after}; it computes what its base computes.",
+            f"{new} KV heads (repeated, was {old})",
+            f"Its {old} KV heads were repeated to {new}; it computes what its base computes.",
             use="Use it with an engine that asks for this number of KV heads.",
             avoid="Do not use it otherwise: its cache is larger.",
         )

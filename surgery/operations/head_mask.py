@@ -8,7 +8,6 @@ on heads). Heads are numbered as in the base.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -22,7 +21,6 @@ from surgery.operations.base import (
     PlannedChange,
     WeightRewrite,
     WholeNumber,
-    search_lines,
     whole_keys,
 )
 
@@ -120,13 +118,14 @@ class HeadMask(WeightRewrite):
         many = f"{sum(map(len, rows))} of {total} query heads in {sum(map(bool, rows))} layers"
         return PlannedChange(anatomy, (f"gates of {many}: {', '.join(how)}",), notes=(note,) if silent else ())
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        found = search_lines(r"gates of (\d+ of \d+ query heads)", changes)
-        if not found:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        gated = sum(gate != 1 for layer in before.layers for gate in self._gates(layer))
+        if not gated:
             return None
+        heads = f"{gated} of {sum(layer.heads for layer in before.layers)} query heads"
         return InWords(
-            f"gates on {found[0][1]}",
-            f"{found[0][1]} are multiplied by a constant gate; 0 silences a head.",
+            f"gates on {heads}",
+            f"{heads} are multiplied by a constant gate; 0 silences a head.",
             use="Use it to see what heads do.",
             avoid="Do not use it to save memory or time: silenced heads are computed all the same.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import cache
 
 from surgery.errors import SurgeryError
@@ -29,17 +30,10 @@ def title(report: dict) -> str:
 
 
 def in_words(report: dict) -> list[InWords]:
-    """What each operation did, in words; operations that have no words or are not installed here are left out."""
-    from surgery import operations
-
-    changes, words = [str(line) for line in get(report, "plan").get("changes") or []], []
-    for fields in get(report, "recipe").get("operations") or []:
-        try:
-            operation = operations.find(str(fields["op"])).model_validate(fields)
-            words.append(operation.in_words(changes))
-        except (SurgeryError, KeyError, ValueError, TypeError):  # fields of another version or of a plug-in
-            continue
-    return [each for each in words if each is not None]
+    """What each operation did, in words; operations of which the record has no words are left out."""
+    recorded = [operation.get("words") for operation in report.get("operations") or []]
+    names = [field.name for field in fields(InWords)]
+    return [InWords(*(str(words.get(name, "")) for name in names)) for words in recorded if isinstance(words, dict)]
 
 
 def banner(report: dict) -> list[str]:

@@ -371,9 +371,7 @@ def new_report(plan, source, *, overrides=(), engine: str, fingerprint: str, rec
         "recipe_source": plan.recipe.source,
         "overrides": [published_override(text) for text in overrides],
         "plan": plan.summary(),
-        "operations": [
-            {"op": step.operation.op, "record": record} for step, record in zip(plan.steps, records, strict=True)
-        ],
+        "operations": [step.record(record) for step, record in zip(plan.steps, records, strict=True)],
         "versions": versions(step.operation.op for step in plan.steps),
         "threads": torch.get_num_threads(),
         "seeds": {step.operation.op: step.operation.seed for step in plan.steps if hasattr(step.operation, "seed")},

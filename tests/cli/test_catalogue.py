@@ -71,7 +71,7 @@ def test_a_recipe_of_ones_own_needs_no_group(tmp_path, surgery):
     shown = surgery("ls", "mine.yaml")
     assert shown.code == 0, shown.err
     assert "streaming_ratio=0.25 " in shown.out
-    assert "surgery apply mine.yaml smollm2-135m -o out streaming_ratio=0.25" in shown.out
+    assert "surgery apply mine.yaml smollm2-135m -o out streaming_ratio=0.125" in shown.out
 
 
 @pytest.mark.parametrize("name", [*sorted(recipes.shipped()), *builtin_names()])

@@ -60,6 +60,7 @@ def test_numbers_as_yaml_reads_them():
         ({"steps": 1, "column": "body"}, "column is read of data with columns .*, not of self"),
         ({"steps": 1, "hidden": 0.5, "teacher": "stored"}, "does not keep"),
         ({"steps": 1, "learning_rate": float("nan")}, "finite number"),
+        ({"steps": 1, "temperature": 1e30}, "less than or equal to 1000"),
         ({"steps": 1, "loss": "mse"}, "'ce', 'distill' or 'both'"),
     ],
 )

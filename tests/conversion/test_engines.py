@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -311,3 +313,20 @@ def test_a_plan_from_headers_is_the_plan_from_files(model):
     table = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     plan = surgery.plan(MQA, model)
     assert make_plan(plan.recipe, Anatomy.of(model, table), plan.source).to_dict() == plan.to_dict()
+
+
+def test_the_loaded_engine_takes_no_weights_that_others_left(surgery, model, tmp_path, monkeypatch):
+    command = ("apply", "mqa", model, "-o", "out", "--engine", "loaded", "--no-check", "--no-eval")
+
+    def full(self, *args, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        assert surgery(*command).code == 5
+    for name in ("m-1.safetensors", "model-00001-of-00002.safetensors"):
+        shutil.copyfile(model / "model.safetensors", tmp_path / "out.partial" / name)
+    done = surgery(*command, "--resume")
+    assert done.code == 0, done.err
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert list(json.loads((tmp_path / "out/surgery.json").read_text())["files"]) == ["model.safetensors"]

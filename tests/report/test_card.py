@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import surgery
 from surgery.io.files import split_card
 from surgery.report.card import render_card
 
@@ -44,6 +45,19 @@ REPORT = {
         "parameters": {"before": 134_515_008, "after": 125_668_800},
         "kv_bytes_per_token": {"before": 23040, "after": 7680},
     },
+    "operations": [
+        {
+            "op": "gqa",
+            "record": {},
+            "words": {
+                "title": "1 KV head (GQA, was 3)",
+                "done": "In each of its 30 layers, 3 KV heads were merged into 1 (method: mean), without training.",
+                "gain": "",
+                "use": "Use it where the KV cache is the limit: many or long sequences at once.",
+                "avoid": "Do not use it where it must copy from its prompt.",
+            },
+        }
+    ],
     "versions": {"python": "3.11.9", "torch": "2.13.0", "surgery": "0.1.0"},
     "threads": 2,
     "seeds": {"recipe": 0},
@@ -442,40 +456,57 @@ def test_a_card_that_is_written_before_the_scores_says_so():
     assert "not run" not in card.partition("## Checks")[0]
 
 
-@pytest.mark.parametrize(
-    ("fields", "changes", "title"),
-    [
-        ({"op": "gqa", "kv_heads": 2}, "KV heads 4 → 2 in 8 layers (mean)", "2 KV heads (GQA, was 4)"),
-        ({"op": "gqa", "kv_heads": 1, "method": "closed_form", "keep_layers": 0.5}, "KV heads 3 → 1 in 15 layers",
-         "1 KV head in 15 layers (GQA, was 3)"),
-        ({"op": "duo_attention"}, "45 of 90 KV heads see 16 sinks + 240 tokens",
-         "45 of 90 KV heads streaming (DuoAttention)"),
-        ({"op": "moh"}, "181 of 270 query heads are on for a token (67.0%), 68 of them",
-         "67% of its query heads on for a token (MoH)"),
-        ({"op": "prune_heads", "per_layer": 1}, "query heads 9 → 6, KV heads 3 → 2 in 30 layers (gradient)",
-         "6 query heads (pruned, was 9)"),
-        ({"op": "prune_heads", "ratio": 0.1}, "27 of 270 query heads go (gradient)", "27 of 270 query heads pruned"),
-        ({"op": "sink_calibration", "method": "zero_tuning"}, "the first token's weight in 9 heads: gamma searched",
-         "other weights on the first token (ZeroTuning)"),
-        ({"op": "sparse_prefill", "method": "flexprefill"}, "a prompt's queries", "sparse prefill (flexprefill)"),
-        ({"op": "expand"}, "KV heads 3 → 9 in 30 layers, copies", "9 KV heads (repeated, was 3)"),
-        ({"op": "head_mask"}, "gates of 3 of 18 query heads in 2 layers: 3 silenced", "gates on 3 of 18 query heads"),
-    ],
-)  # fmt: skip
-def test_the_title_says_what_changed(fields, changes, title):
-    report = changed(
-        recipe=REPORT["recipe"] | {"operations": [fields]}, plan=REPORT["plan"] | {"changes": [changes]}, history=[]
-    )
-    card = render_card(report, None)
-    assert f"# Base-1B with {title}\n" in card
+@pytest.mark.parametrize("heal", [{}, {"heal": None}])
+def test_the_title_says_what_changed(heal):
+    words = [{"title": "3 things", "done": "Three were made."}, {"title": "a fourth", "done": "One more.", "later": 1}]
+    operations = [{"op": "gqa", "record": {}, "words": each} for each in words] + [{"op": "act", "record": {}}]
+    card = render_card(changed(operations=operations, **heal), None)
+    assert "# Base-1B with 3 things and a fourth\n" in card
+    assert "Three were made. One more." in card
     assert "What changed:" not in card
-    assert ModelCard(card).data.model_name == f"Base-1B with {title}"
-    healed = render_card(report | {"heal": None}, None)
-    assert f"# Base-1B with {title}\n" in healed
+    assert ModelCard(card).data.model_name == "Base-1B with 3 things and a fourth"
+
+
+WORDS = [  # operation, what its record has, the title
+    ({"op": "gqa", "kv_heads": 1, "method": "mean"}, {}, "1 KV head (GQA, was 3)"),
+    ({"op": "gqa", "kv_heads": 1, "keep_layers": 0.5, "method": "closed_form"}, {}, "1 KV head in 1 layer (GQA, was 3)"),
+    ({"op": "gqa", "kv_heads": [3, 1]}, {}, "1 KV head in 1 layer (GQA, was 3)"),
+    ({"op": "gqa", "kv_heads": 3}, {}, None),
+    ({"op": "expand"}, {}, "9 KV heads (repeated, was 3)"),
+    ({"op": "duo_attention"}, {"streaming": [[0], [1, 2]]}, "3 of 6 KV heads streaming (DuoAttention)"),
+    ({"op": "duo_attention", "streaming_ratio": None, "threshold": 0.1}, {"streaming": [[0], []]},
+     "1 of 6 KV heads streaming (DuoAttention)"),
+    ({"op": "duo_attention", "streaming_ratio": 0.0}, {"streaming": [[], []]}, None),
+    ({"op": "duo_attention", "streaming_ratio": 1.0, "window": 8, "sinks": 2}, {"streaming": [[0, 1, 2]] * 2},
+     "a cache that stops growing (all KV heads see 2 sinks + 8 tokens)"),
+    ({"op": "moh"}, {}, "67% of its query heads on for a token (MoH)"),
+    ({"op": "mae"}, {}, "a mixture of its heads (MAE)"),
+    ({"op": "prune_heads", "per_layer": 1}, {}, "6 query heads (pruned, was 9)"),
+    ({"op": "prune_heads", "granularity": "head", "heads": [[4], []]}, {}, "1 of 18 query heads pruned"),
+    ({"op": "sink_calibration", "method": "zero_tuning"}, {}, "other weights on the first token (ZeroTuning)"),
+    ({"op": "sparse_prefill", "method": "flexprefill"}, {}, "sparse prefill (flexprefill)"),
+    ({"op": "head_mask", "values": {0: {1: 0.5, 2: 0.0}}}, {}, "gates on 2 of 18 query heads"),
+    ({"op": "head_mask", "values": {0: {1: 1.0}}}, {}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "record", "title"), WORDS)
+def test_each_operation_has_words_for_what_it_did(operation, record, title):
+    from conftest import LLAMA
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    (step,) = surgery.plan({"version": 1, "name": "x", "operations": [operation]}, model).steps
+    kept = step.record(record)
+    assert kept.get("words", {}).get("title") == title
+    assert set(kept) == {"op", "record"} | ({"words"} if title else set())
+    if title:
+        assert kept["words"]["done"].endswith(".")
 
 
 def test_an_operation_that_says_nothing_of_itself_is_named():
-    report = changed(recipe={"operations": [{"op": "of_a_plug_in"}]}, plan={"changes": ["all is other"]})
+    recipe, plan = {"operations": [{"op": "of_a_plug_in"}]}, {"changes": ["all is other"]}
+    report = changed(recipe=recipe, plan=plan, operations=[{"op": "of_a_plug_in", "record": {}}])
     card = render_card(report, None)
     assert "# Base-1B, of_a_plug_in\n" in card
     assert "What changed: all is other." in card

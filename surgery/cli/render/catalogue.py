@@ -157,13 +157,9 @@ def _written(value: object) -> str:
 
 
 def _override(loaded: Recipe) -> str:
-    """An override as an example: the first setting of the recipe whose value is a number."""
-    ops = [operation.op for operation in loaded.operations]
-    for operation in loaded.operations:
-        for key in type(operation).model_fields:
-            if key in operation.model_fields_set and type(value := getattr(operation, key)) in (int, float):
-                return f"{key}={value:g}" if len(ops) == 1 else f"{operation.op}.{key}={value:g}"
-    return ""
+    """An override as an example, one that changes less; "" if none is known."""
+    settings = [(operation.op, setting) for operation in loaded.operations if (setting := operation.milder())]
+    return "".join(setting if len(loaded.operations) == 1 else f"{op}.{setting}" for op, setting in settings[:1])
 
 
 def _example(out, command: str) -> None:

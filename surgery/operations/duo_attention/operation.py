@@ -7,7 +7,6 @@ piece, prefill in chunks and decoding give the same result: a streaming head see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,7 +24,6 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WholeNumber,
-    search_lines,
 )
 from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
 
@@ -153,11 +151,12 @@ class DuoAttention(Operation):
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
         return (Measurement("measuring heads", one * samples * forwards),)
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        found = search_lines(r"(\d+) of (\d+) KV heads see", changes)
-        if not found:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        local = self._local(before)
+        total = sum(layer.kv_heads for layer in before.layers if layer.index not in local)
+        count = sum(map(len, record["streaming"]))
+        if not count:
             return None
-        count, total = map(int, found[0].groups())
         tokens = (
             f"the first {self.sinks} and the last {self.window:,} tokens"
             if self.sinks

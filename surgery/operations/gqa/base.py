@@ -9,12 +9,13 @@ Jin et al. 2024, arXiv 2412.20677 (alignment before merging, grouping by similar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from surgery.errors import any_of
+from surgery.io.printing import count
 from surgery.operations.base import (
     NATIVE,
     SURGICAL,
@@ -23,7 +24,6 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WeightRewrite,
-    search_lines,
 )
 from surgery.operations.gqa.grouping import similar_order
 from surgery.operations.gqa.merge import permute_kv_heads
@@ -221,27 +221,24 @@ class GQA(Variants, WeightRewrite):
         if layer.qk_norm == "whole":
             yield "the key norm spans all heads: its weight is rescaled as white inputs would need it"
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        found = search_lines(r"KV heads (\d+) → (\d+)(?:.*?\bin (\d+) layers)?", changes)
-        found = [match for match in found if int(match[2]) < int(match[1])]
-        if not found:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        pairs = zip(before.layers, after.layers, strict=True)
+        merged = [new.kv_heads for old, new in pairs if new.kv_heads < old.kv_heads]
+        if not merged:
             return None
-        before, after, layers = found[0].groups()
-        some = isinstance(self.kv_heads, list) or self.kept_share
-        heads = f"{after} KV head{'s' * (after != '1')}"
-        if len(found) > 1:
-            heads = f"{' or '.join(match[2] for match in found)} KV heads in some layers"
-        elif some and layers:
-            heads += f" in {layers} layers"
-        where = f"In {layers} of its layers" if some and layers else f"In each of its {layers or ''} layers"
-        where = "In some of its layers" if len(found) > 1 else where.replace("  ", " ")
+        old, total = before.layers[0].kv_heads, len(before.layers)
+        numbers = " or ".join(map(str, sorted(set(merged))))
+        heads, where = count(merged[0], "KV head"), f"In each of its {total} layers"
+        if len(set(merged)) > 1:
+            heads, where = f"{numbers} KV heads in some layers", "In some of its layers"
+        elif len(merged) < total:
+            heads, where = f"{heads} in {count(len(merged), 'layer')}", f"In {len(merged)} of its {total} layers"
         how = {"closed_form": ", in closed form on calibration text, without training"}.get(
             self.method, f" (method: {self.method}), without training"
         )
-        merged = f"{before} KV heads were merged into {' or '.join(match[2] for match in found)}"
         return InWords(
-            f"{heads} (GQA, was {before})",
-            f"{where}, {merged}{how}.",
+            f"{heads} (GQA, was {old})",
+            f"{where}, {old} KV heads were merged into {numbers}{how}.",
             use="Use it where the KV cache is the limit: many or long sequences at once.",
             avoid="Do not use it where it must copy from its prompt (retrieval, code editing, long chats), unless "
             "recall was measured on this card and kept.",

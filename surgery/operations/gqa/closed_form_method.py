@@ -135,16 +135,14 @@ class ClosedForm(GQA):
         norm = anatomy.layers[0].qk_norm
         projections = [projection for projection in self.refit if not (norm and projection in "qk")]
         fitted = " and ".join(filter(None, [", ".join(projections[:-1]), *projections[-1:]])) or "nothing"
-        fitted += ", this where an MLP has one output that is added as it is" if "mlp" in projections else ""
+        fitted += ", where the MLP has one output and no norm behind it" if "mlp" in projections else ""
         calibration = self._calibration(anatomy)
-        needed = calibration.memory(anatomy, len(anatomy.layers))
         kind = {"mixed": "text, half of it written by the model", "self": "text that the model writes"}
         text = kind.get(self.calibration_text, "text")
-        yield f"measured on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
+        yield f"fitted on {calibration.tokens:,} tokens of {text}; refitted after the merge: {fitted}"
         if kept_layers := self.kept_layers(anatomy):
             which = f"which {kept_layers} of {len(anatomy.layers)} layers keep their KV heads is measured"
-            yield f"{which}: those where sharing, each tried alone, costs most"
-        yield f"the measurement needs the model in memory and about {needed / 1e9:.1f} GB more"
+            yield f"{which}: the layers where sharing costs most, each tried alone"
         if norm:
             yield (
                 "a norm stands between keys and RoPE, so keys cannot be mixed: of each group one key head stays as it "

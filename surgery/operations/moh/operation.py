@@ -13,7 +13,6 @@ yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,7 +30,6 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WholeNumber,
-    search_lines,
 )
 
 if TYPE_CHECKING:
@@ -236,13 +234,12 @@ class Moh(Gated):
         details = {"parameters": more, "measurements": self._measurements(anatomy) if measured else ()}
         return PlannedChange(anatomy, (line, router), SURGICAL, tuple(notes), measured=measured, **details)
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        found = search_lines(r"(\d+) of (\d+) (query heads|KV groups) are on for a token", changes)
-        if not found:
-            return None
-        on, of, units = found[0].groups()
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        on = sum(active for active, _ in self._counts(before))
+        of = sum(self._units(layer) for layer in self._layers(before))
+        units = "KV groups" if self.granularity == "kv_group" else "query heads"
         return InWords(
-            f"{int(on) / int(of):.0%} of its {units} on for a token (MoH)",
+            f"{on / of:.0%} of its {units} on for a token (MoH)",
             f"A router in each layer now chooses for every token which {units} are on: {on} of {of}.",
             "Attention does less work in long prompts; the cache is as large as before.",
             "Use it as a start for training a mixture of heads, or where long prompts are what takes the time.",
@@ -307,7 +304,7 @@ class Mae(Gated):
         details = {"parameters": more, "measurements": self._measurements(anatomy) if self._measures else ()}
         return PlannedChange(anatomy, (what, router), SURGICAL, tuple(notes), measured=self._measures, **details)
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         how = "turns one head off" if self.hard else "weighs the heads"
         return InWords(
             "a mixture of its heads (MAE)",

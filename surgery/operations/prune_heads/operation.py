@@ -6,7 +6,7 @@ on calibration activations, as in GPTQ and SliceGPT for other edits. Heads are n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,7 +27,6 @@ from surgery.operations.base import (
     PlannedChange,
     Seed,
     WholeNumber,
-    search_lines,
 )
 from surgery.operations.prune_heads.importance import METHODS, importance, is_method, random_table
 from surgery.operations.prune_heads.select import (
@@ -217,19 +216,20 @@ class PruneHeads(Operation):
             tokens = self.calibration_samples * length
             yield Measurement("refitting output projections", 2 * forward_flops(anatomy, tokens, length))
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
-        same = search_lines(r"query heads (\d+) → (\d+)(?:, KV heads (\d+) → (\d+))?", changes)
-        some = search_lines(r"(\d+) of (\d+) query heads go", changes)
-        if not (same or some):
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
+        total = sum(layer.heads for layer in before.layers)
+        gone = total - sum(layer.heads for layer in after.layers)
+        if not gone:
             return None
-        if same:
-            before, after, kv_before, kv_after = same[0].groups()
-            title = f"{after} query heads (pruned, was {before})"
-            done = f"In each layer {int(before) - int(after)} of {before} query heads were cut out"
-            done += f", with {int(kv_before) - int(kv_after)} of {kv_before} KV heads" if kv_before else ""
+        (old, *_), (new, *_) = before.layers, after.layers
+        if before.alike and after.alike:
+            title = f"{new.heads} query heads (pruned, was {old.heads})"
+            done = f"In each layer {old.heads - new.heads} of {old.heads} query heads were cut out"
+            if new.kv_heads < old.kv_heads:
+                done += f", with {old.kv_heads - new.kv_heads} of {old.kv_heads} KV heads"
         else:
-            title = f"{some[0][1]} of {some[0][2]} query heads pruned"
-            done = f"{some[0][1]} of its {some[0][2]} query heads were cut out"
+            title = f"{gone} of {total} query heads pruned"
+            done = f"{gone} of its {total} query heads were cut out"
         done += ", and the output projections refitted to what is left" if self.refit else ""
         return InWords(
             title,

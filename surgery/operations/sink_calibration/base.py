@@ -5,7 +5,7 @@ Each method is a class in `bias_methods.py` or `virtual_key_methods.py`. `operat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -80,7 +80,7 @@ class SinkCalibration(Variants, Operation):
         """
         raise TypeError(f"method {self.method} describes no plan")
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         names = {
             "zero_tuning": ("other weights on the first token (ZeroTuning)", "the first token has another weight"),
             "act": (

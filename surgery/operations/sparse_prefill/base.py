@@ -8,7 +8,6 @@ Source of delta: Willette et al. 2025, "Delta Attention", arXiv 2505.11254.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -200,7 +199,7 @@ class SparsePrefill(Variants, Operation):
         """The stages that a method which searches runs."""
         return ()
 
-    def in_words(self, changes: Sequence[str]) -> InWords | None:
+    def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
         least = f"{self.dense_below:,} tokens"
         return InWords(
             f"sparse prefill ({self.method})",

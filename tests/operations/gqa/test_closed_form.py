@@ -66,7 +66,7 @@ def test_the_command(surgery, model, text):
     plan = surgery("plan", "gqa", model, *small)
     assert plan.code == 0
     assert "KV heads 3 → 1 in 2 layers (closed form)" in plan.out
-    assert "measured on 256 tokens of text; refitted after the merge: q, k, v, o and mlp" in plan.out
+    assert "fitted on 256 tokens of text; refitted after the merge: q, k, v, o and mlp" in plan.out
     done = surgery("apply", "gqa", model, "-o", "out", *small, "--no-eval")
     assert done.code == 0, done.err
     report = json.loads(Path("out/surgery.json").read_text(encoding="utf-8"))
