@@ -24,7 +24,6 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.check import check_report
 from surgery.evaluation.run import evaluate_report
 from surgery.io.files import published_recipe
-from surgery.io.loading import read_config
 from surgery.io.output_folder import output_path, remove_own
 from surgery.machine.progress import StageClock
 from surgery.report.lineage import another_base
@@ -45,7 +44,7 @@ def apply_to_folder(recipe: Recipe, model: str, output: str | Path | None, optio
     if recipe.heal is not None:
         return _convert_and_heal(recipe, model, output_path(output), options)
     report, base = convert(recipe, model, output, options)
-    if _check(report, options):
+    if _check(report, options) and options.evaluate:
         _score(report, base, _judged_by(recipe, base), options)
     return _close(report, options)
 
@@ -130,6 +129,8 @@ def _judge_healed(
 
 def _judged_by(recipe: Recipe, model: ModelSource) -> Evaluate | None:
     """The recipe's evaluation, with windows and prompts cut to what the model takes, as in its plan."""
+    from surgery.io.loading import read_config
+
     return recipe.cut_to(read_config(model))[0].evaluate if recipe.evaluate else None
 
 
@@ -169,6 +170,8 @@ def _finished(out: Path, unhealed: Path, recipe: Recipe, model: str) -> Report |
     if unhealed.exists() or not (out / "surgery.json").is_file():
         return None
     report = Report.of(out)
+    from surgery.io.loading import read_config
+
     recipe, _ = recipe.cut_to(read_config(out))
     expected = published_recipe(recipe.identity()) | {"heal": published(recipe.heal)}
     same = report.data["recipe"] == expected and not another_base(report.data["base"], model)

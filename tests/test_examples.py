@@ -42,7 +42,7 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
         with pytest.raises(TypeError):
             again.once("third", dict)
     assert set(measured(path, settings)) == {"row", "other"}, "what was written stays"
-    with pytest.raises(SystemExit, match=r"of other settings \(lengths, seed\): another --out"):
+    with pytest.raises(SystemExit, match=r"of other settings \(lengths, seed\): name another --out"):
         measured(path, {"model": "m", "lengths": [1], "seed": 0})
     with pytest.raises(SystemExit, match="no folder"):
         measured(tmp_path / "nowhere" / "t.json", settings)

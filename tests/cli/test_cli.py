@@ -79,7 +79,7 @@ def test_inspect(surgery, model):
     assert re.search(r"^model: llama, 0.1M parameters, context 1,024, hidden size 72, BF16$", shown.out, re.M)
     assert "KV cache: 192 bytes per token (196.6 kB at 1,024 tokens)\n" in shown.out
     assert re.search(r"^gqa +surgical +KV 192 → 128 B/token +no$", shown.out, re.M)
-    assert shown.out.splitlines()[-1] == f"next: surgery plan gqa {model}"
+    assert shown.out.splitlines()[-1] == f"next: surgery plan duo-attention {model}"
     facts = surgery("inspect", model, "--json")
     assert facts.err == ""
     assert facts.json["layers"][1]["heads"] == 9

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from importlib import metadata
 
+import pytest
+
 from surgery.cli import doctor
 from surgery.evaluation import check as checking
 
@@ -27,6 +29,7 @@ def test_a_door_that_does_not_open(monkeypatch):
     }
 
 
+@pytest.mark.real_process
 def test_a_process_that_hangs_is_ended(monkeypatch):
     def hangs(*args, timeout, **kwargs):
         raise subprocess.TimeoutExpired(args[0], timeout)

@@ -167,7 +167,7 @@ def test_apply_to_a_model_without_a_tokenizer(refused, surgery, model):
 
 def test_windows_longer_than_the_model_takes(refused, model, text):
     edit_json(model / "config.json", max_position_embeddings=128)
-    says = ["base: it takes 128 tokens, the windows have 512", "--length 128"]
+    says = ["it takes 128 tokens, the windows have 512", "--length 128"]
     refused("eval", model, "--text", text, "--windows", "1", "--length", "512", says=says)
 
 

@@ -94,7 +94,7 @@ def test_a_model_in_memory_is_not_edited_where_its_healing_cannot_be_watched(mod
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     overrides = [*HEAL, "heal.eval_every=1", "evaluate=null"]
-    with pytest.raises(package.SurgeryError, match="eval_every scores the model"):
+    with pytest.raises(package.SurgeryError, match="eval_every compares the model"):
         package.apply("mqa", loaded, tokenizer=tokenizer, overrides=overrides)
     after = loaded.state_dict()
     assert before.keys() == after.keys()

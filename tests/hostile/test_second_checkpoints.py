@@ -234,12 +234,12 @@ def test_a_config_that_says_something_odd(base, tmp_path, fields, step, plain):
 
 @pytest.mark.parametrize("value", [1, -1, 0, 64, 10**8])
 def test_inspect_with_the_models_positions(surgery, base, value):
-    """What a recipe's evaluation needs is held against the positions of the model, if it says a number of them."""
+    """A recipe that leaves all of so many positions unchanged is said to change nothing, if a number is named."""
     edit_json(base / "config.json", max_position_embeddings=value)
     ran = surgery("inspect", base, "--json")
     assert ran.code == 0, ran.err
     reasons = " ".join(reason for reasons in ran.json["recipes"].values() for reason in reasons)
-    assert (f"it takes {value} tokens" in reasons) == (value in (1, 64))
+    assert (f"this model takes {value}: nothing changes" in reasons) == (value in (1, 64))
 
 
 # --- chats ----------------------------------------------------------------------------------------

@@ -469,7 +469,8 @@ def test_the_title_says_what_changed(heal):
 
 WORDS = [  # operation, what its record has, the title
     ({"op": "gqa", "kv_heads": 1, "method": "mean"}, {}, "1 KV head (GQA, was 3)"),
-    ({"op": "gqa", "kv_heads": 1, "keep_layers": 0.5, "method": "closed_form"}, {}, "1 KV head in 1 layer (GQA, was 3)"),
+    ({"op": "gqa", "kv_heads": 1, "keep_layers": 0.5, "method": "closed_form"}, {},
+     "1 KV head in 1 layer (GQA, was 3)"),
     ({"op": "gqa", "kv_heads": [3, 1]}, {}, "1 KV head in 1 layer (GQA, was 3)"),
     ({"op": "gqa", "kv_heads": 3}, {}, None),
     ({"op": "expand"}, {}, "9 KV heads (repeated, was 3)"),

@@ -105,7 +105,7 @@ class Perplexity(Probe):
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
         longest = positions_of(config)
-        return {"length": longest} if longest and longest < self.length else {}
+        return {"length": longest} if longest and 2 <= longest < self.length else {}
 
     @property
     def effort(self) -> Effort:
@@ -177,7 +177,7 @@ class Perplexity(Probe):
         configs = {label: read_config(source) for label, source in sources.items()}
         vocabulary = _vocabulary(configs)
         for label, config in configs.items():
-            if longest := self.cuts(config).get("length"):
+            if (longest := positions_of(config) or self.length) < self.length:
                 fix = f"a length of {longest}: --length {longest}; in a recipe evaluate.length={longest}"
                 what = f"it takes {longest} tokens, the windows have {self.length}"
                 raise RecipeMismatchError(what, where=label, fix=fix)
