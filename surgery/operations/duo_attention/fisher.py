@@ -26,6 +26,7 @@ from surgery.calibration.head_scores import HeadScores, ranks, refuse_not_finite
 from surgery.calibration.layerwise import decoder_layers, ended, recorded, recorded_calls, replayed
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
+from surgery.machine.progress import begin
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -52,6 +53,7 @@ def fisher(
     Args: as for `far_mass`.
     """
     settings = {"samples": samples, "length": length, "keys": keys, "seed": seed}
+    begin(progress, "measuring heads")
     sequences, origin = calibration(model, tokenizer, text, sinks=sinks, window=window, **settings)
     draw = torch.Generator().manual_seed(seed)
     attention = _BothOutputs(sinks, window)
@@ -67,7 +69,7 @@ def fisher(
                 lost[layer] += terms.square().sum(0) / 2 / len(rows) / len(sequences)
                 done += 1
                 if progress:
-                    progress(done, layers * len(sequences), "head scores")
+                    progress(done, layers * len(sequences), "measuring heads")
         mass = hook.largest_of_groups([total / len(sequences) for total in attention.mass])
     table = [row.tolist() for row in lost]
     refuse_not_finite([table, mass], "fisher")
