@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from io import FileIO
 
@@ -28,6 +29,9 @@ NOT_SUPPORTED = {
 }
 
 
+_OF_THREAD = threading.local()  # a buffer that all copies of a thread use: fresh memory costs as much as the read
+
+
 class RangeCopier:
     """Copies ranges of one open file into another, inside the kernel where the system can do that.
 
@@ -45,7 +49,9 @@ class RangeCopier:
             self._ways.insert(0, self._sent)
         if hasattr(os, "copy_file_range"):
             self._ways.insert(0, self._in_kernel)
-        self._buffer = memoryview(bytearray(COPIED))
+        if not hasattr(_OF_THREAD, "buffer"):
+            _OF_THREAD.buffer = memoryview(bytearray(COPIED))
+        self._buffer = _OF_THREAD.buffer
 
     def copy(self, start: int, size: int) -> Iterator[memoryview]:
         """Copy a range of the source and yield its bytes, in a buffer that is reused.

@@ -5,7 +5,8 @@
     moh   n_s shared heads are always on. Of the other heads, a router turns k (`active`) on for each token.
           g = n_s softmax(W_s x) for shared heads, k softmax(tau (W_r x + b)) over the k heads that are on, and 0 for
           the rest. The two kinds are then multiplied by the two values of 2 softmax(W_0 x). With tau, W_s and W_0 at 0
-          every gate is exactly 1 or 0: the router only chooses.
+          every gate is exactly 1 or 0: the router only chooses. In training the choice has a gradient
+          (`Gate.learning`), so that a loss of the model moves the router from the first step on.
     mae   a mixture of H experts, each of which is all heads but one: g_h = H / (H - 1) (1 - softmax(W x + b)_h).
           hard: the head with the largest weight is off, the others are on.
 
@@ -145,6 +146,19 @@ class Gate:
         )
         return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], dim=-1)
 
+    def learning(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gates [..., units] of `weights`, equal to the bit, with a gradient for the router's choice.
+
+        Which units are on has no gradient, and with tau at 0 the weights of those that are on have none either. So, as
+        in MoH's code for LLMs, a routed unit's gate is multiplied by 1 + s - sg(s), where s is the softmax of all
+        routed logits times `active`, and sg stops the gradient. A unit that helps is then chosen more often.
+        """
+        if self.kind != "moh":
+            return weights
+        likely = softmax_times_count(logits, self.active)
+        shared, routed = weights.split([len(self.shared), len(self.routed)], dim=-1)
+        return torch.cat([shared, routed * (1 + (likely - likely.detach()))], dim=-1)
+
     def of_heads(self, units: torch.Tensor) -> torch.Tensor:
         """Spread values [..., units], shared units first, to the query heads in order: [..., query heads]."""
         if units.device not in self._indices:
@@ -252,6 +266,8 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
         logits = gate.logits(wide, parameters)
         chosen = gate.chosen(logits)
         weights = gate.weights(wide, logits, chosen, parameters)
+        if module.training:
+            weights = gate.learning(weights, logits)
     finite = logits.isfinite().all() & weights.isfinite().all()
     says = NOT_FINITE.format(module.layer_idx)
     if torch.compiler.is_compiling() or hidden.device.type != "cpu":

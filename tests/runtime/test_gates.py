@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from functools import partial
 from itertools import product
@@ -11,8 +12,10 @@ import pytest
 import torch
 from dense import batch, chunked, difference, given
 from families import OFF_THE_INTERFACE, TINY, TOKENS, check_both_ways_to_load, double, one_thread  # noqa: F401 (one_thread: a fixture)
+from tokenizers_of_bytes import byte_tokenizer
 from transformers import AttentionInterface, AttentionMaskInterface
 
+import surgery as package
 from surgery.operations.sink_calibration.zero_tuning import first_tokens
 from surgery.runtime import modeling_surgery as runtime
 from surgery.runtime import surgery_gated_compute as rows
@@ -332,6 +335,44 @@ def test_gradients_of_gates_and_load_balance():
             return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, used, real)
 
         assert torch.autograd.gradcheck(function, (hidden, *tensors))
+
+
+def test_the_choice_has_the_gradient_of_its_formula():
+    """MoH's code for LLMs: 1[on] (1 + s - sg(s)), s the softmax of the routed logits times the number that is on."""
+    generator, gate = torch.Generator().manual_seed(0), Gate("moh", (1,) * 6, (1, 4), 2)
+    logits = torch.randn(5, 4, generator=generator).double().requires_grad_()
+    cost, fixed = (torch.randn(5, 6, generator=generator).double() for _ in range(2))
+    fixed[:, 2:] *= gate.chosen(logits)
+    gates = gate.learning(fixed, logits)
+    assert torch.equal(gates, fixed)
+    (cost * gates).sum().backward()
+    for token in range(5):
+        powers = [math.exp(x) for x in logits[token].tolist()]
+        s = [2 * power / sum(powers) for power in powers]
+        for j in range(4):
+            steps = [s[u] * ((u == j) - s[j] / 2) for u in range(4)]
+            want = sum(float(cost[token, 2 + u] * fixed[token, 2 + u]) * steps[u] for u in range(4))
+            assert float(logits.grad[token, j]) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("router", ["fit", "static", "zero"])
+@pytest.mark.parametrize("granularity", ["head", "kv_group"])
+def test_the_models_loss_alone_moves_every_router_from_the_start(router, granularity):
+    """With tau at 0, as the operation leaves it. Training mode changes no logit."""
+    tokenizer, model = byte_tokenizer(), TINY["llama"](vocab_size=258)
+    step = {"op": "moh", "router": router, "granularity": granularity, "active_ratio": 0.6, "shared_ratio": 0.25}
+    step |= {"calibration_samples": 4, "calibration_length": 32}
+    package.apply({"version": 1, "name": "x", "operations": [step]}, model, tokenizer=tokenizer)
+    ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model.eval()(ids).logits
+    out = model.train()(ids, labels=ids)
+    assert torch.equal(out.logits, plain)
+    out.loss.backward()
+    for module in runtime.attention_modules(model):
+        assert module.surgery_router_temperature.item() == 0
+        for name in ("surgery_router", "surgery_router_bias"):
+            assert getattr(module, name).grad.abs().max() > 0, name
 
 
 def test_load_balance_by_loops():
