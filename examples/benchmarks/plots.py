@@ -36,7 +36,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-RECALL = "recall test, of what the base finds"
+RECALL = "recall test, of 12 that the base finds"
 HELD, NOVEL = "held-out reference", "*Pride and Prejudice*"
 
 
@@ -107,7 +107,7 @@ def stale(name: str) -> str:
 
 
 def cost(axes: Axes, judged: Results) -> None:
-    cache, text, recall = (judged.row(name) for name in ("KV bytes a token", f"perplexity, {HELD}", RECALL))
+    cache, text, recall = (judged.row(name) for name in ("KV bytes per token (float32)", f"perplexity, {HELD}", RECALL))
     looks = {"`duo-attention`": (BLUE, "o"), "`gqa`": (GREEN, "^"), "`gqa kv_heads=1`": (VERMILION, "s")}
     axes.scatter(100, 1, color=BLACK, marker="D", s=50, zorder=2)
     axes.annotate("the base", (100, 1), (0, 9), textcoords="offset points", ha="center")
@@ -136,7 +136,7 @@ def gqa(axes: Axes, closed: Results, means: Results) -> None:
     rows = [("mean of the heads\n(for training)", lost, None)]
     for row in closed.rows[1:]:
         label = row[0].replace("`", "").replace(" keep_layers", "\nkeep_layers")
-        values = [closed.number(row, f"perplexity, {text}", "nats") for text in (HELD, NOVEL)]
+        values = [closed.number(row, f"perplexity (nats above the base), {text}", "nats") for text in (HELD, NOVEL)]
         rows.append((f"closed form,\n{label}", *values))
     places = range(len(rows))
     axes.scatter([row[1] for row in rows], places, color=BLUE, s=45, label="held-out reference")
@@ -160,7 +160,7 @@ def duo_attention(axes: Axes, scores: Results) -> None:
         "`gates`": (ORANGE, "s"),
         "`ablation`": (GREEN, "^"),
         "`retrieval`": (PURPLE, "D"),
-        "the inverse of `far-mass`": (BLACK, "v"),
+        "`far-mass` reversed: the highest stream": (BLACK, "v"),
     }
     for shift, (name, (color, marker)) in enumerate(looks.items()):
         row, places, shares, errors = scores.row(name), [], [], []
@@ -277,7 +277,7 @@ def healing(axes: Axes, routes: Results) -> None:
 
 PLOTS = {
     "cost": Plot(
-        cost, ("judged",), "Perplexity against the size of the KV cache for the base and three recipes, with recall."
+        cost, ("judged",), "Perplexity against the size of the KV cache for the base and three conversions, with the recall of each."
     ),
     "gqa": Plot(
         gqa,
@@ -285,7 +285,7 @@ PLOTS = {
         "Loss above the base of four ways to merge three KV heads into one, on two texts.",
     ),
     "duo-attention": Plot(
-        duo_attention, ("head-scores",), "Recall that is kept when 25%, 50% or 75% of the KV heads stream, by scorer."
+        duo_attention, ("head-scores",), "Recall that is kept when 25%, 50% or 75% of the KV heads stream, by the score that chooses them."
     ),
     "prune-heads": Plot(
         prune_heads, ("prune-heads",), "Loss above the base of removed heads, before and after the refit."
