@@ -107,7 +107,9 @@ def stale(name: str) -> str:
 
 
 def cost(axes: Axes, judged: Results) -> None:
-    cache, text, recall = (judged.row(name) for name in ("KV bytes per token (float32)", f"perplexity, {HELD}", RECALL))
+    cache, text, recall = (
+        judged.row(name) for name in ("KV bytes per token (float32)", f"perplexity, {HELD}", RECALL)
+    )
     looks = {"`duo-attention`": (BLUE, "o"), "`gqa`": (GREEN, "^"), "`gqa kv_heads=1`": (VERMILION, "s")}
     axes.scatter(100, 1, color=BLACK, marker="D", s=50, zorder=2)
     axes.annotate("the base", (100, 1), (0, 9), textcoords="offset points", ha="center")
@@ -277,7 +279,9 @@ def healing(axes: Axes, routes: Results) -> None:
 
 PLOTS = {
     "cost": Plot(
-        cost, ("judged",), "Perplexity against the size of the KV cache for the base and three conversions, with the recall of each."
+        cost,
+        ("judged",),
+        "Perplexity against the size of the KV cache for the base and three conversions, with the recall of each.",
     ),
     "gqa": Plot(
         gqa,
@@ -285,7 +289,9 @@ PLOTS = {
         "Loss above the base of four ways to merge three KV heads into one, on two texts.",
     ),
     "duo-attention": Plot(
-        duo_attention, ("head-scores",), "Recall that is kept when 25%, 50% or 75% of the KV heads stream, by the score that chooses them."
+        duo_attention,
+        ("head-scores",),
+        "Recall that is kept when 25%, 50% or 75% of the KV heads stream, by the score that chooses them.",
     ),
     "prune-heads": Plot(
         prune_heads, ("prune-heads",), "Loss above the base of removed heads, before and after the refit."

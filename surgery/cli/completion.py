@@ -114,7 +114,11 @@ def score_methods(incomplete: str) -> Iterator[Offer]:
 
 def engines(incomplete: str) -> list[Offer]:
     """The ways to convert."""
-    return [("auto", "as the recipe can"), ("streaming", "layer by layer"), ("loaded", "the model in memory")]
+    return [
+        ("auto", "layer by layer if the recipe allows it"),
+        ("streaming", "layer by layer"),
+        ("loaded", "the model in memory"),
+    ]
 
 
 def _fields_of_recipe(steps: list[dict], heals: bool) -> dict[str, dict]:

@@ -58,7 +58,7 @@ def apply(
     no_check: NoCheck = False,
     no_eval: NoEval = False,
     no_gate: NoGate = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished OUT.partial.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run (OUT.partial).")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT as soon as the new one is complete.")
     ] = False,
@@ -66,12 +66,12 @@ def apply(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="Convert layer by layer (streaming), with the model in memory (loaded), or as the recipe can (auto).",
+            help="streaming: layer by layer; loaded: model in memory; auto: streaming if the recipe allows it.",
             autocompletion=completion.engines,
         ),
     ] = "auto",
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights, which are pickles (tensors alone are taken).")
+        bool, typer.Option("--allow-pickle", help="Read .bin weights, which are pickles; only tensors are loaded.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -51,7 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not check the result.")]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")]
-NoGate = Annotated[bool, typer.Option("--no-gate", help="Score the result, but let a failing gate pass.")]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Score the result, and exit with 0 even if the gate fails.")]
 Base = Annotated[
     str | None,
     typer.Option(

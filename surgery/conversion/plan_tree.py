@@ -38,7 +38,9 @@ def sizes(plan: Plan) -> list[str]:
             before.kv_bytes_per_token - after.kv_bytes_per_token,
         )
         rows.append(
-            f"{fixed}; a text of more than {more // saved:,} tokens takes less in all" if more > 0 < saved else fixed
+            f"{fixed}; texts longer than {more // saved:,} tokens need less cache than in the base"
+            if more > 0 < saved
+            else fixed
         )
     return [*rows, *([f"parameters: {arrow(before.parameters, plan.parameters_after)}"] if before.tensors else [])]
 

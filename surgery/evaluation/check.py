@@ -147,7 +147,7 @@ def check_record(report: Report, folder: Path) -> list[Item]:
         planned = (data["plan"].get(key) or {}).get("after")
         if planned is not None and planned != (real := getattr(anatomy, key)):
             return [Item(name, FAILED, f"{words}: {planned:,} in surgery.json, {real:,} by config.json")]
-    return [Item(name, PASSED, f"{wanted}, the cache as planned")]
+    return [Item(name, PASSED, f"tier {wanted}, cache as planned")]
 
 
 def check_finite(checkpoint: Checkpoint, progress=None) -> Item:

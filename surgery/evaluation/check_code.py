@@ -42,7 +42,7 @@ def check_runtime_code(folder: Path) -> tuple[str, str]:
             fault = f"{name} {'differs' if (folder / name).is_file() else 'is missing'}"
             break
     if not fault:
-        return PASSED, f"{len(expected)} files, byte for byte this version's"
+        return PASSED, f"{len(expected)} files, identical to this version's"
     if (version := _recorded_version(folder)) and version != f"surgery {__version__}":
         return NOTED, f"another version's ({version}), as it was written: {fault}; surgery.load runs this version's"
     return FAILED, f"{FOREIGN}: {fault}"

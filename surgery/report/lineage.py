@@ -13,7 +13,7 @@ from surgery.io.loading import is_model
 from surgery.io.safetensors import BY_CONTENT, Checkpoint
 from surgery.report.report import Report
 
-KEPT = "which keeps the score of the conversion"  # a clause after "not added to the card"
+KEPT = "which keeps the scores that it has"  # a clause after "not added to the card"
 
 
 def record_score(report: Report, base: object, probe: Probe, result: dict) -> str:

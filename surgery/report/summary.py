@@ -58,7 +58,7 @@ def changed(plan: dict[str, Any]) -> str:
     words = "; ".join(plan.get("changes") or ["nothing"])
     if not {"before", "after"} <= kv.keys():
         return words
-    also = f" and {fixed:,} bytes of sinks and windows" if fixed else ""
+    also = f", plus {fixed:,} bytes of sinks and windows" if fixed else ""
     return f"{words}; KV cache {kv['before']:,} → {kv['after']:,} bytes per token{also}"
 
 

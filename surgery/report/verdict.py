@@ -37,7 +37,7 @@ def verdict(data: dict[str, Any]) -> str:
     elif costs:
         words = f"not usable{'' if healed else ' before healing'}: {costs[0]}"
     elif gate["limits"] and gate["status"] == "passed":
-        words = "usable: it keeps the recipe's limits"
+        words = "usable: it is within the recipe's limits"
     elif gate["limits"]:
         words = f"usable, if the cost is right for you: the gate was {gate['status']}"
     else:

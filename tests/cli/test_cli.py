@@ -278,7 +278,7 @@ def test_a_difference_is_measured_and_not_passed(capsys):
 
 def test_plan_of_a_head_split(surgery, model):
     shown = surgery("plan", "duo-attention", model, "window=6", "sinks=2").out
-    assert "3 of 6 KV heads see 2 sinks + 6 tokens" in shown
+    assert "3 of 6 KV heads see only 2 sinks + 6 tokens" in shown
     assert "streaming KV heads" not in shown, "which layer has how many is not known before the model is measured"
     assert shown.count("self_attn") == 1
     assert "KV cache of sinks and windows: 0 → 768 bytes, fixed" in shown
@@ -293,7 +293,7 @@ def test_inspect_of_a_head_split(surgery, model):
     args = ("streaming_ratio=1", "window=6", "sinks=2", "--no-check", "--no-eval")
     assert surgery("apply", "duo-attention", model, "-o", "out", *args).code == 0
     shown = surgery("inspect", "out").out
-    assert "streaming: 2 sinks + 6 tokens" in shown
+    assert "a streaming head sees: 2 sinks + 6 tokens" in shown
     assert re.search(r"0-1 +9 +3 +3 +8 ", shown), shown
 
 
@@ -302,9 +302,9 @@ def test_inspect_of_gates_and_terms(surgery, model):
     args = ("router=zero", "keep_first_layers=1", "--no-check", "--no-eval")
     assert surgery("apply", "mae", model, "-o", "out", *args).code == 0
     shown = surgery("inspect", "out").out
-    assert "set by a surgery: gate in 1 of 2 layers\n" in shown
+    assert "changed by a surgery: gate in 1 of 2 layers\n" in shown
     block = next(line for line in shown.splitlines() if line.startswith("Made by surgery: mae."))
-    can, need = re.search(r"can follow it: (.*?)\. \d+ need the base: (.*?) \(", block).groups()
+    can, need = re.search(r"applied to this result: (.*?)\. \d+ can only be applied to its base: (.*?)\. To", block).groups()
     data = surgery("inspect", "out", "--json").json
     assert data["terms"] == {"gate": [1]}
     assert data["made_by"] == "mae"
@@ -312,7 +312,7 @@ def test_inspect_of_gates_and_terms(surgery, model):
     assert need.split(", ") == [name for name, effect in data["effects"].items() if effect.get("needs_base")]
     assert "act" in can.split(", ")
     assert "duo-after-gqa" in need.split(", ")
-    assert "set by a surgery" not in surgery("inspect", model).out
+    assert "changed by a surgery" not in surgery("inspect", model).out
 
 
 def test_the_estimate_says_of_what_it_is(surgery, model):
@@ -398,9 +398,11 @@ def test_eval(surgery, out, text):
     shown = surgery("eval", "out", "--base", "model", *args)
     assert re.search(r"^ +base +converted +ratio$", shown.out, re.M)
     assert re.search(r"^KV bytes per token +192 +64 +0\.333$", shown.out, re.M)
-    assert "Measured on 30 tokens of words.txt" in shown.out
+    assert "Measured on 30 tokens (2 windows of 16) of words.txt" in shown.out
     assert shown.out.splitlines()[-1] == "next: surgery eval out --base model --needles"
-    assert re.search(r"^\d\.\d{3} of the base's perplexity, and the same best token for ", shown.out, re.M)
+    assert re.search(
+        r"^The perplexity is \d\.\d{3} times the base's, and the best token is the same at ", shown.out, re.M
+    )
 
 
 def test_a_gate_is_not_passed_with_another_base(surgery, model, text, tmp_path):

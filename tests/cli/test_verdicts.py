@@ -67,8 +67,8 @@ def test_needles_in_words():
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        (10.0, 10.001, "The same perplexity as the base's"),
-        (10.0, 10.3, "1.030 of the base's perplexity"),
+        (10.0, 10.001, "The perplexity is the base's"),
+        (10.0, 10.3, "The perplexity is 1.030 times the base's"),
         (10.0, 50.0, "The converted model is not usable as it is: its perplexity is 5 times the base's"),
         (10.0, None, "not usable as it is: its perplexity is not a number"),
     ],

@@ -479,7 +479,7 @@ WORDS = [  # operation, what its record has, the title
      "1 of 6 KV heads streaming (DuoAttention)"),
     ({"op": "duo_attention", "streaming_ratio": 0.0}, {"streaming": [[], []]}, None),
     ({"op": "duo_attention", "streaming_ratio": 1.0, "window": 8, "sinks": 2}, {"streaming": [[0, 1, 2]] * 2},
-     "a cache that stops growing (all KV heads see 2 sinks + 8 tokens)"),
+     "a cache that stops growing (all KV heads see only 2 sinks + 8 tokens)"),
     ({"op": "moh"}, {}, "67% of its query heads on for a token (MoH)"),
     ({"op": "mae"}, {}, "a mixture of its heads (MAE)"),
     ({"op": "prune_heads", "per_layer": 1}, {}, "6 query heads (pruned, was 9)"),

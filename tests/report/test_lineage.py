@@ -55,7 +55,7 @@ def test_the_first_score_of_a_probe_comes_into_the_card(report, tiny):
     assert saved["gate"]["status"] == "passed", "the gate asks for max_kl"
     card = (report.folder / "README.md").read_text(encoding="utf-8")
     assert "no longer copies from its prompt: 0 of 4 hidden passkeys found; the base finds 4." in card
-    assert "keeps the score of the conversion" in record_score(report, str(tiny), probe, NEEDLES), "and no second one"
+    assert "keeps the scores that it has" in record_score(report, str(tiny), probe, NEEDLES), "and no second one"
 
 
 def test_what_does_not_belong_there_is_not_recorded(report, tiny, converted):

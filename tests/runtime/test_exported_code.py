@@ -238,7 +238,7 @@ def test_check_says_that_the_code_is_another_versions(surgery, model, tmp_path):
     made = surgery("apply", "streaming", model, "-o", "out", "sinks=2", "window=6", "--no-check", "--no-eval")
     assert made.code == 0, made.err
     out = tmp_path / "out"
-    assert looked_at(surgery("check", out, "--json")) == ("passed", "6 files, byte for byte this version's")
+    assert looked_at(surgery("check", out, "--json")) == ("passed", "6 files, identical to this version's")
     (out / "surgery_older.py").write_text("# a file that this version does not have\n")
     (out / "surgery_cache.py").write_text("raise RuntimeError('another version')\n")
     report = json.loads((out / "surgery.json").read_text())

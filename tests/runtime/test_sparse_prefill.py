@@ -593,7 +593,7 @@ def test_patterns_by_head_are_searched_and_kept(surgery, model, tmp_path):
     given = sparse_step(method="by_head", patterns=[{"method": "streaming", "window": 64}] * 8)
     assert package.plan(recipe(given), TINY["llama"]()).tier == "surgical"
     split = {"op": "duo_attention", "streaming_ratio": 0.5, "sinks": 4, "window": 16}
-    with pytest.raises(SurgeryError, match="patterns are searched with all heads full"):
+    with pytest.raises(SurgeryError, match="the search of patterns needs heads that see all keys"):
         package.plan(recipe(split, sparse_step(method="by_head")), TINY["llama"]())
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy
+from surgery.cli.render.catalogue import LEGEND
 from surgery.cli.render.console import console, size
 from surgery.cli.render.layout import columns, hanging, show
 from surgery.config.catalogue import Entry
@@ -45,12 +46,12 @@ def model(name: str, anatomy: Anatomy) -> None:
         hanging(out, "also:", ", ".join(extra), 4)
     hanging(out, "KV cache:", _cache(anatomy), 4)
     for layer in (each for each in anatomy.layers if each.streaming):
-        out.print(f"streaming: {layer.sinks} sinks + {layer.streaming_window} tokens")
+        out.print(f"a streaming head sees: {layer.sinks} sinks + {layer.streaming_window} tokens")
         break
     depth = len(anatomy.layers)
     if terms := anatomy.terms:
         what = ", ".join(f"{term} in {len(layers)} of {depth} layers" for term, layers in terms.items())
-        hanging(out, "set by a surgery:", what, 4)
+        hanging(out, "changed by a surgery:", what, 4)
     for title, words in anatomy.descriptions.items():
         hanging(out, f"{title}:", f"{', '.join(dict.fromkeys(words))}, in {len(words)} of {depth} layers", 4)
 
@@ -119,7 +120,9 @@ def effects(fits: list[Fit], typed: str) -> None:
         head = [Text(word, style="dim") for word in ("recipe", "tier", "what it would do", "training")]
         columns(out, [head, *(_effect(fit.entry, fit.plan) for fit in able if fit.plan)], cut=True)
         if any(fit.plan and fit.plan.after.kv_bytes_fixed for fit in able):
-            out.print(Text("+ MB: sinks and windows, held once however long the text is", style="dim"))
+            out.print(Text("+ MB: a fixed part for each sequence, its sinks and windows.", style="dim"))
+        for line in LEGEND:
+            hanging(out, "", line, 0, "dim")
     _reasons(out, [fit for fit in fits if fit.problems])
     if able:
         names = [fit.entry.name for fit in able]
@@ -138,9 +141,11 @@ def followers(fits: list[Fit], made_by: str, typed: str) -> None:
     base = [fit.entry.name for fit in fits if fit.needs_base]
     sentences = [
         f"Made by surgery{f': {made_by}' if made_by else ''}.",
-        f"{count(len(able), 'recipe')} can follow it: {', '.join(able)}." if able else "No recipe can follow it.",
-        f"{len(base)} {'needs' if len(base) == 1 else 'need'} the base: {', '.join(base)} (combine operations in one "
-        "recipe, such as surgery cp duo-after-gqa)."
+        f"{count(len(able), 'recipe')} can be applied to this result: {', '.join(able)}."
+        if able
+        else "No recipe can be applied to this result.",
+        f"{len(base)} can only be applied to its base: {', '.join(base)}. To combine them, write one recipe with both "
+        "operations (surgery cp duo-after-gqa shows one)."
         if base
         else "",
     ]
@@ -167,6 +172,6 @@ def _reasons(out: Console, fits: list[Fit]) -> None:
         groups.setdefault(fit.problems, []).append(fit.entry.name)
     if not groups:
         return
-    out.print(Text("\nNot as they are:", style="yellow"))
+    out.print(Text("\nThese need other settings:", style="yellow"))
     for problems, names in groups.items():
         hanging(out, "  ", f"{', '.join(names)}: {'; '.join(problems)}", 4)

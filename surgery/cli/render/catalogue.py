@@ -21,6 +21,10 @@ from surgery.operations.variants import Variants, describe_method, inline_schema
 TRAINING = {"no": "no training", "included": "trains for itself", "needed": "to be trained before use"}
 STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
+LEGEND = (
+    "native: stock Transformers loads it. surgical: it needs code saved with it.",
+    "training: included in the recipe, or needed before use (surgery heal).",
+)
 
 
 def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str]) -> None:
@@ -48,6 +52,8 @@ def recipes(entries: list[Entry], others: Iterable[str], broken: dict[str, str])
         out.print(Text(f"\n{PURPOSES[purpose]}", style="bold underline" if out.is_terminal else ""))
         columns(out, columns_of_rows[first:last], cut=True)
     out.print()
+    for line in LEGEND:
+        hanging(out, "", line, 0, "dim")
     hanging(out, "Settings and an example:", "surgery ls NAME. All settings: surgery ls --all", 0)
     if others := list(others):
         hanging(out, "Operations without a recipe:", ", ".join(others), 0)

@@ -7,6 +7,13 @@ from surgery.cli.render.durations import about
 from surgery.conversion.estimate import Estimate
 from surgery.io.printing import count
 
+WHILE = {
+    "measure": "while measuring",
+    "write": "while writing",
+    "heal": "while healing",
+    "check": "while checking",
+    "score": "while scoring",
+}
 LEAST = 1.0  # seconds from which a part of the run is named
 
 
@@ -18,6 +25,6 @@ def cost(estimate: Estimate) -> None:
     threads = count(estimate.threads, "thread")
     out = console()
     out.print(f"time:    about {about(estimate.seconds)} on {threads}" + (f" ({parts})" if parts else ""))
-    out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({peak})")
+    out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})")
     kept = f"; {size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
     out.print(f"disk:    {size(estimate.output_bytes)}{kept}")

@@ -200,5 +200,5 @@ class Choices(CaseProbe):
         passages = ""
         if "context" in settings:
             passages = f", passages of {settings['context']} tokens, seed {settings['seed']}"
-        lines.append(f"{counts} choices each{passages}; a guess is right with probability {result.chance:.1%}.")
+        lines.append(f"{counts} choices each{passages}; a random guess is right with probability {result.chance:.1%}.")
         return [*lines, f"The questions: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]

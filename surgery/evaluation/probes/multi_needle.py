@@ -210,9 +210,9 @@ class MultiNeedle(CaseProbe):
         lines = [*super().lines(result), *([f"kept: {percent(kept)}"] if kept and kept["of"] else [])]
         lines.append(
             f"{len(result.cases)} {settings['form']} prompts of {settings['lengths'][0]:,} tokens, seed "
-            f"{settings['seed']}; a guess is right with probability {settings['chance']:.0e}."
+            f"{settings['seed']}; a random guess is right with probability {settings['chance']:.0e}."
         )
-        return [*lines, f"The text around them: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
+        return [*lines, f"They are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
 
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:

@@ -304,8 +304,10 @@ class Needles(CaseProbe):
         lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
         if inside := sum(not result.counts(n) for n in result.cases):
             sinks, window = result.reach
-            verdict = "do not count for what is kept" if len(labels) > 1 else "prove nothing"
-            seen = f"they lie, or begin, within the {sinks} sinks and the {window} tokens that streaming heads see"
+            verdict = "are not counted as kept" if len(labels) > 1 else "prove nothing"
+            seen = (
+                f"they lie, or begin, in the {sinks} sinks or the last {window} tokens, where streaming heads see them"
+            )
             lines.append(f"* {inside} of {len(result.cases)} needles {verdict}: {seen}.")
         lines.append("")
         for label in labels:
@@ -313,17 +315,17 @@ class Needles(CaseProbe):
             name = NAMES[label] if len(labels) > 1 else "model"
             lines.append(
                 f"{name + ':':<11}{side['hits']} of {side['of']} needles ({percent(side)}), "
-                f"{side['nll']:.3f} nats per token of the answer"
+                f"{side['nll']:.3f} nats per token on the right answer"
             )
         if kept := result.compare():
             where = " outside sinks and window" if result.reach else ""
             share = f"{kept['kept']} of {kept['of']} that the base finds{where} ({percent(kept)})"
             nothing = f"nothing to compare (the base finds no needle{where})"
             lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
-        samples = f"{count(settings['samples'], 'sample')} in a cell"
-        size = f"{samples}, {settings['form']} prompts, seed {settings['seed']}"
-        lines.append(f"{size}; a guess is right with probability {settings['chance']:.0e}.")
-        return [*lines, f"The text around them: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
+        samples = f"{count(settings['samples'], 'prompt')} for each depth and length"
+        size = f"{samples}, {settings['form']} form, seed {settings['seed']}"
+        lines.append(f"{size}; a random guess is right with probability {settings['chance']:.0e}.")
+        return [*lines, f"They are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
 
     @classmethod
     def verdict(cls, record: dict) -> str:
@@ -332,9 +334,10 @@ class Needles(CaseProbe):
             return ""
         if not kept["kept"]:
             return "The converted model no longer copies from its prompt: it finds none of what the base finds."
+        where = " outside sinks and window" if record.get("streaming") else ""
         if kept["kept"] == kept["of"]:
-            return f"Nothing was lost: the converted model finds all {kept['of']} needles that the base finds."
-        return f"The converted model finds {kept['kept']} of the {kept['of']} needles that the base finds."
+            return f"The converted model finds all {kept['of']} needles that the base finds{where}."
+        return f"The converted model finds {kept['kept']} of the {kept['of']} needles that the base finds{where}."
 
     @classmethod
     def picture(cls, result: NeedleResult) -> dict:

@@ -310,7 +310,7 @@ class Perplexity(Probe):
             ("perplexity", "perplexity", "{:,.3f}"),
             ("cross-entropy, nats", "cross_entropy", "{:.4f}"),
             ("KV bytes per token", "kv_bytes_per_token", "{:,}"),
-            ("bytes to load", "load_bytes", "{:,}"),
+            ("bytes of weights", "load_bytes", "{:,}"),
         ):
             cells = [side.get(key) for side in ((base, new) if base else (new,))]
             quotient = [_quotient(*cells)] if base else []
@@ -322,11 +322,15 @@ class Perplexity(Probe):
             lines.append(f"KL from the base: mean {kl['mean']:.4f}, 99th percentile {kl['p99']:.3f} nats per token")
             lines.append(f"same best token: {same:.1%}")
             lines.append(
-                f"The KL is over the base's {kl['top_k']} likeliest tokens and all others as one: a lower bound."
+                f"The KL is a lower bound: it takes the base's {kl['top_k']} likeliest tokens, and all others as one."
             )
+        windows = f" ({count(text['windows'], 'window')} of {text['length']:,})" if text.get("windows") else ""
         if not {"tokens", "title", "sha256"} <= text.keys():  # a record of an earlier version
             return lines
-        return [*lines, f"Measured on {count(text['tokens'], 'token')} of {text['title']} (sha256 {text['sha256']})."]
+        return [
+            *lines,
+            f"Measured on {count(text['tokens'], 'token')}{windows} of {text['title']} (sha256 {text['sha256']}).",
+        ]
 
     @classmethod
     def verdict(cls, record: dict) -> str:
@@ -334,9 +338,11 @@ class Perplexity(Probe):
         if ratio is None or cls.damage(record):
             return super().verdict(record)
         equal = 0.9995 <= ratio < 1.0005
-        words = "The same perplexity as the base's" if equal else f"{ratio:.3f} of the base's perplexity"
+        words = "The perplexity is the base's" if equal else f"The perplexity is {ratio:.3f} times the base's"
         same = record.get("top1_agreement")
-        return words + (f", and the same best token for {same:.1%} of the text." if same is not None else ".")
+        return words + (
+            f", and the best token is the same at {same:.1%} of the positions." if same is not None else "."
+        )
 
 
 def _quotient(base: float | None, new: float | None) -> str:

@@ -121,7 +121,7 @@ class DuoAttention(Operation):
             streaming = self._choose([[0.0] * layer.kv_heads for layer in anatomy.layers], anatomy)
             known = "up to " if self.threshold is not None else ""
             if self._needs_scores:
-                notes.append(f"which heads stream is measured on the model ({self.scores})")
+                notes.append(f"which heads stream is decided by a measurement on the model (scores={self.scores})")
         else:
             streaming = self._choose(load_scores(self.scores, anatomy).scores, anatomy)
         count = sum(map(len, streaming))
@@ -129,7 +129,7 @@ class DuoAttention(Operation):
             notes.append(
                 f"streaming_ratio asks for {wanted}: protect_layers and per_layer_min_retrieval leave {count}"
             )
-        line = f"{known}{count} of {total} KV heads see {self.sinks} sinks + {self.window} tokens"
+        line = f"{known}{count} of {total} KV heads see only {self.sinks} sinks + {self.window} tokens"
         return PlannedChange(
             anatomy.with_streaming(streaming, self.sinks, self.window),
             (line,),
@@ -164,7 +164,7 @@ class DuoAttention(Operation):
         )
         if count == total:
             return InWords(
-                f"a cache that stops growing (all KV heads see {self.sinks} sinks + {self.window:,} tokens)",
+                f"a cache that stops growing (all KV heads see only {self.sinks} sinks + {self.window:,} tokens)",
                 f"All of its {total} KV heads now keep only {tokens} of a sequence.",
                 use="Use it on endless streams where the recent text is what matters.",
                 avoid="Do not use it where an answer lies farther back: it cannot be seen any more.",

@@ -42,7 +42,10 @@ class ByHead(SparsePrefill):
 
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
         if self.searches and any(layer.streaming for layer in anatomy.layers):
-            return ["patterns are searched with all heads full: put sparse_prefill before duo_attention, or give them"]
+            return [
+                "the search of patterns needs heads that see all keys: put sparse_prefill before duo_attention, "
+                "or give patterns"
+            ]
         return []
 
     def problems_of_layer(self, changes: dict[str, Any]) -> list[str]:
