@@ -66,7 +66,7 @@ def apply(
         str,
         typer.Option(
             metavar="ENGINE",
-            help="streaming: layer by layer; loaded: model in memory; auto: streaming if the recipe allows it.",
+            help="How weights are read: streaming (layer by layer), loaded (the whole model), or auto.",
             autocompletion=completion.engines,
         ),
     ] = "auto",

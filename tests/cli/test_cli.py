@@ -304,7 +304,9 @@ def test_inspect_of_gates_and_terms(surgery, model):
     shown = surgery("inspect", "out").out
     assert "changed by a surgery: gate in 1 of 2 layers\n" in shown
     block = next(line for line in shown.splitlines() if line.startswith("Made by surgery: mae."))
-    can, need = re.search(r"applied to this result: (.*?)\. \d+ can only be applied to its base: (.*?)\. To", block).groups()
+    can, need = re.search(
+        r"applied to this result: (.*?)\. \d+ can only be applied to its base: (.*?)\. To", block
+    ).groups()
     data = surgery("inspect", "out", "--json").json
     assert data["terms"] == {"gate": [1]}
     assert data["made_by"] == "mae"

@@ -38,7 +38,7 @@ def model(name: str, anatomy: Anatomy) -> None:
     kind = f"fused {first.layout.qkv} ({first.layout.layout})" if first.layout.qkv else "separate q, k, v"
     absent = [title for title, of_layer in EXTRAS.items() if not any(map(of_layer, anatomy.layers))]
     without = f"; no {any_of(absent)}" if absent else ""
-    hanging(out, "projections:", f"{kind}, {first.path.replace('.0.', '.N.')}{without}", 4)
+    hanging(out, "projections:", f"{kind} in {first.path.replace('.0.', '.N.')}{without}", 4)
     extra = [f"soft-cap {first.soft_cap}"] if first.soft_cap else []
     extra += ["learned sinks"] if first.layout.sinks else []
     extra += [] if first.layout.interface else ["attention outside Transformers' attention interface"]

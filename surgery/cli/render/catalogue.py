@@ -23,7 +23,8 @@ STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "training: included in the recipe, or needed before use (surgery heal).",
+    "training: no: its gate says whether it lost too much. included: in the recipe.",
+    "          needed: train it before use (surgery heal).",
 )
 
 
