@@ -178,7 +178,7 @@ def our_loop(model, tokenizer, heal, args) -> float:
     ends = []
 
     def follow(done: int, of: int, label: str) -> None:
-        if label.startswith("healing"):
+        if label.startswith("training:"):
             ends.append(now(args))
 
     surgery.heal(model, settings=heal, tokenizer=tokenizer, progress=follow)
