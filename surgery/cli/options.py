@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,23 +52,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not check the result.")]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Do not score the result against the base.")]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Score the result, and exit with 0 even if the gate fails.")]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        metavar="MODEL",
-        help="Compare with this model, the base it was made from.",
-        autocompletion=completion.models,
-    ),
-]
+
+
+def _base(words: str) -> Any:
+    return typer.Option("--base", metavar="MODEL", help=words, autocompletion=completion.models)
+
+
+Base = Annotated[str | None, _base("Compare with this model, the base it was made from.")]
 Teacher = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        metavar="MODEL",
-        help="Train towards this model, the base it was made from; default: the recorded one.",
-        autocompletion=completion.models,
-    ),
+    str | None, _base("Train towards this model, the base it was made from; default: the recorded one.")
 ]
 
 

@@ -33,15 +33,11 @@ def sizes(plan: Plan) -> list[str]:
     rows = [f"KV cache per token: {arrow(before.kv_bytes_per_token, after.kv_bytes_per_token)} bytes"]
     if before.kv_bytes_fixed or after.kv_bytes_fixed:
         fixed = f"KV cache of sinks and windows: {arrow(before.kv_bytes_fixed, after.kv_bytes_fixed)} bytes, fixed"
-        more, saved = (
-            after.kv_bytes_fixed - before.kv_bytes_fixed,
-            before.kv_bytes_per_token - after.kv_bytes_per_token,
-        )
-        rows.append(
-            f"{fixed}; texts longer than {more // saved:,} tokens need less cache than in the base"
-            if more > 0 < saved
-            else fixed
-        )
+        more = after.kv_bytes_fixed - before.kv_bytes_fixed
+        saved = before.kv_bytes_per_token - after.kv_bytes_per_token
+        if more > 0 and saved > 0:
+            fixed += f"; texts longer than {more // saved:,} tokens need less cache than in the base"
+        rows.append(fixed)
     return [*rows, *([f"parameters: {arrow(before.parameters, plan.parameters_after)}"] if before.tensors else [])]
 
 

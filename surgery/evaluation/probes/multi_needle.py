@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from surgery.architecture.anatomy import positions_of
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
@@ -37,7 +36,7 @@ from surgery.errors import TextError
 from surgery.evaluation.paired import CaseResult, percent
 from surgery.evaluation.probes.base import CaseProbe, Effort, Limit, Row, Table
 from surgery.evaluation.probes.fields import Shares, TextSource, check_setting
-from surgery.evaluation.probes.needles import ANSWER, NeedleResult, reach_of
+from surgery.evaluation.probes.needles import SHORTEST, NeedleResult, longest_prompt, reach_of
 from surgery.evaluation.recall import Outcome, run_needles
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class MultiNeedle(CaseProbe):
     stage: ClassVar[str] = "recall test with several keys"
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
-    length: int = Field(1024, ge=64, description="Tokens of the prompts.")
+    length: int = Field(1024, ge=SHORTEST, description="Tokens of the prompts.")
     keys: int = Field(4, ge=2, le=16, description="Keys in a prompt, the one that is asked for among them.")
     cases: int = Field(24, ge=1, description="Prompts in all, at least.")
     depths: int | Shares = Field(
@@ -99,8 +98,8 @@ class MultiNeedle(CaseProbe):
         return Effort(-(-self.cases // depths) * depths * self.length, self.length)
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
-        longest = (positions_of(config) or self.length + ANSWER) - ANSWER
-        return {"length": longest} if 64 <= longest < self.length else {}
+        longest = longest_prompt(config)
+        return {"length": longest} if longest is not None and longest < self.length else {}
 
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> MultiNeedleResult:
         """The needles that are asked for.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
+SHORTEST = 64  # tokens of a prompt
 FAR = (0.1, 0.25, 0.4, 0.55)  # depths far from the question, where a head split could lose a needle
 
 
@@ -112,6 +113,12 @@ class NeedleResult(CaseResult):
         return data | super().case(index)
 
 
+def longest_prompt(config: PretrainedConfig) -> int | None:
+    """The most tokens of a prompt that leaves positions for its answer; None: no limit, or too low a one to ask."""
+    positions = positions_of(config)
+    return positions - ANSWER if positions and positions - ANSWER >= SHORTEST else None
+
+
 class Needles(CaseProbe):
     """Secrets hidden in a text, one in each prompt: a grid of prompt lengths and depths."""
 
@@ -124,7 +131,7 @@ class Needles(CaseProbe):
 
     text: TextSource = Field(BUILTIN, description="The haystack: 'builtin' or a text file.")
     lengths: TokenLengths = Field((512, 1024, 2048), description="Tokens of the prompts: 512,1024,2048.")
-    length: int | None = Field(None, ge=64, description="Tokens of the prompts, where all have one length.")
+    length: int | None = Field(None, ge=SHORTEST, description="Tokens of the prompts, where all have one length.")
     depths: int | Shares = Field(
         5, description="Places in the text: their number, evenly spaced, or a list of shares (0 begin, 1 end)."
     )
@@ -167,7 +174,9 @@ class Needles(CaseProbe):
                 Field(0, ge=0, description="Secrets hidden in the text that both are asked for; 0: none."),
                 asks=True,
             ),
-            "needle_length": RecipeField("length", int, Field(1024, ge=64, description="Tokens of such a prompt.")),
+            "needle_length": RecipeField(
+                "length", int, Field(1024, ge=SHORTEST, description="Tokens of such a prompt.")
+            ),
         },
         limits=("min_needles",),
     )
@@ -204,8 +213,8 @@ class Needles(CaseProbe):
         return Effort(prompts * sum(self.tokens), max(self.tokens, default=0))
 
     def cuts(self, config: PretrainedConfig) -> dict[str, Any]:
-        longest = (positions_of(config) or math.inf) - ANSWER
-        if not 64 <= longest < max(self.tokens, default=0):
+        longest = longest_prompt(config)
+        if longest is None or longest >= max(self.tokens, default=0):
             return {}
         if self.length is not None:
             return {"length": longest}

@@ -324,9 +324,9 @@ class Perplexity(Probe):
             lines.append(
                 f"The KL is a lower bound: it takes the base's {kl['top_k']} likeliest tokens, and all others as one."
             )
-        windows = f" ({count(text['windows'], 'window')} of {text['length']:,})" if text.get("windows") else ""
         if not {"tokens", "title", "sha256"} <= text.keys():  # a record of an earlier version
             return lines
+        windows = f" ({count(text['windows'], 'window')} of {text['length']:,})" if text.get("windows") else ""
         return [
             *lines,
             f"Measured on {count(text['tokens'], 'token')}{windows} of {text['title']} (sha256 {text['sha256']}).",

@@ -273,15 +273,10 @@ def cut_to(evaluate: Mapping[str, Any], config: PretrainedConfig) -> tuple[dict[
     """
     data, notes = copy.deepcopy(dict(evaluate)), []
     for probe in requested_probes(evaluate):
-        block = (data.get("probes") or {}).get(probe.name)
+        earlier = {key: flat for flat, key in _earlier_keys(type(probe)).items()}
         for key, value in probe.cuts(config).items():
-            earlier = {alias.key: flat for flat, alias in probe.aliases.recipe.items()}
-            if block is None:
-                data[earlier[key]] = value
-            else:
-                block[key] = value
-            name = f"evaluate.{earlier[key]}" if block is None else f"evaluate.probes.{probe.name}.{key}"
-            old, new = (_lengths(each) for each in (getattr(probe, key), value))
+            path = assign(data, (earlier[key],) if key in earlier else ("probes", probe.name, key), value)
+            name, old, new = ".".join(("evaluate", *path)), _lengths(getattr(probe, key)), _lengths(value)
             notes.append(f"{name} is cut from {old} to {new}: the model takes {positions_of(config):,} tokens")
     return data, notes
 

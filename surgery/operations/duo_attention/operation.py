@@ -108,8 +108,7 @@ class DuoAttention(Operation):
         ]
 
     def plan(self, anatomy: Anatomy) -> PlannedChange:
-        local, measured = self._local(anatomy), is_method(self.scores)
-        total = sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
+        local, measured, total = self._local(anatomy), is_method(self.scores), self._able(anatomy)
         notes, known = [], ""
         if local:
             notes.append(
@@ -152,9 +151,7 @@ class DuoAttention(Operation):
         return (Measurement("measuring heads", one * samples * forwards),)
 
     def in_words(self, before: Anatomy, after: Anatomy, record: dict) -> InWords | None:
-        local = self._local(before)
-        total = sum(layer.kv_heads for layer in before.layers if layer.index not in local)
-        count = sum(map(len, record["streaming"]))
+        total, count = self._able(before), sum(map(len, record["streaming"]))
         if not count:
             return None
         tokens = (
@@ -218,6 +215,11 @@ class DuoAttention(Operation):
             seed=self.seed,
             progress=context.progress,
         )
+
+    def _able(self, anatomy: Anatomy) -> int:
+        """The number of KV heads that could stream."""
+        local = self._local(anatomy)
+        return sum(layer.kv_heads for layer in anatomy.layers if layer.index not in local)
 
     def _local(self, anatomy: Anatomy) -> list[int]:
         """Layers that the split would not change, since the base's own window is no wider than `window`."""
