@@ -97,9 +97,11 @@ def _is_config(value) -> bool:
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], path: str) -> None:
-    """Raise SurgeryError if a tensor of the layer at `path` holds NaN or infinity."""
+    """Raise SurgeryError if a tensor of the layer at `path` holds NaN or infinity. A meta tensor has no values."""
     for name, tensor in tensors.items():
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
+        if tensor.is_meta or not tensor.numel():
+            continue
+        if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if any value is
             raise ModelError(
                 f"{path}.{name} holds NaN or infinite values",
                 fix="the base checkpoint is damaged: download it again",

@@ -9,6 +9,7 @@ Shapes: H query heads, G KV heads, d head size, D hidden size. Query head h read
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from surgery.architecture.families import Family
     from surgery.architecture.layer import LayerAnatomy
+
+PROJECTIONS = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,25 @@ class AttentionLayer:
         """This layer with other tensors, and possibly another anatomy that fits them."""
         return replace(self, **tensors)
 
-    def copy(self) -> AttentionLayer:
+    def copy(self, projections: Collection[str] = PROJECTIONS) -> AttentionLayer:
         """A layer whose tensors are in fresh contiguous memory on the CPU.
 
         Both engines compute on such a copy: the last bits of a sum depend on how memory is aligned.
+
+        Args:
+            projections: which of `q`, `k`, `v` and `o` to copy. The others become meta tensors: shape and dtype alone.
         """
         import torch
 
         def fresh(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
-        return replace(self, **{name: fresh(tensor) for name, tensor in self.tensors().items()})
+        withheld = set(PROJECTIONS).difference(projections)
+        copies = {
+            name: torch.empty_like(tensor, device="meta") if name in withheld else fresh(tensor)
+            for name, tensor in self.tensors().items()
+        }
+        return replace(self, **copies)
 
 
 def unpack(anatomy: LayerAnatomy, tensors: dict[str, Tensor]) -> AttentionLayer:
@@ -169,6 +180,13 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
     if layout.sinks:
         shapes[layout.sinks] = (anatomy.heads,)
     return {name: shapes[name] for name in anatomy.tensor_names}
+
+
+def projection_weights(anatomy: LayerAnatomy) -> dict[str, str]:
+    """Projection -> the name of the stored weight that holds it. A fused weight holds three of them."""
+    layout = anatomy.layout
+    holders = {letter: layout.qkv or getattr(layout, letter) for letter in "qkv"} | {"o": layout.o}
+    return {letter: f"{holder}.weight" for letter, holder in holders.items()}
 
 
 def _heads(anatomy: LayerAnatomy) -> dict[str, int]:

@@ -20,7 +20,7 @@ from threading import BoundedSemaphore, Lock, RLock
 from typing import TYPE_CHECKING
 
 from surgery.architecture.edit import refuse_non_finite
-from surgery.architecture.weights import pack, unpack
+from surgery.architecture.weights import pack, projection_weights, unpack
 from surgery.errors import SurgeryError
 from surgery.io.ranges import RangeCopier, write_all
 from surgery.io.safetensors import CHUNK, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
@@ -100,15 +100,26 @@ def convert_shards(
     return files
 
 
+def unread_tensors(plan: Plan) -> set[str]:
+    """The stored weights of attention that no step rewrites. They are copied like the rest of the model."""
+    rewritten = {name for step in plan.steps for name in step.operation.rewritten_projections}
+    unread = set()
+    for layer in plan.before.layers:
+        weights = projection_weights(layer)
+        read = {weight for projection, weight in weights.items() if projection in rewritten}
+        unread |= {f"{layer.path}.{weight}" for weight in weights.values() if weight not in read}
+    return unread
+
+
 def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ...], bool]]:
     """The tensors of the new file, in order: name -> (dtype, shape, whether it is computed or else copied).
 
     New tensors (norms of added heads) are placed after their layer's output projection.
     """
-    layout = {}
+    layout, unread = {}, unread_tensors(plan)
     homes = {f"{layer.path}.{layer.layout.o}.weight": layer for layer in plan.after.layers}
     for info in shard.tensors:
-        if info.name not in plan.shapes:
+        if info.name not in plan.shapes or info.name in unread:
             layout[info.name] = (info.dtype, info.shape, False)
         elif (shape := plan.shapes[info.name]) is not None:
             layout[info.name] = (plan.dtypes[info.name], shape, True)
@@ -265,6 +276,7 @@ class LayerStream:
             for layer in anatomy.layers
             for name in layer.tensor_names
         }
+        self._unread = unread_tensors(plan)
         self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def tensor(self, name: str) -> Tensor:
@@ -287,7 +299,7 @@ class LayerStream:
 
     def _compute(self, index: int) -> dict[str, Tensor]:
         anatomy = self.plan.before.layers[index]
-        tensors = {name: self.checkpoint.read(f"{anatomy.path}.{name}") for name in anatomy.tensor_names}
+        tensors = {name: self._read(f"{anatomy.path}.{name}") for name in anatomy.tensor_names}
         refuse_non_finite(tensors, anatomy.path)
         layer = unpack(anatomy, tensors)
         for step_index, step in enumerate(self.plan.steps):
@@ -303,4 +315,7 @@ class LayerStream:
                     fix="tensors of one part of a layer differ in dtype: store the model in one dtype first",
                     code="plugin-fault",
                 )
-        return new
+        return {name: tensor for name, tensor in new.items() if not tensor.is_meta}
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.placeholder(name) if name in self._unread else self.checkpoint.read(name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
-MODELS = {"base": "the base", "out": "the converted model"}  # label -> name of the model that runs, in progress
+MODELS = {"base": "now the base", "out": "now the converted model"}  # label -> the model that runs, in progress
 NAMES = {"base": "base", "out": "converted"}  # label -> name of the model in results
 
 
@@ -102,7 +102,7 @@ def run_base_then_model(
         what: the name of the cases in messages.
         extra: bytes needed in addition to the weights, as a function of the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
-        progress: called after each case as progress(done, total, name of the running model); the name is "" if there
+        progress: called after each case as progress(done, total, the running model); it is "" if there
             is only one model.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from surgery.errors import ModelError, ModelNotFoundError, SurgeryError, UnsupportedModelError, nearest, shown
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK = 1 << 17  # bytes copied at a time; larger writes make Linux look for large blocks of memory, which is slower
@@ -149,17 +150,29 @@ class Checkpoint:
         """
         import torch
 
-        info = self.tensors[name]
-        if info.dtype not in TORCH_NAMES:
-            raise UnsupportedModelError(
-                f"{name} is {info.dtype}: only floating-point tensors are computed with", where=info.file
-            )
+        info, dtype = self.tensors[name], self._torch_dtype(name)
         data = torch.empty(info.size, dtype=torch.uint8)
         with open(self.folder / info.file, "rb") as file:
             file.seek(info.start)
             if file.readinto(data.numpy()) != info.size:
                 raise self.ended(info.file)
-        return data.view(getattr(torch, TORCH_NAMES[info.dtype])).reshape(info.shape)
+        return data.view(dtype).reshape(info.shape)
+
+    def placeholder(self, name: str) -> Tensor:
+        """A meta tensor with the shape and the dtype of a stored one; nothing is read."""
+        import torch
+
+        return torch.empty(self.tensors[name].shape, dtype=self._torch_dtype(name), device="meta")
+
+    def _torch_dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in TORCH_NAMES:
+            raise UnsupportedModelError(
+                f"{name} is {info.dtype}: only floating-point tensors are computed with", where=info.file
+            )
+        return getattr(torch, TORCH_NAMES[info.dtype])
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         """The bytes of one tensor, at most `CHUNK` at a time; the buffer is reused."""

@@ -17,7 +17,7 @@ classes: see `variants.py`.
     problems_before            optional            why it cannot follow the surgery that the checkpoint already has
     problems_after             optional            why a later operation would break what it set
     carries_terms              optional            terms of earlier operations that stay valid after its weight change
-    rewritten_projections      optional            projections with new weights, which healing of parts trains
+    rewritten_projections      optional            projections that `rewrite` reads and changes; the others are copied
     limitations, streams       optional            overridden where they depend on the settings
     unchanged_within           optional            length up to which a sequence gives the base's outputs
     milder                     optional            a setting that changes less, for a result that lost too much
@@ -256,7 +256,10 @@ class Operation(BaseModel):
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
-        """The projections among "q", "k", "v", "o" that get new weights. Healing with `method: parts` trains them."""
+        """The projections among "q", "k", "v", "o" that get new weights. Healing with `method: parts` trains them.
+
+        `WeightRewrite.rewrite` gets the values of these alone, because a conversion copies the others unread.
+        """
         return ()
 
     @property
@@ -318,7 +321,8 @@ class WeightRewrite(Operation):
         """New weights of one layer.
 
         Args:
-            layer: a copy of the old weights, on the CPU.
+            layer: a copy of the old weights, on the CPU. A projection that `rewritten_projections` does not name is a
+                meta tensor: it has a shape and a dtype, and no values.
             target: the anatomy that the result must have.
 
         Returns:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.layer import LayerAnatomy
-from surgery.architecture.weights import AttentionLayer, pack, unpack, unpacked_shapes
+from surgery.architecture.weights import PROJECTIONS, AttentionLayer, pack, unpack, unpacked_shapes
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import json_fault
 from surgery.machine.progress import begin
@@ -47,6 +47,8 @@ def checked_record(operation: Operation, record: Any) -> dict[str, Any]:
 def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy, index: int):
     """Run `operation.rewrite` on a copy of a layer. The new layer must have the planned anatomy, shapes and dtypes.
 
+    The copy has values for the projections of `rewritten_projections` alone. The others come from the old layer.
+
     Args:
         after: the planned anatomy of the model.
         index: index of the layer.
@@ -58,17 +60,18 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
         SurgeryError: the result of a third-party operation is not as planned.
         TypeError: the result of a built-in operation is not.
     """
-    target = after.layers[index]
-    result = operation.rewrite(layer.copy(), target)
+    target, rewritten = after.layers[index], operation.rewritten_projections
+    result = operation.rewrite(layer.copy(rewritten), target)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], AttentionLayer)):
         raise author_error(operation, f"rewrite returns {shown(result)}, and an AttentionLayer and a dict are wanted")
     new, record = result
-    if fault := _fault(new, layer, target):
+    withheld = [name for name in PROJECTIONS if name not in rewritten]
+    if fault := _fault(new, layer, target, withheld):
         raise author_error(operation, f"layer {index}: {fault}")
-    return new, checked_record(operation, record)
+    return new.replace(**{name: getattr(layer, name) for name in withheld}), checked_record(operation, record)
 
 
-def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> str:
+def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy, withheld: list[str]) -> str:
     """How a rewritten layer differs from the plan; "" if it does not."""
     if new.anatomy != target:
         return "its anatomy is not that of the target (layer.replace(anatomy=target, ...))"
@@ -81,6 +84,10 @@ def _fault(new: AttentionLayer, old: AttentionLayer, target: LayerAnatomy) -> st
             return f"{name} has shape {list(tensor.shape)}, and {list(shapes[name])} is planned"
         if tensor.dtype != old_tensor.dtype:
             return f"{name} is {tensor.dtype}, and {old_tensor.dtype} is stored"
+        if name in withheld and not tensor.is_meta:
+            return f"{name} has new values, and rewritten_projections does not name it"
+        if name not in withheld and tensor.is_meta and not old_tensor.is_meta:
+            return f"{name} has no values: it was made from a projection that rewritten_projections does not name"
     return ""
 
 

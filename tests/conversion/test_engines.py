@@ -60,6 +60,10 @@ class Odd(WeightRewrite):
     op: Literal["odd"] = "odd"
     fault: str = "none"
 
+    @property
+    def rewritten_projections(self) -> tuple[str, ...]:
+        return ("k", "v") if "undeclared" in self.fault else ("q", "k", "v", "o")
+
     def plan(self, anatomy: Anatomy) -> PlannedChange:
         return PlannedChange(anatomy, ("nothing",))
 
@@ -73,6 +77,8 @@ class Odd(WeightRewrite):
             "shape of o": lambda: {"o": layer.o[:-1]},
             "hidden size of k": lambda: {"k": layer.k[..., :-1]},
             "a part more": lambda: {"k_bias": layer.k[..., 0]},
+            "an undeclared q": lambda: {"q": torch.ones(layer.q.shape, dtype=layer.q.dtype)},
+            "k from an undeclared q": lambda: {"k": layer.q[: len(layer.k)]},
             "facts": lambda: {"anatomy": Anatomy.with_kv_heads(Anatomy("", (layer.anatomy,)), 1).layers[0]},
         }
         return layer.replace(**changes.get(self.fault, dict)()), {}
@@ -98,6 +104,8 @@ FAULTS = {
     "shape of o": "o has shape [71, 9, 8], and [72, 9, 8] is planned",
     "hidden size of k": "k has shape [3, 8, 71], and [3, 8, 72] is planned",
     "a part more": "the parts k_bias came or went",
+    "an undeclared q": "q has new values, and rewritten_projections does not name it",
+    "k from an undeclared q": "k has no values: it was made from a projection that rewritten_projections",
     "facts": "its anatomy is not that of the target",
 }
 
@@ -330,3 +338,26 @@ def test_the_loaded_engine_takes_no_weights_that_others_left(surgery, model, tmp
     assert done.code == 0, done.err
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert list(json.loads((tmp_path / "out/surgery.json").read_text())["files"]) == ["model.safetensors"]
+
+
+UNREAD = {  # operations -> the projections of which nothing is read, where each is a weight of its own
+    "mqa": ([{"op": "gqa", "kv_heads": 1, "method": "mean"}], "qo"),
+    "mqa, aligned": ([{"op": "gqa", "kv_heads": 1, "method": "mean", "align": "procrustes"}], ""),
+    "mqa by similarity": ([{"op": "gqa", "kv_heads": 1, "method": "mean", "grouping": "similarity"}], ""),
+    "a head off": ([{"op": "head_mask", "values": {0: {1: 0.5}}}], "qkv"),
+    "both": ([{"op": "head_mask", "values": {0: {1: 0.5}}}, {"op": "gqa", "kv_heads": 1, "method": "mean"}], "q"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_streaming_reads_what_it_rewrites_alone(model, tmp_path, monkeypatch, case):
+    steps, unread = UNREAD[case]
+    convert(recipe(*steps), model, tmp_path / "loaded", engine="loaded")
+    read, original = set(), Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.add(name) or original(self, name))
+    convert(recipe(*steps), model, tmp_path / "out", engine="streaming")
+    names = {name for name in Checkpoint(model).tensors if ".self_attn." in name}
+    assert names - read == {name for name in names if name.rpartition(".self_attn.")[2][0] in unread}
+    expected, got = load_file(tmp_path / "loaded" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())

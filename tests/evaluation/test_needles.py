@@ -312,7 +312,7 @@ def test_folders_one_after_the_other(folder, monkeypatch):
     result = evaluate_needles(folder, folder, **SMALL, progress=lambda *call: calls.append(call))
     assert alive[1] <= alive[0], "the base is gone when out is loaded"
     assert result.outcomes["base"] == result.outcomes["out"]
-    turns = [(i, "the base") for i in range(13)] + [(i, "the converted model") for i in range(12, 25)]
+    turns = [(i, "now the base") for i in range(13)] + [(i, "now the converted model") for i in range(12, 25)]
     assert calls == [(done, 24, f"recall test: {turn}") for done, turn in turns]
     assert result.reach is None
     assert result.settings["depths"] == [0.25, 0.5, 0.75]

@@ -27,6 +27,13 @@ from surgery.machine.progress import PERCENT
 
 SILENCE = 30.0  # seconds after which a running stage is reported again in a pipe
 MANY = 100_000  # a total beyond this (bytes) says less than a percentage
+UNITS = {  # stage -> what its count counts, where its name does not say it; lines have room for it, bars do not
+    "measuring heads": "steps",
+    "recall test": "prompts",
+    "scoring": "windows",
+    "scoring the base": "windows",
+    "scoring the converted model": "windows",
+}
 LEAST = 8  # columns of a bar
 WIDE, BAR = 120, 40  # a terminal of WIDE columns has a bar of BAR columns; a narrower one, what is left
 
@@ -180,9 +187,10 @@ class StageLines(Stages):
 
 
 def _state(stage: Stage) -> str:
-    """ "10 of 30, about 3 min left"."""
+    """ "10 of 30 windows, about 3 min left"."""
     left = stage.remaining
-    words = [stage.count, stage.detail, f"about {about(left)} left" if left is not None else ""]
+    count = f"{stage.count} {UNITS.get(stage.name, '')}".strip()
+    words = [count, stage.detail, f"about {about(left)} left" if left is not None else ""]
     if not stage.total:
         words.append(f"{lasted(stage.elapsed)} so far")
     return ", ".join(filter(None, words))

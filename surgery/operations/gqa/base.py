@@ -96,7 +96,9 @@ class GQA(Variants, WeightRewrite):
 
     @property
     def rewritten_projections(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o") if self.align != "none" else ("k", "v")  # queries and outputs absorb a turn
+        if self.align == "none" and self.grouping == "neighbours":
+            return ("k", "v")
+        return ("q", "k", "v", "o")  # queries and outputs absorb a turn, and move along with their KV head
 
     def problems(self, anatomy: Anatomy) -> list[str]:
         if not anatomy.alike:

@@ -63,7 +63,7 @@ class Streaming(SparsePrefill):
     """The same sinks + window for every query."""
 
     method: Literal["streaming"]
-    sinks: Tokens | None = Field(128, description="First tokens that are read (or by query head).")
+    sinks: Tokens | None = Field(128, description="First tokens read (or by query head); the first block always is.")
     window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
 
 
@@ -71,7 +71,7 @@ class TriShape(SparsePrefill):
     """Sinks + window, and the last tokens read all."""
 
     method: Literal["tri_shape"]
-    sinks: Tokens | None = Field(128, description="First tokens that are read (or by query head).")
+    sinks: Tokens | None = Field(128, description="First tokens read (or by query head); the first block always is.")
     window: Tokens | None = Field(4096, description="Newest tokens that are read (or by query head).")
     last: WholeNumber | None = Field(128, description="Last tokens that read all.")
 
