@@ -4,7 +4,8 @@
 
 Every row gates the model in memory and scores it on held-out text. Fit: a router chooses the heads from the layer's
 input. Static: the same number of heads, the same ones for every token, with the best mean of the same score. A fitted
-router must beat it. Random: a router of random numbers, with the same shared heads. With `--out`, finished rows are
+router must beat it. Random: a router of random numbers, with the same shared heads. Norm: the heads with the largest
+queries, as in MoH's code for LLMs; its shared heads are measured here, and are the first half there. With `--out`, finished rows are
 kept in a file, and the same command resumes.
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--active", type=float, nargs="+", default=[1.0, 0.89, 0.78, 0.67, 0.5])
     parser.add_argument("--scores", nargs="+", default=["damage", "energy"])
-    parser.add_argument("--routers", nargs="+", default=["fit", "static", "random"])
+    parser.add_argument("--routers", nargs="+", default=["fit", "static", "random", "norm"])
     parser.add_argument("--mae", action="store_true", help="rows of the mixture of h - 1 heads, too")
     parser.add_argument("--shared", type=float, default=0.25, help="share of the heads that are always on")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")

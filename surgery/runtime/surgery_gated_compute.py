@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from .surgery_attention import fused, written_out
 from .surgery_config import Parameter, Part
-from .surgery_gates import FIELDS, ROUTERS, Gate, GateState, prepare, prepare_token
+from .surgery_gates import FIELDS, OPTIONAL, ROUTER_KINDS, ROUTERS, Gate, GateState, prepare, prepare_token
 from .surgery_stores import KeyValues
 from .surgery_visibility import Visibility, slices
 
@@ -110,6 +110,13 @@ class _Query(_Projection):
 
     component = "query projection"
 
+    def forward(self, x):
+        call = self.surgery_call
+        if call.query is None:
+            return super().forward(x)
+        out, call.query = call.query, None  # the router has read it already
+        return out
+
     def gathered(self, x, rows):
         out, done = x.new_zeros(*x.shape[:-1], self.out_features), 0
         room = x.new_empty(x.shape[1:])  # reused for all heads: allocation costs more than the copy
@@ -191,7 +198,7 @@ def _validation_error(config, layer: dict, groups: list[int]) -> str:
         return f"has {', '.join(sorted(set(named) & set(ROUTERS)))} without a gate"
     gate = layer["gate"]
     kind = gate.get("kind") if isinstance(gate, dict) else None
-    if not isinstance(kind, str) or set(gate) != FIELDS.get(kind):
+    if not isinstance(kind, str) or kind not in FIELDS or set(gate) - OPTIONAL[kind] != FIELDS[kind]:
         kinds = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in FIELDS.items())
         return f"has the gate {gate}, and a gate has ({kinds})"
     if kind == "mae":
@@ -200,6 +207,8 @@ def _validation_error(config, layer: dict, groups: list[int]) -> str:
     else:
         if gate["unit"] not in ("head", "kv_group"):
             return f"has a gate with unit {gate['unit']!r}, which is head or kv_group"
+        if gate.get("router", "linear") not in ROUTER_KINDS:
+            return f"has a gate with router {gate['router']!r}, which is {' or '.join(ROUTER_KINDS)}"
         count, shared = len(groups) if gate["unit"] == "kv_group" else sum(groups), gate["shared"]
         valid = isinstance(shared, list) and all(type(unit) is int and 0 <= unit < count for unit in shared)
         if not valid or len({*shared}) < len(shared) or len(shared) >= count:
@@ -241,13 +250,17 @@ def before(module, args, kwargs) -> None:
     saves &= not torch.is_autocast_enabled(hidden.device.type)  # rows of two dtypes would meet
     saves &= length == 1 or getattr(module, "surgery_sparse", None) is None  # estimators read all queries
     saves &= getattr(module, "surgery_policy", None) is None  # so do policies
-    if saves and batch * length == 1 and hidden.device.type == "cpu":
+    query = None
+    if gate.router == "norm":
+        query = module.q_proj(hidden)
+        call.query = query if type(module.q_proj) is _Query else None  # another one, as peft's, is called again
+    if saves and batch * length == 1 and hidden.device.type == "cpu" and query is None:
         units = prepare_token(module, hidden[0, 0])
         call.on = [on for on, group in zip(units, gate.groups, strict=True) for _ in range(group)]
         if hidden.shape[2] * (len(call.on) - sum(call.on)) >= DECODE_SAVED:
             call.rows = [[None if on else NONE] for on in units]
     else:
-        chosen = prepare(module, hidden, kwargs.get("attention_mask"))
+        chosen = prepare(module, hidden, kwargs.get("attention_mask"), query)
         if saves and batch * length >= ROWS:
             call.on = gate.of_heads(torch.cat([chosen.new_ones(batch, length, len(gate.shared)), chosen], dim=-1))
             flat = chosen.permute(2, 0, 1).reshape(-1, length)
@@ -411,7 +424,8 @@ class Gates(Part):
     """Gates: which heads are on for a token, and with which weight.
 
     An entry has `gate`: {"kind": "moh", "unit": "head" or "kv_group", "shared": [units that are always on], "active":
-    number of routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}.
+    number of routed units that are on}, or {"kind": "mae", "hard": ..., "rescale": ...}. A gate of kind "moh" may have
+    "router": "norm"; it is "linear" without.
     """
 
     keys = ("gate",)

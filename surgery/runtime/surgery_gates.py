@@ -6,7 +6,9 @@
           g = n_s softmax(W_s x) for shared heads, k softmax(tau (W_r x + b)) over the k heads that are on, and 0 for
           the rest. The two kinds are then multiplied by the two values of 2 softmax(W_0 x). With tau, W_s and W_0 at 0
           every gate is exactly 1 or 0: the router only chooses. In training the choice has a gradient
-          (`Gate.learning`), so that a loss of the model moves the router from the first step on.
+          (`Gate.learning`), so that a loss of the model moves the router from the first step on. A router of kind
+          "norm" has no weights: in place of W_r x + b stands the norm of the unit's query (before norm and RoPE),
+          divided by the standard deviation of these norms over the routed heads.
     mae   a mixture of H experts, each of which is all heads but one: g_h = H / (H - 1) (1 - softmax(W x + b)_h).
           hard: the head with the largest weight is off, the others are on.
 
@@ -41,6 +43,8 @@ ROUTERS = (
 # A comparison with NaN would silently choose some heads.
 NOT_FINITE = "the router of layer {} gave numbers that are not finite: its weights or its input hold NaN or inf"
 FIELDS = {"moh": {"kind", "unit", "shared", "active"}, "mae": {"kind", "hard", "rescale"}}
+OPTIONAL = {"moh": {"router"}, "mae": set()}
+ROUTER_KINDS = ("linear", "norm")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Gate:
         shared: units that are always on.
         active: how many routed units are on for a token.
         hard, rescale: mae only. hard: the head with the largest weight is off. rescale: the others count H / (H - 1).
+        router: "linear", or for moh "norm": the norm of the unit's query.
     """
 
     kind: str
@@ -61,6 +66,7 @@ class Gate:
     active: int = 0
     hard: bool = False
     rescale: bool = True
+    router: str = "linear"
     _indices: dict = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -68,7 +74,8 @@ class Gate:
         """The gate that a layer's entry `gate` describes; `groups`: how many query heads read each KV head."""
         units = groups if entry.get("unit") == "kv_group" else [1] * sum(groups)
         if entry["kind"] == "moh":
-            return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"])
+            router = entry.get("router", "linear")
+            return cls("moh", tuple(units), tuple(entry["shared"]), entry["active"], router=router)
         return cls("mae", tuple(units), hard=entry["hard"], rescale=entry["rescale"])
 
     @cached_property
@@ -89,21 +96,35 @@ class Gate:
 
     def shapes(self, hidden: int) -> dict[str, list[int]]:
         """The gate's parameters, name -> shape; `hidden`: width of the layer's input."""
-        shapes = {"surgery_router": [len(self.routed), hidden], "surgery_router_bias": [len(self.routed)]}
+        shapes = {}
+        if self.router == "linear":
+            shapes = {"surgery_router": [len(self.routed), hidden], "surgery_router_bias": [len(self.routed)]}
         if self.kind == "moh":
             shapes["surgery_router_temperature"] = [1]
         if self.shared:
             shapes |= {"surgery_shared_router": [len(self.shared), hidden], "surgery_balance": [2, hidden]}
         return shapes
 
-    def logits(self, hidden: torch.Tensor, parameters: dict) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, parameters: dict, query: torch.Tensor | None = None) -> torch.Tensor:
         """The router's logits [..., routed units], in the dtype of `hidden`.
 
         Args:
             hidden: [..., D], the layer's input.
             parameters: name without `surgery_` -> tensor.
+            query: [..., H * d], the output of the query projection, for a router of kind "norm".
         """
+        if self.router == "norm":
+            return self._norms(query.to(hidden.dtype))
         return linear(hidden, *(parameters[name].to(hidden.dtype) for name in ("router", "router_bias")))
+
+    def _norms(self, query: torch.Tensor) -> torch.Tensor:
+        """The norms of the routed units' queries over their standard deviation, as in MoH's code for LLMs."""
+        heads = query.unflatten(-1, (sum(self.groups), -1)).square().sum(-1)
+        squares = torch.stack([part.sum(-1) for part in heads.split(self.groups, dim=-1)], dim=-1)
+        norms = squares[..., self.routed].sqrt()
+        if len(self.routed) == 1:
+            return norms
+        return norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
 
     def chosen(self, logits: torch.Tensor) -> torch.Tensor:
         """Which routed units are on: bool, shaped as `logits`. Equal logits are ordered by index."""
@@ -194,7 +215,7 @@ def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | 
 class _Call:
     """The state of one forward. A forward runs in one thread, and a server runs each request in its own thread."""
 
-    gates = on = rows = None
+    gates = on = rows = query = None
 
 
 def _of_call(name: str) -> property:
@@ -215,19 +236,20 @@ def _of_call(name: str) -> property:
 class GateState:
     """The gate of the current forward. The attention module and its projections share one object.
 
-    Every thread has its own `gates`, `on` and `rows` while its forward is in the layer.
+    Every thread has its own `gates`, `on`, `rows` and `query` while its forward is in the layer.
 
     Attributes:
         gates: [batch, n, query heads].
         on: which heads are on: bool of the same shape, or a list for a single token; None: attention computes all.
         rows: for each unit and batch row, the tokens for which the unit is on; None: nothing is left out.
+        query: the output of the query projection, if the router has read it and attention has not.
         loss: `load_balance` of the last forward in training mode.
         packed: the tensors that `prepare_token` keeps from token to token.
         work: the `Work` that counts multiply-adds, or None.
         gathered: the function that the attention function calls where heads are off (surgery_gated_compute.py).
     """
 
-    gates, on, rows = map(_of_call, ("gates", "on", "rows"))
+    gates, on, rows, query = map(_of_call, ("gates", "on", "rows", "query"))
 
     def __init__(self, gathered=None):
         self.gathered = gathered
@@ -245,13 +267,16 @@ class GateState:
         return GateState, (self.gathered,)
 
 
-def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def prepare(
+    module, hidden: torch.Tensor, mask: torch.Tensor | None, query: torch.Tensor | None = None
+) -> torch.Tensor:
     """Compute the gate of the forward that begins, and keep it in `module.surgery_call`.
 
     Args:
         module: attention module with `surgery_gate`, `surgery_call` and the gate's parameters.
         hidden: [batch, n, D], the layer's input.
         mask: the attention function's mask.
+        query: [batch, n, H * d], for a router of kind "norm".
 
     Returns:
         Which of the routed units are on, bool [batch, n, routed units].
@@ -263,7 +288,7 @@ def prepare(module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     parameters = parameters_of(module)
     with torch.autocast(hidden.device.type, enabled=False):  # else the choice would use rounded logits
-        logits = gate.logits(wide, parameters)
+        logits = gate.logits(wide, parameters, query)
         chosen = gate.chosen(logits)
         weights = gate.weights(wide, logits, chosen, parameters)
         if module.training:
@@ -391,14 +416,15 @@ def load_balance_loss(model) -> torch.Tensor:
     Raises:
         ValueError: no layer has a router, no router has run in training mode, or the router's gradient is lost.
     """
-    gated = [module for module in model.modules() if hasattr(module, "surgery_router")]
+    gated = [module for module in model.modules() if hasattr(module, "surgery_gate") and hasattr(module, "layer_idx")]
     losses = [module.surgery_call.loss for module in gated]
     if not gated or any(loss is None for loss in losses):
         what = "no layer of this model has a router" if not gated else "the model has not run in training mode yet"
         raise ValueError(f"there is no load-balance loss: {what}")
+    routers = [getattr(module, "surgery_router", None) for module in gated]  # None: kind "norm", without weights
     if torch.is_grad_enabled() and any(
-        module.surgery_router.requires_grad and not loss.requires_grad
-        for module, loss in zip(gated, losses, strict=True)
+        router is not None and router.requires_grad and not loss.requires_grad
+        for router, loss in zip(routers, losses, strict=True)
     ):
         raise ValueError(
             "the routers' gradient was lost: run the forward with gradients, and gradient checkpointing with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import statistics
 from functools import partial
 from itertools import product
 
@@ -38,7 +39,7 @@ def entry(model, gate: dict) -> dict:
     heads, kv_heads, hidden = sizes(model)
     units = kv_heads if gate.get("unit") == "kv_group" else heads
     routed = units - len(gate.get("shared", []))
-    shapes = {"surgery_router": [routed, hidden], "surgery_router_bias": [routed]}
+    shapes = {"surgery_router": [routed, hidden], "surgery_router_bias": [routed]} if "router" not in gate else {}
     shapes |= {"surgery_router_temperature": [1]} if gate["kind"] == "moh" else {}
     if gate.get("shared"):
         shapes |= {"surgery_shared_router": [len(gate["shared"]), hidden], "surgery_balance": [2, hidden]}
@@ -47,6 +48,10 @@ def entry(model, gate: dict) -> dict:
 
 def moh(shared, active, unit="head") -> dict:
     return {"kind": "moh", "unit": unit, "shared": shared, "active": active}
+
+
+def by_norm(*settings) -> dict:
+    return moh(*settings) | {"router": "norm"}
 
 
 def mae(hard: bool, rescale: bool = True) -> dict:
@@ -69,8 +74,9 @@ def gated(base, gates: list[dict | None], seed: int | None = 0, **more):
 def brute_force(x, module, gate: dict, heads: int, kv_heads: int) -> list[float]:
     """The gates of one token, x [D] in float64, head by head."""
     parameter = {n: p.detach().double() for n, p in module.named_parameters() if n.startswith("surgery_")}
-    routers = parameter["surgery_router"], parameter["surgery_router_bias"]
-    logits = [float(row @ x + b) for row, b in zip(*routers, strict=True)]
+    if "router" not in gate:
+        routers = parameter["surgery_router"], parameter["surgery_router_bias"]
+        logits = [float(row @ x + b) for row, b in zip(*routers, strict=True)]
 
     def softmax(numbers):
         powers = [torch.tensor(n, dtype=torch.float64).exp().item() for n in numbers]
@@ -83,6 +89,15 @@ def brute_force(x, module, gate: dict, heads: int, kv_heads: int) -> list[float]
         return [heads / (heads - 1) * (1 - p) for p in softmax(logits)]
     units, shared = kv_heads if gate["unit"] == "kv_group" else heads, gate["shared"]
     routed = [unit for unit in range(units) if unit not in shared]
+    if "router" in gate:
+        query = module.q_proj.weight.double() @ x
+        query = query if module.q_proj.bias is None else query + module.q_proj.bias.double()
+        size, per_unit = len(query) // heads, heads // units
+        norms = [
+            math.sqrt(sum(float(c) ** 2 for c in query[u * per_unit * size : (u + 1) * per_unit * size]))
+            for u in routed
+        ]
+        logits = [norm / statistics.stdev(norms) if len(norms) > 1 else norm for norm in norms]
     best = sorted(range(len(routed)), key=lambda i: (-logits[i], i))[: gate["active"]]
     temperature = float(parameter["surgery_router_temperature"])
     values = dict.fromkeys(range(units), 0.0)
@@ -160,6 +175,7 @@ GATES = {
     "shared": [moh([1, 6], 3), moh([0], 1)],
     "all on": [moh([2], 7), moh([], 8)],
     "groups": [moh([2], 1, "kv_group"), moh([], 3, "kv_group")],
+    "norm": [by_norm([1, 6], 3), by_norm([], 2, "kv_group")],
     "soft": [mae(False), None],
     "hard": [mae(True), mae(True, False)],
 }
@@ -193,7 +209,8 @@ def test_random_settings(bases, seed, monkeypatch):
         unit = draw.choice(["head", "kv_group"])
         units = heads if unit == "head" else kv_heads
         shared = draw.sample(range(units), draw.randint(0, units - 1))
-        gates.append(draw.choice([moh(shared, draw.randint(1, units - len(shared)), unit), mae(draw.random() < 0.7)]))
+        kind = draw.choice([moh, moh, by_norm])
+        gates.append(draw.choice([kind(shared, draw.randint(1, units - len(shared)), unit), mae(draw.random() < 0.7)]))
     model = gated(base, gates, seed)
     ids, mask = batch(base, draw.choice([(0,), (0, 3), (9, 0, 1)]))
     length = draw.randint(2, 45)
@@ -218,10 +235,15 @@ def test_identity_on_every_interface_family(family, path):
     heads, kv_heads, _ = sizes(base)
     ids, mask = batch(base, (0, 11))
     want = base(**given(base, ids, mask), use_cache=False).logits
-    for gates in ([moh([1], heads - 1), moh([], kv_heads, "kv_group")], [mae(False), moh([], heads)]):
+    cases = [[moh([1], heads - 1), moh([], kv_heads, "kv_group")], [mae(False), moh([], heads)]]
+    if hasattr(runtime.attention_modules(base)[0], "q_proj"):
+        cases.append([by_norm([1], heads - 1), by_norm([], kv_heads, "kv_group")])
+    for gates in cases:
         model = gated(base, gates, None)
         for module in runtime.attention_modules(model):
-            if module.surgery_gate.kind == "moh":  # it may choose: with all of them on there is nothing to choose
+            if (
+                module.surgery_gate.kind == "moh" and module.surgery_gate.router == "linear"
+            ):  # it may choose: with all of them on there is nothing to choose
                 module.surgery_router.data.normal_(generator=torch.Generator().manual_seed(1))
         assert difference(model(**given(model, ids, mask), use_cache=False).logits, want, mask) <= 1e-5
         assert difference(chunked(model, ids, mask, [20, 1, 24]), want, mask) <= 1e-5
@@ -294,7 +316,7 @@ def test_a_router_replaced_between_two_tokens_is_heard(bases, way):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", [moh([1], 3), mae(True), mae(False)])
+@pytest.mark.parametrize("gate", [moh([1], 3), by_norm([1], 3), mae(True), mae(False)])
 def test_offloaded_weights(bases, gate):
     """Accelerate brings a module's weights when its forward begins, after the hook that works out the gate."""
     from accelerate import cpu_offload
@@ -302,7 +324,7 @@ def test_offloaded_weights(bases, gate):
     model = gated(bases["llama"], [gate, gate])
     want, one = model(input_ids=TOKENS).logits, model(input_ids=TOKENS[:1, :1]).logits
     away = cpu_offload(model, execution_device=torch.device("cpu"))
-    assert runtime.attention_modules(away)[0].surgery_router.is_meta
+    assert all(p.is_meta for name, p in away.named_parameters() if "surgery_" in name)
     assert torch.equal(away(input_ids=TOKENS).logits, want)
     assert torch.equal(away(input_ids=TOKENS[:1, :1]).logits, one)
 

@@ -95,7 +95,7 @@ class Gated(Operation):
             where = f"{full_layers} of {len(counts)} layers"
             notes.append(f"no work is skipped in {where}: with more than {SHARE:.0%} on, computing all is faster")
         if full_layers < len(counts):
-            notes += _still_computed(anatomy)
+            notes += _still_computed(anatomy, self.router)
         if self._measures:
             notes.append(
                 f"which heads a token needs is measured on text ({self.score}) and fitted to the layer's input"
@@ -152,6 +152,7 @@ class Gated(Operation):
         else:
             unit = getattr(self, "granularity", "head")
             gate_entry = {"kind": "moh", "unit": unit, "shared": list(gate.shared), "active": gate.active}
+            gate_entry |= {"router": gate.router} if gate.router != "linear" else {}
         return {"gate": gate_entry, "parameters": gate.shapes(model.config.get_text_config().hidden_size)}
 
 
@@ -168,6 +169,14 @@ class Moh(Gated):
     )
 
     op: Literal["moh"] = "moh"
+    router: Literal["fit", "static", "random", "zero", "norm"] = Field(
+        "fit",
+        description="fit: ridge regression of the score on the layer's input; static: the same heads for all tokens; "
+        "random (a control); zero (for training); norm: the norm of the head's query, as in MoH's code for LLMs.",
+    )
+    gates: Literal["choose", "weigh"] = Field(
+        "choose", description="choose: the heads that are on count fully; weigh: by the softmax of the router."
+    )
     active_ratio: float = Field(0.67, gt=0, le=1, description="Share of the heads that are on for a token.")
     shared_ratio: float = Field(0.25, ge=0, lt=1, description="Share of the heads that are on for all tokens.")
     granularity: Literal["head", "kv_group"] = Field(
@@ -178,6 +187,12 @@ class Moh(Gated):
         problems = super().problems(anatomy)
         if problems:
             return problems
+        layout = anatomy.layers[0].layout
+        if self.router == "norm" and (layout.qkv or layout.q != "q_proj"):
+            return [
+                f"moh: router: norm reads the output of a query projection (q_proj), and {anatomy.model_type} makes "
+                f"queries in {layout.qkv or layout.q}; take router: fit"
+            ]
         if 0 < self.shared_ratio >= self.active_ratio:
             return [
                 f"moh: shared_ratio {self.shared_ratio:g} is not less than active_ratio {self.active_ratio:g}: shared "
@@ -253,7 +268,7 @@ class Moh(Gated):
 
         groups = [len(group) for group in groups_of(layer)]
         units = tuple(groups) if self.granularity == "kv_group" else (1,) * layer.heads
-        return Gate("moh", units, which, on - shared)
+        return Gate("moh", units, which, on - shared, router="norm" if self.router == "norm" else "linear")
 
     def apply(self, model, context: ApplyContext) -> dict:
         from surgery.architecture.anatomy import Anatomy
@@ -261,7 +276,8 @@ class Moh(Gated):
 
         anatomy = Anatomy.of(model)
         counts = zip(self._layers(anatomy), self._counts(anatomy), strict=True)
-        planned = {layer.index: Planned(self._gate(layer, *pair), pair[1]) for layer, pair in counts}
+        weight = 1.0 if self.gates == "weigh" else 0.0
+        planned = {layer.index: Planned(self._gate(layer, *pair), pair[1], weight) for layer, pair in counts}
         return self._install_gates(model, anatomy, planned, context)
 
 
@@ -332,10 +348,12 @@ def _round(value: float) -> int:
     return int(value + 0.5 + 1e-9)
 
 
-def _still_computed(anatomy: Anatomy) -> list[str]:
+def _still_computed(anatomy: Anatomy, router: str) -> list[str]:
     """Notes on work that is done for all heads, even in layers that skip work."""
     layer, notes = anatomy.layers[0], []
-    if layer.layout.qkv or layer.layout.q != "q_proj" or layer.layout.conv1d:
+    if router == "norm":
+        notes.append("no work is skipped in the query projection, whose output the router reads, nor in decoding")
+    elif layer.layout.qkv or layer.layout.q != "q_proj" or layer.layout.conv1d:
         notes.append(f"no work is skipped in the query projection: {anatomy.model_type} makes it with others")
     elif layer.qk_norm == "whole":
         notes.append("no work is skipped in the query projection: the QK-norm spans all heads")
@@ -354,5 +372,5 @@ def unmeasured(model, planned: dict[int, Planned], router: str, seed: int) -> di
     routed = {}
     for layer, plan in planned.items():
         values = torch.randn(plan.gate.units, hidden, generator=draw, dtype=torch.float64) * hidden**-0.5
-        routed[layer] = (plan.gate, {"router": values} if router == "random" else {})
+        routed[layer] = (plan.gate, ({"router": values} if router == "random" else {}) | plan.start)
     return routed

@@ -15,7 +15,7 @@ Source of energy: Jin et al. 2024, "MoH", arXiv 2410.11842, whose form for LLMs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ from surgery.machine.progress import begin
 from surgery.runtime.surgery_gates import Gate
 
 SCORES = ("energy", "damage")
-ROUTERS = ("fit", "static", "random", "zero")
+ROUTERS = ("fit", "static", "random", "zero", "norm")
 GRID = tuple(10.0**power for power in range(-6, 3))  # strengths of the ridge, relative to the inputs' mean variance
 
 
@@ -131,10 +131,17 @@ class Planned:
     Attributes:
         gate: the gate, without its shared units.
         shared: the number of units that will be shared.
+        temperature: tau of the gate at its start; 0: units that are on count fully.
     """
 
     gate: Gate
     shared: int
+    temperature: float = 0.0
+
+    @property
+    def start(self) -> dict[str, torch.Tensor]:
+        """The parameters that are not 0 and that no measurement determines."""
+        return {"router_temperature": torch.tensor([self.temperature])} if self.temperature else {}
 
 
 def route(
@@ -154,7 +161,7 @@ def route(
         planned: layer -> its planned gate; other layers get no gate.
         sequences: tokens, long [samples, length]; every fourth is held out to choose the strength of the ridge.
         score: one of `SCORES`.
-        router: "fit"; "static" (every token gets the mean scores); "random"; "zero".
+        router: "fit"; "static" (every token gets the mean scores); "random"; "zero"; "norm" (has no weights).
         seed: seed of the random router.
         progress: called with done, total and a label.
 
@@ -222,7 +229,9 @@ def _route_layer(
     train, validation = moments
     means, gate = (train + validation).means, planned.gate
     shared = sorted(means.argsort(descending=True, stable=True)[: planned.shared].tolist())
-    gate = Gate(gate.kind, gate.groups, tuple(shared), gate.active, gate.hard, gate.rescale)
+    gate = replace(gate, shared=tuple(shared), _indices={})
+    if gate.router == "norm":
+        return gate, planned.start, {}
     routed = [unit for unit in range(gate.units) if unit not in shared]
     weights, bias, record = torch.zeros(len(means), len(train.xx) - 1).to(means), torch.zeros_like(means), {}
     if router == "fit":
@@ -241,7 +250,8 @@ def _route_layer(
             fix="more text (calibration_samples, calibration_length), text of another kind, or router=static",
         )
     sign = -1.0 if gate.kind == "mae" else 1.0  # MAE's router weighs experts, and each expert lacks one head
-    return gate, {"router": sign * weights[routed], "router_bias": sign * bias[routed]}, record
+    fitted = {"router": sign * weights[routed], "router_bias": sign * bias[routed]}
+    return gate, fitted | planned.start, record
 
 
 def _advance(model, layer, run: Layerwise, routed: tuple[Gate, dict] | None) -> None:
@@ -252,13 +262,14 @@ def _advance(model, layer, run: Layerwise, routed: tuple[Gate, dict] | None) -> 
     (gate, parameters), gates = routed, []
     parameters = {"router_temperature": torch.zeros(1)} | parameters
 
-    def choose(_, args, kwargs):
-        hidden = (args[0] if args else kwargs["hidden_states"]).float()
+    def choose(module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        hidden, query = states.float(), module.q_proj(states) if gate.router == "norm" else None
         tensors = {name: tensor.to(hidden) for name, tensor in parameters.items()}
         if gate.shared:
             zero = hidden.new_zeros(max(2, len(gate.shared)), hidden.shape[-1])
             tensors |= {"shared_router": zero[: len(gate.shared)], "balance": zero[:2]}
-        logits = gate.logits(hidden, tensors)
+        logits = gate.logits(hidden, tensors, query)
         gates.append(gate.of_heads(gate.weights(hidden, logits, gate.chosen(logits), tensors)))
 
     def weigh_heads(_, args):

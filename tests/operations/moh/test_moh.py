@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense import batch, chunked, difference, given
 from families import TINY, VOCAB, one_thread  # noqa: F401 (a fixture)
+from tokenizers_of_bytes import byte_tokenizer
 
 import surgery as package
 from surgery.architecture.anatomy import Anatomy
@@ -372,6 +373,37 @@ def test_plan_says_where_no_work_is_skipped(family, words):
 )  # fmt: skip
 def test_bad_fields(refused, model, overrides, says):
     refused("apply", "moh", model, "-o", "out", *overrides, says=says)
+
+
+@pytest.mark.parametrize(("family", "part"), [("phi3", "qkv_proj"), ("gpt2", "c_attn"), ("gptj", "")])
+def test_a_norm_needs_a_query_projection(family, part):
+    model, steps = TINY[family](), recipe(moh(router="norm"))
+    if not part:
+        assert "norm" in " ".join(package.plan(steps, model).changes)
+        return
+    with pytest.raises(SurgeryError, match=f"makes queries in {part}; take router: fit"):
+        package.plan(steps, model)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.25])
+@pytest.mark.parametrize("router", ["norm", "random", "static"])
+def test_gates_that_weigh_begin_with_a_temperature(router, shared):
+    """The mean of the routed gates is 1, and they differ; heads that are off count nothing."""
+    model, tokenizer = TINY["llama"](vocab_size=258), byte_tokenizer()
+    step = moh(router=router, gates="weigh", active_ratio=0.5, shared_ratio=shared, **QUICK)
+    package.apply(recipe(step), model, tokenizer=tokenizer)
+    on, gates = 4 - int(8 * shared), []
+    for module in attention_modules(model):
+        assert module.surgery_router_temperature.item() == 1
+        assert hasattr(module, "surgery_router") == (router != "norm")
+        module.register_forward_hook(lambda each, *_: gates.append(each.surgery_call.gates), prepend=True)
+    with torch.no_grad():
+        model(torch.randint(3, 200, (1, 20), generator=torch.Generator().manual_seed(0)))
+    for module, values in zip(attention_modules(model), gates, strict=True):
+        routed = values[..., module.surgery_gate.routed]
+        assert ((routed > 0).sum(-1) == on).all()
+        assert torch.allclose(routed.sum(-1), torch.tensor(float(on)), atol=1e-5)
+        assert (routed.amax(-1) > 1.001).all()
 
 
 def test_bad_fields_of_mae(refused, model):
