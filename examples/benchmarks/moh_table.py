@@ -5,8 +5,8 @@
 Every row gates the model in memory and scores it on held-out text. Fit: a router chooses the heads from the layer's
 input. Static: the same number of heads, the same ones for every token, with the best mean of the same score. A fitted
 router must beat it. Random: a router of random numbers, with the same shared heads. Norm: the heads with the largest
-queries, as in MoH's code for LLMs; its shared heads are measured here, and are the first half there. With `--out`, finished rows are
-kept in a file, and the same command resumes.
+queries, as in MoH's code for LLMs; here its shared heads are measured, there they are the first half. With `--out`,
+finished rows are kept in a file, and the same command resumes.
 """
 
 import argparse

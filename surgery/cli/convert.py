@@ -80,6 +80,7 @@ def apply(
     from surgery.api import apply as run
     from surgery.cli.render import model as render
     from surgery.cli.render.console import progress_bar
+    from surgery.conversion.estimate import estimate
 
     if output is None:
         raise SurgeryError("no output folder was named", fix="add -o OUT")
@@ -87,8 +88,9 @@ def apply(
 
     def show_plan(plan: Plan) -> None:
         if not (as_json or quiet):
-            render.plan(plan)
-            progress.expect(plan.estimate.names(not no_check, not no_eval) if plan.before.tensors else ())
+            work = estimate(plan, not no_check, not no_eval) if plan.before.tensors else None
+            render.plan(plan, work)
+            progress.expect(work.names() if work else ())
 
     with interrupt.advised(interrupt.of_output(output)), progress_bar(quiet or as_json) as progress:
         report = run(

@@ -121,6 +121,11 @@ class Heal(Variants):
         description="Weight of the load-balance loss of routers that train. It is of one forward's tokens, so that "
         "batch_tokens and processes change it a little.",
     )
+    alternate: bool = Field(
+        False,
+        description="Of mae: steps that train the gates alone, and steps that train all but them with one expert "
+        "drawn for each token, take turns (block coordinate descent).",
+    )
     teacher: Literal["live", "stored"] = Field(
         "live",
         description="live: the base runs at each step; stored: once before, keeping its likeliest tokens on disk.",

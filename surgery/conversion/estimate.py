@@ -7,14 +7,16 @@ EPYC). The estimate has not been compared with a whole run on a quiet machine ye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
 from surgery.calibration.cost import forward_flops
+from surgery.conversion.streaming import unread_tensors
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import FILES, FRESH
 from surgery.machine.speed import bytes_per_second, flops_per_second
@@ -49,13 +51,13 @@ class Estimate:
         stages: the stages in the order in which they run.
         output_bytes: bytes of the result's weights.
         disk_bytes: most bytes that the run needs on the disk at once.
-        threads: number of PyTorch's threads that `seconds` assumes.
+        threads: number of PyTorch's threads that `seconds` assumes; None where nothing is computed with a model.
     """
 
     stages: tuple[StageEstimate, ...]
     output_bytes: int
     disk_bytes: int
-    threads: int
+    threads: int | None
 
     @property
     def seconds(self) -> float:
@@ -67,10 +69,9 @@ class Estimate:
         """Peak memory in bytes over all stages; processes that run at the same time are added."""
         return int(max(stage.memory_bytes for stage in self.stages))
 
-    def names(self, check: bool = True, evaluate: bool = True) -> list[str]:
-        """Names of the stages in order, without the check or the scores if these are skipped."""
-        left_out = {group for group, asked in (("check", check), ("score", evaluate)) if not asked}
-        return [stage.stage for stage in self.stages if stage.group not in left_out]
+    def names(self) -> list[str]:
+        """Names of the stages in order."""
+        return [stage.stage for stage in self.stages]
 
     def groups(self) -> dict[str, tuple[float, float]]:
         """Group -> (seconds in all, peak bytes), for the groups that have stages."""
@@ -93,30 +94,43 @@ class Estimate:
         }
 
 
-def estimate(plan: Plan) -> Estimate:
-    """The estimate for a plan. Its tensors must be known, not only the config."""
-    import torch
+def estimate(plan: Plan, check: bool = True, evaluate: bool = True) -> Estimate:
+    """The estimate for a plan. Its tensors must be known, not only the config.
 
+    Args:
+        check, evaluate: whether the result will be checked and scored. PyTorch is imported, and its speed measured,
+            only if some stage computes with a model: a plain conversion copies files while PyTorch is imported.
+    """
     heal = plan.heal
     disk = plan.output_bytes
     if heal is not None:  # the converted model stays until the healed one is complete
         disk += plan.output_bytes + heal.disk_bytes + heal.teacher_bytes
-    stages = tuple(_Stages(plan).all())
-    return Estimate(stages, plan.output_bytes, disk, torch.get_num_threads())
+    left_out = {group for group, asked in (("check", check), ("score", evaluate)) if not asked}
+    work = _Stages(plan, left_out)
+    return Estimate(tuple(work.all()), plan.output_bytes, disk, work.threads)
 
 
 class _Stages:
-    """The stages of a plan's run."""
+    """The stages of a plan's run, without those of the groups that are left out."""
 
-    def __init__(self, plan: Plan):
-        self.plan, self.anatomy, self.weights = plan, plan.before, plan.output_bytes
+    def __init__(self, plan: Plan, left_out: Collection[str] = ()):
+        self.plan, self.anatomy, self.weights, self.left_out = plan, plan.before, plan.output_bytes, left_out
+        self.threads: int | None = None
         config = plan.before.config.get_text_config()
-        hidden = getattr(config, "hidden_size", None) or 1
-        self.speed = flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
         self.vocabulary = getattr(config, "vocab_size", None) or 0
         self.probes = sorted(self._asked(), key=lambda probe: not probe.main)
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
+
+    @cached_property
+    def speed(self) -> float:
+        """Floating-point operations per second."""
+        import torch
+
+        self.threads = torch.get_num_threads()
+        config = self.anatomy.config.get_text_config()
+        hidden = getattr(config, "hidden_size", None) or 1
+        return flops_per_second(hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
 
     def all(self) -> Iterator[StageEstimate]:
         """All stages, in the order of `pipeline.py`."""
@@ -162,12 +176,16 @@ class _Stages:
         return StageEstimate(measurement.stage, group, seconds, memory + measurement.memory)
 
     def _check(self) -> Iterator[StageEstimate]:
+        if "check" in self.left_out:
+            return
         yield StageEstimate(FILES, "check", 2 * self.weights / HASHED_BYTES, PROCESS_BYTES)
         processes = 2 if self.plan.tier == SURGICAL else 1  # both ways to load
         seconds = processes * (PROCESS_SECONDS + self.load)
         yield StageEstimate(FRESH, "check", seconds, PROCESS_BYTES + self.loaded)
 
     def _scores(self) -> Iterator[StageEstimate]:
+        if "score" in self.left_out:
+            return
         for probe in self.probes:
             stages = probe.stages()
             for stage in stages:  # each of two stages runs one model; a single stage runs both
@@ -186,7 +204,8 @@ class _Stages:
 
 
 def _streaming_bytes(plan: Plan) -> float:
-    """Bytes of weights in memory while streaming: two copies of a layer as stored, and two in float64."""
-    layer, stored = plan.before.layers[0], plan.before.tensors
-    values = sum(prod(stored[f"{layer.path}.{name}"][1]) for name in layer.tensor_names) if plan.shapes else 0
+    """Bytes of weights in memory while streaming: of what a layer reads, two copies as stored, and two in float64."""
+    layer, stored, unread = plan.before.layers[0], plan.before.tensors, unread_tensors(plan)
+    names = [f"{layer.path}.{name}" for name in layer.tensor_names]
+    values = sum(prod(stored[name][1]) for name in names if name not in unread) if plan.shapes else 0
     return values * (2 * BYTES.get(plan.before.dtype, 2) + 16)

@@ -78,6 +78,7 @@ class HealPlan(Printed):
         Raises:
             SurgeryError: as `select_trainable` and `weighted_gqa.merges` raise it.
         """
+        _refuse_alternating(heal, operations)
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
@@ -234,6 +235,15 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
     heads = sum(len(members) for _, _, groups in merged for members in groups)
     return mixing_table(merged, heal.mixing), 2 * heads * merged[0][1].head_dim * hidden
+
+
+def _refuse_alternating(heal: Heal, operations: Sequence[dict]) -> None:
+    if heal.alternate and not any(fields.get("op") == "mae" for fields in operations):
+        raise SettingError(
+            "alternate lets the gates of mae and the rest train in turn, and this model has no such gates",
+            where="heal.alternate",
+            fix="heal.alternate=false",
+        )
 
 
 def refuse_unhealable(anatomy: Anatomy, where: str) -> None:

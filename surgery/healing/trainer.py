@@ -36,7 +36,7 @@ from surgery.healing.parameters import SURGERY
 from surgery.healing.plan import micro_rows, rows_each
 from surgery.io.files import write_json
 from surgery.io.output_folder import disk_full
-from surgery.runtime.surgery_gates import ROUTERS, load_balance_loss
+from surgery.runtime.surgery_gates import ROUTERS, gated_modules, load_balance_loss
 
 if TYPE_CHECKING:
     from surgery.config.heal import Heal
@@ -66,7 +66,9 @@ class HealTrainer(Trainer):
         self.heal, self.plain, self.teacher, self.clock, self.in_memory = heal, plain, teacher, clock, in_memory
         self.ended = ""  # what ended the training before its last step
         self.model_accepts_loss_kwargs = True  # else the Trainer would also divide by the number of forwards in a step
-        self.routed = any("surgery_router" in name and p.requires_grad for name, p in self.model.named_parameters())
+        self.gated = gated_modules(plain)
+        self.routed = any(module.surgery_gate.kind == "moh" for module in self.gated)
+        self.routed &= any(_is_router(name) and p.requires_grad for name, p in self.model.named_parameters())
         self.sums: dict[str, float] = {}
         self.means: dict[str, float] = {}
         self.norm = 0.0
@@ -105,7 +107,22 @@ class HealTrainer(Trainer):
         self.sums, self.means = {}, dict(zip(names, totals.tolist(), strict=True))
         return self.means
 
+    @property
+    def trains_gates(self) -> bool:
+        """Whether it is the gates' turn to train; the other parameters' turn comes after it (`heal.alternate`)."""
+        return self.state.global_step % 2 == 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A forward and a backward. Where gates and the rest take turns, each expert of the rest's turn is drawn."""
+        for module in self.gated if self.heal.alternate else ():
+            module.surgery_call.draws = not self.trains_gates
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _clip_grad_norm(self, model):
+        if self.heal.alternate:
+            for name, parameter in self.model.named_parameters():
+                if _is_router(name) != self.trains_gates:
+                    parameter.grad = None
         norm = super()._clip_grad_norm(model)
         if norm is None:  # DeepSpeed knows the norm only after the step
             return norm
@@ -183,6 +200,11 @@ class HealTrainer(Trainer):
                 complete(folder, **record, shared=list(sharded))
         if self.args.should_save:
             keep_newest(folder.parent, self.heal.keep_checkpoints)
+
+
+def _is_router(name: str) -> bool:
+    """Whether a parameter of this name is one of a gate."""
+    return any(router in name for router in ROUTERS)
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:

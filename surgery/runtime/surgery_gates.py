@@ -10,7 +10,8 @@
           "norm" has no weights: in place of W_r x + b stands the norm of the unit's query (before norm and RoPE),
           divided by the standard deviation of these norms over the routed heads.
     mae   a mixture of H experts, each of which is all heads but one: g_h = H / (H - 1) (1 - softmax(W x + b)_h).
-          hard: the head with the largest weight is off, the others are on.
+          hard: the head with the largest weight is off, the others are on. Hard gates are soft in training
+          (`Gate.learning`), since a choice has no gradient.
 
 A forward pre-hook of the attention module computes the gate. It is a pure function of the module's input, since
 gradient checkpointing runs it twice. The attention function multiplies by the gate, and surgery_gated_compute.py
@@ -136,17 +137,6 @@ class Gate:
         picked = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, first, True)
         return ~picked if self.kind == "mae" else picked
 
-    def used(self, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """What a token uses of the units or experts that the router weighs, for `load_balance`: bool, as `logits`.
-
-        With moh, the units that are on. With mae, whose router weighs experts that lack a head, the heaviest expert.
-        """
-        if self.kind == "moh":
-            return chosen
-        if self.hard:
-            return ~chosen
-        return torch.zeros_like(chosen).scatter_(-1, logits.detach().argmax(dim=-1, keepdim=True), True)
-
     def weights(self, hidden: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor, parameters: dict):
         """The gates [..., units], shared units before routed ones; see `of_heads`.
 
@@ -155,7 +145,7 @@ class Gate:
         """
         if self.kind == "mae":
             if self.hard:
-                return chosen.to(logits.dtype) * (self.units / (self.units - 1) if self.rescale else 1.0)
+                return chosen.to(logits.dtype) * self._scale
             return (self.units - softmax_times_count(logits)) / (self.units - 1)
         scores = parameters["router_temperature"].to(logits.dtype) * logits
         routed = softmax_times_count(scores.masked_fill(~chosen, -torch.inf), self.active)
@@ -168,17 +158,32 @@ class Gate:
         return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], dim=-1)
 
     def learning(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The gates [..., units] of `weights`, equal to the bit, with a gradient for the router's choice.
+        """The gates [..., units] in training, which have a gradient for the router's choice.
 
-        Which units are on has no gradient, and with tau at 0 the weights of those that are on have none either. So, as
-        in MoH's code for LLMs, a routed unit's gate is multiplied by 1 + s - sg(s), where s is the softmax of all
-        routed logits times `active`, and sg stops the gradient. A unit that helps is then chosen more often.
+        moh: `weights`, equal to the bit. Which units are on has no gradient, and with tau at 0 the weights of those
+        that are on have none either. So a routed unit's gate is multiplied by 1 + s - sg(s), where s is the softmax of
+        all routed logits times `active`, and sg stops the gradient. A unit that helps is then chosen more often.
+
+        mae: the soft gates of the mixture. Without `rescale`, hard gates count 1, and soft ones 1 - softmax: the mean
+        of the hard gates if expert h is drawn with probability softmax_h.
         """
-        if self.kind != "moh":
-            return weights
+        if self.kind == "mae":
+            return (1 - logits.softmax(dim=-1)) * self._scale if self.hard else weights
         likely = softmax_times_count(logits, self.active)
         shared, routed = weights.split([len(self.shared), len(self.routed)], dim=-1)
         return torch.cat([shared, routed * (1 + (likely - likely.detach()))], dim=-1)
+
+    def drawn(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gates [..., units] of one expert of mae for each token, drawn by its weight. Their gradient is 0."""
+        likely = logits.softmax(dim=-1)
+        lacks = torch.multinomial(likely.detach().flatten(0, -2), 1).view(*logits.shape[:-1], 1)
+        gates = torch.full_like(logits, self._scale, requires_grad=False).scatter_(-1, lacks, 0.0)
+        return gates + 0 * likely  # part of the graph, because DDP waits for the gradient of every parameter
+
+    @property
+    def _scale(self) -> float:
+        """What a head of an expert of mae counts."""
+        return self.units / (self.units - 1) if self.rescale or not self.hard else 1.0
 
     def of_heads(self, units: torch.Tensor) -> torch.Tensor:
         """Spread values [..., units], shared units first, to the query heads in order: [..., query heads]."""
@@ -199,10 +204,10 @@ def softmax_times_count(scores: torch.Tensor, count: int | None = None) -> torch
 def load_balance(logits: torch.Tensor, used: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """MoH's loss: r^2 times the mean over the r units of (mean softmax weight) * (share of tokens that use the unit).
 
-    It is `active` (1 for mae) for a router that treats all units alike, and more for one that prefers some.
+    It is `active` for a router that treats all units alike, and more for one that prefers some.
 
     Args:
-        logits, used: [batch, n, r], the router's logits and the result of `Gate.used`.
+        logits, used: [batch, n, r], the router's logits, and which units are on.
         real: bool [batch, n], tokens that are no padding; None: all are real.
     """
     share, on = logits.softmax(dim=-1), used.to(logits.dtype)
@@ -243,7 +248,8 @@ class GateState:
         on: which heads are on: bool of the same shape, or a list for a single token; None: attention computes all.
         rows: for each unit and batch row, the tokens for which the unit is on; None: nothing is left out.
         query: the output of the query projection, if the router has read it and attention has not.
-        loss: `load_balance` of the last forward in training mode.
+        loss: moh: `load_balance` of the last forward in training mode.
+        draws: mae: in training, each token gets one expert that is drawn, and not their mixture.
         packed: the tensors that `prepare_token` keeps from token to token.
         work: the `Work` that counts multiply-adds, or None.
         gathered: the function that the attention function calls where heads are off (surgery_gated_compute.py).
@@ -254,6 +260,7 @@ class GateState:
     def __init__(self, gathered=None):
         self.gathered = gathered
         self.loss = self.work = self.packed = None
+        self.draws = False
         self.calls: dict[int, _Call] = {}  # thread -> its call
 
     def clear(self) -> None:
@@ -292,7 +299,7 @@ def prepare(
         chosen = gate.chosen(logits)
         weights = gate.weights(wide, logits, chosen, parameters)
         if module.training:
-            weights = gate.learning(weights, logits)
+            weights = gate.drawn(logits) if call.draws and gate.kind == "mae" else gate.learning(weights, logits)
     finite = logits.isfinite().all() & weights.isfinite().all()
     says = NOT_FINITE.format(module.layer_idx)
     if torch.compiler.is_compiling() or hidden.device.type != "cpu":
@@ -300,9 +307,9 @@ def prepare(
     elif not finite:
         raise ValueError(says)
     call.gates, call.rows, call.packed = gate.of_heads(weights).to(hidden.dtype), None, None
-    if module.training:
+    if module.training and gate.kind == "moh":
         real = mask[:, -hidden.shape[1] :] if mask is not None and mask.dtype == torch.bool else None
-        call.loss = load_balance(logits, gate.used(logits, chosen), real)
+        call.loss = load_balance(logits, chosen, real)
     return chosen
 
 
@@ -408,15 +415,20 @@ def _softmax_times_count(scores: list[float]) -> list[float]:
     return [power / mean for power in powers]
 
 
+def gated_modules(model) -> list:
+    """The attention modules that have a gate."""
+    return [module for module in model.modules() if hasattr(module, "surgery_gate") and hasattr(module, "layer_idx")]
+
+
 def load_balance_loss(model) -> torch.Tensor:
-    """The load-balance loss of the last forward in training mode: the mean over the layers that have a router.
+    """The load-balance loss of the last forward in training mode: the mean over the layers that have a router of moh.
 
     Add it to the loss with a small weight (0.01 in the paper) before `backward`.
 
     Raises:
-        ValueError: no layer has a router, no router has run in training mode, or the router's gradient is lost.
+        ValueError: no layer has such a router, no router has run in training mode, or the router's gradient is lost.
     """
-    gated = [module for module in model.modules() if hasattr(module, "surgery_gate") and hasattr(module, "layer_idx")]
+    gated = [module for module in gated_modules(model) if module.surgery_gate.kind == "moh"]
     losses = [module.surgery_call.loss for module in gated]
     if not gated or any(loss is None for loss in losses):
         what = "no layer of this model has a router" if not gated else "the model has not run in training mode yet"

@@ -131,6 +131,32 @@ def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
     assert curve[0]["loss"] == pytest.approx(curve[0]["kl"] + 0.01 * curve[0]["balance"])
 
 
+@pytest.mark.parametrize("method", ["parts", "lora"])
+def test_the_gates_of_mae_and_the_rest_train_in_turn(converted, heal, method, monkeypatch):
+    """No weight moves in the other's turn, whatever momentum it has; there is no load balance."""
+    monkeypatch.setattr("surgery.healing.trainer.rate_at", lambda *_: 1.0)  # so that a longer run begins as a shorter
+    out = converted("mae", "calibration_samples=4", "calibration_length=8", "router=random")
+    asked = (f"method={method}", "alternate=true")
+    folders = [heal(out, *asked, f"steps={steps}", to=f"after{steps}").folder for steps in (1, 2, 3)]
+    first = changed(out, folders[0])
+    assert first, "the gates' turn comes first"
+    assert all("surgery_router" in each for each in first)
+    second, third = changed(folders[0], folders[1]), changed(folders[1], folders[2])
+    assert bool(second) == (method == "lora"), "parts: nothing but the gates was added or rewritten"
+    assert not any("surgery_router" in each for each in second)
+    assert third
+    assert all("surgery_router" in each for each in third)
+    assert "balance" not in read(folders[2] / "healing/metrics.jsonl")[0]
+
+
+def test_alternating_without_mae_is_refused(refused, converted, surgery, model, text):
+    says = ["alternate lets the gates of mae", "has no such gates", "heal.alternate=false"]
+    out = converted("moh", "calibration_samples=4", "calibration_length=8", "router=random", "shared_ratio=0")
+    asked = (f"data={text}", "steps=2", "length=8", "batch_tokens=8", "alternate=true")
+    refused("heal", out, "-o", "healed", "--base", model, *asked, says=says)
+    refused("plan", "moh-heal", model, "heal.alternate=true", says=says)
+
+
 def test_apply_heals_in_one_go(surgery, model, text, tmp_path):
     asked = (f"evaluate.text={text}", *SCORED, f"heal.data={text}", *(f"heal.{each}" for each in SMALL))
     done = surgery("apply", "mqa", model, *asked, "heal.method=parts", "-o", "out", "--no-gate")

@@ -337,7 +337,7 @@ def test_autocast_changes_no_choice(bases, gate):
     want = prepare(module, hidden, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(prepare(module, hidden, None), want)
-    assert module.surgery_call.loss.dtype == torch.float32
+    assert gate["kind"] == "mae" or module.surgery_call.loss.dtype == torch.float32
 
 
 def test_gradients_of_gates_and_load_balance():
@@ -353,8 +353,7 @@ def test_gradients_of_gates_and_load_balance():
             logits = gate.logits(hidden, parameters)
             chosen = gate.chosen(logits)
             real = torch.tensor([[True, True, True], [False, True, True]])
-            used = gate.used(logits, chosen)
-            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, used, real)
+            return gate.weights(hidden, logits, chosen, parameters), load_balance(logits, chosen, real)
 
         assert torch.autograd.gradcheck(function, (hidden, *tensors))
 
@@ -413,18 +412,46 @@ def test_load_balance_by_loops():
     assert load_balance(torch.zeros(1, 8, 4), torch.ones(1, 8, 4).bool(), None).item() == pytest.approx(4)
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_load_balance_of_mae_is_least_for_a_router_that_prefers_no_expert(bases, hard):
-    """It counts experts, as its router does, and not the heads that are on, which are all but the expert's."""
-    losses = []
-    for bias in (0.0, 2.0, 20.0):
-        model = gated(bases["llama"], [mae(hard), None]).train()
-        module = runtime.attention_modules(model)[0]
-        module.surgery_router_bias.data.zero_()[0] = bias
-        model(input_ids=TOKENS)
-        losses.append(load_balance_loss(model).item())
-    assert 1.0 <= losses[0] < losses[1] < losses[2]
-    assert losses[2] == pytest.approx(8, abs=1e-3), "one expert for all tokens: as many as there are experts"
+@pytest.mark.parametrize("rescale", [True, False])
+def test_hard_gates_of_mae_are_the_mixture_in_training(rescale):
+    """The mean over experts, by loops, with the gradient of its formula; in evaluation they are hard."""
+    generator, gate = torch.Generator().manual_seed(0), Gate("mae", (1,) * 5, hard=True, rescale=rescale)
+    logits = torch.randn(7, 5, generator=generator).double().requires_grad_()
+    cost, scale = torch.randn(7, 5, generator=generator).double(), 5 / 4 if rescale else 1.0
+    gates = gate.learning(gate.weights(None, logits, gate.chosen(logits), {}), logits)
+    (cost * gates).sum().backward()
+    for token in range(7):
+        powers = [math.exp(x) for x in logits[token].tolist()]
+        p = [power / sum(powers) for power in powers]
+        for head in range(5):
+            mixture = sum(p[expert] * scale for expert in range(5) if expert != head)
+            assert float(gates[token, head]) == pytest.approx(mixture, abs=1e-12)
+            slope = sum(-float(cost[token, h]) * scale * p[h] * ((h == head) - p[head]) for h in range(5))
+            assert float(logits.grad[token, head]) == pytest.approx(slope, abs=1e-12)
+
+
+def test_drawn_experts_lack_one_head_each_and_teach_the_gate_nothing():
+    torch.manual_seed(0)
+    for gate, counts in ((Gate("mae", (1,) * 4, hard=True, rescale=False), 1.0), (Gate("mae", (1,) * 4), 4 / 3)):
+        logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(3, 20_000, 4).clone().requires_grad_()
+        gates = gate.drawn(logits)
+        assert gates.detach().unique().tolist() == pytest.approx([0.0, counts])
+        assert ((gates == 0).sum(-1) == 1).all()
+        off, likely = (gates == 0).float().mean((0, 1)), logits[0, 0].softmax(-1)
+        assert (off - likely).abs().max() < 0.01  # five standard errors of 60,000 draws
+        gates.square().sum().backward()
+        assert not logits.grad.any()
+
+
+def test_mae_has_no_load_balance_and_is_hard_where_it_is_used(bases):
+    model = gated(bases["llama"], [mae(True), mae(True)])
+    with torch.no_grad():
+        hard = model(input_ids=TOKENS).logits
+        soft = model.train()(input_ids=TOKENS).logits
+        assert (soft - hard).abs().max() > 1e-3
+        with pytest.raises(ValueError, match="no layer of this model has a router"):
+            load_balance_loss(model)
+        assert torch.equal(model.eval()(input_ids=TOKENS).logits, hard)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -22,9 +22,9 @@ def cost(estimate: Estimate) -> None:
     groups = estimate.groups()
     parts = ", ".join(f"{group} {about(seconds)}" for group, (seconds, _) in groups.items() if seconds >= LEAST)
     peak = max(groups, key=lambda group: groups[group][1])
-    threads = count(estimate.threads, "thread")
+    threads = f" on {count(estimate.threads, 'thread')}" if estimate.threads else ""
     out = console()
-    out.print(f"time:    about {about(estimate.seconds)} on {threads}" + (f" ({parts})" if parts else ""))
+    out.print(f"time:    about {about(estimate.seconds)}{threads}" + (f" ({parts})" if parts else ""))
     out.print(f"memory:  about {size(estimate.memory_bytes)} at the peak ({WHILE.get(peak, peak)})")
     kept = f"; {size(estimate.disk_bytes)} while it heals" if estimate.disk_bytes > estimate.output_bytes else ""
     out.print(f"disk:    {size(estimate.output_bytes)}{kept}")

@@ -8,11 +8,16 @@ from rich.tree import Tree
 from surgery.cli.render.console import console, size
 from surgery.cli.render.estimate import cost
 from surgery.conversion import plan_tree
+from surgery.conversion.estimate import Estimate
 from surgery.operations.base import LOADS_WITH
 
 
-def plan(work) -> None:
-    """The old → new tree, and below it the sizes, what would train, and what the run would cost."""
+def plan(work, estimate: Estimate | None = None) -> None:
+    """The old → new tree, and below it the sizes, what would train, and what the run would cost.
+
+    Args:
+        estimate: of the stages that will run; default that of the whole run, if the plan knows the tensors.
+    """
     name = f" on {work.source} ({work.before.model_type}): {LOADS_WITH[work.tier]}"
     tree = Tree(Text.assemble((work.recipe.name, "bold"), name))
     for path, changes in plan_tree.layer_branches(work):
@@ -29,8 +34,8 @@ def plan(work) -> None:
         out.print(line)
     if heal := work.heal:
         healing(heal)
-    if work.before.tensors:
-        cost(work.estimate)
+    if estimate is not None or work.before.tensors:
+        cost(estimate or work.estimate)
 
 
 def healing(work) -> None:
