@@ -2,6 +2,8 @@
 
 Sinks other than the first token are found for each head and text by ACT's rule (Yu et al. 2024, arXiv 2406.15765): a
 key is a sink if its column mean, the mean weight that it gets from the queries that see it, is above alpha / N.
+The sink rate of a position is that of Gu et al. 2024 (arXiv 2410.10781): the share of heads and texts in which the key
+there has a column mean above epsilon, among the first T tokens.
 Massive activations are defined as by Sun et al. 2024 (arXiv 2402.17762): their magnitude is above 100, and at least
 1000 times the median magnitude of the hidden states.
 
@@ -19,12 +21,44 @@ import torch
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
 from surgery.calibration.layerwise import decoder_layers
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text, windows
-from surgery.errors import TextError, UnsupportedModelError
+from surgery.errors import SettingError, TextError, UnsupportedModelError
 from surgery.machine.progress import begin
 from surgery.runtime.surgery_attention import surgery_attention
 
 ALPHA, MAGNITUDE, RATIO = 5.0, 100.0, 1000.0
+EPSILON, RATED = 0.3, 64  # of the sink rate, as in the paper: the threshold, and the number of tokens T
 BLOCK = 128  # queries whose weights are in memory at once
+
+
+@dataclass(frozen=True)
+class SinkRules:
+    """When a key counts as a sink.
+
+    Attributes:
+        alpha: a key other than the first is a sink if its mean weight is above alpha / N.
+        epsilon, rated: threshold of the sink rate, and the number of first tokens that it reads; None: 64, or as many
+            as the shortest text has.
+    """
+
+    alpha: float = ALPHA
+    epsilon: float = EPSILON
+    rated: int | None = None
+
+    def rated_tokens(self, spans: list[slice]) -> int:
+        """How many tokens the sink rate reads of texts with these slices of real tokens.
+
+        Raises:
+            SurgeryError: epsilon is no share, or a text is shorter than the tokens that were asked for.
+        """
+        if not 0 < self.epsilon < 1:
+            raise SettingError(f"the threshold of the sink rate is {self.epsilon:g}", exists="a share between 0 and 1")
+        shortest = min(span.stop - span.start for span in spans)
+        if self.rated is not None and not 1 <= self.rated <= shortest:
+            raise TextError(
+                f"the sink rate reads the first {self.rated} tokens, and the shortest text has {shortest}",
+                fix=f"at most {shortest} tokens, or longer texts",
+            )
+        return self.rated or min(RATED, shortest)
 
 
 @dataclass(frozen=True)
@@ -42,7 +76,8 @@ class SinkMap:
             most marks).
         residual: for each layer's output: largest ratio to the median, with its magnitude and channel.
         massive: channel, layers, magnitude, ratio and places (token, position, count) of massive activations.
-        texts, length, alpha: number of texts, tokens in each, and the threshold.
+        rates: [layers][T], the sink rate of each of the first T positions: the share of heads and texts.
+        texts, length, alpha, epsilon: number of texts, tokens in each, and the two thresholds.
     """
 
     first: list[list[float]]
@@ -54,9 +89,11 @@ class SinkMap:
     tokens: list[dict]
     residual: list[dict]
     massive: list[dict]
+    rates: list[list[float]]
     texts: int
     length: int
     alpha: float
+    epsilon: float
 
     def to_dict(self) -> dict:
         """All attributes as plain data."""
@@ -81,6 +118,19 @@ def received(hook: AttentionHook, module, query, key, **kwargs) -> tuple[torch.T
         own = weights[:, 0, 0].double() if own is None else own
         total = total + weights.double().sum(1)
     return total, own
+
+
+def column_means(hook: AttentionHook, module, query, key, count: int, **kwargs) -> torch.Tensor:
+    """The mean weight of each of the first `count` keys over the queries up to there that come at or after it.
+
+    Args: as for `received`.
+
+    Returns:
+        float64 [heads, count].
+    """
+    near = query[:, :, :count], key[:, :, :count]
+    weights = hook.weights(module, *near, torch.arange(count), **kwargs)[0].double()
+    return weights.sum(1) / torch.arange(count, 0, -1, device=weights.device)
 
 
 def queries_of_keys(length: int, limit: int | None, device=None) -> torch.Tensor:
@@ -123,7 +173,7 @@ def real_tokens(sequences: torch.Tensor, mask: torch.Tensor | None) -> list[slic
 
 
 def sink_map(
-    model, sequences: torch.Tensor, *, mask=None, tokenizer=None, alpha: float = ALPHA, batch: int = 1, progress=None
+    model, sequences: torch.Tensor, *, mask=None, tokenizer=None, rules=SinkRules(), batch: int = 1, progress=None
 ) -> SinkMap:
     """Measure a model's attention sinks.
 
@@ -132,14 +182,16 @@ def sink_map(
         sequences: tokens, long [texts, length].
         mask: [texts, length], 1 for a real token; None: all are real. Padding may be on either side.
         tokenizer: gives the text of tokens; None: tokens are shown as their ids.
-        alpha: a key is a sink if its mean weight is above alpha / N.
+        rules: a `SinkRules`.
         batch: texts in one forward pass.
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: the heads of this model cannot be measured, or an earlier surgery set a bias or virtual keys.
+        SurgeryError: the heads of this model cannot be measured, an earlier surgery set a bias or virtual keys, or as
+            for `SinkRules.rated_tokens`.
     """
     spans = real_tokens(sequences, mask)
+    count = rules.rated_tokens(spans)
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         layer = layers[module.layer_idx]
@@ -147,8 +199,9 @@ def sink_map(
             one = slice(row, row + 1)
             q, k, v = (tensor[one, :, spans[text]] for tensor in (query, key, value))
             total, own = received(hook, module, q, k, **kwargs)
-            marked, judged = other_sinks(total, hook.windows[module.layer_idx], alpha)
+            marked, judged = other_sinks(total, hook.windows[module.layer_idx], rules.alpha)
             layer.add(total, own, marked, v[0])
+            layer.rate(column_means(hook, module, q, k, count, **kwargs) > rules.epsilon)
             marks[text, spans[text]] += marked.sum(0).cpu()
             eligible[text, spans[text]] |= judged.cpu()
         return surgery_attention(module, query, key, value, attention_mask, **kwargs)
@@ -170,18 +223,23 @@ def sink_map(
     def name(token: int) -> str:
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
-    tables = [layer.means() for layer in layers]
-    learned = [table["learned"] for table in tables]
     return SinkMap(
-        **{key: [table[key] for table in tables] for key in tables[0] if key != "learned"},
-        learned=learned if any(max(row) > 1e-6 for row in learned) else None,
+        **_means(layers),
         tokens=_tokens(sequences, spans, marks, eligible, name),
         residual=residual.largest,
         massive=residual.massive(name),
         texts=len(sequences),
         length=sequences.shape[1],
-        alpha=alpha,
+        alpha=rules.alpha,
+        epsilon=rules.epsilon,
     )
+
+
+def _means(layers: list[_Layer]) -> dict[str, list | None]:
+    """The figures of each layer, name -> [layers][...]."""
+    tables = [layer.means() for layer in layers]
+    found = {name: [table[name] for table in tables] for name in tables[0]}
+    return found | {"learned": found["learned"] if any(max(row) > 1e-6 for row in found["learned"]) else None}
 
 
 def _inputs(model, sequences: torch.Tensor, mask: torch.Tensor | None, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -198,6 +256,11 @@ class _Layer:
 
     def __init__(self):
         self.rows: dict[str, list[torch.Tensor]] = {}
+        self.above: list[torch.Tensor] = []
+
+    def rate(self, above: torch.Tensor) -> None:
+        """Add which keys of a text's beginning have a column mean above epsilon: bool [heads, T]."""
+        self.above.append(above.cpu())
 
     def add(self, total, own, marked, value) -> None:
         """Add one text: results of `received` and `other_sinks`, and the values [KV heads, n, head_dim]."""
@@ -217,8 +280,9 @@ class _Layer:
             self.rows.setdefault(name, []).append(row.cpu())
 
     def means(self) -> dict[str, list]:
-        """The mean of each figure over the texts, [heads] or [KV heads]; None if a head has no value."""
+        """The mean of each figure over the texts, [heads] or [KV heads], None if a head has no value; `rates`: [T]."""
         means = {name: torch.stack(rows).nanmean(0).tolist() for name, rows in self.rows.items()}
+        means["rates"] = torch.stack(self.above).double().mean((0, 1)).tolist()
         return means | {"other_values": [None if x != x else x for x in means["other_values"]]}
 
 
@@ -297,7 +361,7 @@ def _tokens(sequences, spans, marks, eligible, name, most: int = 16) -> list[dic
 
 
 def survey_sinks(
-    name: str, *, text=BUILTIN, samples: int = 8, length: int = 512, progress=None
+    name: str, *, text=BUILTIN, samples: int = 8, length: int = 512, rules=SinkRules(), progress=None
 ) -> tuple[SinkMap, dict]:
     """Load a model by its name and measure its sinks.
 
@@ -305,6 +369,7 @@ def survey_sinks(
         name: a folder, `smollm2-135m` or a Hub id.
         text: see `load_text`; the calibration part of the built-in text is used.
         samples, length: number of samples of the text, and tokens in each (cut to the model's positions).
+        rules: a `SinkRules`.
         progress: called with done, total and a label.
 
     Returns:
@@ -321,6 +386,6 @@ def survey_sinks(
     with quiet_transformers():
         model, tokenizer = load_model(source.path), read_tokenizer(source.path)
     sequences = windows(text, tokenizer, fitting_length(model, length), samples)
-    sinks = sink_map(model, sequences, tokenizer=tokenizer, progress=progress)
+    sinks = sink_map(model, sequences, tokenizer=tokenizer, rules=rules, progress=progress)
     bos = {"token": tokenizer.bos_token, "added": bool(begin_of_text(tokenizer))}
     return sinks, {"model": source.name, "text": text.title, "sha256": text.sha256[:12], "bos": bos}

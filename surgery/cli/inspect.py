@@ -154,6 +154,14 @@ def inspect(
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in each piece (default 512).", rich_help_panel=SINKS)
     ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Threshold of the sink rate (default 0.3).", rich_help_panel=SINKS),
+    ] = None,
+    rated: Annotated[
+        int | None,
+        typer.Option(min=1, help="First tokens that the sink rate reads (default 64).", rich_help_panel=SINKS),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="With --heads or --sinks, draw the map into this file.")
     ] = None,
@@ -161,12 +169,13 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show a model's attention, and what each recipe would do to it."""
-    text_settings = {"text": text, "samples": samples, "length": length}
+    text_settings = {"text": text, "samples": samples, "length": length, "epsilon": epsilon, "rated": rated}
     text_settings = {name: value for name, value in text_settings.items() if value is not None}
     if heads and sinks:
         raise SurgeryError("use either --heads or --sinks, not both", fix="run the command once for each")
     if text_settings and not sinks:
-        raise SurgeryError("--text, --samples and --length need --sinks", fix="add --sinks")
+        named = ", ".join(f"--{name}" for name in text_settings)
+        raise SurgeryError(f"{named} {'needs' if len(text_settings) == 1 else 'need'} --sinks", fix="add --sinks")
     if scores and not heads:
         raise SurgeryError("--scores needs --heads", fix="add --heads")
     if plot and not (heads or sinks):
@@ -236,10 +245,11 @@ def _inspect_sinks(model: str, text_settings: dict, plot: Path | None, as_json: 
 
     if plot:
         plots.ready(plot)
-    from surgery.calibration.sinks import survey_sinks
+    from surgery.calibration.sinks import SinkRules, survey_sinks
 
+    rules = SinkRules(**{name: text_settings.pop(name) for name in ("epsilon", "rated") if name in text_settings})
     with progress_bar(quiet or as_json) as progress:
-        sink_map, info = survey_sinks(model, progress=progress, **text_settings)
+        sink_map, info = survey_sinks(model, rules=rules, progress=progress, **text_settings)
     files = [render.draw(sink_map, plot, info)] if plot else []
     if as_json:
         return emit(info | sink_map.to_dict())

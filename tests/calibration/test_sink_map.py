@@ -10,7 +10,7 @@ from families import TINY, base, one_thread  # noqa: F401 (a fixture)
 from sinks import recipe, sink
 
 import surgery as package
-from surgery.calibration.sinks import other_sinks, sink_map
+from surgery.calibration.sinks import SinkRules, other_sinks, sink_map
 from surgery.cli.render import sinks as display
 from surgery.errors import SurgeryError
 from surgery.runtime.modeling_surgery import CACHE
@@ -69,7 +69,7 @@ def test_masses_are_those_of_the_whole_map_and_padding_does_not_move_the_sink(fa
     sequences, mask = padded_sequences()
     rows = [brute(model, sequence[pad:]) for sequence, pad in zip(sequences, PADS, strict=True)]
     for batch in (1, 3):
-        sinks = sink_map(model, sequences, mask=mask, alpha=ALPHA, batch=batch)
+        sinks = sink_map(model, sequences, mask=mask, rules=SinkRules(ALPHA), batch=batch)
         for layer in range(len(sinks.first)):
             for name in ("first", "others", "sinks"):
                 want = torch.tensor([row[layer][name] for row in rows]).mean(0)
@@ -132,7 +132,7 @@ def test_norms_of_other_sinks_and_that_the_model_is_left_alone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sequences, _ = padded_sequences()
     first = sequences[:1]
-    measured, rows = sink_map(model, first, alpha=ALPHA), brute(model, first[0])
+    measured, rows = sink_map(model, first, rules=SinkRules(ALPHA)), brute(model, first[0])
     values = model(input_ids=first, use_cache=True)[CACHE].layers
     compared = 0
     for layer, figures in enumerate(rows):
@@ -148,6 +148,41 @@ def test_norms_of_other_sinks_and_that_the_model_is_left_alone():
     assert compared
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rated", [None, 9])
+def test_sink_rates_are_those_of_whole_attention_maps(family, rated):
+    """By the paper's definition, every query counted, entry by entry, for each unpadded text by itself."""
+    model, (sequences, mask) = base(family), padded_sequences()
+    epsilon, count = 0.15, rated or LENGTH - max(PADS)
+    with torch.no_grad():
+        measured = sink_map(model, sequences, mask=mask, rules=SinkRules(epsilon=epsilon, rated=rated))
+        eager = copy.deepcopy(model)
+        eager.set_attn_implementation("eager")
+        texts = [
+            eager(input_ids=row[None, pad:], output_attentions=True).attentions
+            for row, pad in zip(sequences, PADS, strict=True)
+        ]
+    assert [len(rates) for rates in measured.rates] == [count] * len(texts[0])
+    for layer, rates in enumerate(measured.rates):
+        for place, rate in enumerate(rates):
+            above = []
+            for maps in texts:
+                for head in maps[layer][0].double():
+                    means = sum(head[query, place].item() for query in range(count)) / (count - place)
+                    above.append(means > epsilon)
+            assert rate == pytest.approx(sum(above) / len(above))
+    assert any(0 < rate < 1 for rates in measured.rates for rate in rates), "no power: all keys alike"
+
+
+def test_a_sink_rate_of_more_tokens_than_a_text_has():
+    model, (sequences, mask) = base("llama"), padded_sequences()
+    with pytest.raises(SurgeryError, match="reads the first 34 tokens, and the shortest text has 33"):
+        sink_map(model, sequences, mask=mask, rules=SinkRules(rated=34))
+    for epsilon in (0.0, 1.0, float("nan"), -1.0):
+        with pytest.raises(SurgeryError, match="the threshold of the sink rate is"):
+            sink_map(model, sequences, rules=SinkRules(epsilon=epsilon))
 
 
 def test_what_a_surgery_changed_is_refused():
@@ -190,7 +225,10 @@ def test_a_bos_that_the_tokenizer_adds_or_has_not():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--samples", 2], ["--samples", "add --sinks"]),
+        (["--samples", 2], ["--samples needs --sinks", "add --sinks"]),
+        (["--epsilon", 0.2, "--rated", 8], ["--epsilon, --rated need --sinks", "add --sinks"]),
+        (["--sinks", "--length", 20, "--rated", 21], ["first 21 tokens", "shortest text has 20"]),
+        (["--sinks", "--epsilon", 1.5], ["threshold of the sink rate is 1.5", "between 0 and 1"]),
         (["--sinks", "--heads"], ["use either --heads or --sinks, not both"]),
         (["--sinks", "--scores", "x.json"], ["--scores", "add --heads"]),
         (["--plot", "x.png"], ["--plot needs --heads or --sinks"]),

@@ -34,7 +34,7 @@ def show(sink_map: SinkMap, info: dict) -> None:
         "|v|: norm of the first token's value over that of other tokens (median; mean of the KV heads). residual: "
         "largest value after the layer, over the median"
     )
-    for line in (*_tokens(sink_map), *_massive(sink_map)):
+    for line in (*_rates(sink_map), *_tokens(sink_map), *_massive(sink_map)):
         out.print(line)
 
 
@@ -67,6 +67,25 @@ def _row(values: list[float]) -> list[str]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _rates(sink_map: SinkMap) -> list[str]:
+    count = len(sink_map.rates[0])
+    layers = sink_map.rates
+    means = [_mean([rates[place] for rates in layers]) for place in range(count)]
+    best = sorted((place for place in range(count) if means[place]), key=lambda place: (-means[place], place))[:MOST]
+    what = (
+        f"sink rate: share of heads and texts where a key's mean weight is above {sink_map.epsilon:g}, "
+        f"in the first {count} tokens, the last of which few queries see"
+    )
+    if not best:
+        return [what, "  no position of any layer"]
+    lines = [what]
+    for place in best:
+        top = max(range(len(layers)), key=lambda layer: layers[layer][place])
+        most = f"most in layer {top}: {layers[top][place]:.1%}"
+        lines.append(f"  position {place}: {means[place]:.1%} over all layers, {most}")
+    return lines
 
 
 def _tokens(sink_map: SinkMap) -> list[str]:
