@@ -187,8 +187,7 @@ def sink_map(
         progress: called with done, total and a label.
 
     Raises:
-        SurgeryError: the heads of this model cannot be measured, an earlier surgery set a bias or virtual keys, or as
-            for `SinkRules.rated_tokens`.
+        SurgeryError: the heads cannot be measured, a surgery set a bias or virtual keys, or as `rules` raises it.
     """
     spans = real_tokens(sequences, mask)
     count = rules.rated_tokens(spans)

@@ -81,7 +81,7 @@ def _following(probe: type[Probe], record: dict, out: str, base: str | None) -> 
         return f"surgery heal {model} tokens=1e6 -o HEALED {compared}"
     switches = [cls.name for cls in probes.every() if cls.aliases.switch and cls is not probe]
     if probe.main and switches:
-        return f"surgery eval {model} {compared} {_option(switches[0])}"
+        return f"surgery eval {model} {compared} --probe {switches[0]}"
     return f"surgery bench {model} {compared}" if made else ""
 
 

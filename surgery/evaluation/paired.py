@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.io.loading import ModelSource
 
 LABELS = ("base", "out")
-MODELS = {"base": "now the base", "out": "now the converted model"}  # label -> the model that runs, in progress
+MODELS = {"base": "the base", "out": "the converted model"}  # label -> the model that runs, in progress
 NAMES = {"base": "base", "out": "converted"}  # label -> name of the model in results
 
 
@@ -102,8 +102,8 @@ def run_base_then_model(
         what: the name of the cases in messages.
         extra: bytes needed in addition to the weights, as a function of the model's KV bytes per token.
         broken: whether an outcome is NaN or infinite.
-        progress: called after each case as progress(done, total, the running model); it is "" if there
-            is only one model.
+        progress: called after each case as progress(done, total, text); the text says how far the running model is,
+            and is "" if there is only one model.
 
     Raises:
         SurgeryError: a folder has no safetensors, or the base gives NaN.
@@ -122,7 +122,8 @@ def run_base_then_model(
 
         def tick(done: int, before: int = index * cases, which: str = MODELS[label]) -> None:
             if progress:
-                progress(before + done, len(sources) * cases, which if len(sources) > 1 else "")
+                words = f"asked {which} {done} of {cases}" if len(sources) > 1 else ""
+                progress(before + done, len(sources) * cases, words)
 
         tick(0)
         with loaded(source) as model:

@@ -401,7 +401,7 @@ def test_eval(surgery, out, text):
     assert re.search(r"^ +base +converted +ratio$", shown.out, re.M)
     assert re.search(r"^KV bytes per token +192 +64 +0\.333$", shown.out, re.M)
     assert "Measured on 30 tokens (2 windows of 16) of words.txt" in shown.out
-    assert shown.out.splitlines()[-1] == "next: surgery eval out --base model --needles"
+    assert shown.out.splitlines()[-1] == "next: surgery eval out --base model --probe needles"
     assert re.search(
         r"^The perplexity is \d\.\d{3} times the base's, and the best token is the same at ", shown.out, re.M
     )

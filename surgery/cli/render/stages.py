@@ -29,7 +29,6 @@ SILENCE = 30.0  # seconds after which a running stage is reported again in a pip
 MANY = 100_000  # a total beyond this (bytes) says less than a percentage
 UNITS = {  # stage -> what its count counts, where its name does not say it; lines have room for it, bars do not
     "measuring heads": "steps",
-    "recall test": "prompts",
     "scoring": "windows",
     "scoring the base": "windows",
     "scoring the converted model": "windows",

@@ -15,6 +15,7 @@ from surgery.evaluation.probes.fields import names_file
 from surgery.evaluation.result import Result
 from surgery.io.loading import read_config, read_tokenizer
 from surgery.io.printing import Table
+from surgery.machine.progress import PERCENT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -368,8 +369,12 @@ class CaseProbe(Probe):
         """See `Probe.measure`. Pickled weights are refused; `progress` is called after each case."""
 
         def tick(done: int, total: int, whose: str) -> None:
-            if progress:
-                progress(done, total, f"{self.stage}: {whose}" if whose else self.stage)
+            if not progress:
+                return
+            if whose:  # counts for each model, and a share of both
+                progress(PERCENT * done // total, PERCENT, f"{self.stage}: {whose}")
+            else:
+                progress(done, total, self.stage)
 
         sources = sides(out, base)
         configs = {label: read_config(source) for label, source in sources.items()}

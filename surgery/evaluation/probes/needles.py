@@ -315,7 +315,8 @@ class Needles(CaseProbe):
             sinks, window = result.reach
             verdict = "are not counted as kept" if len(labels) > 1 else "prove nothing"
             seen = (
-                f"they lie, or begin, in the {sinks} sinks or the last {window} tokens, where streaming heads see them"
+                f"at least their first token is one of the {sinks} sinks or of the last {window} tokens, which "
+                "streaming heads see"
             )
             lines.append(f"* {inside} of {len(result.cases)} needles {verdict}: {seen}.")
         lines.append("")

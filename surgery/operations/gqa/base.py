@@ -48,7 +48,7 @@ class GQA(Variants, WeightRewrite):
         "what the model writes itself); text of another kind loses more.",
         "Fewer KV heads save KV-cache memory and decode bandwidth; the FLOPs of prefill do not change.",
         "Perplexity does not show whether the model still copies from its prompt: a recall test does (`surgery eval "
-        "OUT --base MODEL --needles`). Layers that keep their KV heads (keep_layers) keep more of that.",
+        "OUT --base MODEL --probe needles`). Layers that keep their KV heads (keep_layers) keep more of that.",
     )
 
     op: Literal["gqa"] = "gqa"
