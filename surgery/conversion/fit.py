@@ -48,7 +48,8 @@ def _fit(entry: Entry, anatomy: Anatomy) -> Fit:
         plan = make_plan(recipe, anatomy, "")
     except SurgeryError as error:
         needs_base = bool(anatomy.terms) and any(conflicts(op, [], anatomy) for op in recipe.operations)
-        return Fit(entry, None, tuple(fault.what for fault in (error, *error.others)), needs_base)
+        whose = f"{recipe.operations[0].op}: " if len(recipe.operations) == 1 else ""  # the recipe's name says it
+        return Fit(entry, None, tuple(fault.what.removeprefix(whose) for fault in (error, *error.others)), needs_base)
     if all(step.change.after is step.before for step in plan.steps) and plan.tier == NATIVE:
         return Fit(entry, None, (f"it changes {'; '.join(plan.changes)}",))
     idle = [step.without_effect for step in plan.steps]
