@@ -134,7 +134,7 @@ def check_hashes(report: Report, folder: Path, progress=None) -> Item:
 
 def check_record(report: Report, folder: Path) -> list[Item]:
     """Check that surgery.json and config.json agree on tier and cache; [] if the config cannot be read."""
-    name, data = "record against config", report.data
+    name, data = "surgery.json against config", report.data
     try:
         anatomy = Anatomy.of(folder)
     except SurgeryError:

@@ -50,7 +50,7 @@ LOADS_WITH = {NATIVE: "native (loads with stock Transformers)", SURGICAL: "surgi
 PURPOSES = {  # purpose of an operation -> heading in `surgery ls`, in the order of the headings
     "cache": "A smaller KV cache",
     "prompt": "Faster long prompts",
-    "quality": "A better model",
+    "quality": "Lower perplexity on one kind of text",
     "training": "A start for training, or trained",
     "exact": "Exact, or a building block",
 }

@@ -159,7 +159,7 @@ def test_record_and_config_that_do_not_agree(checkpoints, edit, tmp_path):
     (out / "surgery.json").write_text(json.dumps(record))
     report = surgery.check(out)
     failed = {item["name"] for item in report.data["check"]["items"] if item["status"] == "failed"}
-    assert "record against config" in failed
+    assert "surgery.json against config" in failed
 
 
 def test_code_of_this_version_that_is_not_this_versions(checkpoints, tmp_path):

@@ -23,8 +23,8 @@ STYLES = {"native": "green", "surgical": "cyan"}
 DEMO = "smollm2-135m"
 LEGEND = (
     "native: stock Transformers loads it. surgical: it needs code saved with it.",
-    "training: no: its gate says whether it lost too much. included: in the recipe.",
-    "          needed: train it before use (surgery heal).",
+    "training: no = none; the gate says whether the result lost too much.",
+    "          included = the recipe trains. needed = train it first (surgery heal).",
 )
 
 

@@ -313,12 +313,9 @@ class Needles(CaseProbe):
         lines.append(f"Needles answered exactly{', base → converted' if len(labels) > 1 else ''}.")
         if inside := sum(not result.counts(n) for n in result.cases):
             sinks, window = result.reach
-            verdict = "are not counted as kept" if len(labels) > 1 else "prove nothing"
-            seen = (
-                f"at least their first token is one of the {sinks} sinks or of the last {window} tokens, which "
-                "streaming heads see"
-            )
-            lines.append(f"* {inside} of {len(result.cases)} needles {verdict}: {seen}.")
+            verdict = "are left out of the line `kept`" if len(labels) > 1 else "prove nothing"
+            seen = f"They begin in the {sinks} sinks or in the last {window} tokens, which streaming heads see"
+            lines.append(f"* {inside} of {len(result.cases)} needles {verdict}. {seen}.")
         lines.append("")
         for label in labels:
             side = result.side(label)
