@@ -55,13 +55,21 @@ def outcome(recipe: dict, base: Path, out: Path) -> tuple[str, str]:
     try:
         report = surgery.apply(recipe, str(base), output=out, gate=False)
     except SurgeryError as error:
-        if error.exit_code == 2 and not out.exists():
+        if error.exit_code == 2 and not any(out.parent.glob("out*")):
             return "refused", str(error.what)
         return "FAULT", f"exit code {error.exit_code}: {error}"
     except Exception:
         return "FAULT", traceback.format_exc(limit=-3)
-    failed = [item["name"] for item in report.data["check"]["items"] if item["status"] == "FAILED"]
-    return ("FAULT", f"check: {failed}") if failed else ("done", "")
+    failed = [f"{item['name']}: {item['status']}" for item in report.data["check"]["items"] if not ended_well(item)]
+    status = report.data["evaluation"]["status"]
+    if failed or not report.passed or status != "done":
+        return "FAULT", f"check: {'; '.join(failed) or 'passed'}; scores: {status}"
+    return "done", ""
+
+
+def ended_well(item: dict) -> bool:
+    """Whether an item of the check passed, or is a figure."""
+    return item["status"] in ("passed", "measured")
 
 
 def main() -> int:

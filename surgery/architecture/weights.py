@@ -189,6 +189,12 @@ def projection_weights(anatomy: LayerAnatomy) -> dict[str, str]:
     return {letter: f"{holder}.weight" for letter, holder in holders.items()}
 
 
+def unread_weights(anatomy: LayerAnatomy, rewritten: Collection[str]) -> set[str]:
+    """The stored weights of a layer that hold none of the rewritten projections."""
+    weights = projection_weights(anatomy)
+    return set(weights.values()) - {weights[projection] for projection in weights if projection in rewritten}
+
+
 def _heads(anatomy: LayerAnatomy) -> dict[str, int]:
     return {"q": anatomy.heads, "k": anatomy.kv_heads, "v": anatomy.kv_heads}
 

@@ -129,8 +129,8 @@ def column_means(hook: AttentionHook, module, query, key, count: int, **kwargs) 
         float64 [heads, count].
     """
     near = query[:, :, :count], key[:, :, :count]
-    weights = hook.weights(module, *near, torch.arange(count), **kwargs)[0].double()
-    return weights.sum(1) / torch.arange(count, 0, -1, device=weights.device)
+    total = received(hook, module, *near, **kwargs)[0]
+    return total / torch.arange(count, 0, -1, device=total.device)
 
 
 def queries_of_keys(length: int, limit: int | None, device=None) -> torch.Tensor:

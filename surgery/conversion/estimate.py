@@ -118,7 +118,8 @@ class _Stages:
         self.threads: int | None = None
         config = plan.before.config.get_text_config()
         self.vocabulary = getattr(config, "vocab_size", None) or 0
-        self.probes = sorted(self._asked(), key=lambda probe: not probe.main)
+        asked = () if "score" in left_out else self._asked()  # a probe may read the tokenizer, which imports PyTorch
+        self.probes = sorted(asked, key=lambda probe: not probe.main)
         self.load = LOADING + self.weights / LOADED_BYTES
         self.loaded = PROCESS_BYTES + self.weights
 
@@ -184,8 +185,6 @@ class _Stages:
         yield StageEstimate(FRESH, "check", seconds, PROCESS_BYTES + self.loaded)
 
     def _scores(self) -> Iterator[StageEstimate]:
-        if "score" in self.left_out:
-            return
         for probe in self.probes:
             stages = probe.stages()
             for stage in stages:  # each of two stages runs one model; a single stage runs both

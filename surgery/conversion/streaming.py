@@ -20,7 +20,7 @@ from threading import BoundedSemaphore, Lock, RLock
 from typing import TYPE_CHECKING
 
 from surgery.architecture.edit import refuse_non_finite
-from surgery.architecture.weights import pack, projection_weights, unpack
+from surgery.architecture.weights import pack, unpack, unread_weights
 from surgery.errors import SurgeryError
 from surgery.io.ranges import RangeCopier, write_all
 from surgery.io.safetensors import CHUNK, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
@@ -103,12 +103,7 @@ def convert_shards(
 def unread_tensors(plan: Plan) -> set[str]:
     """The stored weights of attention that no step rewrites. They are copied like the rest of the model."""
     rewritten = {name for step in plan.steps for name in step.operation.rewritten_projections}
-    unread = set()
-    for layer in plan.before.layers:
-        weights = projection_weights(layer)
-        read = {weight for projection, weight in weights.items() if projection in rewritten}
-        unread |= {f"{layer.path}.{weight}" for weight in weights.values() if weight not in read}
-    return unread
+    return {f"{layer.path}.{name}" for layer in plan.before.layers for name in unread_weights(layer, rewritten)}
 
 
 def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ...], bool]]:

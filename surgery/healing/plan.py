@@ -78,13 +78,21 @@ class HealPlan(Printed):
         Raises:
             SurgeryError: as `select_trainable` and `weighted_gqa.merges` raise it.
         """
-        _refuse_alternating(heal, operations)
+        engine = engine or Engine.here()
         config = anatomy.config.get_text_config()
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
+        _refuse_alternating(heal, operations, trained, engine)
         paths = tuple(layer.path for layer in anatomy.layers)
-        if heal.warm_start and not more and not any(name.startswith(paths) for name in trained.parameters):
+        fitted = [name for name in trained.parameters if name.startswith(paths)]
+        if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
+            raise SettingError(
+                "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
+                where="heal.warm_start",
+                fix="heal.warm_start=0",
+            )
+        if heal.warm_start and not more and not fitted:
             raise SettingError(
                 "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
                 where="heal.warm_start",
@@ -101,7 +109,7 @@ class HealPlan(Printed):
             getattr(config, "vocab_size", 0) or 0,
             mixing,
             mixed,
-            engine or Engine.here(),
+            engine,
             note,
         )
 
@@ -237,12 +245,24 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     return mixing_table(merged, heal.mixing), 2 * heads * merged[0][1].head_dim * hidden
 
 
-def _refuse_alternating(heal: Heal, operations: Sequence[dict]) -> None:
-    if heal.alternate and not any(fields.get("op") == "mae" for fields in operations):
+def _hard_mae(operations: Sequence[dict]) -> bool:
+    return any(fields.get("op") == "mae" and fields.get("hard", True) for fields in operations)
+
+
+def _refuse_alternating(heal: Heal, operations: Sequence[dict], trained: TrainableParameters, engine: Engine) -> None:
+    """Raise where the gates of mae and the rest cannot train in turn."""
+    if not heal.alternate:
+        return
+    what, fix = "", "heal.alternate=false"
+    if not any(fields.get("op") == "mae" for fields in operations):
+        what = "this model has no such gates"
+    elif not trained.adapted and all("surgery_" in name for name in trained.parameters):
+        what, fix = f"with method: {heal.method} nothing but the gates trains", "heal.method=lora, or " + fix
+    elif engine.name.startswith("ZeRO"):  # DeepSpeed steps before the Trainer could leave out a gradient
+        what = f"{engine.name} trains all weights in every step"
+    if what:
         raise SettingError(
-            "alternate lets the gates of mae and the rest train in turn, and this model has no such gates",
-            where="heal.alternate",
-            fix="heal.alternate=false",
+            f"alternate lets the gates of mae and the rest train in turn, and {what}", where="heal.alternate", fix=fix
         )
 
 

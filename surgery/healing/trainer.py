@@ -114,9 +114,13 @@ class HealTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and a backward. Where gates and the rest take turns, each expert of the rest's turn is drawn."""
-        for module in self.gated if self.heal.alternate else ():
-            module.surgery_call.draws = not self.trains_gates
-        return super().training_step(model, inputs, num_items_in_batch)
+        for module in self.gated:
+            module.surgery_call.draws = self.heal.alternate and not self.trains_gates
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:  # the model is its owner's again
+            for module in self.gated:
+                module.surgery_call.draws = False
 
     def _clip_grad_norm(self, model):
         if self.heal.alternate:

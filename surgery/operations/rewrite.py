@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.layer import LayerAnatomy
-from surgery.architecture.weights import PROJECTIONS, AttentionLayer, pack, unpack, unpacked_shapes
+from surgery.architecture.weights import PROJECTIONS, AttentionLayer, pack, unpack, unpacked_shapes, unread_weights
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import json_fault
 from surgery.machine.progress import begin
@@ -61,7 +61,13 @@ def run_rewrite(operation: WeightRewrite, layer: AttentionLayer, after: Anatomy,
         TypeError: the result of a built-in operation is not.
     """
     target, rewritten = after.layers[index], operation.rewritten_projections
-    result = operation.rewrite(layer.copy(rewritten), target)
+    try:
+        result = operation.rewrite(layer.copy(rewritten), target)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        what = f"layer {index}: rewrite reads a projection that rewritten_projections does not name ({error})"
+        raise author_error(operation, what.partition("\n")[0]) from None
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], AttentionLayer)):
         raise author_error(operation, f"rewrite returns {shown(result)}, and an AttentionLayer and a dict are wanted")
     new, record = result
@@ -107,12 +113,14 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> lis
     """
     before, after = steps[0][1].before, steps[-1][1].change.after
     records, results = [{} for _ in steps], []
+    rewritten = {name for operation, _ in steps for name in operation.rewritten_projections}
     progress = steps[0][1].progress
     begin(progress, "rewriting layers", len(before.layers))
     for anatomy in before.layers:
         module = model.get_submodule(anatomy.path)
         tensors = {name: module.get_parameter(name).detach() for name in anatomy.tensor_names}
-        refuse_non_finite(tensors, anatomy.path)
+        unread = unread_weights(anatomy, rewritten)  # streaming copies these, so it cannot judge them either
+        refuse_non_finite({name: each for name, each in tensors.items() if name not in unread}, anatomy.path)
         layer = unpack(anatomy, tensors)
         for index, (operation, context) in enumerate(steps):
             layer, record = run_rewrite(operation, layer, context.change.after, anatomy.index)

@@ -120,12 +120,12 @@ class Gate:
 
     def _norms(self, query: torch.Tensor) -> torch.Tensor:
         """The norms of the routed units' queries over their standard deviation, as in MoH's code for LLMs."""
-        heads = query.unflatten(-1, (sum(self.groups), -1)).square().sum(-1)
-        squares = torch.stack([part.sum(-1) for part in heads.split(self.groups, dim=-1)], dim=-1)
-        norms = squares[..., self.routed].sqrt()
+        units = query.unflatten(-1, (sum(self.groups), -1)).split(self.groups, dim=-2)
+        norms = torch.stack([torch.linalg.vector_norm(units[unit], dim=(-2, -1)) for unit in self.routed], dim=-1)
         if len(self.routed) == 1:
             return norms
-        return norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+        variance = norms.var(-1, keepdim=True)  # 0 for a token whose queries are 0: the gradient must not be NaN
+        return norms / variance.clamp_min(torch.finfo(norms.dtype).tiny).sqrt()
 
     def chosen(self, logits: torch.Tensor) -> torch.Tensor:
         """Which routed units are on: bool, shaped as `logits`. Equal logits are ordered by index."""
@@ -176,7 +176,8 @@ class Gate:
     def drawn(self, logits: torch.Tensor) -> torch.Tensor:
         """Gates [..., units] of one expert of mae for each token, drawn by its weight. Their gradient is 0."""
         likely = logits.softmax(dim=-1)
-        lacks = torch.multinomial(likely.detach().flatten(0, -2), 1).view(*logits.shape[:-1], 1)
+        weights = likely.detach().nan_to_num(1.0).flatten(0, -2)  # `prepare` reports NaN; here it would be a crash
+        lacks = torch.multinomial(weights, 1).view(*logits.shape[:-1], 1)
         gates = torch.full_like(logits, self._scale, requires_grad=False).scatter_(-1, lacks, 0.0)
         return gates + 0 * likely  # part of the graph, because DDP waits for the gradient of every parameter
 

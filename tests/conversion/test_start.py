@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers_of_bytes import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 make_checkpoint = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "make_checkpoint.py"))["make_checkpoint"]
@@ -57,6 +58,15 @@ def test_a_plain_base_is_planned_without_torch_and_converted_without_transformer
     assert found["code"] == 0
     assert found["began"][0] == []
     assert "torch" in found["ended"]
+    assert "transformers" not in found["ended"]
+
+
+def test_a_base_with_a_chat_template_begins_as_early(base):
+    """The probe of short requests would read the tokenizer, by Transformers, to estimate its time; it is not asked."""
+    byte_tokenizer(chat=True).save_pretrained(base)
+    found = apply(base)
+    assert found["code"] == 0
+    assert found["began"][0] == []
     assert "transformers" not in found["ended"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -12,6 +13,7 @@ import torch
 from conftest import TEXT, edit_json, edit_record, listing
 from families import TINY, TOKENS, load_without_package, one_thread  # noqa: F401
 from safetensors.torch import load_file
+from tokenizers_of_bytes import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery as package
@@ -21,6 +23,7 @@ from surgery.healing.teacher import store
 from surgery.healing.trainer import Rows, rate_at
 from surgery.io.card_text import NO_NOTES, notes_of
 from surgery.report.report import Report
+from surgery.runtime.modeling_surgery import attention_modules
 
 SCORED = ("evaluate.windows=1", "evaluate.length=16")
 SMALL = ("length=16", "batch_tokens=32", "steps=4", "learning_rate=0.01")
@@ -131,18 +134,17 @@ def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
     assert curve[0]["loss"] == pytest.approx(curve[0]["kl"] + 0.01 * curve[0]["balance"])
 
 
-@pytest.mark.parametrize("method", ["parts", "lora"])
-def test_the_gates_of_mae_and_the_rest_train_in_turn(converted, heal, method, monkeypatch):
+def test_the_gates_of_mae_and_the_rest_train_in_turn(converted, heal, monkeypatch):
     """No weight moves in the other's turn, whatever momentum it has; there is no load balance."""
     monkeypatch.setattr("surgery.healing.trainer.rate_at", lambda *_: 1.0)  # so that a longer run begins as a shorter
     out = converted("mae", "calibration_samples=4", "calibration_length=8", "router=random")
-    asked = (f"method={method}", "alternate=true")
+    asked = ("method=lora", "alternate=true")
     folders = [heal(out, *asked, f"steps={steps}", to=f"after{steps}").folder for steps in (1, 2, 3)]
     first = changed(out, folders[0])
     assert first, "the gates' turn comes first"
     assert all("surgery_router" in each for each in first)
     second, third = changed(folders[0], folders[1]), changed(folders[1], folders[2])
-    assert bool(second) == (method == "lora"), "parts: nothing but the gates was added or rewritten"
+    assert second
     assert not any("surgery_router" in each for each in second)
     assert third
     assert all("surgery_router" in each for each in third)
@@ -155,6 +157,31 @@ def test_alternating_without_mae_is_refused(refused, converted, surgery, model, 
     asked = (f"data={text}", "steps=2", "length=8", "batch_tokens=8", "alternate=true")
     refused("heal", out, "-o", "healed", "--base", model, *asked, says=says)
     refused("plan", "moh-heal", model, "heal.alternate=true", says=says)
+    refused("plan", "mae-heal", model, "heal.method=parts", says=["nothing but the gates trains", "heal.method=lora"])
+
+
+@pytest.mark.parametrize("method", ["parts", "lora"])
+def test_a_layer_wise_start_of_hard_gates_is_refused(converted, refused, model, text, method):
+    """It runs the model as in inference, where a choice has no gradient."""
+    out = converted("mae", "calibration_samples=4", "calibration_length=8", "router=random")
+    asked = (f"data={text}", "steps=2", "length=8", "batch_tokens=8", f"method={method}", "warm_start=64")
+    says = ["hard gates of mae only choose", "heal.warm_start=0"]
+    refused("heal", out, "-o", "healed", "--base", model, *asked, says=says)
+
+
+def test_no_expert_is_drawn_after_a_healing_in_memory():
+    """Nor in a later one that does not alternate: its gates train."""
+    base, tokenizer = TINY["llama"](vocab_size=258), byte_tokenizer()
+    model = copy.deepcopy(base)
+    step = {"op": "mae", "router": "random"}
+    package.apply({"version": 1, "name": "x", "operations": [step], "evaluate": None}, model, tokenizer=tokenizer)
+    asked = {"data": "builtin", "steps": 2, "length": 16, "batch_tokens": 32, "precision": "float32"}
+    package.heal(model, base, tokenizer=tokenizer, alternate=True, **asked)
+    assert not any(module.surgery_call.draws for module in attention_modules(model))
+    before = [module.surgery_router.detach().clone() for module in attention_modules(model)]
+    package.heal(model, base, tokenizer=tokenizer, **asked)
+    for module, old in zip(attention_modules(model), before, strict=True):
+        assert not torch.equal(module.surgery_router, old)
 
 
 def test_apply_heals_in_one_go(surgery, model, text, tmp_path):

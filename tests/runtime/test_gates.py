@@ -430,6 +430,41 @@ def test_hard_gates_of_mae_are_the_mixture_in_training(rescale):
             assert float(logits.grad[token, head]) == pytest.approx(slope, abs=1e-12)
 
 
+@pytest.mark.parametrize("gate", [moh([1], 3), by_norm([1], 3), by_norm([], 2, "kv_group"), mae(True)])
+def test_a_token_without_content_gives_no_nan(bases, gate):
+    """Its embedding is 0, so that all its queries are 0: equal norms, whose deviation is 0."""
+    model = gated(bases["llama"], [gate, gate]).train()
+    model.model.embed_tokens.weight.data[5] = 0
+    model.requires_grad_(True)
+    ids = TOKENS.clone()
+    ids[:, 4] = 5
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if gate.get("router"):
+        queries = [module.q_proj.weight.grad.abs().max() for module in runtime.attention_modules(model)]
+        assert min(queries) > 0
+
+
+def test_equal_queries_are_no_damage(bases):
+    """Heads that are copies of each other have the same norm; the first of them are on."""
+    model = gated(bases["llama"], [by_norm([], 3), by_norm([], 2, "kv_group")])
+    for module in runtime.attention_modules(model):
+        rows = module.q_proj.weight.shape[0] // 8
+        module.q_proj.weight.data.copy_(100 * module.q_proj.weight[:rows].repeat(8, 1))
+    assert model(input_ids=TOKENS).logits.isfinite().all()
+
+
+def test_a_router_that_diverges_says_so_where_experts_are_drawn(bases):
+    model = gated(bases["llama"], [mae(True), mae(True)]).train()
+    module = runtime.attention_modules(model)[0]
+    module.surgery_call.draws = True
+    module.surgery_router.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model(input_ids=TOKENS)
+
+
 def test_drawn_experts_lack_one_head_each_and_teach_the_gate_nothing():
     torch.manual_seed(0)
     for gate, counts in ((Gate("mae", (1,) * 4, hard=True, rescale=False), 1.0), (Gate("mae", (1,) * 4), 4 / 3)):

@@ -166,6 +166,8 @@ class Moh(Gated):
         "Work is skipped where no gradients are needed: in prompts from 512 tokens on, and in decoding on a CPU (by "
         "the projections of wide models, and from 2k tokens on by the attention of KV heads whose heads are all "
         "off). Attention on a GPU, or on a batch with padding, computes all heads.",
+        "Work is skipped where no gradients are needed, in prompts from 512 tokens on: by attention and the output "
+        "projection. Decoding skips nothing. Attention on a GPU, or on a batch with padding, computes all heads.",
     )
 
     op: Literal["moh"] = "moh"
@@ -227,6 +229,10 @@ class Moh(Gated):
             counts.append((on, shared))
         return counts
 
+    def limitations(self) -> tuple[str, ...]:
+        other = 2 if self.router == "norm" else 3  # the sentence on skipped work that does not apply
+        return tuple(line for line in super().limitations() if line != self.LIMITATIONS[other])
+
     def milder(self) -> str:
         return f"active_ratio={(1 + self.active_ratio) / 2:.2g}" if self.active_ratio < 0.95 else ""
 
@@ -237,9 +243,10 @@ class Moh(Gated):
         name = "KV groups" if self.granularity == "kv_group" else "query heads"
         each = sorted({(f"{a} of {self._units(layer)}", s) for layer, (a, s) in zip(layers, counts, strict=True)})
         shown = ", ".join(f"{a} ({s} shared)" for a, s in each[:4]) + (", ..." if len(each) > 4 else "")
+        weighed = ", weighed by the router" if self.gates == "weigh" else ""
         line = (
-            f"{on} of {units} {name} are on for a token ({on / units:.1%}), {shared} of them for every token; "
-            f"a layer has {shown}"
+            f"{on} of {units} {name} are on for a token ({on / units:.1%}){weighed}, "
+            f"{shared} of them for every token; a layer has {shown}"
         )
         router = f"{len(layers)} of {len(anatomy.layers)} layers have a router: {self.router}"
         measured = self._measures or shared > 0
@@ -287,6 +294,7 @@ class Mae(Gated):
     summary: ClassVar[str] = "Mixture of h - 1 heads (MAE): for each token one head is off, or heads are weighed."
     purpose: ClassVar[str] = "exact"
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
+        "In training mode hard weights are soft, since a choice has no gradient: the outputs differ from inference.",
         "Soft weights skip no work. Hard weights skip one head, and only in layers with four heads or fewer: with "
         "more, computing all heads costs less. The cache is as large as before.",
         FITTED,

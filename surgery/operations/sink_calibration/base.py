@@ -90,7 +90,9 @@ class SinkCalibration(Variants, Operation):
         }
         virtual = ("virtual attention sinks", "every query also sees a key that is no token")
         title, what = names.get(self.method, virtual)
-        gain = "It saves nothing. It lowers perplexity on text like the calibration text." if self.method in names else ""
+        gain = (
+            "It saves nothing. It lowers perplexity on text like the calibration text." if self.method in names else ""
+        )
         return InWords(title, f"In its attention {what} in each head that was chosen.", gain)
 
     def shapes(self, layer: LayerAnatomy) -> Shapes:
