@@ -3,10 +3,10 @@
 
     python .ci/matrix.py [--families NAME ...] [--recipes NAME ...]
 
-A pair is converted into a folder, checked in a fresh process, and scored. It is then "done". It is "refused" where it
-ends in one error with exit code 2 and writes nothing. All else is a "FAULT". The script prints each fault with its
-error, each reason for a refusal with its number of pairs, and the totals. It ends with 1 if there was a fault. The
-recipes' settings are lowered to what a tiny model and a few minutes allow. Gates are not judged.
+A pair is converted into a folder, checked in a fresh process, and scored. If all passed, it is "done". A pair is
+"refused" where it ends in one error with exit code 2 and writes nothing. All else is a "FAULT". The script prints each
+fault with its error, each reason for a refusal with its number of pairs, and the totals. It ends with 1 if there was a
+fault. The recipes' settings are lowered to what a tiny model and a few minutes allow. Gates are not judged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def smaller(recipe: dict) -> dict:
 
 
 def outcome(recipe: dict, base: Path, out: Path) -> tuple[str, str]:
-    """("done", ""), ("refused", reason) or ("FAULT", what happened)."""
+    """("done", items of the check that were not run), ("refused", reason) or ("FAULT", what happened)."""
     import surgery
     from surgery.errors import SurgeryError
 
@@ -60,16 +60,12 @@ def outcome(recipe: dict, base: Path, out: Path) -> tuple[str, str]:
         return "FAULT", f"exit code {error.exit_code}: {error}"
     except Exception:
         return "FAULT", traceback.format_exc(limit=-3)
-    failed = [f"{item['name']}: {item['status']}" for item in report.data["check"]["items"] if not ended_well(item)]
-    status = report.data["evaluation"]["status"]
-    if failed or not report.passed or status != "done":
-        return "FAULT", f"check: {'; '.join(failed) or 'passed'}; scores: {status}"
-    return "done", ""
-
-
-def ended_well(item: dict) -> bool:
-    """Whether an item of the check passed, or is a figure."""
-    return item["status"] in ("passed", "measured")
+    items, scores = report.data["check"]["items"], report.data["evaluation"]["status"]
+    left_out = [item["name"] for item in items if item["status"] == "not run"]
+    if not report.passed or scores != "done":
+        failed = [item["name"] for item in items if item["status"] == "failed"]
+        return "FAULT", f"check: {', '.join(failed) or 'passed'}; scores: {scores}"
+    return "done", ", ".join(left_out)
 
 
 def main() -> int:
@@ -88,7 +84,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=list(TINY), default=list(TINY), metavar="NAME")
     parser.add_argument("--recipes", nargs="+", choices=names, default=names, metavar="NAME")
     options = parser.parse_args()
-    counts, reasons, began = Counter(), Counter(), time.monotonic()
+    counts, reasons, left_out, began = Counter(), Counter(), Counter(), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         for family in options.families:
             folder = Path(scratch, family)
@@ -102,6 +98,8 @@ def main() -> int:
                 row[kind] += 1
                 if kind == "refused":
                     reasons[why] += 1
+                elif kind == "done" and why:
+                    left_out[why] += 1
                 elif kind == "FAULT":
                     print(f"{family}, {name}: {why}", flush=True)
                 for left in Path(scratch).glob("out*"):
@@ -111,6 +109,8 @@ def main() -> int:
     print("\nrefused because:")
     for reason, number in reasons.most_common():
         print(f"{number:>4}  {reason}")
+    for items, number in left_out.items():
+        print(f"{number} pairs done without these items of the check, which do not apply: {items}")
     pairs = sum(counts.values())
     print(f"\n{pairs} pairs: {counts['done']} done, {counts['refused']} refused, {counts['FAULT']} FAULT", end=" ")
     print(f"({(time.monotonic() - began) / 60:.0f} min)")
