@@ -92,6 +92,7 @@ class Heal(Variants):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    LATER: ClassVar[tuple[str, ...]] = ("alternate",)
     RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {
         "minutes": ("rank", "alpha", "dropout"),
         "keep_checkpoints": ("keep_adapter",),

@@ -28,6 +28,7 @@ from surgery.machine.progress import Progress
 from surgery.operations.rewrite import run_rewrite
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from surgery.conversion.plan import Plan
@@ -59,7 +60,7 @@ def convert_shards(
         file name -> {"sha256", "bytes"}.
     """
     shared, files = _Shared(plan.output_bytes, progress), dict(done)
-    layouts = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}
+    layouts, judged = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}, unread_tensors(plan)
     syncs: list[Future] = []
 
     def convert(shard: Shard) -> None:
@@ -85,7 +86,7 @@ def convert_shards(
     unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
     writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)
     with ThreadPoolExecutor(1) as syncer, writers, shared.work():
-        shards = [shard for shard in _copies_first(checkpoint, layouts) if shard.file not in done]
+        shards = [shard for shard in _copies_first(checkpoint, layouts, judged) if shard.file not in done]
         written = [writers.submit(convert, shard) for shard in shards]
         import torch  # noqa: F401 (this takes a second: writers copy meanwhile, and wait for it before they compute)
 
@@ -126,9 +127,13 @@ def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ..
     return layout
 
 
-def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict]) -> list[Shard]:
-    """The shards in the order of writing. Shards that are only copied come first, because they need no torch."""
-    return sorted(checkpoint.shards, key=lambda shard: any(computed for *_, computed in layouts[shard.file].values()))
+def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict], judged: set[str]) -> list[Shard]:
+    """The shards in the order of writing. Shards that need no torch come first: nothing in them is of attention."""
+
+    def needs_torch(shard: Shard) -> bool:
+        return any(computed or name in judged for name, (*_, computed) in layouts[shard.file].items())
+
+    return sorted(checkpoint.shards, key=needs_torch)
 
 
 class _Shared:
@@ -188,38 +193,71 @@ def _write_shard(
         write_all(target, begin)
         written(begin)
         copier, promised = RangeCopier(source, target), len(begin)
-        for piece in _pieces(layout, infos):
-            if isinstance(piece, str):
-                promised += stored_bytes(*layout[piece][:2])
-                for chunk in tensor_chunks(stream.tensor(piece)):
+        for name, start, size in _pieces(layout, infos, stream.unread):
+            promised += size
+            if not start:
+                for chunk in tensor_chunks(stream.tensor(name)):
                     write_all(target, chunk)
                     written(chunk)
-            else:
-                promised += piece[1]
-                try:
-                    for data in copier.copy(*piece):
-                        written(data)
-                except EOFError:
-                    raise checkpoint.ended(shard.file) from None
+                continue
+            judge = FiniteRange(name, checkpoint.float_dtype(name)) if name else None
+            try:
+                for data in copier.copy(start, size):
+                    written(data)
+                    if judge:
+                        judge.add(data)
+            except EOFError:
+                raise checkpoint.ended(shard.file) from None
             if target.tell() != promised:  # a file with a wrong header must never get its final name
                 raise RuntimeError(f"{shard.file}: byte {target.tell()} where its header promises byte {promised}")
     return digest.hexdigest()
 
 
-def _pieces(layout: dict, infos: dict[str, TensorInfo]) -> Iterator[str | tuple[int, int]]:
-    """The pieces of a file in order: the name of a computed tensor, or (start, bytes) of a range that is copied."""
+def _pieces(layout: dict, infos: dict[str, TensorInfo], judged: set[str]) -> Iterator[tuple[str, int, int]]:
+    """The pieces of a file in order, as (name, start, bytes).
+
+    A computed tensor has start 0, where a file has its header. A copied range has a name if it is a tensor that must
+    be finite, and "" if it holds other tensors.
+    """
     start = end = 0
-    for name, (_, _, computed) in layout.items():
-        if end > start and (computed or infos[name].start != end):
-            yield start, end - start
+    for name, (dtype, shape, computed) in layout.items():
+        alone = computed or name in judged
+        if end > start and (alone or infos[name].start != end):
+            yield "", start, end - start
             start = end = 0
         if computed:
-            yield name
+            yield name, 0, stored_bytes(dtype, shape)
+        elif alone:
+            yield name, infos[name].start, infos[name].size
         else:
             start = start if end > start else infos[name].start
             end = infos[name].start + infos[name].size
     if end > start:
-        yield start, end - start
+        yield "", start, end - start
+
+
+class FiniteRange:
+    """Refuses NaN and infinity in a tensor whose bytes come in pieces of any size, as they are copied.
+
+    Args:
+        name: the tensor's stored name.
+        dtype: its dtype.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        self.path, _, self.name = name.rpartition(".")
+        self.dtype, self.rest = dtype, b""
+
+    def add(self, data: memoryview) -> None:
+        """Judge the next bytes. Raises SurgeryError, as `refuse_non_finite` does."""
+        import torch
+
+        if self.rest:
+            data = memoryview(bytearray(self.rest + bytes(data)))
+        whole = len(data) - len(data) % self.dtype.itemsize
+        self.rest = bytes(data[whole:])
+        if whole:
+            refuse_non_finite({self.name: torch.frombuffer(data[:whole], dtype=self.dtype)}, self.path)
 
 
 def _unfinished(path: Path) -> Path:
@@ -259,6 +297,9 @@ class LayerStream:
 
     Args:
         records: the records of an earlier run, for the layers that it finished.
+
+    Attributes:
+        unread: stored names of the weights of attention that no step rewrites.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, records: list[dict] | None = None):
@@ -271,7 +312,7 @@ class LayerStream:
             for layer in anatomy.layers
             for name in layer.tensor_names
         }
-        self._unread = unread_tensors(plan)
+        self.unread = unread_tensors(plan)
         self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def tensor(self, name: str) -> Tensor:
@@ -313,4 +354,4 @@ class LayerStream:
         return {name: tensor for name, tensor in new.items() if not tensor.is_meta}
 
     def _read(self, name: str) -> Tensor:
-        return self.checkpoint.placeholder(name) if name in self._unread else self.checkpoint.read(name)
+        return self.checkpoint.placeholder(name) if name in self.unread else self.checkpoint.read(name)

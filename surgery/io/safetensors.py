@@ -150,7 +150,7 @@ class Checkpoint:
         """
         import torch
 
-        info, dtype = self.tensors[name], self._torch_dtype(name)
+        info, dtype = self.tensors[name], self.float_dtype(name)
         data = torch.empty(info.size, dtype=torch.uint8)
         with open(self.folder / info.file, "rb") as file:
             file.seek(info.start)
@@ -162,9 +162,10 @@ class Checkpoint:
         """A meta tensor with the shape and the dtype of a stored one; nothing is read."""
         import torch
 
-        return torch.empty(self.tensors[name].shape, dtype=self._torch_dtype(name), device="meta")
+        return torch.empty(self.tensors[name].shape, dtype=self.float_dtype(name), device="meta")
 
-    def _torch_dtype(self, name: str) -> torch.dtype:
+    def float_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype; a SurgeryError if it is not a floating-point one."""
         import torch
 
         info = self.tensors[name]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.edit import refuse_non_finite, write_layers
 from surgery.architecture.layer import LayerAnatomy
-from surgery.architecture.weights import PROJECTIONS, AttentionLayer, pack, unpack, unpacked_shapes, unread_weights
+from surgery.architecture.weights import PROJECTIONS, AttentionLayer, pack, unpack, unpacked_shapes
 from surgery.errors import SurgeryError, shown
 from surgery.io.files import json_fault
 from surgery.machine.progress import begin
@@ -113,14 +113,12 @@ def rewrite_steps(model, steps: list[tuple[WeightRewrite, ApplyContext]]) -> lis
     """
     before, after = steps[0][1].before, steps[-1][1].change.after
     records, results = [{} for _ in steps], []
-    rewritten = {name for operation, _ in steps for name in operation.rewritten_projections}
     progress = steps[0][1].progress
     begin(progress, "rewriting layers", len(before.layers))
     for anatomy in before.layers:
         module = model.get_submodule(anatomy.path)
         tensors = {name: module.get_parameter(name).detach() for name in anatomy.tensor_names}
-        unread = unread_weights(anatomy, rewritten)  # streaming copies these, so it cannot judge them either
-        refuse_non_finite({name: each for name, each in tensors.items() if name not in unread}, anatomy.path)
+        refuse_non_finite(tensors, anatomy.path)
         layer = unpack(anatomy, tensors)
         for index, (operation, context) in enumerate(steps):
             layer, record = run_rewrite(operation, layer, context.change.after, anatomy.index)

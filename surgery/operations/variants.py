@@ -59,6 +59,8 @@ class Variants(BaseModel):
     """
 
     METHODS: ClassVar[dict[str, type[Variants]]] = {}
+    # Fields that earlier versions lack. They are recorded only if somebody set them, so that an earlier run resumes.
+    LATER: ClassVar[tuple[str, ...]] = ()
     RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {}  # field -> fields that follow it in a record
 
     if TYPE_CHECKING:
@@ -168,7 +170,8 @@ class Variants(BaseModel):
     @model_serializer(mode="wrap")
     def _record(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unset = self._null_is_default() - self.model_fields_set
-        data = {key: None if key in unset else value for key, value in handler(self).items()}
+        left_out = set(self.LATER) - self.model_fields_set
+        data = {key: None if key in unset else value for key, value in handler(self).items() if key not in left_out}
         followers = {key for keys in self.RECORDED_AFTER.values() for key in keys}
         order = (name for key in data if key not in followers for name in (key, *self.RECORDED_AFTER.get(key, ())))
         return {key: data[key] for key in order if key in data}

@@ -363,3 +363,27 @@ def test_streaming_reads_what_it_rewrites_alone(model, tmp_path, monkeypatch, ca
     expected, got = load_file(tmp_path / "loaded" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert expected.keys() == got.keys()
     assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("cut", [1, 3, 7, 8, 64])
+def test_a_range_is_judged_however_it_is_cut(dtype, cut):
+    """Pieces of any size, as a file system may copy them; the last value of all is the bad one."""
+    good = torch.arange(24, dtype=dtype)
+    for value in (None, float("nan"), float("-inf")):
+        tensor = good.clone()
+        if value is not None:
+            tensor[-1] = value
+        data = bytearray(tensor.view(torch.uint8).numpy().tobytes())
+        judge = shards.FiniteRange("model.layers.0.self_attn.q_proj.weight", dtype)
+
+        def judge_all(judge=judge, data=data):
+            for start in range(0, len(data), cut):
+                judge.add(memoryview(data)[start : start + cut])
+
+        if value is None:
+            judge_all()
+            assert judge.rest == b""
+        else:
+            with pytest.raises(SurgeryError, match="model.layers.0.self_attn.q_proj.weight holds NaN or infinite"):
+                judge_all()

@@ -290,7 +290,7 @@ def test_nothing_that_counts_is_no_number(capsys):
     display.measured(Needles, result)
     said = capsys.readouterr().out
     assert "kept:      nothing to compare (the base finds no needle outside sinks and window)\n" in said
-    assert "2 of 2 needles are not counted as kept" in said
+    assert "2 of 2 needles are left out of the line `kept`" in said
     result.settings["depths"].append(0.9)
     assert math.isnan(result.grid("base")[-1][0])
 
