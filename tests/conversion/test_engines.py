@@ -385,5 +385,5 @@ def test_a_range_is_judged_however_it_is_cut(dtype, cut):
             judge_all()
             assert judge.rest == b""
         else:
-            with pytest.raises(SurgeryError, match="model.layers.0.self_attn.q_proj.weight holds NaN or infinite"):
+            with pytest.raises(SurgeryError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight holds NaN"):
                 judge_all()
