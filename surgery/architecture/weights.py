@@ -182,17 +182,12 @@ def packed_shapes(anatomy: LayerAnatomy, hidden: int, out: int) -> dict[str, tup
     return {name: shapes[name] for name in anatomy.tensor_names}
 
 
-def projection_weights(anatomy: LayerAnatomy) -> dict[str, str]:
-    """Projection -> the name of the stored weight that holds it. A fused weight holds three of them."""
+def unread_weights(anatomy: LayerAnatomy, rewritten: Collection[str]) -> set[str]:
+    """The stored weights of a layer that hold none of the rewritten projections. A fused weight holds three."""
     layout = anatomy.layout
     holders = {letter: layout.qkv or getattr(layout, letter) for letter in "qkv"} | {"o": layout.o}
-    return {letter: f"{holder}.weight" for letter, holder in holders.items()}
-
-
-def unread_weights(anatomy: LayerAnatomy, rewritten: Collection[str]) -> set[str]:
-    """The stored weights of a layer that hold none of the rewritten projections."""
-    weights = projection_weights(anatomy)
-    return set(weights.values()) - {weights[projection] for projection in weights if projection in rewritten}
+    read = {holders[projection] for projection in holders if projection in rewritten}
+    return {f"{holder}.weight" for holder in {*holders.values()} - read}
 
 
 def _heads(anatomy: LayerAnatomy) -> dict[str, int]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.layer import BYTES
 from surgery.calibration.cost import forward_flops
-from surgery.conversion.streaming import unread_tensors
 from surgery.errors import SurgeryError
 from surgery.evaluation.check import FILES, FRESH
 from surgery.machine.speed import bytes_per_second, flops_per_second
@@ -204,7 +203,7 @@ class _Stages:
 
 def _streaming_bytes(plan: Plan) -> float:
     """Bytes of weights in memory while streaming: of what a layer reads, two copies as stored, and two in float64."""
-    layer, stored, unread = plan.before.layers[0], plan.before.tensors, unread_tensors(plan)
+    layer, stored = plan.before.layers[0], plan.before.tensors
     names = [f"{layer.path}.{name}" for name in layer.tensor_names]
-    values = sum(prod(stored[name][1]) for name in names if name not in unread) if plan.shapes else 0
+    values = sum(prod(stored[name][1]) for name in names if name not in plan.unread) if plan.shapes else 0
     return values * (2 * BYTES.get(plan.before.dtype, 2) + 16)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.architecture.anatomy import Anatomy
 from surgery.architecture.layer import LayerAnatomy
-from surgery.architecture.weights import packed_shapes
+from surgery.architecture.weights import packed_shapes, unread_weights
 from surgery.config.recipe import Recipe
 from surgery.config.yaml import FILE_FIELDS
 from surgery.conversion import plan_tree
@@ -168,6 +168,13 @@ class Plan(Printed):
         return sum(
             stored_bytes(dtype, shape) for dtype, shape in (*unchanged, *new, (self.before.dtype, (self._added,)))
         )
+
+    @functools.cached_property
+    def unread(self) -> frozenset[str]:
+        """The stored weights of attention that no step rewrites. They are copied like the rest of the model."""
+        rewritten = {name for step in self.steps for name in step.operation.rewritten_projections}
+        layers = self.before.layers
+        return frozenset(f"{layer.path}.{name}" for layer in layers for name in unread_weights(layer, rewritten))
 
     @functools.cached_property
     def estimate(self) -> Estimate:

@@ -20,7 +20,7 @@ from threading import BoundedSemaphore, Lock, RLock
 from typing import TYPE_CHECKING
 
 from surgery.architecture.edit import refuse_non_finite
-from surgery.architecture.weights import pack, unpack, unread_weights
+from surgery.architecture.weights import pack, unpack
 from surgery.errors import SurgeryError
 from surgery.io.ranges import RangeCopier, write_all
 from surgery.io.safetensors import CHUNK, WEIGHT_INDEX, Checkpoint, Shard, stored_bytes, stored_dtype
@@ -60,7 +60,7 @@ def convert_shards(
         file name -> {"sha256", "bytes"}.
     """
     shared, files = _Shared(plan.output_bytes, progress), dict(done)
-    layouts, judged = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}, unread_tensors(plan)
+    layouts = {shard.file: shard_layout(shard, plan) for shard in checkpoint.shards}
     syncs: list[Future] = []
 
     def convert(shard: Shard) -> None:
@@ -86,7 +86,7 @@ def convert_shards(
     unsynced = BoundedSemaphore(SHARDS_UNSYNCED)
     writers = ThreadPoolExecutor(SHARDS_AT_ONCE if plan.output_bytes >= WORTH_THREADS else 1)
     with ThreadPoolExecutor(1) as syncer, writers, shared.work():
-        shards = [shard for shard in _copies_first(checkpoint, layouts, judged) if shard.file not in done]
+        shards = [shard for shard in _copies_first(checkpoint, layouts, plan.unread) if shard.file not in done]
         written = [writers.submit(convert, shard) for shard in shards]
         import torch  # noqa: F401 (this takes a second: writers copy meanwhile, and wait for it before they compute)
 
@@ -101,21 +101,15 @@ def convert_shards(
     return files
 
 
-def unread_tensors(plan: Plan) -> set[str]:
-    """The stored weights of attention that no step rewrites. They are copied like the rest of the model."""
-    rewritten = {name for step in plan.steps for name in step.operation.rewritten_projections}
-    return {f"{layer.path}.{name}" for layer in plan.before.layers for name in unread_weights(layer, rewritten)}
-
-
 def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ...], bool]]:
     """The tensors of the new file, in order: name -> (dtype, shape, whether it is computed or else copied).
 
     New tensors (norms of added heads) are placed after their layer's output projection.
     """
-    layout, unread = {}, unread_tensors(plan)
+    layout = {}
     homes = {f"{layer.path}.{layer.layout.o}.weight": layer for layer in plan.after.layers}
     for info in shard.tensors:
-        if info.name not in plan.shapes or info.name in unread:
+        if info.name not in plan.shapes or info.name in plan.unread:
             layout[info.name] = (info.dtype, info.shape, False)
         elif (shape := plan.shapes[info.name]) is not None:
             layout[info.name] = (plan.dtypes[info.name], shape, True)
@@ -127,7 +121,7 @@ def shard_layout(shard: Shard, plan: Plan) -> dict[str, tuple[str, tuple[int, ..
     return layout
 
 
-def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict], judged: set[str]) -> list[Shard]:
+def _copies_first(checkpoint: Checkpoint, layouts: dict[str, dict], judged: frozenset[str]) -> list[Shard]:
     """The shards in the order of writing. Shards that need no torch come first: nothing in them is of attention."""
 
     def needs_torch(shard: Shard) -> bool:
@@ -193,7 +187,7 @@ def _write_shard(
         write_all(target, begin)
         written(begin)
         copier, promised = RangeCopier(source, target), len(begin)
-        for name, start, size in _pieces(layout, infos, stream.unread):
+        for name, start, size in _pieces(layout, infos, stream.plan.unread):
             promised += size
             if not start:
                 for chunk in tensor_chunks(stream.tensor(name)):
@@ -213,7 +207,7 @@ def _write_shard(
     return digest.hexdigest()
 
 
-def _pieces(layout: dict, infos: dict[str, TensorInfo], judged: set[str]) -> Iterator[tuple[str, int, int]]:
+def _pieces(layout: dict, infos: dict[str, TensorInfo], judged: frozenset[str]) -> Iterator[tuple[str, int, int]]:
     """The pieces of a file in order, as (name, start, bytes).
 
     A computed tensor has start 0, where a file has its header. A copied range has a name if it is a tensor that must
@@ -297,9 +291,6 @@ class LayerStream:
 
     Args:
         records: the records of an earlier run, for the layers that it finished.
-
-    Attributes:
-        unread: stored names of the weights of attention that no step rewrites.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, records: list[dict] | None = None):
@@ -312,7 +303,6 @@ class LayerStream:
             for layer in anatomy.layers
             for name in layer.tensor_names
         }
-        self.unread = unread_tensors(plan)
         self._ready: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def tensor(self, name: str) -> Tensor:
@@ -354,4 +344,4 @@ class LayerStream:
         return {name: tensor for name, tensor in new.items() if not tensor.is_meta}
 
     def _read(self, name: str) -> Tensor:
-        return self.checkpoint.placeholder(name) if name in self.unread else self.checkpoint.read(name)
+        return self.checkpoint.placeholder(name) if name in self.plan.unread else self.checkpoint.read(name)

@@ -39,6 +39,15 @@ if TYPE_CHECKING:
     from surgery.runtime.surgery_gates import Gate
 
 FITTED = "The router was fitted on one text, without training."
+SKIPPED = (
+    "Work is skipped where no gradients are needed: in prompts from 512 tokens on, and in decoding on a CPU (by the "
+    "projections of wide models, and from 2k tokens on by the attention of KV heads whose heads are all off). "
+    "Attention on a GPU, or on a batch with padding, computes all heads."
+)
+SKIPPED_BY_NORM = (
+    "Work is skipped where no gradients are needed, in prompts from 512 tokens on: by attention and the output "
+    "projection. Decoding skips nothing. Attention on a GPU, or on a batch with padding, computes all heads."
+)
 
 
 class Gated(Operation):
@@ -163,11 +172,8 @@ class Moh(Gated):
     LIMITATIONS: ClassVar[tuple[str, ...]] = (
         "Keys and values are computed and kept for every token. The cache is as large as before.",
         FITTED + " Heads that only rare text needs may be off when it comes.",
-        "Work is skipped where no gradients are needed: in prompts from 512 tokens on, and in decoding on a CPU (by "
-        "the projections of wide models, and from 2k tokens on by the attention of KV heads whose heads are all "
-        "off). Attention on a GPU, or on a batch with padding, computes all heads.",
-        "Work is skipped where no gradients are needed, in prompts from 512 tokens on: by attention and the output "
-        "projection. Decoding skips nothing. Attention on a GPU, or on a batch with padding, computes all heads.",
+        SKIPPED,
+        SKIPPED_BY_NORM,
     )
 
     op: Literal["moh"] = "moh"
@@ -230,8 +236,8 @@ class Moh(Gated):
         return counts
 
     def limitations(self) -> tuple[str, ...]:
-        other = 2 if self.router == "norm" else 3  # the sentence on skipped work that does not apply
-        return tuple(line for line in super().limitations() if line != self.LIMITATIONS[other])
+        wrong = SKIPPED if self.router == "norm" else SKIPPED_BY_NORM
+        return tuple(line for line in super().limitations() if line != wrong)
 
     def milder(self) -> str:
         return f"active_ratio={(1 + self.active_ratio) / 2:.2g}" if self.active_ratio < 0.95 else ""

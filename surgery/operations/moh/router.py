@@ -27,7 +27,6 @@ from surgery.machine.progress import begin
 from surgery.runtime.surgery_gates import Gate
 
 SCORES = ("energy", "damage")
-ROUTERS = ("fit", "static", "random", "zero", "norm")
 GRID = tuple(10.0**power for power in range(-6, 3))  # strengths of the ridge, relative to the inputs' mean variance
 
 
