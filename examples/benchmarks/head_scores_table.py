@@ -8,10 +8,12 @@ interval. `inverse` keeps the heads with the lowest scores of the first file. `r
 row where the ratio is 0.25, since any choice passes there). Prompt and answer are one forward without a cache.
 `--perplexity WINDOWS LENGTH` adds, for each of `--texts` ("builtin", its held-out part, or a file), the perplexity as
 a share of the base's. A row is printed as soon as it is measured. `--out` holds what was measured so far, and the same
-command resumes.
+command resumes. The first lines compare the orders of the heads: for each pair of files, Spearman's rank correlation
+and the share of the lower half that is the same.
 """
 
 import argparse
+import itertools
 import math
 import random
 from functools import partial
@@ -22,7 +24,7 @@ from measured import Measured
 
 import surgery
 from surgery.architecture.anatomy import Anatomy
-from surgery.calibration.head_scores import choose_streaming, load_scores
+from surgery.calibration.head_scores import choose_streaming, load_scores, ranks
 from surgery.calibration.scoring import score_window
 from surgery.data.haystack import make_needles
 from surgery.data.text import load_text, windows
@@ -61,6 +63,20 @@ def splits(model, options) -> dict[str, list[list[list[float]]]]:
     return rows
 
 
+def orders(paths: list[Path], model) -> None:
+    """Print for each pair of score files how alike the orders of the heads are."""
+    tables = {path.stem: load_scores(path, Anatomy.of(model)).scores for path in paths}
+    for (one, first), (two, second) in itertools.combinations(tables.items(), 2):
+        both = torch.tensor([[x for layer in ranks(table) for x in layer] for table in (first, second)])
+        correlation = torch.corrcoef(both)[0, 1].item()
+        halves = [
+            {(layer, head) for layer, heads in enumerate(choose_streaming(table, ratio=0.5)) for head in heads}
+            for table in (first, second)
+        ]
+        share = len(halves[0] & halves[1]) / len(halves[0])
+        print(f"{one}, {two}: rank correlation {correlation:.2f}, same lower half {share:.0%}", flush=True)
+
+
 def needles_of(tokenizer, options) -> list:
     found = []
     for length, samples in zip(options.lengths, options.samples, strict=True):
@@ -81,6 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = resolve(options.model).path
     model, tokenizer = surgery.load(folder).eval(), read_tokenizer(folder)
+    orders(options.scores, model)
     rows, needles = splits(model, options), needles_of(tokenizer, options)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "scores", "ratios", "random")}
     measured = Measured(options.out, settings)

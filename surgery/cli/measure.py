@@ -159,7 +159,12 @@ def _refuse_unread_options(context: typer.Context, base: str | None, calibrate: 
 
 
 def score(
+    context: typer.Context,
     model: ModelName,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Other settings of the method, such as preset=paper for gates."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the scores to this file.")
     ] = None,
@@ -199,15 +204,20 @@ def score(
 ) -> None:
     """Rank KV heads by how much they need the far past.
 
-    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file.
+    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file. `--method gates preset=paper` trains
+    the gates with the values of DuoAttention's paper.
     """
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
-    from surgery.operations.duo_attention.scorers import score_to_file
+    from surgery.operations.duo_attention.scorers import read_settings, score_to_file
     from surgery.report import plots
 
     if output is None:
         raise SurgeryError("no score file was named", fix="add -o scores.json")
+    typed = read_settings(method, settings or [])
+    options = {"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed}
+    options |= {"text": text, "steps": steps}
+    _refuse_given_twice(context, typed)
     if plot:
         plots.ready(plot)
     with interrupt.advised(interrupt.of_scores(output)), progress_bar(quiet or as_json) as progress:
@@ -218,8 +228,7 @@ def score(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
-            **{"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed},
-            **{"text": text, "steps": steps},
+            **options | typed,
         )
     head_map = heads.HeadMap.of_scores(scores)
     files = heads.draw(head_map, plot) if plot else []
@@ -227,3 +236,11 @@ def score(
         return emit(scores.to_dict())
     heads.show(head_map)
     heads.written([output, *files])
+
+
+def _refuse_given_twice(context: typer.Context, typed: dict) -> None:
+    """Raise where a setting of a scorer was typed both as KEY=VALUE and as an option."""
+    for key in typed:
+        source = context.get_parameter_source(key)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SurgeryError(f"{key}= and --{key} are two ways to say the same", fix="give one of them")

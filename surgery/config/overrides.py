@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -120,11 +120,27 @@ def _paths(steps: list[dict], key: str, sections: dict[str, Collection[str]]) ->
         for i, step in enumerate(steps)
         if (not head or step.get("op") == head) and tail in _fields(step)
     ]
+    if not paths and head:  # a key of a field that holds settings of its own
+        op, _, field = head.rpartition(".")
+        paths += [
+            ("operations", i, field, tail)
+            for i, step in enumerate(steps)
+            if (not op or step.get("op") == op) and field in _fields(step) and _holds_settings(step, field)
+        ]
     if not paths and tail in sections.get(f"evaluate.probes.{head}", ()):
         paths.append(("evaluate", "probes", head, tail))
     if not head and tail in sections["evaluate"]:  # keys of heal need their full name: operations share them
         paths.append(("evaluate", tail))
     return paths
+
+
+def _holds_settings(step: dict, field: str) -> bool:
+    """Whether a field of an operation is a mapping from settings to values."""
+    try:
+        info = operations.find(str(step.get("op"))).model_fields.get(field)
+    except SurgeryError:
+        return False
+    return info is not None and dict[str, Any] in (info.annotation, *get_args(info.annotation))
 
 
 def _fields(step: dict) -> list[str]:

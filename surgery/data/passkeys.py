@@ -31,6 +31,35 @@ from surgery.machine.progress import renamed
 NEEDLE = "\n\nRemember this sequence of words, the one that goes with {label}:"
 QUESTION = "\n\nRepeat the sequence of words that goes with {label}:"
 WORD = re.compile(r"[^\W\d_]{3,12}")
+NATO = [
+    "alpha",
+    "bravo",
+    "charlie",
+    "delta",
+    "echo",
+    "foxtrot",
+    "golf",
+    "hotel",
+    "india",
+    "juliett",
+    "kilo",
+    "lima",
+    "mike",
+    "november",
+    "oscar",
+    "papa",
+    "quebec",
+    "romeo",
+    "sierra",
+    "tango",
+    "uniform",
+    "victor",
+    "whiskey",
+    "xray",
+    "yankee",
+    "zulu",
+]
+ALPHABETS = ("text", "nato")
 
 
 @dataclass(frozen=True)
@@ -41,11 +70,13 @@ class Recall:
         ids: tokens, long [n].
         spans: (first, end) of each passkey where it occurs first.
         answers: (first, end) of each passkey where it is repeated, in the same order.
+        questions: (first, end) of the question before each answer, in the same order.
     """
 
     ids: torch.Tensor
     spans: tuple[tuple[int, int], ...]
     answers: tuple[tuple[int, int], ...]
+    questions: tuple[tuple[int, int], ...] = ()
 
     @property
     def rows(self) -> torch.Tensor:
@@ -128,12 +159,22 @@ def calibration(
 
 
 def passkeys(
-    text: Text, tokenizer, *, samples: int, length: int, sinks: int, window: int, seed: int, keys: int, words: int = 8
+    text: Text,
+    tokenizer,
+    *,
+    samples: int,
+    length: int,
+    sinks: int,
+    window: int,
+    seed: int,
+    keys: int,
+    words: int = 8,
+    alphabet: str = "text",
 ) -> list[Recall]:
     """Sequences of text with hidden passkeys, all of which the end asks for.
 
-    A passkey is a sequence of random words with a random label. The words are from the text, so that any language
-    works. No passkey is among the sinks or in the window of a query at the end.
+    A passkey is a sequence of random words with a label. No passkey is among the sinks or in the window of a query at
+    the end.
 
     Args:
         samples: number of sequences; windows of a short text are used again.
@@ -141,18 +182,21 @@ def passkeys(
         sinks, window: sinks and window of the planned streaming heads.
         seed: seed of windows, words, labels and depths.
         keys, words: number of passkeys in a sequence (fewer if there is no room), and number of words in a passkey.
+        alphabet: "text": words and labels are from the text, so that any language works, and a passkey has no word
+            twice. "nato": the 26 code words of the NATO alphabet, drawn with replacement, and the labels are ordinal
+            numbers.
 
     Source:
-        Xiao et al. 2024 (arXiv 2410.10819), section 2.3, with words of the text in place of the NATO alphabet.
+        Xiao et al. 2024 (arXiv 2410.10819), section 2.3, whose passkeys are 32 words of the NATO alphabet.
     """
     vocabulary = sorted(set(WORD.findall(text.text)))
-    if len(vocabulary) < max(keys, words):
+    if alphabet == "text" and len(vocabulary) < max(keys, words):
         raise TextError(f"the text has only {len(vocabulary)} different words", where=text.title)
     draw, sequences = random.Random(seed), []
     haystacks = _sampled_windows(text, tokenizer, length, samples, draw)
     closing = _ids(tokenizer, ".\n\n")
     for index in range(samples):
-        labels, texts = draw.sample(vocabulary, keys), [" ".join(draw.sample(vocabulary, words)) for _ in range(keys)]
+        labels, texts = _labels_and_keys(draw, keys, words, None if alphabet == "nato" else vocabulary)
         intros = [_ids(tokenizer, NEEDLE.format(label=label)) for label in labels]
         questions = [_ids(tokenizer, QUESTION.format(label=label)) for label in labels]
         answers = [_ids(tokenizer, f" {key}") for key in texts]
@@ -189,11 +233,24 @@ def _assemble(plain, depths, intros, answers, closing, questions) -> Recall:
         ids += answer + closing
         begin = depth
     ids += plain[begin:]
+    question_spans = []
     for question, answer in zip(questions, answers, strict=True):
+        question_spans.append((len(ids), len(ids) + len(question)))
         ids += question
         answer_spans.append((len(ids), len(ids) + len(answer)))
         ids += answer
-    return Recall(torch.tensor(ids), tuple(spans), tuple(answer_spans))
+    return Recall(torch.tensor(ids), tuple(spans), tuple(answer_spans), tuple(question_spans))
+
+
+def _labels_and_keys(
+    draw: random.Random, keys: int, words: int, vocabulary: list[str] | None
+) -> tuple[list[str], list[str]]:
+    """Labels and passkeys, drawn from this vocabulary; None: the NATO alphabet, and numbers as labels."""
+    if vocabulary is None:
+        labels = [f"number {index + 1}" for index in range(keys)]
+        return labels, [" ".join(draw.choices(NATO, k=words)) for _ in range(keys)]
+    labels = draw.sample(vocabulary, keys)
+    return labels, [" ".join(draw.sample(vocabulary, words)) for _ in range(keys)]
 
 
 def _sampled_windows(text: Text, tokenizer, length: int, samples: int, draw: random.Random) -> torch.Tensor:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from surgery.errors import ModelMismatchError, SurgeryError
 
@@ -195,6 +195,8 @@ def missing_texts(operation: Operation) -> list[str]:
 
 
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Length = Annotated[int, Field(ge=2, strict=True)]  # in tokens
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]  # the range that every random generator takes
 
 
@@ -217,6 +219,8 @@ class Operation(BaseModel):
 
     op: str
     summary: ClassVar[str] = ""
+    # Fields that are newer than some records. A record has them only if they were set, so that its hash stays.
+    LATER: ClassVar[tuple[str, ...]] = ()
     LIMITATIONS: ClassVar[tuple[str, ...]] = ()  # sentences for the card: what it costs or does not do
     # A term of the equation, by its name in the runtime (`Part.terms`): "visibility", "visibility in prefill",
     # "visibility of the cache", "bias", "virtual keys", "gate". None: the operation changes weights.
@@ -224,6 +228,11 @@ class Operation(BaseModel):
     carries_terms: ClassVar[tuple[str, ...]] = ()  # terms set earlier that stay valid after this weight change
 
     purpose: ClassVar[str] = "exact"  # one of PURPOSES
+
+    @model_serializer(mode="wrap")
+    def _record(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = set(self.LATER) - self.model_fields_set
+        return {key: value for key, value in handler(self).items() if key not in left_out}
 
     def limitations(self) -> tuple[str, ...]:
         """The entries of `LIMITATIONS` that apply to these settings."""

@@ -15,6 +15,7 @@ MEANINGS = {
     "far-mass": "attention beyond sinks and window (far-mass); high: needs the past",
     "retrieval": "how often the head looks at the token it copies (retrieval); high: needs the past",
     "gates": "gate learned on passkeys (gates); 1: needs the past",
+    "fisher": "mean of two ranks (fisher); high: needs the past",
     "ablation": "nats lost when this head alone streams (ablation); high: needs the past",
     "induction": "attention to earlier copies (induction); high: needs the past",
 }

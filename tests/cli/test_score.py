@@ -47,6 +47,54 @@ def test_every_method_writes_a_file_that_apply_takes(score, surgery, model, meth
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "scores.json", "words.txt"]
 
 
+def test_settings_as_key_value(score, surgery, model, tmp_path):
+    """Any setting of a method can be typed. A wrong one, or one that is given twice, is refused."""
+    typed = ("--method", "gates", "preset=paper", "steps=2", "keys=1", "words=2", "train_sinks=1", "-o", "s.json")
+    refused = score(*typed)
+    assert refused.code == 2, "the paper's window is wider than 190 tokens"
+    assert "no far past" in refused.err
+    assert score(*typed, "train_window=7").code == 0
+    origin = json.loads((tmp_path / "s.json").read_text())["origin"]
+    assert (origin["preset"], origin["steps"], origin["words"], origin["rate"]) == ("paper", 2, 2, 0.02)
+    for more, says in [
+        (["stepz=3"], "did you mean 'steps'"),
+        (["rate=0.0"], "rate should be greater than 0"),
+        (["samples=3"], "samples= and --samples are two ways"),
+        (["rate"], "key=value"),
+        (["words=2"], "given twice"),
+    ]:
+        refused = surgery("score", model, "--samples", 2, *typed, *more, "--overwrite")
+        assert (refused.code, says in refused.err) == (2, True), refused.err
+    scoring = ("scores=gates", "scoring.preset=paper", "scoring.steps=2", "scoring.train_sinks=1", "scoring.words=2")
+    short = ("calibration_samples=2", "scoring.train_window=7", "scoring.keys=1", "sinks=2", "window=6")
+    applied = surgery("apply", "duo-attention", model, *scoring, *short, "-o", "out", "--no-check", "--no-eval")
+    assert applied.code == 0, applied.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "chosen by the score `gates`" in card
+    assert "preset `paper`, but samples 2, keys 1, words 2, steps 2, train_sinks 1, train_window 7" in card
+    record = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert record["recipe"]["operations"][0]["scoring"]["preset"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["scores=gates", "scoring.presett=paper"], "did you mean 'preset'"),
+        (["scores=gates", "scoring.window=3"], "window cannot be set here"),
+        (["scores=gates", "scoring.samples=3", "calibration_samples=3"], "two ways to say the same"),
+        (["scores=far-mass", "scoring.preset=paper"], "far-mass takes no preset"),
+        (["scores=gates", "scoring=3"], "scoring should be a mapping"),
+        (["scores=mine.json", "scoring.keys=3"], "drop scoring"),
+        (["scores=gates", "scorin.keys=3"], "no field 'scorin.keys'"),
+    ],
+)
+def test_wrong_settings_of_a_scorer_in_a_recipe(surgery, model, tmp_path, overrides, says):
+    HeadScores("mine", [[0.0] * 3] * 2).save(tmp_path / "mine.json")
+    refused = surgery("plan", "duo-attention", model, "sinks=2", "window=6", *overrides)
+    assert refused.code == 2
+    assert says in refused.err
+
+
 def test_json_is_the_file(score, tmp_path):
     done = score("-o", "new/scores.json", "--json")
     assert done.code == 0, done.err

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from surgery.architecture.anatomy import positions_of
@@ -14,6 +13,7 @@ from surgery.errors import SettingError, SurgeryError, nearest, number_meant, sh
 from surgery.evaluation.probes import every, find, limits
 from surgery.evaluation.probes.base import Limit, Probe
 from surgery.evaluation.probes.fields import SETTINGS_ERROR
+from surgery.io.key_values import read_key_values
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,21 +55,9 @@ def read(name: str, texts: Iterable[str]) -> Probe:
     Raises:
         SurgeryError: as for `make`; or a text is not of the form key=value; or a setting is given twice.
     """
-    cls, settings = find(name), {}
-    for text in texts:
-        key, equals, value = (word.strip() for word in text.partition("="))
-        if not equals or not key:
-            known = "; ".join(f"{key} ({info.description})" for key, info in cls.model_fields.items())
-            raise SettingError("a setting is written key=value", where=f"--probe {name} {text}", exists=known)
-        if key in settings:
-            raise SettingError(f"{key!r} is given twice", where=f"--probe {name}", fix="give it once")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise SettingError(
-                f"the value of {key} is not YAML: {shown(value)}", where=f"--probe {name}", fix="put it in quotes"
-            ) from error
-    return make(name, settings, where=f"--probe {name}")
+    where, fields = f"--probe {name}", find(name).model_fields.items()
+    known = "; ".join(f"{key} ({info.description})" for key, info in fields)
+    return make(name, read_key_values(texts, where, known), where=where)
 
 
 def fault(

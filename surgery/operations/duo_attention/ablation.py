@@ -19,6 +19,7 @@ from surgery.calibration.layerwise import decoder_layers, each_layer
 from surgery.data.passkeys import calibration, plain_windows
 from surgery.data.text import BUILTIN, fitting_length, load_text
 from surgery.machine.progress import begin
+from surgery.operations.base import Count, Length, Seed
 
 
 def ablation(
@@ -27,10 +28,10 @@ def ablation(
     *,
     sinks: int,
     window: int,
-    samples: int = 2,
-    length: int = 768,
-    keys: int = 4,
-    seed: int = 0,
+    samples: Count = 2,
+    length: Length = 768,
+    keys: Count = 4,
+    seed: Seed = 0,
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:

@@ -15,6 +15,7 @@ from surgery.calibration.head_scores import HeadScores
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
 from surgery.machine.progress import begin
+from surgery.operations.base import Count, Length, Seed
 from surgery.runtime.surgery_attention import surgery_attention
 
 
@@ -24,10 +25,10 @@ def far_mass(
     *,
     sinks: int,
     window: int,
-    samples: int = 8,
-    length: int = 1024,
-    keys: int = 4,
-    seed: int = 0,
+    samples: Count = 8,
+    length: Length = 1024,
+    keys: Count = 4,
+    seed: Seed = 0,
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:

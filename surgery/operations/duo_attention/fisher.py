@@ -27,6 +27,7 @@ from surgery.calibration.layerwise import decoder_layers, ended, recorded, recor
 from surgery.data.passkeys import calibration
 from surgery.data.text import BUILTIN
 from surgery.machine.progress import begin
+from surgery.operations.base import Count, Length, Seed
 from surgery.operations.duo_attention.far_mass import mass_outside
 from surgery.runtime.surgery_attention import surgery_attention
 
@@ -39,10 +40,10 @@ def fisher(
     *,
     sinks: int,
     window: int,
-    samples: int = 2,
-    length: int = 2048,
-    keys: int = 8,
-    seed: int = 0,
+    samples: Count = 2,
+    length: Length = 2048,
+    keys: Count = 8,
+    seed: Seed = 0,
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:

@@ -22,6 +22,7 @@ from surgery.data.passkeys import plain_windows
 from surgery.data.text import BUILTIN, begin_of_text, fitting_length, load_text
 from surgery.errors import RecipeMismatchError
 from surgery.machine.progress import begin
+from surgery.operations.base import Count, Length, Seed
 from surgery.runtime.surgery_attention import surgery_attention
 
 
@@ -31,10 +32,10 @@ def induction(
     *,
     sinks: int,
     window: int,
-    samples: int = 8,
-    length: int = 1024,
-    repeats: int = 4,
-    seed: int = 0,
+    samples: Count = 8,
+    length: Length = 1024,
+    repeats: Count = 4,
+    seed: Seed = 0,
     text=BUILTIN,
     progress=None,
 ) -> HeadScores:

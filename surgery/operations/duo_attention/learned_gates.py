@@ -5,32 +5,71 @@ difference between the last hidden states and those of the full model, on the ro
 weight * mean |a|. A gate that the answers do not need falls to 0.
 
 Source: Xiao et al. 2024, "DuoAttention", arXiv 2410.10819, and its code (MIT): AdamW without decay, all gates 1 at
-first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1. Differences:
+first and clamped after each step, linear warm-up and cool-down over a fifth of the steps each, floor 0.1.
 
-- sinks, window and visibility are those of the saved model;
-- both terms of the mix are computed from the same mixed hidden states;
-- gates are float32;
-- the difference is relative to the size of the hidden states, and the weight is 0.12 of that (theirs is 0.05 of the
-  plain square, which left most gates of SmolLM2-135M undecided);
-- there are 60 steps at a rate of 0.05 (theirs: 2,000 at 0.02), which take minutes on a CPU for a model of that size.
+`PRESETS` holds three sets of values for the other settings. `short` takes minutes on a CPU for a model of 135M
+parameters. `paper` has the values of the paper, and `released` also follows its code where that differs. In all three
+a streaming head sees sinks and window by position, where the released code works in blocks of 128 tokens. Gates are
+float32, and a sequence is as long as the model allows at most. No passkey lies in the window of a question.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from surgery.calibration.attention_hook import AttentionHook, hook_attention
-from surgery.calibration.gradients import with_gradients
+from surgery.calibration.gradients import recomputed, with_gradients
 from surgery.calibration.head_scores import HeadScores, model_identity
-from surgery.data.passkeys import Recall, calibration
-from surgery.data.text import BUILTIN
+from surgery.calibration.layerwise import decoder_layers
+from surgery.data.passkeys import Recall, passkeys
+from surgery.data.text import BUILTIN, Text, fitting_length, load_text
 from surgery.errors import SurgeryError
 from surgery.machine.progress import begin
+from surgery.operations.base import Count, Length, Seed, WholeNumber
 from surgery.runtime.surgery_attention import surgery_attention
 
 UNDECIDED = (0.1, 0.9)
+LONG = 2048  # tokens from which the activations of a layer are computed again in the backward pass
+
+# What each preset says where a setting is None.
+PRESETS: dict[str, dict[str, Any]] = {
+    "short": {
+        "samples": 8,
+        "length": 768,
+        "keys": 4,
+        "words": 8,
+        "alphabet": "text",
+        "steps": 60,
+        "rate": 0.05,
+        "weight": 0.12,
+        "distance": "relative",
+        "rows": "answers",
+        "full": "mixed",
+        "train_sinks": None,
+        "train_window": None,
+    },
+    "paper": {
+        "samples": 2000,
+        "length": [round(1000 + 31_000 * index / 49) for index in range(50)],
+        "keys": 10,
+        "words": 32,
+        "alphabet": "nato",
+        "steps": 2000,
+        "rate": 0.02,
+        "weight": 0.05,
+        "distance": "square",
+        "rows": "answers",
+        "full": "mixed",
+        "train_sinks": 128,
+        "train_window": 256,
+    },
+}
+PRESETS["released"] = PRESETS["paper"] | {"rows": "questions", "full": "base"}
+ADDED = ("preset", "words", "alphabet", "distance", "rows", "full", "train_sinks", "train_window")
 
 
 def gates(
@@ -39,13 +78,21 @@ def gates(
     *,
     sinks: int,
     window: int,
-    samples: int = 8,
-    length: int = 768,
-    keys: int = 4,
-    steps: int = 60,
-    rate: float = 0.05,
-    weight: float = 0.12,
-    seed: int = 0,
+    preset: Literal["short", "paper", "released"] = "short",
+    samples: Count | None = None,
+    length: Length | Annotated[list[Length], Field(min_length=1)] | None = None,
+    keys: Count | None = None,
+    words: Count | None = None,
+    alphabet: Literal["text", "nato"] | None = None,
+    steps: Count | None = None,
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None,
+    weight: Annotated[float, Field(ge=0)] | None = None,
+    distance: Literal["relative", "square"] | None = None,
+    rows: Literal["answers", "questions"] | None = None,
+    full: Literal["mixed", "base"] | None = None,
+    train_sinks: WholeNumber | None = None,
+    train_window: Count | None = None,
+    seed: Seed = 0,
     text=BUILTIN,
     state: str | Path | None = None,
     progress=None,
@@ -53,42 +100,100 @@ def gates(
     """The gates after optimisation.
 
     Args: as for `far_mass`, and
-        keys: passkeys in a sequence.
+        preset: where a setting is None, its value is that of this preset (see `PRESETS`).
+        samples: number of sequences.
+        length: tokens in a sequence; a list: the sequences have these lengths, in a random order.
+        keys, words, alphabet: passkeys in a sequence, words in a passkey, and what they are (see `passkeys`).
         steps: steps of the optimiser, each on one sequence, in turn.
         rate, weight: learning rate; weight of the gates' mean in the loss.
+        distance: "square": the mean squared difference of the last hidden states. "relative": the same relative to
+            their mean square, so that a weight means the same in every model.
+        rows: "answers": the rows that predict the passkeys. "questions": the tokens of questions and passkeys.
+        full: "mixed": the full output in the mix is computed from the mixed hidden states, as in the saved model.
+            "base": it is that of the base, without a gradient.
+        train_sinks, train_window: of a streaming head while the gates are trained; None: `sinks` and `window`.
         state: a file that is replaced after every step. A run with the same settings resumes from it.
 
     Raises:
         SurgeryError: the state file is from a run with other settings.
     """
-    options = {"samples": samples, "length": length, "keys": keys, "seed": seed}
-    sequences, settings = calibration(model, tokenizer, text, sinks=sinks, window=window, **options)
-    settings |= {"steps": steps, "rate": rate, "weight": weight}
-    mixed = MixedAttention(sinks, window)
-    with with_gradients(), hook_attention(model, mixed) as hook:
-        mixed.hook = hook
-        run = _Run(sum(hook.kv_heads), model.device, rate, settings | {"model": model_identity(hook.anatomy)["hash"]})
+    given = {"samples": samples, "length": length, "keys": keys, "words": words, "alphabet": alphabet, "steps": steps}
+    given |= {"rate": rate, "weight": weight, "distance": distance, "rows": rows, "full": full}
+    given |= {"train_sinks": train_sinks, "train_window": train_window}
+    chosen = {"preset": preset} | PRESETS[preset] | {name: each for name, each in given.items() if each is not None}
+    reach = {"sinks": sinks, "window": window, "seed": seed}
+    return _scores(model, tokenizer, load_text(text, part="calibration"), reach | chosen, state, progress)
+
+
+def _scores(model, tokenizer, text: Text, settings: dict, state: str | Path | None, progress) -> HeadScores:
+    """Train gates with these settings of `gates`, all of them given."""
+    reach = {
+        name: settings[name] if settings[f"train_{name}"] is None else settings[f"train_{name}"]
+        for name in ("sinks", "window")
+    }
+    sequences = _Sequences(model, tokenizer, text, reach, settings)
+    settings = {"text": text.title, "sha256": text.sha256[:12]} | settings | {"length": sequences.recorded_length}
+    mixed = MixedAttention(**reach, from_base=settings["full"] == "base")
+    with with_gradients(), hook_attention(model, mixed) as mixed.hook:
+        counts, identity = mixed.hook.kv_heads, {"model": model_identity(mixed.hook.anatomy)["hash"]}
+        run = _Run(sum(counts), model.device, settings["rate"], settings | identity)
         if state is not None and Path(state).is_file():
             run.load(Path(state))
-        full_states: dict[int, torch.Tensor] = {}
-        begin(progress, "training gates", steps)
-        for step in range(len(run.losses), steps):
-            index = step % samples
-            if index not in full_states:
-                mixed.gates = None
-                with torch.no_grad():
-                    full_states[index] = answer_states(model, sequences[index])
-            mixed.gates = run.gates
-            distance = relative_distance(answer_states(model, sequences[index]), full_states[index])
-            run.step(distance, weight, schedule(step, steps))
-            if state is not None:
-                run.save(Path(state))
-            if progress:
-                progress(step + 1, steps, "training gates")
-        table = [row.tolist() for row in run.gates.detach().cpu().split(hook.kv_heads)]
+        _train(model, mixed, sequences, run, None if state is None else Path(state), progress)
+        table = [row.tolist() for row in run.gates.detach().cpu().split(counts)]
     flat = [gate for table_row in table for gate in table_row]
     undecided = sum(UNDECIDED[0] < gate < UNDECIDED[1] for gate in flat) / len(flat)
     return HeadScores("gates", table, settings | {"undecided": round(undecided, 4), "losses": run.losses})
+
+
+def _train(model, mixed: MixedAttention, sequences: _Sequences, run: _Run, state: Path | None, progress) -> None:
+    """The steps that are left of a run; `state` is the file that is replaced after each."""
+    steps, samples, rows = (run.settings[name] for name in ("steps", "samples", "rows"))
+    measure = relative_distance if run.settings["distance"] == "relative" else mean_square
+    long = decoder_layers(model, mixed.hook.anatomy) if sequences.longest > LONG else []
+    full_states: dict[int, torch.Tensor] = {}
+    begin(progress, "training gates", steps)
+    for step in range(len(run.losses), steps):
+        index = step % samples
+        sequence = sequences[index]
+        if index not in full_states or mixed.from_base:
+            mixed.gates = None
+            with torch.no_grad():
+                full = answer_states(model, sequence, rows)
+            full_states = {**full_states, index: full} if samples < steps else {index: full}  # some are read once
+        mixed.gates = run.gates
+        with recomputed(long):
+            distance = measure(answer_states(model, sequence, rows), full_states[index])
+            run.step(distance, run.settings["weight"], schedule(step, steps))
+        if state is not None:
+            run.save(state)
+        if progress:
+            progress(step + 1, steps, "training gates")
+
+
+class _Sequences:
+    """The sequences of a run by their index. Those of one length are made together, when one of them is needed."""
+
+    def __init__(self, model, tokenizer, text: Text, reach: dict, settings: dict):
+        asked = settings["length"] if isinstance(settings["length"], list) else [settings["length"]]
+        lengths = [fitting_length(model, length) for length in asked]
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(settings["seed"])).tolist()
+        self.lengths = [lengths[order[index % len(order)]] for index in range(settings["samples"])]
+        self.recorded_length = lengths if isinstance(settings["length"], list) else lengths[0]
+        self._make = {"text": text, "tokenizer": tokenizer, **reach}
+        self._make |= {name: settings[name] for name in ("keys", "words", "alphabet", "seed")}
+        self._made: dict[int, list[Recall]] = {}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    def __getitem__(self, index: int) -> Recall:
+        length = self.lengths[index]
+        if length not in self._made:
+            self._made[length] = passkeys(**self._make, length=length, samples=self.lengths.count(length))
+        return self._made[length][self.lengths[:index].count(length)]
 
 
 class MixedAttention:
@@ -97,17 +202,24 @@ class MixedAttention:
     Attributes:
         hook: set inside the context.
         gates: [KV heads of all layers]; None: all heads see all keys.
+        from_base: the full output in the mix is that of the last call in which `gates` was None.
     """
 
-    def __init__(self, sinks: int, window: int):
-        self.sinks, self.window = sinks, window
+    def __init__(self, sinks: int, window: int, from_base: bool = False):
+        self.sinks, self.window, self.from_base = sinks, window, from_base
         self.hook: AttentionHook
         self.gates: torch.Tensor | None = None
+        self._full: dict[int, torch.Tensor] = {}
 
     def __call__(self, module, query, key, value, mask, **kwargs):
         layer, counts = module.layer_idx, self.hook.kv_heads
-        full, _ = surgery_attention(module, query, key, value, mask, **kwargs)  # [batch, n, heads, head_dim]
+        if self.gates is None or not self.from_base:
+            full, _ = surgery_attention(module, query, key, value, mask, **kwargs)  # [batch, n, heads, head_dim]
+        else:
+            full = self._full[layer]
         if self.gates is None:
+            if self.from_base:
+                self._full[layer] = full.detach()
             return full, None
         reach = {"sinks": self.sinks, "window": self.window}
         near = self.hook.streamed(module, query, key, value, mask, **reach, **kwargs)
@@ -116,11 +228,24 @@ class MixedAttention:
         return gate * full + (1 - gate) * near, None
 
 
-def answer_states(model, sequence: Recall) -> torch.Tensor:
-    """The last hidden states on the answers' rows: [r, hidden], float32 or wider."""
+def answer_states(model, sequence: Recall, rows: str = "answers") -> torch.Tensor:
+    """The last hidden states on the rows of the loss: [r, hidden], float32 or wider.
+
+    Args:
+        rows: "answers": the rows that predict the passkeys. "questions": the tokens of questions and passkeys.
+    """
     hidden = model.base_model(input_ids=sequence.ids[None].to(model.device), use_cache=False).last_hidden_state[0]
-    hidden = hidden[sequence.rows.to(hidden.device)]
+    chosen = sequence.rows
+    if rows == "questions":
+        pairs = zip(sequence.questions, sequence.answers, strict=True)
+        chosen = torch.cat([torch.arange(first, end) for (first, _), (_, end) in pairs])
+    hidden = hidden[chosen.to(hidden.device)]
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def mean_square(states: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over rows and features (the paper's equation 2, as a mean)."""
+    return (states - full).square().mean()
 
 
 def relative_distance(states: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
@@ -171,8 +296,9 @@ class _Run:
         from surgery.io.files import read_json
 
         state = read_json(file)
-        if state.get("settings") != self.settings:
-            theirs = state.get("settings") or {}
+        earlier = {"preset": "short"} | PRESETS["short"]  # of a run that did not record these yet
+        theirs = {name: earlier[name] for name in ADDED} | (state.get("settings") or {})
+        if theirs != self.settings:
             differ = ", ".join(key for key in self.settings if theirs.get(key) != self.settings[key])
             raise SurgeryError(
                 f"the unfinished run has another {differ}",

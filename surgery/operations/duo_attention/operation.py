@@ -7,8 +7,9 @@ piece, prefill in chunks and decoding give the same result: a streaming head see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,11 +26,19 @@ from surgery.operations.base import (
     Seed,
     WholeNumber,
 )
-from surgery.operations.duo_attention.scorers import METHODS, is_method, score, settings_of
+from surgery.operations.duo_attention.scorers import (
+    METHODS,
+    how_chosen,
+    is_method,
+    refuse_wrong_settings,
+    resolved_settings,
+    score,
+)
 
 if TYPE_CHECKING:
     from surgery.architecture.anatomy import Anatomy
 
+OWN = ("sinks", "window", "seed", "state")  # settings of a scorer that are this operation's fields, or have no meaning
 MOST_KEPT = 1 << 20  # most sinks, and most tokens of a window, as in the runtime (surgery_visibility.py)
 
 
@@ -45,6 +54,7 @@ class DuoAttention(Operation):
         "a cache of yours); a `DynamicCache` that you pass gives the same results without the saving.",
     )
     term: ClassVar[str | None] = "visibility"
+    LATER: ClassVar[tuple[str, ...]] = ("scoring",)
 
     op: Literal["duo_attention"] = "duo_attention"
     streaming_ratio: float | None = Field(0.5, ge=0, le=1, description="Share of the KV heads that stream.")
@@ -54,6 +64,9 @@ class DuoAttention(Operation):
     scores: str = Field(
         "far-mass",
         description=f"{', '.join(METHODS)} (measured here); or a score file, relative to the current folder.",
+    )
+    scoring: dict[str, Any] | None = Field(
+        None, description="Settings of this method, as in `surgery score --method METHOD KEY=VALUE`."
     )
     calibration_samples: int | None = Field(None, ge=1, description="Calibration sequences; null: the method's own.")
     calibration_length: int | None = Field(None, ge=2, description="Tokens in each; null: the method's own.")
@@ -79,6 +92,8 @@ class DuoAttention(Operation):
             except SurgeryError as error:
                 phrases = (f"{error.where}: {error.what}" if error.where else error.what, error.exists, error.fix)
                 problems.append("duo_attention: " + "; ".join(phrase for phrase in phrases if phrase))
+        if not problems:
+            problems += [f"duo_attention: scoring: {problem}" for problem in self._problems_of_scoring()]
         reach = self.sinks + self.window
         if (
             not problems
@@ -91,6 +106,23 @@ class DuoAttention(Operation):
                 "far past to measure heads on; choose a smaller window"
             )
         return problems
+
+    def _problems_of_scoring(self) -> Iterator[str]:
+        if self.scoring is None:
+            return
+        if not is_method(self.scores):
+            yield f"{self.scores} is a score file, which has no settings: drop scoring"
+            return
+        if own := [key for key in self.scoring if key in OWN]:
+            yield f"{', '.join(own)} cannot be set here; duo_attention has the fields sinks, window and seed"
+        for key in ("samples", "length"):
+            if key in self.scoring and getattr(self, f"calibration_{key}") is not None:
+                yield f"{key} and calibration_{key} are two ways to say the same: drop one"
+        try:
+            refuse_wrong_settings(self.scores, self.scoring)
+        except SurgeryError as error:
+            for fault in (error, *error.others):
+                yield "; ".join(filter(None, (fault.what, fault.exists and f"available: {fault.exists}", fault.fix)))
 
     def milder(self) -> str:
         return f"streaming_ratio={self.streaming_ratio / 2:g}" if self.streaming_ratio else ""
@@ -138,14 +170,20 @@ class DuoAttention(Operation):
             measurements=self._measurements(anatomy) if measured and self._needs_scores else (),
         )
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the scorer that are not None."""
+        own = {"samples": self.calibration_samples, "length": self.calibration_length}
+        return {key: value for key, value in (own | (self.scoring or {})).items() if value is not None}
+
     def _measurements(self, anatomy: Anatomy) -> tuple[Measurement, ...]:
         """What the scorer runs, counted in forward passes of its sequences."""
-        defaults = settings_of(self.scores)
-        samples = self.calibration_samples or defaults["samples"]
-        length = min(self.calibration_length or defaults["length"], anatomy.positions or inf)
-        one = forward_flops(anatomy, length, length)
-        if "steps" in defaults:
-            return (Measurement("training gates", one * (samples + GRADIENT * defaults["steps"])),)
+        settings = resolved_settings(self.scores, self._settings())
+        samples, asked = settings["samples"], settings["length"]
+        lengths = [min(length, anatomy.positions or inf) for length in (asked if isinstance(asked, list) else [asked])]
+        one = sum(forward_flops(anatomy, length, length) for length in lengths) / len(lengths)
+        if "steps" in settings:
+            full = max(samples, settings["steps"]) if settings["full"] == "base" else min(samples, settings["steps"])
+            return (Measurement("training gates", one * (full + GRADIENT * settings["steps"])),)
         # An ablation runs two texts from each head's layer on, which is half of a forward pass on average.
         forwards = sum(layer.kv_heads for layer in anatomy.layers) if self.scores == "ablation" else 1
         return (Measurement("measuring heads", one * samples * forwards),)
@@ -169,9 +207,10 @@ class DuoAttention(Operation):
         some = (
             f"Half of its KV heads ({count} of {total})" if 2 * count == total else f"{count} of its {total} KV heads"
         )
+        chosen = how_chosen(HeadScores(**{key: record["scores"][key] for key in ("method", "scores", "origin")}))
         return InWords(
             f"{count} of {total} KV heads streaming (DuoAttention)",
-            f"{some} now keep only {tokens} of a sequence; the others still see all of it.",
+            f"{some} now keep only {tokens} of a sequence; the others still see all of it.{chosen}",
             use="Use it for long chats and long documents in little memory.",
             avoid=f"Do not use it for sequences of up to {self.sinks + self.window:,} tokens: nothing is saved there.",
         )
@@ -210,10 +249,9 @@ class DuoAttention(Operation):
             self.scores,
             sinks=self.sinks,
             window=self.window,
-            samples=self.calibration_samples,
-            length=self.calibration_length,
             seed=self.seed,
             progress=context.progress,
+            **self._settings(),
         )
 
     def _able(self, anatomy: Anatomy) -> int:

@@ -1,19 +1,34 @@
 """The registry of head scorers. A scorer measures which KV heads need the far past.
 
 A new scorer is one file and one line in `METHODS`. The file has a function `(model, tokenizer, *, sinks, window, ...,
-progress) -> HeadScores`, whose keyword arguments are the scorer's settings. It is imported only when it is used.
+progress) -> HeadScores`. Its keyword arguments are the scorer's settings, and their types say which values are
+allowed. If there is a setting `preset`, the file has `PRESETS`: for each preset, the values of the settings that are
+None. The file is imported only when it is used.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from surgery.calibration.head_scores import HeadScores, is_score_file, model_identity, model_name, refuse_not_finite
-from surgery.errors import OutputExistsError, SettingError, SurgeryError, UnsupportedModelError, nearest
+from surgery.errors import (
+    OutputExistsError,
+    SettingError,
+    SurgeryError,
+    UnsupportedModelError,
+    nearest,
+    number_meant,
+    shown,
+    wanted,
+)
+from surgery.io.key_values import read_key_values
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,10 @@ class Scorer:
     def load(self):
         """The scorer's function; imports its module."""
         return getattr(import_module(f".{self.module}", __package__), self.function)
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """What the scorer's presets say where a setting is None; {} if it has none. Imports its module."""
+        return getattr(import_module(f".{self.module}", __package__), "PRESETS", {})
 
 
 METHODS = {
@@ -56,9 +75,7 @@ def score(model, tokenizer, method: str, *, name: str = "", progress=None, **set
 
     function = method_named(method).load()
     options = {key: value for key, value in settings.items() if value is not None}
-    known = settings_of(method)
-    if unknown := [key for key in options if key not in known]:
-        raise SettingError(f"{method} takes no {', '.join(unknown)}", exists=", ".join(known))
+    refuse_wrong_settings(method, options)
     scores = function(model, tokenizer, progress=progress, **options)
     refuse_not_finite([scores.scores], method)
     model_origin = model_identity(Anatomy.of(model), name or model_name(model.config))
@@ -85,6 +102,65 @@ def settings_of(method: str) -> dict[str, Any]:
     """The names of a method's settings and their defaults; `inspect.Parameter.empty` where there is none."""
     parameters = inspect.signature(method_named(method).load()).parameters.items()
     return {name: each.default for name, each in parameters if name not in ("model", "tokenizer", "progress")}
+
+
+def resolved_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a method: those that are given (not None), then those of the preset, then the defaults."""
+    settings = settings_of(method) | {name: value for name, value in given.items() if value is not None}
+    preset = method_named(method).presets().get(settings.get("preset", ""), {})
+    return settings | {name: value for name, value in preset.items() if settings[name] is None}
+
+
+def refuse_wrong_settings(method: str, given: Mapping[str, Any], where: str = "") -> None:
+    """Check settings of a method by their names and types.
+
+    Raises:
+        SurgeryError: the method has no such setting, or a value is not allowed; the error lists every fault.
+    """
+    known, hints = settings_of(method), get_type_hints(method_named(method).load(), include_extras=True)
+    if unknown := [key for key in given if key not in known]:
+        close = nearest(unknown[0], known)
+        fix = f"did you mean {close!r}?" if close else ""
+        raise SettingError(f"{method} takes no {', '.join(unknown)}", where=where, exists=", ".join(known), fix=fix)
+    faults = []
+    for key, value in given.items():
+        try:
+            TypeAdapter(hints.get(key, Any), config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            items: list = error.errors(include_url=False)
+            what = f"{key} should be {wanted(items)}; it is {shown(value)}"
+            faults.append(SettingError(what, where=where, fix=number_meant(items)))
+    if faults:
+        first, *rest = faults
+        raise SettingError(first.what, where=where, fix=first.fix, others=tuple(rest))
+
+
+def read_settings(method: str, texts: Iterable[str]) -> dict[str, Any]:
+    """Settings of a method that were typed as key=value.
+
+    Raises:
+        SurgeryError: as for `refuse_wrong_settings` and `read_key_values`.
+    """
+    where, known = f"--method {method}", settings_of(method)
+    settings = read_key_values(texts, where, ", ".join(known))
+    refuse_wrong_settings(method, settings, where)
+    return settings
+
+
+def how_chosen(scores: HeadScores) -> str:
+    """A sentence for the card, after a space, on the scores by which heads were chosen; "" for an unknown method."""
+    if scores.method not in METHODS:
+        return ""
+    sentence = f" The heads were chosen by the score `{scores.method}`: {METHODS[scores.method].summary}"
+    origin, presets = scores.origin, METHODS[scores.method].presets()
+    if not presets:
+        return f"{sentence}."
+    preset = origin.get("preset", next(iter(presets)))
+    changed = {key: origin[key] for key, value in presets[preset].items() if key in origin and origin[key] != value}
+    other = ", ".join(f"{key} {value}" for key, value in changed.items() if not isinstance(value, list))
+    if "length" in changed:
+        other = ", ".join(filter(None, (other, "other lengths")))
+    return f"{sentence}. Its settings were those of the preset `{preset}`{f', but {other}' if other else ''}."
 
 
 def is_method(scores: str) -> bool:
