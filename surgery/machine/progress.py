@@ -59,6 +59,21 @@ class StageClock:
         self._began = now
 
 
+def within(progress: Progress | None, part: int, parts: int) -> Progress | None:
+    """A callback for one of several equal parts of a stage, from 0: it reports the share of the whole in percent.
+
+    The stage's own beginning is reported by the first part alone.
+    """
+    if progress is None:
+        return None
+
+    def report(done: int, total: int, label: str) -> None:
+        if done or not part:
+            progress(round(PERCENT * (part + (done / total if total else 0)) / parts), PERCENT, label)
+
+    return report
+
+
 def renamed(progress: Progress | None, stage: str) -> Progress | None:
     """A callback that reports all calls as another stage; None where `progress` is None."""
     if progress is None:

@@ -51,7 +51,14 @@ def is_method(scores: str) -> bool:
     )
 
 
-def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0, progress=None) -> HeadScores:
+def importance(
+    model,
+    method: str,
+    sequences: torch.Tensor | None,
+    seed: int = 0,
+    progress=None,
+    silent: list[list[int]] | None = None,
+) -> HeadScores:
     """Scores [layers][query heads] of a model in memory, which is not changed.
 
     Args:
@@ -59,6 +66,8 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
         sequences: tokens, long [samples, length], for the methods that measure.
         seed: seed of the method `random`.
         progress: called with done, total and a label.
+        silent: query heads of each layer that are silenced while the others are scored. `gradient` and `ablation`
+            then judge the model without these heads, and give them 0.
 
     Raises:
         SurgeryError: a score is NaN or inf.
@@ -66,6 +75,7 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
     from surgery.architecture.anatomy import Anatomy
 
     anatomy = Anatomy.of(model)
+    silent = silent or [[] for _ in anatomy.layers]
     if method == "random":
         table = random_table(anatomy, seed)
     elif method == "magnitude":
@@ -73,7 +83,7 @@ def importance(model, method: str, sequences: torch.Tensor | None, seed: int = 0
     else:
         function = {"gradient": gradient_table, "ablation": ablation_table}[method]
         with _frozen(model):
-            table = function(model, anatomy, sequences, progress)
+            table = function(model, anatomy, sequences, silent, progress)
     refuse_not_finite([table], method)
     return HeadScores(method, table)
 
@@ -97,8 +107,13 @@ def magnitude_table(model, anatomy: Anatomy) -> list[list[float]]:
     return table
 
 
-def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
-    """Mean |d loss / d mask| over sequences; the loss is the cross-entropy of a sequence, in nats per token."""
+def gradient_table(
+    model, anatomy: Anatomy, sequences: torch.Tensor, silent: list[list[int]], progress=None
+) -> list[list[float]]:
+    """Mean |d loss / d mask| over sequences; the loss is the cross-entropy of a sequence, in nats per token.
+
+    The mask of a silent head is 0, and its score is 0.
+    """
     import torch
 
     from surgery.calibration.gradients import with_gradients
@@ -107,7 +122,7 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
     begin(progress, "measuring heads", len(sequences))
     for index, sequence in enumerate(sequences):
         with with_gradients():
-            masks = [torch.ones(layer.heads, device=model.device, requires_grad=True) for layer in anatomy.layers]
+            masks = [mask.to(model.device).requires_grad_() for mask in _masks(anatomy, silent)]
             with masked(model, anatomy, masks):
                 loss = model(input_ids=sequence[None].to(model.device), use_cache=False).logits
                 gradients = torch.autograd.grad(cross_entropy(loss[0], sequence), masks)
@@ -115,7 +130,19 @@ def gradient_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=No
             total += gradient.abs().double().cpu()
         if progress:
             progress(index + 1, len(sequences), "measuring heads")
+    for total, heads in zip(sums, silent, strict=True):
+        total[heads] = 0.0
     return [(total / (total.norm() or 1)).tolist() for total in sums]
+
+
+def _masks(anatomy: Anatomy, silent: list[list[int]]) -> list[torch.Tensor]:
+    """For each layer ones [query heads], with zeros for its silent heads."""
+    import torch
+
+    masks = [torch.ones(layer.heads) for layer in anatomy.layers]
+    for mask, heads in zip(masks, silent, strict=True):
+        mask[heads] = 0
+    return masks
 
 
 def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
@@ -127,26 +154,33 @@ def cross_entropy(logits: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     return loss(logits[:-1].to(wide), sequence[1:].to(logits.device))
 
 
-def ablation_table(model, anatomy: Anatomy, sequences: torch.Tensor, progress=None) -> list[list[float]]:
-    """KL from the unchanged model in nats [layers][query heads], averaged over the last `ROWS` tokens of sequences."""
+def ablation_table(
+    model, anatomy: Anatomy, sequences: torch.Tensor, silent: list[list[int]], progress=None
+) -> list[list[float]]:
+    """KL in nats [layers][query heads], averaged over the last `ROWS` tokens of sequences.
+
+    It is the KL from the model in which the silent heads alone are silenced. A silent head's score is 0.
+    """
     import torch
 
     from surgery.calibration.layerwise import decoder_layers, each_layer
 
     blocks = decoder_layers(model, anatomy)
     table = [[0.0] * layer.heads for layer in anatomy.layers]
-    done, total = 0, len(sequences) * sum(layer.heads for layer in anatomy.layers)
+    speaking = [[head for head in range(layer.heads) if head not in silent[layer.index]] for layer in anatomy.layers]
+    done, total = 0, len(sequences) * sum(map(len, speaking))
 
     def answer(ids):
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=ROWS).logits[0, -ROWS:]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    with torch.no_grad():
+    masks = {layer: mask.to(model.device) for layer, mask in enumerate(_masks(anatomy, silent)) if silent[layer]}
+    with torch.no_grad(), masked(model, anatomy, masks):
         begin(progress, "measuring heads", total)
         for sequence in sequences:
             ids = sequence[None].to(model.device)
             for layer, measure in each_layer(blocks, partial(answer, ids)):
-                for head in range(len(table[layer])):
+                for head in speaking[layer]:
                     mask = torch.ones(len(table[layer]), device=model.device)
                     mask[head] = 0
                     with masked(model, anatomy, {layer: mask}):

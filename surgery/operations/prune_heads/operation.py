@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import compress
+from math import ceil
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from surgery.architecture.layer import groups_of, query_names, shown_names
 from surgery.calibration.cost import GRADIENT, forward_flops
 from surgery.calibration.head_scores import HeadScores, load_scores
 from surgery.errors import SurgeryError
+from surgery.machine.progress import within
 from surgery.operations.base import (
     NATIVE,
     SURGICAL,
@@ -56,6 +58,7 @@ class PruneHeads(Operation):
         "text of another kind it may win back less.",
     )
     carries_terms: ClassVar[tuple[str, ...]] = TERMS_OF_A_HEAD
+    LATER: ClassVar[tuple[str, ...]] = ("rescore",)
 
     op: Literal["prune_heads"] = "prune_heads"
     granularity: Literal["head", "kv_group"] = Field(
@@ -69,6 +72,9 @@ class PruneHeads(Operation):
         None, description="Instead: the query heads to remove, a list for each layer."
     )
     scores: str = Field("gradient", description=f"{', '.join(METHODS)}; or a file [layers][query heads].")
+    rescore: float | None = Field(
+        None, gt=0, le=1, description="Score anew each time this share of all heads (or groups) went; null: once."
+    )
     refit: bool = Field(True, description="Fit the output projections of the heads that stay, on calibration text.")
     ridge: float = Field(0.01, gt=0, description="Pull to the old output projection, relative to the heads' energy.")
     protect_layers: list[WholeNumber] = Field([], description="Layers that keep all their heads.")
@@ -100,6 +106,11 @@ class PruneHeads(Operation):
         if len(settings) != 1:
             which = " and ".join(settings) or "none of them"
             problems.append(f"prune_heads: give one of per_layer, ratio and heads (null for the others), not {which}")
+        if self.rescore is not None and not self._judges():
+            source = "heads are listed" if self.heads is not None else f"scores: {self.scores} stays the same"
+            problems.append(
+                f"prune_heads: rescore, and {source} when heads go: drop rescore, or scores: {' or '.join(MEASURED)}"
+            )
         if wrong := [i for i in self.protect_layers if i >= layers]:
             problems.append(f"prune_heads: protect_layers {wrong}: there are layers 0 to {layers - 1}")
         if any(layer.qk_norm == "whole" for layer in anatomy.layers):
@@ -183,6 +194,11 @@ class PruneHeads(Operation):
         streaming = any(layer.streaming for layer in anatomy.layers)
         alike = self.granularity == "kv_group" and self.per_layer is not None
         notes = [] if known else [f"which heads go is measured on the model ({self.scores})"]
+        if self.rescore is not None:
+            unit = "query heads" if self.granularity == "head" else "KV groups"
+            times, step = self._scorings(anatomy), self._step(anatomy)
+            once = f"heads are scored once: rescore begins to act where more than {step} {unit} go"
+            notes.append(f"heads are scored {times} times, after each {step} {unit}" if times > 1 else once)
         if tier == SURGICAL and (reason := self._stock_problem(anatomy, after)) and after.alike:
             notes.append(f"surgical, since {reason}")
         if not known and not alike and self._may_empty_groups(anatomy):
@@ -206,11 +222,21 @@ class PruneHeads(Operation):
         heads = sum(layer.heads for layer in anatomy.layers)
         return {"gradient": GRADIENT, "ablation": heads / 2}.get(self.scores, 0)
 
+    def _step(self, anatomy: Anatomy) -> int:
+        """How many heads (or groups) go before the next scoring."""
+        return max(1, round((self.rescore or 1.0) * sum(map(len, self._units(anatomy)))))
+
+    def _scorings(self, anatomy: Anatomy) -> int:
+        """How often heads are scored."""
+        pairs = zip(self._units(anatomy), self._nominal(anatomy), strict=True)
+        gone = sum(unit[0] in removed for units, removed in pairs for unit in units)
+        return max(1, ceil(gone / self._step(anatomy)))
+
     def _measurements(self, anatomy: Anatomy, known: bool) -> Iterator[Measurement]:
         """The stages: scoring the heads, if that needs text, and the refit."""
         length = min(self.calibration_length, anatomy.positions or self.calibration_length)
         if not known and (forwards := self._forwards(anatomy)):
-            tokens = self.score_samples * length
+            tokens = self._scorings(anatomy) * self.score_samples * length
             yield Measurement("measuring heads", forwards * forward_flops(anatomy, tokens, length))
         if self.refit and self._removes_something(anatomy):
             tokens = self.calibration_samples * length
@@ -248,8 +274,7 @@ class PruneHeads(Operation):
         if not self._removes_something(before):
             return {}
         sequences = self._sequences(model, context)
-        scores = self._scores(model, before, sequences, context.progress)
-        removed = self._choose(before, scores)
+        removed, scores = self._removed(model, before, sequences, context.progress)
         after, tier = self._after(before, removed)
         if context.change.tier == SURGICAL:  # as planned, even if all layers now have equally many heads
             after, tier = before.with_layers(list(after.layers), stock=False), SURGICAL
@@ -282,10 +307,10 @@ class PruneHeads(Operation):
         sizes = [len(group) for layer in anatomy.layers for group in groups_of(layer)]
         return self.granularity == "head" and max(sizes) > 1 and (self.per_layer or max(sizes)) >= min(sizes)
 
-    def _units(self, anatomy: Anatomy) -> list[list]:
-        """The units that can be removed, query heads or KV groups, in each layer."""
+    def _units(self, anatomy: Anatomy) -> list[list[list[int]]]:
+        """What can be removed from each layer: lists of query heads, single ones or KV groups."""
         one_by_one = self.granularity == "head"
-        return [list(range(layer.heads)) if one_by_one else groups_of(layer) for layer in anatomy.layers]
+        return [[[h] for h in range(layer.heads)] if one_by_one else groups_of(layer) for layer in anatomy.layers]
 
     def _removes_something(self, anatomy: Anatomy) -> bool:
         if self.heads is not None:
@@ -307,16 +332,41 @@ class PruneHeads(Operation):
         table = [[-float(rank) for group in layer for rank in range(len(group))] for layer in groups]
         return self._choose(anatomy, HeadScores("none", table))
 
-    def _choose(self, anatomy: Anatomy, scores: HeadScores | None) -> list[list[int]]:
+    def _removed(self, model, anatomy: Anatomy, sequences, progress) -> tuple[list[list[int]], HeadScores | None]:
+        """The query heads to remove, and the scores by which they were chosen.
+
+        With `rescore` a head that goes has the score of the time when it was chosen, the others that of the last time.
+        """
+        if self.rescore is None:
+            scores = self._scores(model, anatomy, sequences, progress)
+            return self._choose(anatomy, scores), scores
+        times, removed, table = self._scorings(anatomy), [[] for _ in anatomy.layers], []
+        for part in range(times):
+            found = self._scores(model, anatomy, sequences, within(progress, part, times), silent=removed).scores
+            for row, heads, earlier in zip(found, removed, table, strict=bool(table)):
+                for head in heads:
+                    row[head] = earlier[head]
+            table = found
+            removed = self._choose(anatomy, HeadScores(self.scores, table), removed, self._step(anatomy))
+        return removed, HeadScores(self.scores, table, {"rescore": self.rescore, "scorings": times})
+
+    def _choose(
+        self,
+        anatomy: Anatomy,
+        scores: HeadScores | None,
+        removed: list[list[int]] | None = None,
+        at_most: int | None = None,
+    ) -> list[list[int]]:
         if scores is None:
             return self._nominal(anatomy)
         return choose_removed(
             scores.scores,
-            [groups_of(layer) for layer in anatomy.layers],
-            whole_groups=self.granularity == "kv_group",
+            self._units(anatomy),
             per_layer=self.per_layer,
             ratio=self.ratio,
             protect=self.protect_layers,
+            removed=removed,
+            at_most=at_most,
         )
 
     def _after(self, anatomy: Anatomy, removed: list[list[int]]) -> tuple[Anatomy, str]:
@@ -346,7 +396,7 @@ class PruneHeads(Operation):
         count = self.calibration_samples if self.refit else self.score_samples
         return calibration_sequences(model, tokenizer, self.calibration_text, self.calibration_length, count)
 
-    def _scores(self, model, anatomy: Anatomy, sequences, progress) -> HeadScores | None:
+    def _scores(self, model, anatomy: Anatomy, sequences, progress, silent=None) -> HeadScores | None:
         if self.heads is not None:
             return None
         if not is_method(self.scores):
@@ -354,7 +404,7 @@ class PruneHeads(Operation):
         if sequences is not None:  # take a subset that is spread evenly over the text
             count = min(self.score_samples, len(sequences))
             sequences = sequences[[index * len(sequences) // count for index in range(count)]]
-        return importance(model, self.scores, sequences, self.seed, progress)
+        return importance(model, self.scores, sequences, self.seed, progress, silent)
 
 
 def _index(layer, name: int) -> int:

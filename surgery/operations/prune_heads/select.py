@@ -26,34 +26,41 @@ def biased_output(anatomy: Anatomy) -> bool:
 
 def choose_removed(
     scores: list[list[float]],
-    groups: list[list[list[int]]],
+    units: list[list[list[int]]],
     *,
-    whole_groups: bool,
     per_layer: int | None = None,
     ratio: float | None = None,
     protect: tuple[int, ...] | list[int] = (),
+    removed: list[list[int]] | None = None,
+    at_most: int | None = None,
 ) -> list[list[int]]:
     """The query heads to remove from each layer: those with the lowest scores.
 
     Args:
         scores: [layers][query heads], higher = keep.
-        groups: the result of `groups_of` for each layer.
-        whole_groups: remove KV groups, each scored by the sum of its heads. False: remove single heads.
-        per_layer: number of heads (or groups) to remove from every layer that is not protected; or
-        ratio: share of the heads (or groups) of all layers, rounded to a whole number, in one ranking of all layers.
+        units: what can be removed from each layer, lists of query heads: single heads, or KV groups. A unit's score is
+            the sum over its heads.
+        per_layer: number of units to remove from every layer that is not protected; or
+        ratio: share of the units of all layers, rounded to a whole number, in one ranking of all layers.
         protect: layers that keep all heads.
+        removed: query heads that were chosen before, by other scores. They stay chosen, and they count.
+        at_most: the most units that are chosen beside those; None: all that `per_layer` or `ratio` wants.
 
-    Every layer keeps at least one head (or group). Ties are broken by layer and head, so that a plan is reproducible.
+    Every layer keeps at least one unit. Ties are broken by layer and head, so that a plan is reproducible.
     """
-    units = groups if whole_groups else [[[head] for group in layer for head in group] for layer in groups]
+    chosen: list[list[int]] = [[] for _ in units]
+    for layer, heads in enumerate(removed or []):
+        chosen[layer] = [index for index, unit in enumerate(units[layer]) if unit[0] in heads]
     order = sorted(
         (sum(scores[layer][head] for head in unit), layer, index)
         for layer, layer_units in enumerate(units)
         if layer not in protect
         for index, unit in enumerate(layer_units)
+        if index not in chosen[layer]
     )
     wanted = sum(map(len, units)) if ratio is None else round(ratio * sum(map(len, units)))
-    chosen: list[list[int]] = [[] for _ in units]
+    wanted -= sum(map(len, chosen))
+    wanted = wanted if at_most is None else min(wanted, at_most)
     for _, layer, index in order:
         most = len(units[layer]) - 1 if per_layer is None else per_layer
         if wanted and len(chosen[layer]) < most:

@@ -252,15 +252,15 @@ def test_a_split_measured_after_pruning(surgery, model):
 def test_choice_by_hand():
     groups = [[[0, 1], [2, 3]], [[0, 1], [2, 3]]]
     scores = [[1, 9, 2, 2], [5, 5, 0, 8]]
-    heads = {"whole_groups": False}
-    assert choose_removed(scores, groups, per_layer=1, **heads) == [[0], [2]]
-    assert choose_removed(scores, groups, per_layer=3, **heads) == [[0, 2, 3], [0, 1, 2]]
-    assert choose_removed(scores, groups, ratio=0.5, **heads) == [[0, 2, 3], [2]]
-    assert choose_removed(scores, groups, ratio=0.5, protect=[0], **heads) == [[], [0, 1, 2]]
-    assert choose_removed(scores, groups, whole_groups=True, per_layer=1) == [[2, 3], [2, 3]]
-    assert choose_removed(scores, groups, whole_groups=True, ratio=0.25) == [[2, 3], []]
+    heads = [[[0], [1], [2], [3]]] * 2
+    assert choose_removed(scores, heads, per_layer=1) == [[0], [2]]
+    assert choose_removed(scores, heads, per_layer=3) == [[0, 2, 3], [0, 1, 2]]
+    assert choose_removed(scores, heads, ratio=0.5) == [[0, 2, 3], [2]]
+    assert choose_removed(scores, heads, ratio=0.5, protect=[0]) == [[], [0, 1, 2]]
+    assert choose_removed(scores, groups, per_layer=1) == [[2, 3], [2, 3]]
+    assert choose_removed(scores, groups, ratio=0.25) == [[2, 3], []]
     tied = [[1] * 4] * 2
-    assert choose_removed(tied, groups, ratio=0.375, **heads) == [[0, 1, 2], []]
+    assert choose_removed(tied, heads, ratio=0.375) == [[0, 1, 2], []]
 
 
 def test_names_follow():
