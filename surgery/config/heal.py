@@ -92,7 +92,7 @@ class Heal(Variants):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    LATER: ClassVar[tuple[str, ...]] = ("alternate",)
+    LATER: ClassVar[tuple[str, ...]] = ("alternate", "freeze")
     RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {
         "minutes": ("rank", "alpha", "dropout"),
         "keep_checkpoints": ("keep_adapter",),
@@ -126,6 +126,11 @@ class Heal(Variants):
         False,
         description="Of mae: steps that train the gates alone, and steps that train all but them with one expert "
         "drawn for each token, take turns (block coordinate descent).",
+    )
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Patterns of parameters that do not train although the method would train them, such as "
+        "'*surgery_router*' or '*.mlp.*'.",
     )
     teacher: Literal["live", "stored"] = Field(
         "live",

@@ -2,8 +2,7 @@
 
 There is no list of names per family. With LoRA, the linear modules of attention and MLP get low-rank updates. After a
 merge of KV heads, K and V train in full instead: a low-rank update of a wrong matrix is the wrong prior. Embeddings
-and
-the output head do not train with LoRA: where they are one tensor, a merge would change both.
+and the output head do not train with LoRA: where they are one tensor, a merge would change both.
 
 Sources: Hu et al. 2021, "LoRA", arXiv 2106.09685; Ma et al. 2023, "LLM-Pruner", arXiv 2305.11627.
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,8 @@ def select_trainable(
 ) -> TrainableParameters:
     """Select the parameters that train by `heal.method`.
 
-    Where heads are mixed, `method: parts` does not train the merged K and V themselves.
+    Where heads are mixed, `method: parts` does not train the merged K and V themselves. What a pattern of
+    `heal.freeze` names does not train, and gets no low-rank update.
 
     Args:
         anatomy: the converted model's anatomy.
@@ -81,8 +82,39 @@ def select_trainable(
         more: how many numbers the surgery will add, where the table belongs to a plan and does not name them.
 
     Raises:
-        SurgeryError: method: parts, and the surgery added and rewrote nothing.
+        SurgeryError: method: parts, and the surgery added and rewrote nothing; a pattern of `heal.freeze` names
+            nothing that would train; nothing is left to train.
     """
+    every = _by_method(heal, anatomy, table, rewritten, is_linear, more)
+    if not heal.freeze:
+        return every
+    could = [*every.parameters, *(f"{path}.weight" for path in every.adapted)]
+    frozen = {name for name in could if any(fnmatchcase(name, pattern) for pattern in heal.freeze)}
+    idle = [each for each in heal.freeze if not any(fnmatchcase(name, each) for name in could)]
+    if idle and not more:
+        raise SettingError(
+            f"freeze names {', '.join(map(repr, idle))}, which matches nothing that would train",
+            where="heal.freeze",
+            exists=", ".join(summed_up(could)[:12]),
+            fix="a pattern may hold * for any characters; write '*surgery_router*' for all routers",
+        )
+    parameters = tuple(name for name in every.parameters if name not in frozen)
+    adapted = tuple(path for path in every.adapted if f"{path}.weight" not in frozen)
+    if not parameters and not adapted and not more:
+        raise SettingError("freeze leaves nothing to train", where="heal.freeze", fix="freeze less")
+    low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted) if adapted else 0
+    return TrainableParameters(parameters, adapted, _count(parameters, table) + more + low_rank)
+
+
+def _by_method(
+    heal: Heal,
+    anatomy: Anatomy,
+    table: Table,
+    rewritten: frozenset[str],
+    is_linear: Callable[[str], bool],
+    more: int,
+) -> TrainableParameters:
+    """What `heal.method` trains, before `heal.freeze`."""
     added = [name for name in table if (leaf := name.rpartition(".")[2]).startswith(SURGERY) and leaf != FIXED]
     if heal.method == "full":
         names = [name for name in table if not name.endswith(FIXED)]

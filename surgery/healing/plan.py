@@ -83,7 +83,7 @@ class HealPlan(Printed):
         mixing, mixed = _mixing(heal, anatomy, base, operations)
         hidden = getattr(config, "hidden_size", 0) or 0
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
-        _refuse_alternating(heal, operations, trained, engine)
+        _refuse_alternating(heal, operations, trained, engine, more)
         paths = tuple(layer.path for layer in anatomy.layers)
         fitted = [name for name in trained.parameters if name.startswith(paths)]
         if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
@@ -249,8 +249,10 @@ def _hard_mae(operations: Sequence[dict]) -> bool:
     return any(fields.get("op") == "mae" and fields.get("hard", True) for fields in operations)
 
 
-def _refuse_alternating(heal: Heal, operations: Sequence[dict], trained: TrainableParameters, engine: Engine) -> None:
-    """Raise where the gates of mae and the rest cannot train in turn."""
+def _refuse_alternating(
+    heal: Heal, operations: Sequence[dict], trained: TrainableParameters, engine: Engine, more: int
+) -> None:
+    """Raise where the gates of mae and the rest cannot train in turn; `more` as for `select_trainable`."""
     if not heal.alternate:
         return
     what, fix = "", "heal.alternate=false"
@@ -258,6 +260,8 @@ def _refuse_alternating(heal: Heal, operations: Sequence[dict], trained: Trainab
         what = "this model has no such gates"
     elif not trained.adapted and all("surgery_" in name for name in trained.parameters):
         what, fix = f"with method: {heal.method} nothing but the gates trains", "heal.method=lora, or " + fix
+    elif not more and not any("surgery_" in name for name in trained.parameters):
+        what, fix = "freeze leaves no gate to train", "freeze less, or " + fix
     elif engine.name.startswith("ZeRO"):  # DeepSpeed steps before the Trainer could leave out a gradient
         what = f"{engine.name} trains all weights in every step"
     if what:

@@ -134,6 +134,37 @@ def test_a_surgical_model_heals_and_keeps_both_doors(converted, heal, model):
     assert curve[0]["loss"] == pytest.approx(curve[0]["kl"] + 0.01 * curve[0]["balance"])
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_freeze_names_does_not_train(converted, heal, method):
+    """Routers and MLPs stay to the bit; the rest trains as before, and the record says what was frozen."""
+    out = converted("moh", "calibration_samples=4", "calibration_length=8", "router=random", "shared_ratio=0")
+    frozen = heal(out, f"method={method}", "freeze=['*surgery_router*', '*.mlp.up*']", "learning_rate=0.002")
+    free = heal(out, f"method={method}", "learning_rate=0.002", to="free")
+    moved, all_moved = changed(out, frozen.folder), changed(out, free.folder)
+    held = {name for name in all_moved if "surgery_router" in name or ".mlp.up" in name}
+    assert {name.rpartition(".")[2] for name in held} >= {"surgery_router", "surgery_router_bias", "weight"}
+    assert moved == all_moved - held
+    record, other = (Report.of(done.folder).data["heal"] for done in (frozen, free))
+    assert record["settings"]["freeze"] == ["*surgery_router*", "*.mlp.up*"]
+    assert "freeze" not in other["settings"], "a field that nobody set is not recorded"
+    assert record["parameters"] < other["parameters"]
+
+
+def test_wrong_freezes(surgery, refused, converted, model, text):
+    asked = (f"data={text}", "steps=2", "length=8", "batch_tokens=8")
+    out = converted("mqa", out="merged")
+    says = ["'*surgery_router*'", "matches nothing that would train", "model.layers.N.self_attn.k_proj.weight"]
+    refused("heal", out, *asked, "freeze=['*surgery_router*']", "-o", "never", "--base", model, says=says)
+    refused("heal", out, *asked, "freeze=['*']", "-o", "never", "--base", model, says=["leaves nothing to train"])
+    refused("heal", out, *asked, "freeze=mlp", "-o", "never", "--base", model, says=["freeze should be a list"])
+    refused("heal", out, *asked, "freeze=['']", "-o", "never", "--base", model, says=["text of some length"])
+    gated = converted("mae", "calibration_samples=4", "calibration_length=8", out="gated")
+    says = ["freeze leaves no gate to train"]
+    held = ("alternate=true", "freeze=['*surgery_*']")
+    refused("heal", gated, *asked, *held, "-o", "never", "--base", model, says=says)
+    assert surgery("plan", "moh-heal", model, "heal.freeze=['*surgery_router*']").code == 0
+
+
 def test_the_gates_of_mae_and_the_rest_train_in_turn(converted, heal, monkeypatch):
     """No weight moves in the other's turn, whatever momentum it has; there is no load balance."""
     monkeypatch.setattr("surgery.healing.trainer.rate_at", lambda *_: 1.0)  # so that a longer run begins as a shorter
