@@ -128,7 +128,7 @@ def test_a_missing_row_is_named(copied):
     with pytest.raises(SystemExit, match=r"results/sparse-recipes.json has no row '`moba`'; it has `sparse-prefill`"):
         list(tables.stale())
     page = tables.ROOT / "recipes" / "moh.md"
-    edit(page, "| `mae` | 8 of 9 | 12.26 | |\n", "")
+    edit(page, "| `mae` | 8 of 9 | 12.26 | 8 |\n", "")
     edit(results.FOLDER / "recipes.json", '"`moba`"', '"`minference`"')
     assert any("moh.md: results moh-recipes: lacks | `mae` | 8 of 9" in fault for fault in tables.stale())
 

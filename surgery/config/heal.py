@@ -92,7 +92,7 @@ class Heal(Variants):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    LATER: ClassVar[tuple[str, ...]] = ("alternate", "freeze")
+    LATER: ClassVar[tuple[str, ...]] = ("alternate", "freeze", "mixing_heads")
     RECORDED_AFTER: ClassVar[dict[str, tuple[str, ...]]] = {
         "minutes": ("rank", "alpha", "dropout"),
         "keep_checkpoints": ("keep_adapter",),
@@ -110,11 +110,16 @@ class Heal(Variants):
     mix: Number = Field(0.5, gt=0, lt=1, description="Weight of ce in loss: both.")
     temperature: Number = Field(1.0, gt=0, le=1000, description="Temperature of the distillation.")
     hidden: Number = Field(0.0, ge=0, description="Weight of the distance of hidden states to the base's; 0: none.")
-    mixing: Literal["none", "head", "channel"] = Field(
+    mixing: Literal["none", "head", "channel", "row"] = Field(
         "none",
         description="head: merged KV heads are trained as sums of the base's heads with a weight for each (WGQA), and "
-        "are plain weights afterwards; channel: a weight for each of their channels. With parts, K and V themselves "
-        "stay as merged; with lora and full they train too.",
+        "are plain weights afterwards; channel: a weight for each of their channels; row: a weight for each channel "
+        "of the layer's input. With parts, K and V themselves stay as merged; with lora and full they train too.",
+    )
+    mixing_heads: Literal["frozen", "train"] = Field(
+        "frozen",
+        description="train: the base's heads in these sums train with their weights, from their mean on, as in WGQA's "
+        "paper; nothing else of K and V trains.",
     )
     balance: Number = Field(
         0.01,
@@ -271,6 +276,8 @@ def unread(fields: dict) -> dict[str, tuple[str, str]]:
         idle |= {"hidden": f"with a word as loss ({', '.join(losses.WORDS)}), and this is {loss_text}"}
     if not any(losses.find(name).reads_temperature for name in weights):
         idle |= {"temperature": f"by distillation, and this is loss: {loss_text}"}
+    if (defaults | fields)["mixing"] == "none":
+        idle |= {"mixing_heads": "with mixing: head, channel or row"}
     if not _needs_of(weights):
         idle |= {"teacher": f"where a teacher is asked, and loss: {loss_text} asks none"}
     idle |= {"top_k": f"with teacher: stored, and this is {teacher}"} if teacher != "stored" else {}

@@ -58,6 +58,8 @@ def layer_branches(plan: Plan) -> list[tuple[str, list[str]]]:
 
 
 def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, placed: bool) -> list[str]:
+    if not known and not _heads_placed(plan):
+        return [f"{old.heads} query heads on {old.kv_heads} KV heads: how many stay in which layer is measured"]
     rows = [f"{arrow(old.heads, new.heads)} query heads of size {old.head_dim}"]
     if not placed:
         counts = " or ".join(map(str, sorted({layer.kv_heads for layer in plan.after.layers})))
@@ -73,6 +75,12 @@ def _layer_lines(plan: Plan, old: LayerAnatomy, new: LayerAnatomy, known: bool, 
         if before != after:
             rows.append(f"{name} {arrow(_shape(before), _shape(after))}")
     return rows
+
+
+def _heads_placed(plan: Plan) -> bool:
+    """Whether it is known how many query heads each layer keeps."""
+    changes = [(step.before, step.change.after) for step in plan.steps if step.change.measured]
+    return all(_same_heads(after.layers) or not _same_heads(before.layers) for before, after in changes)
 
 
 def _runs(before: Sequence[LayerAnatomy], after: Sequence[LayerAnatomy], known: bool, placed: bool) -> list[tuple]:
@@ -113,6 +121,10 @@ def _drawn(branches: Sequence[tuple[str, list[str]]]) -> list[str]:
 
 def _same_kv_heads(layers: Sequence[LayerAnatomy]) -> bool:
     return len({layer.kv_heads for layer in layers}) == 1
+
+
+def _same_heads(layers: Sequence[LayerAnatomy]) -> bool:
+    return len({layer.heads for layer in layers}) == 1
 
 
 def _readers(layer: LayerAnatomy) -> int | str:

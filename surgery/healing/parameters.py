@@ -71,7 +71,8 @@ def select_trainable(
 ) -> TrainableParameters:
     """Select the parameters that train by `heal.method`.
 
-    Where heads are mixed, `method: parts` does not train the merged K and V themselves. What a pattern of
+    Where heads are mixed, `method: parts` does not train the merged K and V themselves, and no method does so where
+    the base's heads train (`heal.mixing_heads`). What a pattern of
     `heal.freeze` names does not train, and gets no low-rank update.
 
     Args:
@@ -86,6 +87,8 @@ def select_trainable(
             nothing that would train; nothing is left to train.
     """
     every = _by_method(heal, anatomy, table, rewritten, is_linear, more)
+    if heal.mixing_heads == "train":
+        every = _without_own(every, heal, table, more)
     if not heal.freeze:
         return every
     could = [*every.parameters, *(f"{path}.weight" for path in every.adapted)]
@@ -98,12 +101,26 @@ def select_trainable(
             exists=", ".join(summed_up(could)[:12]),
             fix="a pattern may hold * for any characters; write '*surgery_router*' for all routers",
         )
-    parameters = tuple(name for name in every.parameters if name not in frozen)
-    adapted = tuple(path for path in every.adapted if f"{path}.weight" not in frozen)
-    if not parameters and not adapted and not more:
+    left = _only(every, heal, table, more, lambda name: name not in frozen)
+    if not left.parameters and not left.adapted and not more:
         raise SettingError("freeze leaves nothing to train", where="heal.freeze", fix="freeze less")
+    return left
+
+
+def _only(
+    every: TrainableParameters, heal: Heal, table: Table, more: int, keeps: Callable[[str], bool]
+) -> TrainableParameters:
+    """Those of the parameters whose name `keeps` accepts; a low-rank update goes by the name of its weight."""
+    parameters = tuple(filter(keeps, every.parameters))
+    adapted = tuple(path for path in every.adapted if keeps(f"{path}.weight"))
     low_rank = sum(heal.rank * sum(table[f"{path}.weight"][1]) for path in adapted) if adapted else 0
     return TrainableParameters(parameters, adapted, _count(parameters, table) + more + low_rank)
+
+
+def _without_own(every: TrainableParameters, heal: Heal, table: Table, more: int) -> TrainableParameters:
+    """What trains without the weights of K and V beside which their mixtures train."""
+    mixed = {name.partition(".parametrizations.")[0] for name in table if ".parametrizations." in name}
+    return _only(every, heal, table, more, lambda name: name.rpartition(".")[0] not in mixed)
 
 
 def _by_method(

@@ -116,7 +116,9 @@ class HealPlan(Printed):
     @property
     def mixing_count(self) -> int:
         """How many mixing weights there are."""
-        return sum(prod(shape) for _, shape in self.mixing.values())
+        from surgery.healing.weighted_gqa import weights_of
+
+        return weights_of(self.mixing)
 
     @property
     def micro_tokens(self) -> int:
@@ -195,8 +197,12 @@ class HealPlan(Printed):
         share = f" ({self.trained.count / self.parameters:.1%} of the model)" if self.parameters else ""
         mixing = []
         if self.mixing:
-            each = f"one for each {heal.mixing}"
-            mixing.append(f"heal: {self.mixing_count:,} of them mix the base's K and V heads ({each}), folded after")
+            each = {"row": "input channel and head"}.get(heal.mixing, heal.mixing)
+            beside = "; these heads train beside" if heal.mixing_heads == "train" else ""
+            mixing.append(
+                f"heal: {self.mixing_count:,} of them mix the base's K and V heads (one for each {each}), folded "
+                f"after{beside}"
+            )
         return [
             f"heal ({heal.method}): {self.trained.count:,} parameters train{share}{low_rank}",
             *mixing,
@@ -242,7 +248,8 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     merged = merges(anatomy, base)
     hidden = getattr(base.config.get_text_config(), "hidden_size", 0) or 0
     heads = sum(len(members) for _, _, groups in merged for members in groups)
-    return mixing_table(merged, heal.mixing), 2 * heads * merged[0][1].head_dim * hidden
+    table = mixing_table(merged, heal.mixing, hidden, heal.mixing_heads == "train")
+    return table, 2 * heads * merged[0][1].head_dim * hidden
 
 
 def _hard_mae(operations: Sequence[dict]) -> bool:

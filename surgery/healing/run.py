@@ -105,7 +105,7 @@ def train(model, job: HealRun) -> dict:
         student = None
         try:
             if mixing:
-                add_mixing(model, job.base, heal.mixing, orders)
+                add_mixing(model, job.base, heal.mixing, orders, heal.mixing_heads == "train")
                 trained = replace(trained, parameters=names_while_mixed(model, trained.parameters))
             record["warm_start"] = _layerwise_start(model, job, packed, trained)
             student = _prepared(model, heal, trained)
@@ -134,7 +134,8 @@ def _mixing(model, job: HealRun) -> tuple[Table, list[list[int]] | None]:
         return {}, None
     ours = Anatomy.of(model)
     orders = orders_of(job.operations, ours)
-    return mixing_table(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing), orders
+    hidden, trains = ours.config.get_text_config().hidden_size, job.heal.mixing_heads == "train"
+    return mixing_table(merges(ours, Anatomy.of(job.base), orders), job.heal.mixing, hidden, trains), orders
 
 
 def trained_of(model, heal: Heal, rewritten: frozenset[str], mixing: Table) -> TrainableParameters:

@@ -3,12 +3,17 @@
     W_K' = W_K + Σ_h w_h W_K^h        and likewise for V, with its own weights w_h
 
 W_K is the shared head that the conversion made; it is frozen or trains as well. The sum is over the base's heads of
-its group. Each head has one weight, or one for each channel. All w_h begin at 0, so the training starts from the
-converted model, for every conversion. After the training, W_K' is folded into a plain weight, which costs nothing.
+its group. Each head has one weight, or one for each of its channels, or one for each channel of the layer's input. All
+w_h begin at 0, so the training starts from the converted model, for every conversion. After the training, W_K' is
+folded into a plain weight, which costs nothing.
 
-In the paper's notation the mean of the heads is w_h = 1 / group. The closed form has no such w_h: it rotates each
-head's RoPE pairs by individual angles before the sum, takes the best values of lower rank, and refits both. So its
-result is W_K here, and the heads that are added are the base's, without rotation.
+In the paper's notation the mean of the heads is w_h = 1 / group, and the heads W_K^h train jointly with their weights.
+`heal.mixing_heads: train` does this: w_h begin at 1 / group, W_K^h begin at the base's heads, and what the conversion
+has beside their mean (nothing, after `method: mean`) stays as it is.
+
+The closed form has no such w_h: it rotates each head's RoPE pairs by individual angles before the sum, takes the best
+values of lower rank, and refits both. So its result is W_K here, and the heads that are added are the base's, without
+rotation.
 
 Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in Transformers", arXiv 2407.10855.
 """
@@ -16,6 +21,7 @@ Source: Chinnakonduru and Mohapatra 2024, "Weighted Grouped Query Attention in T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,9 +39,10 @@ if TYPE_CHECKING:
     from surgery.architecture.layer import LayerAnatomy
     from surgery.healing.parameters import Table
 
-Per = Literal["head", "channel"]
+Per = Literal["head", "channel", "row"]
 # A converted layer, the base's layer, and the base's KV heads in each group.
 Merge = tuple["LayerAnatomy", "LayerAnatomy", list[list[int]]]
+WEIGHTS, HEADS = "surgery_mixing", "surgery_heads"  # the parameters of a mixture
 REGROUPING = ("gqa", "expand", "prune_heads")  # operations after which KV heads have other indices than in the base
 
 
@@ -44,21 +51,37 @@ class Mixing(torch.nn.Module):
 
     Args:
         heads: the base's heads, [groups, r, d, n] for a weight, [groups, r, d] for a bias. Checkpoints do not contain
-            them.
-        weights: w [groups, r, 1 or d], shared by a projection's weight and bias; the parameter `surgery_mixing`.
+            them, unless they train: then they are the parameter `surgery_heads`.
+        weights: w [groups, r, 1 or d] or [groups, r, 1, n], shared by a projection's weight and bias; the parameter
+            `surgery_mixing`. A bias has no input channels: its weight is then the mean over n.
         transposed: the weight is stored [in, out] (GPT-2).
+        trained: the heads train as well.
     """
 
-    def __init__(self, heads: torch.Tensor, weights: torch.nn.Parameter, transposed: bool = False):
+    def __init__(
+        self, heads: torch.Tensor, weights: torch.nn.Parameter, transposed: bool = False, trained: bool = False
+    ):
         super().__init__()
-        self.register_buffer("heads", heads.detach().clone(), persistent=False)
+        if trained:
+            self.surgery_heads = torch.nn.Parameter(heads.detach().clone())
+        else:
+            self.register_buffer("surgery_heads", heads.detach().clone(), persistent=False)
         self.surgery_mixing, self.transposed = weights, transposed
+
+    def mixture(self) -> torch.Tensor:
+        """Σ_h w_h W^h, in the layout of the weight or bias."""
+        heads = self.surgery_heads
+        weights = self.surgery_mixing.to(heads)
+        if weights.dim() == heads.dim() - 1:
+            weights = weights[..., None]
+        elif weights.dim() > heads.dim():
+            weights = weights.mean(-1)
+        mixed = (weights * heads).sum(1).flatten(0, 1)
+        return mixed.T if self.transposed else mixed
 
     def forward(self, own: torch.Tensor) -> torch.Tensor:
         """The weight or bias W' = W + Σ_h w_h W^h, in the shape and dtype of W (`own`)."""
-        weights = self.surgery_mixing.to(self.heads)
-        mixed = ((weights if self.heads.dim() == 3 else weights[..., None]) * self.heads).sum(1).flatten(0, 1)
-        return own + (mixed.T if self.transposed else mixed).to(own)
+        return own + self.mixture().to(own)
 
 
 def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None) -> list[Merge]:
@@ -101,14 +124,27 @@ def merges(ours: Anatomy, theirs: Anatomy, orders: list[list[int]] | None = None
     return merged
 
 
-def mixing_table(merged: list[Merge], per: Per) -> Table:
-    """The weights that `add_mixing` will add: name -> (dtype, shape)."""
-    return {
-        f"{mine.path}.{getattr(mine.layout, letter)}.parametrizations.weight.0.surgery_mixing": ("F32", size)
-        for mine, _, groups in merged
-        if (size := _size(mine, groups, per))
-        for letter in "kv"
-    }
+def mixing_table(merged: list[Merge], per: Per, hidden: int, train_heads: bool = False) -> Table:
+    """The parameters that `add_mixing` will add: name -> (dtype, shape).
+
+    Args:
+        hidden: width of the layers' input.
+    """
+    table: Table = {}
+    for mine, _, groups in merged:
+        size = _size(mine, groups, per, hidden)
+        for letter in "kv":
+            inside = f"{mine.path}.{getattr(mine.layout, letter)}.parametrizations"
+            table[f"{inside}.weight.0.{WEIGHTS}"] = ("F32", size)
+            heads = (*size[:2], mine.head_dim)
+            table |= {f"{inside}.weight.0.{HEADS}": ("F32", (*heads, hidden))} if train_heads else {}
+            table |= {f"{inside}.bias.0.{HEADS}": ("F32", heads)} if train_heads and letter in mine.biases else {}
+    return table
+
+
+def weights_of(table: Table) -> int:
+    """How many mixing weights a table of `mixing_table` has, without the heads that train beside them."""
+    return sum(prod(shape) for name, (_, shape) in table.items() if name.endswith(WEIGHTS))
 
 
 def orders_of(operations: Iterable[dict], anatomy: Anatomy) -> list[list[int]] | None:
@@ -137,14 +173,21 @@ def orders_of(operations: Iterable[dict], anatomy: Anatomy) -> list[list[int]] |
     return [order or list(range(count)) for order in orders]
 
 
-def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None = None) -> list[str]:
+def add_mixing(
+    student, base, per: Per = "head", orders: list[list[int]] | None = None, train_heads: bool = False
+) -> list[str]:
     """Give the shared K and V heads of a converted model their mixing weights, all 0.
+
+    With `train_heads` a weight begins at 1 / group, and the mean of the base's heads is taken off W, so that W' is as
+    before but for rounding.
 
     Args:
         student: the base after GQA, in memory.
         base: the base in memory, or its folder.
-        per: one weight for each head, or one for each channel of a head.
+        per: "head": one weight for each head; "channel": one for each channel of a head; "row": one for each channel
+            of the layer's input, and head.
         orders: as for `merges`.
+        train_heads: the base's heads become parameters.
 
     Returns:
         The names of the new parameters.
@@ -159,13 +202,19 @@ def add_mixing(student, base, per: Per = "head", orders: list[list[int]] | None 
         for letter in "kv":
             projection = module.get_submodule(getattr(mine.layout, letter))
             weight = next(projection.parameters())
-            size = _size(mine, groups, per)
+            size = _size(mine, groups, per, getattr(heads, letter).shape[-1])
             weights = torch.nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
+            if train_heads:
+                for index, group in enumerate(groups):
+                    weights.data[index, : len(group)] = 1 / len(group)
             added.add(id(weights))
             for name, each in (("weight", getattr(heads, letter)), ("bias", getattr(heads, f"{letter}_bias"))):
                 if each is not None:
                     transposed = mine.layout.conv1d and name == "weight"
-                    mixing = Mixing(_stacked(each, groups).to(weight), weights, transposed)
+                    mixing = Mixing(_stacked(each, groups).to(weight), weights, transposed, train_heads)
+                    if train_heads:
+                        added.add(id(mixing.surgery_heads))
+                        getattr(projection, name).data -= mixing.mixture().detach()
                     parametrize.register_parametrization(projection, name, mixing)
     return [name for name, p in student.named_parameters() if id(p) in added]
 
@@ -213,7 +262,10 @@ def fold(student) -> int:
 
 
 def unmix(student) -> None:
-    """Remove mixing weights without folding them. This restores the weights from before `add_mixing`."""
+    """Remove mixing weights without folding them. This restores the weights from before `add_mixing`.
+
+    Where the base's heads train, it does not: the mean that was taken off is missing (see `restore_weights_on_error`).
+    """
     for projection, name in list(_mixed(student)):
         parametrize.remove_parametrizations(projection, name, leave_parametrized=False)
 
@@ -222,9 +274,10 @@ def _reader(base) -> Callable[[str], torch.Tensor]:
     return Checkpoint(base).read if isinstance(base, str | Path) else base.get_parameter
 
 
-def _size(mine: LayerAnatomy, groups: list[list[int]], per: Per) -> tuple[int, int, int]:
-    """The shape [groups, r, 1 or d] of a layer's mixing weights; r is the size of the largest group."""
-    return len(groups), max(map(len, groups)), mine.head_dim if per == "channel" else 1
+def _size(mine: LayerAnatomy, groups: list[list[int]], per: Per, hidden: int) -> tuple[int, ...]:
+    """The shape [groups, r, 1 or d] or [groups, r, 1, n] of a layer's mixing weights; r: size of the largest group."""
+    shape = {"head": (1,), "channel": (mine.head_dim,), "row": (1, hidden)}[per]
+    return len(groups), max(map(len, groups)), *shape
 
 
 def _stacked(heads: torch.Tensor, members: list[list[int]]) -> torch.Tensor:

@@ -20,7 +20,15 @@ def converted(family: str, kv_heads: int = 2):
     return base, student
 
 
-@pytest.mark.parametrize("per", ["head", "channel"])
+def spread(weight, per: str, head):
+    """A weight as it multiplies a head [d, n], or [d, n + 1] with the bias, which counts the mean over n."""
+    if per != "row":
+        return weight.view(-1, 1)
+    bias = head.shape[-1] - weight.shape[-1]
+    return torch.cat([weight, weight.mean().expand(1, bias)], -1)
+
+
+@pytest.mark.parametrize("per", ["head", "channel", "row"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "starcoder2"])
 def test_weights_are_the_conversions_and_the_weighted_heads(family, per):
     base, student = converted(family)
@@ -48,7 +56,43 @@ def test_weights_are_the_conversions_and_the_weighted_heads(family, per):
             for head in range(2):
                 want = get_head(student, first, part, head)
                 for member in range(2):
-                    want = want + weights[head, member].view(-1, 1) * get_head(base, old, part, 2 * head + member)
+                    theirs = get_head(base, old, part, 2 * head + member)
+                    want = want + spread(weights[head, member], per, theirs) * theirs
+                assert (get_head(student, module, part, head) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("per", ["head", "row"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "mean"), ("qwen2", "first"), ("starcoder2", "mean")])
+def test_heads_that_train_begin_at_their_mean(family, method, per):
+    """W' = (W - mean) + sum of w_h W_h: as converted at first; then a loop over heads with values of their own."""
+    base = TINY[family]()
+    student = copy.deepcopy(base)
+    surgery.apply("gqa", student, kv_heads=2, method=method)
+    first, before = copy.deepcopy(student), logits_of(student)
+    names = add_mixing(student, base, per, train_heads=True)
+    assert difference(logits_of(student), before) < 1e-5
+    generator, values = torch.Generator().manual_seed(0), {}
+    for name in names:
+        p = student.get_parameter(name)
+        p.data = torch.randn(p.shape, generator=generator) / 4
+        values[name] = p.detach().double()
+    own = [module for name, module in student.named_modules() if name.endswith("parametrizations.weight")]
+    if method == "mean":
+        assert max(each.original.abs().max() for each in own) < 1e-6, "nothing beside the mean"
+    fold(student)
+    for layer, (module, start, old) in enumerate(zip(*map(attention_modules, (student, first, base)), strict=True)):
+        for part in "kv":
+            inside = {n: v for n, v in values.items() if f"layers.{layer}." in n and f"{part}_proj" in n}
+            weights = next(v for n, v in inside.items() if n.endswith("mixing"))
+            heads = next(v for n, v in inside.items() if n.endswith("weight.0.surgery_heads"))
+            biases = [v[..., None] for n, v in inside.items() if n.endswith("bias.0.surgery_heads")]
+            heads = torch.cat([heads, *biases], -1)
+            for head in range(2):
+                members = [get_head(base, old, part, 2 * head + member) for member in range(2)]
+                want = get_head(first, start, part, head) - (members[0] + members[1]) / 2
+                for member in range(2):
+                    weight = spread(weights[head, member], per, want)
+                    want = want + weight * heads[head, member]
                 assert (get_head(student, module, part, head) - want).abs().max() < 1e-5
 
 

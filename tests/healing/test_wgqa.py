@@ -203,13 +203,13 @@ def test_a_training_that_fails_leaves_a_model_that_works(tiny_llama, text, monke
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "starcoder2", "olmo2"])
-@pytest.mark.parametrize("per", ["head", "channel"])
+@pytest.mark.parametrize("per", ["head", "channel", "row"])
 def test_the_plan_names_what_is_added(family, per):
     base = TINY[family]()
     student = copy.deepcopy(base)
     package.apply("gqa", student, kv_heads=2, method="mean")
     anatomy, table = Anatomy.of(student), model_table(student)
-    weights_of = mixing_table(merges(anatomy, Anatomy.of(base)), per)
+    weights_of = mixing_table(merges(anatomy, Anatomy.of(base)), per, student.config.get_text_config().hidden_size)
     heal = Heal(steps=1, method="full", mixing=per)
     names = select_trainable(heal, anatomy, table | weights_of, frozenset("kv")).parameters
     assert add_mixing(student, base, per) == list(weights_of)
@@ -219,6 +219,90 @@ def test_the_plan_names_what_is_added(family, per):
     assert set(names_while_mixed(student, names)) == {name for name, _ in student.named_parameters()}
     assert model_table(student).keys() == table.keys() | weights_of.keys(), "mixed weights keep their names"
     assert Anatomy.of(student).layers == anatomy.layers
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("method", ["full", "lora", "parts"])
+def test_the_plan_names_the_heads_that_train(family, method):
+    """The base's heads and their weights train in place of K and V."""
+    base = TINY[family]()
+    student = copy.deepcopy(base)
+    package.apply("gqa", student, kv_heads=2, method="mean")
+    anatomy, table = Anatomy.of(student), model_table(student)
+    added = mixing_table(merges(anatomy, Anatomy.of(base)), "head", student.config.hidden_size, train_heads=True)
+    heal = Heal(steps=1, method=method, mixing="head", mixing_heads="train")
+    chosen = select_trainable(heal, anatomy, table | added, frozenset("kv"))
+    assert set(add_mixing(student, base, train_heads=True)) == set(added)
+    assert {name: shape for name, (_, shape) in added.items()} == {
+        name: tuple(student.get_parameter(name).shape) for name in added
+    }
+    assert set(added) <= set(chosen.parameters)
+    assert not [name for name in chosen.parameters if name.endswith(("k_proj.weight", "v_proj.weight", "v_proj.bias"))]
+    assert not [path for path in chosen.adapted if path.endswith(("k_proj", "v_proj"))]
+    if method == "full":
+        rest = {name for name in table if not any(part in name for part in ("k_proj", "v_proj"))}
+        assert set(chosen.parameters) == rest | set(added)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "parts"])
+def test_heads_train_jointly_with_their_weights(healing, out, method, monkeypatch, tmp_path):
+    """The loss falls, the result is native, a killed run goes on, and weights and heads both moved."""
+    how = (f"method={method}", "mixing_heads=train", "learning_rate=0.0005", "steps=6", "checkpoint_every=2")
+    begun, kept = HealCallback.on_step_begin, {}
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            model = kwargs["model"]
+            kept.update({n: p.detach().clone() for n, p in model.named_parameters() if "surgery_" in n})
+            raise Killed
+        return begun(self, args, state, control, **kwargs)
+
+    whole = healing("whole", *how)
+    monkeypatch.setattr(HealCallback, "on_step_begin", stop)
+    with pytest.raises(Killed):
+        healing("healed", *how)
+    monkeypatch.undo()
+    healing("healed", *how, resume=True)
+    assert not changed(tmp_path / "whole", tmp_path / "healed")
+    assert {name.rpartition(".")[2] for name in kept} == {"surgery_mixing", "surgery_heads"}
+    base = weights(tmp_path / "model")
+    for name, value in kept.items():
+        if name.endswith("mixing"):
+            assert (value - 1 / 3).abs().max() > 1e-4
+        else:
+            plain = name.partition("model.layers")[2].replace(".parametrizations.weight.0.surgery_heads", ".weight")
+            assert (value.flatten(0, 2) - base[f"model.layers{plain}"]).abs().max() > 1e-4
+    curve = read(whole.folder / "healing/metrics.jsonl")
+    assert curve[-1]["kl"] < curve[0]["kl"]
+    assert whole.data["heal"]["mixing"]["weights"] == 12
+    assert whole.data["heal"]["settings"]["mixing_heads"] == "train"
+    assert changed(out, whole.folder) >= KEYS
+
+
+def test_heads_that_train_need_a_mixture(surgery, refused, model, text, out):
+    asked = ("mixing_heads=train", f"data={text}", *SMALL, "-o", "never", "--base", model)
+    refused("heal", out, *asked, says=["mixing_heads is read with mixing: head, channel or row"])
+    shown = surgery("plan", "wgqa", model, f"heal.data={text}", "heal.mixing_heads=train", "heal.mixing=row").out
+    said = "864 of them mix the base's K and V heads (one for each input channel and head), folded after; these heads"
+    assert said in " ".join(shown.split())
+
+
+def test_a_failed_training_of_heads_leaves_the_model_as_it_was(tiny_llama, text, monkeypatch):
+    tokenizer, edited = AutoTokenizer.from_pretrained(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    package.apply("mqa", edited, tokenizer=tokenizer)
+    before = {name: tensor.clone() for name, tensor in edited.state_dict().items()}
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise Killed
+
+    monkeypatch.setattr(HealCallback, "on_step_begin", stop)
+    settings = {"data": str(text), "length": 16, "batch_tokens": 32, "steps": 2, "mixing": "head"}
+    with pytest.raises(Killed):
+        package.heal(edited, tiny_llama, settings=settings | {"mixing_heads": "train"}, tokenizer=tokenizer)
+    after = edited.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_the_order_of_grouped_heads_is_read_from_the_record(model):
@@ -256,7 +340,7 @@ def test_the_plan_counts(model):
         ),
         ("duo-attention", ("heal.steps=1", "heal.mixing=head"), ["KV heads that one gqa has merged", "here: none"]),
         ("prune-heads", ("heal.steps=1", "heal.mixing=head"), ["operations that change heads here: prune_heads"]),
-        ("wgqa", ("heal.mixing=heads",), ["mixing should be 'none', 'head' or 'channel'; it is 'heads'"]),
+        ("wgqa", ("heal.mixing=heads",), ["mixing should be 'none', 'head', 'channel' or 'row'; it is 'heads'"]),
         ("wgqa", ("heal.keep_adapter=true",), ["would not hold what heal.mixing makes"]),
     ],
 )

@@ -144,3 +144,15 @@ def test_parts_of_a_stage_are_one_bar():
         report(4, 4, "measuring heads")
     assert calls == [(0, 100, "measuring heads"), (50, 100, "measuring heads"), (100, 100, "measuring heads")]
     assert within(None, 0, 2) is None
+
+
+def test_a_plan_does_not_say_how_many_heads_a_layer_keeps_before_they_are_measured():
+    model = base("llama")
+    by_head = {"granularity": "head", "per_layer": None, "ratio": 0.25}
+    shown = str(surgery.plan("prune-heads", model, **by_head))
+    assert "8 query heads on 4 KV heads: how many stay in which layer is measured" in shown
+    assert "→" not in shown.partition("4 of 16 query heads go")[0]
+    known = str(surgery.plan("prune-heads", model, **by_head, scores="random"))
+    assert "is measured" not in known
+    assert "8 → " in known
+    assert "8 → 6 query heads" in str(surgery.plan("prune-heads", model, per_layer=1))
