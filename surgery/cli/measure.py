@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -183,6 +184,18 @@ def score(
     text: Annotated[
         str, typer.Option(metavar="FILE", help="Measure on this text: builtin, or a UTF-8 text file.")
     ] = "builtin",
+    per: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Score kv-heads, or heads (query heads; not with every method).",
+            autocompletion=completion.head_kinds,
+        ),
+    ] = "kv-heads",
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Count and list the heads above this score; with retrieval 0.1, if not given."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw the scores into this file (and the loss, with gates)."),
@@ -197,17 +210,22 @@ def score(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Rank KV heads by how much they need the far past.
+    """Rank heads by how much they need the far past.
 
-    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file.
+    `surgery apply duo-attention MODEL scores=FILE.json -o OUT` reads the file of KV heads, and
+    `surgery eval MODEL --probe needles without=FILE.json` that of query heads.
     """
     from surgery.cli.render import heads
     from surgery.cli.render.console import progress_bar
-    from surgery.operations.duo_attention.scorers import score_to_file
+    from surgery.operations.duo_attention.scorers import method_named, score_to_file
     from surgery.report import plots
 
     if output is None:
         raise SurgeryError("no score file was named", fix="add -o scores.json")
+    if threshold is not None and not isfinite(threshold):
+        raise SurgeryError("a threshold is a number", where=f"--threshold {threshold}", fix="--threshold 0.1")
+    if threshold is None:
+        threshold = method_named(method).threshold
     if plot:
         plots.ready(plot)
     with interrupt.advised(interrupt.of_scores(output)), progress_bar(quiet or as_json) as progress:
@@ -219,11 +237,14 @@ def score(
             overwrite=overwrite,
             progress=progress,
             **{"sinks": sinks, "window": window, "samples": samples, "length": length, "seed": seed},
-            **{"text": text, "steps": steps},
+            **{"text": text, "steps": steps, "per": per.replace("-", "_")},
         )
     head_map = heads.HeadMap.of_scores(scores)
     files = heads.draw(head_map, plot) if plot else []
+    above = {} if threshold is None else scores.above(threshold)
     if as_json:
-        return emit(scores.to_dict())
+        return emit(scores.to_dict() | ({"heads_above": above} if above else {}))
     heads.show(head_map)
+    if above:
+        heads.show_above(above, head_map.kind)
     heads.written([output, *files])
