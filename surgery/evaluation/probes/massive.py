@@ -49,7 +49,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Loss:
+class WindowLoss:
     """The loss of one model on one window: mean nats per token, and the number of tokens that are scored."""
 
     nll: float
@@ -73,7 +73,7 @@ class Found:
 
 @dataclass(repr=False)
 class MassiveResult(CaseResult):
-    """The result of the probe. `cases` are the windows that are scored; an outcome is a `Loss`.
+    """The result of the probe. `cases` are the windows that are scored; an outcome is a `WindowLoss`.
 
     Attributes:
         tokenizer: gives the text of tokens.
@@ -169,12 +169,12 @@ class MassiveActivations(CaseProbe):
         cases = [Window(ids, vocabulary) for ids in scored]
         return MassiveResult("done", settings, cases, tokenizer=tokenizer, samples=samples)
 
-    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[Loss]:
+    def run(self, model: Any, result: CaseResult, progress: Callable[[int], None]) -> list[WindowLoss]:
         losses = []
         with loaded(model):
             for window in result.cases:
                 loss = score_window(model, window.ids, None, 0)["loss"]
-                losses.append(Loss(loss.mean().item(), len(loss)))
+                losses.append(WindowLoss(loss.mean().item(), len(loss)))
                 progress(len(losses))
         return losses
 
@@ -199,7 +199,7 @@ class MassiveActivations(CaseProbe):
     def extra_bytes(self, cases: list, kv_bytes: int) -> int:
         return 8 * len(cases[0].ids) * cases[0].vocabulary  # the logits, in at most float32, and a copy
 
-    def is_broken(self, outcome: Loss) -> bool:
+    def is_broken(self, outcome: WindowLoss) -> bool:
         return not math.isfinite(outcome.nll)
 
     @classmethod
@@ -271,7 +271,7 @@ def _set(model: Any, found: Found, name: str, values: dict, rule: dict):
     found.set[name] = sum(counts.values())
 
 
-def _perplexity(losses: list[Loss]) -> float:
+def _perplexity(losses: list[WindowLoss]) -> float:
     mean = math.fsum(loss.nll * loss.tokens for loss in losses) / sum(loss.tokens for loss in losses)
     return math.exp(mean) if mean < 700 else math.inf
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from surgery.architecture.anatomy import Anatomy, positions_of
-from surgery.calibration.head_scores import ABOVE
+from surgery.calibration.head_scores import ABOVE, read_scores
 from surgery.calibration.scoring import refuse_other_tokenizer, refuse_too_long
 from surgery.data.haystack import (
     FORMS,
@@ -39,11 +39,13 @@ from surgery.evaluation.ablation import ROWS, HeadAblation
 from surgery.evaluation.paired import NAMES, CaseResult, kept_of, percent, share_of
 from surgery.evaluation.probes.base import Aliases, CaseProbe, Effort, Flag, Limit, Metric, RecipeField, Row, Table
 from surgery.evaluation.probes.fields import FileName, Shares, TextSource, TokenLengths, check_setting, settings_error
-from surgery.evaluation.recall import Outcome, run_needles
+from surgery.evaluation.recall import Outcome, reach_of, run_needles
 from surgery.io.printing import count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from surgery.io.loading import ModelSource
 
 ANSWER = 32  # positions that a prompt leaves for the answer, where its length is cut to what the model takes
 SHORTEST = 64  # tokens of a prompt
@@ -249,6 +251,11 @@ class Needles(CaseProbe):
             return {"length": longest}
         return {"lengths": list(dict.fromkeys(min(length, longest) for length in self.lengths))}
 
+    def refuse(self, base: ModelSource) -> None:
+        """Raise if there is no such score file; whether it fits the converted model is not known yet."""
+        if self.without is not None:
+            read_scores(self.without)
+
     def make_cases(self, tokenizer: Any, configs: dict[str, Any]) -> NeedleResult:
         """The needles, from `make_needles`.
 
@@ -440,10 +447,3 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
 
 def _longest(needles: Sequence[Needle]) -> int:
     return max(len(needle.prompt) + len(needle.answer) for needle in needles)
-
-
-def reach_of(config) -> tuple[int, int] | None:
-    """The most sinks and the widest window of a model's streaming heads; None if it has none."""
-    layers = (getattr(config, "surgery", None) or {}).get("layers", [])
-    split = [(layer.get("sinks", 0), layer.get("window", 1)) for layer in layers if layer.get("streaming")]
-    return (max(sinks for sinks, _ in split), max(window for _, window in split)) if split else None
