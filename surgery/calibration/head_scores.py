@@ -116,7 +116,7 @@ def load_scores(path: str | Path, anatomy: Anatomy, per: str | Collection[str] =
     """
     path, per = Path(path), [per] if isinstance(per, str) else list(per)
     kinds = " or ".join(KINDS[kind] for kind in per)
-    measure = "`surgery score MODEL -o FILE` writes one" if "kv_heads" in per else "a table: a row for each layer"
+    measure = f"`surgery score MODEL{'' if 'kv_heads' in per else ' --per heads'} -o FILE` writes one"
     if not path.is_file():
         raise SurgeryError("no such score file", where=str(path), fix=measure, code="invalid-file")
     scores = read_scores(path)
@@ -219,7 +219,8 @@ def is_score_file(path: Path) -> bool:
 def _of_dict(raw: dict) -> HeadScores:
     per = next((kind for kind, number in FORMATS.items() if raw["format"] == number), None)
     if per is None:
-        raise ValueError(f"format {raw['format']!r}, known are {' and '.join(map(str, FORMATS.values()))}")
+        known = ", ".join(f"{number} for {KINDS[kind]}" for kind, number in FORMATS.items())
+        raise ValueError(f"format {raw['format']!r}, known is {known}")
     if per == "heads" and raw["per"] != per:
         raise ValueError(f"per {raw['per']!r} in format {raw['format']}, which is of query heads ({per})")
     if not isinstance(raw["origin"], dict):

@@ -91,17 +91,17 @@ def find_massive(
 
     Returns:
         The kinds of massive activations, those with the largest magnitude first; and the largest magnitude of all:
-        layer, channel, position, token, magnitude, ratio.
+        layer, channel, position, token, magnitude, ratio ({} if the model gives NaN).
     """
     seen: dict[Kind, _Seen] = {}
-    largest: dict[str, Any] = {"magnitude": -1.0}
+    largest: dict[str, Any] = {}
 
     def after(layer: int, hidden: torch.Tensor) -> None:
         ids = sequences[text]
         sizes, ratios = relative_sizes(hidden)
         index = int(sizes.argmax())
         position, channel = divmod(index, hidden.shape[1])
-        if (size := sizes[position, channel].item()) > largest["magnitude"]:
+        if (size := sizes[position, channel].item()) > largest.get("magnitude", -1.0):
             largest.update(layer=layer, channel=channel, position=position, token=name(int(ids[position])))
             largest.update(magnitude=size, ratio=ratios[position, channel].item())
         for position, channel in ((sizes > magnitude) & (ratios >= ratio)).nonzero().tolist():

@@ -29,6 +29,7 @@ from surgery.evaluation.ablation import HeadAblation, heads_off
 from surgery.evaluation.probes.needles import Needles
 from surgery.evaluation.recall import run_needles
 from surgery.report.card import render_card
+from surgery.runtime.modeling_surgery import CACHE
 
 OUTPUTS = ("o_proj", "dense", "c_proj", "out_proj")
 OFF = [(0, 0), (0, 5), (1, 2), (1, 3), (1, 7)]
@@ -81,7 +82,7 @@ def test_left_padding_and_cached_decoding():
         step = model(input_ids=ids[:, :6], use_cache=True)
         cached = [step.logits]
         for token in ids[0, 6:]:
-            step = model(input_ids=token[None, None], past_key_values=step.past_key_values, use_cache=True)
+            step = model(input_ids=token[None, None], **{CACHE: step[CACHE]}, use_cache=True)
             cached.append(step.logits)
     assert difference(in_batch, alone) < 1e-9
     assert difference(torch.cat(cached, 1), alone) < 1e-9
@@ -95,12 +96,12 @@ def test_off_for_the_answer_alone():
             prefill = model(input_ids=ids[:, :6], use_cache=True)
             answer = [prefill.logits[:, -1]]
             for token in ids[0, 6:]:
-                prefill = model(input_ids=token[None, None], past_key_values=prefill.past_key_values, use_cache=True)
+                prefill = model(input_ids=token[None, None], **{CACHE: prefill[CACHE]}, use_cache=True)
                 answer.append(prefill.logits[:, -1])
-        cache, bare = model(input_ids=ids[:, :5], use_cache=True).past_key_values, without_columns(model, OFF)
+        cache, bare = model(input_ids=ids[:, :5], use_cache=True)[CACHE], without_columns(model, OFF)
         for index, token in enumerate(ids[0, 5:]):
-            step = bare(input_ids=token[None, None], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = bare(input_ids=token[None, None], **{CACHE: cache}, use_cache=True)
+            cache = step[CACHE]
             assert difference(answer[index], step.logits[:, -1]) < 1e-9
 
 
@@ -212,7 +213,8 @@ def test_the_probe_is_the_recall_test_of_models_without_those_heads(scores, off)
         assert [one.hit for one in outcomes] == [other.hit for other in want]
         assert [one.nll for one in outcomes] == pytest.approx([other.nll for other in want], abs=1e-5)
         assert [one.nll for one in outcomes] != pytest.approx([one.nll for one in result.outcomes["out"]], abs=1e-4)
-    assert result.outcomes["out"] == run_needles(tiny(), make_needles(byte_tokenizer(), **SMALL))
+    needles = make_needles(byte_tokenizer(), **SMALL)
+    assert result.outcomes["out"] == run_needles(tiny(), needles) == run_needles(model, needles), "it is restored"
     assert calls[0] == (0, 100, "recall test: asked the converted model 0 of 4")
     assert calls[-1] == (100, 100, "recall test: asked the converted model (random heads off, draw 2) 4 of 4")
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)

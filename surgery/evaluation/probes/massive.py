@@ -304,7 +304,7 @@ def _cells(massive: dict, samples: int) -> list[str]:
 
 def _none(largest: dict) -> str:
     """That there are no massive activations, with the largest activation."""
-    if "layer" not in largest:
+    if not largest:
         return "No massive activations."
     where = f"layer {largest['layer']}, channel {largest['channel']}, position {largest['position']}"
     return (

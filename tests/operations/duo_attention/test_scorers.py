@@ -285,7 +285,7 @@ def test_a_file_of_query_heads_is_no_file_of_kv_heads(tmp_path):
     with pytest.raises(SurgeryError, match="per 'kv_heads' in format 2"):
         load_scores(file, anatomy, per="heads")
     file.write_text(json.dumps({"format": 3, "method": "m", "scores": [[0.0]], "origin": {}}))
-    with pytest.raises(SurgeryError, match="format 3, known are 1 and 2"):
+    with pytest.raises(SurgeryError, match="format 3, known is 1 for KV heads, 2 for query heads"):
         load_scores(file, anatomy)
 
 
