@@ -305,3 +305,46 @@ def test_the_card_of_a_figure_that_is_not_a_number():
     record["without"] = {"scores": {"method": "retrieval"}, "rows": "answer", "top": 1, "highest": side, "random": []}
     card = render_card({"evaluation": {"status": "done", "out": {"perplexity": 2.0}, "needles": record}}, None)
     assert "With its 1 query head of the highest retrieval score off while it answers, the model finds 0 of" in card
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"op": "duo_attention", "sinks": 1, "window": 4, "streaming_ratio": 0.5, "scores": "kv.txt"},
+        {"op": "moh", "router": "random", "calibration_samples": 4, "calibration_length": 32},
+        {"op": "sparse_prefill", "method": "pooled", "block": 16, "dense_below": 16, "density": 0.5},
+        {"op": "prune_heads", "granularity": "head", "per_layer": 1, "scores": "magnitude", "refit": False},
+    ],
+    ids=lambda step: step["op"],
+)
+def test_heads_off_in_converted_models_with_and_without_a_cache(step, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kv.txt").write_text("1 2 3 4\n4 3 2 1\n")
+    model, recipe = TINY["llama"](vocab_size=300), {"version": 1, "name": "t", "operations": [step], "evaluate": None}
+    package.apply(recipe, model, tokenizer=byte_tokenizer())
+    ids = torch.randint(3, 100, (1, 60), generator=torch.Generator().manual_seed(1))
+    heads = [(0, 2), (1, 0), (1, 6)]
+
+    def logits(other, cached: bool) -> torch.Tensor:
+        with torch.no_grad():
+            if not cached:
+                return other(input_ids=ids, use_cache=False).logits[:, 55:]
+            step = other(input_ids=ids[:, :56], use_cache=True)
+            rows = [step.logits[:, -1:]]
+            for token in ids[0, 56:]:
+                step = other(input_ids=token[None, None], use_cache=True, **{CACHE: step[CACHE]})
+                rows.append(step.logits)
+            return torch.cat(rows, 1)
+
+    sizes = [layer.head_dim for layer in Anatomy.of(model).layers]
+    bare = copy.deepcopy(model)
+    for layer, head in heads:
+        weight = attention_modules(bare)[layer].o_proj.weight.data
+        weight[:, head * sizes[layer] : (head + 1) * sizes[layer]] = 0
+    for cached in (False, True):
+        before = logits(model, cached)
+        with heads_off(model, heads):
+            off = logits(model, cached)
+        assert difference(off, logits(bare, cached)) < 1e-4
+        assert difference(off, before) > 1e-3, "no power"
+        assert torch.equal(logits(model, cached), before)

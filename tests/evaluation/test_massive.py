@@ -20,6 +20,7 @@ from tokenizers_of_bytes import byte_tokenizer
 from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.layerwise import decoder_layers
 from surgery.calibration.massive import find_massive, massive_set
+from surgery.errors import SurgeryError
 from surgery.evaluation.probes.massive import MassiveActivations, MassiveResult
 from surgery.report.card import render_card
 
@@ -256,3 +257,19 @@ def test_bad_input(words, refused, tmp_path, setting, says):
     byte_tokenizer().save_pretrained(tmp_path / "base")
     refused("eval", "base", "--probe", "massive", f"text={words}" if "text" not in setting else setting,
             *([setting] if "text" not in setting else []), says=says)  # fmt: skip
+
+
+def test_a_model_that_gives_nan(words):
+    """As the converted model it is noted and has no figure; as the base it is refused."""
+    broken = probe_model()
+    broken.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
+    result = measured(words, broken, probe_model())
+    facts = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert facts["out"]["perplexity"]["intact"] is None
+    assert any("NaN or infinite values for 2 of 2 windows" in note for note in result.notes)
+    assert "not finite" in str(result)
+    with pytest.raises(SurgeryError, match="the base model itself gives NaN"):
+        measured(words, probe_model(), broken)
+    broken.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    assert find_massive(broken, IDS) == ([], {})
+    assert "No massive activations." in str(measured(words, broken))
