@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.head_scores import ABOVE, HeadScores, load_scores, other_heads
+from surgery.calibration.head_scores import ABOVE, LISTED, HeadScores, load_scores, other_heads
 from surgery.errors import SettingError, UnsupportedModelError
 from surgery.io.printing import Table, count
 
@@ -132,7 +132,10 @@ def lines(record: dict, intact: dict) -> list[Table | str]:
     if record["random"]:
         rows.append(["random, mean", f"{record['random_mean_hits']:.1f} of {intact['of']}", ""])
     headers = ("query heads off", "needles found", "nats per token")
-    return ["", Table(headers, rows), sentence(record, intact)]
+    names = ", ".join(f"layer {layer} head {head}" for layer, head in record["highest"]["heads"][:LISTED])
+    more = record["top"] - LISTED
+    those = f"The highest: {names}{f' and {more} more' if more > 0 else ''}."
+    return ["", Table(headers, rows), those, sentence(record, intact)]
 
 
 def sentence(record: dict, intact: dict) -> str:

@@ -268,6 +268,7 @@ def test_the_command(folder, scores, surgery):
     assert done.code == 0, done.err
     for words in (
         "query heads off", "the 2 with the highest score", "random, draw 2", "random, mean",
+        "The highest: layer 0 head 1, layer 1 head 3.",
         "With its 2 query heads of the highest retrieval score off, the model finds 0 of the 2 needles, and "
         "unchanged 0; with as many random heads of the same layers off, 0.0 (mean of 2 draws).",
     ):  # fmt: skip

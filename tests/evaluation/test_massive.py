@@ -207,7 +207,7 @@ def test_base_and_converted_model_and_the_card(words):
     assert facts["base"] == facts["out"]
     assert MassiveActivations.sentence(facts) == "massive activations kept 1 of 1"
     text = str(result)
-    for words_ in ("set to their mean", "values set", "The converted model keeps 1 of the 1 of the base."):
+    for words_ in ("set to their mean", "values set", "The converted model keeps 1 of 1 massive activations."):
         assert words_ in text
     done = {"status": "done", "out": {"perplexity": 2.0}, "base": {"perplexity": 2.0}}
     card = render_card({"evaluation": done | {"massive": facts}}, None)

@@ -249,10 +249,10 @@ class MassiveActivations(CaseProbe):
             effect = [["intact", _shown(side["perplexity"]["intact"]), ""]]
             for key, words in (("zero", "set to zero"), ("mean", "set to their mean")):
                 effect.append([words, _shown(side["perplexity"].get(key)), f"{side['set'].get(key, 0):,}"])
-            lines += [Table(("massive activations", "perplexity", "values set"), effect), _effect(side), ""]
+            lines += [Table(("massive activations", "perplexity", "values set"), effect), ""]
         if kept := result.compare():
-            new = f"; {kept['new']} are new" if kept["new"] else ""
-            lines.append(f"The converted model keeps {kept['kept']} of the {kept['of']} of the base{new}.")
+            new = f", and has {kept['new']} others" if kept["new"] else ""
+            lines.append(f"The converted model keeps {kept['kept']} of {kept['of']} massive activations{new}.")
         rule = f"a magnitude above {settings['magnitude']:g}, and at least {settings['ratio']:,g} times the median"
         lines.append(f"Massive: {rule} after the layer. They are set after the layer where they first appear.")
         size = (
