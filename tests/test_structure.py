@@ -28,15 +28,15 @@ LINES, LENGTH, PARAMETERS = 450, 60, 7
 DECIDED = {
     "": "__main__ api errors pipeline version",
     "architecture": "anatomy detect edit families layer surgery_block weights",
-    "calibration": "attention_hook cost gradients head_scores layerwise moments scoring sinks",
+    "calibration": "attention_hook cost gradients head_scores layerwise massive moments scoring sinks",
     "cli": "completion convert doctor evaluate help inspect interrupt main measure options",
     "cli/render": "anatomy catalogue console durations estimate heads layout model next_command sinks stages "
     "summary tables",
     "config": "arguments catalogue evaluate heal heal_overrides options overrides recipe validation yaml",
     "conversion": "convert estimate fit in_memory plan plan_tree preflight streaming",
     "data": "documents generated haystack packing passkeys questions text",
-    "evaluation": "check check_code check_layers evaluate figures footprint fresh_process lengths paired recall "
-    "result run",
+    "evaluation": "ablation check check_code check_layers evaluate figures footprint fresh_process lengths paired "
+    "recall result run",
     "evaluation/benchmark": "dense_below models result run",
     "evaluation/probes": "base fields settings",
     "healing": "callbacks contexts distributed heal layerwise_distillation lora parameters plan record run "
