@@ -36,6 +36,7 @@ from surgery.healing.lora import adapt, bare, freeze, merge
 from surgery.healing.losses.ce import cross_entropy
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
 from surgery.healing.plan import micro_rows
+from surgery.healing.sparse_attention import record_of
 from surgery.healing.teacher import LiveTeacher, StoredTeacher, Teacher, store
 from surgery.healing.trainer import (
     Clock,
@@ -273,7 +274,8 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     if student is not original:
         for name, tensor in trainable_tensors(trained):
             put(original.get_parameter(name), tensor)
-    losses = [line["loss"] for line in read(job.run / METRICS)]
+    lines = read(job.run / METRICS)
+    losses = [line["loss"] for line in lines]
     span, done = max(1, min(CURVE_ENDS, len(losses) // 4)), trainer.state.global_step
     return {
         "steps": done,
@@ -287,7 +289,7 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,
-    }
+    } | record_of(lines)
 
 
 def _mean(values: list[float]) -> float | None:
