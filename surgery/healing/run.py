@@ -274,22 +274,27 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
     if student is not original:
         for name, tensor in trainable_tensors(trained):
             put(original.get_parameter(name), tensor)
-    lines = read(job.run / METRICS)
-    losses = [line["loss"] for line in lines]
-    span, done = max(1, min(CURVE_ENDS, len(losses) // 4)), trainer.state.global_step
+    done = trainer.state.global_step
     return {
         "steps": done,
         "step_tokens": heal.rows * heal.length,
         "tokens": done * heal.rows * heal.length,
         "minutes": round(clock.seconds / 60, 2),
         "ended_by": trainer.ended or "steps",
-        "loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])},
+        **_of_metrics(read(job.run / METRICS)),
         "processes": state.num_processes,
         "engine": engine.name,
         "device": state.device.type,
         "bfloat16": use_bfloat16(heal),
         "resumed": last is not None,
-    } | record_of(lines)
+    }
+
+
+def _of_metrics(lines: list[dict]) -> dict:
+    """The entries of the record that follow from metrics.jsonl."""
+    losses = [line["loss"] for line in lines]
+    span = max(1, min(CURVE_ENDS, len(losses) // 4))
+    return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -34,7 +34,7 @@ def attend_choices(query, keys, values, chosen, block: int, scale: float, softca
         [1, heads, n, head_dim] and the natural log-sum-exp [1, heads, n], both with a gradient.
     """
     query, keys = query.to(values.dtype), keys.to(values.dtype)  # under autocast they differ
-    out, lse = _Tiled.apply(query[0], keys[0], values[0], chosen[0], block, scale, softcap)
+    out, lse = _Tiled.apply(query[0], keys[0], values[0], chosen[0], (block, scale, softcap))
     return out[None].to(values.dtype), lse[None]
 
 
@@ -42,7 +42,8 @@ class _Tiled(torch.autograd.Function):
     """`attend_choices` for one row of the batch, with a backward pass that holds no scores."""
 
     @staticmethod
-    def forward(ctx, query, keys, values, chosen, block, scale, softcap):
+    def forward(ctx, query, keys, values, chosen, settings):
+        block, scale, softcap = settings
         (heads, length, size), kv_heads = query.shape, keys.shape[0]
         wide = torch.promote_types(query.dtype, torch.float32)
         rows = query.reshape(kv_heads, -1, size)
@@ -58,7 +59,7 @@ class _Tiled(torch.autograd.Function):
                 out[head, ids] = here + more.to(wide) * (more_lse - total).exp()[:, None]
                 lse[head, ids] = total
         ctx.save_for_backward(query, keys, values, chosen, out, lse)
-        ctx.settings = block, scale, softcap
+        ctx.settings = settings
         return out.reshape(heads, length, size), lse.reshape(heads, length)
 
     @staticmethod
@@ -83,7 +84,7 @@ class _Tiled(torch.autograd.Function):
                 found[0][head, ids] += slopes @ its
                 found[1][head, near] += slopes.mT @ own
         gradients = (each.to(values.dtype) for each in found)
-        return next(gradients).reshape(query.shape), *gradients, None, None, None, None
+        return next(gradients).reshape(query.shape), *gradients, None, None
 
 
 def _scores(rows, keys, seen, scale: float, softcap) -> tuple:

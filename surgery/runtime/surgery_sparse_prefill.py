@@ -138,7 +138,7 @@ class Sparse:
         """`attend` for one row of real tokens."""
         (heads, length, size), end = query.shape[1:], keys.shape[2]
         with _products(work):
-            kept = self.chosen(query, keys) if self.exact else self.kept(query, keys, scale)
+            kept = self.kept(query, keys, scale)
         if self.exact:
             out, lse = attend_choices(query, keys, values, kept, self.block, scale, softcap)
             lists = Lists(kept, end - length, 1)
@@ -149,8 +149,7 @@ class Sparse:
             out, lse = self._corrected(out, lse, query, keys, values, scale, softcap)
         if work is not None:
             seen = heads * (length * (end - length) + length * (length + 1) // 2)
-            pairs = self.chosen_pairs(kept, end) if self.exact else self.pairs(kept, heads, length, end)
-            work.add("attention", 2 * size * pairs, 2 * size * seen)
+            work.add("attention", 2 * size * self.pairs(kept, heads, length, end), 2 * size * seen)
         return out, lse, lists
 
     def sparse_blocks(self, length: int, end: int) -> range:
@@ -164,7 +163,12 @@ class Sparse:
 
     @torch.no_grad()
     def kept(self, query, keys, scale: float) -> torch.Tensor:
-        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real."""
+        """The blocks that are read, bool [batch, KV heads or heads, query blocks, key blocks]; all tokens are real.
+
+        With `exact` each query has a row of its own: [batch, heads, n, key blocks].
+        """
+        if self.exact:
+            return self._kept_by_query(query, keys)
         length, end = query.shape[2], keys.shape[2]
         past, size, device, rows = end - length, self.block, keys.device, self.sparse_blocks(length, end)
         first, columns = past // size, torch.arange(ceil(end / size), device=device)
@@ -182,12 +186,8 @@ class Sparse:
         kept[:, :, rows.start - past // size : rows.stop - past // size, : found.shape[-1]] &= found | many
         return kept
 
-    @torch.no_grad()
-    def chosen(self, query, keys) -> torch.Tensor:
-        """The blocks that each query reads, bool [batch, heads, n, key blocks]; all tokens are real.
-
-        A query whose block ends by `dense_below`, or holds any of the `last_rows_dense` rows of the call, reads all.
-        """
+    def _kept_by_query(self, query, keys) -> torch.Tensor:
+        """`kept` of each query. It reads all where its block ends by `dense_below`, or holds a late row."""
         length, end = query.shape[2], keys.shape[2]
         own = torch.arange(end - length, end, device=keys.device)[:, None] // self.block
         with torch.autocast(keys.device.type, enabled=False):  # else rounded sums would choose the blocks
@@ -197,24 +197,19 @@ class Sparse:
             dense = dense | ((own + 1) * self.block > end - self.last_rows_dense)
         return (found | dense) & (torch.arange(found.shape[3], device=keys.device) <= own)
 
-    def chosen_pairs(self, chosen, end: int) -> int:
-        """`pairs` of lists of single queries, [1, heads, n, key blocks]."""
-        heads, length = chosen.shape[1:3]
-        own = sum(place % self.block + 1 for place in range(end - length, end))
-        earlier = int(chosen.sum()) - heads * length  # every query's own block is among them
-        return heads * own + earlier * self.block
-
     def pairs(self, kept, heads: int, length: int, end: int) -> int:
         """The number of pairs of a query and a key that are multiplied for one row of the batch, over all heads.
 
         Args:
-            kept: [1, lists, query blocks, key blocks].
+            kept: [1, lists, query blocks or with `exact` queries, key blocks].
         """
         past, size = end - length, self.block
+        own = sum(place % size + 1 for place in range(past, end))
+        if self.exact:  # every query's own block is among those that it reads
+            return heads * own + (int(kept.sum()) - heads * length) * size
         numbers = torch.arange(past // size, ceil(end / size), device=kept.device)
         queries = (numbers * size + size).clamp_max(end) - (numbers * size).clamp_min(past)
         before = kept.tril(past // size - 1)[0].sum(-1)  # key blocks before the queries' own, [lists, query blocks]
-        own = sum(place % size + 1 for place in range(past, end))
         pairs = heads * own + int((before * queries).sum()) * size * (heads // kept.shape[1])
         rows = self.sparse_blocks(length, end)
         exact = range(rows.start * size, rows.stop * size, self.delta) if self.delta is not None else ()
