@@ -29,9 +29,8 @@ from math import ceil
 import torch
 
 from .surgery_block_attention import attend_blocks, attend_rows
-from .surgery_config import FILES, Part
+from .surgery_config import FILES, Part, load_file
 from .surgery_estimators import choose, choose_by_query, estimator, settings_problems, with_defaults
-from .surgery_query_blocks import attend_choices
 from .surgery_visibility import HeadKinds, Visibility
 
 # A list that keeps more than this share of the blocks that its queries see reads all of them. It would save little
@@ -140,7 +139,8 @@ class Sparse:
         with _products(work):
             kept = self.kept(query, keys, scale)
         if self.exact:
-            out, lse = attend_choices(query, keys, values, kept, self.block, scale, softcap)
+            attend = load_file("sparse.queries").attend_choices
+            out, lse = attend(query, keys, values, kept, self.block, scale, softcap)
             lists = Lists(kept, end - length, 1)
         else:
             out, lse = attend_blocks(query, keys, values, kept, self.block, scale, softcap)
@@ -314,8 +314,8 @@ class SparsePart(Part):
     def methods(self, layer: dict) -> set[str]:
         sparse = layer["sparse"]
         named = {f"sparse.{each['method']}" for each in (sparse, *sparse.get("patterns", ()))}
-        kernel = set() if sparse.get("exact") else {"sparse.kernel"}  # which has no lists of single queries
-        return (kernel | named) & set(FILES)
+        attends = "sparse.queries" if sparse.get("exact") else "sparse.kernel"
+        return {attends, *named} & set(FILES)
 
     def attach(self, module, layer: dict, groups: list[int]) -> None:
         module.surgery_sparse = None

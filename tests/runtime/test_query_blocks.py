@@ -303,7 +303,7 @@ def test_the_block_attention_and_its_kernel_are_not_called(monkeypatch):
     monkeypatch.setattr("surgery.runtime.surgery_sparse_prefill.choose", refused)
     ids, mask = batch(model, (0,), LENGTH)
     model(**given(model, ids, mask), use_cache=False)
-    assert PART.methods({"sparse": MOBA}) == {"sparse.block_topk"}
+    assert PART.methods({"sparse": MOBA}) == {"sparse.block_topk", "sparse.queries"}
     assert PART.methods({"sparse": MOBA | {"exact": False}}) == {"sparse.block_topk", "sparse.kernel"}
 
 
