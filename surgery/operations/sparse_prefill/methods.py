@@ -142,6 +142,10 @@ class BlockTopK(SparsePrefill):
         "false: a block of queries reads what its queries pick together, and the first block.",
     )
 
+    @property
+    def start_only(self) -> bool:
+        return bool(self.exact)  # MoBA is made for training: an untrained model loses what a mean hides
+
     def _dense_until(self, entry: dict[str, Any]) -> int:
         return dense_until(entry)
 
@@ -187,14 +191,14 @@ class BlockTopK(SparsePrefill):
             f"In a long prompt each query of each head now reads {most} blocks of {self.block} keys: its own, and "
             "those before it whose mean key fits it best. Decoding reads all, as before.",
             f"Prompts of more than {least} take less work in attention; the cache is as large as before.",
-            "Use it where long prompts are what takes the time, or train it further with blocks chosen in this way.",
-            f"Do not use it for prompts of up to {least}: nothing changes there.",
+            "Use it as a start for training on long text (`surgery heal`), then where long prompts take the time.",
+            f"Do not use it untrained, nor for prompts of up to {least}, where nothing changes.",
         )
 
     def limitations(self) -> tuple[str, ...]:
         more = (
             "MoBA is made for models that are trained with it. To a model that was not, it is a choice of blocks by "
-            "their mean keys, and what a mean hides is lost.",
+            "their mean keys, and what a mean hides is lost. Even the first tokens are read only if picked.",
             "No Triton kernel computes lists of single queries: PyTorch runs them on every device.",
         )
         return (*super().limitations(), *(more if self.exact else ()))
