@@ -292,7 +292,8 @@ def _loop(student, plain, job: HealRun, packed: Packed, held_out: HeldOutEvaluat
 
 def _of_metrics(lines: list[dict]) -> dict:
     """The entries of the record that follow from metrics.jsonl."""
-    losses = [line["loss"] for line in lines]
+    # Losses under sparse and under full attention are not compared with each other.
+    losses = [line["loss"] for line in lines if line.get("full_attention") == lines[0].get("full_attention")]
     span = max(1, min(CURVE_ENDS, len(losses) // 4))
     return {"loss": {"first": _mean(losses[:span]), "last": _mean(losses[-span:])}} | record_of(lines)
 

@@ -352,7 +352,9 @@ def _how(record: dict) -> list[str]:
     if record.get("ended_by") == "gate":
         lines.append("It ended early, when a part of the held-out text passed the gate")
     if None not in (loss.get("first"), loss.get("last")):
-        lines.append(f"The training loss went from {loss['first']:.3f} to {loss['last']:.3f}")
+        attention = record.get("attention") or {}
+        under = " in the steps with sparse attention" * bool(attention.get("full_steps") and attention["sparse_steps"])
+        lines.append(f"The training loss went from {loss['first']:.3f} to {loss['last']:.3f}{under}")
     return lines
 
 

@@ -193,6 +193,12 @@ def test_the_card_and_the_plan_say_it(healing, surgery, model, text, tmp_path):
     loss = report.data["heal"]["attention"]["text_loss"]
     assert "Attention was sparse in 6 steps and full in the last 2." in card
     assert f"a loss of {loss['sparse']:.3f} nats a token with sparse attention and of {loss['full']:.3f} with" in card
+    assert "in the steps with sparse attention." in card
+    curve = [line["loss"] for line in lines(tmp_path / "healed")]
+    assert report.data["heal"]["loss"] == {"first": curve[0], "last": curve[5]}, (
+        "of six sparse steps, not of full ones"
+    )
+    assert (tmp_path / "healed/healing/loss.png").is_file()
     done = surgery(
         "plan", "moba-heal", model, "sparse_prefill.last_layers_full=0", "heal.length=1024", "heal.steps=10"
     )
