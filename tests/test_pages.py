@@ -124,12 +124,13 @@ def test_a_missing_row_is_named(copied):
     results, tables = copied["results"], copied["tables"]
     path = results.FOLDER / "sparse-recipes.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(data | {"rows": [row for row in data["rows"] if row[0] != "`moba`"]}), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"results/sparse-recipes.json has no row '`moba`'; it has `sparse-prefill`"):
+    rows = [row for row in data["rows"] if row[0] != "`minference`"]
+    path.write_text(json.dumps(data | {"rows": rows}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"sparse-recipes.json has no row '`minference`'; it has `sparse-prefill`"):
         list(tables.stale())
     page = tables.ROOT / "recipes" / "moh.md"
     edit(page, "| `mae` | 8 of 9 | 12.26 | 8 |\n", "")
-    edit(results.FOLDER / "recipes.json", '"`moba`"', '"`minference`"')
+    edit(results.FOLDER / "recipes.json", '"`minference`"', '"`flexprefill`"')
     assert any("moh.md: results moh-recipes: lacks | `mae` | 8 of 9" in fault for fault in tables.stale())
 
 

@@ -12,6 +12,7 @@ from surgery.errors import SettingError, TrainingError, UnsupportedModelError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
 from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
+from surgery.healing.sparse_attention import plan_lines, refuse_without_sparse, switch_step
 from surgery.io.printing import Printed
 from surgery.operations.base import Measurement
 
@@ -38,6 +39,7 @@ class HealPlan(Printed):
         mixing: table of the mixing weights, which are no parameters of the result.
         mixed: how many numbers the mixed heads of the base have, which are in memory during the training.
         note: a note for the user on the rows, or "".
+        attention: lines on the attention of a model with sparse prefill.
     """
 
     heal: Heal
@@ -52,6 +54,7 @@ class HealPlan(Printed):
     mixed: int = 0
     engine: Engine = field(default_factory=Engine)
     note: str = ""
+    attention: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -84,6 +87,7 @@ class HealPlan(Printed):
         hidden = getattr(config, "hidden_size", 0) or 0
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
         _refuse_alternating(heal, operations, trained, engine, more)
+        refuse_without_sparse(heal, anatomy)
         paths = tuple(layer.path for layer in anatomy.layers)
         fitted = [name for name in trained.parameters if name.startswith(paths)]
         if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
@@ -111,6 +115,7 @@ class HealPlan(Printed):
             mixed,
             engine,
             note,
+            plan_lines(heal, anatomy),
         )
 
     @property
@@ -208,6 +213,7 @@ class HealPlan(Printed):
             *mixing,
             f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
             f"learning rate {heal.rate:g}",
+            *self.attention,
             *([f"note: {self.note}"] if self.note else []),
         ]
 
@@ -229,6 +235,7 @@ class HealPlan(Printed):
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
+            "full_from_step": switch_step(self.heal),
             "processes": self.engine.processes,
             "engine": self.engine.name,
             "memory_bytes": self.memory_bytes,

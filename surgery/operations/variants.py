@@ -128,7 +128,8 @@ class Variants(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The record, with other methods' fields as earlier versions recorded them. Resume hashes are made from it."""
-        others = self.strangers(keys_of(type(self)))
+        later = {key for method in self.METHODS.values() for key in method.LATER}
+        others = [key for key in self.strangers(keys_of(type(self))) if key not in later]
         unset = {key: values[0] for key in others if (values := self.unset(key))}
         return self.model_dump(mode="json") | unset
 

@@ -53,6 +53,7 @@ FILES = {
     "policy": "surgery_kv_policy",
     "policy.log": "surgery_kv_log",
     "sparse.kernel": "block_sparse_prefill",  # of the package's kernels
+    "sparse.queries": "surgery_query_blocks",  # where each query has a list of its own
     # The estimators of blocks, in the order in which they are listed for people.
     "sparse.pooled": "surgery_estimate_pooled",
     "sparse.sampled": "surgery_estimate_sampled",

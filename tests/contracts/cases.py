@@ -82,7 +82,17 @@ CASES: dict[str, Case] = {
     ),
     "sparse_prefill": Case(
         {"method": "streaming", "block": 16, "sinks": 4, "window": 4, "dense_below": 0},
-        {"sparse_prefill, gamma 1": lambda _: {"gamma": 1.0, "block": 16, "dense_below": 0}},
+        {
+            "sparse_prefill, gamma 1": lambda _: {"gamma": 1.0, "block": 16, "dense_below": 0},
+            "sparse_prefill, exact, dense rows": lambda _: {
+                "method": "block_topk",
+                "exact": True,
+                "top": 1,
+                "block": 16,
+                "dense_below": 0,
+                "last_rows_dense": LENGTH,
+            },
+        },
         ("block", 3),
         chunks=(32, 48, 12, 1),
         padded=False,

@@ -209,6 +209,8 @@ SAME = {
     "columns": {"method": "vertical_slash", "vertical": LENGTH, "slash": 16},
     "diagonals": {"method": "vertical_slash", "vertical": 16, "slash": LENGTH},
     "top": {"method": "block_topk", "top": 10},
+    "exact": {"method": "block_topk", "top": 10, "exact": True},
+    "exact, last rows": {"method": "block_topk", "top": 1, "exact": True, "last_rows_dense": LENGTH},
     "max_threshold": {"method": "max_threshold", "alpha": 0.0},
     "hierarchical": {"method": "hierarchical", "top": 10},
     "by head": {"method": "by_head", "patterns": [{"method": "pooled", "gamma": 1.0}] * 8},
