@@ -365,9 +365,12 @@ class SinkWeights(Part):
         if fault := fault_of_shapes(config, {name: named[name] for name in self.parameters if name in named}, groups):
             return fault
         if "surgery_log_beta" not in named:
-            return "has surgery_sink_probe or act without surgery_log_beta"
-        if ("surgery_sink_probe" in named) == ("act" in layer):
-            return "finds sinks by a map (act) or by surgery_sink_probe: it must have one of them"
+            own = "surgery_sink_probe" if "surgery_sink_probe" in named else "act"
+            return f"has one of surgery_log_beta and {own} without the other"
+        if "act" not in layer and "surgery_sink_probe" not in named:
+            return "has one of surgery_log_beta and surgery_sink_probe without the other, and no act either"
+        if "act" in layer and "surgery_sink_probe" in named:
+            return "has act and surgery_sink_probe: sinks are found in one way"
         alpha = layer["act"].get("alpha") if isinstance(layer.get("act"), dict) else None
         number = type(alpha) in (int, float) and 0 < alpha < inf
         if "act" in layer and not (number and set(layer["act"]) == {"alpha"}):

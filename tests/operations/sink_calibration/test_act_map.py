@@ -542,14 +542,17 @@ def test_bad_fields(refused, model, asked, overrides, says):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ({"act": {"alpha": 5.0}}, "without surgery_log_beta"),
+        ({"act": {"alpha": 5.0}}, "one of surgery_log_beta and act without the other"),
         ({"act": {"alpha": 0}, "parameters": {"surgery_log_beta": [8]}}, "a number alpha above 0"),
         ({"act": {"alpha": True}, "parameters": {"surgery_log_beta": [8]}}, "a number alpha above 0"),
         ({"act": {"alpha": math.inf}, "parameters": {"surgery_log_beta": [8]}}, "a number alpha above 0"),
         ({"act": {"alpha": 5.0, "n": 1}, "parameters": {"surgery_log_beta": [8]}}, "a number alpha above 0"),
         ({"act": [], "parameters": {"surgery_log_beta": [8]}}, "a number alpha above 0"),
-        ({"parameters": {"surgery_log_beta": [8]}}, "must have one of them"),
-        ({"act": {"alpha": 5.0}, "parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 10]}}, "one of"),
+        ({"parameters": {"surgery_log_beta": [8]}}, "without the other, and no act"),
+        (
+            {"act": {"alpha": 5.0}, "parameters": {"surgery_log_beta": [8], "surgery_sink_probe": [8, 10]}},
+            "in one way",
+        ),
         ({"act": {"alpha": 5.0}, "parameters": {"surgery_log_beta": [4]}}, "it is [8]"),
         ({"act": {"alpha": 5.0}, "policy": {"name": "identity"}, "parameters": {"surgery_log_beta": [8]}}, "in order"),
     ],
