@@ -89,7 +89,7 @@ def objective(model, sample, kind: str) -> torch.Tensor:
         return choice_loss(choice_logps(model, [sample], cached=by_prompt)[0], sample.answer)
     ids = sample[None].to(model.device)
     if by_prompt:
-        logits, targets = _continued(model, ids, ids.shape[1] // 2)
+        logits, targets = continued(model, ids, ids.shape[1] // 2)
     else:
         logits, targets = model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
     logp = logits.float().log_softmax(-1)
@@ -98,7 +98,7 @@ def objective(model, sample, kind: str) -> torch.Tensor:
     return -(logp.exp() * logp).sum(-1).mean()
 
 
-def _continued(model, ids: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def continued(model, ids: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits [n, vocabulary] that predict the tokens of a text [1, length] from `first` on, and these tokens."""
     prompted = model(input_ids=ids[:, :first], use_cache=True)
     rest = model(input_ids=ids[:, first:-1], use_cache=True, **{CACHE: prompted[CACHE]}).logits[0]

@@ -496,12 +496,13 @@ def test_layers_by_default_and_as_given():
     assert layers(1) == [0]
     assert layers(6, layers=None) == list(range(6))
     assert layers(6, layers=[5, 0]) == [0, 5]
+    assert recipes.load("act").operations[0].layers is None, "its figures on the pages are of all layers"
     planned = package.plan(recipe(sink("act", find="map")), TINY["llama"](num_hidden_layers=6))
     assert any("layers 2 to 4 by default" in line for line in map(str, planned.to_dict()["notes"]))
 
 
 def test_a_plan_names_the_rule(surgery, model):
-    said = surgery("plan", "act", model, "find=map", "layers=null").out
+    said = surgery("plan", "act", model, "find=map").out
     assert "above 5 / N" in said
     assert "fills the empty cache" in " ".join(said.split())
     assert "by default" not in said
