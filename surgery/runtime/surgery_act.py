@@ -196,28 +196,32 @@ def sinks_of_map(query, view: KeyValues, lse, scoring: Scoring, alpha: float, wa
 def _column_sums(query, view: KeyValues, lse, scoring: Scoring, chosen, position, real) -> torch.Tensor:
     """The weight that each key gets from all real queries: [batch, chosen heads, N].
 
+    The heads that read one KV head run together, so that its keys are converted once and never copied for each head.
+
     Args: those of `sinks_of_map`; chosen: indices of heads. position, real: [1 or batch, N], of the tokens.
     """
-    batch, heads, length, _ = query.shape
-    keys = view.keys[:, chosen * view.keys.shape[1] // heads]
-    query, lse = query[:, chosen], lse[:, chosen]
+    (batch, heads, length, _), kv_heads = query.shape, view.keys.shape[1]
     if scoring.sink is not None:  # the base's learned sink has its share in the map
-        lse = torch.logaddexp(lse, scoring.sink[chosen].to(lse.dtype)[:, None])
-    total = lse.new_zeros(batch, len(chosen), length)
-    rows = max(1, min(ROWS, HELD // (batch * len(chosen) * length)))
+        lse = torch.logaddexp(lse, scoring.sink.to(lse.dtype)[:, None])
+    total, owners = lse.new_zeros(batch, len(chosen), length), chosen * kv_heads // heads
     at, real = position[:, None, :, None], real[:, None]
     columns, lasting = position[:, None, None], (position < view.visibility.sinks)[:, None, None]
-    for begin in range(0, length, rows):
-        block = slice(begin, begin + rows)
-        for near in _columns(view, position, begin, min(begin + rows, length)):
-            logits = scores(query[:, :, block], keys[:, :, near], scoring.scale, scoring.softcap, lse.dtype)
-            seen = _sees(view, at[:, :, block], columns[..., near], lasting[..., near])
-            seen = seen & real[:, :, block, None] & real[:, :, None, near]
-            if view.read is not None:
-                by_head = columns[..., near].expand(batch, heads, 1, -1)
-                seen = seen & view.read(at[:, :, block].expand(batch, -1, -1, -1), by_head)[:, chosen]
-            weights = (logits - lse[:, :, block, None]).masked_fill(~seen, -torch.inf).exp()
-            total[:, :, near] += weights.sum(2)
+    for owner in owners.unique().tolist():
+        mine, keys = owners == owner, view.keys[:, owner : owner + 1].to(lse.dtype)
+        own = chosen[mine]
+        rows, sums = max(1, min(ROWS, HELD // (batch * len(own) * length))), lse.new_zeros(batch, len(own), length)
+        for begin in range(0, length, rows):
+            block = slice(begin, begin + rows)
+            part, norm = query[:, own, block], lse[:, own, block, None]
+            for near in _columns(view, position, begin, min(begin + rows, length)):
+                seen = _sees(view, at[:, :, block], columns[..., near], lasting[..., near])
+                seen = seen & real[:, :, block, None] & real[:, :, None, near]
+                if view.read is not None:
+                    by_head = columns[..., near].expand(batch, heads, 1, -1)
+                    seen = seen & view.read(at[:, :, block].expand(batch, -1, -1, -1), by_head)[:, own]
+                logits = scores(part, keys[:, :, near], scoring.scale, scoring.softcap, lse.dtype)
+                sums[:, :, near] += (logits - norm).masked_fill(~seen, -torch.inf).exp().sum(2)
+        total[:, mine] = sums
     return total
 
 

@@ -134,10 +134,10 @@ def marks_of_map(weights, seen, alpha: float, prompt: int | None = None) -> torc
     for row in range(len(weights)):
         for head in range(weights.shape[1]):
             most = max(int(seen[row, head, i].sum()) for i in range(end))
-            for j in range(end):
-                queries = [i for i in range(end) if seen[row, head, i, j]]
-                mean = math.fsum(weights[row, head, i, j].item() for i in queries) / max(len(queries), 1)
-                marks[row, head, j] = bool(queries) and mean > alpha / most
+            columns = zip(weights[row, head].T.tolist(), seen[row, head].T.tolist(), strict=True)
+            for j, (weight, sees) in enumerate(columns):
+                of_queries = [w for w, saw in zip(weight[:end], sees[:end], strict=True) if saw]
+                marks[row, head, j] = bool(of_queries) and math.fsum(of_queries) / len(of_queries) > alpha / most
     return marks
 
 

@@ -194,7 +194,9 @@ def choose_heads(trial: Trial, targets: dict[int, list[int]], beta: float, progr
 def choose_each(trial: Trial, targets: dict[int, list[int]], beta: float, progress=None) -> dict:
     """Give beta to every head that gains from it alone on the trial's `fit`, as in the paper.
 
-    The choice is kept if all these heads together are better on the trial's `validation` (see `Trial.settle`).
+    A head gains if the objective is lower, which for questions is -log of the right choice's share; the paper counts
+    right choices. The choice is kept if all these heads together are better on the trial's `validation` (see
+    `Trial.settle`).
 
     Args: as for `choose_heads`.
 
