@@ -203,6 +203,18 @@ def test_sinks_table(tmp_path):
 
 @pytest.mark.slow
 @needs_demo
+def test_act_table(tmp_path):
+    few = ("--windows", "1", "--length", "64", "--samples", "4", "--rows", "map", "--out", "t.json")
+    printed = run("benchmarks/act_table.py", *few, cwd=tmp_path)
+    assert run("benchmarks/act_table.py", *few, cwd=tmp_path) == printed, "the second time all is known"
+    rows = {cells[1].strip(): cells for line in printed.splitlines() if len(cells := line.split("|")) > 3}
+    assert {"the base", "map", "map, all heads"} <= rows.keys()
+    assert int(rows["map, all heads"][4]) == 27 * 9
+    assert rows["map, all heads"][5] != rows["map"][5]
+
+
+@pytest.mark.slow
+@needs_demo
 def test_moh_table(tmp_path):
     few = ("--active", "0.67", "--scores", "energy", "--samples", "4", "--windows", "1", "--out", "rows.json")
     printed = run("benchmarks/moh_table.py", *few, "--routers", "fit", "random", cwd=tmp_path)

@@ -72,7 +72,7 @@ MANY = {
     "operations/moh": "route",
     "operations/sparse_prefill": "search_patterns",
     "report": "heat_maps",
-    "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled scale_sinks unpadded "
+    "runtime": "_attend _block _under_mask flexprefill max_threshold pooled sampled unpadded "
     "vertical_slash xattention",
 }
 OPEN = {"runtime": ("surgery_estimate_", "surgery_kv_")}  # room -> how the name of a new entry begins
