@@ -136,7 +136,7 @@ def run_base_then_model(
 
         def tick(done: int, before: int = before, which: str = MODELS[label]) -> None:
             if progress:
-                words = f"asked {which} {done} of {cases}" if total > cases else ""
+                words = f"asked {before + done} of {total}, now {which}" if total > cases else ""
                 progress(before + done, total, words)
 
         tick(0)

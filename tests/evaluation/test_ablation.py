@@ -215,8 +215,8 @@ def test_the_probe_is_the_recall_test_of_models_without_those_heads(scores, off)
         assert [one.nll for one in outcomes] != pytest.approx([one.nll for one in result.outcomes["out"]], abs=1e-4)
     needles = make_needles(byte_tokenizer(), **SMALL)
     assert result.outcomes["out"] == run_needles(tiny(), needles) == run_needles(model, needles), "it is restored"
-    assert calls[0] == (0, 100, "recall test: asked the converted model 0 of 4")
-    assert calls[-1] == (100, 100, "recall test: asked the converted model (random heads off, draw 2) 4 of 4")
+    assert calls[0] == (0, 100, "recall test: asked 0 of 16, now the converted model")
+    assert calls[-1] == (100, 100, "recall test: asked 16 of 16, now the converted model (random heads off, draw 2)")
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)
     facts = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     without = facts["without"]

@@ -312,8 +312,8 @@ def test_folders_one_after_the_other(folder, monkeypatch):
     result = evaluate_needles(folder, folder, **SMALL, progress=lambda *call: calls.append(call))
     assert alive[1] <= alive[0], "the base is gone when out is loaded"
     assert result.outcomes["base"] == result.outcomes["out"]
-    turns = [(i, f"asked the base {i} of 12") for i in range(13)]
-    turns += [(12 + i, f"asked the converted model {i} of 12") for i in range(13)]
+    turns = [(i, f"asked {i} of 24, now the base") for i in range(13)]
+    turns += [(12 + i, f"asked {12 + i} of 24, now the converted model") for i in range(13)]
     assert calls == [(100 * done // 24, 100, f"recall test: {turn}") for done, turn in turns]
     assert result.reach is None
     assert result.settings["depths"] == [0.25, 0.5, 0.75]

@@ -144,9 +144,9 @@ def followers(fits: list[Fit], made_by: str, typed: str) -> None:
         f"{count(len(able), 'recipe')} can be applied to this result: {', '.join(able)}."
         if able
         else "No recipe can be applied to this result.",
-        f"{len(base)} can only be applied to its base: {', '.join(base)}. To combine another of these with "
-        f"{made_by or 'what was done'}, write one recipe with both operations. `surgery cp duo-after-gqa` copies an "
-        "example."
+        f"{len(base)} can only be applied to its base: {', '.join(base)}. To have one of these together with "
+        f"{made_by or 'what was done'}, write one recipe with both operations and apply it to the base. `surgery cp "
+        "duo-after-gqa` copies an example."
         if base
         else "",
     ]

@@ -211,7 +211,10 @@ class MultiNeedle(CaseProbe):
             f"{len(result.cases)} {settings['form']} prompts of {settings['lengths'][0]:,} tokens, seed "
             f"{settings['seed']}; a random guess is right with probability {settings['chance']:.0e}."
         )
-        return [*lines, f"They are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
+        return [
+            *lines,
+            f"The secrets are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']}).",
+        ]
 
 
 def _letters_per_token(tokenizer: Any, text: str) -> float:

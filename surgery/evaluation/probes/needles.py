@@ -375,7 +375,8 @@ class Needles(CaseProbe):
             )
         if kept := result.compare():
             where = " outside sinks and window" if result.reach else ""
-            share = f"{kept['kept']} of {kept['of']} that the base finds{where} ({percent(kept)})"
+            lies = f" and that lie{where}" if where else ""
+            share = f"{kept['kept']} of the {kept['of']} that the base finds{lies} ({percent(kept)})"
             nothing = f"nothing to compare (the base finds no needle{where})"
             lines.append(f"{'kept:':<11}{share if kept['of'] else nothing}")
         if off := record.get("without"):
@@ -383,7 +384,10 @@ class Needles(CaseProbe):
         samples = f"{count(settings['samples'], 'prompt')} for each depth and length"
         size = f"{samples}, {settings['form']} form, seed {settings['seed']}"
         lines.append(f"{size}; a random guess is right with probability {settings['chance']:.0e}.")
-        return [*lines, f"They are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']})."]
+        return [
+            *lines,
+            f"The secrets are hidden in: {settings['text']['title']} (sha256 {settings['text']['sha256']}).",
+        ]
 
     @classmethod
     def verdict(cls, record: dict) -> str:
@@ -442,7 +446,7 @@ def _grid(result: NeedleResult, labels: list[str]) -> Table:
             star = "* " if (length, depth) in starred else ""
             cells.append(f"{star}{' → '.join(str(hit) for hit, _ in hits)} of {hits[0][1]}")
         rows.append([f"{depth:.2f}", *cells])
-    return Table(("depth", *(f"{length:,} tokens" for length in result.lengths)), rows, justify="right")
+    return Table(("depth", *(f"prompts of {length:,} tokens" for length in result.lengths)), rows, justify="right")
 
 
 def _longest(needles: Sequence[Needle]) -> int:

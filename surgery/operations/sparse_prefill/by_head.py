@@ -43,8 +43,8 @@ class ByHead(SparsePrefill):
     def problems_of_search(self, anatomy: Anatomy) -> list[str]:
         if self.searches and any(layer.streaming for layer in anatomy.layers):
             return [
-                "the search of patterns needs heads that see all keys: give patterns, or write one recipe with "
-                "sparse_prefill before duo_attention"
+                "the search of patterns needs heads that see all keys, and some stream here: set patterns, or write "
+                "one recipe in which the operation sparse_prefill comes before duo_attention"
             ]
         return []
 
