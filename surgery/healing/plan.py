@@ -11,7 +11,7 @@ from surgery.calibration.cost import GRADIENT
 from surgery.errors import SettingError, TrainingError, UnsupportedModelError
 from surgery.healing import losses
 from surgery.healing.distributed import Engine
-from surgery.healing.parameters import Table, TrainableParameters, select_trainable, summed_up
+from surgery.healing.parameters import Table, TrainableParameters, count_of, select_trainable, summed_up
 from surgery.io.printing import Printed
 from surgery.operations.base import Measurement
 
@@ -38,6 +38,8 @@ class HealPlan(Printed):
         mixing: table of the mixing weights, which are no parameters of the result.
         mixed: how many numbers the mixed heads of the base have, which are in memory during the training.
         note: a note for the user on the rows, or "".
+        fitted: how many numbers the layer-wise start fits.
+        started: how many of them do not train afterwards, or only by low-rank updates.
     """
 
     heal: Heal
@@ -52,6 +54,8 @@ class HealPlan(Printed):
     mixed: int = 0
     engine: Engine = field(default_factory=Engine)
     note: str = ""
+    fitted: int = 0
+    started: int = 0
 
     @classmethod
     def of(
@@ -85,7 +89,7 @@ class HealPlan(Printed):
         trained = select_trainable(heal, anatomy, table | mixing, rewritten, more=more)
         _refuse_alternating(heal, operations, trained, engine, more)
         paths = tuple(layer.path for layer in anatomy.layers)
-        fitted = [name for name in trained.parameters if name.startswith(paths)]
+        fitted = [name for name in (*trained.parameters, *trained.started) if name.startswith(paths)]
         if heal.warm_start and _hard_mae(operations) and all("surgery_router" in name for name in fitted):
             raise SettingError(
                 "a layer-wise start has nothing to train: hard gates of mae only choose, and a choice has no gradient",
@@ -96,7 +100,7 @@ class HealPlan(Printed):
             raise SettingError(
                 "a layer-wise start has nothing to train: no attention parameter trains but by low-rank updates",
                 where="heal.warm_start",
-                fix="heal.warm_start=0, or heal.method=full",
+                fix="heal.warm_start=0, heal.warm_start_of=attention, or heal.method=full",
             )
         return cls(
             heal,
@@ -111,6 +115,8 @@ class HealPlan(Printed):
             mixed,
             engine,
             note,
+            count_of(fitted, table | mixing) if heal.warm_start else 0,
+            count_of(trained.started, table),
         )
 
     @property
@@ -138,6 +144,8 @@ class HealPlan(Printed):
         stored = layer + 4 * self.layers * self.hidden if self.heal.gradient_checkpointing else layer * self.layers
         return {
             "weights": -(-4 * self.parameters // shards("weights")) + 4 * self.mixed,
+            # The layer-wise start has a copy and two moments of what it fits, and is over before the training.
+            "layer-wise start": max(0, 4 * (1 + MOMENTS) * (self.fitted - self.trained.count)),
             "gradients": -(-4 * self.trained.count // shards("gradients")),
             "optimizer": -(-4 * MOMENTS * self.trained.count // shards("optimizer")),
             "base": 4 * self.base_parameters,
@@ -165,8 +173,9 @@ class HealPlan(Printed):
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the checkpoints that are on disk at the same time."""
-        return self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        """Bytes of the checkpoints that are on disk at the same time, with what the layer-wise start alone changed."""
+        checkpoints = self.checkpoint_bytes * (self.heal.keep_checkpoints + 1) if self.heal.checkpoint_every else 0
+        return checkpoints + 4 * self.started
 
     def measurements(self) -> tuple[Measurement, ...]:
         """The stages of the training, for the time estimate of `plan`. Reading data from files is not counted."""
@@ -208,8 +217,27 @@ class HealPlan(Printed):
             *mixing,
             f"heal: towards {losses.aim(heal.loss)} ({losses.written(heal.loss)}), on {heal.data}, {how_long}, "
             f"learning rate {heal.rate:g}",
+            *self._further_lines(),
             *([f"note: {self.note}"] if self.note else []),
         ]
+
+    def _further_lines(self) -> list[str]:
+        """Lines on settings that few trainings have."""
+        heal, lines = self.heal, []
+        if heal.recall:
+            rows = f", {recalled(heal):,} of {heal.planned_steps * heal.rows:,} rows" if heal.planned_steps else ""
+            lines.append(
+                f"heal: in {heal.recall:.0%} of the rows something said earlier comes back{rows} (passages, codes, "
+                "lists, quotations)"
+            )
+        if heal.sure:
+            lines.append(f"heal: a token counts {1 - heal.sure:g} + {heal.sure:g} p, p the base's largest probability")
+        if self.started:
+            lines.append(
+                f"heal: the layer-wise start changes {self.started:,} further parameters of attention, which then "
+                f"{'train by low-rank updates or not at all' if self.trained.adapted else 'do not train'}"
+            )
+        return lines
 
     def headline(self) -> str:
         heal = self.heal
@@ -226,6 +254,7 @@ class HealPlan(Printed):
             "in_full": summed_up(set(self.trained.parameters) - self.mixing.keys()),
             "mixing": self.mixing_count,
             "adapted": len(self.trained.adapted),
+            **({"started": self.started} if self.started else {}),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,
@@ -250,6 +279,11 @@ def _mixing(heal: Heal, anatomy: Anatomy, base: Anatomy | None, operations: Sequ
     heads = sum(len(members) for _, _, groups in merged for members in groups)
     table = mixing_table(merged, heal.mixing, hidden, heal.mixing_heads == "train")
     return table, 2 * heads * merged[0][1].head_dim * hidden
+
+
+def recalled(heal: Heal) -> int:
+    """About how many of the rows that a training of known length reads have repeats; 0 where the clock ends it."""
+    return round(heal.recall * heal.planned_steps * heal.rows) if heal.planned_steps else 0
 
 
 def _hard_mae(operations: Sequence[dict]) -> bool:

@@ -1,0 +1,256 @@
+"""Rows of text in which something said earlier comes back, from short distances to the whole row.
+
+    passage   a passage of the text again, word for word
+    code      lines of a label and a random code, hidden in the text, and given again at the end
+    lookup    a list of names and values; some of its lines again at the end, in another order. Where all of the row's
+              text is between them, the list begins the row
+    quote     sentences of the text in quotation marks, later in the text
+
+Everything here is a pure function of token lists and a seeded `random.Random`. Text is a list of sentences (token
+lists), so that parts are put between sentences. Words, codes and punctuation as tokens come from `recall_rows`.
+
+Ordinary text repeats little at a distance. That models learn to copy from repeats is the observation of Olsson et al.
+2022, "In-context Learning and Induction Heads", arXiv 2209.11895; distillation on such rows asks the base for it.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+SHORTEST_PASSAGE = 8  # tokens of a passage that comes back
+LONGEST_QUOTE = 48
+QUOTES = 3  # at most, in a row
+LINES = 16  # most hidden lines of a row
+FEWEST_LINES, LINE_SHARE = 2, 5  # so many lines at least; none is longer than a fifth of the row
+LIST_SHARES = 0.15, 0.6  # of the row, for a list and its repeated lines
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Punctuation as tokens. Each is empty where the tokenizer cannot write it.
+
+    Attributes:
+        gap: an empty line.
+        line: the end of a line.
+        opening, closing: quotation marks.
+    """
+
+    gap: tuple[int, ...] = ()
+    line: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelledLine:
+    """A line as tokens: the label with the end of the line before it and the mark after it, and the value."""
+
+    label: tuple[int, ...]
+    value: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens of the line."""
+        return self.label + self.value
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Tokens of a row that were in it before: [first, end), and how many tokens earlier they were first."""
+
+    first: int
+    end: int
+    distance: int
+
+
+@dataclass(frozen=True)
+class RepeatRow:
+    """A row, without the tokens with which every text begins.
+
+    Attributes:
+        kind: one of `KINDS`.
+        ids: its tokens, exactly as many as were asked for.
+        used: how many tokens of the text it has, from the text's beginning on, each once without its repeats.
+        repeats: what comes back.
+    """
+
+    kind: str
+    ids: list[int]
+    used: int
+    repeats: tuple[Repeat, ...]
+
+
+Text = Sequence[Sequence[int]]
+
+
+def passage(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
+    """A passage comes back word for word, as a paragraph of its own.
+
+    Args:
+        text: sentences with at least `size` tokens in all.
+        size: tokens of the row.
+        where: from 0 to 1: the distance, from the shortest to the whole row.
+        draw: for all that is random.
+        entries: not read.
+    """
+    longest = max(SHORTEST_PASSAGE, size // 3)
+    wanted = round(SHORTEST_PASSAGE * (longest / SHORTEST_PASSAGE) ** draw.random())
+    return _with_copies("passage", text, size, [where], [wanted], draw, (marks.gap, marks.gap))
+
+
+def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
+    """Up to three sentences come back in quotation marks; arguments as for `passage`."""
+    count = draw.randint(1, max(1, min(QUOTES, size // (4 * SHORTEST_PASSAGE))))
+    longest = max(SHORTEST_PASSAGE, min(LONGEST_QUOTE, size // (3 * count)))
+    wanted = [draw.randint(SHORTEST_PASSAGE, longest) for _ in range(count)]
+    wheres = [(where + index / count) % 1 for index in range(count)]
+    return _with_copies("quote", text, size, wheres, wanted, draw, (marks.opening, marks.closing))
+
+
+def code(
+    text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries: Sequence[LabelledLine] = ()
+) -> RepeatRow:
+    """Lines are hidden in the text, evenly spread, and given again at the end in another order.
+
+    Args:
+        where: from 0 to 1: moves the hidden lines towards the end.
+        entries: at least FEWEST_LINES lines; the first of them are taken, as many as fit.
+        others: as for `passage`.
+    """
+    room = size // 2 if where < 0.5 else 4 * size // 5
+    chosen = _fitting(entries, room, lambda entry: 2 * len(entry.ids) + len(marks.line), draw.randint(2, LINES))
+    again = _another_order(chosen, draw)
+    listed = sum(len(entry.ids) for entry in again)
+    hidden = [entry.ids + marks.line for entry in chosen]
+    used = size - listed - sum(map(len, hidden))
+    body, ends = _first_tokens(text, used), _ends(text)
+    wanted = [round((index + where) / len(chosen) * used) for index in range(len(chosen))]
+    places = [_nearest(ends, place, 0, used) for place in wanted]
+    ids, starts = _inserted(body, list(zip(places, hidden, strict=True)))
+    originals = dict(zip(chosen, starts, strict=True))
+    return _with_list_again("code", ids, used, again, originals)
+
+
+def lookup(
+    text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries: Sequence[LabelledLine] = ()
+) -> RepeatRow:
+    """A list of lines, then text, and at the end half of the lines in another order.
+
+    Args:
+        where: from 0 to 1: the text between list and end, from none to all of it; the rest is before the list.
+        others: as for `code`.
+    """
+    room = round(size * draw.uniform(*LIST_SHARES))
+    listed = _fitting(entries, room, lambda entry: 1.5 * len(entry.ids), len(entries))
+    again = _another_order(listed, draw)[: max(1, len(listed) // 2)]
+    first = list(chain.from_iterable(entry.ids for entry in listed))
+    tail = sum(len(entry.ids) for entry in again)
+    used = size - len(first) - len(marks.gap) - tail
+    begins = _nearest(_ends(text), round((1 - where) * used), 0, used)
+    starts = accumulate((len(entry.ids) for entry in listed[:-1]), initial=begins)
+    originals = dict(zip(listed, starts, strict=True))
+    body = _first_tokens(text, used)
+    ids = [*body[:begins], *first, *marks.gap, *body[begins:]]
+    return _with_list_again("lookup", ids, used, again, originals)
+
+
+KINDS: dict[str, Callable[..., RepeatRow]] = {"passage": passage, "code": code, "lookup": lookup, "quote": quote}
+
+
+def _with_copies(
+    kind: str, text: Text, size: int, wheres: Sequence[float], wanted: Sequence[int], draw: random.Random, around
+) -> RepeatRow:
+    """A row of text into which copies of its own passages are put, each `around` its two marks.
+
+    Args:
+        wheres: the distance of each copy, from 0 (at once) to 1 (the whole row).
+        wanted: most tokens of each passage.
+    """
+    opening, closing = around
+    ends, room = _ends(text), size - sum(wanted) - len(wanted) * len(opening + closing)
+    copies = []
+    for where, most in zip(wheres, wanted, strict=True):
+        gap = round(where * max(0, room - most))  # from the passage's end to its copy
+        first = _nearest(ends, draw.randint(0, max(0, room - most - gap)), 0, max(0, room - most - gap))
+        end = _last(ends, first + min(SHORTEST_PASSAGE, most), first + most)
+        copies.append((_nearest(ends, end + gap, end, room), first, end))
+    copies.sort()
+    body = list(chain.from_iterable(text))
+    used = size - sum(len(opening + closing) + end - first for _, first, end in copies)
+    parts = [(place, (*opening, *body[first:end], *closing)) for place, first, end in copies]
+    ids, starts = _inserted(body[:used], parts)
+    repeats = []
+    for (_, first, end), start in zip(copies, starts, strict=True):
+        begins = start + len(opening)
+        # What was put in before the passage moves it. A copy between its sentences would cut it.
+        moved = sum(len(part) for place, part in parts if place <= first)
+        cut = any(first < place < end for place, _ in parts)
+        if not cut:
+            repeats.append(Repeat(begins, begins + end - first, begins - first - moved))
+    return RepeatRow(kind, ids, used, tuple(repeats))
+
+
+def _with_list_again(
+    kind: str, ids: list[int], used: int, again: Sequence[LabelledLine], originals: dict[LabelledLine, int]
+) -> RepeatRow:
+    """The row that ends with lines of `again`; their values come back. `originals`: where each line was first."""
+    ids, repeats = list(ids), []
+    for entry in again:
+        start = len(ids)
+        ids += entry.ids
+        repeats.append(Repeat(start + len(entry.label), len(ids), start - originals[entry]))
+    return RepeatRow(kind, ids, used, tuple(repeats))
+
+
+def _fitting(
+    entries: Sequence[LabelledLine], room: float, cost: Callable[[LabelledLine], float], most: int
+) -> list[LabelledLine]:
+    """The first entries that fit into `room` tokens: FEWEST_LINES at least, `most` at most."""
+    costs = accumulate(map(cost, entries))
+    count = sum(total <= room for total in costs)
+    return list(entries[: max(FEWEST_LINES, min(count, most))])
+
+
+def _another_order(entries: Sequence[LabelledLine], draw: random.Random) -> list[LabelledLine]:
+    """The entries, shuffled; never in the same order."""
+    shuffled = list(entries)
+    while len(set(entries)) > 1 and shuffled == list(entries):
+        draw.shuffle(shuffled)
+    return shuffled
+
+
+def _inserted(body: Sequence[int], parts: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
+    """The tokens with parts put in before the tokens `place`, in order of place, and where each part begins."""
+    ids: list[int] = []
+    starts, done = [], 0
+    for place, part in parts:
+        ids += body[done:place]
+        starts.append(len(ids))
+        ids += part
+        done = place
+    return [*ids, *body[done:]], starts
+
+
+def _first_tokens(text: Text, count: int) -> list[int]:
+    return list(chain.from_iterable(text))[:count]
+
+
+def _ends(text: Text) -> list[int]:
+    """Where sentences end, beginning with 0."""
+    return list(accumulate(map(len, text), initial=0))
+
+
+def _nearest(ends: list[int], wanted: int, low: int, high: int) -> int:
+    """The end of a sentence that is nearest to `wanted` and in [low, high]; without one, `wanted` itself."""
+    inside = ends[bisect_left(ends, low) : bisect_right(ends, high)]
+    return min(inside, key=lambda end: abs(end - wanted), default=min(max(wanted, low), high))
+
+
+def _last(ends: list[int], low: int, high: int) -> int:
+    """The last end of a sentence in [low, high]; without one, `high`."""
+    position = bisect_right(ends, high)
+    return ends[position - 1] if position and ends[position - 1] >= low else high
