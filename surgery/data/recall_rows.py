@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from surgery.data import haystack
 from surgery.data.documents import Documents
@@ -147,14 +148,20 @@ class _Sentences:
                 return None
             sentences = self.maker.sentences(stretch)
             gap = list(self.maker.marks.gap)
-            self.waiting += [gap, *sentences] if gap and self.waiting and sentences else sentences
+            apart = gap and self.waiting and sentences and self.waiting[-1][-1] not in self.maker.breaks
+            self.waiting += [gap, *sentences] if apart else sentences
+            self._skip_breaks()
         return list(self.waiting)
 
     def drop(self, tokens: int) -> None:
         """Remove the sentences of the next `tokens` tokens; a sentence that is begun goes as a whole."""
         while tokens > 0:
             tokens -= len(self.waiting.pop(0))
-        if self.waiting and self.waiting[0] == list(self.maker.marks.gap):
+        self._skip_breaks()
+
+    def _skip_breaks(self) -> None:
+        """No row begins with empty lines."""
+        while self.waiting and self.maker.breaks.issuperset(self.waiting[0]):
             self.waiting.pop(0)
 
 
@@ -169,8 +176,11 @@ class _RowMaker:
         self.tokenizer, self.heal, self.texts = tokenizer, heal, texts
         self.size = heal.length - len(texts.begin)
         self.specials, self.endings = set(tokenizer.all_special_ids), {}
+        self.breaks: set[int] = set()  # tokens that are nothing but ends of lines
         self.writer = _Writer(tokenizer)
         self.marks = self.writer.marks()
+        for token in (*self.marks.gap, *self.marks.line):
+            self._ends(token)
         self.words = self._words(sample)
         self.forms = self._value_forms()
 
@@ -181,7 +191,8 @@ class _RowMaker:
         where = (index // len(KINDS) * TURN + draw.random() / 8) % 1
         entries = self._entries(draw) if kind in ("code", "lookup") else ()
         while (text := source.first(self.size)) is not None:
-            row = KINDS[kind](text, self.size, where, draw, self.marks, entries)
+            marks = replace(self.marks, breaks=frozenset(self.breaks))
+            row = KINDS[kind](text, self.size, where, draw, marks, entries)
             source.drop(row.used)
             if not self._judged(row.ids):  # a word may come about where sentences meet
                 return row
@@ -201,9 +212,12 @@ class _RowMaker:
         return [each for each in found if not self._judged(each)]
 
     def _ends(self, token: int) -> bool:
+        """Whether a token ends a sentence. It also notes tokens that are nothing but ends of lines."""
         if token not in self.endings:
             written = self.tokenizer.decode([token])
             self.endings[token] = "\n" in written or written.rstrip().rstrip(CLOSERS).endswith(STOPS)
+            if "\n" in written and not written.strip():
+                self.breaks.add(token)
         return self.endings[token]
 
     def _judged(self, ids: Sequence[int]) -> bool:

@@ -37,12 +37,14 @@ class Marks:
         gap: an empty line.
         line: the end of a line.
         opening, closing: quotation marks.
+        breaks: tokens that are nothing but ends of lines. No copy begins or ends with one.
     """
 
     gap: tuple[int, ...] = ()
     line: tuple[int, ...] = ()
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
+    breaks: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def passage(text: Text, size: int, where: float, draw: random.Random, marks: Mar
     """
     longest = max(SHORTEST_PASSAGE, size // 3)
     wanted = round(SHORTEST_PASSAGE * (longest / SHORTEST_PASSAGE) ** draw.random())
-    return _with_copies("passage", text, size, [where], [wanted], draw, (marks.gap, marks.gap))
+    return _with_copies("passage", text, size, [(where, wanted)], draw, marks)
 
 
 def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
@@ -108,7 +110,7 @@ def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks
     longest = max(SHORTEST_PASSAGE, min(LONGEST_QUOTE, size // (3 * count)))
     wanted = [draw.randint(SHORTEST_PASSAGE, longest) for _ in range(count)]
     wheres = [(where + index / count) % 1 for index in range(count)]
-    return _with_copies("quote", text, size, wheres, wanted, draw, (marks.opening, marks.closing))
+    return _with_copies("quote", text, size, list(zip(wheres, wanted, strict=True)), draw, marks)
 
 
 def code(
@@ -162,36 +164,46 @@ KINDS: dict[str, Callable[..., RepeatRow]] = {"passage": passage, "code": code, 
 
 
 def _with_copies(
-    kind: str, text: Text, size: int, wheres: Sequence[float], wanted: Sequence[int], draw: random.Random, around
+    kind: str, text: Text, size: int, copies: Sequence[tuple[float, int]], draw: random.Random, marks: Marks
 ) -> RepeatRow:
-    """A row of text into which copies of its own passages are put, each `around` its two marks.
+    """A row of text into which copies of its own passages are put, between empty lines or in quotation marks.
 
     Args:
-        wheres: the distance of each copy, from 0 (at once) to 1 (the whole row).
-        wanted: most tokens of each passage.
+        copies: for each copy its distance, from 0 (at once) to 1 (the whole row), and its most tokens.
     """
-    opening, closing = around
-    ends, room = _ends(text), size - sum(wanted) - len(wanted) * len(opening + closing)
-    copies = []
-    for where, most in zip(wheres, wanted, strict=True):
+    opening, closing = (marks.gap, marks.gap) if kind == "passage" else (marks.opening, marks.closing)
+    body, ends = list(chain.from_iterable(text)), _ends(text)
+    room = size - sum(most + len(opening + closing) for _, most in copies)
+    spans = []
+    for where, most in copies:
         gap = round(where * max(0, room - most))  # from the passage's end to its copy
-        first = _nearest(ends, draw.randint(0, max(0, room - most - gap)), 0, max(0, room - most - gap))
-        end = _last(ends, first + min(SHORTEST_PASSAGE, most), first + most)
-        copies.append((_nearest(ends, end + gap, end, room), first, end))
-    copies.sort()
-    body = list(chain.from_iterable(text))
-    used = size - sum(len(opening + closing) + end - first for _, first, end in copies)
-    parts = [(place, (*opening, *body[first:end], *closing)) for place, first, end in copies]
-    ids, starts = _inserted(body[:used], parts)
+        latest = max(0, room - most - gap)
+        first = _nearest(ends, draw.randint(0, latest), 0, latest)
+        first, end = _trimmed(body, first, _last(ends, first + min(SHORTEST_PASSAGE, most), first + most), marks)
+        spans.append((_nearest(ends, end + gap, end, room), first, end))
+    spans.sort()
+    parts = []
+    for place, first, end in spans:
+        before, after = opening, closing
+        if kind == "passage":  # one empty line is enough
+            before = () if body[place - 1 : place] and body[place - 1] in marks.breaks else before
+            after = () if body[place] in marks.breaks else after
+        parts.append((place, len(before), (*before, *body[first:end], *after)))
+    used = size - sum(len(part) for *_, part in parts)
+    ids, starts = _inserted(body[:used], [(place, part) for place, _, part in parts])
     repeats = []
-    for (_, first, end), start in zip(copies, starts, strict=True):
-        begins = start + len(opening)
-        # What was put in before the passage moves it. A copy between its sentences would cut it.
-        moved = sum(len(part) for place, part in parts if place <= first)
-        cut = any(first < place < end for place, _ in parts)
-        if not cut:
+    for (_, first, end), (_, lead, _), start in zip(spans, parts, starts, strict=True):
+        begins = start + lead
+        moved = sum(len(part) for place, _, part in parts if place <= first)  # by what was put in before it
+        if not any(first < place < end for place, *_ in parts):  # another copy may cut it
             repeats.append(Repeat(begins, begins + end - first, begins - first - moved))
     return RepeatRow(kind, ids, used, tuple(repeats))
+
+
+def _trimmed(body: Sequence[int], first: int, end: int, marks: Marks) -> tuple[int, int]:
+    """[first, end) without ends of lines at its own ends; as it was where nothing else is in it."""
+    kept = [index for index in range(first, end) if body[index] not in marks.breaks]
+    return (kept[0], kept[-1] + 1) if kept else (first, end)
 
 
 def _with_list_again(

@@ -20,7 +20,7 @@ from surgery.architecture.anatomy import Anatomy
 from surgery.calibration.gradients import with_gradients
 from surgery.data.documents import SELF, documents
 from surgery.data.packing import Packed, isolates_documents
-from surgery.data.recall_rows import training_rows
+from surgery.data.recall_rows import ROWS_NEEDED, training_rows
 from surgery.errors import ModelMismatchError, OtherTrainingError, SettingError
 from surgery.healing.callbacks import METRICS, HealCallback, HeldOutEvaluator, read
 from surgery.healing.contexts import (
@@ -391,7 +391,8 @@ def rows_of(model, job: HealRun, trained: TrainableParameters) -> tuple[dict, Pa
                 where=str(job.run),
                 fix="finish that one with its own command, or start again with --overwrite",
             )
-        rows, source = known.get("rows") or _rows_needed(model, heal, trained), job.base
+        least = ROWS_NEEDED if heal.recall else 1
+        rows, source = known.get("rows") or max(least, _rows_needed(model, heal, trained)), job.base
         run_record = {"identity": job.identity, "rows": rows, "precision": heal.precision}
         if not known and state.is_main_process:  # the base may now generate text for hours
             write_json(file, run_record)

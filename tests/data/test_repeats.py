@@ -89,6 +89,26 @@ def test_a_row_has_its_length_and_the_repeats_that_it_names(kind, size):
         assert KINDS[kind](text, size, seed / 40, fresh, MARKS, ENTRIES) == row, "nothing but the draw is random"
 
 
+@pytest.mark.parametrize("kind", ["passage", "quote"])
+def test_no_copy_begins_or_ends_with_an_empty_line(kind):
+    """Nor is a passage between two empty lines where the text has one."""
+    breaks = frozenset({900, 901, 902, 77})
+    marks = Marks(MARKS.gap, MARKS.line, MARKS.opening, MARKS.closing, breaks)
+    for seed in range(60):
+        text = [each for sentence in numbered(300, seed) for each in (sentence, [77])]
+        row = KINDS[kind](text, 200, seed / 60, random.Random(seed), marks)
+        assert len(row.ids) == 200
+        for repeat in row.repeats:
+            again = row.ids[repeat.first : repeat.end]
+            assert again == row.ids[repeat.first - repeat.distance : repeat.end - repeat.distance]
+            assert not {again[0], again[-1]} & breaks
+            if kind == "passage":
+                assert row.ids[repeat.first - 2 : repeat.first] == [900, 901] or row.ids[repeat.first - 1] == 77
+                assert row.ids[repeat.end : repeat.end + 2] == [900, 901][: 200 - repeat.end] or (
+                    row.ids[repeat.end] == 77
+                )
+
+
 @pytest.mark.parametrize("kind", ["code", "lookup"])
 def test_lines_come_back_in_another_order(kind):
     for seed in range(40):
@@ -247,6 +267,38 @@ def test_a_tokenizer_of_few_words(tiny_llama):
     assert {row.kind for row in rows} == set(KINDS)
     assert {token for row in rows for token in row.ids} <= set(range(4, 4 + len(WORDS)))
     assert all(len(row.ids) == 64 for row in rows)
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space(builtin):
+    """As Llama's: letters, a mark for spaces, and bytes for the rest. Lines are as inside a text."""
+    tokenizer = letters_tokenizer()
+    assert tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"]) == "a\nb"
+    rows, _ = repeat_rows(documents_of(builtin, tokenizer, 9), tokenizer, settings(length=128))
+    assert {row.kind for row in rows} == set(KINDS)
+    lines = 0
+    for row in rows:
+        assert len(row.ids) == 127
+        for repeat in row.repeats if row.kind in ("code", "lookup") else ():
+            line = tokenizer.decode(row.ids[: repeat.end]).rpartition("\n")[2]
+            assert re.fullmatch(r"[^\W\d_]+: \S+( \S+)?", line), line
+            lines += 1
+    assert lines > 20
+
+
+def letters_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    signs = [chr(code) for code in range(33, 127)]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *signs]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_special_tokens_stay_in_plain_rows(builtin):
