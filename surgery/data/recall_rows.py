@@ -24,6 +24,7 @@ from surgery.data.repeats import KINDS, LINE_SHARE, LabelledLine, Marks, RepeatR
 from surgery.errors import ModelMismatchError, TextError
 
 SENTENCE = 64  # tokens; a longer sentence is cut
+LETTER_TOKENS = 4  # most tokens of a letter: the bytes of UTF-8
 STOPS = tuple(".!?…。！？؟।\n")  # a sentence ends after a token that ends with one of them
 CLOSERS = "\"'”’»)]」』"
 WORD_LETTERS = 2, 14  # of a label
@@ -38,6 +39,7 @@ FEWEST, MOST = 16, 64  # lines that are drawn for a list, by the length of the r
 PER_LINE = 10  # tokens of a row for each of them
 TRIES = 8  # draws of a line that the tokenizer should be able to write
 ROWS_NEEDED = 3  # text of so many rows is enough for a plain row and a row with repeats, which is made from more
+ValueForm = Callable[[random.Random], str]  # draws a value
 BEFORE = "a"  # a text before parts that are written inside a text
 
 # No row with repeats has a word that the judging needles hide or ask for, and no label is a word of their sentences.
@@ -182,14 +184,16 @@ class _RowMaker:
         for token in (*self.marks.gap, *self.marks.line):
             self._ends(token)
         self.words = self._words(sample)
-        self.forms = self._value_forms()
+        self.codes, self.names = self._codes(), [self._some_words] if len(self.words) >= 4 else []
 
     def make(self, index: int, source: _Sentences) -> RepeatRow | None:
         """The row of this index, from the next sentences; None if they are too few."""
         draw = random.Random(f"{self.heal.seed} recall {index}")
         kind = list(KINDS)[index % len(KINDS)]
         where = (index // len(KINDS) * TURN + draw.random() / 8) % 1
-        entries = self._entries(draw) if kind in ("code", "lookup") else ()
+        # Of a code that is hidden in the text a base is sure; of words at such a place it is less so.
+        forms = {"code": self.codes or self.names, "lookup": self.codes + self.names}.get(kind)
+        entries = self._entries(draw, forms) if forms is not None else ()
         while (text := source.first(self.size)) is not None:
             marks = replace(self.marks, breaks=frozenset(self.breaks))
             row = KINDS[kind](text, self.size, where, draw, marks, entries)
@@ -205,7 +209,7 @@ class _RowMaker:
             if token in self.specials:
                 continue
             sentence.append(token)
-            if len(sentence) >= SENTENCE or self._ends(token):
+            if self._ends(token) or (len(sentence) >= SENTENCE and self._is_whole(sentence)):
                 found.append(sentence)
                 sentence = []
         found += [sentence] if sentence else []
@@ -220,6 +224,10 @@ class _RowMaker:
                 self.breaks.add(token)
         return self.endings[token]
 
+    def _is_whole(self, ids: Sequence[int]) -> bool:
+        """Whether tokens end with a whole letter, which may be several tokens."""
+        return not self.tokenizer.decode(list(ids[-LETTER_TOKENS:])).endswith("\ufffd")
+
     def _judged(self, ids: Sequence[int]) -> bool:
         words = re.findall("[a-z]+", self.tokenizer.decode(list(ids)).lower())
         return not JUDGING_WORDS.isdisjoint(words)
@@ -228,25 +236,27 @@ class _RowMaker:
         """Words of the text that may be labels, in an order that follows from text and seed."""
         found: set[str] = set()
         for stretch in sample:
-            found |= words_of(self.tokenizer.decode([token for token in stretch if token not in self.specials]))
+            text = self.tokenizer.decode([token for token in stretch if token not in self.specials])
+            whole = re.fullmatch(r"\S*(\s.*\s)\S*", text, re.DOTALL)  # a stretch may begin and end inside a word
+            found |= words_of(whole[1] if whole else text)
             if len(found) > 4 * MOST_WORDS:
                 break
         words = sorted(word for word in found if word.lower() not in JUDGING_LABELS)
         random.Random(f"{self.heal.seed} labels").shuffle(words)
         return words[:MOST_WORDS]
 
-    def _value_forms(self) -> list[Callable[[random.Random], str]]:
-        """What values the tokenizer can write: digits, letters and digits, and always words of the text."""
+    def _codes(self) -> list[ValueForm]:
+        """The kinds of random codes that the tokenizer can write: digits, letters and digits."""
         tried = {_digits: "0123456789", _mixed: LETTERS + "0123456789"}
-        forms: list[Callable] = [make for make, signs in tried.items() if all(map(self.writer.can_write, signs))]
-        if len(self.words) >= 4:
-            forms.append(lambda draw: " ".join(draw.sample(self.words, draw.randint(1, 2))))
-        return forms
+        return [make for make, signs in tried.items() if all(map(self.writer.can_write, signs))]
 
-    def _entries(self, draw: random.Random) -> list[LabelledLine]:
+    def _some_words(self, draw: random.Random) -> str:
+        return " ".join(draw.sample(self.words, draw.randint(1, 2)))
+
+    def _entries(self, draw: random.Random, forms: Sequence[ValueForm]) -> list[LabelledLine]:
         """Lines with different labels, whose values all have one form; none is longer than a fifth of the row."""
         count, longest = min(MOST, max(FEWEST, self.size // PER_LINE)), self.size // LINE_SHARE
-        form, entries, shortest = draw.choice(self.forms) if self.forms else None, [], 0
+        form, entries, shortest = draw.choice(forms) if forms else None, [], 0
         for label in draw.sample(self.words, min(len(self.words), TRIES * count)):
             entry = self.writer.entry(label, form(draw)) if form else None
             if entry is None:

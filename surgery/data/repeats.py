@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 
 SHORTEST_PASSAGE = 8  # tokens of a passage that comes back
-LONGEST_QUOTE = 48
+QUOTE = 16, 64  # tokens of a quotation, in a row that is long enough
 QUOTES = 3  # at most, in a row
 LINES = 16  # most hidden lines of a row
 FEWEST_LINES, LINE_SHARE = 2, 5  # so many lines at least; none is longer than a fifth of the row
@@ -76,7 +76,7 @@ class RepeatRow:
     Attributes:
         kind: one of `KINDS`.
         ids: its tokens, exactly as many as were asked for.
-        used: how many tokens of the text it has, from the text's beginning on, each once without its repeats.
+        used: how many tokens of the text it uses up, from the text's beginning on.
         repeats: what comes back.
     """
 
@@ -107,8 +107,8 @@ def passage(text: Text, size: int, where: float, draw: random.Random, marks: Mar
 def quote(text: Text, size: int, where: float, draw: random.Random, marks: Marks, entries=()) -> RepeatRow:
     """Up to three sentences come back in quotation marks; arguments as for `passage`."""
     count = draw.randint(1, max(1, min(QUOTES, size // (4 * SHORTEST_PASSAGE))))
-    longest = max(SHORTEST_PASSAGE, min(LONGEST_QUOTE, size // (3 * count)))
-    wanted = [draw.randint(SHORTEST_PASSAGE, longest) for _ in range(count)]
+    shortest, longest = (max(SHORTEST_PASSAGE, min(most, size // (3 * count))) for most in QUOTE)
+    wanted = [draw.randint(shortest, longest) for _ in range(count)]
     wheres = [(where + index / count) % 1 for index in range(count)]
     return _with_copies("quote", text, size, list(zip(wheres, wanted, strict=True)), draw, marks)
 
@@ -128,10 +128,10 @@ def code(
     again = _another_order(chosen, draw)
     listed = sum(len(entry.ids) for entry in again)
     hidden = [entry.ids + marks.line for entry in chosen]
-    used = size - listed - sum(map(len, hidden))
-    body, ends = _first_tokens(text, used), _ends(text)
-    wanted = [round((index + where) / len(chosen) * used) for index in range(len(chosen))]
-    places = [_nearest(ends, place, 0, used) for place in wanted]
+    count = size - listed - sum(map(len, hidden))
+    body, ends, used = _up_to_a_sentence(text, count)
+    wanted = [round((index + where) / len(chosen) * count) for index in range(len(chosen))]
+    places = [_nearest(ends, place, 0, count) for place in wanted]
     ids, starts = _inserted(body, list(zip(places, hidden, strict=True)))
     originals = dict(zip(chosen, starts, strict=True))
     return _with_list_again("code", ids, used, again, originals)
@@ -151,11 +151,11 @@ def lookup(
     again = _another_order(listed, draw)[: max(1, len(listed) // 2)]
     first = list(chain.from_iterable(entry.ids for entry in listed))
     tail = sum(len(entry.ids) for entry in again)
-    used = size - len(first) - len(marks.gap) - tail
-    begins = _nearest(_ends(text), round((1 - where) * used), 0, used)
+    count = size - len(first) - len(marks.gap) - tail
+    body, ends, used = _up_to_a_sentence(text, count)
+    begins = _nearest(ends, round((1 - where) * count), 0, count)
     starts = accumulate((len(entry.ids) for entry in listed[:-1]), initial=begins)
     originals = dict(zip(listed, starts, strict=True))
-    body = _first_tokens(text, used)
     ids = [*body[:begins], *first, *marks.gap, *body[begins:]]
     return _with_list_again("lookup", ids, used, again, originals)
 
@@ -179,7 +179,7 @@ def _with_copies(
         gap = round(where * max(0, room - most))  # from the passage's end to its copy
         latest = max(0, room - most - gap)
         first = _nearest(ends, draw.randint(0, latest), 0, latest)
-        first, end = _trimmed(body, first, _last(ends, first + min(SHORTEST_PASSAGE, most), first + most), marks)
+        first, end = _trimmed(body, first, _last(ends, first + max(SHORTEST_PASSAGE, most // 2), first + most), marks)
         spans.append((_nearest(ends, end + gap, end, room), first, end))
     spans.sort()
     parts = []
@@ -247,8 +247,16 @@ def _inserted(body: Sequence[int], parts: Sequence[tuple[int, Sequence[int]]]) -
     return [*ids, *body[done:]], starts
 
 
-def _first_tokens(text: Text, count: int) -> list[int]:
-    return list(chain.from_iterable(text))[:count]
+def _up_to_a_sentence(text: Text, count: int) -> tuple[list[int], list[int], int]:
+    """`count` tokens up to the end of a sentence, where sentences end in them, and how much of the text this uses up.
+
+    The lines that follow them begin after a whole sentence. What is too much is cut off at the beginning.
+    """
+    ends = _ends(text)
+    last = bisect_left(ends, count)
+    cut = ends[last] - count
+    body = list(chain.from_iterable(text[:last]))[cut:]
+    return body, [0, *(end - cut for end in ends[: last + 1] if end > cut)], ends[last]
 
 
 def _ends(text: Text) -> list[int]:

@@ -255,6 +255,7 @@ class HealPlan(Printed):
             "mixing": self.mixing_count,
             "adapted": len(self.trained.adapted),
             **({"started": self.started} if self.started else {}),
+            **({"recall_rows": recalled(self.heal)} if self.heal.recall else {}),
             "steps": self.heal.planned_steps,
             "step_tokens": self.heal.rows * self.heal.length,
             "minutes": self.heal.minutes,

@@ -70,8 +70,12 @@ def test_a_row_has_its_length_and_the_repeats_that_it_names(kind, size):
         assert len(row.ids) == size
         assert row.kind == kind
         body = [token for token in row.ids if token >= 10_000]
-        assert list(dict.fromkeys(body)) == list(range(10_000, 10_000 + row.used)) or kind == "quote"
-        assert set(body) == set(range(10_000, 10_000 + row.used)), "each token of the text that it used"
+        if kind in ("code", "lookup"):  # up to the end of a sentence
+            assert body == list(range(10_000 + row.used - len(body), 10_000 + row.used))
+            assert row.used in [sentence[-1] + 1 - 10_000 for sentence in text]
+        else:
+            assert list(dict.fromkeys(body)) == list(range(10_000, 10_000 + row.used)) or kind == "quote"
+            assert set(body) == set(range(10_000, 10_000 + row.used)), "each token of the text that it used"
         assert row.repeats or kind == "quote"
         for repeat in row.repeats:
             assert 0 < repeat.distance <= repeat.first < repeat.end <= size
@@ -225,6 +229,8 @@ def test_the_judging_needles_share_nothing_with_these_rows(builtin):
     assert len(lines) > 50
     assert not {line.partition(":")[0].lower() for line in lines} & of_templates
     codes = [line.partition(": ")[2] for line in lines]
+    hidden = [tokenizer.decode(row.ids[r.first : r.end]) for row in rows if row.kind == "code" for r in row.repeats]
+    assert all(any(sign.isdigit() for sign in code) or code.isupper() for code in hidden), "codes, not words"
     assert not [code for code in codes if re.fullmatch(r"\d{5}", code)], "the needles' secrets have five digits"
     held_out = load_text("builtin", "held-out").text
     paragraphs = {part.strip() for part in held_out.split("\n\n") if len(part.strip()) >= 40}

@@ -111,6 +111,8 @@ def test_the_plan_names_them(surgery, model, long_text):
     asked = ("heal.length=64", "heal.batch_tokens=128", "heal.tokens=1280", f"heal.data={long_text}")
     shown = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked).out.split())
     assert "heal: in 25% of the rows something said earlier comes back, 5 of 20 rows" in shown
+    plan = surgery("plan", "gqa-distill", model, "heal.recall=0.25", *asked, "--json").json["heal"]
+    assert (plan["recall_rows"], plan["settings"]["recall"]) == (5, 0.25)
     clock = " ".join(surgery("plan", "gqa-distill", model, "heal.recall=0.25", "heal.minutes=1").out.split())
     assert "in 25% of the rows something said earlier comes back (passages" in clock
     assert "comes back" not in surgery("plan", "gqa-distill", model, *asked).out
